@@ -1,0 +1,96 @@
+"""endwise: sparse autoencoders trained on what a language model does, not only on what one layer contains.
+
+    import endwise
+
+    run = endwise.train("recipes/embedded/layer3-e2e.yaml")     # one SAE, end to end
+    endwise.evaluate(run.folder)                                 # L0, alive features, CE increase, ...
+    sae = endwise.SAE.load(run.folder)                           # SAELens's layout
+    model = endwise.load_model("embedded")
+    with endwise.spliced(model, {"blocks.3.hook_resid_pre": sae}):
+        ...                                                      # the model runs on its reconstruction
+
+Names are imported on first use, so that `import endwise` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from endwise.dictionaries import SAE, Latents, ReluSAE
+    from endwise.errors import EndwiseError
+    from endwise.evaluation import Evaluation, measure
+    from endwise.language_model import LanguageModel, load_model
+    from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
+    from endwise.quickstart import quickstart
+    from endwise.run_config import RunConfig
+    from endwise.run_evaluation import evaluate
+    from endwise.sites import Site
+    from endwise.splice import spliced
+    from endwise.tokens import Corpora, Corpus, load_corpora
+    from endwise.training import Run, train, train_together
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SAE": "dictionaries",
+    "Latents": "dictionaries",
+    "ReluSAE": "dictionaries",
+    "EndwiseError": "errors",
+    "Evaluation": "evaluation",
+    "measure": "evaluation",
+    "LanguageModel": "language_model",
+    "load_model": "language_model",
+    "KL": "objectives",
+    "DownstreamMSE": "objectives",
+    "LocalMSE": "objectives",
+    "Objective": "objectives",
+    "Sparsity": "objectives",
+    "quickstart": "quickstart",
+    "RunConfig": "run_config",
+    "evaluate": "run_evaluation",
+    "Site": "sites",
+    "spliced": "splice",
+    "Corpora": "tokens",
+    "Corpus": "tokens",
+    "load_corpora": "tokens",
+    "Run": "training",
+    "train": "training",
+    "train_together": "training",
+}
+
+__all__ = [
+    "KL",
+    "SAE",
+    "Corpora",
+    "Corpus",
+    "DownstreamMSE",
+    "EndwiseError",
+    "Evaluation",
+    "LanguageModel",
+    "Latents",
+    "LocalMSE",
+    "Objective",
+    "ReluSAE",
+    "Run",
+    "RunConfig",
+    "Site",
+    "Sparsity",
+    "evaluate",
+    "load_corpora",
+    "load_model",
+    "measure",
+    "quickstart",
+    "spliced",
+    "train",
+    "train_together",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'endwise' has no attribute {name!r}")
+    return getattr(import_module(f"endwise.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

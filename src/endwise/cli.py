@@ -1,0 +1,140 @@
+"""The command line. Every command is a thin door to one function; torch is imported only behind it."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from endwise.errors import EndwiseError
+
+app = typer.Typer(
+    name="endwise",
+    help="Train sparse autoencoders on what a language model does, and compare them with local ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
+]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def main() -> None:
+    app()
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"endwise: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _plainly(command: Callable[P, R]) -> Callable[P, R]:
+    """Turns our own errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except EndwiseError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped", 130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@_plainly
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of every SAE's initialisation.")] = 0,
+) -> None:
+    """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
+    from endwise.quickstart import quickstart as run
+
+    run(out, seed=seed)
+
+
+@app.command()
+@_plainly
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train one SAE as a recipe says, or go on with an interrupted run."""
+    from endwise.errors import ConfigError
+    from endwise.recipes import find_recipe
+    from endwise.run_config import RunConfig
+    from endwise.run_folder import RunFolder
+    from endwise.training import train as run
+
+    if (recipe is None) == (resume is None):
+        raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
+    if resume is not None:
+        config = RunFolder.open(resume).config().model_copy(update={"out": resume})
+    else:
+        config = RunConfig.read(find_recipe(recipe or ""), overrides)
+    result = run(config, resume=resume is not None, display=not quiet)
+    typer.echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+    typer.echo(f"Next: endwise evaluate {result.folder}")
+
+
+@app.command()
+@_plainly
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write all runs as one CSV table.")] = None,
+) -> None:
+    """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
+    from endwise.files import write_atomic
+    from endwise.report.tables import evaluation_table
+    from endwise.run_evaluation import evaluate as run
+    from endwise.run_evaluation import evaluations_csv
+    from endwise.run_folder import RunFolder
+
+    evaluations = run(runs, tokens=tokens)
+    configs = {path: RunFolder.open(path).config() for path in evaluations}
+    evaluation_table(configs, evaluations)
+    for path, evaluation in evaluations.items():
+        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
+    if csv is not None:
+        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
+
+
+@app.command()
+@_plainly
+def sites(
+    model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")] = False,
+) -> None:
+    """List the sites of a model, where an SAE can be spliced in, with their widths."""
+    from endwise.language_model import load_model
+
+    loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    for site in loaded.sites():
+        typer.echo(f"{site.name:<34}{loaded.width(site):>8}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from endwise import __version__
+
+    typer.echo(__version__)

@@ -1,0 +1,251 @@
+"""Measures finished SAEs on held-out text; several SAEs of one model share every clean pass.
+
+Every metric is a ratio of two sums over tokens. The sums are kept per sequence, which is what the bootstrap resamples
+and what paired comparisons between runs are made of.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from endwise.axes import Activation, TokenMask
+from endwise.dictionaries import SAE, Latents
+from endwise.errors import ConfigError
+from endwise.language_model import Clean, LanguageModel
+from endwise.objectives import later_residuals, squared_error
+from endwise.run_config import EvaluationConfig
+from endwise.sites import Part, Site
+from endwise.statistics import Interval, bootstrap_ratio
+from endwise.tokens import Corpus, TokenBatch
+
+Sums = dict[str, NDArray[np.float64]]
+"""Per-sequence sums by name, each `[sequences]`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`offset + sign · Σ numerator / Σ denominator` over tokens."""
+
+    numerator: str
+    denominator: str = "tokens"
+    complement: bool = False
+    """Report 1 − ratio (explained variances)."""
+
+
+METRICS: dict[str, Metric] = {
+    "l0": Metric("l0"),
+    "kl": Metric("kl"),
+    "ce_clean": Metric("ce_clean", "predictions"),
+    "ce_spliced": Metric("ce_spliced", "predictions"),
+    "ce_increase": Metric("ce_increase", "predictions"),
+    "top1_agreement": Metric("top1_agreement"),
+    "statistical_distance": Metric("statistical_distance"),
+    "explained_variance.per_token": Metric("unexplained_share", complement=True),
+    "explained_variance.pooled": Metric("error", "variance", complement=True),
+    "explained_variance.per_token_layernorm": Metric("unexplained_share_layernorm", complement=True),
+    "explained_variance.pooled_layernorm": Metric("error_layernorm", "variance_layernorm", complement=True),
+}
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Cross-entropies that bound the scale, nats per token: the site untouched, at its mean, at zero."""
+
+    clean: float
+    mean_ablated: float
+    zero_ablated: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One SAE's metrics with 95 % bootstrap intervals over sequences."""
+
+    site: Site
+    d_sae: int
+    alive: int
+    """Features that fired at least once in `tokens` tokens; compare only equal numbers of tokens."""
+    tokens: int
+    metrics: dict[str, Interval]
+    """By the names of `METRICS`, and `downstream_mse.<site>`."""
+    baselines: Baselines
+    sums: Sums = field(repr=False)
+
+    def __getitem__(self, metric: str) -> float:
+        return self.metrics[metric].estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested as in `explained_variance: {per_token: ...}`, with the intervals under a key of their own."""
+        nested: dict[str, Any] = {"site": self.site.name, "d_sae": self.d_sae, "alive": self.alive}
+        nested |= {"alive_tokens": self.tokens, "tokens": self.tokens, "sequences": len(self.sums["tokens"])}
+        for name, interval in self.metrics.items():
+            group, _, key = name.partition(".")
+            if key:
+                nested.setdefault(group, {})[key] = interval.estimate
+            else:
+                nested[name] = interval.estimate
+        nested.setdefault("downstream_mse", {})
+        nested["baselines"] = vars(self.baselines)
+        nested["intervals"] = {name: [interval.low, interval.high] for name, interval in self.metrics.items()}
+        return nested
+
+
+def measure(
+    model: LanguageModel, saes: Mapping[str, tuple[Site, SAE]], corpus: Corpus, config: EvaluationConfig
+) -> dict[str, Evaluation]:
+    """Evaluates every SAE on the first `config.tokens` tokens of the held-out corpus.
+
+    Raises:
+        ConfigError: fewer tokens are asked for than one sequence has.
+    """
+    sequences = config.tokens // corpus.context
+    if not sequences:
+        raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
+    sites = sorted({site for site, _ in saes.values()})
+    means = _site_means(model, sites, corpus, config, sequences)
+    collected = {name: _Collector(sae.d_sae) for name, (_, sae) in saes.items()}
+    ablations = {(site, kind): _Collector(0) for site in sites for kind in ("mean", "zero")}
+    later = {site: residuals_after(model, site) for site in sites}
+    recorded = {*sites, *(s for group in later.values() for s in group)}
+    with torch.no_grad():
+        for batch in _batches(corpus, config.batch, sequences, model.device):
+            clean = model.clean(batch.tokens, record=recorded, final=True)
+            for name, (site, sae) in saes.items():
+                latents = sae.encode(clean.activations[site])
+                estimate = sae.decode(latents)
+                collected[name].add_latents(latents, batch.mask)
+                collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
+                collected[name].add(_spliced_sums(model, clean, site, estimate, later[site], batch))
+            for (site, kind), collector in ablations.items():
+                constant = means[site].raw if kind == "mean" else torch.zeros_like(means[site].raw)
+                estimate = constant.to(model.dtype).expand_as(clean.activations[site])
+                collector.add(_spliced_sums(model, clean, site, estimate, (), batch))
+    baselines = {site: _baselines(ablations[site, "mean"].sums(), ablations[site, "zero"].sums()) for site in sites}
+    return {
+        name: _summarise(site, sae, collected[name], baselines[site], config) for name, (site, sae) in saes.items()
+    }
+
+
+def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
+    """Every residual site after `site`: each later block's input, and the last block's output."""
+    return (*later_residuals(model, site), model.site(Site(model.n_layers - 1, Part.RESID_POST)))
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Mean activation over the corpus, before and after LayerNorm without affine, `[d_model]` each."""
+
+    raw: Tensor
+    layernorm: Tensor
+
+
+class _Collector:
+    """Gathers per-sequence sums batch by batch."""
+
+    def __init__(self, d_sae: int) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+        self._fired: Tensor | None = None
+        self._d_sae = d_sae
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, values in sums.items():
+            self._parts.setdefault(name, []).append(values.double().cpu())
+
+    def add_latents(self, latents: Latents, mask: TokenMask) -> None:
+        fired = latents.fired(mask)
+        self._fired = fired if self._fired is None else self._fired | fired
+        self.add({"l0": (latents.l0() * mask).sum(-1)})
+
+    def alive(self) -> int:
+        return 0 if self._fired is None else int(self._fired.sum())
+
+    def sums(self) -> Sums:
+        return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
+
+
+def _batches(corpus: Corpus, size: int, sequences: int, device: torch.device) -> Iterator[TokenBatch]:
+    for start in range(0, sequences, size):
+        yield corpus.batch(range(start, min(start + size, sequences))).to(device)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:])
+
+
+@torch.no_grad()
+def _site_means(
+    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: int
+) -> dict[Site, _Means]:
+    totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
+    count = 0
+    for batch in _batches(corpus, config.batch, sequences, model.device):
+        clean = model.clean(batch.tokens, record=sites)
+        count += int(batch.mask.sum())
+        for site, (raw, normed) in totals.items():
+            kept = clean.activations[site][batch.mask].float()
+            raw += kept.sum(0, dtype=torch.float64).cpu()
+            normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
+    return {
+        site: _Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
+    }
+
+
+def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask: TokenMask) -> dict[str, Tensor]:
+    """What the explained variances are made of: error and variance are squared L2 norms per token."""
+    sums: dict[str, Tensor] = {}
+    x, y = activation.float(), estimate.float()
+    for suffix, truth, guess, mean in (
+        ("", x, y, means.raw),
+        ("_layernorm", _normed(x), _normed(y), means.layernorm),
+    ):
+        error = (truth - guess).square().sum(-1) * mask
+        variance = (truth - mean).square().sum(-1) * mask
+        sums[f"error{suffix}"] = error.sum(-1)
+        sums[f"variance{suffix}"] = variance.sum(-1)
+        sums[f"unexplained_share{suffix}"] = torch.where(mask, error / variance.clamp_min(1e-12), 0.0).sum(-1)
+    return sums
+
+
+def _spliced_sums(
+    model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], batch: TokenBatch
+) -> dict[str, Tensor]:
+    patched = torch.where(batch.mask[..., None], estimate, clean.activations[site])
+    spliced = model.replay(clean, {site: patched}, record=later, final=True)
+    assert clean.final is not None and spliced.final is not None
+    compared = model.readout.compare(clean.final, spliced.final, batch.tokens, batch.mask)
+    sums = {
+        "tokens": batch.mask.sum(-1),
+        "predictions": compared.predicts.sum(-1),
+        "kl": compared.kl.sum(-1),
+        "ce_clean": compared.ce_clean.sum(-1),
+        "ce_spliced": compared.ce_spliced.sum(-1),
+        "ce_increase": (compared.ce_spliced - compared.ce_clean).sum(-1),
+        "top1_agreement": compared.top1_agreement.sum(-1),
+        "statistical_distance": compared.statistical_distance.sum(-1),
+    }
+    for s in later:
+        rows = zip(spliced.activations[s], clean.activations[s], batch.mask, strict=True)
+        sums[f"downstream_mse.{s.name}"] = torch.stack([squared_error(a[None], b[None], m[None]) for a, b, m in rows])
+    return sums
+
+
+def _baselines(mean: Sums, zero: Sums) -> Baselines:
+    count = mean["predictions"].sum()
+    return Baselines(*(float(total.sum() / count) for total in (mean["ce_clean"], mean["ce_spliced"], zero["ce_spliced"])))
+
+
+def _summarise(site: Site, sae: SAE, collector: _Collector, baselines: Baselines, config: EvaluationConfig) -> Evaluation:
+    sums = collector.sums()
+    metrics = METRICS | {name: Metric(name) for name in sums if name.startswith("downstream_mse.")}
+    intervals = {}
+    for name, metric in metrics.items():
+        ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)
+        intervals[name] = (
+            Interval(low=1 - ratio.high, high=1 - ratio.low, estimate=1 - ratio.estimate) if metric.complement else ratio
+        )
+    return Evaluation(site, sae.d_sae, collector.alive(), int(sums["tokens"].sum()), intervals, baselines, sums)

@@ -1,0 +1,142 @@
+"""From the last hidden state to predictions, in chunks, so that no `[batch pos vocab]` tensor ever exists."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from endwise.axes import Activation, TokenMask, Tokens
+
+CHUNK_ELEMENTS = 1 << 21
+"""Logits held at once, as elements of `[chunk vocab]`: 8 MiB in fp32, which stays in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Clean against spliced predictions, token by token; positions outside the mask hold 0."""
+
+    kl: Float[Tensor, "batch pos"]
+    """KL(clean ‖ spliced) of the next-token distributions, nats."""
+    statistical_distance: Float[Tensor, "batch pos"]
+    """Half the L1 distance between the two distributions, 0 to 1."""
+    top1_agreement: Float[Tensor, "batch pos"]
+    """1 where both passes rank the same token first."""
+    ce_clean: Float[Tensor, "batch pos"]
+    """Cross-entropy of the clean prediction against the token that follows, nats; 0 where none follows."""
+    ce_spliced: Float[Tensor, "batch pos"]
+    predicts: Bool[Tensor, "batch pos"]
+    """True where the mask holds and a token follows: the positions that the two cross-entropies are defined at."""
+
+
+class Readout:
+    """The unembedding: `logits = softcap · tanh(scale · (hidden · Wᵀ + b) / softcap)`, without the cap if there is none."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocab d_model"],
+        bias: Float[Tensor, " vocab"] | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.scale = scale
+        self.softcap = softcap
+
+    def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """In fp32 whatever the weights are stored in: everything that follows is a reduction over the vocabulary."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def kl(self, clean: Activation, spliced: Activation, mask: TokenMask) -> Float[Tensor, ""]:
+        """Σ over the mask's tokens of KL(clean ‖ spliced), in nats; differentiable in `spliced` only.
+
+        The direction is that of the reference's code (paper eq. 4 states the reverse in its symbol). Forward and
+        gradient are computed in the same chunked pass: with P and Q the two distributions, ∂KL/∂logits = Q − P.
+        """
+        keep = mask.flatten()
+        return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self)  # pyright: ignore[reportReturnType]
+
+    @torch.no_grad()
+    def compare(self, clean: Activation, spliced: Activation, tokens: Tokens, mask: TokenMask) -> Comparison:
+        """Every per-token metric of the two passes' predictions in one chunked pass."""
+        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).flatten()
+        predicts = mask.clone()
+        predicts[:, -1] = False
+        predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
+        columns: list[list[Tensor]] = [[], [], [], [], []]
+        rows = zip(*(x.split(self.chunk) for x in (clean.flatten(0, 1), spliced.flatten(0, 1), targets)), strict=True)
+        for clean_rows, spliced_rows, target in rows:
+            clean_logits, spliced_logits = self.logits(clean_rows), self.logits(spliced_rows)
+            log_p, log_q = clean_logits.log_softmax(-1), spliced_logits.log_softmax(-1)
+            p = log_p.exp()
+            columns[0].append((p * (log_p - log_q)).sum(-1))
+            columns[1].append((p - log_q.exp()).abs().sum(-1) / 2)
+            columns[2].append((clean_logits.argmax(-1) == spliced_logits.argmax(-1)).float())
+            columns[3].append(cross_entropy(clean_logits, target, reduction="none"))
+            columns[4].append(cross_entropy(spliced_logits, target, reduction="none"))
+        kl, distance, top1, ce_clean, ce_spliced = (torch.cat(column).view(mask.shape) for column in columns)
+        return Comparison(kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts)
+
+    @property
+    def chunk(self) -> int:
+        """Rows per chunk."""
+        return max(32, CHUNK_ELEMENTS // self.weight.shape[0])
+
+
+class _Chunk(NamedTuple):
+    """One pass's logits for some rows, normalised, and the factor from its logits to the matrix product before them."""
+
+    log_probabilities: Float[Tensor, "rows vocab"]
+    slope: Float[Tensor, "rows vocab"] | float
+
+
+def _log_softmax(readout: Readout, hidden: Tensor, buffer: Tensor | None) -> _Chunk:
+    """Works in `buffer` where dtype and width allow, so that a pass over many chunks allocates once."""
+    out = buffer[: len(hidden)] if buffer is not None else None
+    logits = torch.mm(hidden, readout.weight.T, out=out)
+    if readout.bias is not None:
+        logits += readout.bias
+    logits = logits.float()
+    slope: Tensor | float = readout.scale
+    if readout.scale != 1.0:
+        logits *= readout.scale
+    if readout.softcap is not None:
+        logits.div_(readout.softcap).tanh_()
+        slope = (1 - logits.square()).mul_(readout.scale)
+        logits *= readout.softcap
+    logits -= logits.logsumexp(-1, keepdim=True)
+    return _Chunk(logits, slope)
+
+
+class _KLFromHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spliced: Tensor, clean: Tensor, keep: Tensor, readout: Readout) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=spliced.device)
+        gradient = torch.empty_like(spliced)
+        rows, vocab = min(readout.chunk, len(spliced)), len(readout.weight)
+        low = spliced.dtype != torch.float32  # then the fp32 copy is the buffer
+        buffers = [None, None] if low else [spliced.new_empty(rows, vocab) for _ in range(2)]
+        for start in range(0, len(spliced), rows):
+            part = slice(start, start + rows)
+            log_p, _ = _log_softmax(readout, clean[part].detach(), buffers[0])
+            log_q, slope = _log_softmax(readout, spliced[part].detach(), buffers[1])
+            weight = keep[part].to(log_p.dtype)
+            p = log_p.exp()
+            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).mul_(weight).sum()
+            d_logits = log_q.exp_().sub_(p).mul_(weight[:, None])
+            if not isinstance(slope, float) or slope != 1.0:
+                d_logits *= slope
+            gradient[part] = d_logits.to(readout.weight.dtype) @ readout.weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None

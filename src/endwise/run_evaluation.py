@@ -1,0 +1,120 @@
+"""Evaluates run folders: reads their SAEs, measures those of one model together, writes the numbers beside them."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from endwise.dictionaries import SAE
+from endwise.errors import RunFolderError
+from endwise.evaluation import Evaluation, Sums, measure
+from endwise.files import write_atomic, write_json
+from endwise.language_model import LanguageModel, load_model
+from endwise.run_config import EvaluationConfig, RunConfig
+from endwise.run_folder import RunFolder
+from endwise.tokens import Corpora, load_corpora
+
+SUMS_FILE = "evaluation_sums.safetensors"
+
+
+def evaluate(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    model: LanguageModel | None = None,
+    corpora: Corpora | None = None,
+    tokens: int | None = None,
+) -> dict[Path, Evaluation]:
+    """Measures finished runs on held-out text and writes `evaluation.json` into each.
+
+    Args:
+        runs: run folders; those of one model and one corpus share every clean pass.
+        model, corpora: loaded ones to use instead of the recipes'.
+        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
+
+    Raises:
+        RunFolderError: a folder is not a run, or holds no trained SAE yet.
+    """
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    folders = {path: RunFolder.open(path) for path in paths}
+    configs = {path: folder.config() for path, folder in folders.items()}
+    for path, folder in folders.items():
+        if not folder.sae.exists():
+            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
+    results: dict[Path, Evaluation] = {}
+    for group in _sharing_groups(configs, tokens):
+        results |= _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens)
+    for path, evaluation in results.items():
+        write_evaluation(folders[path], configs[path], evaluation)
+    return {path: results[path] for path in paths}
+
+
+def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
+    """`evaluation.json`, and the per-sequence sums that paired comparisons are made of."""
+    sums = {name: torch.from_numpy(values).contiguous() for name, values in evaluation.sums.items()}
+    write_atomic(folder.path / SUMS_FILE, save(sums))
+    write_json(folder.evaluation_file, {**_identity(config), **evaluation.to_json()})
+
+
+def read_sums(path: Path) -> Sums:
+    """The per-sequence sums of an evaluated run."""
+    return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+
+
+def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Evaluation]) -> str:
+    """One line per run: estimates, and both ends of each 95 % interval."""
+    rows: list[dict[str, Any]] = []
+    for path, evaluation in evaluations.items():
+        row: dict[str, Any] = {"run": str(path), **_identity(configs[path])}
+        row |= {"d_sae": evaluation.d_sae, "alive": evaluation.alive, "tokens": evaluation.tokens}
+        for name, interval in evaluation.metrics.items():
+            row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+        rows.append(row | {f"{name}_ce": value for name, value in vars(evaluation.baselines).items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    return {
+        "kind": config.objective.kind,
+        "site": config.site,
+        "coefficient": config.objective.sparsity.coefficient,
+        "seed": config.seed,
+    }
+
+
+def _sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[list[Path]]:
+    """Paths whose recipes agree in model, data and evaluation, so that one pass can measure them all."""
+    groups: dict[str, list[Path]] = {}
+    for path, config in configs.items():
+        evaluation = config.evaluation if tokens is None else config.evaluation.model_copy(update={"tokens": tokens})
+        key = "".join(part.model_dump_json() for part in (config.model, config.data, evaluation))
+        groups.setdefault(f"{key}{config.training.tokens}", []).append(path)
+    return list(groups.values())
+
+
+def _evaluate_group(
+    configs: dict[Path, RunConfig], model: LanguageModel | None, corpora: Corpora | None, tokens: int | None
+) -> dict[Path, Evaluation]:
+    first = next(iter(configs.values()))
+    settings: EvaluationConfig = first.evaluation
+    if tokens is not None:
+        settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
+    model = model or load_model(**first.model.model_dump())
+    corpora = corpora or load_corpora(
+        first.data,
+        tokenizer=model.tokenizer,
+        model_context=model.context,
+        vocab_size=model.vocab_size,
+        training_tokens=first.training.tokens,
+        evaluation_tokens=settings.tokens,
+    )
+    saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
+    measured = measure(model, saes, corpora.heldout, settings)
+    return {path: measured[str(path)] for path in configs}

@@ -1,0 +1,120 @@
+"""A run folder: everything a run was and became.
+
+    config.yaml         the recipe, every default filled in
+    environment.json    versions, platform, command
+    metrics.jsonl       numbers of the method: one line per logged step
+    timings.jsonl       wall-clock, kept apart so that two identical runs have identical metrics
+    sae/                the SAE as it is used, in SAELens's layout
+    checkpoints/        what training goes on from (raw weights, optimiser, counters)
+    evaluation.json     metrics on held-out text
+"""
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from endwise.errors import ConfigError, RunFolderError
+from endwise.files import write_atomic, write_json
+from endwise.run_config import RunConfig
+
+REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.timings_file = path / "timings.jsonl"
+        self.evaluation_file = path / "evaluation.json"
+        self.sae = path / "sae"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Starts a folder for a new run.
+
+        Raises:
+            RunFolderError: the folder holds another run or other files, or cannot be written.
+        """
+        folder = cls(path)
+        if folder.config_file.exists():
+            raise RunFolderError(
+                f"{path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
+        write_json(path / "environment.json", environment())
+        write_atomic(folder.config_file, config.to_yaml().encode())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """A folder that a run has been started in.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        folder = cls(path)
+        if not folder.config_file.exists():
+            raise RunFolderError(f"{path} is not a run folder (it holds no config.yaml).")
+        return folder
+
+    def config(self) -> RunConfig:
+        try:
+            return RunConfig.read(self.config_file)
+        except ConfigError as error:
+            raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
+
+    def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        try:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"Cannot write {file} ({error.strerror}). Free space on that disk.") from error
+
+    def cut_after(self, step: int) -> None:
+        """Drops the lines of later steps, which a resumed run writes again."""
+        for file in (self.metrics_file, self.timings_file):
+            if file.exists():
+                kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+                write_atomic(file, "".join(f"{line}\n" for line in kept).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def evaluation(self) -> dict[str, Any] | None:
+        return json.loads(self.evaluation_file.read_text()) if self.evaluation_file.exists() else None
+
+    def latest_checkpoint(self) -> Path | None:
+        found = sorted(self.checkpoints.glob("step-*.safetensors"))
+        return found[-1] if found else None
+
+    def drop_checkpoints_before(self, newest: Path) -> None:
+        for file in self.checkpoints.glob("step-*.safetensors"):
+            if file < newest:
+                file.unlink()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, platform, command."""
+    versions: dict[str, str | None] = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }

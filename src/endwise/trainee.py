@@ -1,0 +1,163 @@
+"""One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from endwise.axes import Activation, TokenMask
+from endwise.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
+from endwise.dictionaries import SAE, Latents
+from endwise.errors import TrainingStopped
+from endwise.language_model import Clean, LanguageModel
+from endwise.objectives import Objective
+from endwise.run_config import TrainingConfig
+from endwise.sites import Site
+from endwise.schedule import rate_factor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The SAE's pass over a batch, its graph still open."""
+
+    latents: Latents
+    reconstruction: Activation
+
+
+class Trainee:
+    """An SAE at a site, with what trains it.
+
+    Sums over a batch (loss terms, L0) stay on the device until `report` reads them, so that a step never waits for it.
+    """
+
+    def __init__(self, sae: SAE, site: Site, objective: Objective, config: TrainingConfig, total_steps: int) -> None:
+        self.sae, self.site, self.objective, self.config = sae, site, objective, config
+        self.total_steps = total_steps
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
+        self.step, self.tokens = 0, 0
+        device = sae.b_enc.device
+        self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
+        """Training tokens seen when each feature last fired; -1: never."""
+        self._per_token = [*(term.name for term in objective.terms), "l0"]
+        self._watched = [*(term.name for term in objective.terms), "gradient_norm"]
+        self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
+        """Step at which each watched number was first not finite; -1: never."""
+        self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
+        self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+
+    def begin_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate_factor(self.step, self.total_steps, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        for total in self._sums.values():
+            total.zero_()
+        self._fired.zero_()
+
+    def accumulate(self, model: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
+        """Adds the gradient of some of the step's sequences.
+
+        The spliced pass runs on `leaf`, a detached copy of the reconstruction, one microbatch after another; its
+        gradient there then enters the SAE together with the site terms' gradient, in one backward pass. Memory is
+        bounded by one microbatch of the model's tail.
+        """
+        activation = clean.activations[self.site]
+        latents = self.sae.encode(activation)
+        encoded = Encoded(latents, self.sae.decode(latents))
+        outputs = [self._site_loss(encoded, activation, mask) / tokens_in_step]
+        gradients: list[Tensor | None] = [None]
+        if self.objective.spliced_terms:
+            outputs.append(encoded.reconstruction)
+            gradients.append(self._tail_gradient(model, clean, encoded.reconstruction, mask) / tokens_in_step)
+        torch.autograd.backward(outputs, gradients)
+        self._sums["l0"] += (latents.l0() * mask).sum()
+        self._fired |= latents.fired(mask)
+
+    def _site_loss(self, encoded: Encoded, activation: Activation, mask: TokenMask) -> Float[Tensor, ""]:
+        loss = activation.new_zeros(())
+        for term in self.objective.site_terms:
+            total = term.total(activation, encoded.reconstruction, encoded.latents, mask)
+            self._sums[term.name] += total.detach()
+            loss = loss + term.coefficient * total
+        return loss
+
+    def _tail_gradient(self, model: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask) -> Activation:
+        """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
+        leaf = reconstruction.detach().requires_grad_()
+        size = self.config.microbatch or len(leaf)
+        for start in range(0, len(leaf), size):
+            rows = slice(start, start + size)
+            part, kept = clean.rows(rows), mask[rows]
+            patched = torch.where(kept[..., None], leaf[rows], part.activations[self.site])
+            spliced = model.replay(
+                part, {self.site: patched}, record=self.objective.sites, final=self.objective.final
+            )
+            loss = leaf.new_zeros(())
+            for term in self.objective.spliced_terms:
+                total = term.total(model.readout, part, spliced, kept)
+                self._sums[term.name] += total.detach()
+                loss = loss + term.coefficient * total
+            loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
+        """Clips, checks and updates. A step with a number that is not finite changes no weight, nor does any later one."""
+        limit = self.config.gradient_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+        self._sums["gradient_norm"] += norm
+        bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
+        self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
+        # Fused optimisers skip a step on the device when `found_inf` is 1, without the host having to look.
+        self.optimizer.found_inf = (self._first_bad >= 0).any().float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        for name in self._per_token:
+            self._sums[name] /= tokens_in_step
+        self.step += 1
+        self.tokens += tokens
+        self.last_fired[self._fired] = self.tokens
+
+    def alive(self) -> Tensor:
+        """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
+        return ((self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)).sum()
+
+    def report(self) -> dict[str, float | int]:
+        """The latest step's numbers, per token; waits for the device.
+
+        Raises:
+            TrainingStopped: a number was not finite at some step since the last report.
+        """
+        first_bad = self._first_bad.tolist()
+        failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
+        if failed:
+            step, name = min(failed)
+            self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
+            raise TrainingStopped(
+                f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they were before it. "
+                "Lower training.learning_rate or training.gradient_clip, or check the data at that step."
+            )
+        values = {name: float(total) for name, total in self._sums.items()}
+        loss = sum(term.coefficient * values[term.name] for term in self.objective.terms)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "loss": loss,
+            **values,
+            "alive": int(self.alive()),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that training goes on from, raw."""
+        weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        return {**weights, **optimizer_tensors(self.optimizer, self.sae), "last_fired": self.last_fired}
+
+    def counters(self) -> dict[str, int]:
+        return {"step": self.step, "tokens": self.tokens}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        weights = {key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")}
+        self.sae.load_state_dict(weights)
+        restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
+        self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
+        self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
