@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
-    from endwise.language_model import LanguageModel, load_model
+    from endwise.language_model import LanguageModel
+    from endwise.model_loading import load_model
     from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
     from endwise.quickstart import quickstart
     from endwise.run_config import RunConfig
@@ -39,7 +40,7 @@ _HOMES = {
     "Evaluation": "evaluation",
     "measure": "evaluation",
     "LanguageModel": "language_model",
-    "load_model": "language_model",
+    "load_model": "model_loading",
     "KL": "objectives",
     "DownstreamMSE": "objectives",
     "LocalMSE": "objectives",

@@ -125,7 +125,7 @@ def sites(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")] = False,
 ) -> None:
     """List the sites of a model, where an SAE can be spliced in, with their widths."""
-    from endwise.language_model import load_model
+    from endwise.model_loading import load_model
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():

@@ -132,7 +132,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         sites = {site for term in self.spliced_terms for site in term.sites}
-        object.__setattr__(self, "sites", tuple(sorted(sites, key=lambda site: (site.layer, site.part))))
+        object.__setattr__(self, "sites", tuple(sorted(sites)))
         object.__setattr__(self, "final", any(term.final for term in self.spliced_terms))
 
     @property
@@ -165,8 +165,7 @@ def downstream_sites(config: ObjectiveConfig, model: LanguageModel, site: Site) 
         sites = later_residuals(model, site)
     else:
         sites = tuple(model.site(name) for name in config.downstream_sites)
-    order = list(Part)
-    early = [s.name for s in sites if (s.layer, order.index(s.part)) <= (site.layer, order.index(site.part))]
+    early = [later.name for later in sites if not site < later]
     if early or not sites:
         found = f"not later: {', '.join(early)}" if early else f"{site.name} has none"
         raise ConfigError(

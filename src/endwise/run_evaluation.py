@@ -13,7 +13,8 @@ from endwise.dictionaries import SAE
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
-from endwise.language_model import LanguageModel, load_model
+from endwise.language_model import LanguageModel
+from endwise.model_loading import load_model
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora, load_corpora

@@ -14,7 +14,8 @@ from endwise.checkpoints import read_checkpoint, write_checkpoint
 from endwise.dictionaries import SAE, ReluSAE
 from endwise.errors import ConfigError, Interrupted, RunFolderError, TrainingStopped
 from endwise.evaluation import measure
-from endwise.language_model import LanguageModel, load_model
+from endwise.language_model import LanguageModel
+from endwise.model_loading import load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
 from endwise.run_config import RunConfig
@@ -33,7 +34,7 @@ class Run:
     sae: SAE
     folder: Path
     seconds: float
-    """Wall-clock of this process's share of the run; runs trained together share it."""
+    """Wall-clock of training in this process; runs trained together split it equally."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def train_together(
     ]
     started = time.monotonic()
     _run(model, members, corpora, steps, display)
-    seconds = time.monotonic() - started
+    seconds = (time.monotonic() - started) / len(members)
     return [Run(member.config, member.trainee.sae, member.folder.path, seconds) for member in members]
 
 

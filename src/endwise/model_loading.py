@@ -1,0 +1,111 @@
+"""Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from endwise import embedded
+from endwise.errors import ConfigError, ModelError
+from endwise.language_model import LanguageModel
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+def load_model(
+    name: str = "embedded",
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Loads a causal language model and its tokenizer, frozen and ready to be spliced.
+
+    Args:
+        name: `embedded`, a local folder, or a hub id.
+        gguf_file: the file to read inside `name`, for models stored as GGUF (needs the extra `gguf`).
+        revision: hub commit, branch or tag.
+        dtype: `float32` also for checkpoints stored in another one; `bfloat16`, `float16`.
+        device: `auto` takes CUDA if there is one.
+        attention: implementation; unset: `sdpa`, or `eager` where the model has no other.
+        trust_remote_code: run Python code that ships with the model.
+
+    Raises:
+        ModelError: there is no such model, its weights are pickles, or it is not one that endwise can splice.
+        ConfigError: the device does not exist.
+    """
+    place = _device(device)
+    source = str(embedded.folder()) if name == "embedded" else name
+    if Path(source).is_dir():
+        _refuse_pickles(Path(source), gguf_file)
+    shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        shared["gguf_file"] = gguf_file
+    try:
+        config = AutoConfig.from_pretrained(source, **shared)
+        weights: dict[str, Any] = {"dtype": getattr(torch, dtype), **shared}
+        if gguf_file is None:
+            weights |= {"config": config, "use_safetensors": True}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
+        except ValueError as error:
+            if attention is not None or "scaled_dot_product_attention" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(_explained(name, error)) from error
+    # GGUF weights arrive in the file's own type whatever was asked for.
+    return LanguageModel(model.to(place, getattr(torch, dtype)), _tokenizer(source, shared), name)
+
+
+def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; none is fine as long as only token ids are read."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **shared)
+    except (OSError, ValueError, ImportError, KeyError, TypeError):
+        return None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
+    return device
+
+
+def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            found = ", ".join(path.name for path in sorted(folder.glob("*.gguf"))) or "none"
+            raise ModelError(f"{folder} holds no file {gguf_file}; its GGUF files: {found}.")
+    elif not list(folder.glob("*.safetensors")):
+        pickles = [name for name in PICKLES if (folder / name).exists()]
+        if pickles:
+            raise ModelError(
+                f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when read. "
+                "Convert it to safetensors first: model.save_pretrained(folder, safe_serialization=True)."
+            )
+        raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
+
+
+def _explained(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, ImportError):
+        return f"{name} needs a package that is not installed: {reason}"
+    if "trust_remote_code" in reason:
+        return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
+    if isinstance(error, OSError) and not Path(name).exists():
+        return (
+            f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
+            f"Check the spelling and the connection. ({reason})"
+        )
+    return f"{name} cannot be loaded as a causal language model: {reason}"

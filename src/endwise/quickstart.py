@@ -1,0 +1,119 @@
+"""The paper's comparison on the embedded model, in minutes: three kinds of SAE, a few coefficients each, one report."""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from endwise.comparison import RunSummary, Summary, print_summary, summarise
+from endwise.errors import RunFolderError
+from endwise.evaluation import Evaluation, measure
+from endwise.files import write_json
+from endwise.model_loading import load_model
+from endwise.report import write_report
+from endwise.run_config import RunConfig
+from endwise.run_evaluation import write_evaluation
+from endwise.run_folder import RunFolder, environment
+from endwise.tokens import load_corpora
+from endwise.training import Run, train_together
+
+SITE = "blocks.3.hook_resid_pre"
+RATIO = 12
+TRAINING_TOKENS = 600_000
+HELDOUT_TOKENS = 100_000
+BATCH = 8
+
+COEFFICIENTS: dict[str, tuple[float, ...]] = {"local": (1.0, 2.0, 4.0), "e2e": (0.5, 1.0, 2.0), "e2e_ds": (5.0, 10.0, 20.0)}
+LEARNING_RATES = {"local": 1e-3, "e2e": 1e-3, "e2e_ds": 1e-3}
+"""Each the best of one grid, tuned alike for the three kinds (docs/results/learning_rates.md)."""
+DOWNSTREAM_MSE = 1.0
+
+
+def recipes(out: Path, seed: int) -> Iterator[RunConfig]:
+    for kind, coefficients in COEFFICIENTS.items():
+        for coefficient in coefficients:
+            objective = {"kind": kind, "sparsity": {"coefficient": coefficient}}
+            if kind == "e2e_ds":
+                objective["downstream_mse"] = DOWNSTREAM_MSE
+            yield RunConfig.build(
+                {
+                    "site": SITE,
+                    "dictionary": {"ratio": RATIO},
+                    "objective": objective,
+                    "training": {
+                        "tokens": TRAINING_TOKENS,
+                        "batch": BATCH,
+                        "learning_rate": LEARNING_RATES[kind],
+                        "alive_window": HELDOUT_TOKENS,
+                    },
+                    "evaluation": {"tokens": HELDOUT_TOKENS},
+                    "seed": seed,
+                    "out": out / f"{kind}-{coefficient:g}",
+                }
+            )
+
+
+def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, display: bool = True) -> Summary:
+    """Trains, evaluates and compares; writes the runs, `summary.json` and `report.html` into `out`.
+
+    Raises:
+        RunFolderError: `out` holds something already.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is not an empty folder. Remove it, or choose another with --out.")
+    console = Console(quiet=not display)
+    started = time.monotonic()
+    configs = list(recipes(out, seed))
+    model = load_model("embedded")
+    corpora = load_corpora(
+        configs[0].data,
+        tokenizer=model.tokenizer,
+        model_context=model.context,
+        vocab_size=model.vocab_size,
+        training_tokens=TRAINING_TOKENS,
+        evaluation_tokens=HELDOUT_TOKENS,
+    )
+    console.print(
+        f"Training {len(configs)} SAEs at {SITE} of the embedded model on {TRAINING_TOKENS:,} tokens each, together."
+    )
+    runs = [
+        run
+        for kind in COEFFICIENTS
+        for run in train_together(
+            [config for config in configs if config.objective.kind == kind], model=model, corpora=corpora, display=display
+        )
+    ]
+    console.print(f"Measuring them on {HELDOUT_TOKENS:,} held-out tokens.")
+    saes = {str(run.folder): (model.site(run.config.site), run.sae) for run in runs}
+    evaluations = measure(model, saes, corpora.heldout, configs[0].evaluation)
+    for run in runs:
+        write_evaluation(RunFolder.open(run.folder), run.config, evaluations[str(run.folder)])
+    summary = compare(runs, evaluations, seconds=time.monotonic() - started)
+    write_json(out / "summary.json", summary.to_json())
+    write_report(summary, out / "report.html")
+    if display:
+        print_summary(summary, console)
+    console.print(f"{time.monotonic() - started:.0f} seconds. The report: {out / 'report.html'}")
+    return summary
+
+
+def compare(runs: Sequence[Run], evaluations: Mapping[str, Evaluation], seconds: float) -> Summary:
+    """The runs' comparison, with what made it."""
+    first = evaluations[str(runs[0].folder)]
+    made_by = environment()
+    return summarise(
+        [RunSummary.of(run.config, evaluations[str(run.folder)], run.seconds, run.folder) for run in runs],
+        clean_ce=first.baselines.clean,
+        mean_ablated_ce=first.baselines.mean_ablated,
+        zero_ablated_ce=first.baselines.zero_ablated,
+        resamples=runs[0].config.evaluation.bootstrap,
+        seed=runs[0].config.evaluation.seed,
+        model=runs[0].config.model.name,
+        command=shlex.join(["endwise", *sys.argv[1:]]),
+        seconds=seconds,
+        environment=made_by,
+    )

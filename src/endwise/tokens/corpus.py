@@ -1,0 +1,235 @@
+"""Packed sequences, the order in which they are drawn, and the check that two sets of them share no document."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Self, SupportsIndex
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from endwise.axes import TokenMask, Tokens
+from endwise.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Some sequences of a corpus."""
+
+    tokens: Tokens
+    mask: TokenMask
+    """True where a position counts: not padding, not a prepended BOS, not position 0 if that was asked."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.tokens.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become sequences."""
+
+    context: int
+    packing: Literal["stream", "document"] = "stream"
+    bos: int | None = None
+    """Id put before every sequence; None: none."""
+    separator: int | None = None
+    """Id that ends documents."""
+    mask_first_position: bool = False
+
+    @property
+    def payload(self) -> int:
+        """Tokens of text in a full sequence."""
+        return self.context - (self.bos is not None)
+
+    @property
+    def pad(self) -> int:
+        return self.separator or 0
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in one array of ids."""
+
+    tokens: NDArray[np.unsignedinteger]
+    """All ids, each document's trailing separator included; possibly memory-mapped."""
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    """Of each document's ids, separator aside."""
+    comparable: NDArray[np.bool_]
+    """Where a hash stands for a document; False for fragments too short to say anything."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def where(self, kept: NDArray[np.bool_]) -> "Documents":
+        return Documents(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
+
+
+class Corpus:
+    """Sequences of `layout.context` ids, cut out of their documents when asked for.
+
+    `stream` packing joins the documents and cuts the result; an incomplete last sequence is left out. `document`
+    packing gives every document sequences of its own (a long one several), padded on the right; a separator that does
+    not fit is left out. `limit` keeps the first sequences only.
+    """
+
+    def __init__(self, documents: Documents, layout: Layout, name: str = "corpus", limit: int | None = None) -> None:
+        self.layout, self.name, self.documents = layout, name, documents
+        cut = _spans if layout.packing == "stream" else _pieces
+        self._starts, self._ends = cut(documents, layout)
+        self._offsets = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+        available = int(self._offsets[-1]) // layout.payload if layout.packing == "stream" else len(self._starts)
+        self._sequences = available if limit is None else min(available, limit)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self._sequences
+
+    @property
+    def context(self) -> int:
+        """Positions per sequence."""
+        return self.layout.context
+
+    @property
+    def tokens(self) -> int:
+        """Positions in all, masked ones included: what `training.tokens` and `evaluation.tokens` count."""
+        return len(self) * self.context
+
+    def batch(self, indices: Iterable[SupportsIndex]) -> TokenBatch:
+        """The sequences at `indices`, on the CPU.
+
+        Raises:
+            IndexError: an index is not in `range(len(self))`.
+        """
+        rows = [self._text(int(index)) for index in indices]
+        bos = int(self.layout.bos is not None)
+        tokens = np.full((len(rows), self.context), self.layout.pad, dtype=np.int64)
+        mask = np.zeros((len(rows), self.context), dtype=bool)
+        for row, text in enumerate(rows):
+            tokens[row, bos : bos + len(text)] = text
+            mask[row, bos : bos + len(text)] = True
+        if self.layout.bos is not None:
+            tokens[:, 0] = self.layout.bos
+        if self.layout.mask_first_position:
+            mask[:, 0] = False
+        return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask))
+
+    def _text(self, index: int) -> NDArray[np.unsignedinteger]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sequence {index} of a corpus of {len(self)}.")
+        if self.layout.packing == "document":
+            return self.documents.tokens[self._starts[index] : self._ends[index]]
+        start = index * self.layout.payload
+        parts, left = [], self.layout.payload
+        span = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        while left:
+            begin = int(self._starts[span]) + start - int(self._offsets[span])
+            parts.append(self.documents.tokens[begin : min(int(self._ends[span]), begin + left)])
+            left -= len(parts[-1])
+            start, span = int(self._offsets[span + 1]), span + 1
+        return np.concatenate(parts)
+
+    def fingerprint(self) -> str:
+        """Equal for equal documents in equal order, packed alike; 16 hexadecimal digits."""
+        digest = hashlib.sha256(repr((self.layout, len(self))).encode())
+        digest.update(np.ascontiguousarray(self.documents.hashes).tobytes())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.name,
+            "documents": len(self.documents),
+            "sequences": len(self),
+            "tokens": self.tokens,
+            "context": self.context,
+            "fingerprint": self.fingerprint(),
+        }
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The two sides, which share no document."""
+
+    train: Corpus
+    heldout: Corpus
+    dropped: int = 0
+    """Documents of the training source that are identical to held-out ones, and so are not trained on."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"train": self.train.describe(), "heldout": self.heldout.describe(), "dropped_duplicates": self.dropped}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{side}: {corpus.name}, {len(corpus.documents):,} documents, {corpus.tokens:,} tokens in {len(corpus):,} "
+            f"sequences of {corpus.context}, fingerprint {corpus.fingerprint()}"
+            for side, corpus in (("training", self.train), ("held out", self.heldout))
+        ]
+        if self.dropped:
+            lines.append(f"{self.dropped:,} training documents are identical to held-out ones and were left out.")
+        return "\n".join(lines)
+
+
+class BatchOrder:
+    """Which sequences each batch holds, by the batch's number alone: the cursor of a run is one integer.
+
+    Every epoch is a permutation of its own, drawn from `[seed, epoch]`. Batches are cut from the epochs laid end to
+    end, so a batch may hold the last sequences of one epoch and the first of the next; only what is left after the
+    last epoch is not drawn.
+    """
+
+    def __init__(self, corpus: Corpus, batch: int, seed: int, epochs: int = 1) -> None:
+        self._sequences, self._batch, self._seed, self._epochs = len(corpus), batch, seed, epochs
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def __len__(self) -> int:
+        """Number of full batches."""
+        return self._sequences * self._epochs // self._batch
+
+    def __getitem__(self, number: int) -> list[int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"Batch {number} of {len(self)}.")
+        positions = range(number * self._batch, (number + 1) * self._batch)
+        return [int(self._permutation(p // self._sequences)[p % self._sequences]) for p in positions]
+
+    def _draw(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(self._sequences)
+
+
+def check_disjoint(train: Corpus, heldout: Corpus) -> None:
+    """Verifies that no held-out document is trained on. Documents are compared by a 64-bit hash of their ids.
+
+    Raises:
+        DataError: some are on both sides.
+    """
+    shared = int(shared_with(train.documents, heldout.documents).sum())
+    if shared:
+        raise DataError(
+            f"Training and held-out text must not overlap, but {shared:,} documents of {train.name} are also in "
+            f"{heldout.name}. Set data.heldout or data.heldout_split to other text."
+        )
+
+
+def shared_with(documents: Documents, others: Documents) -> NDArray[np.bool_]:
+    """Which of `documents` are identical to one of `others`."""
+    return documents.comparable & np.isin(documents.hashes, others.hashes[others.comparable])
+
+
+def _spans(documents: Documents, _layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Neighbouring documents joined: usually one span holds them all."""
+    starts, ends = documents.starts, documents.ends
+    breaks = starts[1:] != ends[:-1]
+    return starts[np.concatenate([[True], breaks])], ends[np.concatenate([breaks, [True]])]
+
+
+def _pieces(documents: Documents, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each document cut into pieces of at most the payload; none for a separator alone."""
+    starts, ends = documents.starts, documents.ends
+    separated = documents.tokens[ends - 1] == (-1 if layout.separator is None else layout.separator)
+    counts = -(-(ends - starts - separated) // layout.payload)
+    first = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    within = np.arange(counts.sum()) - np.repeat(first, counts)
+    piece_starts = np.repeat(starts, counts) + within * layout.payload
+    return piece_starts, np.minimum(piece_starts + layout.payload, np.repeat(ends, counts))

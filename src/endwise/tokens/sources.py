@@ -1,0 +1,267 @@
+"""Where documents come from: files, folders of files, Hugging Face datasets. Nothing is tokenised here."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endwise.errors import DataError
+
+COLUMNS = ("text", "input_ids", "tokens")
+"""Looked for in this order where `data.column` is unset."""
+ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text, or token ids."""
+
+    content: str | NDArray[Any]
+    form: Literal["document", "row", "stream"] = "document"
+    """`row` and `stream` are joined documents already (a 2-D or 1-D array): no separator is added to them."""
+    size: int = 1
+    """This document's part of `Source.size`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in a fixed order, with what identifies them."""
+
+    name: str
+    identity: list[Any]
+    """Changes when the documents do: paths, sizes and times of files; id, configuration and split on the hub."""
+    read: Callable[[], Iterator[Document]]
+    size: int | None = None
+    """For the progress display only."""
+
+
+def open_source(name: str, column: str | None, config: str | None, split: str | None, streaming: bool) -> Source:
+    """Finds the documents named in a recipe, without reading them.
+
+    Args:
+        name: a file, a folder (of files, or saved by `datasets`), or a Hugging Face dataset id.
+        split: of a Hugging Face dataset; None: its only one.
+
+    Raises:
+        DataError: there is no such file, or no reader for it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
+        return _saved_dataset(path, column, split)
+    if path.exists():
+        return _files(path, column)
+    looks_local = path.suffix in READERS or path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if looks_local or name.startswith("."):
+        raise DataError(f"There is no file or folder {name}. Correct data.source or data.heldout.")
+    return Source(
+        f"{name} ({split})",
+        ["hub", name, config, split, column],
+        lambda: _hub_documents(name, column, config, split, streaming),
+    )
+
+
+def _files(path: Path, column: str | None) -> Source:
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"The folder {path} holds no file that can be read; supported: {', '.join(READERS)}.")
+    for file in files:
+        if file.suffix not in READERS:
+            raise DataError(f"{file} cannot be read: the extension {file.suffix!r} is none of {', '.join(READERS)}.")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty. Remove it or write documents into it.")
+    stats = [file.stat() for file in files]
+    identity = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+    # Parquet is compressed and counted in rows, so its files' sizes say nothing about how much is read.
+    size = None if any(file.suffix == ".parquet" for file in files) else sum(stat.st_size for stat in stats)
+
+    def read() -> Iterator[Document]:
+        for file in files:
+            yield from _read_file(file, column)
+
+    return Source(str(path), ["files", identity, column], read, size)
+
+
+def _read_file(file: Path, column: str | None) -> Iterator[Document]:
+    found = False
+    try:
+        for document in READERS[file.suffix](file, column):
+            found = True
+            yield document
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise DataError(f"Cannot read {file}: {error.strerror or error}.") from None
+    if not found:
+        raise DataError(f"{file} is empty: it holds no document. Remove it or write documents into it.")
+
+
+def _read_txt(file: Path, _column: str | None) -> Iterator[Document]:
+    """Documents are separated by blank lines."""
+    lines: list[str] = []
+    with file.open(encoding="utf-8-sig") as stream:
+        for line in stream:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield _text("".join(lines))
+                lines = []
+    if lines:
+        yield _text("".join(lines))
+
+
+def _text(text: str) -> Document:
+    return Document(text.rstrip("\n"), size=len(text.encode()))
+
+
+def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where} is not JSON ({error.msg}). A .jsonl file has one object per line.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where} must be an object such as {{'text': ...}}, not {type(record).__name__}.")
+            value = record[choose_column(record, column, where)]
+            yield Document(_checked(value, where), size=len(line.encode()))
+
+
+def _checked(value: Any, where: str) -> str | NDArray[Any]:
+    if isinstance(value, str):
+        return value
+    ids = np.asarray(value) if isinstance(value, list) else None
+    if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise DataError(f"{where}: a document must be text or a list of token ids, not {value!r:.60}. Set data.column.")
+    return ids.astype(np.int64)
+
+
+def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        chosen = choose_column(table.schema_arrow.names, column, str(file))
+        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[chosen]):
+            yield from _arrow_documents(batch.column(0), f"{file}, column {chosen}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} is not a Parquet file that can be read: {error}.") from None
+
+
+def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
+    """Rows of one Arrow column, strings or lists of integers; nulls are left out."""
+    from pyarrow import types
+
+    if types.is_string(values.type) or types.is_large_string(values.type):
+        yield from (Document(text) for text in values.to_pylist() if text is not None)
+    elif hasattr(values.type, "value_type") and types.is_integer(values.type.value_type):
+        # Slices of the column's one flat array: Python lists of ids would be many times slower.
+        for row in values:
+            if row.is_valid and row.values.null_count:
+                raise DataError(f"{where} holds a list of token ids with a null in it. Remove it.")
+            if row.is_valid:
+                yield Document(row.values.to_numpy(zero_copy_only=False))
+    else:
+        raise DataError(
+            f"{where} holds {values.type}; a document must be text or a list of token ids. Set data.column."
+        )
+
+
+def _read_npy(file: Path, _column: str | None) -> Iterator[Document]:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{file} is not a NumPy array of integers that can be read: {error}.") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        found = f"{array.dtype} with {array.ndim} axes" if isinstance(array, np.ndarray) else "an archive"
+        raise DataError(f"{file} must hold integer token ids with 1 or 2 axes; it holds {found}.")
+    if array.ndim == 1 and array.size:
+        yield Document(array, "stream", array.nbytes)
+    elif array.size:
+        yield from (Document(row, "row", row.nbytes) for row in array)
+
+
+READERS: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".npy": _read_npy,
+}
+
+
+def choose_column(names: Iterable[str], column: str | None, where: str) -> str:
+    """`column`, or the first of `COLUMNS` that is there.
+
+    Raises:
+        DataError: it is not there; the columns that are get listed.
+    """
+    names = list(names)
+    wanted = COLUMNS if column is None else (column,)
+    for name in wanted:
+        if name in names:
+            return name
+    raise DataError(
+        f"{where} has no column {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. Set data.column."
+    )
+
+
+def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
+    """A folder written by `save_to_disk`: a dataset, or several by split."""
+    folder = path
+    if (path / "dataset_dict.json").exists():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        if split not in splits:
+            raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}. Set data.split.")
+        folder = path / split
+    identity = [
+        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".arrow", ".json")
+    ]
+
+    def read() -> Iterator[Document]:
+        from datasets import load_from_disk
+
+        try:
+            dataset = load_from_disk(str(folder))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} is not a dataset that can be loaded: {_one_line(error)}.") from None
+        yield from _dataset_documents(dataset, column, str(folder))
+
+    return Source(str(folder), ["saved", identity, column], read)
+
+
+def _hub_documents(
+    name: str, column: str | None, config: str | None, split: str | None, streaming: bool
+) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:  # no connection, no such dataset; no such configuration or split
+        raise DataError(
+            f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, split {split!r}): "
+            f"{_one_line(error)} Check the name and the connection; a local file needs its path."
+        ) from None
+    yield from _dataset_documents(dataset, column, f"{name} ({split})")
+
+
+def _dataset_documents(dataset: Any, column: str | None, where: str) -> Iterator[Document]:
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    chosen = choose_column(names, column, where)
+    for table in dataset.select_columns([chosen]).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        yield from _arrow_documents(table.column(chosen), f"{where}, column {chosen}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

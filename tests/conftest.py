@@ -1,0 +1,73 @@
+"""What every test runs under: no network, folders of its own, few threads, and the same examples each time.
+
+The environment is set before anything imports the libraries that read it.
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_scratch = tempfile.TemporaryDirectory(prefix="endwise-tests-", ignore_cleanup_errors=True)
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": str(Path(_scratch.name) / "huggingface"),
+    "ENDWISE_CACHE": str(Path(_scratch.name) / "endwise"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads)),
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.
+settings.register_profile("endwise", deadline=None, derandomize=True)
+settings.load_profile("endwise")
+
+
+class NetworkBlocked(RuntimeError):
+    """Not an OSError, so that no library takes it for an ordinary failure and goes on without saying so."""
+
+
+def _refuse_remote(address: Any) -> None:
+    host = address[0] if isinstance(address, tuple) else None
+    if host is not None and host not in ("localhost", "127.0.0.1", "::1"):
+        raise NetworkBlocked(f"A test tried to reach {host}. Tests run offline: use a file, or a server on localhost.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            original = getattr(socket.socket, name)
+
+            def guarded(self: socket.socket, address: Any, _original: Any = original) -> Any:
+                _refuse_remote(address)
+                return _original(self, address)
+
+            patch.setattr(socket.socket, name, guarded)
+        resolve = socket.getaddrinfo
+
+        def guarded_resolve(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host is not None:
+                _refuse_remote((host,))
+            return resolve(host, *args, **kwargs)
+
+        patch.setattr(socket, "getaddrinfo", guarded_resolve)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness():
+    """A test that draws without a generator of its own still draws the same numbers, alone or among others."""
+    torch.manual_seed(0)

@@ -1,0 +1,119 @@
+"""The bootstrap against an explicit loop; interpolation against numpy's in log space; and what both refuse."""
+
+import numpy as np
+import pytest
+
+from endwise.errors import DataError
+from endwise.statistics import (
+    InterpolationError,
+    bootstrap_mean,
+    bootstrap_ratio,
+    interpolate_at,
+    resampled_ratio,
+    resampling_weights,
+)
+
+
+def sums(sequences=40, seed=0):
+    random = np.random.default_rng(seed)
+    return random.gamma(2.0, 5.0, sequences), random.integers(5, 20, sequences).astype(float)
+
+
+def test_bootstrap_ratio_equals_an_explicit_loop_over_drawn_sequences():
+    top, bottom = sums()
+    draws = []
+    for counts in resampling_weights(len(top), 300, 7):
+        drawn = [s for s, count in enumerate(counts) for _ in range(int(count))]
+        draws.append(sum(top[s] for s in drawn) / sum(bottom[s] for s in drawn))
+    interval = bootstrap_ratio(top, bottom, 300, 7)
+    assert interval.low == pytest.approx(np.quantile(draws, 0.025), rel=1e-12)
+    assert interval.high == pytest.approx(np.quantile(draws, 0.975), rel=1e-12)
+    assert interval.estimate == pytest.approx(sum(top) / sum(bottom), rel=1e-12)
+
+
+def test_the_mean_is_weighted_by_tokens():
+    values, weights = np.array([1.0, 5.0, 2.0]), np.array([10.0, 1.0, 4.0])
+    assert bootstrap_mean(values, weights, 50, 0).estimate == pytest.approx(np.average(values, weights=weights))
+    assert bootstrap_mean(values, weights, 50, 0) == bootstrap_ratio(values * weights, weights, 50, 0)
+
+
+def test_every_resample_draws_as_many_sequences_as_there_are_and_equal_seeds_draw_alike():
+    weights = resampling_weights(12, 500, 3)
+    assert weights.shape == (500, 12)
+    assert (weights.sum(1) == 12).all()
+    assert weights.mean() == 1
+    assert weights.std() == pytest.approx(np.sqrt(1 - 1 / 12), rel=0.05)
+    resampling_weights.cache_clear()
+    assert (resampling_weights(12, 500, 3) == weights).all()
+    assert (resampling_weights(12, 500, 4) != weights).any()
+    with pytest.raises(ValueError):
+        weights[0, 0] = 9
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        tokens = random.integers(20, 60, 50).astype(float)
+        values = random.normal(3.0, 1.0, 50)
+        interval = bootstrap_mean(values, tokens, 200, 5)
+        covered += interval.low <= 3.0 <= interval.high
+    assert 0.88 <= covered / 300 <= 0.98
+
+
+def test_resamples_are_paired_across_metrics():
+    top, bottom = sums()
+    one, other = (resampled_ratio(scale * top, bottom, 100, 2) for scale in (1.0, 0.5))
+    np.testing.assert_allclose(other / one, 0.5, rtol=1e-12)
+
+
+def test_resamples_of_empty_sequences_only_are_undefined_and_left_out():
+    top, bottom = np.array([0.0, 3.0]), np.array([0.0, 1.0])
+    assert np.isnan(resampled_ratio(top, bottom, 100, 0)).any()
+    interval = bootstrap_ratio(top, bottom, 100, 0)
+    assert (interval.low, interval.estimate, interval.high) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("top", "bottom", "message"),
+    [
+        ([1.0], [1.0, 2.0], "one sum per sequence"),
+        ([], [], "one sum per sequence"),
+        ([1.0, np.nan], [1.0, 1.0], "NaN or infinite"),
+        ([1.0, 1.0], [0.0, 0.0], "sums to zero"),
+    ],
+)
+def test_bootstrap_refuses_what_is_not_a_metric(top, bottom, message):
+    with pytest.raises(DataError, match=message):
+        bootstrap_ratio(top, bottom, 10, 0)
+
+
+def test_interpolation_is_numpys_in_log_space_whatever_the_order_of_the_points():
+    x, y = np.array([0.3, 0.1, 0.7, 0.2]), np.array([40.0, 120.0, 9.0, 70.0])
+    order = np.argsort(x)
+    targets = np.linspace(0.1, 0.7, 23)
+    expected = np.exp(np.interp(targets, x[order], np.log(y[order])))
+    np.testing.assert_allclose(interpolate_at(x, y, targets), expected, rtol=1e-12)
+    np.testing.assert_allclose(interpolate_at(x, y, x), y, rtol=1e-12)
+    assert float(interpolate_at([0.0, 1.0], [100.0, 1.0], 0.5)) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "target", "message"),
+    [
+        ([1, 2, 3], [9, 5, 2], 0.99, "outside the measured range"),
+        ([1, 2, 3], [9, 5, 2], [2.0, 3.01], "outside the measured range"),
+        ([1, 2, 3], [9, 5, 2], np.nan, "outside the measured range"),
+        ([1, 2, 3], [9, 2, 5], 1.5, "not strictly monotone"),
+        ([1, 2, 3], [9, 9, 5], 1.5, "not strictly monotone"),
+        ([1, 2, 2], [9, 5, 2], 1.5, "not strictly monotone"),
+        ([1], [9], 1, "at least two points"),
+        ([1, 2], [9, 0], 1, "positive"),
+        ([1, np.inf], [9, 4], 1, "finite"),
+        ([1, 2, 3], [9, 5], 1, "one length"),
+    ],
+)
+def test_interpolation_refuses_to_guess(x, y, target, message):
+    with pytest.raises(InterpolationError, match=message) as caught:
+        interpolate_at(x, y, target)
+    assert isinstance(caught.value, ValueError)

@@ -1,0 +1,309 @@
+"""The training step against its slow definition, and the promises of the loop around it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from endwise import SAE, LanguageModel, RunConfig, load_corpora, train, train_together
+from endwise.checkpoints import read_checkpoint
+from endwise.errors import ConfigError, FormatError, RunFolderError, TrainingStopped
+from endwise.run_config import DataConfig
+from endwise.run_folder import RunFolder
+from endwise.schedule import rate_factor
+from endwise.training import new_trainee, take_step
+
+VOCAB, CONTEXT, WIDTH, LAYERS = 31, 8, 16, 4
+SITE = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    gpt2 = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in gpt2.parameters():
+            parameter.mul_(5)  # GPT-2's small initial weights would make every prediction alike
+    return LanguageModel(gpt2, None)
+
+
+@pytest.fixture(scope="module")
+def token_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 4096), ("heldout", 512)):
+        np.save(folder / f"{name}.npy", rng.integers(1, VOCAB, count).astype(np.uint16))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpora(model, token_files):
+    data = DataConfig(source=str(token_files / "train.npy"), heldout=str(token_files / "heldout.npy"), context=CONTEXT)
+    return load_corpora(
+        data,
+        tokenizer=None,
+        model_context=CONTEXT,
+        vocab_size=VOCAB,
+        training_tokens=2048,
+        evaluation_tokens=256,
+    )
+
+
+def recipe(out, kind="e2e", seed=0, **training):
+    objective = {"kind": kind, "sparsity": {"coefficient": 0.3}}
+    if kind == "e2e_ds":
+        objective["downstream_mse"] = 2.0
+    return RunConfig.build(
+        {
+            "site": SITE,
+            "dictionary": {"size": 40},
+            "objective": objective,
+            "training": {"tokens": 640, "batch": 4, "log_every": 3, "learning_rate": 1e-2, **training},
+            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 4},
+            "seed": seed,
+            "out": out,
+        }
+    )
+
+
+def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
+    """The paper's loss by plain means: full forward passes, whole logits, float64, autograd from end to end."""
+    gpt2 = GPT2LMHeadModel(model.model.config).double().eval()
+    gpt2.load_state_dict({name: value.double() for name, value in model.model.state_dict().items()})
+    weights = {name: p.detach().double().requires_grad_() for name, p in sae.named_parameters()}
+    seen = {}
+
+    def splice(block, arguments):
+        x = arguments[0]
+        seen["x"] = x
+        seen["c"] = torch.relu(x @ weights["encoder"].T + weights["b_enc"])
+        rows = weights["decoder"] / weights["decoder"].norm(dim=-1, keepdim=True)
+        seen["y"] = seen["c"] @ rows + weights["b_dec"]
+        return (seen["y"], *arguments[1:])
+
+    clean = gpt2(batch.tokens, output_hidden_states=True)
+    handle = gpt2.transformer.h[1].register_forward_pre_hook(splice)
+    spliced = gpt2(batch.tokens, output_hidden_states=True)
+    handle.remove()
+    log_p, log_q = clean.logits.log_softmax(-1), spliced.logits.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    later = [(spliced.hidden_states[k] - clean.hidden_states[k]).square().mean() for k in range(2, LAYERS)]
+    loss = {
+        "local": (seen["y"] - seen["x"]).square().mean(),
+        "e2e": kl,
+        "e2e_ds": 0.5 * kl + beta / len(later) * sum(later),
+    }[kind] + coefficient * seen["c"].sum(-1).mean() / WIDTH
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in weights.items()}
+
+
+@pytest.mark.parametrize("kind", ["local", "e2e", "e2e_ds"])
+@pytest.mark.parametrize("cut", [{}, {"microbatch": 3}, {"accumulation": 2, "microbatch": 1}])
+def test_gradients_equal_the_slow_definition(model, corpora, kind, cut, tmp_path):
+    config = recipe(tmp_path, kind, gradient_clip=None, learning_rate=1e-30, warmup=0, **cut)
+    trainee = new_trainee(config, model, steps=10)
+    batch = corpora.train.batch(range(4))
+    loss, expected = slow_gradients(model, trainee.sae, kind, batch)
+    take_step(model, [trainee], batch, config.training.accumulation)
+    assert trainee.report()["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, parameter in trainee.sae.named_parameters():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_fifty_steps_equal_plain_adam_in_float64(model, corpora, tmp_path):
+    config = recipe(tmp_path, "local", gradient_clip=0.1, learning_rate=1e-3)
+    trainee = new_trainee(config, model, steps=50)
+    slow = new_trainee(config, model, steps=50).sae.double()
+    adam = torch.optim.Adam(slow.parameters())
+    for step in range(50):
+        batch = corpora.train.batch([4 * step % 64 + i for i in range(4)])
+        take_step(model, [trainee], batch)
+        x = model.clean(batch.tokens, record=[trainee.site]).activations[trainee.site].double()
+        c = torch.relu(x @ slow.encoder.T + slow.b_enc)
+        y = c @ (slow.decoder / slow.decoder.norm(dim=-1, keepdim=True)) + slow.b_dec
+        loss = (x - y).square().mean() + 0.3 * c.sum(-1).mean() / WIDTH
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(slow.parameters(), 0.1)
+        adam.param_groups[0]["lr"] = 1e-3 * rate_factor(step, 50, config.training)
+        adam.step()
+    for ours, theirs in zip(trainee.sae.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_warms_up_and_falls_to_the_floor():
+    settings = recipe(Path("unused"), warmup=0.1, floor=0.1).training
+    rates = [rate_factor(step, 1000, settings) for step in range(1000)]
+    assert rates[:3] == pytest.approx([1 / 101, 2 / 101, 3 / 101])
+    assert rates[100] == max(rates) == 1.0
+    assert rates[550] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
+    run = train(recipe(tmp_path / "run", "e2e_ds", checkpoint_every=7), model=model, corpora=corpora, display=False)
+    folder = RunFolder(run.folder)
+    assert folder.config() == run.config
+    lines = folder.metrics()
+    assert [line["step"] for line in lines] == [1, 3, 6, 7, 9, 12, 14, 15, 18, 20]
+    assert {"kl", "downstream_mse", "sparsity", "loss", "l0", "alive", "gradient_norm"} <= set(lines[-1])
+    assert set(lines[-1]["heldout"]) == {"ce_increase", "kl", "l0", "explained_variance.per_token"}
+    assert not any("second" in key for line in lines for key in line)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    timings = [json.loads(line) for line in folder.timings_file.read_text().splitlines()]
+    assert [line["step"] for line in timings] == [line["step"] for line in lines]
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(SAE.load(run.folder)(x), run.sae(x), rtol=1e-5, atol=1e-5)
+    checkpoint = read_checkpoint(folder.latest_checkpoint())
+    assert torch.equal(checkpoint.tensors["sae.decoder"], run.sae.decoder)
+    assert not torch.allclose(checkpoint.tensors["sae.decoder"].norm(dim=-1), torch.ones(40))
+
+
+def test_together_equals_alone(model, corpora, tmp_path):
+    def configs(folder):
+        return [recipe(folder / f"{kind}{seed}", kind, seed) for kind, seed in (("local", 0), ("e2e", 1), ("e2e_ds", 2))]
+
+    together = train_together(configs(tmp_path / "together"), model=model, corpora=corpora, display=False)
+    for run, config in zip(together, configs(tmp_path / "alone"), strict=True):
+        alone = train(config, model=model, corpora=corpora, display=False)
+        for ours, theirs in zip(run.sae.parameters(), alone.sae.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert RunFolder(run.folder).metrics_file.read_text() == RunFolder(alone.folder).metrics_file.read_text()
+
+
+def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path, monkeypatch):
+    whole = train(recipe(tmp_path / "whole", "e2e"), model=model, corpora=corpora, display=False)
+    config = recipe(tmp_path / "cut", "e2e")
+    batches = type(corpora.train).batch
+
+    def interrupt(self, indices):
+        interrupt.calls += 1
+        if interrupt.calls == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(self, indices)
+
+    interrupt.calls = 0
+    monkeypatch.setattr(type(corpora.train), "batch", interrupt)
+    with pytest.raises(TrainingStopped, match=r"step 8.*endwise train --resume"):
+        train(config, model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    resumed = train(config, model=model, corpora=corpora, display=False, resume=True)
+    for ours, theirs in zip(resumed.sae.parameters(), whole.sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert RunFolder(resumed.folder).metrics_file.read_text() == RunFolder(whole.folder).metrics_file.read_text()
+
+
+def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpora, tmp_path, monkeypatch):
+    import endwise.objectives as objectives
+
+    plain = objectives.Sparsity.total
+
+    def poisoned(self, *arguments):
+        poisoned.calls += 1
+        return plain(self, *arguments) * (float("nan") if poisoned.calls == 5 else 1.0)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(objectives.Sparsity, "total", poisoned)
+    with pytest.raises(TrainingStopped, match=r"step 5 the term sparsity.*saved"):
+        train(recipe(tmp_path / "bad"), model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    kept = read_checkpoint(RunFolder(tmp_path / "bad").latest_checkpoint())
+    assert kept.state["step"] == 4
+    trainee = new_trainee(recipe(tmp_path / "unused"), model, steps=20)
+    from endwise.tokens import BatchOrder
+
+    order = BatchOrder(corpora.train, 4, 0, 1)
+    for step in range(4):
+        take_step(model, [trainee], corpora.train.batch(order[step]))
+    for name, weight in trainee.sae.state_dict().items():
+        assert torch.equal(kept.tensors[f"sae.{name}"], weight), name
+
+
+def test_masked_positions_leave_no_trace(model, corpora, tmp_path):
+    """A batch with padding trains exactly as its unpadded tokens would."""
+    from dataclasses import replace
+
+    batch = corpora.train.batch(range(4))
+    short = replace(batch, tokens=batch.tokens[:, :6], mask=batch.mask[:, :6])
+    padded = replace(batch, mask=batch.mask & (torch.arange(CONTEXT) < 6))
+    gradients = []
+    for case in (short, padded):
+        trainee = new_trainee(recipe(tmp_path, "e2e_ds", gradient_clip=None), model, steps=10)
+        take_step(model, [trainee], case)
+        gradients.append({name: p.grad.clone() for name, p in trainee.sae.named_parameters()})
+        numbers = trainee.report()
+        assert numbers["l0"] > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_alive_counts_a_window_of_tokens(model, corpora, tmp_path):
+    trainee = new_trainee(recipe(tmp_path, alive_window=100), model, steps=10)
+    trainee.tokens = 1000
+    trainee.last_fired[:] = -1
+    trainee.last_fired[0], trainee.last_fired[1], trainee.last_fired[2] = 1000, 901, 900
+    assert int(trainee.alive()) == 2
+
+
+def test_folders_in_use_and_too_few_tokens_are_refused(model, corpora, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="not an empty folder"):
+        train(recipe(tmp_path / "taken"), model=model, corpora=corpora, display=False)
+    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    with pytest.raises(RunFolderError, match="another recipe"):
+        train(recipe(tmp_path / "run", seed=5), model=model, corpora=corpora, display=False, resume=True)
+    with pytest.raises(ConfigError, match="one step alone takes 32"):
+        train(recipe(tmp_path / "short", tokens=31), model=model, corpora=corpora, display=False)
+    checkpoint = RunFolder(tmp_path / "run").latest_checkpoint()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5])
+    with pytest.raises(FormatError, match="not a whole checkpoint"):
+        train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False, resume=True)
+
+
+def test_downstream_sites_must_come_later(model, tmp_path):
+    values = recipe(tmp_path, "e2e_ds").model_dump()
+    values["objective"]["downstream_sites"] = ["blocks.0.hook_resid_post"]
+    with pytest.raises(ConfigError, match=r"must come after.*blocks\.0\.hook_resid_post"):
+        new_trainee(RunConfig.build(values), model, steps=1)
+
+
+def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model, token_files, tmp_path):
+    model.model.save_pretrained(tmp_path / "model")
+    values = recipe(tmp_path / "run", "e2e").model_dump(mode="json")
+    values["model"]["name"] = str(tmp_path / "model")
+    values["data"] |= {
+        "source": str(token_files / "train.npy"),
+        "heldout": str(token_files / "heldout.npy"),
+        "context": CONTEXT,
+        "epochs": 10_000,
+    }
+    values["training"] |= {"tokens": 20_000_000}
+    (tmp_path / "recipe.yaml").write_text(RunConfig.build(values).to_yaml())
+    command = [sys.executable, "-m", "endwise", "train"]
+    process = subprocess.Popen([*command, str(tmp_path / "recipe.yaml")], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert f"endwise train --resume {tmp_path / 'run'}" in errors
+    assert RunFolder(tmp_path / "run").latest_checkpoint() is not None

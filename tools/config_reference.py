@@ -1,0 +1,160 @@
+"""Writes docs/configuration.md from the recipe's own definitions: `python tools/config_reference.py`.
+
+Keys, types, rules and defaults come from the pydantic models of `endwise.run_config`; their meaning from the strings
+that stand under the fields there. With `--check` nothing is written, and the exit code is 1 where the page is stale.
+"""
+
+import argparse
+import ast
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from endwise.config import Config
+from endwise.recipes import find_recipe, recipe_names
+from endwise.run_config import RunConfig
+
+TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
+HEADING = """\
+# Configuration
+
+<!-- Written by tools/config_reference.py from src/endwise/run_config.py; edit there, then run `make docs`. -->
+
+A recipe is a YAML file with the keys below; `endwise train` takes its path, or the name of one that ships, and then any
+number of changes:
+
+```sh
+endwise train my-recipe.yaml objective.sparsity.coefficient=3 seed=1
+```
+
+The value of a change is YAML. The smallest recipe names a site, a size, an objective and an amount of training; with
+nothing else it runs on the embedded model and corpus:
+
+```yaml
+site: blocks.3.hook_resid_pre
+dictionary:
+  ratio: 12
+objective:
+  kind: e2e
+  sparsity:
+    coefficient: 1.0
+training:
+  tokens: 600_000
+```
+
+Unknown keys, values that break a rule and keys that are missing are refused before anything is loaded, each with one
+line that names the key, the value and the remedy. A run folder's `config.yaml` is the recipe with every default filled
+in, and can be trained again.
+"""
+
+TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
+BOUNDS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEADING, *_sections(RunConfig, ""), _recipes()]
+    return "\n".join(parts)
+
+
+def _sections(section: type[Config], prefix: str) -> Iterator[str]:
+    """A table for the section's own keys, then the sections inside it."""
+    meanings = _docstrings(section)
+    rows, inner = [], []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            inner.append((field.annotation, f"{key}."))
+        else:
+            cells = (f"`{key}`", _kind(field), _default(field), meanings.get(name, ""))
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    title = f"## `{prefix.rstrip('.')}`" if prefix else "## The recipe itself"
+    table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
+    yield "\n".join([title, "", inspect.cleandoc(section.__doc__ or ""), "", *table, ""])
+    for inner_section, inner_prefix in inner:
+        yield from _sections(inner_section, inner_prefix)
+
+
+def _docstrings(section: type[Config]) -> dict[str, str]:
+    """The string under each field of the class, on one line."""
+    tree = ast.parse(inspect.cleandoc(inspect.getsource(section)))
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    found: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        value = following.value if isinstance(following, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            found[statement.target.id] = " ".join(value.value.split())
+    return found
+
+
+def _kind(field: FieldInfo) -> str:
+    rules = [rule for rule in field.metadata if type(rule) in BOUNDS]
+    return _describe(field.annotation, rules)
+
+
+def _describe(annotation: Any, rules: list[Any]) -> str:
+    """An annotation in words, with the bounds on its number."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [rule for info in arguments[1:] for rule in getattr(info, "metadata", [info]) if type(rule) in BOUNDS]
+        return _describe(arguments[0], [*rules, *inner])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a, rules) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_describe(arguments[0], [])}s"
+    words = TYPES[annotation]
+    return f"{words} {', '.join(_bound(rule) for rule in rules)}" if rules else words
+
+
+def _bound(rule: Any) -> str:
+    sign, attribute = BOUNDS[type(rule)]
+    return f"{sign} {getattr(rule, attribute):g}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "unset"
+    text = yaml.safe_dump(field.default).removesuffix("...\n").strip()
+    return f"`{text}`"
+
+
+def _recipes() -> str:
+    lines = [f"- `{name}`: {_first_comment(find_recipe(name))}" for name in recipe_names()]
+    intro = "Trained by name, for example `endwise train {}`; a copy of the file is a good start for one's own."
+    names = recipe_names()
+    return "\n".join(["## Recipes that ship", "", intro.format(names[0] if names else "NAME"), "", *lines, ""])
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    page = reference()
+    if parser.parse_args().check:
+        if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
+            sys.exit(f"{TARGET} is stale: run `make docs`.")
+    else:
+        TARGET.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
