@@ -106,7 +106,7 @@ def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
         "e2e_ds": 0.5 * kl + beta / len(later) * sum(later),
     }[kind] + coefficient * seen["c"].sum(-1).mean() / WIDTH
     loss.backward()
-    return float(loss), {name: p.grad for name, p in weights.items()}
+    return float(loss.detach()), {name: p.grad for name, p in weights.items()}
 
 
 @pytest.mark.parametrize("kind", ["local", "e2e", "e2e_ds"])

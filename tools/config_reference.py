@@ -86,7 +86,7 @@ def _sections(section: type[Config], prefix: str) -> Iterator[str]:
 
 def _docstrings(section: type[Config]) -> dict[str, str]:
     """The string under each field of the class, on one line."""
-    tree = ast.parse(inspect.cleandoc(inspect.getsource(section)))
+    tree = ast.parse(inspect.getsource(section))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     found: dict[str, str] = {}
     for statement, following in itertools.pairwise(body):

@@ -130,7 +130,7 @@ class Trainee:
         first_bad = self._first_bad.tolist()
         failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
         if failed:
-            step, name = min(failed)
+            step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
             self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
             raise TrainingStopped(
                 f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they were before it. "

@@ -1,6 +1,7 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
 import re
+import shlex
 import signal
 import threading
 import time
@@ -182,7 +183,7 @@ def _run(model: LanguageModel, members: list[_Member], corpora: Corpora, steps: 
                     _record(model, member, corpora, done, steps, shown)
                 shown.advance(done)
                 if stop_asked() and done < steps:
-                    raise Interrupted(_save_all(members, "Stopped as asked"))
+                    raise Interrupted(_save_all(members, "Stopped as asked, saved"))
         except TrainingStopped as error:
             if not isinstance(error, Interrupted):
                 raise TrainingStopped(f"{error} {_save_all(members, 'The last good state is saved')}") from None
@@ -240,8 +241,8 @@ def _save(member: _Member) -> None:
 def _save_all(members: list[_Member], why: str) -> str:
     for member in members:
         _save(member)
-    names = ", ".join(str(member.folder.path) for member in members)
-    return f"{why}: step {members[0].trainee.step}, {names}. Go on with: endwise train --resume RUN_FOLDER"
+    commands = "; ".join(f"endwise train --resume {shlex.quote(str(member.folder.path))}" for member in members)
+    return f"{why} at step {members[0].trainee.step}. Go on with: {commands}"
 
 
 def sae_metadata(config: RunConfig, step: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "endwise",
     "text.parse_math": False,
+    "text.usetex": False,
     "font.size": 10.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -40,7 +41,7 @@ _STYLE = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
 }
-_SIZE = (5.9, 4.3)
+_SIZE = (4.9, 3.7)
 
 _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -161,7 +162,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _svg(draw: Callable[[Axes], None], name: str) -> str:
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -178,7 +179,7 @@ def _svg(draw: Callable[[Axes], None], name: str) -> str:
 def _for_page(svg: str, name: str) -> str:
     """matplotlib's file as an element of a page: no prologue, ids of its own, the page's colours and typeface."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)

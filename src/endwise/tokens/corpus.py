@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class TokenBatch:
     mask: TokenMask
     """True where a position counts: not padding, not a prepended BOS, not position 0 if that was asked."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "TokenBatch":
         return type(self)(self.tokens.to(device), self.mask.to(device))
 
 
@@ -64,8 +64,8 @@ class Documents:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def where(self, kept: NDArray[np.bool_]) -> "Documents":
-        return Documents(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
+    def where(self, kept: NDArray[np.bool_]) -> Self:
+        return type(self)(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
 
 
 class Corpus:

@@ -146,7 +146,7 @@ def _checked(value: Any, where: str) -> str | NDArray[Any]:
 
 
 def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
@@ -154,7 +154,7 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
         chosen = choose_column(table.schema_arrow.names, column, str(file))
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[chosen]):
             yield from _arrow_documents(batch.column(0), f"{file}, column {chosen}")
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         raise DataError(f"{file} is not a Parquet file that can be read: {error}.") from None
 
 
@@ -220,7 +220,7 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
     folder = path
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
+        if split is None or split not in splits:
             raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}. Set data.split.")
         folder = path / split
     identity = [

@@ -83,24 +83,29 @@ class Quota:
         digest = hashlib.sha256(np.sort(self.excluded).tobytes()).hexdigest()
         return [asdict(self.layout), self.share, digest]
 
-    def positions(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What documents of these lengths, separator included, use of sequences' payload."""
+    def counted(
+        self, lengths: NDArray[np.int64], hashes: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How much of sequences' payload each document fills, on the training side and held out."""
         if self.layout.packing == "stream":
-            return lengths
-        return -(-(lengths - 1) // self.layout.payload) * self.layout.payload
+            filled = lengths
+        else:
+            filled = -(-(lengths - 1) // self.layout.payload) * self.layout.payload
+        filled = filled * ~np.isin(hashes, self.excluded)
+        held = held_by_hash(hashes, self.share)
+        return filled * ~held, filled * held
 
     def met(self, train: int, heldout: int) -> bool:
         """Whether positions counted on both sides are enough."""
         payload = self.layout.payload
         return train >= self.train * payload and heldout >= self.heldout * payload
 
-    def trim(self, documents: "Documents") -> "Documents":
+    def trim(self, documents: Documents) -> Documents:
         """The first documents that meet the quota: a store may hold more, read for another run."""
-        held = held_by_hash(documents.hashes, self.share)
-        counted = self.positions(documents.ends - documents.starts) * ~np.isin(documents.hashes, self.excluded)
         needed = 0
-        for side, wanted in ((~held, self.train), (held, self.heldout)):
-            reached = int(np.searchsorted(np.cumsum(counted * side), wanted * self.layout.payload))
+        sides = self.counted(documents.ends - documents.starts, documents.hashes)
+        for filled, wanted in zip(sides, (self.train, self.heldout), strict=True):
+            reached = int(np.searchsorted(np.cumsum(filled), wanted * self.layout.payload))
             needed = max(needed, reached + 1 if wanted else 0)
         return documents.where(np.arange(len(documents)) < needed)
 
@@ -198,7 +203,6 @@ class _Builder:
         self._ends, self._hashes = array("q"), array("Q")
         self._written, self._largest, self._joined = 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
-        self._excluded = set() if quota is None else set(quota.excluded.tolist())
 
     def write(self, folder: Path) -> None:
         exhausted = True
@@ -206,10 +210,11 @@ class _Builder:
             _write_header(file, self._encoding.dtype, 0)
             task = progress.add_task(f"Tokenising {self._source.name}", total=self._source.size, tokens=0)
             for batch in _batches(self._rows_marked()):
+                before = len(self._ends)
                 for document, ids in zip(batch, self._encoded(batch), strict=True):
                     self._add(document, ids, file)
                 progress.update(task, advance=sum(document.size for document in batch), tokens=self._written)
-                if self._quota is not None and self._quota.met(**self._counted):
+                if self._has_enough(len(self._ends) - before):
                     exhausted = False
                     break
             file.seek(0)
@@ -272,7 +277,6 @@ class _Builder:
             self._written += len(piece)
             self._ends.append(self._written)
             self._hashes.append(digest)
-            self._count(digest, len(piece))
 
     def _check_range(self, ids: Ids) -> None:
         smallest, largest = int(ids.min()), int(ids.max())
@@ -280,10 +284,17 @@ class _Builder:
             raise outside_vocabulary(self._source.name, smallest if smallest < 0 else largest, self._encoding)
         self._largest = max(self._largest, largest)
 
-    def _count(self, digest: int, length: int) -> None:
-        if self._quota is not None and digest not in self._excluded:
-            side = "heldout" if digest < self._quota.share * 2**64 else "train"
-            self._counted[side] += int(self._quota.positions(np.int64(length)))
+    def _has_enough(self, new: int) -> bool:
+        """Counts the last `new` documents; whether the quota is met."""
+        if self._quota is None:
+            return False
+        first = len(self._ends) - new
+        ends = np.array(self._ends[first:], dtype=np.int64)
+        lengths = np.diff(ends, prepend=self._ends[first - 1] if first else 0)
+        train, heldout = self._quota.counted(lengths, np.array(self._hashes[first:], dtype=np.uint64))
+        self._counted["train"] += int(train.sum())
+        self._counted["heldout"] += int(heldout.sum())
+        return self._quota.met(**self._counted)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

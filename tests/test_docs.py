@@ -1,0 +1,100 @@
+"""The documentation holds: its Python runs, its recipes are valid, its commands exist, its links lead somewhere."""
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from endwise.cli import app
+from endwise.recipes import find_recipe
+from endwise.run_config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    page: Path
+    line: int
+    """Where the block's content starts, from 1."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def examples(language: str) -> list[Example]:
+    def on(page: Path) -> Iterator[Example]:
+        content = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(content):
+            if match[1] == language:
+                yield Example(page, content.count("\n", 0, match.start(2)) + 1, match[2])
+
+    return [example for page in PAGES for example in on(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that a page's headings can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("example", examples("python"), ids=str)
+def test_python_runs(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    padded = "\n" * (example.line - 1) + example.text  # so that a traceback shows the page's own line
+    exec(compile(padded, str(example.page), "exec"), {"__name__": "__main__"})
+
+
+def test_readme_has_a_python_example():
+    assert any(example.page.name == "README.md" for example in examples("python"))
+
+
+@pytest.mark.parametrize("example", examples("yaml"), ids=str)
+def test_recipes_are_valid(example):
+    RunConfig.build(yaml.safe_load(example.text), source=str(example))
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every `endwise ...` in a shell block or in backticks, with its page."""
+    found = [(str(e), line) for e in examples("sh") for line in e.text.splitlines() if line.startswith("endwise ")]
+    for page in PAGES:
+        inline = re.findall(r"`(endwise [^`\n]+)`", page.read_text(encoding="utf-8"))
+        found += [(str(page.relative_to(ROOT)), line) for line in inline]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_exist(page, line):
+    words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", line), comments=True)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands.get(words[0])  # type: ignore[attr-defined]
+    assert command is not None, f"{page}: there is no command {words[0]}"
+    options = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
+    assert {word for word in words if word.startswith("--")} <= options, f"{page}: {line}"
+    if words[0] == "train" and words[1:] and re.fullmatch(r"[a-z0-9][a-z0-9_-]+", words[1]):
+        find_recipe(words[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not fragment or fragment in anchors(linked), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_configuration_reference_is_up_to_date():
+    tool = runpy.run_path(str(ROOT / "tools" / "config_reference.py"))
+    assert tool["TARGET"].read_text(encoding="utf-8") == tool["reference"](), "run `make docs`"

@@ -1,0 +1,635 @@
+"""Packing against a slow definition; every source; every error; the cache; and that the two sides share nothing."""
+
+import json
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from endwise import embedded
+from endwise.errors import DataError
+from endwise.run_config import DataConfig
+from endwise.tokens import BatchOrder, Corpus, check_disjoint, load_corpora
+from endwise.tokens.corpus import Layout
+from endwise.tokens.store import documents_in
+
+WORDS = 40
+VOCAB = WORDS + 3
+EOS, BOS, UNK = WORDS, WORDS + 1, WORDS + 2
+
+
+class CountingTokenizer(PreTrainedTokenizerFast):
+    texts = 0
+
+    def __call__(self, text, *arguments, **options):
+        self.texts += len(text)
+        return super().__call__(text, *arguments, **options)
+
+
+def make_tokenizer(**special):
+    """Word `w7` has id 7."""
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": EOS, "<bos>": BOS, "<unk>": UNK}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"} | special
+    return CountingTokenizer(tokenizer_object=backend, **{key: value for key, value in tokens.items() if value})
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """`load_corpora` with small numbers and a cache of its own."""
+
+    def call(source, *, tokenizer=tokenizer, model_context=8, vocab_size=VOCAB, train=8, evaluate=8, **data):
+        config = DataConfig.build({"source": str(source), "cache": tmp_path / "cache", **data})
+        return load_corpora(
+            config,
+            tokenizer=tokenizer,
+            model_context=model_context,
+            vocab_size=vocab_size,
+            training_tokens=train,
+            evaluation_tokens=evaluate,
+        )
+
+    return call
+
+
+def some_documents(count, seed=0, longest=12):
+    """Distinct documents of random ids below `WORDS`."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, longest + 1, count)
+    return [rng.integers(0, WORDS, length).tolist() for length in lengths]
+
+
+def as_text(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def write_jsonl(path, documents, column="text"):
+    values = [as_text(ids) if column == "text" else ids for ids in documents]
+    path.write_text("".join(json.dumps({column: value, "other": 1}) + "\n" for value in values))
+    return path
+
+
+def packed(documents, context, packing="stream", bos=None, mask_first=False, separator=EOS):
+    """The definition, slowly: (ids, mask) of every sequence."""
+    head = [] if bos is None else [bos]
+    room = context - len(head)
+    if packing == "stream":
+        joined = [token for document in documents for token in [*document, separator]]
+        chunks = [joined[i : i + room] for i in range(0, len(joined) - room + 1, room)]
+    else:
+        chunks = []
+        for document in documents:
+            whole = [*document, separator]
+            cut = [whole[i : i + room] for i in range(0, len(whole), room)]
+            chunks += [chunk for chunk in cut if chunk != [separator]]
+    rows = []
+    for chunk in chunks:
+        pad = room - len(chunk)
+        mask = [False] * len(head) + [True] * len(chunk) + [False] * pad
+        if mask_first:
+            mask[0] = False
+        rows.append((head + chunk + [separator] * pad, mask))
+    return rows
+
+
+def rows_of(corpus):
+    batch = corpus.batch(range(len(corpus)))
+    assert batch.tokens.dtype == torch.int64 and batch.mask.dtype == torch.bool
+    return list(zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True))
+
+
+def heldout_count(documents, share=0.1):
+    return max(1, round(share * len(documents)))
+
+
+# Packing
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+@pytest.mark.parametrize("prepend_bos", [False, True])
+@pytest.mark.parametrize("mask_first_position", [False, True])
+def test_packing_follows_its_definition(tmp_path, load, packing, prepend_bos, mask_first_position):
+    documents = some_documents(30)
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    corpora = load(source, packing=packing, prepend_bos=prepend_bos, mask_first_position=mask_first_position)
+    held = heldout_count(documents)
+    settings = (8, packing, BOS if prepend_bos else None, mask_first_position)
+    assert rows_of(corpora.train) == packed(documents[:-held], *settings)
+    assert rows_of(corpora.heldout) == packed(documents[-held:], *settings)
+    assert corpora.train.context == 8 and corpora.train.tokens == 8 * len(corpora.train)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=20), min_size=1, max_size=12),
+    kept=st.data(),
+    context=st.integers(2, 9),
+    packing=st.sampled_from(["stream", "document"]),
+    bos=st.sampled_from([None, 11]),
+)
+def test_packing_loses_no_token(documents, kept, context, packing, bos):
+    """Whatever documents are left out between others, the rest is all there, in order, and the mask shows just it."""
+    separator = 10
+    flat = np.array([token for document in documents for token in [*document, separator]], dtype=np.uint16)
+    everything = documents_in(flat, separator)
+    assert len(everything) == len(documents)
+    keep = kept.draw(st.lists(st.booleans(), min_size=len(documents), max_size=len(documents)).filter(any))
+    corpus = Corpus(everything.where(np.array(keep)), Layout(context, packing, bos, separator))
+    remaining = [document for document, wanted in zip(documents, keep, strict=True) if wanted]
+    rows = rows_of(corpus)
+    assert rows == packed(remaining, context, packing, bos, separator=separator)
+    seen = [token for tokens, mask in rows for token, counts in zip(tokens, mask, strict=True) if counts]
+    whole = [token for document in remaining for token in [*document, separator]]
+    if packing == "stream":
+        assert seen == whole[: len(seen)] and len(whole) - len(seen) < corpus.layout.payload
+    else:
+        assert [t for t in seen if t != separator] == [t for t in whole if t != separator]
+
+
+def test_a_batch_takes_sequences_in_any_order_and_no_others(tmp_path, load):
+    corpus = load(write_jsonl(tmp_path / "a.jsonl", some_documents(30))).train
+    whole, some = corpus.batch(range(len(corpus))), corpus.batch(np.array([5, 0, 5]))
+    assert torch.equal(some.tokens, whole.tokens[[5, 0, 5]])
+    assert some.to("cpu").tokens.shape == (3, 8)
+    for index in (-1, len(corpus)):
+        with pytest.raises(IndexError):
+            corpus.batch([index])
+
+
+# Sources
+
+
+def save_dataset(path, documents, column):
+    values = [as_text(ids) if column == "text" else ids for ids in documents]
+    datasets.Dataset.from_dict({column: values, "other": [1] * len(values)}).save_to_disk(path)
+    return path
+
+
+def write_parquet(path, documents, column):
+    values = [as_text(ids) if column == "text" else ids for ids in documents]
+    pq.write_table(pa.table({"other": [1] * len(values), column: values}), path)
+    return path
+
+
+def write_txt(path, documents, column):
+    path.write_text("\n \n\n".join(as_text(ids).replace(" ", "\n", 1) for ids in documents), encoding="utf-8-sig")
+    return path
+
+
+WRITERS = {".jsonl": write_jsonl, ".parquet": write_parquet, ".txt": write_txt, "": save_dataset}
+
+
+@pytest.mark.parametrize("column", ["text", "input_ids", "tokens"])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_source_gives_the_same_documents(tmp_path, load, suffix, column):
+    if suffix == ".txt" and column != "text":
+        pytest.skip("a .txt file has no columns")
+    documents = some_documents(25)
+    source = WRITERS[suffix](tmp_path / f"source{suffix}", documents, column)
+    corpora = load(source, tokenizer=make_tokenizer())
+    assert rows_of(corpora.train) == packed(documents[: -heldout_count(documents)], 8)
+
+
+def test_a_folder_is_its_files_in_order(tmp_path, load):
+    documents = some_documents(25)
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    write_parquet(folder / "b.parquet", documents[10:20], "text")
+    write_jsonl(folder / "a.jsonl", documents[:10])
+    write_txt(folder / "deeper" / "c.txt", documents[20:], "text")
+    (folder / "README.md").write_text("not read")
+    assert rows_of(load(folder).train) == packed(documents[: -heldout_count(documents)], 8)
+
+
+def test_splits_of_a_saved_dataset(tmp_path, load):
+    train, heldout = some_documents(20, seed=1), some_documents(10, seed=2)
+    tables = {"train": train, "validation": heldout}
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"text": [as_text(d) for d in rows]}) for split, rows in tables.items()}
+    ).save_to_disk(tmp_path / "both")
+    corpora = load(tmp_path / "both", heldout_split="validation")
+    assert rows_of(corpora.train) == packed(train, 8) and rows_of(corpora.heldout) == packed(heldout, 8)
+    with pytest.raises(DataError, match=r"no split 'test'.*train, validation"):
+        load(tmp_path / "both", heldout_split="test")
+
+
+def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
+    documents = some_documents(25)
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        rows = datasets.Dataset.from_dict({"text": [as_text(ids) for ids in documents]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpora = load("someone/some-text", dataset_config="en", split="train")
+    assert rows_of(corpora.train) == packed(documents[: -heldout_count(documents)], 8)
+    load("someone/some-text", dataset_config="en", split="train", streaming=True, heldout_share=0.3)
+    assert asked == [("someone/some-text", "en", "train", False), ("someone/some-text", "en", "train", True)]
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"'someone/else'.*Couldn't reach it"):
+        load("someone/else")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_token_streams_are_taken_as_they_are(tmp_path, load, rows):
+    """No separator is added to an array; its documents end at separators (and rows)."""
+    documents = some_documents(40, longest=30)
+    flat = np.array([token for document in documents for token in [*document, EOS]])
+    flat = flat[: len(flat) // 8 * 8]
+    np.save(tmp_path / "a.npy", flat.astype(np.int32) if rows == 1 else flat.reshape(-1, 8))
+    corpora = load(tmp_path / "a.npy")
+    train = corpora.train.batch(range(len(corpora.train))).tokens.flatten()
+    assert torch.equal(train, torch.from_numpy(flat[: len(train)]))
+
+
+def test_rows_already_packed_get_no_separator(tmp_path, load):
+    rows = np.random.default_rng(0).integers(0, WORDS, (20, 8)).tolist()
+    write_jsonl(tmp_path / "packed.jsonl", rows, "input_ids")
+    assert [tokens for tokens, _ in rows_of(load(tmp_path / "packed.jsonl").train)] == rows[:18]
+    # Shorter than the context, the same rows are documents.
+    corpora = load(tmp_path / "packed.jsonl", model_context=16, train=16, evaluate=16)
+    assert rows_of(corpora.train) == packed(rows[:18], 16)
+
+
+def test_a_stream_without_separators_needs_no_tokenizer(tmp_path, load):
+    flat = np.random.default_rng(0).integers(0, VOCAB, 20_000).astype(np.uint16)
+    np.save(tmp_path / "a.npy", flat)
+    corpora = load(tmp_path / "a.npy", tokenizer=None)
+    train, heldout = (c.batch(range(len(c))).tokens.flatten().numpy() for c in (corpora.train, corpora.heldout))
+    assert np.array_equal(train, flat[: len(train)])
+    assert 0.85 * len(flat) < len(train) < 0.95 * len(flat)
+    assert len(train) + len(heldout) > len(flat) - 16
+
+
+def test_special_tokens_in_the_text_end_documents(tmp_path, load):
+    documents = some_documents(21)
+    joined = [as_text(a) + " <eos> " + as_text(b) for a, b in zip(documents[::2], documents[1::2], strict=False)]
+    (tmp_path / "a.txt").write_text("\n\n".join(joined))
+    train = load(tmp_path / "a.txt").train
+    assert rows_of(train) == packed(documents[:18], 8)
+    assert len(train.documents) == 18
+
+
+def embed(monkeypatch, train, heldout):
+    """Puts documents of the embedded tokenizer's ids in place of the embedded corpus."""
+    for side, documents in (("train", train), ("heldout", heldout)):
+        tokens = np.array([token for document in documents for token in [*document, 0]], dtype=np.uint16)
+        monkeypatch.setattr(embedded, f"{side}_tokens", lambda tokens=tokens: tokens, raising=False)
+
+
+def test_the_embedded_corpus(load, monkeypatch):
+    rng = np.random.default_rng(0)
+    train, heldout = ([rng.integers(300, 2000, 30).tolist() for _ in range(count)] for count in (20, 5))
+    embed(monkeypatch, [*train, heldout[2]], heldout)
+    corpora = load("embedded", tokenizer=None, vocab_size=4096)
+    assert rows_of(corpora.train) == packed(train, 8, separator=0)
+    assert rows_of(corpora.heldout) == packed(heldout, 8, separator=0)
+    assert corpora.dropped == 1
+    with pytest.raises(DataError, match="outside the model's vocabulary of 500"):
+        load("embedded", tokenizer=None, vocab_size=500)
+
+
+def test_the_embedded_corpus_is_tokenised_again_for_another_model(load, monkeypatch):
+    monkeypatch.setattr("endwise.tokens.loading._embedded_tokenizer", lambda: Tokenizer(models.WordLevel({"w3": 5})))
+    embed(monkeypatch, [[5] * 16 for _ in range(3)], [[5] * 17 for _ in range(3)])
+    corpora = load("embedded")
+    assert corpora.train.batch([0]).tokens.tolist() == [[3] * 8]
+
+
+@pytest.mark.skipif(not hasattr(embedded, "train_tokens"), reason="the embedded corpus is not built")
+def test_the_shipped_corpus_is_disjoint_and_fast():
+    started = time.monotonic()
+    corpora = load_corpora(
+        DataConfig(context=256),
+        tokenizer=None,
+        model_context=256,
+        vocab_size=4096,
+        training_tokens=1_000_000,
+        evaluation_tokens=500_000,
+    )
+    assert time.monotonic() - started < 5
+    check_disjoint(corpora.train, corpora.heldout)
+
+
+# The cache, and streaming
+
+
+def test_the_second_start_tokenises_nothing(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    first = make_tokenizer()
+    before = load(source, tokenizer=first)
+    assert first.texts == 30
+    second = make_tokenizer()
+    after = load(source, tokenizer=second)
+    assert second.texts == 0
+    assert rows_of(before.train) == rows_of(after.train)
+    assert before.describe() == after.describe()
+    assert isinstance(after.train.documents.tokens, np.memmap) and after.train.documents.tokens.dtype == np.uint16
+
+
+def test_what_changes_the_tokens_is_tokenised_anew(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    load(source)
+    for change in (
+        {"separator": "w0"},
+        {"vocab_size": 70_000},
+        {"tokenizer": make_tokenizer(extra_special_tokens=["w1 w1"])},
+    ):
+        tokenizer = change.get("tokenizer", make_tokenizer())
+        load(source, **{"tokenizer": tokenizer, **change})
+        assert tokenizer.texts == 30, change
+    changed = some_documents(30, seed=1)
+    write_jsonl(source, changed)
+    assert rows_of(load(source).train) == packed(changed[:27], 8)
+
+
+def test_a_damaged_cache_is_built_again(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    before = rows_of(load(source).train)
+    (tokens,) = (tmp_path / "cache").rglob("tokens.npy")
+    tokens.write_bytes(tokens.read_bytes()[:-10])
+    assert rows_of(load(source).train) == before
+    assert not list((tmp_path / "cache").rglob("*partial*"))
+
+
+def test_a_failure_leaves_no_half_cache(tmp_path, load):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"text": "w1 w2"}) + "\n" + "{broken\n")
+    with pytest.raises(DataError, match="line 2"):
+        load(bad)
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache"):
+        load(source, cache=tmp_path / "file")
+
+
+def test_streaming_reads_what_is_needed(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("endwise.tokens.store.ROWS_AT_ONCE", 50)
+    documents = some_documents(2000)
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    tokenizer = make_tokenizer()
+    few = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
+    assert 100 <= tokenizer.texts <= 300
+    assert len(few.train) == 100 and len(few.heldout) >= 20
+    many = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=400)
+    check_disjoint(many.train, few.heldout)
+    check_disjoint(few.train, many.heldout)
+    counted = tokenizer.texts
+    again = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
+    assert tokenizer.texts == counted
+    # What was read for another run changes nothing.
+    assert again.describe() == few.describe() and rows_of(again.train) == rows_of(few.train)
+
+
+def test_streaming_a_separate_heldout_source(tmp_path, load):
+    train, heldout = some_documents(60, seed=1), some_documents(60, seed=2)
+    source = write_jsonl(tmp_path / "a.jsonl", [*heldout[:3], *train])
+    other = write_jsonl(tmp_path / "b.jsonl", heldout)
+    corpora = load(source, heldout=str(other), streaming=True, packing="document", train=160, evaluate=80)
+    assert corpora.dropped == 3
+    assert rows_of(corpora.train) == packed(train, 8, "document")[:20]
+
+
+# Disjointness
+
+
+def two_sources(load, tmp_path, train, heldout):
+    other = write_jsonl(tmp_path / "heldout.jsonl", heldout)
+    return load(write_jsonl(tmp_path / "train.jsonl", train), heldout=str(other))
+
+
+def test_identical_documents_leave_the_training_side(tmp_path, load):
+    train, heldout = some_documents(20, seed=1), some_documents(10, seed=2)
+    corpora = two_sources(load, tmp_path, [*train[:5], heldout[3], *train[5:], heldout[7], heldout[3]], heldout)
+    assert rows_of(corpora.train) == packed(train, 8)
+    assert corpora.dropped == 3 and corpora.describe()["dropped_duplicates"] == 3
+    assert "3 training documents" in str(corpora)
+
+
+def test_identical_documents_within_one_source(tmp_path, load):
+    documents = some_documents(20)
+    repeated = [documents[19], *documents]
+    corpora = load(write_jsonl(tmp_path / "a.jsonl", repeated))
+    assert rows_of(corpora.train) == packed(documents[:18], 8)
+    assert corpora.dropped == 1
+
+
+def test_the_same_source_twice_is_refused(tmp_path, load):
+    documents = some_documents(20)
+    with pytest.raises(DataError, match=r"All 20 training documents.*data\.heldout"):
+        two_sources(load, tmp_path, documents, documents)
+
+
+def test_a_slice_of_a_stream_is_found_wherever_it_starts(tmp_path, load):
+    """No separator tells where documents end: pieces are cut by content, so a shifted copy has the same ones."""
+    flat = np.random.default_rng(0).integers(0, WORDS, 20_000)
+    np.save(tmp_path / "train.npy", flat)
+    np.save(tmp_path / "heldout.npy", flat[7_013:9_027])
+    corpora = load(tmp_path / "train.npy", heldout=str(tmp_path / "heldout.npy"), tokenizer=None)
+    left = corpora.train.tokens
+    assert 20_000 - 2_014 - 64 < left < 20_000 - 2_014 + 600
+    assert corpora.dropped > 10
+
+
+def test_check_disjoint_sees_an_overlap(tmp_path, load):
+    corpora = load(write_jsonl(tmp_path / "a.jsonl", some_documents(30)))
+    check_disjoint(corpora.train, corpora.heldout)
+    with pytest.raises(DataError, match=r"must not overlap, but 27 documents"):
+        check_disjoint(corpora.train, corpora.train)
+
+
+# Order
+
+
+def test_every_epoch_is_a_permutation_of_its_own(tmp_path, load):
+    corpus = load(write_jsonl(tmp_path / "a.jsonl", some_documents(30))).train
+    n = len(corpus)
+    order = BatchOrder(corpus, 4, seed=3, epochs=3)
+    assert len(order) == 3 * n // 4
+    drawn = [index for number in range(len(order)) for index in order[number]]
+    for epoch in range(2):
+        expected = np.random.default_rng([3, epoch]).permutation(n)
+        assert drawn[epoch * n : (epoch + 1) * n] == expected.tolist()
+    assert drawn[:n] != drawn[n : 2 * n]
+    assert order[5] == BatchOrder(corpus, 4, seed=3, epochs=1)[5]
+    assert order[5] != BatchOrder(corpus, 4, seed=4, epochs=1)[5]
+    for number in (-1, len(order)):
+        with pytest.raises(IndexError):
+            order[number]
+
+
+# Errors
+
+
+def test_a_corpus_shorter_than_asked(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    there = load(source).train.tokens
+    load(source, train=2 * there, epochs=2)
+    with pytest.raises(DataError, match=rf"{there} training tokens .* x 2 epochs = {2 * there}.*data\.epochs to 3"):
+        load(source, train=2 * there + 8, epochs=2)
+    held = load(source).heldout.tokens
+    load(source, evaluate=held)
+    with pytest.raises(DataError, match=rf"{held} held-out tokens .*evaluation\.tokens"):
+        load(source, evaluate=held + 8)
+
+
+def test_tokens_outside_the_vocabulary(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    with pytest.raises(DataError, match=r"outside the model's vocabulary of 30"):
+        load(source, vocab_size=30, tokenizer=make_tokenizer(eos_token="w1"))
+    load(source)
+    with pytest.raises(DataError, match=r"vocabulary of 42"):
+        write = write_jsonl(tmp_path / "b.jsonl", [[1, 2], [42]], "tokens")
+        load(write, vocab_size=42)
+    with pytest.raises(DataError, match="token id -1"):
+        load(write_jsonl(tmp_path / "c.jsonl", [[1, 2], [-1]], "tokens"))
+    with pytest.raises(DataError, match=r"data\.separator.*token id 40"):
+        load(source, vocab_size=40)
+
+
+def test_a_cached_corpus_is_checked_against_the_vocabulary_again(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", [[1, 2], [20, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12, 13]], "tokens")
+    same = make_tokenizer(eos_token="w1")
+    load(source, tokenizer=same, vocab_size=30)
+    with pytest.raises(DataError, match=r"token id 20.*vocabulary of 15"):
+        load(source, tokenizer=same, vocab_size=15)
+
+
+def test_a_context_the_model_does_not_have(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    with pytest.raises(DataError, match=r"data\.context is 16.*at most 8"):
+        load(source, context=16)
+    with pytest.raises(DataError, match=r"Set data\.context"):
+        load(source, model_context=None)
+    assert load(source, context=4).train.context == 4
+    assert load(source, context=4, model_context=None).train.context == 4
+
+
+EMPTY = {"a.txt": b"", "b.txt": b"\n \n\n", "c.jsonl": b"\n\n", "d.npy": None, "e.parquet": None}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_file(tmp_path, load, name):
+    path = tmp_path / name
+    if name == "d.npy":
+        np.save(path, np.empty(0, np.int64))
+    elif name == "e.parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        path.write_bytes(EMPTY[name])
+    with pytest.raises(DataError, match="is empty"):
+        load(path)
+
+
+def test_documents_without_a_token(tmp_path, load):
+    with pytest.raises(DataError, match="no document with a token"):
+        load(write_jsonl(tmp_path / "a.jsonl", [[], []]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_a_column_that_is_not_there(tmp_path, load, suffix):
+    source = WRITERS[suffix](tmp_path / f"a{suffix}", some_documents(30), "words" if suffix != ".jsonl" else "text")
+    with pytest.raises(DataError, match=r"no column story; it has .*other.*data\.column"):
+        load(source, column="story")
+    if suffix != ".jsonl":
+        with pytest.raises(DataError, match=r"no column text or input_ids or tokens; it has .*words"):
+            load(source)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_a_column_of_the_wrong_kind(tmp_path, load, suffix):
+    source = WRITERS[suffix](tmp_path / f"a{suffix}", some_documents(30), "text")
+    with pytest.raises(DataError, match="text or a list of token ids"):
+        load(source, column="other")
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing/folder/deep", "/missing", "./missing"])
+def test_a_missing_file(load, name):
+    with pytest.raises(DataError, match="There is no file or folder"):
+        load(name)
+
+
+def test_files_that_cannot_be_read(tmp_path, load):
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        load(tmp_path / "latin.txt")
+    (tmp_path / "a.csv").write_text("text\nw1\n")
+    with pytest.raises(DataError, match=r"extension '\.csv' is none of \.txt, \.jsonl"):
+        load(tmp_path / "a.csv")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="holds no file"):
+        load(tmp_path / "folder")
+    (tmp_path / "a.parquet").write_text("not one")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        load(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('"bare"\n')
+    with pytest.raises(DataError, match="must be an object"):
+        load(tmp_path / "a.jsonl")
+
+
+def test_arrays_that_are_no_tokens(tmp_path, load):
+    for array, message in (
+        (np.zeros(4), "float64"),
+        (np.zeros((2, 2, 2), np.int64), "3 axes"),
+        (np.array([{"a": 1}], dtype=object), "not a NumPy array"),
+    ):
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / "a.npy")
+
+
+def test_tokenizers_without_what_is_asked_of_them(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    bare = make_tokenizer(eos_token=None, bos_token=None)
+    with pytest.raises(DataError, match=r"data\.separator"):
+        load(source, tokenizer=bare)
+    load(source, tokenizer=bare, separator="<eos>")
+    with pytest.raises(DataError, match="no beginning-of-sequence"):
+        load(source, tokenizer=bare, separator="<eos>", prepend_bos=True)
+    with pytest.raises(DataError, match="no single token"):
+        load(source, separator="w1 w2")
+    with pytest.raises(DataError, match="no tokenizer to look it up"):
+        load(source, tokenizer=None, separator="<eos>")
+    with pytest.raises(DataError, match="at least 2"):
+        load(source, prepend_bos=True, context=1)
+    np.save(tmp_path / "a.npy", np.arange(30))
+    with pytest.raises(DataError, match="packing is document"):
+        load(tmp_path / "a.npy", tokenizer=None, packing="document")
+
+
+def test_text_without_a_tokenizer(tmp_path, load):
+    with pytest.raises(DataError, match="has no tokenizer"):
+        load(write_jsonl(tmp_path / "a.jsonl", some_documents(30)), tokenizer=None)
+
+
+def test_what_cannot_be_held_out(tmp_path, load):
+    with pytest.raises(DataError, match="single document"):
+        load(write_jsonl(tmp_path / "a.jsonl", some_documents(1)))
+    with pytest.raises(DataError, match="no splits"):
+        load(write_jsonl(tmp_path / "b.jsonl", some_documents(30)), heldout_split="validation")
+    with pytest.raises(DataError, match="no document to train on"):
+        load(write_jsonl(tmp_path / "c.jsonl", some_documents(2)), heldout_share=0.99)
