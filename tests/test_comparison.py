@@ -174,14 +174,22 @@ def test_runs_at_similar_ce_are_the_closest_of_all_choices():
 def test_verdicts_say_what_the_numbers_say():
     good = compare(three_kinds()).verdicts
     assert good[0].startswith("e2e needs 50 % [50, 50] of local's features per token at the same CE increase")
-    assert any(line.startswith("e2e+ds follows the original activations more closely than e2e: its downstream MSE is 0.25 times") for line in good)
-    assert any(line.startswith("e2e follows the original activations less closely than local: its downstream MSE is 6.00 times") for line in good)
+    assert any(
+        line.startswith(
+            "e2e+ds follows the original activations more closely than e2e: its downstream MSE is 0.25 times"
+        )
+        for line in good
+    )
+    assert any(
+        line.startswith(
+            "e2e follows the original activations less closely than local: its downstream MSE is 6.00 times"
+        )
+        for line in good
+    )
     worse = [replace(run, kind={"local": "e2e", "e2e": "local"}.get(run.kind, run.kind)) for run in three_kinds()]
     assert "more features than local, not fewer" in compare(worse).verdicts[0]
     same = [
-        replace(
-            make_run(kind, i, ce, local_l0(ce), data_seed=10 * i + len(kind)), folder=f"{kind}{i}"
-        )
+        replace(make_run(kind, i, ce, local_l0(ce), data_seed=10 * i + len(kind)), folder=f"{kind}{i}")
         for kind in ("local", "e2e")
         for i, ce in enumerate((0.1, 0.2, 0.3))
     ]

@@ -353,7 +353,7 @@ def test_what_changes_the_tokens_is_tokenised_anew(tmp_path, load):
     for change in (
         {"separator": "w0"},
         {"vocab_size": 70_000},
-        {"tokenizer": make_tokenizer(extra_special_tokens=["w1 w1"])},
+        {"tokenizer": make_tokenizer(bos_token=None)},
     ):
         tokenizer = change.get("tokenizer", make_tokenizer())
         load(source, **{"tokenizer": tokenizer, **change})
@@ -502,9 +502,9 @@ def test_tokens_outside_the_vocabulary(tmp_path, load):
     with pytest.raises(DataError, match=r"outside the model's vocabulary of 30"):
         load(source, vocab_size=30, tokenizer=make_tokenizer(eos_token="w1"))
     load(source)
+    ids = write_jsonl(tmp_path / "b.jsonl", [[1, 2], [42]], "tokens")
     with pytest.raises(DataError, match=r"vocabulary of 42"):
-        write = write_jsonl(tmp_path / "b.jsonl", [[1, 2], [42]], "tokens")
-        load(write, vocab_size=42)
+        load(ids, vocab_size=42)
     with pytest.raises(DataError, match="token id -1"):
         load(write_jsonl(tmp_path / "c.jsonl", [[1, 2], [-1]], "tokens"))
     with pytest.raises(DataError, match=r"data\.separator.*token id 40"):

@@ -98,9 +98,7 @@ class RunSummary:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
-        return record | {
-            name: dict(getattr(self, name)) for name in ("downstream_mse", "explained_variances")
-        }
+        return record | {name: dict(getattr(self, name)) for name in ("downstream_mse", "explained_variances")}
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,7 @@ def summarise(
     }
     similar = runs_at_similar_ce(ordered)
     downstream = {
-        f"{a.kind}/{b.kind}": downstream_ratio(a, b, resamples, seed)
-        for b, a in itertools.combinations(similar, 2)
+        f"{a.kind}/{b.kind}": downstream_ratio(a, b, resamples, seed) for b, a in itertools.combinations(similar, 2)
     }
     return Summary(
         site=sites[0],
@@ -330,6 +327,11 @@ def percent(ratio: Ratio) -> str:
     return f"{100 * ratio.estimate:.0f} %{ends}"
 
 
+def times(value: float) -> str:
+    """A ratio with two digits after the point, fewer as it grows."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
     console = console or Console()
@@ -395,19 +397,14 @@ def _downstream_verdict(run: RunSummary, reference: RunSummary, ratio: Ratio) ->
     where = f"at their closest CE increases ({name} {run.ce_increase:+.3f}, {other} {reference.ce_increase:+.3f})"
     if ratio.estimate is None:
         return f"How {name} and {other} compare downstream cannot be said: {ratio.reason}."
-    ends = "" if ratio.interval is None else f" [{_plain(ratio.interval[0])}, {_plain(ratio.interval[1])}]"
-    fact = f"its downstream MSE is {_plain(ratio.estimate)} times{ends} {other}'s, {where}"
+    ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
+    fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s, {where}"
     if ratio.interval is None:
         return f"{name} against {other}: {fact}; how sure that is, is not known: {ratio.reason}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
         return f"That {name} and {other} differ downstream is not shown: of {name}, {fact}."
     closely = "more" if ratio.estimate < 1 else "less"
     return f"{name} follows the original activations {closely} closely than {other}: {fact}."
-
-
-def _plain(value: float) -> str:
-    """A ratio with two digits after the point, fewer as it grows."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -454,7 +451,9 @@ def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> tupl
     gaps = np.log(interpolate_at(curve.x, curve.y, grid)) - np.log(interpolate_at(other.x, other.y, grid))
     at_middle = None
     if curve.x[0] <= other.middle <= curve.x[-1]:
-        at_middle = float(interpolate_at(curve.x, curve.y, other.middle) / interpolate_at(other.x, other.y, other.middle))
+        at_middle = float(
+            interpolate_at(curve.x, curve.y, other.middle) / interpolate_at(other.x, other.y, other.middle)
+        )
     return float(np.exp(gaps.mean())), at_middle
 
 

@@ -5,7 +5,8 @@ matplotlib draws with placeholder colours; these become CSS variables, so that o
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ _VARIABLES = {
     _PAPER: "var(--card)",
     **{colour.lower(): f"var(--{kind})" for kind, colour in COLOURS.items()},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "endwise",
     "text.parse_math": False,
@@ -110,11 +111,11 @@ def legend() -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _look(kind: str) -> Mapping[str, object]:
+def _look(kind: str) -> dict[str, Any]:
     return {
         "color": COLOURS[kind],
         "marker": MARKERS[kind],
-        "markersize": 7.5,
+        "markersize": 8.5 if MARKERS[kind] == "^" else 7,
         "markeredgecolor": _PAPER,
         "markeredgewidth": 1.0,
         "linewidth": 1.8,
@@ -123,7 +124,9 @@ def _look(kind: str) -> Mapping[str, object]:
     }
 
 
-def _errors(runs: list[RunSummary], metric: str | list[str], values: list[float] | None = None) -> list[list[float]] | None:
+def _errors(
+    runs: list[RunSummary], metric: str | list[str], values: list[float] | None = None
+) -> list[list[float]] | None:
     """Distances to the ends of the intervals, `[2, runs]`, as matplotlib takes them; None if a run lacks one."""
     names = [metric] * len(runs) if isinstance(metric, str) else metric
     ends = [run.intervals.get(name) for run, name in zip(runs, names, strict=True)]
@@ -152,8 +155,8 @@ def _log_axis(axes: Axes, which: str, values: list[float]) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """The coarsest of three series of round numbers that puts at least three between low and high."""
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+    """The coarsest series of round numbers that puts at least three between low and high, or else the finest."""
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         numbers = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in digits]
         inside = [number for number in numbers if low <= number <= high]
         if len(inside) >= 3:
@@ -184,7 +187,9 @@ def _for_page(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg class="figure" viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg class="figure" viewBox="\1" aria-hidden="true">', svg, count=1
+    )
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from endwise import __version__
-from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse
+from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse, times
 from endwise.files import write_atomic
 from endwise.report import figures
 
@@ -115,7 +115,7 @@ def _similar_table(summary: Summary) -> str:
             f"<td>{run.l0:.1f}</td><td>{'–' if mse is None else f'{mse:.3g}'}</td></tr>"
         )
     ratios = [
-        f"<dt>{LABELS[pair.split('/')[0]]} : {LABELS[pair.split('/')[1]]}</dt><dd>{_times(ratio)}</dd>"
+        f"<dt>{LABELS[pair.split('/')[0]]} : {LABELS[pair.split('/')[1]]}</dt><dd>{_factor(ratio)}</dd>"
         for pair, ratio in summary.downstream.items()
     ]
     return (
@@ -140,9 +140,15 @@ def _ratios_table(summary: Summary) -> str:
 def _ratio_cells(ratio: Ratio) -> str:
     if ratio.estimate is None or ratio.over is None:
         return f'<td>–</td><td class="words" colspan="2">{escape(ratio.reason or "")}</td>'
-    ends = "no interval" if ratio.interval is None else f"{100 * ratio.interval[0]:.1f} to {100 * ratio.interval[1]:.1f}"
+    ends = (
+        "no interval" if ratio.interval is None else f"{100 * ratio.interval[0]:.1f} to {100 * ratio.interval[1]:.1f}"
+    )
     title = "" if ratio.reason is None else f' title="{escape(ratio.reason)}"'
-    middle = "–" if ratio.at_middle is None or ratio.middle is None else f"{_percent(ratio.at_middle)}<small>at {_short(ratio.middle)}</small>"
+    middle = (
+        "–"
+        if ratio.at_middle is None or ratio.middle is None
+        else f"{_percent(ratio.at_middle)}<small>at {_short(ratio.middle)}</small>"
+    )
     return (
         f"<td{title}>{_percent(ratio.estimate)}<small>{ends}</small></td><td>{middle}</td>"
         f"<td>{_short(ratio.over[0])} to {_short(ratio.over[1])}</td>"
@@ -160,14 +166,15 @@ def _ratios_note() -> str:
 def _runs_table(summary: Summary) -> str:
     local_cost = [run.seconds / run.tokens for run in summary.runs if run.kind == "local" and run.seconds > 0]
     reference = sum(local_cost) / len(local_cost) if local_cost else None
+    seeds = len({run.seed for run in summary.runs}) > 1
     groups = []
     for _, runs in groupby(summary.runs, key=lambda run: run.kind):
-        rows = [_run_row(run, reference, first=index == 0) for index, run in enumerate(runs)]
+        rows = [_run_row(run, reference, seeds, first=index == 0) for index, run in enumerate(runs)]
         groups.append(f"<tbody>{''.join(rows)}</tbody>")
     head = _head(
         "kind",
         "λ",
-        "seed",
+        *["seed"] * seeds,
         "L0",
         "alive",
         "CE increase",
@@ -177,18 +184,18 @@ def _runs_table(summary: Summary) -> str:
         "later MSE<small>mean</small>",
         "training",
         "folder",
-        text=(11,),
+        text=(10 + seeds,),
     )
     return f"<table>{head}{''.join(groups)}</table>"
 
 
-def _run_row(run: RunSummary, local_cost: float | None, first: bool) -> str:
+def _run_row(run: RunSummary, local_cost: float | None, seeds: bool, first: bool) -> str:
     pooled = run.explained_variances.get("pooled")
     mse = later_mse(run)
     cost = f"<small>{run.seconds / run.tokens / local_cost:.1f} × local</small>" if local_cost else ""
     cells = [
         f"{run.coefficient:g}",
-        str(run.seed),
+        *[str(run.seed)] * seeds,
         f"{run.l0:.1f}{_ends(run, 'l0', '.1f')}",
         f"{run.alive:,}<small>{100 * run.alive / run.d_sae:.0f}&nbsp;%</small>",
         f"{run.ce_increase:+.3f}{_ends(run, 'ce_increase', '.3f')}",
@@ -257,11 +264,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _times(ratio: Ratio) -> str:
+def _factor(ratio: Ratio) -> str:
     if ratio.estimate is None:
         return escape(ratio.reason or "")
-    ends = "" if ratio.interval is None else f" [{ratio.interval[0]:.3g}, {ratio.interval[1]:.3g}]"
-    return f"{ratio.estimate:.3g} ×{ends}"
+    ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
+    return f"{times(ratio.estimate)} ×{ends}"
 
 
 def _duration(seconds: float) -> str:

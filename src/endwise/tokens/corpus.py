@@ -64,8 +64,8 @@ class Documents:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def where(self, kept: NDArray[np.bool_]) -> Self:
-        return type(self)(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
+    def where(self, kept: NDArray[np.bool_]) -> "Documents":
+        return Documents(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
 
 
 class Corpus:

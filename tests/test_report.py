@@ -1,0 +1,163 @@
+"""The page is one safe, self-contained file, whatever the runs are called and whatever they lack."""
+
+import re
+import string
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from endwise.comparison import KINDS, summarise
+from endwise.errors import RunFolderError
+from endwise.report import figures, write_report
+from endwise.report.page import report_html
+from test_comparison import compare, make_run, three_kinds
+
+HOSTILE = """<script>alert(1)</script>"'&${x}$title<img src=http://evil/x onerror=a>"""
+VOID = {"meta", "img", "br", "path", "circle", "rect", "use", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and references, and fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def html():
+    return report_html(compare(three_kinds()))
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(html):
+    page = Page(html)
+    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", html)
+    assert "default-src 'none'" in html
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_ids_are_unique_and_every_reference_leads_somewhere(html):
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    referred = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"|aria-labelledby="([^"]+)"', html)
+    referred = {name for group in referred for name in group if name}
+    assert len(referred) > 5
+    assert referred <= set(page.ids)
+
+
+def test_hostile_text_is_text():
+    runs = [replace(run, folder=HOSTILE, site=HOSTILE) for run in three_kinds()]
+    runs = [replace(run, downstream_mse={HOSTILE: 0.5}) for run in runs]
+    summary = summarise(
+        runs,
+        clean_ce=3.5,
+        resamples=20,
+        model=HOSTILE,
+        command=HOSTILE,
+        environment={"platform": HOSTILE, "python": HOSTILE, "packages": {HOSTILE: HOSTILE, "gone": None}},
+    )
+    page = Page(report_html(summary))
+    assert "script" not in page.tags and "img" not in page.tags
+    assert "onerror" not in [name for name, _ in page.attributes]
+    assert page.text.count(HOSTILE) >= len(runs) + 5
+    assert "gone" not in page.text
+
+
+def test_the_page_shows_the_numbers_and_the_verdicts(html):
+    summary = compare(three_kinds())
+    text = Page(html).text
+    for sentence in summary.verdicts:
+        assert sentence in text
+    for run in summary.runs:
+        assert run.folder in text and f"{run.ce_increase:+.3f}" in text
+    assert "50\N{NO-BREAK SPACE}%" in text and "endwise x" in text and "+2.500 with the site at its mean" in text
+
+
+def test_both_colour_schemes_and_phones_are_served(html):
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+    for kind in KINDS:
+        assert html.count(f"var(--{kind})") > 3
+    drawings = re.findall(r'<svg class="figure".*?</svg>', html, re.DOTALL)
+    assert len(drawings) == 3
+    for drawing in drawings:
+        assert not re.search(r"#[0-9a-fA-F]{6}\b", drawing), "a colour that the style sheet does not control"
+        assert "<text" in drawing
+
+
+def test_figures_are_described_in_words(html):
+    labels = [value for name, value in Page(html).attributes if name == "aria-label"]
+    assert any(value.startswith("CE increase in nats per token against L0. local: +0.100 at") for value in labels)
+    assert any("e2e+ds (CE increase +0.210): 1.5 at 4, 3 at 5, 4.5 at 5 out" in value for value in labels)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        three_kinds(e2e=(), e2e_ds=()),
+        three_kinds(local=()),
+        [make_run("e2e", 1, 0.2, 30)],
+        [replace(run, downstream_mse={}, intervals={}, sums=None) for run in three_kinds()],
+        [make_run("local", 1, 0.0, 0.0, alive=0), make_run("e2e", 1, -0.01, 0.0)],
+        [replace(run, seed=i, seconds=0.0) for i, run in enumerate(three_kinds())],
+    ],
+    ids=["local alone", "no local", "one run", "no intervals or later sites", "dead", "seeds and no time"],
+)
+def test_what_is_missing_is_said_and_nothing_breaks(runs):
+    page = Page(report_html(compare(runs)))
+    assert len(page.ids) == len(set(page.ids))
+    assert "nan" not in page.text.lower() and "None" not in page.text
+    if not {"local", "e2e", "e2e_ds"} <= {run.kind for run in runs}:
+        assert "cannot be said" in page.text
+
+
+def test_the_file_is_replaced_whole_and_failure_is_plain(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    write_report(compare(three_kinds()), path)
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(RunFolderError):
+        write_report(compare(three_kinds()), tmp_path)
+
+
+def test_one_summary_makes_one_page(html):
+    assert report_html(compare(three_kinds())) == html
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.012, 0.3), (30.0, 160.0), (71.0, 94.0), (1.0, 1e5)])
+def test_log_axes_have_numbers_to_read(low, high):
+    ticks = figures._round_numbers(low, high)
+    assert len(ticks) >= 2
+    assert all(low <= tick <= high for tick in ticks)
+
+
+def test_the_template_holds_no_placeholder_that_is_not_filled(html):
+    assert not re.search(string.Template.delimiter.replace("$", r"\$") + r"[a-z_{]", html)
