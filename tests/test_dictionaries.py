@@ -20,6 +20,7 @@ def sae():
 
 def test_forward_is_the_papers_formula(sae):
     x = torch.randn(2, 5, D, dtype=torch.float64)
+    sae.requires_grad_(False)
     direction = sae.decoder.double() / sae.decoder.double().norm(dim=-1, keepdim=True)
     expected = torch.empty_like(x)
     for b in range(2):

@@ -174,7 +174,9 @@ def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
 
 def test_together_equals_alone(model, corpora, tmp_path):
     def configs(folder):
-        return [recipe(folder / f"{kind}{seed}", kind, seed) for kind, seed in (("local", 0), ("e2e", 1), ("e2e_ds", 2))]
+        return [
+            recipe(folder / f"{kind}{seed}", kind, seed) for kind, seed in (("local", 0), ("e2e", 1), ("e2e_ds", 2))
+        ]
 
     together = train_together(configs(tmp_path / "together"), model=model, corpora=corpora, display=False)
     for run, config in zip(together, configs(tmp_path / "alone"), strict=True):

@@ -66,8 +66,9 @@ def main() -> None:
         rate = f"{run.config.training.learning_rate:g}"
         evaluation = evaluations[name]
         lines.append(
-            f"| {kind} | {middle[kind]:g} | {f'**{rate}**' if objectives[name] == best else rate} | {objectives[name]:.4f} "
-            f"| {evaluation['l0']:.1f} | {evaluation['ce_increase']:+.3f} | {evaluation.alive} |"
+            f"| {kind} | {middle[kind]:g} | {f'**{rate}**' if objectives[name] == best else rate} "
+            f"| {objectives[name]:.4f} | {evaluation['l0']:.1f} | {evaluation['ce_increase']:+.3f} "
+            f"| {evaluation.alive} |"
         )
     command = "python " + " ".join(["tools/tune_learning_rates.py", *sys.argv[1:]])
     heading = HEADING.format(site=SITE, tokens=TRAINING_TOKENS, heldout=HELDOUT_TOKENS, seed=seed, command=command)

@@ -40,12 +40,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
             state = json.loads((file.metadata() or {})["endwise"])
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FormatError(f"{path} is not a whole checkpoint ({error}). Remove it to go on from the one before.") from None
+        raise FormatError(
+            f"{path} is not a whole checkpoint ({error}). Remove it to go on from the one before."
+        ) from None
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimiser's state by the names of the module's parameters."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, values in optimizer.state.items()

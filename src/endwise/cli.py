@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"
+    ),
 ]
 
 
@@ -59,7 +61,9 @@ def _plainly(command: Callable[P, R]) -> Callable[P, R]:
 @app.command()
 @_plainly
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of every SAE's initialisation.")] = 0,
 ) -> None:
     """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
@@ -103,14 +107,14 @@ def evaluate(
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
     from endwise.files import write_atomic
-    from endwise.report.tables import evaluation_table
+    from endwise.report import print_evaluations
     from endwise.run_evaluation import evaluate as run
     from endwise.run_evaluation import evaluations_csv
     from endwise.run_folder import RunFolder
 
     evaluations = run(runs, tokens=tokens)
     configs = {path: RunFolder.open(path).config() for path in evaluations}
-    evaluation_table(configs, evaluations)
+    print_evaluations(configs, evaluations)
     for path, evaluation in evaluations.items():
         write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
     if csv is not None:
@@ -122,7 +126,9 @@ def evaluate(
 def sites(
     model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")
+    ] = False,
 ) -> None:
     """List the sites of a model, where an SAE can be spliced in, with their widths."""
     from endwise.model_loading import load_model

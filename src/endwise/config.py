@@ -10,7 +10,6 @@ from pydantic_core import ErrorDetails
 
 from endwise.errors import ConfigError
 
-
 Section = TypeVar("Section", bound="Config")
 
 
@@ -85,7 +84,9 @@ def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         valid = sorted(_fields_at(model, detail["loc"][:-1]))
         near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1)
-        return f"{field}: there is no such key; " + (f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}")
+        return f"{field}: there is no such key; " + (
+            f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        )
     if detail["type"] == "missing":
         return f"{field}: this key is required"
     given = "" if isinstance(detail["input"], dict) else f" (given {detail['input']!r:.80})"

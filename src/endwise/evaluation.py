@@ -126,9 +126,7 @@ def measure(
                 estimate = constant.to(model.dtype).expand_as(clean.activations[site])
                 collector.add(_spliced_sums(model, clean, site, estimate, (), batch))
     baselines = {site: _baselines(ablations[site, "mean"].sums(), ablations[site, "zero"].sums()) for site in sites}
-    return {
-        name: _summarise(site, sae, collected[name], baselines[site], config) for name, (site, sae) in saes.items()
-    }
+    return {name: _summarise(site, sae, collected[name], baselines[site], config) for name, (site, sae) in saes.items()}
 
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
@@ -236,16 +234,22 @@ def _spliced_sums(
 
 def _baselines(mean: Sums, zero: Sums) -> Baselines:
     count = mean["predictions"].sum()
-    return Baselines(*(float(total.sum() / count) for total in (mean["ce_clean"], mean["ce_spliced"], zero["ce_spliced"])))
+    return Baselines(
+        *(float(total.sum() / count) for total in (mean["ce_clean"], mean["ce_spliced"], zero["ce_spliced"]))
+    )
 
 
-def _summarise(site: Site, sae: SAE, collector: _Collector, baselines: Baselines, config: EvaluationConfig) -> Evaluation:
+def _summarise(
+    site: Site, sae: SAE, collector: _Collector, baselines: Baselines, config: EvaluationConfig
+) -> Evaluation:
     sums = collector.sums()
     metrics = METRICS | {name: Metric(name) for name in sums if name.startswith("downstream_mse.")}
     intervals = {}
     for name, metric in metrics.items():
         ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)
         intervals[name] = (
-            Interval(low=1 - ratio.high, high=1 - ratio.low, estimate=1 - ratio.estimate) if metric.complement else ratio
+            Interval(low=1 - ratio.high, high=1 - ratio.low, estimate=1 - ratio.estimate)
+            if metric.complement
+            else ratio
         )
     return Evaluation(site, sae.d_sae, collector.alive(), int(sums["tokens"].sum()), intervals, baselines, sums)

@@ -7,7 +7,7 @@ the model's. Nothing is left behind in the model: hooks and overrides last for o
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Spliced:
     final: Activation | None
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass that has nothing left to tell
+class _Stop(Exception):
     pass
 
 
@@ -243,7 +243,11 @@ class LanguageModel:
 
     def _enter_at(self, hooks: ExitStack, site: Site, value: Tensor, clean: Clean) -> None:
         skipped = site.layer + (site.part is Part.RESID_POST)
-        entering = value if site.part in (Part.RESID_PRE, Part.RESID_POST) else clean.activations[Site(site.layer, Part.RESID_PRE)]
+        entering = (
+            value
+            if site.part in (Part.RESID_PRE, Part.RESID_POST)
+            else clean.activations[Site(site.layer, Part.RESID_PRE)]
+        )
         if skipped == self.n_layers:  # nothing is left but the final norm
             skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
             self._answer(hooks, last.module, entering)
@@ -264,7 +268,7 @@ class LanguageModel:
             self._answer(hooks, module, value)
 
     def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
-        """For this call the module does not compute: it returns `value`, or its input, in the form its caller expects."""
+        """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
         size = self._returns_tuple[module]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -282,7 +286,10 @@ class LanguageModel:
         candidates = {Site(layer, part) for layer in range(self.n_layers) for part in self._parts(self._blocks[layer])}
         with ExitStack() as hooks:
             for block in self._blocks:
-                for module in {block.module, *(m for branch in block.branches() for m in (branch.compute, branch.write))}:
+                for module in {
+                    block.module,
+                    *(m for branch in block.branches() for m in (branch.compute, branch.write)),
+                }:
                     hooks.enter_context(_removed(module.register_forward_hook(self._learn_return)))
             clean = self.clean_unchecked(tokens, candidates)
         widths: dict[Site, int] = {}
@@ -316,7 +323,9 @@ class LanguageModel:
     def _check_readout(self, final: Activation, logits: Tensor) -> None:
         ours, theirs = self.readout.logits(final), logits.float()
         tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
+        ):
             raise ModelError(
                 f"{self.name}: its logits are not the unembedding (with bias, scale and soft-cap of its config) of its "
                 "last hidden state, so endwise cannot compare predictions from hidden states and refuses the model."

@@ -41,7 +41,9 @@ def find_blocks(model: nn.Module, n_layers: int | None) -> list[Block]:
     Raises:
         ModelError: no list of equal modules looks like them.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     fitting = {
         name: modules
         for name, modules in lists.items()

@@ -26,7 +26,11 @@ TRAINING_TOKENS = 600_000
 HELDOUT_TOKENS = 100_000
 BATCH = 8
 
-COEFFICIENTS: dict[str, tuple[float, ...]] = {"local": (1.0, 2.0, 4.0), "e2e": (0.5, 1.0, 2.0), "e2e_ds": (5.0, 10.0, 20.0)}
+COEFFICIENTS: dict[str, tuple[float, ...]] = {
+    "local": (1.0, 2.0, 4.0),
+    "e2e": (0.5, 1.0, 2.0),
+    "e2e_ds": (5.0, 10.0, 20.0),
+}
 LEARNING_RATES = {"local": 1e-3, "e2e": 1e-3, "e2e_ds": 1e-3}
 """Each the best of one grid, tuned alike for the three kinds (docs/results/learning_rates.md)."""
 DOWNSTREAM_MSE = 1.0
@@ -84,7 +88,10 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
         run
         for kind in COEFFICIENTS
         for run in train_together(
-            [config for config in configs if config.objective.kind == kind], model=model, corpora=corpora, display=display
+            [config for config in configs if config.objective.kind == kind],
+            model=model,
+            corpora=corpora,
+            display=display,
         )
     ]
     console.print(f"Measuring them on {HELDOUT_TOKENS:,} held-out tokens.")

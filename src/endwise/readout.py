@@ -32,7 +32,7 @@ class Comparison:
 
 
 class Readout:
-    """The unembedding: `logits = softcap · tanh(scale · (hidden · Wᵀ + b) / softcap)`, without the cap if there is none."""
+    """The unembedding: `logits = softcap · tanh(scale · (hidden · Wᵀ + b) / softcap)`; the cap only if there is one."""
 
     def __init__(
         self,

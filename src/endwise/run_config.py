@@ -74,7 +74,9 @@ class ObjectiveConfig(Config):
     @model_validator(mode="after")
     def _resolved(self) -> "ObjectiveConfig":
         if self.kind == "e2e_ds" and not self.downstream_mse:
-            raise ValueError("kind e2e_ds needs downstream_mse, the total weight of the later sites' errors (β), above 0")
+            raise ValueError(
+                "kind e2e_ds needs downstream_mse, the total weight of the later sites' errors (β), above 0"
+            )
         if not any(self.weights.values()):
             raise ValueError("every weight of the objective but sparsity is 0, so there is nothing to reconstruct")
         return self

@@ -1,17 +1,16 @@
 """A run folder: everything a run was and became.
 
-    config.yaml         the recipe, every default filled in
-    environment.json    versions, platform, command
-    metrics.jsonl       numbers of the method: one line per logged step
-    timings.jsonl       wall-clock, kept apart so that two identical runs have identical metrics
-    sae/                the SAE as it is used, in SAELens's layout
-    checkpoints/        what training goes on from (raw weights, optimiser, counters)
-    evaluation.json     metrics on held-out text
+config.yaml         the recipe, every default filled in
+environment.json    versions, platform, command
+metrics.jsonl       numbers of the method: one line per logged step
+timings.jsonl       wall-clock, kept apart so that two identical runs have identical metrics
+sae/                the SAE as it is used, in SAELens's layout
+checkpoints/        what training goes on from (raw weights, optimiser, counters)
+evaluation.json     metrics on held-out text
 """
 
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -99,9 +98,6 @@ class RunFolder:
         for file in self.checkpoints.glob("step-*.safetensors"):
             if file < newest:
                 file.unlink()
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path)
 
 
 def environment() -> dict[str, Any]:

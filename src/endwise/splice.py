@@ -10,9 +10,7 @@ from endwise.sites import Site
 
 
 @contextmanager
-def spliced(
-    model: LanguageModel, saes: Mapping[str | Site, Callable[[Tensor], Tensor]]
-) -> Iterator[LanguageModel]:
+def spliced(model: LanguageModel, saes: Mapping[str | Site, Callable[[Tensor], Tensor]]) -> Iterator[LanguageModel]:
     """Within it, the Hugging Face model `model.model` computes, and generates, with reconstructions in place.
 
     Args:

@@ -13,8 +13,8 @@ from endwise.errors import TrainingStopped
 from endwise.language_model import Clean, LanguageModel
 from endwise.objectives import Objective
 from endwise.run_config import TrainingConfig
-from endwise.sites import Site
 from endwise.schedule import rate_factor
+from endwise.sites import Site
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Trainee:
             loss = loss + term.coefficient * total
         return loss
 
-    def _tail_gradient(self, model: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask) -> Activation:
+    def _tail_gradient(
+        self, model: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
+    ) -> Activation:
         """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
         leaf = reconstruction.detach().requires_grad_()
         size = self.config.microbatch or len(leaf)
@@ -89,9 +91,7 @@ class Trainee:
             rows = slice(start, start + size)
             part, kept = clean.rows(rows), mask[rows]
             patched = torch.where(kept[..., None], leaf[rows], part.activations[self.site])
-            spliced = model.replay(
-                part, {self.site: patched}, record=self.objective.sites, final=self.objective.final
-            )
+            spliced = model.replay(part, {self.site: patched}, record=self.objective.sites, final=self.objective.final)
             loss = leaf.new_zeros(())
             for term in self.objective.spliced_terms:
                 total = term.total(model.readout, part, spliced, kept)
@@ -102,7 +102,7 @@ class Trainee:
         return leaf.grad
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
-        """Clips, checks and updates. A step with a number that is not finite changes no weight, nor does any later one."""
+        """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
         limit = self.config.gradient_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
         self._sums["gradient_norm"] += norm
@@ -133,8 +133,8 @@ class Trainee:
             step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
             self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
             raise TrainingStopped(
-                f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they were before it. "
-                "Lower training.learning_rate or training.gradient_clip, or check the data at that step."
+                f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
+                "were before it. Lower training.learning_rate or training.gradient_clip, or check the data there."
             )
         values = {name: float(total) for name, total in self._sums.items()}
         loss = sum(term.coefficient * values[term.name] for term in self.objective.terms)
@@ -156,7 +156,9 @@ class Trainee:
         return {"step": self.step, "tokens": self.tokens}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        weights = {key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")}
+        weights = {
+            key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
+        }
         self.sae.load_state_dict(weights)
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)

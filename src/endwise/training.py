@@ -267,13 +267,13 @@ def sae_metadata(config: RunConfig, step: int) -> dict[str, Any]:
 
 @contextmanager
 def _polite_stop() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second one acts at once."""
+    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 
-    def ask(number: int, frame: object) -> None:
+    def ask(_number: int, _frame: object) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
@@ -284,4 +284,3 @@ def _polite_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -32,7 +32,11 @@ def train_tokenizer(documents: list[str], folder: Path) -> PreTrainedTokenizerFa
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(documents, vocab_size=VOCAB, special_tokens=[EOS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=EOS, eos_token=EOS, unk_token=EOS, model_max_length=CONTEXT
+        tokenizer_object=bpe._tokenizer,  # noqa: SLF001 - it has no public name
+        bos_token=EOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        model_max_length=CONTEXT,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

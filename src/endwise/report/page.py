@@ -121,7 +121,7 @@ def _similar_table(summary: Summary) -> str:
     return (
         '<div class="inner" tabindex="0" role="region" aria-label="The runs compared downstream"><table>'
         f"{_head('kind', 'λ', 'CE increase', 'L0', 'mean MSE')}<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">Ratio of downstream MSE, geometric mean over the later layers, with its 95&nbsp;% interval:</p>'
+        '<p class="note">Ratio of downstream MSE, geometric mean over later layers, with its 95&nbsp;% interval:</p>'
         f'<dl class="ratios">{"".join(ratios)}</dl>'
     )
 
@@ -157,9 +157,9 @@ def _ratio_cells(ratio: Ratio) -> str:
 
 def _ratios_note() -> str:
     return (
-        "Each ratio is the exponential of the mean difference of two curves, logarithms interpolated linearly between "
-        "neighbouring runs at 20 levels of the range that both kinds cover. Nothing is extrapolated. Alive features are "
-        "counted over the whole held-out text, so resampling keeps their number fixed."
+        "Each ratio is the exponential of the mean difference of two curves, logarithms interpolated linearly "
+        "between neighbouring runs at 20 levels of the range that both kinds cover. Nothing is extrapolated. Alive "
+        "features are counted over the whole held-out text, so resampling keeps their number fixed."
     )
 
 
