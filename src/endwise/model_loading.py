@@ -51,7 +51,9 @@ def load_model(
         if gguf_file is None:
             weights |= {"config": config, "use_safetensors": True}
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, attn_implementation=attention or "sdpa", **weights
+            )
         except ValueError as error:
             if attention is not None or "scaled_dot_product_attention" not in str(error):
                 raise
