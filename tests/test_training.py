@@ -9,73 +9,32 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from endwise import SAE, LanguageModel, RunConfig, load_corpora, train, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.errors import ConfigError, FormatError, RunFolderError, TrainingStopped
-from endwise.run_config import DataConfig
 from endwise.run_folder import RunFolder
 from endwise.schedule import rate_factor
 from endwise.training import new_trainee, take_step
-
-VOCAB, CONTEXT, WIDTH, LAYERS = 31, 8, 16, 4
-SITE = "blocks.1.hook_resid_pre"
+from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    gpt2 = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in gpt2.parameters():
-            parameter.mul_(5)  # GPT-2's small initial weights would make every prediction alike
-    return LanguageModel(gpt2, None)
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def token_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 4096), ("heldout", 512)):
-        np.save(folder / f"{name}.npy", rng.integers(1, VOCAB, count).astype(np.uint16))
-    return folder
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
-def corpora(model, token_files):
-    data = DataConfig(source=str(token_files / "train.npy"), heldout=str(token_files / "heldout.npy"), context=CONTEXT)
-    return load_corpora(
-        data,
-        tokenizer=None,
-        model_context=CONTEXT,
-        vocab_size=VOCAB,
-        training_tokens=2048,
-        evaluation_tokens=256,
-    )
-
-
-def recipe(out, kind="e2e", seed=0, **training):
-    objective = {"kind": kind, "sparsity": {"coefficient": 0.3}}
-    if kind == "e2e_ds":
-        objective["downstream_mse"] = 2.0
-    return RunConfig.build(
-        {
-            "site": SITE,
-            "dictionary": {"size": 40},
-            "objective": objective,
-            "training": {"tokens": 640, "batch": 4, "log_every": 3, "learning_rate": 1e-2, **training},
-            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 4},
-            "seed": seed,
-            "out": out,
-        }
-    )
+def corpora(token_files):
+    return small_corpora(token_files)
 
 
 def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
@@ -289,12 +248,7 @@ def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model, token_files, 
     model.model.save_pretrained(tmp_path / "model")
     values = recipe(tmp_path / "run", "e2e").model_dump(mode="json")
     values["model"]["name"] = str(tmp_path / "model")
-    values["data"] |= {
-        "source": str(token_files / "train.npy"),
-        "heldout": str(token_files / "heldout.npy"),
-        "context": CONTEXT,
-        "epochs": 10_000,
-    }
+    values["data"] = data(token_files).model_dump() | {"epochs": 10_000}
     values["training"] |= {"tokens": 20_000_000}
     (tmp_path / "recipe.yaml").write_text(RunConfig.build(values).to_yaml())
     command = [sys.executable, "-m", "endwise", "train"]
