@@ -79,7 +79,9 @@ def test_resuming_a_finished_run_changes_nothing(place, tmp_path):
 
 
 def test_help_is_quick_because_torch_stays_out():
-    code = "import sys, endwise, endwise.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, endwise, endwise.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     code, said, _ = run("--help")

@@ -126,7 +126,7 @@ def test_metrics_equal_their_slow_definitions(model, corpora, sae, masked, monke
 
         monkeypatch.setattr(type(corpora.heldout), "batch", with_mask)
         # every batch of the evaluation masks its own first row's end, so the oracle must see the same batches
-        parts = [corpora.heldout.batch(range(0, 4)), corpora.heldout.batch(range(4, SEQUENCES))]
+        parts = [corpora.heldout.batch(range(4)), corpora.heldout.batch(range(4, SEQUENCES))]
     else:
         parts = [corpora.heldout.batch(range(SEQUENCES))]
     whole = type(parts[0])(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask")))

@@ -1,5 +1,6 @@
 """The training step against its slow definition, and the promises of the loop around it."""
 
+import copy
 import json
 import math
 import os
@@ -7,19 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from endwise import SAE, LanguageModel, RunConfig, load_corpora, train, train_together
+from endwise import SAE, LanguageModel, RunConfig, train, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.errors import ConfigError, FormatError, RunFolderError, TrainingStopped
 from endwise.run_folder import RunFolder
 from endwise.schedule import rate_factor
 from endwise.training import new_trainee, take_step
-from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import CONTEXT, LAYERS, WIDTH, data, recipe, small_corpora, small_model, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +52,53 @@ def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
         seen["c"] = torch.relu(x @ weights["encoder"].T + weights["b_enc"])
         rows = weights["decoder"] / weights["decoder"].norm(dim=-1, keepdim=True)
         seen["y"] = seen["c"] @ rows + weights["b_dec"]
-        return (seen["y"], *arguments[1:])
+        return (torch.where(batch.mask[..., None], seen["y"], x), *arguments[1:])
 
     clean = gpt2(batch.tokens, output_hidden_states=True)
     handle = gpt2.transformer.h[1].register_forward_pre_hook(splice)
     spliced = gpt2(batch.tokens, output_hidden_states=True)
     handle.remove()
     log_p, log_q = clean.logits.log_softmax(-1), spliced.logits.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    later = [(spliced.hidden_states[k] - clean.hidden_states[k]).square().mean() for k in range(2, LAYERS)]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[batch.mask].mean()
+    later = [(spliced.hidden_states[k] - clean.hidden_states[k])[batch.mask].square().mean() for k in range(2, LAYERS)]
     loss = {
-        "local": (seen["y"] - seen["x"]).square().mean(),
+        "local": (seen["y"] - seen["x"])[batch.mask].square().mean(),
         "e2e": kl,
         "e2e_ds": 0.5 * kl + beta / len(later) * sum(later),
-    }[kind] + coefficient * seen["c"].sum(-1).mean() / WIDTH
+    }[kind] + coefficient * seen["c"].sum(-1)[batch.mask].mean() / WIDTH
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in weights.items()}
 
 
 @pytest.mark.parametrize("kind", ["local", "e2e", "e2e_ds"])
 @pytest.mark.parametrize("cut", [{}, {"microbatch": 3}, {"accumulation": 2, "microbatch": 1}])
-def test_gradients_equal_the_slow_definition(model, corpora, kind, cut, tmp_path):
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_equal_the_slow_definition(model, corpora, kind, cut, masked, tmp_path):
     config = recipe(tmp_path, kind, gradient_clip=None, learning_rate=1e-30, warmup=0, **cut)
     trainee = new_trainee(config, model, steps=10)
     batch = corpora.train.batch(range(4))
+    if masked:  # a masked first position keeps its own activation, which every later position can see
+        mask = batch.mask.clone()
+        mask[:, 0] = mask[2, 5:] = False
+        batch = replace(batch, mask=mask)
     loss, expected = slow_gradients(model, trainee.sae, kind, batch)
     take_step(model, [trainee], batch, config.training.accumulation)
     assert trainee.report()["loss"] == pytest.approx(loss, rel=1e-5)
     for name, parameter in trainee.sae.named_parameters():
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", ["local", "e2e", "e2e_ds"])
+def test_a_model_in_bf16_trains_an_fp32_sae(model, corpora, kind, tmp_path):
+    low = LanguageModel(copy.deepcopy(model.model).to(torch.bfloat16))
+    gradients = []
+    for each in (model, low):
+        trainee = new_trainee(recipe(tmp_path, kind, gradient_clip=None), each, steps=10)
+        take_step(each, [trainee], corpora.train.batch(range(4)))
+        assert {p.dtype for p in trainee.sae.parameters()} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in trainee.sae.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
 def test_fifty_steps_equal_plain_adam_in_float64(model, corpora, tmp_path):
@@ -195,8 +214,6 @@ def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpo
 
 def test_masked_positions_leave_no_trace(model, corpora, tmp_path):
     """A batch with padding trains exactly as its unpadded tokens would."""
-    from dataclasses import replace
-
     batch = corpora.train.batch(range(4))
     short = replace(batch, tokens=batch.tokens[:, :6], mask=batch.mask[:, :6])
     padded = replace(batch, mask=batch.mask & (torch.arange(CONTEXT) < 6))

@@ -7,6 +7,7 @@ the model's. Nothing is left behind in the model: hooks and overrides last for o
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,16 +153,28 @@ class LanguageModel:
         the patches and to nothing else.
         """
         first = min(self.site(site) for site in patch)
+        missing = ({first} | self._replay_needs(first)) - clean.activations.keys()
+        if missing:
+            raise ModelError(f"A replay from {first} needs a clean pass that recorded it: clean(tokens, [{first}]).")
+        skipped = [site.name for site in record if self.site(site) < first]
+        if skipped:
+            raise ModelError(
+                f"A replay from {first} does not compute {', '.join(skipped)}; read them from the clean pass."
+            )
         value = patch[first]
-        start = value if isinstance(value, Tensor) else value(clean.activations[first])
+        original = clean.activations[first]
+        start = (value if isinstance(value, Tensor) else value(original)).to(original.dtype)
         with ExitStack() as hooks:
             self._enter_at(hooks, first, start, clean)
             for site, change in patch.items():
                 if site != first:
                     self._patch(hooks, site, change)
-            activations, final_state = self._recording(hooks, {self.site(site) for site in record}, final)
-            self._forward(clean.tokens)
-        return Spliced(activations, final_state.get("final"))
+            later = set(record) - {first}
+            activations, final_state = self._recording(hooks, later, final)
+            if later or final:
+                self._forward(clean.tokens)
+        kept = {first: start} if first in record else {}
+        return Spliced(kept | activations, final_state.get("final"))
 
     @contextmanager
     def patched(self, patch: Mapping[Site, Patch]) -> Iterator[None]:
@@ -184,21 +197,9 @@ class LanguageModel:
         activations: dict[Site, Activation] = {}
         final_state: dict[str, Activation] = {}
 
-        def keep(site: Site) -> Callable[[Tensor], None]:
-            def kept(value: Tensor) -> None:
-                activations[site] = value
-                if not final and len(activations) == len(sites):
-                    raise _Stop
-
-            return kept
-
         for site in sites:
-            self._on(hooks, site, keep(site))
-
-        def at_unembedding(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            final_state["final"] = arguments[0]
-            raise _Stop
-
+            self._on(hooks, site, partial(_keep, activations, site, None if final else len(sites)))
+        at_unembedding = partial(_keep_final, final_state)
         hooks.enter_context(_removed(self._unembedding.register_forward_pre_hook(at_unembedding)))
         return activations, final_state
 
@@ -206,22 +207,9 @@ class LanguageModel:
         """Calls `act` with the value at a site whenever a pass gets there; what it returns takes the value's place."""
         block = self._blocks[site.layer]
         if site.part is Part.RESID_PRE:
-
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                value = args[0] if args else kwargs["hidden_states"]
-                changed = act(value)
-                if changed is None:
-                    return None
-                return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-            handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
+            handle = block.module.register_forward_pre_hook(partial(_before, act), with_kwargs=True)
         else:
-
-            def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-                changed = act(first_tensor(output))
-                return None if changed is None else with_first(output, changed)
-
-            handle = self._source(site).register_forward_hook(after)
+            handle = self._source(site).register_forward_hook(partial(_after, act))
         hooks.enter_context(_removed(handle))
 
     def _source(self, site: Site) -> nn.Module:
@@ -231,7 +219,7 @@ class LanguageModel:
         return block.module if branch is None else branch.write
 
     def _patch(self, hooks: ExitStack, site: Site, change: Patch) -> None:
-        self._on(hooks, site, (lambda _: change) if isinstance(change, Tensor) else change)
+        self._on(hooks, site, partial(_changed, change))
 
     def _replay_needs(self, site: Site) -> set[Site]:
         """What besides its own value a replay from a site needs: what its block had computed before it."""
@@ -269,14 +257,12 @@ class LanguageModel:
 
     def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
         """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
-        size = self._returns_tuple[module]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            result = value if value is not None else (args[0] if args else kwargs["hidden_states"])
-            return result if size is None else (result, *[None] * (size - 1))
-
-        module.forward = forward
-        hooks.callback(module.__dict__.pop, "forward")
+        own = module.__dict__.get("forward")  # accelerate, for one, puts a forward on the instance
+        module.forward = partial(_answer_with, value, self._returns_tuple[module])
+        if own is None:
+            hooks.callback(module.__dict__.pop, "forward")
+        else:
+            hooks.callback(setattr, module, "forward", own)
 
     @torch.no_grad()
     def _probe(self) -> dict[Site, int]:
@@ -348,6 +334,45 @@ def _readout(unembedding: nn.Module, config: Any) -> Readout:
     weight: Any = unembedding.weight
     bias: Any = getattr(unembedding, "bias", None)
     return Readout(weight, bias, scale, None if softcap is None else float(softcap))
+
+
+# Hooks are partials of functions, not closures: the tests' type checker decorates a closure anew each time it is made.
+
+
+def _keep(activations: dict[Site, Activation], site: Site, enough: int | None, value: Tensor) -> None:
+    """Records the value, and ends the pass when `enough` are recorded."""
+    activations[site] = value
+    if len(activations) == enough:
+        raise _Stop
+
+
+def _keep_final(final_state: dict[str, Activation], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    final_state["final"] = arguments[0]
+    raise _Stop
+
+
+def _before(
+    act: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    changed = act(args[0] if args else kwargs["hidden_states"])
+    if changed is None:
+        return None
+    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+
+def _after(act: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: Any, output: Any) -> Any:
+    changed = act(first_tensor(output))
+    return None if changed is None else with_first(output, changed)
+
+
+def _changed(change: Patch, value: Tensor) -> Tensor:
+    """An SAE is fp32 whatever the model runs in; the model gets its own dtype back."""
+    return (change if isinstance(change, Tensor) else change(value)).to(value.dtype)
+
+
+def _answer_with(value: Tensor | None, size: int | None, *args: Any, **kwargs: Any) -> Any:
+    result = value if value is not None else (args[0] if args else kwargs["hidden_states"])
+    return result if size is None else (result, *[None] * (size - 1))
 
 
 @contextmanager

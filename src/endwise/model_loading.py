@@ -10,6 +10,7 @@ from endwise import embedded
 from endwise.errors import ConfigError, ModelError
 from endwise.language_model import LanguageModel
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -36,9 +37,11 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, its weights are pickles, or it is not one that endwise can splice.
-        ConfigError: the device does not exist.
+        ConfigError: the device or the dtype does not exist.
     """
     place = _device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source = str(embedded.folder()) if name == "embedded" else name
     if Path(source).is_dir():
         _refuse_pickles(Path(source), gguf_file)
@@ -47,29 +50,40 @@ def load_model(
         shared["gguf_file"] = gguf_file
     try:
         config = AutoConfig.from_pretrained(source, **shared)
-        weights: dict[str, Any] = {"dtype": getattr(torch, dtype), **shared}
+        weights: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True, **shared}
         if gguf_file is None:
             weights |= {"config": config, "use_safetensors": True}
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, attn_implementation=attention or "sdpa", **weights
             )
         except ValueError as error:
             if attention is not None or "scaled_dot_product_attention" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+            loaded = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise ModelError(_explained(name, error)) from error
-    # GGUF weights arrive in the file's own type whatever was asked for.
-    return LanguageModel(model.to(place, getattr(torch, dtype)), _tokenizer(source, shared), name)
+    model, info = loaded
+    if info["missing_keys"]:
+        absent = sorted(map(str, info["missing_keys"]))
+        raise ModelError(
+            f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, ...), "
+            "which would stay random. Is it a causal language model, and complete?"
+        )
+    for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
+        parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type, whatever is asked
+    return LanguageModel(model.to(place), _tokenizer(source, shared), name)
 
 
 def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; none is fine as long as only token ids are read."""
     try:
-        return AutoTokenizer.from_pretrained(source, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         return None
+    # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return None if tokenizer.get_vocab().keys() <= special else tokenizer
 
 
 def _device(name: str) -> torch.device:
@@ -94,7 +108,7 @@ def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
         if pickles:
             raise ModelError(
                 f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when read. "
-                "Convert it to safetensors first: model.save_pretrained(folder, safe_serialization=True)."
+                "Convert it to safetensors first: model.save_pretrained(folder)."
             )
         raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
 
@@ -103,7 +117,7 @@ def _explained(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, ImportError):
         return f"{name} needs a package that is not installed: {reason}"
-    if "trust_remote_code" in reason:
+    if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
     if isinstance(error, OSError) and not Path(name).exists():
         return (

@@ -103,7 +103,7 @@ class LocalMSE(SiteTerm):
 
 @dataclass(frozen=True)
 class Sparsity(SiteTerm):
-    """Σ over features of |c|^p, divided by d_model (paper: p = 1)."""
+    """Σ over features of |c|^p, divided by d_model (paper: p = 1, where the reference code's norm is the same)."""
 
     name = "sparsity"
     unit = "latent^p per token and dimension"

@@ -77,6 +77,9 @@ class ObjectiveConfig(Config):
             raise ValueError(
                 "kind e2e_ds needs downstream_mse, the total weight of the later sites' errors (β), above 0"
             )
+        sites = self.downstream_sites or ()
+        if len(set(sites)) < len(sites):
+            raise ValueError(f"downstream_sites names a site twice: {', '.join(sites)}; name each once")
         if not any(self.weights.values()):
             raise ValueError("every weight of the objective but sparsity is 0, so there is nothing to reconstruct")
         return self

