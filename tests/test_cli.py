@@ -177,3 +177,19 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(place, tmp_path):
 def test_an_unwritable_folder(place, tmp_path):
     tmp_path.chmod(0o500)
     assert refuse("train", place / "recipe.yaml", f"out={tmp_path / 'run'}")[0] == 5
+
+
+def test_every_public_name_is_what_it_says_even_after_its_module_is_imported():
+    code = """
+import importlib, pkgutil, types
+import endwise
+for module in pkgutil.walk_packages(endwise.__path__, "endwise."):
+    if module.name != "endwise.__main__":
+        importlib.import_module(module.name)
+assert endwise.__all__ == sorted(endwise.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+for name in endwise.__all__:
+    value = getattr(endwise, name)
+    assert not isinstance(value, types.ModuleType), name
+    assert value.__name__ == name, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

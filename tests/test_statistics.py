@@ -46,7 +46,7 @@ def test_every_resample_draws_as_many_sequences_as_there_are_and_equal_seeds_dra
     resampling_weights.cache_clear()
     assert (resampling_weights(12, 500, 3) == weights).all()
     assert (resampling_weights(12, 500, 4) != weights).any()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="read-only"):
         weights[0, 0] = 9
 
 

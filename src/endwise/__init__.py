@@ -2,7 +2,7 @@
 
     import endwise
 
-    run = endwise.train("recipes/embedded/layer3-e2e.yaml")     # one SAE, end to end
+    run = endwise.train("embedded-layer3-e2e")                   # one SAE, end to end
     endwise.evaluate(run.folder)                                 # L0, alive features, CE increase, ...
     sae = endwise.SAE.load(run.folder)                           # SAELens's layout
     model = endwise.load_model("embedded")
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
     from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
-    from endwise.quickstart import quickstart
     from endwise.run_config import RunConfig
     from endwise.run_evaluation import evaluate
     from endwise.sites import Site
@@ -46,7 +45,6 @@ _HOMES = {
     "LocalMSE": "objectives",
     "Objective": "objectives",
     "Sparsity": "objectives",
-    "quickstart": "quickstart",
     "RunConfig": "run_config",
     "evaluate": "run_evaluation",
     "Site": "sites",
@@ -80,7 +78,6 @@ __all__ = [
     "load_corpora",
     "load_model",
     "measure",
-    "quickstart",
     "spliced",
     "train",
     "train_together",

@@ -1,4 +1,4 @@
-"""What a user sees while training runs: one live line per SAE, and time left."""
+"""What a user sees while training runs: a live table on a terminal, a line now and then in a log."""
 
 import time
 from types import TracebackType
@@ -10,18 +10,20 @@ from rich.table import Table
 
 from endwise.run_config import RunConfig
 
+LOG_SECONDS = 30.0
+
 
 class Display:
-    """A live table on a terminal; nothing when switched off or when nobody watches (`metrics.jsonl` has it all)."""
+    """On a terminal one live row per SAE; elsewhere a line every `LOG_SECONDS`; nothing when switched off."""
 
     def __init__(self, steps: int, first: int, tokens_per_step: int, shown: bool) -> None:
         self._steps, self._first, self._tokens_per_step = steps, first, tokens_per_step
         self._started = time.monotonic()
         self._rows: dict[str, dict[str, Any]] = {}
-        console = Console(stderr=True)
-        self._live = (
-            Live(console=console, refresh_per_second=4, transient=False) if shown and console.is_terminal else None
-        )
+        self._console = Console(stderr=True, quiet=not shown)
+        watched = shown and self._console.is_terminal
+        self._live = Live(console=self._console, refresh_per_second=4) if watched else None
+        self._logged = self._started
 
     def __enter__(self) -> "Display":
         if self._live is not None:
@@ -52,12 +54,17 @@ class Display:
     def advance(self, done: int) -> None:
         if self._live is not None:
             self._live.update(self._table(done))
+        elif time.monotonic() - self._logged >= LOG_SECONDS:
+            self._logged = time.monotonic()
+            self._console.print(self._heading(done), highlight=False)
 
-    def _table(self, done: int) -> Table:
+    def _heading(self, done: int) -> str:
         timing = self.timing(done)
         left = timing["seconds"] / max(1, done - self._first) * (self._steps - done)
-        title = f"step {done}/{self._steps} · {timing['tokens_per_second']:,.0f} tokens/s · {left / 60:.1f} min left"
-        table = Table(title=title, title_justify="left")
+        return f"step {done}/{self._steps} · {timing['tokens_per_second']:,.0f} tokens/s · {left / 60:.1f} min left"
+
+    def _table(self, done: int) -> Table:
+        table = Table(title=self._heading(done), title_justify="left")
         for heading in ("SAE", "loss terms", "L0", "alive", "CE increase (held out)"):
             table.add_column(heading, justify="left" if heading in ("SAE", "loss terms") else "right")
         for key, line in self._rows.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.comparison import RunSummary, Summary, print_summary, summarise
+from endwise.comparison import LABELS, RunSummary, Summary, print_summary, summarise
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, measure
 from endwise.files import write_json
@@ -81,19 +81,12 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
         training_tokens=TRAINING_TOKENS,
         evaluation_tokens=HELDOUT_TOKENS,
     )
-    console.print(
-        f"Training {len(configs)} SAEs at {SITE} of the embedded model on {TRAINING_TOKENS:,} tokens each, together."
-    )
-    runs = [
-        run
-        for kind in COEFFICIENTS
-        for run in train_together(
-            [config for config in configs if config.objective.kind == kind],
-            model=model,
-            corpora=corpora,
-            display=display,
-        )
-    ]
+    console.print(f"Training {len(configs)} SAEs at {SITE} of the embedded model, on {TRAINING_TOKENS:,} tokens each.")
+    runs: list[Run] = []
+    for kind, coefficients in COEFFICIENTS.items():
+        console.print(f"{LABELS[kind]}: {len(coefficients)} sparsity coefficients, together")
+        group = [config for config in configs if config.objective.kind == kind]
+        runs += train_together(group, model=model, corpora=corpora, display=display)
     console.print(f"Measuring them on {HELDOUT_TOKENS:,} held-out tokens.")
     saes = {str(run.folder): (model.site(run.config.site), run.sae) for run in runs}
     evaluations = measure(model, saes, corpora.heldout, configs[0].evaluation)

@@ -19,6 +19,7 @@ from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
+from endwise.recipes import find_recipe
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 from endwise.tokens import BatchOrder, Corpora, TokenBatch, load_corpora
@@ -56,7 +57,7 @@ def train(
     """Trains one SAE as its recipe says.
 
     Args:
-        config: a recipe: an object, a mapping of its fields, or the path of a YAML file.
+        config: a recipe: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
         model: a loaded model to use instead of the recipe's.
         corpora: loaded token sequences to use instead of the recipe's.
         resume: go on from the last checkpoint of the run in the recipe's folder.
@@ -65,7 +66,7 @@ def train(
         EndwiseError: the recipe breaks a rule (before any training), or training cannot go on (after saving).
     """
     if isinstance(config, str | Path):
-        config = RunConfig.read(Path(config))
+        config = RunConfig.read(find_recipe(str(config)))
     elif not isinstance(config, RunConfig):
         config = RunConfig.build(dict(config))
     return train_together([config], model=model, corpora=corpora, resume=resume, display=display)[0]
