@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from endwise.axes import Activation, TokenMask, Tokens
 
@@ -72,14 +71,13 @@ class Readout:
         columns: list[list[Tensor]] = [[], [], [], [], []]
         rows = zip(*(x.split(self.chunk) for x in (clean.flatten(0, 1), spliced.flatten(0, 1), targets)), strict=True)
         for clean_rows, spliced_rows, target in rows:
-            clean_logits, spliced_logits = self.logits(clean_rows), self.logits(spliced_rows)
-            log_p, log_q = clean_logits.log_softmax(-1), spliced_logits.log_softmax(-1)
+            log_p, log_q = (self.logits(hidden).log_softmax(-1) for hidden in (clean_rows, spliced_rows))
             p = log_p.exp()
             columns[0].append((p * (log_p - log_q)).sum(-1))
             columns[1].append((p - log_q.exp()).abs().sum(-1) / 2)
-            columns[2].append((clean_logits.argmax(-1) == spliced_logits.argmax(-1)).float())
-            columns[3].append(cross_entropy(clean_logits, target, reduction="none"))
-            columns[4].append(cross_entropy(spliced_logits, target, reduction="none"))
+            columns[2].append((log_p.argmax(-1) == log_q.argmax(-1)).float())
+            columns[3].append(-log_p.gather(-1, target[:, None])[:, 0])
+            columns[4].append(-log_q.gather(-1, target[:, None])[:, 0])
         kl, distance, top1, ce_clean, ce_spliced = (torch.cat(column).view(mask.shape) for column in columns)
         return Comparison(kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts)
 

@@ -196,3 +196,12 @@ class RunConfig(Config):
     """Initialisation of the SAE."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
+
+    @model_validator(mode="after")
+    def _own_tokens(self) -> "RunConfig":
+        if self.model.name != "embedded" and "embedded" in (self.data.source, self.data.heldout):
+            raise ValueError(
+                "the embedded corpus is token ids of the embedded model's tokenizer; "
+                f"set data.source to text for model.name {self.model.name}"
+            )
+        return self
