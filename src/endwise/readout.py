@@ -9,8 +9,8 @@ from torch import Tensor
 
 from endwise.axes import Activation, TokenMask, Tokens
 
-CHUNK_ELEMENTS = 1 << 21
-"""Logits held at once, as elements of `[chunk vocab]`: 8 MiB in fp32, which stays in a processor's cache."""
+CHUNK_ELEMENTS = 1 << 20
+"""Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,19 @@ class Readout:
 
 
 class _Chunk(NamedTuple):
-    """One pass's logits for some rows, normalised, and the factor from its logits to the matrix product before them."""
+    """One pass's predictions for some rows: probability = weights / total, log-probability = logits − log total."""
 
-    log_probabilities: Float[Tensor, "rows vocab"]
+    logits: Float[Tensor, "rows vocab"]
+    """Less their row's maximum."""
+    weights: Float[Tensor, "rows vocab"]
+    total: Float[Tensor, " rows"]
     slope: Float[Tensor, "rows vocab"] | float
+    """Derivative of the logits by the matrix product before scale and soft-cap."""
 
 
-def _log_softmax(readout: Readout, hidden: Tensor, buffer: Tensor | None) -> _Chunk:
-    """Works in `buffer` where dtype and width allow, so that a pass over many chunks allocates once."""
-    out = buffer[: len(hidden)] if buffer is not None else None
-    logits = torch.mm(hidden, readout.weight.T, out=out)
+def _chunk(readout: Readout, hidden: Tensor, buffers: tuple[Tensor, Tensor] | None) -> _Chunk:
+    """Works in `buffers` where dtype and width allow, so that a pass over many chunks allocates once."""
+    logits = torch.mm(hidden, readout.weight.T, out=buffers and buffers[0][: len(hidden)])
     if readout.bias is not None:
         logits += readout.bias
     logits = logits.float()
@@ -108,8 +111,9 @@ def _log_softmax(readout: Readout, hidden: Tensor, buffer: Tensor | None) -> _Ch
         logits.div_(readout.softcap).tanh_()
         slope = (1 - logits.square()).mul_(readout.scale)
         logits *= readout.softcap
-    logits -= logits.logsumexp(-1, keepdim=True)
-    return _Chunk(logits, slope)
+    logits -= logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits, out=buffers and buffers[1][: len(hidden)])
+    return _Chunk(logits, weights, weights.sum(-1), slope)
 
 
 class _KLFromHidden(torch.autograd.Function):
@@ -118,18 +122,19 @@ class _KLFromHidden(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=spliced.device)
         gradient = torch.empty_like(spliced)
         rows, vocab = min(readout.chunk, len(spliced)), len(readout.weight)
-        low = spliced.dtype != torch.float32  # then the fp32 copy is the buffer
-        buffers = [None, None] if low else [spliced.new_empty(rows, vocab) for _ in range(2)]
+        exact = spliced.dtype == torch.float32  # or else the fp32 copy of the logits is the buffer
+        buffers = [(spliced.new_empty(rows, vocab), spliced.new_empty(rows, vocab)) if exact else None for _ in "pq"]
         for start in range(0, len(spliced), rows):
             part = slice(start, start + rows)
-            log_p, _ = _log_softmax(readout, clean[part].detach(), buffers[0])
-            log_q, slope = _log_softmax(readout, spliced[part].detach(), buffers[1])
-            weight = keep[part].to(log_p.dtype)
-            p = log_p.exp()
-            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).mul_(weight).sum()
-            d_logits = log_q.exp_().sub_(p).mul_(weight[:, None])
-            if not isinstance(slope, float) or slope != 1.0:
-                d_logits *= slope
+            p = _chunk(readout, clean[part].detach(), buffers[0])
+            q = _chunk(readout, spliced[part].detach(), buffers[1])
+            counts = keep[part].to(p.total.dtype)
+            # Σ P (log P − log Q), with both normalisers taken out of the sum
+            cross = torch.bmm(p.weights[:, None], p.logits.sub_(q.logits)[..., None])[:, 0, 0]
+            total += ((cross / p.total + q.total.log() - p.total.log()) * counts).sum()
+            d_logits = q.weights.mul_((counts / q.total)[:, None]).sub_(p.weights.mul_((counts / p.total)[:, None]))
+            if not isinstance(q.slope, float) or q.slope != 1.0:
+                d_logits *= q.slope
             gradient[part] = d_logits.to(readout.weight.dtype) @ readout.weight
         ctx.save_for_backward(gradient)
         return total
