@@ -90,7 +90,8 @@ def test_compare_equals_the_slow_definitions(readout, hidden):
     mask[:] = True
     mask[1, 40:] = False  # padding on the right
     tokens = torch.randint(VOCAB, mask.shape)
-    ours = readout.compare(clean, spliced, tokens, mask)
+    same, ours = readout.compare(clean, [clean, spliced], tokens, mask)
+    assert not same.kl.any() and bool((same.ce_clean == same.ce_spliced).all())
     p, q = (slow_logits(readout, h.double()) for h in (clean, spliced))
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     for b, t in [(0, 0), (0, 48), (0, 49), (1, 38), (1, 39), (1, 45), (2, 7)]:

@@ -17,8 +17,9 @@ from torch.nn.functional import layer_norm
 from endwise.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
 from endwise.errors import ConfigError
-from endwise.language_model import Clean, LanguageModel
+from endwise.language_model import Clean, LanguageModel, Spliced
 from endwise.objectives import later_residuals, squared_error
+from endwise.readout import Comparison
 from endwise.run_config import EvaluationConfig
 from endwise.sites import Part, Site
 from endwise.statistics import Interval, bootstrap_ratio
@@ -108,23 +109,29 @@ def measure(
         raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
     sites = sorted({site for site, _ in saes.values()})
     means = _site_means(model, sites, corpus, config, sequences)
-    collected = {name: _Collector(sae.d_sae) for name, (_, sae) in saes.items()}
-    ablations = {(site, kind): _Collector(0) for site in sites for kind in ("mean", "zero")}
+    collected = {name: _Collector() for name in saes}
+    ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero")}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(s for group in later.values() for s in group)}
     with torch.no_grad():
         for batch in _batches(corpus, config.batch, sequences, model.device):
             clean = model.clean(batch.tokens, record=recorded, final=True)
+            passes: dict[str | tuple[Site, str], _SplicedPass] = {}
             for name, (site, sae) in saes.items():
                 latents = sae.encode(clean.activations[site])
                 estimate = sae.decode(latents)
                 collected[name].add_latents(latents, batch.mask)
                 collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
-                collected[name].add(_spliced_sums(model, clean, site, estimate, later[site], batch))
-            for (site, kind), collector in ablations.items():
+                passes[name] = _splice(model, clean, site, estimate, later[site], batch.mask)
+            for site, kind in ablations:
                 constant = means[site].raw if kind == "mean" else torch.zeros_like(means[site].raw)
                 estimate = constant.to(model.dtype).expand_as(clean.activations[site])
-                collector.add(_spliced_sums(model, clean, site, estimate, (), batch))
+                passes[site, kind] = _splice(model, clean, site, estimate, (), batch.mask)
+            finals = [spliced.final for spliced in passes.values()]
+            compared = model.readout.compare(_final(clean), finals, batch.tokens, batch.mask)
+            for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
+                collector = collected[key] if isinstance(key, str) else ablations[key]
+                collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
     baselines = {site: _baselines(ablations[site, "mean"].sums(), ablations[site, "zero"].sums()) for site in sites}
     return {name: _summarise(site, sae, collected[name], baselines[site], config) for name, (site, sae) in saes.items()}
 
@@ -145,10 +152,9 @@ class _Means:
 class _Collector:
     """Gathers per-sequence sums batch by batch."""
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
         self._fired: Tensor | None = None
-        self._d_sae = d_sae
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         for name, values in sums.items():
@@ -209,15 +215,35 @@ def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask:
     return sums
 
 
-def _spliced_sums(
-    model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], batch: TokenBatch
-) -> dict[str, Tensor]:
-    patched = torch.where(batch.mask[..., None], estimate, clean.activations[site])
+@dataclass(frozen=True)
+class _SplicedPass:
+    final: Activation
+    downstream: dict[str, Tensor]
+    """Squared error at each later site, summed per sequence."""
+
+
+def _splice(
+    model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], mask: TokenMask
+) -> _SplicedPass:
+    patched = torch.where(mask[..., None], estimate, clean.activations[site])
     spliced = model.replay(clean, {site: patched}, record=later, final=True)
-    assert clean.final is not None and spliced.final is not None
-    compared = model.readout.compare(clean.final, spliced.final, batch.tokens, batch.mask)
-    sums = {
-        "tokens": batch.mask.sum(-1),
+    downstream = {}
+    for s in later:
+        rows = zip(spliced.activations[s], clean.activations[s], mask, strict=True)
+        downstream[f"downstream_mse.{s.name}"] = torch.stack(
+            [squared_error(a[None], b[None], m[None]) for a, b, m in rows]
+        )
+    return _SplicedPass(_final(spliced), downstream)
+
+
+def _final(recorded: Clean | Spliced) -> Activation:
+    assert recorded.final is not None
+    return recorded.final
+
+
+def _prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]:
+    return {
+        "tokens": mask.sum(-1),
         "predictions": compared.predicts.sum(-1),
         "kl": compared.kl.sum(-1),
         "ce_clean": compared.ce_clean.sum(-1),
@@ -226,10 +252,6 @@ def _spliced_sums(
         "top1_agreement": compared.top1_agreement.sum(-1),
         "statistical_distance": compared.statistical_distance.sum(-1),
     }
-    for s in later:
-        rows = zip(spliced.activations[s], clean.activations[s], batch.mask, strict=True)
-        sums[f"downstream_mse.{s.name}"] = torch.stack([squared_error(a[None], b[None], m[None]) for a, b, m in rows])
-    return sums
 
 
 def _baselines(mean: Sums, zero: Sums) -> Baselines:

@@ -1,5 +1,6 @@
 """From the last hidden state to predictions, in chunks, so that no `[batch pos vocab]` tensor ever exists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,24 +63,36 @@ class Readout:
         return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
-    def compare(self, clean: Activation, spliced: Activation, tokens: Tokens, mask: TokenMask) -> Comparison:
-        """Every per-token metric of the two passes' predictions in one chunked pass."""
+    def compare(
+        self, clean: Activation, spliced: Sequence[Activation], tokens: Tokens, mask: TokenMask
+    ) -> list[Comparison]:
+        """Every per-token metric of each spliced pass's predictions, in one chunked pass over the clean one's."""
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).flatten()
         predicts = mask.clone()
         predicts[:, -1] = False
         predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
-        columns: list[list[Tensor]] = [[], [], [], [], []]
-        rows = zip(*(x.split(self.chunk) for x in (clean.flatten(0, 1), spliced.flatten(0, 1), targets)), strict=True)
-        for clean_rows, spliced_rows, target in rows:
-            log_p, log_q = (self.logits(hidden).log_softmax(-1) for hidden in (clean_rows, spliced_rows))
-            p = log_p.exp()
-            columns[0].append((p * (log_p - log_q)).sum(-1))
-            columns[1].append((p - log_q.exp()).abs().sum(-1) / 2)
-            columns[2].append((log_p.argmax(-1) == log_q.argmax(-1)).float())
-            columns[3].append(-log_p.gather(-1, target[:, None])[:, 0])
-            columns[4].append(-log_q.gather(-1, target[:, None])[:, 0])
-        kl, distance, top1, ce_clean, ce_spliced = (torch.cat(column).view(mask.shape) for column in columns)
-        return Comparison(kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts)
+        columns: list[list[list[Tensor]]] = [[[] for _ in range(5)] for _ in spliced]
+        for start in range(0, mask.numel(), self.chunk):
+            part = slice(start, start + self.chunk)
+            target = targets[part, None]
+            log_p = self.logits(clean.flatten(0, 1)[part]).log_softmax(-1)
+            p, top, ce_clean = log_p.exp(), log_p.argmax(-1), -log_p.gather(-1, target)[:, 0]
+            for kept, hidden in zip(columns, spliced, strict=True):
+                log_q = self.logits(hidden.flatten(0, 1)[part]).log_softmax(-1)
+                kept[3].append(ce_clean)
+                kept[4].append(-log_q.gather(-1, target)[:, 0])
+                kept[2].append((top == log_q.argmax(-1)).float())
+                kept[0].append((p * (log_p - log_q)).sum(-1))
+                kept[1].append((p - log_q.exp_()).abs().sum(-1) / 2)
+        comparisons = []
+        for kept in columns:
+            kl, distance, top1, ce_clean, ce_spliced = (torch.cat(column).view(mask.shape) for column in kept)
+            comparisons.append(
+                Comparison(
+                    kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts
+                )
+            )
+        return comparisons
 
     @property
     def chunk(self) -> int:

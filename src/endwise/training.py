@@ -13,7 +13,7 @@ from typing import Any
 
 from endwise.checkpoints import read_checkpoint, write_checkpoint
 from endwise.dictionaries import SAE, ReluSAE
-from endwise.errors import ConfigError, Interrupted, RunFolderError, TrainingStopped
+from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError, TrainingStopped
 from endwise.evaluation import measure
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
@@ -185,10 +185,10 @@ def _run(model: LanguageModel, members: list[_Member], corpora: Corpora, steps: 
                 shown.advance(done)
                 if stop_asked() and done < steps:
                     raise Interrupted(_save_all(members, "Stopped as asked, saved"))
-        except TrainingStopped as error:
-            if not isinstance(error, Interrupted):
-                raise TrainingStopped(f"{error} {_save_all(members, 'The last good state is saved')}") from None
+        except Interrupted:
             raise
+        except (TrainingStopped, DataError) as error:
+            raise TrainingStopped(f"{error} {_save_all(members, 'The last good state is saved')}") from None
     _save_all(members, "Done")
 
 
