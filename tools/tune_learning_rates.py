@@ -39,7 +39,7 @@ def main() -> None:
         for recipe in recipes(Path(scratch), seed):
             if recipe.objective.sparsity.coefficient == middle[recipe.objective.kind]:
                 for rate in GRID:
-                    training = recipe.training.model_copy(update={"learning_rate": rate})
+                    training = recipe.training.model_copy(update={"learning_rate": rate, "log_every": 1})
                     folder = Path(scratch) / f"{recipe.objective.kind}-{rate:g}"
                     configs.append(recipe.model_copy(update={"training": training, "out": folder}))
         model = load_model("embedded")

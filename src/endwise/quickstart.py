@@ -22,14 +22,14 @@ from endwise.training import Run, train_together
 
 SITE = "blocks.3.hook_resid_pre"
 RATIO = 12
-TRAINING_TOKENS = 600_000
+TRAINING_TOKENS = 280_000
 HELDOUT_TOKENS = 100_000
-BATCH = 8
+BATCH = 2
 
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "local": (1.0, 2.0, 4.0),
-    "e2e": (0.5, 1.0, 2.0),
-    "e2e_ds": (5.0, 10.0, 20.0),
+    "e2e": (0.25, 0.5, 1.0),
+    "e2e_ds": (2.0, 4.0, 8.0),
 }
 LEARNING_RATES = {"local": 1e-3, "e2e": 1e-3, "e2e_ds": 1e-3}
 """Each the best of one grid, tuned alike for the three kinds (docs/results/learning_rates.md)."""
