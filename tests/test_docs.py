@@ -5,12 +5,14 @@ import runpy
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
+import endwise
 from endwise.cli import app
 from endwise.recipes import find_recipe
 from endwise.run_config import RunConfig
@@ -98,3 +100,8 @@ def test_links_lead_somewhere(page):
 def test_configuration_reference_is_up_to_date():
     tool = runpy.run_path(str(ROOT / "tools" / "config_reference.py"))
     assert tool["TARGET"].read_text(encoding="utf-8") == tool["reference"](), "run `make docs`"
+
+
+def test_changelog_tells_this_version():
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None and newest[1] == endwise.__version__ == version("endwise")

@@ -216,8 +216,8 @@ another offset in every pass), {BATCH} windows of {CONTEXT} tokens a step, which
 two phases. First {first.steps:,} steps of AdamW (learning rate 0.003, β 0.9 and 0.95, weight decay 0.1 on matrices);
 then {second.steps:,} steps of Muon (0.01, momentum 0.95, weight decay 0.05) for the blocks' matrices and AdamW (0.001)
 for the rest. In each, the rate rises over {WARMUP} steps, stays, and falls linearly to zero over the last
-{first.decay_share:.0%} and {second.decay_share:.0%}; the gradient's norm is clipped at 1. Seed 0, on a processor, in
-float32. To make it all again:
+{first.decay_share:.0%} and {second.decay_share:.0%}; the gradient's norm is clipped at 1. Seeds 0 and 1, on a
+processor, in float32. To make it all again:
 
 ```sh
 python tools/embedded_model/build.py
