@@ -34,6 +34,7 @@ def make_run(kind, coefficient, ce_increase, l0, alive=None, *, seed=0, noise=0.
         seed=seed,
         l0=float(l0),
         alive=alive or round(10 * l0),
+        alive_tokens=SEQUENCES * TOKENS,
         d_sae=1536,
         ce_increase=ce_increase,
         kl=ce_increase * 0.9,

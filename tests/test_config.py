@@ -89,9 +89,3 @@ def test_any_value_anywhere_is_accepted_or_refused_plainly(section, value):
     except ConfigError as error:
         refused = str(error)
     assert refused is None or section in refused
-
-
-def test_the_embedded_corpus_goes_with_the_embedded_model_only():
-    with pytest.raises(ConfigError, match=r"token ids of the embedded model.*set data\.source"):
-        RunConfig.build({**RECIPE, "model": {"name": "gpt2"}})
-    assert RunConfig.build({**RECIPE, "model": {"name": "gpt2"}, "data": {"source": "a.txt"}}).data.source == "a.txt"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from endwise import embedded
 from endwise.errors import DataError
 from endwise.run_config import DataConfig
-from endwise.tokens import BatchOrder, Corpus, check_disjoint, load_corpora
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora
 from endwise.tokens.corpus import Layout
 from endwise.tokens.store import documents_in
 
@@ -630,3 +630,11 @@ def test_what_cannot_be_held_out(tmp_path, load):
         load(write_jsonl(tmp_path / "b.jsonl", some_documents(30)), heldout_split="validation")
     with pytest.raises(DataError, match="no document to train on"):
         load(write_jsonl(tmp_path / "c.jsonl", some_documents(2)), heldout_share=0.99)
+
+
+def test_corpora_that_overlap_cannot_be_made(tmp_path, load):
+    both = load(write_jsonl(tmp_path / "a.jsonl", [[i] * 8 for i in range(1, 40)], "tokens"))
+    with pytest.raises(DataError, match=r"must not overlap"):
+        Corpora(both.train, both.train)
+    with pytest.raises(DataError, match="text or a list of token ids"):
+        load(write_jsonl(tmp_path / "b.jsonl", [[[1], [2, 3]]], "tokens"))

@@ -15,13 +15,15 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from endwise import SAE, LanguageModel, RunConfig, train, train_together
+from endwise import SAE, Corpora, LanguageModel, RunConfig, train, train_together
 from endwise.checkpoints import read_checkpoint
-from endwise.errors import ConfigError, FormatError, RunFolderError, TrainingStopped
+from endwise.errors import ConfigError, DataError, FormatError, RunFolderError, TrainingStopped
+from endwise.evaluation import residuals_after
+from endwise.objectives import later_residuals
 from endwise.run_folder import RunFolder
 from endwise.schedule import rate_factor
 from endwise.training import new_trainee, take_step
-from small_gpt2 import CONTEXT, LAYERS, WIDTH, data, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +282,74 @@ def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model, token_files, 
     assert "Traceback" not in errors
     assert f"endwise train --resume {tmp_path / 'run'}" in errors
     assert RunFolder(tmp_path / "run").latest_checkpoint() is not None
+
+
+def test_a_changed_corpus_is_noticed_on_resuming(model, corpora, token_files, tmp_path):
+    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    other = Corpora(corpora.heldout, corpora.train)
+    with pytest.raises(RunFolderError, match=r"started on other text.*new run"):
+        train(recipe(tmp_path / "run"), model=model, corpora=other, display=False, resume=True)
+
+
+def test_a_line_cut_off_by_a_crash_does_not_stop_resuming(model, corpora, tmp_path):
+    whole = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    metrics = RunFolder(whole.folder).metrics_file
+    before = metrics.read_text()
+    metrics.write_text(before + '{"step": 21, "lo')
+    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False, resume=True)
+    assert metrics.read_text() == before
+
+
+def test_too_little_text_to_evaluate_is_refused_before_training(model, corpora, tmp_path):
+    values = recipe(tmp_path / "run").model_dump()
+    values["evaluation"]["during_training_tokens"] = CONTEXT - 1
+    with pytest.raises(ConfigError, match=r"evaluation\.during_training_tokens is 7.*one sequence alone has 8"):
+        train(values, model=model, corpora=corpora, display=False)
+    with pytest.raises(DataError, match=r"asks for 1280 steps.*has text for 128"):
+        train(recipe(tmp_path / "run", tokens=40_960), model=model, corpora=corpora, display=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypatch):
+    import endwise.training as module
+
+    def fails(*arguments, **options):
+        raise MemoryError("no memory for the evaluation")
+
+    monkeypatch.setattr(module, "measure", fails)
+    with pytest.raises(MemoryError):
+        train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    folder = RunFolder(tmp_path / "run")
+    assert read_checkpoint(folder.latest_checkpoint()).state["step"] == 20
+    assert SAE.load(folder.path).d_sae == 40
+
+
+def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path, monkeypatch):
+    import endwise.training as module
+
+    plain = module.measure
+
+    def slow(*arguments, **options):
+        time.sleep(1.5)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(module, "measure", slow)
+    started = time.monotonic()
+    run = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    assert run.seconds <= time.monotonic() - started - 1.5
+
+
+def test_metadata_tells_saelens_where_the_sae_belongs(model, corpora, tmp_path):
+    run = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+    metadata = json.loads((run.folder / "sae" / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["context_size"]) == (SITE, CONTEXT)
+    assert metadata["model_class_name"] == "HookedTransformer"
+    assert metadata["endwise"]["step"] == 20
+
+
+def test_a_residual_stream_is_not_downstream_of_itself(model):
+    named = [site.name for site in later_residuals(model, model.site("blocks.1.hook_resid_post"))]
+    assert named == ["blocks.3.hook_resid_pre"]
+    assert named == [site.name for site in later_residuals(model, model.site("blocks.2.hook_resid_pre"))]
+    last = model.site("blocks.3.hook_resid_post")
+    assert residuals_after(model, last) == ()

@@ -1,9 +1,10 @@
 """Chooses the quickstart's learning rate of each kind on one grid: `python tools/tune_learning_rates.py`.
 
-Each kind is trained at its middle sparsity coefficient with every rate, all on the same batches. A rate is judged by
-the objective itself, averaged over the last fifth of training: one epoch, so every batch is new to the SAE, and the
-same number that training minimises, so no kind is judged by another's measure. Objectives are flat around their best
-rate while L0 still falls, so of the rates within 1 % of the lowest objective the one with the lowest L0 is taken.
+Each kind is trained at one sparsity coefficient with every rate, all on the same batches. What the quickstart compares
+is L0 at equal CE increase, so that is what a rate is judged by, the same for every kind: by L0 × CE increase, among the
+rates whose CE increase lies within the compared range. (Along one kind's curve the product changes little: halving L0
+about doubles the CE increase.) The objective is no such
+measure: it is flat around its best rate, while L0 still falls with the rate, and fastest for the local kind.
 
 Writes docs/results/learning_rates.md; `--rates` adds to the rows that are there.
 """
@@ -17,22 +18,27 @@ from pathlib import Path
 
 from endwise import RunConfig, load_corpora, load_model, measure, train_together
 from endwise.files import write_atomic
-from endwise.quickstart import COEFFICIENTS, HELDOUT_TOKENS, SITE, TRAINING_TOKENS, recipes
+from endwise.quickstart import BATCH, RATIO, SITE, recipe
 from endwise.run_folder import RunFolder
 
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-TIE = 0.01
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+COEFFICIENTS = {"local": 2.0, "e2e": 0.5, "e2e_ds": 4.0}
+TRAINING_TOKENS, HELDOUT_TOKENS = 280_000, 100_000
+HIGHEST_CE_INCREASE = 0.7
 TARGET = Path(__file__).parents[1] / "docs" / "results" / "learning_rates.md"
 HEADING = """# Learning rates
 
-Every kind of SAE gets the same grid, at its middle sparsity coefficient, in the quickstart's setting: {site} of the
-embedded model, {tokens:,} training tokens, seed 0. Objective: over the last fifth of training. Bold is the rate that
-the quickstart uses: the one with the lowest L0 among those whose objective is within {tie:.0%} of the lowest. L0, CE
-loss increase and alive features are on {heldout:,} held-out tokens. Made by
+Every kind of SAE gets the same grid, at one sparsity coefficient, in the quickstart's setting: {site} of the embedded
+model, {ratio} features per dimension, {batch} sequences a step; {tokens:,} training tokens, seed 0. Bold is the rate
+that the quickstart uses: of those with a CE increase up to {highest:g}, the range compared there, the one with the
+lowest L0 × CE increase. What is compared there is L0 at equal CE increase, and along one kind's curve the product
+changes little. Objective: the training loss over the last fifth of training,
+every batch of it new to the SAE. It is nearly flat around its best rate, where L0 still falls. L0, CE loss increase and
+alive features are on {heldout:,} held-out tokens. Made by
 `{command}`.
 
-| kind | coefficient | learning rate | objective | L0 | CE loss increase | alive |
-|---|---|---|---|---|---|---|
+| kind | coefficient | learning rate | objective | L0 | CE loss increase | L0 × CE increase | alive |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -48,25 +54,30 @@ class Row:
 
     @classmethod
     def parse(cls, line: str) -> "Row":
-        kind, *numbers, alive = (cell.strip(" *") for cell in line.strip().strip("|").split("|"))
+        kind, *numbers, _product, alive = (cell.strip(" *") for cell in line.strip().strip("|").split("|"))
         return cls(kind, *map(float, numbers), alive=int(alive))
+
+    @property
+    def product(self) -> float:
+        return self.l0 * self.ce_increase
 
     def format(self, chosen: bool) -> str:
         rate = f"**{self.rate:g}**" if chosen else f"{self.rate:g}"
         return (
             f"| {self.kind} | {self.coefficient:g} | {rate} | {self.objective:.4f} | {self.l0:.1f} "
-            f"| {self.ce_increase:+.3f} | {self.alive} |"
+            f"| {self.ce_increase:+.3f} | {self.product:.1f} | {self.alive} |"
         )
 
 
 def configurations(rates: Sequence[float], folder: Path) -> Iterator[RunConfig]:
-    middle = {kind: coefficients[len(coefficients) // 2] for kind, coefficients in COEFFICIENTS.items()}
-    for recipe in recipes(folder, seed=0):
-        if recipe.objective.sparsity.coefficient == middle[recipe.objective.kind]:
-            for rate in rates:
-                training = recipe.training.model_copy(update={"learning_rate": rate, "log_every": 1})
-                out = folder / f"{recipe.objective.kind}-{rate:g}"
-                yield recipe.model_copy(update={"training": training, "out": out})
+    for kind, coefficient in COEFFICIENTS.items():
+        for rate in rates:
+            base = recipe(folder / f"{kind}-{rate:g}", kind, coefficient, seed=0)
+            training = base.training.model_copy(
+                update={"learning_rate": rate, "log_every": 1, "tokens": TRAINING_TOKENS}
+            )
+            evaluation = base.evaluation.model_copy(update={"tokens": HELDOUT_TOKENS})
+            yield base.model_copy(update={"training": training, "evaluation": evaluation})
 
 
 def measured(rates: Sequence[float]) -> list[Row]:
@@ -95,12 +106,6 @@ def measured(rates: Sequence[float]) -> list[Row]:
         return rows
 
 
-def chosen(rows: Sequence[Row], kind: str) -> Row:
-    mine = [row for row in rows if row.kind == kind]
-    lowest = min(row.objective for row in mine)
-    return min((row for row in mine if row.objective <= (1 + TIE) * lowest), key=lambda row: row.l0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", help="only these, added to the table")
@@ -113,9 +118,18 @@ def main() -> None:
     fresh = measured(rates or GRID)
     kept = [row for row in rows if (row.kind, row.rate) not in {(new.kind, new.rate) for new in fresh}]
     rows = sorted(kept + fresh, key=lambda row: (list(COEFFICIENTS).index(row.kind), row.rate))
-    best = [chosen(rows, kind) for kind in COEFFICIENTS]
+    compared = [row for row in rows if row.ce_increase <= HIGHEST_CE_INCREASE]
+    best = [min((row for row in compared if row.kind == kind), key=lambda row: row.product) for kind in COEFFICIENTS]
     command = " && ".join([*commands, " ".join(["python", "tools/tune_learning_rates.py", *sys.argv[1:]])])
-    heading = HEADING.format(site=SITE, tokens=TRAINING_TOKENS, heldout=HELDOUT_TOKENS, tie=TIE, command=command)
+    heading = HEADING.format(
+        site=SITE,
+        ratio=RATIO,
+        batch=BATCH,
+        tokens=TRAINING_TOKENS,
+        heldout=HELDOUT_TOKENS,
+        highest=HIGHEST_CE_INCREASE,
+        command=command,
+    )
     table = "\n".join(row.format(row in best) for row in rows)
     write_atomic(TARGET, f"{heading}{table}\n".encode())
     print(table)

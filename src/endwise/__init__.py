@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
     from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
-    from endwise.run_config import RunConfig
+    from endwise.run_config import DataConfig, EvaluationConfig, RunConfig
     from endwise.run_evaluation import evaluate
     from endwise.sites import Site
     from endwise.splice import spliced
@@ -45,6 +45,8 @@ _HOMES = {
     "LocalMSE": "objectives",
     "Objective": "objectives",
     "Sparsity": "objectives",
+    "DataConfig": "run_config",
+    "EvaluationConfig": "run_config",
     "RunConfig": "run_config",
     "evaluate": "run_evaluation",
     "Site": "sites",
@@ -62,9 +64,11 @@ __all__ = [
     "SAE",
     "Corpora",
     "Corpus",
+    "DataConfig",
     "DownstreamMSE",
     "EndwiseError",
     "Evaluation",
+    "EvaluationConfig",
     "LanguageModel",
     "Latents",
     "LocalMSE",

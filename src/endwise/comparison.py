@@ -11,6 +11,7 @@ being counted over the whole text, is kept fixed in them.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ LEVELS = 20
 DEFINED_SHARE = 0.95
 """An interval is reported if at least this share of the resamples determine the ratio."""
 
+_LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
 Floats = NDArray[np.float64]
 
 
@@ -49,6 +52,8 @@ class RunSummary:
     seed: int
     l0: float
     alive: int
+    alive_tokens: int
+    """Held-out tokens over which they were counted."""
     d_sae: int
     ce_increase: float
     """Nats per token."""
@@ -81,6 +86,7 @@ class RunSummary:
             seed=config.seed,
             l0=evaluation["l0"],
             alive=evaluation.alive,
+            alive_tokens=evaluation.tokens,
             d_sae=evaluation.d_sae,
             ce_increase=evaluation["ce_increase"],
             kl=evaluation["kl"],
@@ -265,8 +271,10 @@ def ratio_to_local(
         mean, at_middle = _ratio_of_curves(curve, local, at, levels)
     except InterpolationError as error:
         return Ratio(None, reason=str(error))
-    result = Ratio(mean, over=(low, high), at_middle=at_middle, middle=None if at_middle is None else local.middle)
     members = [run for group in groups.values() for run in group]
+    if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
+        return Ratio(None, reason="alive features were counted over different numbers of tokens")
+    result = Ratio(mean, over=(low, high), at_middle=at_middle, middle=None if at_middle is None else local.middle)
     if reason := _unpaired(members):
         return replace(result, reason=reason)
     drawn = {id(run): _resampled(run, {of, at}, resamples, seed) for run in members}
@@ -336,6 +344,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
     console = console or Console()
     console.print(_runs_table(summary))
+    console.print(_downstream_table(summary))
     console.print(_ratios_table(summary))
     for sentence in summary.verdicts:
         console.print(f"• {sentence}", markup=False, highlight=False)
@@ -344,6 +353,12 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 def later_mse(run: RunSummary) -> float | None:
     """Mean over the later sites of the downstream MSE."""
     return float(np.mean(list(run.downstream_mse.values()))) if run.downstream_mse else None
+
+
+def layer_label(site: str) -> str:
+    """`4` for what enters block 4, `5 out` for what leaves block 5; other sites keep their name."""
+    match = _LAYER.fullmatch(site)
+    return site if match is None else match[1] + (" out" if match[2] == "post" else "")
 
 
 def _runs_table(summary: Summary) -> Table:
@@ -365,6 +380,19 @@ def _runs_table(summary: Summary) -> Table:
             "–" if mse is None else f"{mse:.3g}",
             f"{run.seconds:.0f}",
         )
+    return table
+
+
+def _downstream_table(summary: Summary) -> Table:
+    sites = list(dict.fromkeys(site for run in summary.runs for site in run.downstream_mse))
+    title = "MSE of later residual streams, by the block they enter"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("λ", *map(layer_label, sites)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in summary.runs:
+        values = [f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–" for site in sites]
+        table.add_row(LABELS[run.kind], f"{run.coefficient:g}", *values)
     return table
 
 

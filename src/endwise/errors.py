@@ -5,9 +5,9 @@
     ├── ModelError         a language model cannot be loaded, or is not one endwise can splice
     │   └── SiteError      a site does not exist in this model
     ├── DataError          a corpus is missing, empty, too short, or not what the recipe says
-    ├── RunFolderError     a run folder is missing, taken, locked or damaged
+    ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
-    └── TrainingStopped    training cannot go on (a loss is not finite, the disk is full); what was saved is named
+    └── TrainingStopped    training cannot go on (a loss is not finite); what was saved is named
         └── Interrupted    the user asked to stop; the state is saved
 
 Every message states the rule, the value given and what to do next. The command line prints the message alone, without

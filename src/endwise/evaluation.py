@@ -4,6 +4,7 @@ Every metric is a ratio of two sums over tokens. The sums are kept per sequence,
 and what paired comparisons between runs are made of.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,9 +98,17 @@ class Evaluation:
 
 
 def measure(
-    model: LanguageModel, saes: Mapping[str, tuple[Site, SAE]], corpus: Corpus, config: EvaluationConfig
+    model: LanguageModel,
+    saes: Mapping[str, tuple[Site, SAE]],
+    corpus: Corpus,
+    config: EvaluationConfig,
+    *,
+    baselines: bool = True,
 ) -> dict[str, Evaluation]:
     """Evaluates every SAE on the first `config.tokens` tokens of the held-out corpus.
+
+    Args:
+        baselines: also measure the site at its mean and at zero; without, those two are NaN.
 
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
@@ -110,7 +119,7 @@ def measure(
     sites = sorted({site for site, _ in saes.values()})
     means = _site_means(model, sites, corpus, config, sequences)
     collected = {name: _Collector() for name in saes}
-    ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero")}
+    ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(s for group in later.values() for s in group)}
     with torch.no_grad():
@@ -132,13 +141,13 @@ def measure(
             for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
                 collector = collected[key] if isinstance(key, str) else ablations[key]
                 collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
-    baselines = {site: _baselines(ablations[site, "mean"].sums(), ablations[site, "zero"].sums()) for site in sites}
-    return {name: _summarise(site, sae, collected[name], baselines[site], config) for name, (site, sae) in saes.items()}
+    return {name: _summarise(site, sae, collected[name], ablations, config) for name, (site, sae) in saes.items()}
 
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
     """Every residual site after `site`: each later block's input, and the last block's output."""
-    return (*later_residuals(model, site), model.site(Site(model.n_layers - 1, Part.RESID_POST)))
+    last = model.site(Site(model.n_layers - 1, Part.RESID_POST))
+    return later_residuals(model, site) + ((last,) if last != site else ())
 
 
 @dataclass(frozen=True)
@@ -254,15 +263,16 @@ def _prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]
     }
 
 
-def _baselines(mean: Sums, zero: Sums) -> Baselines:
-    count = mean["predictions"].sum()
-    return Baselines(
-        *(float(total.sum() / count) for total in (mean["ce_clean"], mean["ce_spliced"], zero["ce_spliced"]))
-    )
+def _mean_ce(sums: Sums, name: str) -> float:
+    return float(sums[name].sum() / sums["predictions"].sum())
 
 
 def _summarise(
-    site: Site, sae: SAE, collector: _Collector, baselines: Baselines, config: EvaluationConfig
+    site: Site,
+    sae: SAE,
+    collector: _Collector,
+    ablations: Mapping[tuple[Site, str], _Collector],
+    config: EvaluationConfig,
 ) -> Evaluation:
     sums = collector.sums()
     metrics = METRICS | {name: Metric(name) for name in sums if name.startswith("downstream_mse.")}
@@ -274,4 +284,9 @@ def _summarise(
             if metric.complement
             else ratio
         )
+    ablated = (
+        _mean_ce(ablations[site, kind].sums(), "ce_spliced") if (site, kind) in ablations else math.nan
+        for kind in ("mean", "zero")
+    )
+    baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
     return Evaluation(site, sae.d_sae, collector.alive(), int(sums["tokens"].sum()), intervals, baselines, sums)

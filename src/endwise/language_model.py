@@ -78,7 +78,8 @@ class LanguageModel:
         self._unembedding = unembedding
         self._blocks = find_blocks(model, getattr(text_config, "num_hidden_layers", None))
         self.vocab_size = int(unembedding.weight.shape[0])  # pyright: ignore[reportArgumentType, reportIndexIssue, reportAttributeAccessIssue]
-        self.context = int(getattr(text_config, "max_position_embeddings", 0) or 2**20)
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None) or None
+        """Most positions; None: the configuration names no bound."""
         self.readout = _readout(unembedding, text_config)
         self._returns_tuple: dict[nn.Module, int | None] = {}
         self._widths = self._probe()
@@ -267,7 +268,7 @@ class LanguageModel:
     @torch.no_grad()
     def _probe(self) -> dict[Site, int]:
         """One short pass that checks the readout and learns the sites' widths and the modules' return types."""
-        length = min(PROBE_TOKENS, self.context)
+        length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
         tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
         candidates = {Site(layer, part) for layer in range(self.n_layers) for part in self._parts(self._blocks[layer])}
         with ExitStack() as hooks:

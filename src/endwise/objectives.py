@@ -176,5 +176,8 @@ def downstream_sites(config: ObjectiveConfig, model: LanguageModel, site: Site) 
 
 
 def later_residuals(model: LanguageModel, site: Site) -> tuple[Site, ...]:
-    """`hook_resid_pre` of every block after the site's own: the reference's downstream sites."""
-    return tuple(model.site(Site(layer, Part.RESID_PRE)) for layer in range(site.layer + 1, model.n_layers))
+    """`hook_resid_pre` of every block after the site's own (the reference's downstream sites), less the one that is the
+    site itself under its other name, `hook_resid_post` of the block before.
+    """
+    first = site.layer + 1 + (site.part is Part.RESID_POST)
+    return tuple(model.site(Site(layer, Part.RESID_PRE)) for layer in range(first, model.n_layers))

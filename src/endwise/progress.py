@@ -1,6 +1,8 @@
 """What a user sees while training runs: a live table on a terminal, a line now and then in a log."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,7 @@ class Display:
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, refresh_per_second=4) if watched else None
         self._logged = self._started
+        self._paused = 0.0
 
     def __enter__(self) -> "Display":
         if self._live is not None:
@@ -36,9 +39,18 @@ class Display:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent within it is not training's."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - before
+
     def timing(self, done: int) -> dict[str, float]:
-        """Wall-clock of this process so far: seconds, and training tokens per second."""
-        seconds = time.monotonic() - self._started
+        """Wall-clock of training in this process so far, without pauses: seconds, and tokens per second."""
+        seconds = time.monotonic() - self._started - self._paused
         return {
             "seconds": seconds,
             "tokens_per_second": (done - self._first) * self._tokens_per_step / max(seconds, 1e-9),

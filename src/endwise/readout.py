@@ -12,6 +12,8 @@ from endwise.axes import Activation, TokenMask, Tokens
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
+GPU_CHUNK_ELEMENTS = 1 << 27
+"""The same on a GPU, which needs large products to be busy."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Readout:
     @property
     def chunk(self) -> int:
         """Rows per chunk."""
-        return max(32, CHUNK_ELEMENTS // self.weight.shape[0])
+        return max(32, (GPU_CHUNK_ELEMENTS if self.weight.is_cuda else CHUNK_ELEMENTS) // self.weight.shape[0])
 
 
 class _Chunk(NamedTuple):

@@ -10,6 +10,7 @@ from endwise.config import Config
 Kind = Literal["local", "e2e", "e2e_ds"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelConfig(Config):
@@ -121,7 +122,7 @@ class DataConfig(Config):
     """Leave position 0 out of every loss and metric."""
     epochs: Positive = 1
     """How often the training corpus may be passed over before it counts as too short."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the training sequences; separate from the run's seed."""
     heldout: str | None = None
     """Source of the held-out text; unset: the embedded corpus's held-out split, or the last `heldout_share` of
@@ -177,7 +178,7 @@ class EvaluationConfig(Config):
     """Bootstrap resamples over sequences."""
     during_training_tokens: Positive = 20_000
     """Held-out tokens of the short evaluations on schedule."""
-    seed: int = 12345
+    seed: Seed = 12345
     """Draws the bootstrap resamples; the held-out sequences are taken in their own order."""
 
 
@@ -192,16 +193,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: int = 0
+    seed: Seed = 0
     """Initialisation of the SAE."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
-
-    @model_validator(mode="after")
-    def _own_tokens(self) -> "RunConfig":
-        if self.model.name != "embedded" and "embedded" in (self.data.source, self.data.heldout):
-            raise ValueError(
-                "the embedded corpus is token ids of the embedded model's tokenizer; "
-                f"set data.source to text for model.name {self.model.name}"
-            )
-        return self

@@ -47,9 +47,10 @@ def evaluate(
             raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     results: dict[Path, Evaluation] = {}
     for group in _sharing_groups(configs, tokens):
-        results |= _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens)
-    for path, evaluation in results.items():
-        write_evaluation(folders[path], configs[path], evaluation)
+        measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens)
+        for path, evaluation in measured.items():
+            write_evaluation(folders[path], configs[path], evaluation)
+        results |= measured
     return {path: results[path] for path in paths}
 
 

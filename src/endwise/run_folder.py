@@ -1,12 +1,14 @@
 """A run folder: everything a run was and became.
 
-config.yaml         the recipe, every default filled in
-environment.json    versions, platform, command
-metrics.jsonl       numbers of the method: one line per logged step
-timings.jsonl       wall-clock, kept apart so that two identical runs have identical metrics
-sae/                the SAE as it is used, in SAELens's layout
-checkpoints/        what training goes on from (raw weights, optimiser, counters)
-evaluation.json     metrics on held-out text
+config.yaml                     the recipe, every default filled in
+environment.json                versions, platform, command
+data.json                       sources, sizes and fingerprints of both sides of the data
+metrics.jsonl                   numbers of the method: one line per logged step
+timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
+sae/                            the SAE as it is used, in SAELens's layout
+checkpoints/                    what training goes on from (raw weights, optimiser, counters)
+evaluation.json                 metrics on held-out text
+evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
 """
 
 import json
@@ -28,29 +30,34 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"
+        self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.timings_file = path / "timings.jsonl"
         self.evaluation_file = path / "evaluation.json"
         self.sae = path / "sae"
         self.checkpoints = path / "checkpoints"
 
-    @classmethod
-    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
-        """Starts a folder for a new run.
+    def check_free(self) -> None:
+        """
+        Raises:
+            RunFolderError: the folder holds another run or other files.
+        """
+        if self.config_file.exists():
+            raise RunFolderError(
+                f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
+
+    def create(self, config: RunConfig) -> None:
+        """Starts a new run.
 
         Raises:
-            RunFolderError: the folder holds another run or other files, or cannot be written.
+            RunFolderError: as `check_free`, or the folder cannot be written.
         """
-        folder = cls(path)
-        if folder.config_file.exists():
-            raise RunFolderError(
-                f"{path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
-            )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
-        write_json(path / "environment.json", environment())
-        write_atomic(folder.config_file, config.to_yaml().encode())
-        return folder
+        self.check_free()
+        write_json(self.path / "environment.json", environment())
+        write_atomic(self.config_file, config.to_yaml().encode())
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -60,9 +67,29 @@ class RunFolder:
             RunFolderError: there is none.
         """
         folder = cls(path)
-        if not folder.config_file.exists():
-            raise RunFolderError(f"{path} is not a run folder (it holds no config.yaml).")
+        folder.check_exists()
         return folder
+
+    def check_exists(self) -> None:
+        """
+        Raises:
+            RunFolderError: no run has been started here.
+        """
+        if not self.config_file.exists():
+            raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
+
+    def check_same_data(self, data: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            RunFolderError: the run was started on other sequences than `data` (`Corpora.describe`) describes.
+        """
+        started = json.loads(self.data_file.read_text()) if self.data_file.exists() else data
+        before, now = (each["train"]["fingerprint"] for each in (started, data))
+        if before != now:
+            raise RunFolderError(
+                f"{self.path} was started on other text ({before}) than {data['train']['source']} holds now ({now}). "
+                "Restore the text, or start a new run."
+            )
 
     def config(self) -> RunConfig:
         try:
@@ -81,7 +108,7 @@ class RunFolder:
         """Drops the lines of later steps, which a resumed run writes again."""
         for file in (self.metrics_file, self.timings_file):
             if file.exists():
-                kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+                kept = [line for line in file.read_text().splitlines() if 0 <= _step_of(line) <= step]
                 write_atomic(file, "".join(f"{line}\n" for line in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -94,10 +121,18 @@ class RunFolder:
         found = sorted(self.checkpoints.glob("step-*.safetensors"))
         return found[-1] if found else None
 
-    def drop_checkpoints_before(self, newest: Path) -> None:
-        for file in self.checkpoints.glob("step-*.safetensors"):
-            if file < newest:
-                file.unlink()
+    def drop_old_checkpoints(self) -> None:
+        """All but the latest and, in case that is damaged, the one before it."""
+        for file in sorted(self.checkpoints.glob("step-*.safetensors"))[:-2]:
+            file.unlink()
+
+
+def _step_of(line: str) -> int:
+    """-1 for a line that was cut off while it was written."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return -1
 
 
 def environment() -> dict[str, Any]:

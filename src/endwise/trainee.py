@@ -132,9 +132,11 @@ class Trainee:
         if failed:
             step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
             self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
+            self.last_fired.clamp_(max=self.tokens)
             raise TrainingStopped(
                 f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
-                "were before it. Lower training.learning_rate or training.gradient_clip, or check the data there."
+                "were before it. Start anew with a lower training.learning_rate or training.gradient_clip; or check "
+                "the data there."
             )
         values = {name: float(total) for name, total in self._sums.items()}
         loss = sum(term.coefficient * values[term.name] for term in self.objective.terms)

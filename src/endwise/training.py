@@ -4,24 +4,25 @@ import re
 import shlex
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from endwise.checkpoints import read_checkpoint, write_checkpoint
 from endwise.dictionaries import SAE, ReluSAE
-from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError, TrainingStopped
+from endwise.errors import ConfigError, DataError, EndwiseError, Interrupted, RunFolderError, TrainingStopped
 from endwise.evaluation import measure
+from endwise.files import write_json
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
 from endwise.recipes import find_recipe
-from endwise.run_config import RunConfig
+from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
+from endwise.sites import Site
 from endwise.tokens import BatchOrder, Corpora, TokenBatch, load_corpora
 from endwise.trainee import Trainee
 
@@ -36,7 +37,7 @@ class Run:
     sae: SAE
     folder: Path
     seconds: float
-    """Wall-clock of training in this process; runs trained together split it equally."""
+    """Wall-clock of training in this process, without evaluations; runs trained together split it equally."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class _Member:
     config: RunConfig
     trainee: Trainee
     folder: RunFolder
+    metadata: dict[str, Any]
 
 
 def train(
@@ -87,23 +89,41 @@ def train_together(
     """
     first = _shared_recipe(configs)
     model = model or load_model(**first.model.model_dump())
+    context = corpora.train.context if corpora is not None else first.data.context or model.context
+    steps = _steps(configs, context)
+    trainees = [new_trainee(config, model, steps) for config in configs]
+    folders = [RunFolder(config.out or default_folder(config)) for config in configs]
+    for folder in folders:
+        if resume:
+            folder.check_exists()
+        else:
+            folder.check_free()
     corpora = corpora or load_corpora(
         first.data,
         tokenizer=model.tokenizer,
         model_context=model.context,
         vocab_size=model.vocab_size,
         training_tokens=first.training.tokens,
-        evaluation_tokens=max(config.evaluation.during_training_tokens for config in configs),
+        evaluation_tokens=max(
+            max(config.evaluation.tokens, config.evaluation.during_training_tokens) for config in configs
+        ),
     )
-    steps = _steps(first, corpora.train.context)
-    trainees = [new_trainee(config, model, steps) for config in configs]
+    order = BatchOrder(corpora.train, first.training.batch, first.data.seed, first.data.epochs)
+    if len(order) < steps:
+        raise DataError(
+            f"training.tokens asks for {steps} steps, but {corpora.train.name} has text for {len(order)}. "
+            "Set data.epochs, or lower training.tokens."
+        )
     members = [
-        _Member(config, trainee, _enter_folder(config, trainee, resume))
-        for config, trainee in zip(configs, trainees, strict=True)
+        _Member(config, trainee, folder, sae_metadata(config, model, corpora))
+        for config, trainee, folder in zip(configs, trainees, folders, strict=True)
     ]
-    started = time.monotonic()
-    _run(model, members, corpora, steps, display)
-    seconds = (time.monotonic() - started) / len(members)
+    for member in members:
+        if resume:
+            _reenter(member, corpora)
+        else:
+            _start(member, corpora)
+    seconds = _run(model, members, corpora, order, steps, display) / len(members)
     return [Run(member.config, member.trainee.sae, member.folder.path, seconds) for member in members]
 
 
@@ -144,33 +164,48 @@ def _common(config: RunConfig) -> tuple[object, ...]:
     return config.model, config.data, training.tokens, training.batch, training.accumulation
 
 
-def _steps(config: RunConfig, context: int) -> int:
-    per_step = config.training.batch * context
-    if config.training.tokens < per_step:
+def _steps(configs: Sequence[RunConfig], context: int | None) -> int:
+    """The number of steps; checks that one step and one evaluation get whole sequences."""
+    training = configs[0].training
+    if context is None:
+        raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
+    per_step = training.batch * context
+    if training.tokens < per_step:
         raise ConfigError(
-            f"training.tokens is {config.training.tokens}, but one step alone takes {per_step} "
-            f"(training.batch {config.training.batch} × context {context}). Raise the one or lower the others."
+            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
+            f"(training.batch {training.batch} × context {context}). Raise the one or lower the others."
         )
-    return config.training.tokens // per_step
+    for config in configs:
+        for key in ("tokens", "during_training_tokens"):
+            if (tokens := getattr(config.evaluation, key)) < context:
+                raise ConfigError(f"evaluation.{key} is {tokens}, but one sequence alone has {context}. Raise it.")
+    return training.tokens // per_step
 
 
-def _enter_folder(config: RunConfig, trainee: Trainee, resume: bool) -> RunFolder:
-    path = config.out or default_folder(config)
-    if not resume:
-        return RunFolder.create(path, config)
-    folder = RunFolder.open(path)
-    if folder.config().model_copy(update={"out": config.out}) != config:
-        raise RunFolderError(f"{path} was started with another recipe than this one. Resume with its own config.yaml.")
+def _start(member: _Member, corpora: Corpora) -> None:
+    member.folder.create(member.config)
+    write_json(member.folder.data_file, corpora.describe())
+
+
+def _reenter(member: _Member, corpora: Corpora) -> None:
+    """Takes a started run up where its latest checkpoint left it."""
+    folder, trainee = member.folder, member.trainee
+    if folder.config().model_copy(update={"out": member.config.out}) != member.config:
+        raise RunFolderError(
+            f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
+        )
+    folder.check_same_data(corpora.describe())
     latest = folder.latest_checkpoint()
     if latest is not None:
         trainee.restore(read_checkpoint(latest))
     folder.cut_after(trainee.step)
-    return folder
 
 
-def _run(model: LanguageModel, members: list[_Member], corpora: Corpora, steps: int, display: bool) -> None:
+def _run(
+    model: LanguageModel, members: list[_Member], corpora: Corpora, order: BatchOrder, steps: int, display: bool
+) -> float:
+    """Trains to the last step; returns the seconds spent in training alone, without evaluations."""
     config = members[0].config.training
-    order = BatchOrder(corpora.train, config.batch, members[0].config.data.seed, members[0].config.data.epochs)
     first = members[0].trainee.step
     if any(member.trainee.step != first for member in members):
         raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
@@ -180,16 +215,22 @@ def _run(model: LanguageModel, members: list[_Member], corpora: Corpora, steps: 
                 batch = corpora.train.batch(order[step]).to(model.device)
                 take_step(model, [member.trainee for member in members], batch, config.accumulation)
                 done = step + 1
-                for member in members:
-                    _record(model, member, corpora, done, steps, shown)
+                _record(model, members, corpora, done, done == steps, shown)
                 shown.advance(done)
                 if stop_asked() and done < steps:
                     raise Interrupted(_save_all(members, "Stopped as asked, saved"))
         except Interrupted:
             raise
         except (TrainingStopped, DataError) as error:
-            raise TrainingStopped(f"{error} {_save_all(members, 'The last good state is saved')}") from None
-    _save_all(members, "Done")
+            _save_all(members, "")
+            kept = ", ".join(str(member.folder.path) for member in members)
+            raise TrainingStopped(f"{error} The last good state is saved in {kept}.") from None
+        except Exception:
+            with suppress(EndwiseError):
+                _save_all(members, "")
+            raise
+        _save_all(members, "Done")
+        return shown.timing(steps)["seconds"]
 
 
 def take_step(model: LanguageModel, trainees: Sequence[Trainee], batch: TokenBatch, accumulation: int = 1) -> None:
@@ -209,34 +250,60 @@ def take_step(model: LanguageModel, trainees: Sequence[Trainee], batch: TokenBat
         trainee.finish_step(tokens_in_step, batch.tokens.numel())
 
 
-def _record(model: LanguageModel, member: _Member, corpora: Corpora, done: int, steps: int, shown: Display) -> None:
-    config, trainee, folder = member.config.training, member.trainee, member.folder
-    last = done == steps
-    evaluates = last or (config.evaluate_every is not None and done % config.evaluate_every == 0)
-    saves = config.checkpoint_every is not None and done % config.checkpoint_every == 0
-    if not (evaluates or saves or done == 1 or done % config.log_every == 0):
-        return
-    line: dict[str, Any] = trainee.report()
-    if evaluates:
+def _record(
+    model: LanguageModel, members: list[_Member], corpora: Corpora, done: int, last: bool, shown: Display
+) -> None:
+    """What is due after a step: lines of metrics, evaluations, checkpoints."""
+    lines: list[tuple[_Member, dict[str, Any]]] = []
+    evaluated: list[_Member] = []
+    for member in members:
+        config = member.config.training
+        evaluates = last or _due(config.evaluate_every, done)
+        if evaluates or done == 1 or _due(config.log_every, done) or _due(config.checkpoint_every, done):
+            lines.append((member, member.trainee.report()))
+            evaluated += [member] * evaluates
+    heldout: dict[Path, dict[str, float]] = {}
+    if evaluated:
+        with shown.paused():
+            heldout = _brief_evaluations(model, evaluated, corpora)
+    for member, line in lines:
+        folder = member.folder
+        if folder.path in heldout:
+            line["heldout"] = heldout[folder.path]
+        folder.append(folder.metrics_file, line)
+        folder.append(folder.timings_file, {"step": done, **shown.timing(done)})
+        shown.show(member.config, line)
+        if _due(member.config.training.checkpoint_every, done):
+            _save(member)
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _brief_evaluations(model: LanguageModel, members: list[_Member], corpora: Corpora) -> dict[Path, dict[str, float]]:
+    """The metrics of `SCHEDULED_METRICS` on a little held-out text; members with equal settings share its passes."""
+    groups: dict[EvaluationConfig, dict[str, tuple[Site, SAE]]] = {}
+    for member in members:
         settings = member.config.evaluation
         tokens = min(settings.during_training_tokens, settings.tokens)
         brief = settings.model_copy(update={"tokens": tokens, "bootstrap": 1})
-        evaluation = measure(model, {"sae": (trainee.site, trainee.sae)}, corpora.heldout, brief)["sae"]
-        line["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
-    folder.append(folder.metrics_file, line)
-    folder.append(folder.timings_file, {"step": done, **shown.timing(done)})
-    shown.show(member.config, line)
-    if saves:
-        _save(member)
+        groups.setdefault(brief, {})[str(member.folder.path)] = (member.trainee.site, member.trainee.sae)
+    return {
+        Path(path): {name: evaluation[name] for name in SCHEDULED_METRICS}
+        for brief, saes in groups.items()
+        for path, evaluation in measure(model, saes, corpora.heldout, brief, baselines=False).items()
+    }
 
 
 def _save(member: _Member) -> None:
     """The SAE as it is used, and what training goes on from."""
-    config, trainee, folder = member.config, member.trainee, member.folder
-    trainee.sae.save(folder.sae, sae_metadata(config, trainee.step))
+    trainee, folder = member.trainee, member.folder
+    metadata = {**member.metadata, "endwise": {**member.metadata["endwise"], "step": trainee.step}}
+    trainee.sae.save(folder.sae, metadata)
     path = folder.checkpoints / f"step-{trainee.step:09d}.safetensors"
     write_checkpoint(path, trainee.tensors(), trainee.counters())
-    folder.drop_checkpoints_before(path)
+    folder.drop_old_checkpoints()
 
 
 def _save_all(members: list[_Member], why: str) -> str:
@@ -246,21 +313,22 @@ def _save_all(members: list[_Member], why: str) -> str:
     return f"{why} at step {members[0].trainee.step}. Go on with: {commands}"
 
 
-def sae_metadata(config: RunConfig, step: int) -> dict[str, Any]:
-    """What SAELens wants to know of an SAE, and under `endwise` how ours was trained."""
+def sae_metadata(config: RunConfig, model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
+    """What SAELens wants to know of an SAE (with `HookedTransformer` it reads our site names, and takes the model as it
+    is on the hub), and under `endwise` how ours was trained.
+    """
     return {
-        "model_name": config.model.name,
-        "model_class_name": "AutoModelForCausalLM",
+        "model_name": model.name,
+        "model_class_name": "HookedTransformer",
         "hook_name": config.site,
         "hook_head_index": None,
-        "context_size": config.data.context,
+        "context_size": corpora.train.context,
         "prepend_bos": config.data.prepend_bos,
         "dataset_path": config.data.source,
         "endwise": {
             "kind": config.objective.kind,
             "sparsity_coefficient": config.objective.sparsity.coefficient,
             "seed": config.seed,
-            "step": step,
             "unit_norm_decoder": True,
         },
     }

@@ -57,7 +57,10 @@ class ReluSAE(SAE):
         if cfg.get("apply_b_dec_to_input", True):
             # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
             b_enc = b_enc - tensors["b_dec"] @ tensors["W_enc"]
-        sae = cls(cfg["d_in"], cfg["d_sae"], unit_norm=False)
+        sae = cls.__new__(cls)  # not __init__, whose random weights would only be overwritten
+        SAE.__init__(sae, cfg["d_in"], cfg["d_sae"])
+        sae.unit_norm = False
         state = {"encoder": tensors["W_enc"].T, "b_enc": b_enc, "decoder": tensors["W_dec"], "b_dec": tensors["b_dec"]}
-        sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()})
+        for name, tensor in state.items():
+            sae.register_parameter(name, nn.Parameter(tensor.float().contiguous()))
         return sae

@@ -1,6 +1,7 @@
 """Recipes that ship: the paper's published settings, and the embedded model's."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from endwise.errors import ConfigError
@@ -18,8 +19,9 @@ def find_recipe(name: str) -> Path:
     Raises:
         ConfigError: there is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
+    with suppress(OSError):  # a name longer than the file system takes
+        if Path(name).is_file():
+            return Path(name)
     if name in recipe_names():
         return FOLDER / f"{name}.yaml"
     near = difflib.get_close_matches(Path(name).stem, recipe_names(), n=1, cutoff=0.5)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from endwise.comparison import KINDS, LABELS, RunSummary, Summary
+from endwise.comparison import KINDS, LABELS, RunSummary, Summary, layer_label
 
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
 """One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
@@ -43,8 +43,6 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
 }
 _SIZE = (4.9, 3.7)
-
-_LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
 
 def pareto(summary: Summary, against: str, name: str) -> str:
@@ -85,12 +83,6 @@ def downstream(summary: Summary, name: str) -> str:
         axes.set_ylabel("mean squared error per dimension")
 
     return _svg(draw, name)
-
-
-def layer_label(site: str) -> str:
-    """`4` for what enters block 4, `5 out` for what leaves block 5; other sites keep their name."""
-    match = _LAYER.fullmatch(site)
-    return site if match is None else match[1] + (" out" if match[2] == "post" else "")
 
 
 def swatch(kind: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from endwise import __version__
-from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse, times
+from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse, layer_label, times
 from endwise.files import write_atomic
 from endwise.report import figures
 
@@ -46,6 +46,7 @@ def report_html(summary: Summary) -> str:
         runs=_runs_table(summary),
         scale=_scale(summary),
         d_sae=_span([run.d_sae for run in summary.runs]),
+        alive_tokens=_span([run.alive_tokens for run in summary.runs]),
         resamples=f"{summary.resamples:,}",
         made="\n".join(f"<dt>{escape(term)}</dt><dd>{words}</dd>" for term, words in _made(summary)),
     )
@@ -101,7 +102,7 @@ def _pareto_words(summary: Summary, against: str) -> str:
 def _downstream_words(summary: Summary) -> str:
     parts = []
     for run in summary.similar:
-        points = ", ".join(f"{mse:.3g} at {figures.layer_label(site)}" for site, mse in run.downstream_mse.items())
+        points = ", ".join(f"{mse:.3g} at {layer_label(site)}" for site, mse in run.downstream_mse.items())
         parts.append(f"{LABELS[run.kind]} (CE increase {run.ce_increase:+.3f}): {points or 'no later layer'}")
     return "Downstream mean squared error by later layer. " + "; ".join(parts) + "."
 

@@ -158,6 +158,9 @@ class Corpora:
     dropped: int = 0
     """Documents of the training source that are identical to held-out ones, and so are not trained on."""
 
+    def __post_init__(self) -> None:
+        check_disjoint(self.train, self.heldout)
+
     def describe(self) -> dict[str, Any]:
         return {"train": self.train.describe(), "heldout": self.heldout.describe(), "dropped_duplicates": self.dropped}
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from endwise.errors import DataError
 from endwise.run_config import DataConfig
-from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, check_disjoint, shared_with
+from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source
 from endwise.tokens.store import Encoding, Quota, documents_in, held_by_hash, open_store, outside_vocabulary
 
@@ -66,7 +66,6 @@ def load_corpora(
         )
     limit = wanted if data.streaming else None
     corpora = Corpora(Corpus(train, layout, data.source, limit), Corpus(heldout, layout, loader.heldout_name), dropped)
-    check_disjoint(corpora.train, corpora.heldout)
     _check_lengths(corpora, data, wanted, wanted_heldout)
     return corpora
 

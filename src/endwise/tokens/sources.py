@@ -139,7 +139,10 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
 def _checked(value: Any, where: str) -> str | NDArray[Any]:
     if isinstance(value, str):
         return value
-    ids = np.asarray(value) if isinstance(value, list) else None
+    try:
+        ids = np.asarray(value) if isinstance(value, list) else None
+    except ValueError:  # lists of unequal lengths
+        ids = None
     if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise DataError(f"{where}: a document must be text or a list of token ids, not {value!r:.60}. Set data.column.")
     return ids.astype(np.int64)
@@ -234,7 +237,7 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
 
         try:
             dataset = load_from_disk(str(folder))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder} is not a dataset that can be loaded: {_one_line(error)}.") from None
         yield from _dataset_documents(dataset, column, str(folder))
 
@@ -245,15 +248,16 @@ def _hub_documents(
     name: str, column: str | None, config: str | None, split: str | None, streaming: bool
 ) -> Iterator[Document]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:  # no connection, no such dataset; no such configuration or split
+        yield from _dataset_documents(dataset, column, f"{name} ({split})")
+    except (OSError, ValueError, DatasetsError) as error:  # no connection, dataset, configuration or split; bad data
         raise DataError(
             f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, split {split!r}): "
             f"{_one_line(error)} Check the name and the connection; a local file needs its path."
         ) from None
-    yield from _dataset_documents(dataset, column, f"{name} ({split})")
 
 
 def _dataset_documents(dataset: Any, column: str | None, where: str) -> Iterator[Document]:
