@@ -53,7 +53,7 @@ training:
 
 Unknown keys, values that break a rule and keys that are missing are refused before anything is loaded, each with one
 line that names the key, the value and the remedy. A run folder's `config.yaml` is the recipe with every default filled
-in, and can be trained again.
+in, and can be trained again with another `out`.
 """
 
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
