@@ -2,7 +2,8 @@
 
 Each kind is trained at one sparsity coefficient with every rate, all on the same batches. What the quickstart compares
 is L0 at equal CE increase, so that is what a rate is judged by, the same for every kind: by L0 × CE increase, among the
-rates whose CE increase lies within the compared range. (Along one kind's curve the product changes little: halving L0
+rates whose CE increase lies within the compared range; of rates within 2 % of the lowest, the smallest. (Along one
+kind's curve the product changes little: halving L0
 about doubles the CE increase.) The objective is no such
 measure: it is flat around its best rate, while L0 still falls with the rate, and fastest for the local kind.
 
@@ -28,13 +29,15 @@ HIGHEST_CE_INCREASE = 0.7
 TARGET = Path(__file__).parents[1] / "docs" / "results" / "learning_rates.md"
 HEADING = """# Learning rates
 
-Every kind of SAE gets the same grid, at one sparsity coefficient, in the quickstart's setting: {site} of the embedded
-model, {ratio} features per dimension, {batch} sequences a step; {tokens:,} training tokens, seed 0. Bold is the rate
-that the quickstart uses: of those with a CE increase up to {highest:g}, the range compared there, the one with the
-lowest L0 × CE increase. What is compared there is L0 at equal CE increase, and along one kind's curve the product
-changes little. Objective: the training loss over the last fifth of training,
-every batch of it new to the SAE. It is nearly flat around its best rate, where L0 still falls. L0, CE loss increase and
-alive features are on {heldout:,} held-out tokens. Made by
+Every kind of SAE gets the same grid, at one sparsity coefficient, in the quickstart's setting ({site} of the embedded
+model, {ratio} features per dimension, {batch} sequences a step) with {tokens:,} training tokens, seed 0. Bold is the
+rate that the quickstart uses: of those with a CE increase up to {highest:g}, the range compared there, the one with the
+lowest L0 × CE increase (the smallest rate within 2 % of it). What is compared there is L0 at equal CE increase, and
+along one kind's curve the product changes little.
+
+The objective, which is the training loss over the last fifth of training, every batch of it new to the SAE, is no such
+measure: it is nearly flat around its best rate, where L0 still falls with the rate. L0, CE loss increase and alive
+features are on {heldout:,} held-out tokens. Made by
 `{command}`.
 
 | kind | coefficient | learning rate | objective | L0 | CE loss increase | L0 × CE increase | alive |
@@ -106,6 +109,12 @@ def measured(rates: Sequence[float]) -> list[Row]:
         return rows
 
 
+def chosen(rows: Sequence[Row], kind: str) -> Row:
+    compared = [row for row in rows if row.kind == kind and row.ce_increase <= HIGHEST_CE_INCREASE]
+    lowest = min(row.product for row in compared)
+    return min((row for row in compared if row.product <= 1.02 * lowest), key=lambda row: row.rate)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", help="only these, added to the table")
@@ -118,8 +127,7 @@ def main() -> None:
     fresh = measured(rates or GRID)
     kept = [row for row in rows if (row.kind, row.rate) not in {(new.kind, new.rate) for new in fresh}]
     rows = sorted(kept + fresh, key=lambda row: (list(COEFFICIENTS).index(row.kind), row.rate))
-    compared = [row for row in rows if row.ce_increase <= HIGHEST_CE_INCREASE]
-    best = [min((row for row in compared if row.kind == kind), key=lambda row: row.product) for kind in COEFFICIENTS]
+    best = [chosen(rows, kind) for kind in COEFFICIENTS]
     command = " && ".join([*commands, " ".join(["python", "tools/tune_learning_rates.py", *sys.argv[1:]])])
     heading = HEADING.format(
         site=SITE,
