@@ -27,9 +27,9 @@ def small_model() -> LanguageModel:
     return LanguageModel(gpt2, None)
 
 
-def write_tokens(folder: Path) -> Path:
+def write_tokens(folder: Path, seed: int = 0) -> Path:
     """`train.npy` and `heldout.npy`, of random tokens."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, count in (("train", 4096), ("heldout", 512)):
         np.save(folder / f"{name}.npy", rng.integers(1, VOCAB, count).astype(np.uint16))
     return folder

@@ -31,7 +31,7 @@ def test_forward_is_the_papers_formula(sae):
 
 
 def test_initialisation_is_the_references(sae):
-    wide = ReluSAE(D, 60 * D)
+    wide = ReluSAE(D, 60 * D).requires_grad_(False)
     gram = wide.decoder.T @ wide.decoder
     torch.testing.assert_close(gram, torch.eye(D), rtol=0, atol=1e-5)
     assert float(wide.decoder.norm(dim=-1).mean()) == pytest.approx((1 / 60) ** 0.5, rel=0.2)

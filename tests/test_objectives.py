@@ -254,7 +254,7 @@ def test_sparsity_is_kept_as_the_recipe_says(model):
     [
         ("blocks.0.hook_resid_pre", [1, 2, 3]),
         ("blocks.1.hook_attn_out", [2, 3]),
-        ("blocks.1.hook_resid_post", [2, 3]),
+        ("blocks.1.hook_resid_post", [3]),  # the input of block 2 is the site itself
         ("blocks.2.hook_mlp_out", [3]),
     ],
 )

@@ -633,7 +633,7 @@ def test_what_cannot_be_held_out(tmp_path, load):
 
 
 def test_corpora_that_overlap_cannot_be_made(tmp_path, load):
-    both = load(write_jsonl(tmp_path / "a.jsonl", [[i] * 8 for i in range(1, 40)], "tokens"))
+    both = load(write_jsonl(tmp_path / "a.jsonl", [[i] * (3 + i % 4) for i in range(1, 40)]))
     with pytest.raises(DataError, match=r"must not overlap"):
         Corpora(both.train, both.train)
     with pytest.raises(DataError, match="text or a list of token ids"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from endwise import SAE, Corpora, LanguageModel, RunConfig, train, train_together
+from endwise import SAE, LanguageModel, RunConfig, train, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.errors import ConfigError, DataError, FormatError, RunFolderError, TrainingStopped
 from endwise.evaluation import residuals_after
@@ -286,7 +286,7 @@ def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model, token_files, 
 
 def test_a_changed_corpus_is_noticed_on_resuming(model, corpora, token_files, tmp_path):
     train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
-    other = Corpora(corpora.heldout, corpora.train)
+    other = small_corpora(write_tokens(tmp_path, seed=1))
     with pytest.raises(RunFolderError, match=r"started on other text.*new run"):
         train(recipe(tmp_path / "run"), model=model, corpora=other, display=False, resume=True)
 
