@@ -3,9 +3,8 @@
 Each kind is trained at one sparsity coefficient with every rate, all on the same batches. What the quickstart compares
 is L0 at equal CE increase, so that is what a rate is judged by, the same for every kind: by L0 × CE increase, among the
 rates whose CE increase lies within the compared range; of rates within 2 % of the lowest, the smallest. (Along one
-kind's curve the product changes little: halving L0
-about doubles the CE increase.) The objective is no such
-measure: it is flat around its best rate, while L0 still falls with the rate, and fastest for the local kind.
+kind's curve the product changes little: halving L0 about doubles the CE increase.) The objective is no such measure: it
+is flat around its best rate, while L0 still falls with the rate.
 
 Writes docs/results/learning_rates.md; `--rates` adds to the rows that are there.
 """

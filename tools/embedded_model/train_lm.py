@@ -1,8 +1,8 @@
 """Trains the embedded language model: GPT-2's architecture, small enough for a laptop's processor.
 
 Two phases, each a trapezoid of the learning rate (warm-up, constant, linear decay to zero): AdamW for every weight,
-then Muon for the blocks' matrices, which took the loss further down than more of AdamW. Training order and weights
-follow from the seed; every `SAVE_EVERY` steps the state is written, and a second start goes on from it.
+then Muon for the blocks' matrices. Training order and weights follow from the seed; every `SAVE_EVERY` steps the state
+is written, and a second start goes on from it.
 """
 
 import json
