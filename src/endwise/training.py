@@ -218,18 +218,19 @@ def _run(
                 _record(model, members, corpora, done, done == steps, shown)
                 shown.advance(done)
                 if stop_asked() and done < steps:
-                    raise Interrupted(_save_all(members, "Stopped as asked, saved"))
+                    _save_all(members)
+                    raise Interrupted(f"Stopped as asked, saved at step {done}. Go on with: {_go_on_with(members)}")
         except Interrupted:
             raise
         except (TrainingStopped, DataError) as error:
-            _save_all(members, "")
+            _save_all(members)
             kept = ", ".join(str(member.folder.path) for member in members)
             raise TrainingStopped(f"{error} The last good state is saved in {kept}.") from None
         except Exception:
             with suppress(EndwiseError):
-                _save_all(members, "")
+                _save_all(members)
             raise
-        _save_all(members, "Done")
+        _save_all(members)
         return shown.timing(steps)["seconds"]
 
 
@@ -306,11 +307,13 @@ def _save(member: _Member) -> None:
     folder.drop_old_checkpoints()
 
 
-def _save_all(members: list[_Member], why: str) -> str:
+def _save_all(members: list[_Member]) -> None:
     for member in members:
         _save(member)
-    commands = "; ".join(f"endwise train --resume {shlex.quote(str(member.folder.path))}" for member in members)
-    return f"{why} at step {members[0].trainee.step}. Go on with: {commands}"
+
+
+def _go_on_with(members: list[_Member]) -> str:
+    return "; ".join(f"endwise train --resume {shlex.quote(str(member.folder.path))}" for member in members)
 
 
 def sae_metadata(config: RunConfig, model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
