@@ -122,8 +122,8 @@ def test_sae_forward(inputs, stored):
     sae.load_state_dict(in_our_layout(inputs.under("sae")))
     latents = sae.encode(stored.tensors[f"clean.{stored.about['case']['site']}"])
     expected = stored.tensors["latents"]
-    assert_close(latents.values, expected)
-    assert torch.equal(latents.values > 0, expected > 0)
+    assert_close(latents.dense(), expected)
+    assert torch.equal(latents.dense() > 0, expected > 0)
     assert torch.equal(latents.l0(), (expected > 0).sum(-1).float())
     assert 0.2 < float((expected > 0).float().mean()) < 0.8
     assert_close(sae.decode(latents), stored.tensors["reconstruction"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endwise import SAE
-from endwise.dictionaries import Latents, ReluSAE
+from endwise.dictionaries import DenseLatents, ReluSAE
 from endwise.errors import FormatError
 
 D, F = 6, 20
@@ -45,7 +45,7 @@ def test_initialisation_is_the_references(sae):
 @pytest.mark.parametrize("p", [1.0, 0.5, 2.0])
 def test_penalty_and_counts(p):
     values = torch.tensor([[0.0, 2.0, 0.5], [0.0, 0.0, 0.0]], requires_grad=True)
-    latents = Latents(values)
+    latents = DenseLatents(values)
     torch.testing.assert_close(latents.penalty(p), torch.tensor([2.0**p + 0.5**p, 0.0]))
     assert latents.l0().tolist() == [2.0, 0.0]
     assert latents.fired(torch.tensor([True, True])).tolist() == [False, True, True]

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from endwise import LanguageModel
-from endwise.dictionaries import Latents
+from endwise.dictionaries import DenseLatents
 from endwise.errors import ConfigError, SiteError
 from endwise.language_model import Clean, Spliced
 from endwise.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
@@ -41,14 +41,15 @@ def tokens_in(mask):
 
 def slow_kl(clean, spliced, mask, readout):
     """Σ over tokens of Σ over words of P·log(P/Q), from hidden states in nested lists."""
-    weight = readout.weight.double().tolist()
-    bias = [0.0] * len(weight) if readout.bias is None else readout.bias.double().tolist()
+    unembedding = readout.unembedding
+    cap, weight = unembedding.softcap, unembedding.weight.double().tolist()
+    bias = [0.0] * len(weight) if unembedding.bias is None else unembedding.bias.double().tolist()
 
     def probabilities(hidden):
         logits = []
         for row, offset in zip(weight, bias, strict=True):
-            logit = readout.scale * (sum(w * h for w, h in zip(row, hidden, strict=True)) + offset)
-            logits.append(logit if readout.softcap is None else readout.softcap * math.tanh(logit / readout.softcap))
+            logit = unembedding.scale * (sum(w * h for w, h in zip(row, hidden, strict=True)) + offset)
+            logits.append(logit if cap is None else cap * math.tanh(logit / cap))
         whole = sum(math.exp(logit) for logit in logits)
         return [math.exp(logit) / whole for logit in logits]
 
@@ -157,7 +158,7 @@ def test_downstream_mse_is_the_mean_over_its_sites(draw, count):
 
 
 def test_local_mse(draw):
-    activation, latents = draw(BATCH, POS, WIDTH), Latents(draw(BATCH, POS, FEATURES))
+    activation, latents = draw(BATCH, POS, WIDTH), DenseLatents(draw(BATCH, POS, FEATURES))
     check(
         lambda reconstruction: LocalMSE(1.0).total(activation, reconstruction, latents, draw.mask),
         lambda reconstruction: slow_squared_error(reconstruction, activation.double().tolist(), draw.mask.tolist()),
@@ -167,7 +168,7 @@ def test_local_mse(draw):
 
 def test_squared_errors_of_low_precision_activations_are_summed_in_float32(draw):
     activation, reconstruction = draw(BATCH, POS, WIDTH).bfloat16(), draw(BATCH, POS, WIDTH).bfloat16()
-    latents = Latents(draw(BATCH, POS, FEATURES))
+    latents = DenseLatents(draw(BATCH, POS, FEATURES))
     value = LocalMSE(1.0).total(activation, reconstruction, latents, draw.mask)
     lists = [tensor.double().tolist() for tensor in (reconstruction, activation)]
     assert value.dtype == torch.float32
@@ -181,7 +182,7 @@ def test_sparsity(draw, p):
     latents[(latents > 0) & (latents < 0.01)] = 0.01  # finite differences of a square root need room
     assert (latents == 0).any()
     check(
-        lambda values: Sparsity(1.0, p).total(activation, activation, Latents(values), draw.mask),
+        lambda values: Sparsity(1.0, p).total(activation, activation, DenseLatents(values), draw.mask),
         lambda values: slow_sparsity(values, draw.mask.tolist(), p, WIDTH),
         [latents],
     )
@@ -190,7 +191,7 @@ def test_sparsity(draw, p):
 def test_an_empty_mask_gives_nothing(draw):
     nowhere = torch.zeros(BATCH, POS, dtype=torch.bool)
     readout, tokens = Readout(draw(VOCAB, WIDTH)), torch.zeros(BATCH, POS, dtype=torch.int64)
-    activation, latents = draw(BATCH, POS, WIDTH), Latents(draw(BATCH, POS, FEATURES))
+    activation, latents = draw(BATCH, POS, WIDTH), DenseLatents(draw(BATCH, POS, FEATURES))
     leaf = draw(BATCH, POS, WIDTH).requires_grad_()
     clean, spliced = Clean(tokens, {SITES[0]: activation}, activation), Spliced({SITES[0]: leaf}, leaf)
     values = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from endwise import readout as module
+from endwise.kernels import kl as module
 from endwise.readout import Readout
 
 VOCAB, D = 37, 8
@@ -22,11 +22,12 @@ def make(bias=False, scale=1.0, softcap=None):
 
 
 def slow_logits(readout, hidden):
-    logits = hidden @ readout.weight.double().T
-    if readout.bias is not None:
-        logits = logits + readout.bias.double()
-    logits = logits * readout.scale
-    return logits if readout.softcap is None else readout.softcap * torch.tanh(logits / readout.softcap)
+    logits = hidden @ readout.unembedding.weight.double().T
+    if readout.unembedding.bias is not None:
+        logits = logits + readout.unembedding.bias.double()
+    logits = logits * readout.unembedding.scale
+    cap = readout.unembedding.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def slow_kl(readout, clean, spliced):

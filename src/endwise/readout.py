@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from endwise.axes import Activation, TokenMask, Tokens
-
-CHUNK_ELEMENTS = 1 << 20
-"""Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
-GPU_CHUNK_ELEMENTS = 1 << 27
-"""The same on a GPU, which needs large products to be busy."""
+from endwise.kernels import Unembedding, kernels_for
+from endwise.kernels.kl import rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Comparison:
 
 
 class Readout:
-    """The unembedding: `logits = softcap · tanh(scale · (hidden · Wᵀ + b) / softcap)`; the cap only if there is one."""
+    """The unembedding as the model applies it to its last hidden state."""
 
     def __init__(
         self,
@@ -43,17 +41,15 @@ class Readout:
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        self.weight = weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.scale = scale
-        self.softcap = softcap
+        self.unembedding = Unembedding(weight.detach(), None if bias is None else bias.detach(), scale, softcap)
 
     def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """In fp32 whatever the weights are stored in: everything that follows is a reduction over the vocabulary."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        u = self.unembedding
+        logits = torch.nn.functional.linear(hidden, u.weight, u.bias).float()
+        if u.scale != 1.0:
+            logits = logits * u.scale
+        return logits if u.softcap is None else torch.tanh(logits / u.softcap) * u.softcap
 
     def kl(self, clean: Activation, spliced: Activation, mask: TokenMask) -> Float[Tensor, ""]:
         """Σ over the mask's tokens of KL(clean ‖ spliced), in nats; differentiable in `spliced` only.
@@ -62,7 +58,7 @@ class Readout:
         gradient are computed in the same chunked pass: with P and Q the two distributions, ∂KL/∂logits = Q − P.
         """
         keep = mask.flatten()
-        return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self)  # pyright: ignore[reportReturnType]
+        return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self.unembedding)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def compare(
@@ -73,9 +69,10 @@ class Readout:
         predicts = mask.clone()
         predicts[:, -1] = False
         predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
+        rows = rows_per_chunk(self.unembedding)
         columns: list[list[list[Tensor]]] = [[[] for _ in range(5)] for _ in spliced]
-        for start in range(0, mask.numel(), self.chunk):
-            part = slice(start, start + self.chunk)
+        for start in range(0, mask.numel(), rows):
+            part = slice(start, start + rows)
             target = targets[part, None]
             log_p = self.logits(clean.flatten(0, 1)[part]).log_softmax(-1)
             p, top, ce_clean = log_p.exp(), log_p.argmax(-1), -log_p.gather(-1, target)[:, 0]
@@ -96,65 +93,18 @@ class Readout:
             )
         return comparisons
 
-    @property
-    def chunk(self) -> int:
-        """Rows per chunk."""
-        return max(32, (GPU_CHUNK_ELEMENTS if self.weight.is_cuda else CHUNK_ELEMENTS) // self.weight.shape[0])
-
-
-class _Chunk(NamedTuple):
-    """One pass's predictions for some rows: probability = weights / total, log-probability = logits − log total."""
-
-    logits: Float[Tensor, "rows vocab"]
-    """Less their row's maximum."""
-    weights: Float[Tensor, "rows vocab"]
-    total: Float[Tensor, " rows"]
-    slope: Float[Tensor, "rows vocab"] | float
-    """Derivative of the logits by the matrix product before scale and soft-cap."""
-
-
-def _chunk(readout: Readout, hidden: Tensor, buffers: tuple[Tensor, Tensor] | None) -> _Chunk:
-    """Works in `buffers` where dtype and width allow, so that a pass over many chunks allocates once."""
-    logits = torch.mm(hidden, readout.weight.T, out=buffers and buffers[0][: len(hidden)])
-    if readout.bias is not None:
-        logits += readout.bias
-    logits = logits.float()
-    slope: Tensor | float = readout.scale
-    if readout.scale != 1.0:
-        logits *= readout.scale
-    if readout.softcap is not None:
-        logits.div_(readout.softcap).tanh_()
-        slope = (1 - logits.square()).mul_(readout.scale)
-        logits *= readout.softcap
-    logits -= logits.amax(-1, keepdim=True)
-    weights = torch.exp(logits, out=buffers and buffers[1][: len(hidden)])
-    return _Chunk(logits, weights, weights.sum(-1), slope)
-
 
 class _KLFromHidden(torch.autograd.Function):
+    """The kernel gives the gradient with the value, so that backward only scales it."""
+
     @staticmethod
-    def forward(ctx: Any, spliced: Tensor, clean: Tensor, keep: Tensor, readout: Readout) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=spliced.device)
-        gradient = torch.empty_like(spliced)
-        rows, vocab = min(readout.chunk, len(spliced)), len(readout.weight)
-        exact = spliced.dtype == torch.float32  # or else the fp32 copy of the logits is the buffer
-        buffers = [(spliced.new_empty(rows, vocab), spliced.new_empty(rows, vocab)) if exact else None for _ in "pq"]
-        for start in range(0, len(spliced), rows):
-            part = slice(start, start + rows)
-            p = _chunk(readout, clean[part].detach(), buffers[0])
-            q = _chunk(readout, spliced[part].detach(), buffers[1])
-            counts = keep[part].to(p.total.dtype)
-            # Σ P (log P − log Q), with both normalisers taken out of the sum
-            cross = torch.bmm(p.weights[:, None], p.logits.sub_(q.logits)[..., None])[:, 0, 0]
-            total += ((cross / p.total + q.total.log() - p.total.log()) * counts).sum()
-            d_logits = q.weights.mul_((counts / q.total)[:, None]).sub_(p.weights.mul_((counts / p.total)[:, None]))
-            if not isinstance(q.slope, float) or q.slope != 1.0:
-                d_logits *= q.slope
-            gradient[part] = d_logits.to(readout.weight.dtype) @ readout.weight
+    def forward(ctx: Any, spliced: Tensor, clean: Tensor, keep: Tensor, unembedding: Unembedding) -> Tensor:
+        total, gradient = kernels_for(spliced.device).kl(clean, spliced, keep, unembedding)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None

@@ -16,6 +16,9 @@ from endwise.run_config import TrainingConfig
 from endwise.schedule import rate_factor
 from endwise.sites import Site
 
+CLIP_EPSILON = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -103,13 +106,16 @@ class Trainee:
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
-        limit = self.config.gradient_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         self._sums["gradient_norm"] += norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
-        # Fused optimisers skip a step on the device when `found_inf` is 1, without the host having to look.
-        self.optimizer.found_inf = (self._first_bad >= 0).any().float()  # pyright: ignore[reportAttributeAccessIssue]
+        # Fused optimisers divide by `grad_scale` as they read the gradient, and skip a step on the device when
+        # `found_inf` is 1, without the host having to look.
+        found_inf = (self._first_bad >= 0).any().float()
+        grad_scale = ((norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
+        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         for name in self._per_token:
             self._sums[name] /= tokens_in_step

@@ -3,48 +3,22 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from endwise.dictionaries.latents import Latents
 from endwise.errors import FormatError
 from endwise.files import write_atomic, write_json
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"
 """The generation of SAELens whose layout `save` writes; SAELens reads older numbers through a legacy path."""
-
-
-@dataclass(frozen=True)
-class Latents:
-    """A dictionary's activations on some rows."""
-
-    values: Float[Tensor, "*rows d_sae"]
-
-    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
-        """Σ over features of |c|^p, per row."""
-        magnitudes = self.values.abs()
-        return magnitudes.sum(-1) if p == 1.0 else _power(magnitudes, p).sum(-1)
-
-    def l0(self) -> Float[Tensor, "*rows"]:
-        """Number of non-zero features, per row."""
-        return (self.values.detach() != 0).sum(-1).float()
-
-    def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
-        """Which features are non-zero anywhere in the mask."""
-        return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2).any(0)
-
-
-def _power(magnitudes: Tensor, p: float) -> Tensor:
-    """|c|^p with gradient 0 at 0, where for p < 1 the true one is infinite: an inactive feature has none to follow."""
-    active = magnitudes > 0
-    return torch.where(active, torch.where(active, magnitudes, 1.0).pow(p), 0.0)
 
 
 class SAE(nn.Module, ABC):

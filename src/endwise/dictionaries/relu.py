@@ -8,7 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from endwise.dictionaries.base import SAE, Latents
+from endwise.dictionaries.base import SAE
+from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, decode_sparse, encode_sparse
+
+SPARSE_BELOW = 1 / 32
+"""Largest share of active features for which sparse latents cost less than dense ones (docs/performance.md)."""
+NORM_FLOOR = 1e-12
+"""As in `torch.nn.functional.normalize`."""
 
 
 class ReluSAE(SAE):
@@ -22,6 +28,7 @@ class ReluSAE(SAE):
     """
 
     architecture = "standard"
+    sparse_below = SPARSE_BELOW
 
     def __init__(self, d_in: int, d_sae: int, *, seed: int = 0, unit_norm: bool = True) -> None:
         super().__init__(d_in, d_sae)
@@ -46,10 +53,20 @@ class ReluSAE(SAE):
         return normalize(self.decoder, dim=-1) if self.unit_norm else self.decoder
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents:
-        return Latents(torch.relu(linear(x.to(self.encoder.dtype), self.encoder, self.b_enc)))
+        """Sparse where few features are active, dense where many are, as early in training; the values are the same.
+
+        The choice is made by counting, so that it depends on the input and the weights alone. On a GPU, where counting
+        would make the host wait, latents are dense.
+        """
+        x = x.to(self.encoder.dtype)
+        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below)
+        return sparse or DenseLatents(torch.relu(linear(x, self.encoder, self.b_enc)))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_in"]:
-        return linear(latents.values, self.W_dec.T, self.b_dec)
+        if isinstance(latents, SparseLatents):
+            norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
+            return decode_sparse(latents, self.decoder, self.b_dec, norms)
+        return linear(latents.dense(), self.W_dec.T, self.b_dec)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "ReluSAE":

@@ -1,0 +1,183 @@
+"""A dictionary's activations on some rows, dense or sparse, behind one face.
+
+Sparse latents are values at `Pairs`; decoding them, and both gradients of the two matrices, then cost as much as there
+are active features, not as much as there are features.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from endwise.kernels import Found, Pairs, kernels_for
+from endwise.kernels.interface import PerPair
+
+
+class Latents(ABC):
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "*rows d_sae"]:
+        """Every feature's value in every row."""
+
+    @abstractmethod
+    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
+        """Σ over features of |c|^p, per row."""
+
+    @abstractmethod
+    def l0(self) -> Float[Tensor, "*rows"]:
+        """Number of non-zero features, per row."""
+
+    @abstractmethod
+    def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
+        """Which features are non-zero anywhere in the mask."""
+
+
+@dataclass(frozen=True)
+class DenseLatents(Latents):
+    values: Float[Tensor, "*rows d_sae"]
+
+    def dense(self) -> Float[Tensor, "*rows d_sae"]:
+        return self.values
+
+    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
+        return _magnitudes(self.values, p).sum(-1)
+
+    def l0(self) -> Float[Tensor, "*rows"]:
+        return (self.values.detach() != 0).sum(-1).float()
+
+    def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
+        return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2).any(0)
+
+
+@dataclass(frozen=True)
+class SparseLatents(Latents):
+    """None of the values is 0."""
+
+    values: PerPair
+    pairs: Pairs
+    shape: tuple[int, ...]
+    """Of the rows, less the axis of features."""
+
+    def dense(self) -> Float[Tensor, "*rows d_sae"]:
+        flat = self.pairs.rows * self.pairs.n_features + self.pairs.features
+        zeros = self.values.new_zeros(self.pairs.n_rows * self.pairs.n_features)
+        return zeros.index_add(0, flat, self.values).view(*self.shape, self.pairs.n_features)
+
+    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
+        sums = self.values.new_zeros(self.pairs.n_rows)
+        return sums.index_add(0, self.pairs.rows, _magnitudes(self.values, p)).view(self.shape)
+
+    def l0(self) -> Float[Tensor, "*rows"]:
+        return torch.bincount(self.pairs.rows, minlength=self.pairs.n_rows).float().view(self.shape)
+
+    def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
+        kept = self.pairs.features[mask.flatten()[self.pairs.rows]]
+        return torch.bincount(kept, minlength=self.pairs.n_features) > 0
+
+
+def _magnitudes(values: Tensor, p: float) -> Tensor:
+    """|c|^p with gradient 0 at 0, where for p < 1 the true one is infinite: an inactive feature has none to follow."""
+    magnitudes = values.abs()
+    if p == 1.0:
+        return magnitudes
+    active = magnitudes > 0
+    return torch.where(active, torch.where(active, magnitudes, 1.0).pow(p), 0.0)
+
+
+def encode_sparse(
+    x: Float[Tensor, "*rows d_model"],
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_sae"],
+    share: float,
+) -> SparseLatents | None:
+    """`relu(x·weightᵀ + bias)` as sparse latents; None if more than `share` of all places are active."""
+    shape = tuple(x.shape[:-1])
+    rows = x.reshape(-1, x.shape[-1])
+    kernels = kernels_for(x.device)
+    found = kernels.active(rows.detach(), weight.detach(), bias.detach(), int(share * len(rows) * len(weight)))
+    if found is None:
+        return None
+    values: Any = _ActiveValues.apply(rows, weight, bias, found)
+    return SparseLatents(values, found.pairs, shape)
+
+
+def decode_sparse(
+    latents: SparseLatents,
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_model"],
+    norms: Float[Tensor, " d_sae"] | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """Σ over active features of c · weight / norms, plus the bias.
+
+    Args:
+        norms: the L2 norms of the weight's rows, if each is to be used with unit norm; the gradient knows about it.
+    """
+    sums: Any = _WeightedRows.apply(latents.values, weight, latents.pairs, norms)
+    return (sums + bias).view(*latents.shape, -1)
+
+
+class _ActiveValues(Function):
+    """The encoder's values at its active pairs, known already, as a function of its input and weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, _bias: Tensor, found: Found) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.pairs = found.pairs
+        return found.values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        kernels = kernels_for(x.device)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = kernels.weighted_sums(weight, pairs.features, pairs.row_starts, upstream)
+        if ctx.needs_input_grad[1]:
+            order, rows, starts = pairs.by_feature
+            d_weight = kernels.weighted_sums(x, rows, starts, upstream[order])
+        if ctx.needs_input_grad[2]:
+            d_bias = _per_feature(upstream, pairs)
+        return d_x, d_weight, d_bias, None
+
+
+class _WeightedRows(Function):
+    """Per row, Σ over its pairs of value · weight[feature] / norm[feature].
+
+    With s = value / norm and G the gradient of the result: d value = (weight·G) / norm, and as the norm is that of the
+    weight's own row, d weight = Σ s·G − weight · (Σ s·(weight·G)) / norm², both sums over the feature's pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, pairs: Pairs, norms: Tensor | None) -> Tensor:
+        scaled = values if norms is None else values / norms[pairs.features]
+        ctx.save_for_backward(scaled, weight, norms)
+        ctx.pairs = pairs
+        return kernels_for(weight.device).weighted_sums(weight, pairs.features, pairs.row_starts, scaled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled, weight, norms = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        kernels = kernels_for(weight.device)
+        upstream = upstream.contiguous()
+        products = kernels.dot_products(weight, pairs.features, upstream, pairs)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            order, rows, starts = pairs.by_feature
+            d_weight = kernels.weighted_sums(upstream, rows, starts, scaled[order])
+            if norms is not None:
+                along = _per_feature(scaled * products, pairs) / norms.square()
+                d_weight.addcmul_(weight, along[:, None], value=-1)
+        return products if norms is None else products / norms[pairs.features], d_weight, None, None
+
+
+def _per_feature(numbers: PerPair, pairs: Pairs) -> Float[Tensor, " d_sae"]:
+    """Sums over each feature's pairs."""
+    return numbers.new_zeros(pairs.n_features).index_add_(0, pairs.features, numbers)

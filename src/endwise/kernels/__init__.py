@@ -1,0 +1,30 @@
+"""The few operations that decide what training costs, in one implementation per kind of device.
+
+`kernels_for(device)` gives the implementation; `register` adds one (a Triton version, say) beside `eager`, which is
+written in device-agnostic operations and stands in wherever there is no other. What each operation computes is said
+once, in `interface`; a test holds every registered implementation to it.
+"""
+
+import torch
+
+from endwise.kernels.eager import EagerKernels
+from endwise.kernels.interface import Divergence, Found, Kernels, Pairs, Unembedding
+
+__all__ = ["Divergence", "Found", "Kernels", "Pairs", "Unembedding", "kernels_for", "register", "registered"]
+
+_EAGER = EagerKernels()
+_BY_DEVICE: dict[str, Kernels] = {}
+
+
+def register(device_type: str, kernels: Kernels) -> None:
+    """Makes `kernels` the implementation for devices of a type (`cpu`, `cuda`, ...)."""
+    _BY_DEVICE[device_type] = kernels
+
+
+def registered() -> dict[str, Kernels]:
+    """Every implementation by device type; `eager` serves the rest."""
+    return {"eager": _EAGER, **_BY_DEVICE}
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    return _BY_DEVICE.get(device.type, _EAGER)

@@ -1,0 +1,87 @@
+"""The kernels in PyTorch's own operations.
+
+`embedding_bag` is a sparse-times-dense product that streams whole table rows; with the pairs sorted by feature it is
+also the transposed product. The operation behind the gradient of its weights is one dot product per pair.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
+from endwise.kernels.kl import chunked_kl
+from endwise.kernels.screen import Screen, has_fast_bfloat16
+
+CHUNK_ELEMENTS = 1 << 23
+"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32. Fewer rows would slow the matrix product
+down, more would hold memory for nothing."""
+PROBE_ROWS = 32
+"""Rows after which an encoder that is far too active for sparse latents is recognised."""
+
+
+class EagerKernels(Kernels):
+    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int) -> Found | None:
+        size = max(PROBE_ROWS, CHUNK_ELEMENTS // len(weight))
+        screened = x.dtype == torch.float32 and has_fast_bfloat16(x.device)
+        positive = _screened(weight, bias) if screened else _dense(weight, bias, min(size, len(x)))
+        places, values, found, start = [], [], 0, 0
+        while start < len(x):
+            rows = x[start : start + (size if start else PROBE_ROWS)]
+            where, value = positive(rows)
+            places.append(where + start * len(weight))
+            values.append(value)
+            found, start = found + len(where), start + len(rows)
+            if found > limit or found * len(x) > 2 * limit * start:
+                return None
+        flat = torch.cat(places)
+        row_starts = torch.searchsorted(flat, torch.arange(len(x), device=x.device) * len(weight))
+        return Found(Pairs(flat // len(weight), flat % len(weight), row_starts, len(weight)), torch.cat(values))
+
+    def weighted_sums(self, table: Tensor, entries: Index, bag_starts: Tensor, weights: PerPair) -> Tensor:
+        if not len(entries):
+            return table.new_zeros(len(bag_starts), table.shape[1])
+        return embedding_bag(entries, table, bag_starts, mode="sum", per_sample_weights=weights)
+
+    def dot_products(self, table: Tensor, entries: Index, rows: Tensor, pairs: Pairs) -> PerPair:
+        return _dot_products(table, entries, rows, pairs.row_starts, pairs.rows)
+
+    def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
+        return chunked_kl(clean, spliced, keep, unembedding)
+
+
+Positive = Callable[[Tensor], tuple[Index, PerPair]]
+"""From some rows to the flat places, ascending, at which the pre-activation is positive, and its values there."""
+
+
+def _dense(weight: Tensor, bias: Tensor, most_rows: int) -> Positive:
+    buffer = weight.new_empty(most_rows, len(weight))
+
+    def positive(rows: Tensor) -> tuple[Index, PerPair]:
+        product = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)]).view(-1)
+        where = (product > 0).nonzero()[:, 0]
+        return where, product[where]
+
+    return positive
+
+
+def _screened(weight: Tensor, bias: Tensor) -> Positive:
+    screen = Screen(weight, bias)
+
+    def positive(rows: Tensor) -> tuple[Index, PerPair]:
+        where = screen.candidates(rows)
+        row_of, features = where // len(weight), where % len(weight)
+        starts = torch.searchsorted(row_of, torch.arange(len(rows), device=rows.device))
+        exact = _dot_products(weight, features, rows, starts, row_of) + bias[features]
+        kept = (exact > 0).nonzero()[:, 0]
+        return where[kept], exact[kept]
+
+    return positive
+
+
+def _dot_products(table: Tensor, entries: Index, rows: Tensor, row_starts: Tensor, row_of: Index) -> PerPair:
+    """The gradient of `embedding_bag` by its per-sample weights (mode 0 is "sum", -1 no padding entry)."""
+    if not len(entries):
+        return table.new_zeros(0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, table, entries, row_starts, row_of, 0, -1)  # noqa: SLF001

@@ -1,0 +1,118 @@
+"""What the kernels compute.
+
+A sparse matrix `Z [n d_sae]` (latents) is a list of *pairs*, the (row, feature) places where it is not zero, and one
+number per pair. Everything a sparse dictionary needs from it, forward and backward, is one of two operations: a
+weighted sum of table rows per bag (a bag: the pairs of one row, or of one feature), and one dot product per pair.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Index = Int[Tensor, " pairs"]
+PerPair = Float[Tensor, " pairs"]
+
+
+class FeatureOrder(NamedTuple):
+    """The same pairs sorted by feature; within a feature, by row."""
+
+    order: Index
+    """Where each pair stood in the order of rows."""
+    rows: Index
+    starts: Int[Tensor, " d_sae"]
+    """Where each feature's pairs begin."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The places of a matrix `[n d_sae]` that are not zero, in the order of rows; within a row, of features."""
+
+    rows: Index
+    features: Index
+    row_starts: Int[Tensor, " n"]
+    """Where each row's pairs begin."""
+    n_features: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.row_starts)
+
+    @cached_property
+    def by_feature(self) -> FeatureOrder:
+        """Sorted once, for both gradients that are sums over a feature's pairs."""
+        order = torch.argsort(self.features, stable=True)
+        counts = torch.bincount(self.features, minlength=self.n_features)
+        return FeatureOrder(order, self.rows[order], counts.cumsum(0) - counts)
+
+
+class Found(NamedTuple):
+    """The pairs at which an encoder is active, and its positive values there."""
+
+    pairs: Pairs
+    values: PerPair
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """`logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)`; the cap only if there is one."""
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Divergence(NamedTuple):
+    total: Float[Tensor, ""]
+    """fp32 (float64 for hidden states in float64), summed over rows."""
+    gradient: Float[Tensor, "n d_model"]
+    """Of the total by the spliced hidden states, in their dtype."""
+
+
+class Kernels(ABC):
+    @abstractmethod
+    def active(
+        self,
+        x: Float[Tensor, "n d_model"],
+        weight: Float[Tensor, "d_sae d_model"],
+        bias: Float[Tensor, " d_sae"],
+        limit: int,
+    ) -> Found | None:
+        """Where `x·weightᵀ + bias > 0`, with the values there; None if there are more than `limit` such places."""
+
+    @abstractmethod
+    def weighted_sums(
+        self,
+        table: Float[Tensor, "entries width"],
+        entries: Index,
+        bag_starts: Int[Tensor, " bags"],
+        weights: PerPair,
+    ) -> Float[Tensor, "bags width"]:
+        """Σ over a bag's pairs of `weights · table[entries]`; bags lie one after another. An empty bag gives 0."""
+
+    @abstractmethod
+    def dot_products(
+        self,
+        table: Float[Tensor, "entries width"],
+        entries: Index,
+        rows: Float[Tensor, "n width"],
+        pairs: Pairs,
+    ) -> PerPair:
+        """`table[entries] · rows[pairs.rows]`, one number per pair."""
+
+    @abstractmethod
+    def kl(
+        self,
+        clean: Float[Tensor, "n d_model"],
+        spliced: Float[Tensor, "n d_model"],
+        keep: Bool[Tensor, " n"],
+        unembedding: Unembedding,
+    ) -> Divergence:
+        """Σ over the rows in `keep` of KL(clean ‖ spliced) between the next-token distributions that two final hidden
+        states predict, with its gradient; `[n vocab]` never exists as a whole.
+        """

@@ -1,0 +1,84 @@
+"""KL between two passes' predictions, from hidden states, with its gradient, in one chunked pass.
+
+Per row, with logits z less their maximum, weights e^z and total T = Σ e^z, a probability is e^z / T and its logarithm
+z − log T. So KL(P ‖ Q) = Σ P·(z_P − z_Q) + log T_Q − log T_P, where the sum needs one product with unnormalised
+weights, and ∂KL/∂z_Q = Q − P. The two buffers of each pass are reused from chunk to chunk.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from endwise.kernels.interface import Divergence, Unembedding
+
+CHUNK_ELEMENTS = 1 << 20
+"""Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
+GPU_CHUNK_ELEMENTS = 1 << 27
+"""The same on a GPU, which needs large products to be busy."""
+LEAST_ROWS = 32
+
+
+def rows_per_chunk(unembedding: Unembedding) -> int:
+    """How many rows' logits are held at once."""
+    weight = unembedding.weight
+    return max(LEAST_ROWS, (GPU_CHUNK_ELEMENTS if weight.is_cuda else CHUNK_ELEMENTS) // len(weight))
+
+
+def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
+    weight = unembedding.weight
+    gradient = torch.empty_like(spliced)
+    rows = min(rows_per_chunk(unembedding), len(spliced))
+    plain = spliced.dtype in (torch.float32, torch.float64)  # or else the fp32 copy of the logits is the buffer
+    buffers = [_Buffers(*(spliced.new_empty(rows, len(weight)) for _ in "zw")) if plain else None for _ in "pq"]
+    total = torch.zeros((), dtype=spliced.dtype if plain else torch.float32, device=spliced.device)
+    for start in range(0, len(spliced), rows):
+        part = slice(start, start + rows)
+        p = _predictions(unembedding, clean[part], buffers[0])
+        q = _predictions(unembedding, spliced[part], buffers[1])
+        counts = keep[part].to(p.total.dtype)
+        cross = torch.bmm(p.weights[:, None], p.logits.sub_(q.logits)[..., None])[:, 0, 0]
+        total += ((cross / p.total + q.total.log() - p.total.log()) * counts).sum()
+        # Rounded alike on both sides (no fused multiply-add), so that equal states have no gradient at all.
+        d_logits = q.weights.mul_((counts / q.total)[:, None]).sub_(p.weights.mul_((counts / p.total)[:, None]))
+        if not isinstance(q.slope, float) or q.slope != 1.0:
+            d_logits *= q.slope
+        if plain:
+            torch.mm(d_logits, weight, out=gradient[part])
+        else:
+            gradient[part] = d_logits.to(weight.dtype) @ weight
+    return Divergence(total, gradient)
+
+
+class _Buffers(NamedTuple):
+    logits: Float[Tensor, "most_rows vocab"]
+    weights: Float[Tensor, "most_rows vocab"]
+
+
+class _Predictions(NamedTuple):
+    logits: Float[Tensor, "rows vocab"]
+    """Less their row's maximum."""
+    weights: Float[Tensor, "rows vocab"]
+    total: Float[Tensor, " rows"]
+    slope: Float[Tensor, "rows vocab"] | float
+    """Derivative of the logits by the matrix product before scale and soft-cap."""
+
+
+def _predictions(unembedding: Unembedding, hidden: Tensor, buffers: _Buffers | None) -> _Predictions:
+    rows = slice(len(hidden))
+    logits = torch.mm(hidden, unembedding.weight.T, out=None if buffers is None else buffers.logits[rows])
+    if unembedding.bias is not None:
+        logits += unembedding.bias
+    if buffers is None:
+        logits = logits.float()
+    slope: Tensor | float = unembedding.scale
+    if unembedding.scale != 1.0:
+        logits *= unembedding.scale
+    if unembedding.softcap is not None:
+        logits.div_(unembedding.softcap).tanh_()
+        slope = (1 - logits.square()).mul_(unembedding.scale)
+        logits *= unembedding.softcap
+    logits -= logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits, out=None if buffers is None else buffers.weights[rows])
+    return _Predictions(logits, weights, weights.sum(-1), slope)

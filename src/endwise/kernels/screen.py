@@ -1,0 +1,55 @@
+"""A bf16 product that never misses an active feature, so that the exact one is computed for few.
+
+Where bf16 matrix products are several times as fast as fp32 ones, an encoder's pre-activations are first bounded from
+above in bf16; only where the bound is positive is the pre-activation computed in fp32, and only where that is positive
+is the feature active. The result is that of the fp32 encoder, to its own rounding.
+
+The bound. Let u = 2⁻⁸ be bf16's unit roundoff, x̃ and w̃ the rounded vectors of width d. By Cauchy-Schwarz
+|x̃·w̃ − x·w| ≤ (2u + u²)·‖x‖·‖w‖, and adding the products up in fp32 is wrong by no more than
+s·(‖x‖·‖w‖ + |b|) with s = (d + 2)·2⁻²². So x·w + b > 0 only where x̃·w̃ + (2u + u² + s)·‖x‖·‖w‖ + b + s·|b| > 0. Both
+terms are added by the product itself, through two more columns: (margin·‖x‖, 1) against (‖w‖, b + s·|b|), all rounded
+to bf16 from values raised by 2u, so that rounding cannot lower them. A large |b| is thereby in the margin, where it
+belongs. Rounding the product's result to bf16 keeps its sign.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from endwise.kernels.interface import Index
+
+UNIT = 2.0**-8
+WIDTH_MULTIPLE = 32
+"""Tiled products want their inner dimension to be a multiple of this."""
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware (AMX)."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+class Screen:
+    """The encoder `x·weightᵀ + bias`, prepared for screening."""
+
+    def __init__(self, weight: Float[Tensor, "d_sae d_model"], bias: Float[Tensor, " d_sae"]) -> None:
+        sums = (weight.shape[1] + 2) * 2.0**-22
+        self.margin = 2 * UNIT + UNIT**2 + sums
+        raised = bias + (sums + 2 * UNIT) * bias.abs()
+        self.weight = _widened(weight, weight.norm(dim=1) * (1 + 2 * UNIT), raised)
+
+    def candidates(self, x: Float[Tensor, "n d_model"]) -> Index:
+        """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be positive; it is at no other."""
+        norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
+        return ((_widened(x, norms, torch.ones_like(norms)) @ self.weight.T) > 0).view(-1).nonzero()[:, 0]
+
+
+def _widened(vectors: Tensor, *columns: Tensor) -> Tensor:
+    """The vectors in bf16 with the columns appended, and zeros up to a convenient width."""
+    rows, width = vectors.shape
+    full = -(-(width + len(columns)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    result = vectors.new_zeros(rows, full, dtype=torch.bfloat16)
+    result[:, :width] = vectors
+    for place, column in enumerate(columns, start=width):
+        result[:, place] = column
+    return result
