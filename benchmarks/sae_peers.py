@@ -1,0 +1,235 @@
+"""Worker: one training step of an SAE on given activations, in one of five projects. Started by `sae_step.py`.
+
+Every peer takes the step that its own trainer takes, as far as that can be had without a language model, so with the
+bookkeeping that it does at every step (which features fired, the learning rate's schedule). Only the peer that is asked
+for is imported, and of endwise only what stands beside this file, so that each may live in an environment of its own.
+"""
+
+import sys
+import types
+from abc import abstractmethod
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import Side, serve
+
+LEARNING_RATE = 1e-7
+STEPS = 1_000_000
+SPARSITY = 4.0
+
+
+class Peer(Side):
+    """Builds its SAE for the activations; `l0` is that of the last step."""
+
+    package: str
+    rows: Tensor
+
+    def build(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            spec: `threads`, `rows` (of activations), `d_model`, `d_sae`, `l0` (for those whose time depends on it;
+                None: as initialised), `k` (of a TopK), `seed`.
+        """
+        torch.set_num_threads(spec["threads"])
+        torch.manual_seed(spec["seed"])
+        self.rows = torch.randn(spec["rows"], spec["d_model"])
+        self.make(spec)
+        return {"versions": {self.package: version(self.package), "torch": version("torch")}}
+
+    @abstractmethod
+    def make(self, spec: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def l0(self) -> float: ...
+
+
+class Endwise(Peer):
+    package = "endwise"
+
+    def make(self, spec: dict[str, Any]) -> None:
+        from endwise.language_model import Clean
+        from endwise.tokens import TokenBatch
+        from endwise.training import new_trainee, take_step
+        from ours import bias_shift, gpt2_of_width, run_config
+        from shapes import OBJECTIVES, Shape
+
+        rows, width = self.rows.shape
+        shape = Shape("gpt2", 1, width, 1, 8, rows, rows, batch=1, layer=0, d_sae=spec["d_sae"])
+        model = gpt2_of_width(shape)
+        settings = {"shape": vars(shape), "precision": spec.get("precision", "exact")}
+        trainee = new_trainee(run_config(settings, OBJECTIVES["local"]), model, STEPS)
+        if spec["l0"] is not None:
+            state = {name: tensor.detach() for name, tensor in trainee.sae.state_dict().items()}
+            shift = bias_shift(self.rows[:512], state["encoder"], state["b_enc"], spec["l0"])
+            trainee.sae.load_state_dict(state | {"b_enc": state["b_enc"] - shift})
+        tokens = torch.zeros(1, rows, dtype=torch.int64)
+        clean = Clean(tokens, {trainee.site: self.rows[None]}, None)
+        model.clean = lambda *_args, **_kwargs: clean  # the model does not run: its pass is given
+        batch = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.trainee = trainee
+        self.take_step = lambda: take_step(model, [trainee], batch)
+
+    def step(self) -> None:
+        self.take_step()
+
+    def l0(self) -> float:
+        return float(self.trainee.report()["l0"])
+
+
+class Reference(Peer):
+    """The paper's own code: its SAE, its loss of a local run, clipping, Adam, as its training loop joins them."""
+
+    package = "e2e-sae"
+
+    def make(self, spec: dict[str, Any]) -> None:
+        from reference import import_reference
+
+        import_reference(spec.get("source"))
+        from e2e_sae.hooks import sae_hook  # pyright: ignore[reportMissingImports]
+        from e2e_sae.losses import LossConfigs, calc_loss  # pyright: ignore[reportMissingImports]
+        from e2e_sae.models.sparsifiers import SAE  # pyright: ignore[reportMissingImports]
+
+        self.sae_hook, self.calc_loss = sae_hook, calc_loss
+        self.sae = SAE(spec["d_model"], spec["d_sae"])
+        self.losses = LossConfigs(
+            sparsity={"coeff": SPARSITY}, in_to_orig=None, out_to_orig=None, out_to_in={"coeff": 1.0}, logits_kl=None
+        )
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LEARNING_RATE)
+
+    def step(self) -> None:
+        found: dict[str, Any] = {}
+        self.sae_hook(self.rows.detach().clone(), None, self.sae, found, "site")
+        loss, _ = self.calc_loss({"site": self.rows}, found, None, None, self.losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def l0(self) -> float:
+        return _l0(self.sae(self.rows)[1])
+
+
+class SAELens(Peer):
+    """`StandardTrainingSAE` in SAELens's own trainer: `SAETrainer.step`, which clips to norm 1."""
+
+    package = "sae-lens"
+
+    def make(self, spec: dict[str, Any]) -> None:
+        from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig  # pyright: ignore[reportMissingImports]
+        from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
+        from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
+
+        config = StandardTrainingSAEConfig(d_in=spec["d_model"], d_sae=spec["d_sae"], l1_coefficient=SPARSITY)
+        settings = SAETrainerConfig(STEPS * spec["rows"], spec["rows"], lr=LEARNING_RATE, lr_end=LEARNING_RATE)
+        self.trainer = SAETrainer(settings, StandardTrainingSAE(config), self._activations())
+
+    def _activations(self) -> Iterator[Tensor]:
+        while True:
+            yield self.rows
+
+    def step(self) -> None:
+        self.trainer.step(self.rows)
+
+    @torch.no_grad()
+    def l0(self) -> float:
+        return _l0(self.trainer.sae.encode(self.rows))
+
+
+class DictionaryLearning(Peer):
+    """`StandardTrainer.update` of saprmarks/dictionary_learning; it does not clip, and keeps its columns at norm 1."""
+
+    package = "dictionary-learning"
+
+    def make(self, spec: dict[str, Any]) -> None:
+        # The package imports nnsight for a buffer of activations that is not used here.
+        sys.modules.setdefault("nnsight", types.ModuleType("nnsight"))
+        if not hasattr(sys.modules["nnsight"], "LanguageModel"):
+            sys.modules["nnsight"].LanguageModel = object  # pyright: ignore[reportAttributeAccessIssue]
+        from dictionary_learning.trainers.standard import StandardTrainer  # pyright: ignore[reportMissingImports]
+
+        self.trainer = StandardTrainer(
+            steps=STEPS,
+            activation_dim=spec["d_model"],
+            dict_size=spec["d_sae"],
+            layer=0,
+            lm_name="none",
+            lr=LEARNING_RATE,
+            l1_penalty=SPARSITY,
+            device="cpu",
+        )
+        self.done = 0
+
+    def step(self) -> None:
+        self.trainer.update(self.done, self.rows)
+        self.done += 1
+
+    @torch.no_grad()
+    def l0(self) -> float:
+        return _l0(self.trainer.ae.encode(self.rows))
+
+
+class Sparsify(Peer):
+    """EleutherAI's TopK SAE. Its trainer needs a language model, so the parts of its step are joined here as there:
+    unit columns, forward, backward of the unexplained variance, the columns' parallel gradient taken out, Adam.
+    """
+
+    package = "eai-sparsify"
+
+    def make(self, spec: dict[str, Any]) -> None:
+        from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
+
+        self.k = spec["k"]
+        self.sae = SparseCoder(spec["d_model"], SparseCoderConfig(num_latents=spec["d_sae"], k=self.k))
+        self.sae.b_dec.data = self.rows.mean(0)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LEARNING_RATE)
+        self.since_fired = torch.zeros(spec["d_sae"], dtype=torch.int64)
+
+    def step(self) -> None:
+        self.sae.set_decoder_norm_to_unit_norm()
+        variance = (self.rows - self.rows.mean(0)).pow(2).sum()
+        out = self.sae(x=self.rows, y=self.rows, dead_mask=None, total_variance=variance)
+        (out.fvu + out.multi_topk_fvu / 8).backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.since_fired += len(self.rows)
+        self.since_fired[out.latent_indices.flatten()] = 0
+
+    def l0(self) -> float:
+        return float(self.k)
+
+
+def _l0(latents: Tensor) -> float:
+    return float(latents.count_nonzero()) / len(latents)
+
+
+PEERS: dict[str, type[Peer]] = {
+    "ours": Endwise,
+    "reference": Reference,
+    "saelens": SAELens,
+    "dictionary_learning": DictionaryLearning,
+    "sparsify": Sparsify,
+}
+
+
+class Chosen(Side):
+    """Becomes the peer that its specification names."""
+
+    def build(self, spec: dict[str, Any]) -> dict[str, Any]:
+        self.peer = PEERS[spec["peer"]]()
+        return self.peer.build(spec)
+
+    def step(self) -> None:
+        self.peer.step()
+
+    def l0(self) -> float:
+        return self.peer.l0()
+
+
+if __name__ == "__main__":
+    serve(Chosen())

@@ -1,0 +1,118 @@
+"""The SAE's step alone, on given activations: ours against the paper's code, SAELens, dictionary_learning, sparsify.
+
+    python benchmarks/sae_step.py
+    python benchmarks/sae_step.py --peers ours sparsify --python sparsify=/path/to/its/environment/bin/python
+    python benchmarks/sae_step.py --rows 64 --d-model 16 --d-sae 128 --l0 5 --seconds 1     # to see that all is there
+
+One environment can hold all five (newest versions on PyPI in 2026; dictionary_learning's own requirements, nnsight
+below 0.4 among them, are not needed for its trainer):
+
+    python -m venv bench
+    bench/bin/pip install -c constraints.txt -e . einops fancy_einsum better_abc python-dotenv wandb typeguard beartype
+    bench/bin/pip install -c constraints.txt sae-lens==6.54.12 eai-sparsify==1.3.3
+    bench/bin/pip install --no-deps e2e-sae==2.1.1 dictionary-learning==0.1.0
+
+Ours has ReLU features at `--l0` active ones; of the others only sparsify's time depends on how many are active (`--k`).
+Everything else as in `versus_reference.py`.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness import Worker, WorkerError, cores, machine, time_in_turn, worker_environment, write_json
+
+HERE = Path(__file__).parent
+NAMES = ("ours", "mixed", "reference", "saelens", "dictionary_learning", "sparsify")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=[name for name in NAMES if name != "mixed"])
+    parser.add_argument("--tuned", action="store_true", help="all with the allocator that keeps freed memory")
+    parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--d-sae", type=int, default=46080)
+    parser.add_argument("--l0", default="50", help="ours; or `init` for a new SAE's")
+    parser.add_argument("--k", type=int, default=32, help="sparsify's active features")
+    parser.add_argument("--seconds", type=float, default=60, help="of timed steps for each peer")
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference-source", help="a source tree of e2e_sae, instead of the installed package")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    arguments.python = dict(entry.split("=", 1) for entry in arguments.python)
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    spec = {name: getattr(arguments, name) for name in ("rows", "d_model", "d_sae", "k", "threads", "seed")}
+    spec |= {"l0": None if arguments.l0 == "init" else float(arguments.l0), "source": arguments.reference_source}
+    environment = worker_environment(arguments.threads, arguments.tuned)
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    workers: dict[str, Worker] = {}
+    try:
+        for name in arguments.peers:
+            python = arguments.python.get(name, sys.executable)
+            workers[name] = Worker(HERE / "sae_peers.py", environment, python)
+        for name in list(workers):
+            peer = {"peer": "ours", "precision": "mixed"} if name == "mixed" else {"peer": name}
+            try:
+                found[name] = workers[name].call("build", spec=spec | peer)
+                found[name]["memory"] = workers[name].call("begin_memory")
+                workers[name].call("step")
+            except WorkerError as error:
+                failed[name] = str(error)
+                workers.pop(name).stop()
+        timings, lost = time_in_turn(workers, arguments.seconds, cores())
+        failed |= lost
+        for name, timing in timings.items():
+            found[name]["timing"] = asdict(timing)
+            found[name]["tokens_per_second"] = arguments.rows / timing.seconds
+            found[name]["peak_gib"] = workers[name].call("peak_memory")
+            found[name]["l0"] = workers[name].call("l0")
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    timed = {name: peer for name, peer in found.items() if "timing" in peer}
+    ratios = {
+        f"{name}/{other}": timed[name]["tokens_per_second"] / timed[other]["tokens_per_second"]
+        for name in ("ours", "mixed")
+        for other in timed
+        if name in timed and other not in ("ours", "mixed")
+    }
+    return {"spec": spec, "tuned": arguments.tuned, "peers": timed, "ratios": ratios, "failed": failed}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'peer':20} {'tokens/s':>10} {'s/step':>9} {'kept':>5} {'dropped':>7} {'peak GiB':>9} {'L0':>8}")
+    for name, peer in result["peers"].items():
+        timing = peer["timing"]
+        print(
+            f"{name:20} {peer['tokens_per_second']:10,.0f} {timing['seconds']:9.4f} {timing['samples']:5} "
+            f"{timing['discarded']:7} {peer['peak_gib']:9.2f} {peer['l0']:8.1f}"
+            + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+        )
+    for pair, ratio in result["ratios"].items():
+        print(f"{pair}: {ratio:.2f}×")
+    for name, message in result["failed"].items():
+        print(f"{name} failed: {message}")
+
+
+def main() -> int:
+    arguments = parse()
+    result = {"machine": machine(arguments.threads), **run(arguments)}
+    show(result)
+    if arguments.out:
+        write_json(arguments.out, result)
+    print(json.dumps(result))
+    return int(bool(result["failed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The shapes that the figures are taken on: language models with random weights, a site, a dictionary, a batch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LOGIT_SPREAD = 2.8
+"""Standard deviation of a random model's logits: predictions neither uniform nor certain."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "local": {"kind": "local", "local_mse": 1.0, "sparsity": {"coefficient": 4.0}},
+    "e2e": {"kind": "e2e", "kl": 1.0, "sparsity": {"coefficient": 1.5}},
+    "e2e_ds": {"kind": "e2e_ds", "kl": 0.5, "downstream_mse": 2.5, "sparsity": {"coefficient": 1.5}},
+}
+"""The paper's three, in the words of a recipe; a step's time does not depend on the coefficients."""
+LEARNING_RATE = 1e-7
+"""So small that L0 stays where it was during the steps that are timed."""
+STEPS = 1_000_000
+"""Of the pretended run: enough for the learning rate not to move."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    family: Literal["gpt2", "gpt_neo"]
+    layers: int
+    d_model: int
+    heads: int
+    vocab: int
+    positions: int
+    """Longest sequence that the model can read."""
+    context: int
+    """Tokens per sequence."""
+    batch: int
+    """Sequences per step."""
+    layer: int
+    """The SAE sits at `blocks.<layer>.hook_resid_pre`."""
+    d_sae: int
+    window: int | None = None
+    """GPT-Neo: every second block attends to this many latest tokens only."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer < self.layers or self.d_model % self.heads or self.context > self.positions:
+            raise ValueError(f"no such model: {self}")
+
+    @property
+    def site(self) -> str:
+        return f"blocks.{self.layer}.hook_resid_pre"
+
+    @property
+    def d_mlp(self) -> int:
+        return 4 * self.d_model
+
+    @property
+    def tokens(self) -> int:
+        """Per step."""
+        return self.batch * self.context
+
+    def block_window(self, layer: int) -> int | None:
+        """How far back a block attends; None: to the start."""
+        return self.window if layer % 2 else None
+
+
+GPT2 = Shape("gpt2", 12, 768, 12, 50257, 1024, 1024, batch=4, layer=6, d_sae=46080)
+TINYSTORIES = Shape("gpt_neo", 8, 64, 16, 50257, 2048, 512, batch=4, layer=4, d_sae=3200, window=256)
+SHAPES = {
+    "gpt2-small-4": GPT2,
+    "gpt2-small-1": Shape("gpt2", 12, 768, 12, 50257, 1024, 1024, batch=1, layer=6, d_sae=46080),
+    "tinystories-1m-4": TINYSTORIES,
+    "tinystories-1m-20": Shape("gpt_neo", 8, 64, 16, 50257, 2048, 512, batch=20, layer=4, d_sae=3200, window=256),
+}
+
+
+def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
+    """A Hugging Face model of the shape. As in a trained one, tokens differ much more than biases do, norms and biases
+    are not trivial, and blocks change the residual stream without drowning it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(model_config(shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if parameter.ndim == 1:
+                parameter += 0.1 * noise
+            elif "wte" in name or "wpe" in name:
+                parameter.copy_(noise * LOGIT_SPREAD / shape.d_model**0.5)
+            else:
+                # Conv1D holds its matrix as [in out], Linear as [out in]; the larger is close enough to the fan-in
+                parameter.copy_(noise * 0.5 / max(parameter.shape) ** 0.5)
+    return model
+
+
+def model_config(shape: Shape) -> "PreTrainedConfig":
+    from transformers import GPT2Config, GPTNeoConfig
+
+    if shape.family == "gpt2":
+        return GPT2Config(
+            vocab_size=shape.vocab,
+            n_positions=shape.positions,
+            n_embd=shape.d_model,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    kinds = ["global", "local"] * shape.layers
+    return GPTNeoConfig(
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.positions,
+        hidden_size=shape.d_model,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        window_size=shape.window or shape.positions,
+        attention_types=[[[kind], 1] for kind in kinds[: shape.layers]],
+        bos_token_id=0,
+        eos_token_id=0,
+    )

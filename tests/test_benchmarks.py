@@ -1,0 +1,224 @@
+"""What the benchmarks rest on: the count of operations, the rule for disturbed samples, and our own worker."""
+
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("harness", "shapes", "flops", "ours", "versus_reference", "many_in_one_pass", "sae_step")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """`benchmarks/` is no package and not installed; its scripts import each other by bare name, as here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield {name: importlib.import_module(name) for name in MODULES}
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def gpt2(bench):
+    return bench["shapes"].Shape("gpt2", 4, 16, 2, 40, 12, 8, batch=2, layer=1, d_sae=64)
+
+
+@pytest.fixture(scope="module")
+def neo(bench):
+    return bench["shapes"].Shape("gpt_neo", 4, 16, 2, 40, 12, 8, batch=2, layer=1, d_sae=64, window=3)
+
+
+def spec(shape, folder, **more):
+    return {"threads": 1, "shape": vars(shape), "folder": str(folder), "seed": 0, "l0": 6.0, **more}
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 20])
+def test_attention_pairs_are_those_of_the_mask(bench, window):
+    query, key = torch.arange(8)[:, None], torch.arange(8)
+    mask = (key <= query) & (query - key < (window or 8))
+    assert bench["flops"].attention_pairs(8, window) == int(mask.sum())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neo"])
+def test_counted_operations_are_those_of_the_model(bench, family, request):
+    """Eager attention multiplies all pairs; less the unembedding, which the formula counts on its own."""
+    shape, flops = request.getfixturevalue(family), bench["flops"]
+    model = bench["shapes"].random_model(shape)
+    model.set_attn_implementation("eager")
+    embedded = torch.randn(shape.batch, shape.context, shape.d_model, requires_grad=True)
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False) as forward:
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    blocks, pairs = range(shape.layers), shape.context**2
+    unembedding = 2 * shape.tokens * shape.d_model * shape.vocab
+    linear, attention = (
+        sum(part) for part in zip(*(flops.block_flops(shape, layer, pairs) for layer in blocks), strict=True)
+    )
+    assert forward.get_total_flops() == shape.batch * flops.forward_flops(shape, blocks, pairs) + unembedding
+    assert backward.get_total_flops() == shape.batch * (linear + 2 * attention) + unembedding
+    full = [flops.block_flops(shape, layer, flops.attention_pairs(shape.context, None)) for layer in blocks]
+    if family == "gpt2":  # no window: the gradient's own count is that of the causal pairs
+        assert flops.gradient_flops(shape, blocks) == sum(linear + 2 * attention for linear, attention in full)
+
+
+def test_minimal_operations_of_a_step(bench, gpt2):
+    """Against sums written out by hand: d 16, MLP 64, 8 tokens with 36 causal pairs, 2 sequences, 1 block + 3."""
+    found = bench["flops"].minimal_flops(gpt2, "e2e", l0=6.0)
+    linear, attention = 2 * 8 * (4 * 16 * 16 + 2 * 16 * 64), 2 * 2 * 16 * 36
+    assert found["clean"] == 2 * 4 * (linear + attention)
+    assert found["tail_forward"] == 2 * 3 * (linear + attention)
+    assert found["tail_gradient"] == 2 * 3 * (linear + 2 * attention)
+    assert found["encoder"] == 2 * 16 * 16 * 64
+    assert found["sparse"] == 4 * 2 * 16 * 16 * 6
+    assert found["unembedding"] == 3 * 2 * 16 * 16 * 40
+    local = bench["flops"].minimal_flops(gpt2, "local", l0=6.0)
+    assert set(local) == {"clean", "encoder", "sparse"} and local["clean"] == 2 * (linear + attention)
+
+
+def samples(bench, *pairs, wall=1.0):
+    return [bench["harness"].Sample(1, wall, cpu, others) for cpu, others in pairs]
+
+
+def test_samples_that_others_disturbed_are_dropped(bench):
+    quiet, busy, starved = (1.9, 0.02), (1.9, 0.5), (1.2, 0.0)
+    taken = samples(bench, quiet, busy, quiet, starved, quiet)
+    assert bench["harness"].kept(taken, cores=2) == [taken[0], taken[2], taken[4]]
+    timing = bench["harness"].timing(taken, cores=2)
+    assert (timing.samples, timing.discarded, timing.quiet) == (3, 2, True)
+
+
+def test_ticks_of_the_clock_do_not_count_as_others(bench):
+    """In 0.3 s the kernel's count of two cores' busy time may be 0.04 s too high."""
+    assert bench["harness"].kept(samples(bench, (0.58, 0.05), wall=0.3), cores=2)
+    assert not bench["harness"].kept(samples(bench, (0.58, 0.12), wall=0.3), cores=2)
+
+
+def test_a_side_that_was_never_quiet_says_so(bench):
+    timing = bench["harness"].timing(samples(bench, (1.0, 1.0), (1.0, 0.9), (1.0, 1.0)), cores=2)
+    assert (timing.samples, timing.discarded, timing.quiet) == (3, 0, False)
+
+
+def test_a_busy_neighbour_is_seen(bench):
+    """The kernel counts the work of a second process as that of others."""
+    harness = bench["harness"]
+    if not harness.busy_seconds():
+        pytest.skip("this kernel does not tell how busy the machine is")
+    cpu, busy = time.process_time(), harness.busy_seconds()
+    work = "import time; end = time.perf_counter() + 0.5\nwhile time.perf_counter() < end: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    assert harness.busy_seconds() - busy - (time.process_time() - cpu) > 0.1
+
+
+def test_no_preactivation_is_left_near_the_kink(bench):
+    ours = bench["ours"]
+    generator = torch.Generator().manual_seed(0)
+    rows, encoder = torch.randn(500, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    for level in (0.0, -6.0, -40.0):  # half of the features active, few, none
+        bias = torch.full((300,), level)
+        before = rows @ encoder.T + bias
+        after = before - ours.off_the_kink(rows, encoder, bias)
+        least = ours.MARGIN / 2 * before.std(0)
+        assert (after.abs().amin(0) > 0.9 * least).all()
+        assert abs(float(((after > 0) != (before > 0)).sum())) <= 0.001 * before.numel()
+        if not level:
+            assert (before.abs().amin(0) < least).any()
+
+
+@pytest.fixture(scope="module")
+def prepared(bench, gpt2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    bench["ours"].Ours().prepare(spec(gpt2, folder))
+    return folder
+
+
+@pytest.mark.parametrize("objective", ["local", "e2e", "e2e_ds"])
+def test_our_worker_steps_and_reports(bench, gpt2, prepared, objective, tmp_path):
+    side = bench["ours"].Ours()
+    side.build(spec(gpt2, prepared, objective=objective))
+    side.step()
+    report = side.report()
+    assert report["l0"] == pytest.approx(6.0, abs=0.2)
+    side.write_gradients(str(tmp_path / "gradients"))
+    errors = bench["versus_reference"].compare(report, report, (tmp_path / "gradients", tmp_path / "gradients"))
+    assert {f"gradient.{name}" for name in bench["ours"].WEIGHTS} < set(errors)
+    assert set(errors.values()) == {0.0}
+    side.step()
+    assert side.report()["loss"] == pytest.approx(report["loss"], rel=1e-3)
+    assert side.l0() == pytest.approx(report["l0"], abs=0.2)
+
+
+def test_a_wrong_gradient_is_seen(bench, gpt2, prepared, tmp_path):
+    gradients, reports = [tmp_path / "right", tmp_path / "wrong"], []
+    for path, coefficient in zip(gradients, (1.0, 1.001), strict=True):
+        side = bench["ours"].Ours()
+        side.build(spec(gpt2, prepared, objective="local"))
+        with torch.no_grad():
+            side.trainees[0].sae.get_parameter("b_dec").mul_(coefficient)
+        side.step()
+        side.write_gradients(str(path))
+        reports.append(side.report())
+    errors = bench["versus_reference"].compare(reports[1], reports[0], (gradients[1], gradients[0]))
+    assert max(errors.values()) > bench["versus_reference"].TOLERANCE["exact"]
+
+
+def test_the_breakdown_adds_up_and_leaves_nothing_behind(bench, gpt2, prepared):
+    ours = bench["ours"]
+    side = ours.Ours()
+    side.build(spec(gpt2, prepared, objective="e2e"))
+    before = ours.LanguageModel.replay, torch.autograd.backward, vars(type(side.trainees[0].sae)).get("encode")
+    parts = side.breakdown(2)
+    after = ours.LanguageModel.replay, torch.autograd.backward, vars(type(side.trainees[0].sae)).get("encode")
+    assert before == after
+    assert {"clean pass", "tail forward", "KL", "tail backward", "SAE backward", "optimiser"} <= set(parts)
+    assert all(seconds >= 0 for seconds in parts.values())
+    with ours.measured(side.trainees[0]) as clock:
+        start = time.perf_counter()
+        side.step()
+        wall = time.perf_counter() - start
+    assert sum(clock.spent.values()) <= wall
+
+
+def test_a_worker_in_a_process_of_its_own(bench, gpt2, prepared):
+    harness = bench["harness"]
+    environment = harness.worker_environment(1)
+    worker = harness.Worker(BENCHMARKS / "ours.py", environment)
+    try:
+        worker.call("build", spec=spec(gpt2, prepared, objective="local"))
+        memory = worker.call("begin_memory")
+        [sample, *_] = worker.call("turn", seconds=0.0)
+        assert sample["steps"] > 0 and sample["wall"] > 0 and sample["cpu"] > 0
+        assert worker.call("peak_memory") >= memory["before"] * 0.9 > 0
+        with pytest.raises(harness.WorkerError, match="no_such_thing"):
+            worker.call("no_such_thing")
+        assert worker.call("l0") > 0  # and it goes on
+    finally:
+        worker.stop()
+
+
+def test_a_worker_that_dies_says_how(bench, tmp_path):
+    harness = bench["harness"]
+    script = tmp_path / "dies.py"
+    script.write_text("import sys\nsys.stdin.readline()\nprint('out of luck', file=sys.stderr)\nsys.exit(3)\n")
+    worker = harness.Worker(script, harness.worker_environment(1))
+    with pytest.raises(harness.WorkerError, match=r"(?s)exit status 3.*out of luck"):
+        worker.call("build")
+    worker.stop()
+
+
+def test_precision_is_passed_on_only_where_there_is_one(bench, gpt2, tmp_path):
+    ours = bench["ours"]
+    fields = ours.TrainingConfig.model_fields
+    training = ours.run_config(spec(gpt2, tmp_path), bench["shapes"].OBJECTIVES["e2e"]).training
+    assert getattr(training, "precision", "exact") == "exact"
+    assert ours.precisions() == (["exact", "mixed"] if "precision" in fields else ["exact"])
+    if "precision" not in fields:
+        with pytest.raises(ValueError, match="no mixed"):
+            ours.run_config(spec(gpt2, tmp_path, precision="mixed"), bench["shapes"].OBJECTIVES["e2e"])
