@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("harness", "shapes", "flops", "ours", "versus_reference", "many_in_one_pass", "sae_step")
+MODULES = ("harness", "shapes", "flops", "ours", "reference", "versus_reference", "many_in_one_pass", "sae_step")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,28 @@ def test_a_wrong_gradient_is_seen(bench, gpt2, prepared, tmp_path):
         reports.append(side.report())
     errors = bench["versus_reference"].compare(reports[1], reports[0], (gradients[1], gradients[0]))
     assert max(errors.values()) > bench["versus_reference"].TOLERANCE["exact"]
+
+
+def test_what_is_no_number_never_agrees(bench, tmp_path):
+    right, wrong = {"b_dec": torch.ones(3)}, {"b_dec": torch.tensor([1.0, float("nan"), 1.0])}
+    for path, tensors in ((tmp_path / "right", right), (tmp_path / "wrong", wrong)):
+        save_file(tensors, path)
+    errors = bench["versus_reference"].compare(
+        {"kl": float("nan")}, {"kl": 1.0}, (tmp_path / "wrong", tmp_path / "right")
+    )
+    assert set(errors.values()) == {float("inf")}
+
+
+def test_the_careful_kl_is_the_kl(bench):
+    """Value and gradient against torch's own in float64, with more rows than it takes at once."""
+    generator = torch.Generator().manual_seed(0)
+    clean, spliced = (torch.randn(100, 30, generator=generator, dtype=torch.float64) for _ in "pq")
+    spliced.requires_grad_()
+    expected = kl_div(spliced.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="batchmean")
+    [gradient] = torch.autograd.grad(3 * expected, spliced)
+    found = bench["reference"].CarefulKL.apply(spliced, clean)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, spliced)[0], gradient)
 
 
 def test_the_breakdown_adds_up_and_leaves_nothing_behind(bench, gpt2, prepared):

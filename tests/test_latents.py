@@ -57,7 +57,7 @@ def test_gradients_are_the_finite_differences(sae):
         return torch.func.functional_call(sae, parameters, (x,)).square().sum()
 
     inputs = [x, sae.encoder, sae.b_enc, sae.decoder, sae.b_dec]
-    assert torch.autograd.gradcheck(loss, [value.detach().requires_grad_() for value in inputs])
+    assert torch.autograd.gradcheck(loss, [value.detach().requires_grad_() for value in inputs], fast_mode=True)
 
 
 def test_the_choice_is_made_by_counting(sae):

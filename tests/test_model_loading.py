@@ -76,7 +76,9 @@ def test_a_local_folder_gives_back_the_model(family, tmp_path):
     assert type(model.model) is type(hugging)
     assert model.tokenizer is None
     assert model.name == str(tmp_path)
-    torch.testing.assert_close(model.logits(tokens()), logits_of(hugging), rtol=0, atol=0)
+    # GPT-Neo's attention and the GELU of three families are computed in one operation, and so round differently.
+    tolerance = {"rtol": 1e-4, "atol": 2e-6} if family in ("gpt2", "gpt_neo", "gptj") else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(model.logits(tokens()), logits_of(hugging), **tolerance)
 
 
 def test_a_folders_tokenizer_comes_with_it(saved):

@@ -2,43 +2,92 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from endwise import progress
 from endwise.progress import Display
 from small_gpt2 import recipe
 
-LINE = {"kl": 0.25, "sparsity": 1.5, "l0": 12.3, "alive": 1234}
+LINE = {"loss": 0.71234, "kl": 0.25, "sparsity": 1.5, "l0": 12.3, "alive": 1234}
+FOLDER = Path("runs/one")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
 
 
 def rendered(display, done):
-    console = Console(width=120, record=True, file=None, force_terminal=False)
+    console = Console(width=160, record=True, file=None, force_terminal=False)
     with console.capture() as capture:
         console.print(display._table(done))
     return capture.get()
 
 
-def test_the_table_has_speed_time_left_terms_and_the_last_evaluation(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+def logged(display, clock, capsys, done):
+    clock[0] += progress.LOG_SECONDS
+    display.advance(done)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_table_has_speed_time_left_terms_and_the_last_evaluation(clock):
     display = Display(steps=100, first=0, tokens_per_step=50, shown=False)
     config = recipe(Path("unused"))
-    display.show(config, {**LINE, "heldout": {"ce_increase": 0.125}})
-    display.show(config, LINE)
+    display.show(FOLDER, config, {**LINE, "heldout": {"ce_increase": 0.125}})
+    display.show(FOLDER, config, LINE)
     clock[0] = 110.0
     text = rendered(display, 20)
     for part in ("step 20/100", "100 tokens/s", "0.7 min left", "kl 0.25", "sparsity 1.5", "12.3", "1,234", "+0.125"):
         assert part in text, part
+    assert str(FOLDER) not in text
 
 
-def test_a_log_gets_a_line_now_and_then_and_nothing_when_quiet(monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+def test_a_log_gets_a_line_now_and_then_and_nothing_when_quiet(clock, capsys):
     for shown, expected in ((True, 2), (False, 0)):
         with Display(steps=100, first=0, tokens_per_step=50, shown=shown) as display:
+            display.show(FOLDER, recipe(Path("unused")), LINE)
             for step in range(1, 71):
                 clock[0] += 1.0
                 display.advance(step)
+            display.fail(FOLDER, "it failed")
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == expected, lines
-        assert all("tokens/s" in line for line in lines)
+        assert len(lines) == expected + shown, lines
+        assert all("tokens/s" in line for line in lines[:expected])
+
+
+def test_a_log_says_how_training_goes(clock, capsys):
+    display = Display(steps=100, first=0, tokens_per_step=50, shown=True)
+    config = recipe(Path("unused"))
+    display.show(FOLDER, config, LINE)
+    (line,) = logged(display, clock, capsys, 20)
+    assert line.endswith("min left · loss 0.7123 · L0 12.3")
+    display.show(FOLDER, config, {**LINE, "heldout": {"ce_increase": 0.125}})
+    display.show(FOLDER, config, {**LINE, "l0": 11.0})
+    (line,) = logged(display, clock, capsys, 40)
+    assert line.startswith("step 40/100 · ") and line.endswith("loss 0.7123 · L0 11.0 · CE increase +0.125")
+
+
+def test_a_log_of_several_has_a_line_for_each_and_marks_the_failed(clock, capsys):
+    display = Display(steps=100, first=0, tokens_per_step=50, shown=True)
+    for kind in ("local", "e2e"):
+        display.show(Path("runs") / kind, recipe(Path("unused"), kind), LINE)
+    display.fail(Path("runs/local"), "runs/local: [no] good")
+    assert capsys.readouterr().err.splitlines() == ["failed: runs/local: [no] good"]
+    heading, local, e2e = logged(display, clock, capsys, 20)
+    assert "tokens/s" in heading
+    assert local.strip() == "local 0.3 blocks.1.hook_resid_pre seed 0 (failed): loss 0.7123 · L0 12.3"
+    assert e2e.strip() == "e2e 0.3 blocks.1.hook_resid_pre seed 0: loss 0.7123 · L0 12.3"
+
+
+def test_runs_that_differ_in_their_rate_only_have_rows_of_their_own(clock, capsys):
+    display = Display(steps=100, first=0, tokens_per_step=50, shown=True)
+    for rate, l0 in ((1e-3, 11.5), (1e-2, 22.5)):
+        display.show(Path("runs") / f"{rate:g}", recipe(Path("unused"), learning_rate=rate), {**LINE, "l0": l0})
+    text = rendered(display, 20)
+    for part in ("11.5", "22.5", "in runs/0.001", "in runs/0.01"):
+        assert part in text, part
+    _, first, second = logged(display, clock, capsys, 20)
+    assert "runs/0.001" in first and "11.5" in first and "runs/0.01" in second and "22.5" in second

@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from endwise import SAE, LanguageModel, RunConfig, train, train_together
+from endwise import SAE, LanguageModel, RunConfig, train
 from endwise.checkpoints import read_checkpoint
 from endwise.errors import ConfigError, DataError, FormatError, RunFolderError, TrainingStopped
 from endwise.evaluation import residuals_after
 from endwise.objectives import later_residuals
 from endwise.run_folder import RunFolder
 from endwise.schedule import rate_factor
+from endwise.trainee import Trainee
 from endwise.training import new_trainee, take_step
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
 
@@ -152,33 +153,17 @@ def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
     assert not torch.allclose(checkpoint.tensors["sae.decoder"].norm(dim=-1), torch.ones(40))
 
 
-def test_together_equals_alone(model, corpora, tmp_path):
-    def configs(folder):
-        return [
-            recipe(folder / f"{kind}{seed}", kind, seed) for kind, seed in (("local", 0), ("e2e", 1), ("e2e_ds", 2))
-        ]
-
-    together = train_together(configs(tmp_path / "together"), model=model, corpora=corpora, display=False)
-    for run, config in zip(together, configs(tmp_path / "alone"), strict=True):
-        alone = train(config, model=model, corpora=corpora, display=False)
-        for ours, theirs in zip(run.sae.parameters(), alone.sae.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
-        assert RunFolder(run.folder).metrics_file.read_text() == RunFolder(alone.folder).metrics_file.read_text()
-
-
 def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path, monkeypatch):
     whole = train(recipe(tmp_path / "whole", "e2e"), model=model, corpora=corpora, display=False)
     config = recipe(tmp_path / "cut", "e2e")
-    batches = type(corpora.train).batch
+    finish = Trainee.finish_step
 
-    def interrupt(self, indices):
-        interrupt.calls += 1
-        if interrupt.calls == 8:
+    def interrupt(self, *arguments, **named):
+        if self.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return batches(self, indices)
+        finish(self, *arguments, **named)
 
-    interrupt.calls = 0
-    monkeypatch.setattr(type(corpora.train), "batch", interrupt)
+    monkeypatch.setattr(Trainee, "finish_step", interrupt)
     with pytest.raises(TrainingStopped, match=r"step 8.*endwise train --resume"):
         train(config, model=model, corpora=corpora, display=False)
     monkeypatch.undo()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
+    from endwise.group import Run, SomeFailed
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
     from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from endwise.run_evaluation import evaluate
     from endwise.sites import Site
     from endwise.splice import spliced
-    from endwise.tokens import Corpora, Corpus, load_corpora
-    from endwise.training import Run, train, train_together
+    from endwise.tokens import Corpora, Corpus, corpora_for, load_corpora
+    from endwise.training import train, train_together
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ _HOMES = {
     "EndwiseError": "errors",
     "Evaluation": "evaluation",
     "measure": "evaluation",
+    "Run": "group",
+    "SomeFailed": "group",
     "LanguageModel": "language_model",
     "load_model": "model_loading",
     "KL": "objectives",
@@ -53,8 +56,8 @@ _HOMES = {
     "spliced": "splice",
     "Corpora": "tokens",
     "Corpus": "tokens",
+    "corpora_for": "tokens",
     "load_corpora": "tokens",
-    "Run": "training",
     "train": "training",
     "train_together": "training",
 }
@@ -77,7 +80,9 @@ __all__ = [
     "Run",
     "RunConfig",
     "Site",
+    "SomeFailed",
     "Sparsity",
+    "corpora_for",
     "evaluate",
     "load_corpora",
     "load_model",

@@ -8,6 +8,7 @@
     ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
     └── TrainingStopped    training cannot go on (a loss is not finite); what was saved is named
+        ├── SomeFailed     some of the SAEs trained together; it carries those that finished (in `group`)
         └── Interrupted    the user asked to stop; the state is saved
 
 Every message states the rule, the value given and what to do next. The command line prints the message alone, without

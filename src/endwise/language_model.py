@@ -4,6 +4,7 @@ Both run the model's own `forward` with hooks, so that masks, rotary tables, the
 the model's. Nothing is left behind in the model: hooks and overrides last for one call.
 """
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from endwise.axes import Activation, Tokens
 from endwise.errors import ModelError, SiteError
+from endwise.fused_gelu import fuse_gelu
 from endwise.module_tree import Block, Branch, find_blocks, first_tensor, with_first
 from endwise.readout import Readout
 from endwise.sites import Part, Site
@@ -69,6 +71,7 @@ class LanguageModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        fuse_gelu(self.model)
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         text_config: Any = model.config.get_text_config()
@@ -96,6 +99,15 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def in_bfloat16(self) -> "LanguageModel":
+        """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is."""
+        copied = copy.deepcopy(self.model)
+        kept = {name for name, _ in copied.named_buffers()} - copied.state_dict().keys()
+        buffers = [buffer for name, buffer in copied.named_buffers() if name not in kept and buffer.is_floating_point()]
+        for tensor in (*copied.parameters(), *buffers):  # not rotary tables and their like, which stay in fp32
+            tensor.data = tensor.data.to(torch.bfloat16)
+        return LanguageModel(copied, self.tokenizer, self.name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +156,8 @@ class LanguageModel:
         """Runs the tail of the model from the first patched site on, with the patches in place.
 
         Args:
-            clean: the clean pass of the same tokens, which recorded the first patched site.
+            clean: the clean pass of the same tokens, which recorded the first patched site; it may be that of the same
+                model in another dtype.
             patch: the value to put at a site, or a function of the value found there; the first site's function is
                 applied to the clean activation.
             record: later sites whose spliced activations to keep.
@@ -164,7 +177,7 @@ class LanguageModel:
             )
         value = patch[first]
         original = clean.activations[first]
-        start = (value if isinstance(value, Tensor) else value(original)).to(original.dtype)
+        start = (value if isinstance(value, Tensor) else value(original)).to(self.dtype)
         with ExitStack() as hooks:
             self._enter_at(hooks, first, start, clean)
             for site, change in patch.items():
@@ -235,7 +248,7 @@ class LanguageModel:
         entering = (
             value
             if site.part in (Part.RESID_PRE, Part.RESID_POST)
-            else clean.activations[Site(site.layer, Part.RESID_PRE)]
+            else clean.activations[Site(site.layer, Part.RESID_PRE)].to(self.dtype)
         )
         if skipped == self.n_layers:  # nothing is left but the final norm
             skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
@@ -249,7 +262,8 @@ class LanguageModel:
         if site.part is Part.ATTN_OUT and block.attention is not None:
             self._answer_branch(hooks, block.attention, value)
         if site.part is Part.MLP_OUT and block.attention is not None and block.mlp is not None:
-            self._answer_branch(hooks, block.attention, clean.activations[Site(site.layer, Part.ATTN_OUT)])
+            attention = clean.activations[Site(site.layer, Part.ATTN_OUT)].to(self.dtype)
+            self._answer_branch(hooks, block.attention, attention)
             self._answer_branch(hooks, block.mlp, value)
 
     def _answer_branch(self, hooks: ExitStack, branch: Branch, value: Tensor) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from endwise import embedded
 from endwise.errors import ConfigError, ModelError
+from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,7 +20,7 @@ def load_model(
     *,
     gguf_file: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "auto",
     attention: str | None = None,
     trust_remote_code: bool = False,
@@ -30,16 +31,18 @@ def load_model(
         name: `embedded`, a local folder, or a hub id.
         gguf_file: the file to read inside `name`, for models stored as GGUF (needs the extra `gguf`).
         revision: hub commit, branch or tag.
-        dtype: `float32` also for checkpoints stored in another one; `bfloat16`, `float16`.
+        dtype: `float32` (where unset, also for checkpoints stored in another one), `bfloat16` or `float16`.
         device: `auto` takes CUDA if there is one.
-        attention: implementation; unset: `sdpa`, or `eager` where the model has no other.
+        attention: implementation; unset: `sdpa`, or `eager` where the model has no other. GPT-Neo has none of
+            transformers', and gets ours.
         trust_remote_code: run Python code that ships with the model.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, or it is not one that endwise can splice.
         ConfigError: the device or the dtype does not exist.
     """
-    place = _device(device)
+    place = find_device(device)
+    dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source = str(embedded.folder()) if name == "embedded" else name
@@ -53,17 +56,9 @@ def load_model(
         weights: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True, **shared}
         if gguf_file is None:
             weights |= {"config": config, "use_safetensors": True}
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, attn_implementation=attention or "sdpa", **weights
-            )
-        except ValueError as error:
-            if attention is not None or "scaled_dot_product_attention" not in str(error):
-                raise
-            loaded = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+        model, info = _from_pretrained(source, attention, weights)
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise ModelError(_explained(name, error)) from error
-    model, info = loaded
     if info["missing_keys"]:
         absent = sorted(map(str, info["missing_keys"]))
         raise ModelError(
@@ -73,6 +68,19 @@ def load_model(
     for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
         parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type, whatever is asked
     return LanguageModel(model.to(place), _tokenizer(source, shared), name)
+
+
+def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:
+    """The model and what transformers says of its weights."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
+    except ValueError as error:
+        if attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
+            raise
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+        if not use_sdpa(loaded[0]) and attention == "sdpa":
+            raise
+        return loaded
 
 
 def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -86,7 +94,7 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
     return None if tokenizer.get_vocab().keys() <= special else tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -115,8 +115,9 @@ class Sparsity(SiteTerm):
 
 
 def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:
-    """Σ over the mask's tokens of the mean over dims of the squared difference, in fp32."""
-    return ((estimate.float() - truth.float()).square().mean(-1) * mask).sum()
+    """Σ over the mask's tokens of the mean over dims of the squared difference, in fp32 (float64 stays float64)."""
+    difference = estimate - truth if estimate.dtype == torch.float64 else estimate.float() - truth.float()
+    return (difference.square().mean(-1) * mask).sum()
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ class ModelConfig(Config):
     """The file inside `name` to read, for models stored as GGUF."""
     revision: str | None = None
     """Hub commit, branch or tag."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Unset: float32, whatever the checkpoint is stored in; for mixed precision on a GPU, bfloat16."""
     device: str = "auto"
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, ..."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    """Attention implementation; unset: `sdpa` where the model has it."""
+    """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Never on unless set here."""
 
@@ -144,7 +145,11 @@ class TrainingConfig(Config):
     accumulation: Positive = 1
     """Passes per optimiser step, each over batch/accumulation sequences. Bounds memory, leaves the numbers alone."""
     microbatch: Positive | None = None
-    """Sequences at a time in the spliced pass; unset: all of the pass's. The SAE sees them all at once."""
+    """Sequences at a time in the spliced pass; unset: about 1,024 tokens on a CPU, 16,384 on a GPU. Bounds memory; the
+    SAE sees all of the pass's at once."""
+    precision: Literal["exact", "mixed"] = "exact"
+    """`exact`: everything in float32. `mixed`: the tail after the site in bfloat16, on a GPU the SAE's products too;
+    the active features (on a CPU), all reductions, and the SAE's weights and optimiser stay in float32."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly from 0."""
@@ -197,3 +202,12 @@ class RunConfig(Config):
     """Initialisation of the SAE."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
+
+    @model_validator(mode="after")
+    def _exact_is_float32(self) -> "RunConfig":
+        if self.training.precision == "exact" and self.model.dtype not in (None, "float32"):
+            raise ValueError(
+                f"training.precision exact needs model.dtype float32, given {self.model.dtype}; leave model.dtype "
+                "unset, or set training.precision=mixed"
+            )
+        return self

@@ -16,6 +16,8 @@ from endwise.run_config import TrainingConfig
 from endwise.schedule import rate_factor
 from endwise.sites import Site
 
+CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
+"""Tokens at a time in the spliced pass: enough for matrix products at full speed."""
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
 
@@ -57,24 +59,35 @@ class Trainee:
             total.zero_()
         self._fired.zero_()
 
-    def accumulate(self, model: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
+    def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
         """Adds the gradient of some of the step's sequences.
 
-        The spliced pass runs on `leaf`, a detached copy of the reconstruction, one microbatch after another; its
-        gradient there then enters the SAE together with the site terms' gradient, in one backward pass. Memory is
-        bounded by one microbatch of the model's tail.
+        The spliced pass runs on a detached copy of the reconstruction, one microbatch after another; its gradient there
+        then enters the SAE together with the site terms' gradient, in one backward pass. Memory is bounded by one
+        microbatch of the model's tail.
+
+        Args:
+            tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
         activation = clean.activations[self.site]
-        latents = self.sae.encode(activation)
-        encoded = Encoded(latents, self.sae.decode(latents))
+        with self._products():
+            latents = self.sae.encode(activation)
+            encoded = Encoded(latents, self.sae.decode(latents))
         outputs = [self._site_loss(encoded, activation, mask) / tokens_in_step]
         gradients: list[Tensor | None] = [None]
         if self.objective.spliced_terms:
             outputs.append(encoded.reconstruction)
-            gradients.append(self._tail_gradient(model, clean, encoded.reconstruction, mask) / tokens_in_step)
+            gradients.append(self._tail_gradient(tail, clean, encoded.reconstruction, mask) / tokens_in_step)
         torch.autograd.backward(outputs, gradients)
         self._sums["l0"] += (latents.l0() * mask).sum()
         self._fired |= latents.fired(mask)
+
+    def _products(self) -> torch.autocast:
+        """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change which features are
+        active, and win little: sparse latents leave one product, which is screened in bf16 where that is fast.
+        """
+        device = self.sae.b_enc.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "mixed" and device == "cuda")
 
     def _site_loss(self, encoded: Encoded, activation: Activation, mask: TokenMask) -> Float[Tensor, ""]:
         loss = activation.new_zeros(())
@@ -85,24 +98,26 @@ class Trainee:
         return loss
 
     def _tail_gradient(
-        self, model: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
+        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
     ) -> Activation:
         """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
-        leaf = reconstruction.detach().requires_grad_()
-        size = self.config.microbatch or len(leaf)
-        for start in range(0, len(leaf), size):
+        gradient = torch.empty_like(reconstruction)
+        size = self.config.microbatch or max(1, _tail_tokens(gradient.device) // gradient.shape[1])
+        for start in range(0, len(gradient), size):
             rows = slice(start, start + size)
             part, kept = clean.rows(rows), mask[rows]
-            patched = torch.where(kept[..., None], leaf[rows], part.activations[self.site])
-            spliced = model.replay(part, {self.site: patched}, record=self.objective.sites, final=self.objective.final)
-            loss = leaf.new_zeros(())
+            leaf = reconstruction.detach()[rows].requires_grad_()
+            patched = torch.where(kept[..., None], leaf, part.activations[self.site])
+            spliced = tail.replay(part, {self.site: patched}, record=self.objective.sites, final=self.objective.final)
+            loss = torch.zeros((), device=gradient.device)
             for term in self.objective.spliced_terms:
-                total = term.total(model.readout, part, spliced, kept)
+                total = term.total(tail.readout, part, spliced, kept)
                 self._sums[term.name] += total.detach()
                 loss = loss + term.coefficient * total
             loss.backward()
-        assert leaf.grad is not None
-        return leaf.grad
+            assert leaf.grad is not None
+            gradient[rows] = leaf.grad
+        return gradient
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
@@ -115,13 +130,13 @@ class Trainee:
         # `found_inf` is 1, without the host having to look.
         found_inf = (self._first_bad >= 0).any().float()
         grad_scale = ((norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
-        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
         self.step += 1
         self.tokens += tokens
-        self.last_fired[self._fired] = self.tokens
+        self.last_fired.masked_fill_(self._fired, self.tokens)
 
     def alive(self) -> Tensor:
         """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
@@ -171,3 +186,7 @@ class Trainee:
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
+
+
+def _tail_tokens(device: torch.device) -> int:
+    return CPU_TAIL_TOKENS if device.type == "cpu" else GPU_TAIL_TOKENS

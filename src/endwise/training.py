@@ -1,51 +1,35 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
 import re
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endwise.checkpoints import read_checkpoint, write_checkpoint
-from endwise.dictionaries import SAE, ReluSAE
-from endwise.errors import ConfigError, DataError, EndwiseError, Interrupted, RunFolderError, TrainingStopped
+import torch
+
+from endwise.axes import Tokens
+from endwise.checkpoints import read_checkpoint
+from endwise.dictionaries import ReluSAE
+from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError, TrainingStopped
 from endwise.evaluation import measure
 from endwise.files import write_json
-from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
+from endwise.group import Group, Member, Run
+from endwise.language_model import Clean, LanguageModel
+from endwise.model_loading import find_device, load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
 from endwise.recipes import find_recipe
-from endwise.run_config import EvaluationConfig, RunConfig
+from endwise.run_config import EvaluationConfig, RunConfig, TrainingConfig
 from endwise.run_folder import RunFolder
 from endwise.sites import Site
-from endwise.tokens import BatchOrder, Corpora, TokenBatch, load_corpora
+from endwise.tokens import BatchOrder, Corpora, TokenBatch, corpora_for, read_ahead
 from endwise.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained SAE and where everything about it lies."""
-
-    config: RunConfig
-    sae: SAE
-    folder: Path
-    seconds: float
-    """Wall-clock of training in this process, without evaluations; runs trained together split it equally."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    config: RunConfig
-    trainee: Trainee
-    folder: RunFolder
-    metadata: dict[str, Any]
 
 
 def train(
@@ -85,24 +69,25 @@ def train_together(
     """Trains several SAEs of one model on the same batches; each ends as if it had been trained alone.
 
     The recipes may differ in site, dictionary, objective, seed, folder and in the optimiser's settings, not in the
-    model, the data, `training.tokens` or `training.batch`.
+    model, the data, `training.tokens` or `training.batch`. One that cannot go on (a number is not finite, its folder
+    cannot be written, its own part runs out of memory) is saved and left behind; the others train to their end.
+
+    Raises:
+        SomeFailed: one or more of several failed; the error carries the finished runs (of a single recipe its own
+            error is raised).
+        EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
     first = _shared_recipe(configs)
-    model = model or load_model(**first.model.model_dump())
+    model = model or _load_model(first)
+    tail = tail_model(model, first.training)
     context = corpora.train.context if corpora is not None else first.data.context or model.context
+    if context is None:
+        raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
     steps = _steps(configs, context)
-    trainees = [new_trainee(config, model, steps) for config in configs]
-    folders = [RunFolder(config.out or default_folder(config)) for config in configs]
-    for folder in folders:
-        if resume:
-            folder.check_exists()
-        else:
-            folder.check_free()
-    corpora = corpora or load_corpora(
+    group = Group(_new_member(config, model, steps, context, resume) for config in configs)
+    corpora = corpora or corpora_for(
+        model,
         first.data,
-        tokenizer=model.tokenizer,
-        model_context=model.context,
-        vocab_size=model.vocab_size,
         training_tokens=first.training.tokens,
         evaluation_tokens=max(
             max(config.evaluation.tokens, config.evaluation.during_training_tokens) for config in configs
@@ -114,17 +99,26 @@ def train_together(
             f"training.tokens asks for {steps} steps, but {corpora.train.name} has text for {len(order)}. "
             "Set data.epochs, or lower training.tokens."
         )
-    members = [
-        _Member(config, trainee, folder, sae_metadata(config, model, corpora))
-        for config, trainee, folder in zip(configs, trainees, folders, strict=True)
-    ]
-    for member in members:
-        if resume:
-            _reenter(member, corpora)
-        else:
-            _start(member, corpora)
-    seconds = _run(model, members, corpora, order, steps, display) / len(members)
-    return [Run(member.config, member.trainee.sae, member.folder.path, seconds) for member in members]
+    _enter(group, corpora, resume)
+    _run(model, tail, group, corpora, order, steps, display)
+    return group.runs()
+
+
+def _load_model(config: RunConfig) -> LanguageModel:
+    settings = config.model.model_dump()
+    if config.model.dtype is None and config.training.precision == "mixed":
+        settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
+    return load_model(**settings)
+
+
+def _new_member(config: RunConfig, model: LanguageModel, steps: int, context: int, resume: bool) -> Member:
+    folder = RunFolder(config.out or default_folder(config))
+    trainee = new_trainee(config, model, steps)
+    if resume:
+        folder.check_exists()
+    else:
+        folder.check_free()
+    return Member(config, trainee, folder, sae_metadata(config, model, context))
 
 
 def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
@@ -150,8 +144,8 @@ def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:
     for other in configs[1:]:
         if _common(other) != _common(first):
             raise ConfigError(
-                "SAEs trained together must agree in model, data, training.tokens, training.batch and "
-                "training.accumulation; train the others on their own."
+                "SAEs trained together must agree in model, data, training.tokens, training.batch, "
+                "training.accumulation and training.precision; train the others on their own."
             )
     folders = [config.out or default_folder(config) for config in configs]
     if len(set(folders)) < len(folders):
@@ -161,14 +155,12 @@ def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:
 
 def _common(config: RunConfig) -> tuple[object, ...]:
     training = config.training
-    return config.model, config.data, training.tokens, training.batch, training.accumulation
+    return config.model, config.data, training.tokens, training.batch, training.accumulation, training.precision
 
 
-def _steps(configs: Sequence[RunConfig], context: int | None) -> int:
+def _steps(configs: Sequence[RunConfig], context: int) -> int:
     """The number of steps; checks that one step and one evaluation get whole sequences."""
     training = configs[0].training
-    if context is None:
-        raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
     per_step = training.batch * context
     if training.tokens < per_step:
         raise ConfigError(
@@ -182,19 +174,27 @@ def _steps(configs: Sequence[RunConfig], context: int | None) -> int:
     return training.tokens // per_step
 
 
-def _start(member: _Member, corpora: Corpora) -> None:
-    member.folder.create(member.config)
-    write_json(member.folder.data_file, corpora.describe())
+def _enter(group: Group, corpora: Corpora, resume: bool) -> None:
+    """Starts every member's folder, or takes it up."""
+    description = corpora.describe()
+    for member in group.members:
+        if resume:
+            _reenter(member, description)
+        else:
+            member.folder.create(member.config)
+            write_json(member.folder.data_file, description)
+    if len({member.trainee.step for member in group.members}) > 1:
+        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
 
 
-def _reenter(member: _Member, corpora: Corpora) -> None:
+def _reenter(member: Member, data: Mapping[str, Any]) -> None:
     """Takes a started run up where its latest checkpoint left it."""
     folder, trainee = member.folder, member.trainee
     if folder.config().model_copy(update={"out": member.config.out}) != member.config:
         raise RunFolderError(
             f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
         )
-    folder.check_same_data(corpora.describe())
+    folder.check_same_data(data)
     latest = folder.latest_checkpoint()
     if latest is not None:
         trainee.restore(read_checkpoint(latest))
@@ -202,121 +202,188 @@ def _reenter(member: _Member, corpora: Corpora) -> None:
 
 
 def _run(
-    model: LanguageModel, members: list[_Member], corpora: Corpora, order: BatchOrder, steps: int, display: bool
-) -> float:
-    """Trains to the last step; returns the seconds spent in training alone, without evaluations."""
-    config = members[0].config.training
-    first = members[0].trainee.step
-    if any(member.trainee.step != first for member in members):
-        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
-    with Display(steps, first, config.batch * corpora.train.context, display) as shown, _polite_stop() as stop_asked:
+    model: LanguageModel,
+    tail: LanguageModel,
+    group: Group,
+    corpora: Corpora,
+    order: BatchOrder,
+    steps: int,
+    display: bool,
+) -> None:
+    """Trains every member to its last step and saves it."""
+    config = group.members[0].config.training
+    first = group.members[0].trainee.step
+    remaining = range(first, steps)
+    with (
+        Display(steps, first, config.batch * corpora.train.context, display) as shown,
+        _polite_stop() as stop_asked,
+        read_ahead(corpora.train, map(order.__getitem__, remaining), model.device) as batches,
+    ):
+        group.shown = shown
         try:
-            for step in range(first, steps):
-                batch = corpora.train.batch(order[step]).to(model.device)
-                take_step(model, [member.trainee for member in members], batch, config.accumulation)
+            for step, batch in zip(remaining, batches, strict=True):
+                trainees = [member.trainee for member in group.members]
+                take_step(model, trainees, batch, config.accumulation, group.failed, tail)
                 done = step + 1
-                _record(model, members, corpora, done, done == steps, shown)
+                _record(model, group, corpora, done, done == steps, shown)
                 shown.advance(done)
                 if stop_asked() and done < steps:
-                    _save_all(members)
-                    raise Interrupted(f"Stopped as asked, saved at step {done}. Go on with: {_go_on_with(members)}")
-        except Interrupted:
+                    group.each(Member.save)
+                    raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
+            group.each(Member.save)
+            group.share_time()
+        except TrainingStopped:
             raise
-        except (TrainingStopped, DataError) as error:
-            _save_all(members)
-            kept = ", ".join(str(member.folder.path) for member in members)
+        except DataError as error:
+            group.save_what_can_be()
+            kept = ", ".join(str(member.folder.path) for member in group.members)
             raise TrainingStopped(f"{error} The last good state is saved in {kept}.") from None
         except Exception:
-            with suppress(EndwiseError):
-                _save_all(members)
+            group.save_what_can_be()
             raise
-        _save_all(members)
-        return shown.timing(steps)["seconds"]
 
 
-def take_step(model: LanguageModel, trainees: Sequence[Trainee], batch: TokenBatch, accumulation: int = 1) -> None:
-    """One optimiser step of every trainee on one batch, in `accumulation` passes of equal numbers of sequences."""
-    record = {site for trainee in trainees for site in (trainee.site, *trainee.objective.sites)}
-    final = any(trainee.objective.final for trainee in trainees)
+Failed = Callable[[Trainee, Exception, bool], None]
+
+
+def take_step(
+    model: LanguageModel,
+    trainees: Sequence[Trainee],
+    batch: TokenBatch,
+    accumulation: int = 1,
+    failed: Failed | None = None,
+    tail: LanguageModel | None = None,
+) -> None:
+    """One optimiser step of every trainee on one batch, in `accumulation` passes of equal numbers of sequences.
+
+    Args:
+        tail: the model that runs everything after the sites (`tail_model`); unset: `model` itself.
+        failed: told of an error in one trainee's own part, with whether its weights are still those of the step before;
+            that trainee takes no further part in the step. Unset: the error is raised.
+    """
+    tail = tail or model
     tokens_in_step = batch.mask.sum()
-    for trainee in trainees:
-        trainee.begin_step()
+    left = list(trainees)
+    _each(left, failed, Trainee.begin_step)
     size = len(batch.tokens) // accumulation
     for start in range(0, len(batch.tokens), size):
         rows = slice(start, start + size)
-        clean = model.clean(batch.tokens[rows], record=record, final=final)
-        for trainee in trainees:
-            trainee.accumulate(model, clean, batch.mask[rows], tokens_in_step)
-    for trainee in trainees:
-        trainee.finish_step(tokens_in_step, batch.tokens.numel())
+        clean, mask = _clean_passes(model, tail, trainees, batch.tokens[rows]), batch.mask[rows]
+        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], mask, tokens_in_step))  # noqa: B023
+    _each(left, failed, lambda each: each.finish_step(tokens_in_step, batch.tokens.numel()), whole=False)
 
 
-def _record(
-    model: LanguageModel, members: list[_Member], corpora: Corpora, done: int, last: bool, shown: Display
-) -> None:
+def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
+    """What runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
+
+    Raises:
+        ConfigError: exact precision is asked of a model in half precision.
+    """
+    if model.dtype in (torch.float32, torch.float64):
+        return model.in_bfloat16() if config.precision == "mixed" else model
+    if config.precision == "exact":
+        raise ConfigError(
+            f"training.precision is exact, which needs a model in float32, but {model.name} is in {model.dtype}. "
+            "Leave model.dtype unset, or set training.precision=mixed."
+        )
+    return model
+
+
+def _clean_passes(
+    model: LanguageModel, tail: LanguageModel, trainees: Sequence[Trainee], tokens: Tokens
+) -> dict[Site, Clean]:
+    """By site, what the trainees there are compared with.
+
+    One pass for all; with another model for the tail, the model up to the last site and the tail from each site on, so
+    that the tail's own rounding is on both sides of every comparison.
+    """
+    sites = {trainee.site for trainee in trainees}
+    needs = {site: [trainee.objective for trainee in trainees if trainee.site == site] for site in sites}
+    later = {site: {s for objective in needs[site] for s in objective.sites} for site in sites}
+    final = {site: any(objective.final for objective in needs[site]) for site in sites}
+    if tail is model:
+        clean = model.clean(tokens, record=sites.union(*later.values()), final=any(final.values()))
+        return dict.fromkeys(sites, clean)
+    head, passes = model.clean(tokens, record=sites), {}
+    for site in sites:
+        with torch.no_grad():
+            after = tail.replay(head, {site: head.activations[site]}, record=later[site], final=final[site])
+        passes[site] = Clean(tokens, head.activations | after.activations, after.final)
+    return passes
+
+
+def _each(left: list[Trainee], failed: Failed | None, act: Callable[[Trainee], None], whole: bool = True) -> None:
+    """Does something with every trainee that is left, and takes out those that fail at it."""
+    for trainee in tuple(left):
+        try:
+            act(trainee)
+        except Exception as error:
+            if failed is None:
+                raise
+            left.remove(trainee)
+            failed(trainee, error, whole)
+
+
+def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, last: bool, shown: Display) -> None:
     """What is due after a step: lines of metrics, evaluations, checkpoints."""
-    lines: list[tuple[_Member, dict[str, Any]]] = []
-    evaluated: list[_Member] = []
-    for member in members:
-        config = member.config.training
-        evaluates = last or _due(config.evaluate_every, done)
-        if evaluates or done == 1 or _due(config.log_every, done) or _due(config.checkpoint_every, done):
-            lines.append((member, member.trainee.report()))
-            evaluated += [member] * evaluates
-    heldout: dict[Path, dict[str, float]] = {}
+    lines: dict[Path, dict[str, Any]] = {}
+    group.each(partial(_report, lines, done, last))
+    evaluated = [m for m in group.members if last or _due(m.config.training.evaluate_every, done)]
     if evaluated:
         with shown.paused():
-            heldout = _brief_evaluations(model, evaluated, corpora)
-    for member, line in lines:
-        folder = member.folder
-        if folder.path in heldout:
-            line["heldout"] = heldout[folder.path]
-        folder.append(folder.metrics_file, line)
-        folder.append(folder.timings_file, {"step": done, **shown.timing(done)})
-        shown.show(member.config, line)
-        if _due(member.config.training.checkpoint_every, done):
-            _save(member)
+            _evaluate_briefly(model, group, evaluated, corpora, lines)
+    reported = [m for m in group.members if m.folder.path in lines]
+    group.each(partial(_write_line, lines, shown, done), reported)
+
+
+def _report(lines: dict[Path, dict[str, Any]], done: int, last: bool, member: Member) -> None:
+    config = member.config.training
+    intervals = (config.log_every, config.evaluate_every, config.checkpoint_every)
+    if last or done == 1 or any(_due(every, done) for every in intervals):
+        lines[member.folder.path] = member.trainee.report()
+
+
+def _write_line(lines: dict[Path, dict[str, Any]], shown: Display, done: int, member: Member) -> None:
+    folder, line = member.folder, lines[member.folder.path]
+    folder.append(folder.metrics_file, line)
+    folder.append(folder.timings_file, {"step": done, **shown.timing(done)})
+    shown.show(folder.path, member.config, line)
+    if _due(member.config.training.checkpoint_every, done):
+        member.save()
 
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
 
-def _brief_evaluations(model: LanguageModel, members: list[_Member], corpora: Corpora) -> dict[Path, dict[str, float]]:
-    """The metrics of `SCHEDULED_METRICS` on a little held-out text; members with equal settings share its passes."""
-    groups: dict[EvaluationConfig, dict[str, tuple[Site, SAE]]] = {}
+def _evaluate_briefly(
+    model: LanguageModel, group: Group, members: list[Member], corpora: Corpora, lines: dict[Path, dict[str, Any]]
+) -> None:
+    """Adds the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
+
+    Members with equal settings share its passes. Where that fails each is measured alone, so that the fault (an SAE
+    that is infinite on held-out text) ends its own run only.
+    """
+    groups: dict[EvaluationConfig, list[Member]] = {}
     for member in members:
         settings = member.config.evaluation
         tokens = min(settings.during_training_tokens, settings.tokens)
-        brief = settings.model_copy(update={"tokens": tokens, "bootstrap": 1})
-        groups.setdefault(brief, {})[str(member.folder.path)] = (member.trainee.site, member.trainee.sae)
-    return {
-        Path(path): {name: evaluation[name] for name in SCHEDULED_METRICS}
-        for brief, saes in groups.items()
-        for path, evaluation in measure(model, saes, corpora.heldout, brief, baselines=False).items()
-    }
+        groups.setdefault(settings.model_copy(update={"tokens": tokens, "bootstrap": 1}), []).append(member)
+
+    def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
+        saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
+        for path, evaluation in measure(model, saes, corpora.heldout, brief, baselines=False).items():
+            lines[Path(path)]["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
+
+    for brief, sharing in groups.items():
+        if len(sharing) > 1:
+            with suppress(Exception):
+                evaluate(brief, sharing)
+                continue
+        group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 
 
-def _save(member: _Member) -> None:
-    """The SAE as it is used, and what training goes on from."""
-    trainee, folder = member.trainee, member.folder
-    metadata = {**member.metadata, "endwise": {**member.metadata["endwise"], "step": trainee.step}}
-    trainee.sae.save(folder.sae, metadata)
-    path = folder.checkpoints / f"step-{trainee.step:09d}.safetensors"
-    write_checkpoint(path, trainee.tensors(), trainee.counters())
-    folder.drop_old_checkpoints()
-
-
-def _save_all(members: list[_Member]) -> None:
-    for member in members:
-        _save(member)
-
-
-def _go_on_with(members: list[_Member]) -> str:
-    return "; ".join(f"endwise train --resume {shlex.quote(str(member.folder.path))}" for member in members)
-
-
-def sae_metadata(config: RunConfig, model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
+def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[str, Any]:
     """What SAELens wants to know of an SAE (with `HookedTransformer` it reads our site names, and takes the model as it
     is on the hub), and under `endwise` how ours was trained.
     """
@@ -325,7 +392,7 @@ def sae_metadata(config: RunConfig, model: LanguageModel, corpora: Corpora) -> d
         "model_class_name": "HookedTransformer",
         "hook_name": config.site,
         "hook_head_index": None,
-        "context_size": corpora.train.context,
+        "context_size": context,
         "prepend_bos": config.data.prepend_bos,
         "dataset_path": config.data.source,
         "endwise": {

@@ -44,7 +44,8 @@ class DenseLatents(Latents):
         return self.values
 
     def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
-        return _magnitudes(self.values, p).sum(-1)
+        half = self.values.dtype in (torch.bfloat16, torch.float16)
+        return _magnitudes(self.values, p).sum(-1, dtype=torch.float32 if half else None)
 
     def l0(self) -> Float[Tensor, "*rows"]:
         return (self.values.detach() != 0).sum(-1).float()

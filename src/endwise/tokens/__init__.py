@@ -1,4 +1,4 @@
-"""From a source of text or token ids to packed sequences: `load_corpora` is the way in.
+"""From a source of text or token ids to packed sequences: `corpora_for` and `load_corpora` are the way in.
 
 What counts as a document:
 
@@ -18,6 +18,16 @@ training side, and `check_disjoint` verifies the result.
 """
 
 from endwise.tokens.corpus import BatchOrder, Corpora, Corpus, TokenBatch, check_disjoint
-from endwise.tokens.loading import load_corpora
+from endwise.tokens.loading import corpora_for, load_corpora
+from endwise.tokens.prefetch import read_ahead
 
-__all__ = ["BatchOrder", "Corpora", "Corpus", "TokenBatch", "check_disjoint", "load_corpora"]
+__all__ = [
+    "BatchOrder",
+    "Corpora",
+    "Corpus",
+    "TokenBatch",
+    "check_disjoint",
+    "corpora_for",
+    "load_corpora",
+    "read_ahead",
+]

@@ -23,7 +23,13 @@ class TokenBatch:
     """True where a position counts: not padding, not a prepended BOS, not position 0 if that was asked."""
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return type(self)(self.tokens.to(device), self.mask.to(device))
+        """On the device. From pinned memory the copy is only issued; whatever follows on its stream comes after it."""
+        pinned = self.tokens.is_pinned()
+        return type(self)(self.tokens.to(device, non_blocking=pinned), self.mask.to(device, non_blocking=pinned))
+
+    def pinned(self) -> "TokenBatch":
+        """In memory that a GPU reads by itself."""
+        return type(self)(self.tokens.pin_memory(), self.mask.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.errors import DataError
+from endwise.language_model import LanguageModel
 from endwise.run_config import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source
@@ -18,6 +19,18 @@ from endwise.tokens.store import Encoding, Quota, documents_in, held_by_hash, op
 
 EMBEDDED = "embedded"
 EMBEDDED_EOS = 0
+
+
+def corpora_for(model: LanguageModel, data: DataConfig, *, training_tokens: int, evaluation_tokens: int) -> Corpora:
+    """Training and held-out sequences for a model: `load_corpora` with its tokenizer, context and vocabulary."""
+    return load_corpora(
+        data,
+        tokenizer=model.tokenizer,
+        model_context=model.context,
+        vocab_size=model.vocab_size,
+        training_tokens=training_tokens,
+        evaluation_tokens=evaluation_tokens,
+    )
 
 
 def load_corpora(

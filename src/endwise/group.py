@@ -1,0 +1,213 @@
+"""SAEs trained side by side: what belongs to each, and how one that cannot go on leaves the others to it."""
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import format_exception
+from typing import Any
+
+from endwise.checkpoints import write_checkpoint
+from endwise.dictionaries import SAE
+from endwise.errors import DataError, EndwiseError, TrainingStopped
+from endwise.progress import Display
+from endwise.run_config import RunConfig
+from endwise.run_folder import RunFolder
+from endwise.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained SAE and where everything about it lies."""
+
+    config: RunConfig
+    sae: SAE
+    folder: Path
+    seconds: float
+    """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended before its last step."""
+
+    config: RunConfig
+    folder: Path
+    error: Exception
+    step: int
+    """Steps that its weights had taken."""
+    checkpoint: Path | None
+    """What it can be looked at or gone on from; None: nothing could be saved."""
+
+    @property
+    def kept(self) -> str:
+        if self.checkpoint is None:
+            return f"No state of it could be saved in {self.folder}."
+        return f"The last good state is saved in {self.folder}."
+
+    def __str__(self) -> str:
+        told = " ".join(str(self.error).split())
+        if not isinstance(self.error, EndwiseError):
+            told = f"after step {self.step}, {type(self.error).__name__}: {told}"
+        return f"{self.folder}: {told} {self.kept}"
+
+
+class SomeFailed(TrainingStopped):
+    """Of SAEs trained together some could not go on; those that could are finished and saved.
+
+    Args:
+        failures: what ended each of them.
+        finished: the others, as `train_together` would have returned them.
+    """
+
+    def __init__(self, failures: Sequence[Failure], finished: Sequence[Run]) -> None:
+        self.failures, self.finished = list(failures), list(finished)
+        saved = ", ".join(str(run.folder) for run in finished)
+        super().__init__(
+            f"Of {len(failures) + len(finished)} SAEs trained together {len(failures)} failed. {_listed(failures)} "
+            + (f"Finished and saved: {saved}." if saved else "None finished.")
+        )
+
+
+@dataclass
+class Member:
+    """One SAE in training, with its recipe and folder."""
+
+    config: RunConfig
+    trainee: Trainee
+    folder: RunFolder
+    metadata: dict[str, Any]
+    seconds: float = 0.0
+    """Its share of the wall-clock so far."""
+
+    def save(self) -> None:
+        """Writes the SAE as it is used, and what training goes on from.
+
+        Raises:
+            TrainingStopped: a number was not finite at some step since the last report; nothing is written.
+            RunFolderError: the folder cannot be written.
+        """
+        self.trainee.report()
+        self.write()
+
+    def save_last_good(self) -> None:
+        """As `save`, but where a number was not finite, the state before that step."""
+        with suppress(TrainingStopped):
+            self.trainee.report()
+        self.write()
+
+    def write(self) -> None:
+        """As `save`, of a trainee that has just reported."""
+        trainee, folder = self.trainee, self.folder
+        metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
+        trainee.sae.save(folder.sae, metadata)
+        path = folder.checkpoints / f"step-{trainee.step:09d}.safetensors"
+        write_checkpoint(path, trainee.tensors(), trainee.counters())
+        folder.drop_old_checkpoints()
+
+
+class Group:
+    """The members still in training, and what ended the others.
+
+    Args:
+        members: the group is their only owner, so that the memory of one that leaves is free again.
+    """
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self.members = list(members)
+        self.failures: list[Failure] = []
+        self._alone = len(self.members) == 1
+        self._shared = 0.0
+        self.shown: Display | None = None
+        """Tells of failures and has the time; there while training runs."""
+
+    def each(self, act: Callable[[Member], None], members: Iterable[Member] | None = None) -> None:
+        """Does each member's own part of something, for all of them or those given; one that fails at it leaves.
+
+        Raises:
+            TrainingStopped: none is left; of an only member its own error.
+        """
+        for member in tuple(self.members if members is None else members):
+            try:
+                act(member)
+            except Exception as error:  # noqa: BLE001  Whatever it is, it concerns this member alone.
+                self.end(member, error)
+
+    def failed(self, trainee: Trainee, error: Exception, whole: bool) -> None:
+        """Ends the member of a trainee: what `training.take_step` calls."""
+        self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
+
+    def end(self, member: Member, error: Exception, whole: bool = True) -> None:
+        """Saves a member that cannot go on, tells of it at once, and lets it go.
+
+        Args:
+            whole: its weights are those of a whole step; if not, what was last saved of it stays.
+
+        Raises:
+            TrainingStopped: see `each`.
+        """
+        self.share_time()
+        self.members.remove(member)
+        if not self._alone:
+            _release(error)
+        member.trainee.optimizer.zero_grad(set_to_none=True)
+        if whole:
+            with suppress(Exception):  # a full disk, for one, is what it failed of
+                if isinstance(error, TrainingStopped):  # it comes from a report, which went back to the last good state
+                    member.write()
+                else:
+                    member.save_last_good()
+        folder = member.folder
+        failure = Failure(member.config, folder.path, error, member.trainee.step, folder.latest_checkpoint())
+        self.failures.append(failure)
+        if self.members:
+            if self.shown is not None:
+                self.shown.fail(folder.path, str(failure))
+        elif not self._alone:
+            raise SomeFailed(self.failures, []) from error
+        elif isinstance(error, TrainingStopped | DataError):
+            raise TrainingStopped(f"{error} {failure.kept}") from None
+        else:
+            raise error
+
+    def save_what_can_be(self) -> None:
+        """Every member's last good state, where it can be written; for when an error ends them all."""
+        for member in self.members:
+            with suppress(Exception):
+                member.save_last_good()
+
+    def share_time(self) -> None:
+        """Shares the wall-clock since the last call equally among those who spent it."""
+        if self.shown is not None:
+            now = self.shown.seconds
+            for member in self.members:
+                member.seconds += (now - self._shared) / len(self.members)
+            self._shared = now
+
+    def runs(self) -> list[Run]:
+        """The members as finished runs.
+
+        Raises:
+            SomeFailed: others failed; the error carries these.
+        """
+        runs = [Run(m.config, m.trainee.sae, m.folder.path, m.seconds) for m in self.members]
+        if self.failures:
+            raise SomeFailed(self.failures, runs) from self.failures[0].error
+        return runs
+
+    def how_to_go_on(self) -> str:
+        """The commands that take every member up again, and what had ended the others."""
+        commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
+        failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""
+        return f"Go on with: {commands}{failed}"
+
+
+def _release(error: Exception) -> None:
+    """Puts down an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
+    error.add_note("".join(format_exception(error)))
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
+def _listed(failures: Sequence[Failure]) -> str:
+    return " ".join(map(str, failures))

@@ -1,0 +1,297 @@
+"""SAEs trained side by side: each ends as if alone, and one that fails leaves the others to it."""
+
+import gc
+import os
+import shutil
+import signal
+import traceback
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+import endwise.training as training
+from endwise import SAE, train, train_together
+from endwise.checkpoints import read_checkpoint
+from endwise.errors import Interrupted, TrainingStopped
+from endwise.group import SomeFailed
+from endwise.language_model import LanguageModel
+from endwise.run_folder import RunFolder
+from endwise.trainee import Trainee
+from small_gpt2 import recipe, small_corpora, small_model, write_tokens
+
+EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
+
+
+def three(folder, **training):
+    """Three kinds at three sites, with settings of their own."""
+    settings = (
+        ("local", LATER, {"learning_rate": 3e-3, "gradient_clip": None}),
+        ("e2e", EARLIER, {"microbatch": 3, "log_every": 4, "checkpoint_every": 6}),
+        ("e2e_ds", "blocks.1.hook_resid_pre", {"warmup": 0.3, "evaluate_every": 8}),
+    )
+    return [
+        recipe(folder / kind, kind, seed, **own, **training).model_copy(update={"site": site})
+        for seed, (kind, site, own) in enumerate(settings)
+    ]
+
+
+def assert_same(run, other):
+    assert run.config.model_copy(update={"out": None}) == other.config.model_copy(update={"out": None})
+    for ours, theirs in zip(run.sae.parameters(), other.sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = RunFolder(run.folder), RunFolder(other.folder)
+    assert ours.metrics_file.read_text() == theirs.metrics_file.read_text()
+    kept, expected = (read_checkpoint(folder.latest_checkpoint()) for folder in (ours, theirs))
+    assert kept.state == expected.state and kept.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(kept.tensors[name], tensor), name
+    assert torch.equal(SAE.load(run.folder).W_dec, SAE.load(other.folder).W_dec)
+
+
+@pytest.fixture(scope="module")
+def alone(model, corpora, tmp_path_factory):
+    configs = three(tmp_path_factory.mktemp("alone"))
+    return [train(config, model=model, corpora=corpora, display=False) for config in configs]
+
+
+def fail_at(monkeypatch, method, kind, step, act):
+    """Runs `act` before a method of one kind's trainee, at one step."""
+    plain = getattr(Trainee, method)
+    site = next(config.site for config in three(Path("unused")) if config.objective.kind == kind)
+
+    def patched(self, *arguments, **named):
+        if self.site.name == site and self.step == step:
+            act(self)
+        return plain(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainee, method, patched)
+
+
+def out_of_memory(_trainee):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+
+def together(model, corpora, folder, failed, **training):
+    """Trains the three; the one that fails, and the error."""
+    with pytest.raises(SomeFailed) as stopped:
+        train_together(three(folder, **training), model=model, corpora=corpora, display=False)
+    (failure,) = stopped.value.failures
+    assert failure.folder == folder / failed
+    return failure, stopped.value
+
+
+def assert_others_finished(error, alone, failed):
+    """All but the failed one ended as they do alone, their last evaluation included."""
+    survivors = [run for run in alone if run.config.objective.kind != failed]
+    for run, expected in zip(error.finished, survivors, strict=True):
+        assert_same(run, expected)
+        last = RunFolder(run.folder).metrics()[-1]
+        assert last["step"] == 20 and "heldout" in last
+
+
+def test_kinds_and_sites_together_equal_each_alone(model, corpora, alone, tmp_path):
+    runs = train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+    for run, expected in zip(runs, alone, strict=True):
+        assert_same(run, expected)
+
+
+def test_accumulated_passes_together_equal_each_alone(model, corpora, tmp_path):
+    runs = train_together(three(tmp_path / "together", accumulation=2), model=model, corpora=corpora, display=False)
+    for run, config in zip(runs, three(tmp_path / "alone", accumulation=2), strict=True):
+        assert_same(run, train(config, model=model, corpora=corpora, display=False))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tmp_path, failing, monkeypatch):
+    kind = ("local", "e2e", "e2e_ds")[failing]
+    fail_at(monkeypatch, "finish_step", kind, 4, lambda trainee: trainee.sae.b_dec.grad.fill_(float("nan")))
+    failure, error = together(model, corpora, tmp_path, kind)
+    assert isinstance(failure.error, TrainingStopped) and failure.step == 4
+    for part in ("Of 3 SAEs", "1 failed", str(failure.folder), "step 5", "gradient_norm", "last good state is saved"):
+        assert part in str(error)
+    assert_others_finished(error, alone, kind)
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(failure.checkpoint)
+    assert checkpoint.state == {"step": 4, "tokens": 4 * 32}
+    config = three(tmp_path / "first steps")[failing]
+    trainee = training.new_trainee(config, model, steps=20)
+    order = training.BatchOrder(corpora.train, 4, 0, 1)
+    for step in range(4):
+        training.take_step(model, [trainee], corpora.train.batch(order[step]))
+    for name, tensor in trainee.tensors().items():
+        assert torch.equal(checkpoint.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("step", [0, 2, 19])
+def test_at_the_first_step_between_reports_and_at_the_last(model, corpora, alone, tmp_path, step, monkeypatch):
+    fail_at(monkeypatch, "finish_step", "local", step, lambda trainee: trainee.sae.b_enc.grad.fill_(float("inf")))
+    failure, error = together(model, corpora, tmp_path, "local")
+    assert read_checkpoint(failure.checkpoint).state["step"] == failure.step == step
+    assert_others_finished(error, alone, "local")
+
+
+def make_unwritable(folder):
+    """Even for root: a file stands where the folder was."""
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone, tmp_path, monkeypatch):
+    fail_at(monkeypatch, "finish_step", "e2e", 5, lambda _: make_unwritable(tmp_path / "e2e"))
+    failure, error = together(model, corpora, tmp_path, "e2e")
+    assert failure.checkpoint is None
+    assert f"Cannot write {tmp_path / 'e2e' / 'metrics.jsonl'}" in str(error)
+    assert f"No state of it could be saved in {tmp_path / 'e2e'}" in str(error)
+    assert_others_finished(error, alone, "e2e")
+
+
+def test_a_folder_that_cannot_take_the_finished_sae(model, corpora, alone, tmp_path, monkeypatch):
+    write = training.Member.write
+
+    def full(self):
+        if self.folder.path.name == "local" and self.trainee.step == 20:
+            raise training.RunFolderError("Cannot write it. Free space on that disk.")
+        write(self)
+
+    monkeypatch.setattr(training.Member, "write", full)
+    _, error = together(model, corpora, tmp_path, "local")
+    assert_others_finished(error, alone, "local")
+
+
+@pytest.mark.parametrize("method", ["accumulate", "finish_step"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_running_out_of_memory_ends_ones_own_run_only(model, corpora, tmp_path, method, accumulation, monkeypatch):
+    fail_at(monkeypatch, method, "e2e", 7, out_of_memory)
+    _, error = together(model, corpora, tmp_path, "e2e", accumulation=accumulation)
+    (failure,) = error.failures
+    # An optimiser may have been half-way through the weights, so that only the checkpoint of step 6 is trusted.
+    assert read_checkpoint(failure.checkpoint).state["step"] == (7 if method == "accumulate" else 6)
+    assert "after step 7, OutOfMemoryError: CUDA out of memory. Tried to allocate" in str(error)
+    assert error.__cause__ is failure.error
+    monkeypatch.undo()
+    configs = [c for c in three(tmp_path / "alone", accumulation=accumulation) if c.objective.kind != "e2e"]
+    expected = [train(config, model=model, corpora=corpora, display=False) for config in configs]
+    assert_others_finished(error, expected, "e2e")
+
+
+def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, corpora, tmp_path, monkeypatch):
+    held, freed = [], []
+
+    def fail(trainee):
+        held.append(weakref.ref(trainee.sae))
+        out_of_memory(trainee)
+
+    def look(_trainee):
+        gc.collect()
+        freed.append(held[0]() is None)
+
+    fail_at(monkeypatch, "accumulate", "e2e", 7, fail)
+    fail_at(monkeypatch, "begin_step", "local", 10, look)
+    failure, _ = together(model, corpora, tmp_path, "e2e")
+    assert freed == [True]
+    assert "in out_of_memory" in "".join(traceback.format_exception(failure.error))  # where it happened is still told
+
+
+def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path, monkeypatch):
+    measure = training.measure
+
+    def fails(model, saes, *arguments, **named):
+        if str(tmp_path / "e2e") in saes:
+            raise training.DataError("A metric is NaN or infinite on some held-out sequence.")
+        return measure(model, saes, *arguments, **named)
+
+    monkeypatch.setattr(training, "measure", fails)
+    failure, error = together(model, corpora, tmp_path, "e2e")
+    assert read_checkpoint(failure.checkpoint).state["step"] == 20
+    assert_others_finished(error, alone, "e2e")
+
+
+def test_when_all_have_failed_it_stops_at_once(model, corpora, tmp_path, monkeypatch):
+    steps = []
+    for kind, step in (("local", 2), ("e2e", 4), ("e2e_ds", 4)):
+        fail_at(monkeypatch, "accumulate", kind, step, out_of_memory)
+    clean = LanguageModel.clean
+    monkeypatch.setattr(LanguageModel, "clean", lambda *a, **b: steps.append(a) or clean(*a, **b))
+    with pytest.raises(SomeFailed, match=r"Of 3 SAEs trained together 3 failed.*None finished") as stopped:
+        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+    assert stopped.value.finished == [] and len(stopped.value.failures) == 3
+    assert len(steps) == 5
+    assert [failure.step for failure in stopped.value.failures] == [2, 4, 4]
+
+
+def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path, monkeypatch):
+    calls, clean = [], LanguageModel.clean
+
+    def fails(self, *arguments, **named):
+        calls.append(None)
+        if len(calls) == 6:
+            raise MemoryError("no memory for the clean pass")
+        return clean(self, *arguments, **named)
+
+    monkeypatch.setattr(LanguageModel, "clean", fails)
+    with pytest.raises(MemoryError, match="no memory for the clean pass"):
+        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+    for config in three(tmp_path):
+        assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 5
+
+
+def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tmp_path, monkeypatch):
+    fail_at(monkeypatch, "accumulate", "local", 3, out_of_memory)
+    fail_at(monkeypatch, "finish_step", "e2e_ds", 9, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"saved at step 10.*--resume.*Failed before: .*OutOfMemoryError"):
+        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    left = three(tmp_path)[1:]
+    for config in left:
+        assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 10
+    runs = train_together(left, model=model, corpora=corpora, display=False, resume=True)
+    for run, expected in zip(runs, alone[1:], strict=True):
+        assert_same(run, expected)
+
+
+def test_ctrl_c_between_reports_does_not_save_past_a_number_that_is_not_finite(model, corpora, tmp_path, monkeypatch):
+    def poison(trainee):
+        trainee.sae.b_dec.grad.fill_(float("nan"))
+
+    fail_at(monkeypatch, "finish_step", "local", 12, poison)  # reports are due at steps 12 and 15
+    fail_at(monkeypatch, "finish_step", "e2e_ds", 13, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="step 13 the term gradient_norm was not finite"):
+        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+    steps = [read_checkpoint(RunFolder(c.out).latest_checkpoint()).state["step"] for c in three(tmp_path)]
+    assert steps == [12, 14, 14]
+
+
+def test_a_failure_is_told_at_once(model, corpora, tmp_path, monkeypatch, capfd):
+    told = []
+    fail_at(monkeypatch, "accumulate", "local", 3, out_of_memory)
+    fail_at(monkeypatch, "begin_step", "e2e", 4, lambda _: told.append(capfd.readouterr().err))
+    with pytest.raises(SomeFailed):
+        train_together(three(tmp_path), model=model, corpora=corpora)
+    (line,) = told[0].splitlines()
+    assert line.startswith(f"failed: {tmp_path / 'local'}: after step 3, OutOfMemoryError: CUDA out of memory.")
+
+
+def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def a_second(_trainee):
+        clock[0] += 1.0
+
+    monkeypatch.setattr("endwise.progress.time.monotonic", lambda: clock[0])
+    for step in range(20):
+        fail_at(monkeypatch, "begin_step", "e2e", step, a_second)
+    fail_at(monkeypatch, "accumulate", "local", 12, out_of_memory)
+    _, error = together(model, corpora, tmp_path, "local")
+    assert [run.seconds for run in error.finished] == pytest.approx([13 / 3 + 7 / 2] * 2)

@@ -1,0 +1,119 @@
+"""Between two reports the host never waits for the device: no value is read back, no shape depends on values."""
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+import endwise.dictionaries.relu as relu
+from endwise import LanguageModel, train_together
+from endwise.trainee import Trainee
+from small_gpt2 import recipe, small_corpora, small_model, write_tokens
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+COUNTS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "repeat_interleave"}
+"""ATen operations that a GPU's host waits for; the last are those whose result's shape depends on values."""
+
+
+class Waited(Exception):
+    pass
+
+
+class NoReads(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in READS:
+            raise Waited(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class NoCounts(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool for index in args[1] if isinstance(args[1], list | tuple)
+        )
+        if name in COUNTS or masks:
+            raise Waited(name)
+        return function(*args, **(kwargs or {}))
+
+
+def no_waiting():
+    guards = ExitStack()
+    guards.enter_context(NoReads())
+    guards.enter_context(NoCounts())
+    return guards
+
+
+def no_synchronisation():
+    guards = ExitStack()
+    guards.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+    torch.cuda.set_sync_debug_mode("error")
+    return guards
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: float(x.sum()),
+        lambda x: range(x.int().sum()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.__setitem__(x > 0, 1.0),
+        lambda x: torch.bincount(x.long()),
+        lambda x: x.cpu(),
+        lambda x: x.unique(),
+    ],
+)
+def test_the_guard_notices(waits):
+    with pytest.raises(Waited), no_waiting():
+        waits(torch.ones(3))
+
+
+def test_the_guard_lets_arithmetic_pass():
+    with no_waiting():
+        x = torch.ones(3, requires_grad=True)
+        (torch.where(x > 0, x, 0.0)[:2] * len(x)).sum().backward()
+
+
+def guarded_training(model, folder, guard, monkeypatch):
+    """Trains all kinds, guarded from one step's beginning to that of a later one; nothing is reported in between."""
+    # Once a pass transformers reads back whether position ids start anew within a sequence; with ours they never do.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    tokens = write_tokens(folder)
+    kinds = ("local", "e2e", "e2e_ds")
+    configs = [recipe(folder / kind, kind, log_every=1000, accumulation=2, microbatch=1) for kind in kinds]
+    begin, guarded, left = Trainee.begin_step, ExitStack(), []
+
+    def guard_from_here(self):
+        if self.objective.final and self.objective.sites:
+            if self.step == 2:
+                guarded.enter_context(guard())
+            if self.step == 7:
+                left.append(self.step)
+                guarded.close()
+        begin(self)
+
+    monkeypatch.setattr(Trainee, "begin_step", guard_from_here)
+    with guarded:
+        runs = train_together(configs, model=model, corpora=small_corpora(tokens), display=False)
+    assert left == [7] and len(runs) == 3
+
+
+def test_on_the_cpu(tmp_path, monkeypatch):
+    # Sparse latents, which the CPU uses where few features are active, are found by counting; a GPU has dense ones.
+    monkeypatch.setattr(relu, "encode_sparse", lambda *arguments: None)
+    guarded_training(small_model(), tmp_path, no_waiting, monkeypatch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path, monkeypatch):
+    model = LanguageModel(copy.deepcopy(small_model().model).cuda())
+    guarded_training(model, tmp_path, no_synchronisation, monkeypatch)
