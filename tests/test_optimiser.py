@@ -1,4 +1,4 @@
-"""Fifty steps of a trainee, sparse, fused and microbatched, against autograd through the whole model and dense Adam."""
+"""Fifty steps of a trainee, sparse and in microbatches, against autograd through the whole model and dense Adam."""
 
 import copy
 

@@ -83,7 +83,7 @@ class Trainee:
         self._fired |= latents.fired(mask)
 
     def _products(self) -> torch.autocast:
-        """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change which features are
+        """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change what is
         active, and win little: sparse latents leave one product, which is screened in bf16 where that is fast.
         """
         device = self.sae.b_enc.device.type
