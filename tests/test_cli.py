@@ -69,6 +69,33 @@ def test_train_then_evaluate_then_sites(place, tmp_path):
     assert len(lines) == 16
 
 
+def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path, monkeypatch):
+    from endwise import train
+    from endwise.errors import TrainingStopped
+    from endwise.run_config import RunConfig
+    from endwise.trainee import Trainee
+
+    config = RunConfig.read(place / "recipe.yaml")
+    finished, cut = (config.model_copy(update={"out": tmp_path / name}) for name in ("finished", "cut off"))
+    train(finished, display=False)
+
+    def poisoned(trainee, *arguments):
+        if trainee.step == 7:
+            trainee.sae.b_dec.grad.fill_(float("nan"))
+        finish(trainee, *arguments)
+
+    finish = Trainee.finish_step
+    monkeypatch.setattr(Trainee, "finish_step", poisoned)
+    with pytest.raises(TrainingStopped):
+        train(cut, display=False)
+    said = CliRunner().invoke(app, ["evaluate", str(finished.out), str(cut.out)]).stdout
+    (remark,) = [line for line in said.splitlines() if "not finished" in line]
+    assert remark == (
+        f"{cut.out} is not finished: its numbers are those of step 7 of 20. "
+        f"Go on with: endwise train --resume '{cut.out}'"
+    )
+
+
 def test_resuming_a_finished_run_changes_nothing(place, tmp_path):
     out = tmp_path / "run"
     assert run("train", place / "recipe.yaml", f"out={out}")[0] == 0

@@ -1,15 +1,13 @@
 """Ratios between curves whose answer is known, their paired intervals, and honest words where there is no answer."""
 
-import io
 import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from endwise.comparison import RunSummary, Summary, downstream_ratio, print_summary, ratio_to_local, summarise
+from endwise.comparison import RunSummary, Summary, downstream_ratio, ratio_to_local, summarise
 from endwise.errors import ConfigError
 
 SITES = ("blocks.4.hook_resid_pre", "blocks.5.hook_resid_pre", "blocks.5.hook_resid_post")
@@ -223,15 +221,3 @@ def test_only_runs_of_one_site_and_known_kinds_are_compared():
         compare([])
     with pytest.raises(ConfigError, match="topk"):
         compare([replace(runs[0], kind="topk")])
-
-
-def test_the_table_prints_every_run_and_verdict():
-    out = io.StringIO()
-    summary = compare(three_kinds())
-    print_summary(summary, Console(file=out, width=140))
-    text = out.getvalue()
-    assert text.count("e2e+ds") > 3 and "+0.170 [0.160, 0.180]" in text and "50 % [50, 50]" in text
-    assert all(sentence[:60] in text for sentence in summary.verdicts)
-    narrow = io.StringIO()
-    print_summary(summary, Console(file=narrow, width=80))
-    assert "…" not in narrow.getvalue()

@@ -1,15 +1,17 @@
-"""The page is one safe, self-contained file, whatever the runs are called and whatever they lack."""
+"""The page is one safe, self-contained file, whatever the runs are called or lack; the tables are whole."""
 
+import io
 import re
 import string
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from endwise.comparison import KINDS, summarise
 from endwise.errors import RunFolderError
-from endwise.report import figures, write_report
+from endwise.report import figures, print_summary, write_report
 from endwise.report.page import report_html
 from test_comparison import compare, make_run, three_kinds
 
@@ -161,3 +163,15 @@ def test_log_axes_have_numbers_to_read(low, high):
 
 def test_the_template_holds_no_placeholder_that_is_not_filled(html):
     assert not re.search(string.Template.delimiter.replace("$", r"\$") + r"[a-z_{]", html)
+
+
+def test_the_table_prints_every_run_and_verdict():
+    out = io.StringIO()
+    summary = compare(three_kinds())
+    print_summary(summary, Console(file=out, width=140))
+    text = out.getvalue()
+    assert text.count("e2e+ds") > 3 and "+0.170 [0.160, 0.180]" in text and "50 % [50, 50]" in text
+    assert all(sentence[:60] in text for sentence in summary.verdicts)
+    narrow = io.StringIO()
+    print_summary(summary, Console(file=narrow, width=80))
+    assert "…" not in narrow.getvalue()

@@ -6,7 +6,6 @@ import pytest
 from endwise.errors import DataError
 from endwise.statistics import (
     InterpolationError,
-    bootstrap_mean,
     bootstrap_ratio,
     interpolate_at,
     resampled_ratio,
@@ -31,12 +30,6 @@ def test_bootstrap_ratio_equals_an_explicit_loop_over_drawn_sequences():
     assert interval.estimate == pytest.approx(sum(top) / sum(bottom), rel=1e-12)
 
 
-def test_the_mean_is_weighted_by_tokens():
-    values, weights = np.array([1.0, 5.0, 2.0]), np.array([10.0, 1.0, 4.0])
-    assert bootstrap_mean(values, weights, 50, 0).estimate == pytest.approx(np.average(values, weights=weights))
-    assert bootstrap_mean(values, weights, 50, 0) == bootstrap_ratio(values * weights, weights, 50, 0)
-
-
 def test_every_resample_draws_as_many_sequences_as_there_are_and_equal_seeds_draw_alike():
     weights = resampling_weights(12, 500, 3)
     assert weights.shape == (500, 12)
@@ -56,7 +49,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     for _ in range(300):
         tokens = random.integers(20, 60, 50).astype(float)
         values = random.normal(3.0, 1.0, 50)
-        interval = bootstrap_mean(values, tokens, 200, 5)
+        interval = bootstrap_ratio(values * tokens, tokens, 200, 5)
         covered += interval.low <= 3.0 <= interval.high
     assert 0.88 <= covered / 300 <= 0.98
 

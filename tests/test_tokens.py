@@ -230,8 +230,8 @@ def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
     documents = some_documents(25)
     asked = []
 
-    def load_dataset(name, config, *, split, streaming):
-        asked.append((name, config, split, streaming))
+    def load_dataset(name, config, *, split, revision, streaming):
+        asked.append((name, config, split, revision, streaming))
         rows = datasets.Dataset.from_dict({"text": [as_text(ids) for ids in documents]})
         return rows.to_iterable_dataset() if streaming else rows
 
@@ -239,7 +239,7 @@ def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
     corpora = load("someone/some-text", dataset_config="en", split="train")
     assert rows_of(corpora.train) == packed(documents[: -heldout_count(documents)], 8)
     load("someone/some-text", dataset_config="en", split="train", streaming=True, heldout_share=0.3)
-    assert asked == [("someone/some-text", "en", "train", False), ("someone/some-text", "en", "train", True)]
+    assert asked == [("someone/some-text", "en", "train", None, streaming) for streaming in (False, True)]
 
     def unreachable(*arguments, **options):
         raise ConnectionError("Couldn't reach it")
@@ -247,6 +247,33 @@ def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"'someone/else'.*Couldn't reach it"):
         load("someone/else")
+
+
+def test_a_pinned_revision_is_asked_for_recorded_and_cached_apart(tmp_path, load, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, revision, streaming):
+        asked.append((name, revision))
+        documents = some_documents(25, seed=("v1", "v2", None).index(revision))
+        return datasets.Dataset.from_dict({"text": [as_text(ids) for ids in documents]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    first, second, again = (load("someone/some-text", revision=revision) for revision in ("v1", "v2", "v1"))
+    assert asked == [("someone/some-text", "v1"), ("someone/some-text", "v2")]  # the third comes from the cache
+    assert rows_of(first.train) == rows_of(again.train) != rows_of(second.train)
+    assert first.describe()["train"]["source"] == "someone/some-text at revision v1"
+    assert "someone/some-text at revision v1" in first.describe()["heldout"]["source"]
+    asked.clear()
+    apart = load("someone/some-text", revision="v2", heldout="someone/other-text")
+    assert sorted(asked) == [("someone/other-text", None)]
+    assert "revision" not in apart.describe()["heldout"]["source"]
+
+
+def test_a_revision_that_would_pin_nothing_is_refused(tmp_path, load):
+    (tmp_path / "a.txt").write_text("a b c\n\nd e f\n")
+    for source in (tmp_path / "a.txt", "embedded"):
+        with pytest.raises(DataError, match=r"data\.revision is 'v1', but only a dataset on the Hugging Face hub"):
+            load(source, revision="v1")
 
 
 @pytest.mark.parametrize("rows", [1, 2])

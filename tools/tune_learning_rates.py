@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from endwise import RunConfig, load_corpora, load_model, measure, train_together
+from endwise import RunConfig, SomeFailed, corpora_for, load_model, measure, train_together
 from endwise.files import write_atomic
 from endwise.quickstart import BATCH, RATIO, SITE, recipe
 from endwise.run_folder import RunFolder
@@ -86,15 +86,11 @@ def measured(rates: Sequence[float]) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         configs = list(configurations(rates, Path(scratch)))
         model = load_model("embedded")
-        corpora = load_corpora(
-            configs[0].data,
-            tokenizer=model.tokenizer,
-            model_context=model.context,
-            vocab_size=model.vocab_size,
-            training_tokens=TRAINING_TOKENS,
-            evaluation_tokens=HELDOUT_TOKENS,
-        )
-        runs = train_together(configs, model=model, corpora=corpora)
+        corpora = corpora_for(model, configs[0].data, training_tokens=TRAINING_TOKENS, evaluation_tokens=HELDOUT_TOKENS)
+        try:
+            runs = train_together(configs, model=model, corpora=corpora)
+        except SomeFailed as some:  # of a grid of rates the highest may; each has been told of
+            runs = some.finished
         saes = {str(run.folder): (model.site(SITE), run.sae) for run in runs}
         evaluations = measure(model, saes, corpora.heldout, configs[0].evaluation)
         rows = []

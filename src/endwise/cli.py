@@ -109,12 +109,15 @@ def evaluate(
     from endwise.files import write_atomic
     from endwise.report import print_evaluations
     from endwise.run_evaluation import evaluate as run
-    from endwise.run_evaluation import evaluations_csv
+    from endwise.run_evaluation import evaluations_csv, unfinished
     from endwise.run_folder import RunFolder
 
     evaluations = run(runs, tokens=tokens)
     configs = {path: RunFolder.open(path).config() for path in evaluations}
     print_evaluations(configs, evaluations)
+    for path, config in configs.items():
+        if remark := unfinished(path, config):
+            typer.echo(remark)
     for path, evaluation in evaluations.items():
         write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
     if csv is not None:

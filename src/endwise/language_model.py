@@ -292,7 +292,7 @@ class LanguageModel:
                     *(m for branch in block.branches() for m in (branch.compute, branch.write)),
                 }:
                     hooks.enter_context(_removed(module.register_forward_hook(self._learn_return)))
-            clean = self.clean_unchecked(tokens, candidates)
+            clean = self._clean_unchecked(tokens, candidates)
         widths: dict[Site, int] = {}
         for layer in range(self.n_layers):
             at = {part: clean.activations.get(Site(layer, part)) for part in Part}
@@ -304,7 +304,7 @@ class LanguageModel:
         self._check_readout(clean.final, self.logits(tokens))
         return widths
 
-    def clean_unchecked(self, tokens: Tokens, sites: set[Site]) -> Clean:
+    def _clean_unchecked(self, tokens: Tokens, sites: set[Site]) -> Clean:
         with ExitStack() as hooks:
             activations, final_state = self._recording(hooks, sites, True)
             self._forward(tokens)

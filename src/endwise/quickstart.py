@@ -8,17 +8,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.comparison import LABELS, RunSummary, Summary, print_summary, summarise
+from endwise.comparison import LABELS, RunSummary, Summary, summarise
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, measure
 from endwise.files import write_json
+from endwise.group import Run
 from endwise.model_loading import load_model
-from endwise.report import write_report
+from endwise.report import print_summary, write_report
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import write_evaluation
 from endwise.run_folder import RunFolder, environment
-from endwise.tokens import load_corpora
-from endwise.training import Run, train_together
+from endwise.tokens import corpora_for
+from endwise.training import train_together
 
 SITE = "blocks.3.hook_resid_pre"
 RATIO = 12
@@ -79,14 +80,7 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
     started = time.monotonic()
     configs = recipes(out, seed)
     model = load_model("embedded")
-    corpora = load_corpora(
-        configs[0].data,
-        tokenizer=model.tokenizer,
-        model_context=model.context,
-        vocab_size=model.vocab_size,
-        training_tokens=TRAINING_TOKENS,
-        evaluation_tokens=HELDOUT_TOKENS,
-    )
+    corpora = corpora_for(model, configs[0].data, training_tokens=TRAINING_TOKENS, evaluation_tokens=HELDOUT_TOKENS)
     console.print(f"Training {len(configs)} SAEs at {SITE} of the embedded model, on {TRAINING_TOKENS:,} tokens each.")
     runs: list[Run] = []
     for kind, coefficients in COEFFICIENTS.items():

@@ -107,6 +107,8 @@ class DataConfig(Config):
     """Column holding text (or token ids); unset: `text`, `input_ids` or `tokens`, whichever is there."""
     dataset_config: str | None = None
     """Name of the configuration of a Hugging Face dataset."""
+    revision: str | None = None
+    """Commit, branch or tag of `source` on the Hugging Face hub; a commit keeps a recipe's text as it is."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     streaming: bool = False

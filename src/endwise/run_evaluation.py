@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from endwise.dictionaries import SAE
+from endwise.dictionaries.base import read_cfg
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
@@ -17,7 +19,7 @@ from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
-from endwise.tokens import Corpora, load_corpora
+from endwise.tokens import Corpora, corpora_for
 
 SUMS_FILE = "evaluation_sums.safetensors"
 
@@ -66,6 +68,21 @@ def read_sums(path: Path) -> Sums:
     return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
 
 
+def unfinished(path: Path, config: RunConfig) -> str | None:
+    """A remark on a run whose SAE has not taken every training step of its recipe, or None."""
+    metadata = read_cfg(path / "sae").get("metadata", {})
+    step, context = metadata.get("endwise", {}).get("step"), metadata.get("context_size")
+    if step is None or context is None:
+        return None
+    steps = config.training.tokens // (config.training.batch * context)
+    if step >= steps:
+        return None
+    return (
+        f"{path} is not finished: its numbers are those of step {step} of {steps}. "
+        f"Go on with: endwise train --resume {shlex.quote(str(path))}"
+    )
+
+
 def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Evaluation]) -> str:
     """One line per run: estimates, and both ends of each 95 % interval."""
     rows: list[dict[str, Any]] = []
@@ -109,13 +126,8 @@ def _evaluate_group(
     if tokens is not None:
         settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
     model = model or load_model(**first.model.model_dump())
-    corpora = corpora or load_corpora(
-        first.data,
-        tokenizer=model.tokenizer,
-        model_context=model.context,
-        vocab_size=model.vocab_size,
-        training_tokens=first.training.tokens,
-        evaluation_tokens=settings.tokens,
+    corpora = corpora or corpora_for(
+        model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
     )
     saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
     measured = measure(model, saes, corpora.heldout, settings)

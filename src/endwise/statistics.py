@@ -36,16 +36,6 @@ class Interval:
     estimate: float
 
 
-def bootstrap_mean(values: Numbers, weights: Numbers, resamples: int, seed: int) -> Interval:
-    """Interval of the mean of per-sequence means `values [sequences]`, weighted by tokens `weights [sequences]`.
-
-    Raises:
-        DataError: see `bootstrap_ratio`.
-    """
-    counts = np.asarray(weights, dtype=np.float64)
-    return bootstrap_ratio(np.asarray(values, dtype=np.float64) * counts, counts, resamples, seed)
-
-
 def bootstrap_ratio(numerators: Numbers, denominators: Numbers, resamples: int, seed: int) -> Interval:
     """Interval of Σ numerators / Σ denominators, both `[sequences]`, resampled together.
 

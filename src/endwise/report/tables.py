@@ -1,4 +1,4 @@
-"""Evaluated runs as a table on a terminal."""
+"""Evaluated runs, and a comparison of them, as tables on a terminal."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.comparison import LABELS
+from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Summary, later_mse, layer_label, percent
 from endwise.evaluation import Evaluation
 from endwise.run_config import RunConfig
 
@@ -42,9 +42,65 @@ def print_evaluations(
         console.print(Text(line))
 
 
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
+    console = console or Console()
+    console.print(_runs_table(summary))
+    console.print(_downstream_table(summary))
+    console.print(_ratios_table(summary))
+    for sentence in summary.verdicts:
+        console.print(f"• {sentence}", markup=False, highlight=False)
+
+
 def _baselines(config: RunConfig, evaluation: Evaluation) -> str:
     bounds = evaluation.baselines
     return (
         f"{config.site} of {config.model.name}, {evaluation.tokens:,} held-out tokens: CE {bounds.clean:.3f} nats per "
         f"token clean, {bounds.mean_ablated:.3f} with the site at its mean, {bounds.zero_ablated:.3f} at zero."
     )
+
+
+def _runs_table(summary: Summary) -> Table:
+    title = f"{summary.site}, {summary.runs[0].d_sae:,} features, clean CE {summary.clean_ce:.3f} nats per token"
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("λ", "L0", "alive", "CE increase [95 %]", "EV", "later MSE", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in summary.runs:
+        ends = run.intervals.get("ce_increase")
+        mse = later_mse(run)
+        table.add_row(
+            LABELS[run.kind],
+            f"{run.coefficient:g}",
+            f"{run.l0:.1f}",
+            f"{run.alive:,}",
+            Text(f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")),
+            f"{run.explained_variance:.3f}",
+            "–" if mse is None else f"{mse:.3g}",
+            f"{run.seconds:.0f}",
+        )
+    return table
+
+
+def _downstream_table(summary: Summary) -> Table:
+    sites = list(dict.fromkeys(site for run in summary.runs for site in run.downstream_mse))
+    title = "MSE of later residual streams, by the block they enter"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("λ", *map(layer_label, sites)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in summary.runs:
+        values = [f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–" for site in sites]
+        table.add_row(LABELS[run.kind], f"{run.coefficient:g}", *values)
+    return table
+
+
+def _ratios_table(summary: Summary) -> Table:
+    table = Table(title="relative to local [95 %]", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for kind in KINDS[1:]:
+        table.add_column(LABELS[kind], justify="right", no_wrap=True)
+    for measure in MEASURES:
+        cells = [Text(percent(summary.ratios[measure.key][kind])) for kind in KINDS[1:]]
+        table.add_row(f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *cells)
+    return table

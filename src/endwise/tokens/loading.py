@@ -14,7 +14,7 @@ from endwise.errors import DataError
 from endwise.language_model import LanguageModel
 from endwise.run_config import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source
+from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, no_revision, open_source
 from endwise.tokens.store import Encoding, Quota, documents_in, held_by_hash, open_store, outside_vocabulary
 
 EMBEDDED = "embedded"
@@ -78,13 +78,20 @@ def load_corpora(
             "is left to train on. Set data.heldout or data.heldout_split to other text, or leave both unset."
         )
     limit = wanted if data.streaming else None
-    corpora = Corpora(Corpus(train, layout, data.source, limit), Corpus(heldout, layout, loader.heldout_name), dropped)
+    corpora = Corpora(
+        Corpus(train, layout, _name(data, data.source), limit), Corpus(heldout, layout, loader.heldout_name), dropped
+    )
     _check_lengths(corpora, data, wanted, wanted_heldout)
     return corpora
 
 
 def _one_source(data: DataConfig) -> bool:
     return data.heldout is None and data.heldout_split is None and data.source != EMBEDDED
+
+
+def _name(data: DataConfig, source: str) -> str:
+    pinned = data.revision is not None and source == data.source
+    return f"{source} at revision {data.revision}" if pinned else source
 
 
 def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) -> Layout:
@@ -135,7 +142,7 @@ class _Loader:
 
     def __init__(self, data: DataConfig, layout: Layout, encoding: Encoding) -> None:
         self._data, self._layout, self._encoding = data, layout, encoding
-        source = data.heldout or data.source
+        source = _name(data, data.heldout or data.source)
         share = (
             f"{'documents drawn by hash' if data.streaming else 'the last documents'}, {data.heldout_share:g} of all"
         )
@@ -169,15 +176,19 @@ class _Loader:
         return self._open(self._data.source, self._data.split, quota, "train"), held
 
     def _open(self, name: str, split: str, quota: Quota, side: str) -> Documents:
+        own = name == self._data.source
+        revision = self._data.revision if own else None
         if name == EMBEDDED:
+            if revision is not None:
+                raise no_revision("the embedded corpus", revision)
             tokens = _embedded_tokens(side)
             if self._speaks_embedded():
                 return self._checked_embedded(tokens)
             source = _embedded_text(side, tokens)
         else:
             self._refuse_split_of_files(name)
-            config = self._data.dataset_config if name == self._data.source else None
-            source = open_source(name, self._data.column, config, split, self._data.streaming)
+            config = self._data.dataset_config if own else None
+            source = open_source(name, self._data.column, config, split, self._data.streaming, revision)
         quota_or_none = quota if self._data.streaming else None
         documents = open_store(source, self._encoding, self._layout.context, self._cache(), quota_or_none)
         if self._layout.packing == "document" and self._encoding.separator is None:

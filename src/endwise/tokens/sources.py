@@ -40,17 +40,22 @@ class Source:
     """For the progress display only."""
 
 
-def open_source(name: str, column: str | None, config: str | None, split: str | None, streaming: bool) -> Source:
+def open_source(
+    name: str, column: str | None, config: str | None, split: str | None, streaming: bool, revision: str | None = None
+) -> Source:
     """Finds the documents named in a recipe, without reading them.
 
     Args:
         name: a file, a folder (of files, or saved by `datasets`), or a Hugging Face dataset id.
         split: of a Hugging Face dataset; None: its only one.
+        revision: commit, branch or tag of a dataset on the hub; None: as it is there.
 
     Raises:
-        DataError: there is no such file, or no reader for it.
+        DataError: there is no such file, or no reader for it, or it has no revisions.
     """
     path = Path(name).expanduser()
+    if path.exists() and revision is not None:
+        raise no_revision(name, revision)
     if path.is_dir() and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
         return _saved_dataset(path, column, split)
     if path.exists():
@@ -60,8 +65,15 @@ def open_source(name: str, column: str | None, config: str | None, split: str | 
         raise DataError(f"There is no file or folder {name}. Correct data.source or data.heldout.")
     return Source(
         f"{name} ({split})",
-        ["hub", name, config, split, column],
-        lambda: _hub_documents(name, column, config, split, streaming),
+        ["hub", name, config, revision, split, column],
+        lambda: _hub_documents(name, column, config, revision, split, streaming),
+    )
+
+
+def no_revision(name: str, revision: str) -> DataError:
+    return DataError(
+        f"data.revision is {revision!r}, but only a dataset on the Hugging Face hub has revisions, and {name} is none. "
+        "Unset it."
     )
 
 
@@ -245,17 +257,22 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
 
 
 def _hub_documents(
-    name: str, column: str | None, config: str | None, split: str | None, streaming: bool
+    name: str, column: str | None, config: str | None, revision: str | None, split: str | None, streaming: bool
 ) -> Iterator[Document]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(name, config, split=split, streaming=streaming)
+        dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         yield from _dataset_documents(dataset, column, f"{name} ({split})")
-    except (OSError, ValueError, DatasetsError) as error:  # no connection, dataset, configuration or split; bad data
+    except (
+        OSError,
+        ValueError,
+        DatasetsError,
+    ) as error:  # no connection, dataset, configuration, revision or split; bad data
         raise DataError(
-            f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, split {split!r}): "
+            f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, revision {revision!r}, "
+            f"split {split!r}): "
             f"{_one_line(error)} Check the name and the connection; a local file needs its path."
         ) from None
 
