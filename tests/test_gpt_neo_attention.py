@@ -45,6 +45,12 @@ def no_eager(monkeypatch):
     monkeypatch.setattr(FusedSelfAttention, "_attn", never, raising=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _checked():
+    """Once, as it ships: before a test changes anything of what the check runs through."""
+    assert gpt_neo_attention._agrees()
+
+
 def relative(ours, theirs):
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm())
@@ -233,6 +239,11 @@ def test_a_static_cache_gives_the_same_tokens():
     options["attention_mask"] = torch.ones_like(prompt)
     expected = eager.generate(prompt, **options)
     assert torch.equal(fused.generate(prompt, cache_implementation="static", **options), expected)
+    options |= {"output_attentions": True, "return_dict_in_generate": True}
+    theirs, ours = (model.generate(prompt, cache_implementation="static", **options) for model in (eager, fused))
+    assert torch.equal(ours.sequences, expected)
+    for mine, its in zip(ours.attentions, theirs.attentions, strict=True):
+        assert all(torch.equal(*layers) for layers in zip(mine, its, strict=True))
 
 
 def test_generation_on_a_reconstruction():

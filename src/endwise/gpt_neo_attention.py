@@ -52,6 +52,9 @@ class FusedSelfAttention(_Eager):
         understood = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.dim() == 4)
         drops = self.training and self.attn_dropout.p > 0
         if output_attentions or drops or not understood or (static and attention_mask is not None):
+            if static and attention_mask is None:  # which the eager one takes for a cache that is full
+                keys = layer_past.layers[self.layer_id].max_cache_len
+                attention_mask = self.bias[:, :, : hidden_states.shape[1], :keys]
             mask = _additive(attention_mask, hidden_states.dtype)
             return super().forward(hidden_states, mask, layer_past, use_cache, output_attentions, **kwargs)
         query, key, value = (
