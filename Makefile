@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+BENCH ?= .venv-bench
+BENCH_ARGS ?= --out runs/benchmark.json
 
 # The first also holds for the environment in which pip builds the package, up to pip 25.2; the second does since.
 export PIP_CONSTRAINT := constraints.txt
@@ -12,7 +14,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +38,12 @@ format: $(VENV)/.installed-dev ## put the code into the form that `make lint` as
 docs: $(VENV)/.installed-dev ## write docs/configuration.md from the source
 	$(BIN)/python tools/config_reference.py
 
-clean: ## remove the environment, builds and caches; runs stay
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+bench: $(BENCH)/.installed ## time a training step against the paper's own code (benchmarks/README.md)
+	$(BENCH)/bin/python benchmarks/versus_reference.py $(BENCH_ARGS)
+
+clean: ## remove the environments, builds and caches; runs stay
+	rm -rf $(VENV) $(BENCH) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,3 +57,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf]'
 	@touch $@ $(VENV)/.installed
+
+# The paper's code and transformer-lens ask for much that is not used here, so without their requirements.
+$(BENCH)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --editable . accelerate beartype better_abc einops fancy_einsum \
+		python-dotenv typeguard wandb sae-lens==6.54.12 eai-sparsify==1.3.3
+	$(BENCH)/bin/python -m pip install --quiet --no-deps e2e-sae==2.1.1 transformer-lens==3.9.0 dictionary-learning==0.1.0
+	@touch $@

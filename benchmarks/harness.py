@@ -322,6 +322,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """As a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(value, indent=1) + "\n")
     draft.replace(path)

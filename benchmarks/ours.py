@@ -16,10 +16,10 @@ from torch import Tensor
 import endwise
 from endwise.language_model import LanguageModel
 from endwise.readout import Readout
-from endwise.run_config import RunConfig, TrainingConfig
+from endwise.run_config import RunConfig
 from endwise.tokens import TokenBatch
 from endwise.trainee import Trainee
-from endwise.training import new_trainee, take_step
+from endwise.training import new_trainee, tail_model, take_step
 from harness import Side, serve
 from shapes import LEARNING_RATE, OBJECTIVES, STEPS, Shape, random_model
 
@@ -47,6 +47,7 @@ class Ours(Side):
         inputs = load_file(folder / "inputs.safetensors")
         self.batch = TokenBatch(inputs["tokens"], torch.ones_like(inputs["tokens"], dtype=torch.bool))
         weights = {name: inputs[name] for name in WEIGHTS}
+        self.tail = tail_model(self.model, run_config(spec, OBJECTIVES[spec["objective"]]).training)
         self.trainees = []
         for number in range(spec.get("saes", 1)):
             objective = OBJECTIVES[spec["objective"]]
@@ -58,7 +59,7 @@ class Ours(Side):
         return {"versions": versions, "attention": self.model.model.config._attn_implementation}  # noqa: SLF001
 
     def step(self) -> None:
-        take_step(self.model, self.trainees, self.batch)
+        take_step(self.model, self.trainees, self.batch, tail=self.tail)
 
     def report(self) -> dict[str, float]:
         """The last step's terms, L0 and gradient norm, of the first SAE."""
@@ -119,26 +120,17 @@ class Ours(Side):
 
 
 def run_config(spec: dict[str, Any], objective: dict[str, Any]) -> RunConfig:
-    """
-    Raises:
-        ValueError: a precision is asked for that this version of endwise does not have.
-    """
     shape = Shape(**spec["shape"])
-    training: dict[str, Any] = {
+    training = {
         "tokens": STEPS * shape.tokens,
         "batch": shape.batch,
+        "microbatch": spec.get("microbatch"),
+        "precision": spec.get("precision", "exact"),
         "learning_rate": LEARNING_RATE,
         "warmup": 0,
         "floor": 1,
         "gradient_clip": 1.0,
     }
-    if spec.get("microbatch"):
-        training["microbatch"] = spec["microbatch"]
-    precision = spec.get("precision", "exact")
-    if "precision" in TrainingConfig.model_fields:
-        training["precision"] = precision
-    elif precision != "exact":
-        raise ValueError(f"this version of endwise has no training.precision, so no {precision}")
     dictionary = {"size": shape.d_sae}
     return RunConfig.build(
         {"site": shape.site, "dictionary": dictionary, "objective": objective, "training": training}, "the benchmark"
@@ -148,11 +140,6 @@ def run_config(spec: dict[str, Any], objective: dict[str, Any]) -> RunConfig:
 def gpt2_of_width(shape: Shape) -> LanguageModel:
     """A model that only lends its sites to an SAE, in memory."""
     return LanguageModel(random_model(shape))
-
-
-def precisions() -> list[str]:
-    """Those that this version of endwise has."""
-    return ["exact", "mixed"] if "precision" in TrainingConfig.model_fields else ["exact"]
 
 
 def bias_shift(rows: Tensor, encoder: Tensor, bias: Tensor, l0: float) -> float:
@@ -243,7 +230,10 @@ class Clock:
             name = "tail backward" if self._in_tail else "SAE backward"
             self._in_tail = False
             return name
-        self._in_tail |= part == "tail forward"
+        if part == "tail forward":
+            if not torch.is_grad_enabled():  # mixed precision: the clean pass's own tail
+                return "clean pass"
+            self._in_tail = True
         return part
 
 

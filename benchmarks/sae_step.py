@@ -4,13 +4,14 @@
     python benchmarks/sae_step.py --peers ours sparsify --python sparsify=/path/to/its/environment/bin/python
     python benchmarks/sae_step.py --rows 64 --d-model 16 --d-sae 128 --l0 5 --seconds 1     # to see that all is there
 
-One environment can hold all five (newest versions on PyPI in 2026; dictionary_learning's own requirements, nnsight
-below 0.4 among them, are not needed for its trainer):
+One environment can hold all five, in the versions that are the newest on PyPI in November 2026; what
+dictionary_learning itself asks for (nnsight below 0.4 among it) its trainer does not need:
 
-    python -m venv bench
-    bench/bin/pip install -c constraints.txt -e . einops fancy_einsum better_abc python-dotenv wandb typeguard beartype
-    bench/bin/pip install -c constraints.txt sae-lens==6.54.12 eai-sparsify==1.3.3
-    bench/bin/pip install --no-deps e2e-sae==2.1.1 dictionary-learning==0.1.0
+    python -m venv .venv-bench
+    .venv-bench/bin/pip install -c constraints.txt -e . accelerate beartype better_abc einops fancy_einsum \\
+        python-dotenv typeguard wandb sae-lens==6.54.12 eai-sparsify==1.3.3
+    .venv-bench/bin/pip install --no-deps e2e-sae==2.1.1 transformer-lens==3.9.0 dictionary-learning==0.1.0
+    .venv-bench/bin/python benchmarks/sae_step.py
 
 Ours has ReLU features at `--l0` active ones; of the others only sparsify's time depends on how many are active (`--k`).
 Everything else as in `versus_reference.py`.

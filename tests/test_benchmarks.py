@@ -237,12 +237,11 @@ def test_a_worker_that_dies_says_how(bench, tmp_path):
     worker.stop()
 
 
-def test_precision_is_passed_on_only_where_there_is_one(bench, gpt2, tmp_path):
-    ours = bench["ours"]
-    fields = ours.TrainingConfig.model_fields
-    training = ours.run_config(spec(gpt2, tmp_path), bench["shapes"].OBJECTIVES["e2e"]).training
-    assert getattr(training, "precision", "exact") == "exact"
-    assert ours.precisions() == (["exact", "mixed"] if "precision" in fields else ["exact"])
-    if "precision" not in fields:
-        with pytest.raises(ValueError, match="no mixed"):
-            ours.run_config(spec(gpt2, tmp_path, precision="mixed"), bench["shapes"].OBJECTIVES["e2e"])
+@pytest.mark.parametrize("precision", ["exact", "mixed"])
+def test_the_tail_runs_in_the_precision_asked_for(bench, gpt2, prepared, precision):
+    side = bench["ours"].Ours()
+    side.build(spec(gpt2, prepared, objective="e2e", precision=precision))
+    assert side.trainees[0].config.precision == precision
+    assert side.tail.dtype == (torch.float32 if precision == "exact" else torch.bfloat16)
+    parts = side.breakdown(1)
+    assert parts["tail forward"] > 0 and parts["tail backward"] > 0
