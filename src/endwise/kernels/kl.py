@@ -17,13 +17,16 @@ CHUNK_ELEMENTS = 1 << 20
 """Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
 GPU_CHUNK_ELEMENTS = 1 << 27
 """The same on a GPU, which needs large products to be busy."""
-LEAST_ROWS = 32
+LEAST_ROWS, ROWS_PER_WIDTH = 32, 1 / 3
+"""Wide hidden states want more rows: each chunk streams the whole unembedding once, and a product of few rows with it
+waits for memory."""
 
 
 def rows_per_chunk(unembedding: Unembedding) -> int:
     """How many rows' logits are held at once."""
-    weight = unembedding.weight
-    return max(LEAST_ROWS, (GPU_CHUNK_ELEMENTS if weight.is_cuda else CHUNK_ELEMENTS) // len(weight))
+    vocab, width = unembedding.weight.shape
+    elements = GPU_CHUNK_ELEMENTS if unembedding.weight.is_cuda else CHUNK_ELEMENTS
+    return max(LEAST_ROWS, round(width * ROWS_PER_WIDTH), elements // vocab)
 
 
 def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
@@ -38,7 +41,7 @@ def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembe
         p = _predictions(unembedding, clean[part], buffers[0])
         q = _predictions(unembedding, spliced[part], buffers[1])
         counts = keep[part].to(p.total.dtype)
-        cross = torch.bmm(p.weights[:, None], p.logits.sub_(q.logits)[..., None])[:, 0, 0]
+        cross = torch.linalg.vecdot(p.weights, p.logits.sub_(q.logits))
         total += ((cross / p.total + q.total.log() - p.total.log()) * counts).sum()
         # Rounded alike on both sides (no fused multiply-add), so that equal states have no gradient at all.
         d_logits = q.weights.mul_((counts / q.total)[:, None]).sub_(p.weights.mul_((counts / p.total)[:, None]))

@@ -1,0 +1,120 @@
+"""How the saving over local depends on training tokens: `python tools/training_length.py --tokens 200000 1000000`.
+
+The paper trains for 400 million tokens, the quickstart for 200 thousand. Each kind is trained at the quickstart's three
+sparsity coefficients for every number of tokens, at two learning rates around its best of learning_rates.md, since
+longer runs may want lower ones. Judged as in the quickstart: L0 relative to local's at equal CE increase, both kinds at
+the rate at which their own L0 × CE increase (geometric mean over the coefficients) is lowest.
+
+Runs lie in `--out` and are taken up where they were left; a page is written from whatever is finished.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from endwise import SAE, RunConfig, load_corpora, load_model, measure, train_together
+from endwise.comparison import Ratio, RunSummary, ratio_to_local
+from endwise.quickstart import COEFFICIENTS, SITE, recipe
+from endwise.run_folder import RunFolder
+
+RATES = {"local": (1.6e-2, 3.2e-2), "e2e": (8e-3, 1.6e-2), "e2e_ds": (8e-3, 1.6e-2)}
+HELDOUT_TOKENS = 100_000
+TARGET = Path(__file__).parents[1] / "docs" / "results" / "training_length.md"
+
+
+def configurations(out: Path, kind: str, tokens: int, rates: Sequence[float]) -> list[RunConfig]:
+    return [
+        _configuration(out, kind, tokens, rate, coefficient)
+        for rate in rates
+        for coefficient in COEFFICIENTS[kind]
+    ]
+
+
+def _configuration(out: Path, kind: str, tokens: int, rate: float, coefficient: float) -> RunConfig:
+    base = recipe(out / f"{tokens}-{kind}-{rate:g}-{coefficient:g}", kind, coefficient, seed=0)
+    training = base.training.model_copy(update={"learning_rate": rate, "tokens": tokens, "checkpoint_every": 200})
+    evaluation = base.evaluation.model_copy(update={"tokens": HELDOUT_TOKENS})
+    return base.model_copy(update={"training": training, "evaluation": evaluation})
+
+
+def train(out: Path, kinds: list[str], tokens: int, rates: Sequence[float] | None) -> None:
+    for kind in kinds:
+        configs = configurations(out, kind, tokens, rates or RATES[kind])
+        started = all(RunFolder(folder).config_file.exists() for config in configs if (folder := config.out))
+        train_together(configs, resume=started, display=sys.stderr.isatty())
+
+
+def finished(out: Path) -> list[RunConfig]:
+    configs = [RunFolder(file.parent).config() for file in sorted(out.glob("*/config.yaml"))]
+    return [config for config in configs if config.out and (config.out / "sae" / "cfg.json").exists()]
+
+
+def summaries(configs: list[RunConfig]) -> list[tuple[RunConfig, RunSummary]]:
+    model = load_model("embedded")
+    first = configs[0]
+    corpora = load_corpora(
+        first.data,
+        tokenizer=model.tokenizer,
+        model_context=model.context,
+        vocab_size=model.vocab_size,
+        training_tokens=first.training.tokens,
+        evaluation_tokens=HELDOUT_TOKENS,
+    )
+    saes = {str(config.out): (model.site(SITE), SAE.load(config.out)) for config in configs if config.out}
+    evaluations = measure(model, saes, corpora.heldout, first.evaluation)
+    return [(config, RunSummary.of(config, evaluations[str(config.out)], 0.0, str(config.out))) for config in configs]
+
+
+def cost(runs: list[RunSummary]) -> float:
+    return float(np.exp(np.mean([np.log(run.l0 * run.ce_increase) for run in runs])))
+
+
+def rows(runs: list[tuple[RunConfig, RunSummary]]) -> Iterator[str]:
+    def settings(run: tuple[RunConfig, RunSummary]) -> tuple[int, int, float]:
+        config = run[0]
+        return config.training.tokens, list(RATES).index(config.objective.kind), config.training.learning_rate
+
+    curves = {key: [run for _, run in group] for key, group in groupby(sorted(runs, key=settings), key=settings)}
+    whole = {key: curve for key, curve in curves.items() if len(curve) == 3}
+    for key, curve in whole.items():
+        tokens, kind, rate = key
+        rivals = {other: cost(whole[other]) for other in whole if other[:2] == (tokens, kind)}
+        mark = "**" if rivals[key] == min(rivals.values()) else ""
+        local = min(
+            (each for each in whole if each[:2] == (tokens, 0)), key=lambda each: cost(whole[each]), default=None
+        )
+        ratio = ""
+        if kind and local is not None:
+            ratio = _percent(ratio_to_local([*whole[local], *curve], curve[0].kind, "l0", "ce_increase", 1000, 12345))
+        points = " | ".join(
+            f"{run.l0:.1f} → {run.ce_increase:+.3f}" for run in sorted(curve, key=lambda run: run.coefficient)
+        )
+        yield f"| {tokens:,} | {curve[0].kind} | {mark}{rate:g}{mark} | {points} | {cost(curve):.1f} | {ratio} |"
+
+
+def _percent(ratio: Ratio) -> str:
+    if ratio.estimate is None:
+        return ratio.reason or ""
+    low, high = ratio.interval or (ratio.estimate, ratio.estimate)
+    return f"{ratio.estimate:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/training_length"))
+    parser.add_argument("--tokens", type=int, nargs="*", default=[])
+    parser.add_argument("--kinds", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", help="instead of the two of each kind")
+    arguments = parser.parse_args()
+    for tokens in arguments.tokens:
+        train(arguments.out, arguments.kinds, tokens, arguments.rates)
+    for row in rows(summaries(finished(arguments.out))):
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
