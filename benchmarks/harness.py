@@ -209,7 +209,7 @@ class Side(ABC):
             anew = True
         except OSError:
             anew = False
-        return {"before": resident("VmRSS") / GIB, "counted_from_first_step": anew}
+        return {"before": resident("VmRSS") / GIB, "peak_counted_anew": anew}
 
     def peak_memory(self) -> float:
         """GiB."""

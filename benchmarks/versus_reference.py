@@ -149,6 +149,8 @@ class Contest:
                 workers[str(side)] = Worker(side.script, worker_environment(self.settings.threads, side.tuned))
             self._build(objective, group, workers, result)
             self._first_steps(group, workers, result)
+            for worker in workers.values():
+                worker.call("begin_memory")  # the peak is that of ordinary steps, not of the check
             timings, failed = time_in_turn(workers, self.settings.seconds, cores())
             self._note_failures(failed, workers, result)
             for name, timing in timings.items():
