@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from endwise import LanguageModel, RunConfig, measure, train
+from endwise import LanguageModel, RunConfig, measure, train, training
 from endwise.errors import ConfigError
 from endwise.training import new_trainee, tail_model, take_step
 from small_gpt2 import SITE, recipe, small_corpora, small_model, write_tokens
 
+pytestmark = pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 BAND, CE_BAND = 0.05, 0.01
 """Largest difference at the end of a run: relative, of L0 and KL; in nats, of the CE increase (which is near 0 here,
 where text is random)."""
@@ -84,3 +85,13 @@ def test_exact_refuses_half_precision(tmp_path, corpora):
     with pytest.raises(ConfigError, match="exact"):
         train(recipe(tmp_path / "run"), model=half, corpora=corpora, display=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_processor_without_bfloat16_is_told_of(tmp_path, monkeypatch):
+    mixed = recipe(tmp_path, precision="mixed").training
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="exact"):
+        tail_model(small_model(), mixed)
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: True)
+    tail_model(small_model(), mixed)

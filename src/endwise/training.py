@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +19,7 @@ from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError, 
 from endwise.evaluation import measure
 from endwise.files import write_json
 from endwise.group import Group, Member, Run
+from endwise.kernels import has_fast_bfloat16
 from endwise.language_model import Clean, LanguageModel
 from endwise.model_loading import find_device, load_model
 from endwise.objectives import build_objective
@@ -280,7 +282,15 @@ def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
         ConfigError: exact precision is asked of a model in half precision.
     """
     if model.dtype in (torch.float32, torch.float64):
-        return model.in_bfloat16() if config.precision == "mixed" else model
+        if config.precision == "exact":
+            return model
+        if model.device.type == "cpu" and not has_fast_bfloat16(model.device):
+            warnings.warn(
+                "training.precision=mixed on a processor that does not multiply bf16 matrices in hardware is many "
+                "times slower than training.precision=exact.",
+                stacklevel=2,
+            )
+        return model.in_bfloat16()
     if config.precision == "exact":
         raise ConfigError(
             f"training.precision is exact, which needs a model in float32, but {model.name} is in {model.dtype}. "

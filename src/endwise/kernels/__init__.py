@@ -9,8 +9,19 @@ import torch
 
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import Divergence, Found, Kernels, Pairs, Unembedding
+from endwise.kernels.screen import has_fast_bfloat16
 
-__all__ = ["Divergence", "Found", "Kernels", "Pairs", "Unembedding", "kernels_for", "register", "registered"]
+__all__ = [
+    "Divergence",
+    "Found",
+    "Kernels",
+    "Pairs",
+    "Unembedding",
+    "has_fast_bfloat16",
+    "kernels_for",
+    "register",
+    "registered",
+]
 
 _EAGER = EagerKernels()
 _BY_DEVICE: dict[str, Kernels] = {}
