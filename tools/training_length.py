@@ -49,8 +49,14 @@ def train(out: Path, kinds: list[str], tokens: int, rates: Sequence[float] | Non
 
 
 def finished(out: Path) -> list[RunConfig]:
-    configs = [RunFolder(file.parent).config() for file in sorted(out.glob("*/config.yaml"))]
-    return [config for config in configs if config.out and (config.out / "sae" / "cfg.json").exists()]
+    folders = [RunFolder(file.parent) for file in sorted(out.glob("*/config.yaml"))]
+    return [folder.config() for folder in folders if _is_finished(folder)]
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    lines = folder.metrics() if folder.metrics_file.exists() else []
+    training = folder.config().training
+    return bool(lines) and "heldout" in lines[-1] and 2 * lines[-1]["tokens"] > training.tokens
 
 
 def summaries(configs: list[RunConfig]) -> list[tuple[RunConfig, RunSummary]]:
