@@ -5,7 +5,7 @@ sparsity coefficients for every number of tokens, at two learning rates around i
 longer runs may want lower ones. Judged as in the quickstart: L0 relative to local's at equal CE increase, both kinds at
 the rate at which their own L0 × CE increase (geometric mean over the coefficients) is lowest.
 
-Runs lie in `--out` and are taken up where they were left; a page is written from whatever is finished.
+Runs lie in `--out` and are taken up where they were left; the table of whatever is finished is printed at the end.
 """
 
 import argparse
@@ -16,21 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from endwise import SAE, RunConfig, load_corpora, load_model, measure, train_together
+from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
 from endwise.comparison import Ratio, RunSummary, ratio_to_local
 from endwise.quickstart import COEFFICIENTS, SITE, recipe
 from endwise.run_folder import RunFolder
 
 RATES = {"local": (1.6e-2, 3.2e-2), "e2e": (8e-3, 1.6e-2), "e2e_ds": (8e-3, 1.6e-2)}
 HELDOUT_TOKENS = 100_000
-TARGET = Path(__file__).parents[1] / "docs" / "results" / "training_length.md"
 
 
 def configurations(out: Path, kind: str, tokens: int, rates: Sequence[float]) -> list[RunConfig]:
     return [
-        _configuration(out, kind, tokens, rate, coefficient)
-        for rate in rates
-        for coefficient in COEFFICIENTS[kind]
+        _configuration(out, kind, tokens, rate, coefficient) for rate in rates for coefficient in COEFFICIENTS[kind]
     ]
 
 
@@ -62,14 +59,7 @@ def _is_finished(folder: RunFolder) -> bool:
 def summaries(configs: list[RunConfig]) -> list[tuple[RunConfig, RunSummary]]:
     model = load_model("embedded")
     first = configs[0]
-    corpora = load_corpora(
-        first.data,
-        tokenizer=model.tokenizer,
-        model_context=model.context,
-        vocab_size=model.vocab_size,
-        training_tokens=first.training.tokens,
-        evaluation_tokens=HELDOUT_TOKENS,
-    )
+    corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=HELDOUT_TOKENS)
     saes = {str(config.out): (model.site(SITE), SAE.load(config.out)) for config in configs if config.out}
     evaluations = measure(model, saes, corpora.heldout, first.evaluation)
     return [(config, RunSummary.of(config, evaluations[str(config.out)], 0.0, str(config.out))) for config in configs]

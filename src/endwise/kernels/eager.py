@@ -17,8 +17,9 @@ from endwise.kernels.screen import Screen, has_fast_bfloat16
 CHUNK_ELEMENTS = 1 << 23
 """Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32. Fewer rows would slow the matrix product
 down, more would hold memory for nothing."""
-PROBE_ROWS = 32
-"""Rows after which an encoder that is far too active for sparse latents is recognised."""
+PROBE_ROWS, EXCESS = 32, 1.25
+"""Rows after which an encoder that is too active for sparse latents is first recognised, and by how much it must be so:
+going on to the end, only to start again the dense way, costs more than a rare wrong guess."""
 
 
 class EagerKernels(Kernels):
@@ -33,7 +34,7 @@ class EagerKernels(Kernels):
             places.append(where + start * len(weight))
             values.append(value)
             found, start = found + len(where), start + len(rows)
-            if found > limit or found * len(x) > 2 * limit * start:
+            if found > limit or found * len(x) > EXCESS * limit * start:
                 return None
         flat = torch.cat(places)
         row_starts = torch.searchsorted(flat, torch.arange(len(x), device=x.device) * len(weight))
