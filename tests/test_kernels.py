@@ -69,6 +69,7 @@ def test_no_pairs_at_all(kernels):
 @pytest.mark.parametrize("bias", [-2.0, -1e6, 0.0])
 def test_active_finds_every_positive_place_in_order(kernels, chunk, bias, monkeypatch):
     monkeypatch.setattr(eager_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(eager_module, "MOST_ELEMENTS", chunk)
     x, weight, b = draw(N, D), draw(F, D, seed=1), bias + draw(F, seed=2)
     expected = torch.relu(x @ weight.T + b)
     found = kernels.active(x, weight, b, limit=N * F)

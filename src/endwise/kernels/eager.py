@@ -14,9 +14,9 @@ from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, 
 from endwise.kernels.kl import chunked_kl
 from endwise.kernels.screen import Screen, has_fast_bfloat16
 
-CHUNK_ELEMENTS = 1 << 23
-"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32. Fewer rows would slow the matrix product
-down, more would hold memory for nothing."""
+CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
+"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32, up to 128 MiB for wide activations, whose
+product is slow with few rows."""
 PROBE_ROWS, EXCESS = 32, 1.25
 """Rows after which an encoder that is too active for sparse latents is first recognised, and by how much it must be so:
 going on to the end, only to start again the dense way, costs more than a rare wrong guess."""
@@ -24,7 +24,8 @@ going on to the end, only to start again the dense way, costs more than a rare w
 
 class EagerKernels(Kernels):
     def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int) -> Found | None:
-        size = max(PROBE_ROWS, CHUNK_ELEMENTS // len(weight))
+        d_sae, width = weight.shape
+        size = max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae))
         screened = x.dtype == torch.float32 and has_fast_bfloat16(x.device)
         positive = _screened(weight, bias) if screened else _dense(weight, bias, min(size, len(x)))
         places, values, found, start = [], [], 0, 0
