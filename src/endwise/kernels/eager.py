@@ -15,8 +15,8 @@ from endwise.kernels.kl import chunked_kl
 from endwise.kernels.screen import Screen, has_fast_bfloat16
 
 CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
-"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32, up to 128 MiB for wide activations, whose
-product is slow with few rows."""
+"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
+whose product is slow with few rows."""
 PROBE_ROWS, EXCESS = 32, 1.25
 """Rows after which an encoder that is too active for sparse latents is first recognised, and by how much it must be so:
 going on to the end, only to start again the dense way, costs more than a rare wrong guess."""
