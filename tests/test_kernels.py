@@ -87,6 +87,19 @@ def test_active_gives_up_beyond_its_limit(kernels):
     assert kernels.active(x, weight, b, limit=0) is None
 
 
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("kernels", cases())
+def test_what_is_not_a_number_stays_visible(kernels, screened, monkeypatch):
+    """Dense latents would be NaN there, and stop the run."""
+    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: screened)
+    x, weight = draw(N, D, dtype=torch.float32), draw(F, D, seed=1, dtype=torch.float32)
+    x[3, 2] = float("nan")
+    found = kernels.active(x, weight, draw(F, seed=2, dtype=torch.float32) - 9, limit=N * F)
+    assert found.pairs.features[found.pairs.rows == 3].tolist() == list(range(F))
+    assert found.values[found.pairs.rows == 3].isnan().all()
+    assert not found.values[found.pairs.rows != 3].isnan().any()
+
+
 def test_a_device_without_kernels_of_its_own_gets_the_eager_ones():
     assert kernels_for(torch.device("meta")) is registered()["eager"]
 

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
 from endwise.kernels.kl import chunked_kl
-from endwise.kernels.screen import Screen, has_fast_bfloat16
+from endwise.kernels.screen import Screen, has_fast_bfloat16, places_above_zero
 
 CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
 """Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
@@ -62,7 +62,7 @@ def _dense(weight: Tensor, bias: Tensor, most_rows: int) -> Positive:
 
     def positive(rows: Tensor) -> tuple[Index, PerPair]:
         product = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)]).view(-1)
-        where = (product > 0).nonzero()[:, 0]
+        where = places_above_zero(product)
         return where, product[where]
 
     return positive
@@ -76,7 +76,7 @@ def _screened(weight: Tensor, bias: Tensor) -> Positive:
         row_of, features = where // len(weight), where % len(weight)
         starts = torch.searchsorted(row_of, torch.arange(len(rows), device=rows.device))
         exact = _dot_products(weight, features, rows, starts, row_of) + bias[features]
-        kept = (exact > 0).nonzero()[:, 0]
+        kept = places_above_zero(exact)
         return where[kept], exact[kept]
 
     return positive

@@ -83,7 +83,7 @@ class Kernels(ABC):
         bias: Float[Tensor, " d_sae"],
         limit: int,
     ) -> Found | None:
-        """Where `x·weightᵀ + bias > 0`, with the values there; None if there are more than `limit` such places."""
+        """Where `x·weightᵀ + bias` is above 0 or NaN, with the values there; None if at more than `limit` places."""
 
     @abstractmethod
     def weighted_sums(

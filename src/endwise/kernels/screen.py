@@ -41,7 +41,12 @@ class Screen:
     def candidates(self, x: Float[Tensor, "n d_model"]) -> Index:
         """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be positive; it is at no other."""
         norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
-        return ((_widened(x, norms, torch.ones_like(norms)) @ self.weight.T) > 0).view(-1).nonzero()[:, 0]
+        return places_above_zero((_widened(x, norms, torch.ones_like(norms)) @ self.weight.T).view(-1))
+
+
+def places_above_zero(numbers: Float[Tensor, " places"]) -> Index:
+    """Ascending. NaN counts as above, so that it stays in the latents and stops a run, as it would in dense ones."""
+    return (numbers <= 0).logical_not_().nonzero()[:, 0]
 
 
 def _widened(vectors: Tensor, *columns: Tensor) -> Tensor:
