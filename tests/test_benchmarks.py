@@ -237,6 +237,7 @@ def test_a_worker_that_dies_says_how(bench, tmp_path):
     worker.stop()
 
 
+@pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 @pytest.mark.parametrize("precision", ["exact", "mixed"])
 def test_the_tail_runs_in_the_precision_asked_for(bench, gpt2, prepared, precision):
     side = bench["ours"].Ours()
