@@ -103,10 +103,10 @@ class LanguageModel:
     def in_bfloat16(self) -> "LanguageModel":
         """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is."""
         copied = copy.deepcopy(self.model)
-        kept = {name for name, _ in copied.named_buffers()} - copied.state_dict().keys()
-        buffers = [buffer for name, buffer in copied.named_buffers() if name not in kept and buffer.is_floating_point()]
-        for tensor in (*copied.parameters(), *buffers):  # not rotary tables and their like, which stay in fp32
-            tensor.data = tensor.data.to(torch.bfloat16)
+        stored = copied.state_dict().keys()
+        for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+            if name in stored and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
+                tensor.data = tensor.data.to(torch.bfloat16)
         return LanguageModel(copied, self.tokenizer, self.name)
 
     @property
