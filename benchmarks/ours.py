@@ -17,9 +17,10 @@ import endwise
 from endwise.language_model import LanguageModel
 from endwise.readout import Readout
 from endwise.run_config import RunConfig
+from endwise.step import tail_model, take_step
 from endwise.tokens import TokenBatch
 from endwise.trainee import Trainee
-from endwise.training import new_trainee, tail_model, take_step
+from endwise.training import new_trainee
 from harness import Side, serve
 from shapes import LEARNING_RATE, OBJECTIVES, STEPS, Shape, random_model
 

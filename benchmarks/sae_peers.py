@@ -52,8 +52,9 @@ class Endwise(Peer):
 
     def make(self, spec: dict[str, Any]) -> None:
         from endwise.language_model import Clean
+        from endwise.step import take_step
         from endwise.tokens import TokenBatch
-        from endwise.training import new_trainee, take_step
+        from endwise.training import new_trainee
         from ours import bias_shift, gpt2_of_width, run_config
         from shapes import OBJECTIVES, Shape
 

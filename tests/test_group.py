@@ -14,10 +14,11 @@ import torch
 import endwise.training as training
 from endwise import SAE, train, train_together
 from endwise.checkpoints import read_checkpoint
-from endwise.errors import Interrupted, TrainingStopped
-from endwise.group import SomeFailed
+from endwise.errors import DataError, Interrupted, OutOfMemory, RunFolderError, TrainingStopped
+from endwise.group import Member, SomeFailed
 from endwise.language_model import LanguageModel
 from endwise.run_folder import RunFolder
+from endwise.step import take_step
 from endwise.trainee import Trainee
 from small_gpt2 import recipe, small_corpora, small_model, write_tokens
 
@@ -56,7 +57,8 @@ def assert_same(run, other):
     kept, expected = (read_checkpoint(folder.latest_checkpoint()) for folder in (ours, theirs))
     assert kept.state == expected.state and kept.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
-        assert torch.equal(kept.tensors[name], tensor), name
+        # The generators that all code shares start from the first member's seed, and nothing here draws from them.
+        assert name.startswith("random.") or torch.equal(kept.tensors[name], tensor), name
     assert torch.equal(SAE.load(run.folder).W_dec, SAE.load(other.folder).W_dec)
 
 
@@ -124,14 +126,14 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
     assert_others_finished(error, alone, kind)
     monkeypatch.undo()
     checkpoint = read_checkpoint(failure.checkpoint)
-    assert checkpoint.state == {"step": 4, "tokens": 4 * 32}
+    assert checkpoint.state["step"] == 4 and checkpoint.state["tokens"] == 4 * 32
     config = three(tmp_path / "first steps")[failing]
     trainee = training.new_trainee(config, model, steps=20)
     order = training.BatchOrder(corpora.train, 4, 0, 1)
     for step in range(4):
-        training.take_step(model, [trainee], corpora.train.batch(order[step]))
-    for name, tensor in trainee.tensors().items():
-        assert torch.equal(checkpoint.tensors[name], tensor), name
+        take_step(model, [trainee], corpora.train.batch(order[step]))
+    for name, tensor in trainee.checkpoint().tensors.items():
+        assert name.startswith("random.") or torch.equal(checkpoint.tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("step", [0, 2, 19])
@@ -158,14 +160,14 @@ def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone,
 
 
 def test_a_folder_that_cannot_take_the_finished_sae(model, corpora, alone, tmp_path, monkeypatch):
-    write = training.Member.write
+    write = Member.write
 
     def full(self):
         if self.folder.path.name == "local" and self.trainee.step == 20:
-            raise training.RunFolderError("Cannot write it. Free space on that disk.")
+            raise RunFolderError("Cannot write it. Free space on that disk.")
         write(self)
 
-    monkeypatch.setattr(training.Member, "write", full)
+    monkeypatch.setattr(Member, "write", full)
     _, error = together(model, corpora, tmp_path, "local")
     assert_others_finished(error, alone, "local")
 
@@ -178,7 +180,7 @@ def test_running_out_of_memory_ends_ones_own_run_only(model, corpora, tmp_path, 
     (failure,) = error.failures
     # An optimiser may have been half-way through the weights, so that only the checkpoint of step 6 is trusted.
     assert read_checkpoint(failure.checkpoint).state["step"] == (7 if method == "accumulate" else 6)
-    assert "after step 7, OutOfMemoryError: CUDA out of memory. Tried to allocate" in str(error)
+    assert "Out of memory (CUDA out of memory. Tried to allocate" in str(error)
     assert error.__cause__ is failure.error
     monkeypatch.undo()
     configs = [c for c in three(tmp_path / "alone", accumulation=accumulation) if c.objective.kind != "e2e"]
@@ -209,7 +211,7 @@ def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, al
 
     def fails(model, saes, *arguments, **named):
         if str(tmp_path / "e2e") in saes:
-            raise training.DataError("A metric is NaN or infinite on some held-out sequence.")
+            raise DataError("A metric is NaN or infinite on some held-out sequence.")
         return measure(model, saes, *arguments, **named)
 
     monkeypatch.setattr(training, "measure", fails)
@@ -241,7 +243,7 @@ def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path
         return clean(self, *arguments, **named)
 
     monkeypatch.setattr(LanguageModel, "clean", fails)
-    with pytest.raises(MemoryError, match="no memory for the clean pass"):
+    with pytest.raises(OutOfMemory, match=r"no memory for the clean pass.*training\.microbatch.*e2e_ds"):
         train_together(three(tmp_path), model=model, corpora=corpora, display=False)
     for config in three(tmp_path):
         assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 5
@@ -250,7 +252,7 @@ def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path
 def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tmp_path, monkeypatch):
     fail_at(monkeypatch, "accumulate", "local", 3, out_of_memory)
     fail_at(monkeypatch, "finish_step", "e2e_ds", 9, lambda _: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"saved at step 10.*--resume.*Failed before: .*OutOfMemoryError"):
+    with pytest.raises(Interrupted, match=r"saved at step 10.*--resume.*Failed before: .*Out of memory"):
         train_together(three(tmp_path), model=model, corpora=corpora, display=False)
     monkeypatch.undo()
     left = three(tmp_path)[1:]
@@ -280,7 +282,7 @@ def test_a_failure_is_told_at_once(model, corpora, tmp_path, monkeypatch, capfd)
     with pytest.raises(SomeFailed):
         train_together(three(tmp_path), model=model, corpora=corpora)
     (line,) = told[0].splitlines()
-    assert line.startswith(f"failed: {tmp_path / 'local'}: after step 3, OutOfMemoryError: CUDA out of memory.")
+    assert line.startswith(f"failed: {tmp_path / 'local'}: Out of memory (CUDA out of memory.")
 
 
 def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypatch):

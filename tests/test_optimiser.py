@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from endwise import LanguageModel
 from endwise.schedule import rate_factor
+from endwise.step import take_step
 from endwise.tokens import TokenBatch
-from endwise.training import new_trainee, take_step
+from endwise.training import new_trainee
 from small_gpt2 import LAYERS, VOCAB, recipe, small_model
 
 STEPS, LAYER = 50, 1

@@ -22,8 +22,9 @@ from endwise.evaluation import residuals_after
 from endwise.objectives import later_residuals
 from endwise.run_folder import RunFolder
 from endwise.schedule import rate_factor
+from endwise.step import take_step
 from endwise.trainee import Trainee
-from endwise.training import new_trainee, take_step
+from endwise.training import new_trainee
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
 
 
@@ -212,7 +213,8 @@ def test_masked_positions_leave_no_trace(model, corpora, tmp_path):
         numbers = trainee.report()
         assert numbers["l0"] > 0
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_alive_counts_a_window_of_tokens(model, corpora, tmp_path):
@@ -299,10 +301,10 @@ def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypat
     import endwise.training as module
 
     def fails(*arguments, **options):
-        raise MemoryError("no memory for the evaluation")
+        raise ArithmeticError("no number for the evaluation")
 
     monkeypatch.setattr(module, "measure", fails)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ArithmeticError):
         train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
     folder = RunFolder(tmp_path / "run")
     assert read_checkpoint(folder.latest_checkpoint()).state["step"] == 20

@@ -1,22 +1,27 @@
-"""Checkpoints: one safetensors file with the tensors, and the counters as JSON in its header.
+"""Checkpoints: one safetensors file with the tensors; the counters as JSON, and a checksum of both, in its header.
 
-A checkpoint holds the *raw* decoder (training on from unit columns would be a different run), the optimiser's moments
-and every counter. Nothing in it can execute code.
+A checkpoint holds all that a run goes on from: the *raw* decoder (training on from unit columns would be a different
+run), the optimiser's moments, the states of the random generators and every counter. Nothing in it can execute code.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from endwise.errors import FormatError
-from endwise.files import write_atomic
+from endwise.files import replacing
+
+STATE, CHECKSUM = "endwise", "sha256"
+"""Keys of the header."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,18 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(contiguous, metadata={"endwise": json.dumps(dict(state), allow_nan=False)}))
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written; no file, or the old one, is at `path`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    state = json.dumps(checkpoint.state, allow_nan=False)
+    with replacing(path) as partial:
+        try:
+            save_file(tensors, partial, metadata={STATE: state, CHECKSUM: checksum(tensors, state)})
+        except SafetensorError as error:  # of a disk that is full, among others
+            raise OSError(str(error)) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -37,12 +51,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["endwise"])
-            return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FormatError(
-            f"{path} is not a whole checkpoint ({error}). Remove it to go on from the one before."
-        ) from None
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        state, expected = header[STATE], header[CHECKSUM]
+        found = checksum(tensors, state)
+        if found != expected:
+            raise FormatError(f"{path} was altered: its content has the checksum {found:.16}, not {expected:.16}.")
+        return Checkpoint(tensors, json.loads(state))
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from None
+
+
+def checksum(tensors: Mapping[str, Tensor], state: str) -> str:
+    """SHA-256 of the state and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The command line. Every command is a thin door to one function; torch is imported only behind it."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -36,7 +37,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"endwise: {message}", err=True)
+    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    typer.echo(f"endwise{process}: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -78,9 +80,17 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning."),
+    ] = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Go on with the recipe's run if it was started before.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train one SAE as a recipe says, or go on with an interrupted run."""
+    """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes."""
+    from endwise.distributed import is_first_process
     from endwise.errors import ConfigError
     from endwise.recipes import find_recipe
     from endwise.run_config import RunConfig
@@ -89,13 +99,17 @@ def train(
 
     if (recipe is None) == (resume is None):
         raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
+    if from_step is not None and resume is None:
+        raise ConfigError("--from-step needs --resume RUN, the run whose checkpoint it names.")
     if resume is not None:
         config = RunFolder.open(resume).config().model_copy(update={"out": resume})
     else:
         config = RunConfig.read(find_recipe(recipe or ""), overrides)
-    result = run(config, resume=resume is not None, display=not quiet)
-    typer.echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
-    typer.echo(f"Next: endwise evaluate {result.folder}")
+    going_on = resume is not None or ("if_started" if or_resume else False)
+    result = run(config, resume=going_on, from_step=from_step, display=not quiet)
+    if is_first_process():
+        typer.echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+        typer.echo(f"Next: endwise evaluate {result.folder}")
 
 
 @app.command()

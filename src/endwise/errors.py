@@ -7,9 +7,13 @@
     ├── DataError          a corpus is missing, empty, too short, or not what the recipe says
     ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
-    └── TrainingStopped    training cannot go on (a loss is not finite); what was saved is named
+    └── TrainingStopped    training cannot go on; what was saved is named
+        ├── NotFinite      a loss or a gradient is NaN or infinite
+        ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
         ├── SomeFailed     some of the SAEs trained together; it carries those that finished (in `group`)
-        └── Interrupted    the user asked to stop; the state is saved
+        ├── Interrupted    the user asked to stop; the state is saved
+        ├── ProcessLost    of several processes that train one run, another is gone
+        └── ElsewhereFailed  another process failed at what all do, and tells why
 
 Every message states the rule, the value given and what to do next. The command line prints the message alone, without
 a traceback, and exits with the class's `exit_code`.
@@ -50,3 +54,31 @@ class TrainingStopped(EndwiseError):
 
 class Interrupted(TrainingStopped):
     exit_code = 130
+
+
+class NotFinite(TrainingStopped):
+    pass
+
+
+class OutOfMemory(TrainingStopped):
+    pass
+
+
+class ProcessLost(TrainingStopped):
+    pass
+
+
+class ElsewhereFailed(TrainingStopped):
+    pass
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
+    """An allocation's failure as an error that says what to do; None for any other error."""
+    told = " ".join(str(error).split())
+    if not (isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told):
+        return None
+    return OutOfMemory(
+        f"Out of memory ({told[:200] or 'MemoryError'}). Lower training.microbatch (the spliced pass, which e2e spends "
+        "most on) or raise training.accumulation (all activations), neither of which changes what is learnt; or lower "
+        "training.batch, dictionary.size, or how many SAEs train together. endwise plan shows what takes how much."
+    )

@@ -7,6 +7,7 @@ and what paired comparisons between runs are made of.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn.functional import layer_norm
 
 from endwise.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
+from endwise.distributed import ALONE, World
 from endwise.errors import ConfigError
 from endwise.language_model import Clean, LanguageModel, Spliced
 from endwise.objectives import later_residuals, squared_error
@@ -104,11 +106,13 @@ def measure(
     config: EvaluationConfig,
     *,
     baselines: bool = True,
+    world: World = ALONE,
 ) -> dict[str, Evaluation]:
     """Evaluates every SAE on the first `config.tokens` tokens of the held-out corpus.
 
     Args:
         baselines: also measure the site at its mean and at zero; without, those two are NaN.
+        world: the processes that share the work; each of them gets the whole result.
 
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
@@ -117,13 +121,13 @@ def measure(
     if not sequences:
         raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
     sites = sorted({site for site, _ in saes.values()})
-    means = _site_means(model, sites, corpus, config, sequences)
+    means = _site_means(model, sites, corpus, config, sequences, world)
     collected = {name: _Collector() for name in saes}
     ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(s for group in later.values() for s in group)}
-    with torch.no_grad():
-        for batch in _batches(corpus, config.batch, sequences, model.device):
+    with world.together("evaluating"), torch.no_grad():
+        for batch in _batches(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
             passes: dict[str | tuple[Site, str], _SplicedPass] = {}
             for name, (site, sae) in saes.items():
@@ -141,6 +145,8 @@ def measure(
             for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
                 collector = collected[key] if isinstance(key, str) else ablations[key]
                 collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
+    for collector in (*collected.values(), *ablations.values()):
+        collector.merge(world)
     return {name: _summarise(site, sae, collected[name], ablations, config) for name, (site, sae) in saes.items()}
 
 
@@ -174,6 +180,18 @@ class _Collector:
         self._fired = fired if self._fired is None else self._fired | fired
         self.add({"l0": (latents.l0() * mask).sum(-1)})
 
+    def merge(self, world: World) -> None:
+        """Brings together what the processes collected, in the order of the batches, which they took in turns."""
+        if world.size == 1:
+            return
+        fired = None if self._fired is None else self._fired.cpu()
+        gathered = world.gather((self._parts, fired))
+        for name in gathered[0][0]:
+            turns = zip_longest(*(parts.get(name, []) for parts, _ in gathered))
+            self._parts[name] = [part for turn in turns for part in turn if part is not None]
+        everywhere = [each for _, each in gathered if each is not None]
+        self._fired = torch.stack(everywhere).any(0) if everywhere else None
+
     def alive(self) -> int:
         return 0 if self._fired is None else int(self._fired.sum())
 
@@ -181,8 +199,9 @@ class _Collector:
         return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
 
 
-def _batches(corpus: Corpus, size: int, sequences: int, device: torch.device) -> Iterator[TokenBatch]:
-    for start in range(0, sequences, size):
+def _batches(corpus: Corpus, size: int, sequences: int, device: torch.device, world: World) -> Iterator[TokenBatch]:
+    """This process's batches: every process takes its turn."""
+    for start in range(world.rank * size, sequences, world.size * size):
         yield corpus.batch(range(start, min(start + size, sequences))).to(device)
 
 
@@ -192,17 +211,19 @@ def _normed(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _site_means(
-    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: int
+    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: int, world: World
 ) -> dict[Site, _Means]:
     totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
-    count = 0
-    for batch in _batches(corpus, config.batch, sequences, model.device):
-        clean = model.clean(batch.tokens, record=sites)
-        count += int(batch.mask.sum())
-        for site, (raw, normed) in totals.items():
-            kept = clean.activations[site][batch.mask].float()
-            raw += kept.sum(0, dtype=torch.float64).cpu()
-            normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
+    count = torch.zeros((), dtype=torch.int64)
+    with world.together("evaluating"):
+        for batch in _batches(corpus, config.batch, sequences, model.device, world):
+            clean = model.clean(batch.tokens, record=sites)
+            count += batch.mask.sum().cpu()
+            for site, (raw, normed) in totals.items():
+                kept = clean.activations[site][batch.mask].float()
+                raw += kept.sum(0, dtype=torch.float64).cpu()
+                normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
+    world.add([count, *(total for pair in totals.values() for total in pair)])
     return {
         site: _Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
     }

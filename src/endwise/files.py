@@ -1,37 +1,69 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and a loss of power never costs the old one."""
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from endwise.errors import RunFolderError
 
+PARTIAL = ".partial"
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes to a neighbour, flushes it to the disk and renames it over `path`.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A neighbour of `path` to write to, which at the end is flushed to the disk and renamed over it.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; `path` keeps its old content.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        flush(partial)
         partial.replace(path)
+        flush(path.parent)
     except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise RunFolderError(
-            f"Cannot write {path} ({error.strerror or error}). Free space on that disk or choose another folder; "
-            "files already there are untouched."
-        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Puts `content` in the place of what `path` held (see `replacing`)."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def cannot_write(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"Cannot write {path} ({error.strerror or error}). Free space on that disk or choose another folder; "
+        "files already there are untouched."
+    )
+
+
+def flush(path: Path) -> None:
+    """Returns once the disk has what was written to a file, or which names a folder holds."""
+    if os.name == "nt" and path.is_dir():  # where a folder cannot be opened, names are flushed with their files
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what processes that were killed left half-written, in a folder that no other process writes to."""
+    for partial in folder.rglob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            partial.unlink()

@@ -3,14 +3,23 @@
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
 from endwise.checkpoints import write_checkpoint
 from endwise.dictionaries import SAE
-from endwise.errors import DataError, EndwiseError, TrainingStopped
+from endwise.distributed import World
+from endwise.errors import (
+    DataError,
+    ElsewhereFailed,
+    EndwiseError,
+    NotFinite,
+    ProcessLost,
+    TrainingStopped,
+    out_of_memory,
+)
 from endwise.progress import Display
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
@@ -78,14 +87,18 @@ class Member:
     trainee: Trainee
     folder: RunFolder
     metadata: dict[str, Any]
+    writes: bool = True
+    """Of several processes that train it, the first alone writes."""
     seconds: float = 0.0
     """Its share of the wall-clock so far."""
+    seconds_before: float = 0.0
+    """Wall-clock of the run before this process took it up."""
 
     def save(self) -> None:
         """Writes the SAE as it is used, and what training goes on from.
 
         Raises:
-            TrainingStopped: a number was not finite at some step since the last report; nothing is written.
+            NotFinite: a number was not finite at some step since the last report; nothing is written.
             RunFolderError: the folder cannot be written.
         """
         self.trainee.report()
@@ -93,18 +106,21 @@ class Member:
 
     def save_last_good(self) -> None:
         """As `save`, but where a number was not finite, the state before that step."""
-        with suppress(TrainingStopped):
+        with suppress(NotFinite):
             self.trainee.report()
         self.write()
 
     def write(self) -> None:
         """As `save`, of a trainee that has just reported."""
-        trainee, folder = self.trainee, self.folder
+        if not self.writes:
+            return
+        trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
         metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
         trainee.sae.save(folder.sae, metadata)
-        path = folder.checkpoints / f"step-{trainee.step:09d}.safetensors"
-        write_checkpoint(path, trainee.tensors(), trainee.counters())
-        folder.drop_old_checkpoints()
+        checkpoint = trainee.checkpoint()
+        state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position()}
+        write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
+        folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
 
 
 class Group:
@@ -116,6 +132,7 @@ class Group:
 
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = list(members)
+        self._folders = [member.folder.path for member in self.members]
         self.failures: list[Failure] = []
         self._alone = len(self.members) == 1
         self._shared = 0.0
@@ -131,6 +148,8 @@ class Group:
         for member in tuple(self.members if members is None else members):
             try:
                 act(member)
+            except ProcessLost:
+                raise
             except Exception as error:  # noqa: BLE001  Whatever it is, it concerns this member alone.
                 self.end(member, error)
 
@@ -149,12 +168,16 @@ class Group:
         """
         self.share_time()
         self.members.remove(member)
-        if not self._alone:
+        if (named := out_of_memory(error)) is not None:
+            _release(error)
+            named.__notes__ = error.__notes__
+            error = named
+        elif not self._alone:
             _release(error)
         member.trainee.optimizer.zero_grad(set_to_none=True)
         if whole:
             with suppress(Exception):  # a full disk, for one, is what it failed of
-                if isinstance(error, TrainingStopped):  # it comes from a report, which went back to the last good state
+                if isinstance(error, NotFinite):  # it comes from a report, which went back to the last good state
                     member.write()
                 else:
                     member.save_last_good()
@@ -167,15 +190,33 @@ class Group:
         elif not self._alone:
             raise SomeFailed(self.failures, []) from error
         elif isinstance(error, TrainingStopped | DataError):
-            raise TrainingStopped(f"{error} {failure.kept}") from None
+            kind = type(error) if isinstance(error, TrainingStopped) else TrainingStopped
+            raise kind(f"{error} {failure.kept}") from None
         else:
             raise error
+
+    def agree(self, world: World, stop: bool) -> bool:
+        """Lets go of those that failed in another process; whether any process was asked to stop.
+
+        Raises:
+            TrainingStopped: see `each`.
+        """
+        here = {member.folder.path: member for member in self.members}
+        stop, *gone = world.any([stop, *(folder not in here for folder in self._folders)])
+        for folder, is_gone in zip(self._folders, gone, strict=True):
+            if is_gone and folder in here:
+                self.end(here[folder], ElsewhereFailed("It failed in another process, which tells why."))
+        return stop
 
     def save_what_can_be(self) -> None:
         """Every member's last good state, where it can be written; for when an error ends them all."""
         for member in self.members:
             with suppress(Exception):
                 member.save_last_good()
+
+    def kept(self) -> str:
+        """Where the last good state is."""
+        return f"The last good state is saved in {', '.join(str(member.folder.path) for member in self.members)}."
 
     def share_time(self) -> None:
         """Shares the wall-clock since the last call equally among those who spent it."""

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from endwise import embedded
+from endwise.distributed import local_rank
 from endwise.errors import ConfigError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
@@ -32,7 +33,7 @@ def load_model(
         gguf_file: the file to read inside `name`, for models stored as GGUF (needs the extra `gguf`).
         revision: hub commit, branch or tag.
         dtype: `float32` (where unset, also for checkpoints stored in another one), `bfloat16` or `float16`.
-        device: `auto` takes CUDA if there is one.
+        device: `auto` takes CUDA if there is one, and of several processes on a machine each its own GPU.
         attention: implementation; unset: `sdpa`, or `eager` where the model has no other. GPT-Neo has none of
             transformers', and gets ours.
         trust_remote_code: run Python code that ships with the model.
@@ -96,7 +97,7 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
 
 def find_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -167,6 +167,8 @@ class TrainingConfig(Config):
     """Steps between evaluations; unset: only at the end."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; unset: only at the end and on interruption."""
+    keep_checkpoints: Positive = 2
+    """The latest of them stay; more than one, in case that the last is damaged."""
 
     @model_validator(mode="after")
     def _passes_of_equal_size(self) -> "TrainingConfig":
@@ -204,6 +206,11 @@ class RunConfig(Config):
     """Initialisation of the SAE."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Every seed that the run's numbers depend on, by purpose."""
+        return {"initialisation": self.seed, "data": self.data.seed, "evaluation": self.evaluation.seed}
 
     @model_validator(mode="after")
     def _exact_is_float32(self) -> "RunConfig":

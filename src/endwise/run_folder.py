@@ -6,21 +6,26 @@ data.json                       sources, sizes and fingerprints of both sides of
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
-checkpoints/                    what training goes on from (raw weights, optimiser, counters)
+checkpoints/                    what training goes on from (raw weights, optimiser, random generators, counters)
 evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
+.lock                           held by the process that trains here
 """
 
 import json
+import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from endwise.errors import ConfigError, RunFolderError
-from endwise.files import write_atomic, write_json
+from endwise.files import PARTIAL, cannot_write, flush, remove_partials, write_atomic, write_json
 from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -30,34 +35,79 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.timings_file = path / "timings.jsonl"
         self.evaluation_file = path / "evaluation.json"
         self.sae = path / "sae"
         self.checkpoints = path / "checkpoints"
+        self._lock_file = path / ".lock"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder, made if need be, so that no other process trains in it.
+
+        The operating system frees it when the process ends, however it ends. A folder in which no run was started
+        is removed again.
+
+        Raises:
+            RunFolderError: another process holds it, or it cannot be written.
+        """
+        is_new = not self.path.exists()
+        lock = FileLock(self._lock_file, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RunFolderError(
+                f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."
+            ) from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        try:
+            remove_partials(self.path)
+            yield
+        finally:
+            if not self.has_run():
+                with suppress(OSError):
+                    self._lock_file.unlink()
+            lock.release()
+            if is_new:
+                with suppress(OSError):
+                    self.path.rmdir()
 
     def check_free(self) -> None:
         """
         Raises:
             RunFolderError: the folder holds another run or other files.
         """
-        if self.config_file.exists():
+        if self.has_run():
             raise RunFolderError(
                 f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
 
+    def _is_foreign(self, file: Path) -> bool:
+        """Whether a file is more than what a process that was killed before its run began leaves."""
+        return file != self._lock_file and not file.name.endswith(PARTIAL)
+
     def create(self, config: RunConfig) -> None:
-        """Starts a new run.
+        """Starts a new run. From here on it can be resumed, so the recipe comes first.
 
         Raises:
             RunFolderError: as `check_free`, or the folder cannot be written.
         """
         self.check_free()
-        write_json(self.path / "environment.json", environment())
         write_atomic(self.config_file, config.to_yaml().encode())
+
+    def describe(self, config: RunConfig, data: Mapping[str, Any]) -> None:
+        """Writes what the run is made of; on resuming, only what was not written before."""
+        if not self.environment_file.exists():
+            write_json(self.environment_file, {"seed": config.seed, **environment()})
+        if not self.data_file.exists():
+            write_json(self.data_file, {"seed": config.data.seed, **data})
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -70,12 +120,16 @@ class RunFolder:
         folder.check_exists()
         return folder
 
+    def has_run(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config_file.exists()
+
     def check_exists(self) -> None:
         """
         Raises:
             RunFolderError: no run has been started here.
         """
-        if not self.config_file.exists():
+        if not self.has_run():
             raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
 
     def check_same_data(self, data: Mapping[str, Any]) -> None:
@@ -104,12 +158,43 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"Cannot write {file} ({error.strerror}). Free space on that disk.") from error
 
-    def cut_after(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run writes again."""
-        for file in (self.metrics_file, self.timings_file):
-            if file.exists():
-                kept = [line for line in file.read_text().splitlines() if 0 <= _step_of(line) <= step]
-                write_atomic(file, "".join(f"{line}\n" for line in kept).encode())
+    def position(self) -> int:
+        """Bytes of `metrics.jsonl` so far, all of them on the disk when this returns."""
+        if not self.metrics_file.exists():
+            return 0
+        flush(self.metrics_file)
+        return self.metrics_file.stat().st_size
+
+    def cut(self, step: int, position: int) -> None:
+        """Drops what was written after a checkpoint (later ones too), which a run that goes on from it writes again.
+
+        Args:
+            position: what `position` was at the checkpoint.
+
+        Raises:
+            RunFolderError: `metrics.jsonl` has lost lines of before.
+        """
+        for later in self.saved_steps():
+            if later > step:
+                self.checkpoint(later).unlink()
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        if size < position:
+            raise RunFolderError(
+                f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: lines of before are "
+                "missing. Restore it, or go on from an earlier step (--from-step, 0 for the beginning)."
+            )
+        if size > position:
+            os.truncate(self.metrics_file, position)
+        if self.timings_file.exists():
+            kept = [line for line in self.timings_file.read_text().splitlines() if 0 <= _step_of(line) <= step]
+            write_atomic(self.timings_file, "".join(f"{line}\n" for line in kept).encode())
+
+    def seconds(self) -> float:
+        """Wall-clock of training up to the last timed step."""
+        if not self.timings_file.exists():
+            return 0.0
+        lines = [line for line in self.timings_file.read_text().splitlines() if _step_of(line) >= 0]
+        return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
@@ -117,14 +202,23 @@ class RunFolder:
     def evaluation(self) -> dict[str, Any] | None:
         return json.loads(self.evaluation_file.read_text()) if self.evaluation_file.exists() else None
 
-    def latest_checkpoint(self) -> Path | None:
-        found = sorted(self.checkpoints.glob("step-*.safetensors"))
-        return found[-1] if found else None
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if there is one."""
+        return self.checkpoints / f"step-{step:09d}.safetensors"
 
-    def drop_old_checkpoints(self) -> None:
-        """All but the latest and, in case that is damaged, the one before it."""
-        for file in sorted(self.checkpoints.glob("step-*.safetensors"))[:-2]:
-            file.unlink()
+    def saved_steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, the latest last."""
+        names = (file.stem.removeprefix("step-") for file in self.checkpoints.glob("step-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def latest_checkpoint(self) -> Path | None:
+        steps = self.saved_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """All but the latest `keep`."""
+        for step in self.saved_steps()[:-keep]:
+            self.checkpoint(step).unlink()
 
 
 def _step_of(line: str) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.errors import DataError, EndwiseError
+from endwise.seeds import numpy_stream
 
 Floats = NDArray[np.float64]
 Numbers = np.ndarray | Sequence[Any] | float | int
@@ -72,7 +73,7 @@ def percentile_interval(draws: Floats, estimate: float) -> Interval:
 @lru_cache(maxsize=2)
 def resampling_weights(sequences: int, resamples: int, seed: int) -> Floats:
     """How often each resample draws each sequence: `[resamples, sequences]`, rows summing to `sequences`. Read-only."""
-    generator = np.random.default_rng(seed)
+    generator = numpy_stream(seed, "bootstrap")
     counts = generator.multinomial(sequences, np.full(sequences, 1 / sequences), size=resamples).astype(np.float64)
     counts.flags.writeable = False
     return counts

@@ -9,11 +9,13 @@ from torch import Tensor
 from endwise.axes import Activation, TokenMask
 from endwise.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
 from endwise.dictionaries import SAE, Latents
-from endwise.errors import TrainingStopped
+from endwise.distributed import World
+from endwise.errors import NotFinite
 from endwise.language_model import Clean, LanguageModel
 from endwise.objectives import Objective
 from endwise.run_config import TrainingConfig
 from endwise.schedule import rate_factor
+from endwise.seeds import generator_states, restore_generators
 from endwise.sites import Site
 
 CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
@@ -119,10 +121,21 @@ class Trainee:
             gradient[rows] = leaf.grad
         return gradient
 
+    def add_up(self, world: World) -> None:
+        """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
+        names, fired = list(self._per_token), self._fired.int()
+        sums = torch.stack([self._sums[name] for name in names])
+        world.add([*self._gradients(), sums, fired])
+        for name, total in zip(names, sums, strict=True):
+            self._sums[name].copy_(total)
+        self._fired = fired > 0
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
-        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(self._gradients())
         self._sums["gradient_norm"] += norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
@@ -136,7 +149,7 @@ class Trainee:
             self._sums[name] /= tokens_in_step
         self.step += 1
         self.tokens += tokens
-        self.last_fired.masked_fill_(self._fired, self.tokens)
+        self.last_fired.masked_fill_(self._fired & (found_inf == 0), self.tokens)
 
     def alive(self) -> Tensor:
         """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
@@ -146,15 +159,14 @@ class Trainee:
         """The latest step's numbers, per token; waits for the device.
 
         Raises:
-            TrainingStopped: a number was not finite at some step since the last report.
+            NotFinite: a number was not finite at some step since the last report.
         """
         first_bad = self._first_bad.tolist()
         failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
         if failed:
             step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
             self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
-            self.last_fired.clamp_(max=self.tokens)
-            raise TrainingStopped(
+            raise NotFinite(
                 f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
                 "were before it. Start anew with a lower training.learning_rate or training.gradient_clip; or check "
                 "the data there."
@@ -170,15 +182,20 @@ class Trainee:
             "alive": int(self.alive()),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that training goes on from, raw."""
+    def checkpoint(self) -> Checkpoint:
+        """Everything that training goes on from. The place in the data and in the schedule is the step."""
         weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        return {**weights, **optimizer_tensors(self.optimizer, self.sae), "last_fired": self.last_fired}
-
-    def counters(self) -> dict[str, int]:
-        return {"step": self.step, "tokens": self.tokens}
+        optimizer = optimizer_tensors(self.optimizer, self.sae)
+        state = {
+            "phase": "finished" if self.step == self.total_steps else "training",
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "tokens": self.tokens,
+        }
+        return Checkpoint({**weights, **optimizer, "last_fired": self.last_fired, **generator_states()}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
         weights = {
             key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
         }
@@ -186,6 +203,7 @@ class Trainee:
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
+        restore_generators(checkpoint.tensors)
 
 
 def _tail_tokens(device: torch.device) -> int:

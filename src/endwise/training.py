@@ -3,35 +3,43 @@
 import re
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from endwise.axes import Tokens
-from endwise.checkpoints import read_checkpoint
 from endwise.dictionaries import ReluSAE
-from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError, TrainingStopped
+from endwise.distributed import World, joined
+from endwise.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    OutOfMemory,
+    ProcessLost,
+    TrainingStopped,
+    out_of_memory,
+)
 from endwise.evaluation import measure
-from endwise.files import write_json
 from endwise.group import Group, Member, Run
-from endwise.kernels import has_fast_bfloat16
-from endwise.language_model import Clean, LanguageModel
+from endwise.language_model import LanguageModel
 from endwise.model_loading import find_device, load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
 from endwise.recipes import find_recipe
-from endwise.run_config import EvaluationConfig, RunConfig, TrainingConfig
+from endwise.resuming import enter, spread
+from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
+from endwise.seeds import shared_generators
 from endwise.sites import Site
-from endwise.tokens import BatchOrder, Corpora, TokenBatch, corpora_for, read_ahead
+from endwise.step import tail_model, take_step
+from endwise.tokens import BatchOrder, Corpora, corpora_for, read_ahead
 from endwise.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
+
+Resume = bool | Literal["if_started"]
+"""Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
 
 
 def train(
@@ -39,16 +47,19 @@ def train(
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
-    resume: bool = False,
+    resume: Resume = False,
+    from_step: int | None = None,
     display: bool = True,
 ) -> Run:
-    """Trains one SAE as its recipe says.
+    """Trains one SAE as its recipe says. Under `torchrun` all its processes train that one SAE (docs/scaling.md).
 
     Args:
         config: a recipe: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
         model: a loaded model to use instead of the recipe's.
         corpora: loaded token sequences to use instead of the recipe's.
-        resume: go on from the last checkpoint of the run in the recipe's folder.
+        resume: go on from the last checkpoint of the run in the recipe's folder, which on a CPU ends in the same bits
+            as if it had never stopped. `if_started`: start it, unless it is there already.
+        from_step: go on from the checkpoint of this step instead, 0 for the beginning; what came after is done again.
 
     Raises:
         EndwiseError: the recipe breaks a rule (before any training), or training cannot go on (after saving).
@@ -57,7 +68,8 @@ def train(
         config = RunConfig.read(find_recipe(str(config)))
     elif not isinstance(config, RunConfig):
         config = RunConfig.build(dict(config))
-    return train_together([config], model=model, corpora=corpora, resume=resume, display=display)[0]
+    settings: dict[str, Any] = {"resume": resume, "from_step": from_step, "display": display}
+    return train_together([config], model=model, corpora=corpora, **settings)[0]
 
 
 def train_together(
@@ -65,7 +77,8 @@ def train_together(
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
-    resume: bool = False,
+    resume: Resume = False,
+    from_step: int | None = None,
     display: bool = True,
 ) -> list[Run]:
     """Trains several SAEs of one model on the same batches; each ends as if it had been trained alone.
@@ -80,30 +93,65 @@ def train_together(
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
     first = _shared_recipe(configs)
-    model = model or _load_model(first)
-    tail = tail_model(model, first.training)
-    context = corpora.train.context if corpora is not None else first.data.context or model.context
-    if context is None:
-        raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
-    steps = _steps(configs, context)
-    group = Group(_new_member(config, model, steps, context, resume) for config in configs)
-    corpora = corpora or corpora_for(
-        model,
-        first.data,
-        training_tokens=first.training.tokens,
-        evaluation_tokens=max(
-            max(config.evaluation.tokens, config.evaluation.during_training_tokens) for config in configs
-        ),
-    )
-    order = BatchOrder(corpora.train, first.training.batch, first.data.seed, first.data.epochs)
+    with joined() as world, shared_generators(first.seed), ExitStack() as claims:
+        _check_shares(first, world)
+        with world.together("claiming the run folders"):
+            folders = [_claimed(config, world, claims, resume) for config in configs]
+        with world.together("loading the model and the data"):
+            model = model or _load_model(first)
+            tail = tail_model(model, first.training)
+            context = corpora.train.context if corpora is not None else first.data.context or model.context
+            if context is None:
+                raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
+            steps = _steps(configs, context)
+            group = Group(
+                Member(config, new_trainee(config, model, steps), folder, sae_metadata(config, model, context))
+                for config, folder in zip(configs, folders, strict=True)
+            )
+            corpora = corpora or _load_corpora(configs, model)
+            order = _order(first, corpora, steps)
+        with world.together("starting the run"):
+            if world.is_first:
+                enter(group, corpora, from_step)
+        spread(group, world)
+        _run(model, tail, group, corpora, order, steps, display, world)
+        return group.runs()
+
+
+def _check_shares(config: RunConfig, world: World) -> None:
+    if world.size > config.training.batch:
+        raise ConfigError(
+            f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
+            "them. Raise it, or start fewer processes."
+        )
+
+
+def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume) -> RunFolder:
+    """The recipe's folder, held for this run and found fit for it, before anything long is begun."""
+    folder = RunFolder(config.out or default_folder(config))
+    if world.is_first:
+        if resume is True:
+            folder.check_exists()
+        claims.enter_context(folder.claimed())
+        if resume is False or not folder.has_run():
+            folder.check_free()
+    return folder
+
+
+def _load_corpora(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
+    evaluation_tokens = max(max(each.evaluation.tokens, each.evaluation.during_training_tokens) for each in configs)
+    training = configs[0].training
+    return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
+
+
+def _order(config: RunConfig, corpora: Corpora, steps: int) -> BatchOrder:
+    order = BatchOrder(corpora.train, config.training.batch, config.data.seed, config.data.epochs)
     if len(order) < steps:
         raise DataError(
             f"training.tokens asks for {steps} steps, but {corpora.train.name} has text for {len(order)}. "
             "Set data.epochs, or lower training.tokens."
         )
-    _enter(group, corpora, resume)
-    _run(model, tail, group, corpora, order, steps, display)
-    return group.runs()
+    return order
 
 
 def _load_model(config: RunConfig) -> LanguageModel:
@@ -111,16 +159,6 @@ def _load_model(config: RunConfig) -> LanguageModel:
     if config.model.dtype is None and config.training.precision == "mixed":
         settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
     return load_model(**settings)
-
-
-def _new_member(config: RunConfig, model: LanguageModel, steps: int, context: int, resume: bool) -> Member:
-    folder = RunFolder(config.out or default_folder(config))
-    trainee = new_trainee(config, model, steps)
-    if resume:
-        folder.check_exists()
-    else:
-        folder.check_free()
-    return Member(config, trainee, folder, sae_metadata(config, model, context))
 
 
 def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
@@ -136,7 +174,8 @@ def default_folder(config: RunConfig) -> Path:
     """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)
     coefficient = f"{config.objective.sparsity.coefficient:g}"
-    return Path("runs") / f"{model}-{config.site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
+    site = Site.parse(config.site).name
+    return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
 
 
 def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:
@@ -176,33 +215,6 @@ def _steps(configs: Sequence[RunConfig], context: int) -> int:
     return training.tokens // per_step
 
 
-def _enter(group: Group, corpora: Corpora, resume: bool) -> None:
-    """Starts every member's folder, or takes it up."""
-    description = corpora.describe()
-    for member in group.members:
-        if resume:
-            _reenter(member, description)
-        else:
-            member.folder.create(member.config)
-            write_json(member.folder.data_file, description)
-    if len({member.trainee.step for member in group.members}) > 1:
-        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
-
-
-def _reenter(member: Member, data: Mapping[str, Any]) -> None:
-    """Takes a started run up where its latest checkpoint left it."""
-    folder, trainee = member.folder, member.trainee
-    if folder.config().model_copy(update={"out": member.config.out}) != member.config:
-        raise RunFolderError(
-            f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
-        )
-    folder.check_same_data(data)
-    latest = folder.latest_checkpoint()
-    if latest is not None:
-        trainee.restore(read_checkpoint(latest))
-    folder.cut_after(trainee.step)
-
-
 def _run(
     model: LanguageModel,
     tail: LanguageModel,
@@ -211,138 +223,61 @@ def _run(
     order: BatchOrder,
     steps: int,
     display: bool,
+    world: World,
 ) -> None:
     """Trains every member to its last step and saves it."""
     config = group.members[0].config.training
     first = group.members[0].trainee.step
     remaining = range(first, steps)
+    shares = (world.share(order[step]) for step in remaining)
     with (
-        Display(steps, first, config.batch * corpora.train.context, display) as shown,
+        Display(steps, first, config.batch * corpora.train.context, display and world.is_first) as shown,
         _polite_stop() as stop_asked,
-        read_ahead(corpora.train, map(order.__getitem__, remaining), model.device) as batches,
+        read_ahead(corpora.train, shares, model.device) as batches,
+        _saving(group),
     ):
         group.shown = shown
-        try:
-            for step, batch in zip(remaining, batches, strict=True):
-                trainees = [member.trainee for member in group.members]
-                take_step(model, trainees, batch, config.accumulation, group.failed, tail)
-                done = step + 1
-                _record(model, group, corpora, done, done == steps, shown)
-                shown.advance(done)
-                if stop_asked() and done < steps:
-                    group.each(Member.save)
-                    raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
-            group.each(Member.save)
-            group.share_time()
-        except TrainingStopped:
-            raise
-        except DataError as error:
-            group.save_what_can_be()
-            kept = ", ".join(str(member.folder.path) for member in group.members)
-            raise TrainingStopped(f"{error} The last good state is saved in {kept}.") from None
-        except Exception:
-            group.save_what_can_be()
-            raise
+        for step, batch in zip(remaining, batches, strict=True):
+            trainees = [member.trainee for member in group.members]
+            take_step(model, trainees, batch, config.accumulation, group.failed, tail, world)
+            done = step + 1
+            _record(model, group, corpora, done, done == steps, shown, world)
+            shown.advance(done)
+            if group.agree(world, stop_asked()) and done < steps:
+                group.each(Member.save)
+                raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
+        group.each(Member.save)
+        group.share_time()
 
 
-Failed = Callable[[Trainee, Exception, bool], None]
+@contextmanager
+def _saving(group: Group) -> Iterator[None]:
+    """Whatever ends training, every member's last good state is on the disk after it."""
+    try:
+        yield
+    except (DataError, ProcessLost) as error:
+        group.save_what_can_be()
+        raise type(error)(f"{error} {group.kept()}") from None
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        group.save_what_can_be()
+        if (named := out_of_memory(error)) is not None:
+            raise OutOfMemory(f"{named} {group.kept()}") from error
+        raise
 
 
-def take_step(
-    model: LanguageModel,
-    trainees: Sequence[Trainee],
-    batch: TokenBatch,
-    accumulation: int = 1,
-    failed: Failed | None = None,
-    tail: LanguageModel | None = None,
+def _record(
+    model: LanguageModel, group: Group, corpora: Corpora, done: int, last: bool, shown: Display, world: World
 ) -> None:
-    """One optimiser step of every trainee on one batch, in `accumulation` passes of equal numbers of sequences.
-
-    Args:
-        tail: the model that runs everything after the sites (`tail_model`); unset: `model` itself.
-        failed: told of an error in one trainee's own part, with whether its weights are still those of the step before;
-            that trainee takes no further part in the step. Unset: the error is raised.
-    """
-    tail = tail or model
-    tokens_in_step = batch.mask.sum()
-    left = list(trainees)
-    _each(left, failed, Trainee.begin_step)
-    size = len(batch.tokens) // accumulation
-    for start in range(0, len(batch.tokens), size):
-        rows = slice(start, start + size)
-        clean, mask = _clean_passes(model, tail, trainees, batch.tokens[rows]), batch.mask[rows]
-        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], mask, tokens_in_step))  # noqa: B023
-    _each(left, failed, lambda each: each.finish_step(tokens_in_step, batch.tokens.numel()), whole=False)
-
-
-def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
-    """What runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
-
-    Raises:
-        ConfigError: exact precision is asked of a model in half precision.
-    """
-    if model.dtype in (torch.float32, torch.float64):
-        if config.precision == "exact":
-            return model
-        if model.device.type == "cpu" and not has_fast_bfloat16(model.device):
-            warnings.warn(
-                "training.precision=mixed on a processor that does not multiply bf16 matrices in hardware is many "
-                "times slower than training.precision=exact.",
-                stacklevel=2,
-            )
-        return model.in_bfloat16()
-    if config.precision == "exact":
-        raise ConfigError(
-            f"training.precision is exact, which needs a model in float32, but {model.name} is in {model.dtype}. "
-            "Leave model.dtype unset, or set training.precision=mixed."
-        )
-    return model
-
-
-def _clean_passes(
-    model: LanguageModel, tail: LanguageModel, trainees: Sequence[Trainee], tokens: Tokens
-) -> dict[Site, Clean]:
-    """By site, what the trainees there are compared with.
-
-    One pass for all; with another model for the tail, the model up to the last site and the tail from each site on, so
-    that the tail's own rounding is on both sides of every comparison.
-    """
-    sites = {trainee.site for trainee in trainees}
-    needs = {site: [trainee.objective for trainee in trainees if trainee.site == site] for site in sites}
-    later = {site: {s for objective in needs[site] for s in objective.sites} for site in sites}
-    final = {site: any(objective.final for objective in needs[site]) for site in sites}
-    if tail is model:
-        clean = model.clean(tokens, record=sites.union(*later.values()), final=any(final.values()))
-        return dict.fromkeys(sites, clean)
-    head, passes = model.clean(tokens, record=sites), {}
-    for site in sites:
-        with torch.no_grad():
-            after = tail.replay(head, {site: head.activations[site]}, record=later[site], final=final[site])
-        passes[site] = Clean(tokens, head.activations | after.activations, after.final)
-    return passes
-
-
-def _each(left: list[Trainee], failed: Failed | None, act: Callable[[Trainee], None], whole: bool = True) -> None:
-    """Does something with every trainee that is left, and takes out those that fail at it."""
-    for trainee in tuple(left):
-        try:
-            act(trainee)
-        except Exception as error:
-            if failed is None:
-                raise
-            left.remove(trainee)
-            failed(trainee, error, whole)
-
-
-def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, last: bool, shown: Display) -> None:
     """What is due after a step: lines of metrics, evaluations, checkpoints."""
     lines: dict[Path, dict[str, Any]] = {}
     group.each(partial(_report, lines, done, last))
     evaluated = [m for m in group.members if last or _due(m.config.training.evaluate_every, done)]
     if evaluated:
         with shown.paused():
-            _evaluate_briefly(model, group, evaluated, corpora, lines)
-    reported = [m for m in group.members if m.folder.path in lines]
+            _evaluate_briefly(model, group, evaluated, corpora, lines, world)
+    reported = [m for m in group.members if m.folder.path in lines and m.writes]
     group.each(partial(_write_line, lines, shown, done), reported)
 
 
@@ -355,8 +290,10 @@ def _report(lines: dict[Path, dict[str, Any]], done: int, last: bool, member: Me
 
 def _write_line(lines: dict[Path, dict[str, Any]], shown: Display, done: int, member: Member) -> None:
     folder, line = member.folder, lines[member.folder.path]
-    folder.append(folder.metrics_file, line)
-    folder.append(folder.timings_file, {"step": done, **shown.timing(done)})
+    folder.append(folder.metrics_file, {**line, "seed": member.config.seed})
+    timing = shown.timing(done)
+    timing["seconds"] += member.seconds_before
+    folder.append(folder.timings_file, {"step": done, **timing, "seed": member.config.seed})
     shown.show(folder.path, member.config, line)
     if _due(member.config.training.checkpoint_every, done):
         member.save()
@@ -367,7 +304,12 @@ def _due(every: int | None, done: int) -> bool:
 
 
 def _evaluate_briefly(
-    model: LanguageModel, group: Group, members: list[Member], corpora: Corpora, lines: dict[Path, dict[str, Any]]
+    model: LanguageModel,
+    group: Group,
+    members: list[Member],
+    corpora: Corpora,
+    lines: dict[Path, dict[str, Any]],
+    world: World,
 ) -> None:
     """Adds the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
 
@@ -380,9 +322,11 @@ def _evaluate_briefly(
         tokens = min(settings.during_training_tokens, settings.tokens)
         groups.setdefault(settings.model_copy(update={"tokens": tokens, "bootstrap": 1}), []).append(member)
 
+    measured = partial(measure, model, corpus=corpora.heldout, baselines=False, world=world)
+
     def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
         saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
-        for path, evaluation in measure(model, saes, corpora.heldout, brief, baselines=False).items():
+        for path, evaluation in measured(saes=saes, config=brief).items():
             lines[Path(path)]["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
 
     for brief, sharing in groups.items():

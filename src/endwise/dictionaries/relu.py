@@ -10,6 +10,7 @@ from torch.nn.functional import linear, normalize
 
 from endwise.dictionaries.base import SAE
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, decode_sparse, encode_sparse
+from endwise.seeds import torch_stream
 
 SPARSE_BELOW = 1 / 32
 """Largest share of active features for which sparse latents cost less than dense ones (docs/performance.md)."""
@@ -33,7 +34,7 @@ class ReluSAE(SAE):
     def __init__(self, d_in: int, d_sae: int, *, seed: int = 0, unit_norm: bool = True) -> None:
         super().__init__(d_in, d_sae)
         self.unit_norm = unit_norm
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_stream(seed, "initialisation")
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
             return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) / fan_in**0.5)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from endwise.axes import TokenMask, Tokens
 from endwise.errors import DataError
+from endwise.seeds import numpy_stream
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ class Corpora:
 class BatchOrder:
     """Which sequences each batch holds, by the batch's number alone: the cursor of a run is one integer.
 
-    Every epoch is a permutation of its own, drawn from `[seed, epoch]`. Batches are cut from the epochs laid end to
-    end, so a batch may hold the last sequences of one epoch and the first of the next; only what is left after the
-    last epoch is not drawn.
+    Every epoch is a permutation of its own, drawn from the seed and the epoch's number. Batches are cut from the epochs
+    laid end to end, so a batch may hold the last sequences of one epoch and the first of the next; only what is left
+    after the last epoch is not drawn. So the place in the data is known from the step, whatever was read before.
     """
 
     def __init__(self, corpus: Corpus, batch: int, seed: int, epochs: int = 1) -> None:
@@ -204,7 +205,7 @@ class BatchOrder:
         return [int(self._permutation(p // self._sequences)[p % self._sequences]) for p in positions]
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._sequences)
+        return numpy_stream(self._seed, "order", epoch).permutation(self._sequences)
 
 
 def check_disjoint(train: Corpus, heldout: Corpus) -> None:

@@ -1,0 +1,88 @@
+"""How a run begins: its folder started, or taken up where its last whole checkpoint left it."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from endwise.checkpoints import Checkpoint, read_checkpoint
+from endwise.distributed import World
+from endwise.errors import FormatError, RunFolderError
+from endwise.group import Group, Member
+from endwise.run_folder import RunFolder
+from endwise.tokens import Corpora
+
+
+def enter(group: Group, corpora: Corpora, from_step: int | None) -> None:
+    """Starts every member's folder, or takes up the run that it holds.
+
+    Raises:
+        RunFolderError: the run was started with another recipe or other data, or has no checkpoint of that step.
+        FormatError: the checkpoint is damaged; the message offers the one before.
+    """
+    data = corpora.describe()
+    for member in group.members:
+        if member.folder.has_run():
+            _reenter(member, data, from_step)
+        else:
+            member.folder.create(member.config)
+        member.folder.describe(member.config, data)
+    if len({member.trainee.step for member in group.members}) > 1:
+        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
+
+
+def spread(group: Group, world: World) -> None:
+    """Gives every process the state that the first one starts from, whatever its own arithmetic made of the seed."""
+    if world.size == 1:
+        return
+    for member in group.members:
+        checkpoint = member.trainee.checkpoint()
+        tensors = world.tensors_from_first(checkpoint.tensors)
+        member.trainee.restore(Checkpoint(tensors, world.from_first(checkpoint.state)))
+        member.writes = world.is_first
+
+
+def _reenter(member: Member, data: Mapping[str, Any], from_step: int | None) -> None:
+    folder, trainee = member.folder, member.trainee
+    if folder.config().model_copy(update={"out": member.config.out}) != member.config:
+        raise RunFolderError(
+            f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
+        )
+    folder.check_same_data(data)
+    checkpoint = _checkpoint_to_go_on_from(folder, from_step)
+    if checkpoint is not None:
+        trainee.restore(checkpoint)
+    folder.cut(trainee.step, checkpoint.state["metrics_bytes"] if checkpoint is not None else 0)
+    member.seconds_before = folder.seconds()
+
+
+def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint | None:
+    """The checkpoint of a step, or the latest; None: the beginning."""
+    steps = folder.saved_steps()
+    if step is None:
+        step = steps[-1] if steps else 0
+    if step == 0:
+        return None
+    if step not in steps:
+        raise RunFolderError(
+            f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}, and 0 is "
+            "the beginning."
+        )
+    try:
+        return read_checkpoint(folder.checkpoint(step))
+    except FormatError as error:
+        before = _latest_whole(folder, step)
+        found = f"The one before it, of step {before}, is whole" if before else "No other one is whole"
+        where = "there" if before else "the beginning"
+        command = f"endwise train --resume {shlex.quote(str(folder.path))} --from-step {before}"
+        raise FormatError(f"{error} {found}; go on from {where} with: {command}") from None
+
+
+def _latest_whole(folder: RunFolder, step: int) -> int:
+    """The latest step before `step` with a whole checkpoint, or 0."""
+    for earlier in reversed([saved for saved in folder.saved_steps() if saved < step]):
+        try:
+            read_checkpoint(folder.checkpoint(earlier))
+        except FormatError:
+            continue
+        return earlier
+    return 0
