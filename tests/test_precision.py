@@ -12,8 +12,8 @@ from small_gpt2 import SITE, recipe, small_corpora, small_model, write_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 BAND = 0.02
-"""Largest difference at the end of a run: of L0 and KL relative to themselves, of the CE increase relative to the KL (it
-may be near 0 here, where text is random)."""
+"""Largest difference at the end of a run: of L0 and KL relative to themselves, of the CE increase relative to the KL
+(it may be near 0 here, where text is random)."""
 
 
 @pytest.fixture
@@ -75,9 +75,7 @@ def test_a_run_ends_alike(kind, tmp_path, corpora):
         ends[precision] = measure(model, {"": (model.site(SITE), run.sae)}, corpora.heldout, config.evaluation)[""]
     for metric in ("l0", "kl"):
         assert ends["mixed"][metric] == pytest.approx(ends["exact"][metric], rel=BAND), metric
-    assert ends["mixed"]["ce_increase"] == pytest.approx(
-        ends["exact"]["ce_increase"], abs=BAND * ends["exact"]["kl"]
-    )
+    assert ends["mixed"]["ce_increase"] == pytest.approx(ends["exact"]["ce_increase"], abs=BAND * ends["exact"]["kl"])
     assert ends["mixed"]["kl"] != ends["exact"]["kl"]  # or nothing was in bf16
 
 

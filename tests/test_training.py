@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from endwise.schedule import rate_factor
 from endwise.step import take_step
 from endwise.trainee import Trainee
 from endwise.training import new_trainee
-from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, data, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, small_model, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -248,27 +246,6 @@ def test_downstream_sites_must_come_later(model, tmp_path):
     values["objective"]["downstream_sites"] = ["blocks.0.hook_resid_post"]
     with pytest.raises(ConfigError, match=r"must come after.*blocks\.0\.hook_resid_post"):
         new_trainee(RunConfig.build(values), model, steps=1)
-
-
-def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model, token_files, tmp_path):
-    model.model.save_pretrained(tmp_path / "model")
-    values = recipe(tmp_path / "run", "e2e").model_dump(mode="json")
-    values["model"]["name"] = str(tmp_path / "model")
-    values["data"] = data(token_files).model_dump() | {"epochs": 10_000}
-    values["training"] |= {"tokens": 20_000_000}
-    (tmp_path / "recipe.yaml").write_text(RunConfig.build(values).to_yaml())
-    command = [sys.executable, "-m", "endwise", "train"]
-    process = subprocess.Popen([*command, str(tmp_path / "recipe.yaml")], stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert f"endwise train --resume {tmp_path / 'run'}" in errors
-    assert RunFolder(tmp_path / "run").latest_checkpoint() is not None
 
 
 def test_a_changed_corpus_is_noticed_on_resuming(model, corpora, token_files, tmp_path):

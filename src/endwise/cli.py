@@ -120,6 +120,7 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write all runs as one CSV table.")] = None,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
+    from endwise.distributed import is_first_process
     from endwise.files import write_atomic
     from endwise.report import print_evaluations
     from endwise.run_evaluation import evaluate as run
@@ -127,6 +128,8 @@ def evaluate(
     from endwise.run_folder import RunFolder
 
     evaluations = run(runs, tokens=tokens)
+    if not is_first_process():
+        return
     configs = {path: RunFolder.open(path).config() for path in evaluations}
     print_evaluations(configs, evaluations)
     for path, config in configs.items():

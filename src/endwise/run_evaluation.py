@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
+from endwise.distributed import World, joined
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
@@ -31,7 +33,8 @@ def evaluate(
     corpora: Corpora | None = None,
     tokens: int | None = None,
 ) -> dict[Path, Evaluation]:
-    """Measures finished runs on held-out text and writes `evaluation.json` into each.
+    """Measures finished runs on held-out text and writes `evaluation.json` into each; under `torchrun` its processes
+    share the work.
 
     Args:
         runs: run folders; those of one model and one corpus share every clean pass.
@@ -48,19 +51,21 @@ def evaluate(
         if not folder.sae.exists():
             raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     results: dict[Path, Evaluation] = {}
-    for group in _sharing_groups(configs, tokens):
-        measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens)
-        for path, evaluation in measured.items():
-            write_evaluation(folders[path], configs[path], evaluation)
-        results |= measured
+    with joined() as world:
+        for group in _sharing_groups(configs, tokens):
+            measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens, world)
+            for path, evaluation in measured.items() if world.is_first else ():
+                write_evaluation(folders[path], configs[path], evaluation)
+            results |= measured
     return {path: results[path] for path in paths}
 
 
 def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
     """`evaluation.json`, and the per-sequence sums that paired comparisons are made of."""
     sums = {name: torch.from_numpy(values).contiguous() for name, values in evaluation.sums.items()}
-    write_atomic(folder.path / SUMS_FILE, save(sums))
-    write_json(folder.evaluation_file, {**_identity(config), **evaluation.to_json()})
+    seeds = {"seeds": config.seeds}
+    write_atomic(folder.path / SUMS_FILE, save(sums, metadata={"endwise": json.dumps(seeds)}))
+    write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json()})
 
 
 def read_sums(path: Path) -> Sums:
@@ -119,16 +124,21 @@ def _sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[
 
 
 def _evaluate_group(
-    configs: dict[Path, RunConfig], model: LanguageModel | None, corpora: Corpora | None, tokens: int | None
+    configs: dict[Path, RunConfig],
+    model: LanguageModel | None,
+    corpora: Corpora | None,
+    tokens: int | None,
+    world: World,
 ) -> dict[Path, Evaluation]:
     first = next(iter(configs.values()))
     settings: EvaluationConfig = first.evaluation
     if tokens is not None:
         settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
-    model = model or load_model(**first.model.model_dump())
-    corpora = corpora or corpora_for(
-        model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
-    )
-    saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
-    measured = measure(model, saes, corpora.heldout, settings)
+    with world.together("loading the model and the data"):
+        model = model or load_model(**first.model.model_dump())
+        corpora = corpora or corpora_for(
+            model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
+        )
+        saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
+    measured = measure(model, saes, corpora.heldout, settings, world=world)
     return {path: measured[str(path)] for path in configs}

@@ -257,7 +257,8 @@ def _saving(group: Group) -> Iterator[None]:
         yield
     except (DataError, ProcessLost) as error:
         group.save_what_can_be()
-        raise type(error)(f"{error} {group.kept()}") from None
+        kind = ProcessLost if isinstance(error, ProcessLost) else TrainingStopped
+        raise kind(f"{error} {group.kept()}") from None
     except TrainingStopped:
         raise
     except Exception as error:

@@ -15,7 +15,8 @@ from endwise.language_model import LanguageModel
 from endwise.run_config import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, no_revision, open_source
-from endwise.tokens.store import Encoding, Quota, documents_in, held_by_hash, open_store, outside_vocabulary
+from endwise.tokens.store import open_store
+from endwise.tokens.tokenising import Encoding, Quota, documents_in, held_by_hash, outside_vocabulary
 
 EMBEDDED = "embedded"
 EMBEDDED_EOS = 0

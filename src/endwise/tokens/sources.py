@@ -15,6 +15,12 @@ from endwise.errors import DataError
 COLUMNS = ("text", "input_ids", "tokens")
 """Looked for in this order where `data.column` is unset."""
 ROWS_AT_ONCE = 1000
+NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
+"""Those that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
+
+
+class SourceLost(DataError):
+    """A source that cannot be read now, and perhaps can be again later."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +92,29 @@ def _files(path: Path, column: str | None) -> Source:
             raise DataError(f"{file} cannot be read: the extension {file.suffix!r} is none of {', '.join(READERS)}.")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty. Remove it or write documents into it.")
-    stats = [file.stat() for file in files]
-    identity = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+    identity = [_identity(file) for file in files]
     # Parquet is compressed and counted in rows, so its files' sizes say nothing about how much is read.
-    size = None if any(file.suffix == ".parquet" for file in files) else sum(stat.st_size for stat in stats)
+    size = None if any(file.suffix == ".parquet" for file in files) else sum(size for _, size, _ in identity)
 
     def read() -> Iterator[Document]:
-        for file in files:
+        for file, found in zip(files, identity, strict=True):
             yield from _read_file(file, column)
+            if _identity(file) != found:
+                raise DataError(f"{file} changed while it was read. Start again.")
 
     return Source(str(path), ["files", identity, column], read, size)
+
+
+def _identity(file: Path) -> list[Any]:
+    """
+    Raises:
+        SourceLost: the file is gone.
+    """
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise SourceLost(f"Cannot read {file}: {error.strerror or error}.") from None
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def _read_file(file: Path, column: str | None) -> Iterator[Document]:
@@ -109,7 +128,7 @@ def _read_file(file: Path, column: str | None) -> Iterator[Document]:
             f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
         ) from None
     except OSError as error:
-        raise DataError(f"Cannot read {file}: {error.strerror or error}.") from None
+        raise SourceLost(f"Cannot read {file}: {error.strerror or error}.") from None
     if not found:
         raise DataError(f"{file} is empty: it holds no document. Remove it or write documents into it.")
 
@@ -238,11 +257,7 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
         if split is None or split not in splits:
             raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}. Set data.split.")
         folder = path / split
-    identity = [
-        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(folder.iterdir())
-        if file.suffix in (".arrow", ".json")
-    ]
+    identity = [_identity(file) for file in sorted(folder.iterdir()) if file.suffix in (".arrow", ".json")]
 
     def read() -> Iterator[Document]:
         from datasets import load_from_disk
@@ -265,12 +280,14 @@ def _hub_documents(
     try:
         dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         yield from _dataset_documents(dataset, column, f"{name} ({split})")
-    except (
-        OSError,
-        ValueError,
-        DatasetsError,
-    ) as error:  # no connection, dataset, configuration, revision or split; bad data
-        raise DataError(
+    except DataError:
+        raise
+    except Exception as error:  # no connection, dataset, configuration, revision or split; bad data
+        lost = isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK_LIBRARIES
+        if not lost and not isinstance(error, ValueError | DatasetsError):
+            raise
+        kind = SourceLost if lost else DataError
+        raise kind(
             f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, revision {revision!r}, "
             f"split {split!r}): "
             f"{_one_line(error)} Check the name and the connection; a local file needs its path."

@@ -1,0 +1,283 @@
+"""A checkpoint holds everything, notices any damage, and a run goes on from it exactly."""
+
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endwise import RunConfig, load_corpora, train, train_together
+from endwise.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from endwise.errors import FormatError, Interrupted, RunFolderError
+from endwise.run_config import DataConfig
+from endwise.run_folder import RunFolder
+from endwise.seeds import generator_states, restore_generators
+from endwise.trainee import Trainee
+from small_gpt2 import CONTEXT, VOCAB, recipe, small_corpora, small_model, write_tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """A streamed source: read as far as needed, held-out documents drawn by hash."""
+    folder = tmp_path_factory.mktemp("streamed")
+    rng = np.random.default_rng(0)
+    rows = (json.dumps({"tokens": rng.integers(1, VOCAB, 2 * CONTEXT).tolist()}) for _ in range(400))
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    settings = {"source": str(folder / "text.jsonl"), "context": CONTEXT, "streaming": True, "cache": folder / "cache"}
+    return DataConfig(**settings, epochs=2)
+
+
+def saved(folder):
+    run = RunFolder(folder)
+    return run, read_checkpoint(run.latest_checkpoint())
+
+
+def assert_same_end(run, other):
+    (ours, kept), (theirs, expected) = saved(run), saved(other)
+    assert ours.metrics_file.read_text() == theirs.metrics_file.read_text()
+    assert kept.state == expected.state
+    for name, tensor in expected.tensors.items():
+        # Python's own generator is drawn from by the type checker that tests run under.
+        assert name.startswith("random.python") or torch.equal(kept.tensors[name], tensor), name
+
+
+def interrupt_at(monkeypatch, step):
+    finish, asked = Trainee.finish_step, []
+
+    def interrupt(self, *arguments, **named):
+        if self.step == step and not asked:
+            asked.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        finish(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainee, "finish_step", interrupt)
+
+
+CASES = {
+    "plain": {},
+    "accumulated": {"accumulation": 2, "microbatch": 1},
+    "evaluated": {"evaluate_every": 4, "checkpoint_every": 5},
+    "short of one batch at the end": {"tokens": 700},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("step", [0, 6, 13])
+def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, monkeypatch, case, step):
+    whole = train(recipe(tmp_path / "whole", "e2e_ds", **CASES[case]), model=model, corpora=corpora, display=False)
+    config = recipe(tmp_path / "cut", "e2e_ds", **CASES[case])
+    interrupt_at(monkeypatch, step)
+    with pytest.raises(Interrupted, match=f"saved at step {step + 1}"):
+        train(config, model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    torch.manual_seed(99)  # what the shared generators were at meanwhile is nothing to it
+    random.seed(99)
+    assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)
+
+
+def test_on_streamed_text(model, streamed, tmp_path, monkeypatch):
+    def load():
+        settings = {"model_context": CONTEXT, "vocab_size": VOCAB, "training_tokens": 1280, "evaluation_tokens": 256}
+        return load_corpora(streamed, tokenizer=None, **settings)
+
+    values = {**recipe(tmp_path / "whole").model_dump(), "data": streamed.model_dump()}
+    whole = train(values, model=model, corpora=load(), display=False)
+    interrupt_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        train({**values, "out": tmp_path / "cut"}, model=model, corpora=load(), display=False)
+    monkeypatch.undo()
+    resumed = train({**values, "out": tmp_path / "cut"}, model=model, corpora=load(), display=False, resume=True)
+    assert_same_end(resumed.folder, whole.folder)
+
+
+def test_several_in_one_pass(model, corpora, tmp_path, monkeypatch):
+    def configs(folder):
+        return [
+            recipe(folder / kind, kind, seed, accumulation=2) for seed, kind in enumerate(("local", "e2e", "e2e_ds"))
+        ]
+
+    whole = train_together(configs(tmp_path / "whole"), model=model, corpora=corpora, display=False)
+    interrupt_at(monkeypatch, 9)
+    with pytest.raises(Interrupted, match="saved at step 10"):
+        train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    resumed = train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False, resume=True)
+    for run, expected in zip(resumed, whole, strict=True):
+        assert_same_end(run.folder, expected.folder)
+
+
+def test_it_holds_all_that_a_run_goes_on_from(model, corpora, tmp_path):
+    run = train(recipe(tmp_path / "run", checkpoint_every=5), model=model, corpora=corpora, display=False)
+    folder, checkpoint = saved(run.folder)
+    parameters = {"encoder", "b_enc", "decoder", "b_dec"}
+    assert {f"sae.{name}" for name in parameters} <= checkpoint.tensors.keys()
+    moments = {f"optimizer.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert moments <= checkpoint.tensors.keys()
+    assert {"last_fired", "random.torch", "random.numpy", "random.python"} <= checkpoint.tensors.keys()
+    assert checkpoint.state == {
+        "phase": "finished",
+        "step": 20,
+        "total_steps": 20,
+        "tokens": 640,
+        "seeds": {"initialisation": 0, "data": 0, "evaluation": 12345},
+        "metrics_bytes": folder.metrics_file.stat().st_size,
+    }
+    assert read_checkpoint(folder.checkpoint(15)).state["phase"] == "training"
+    assert folder.saved_steps() == [15, 20]  # the latest two
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_latest_stay(model, corpora, tmp_path, keep):
+    config = recipe(tmp_path / "run", checkpoint_every=4, keep_checkpoints=keep)
+    train(config, model=model, corpora=corpora, display=False)
+    assert RunFolder(tmp_path / "run").saved_steps() == [4, 8, 12, 16, 20][-keep:]
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "whole.safetensors"
+    tensors = {"sae.b": torch.arange(7.0), "step": torch.tensor(3), "flags": torch.tensor([True, False])}
+    write_checkpoint(path, Checkpoint(tensors, {"step": 3}))
+    return path
+
+
+@given(share=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
+def test_any_damage_is_noticed(whole_file, share, flip, cut):
+    content = bytearray(whole_file.read_bytes())
+    position = int(share * len(content))
+    if cut:
+        del content[position:]
+    else:
+        content[position] ^= flip
+    damaged = whole_file.with_name("damaged.safetensors")
+    damaged.write_bytes(content)
+    try:
+        read = read_checkpoint(damaged)
+    except FormatError as error:
+        assert str(damaged) in str(error)
+    else:  # white space in the header, say, or the sign of a number that means the same
+        whole = read_checkpoint(whole_file)
+        assert read.state == whole.state and read.tensors.keys() == whole.tensors.keys()
+        assert all(torch.equal(read.tensors[name], tensor) for name, tensor in whole.tensors.items())
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_one_is_named_and_the_one_before_offered(model, corpora, tmp_path):
+    whole = train(recipe(tmp_path / "whole", checkpoint_every=6), model=model, corpora=corpora, display=False)
+    config = recipe(tmp_path / "run", checkpoint_every=6, keep_checkpoints=3)
+    train(config, model=model, corpora=corpora, display=False)
+    folder = RunFolder(tmp_path / "run")
+    damage(folder.checkpoint(20))
+    with pytest.raises(FormatError, match=r"step-000000020.*was altered.*step 18, is whole.*--from-step 18"):
+        train(config, model=model, corpora=corpora, display=False, resume=True)
+    damage(folder.checkpoint(18))
+    with pytest.raises(FormatError, match=r"step-000000018.*step 12, is whole.*--from-step 12"):
+        train(config, model=model, corpora=corpora, display=False, resume=True, from_step=18)
+    damage(folder.checkpoint(12))
+    with pytest.raises(FormatError, match=r"No other one is whole.*from the beginning.*--from-step 0"):
+        train(config, model=model, corpora=corpora, display=False, resume=True)
+    with pytest.raises(RunFolderError, match="no checkpoint of step 6; it has 12, 18, 20, and 0 is the beginning"):
+        train(config, model=model, corpora=corpora, display=False, resume=True, from_step=6)
+    train(config, model=model, corpora=corpora, display=False, resume=True, from_step=0)
+    assert folder.metrics_file.read_text() == RunFolder(whole.folder).metrics_file.read_text()
+
+
+def test_going_on_from_an_earlier_one(model, corpora, tmp_path):
+    config = recipe(tmp_path / "run", checkpoint_every=5, keep_checkpoints=9)
+    train(config, model=model, corpora=corpora, display=False)
+    folder = RunFolder(tmp_path / "run")
+    before = folder.metrics_file.read_text(), folder.checkpoint(20).read_bytes()
+    train(config, model=model, corpora=corpora, display=False, resume=True, from_step=10)
+    assert folder.metrics_file.read_text() == before[0]
+    assert (
+        read_checkpoint(folder.checkpoint(20))
+        .tensors["sae.decoder"]
+        .equal(saved(folder.path)[1].tensors["sae.decoder"])
+    )
+    assert folder.saved_steps() == [5, 10, 15, 20]
+
+
+def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
+    config = recipe(tmp_path / "run")
+    run = train(config, model=model, corpora=corpora, display=False)
+    file = RunFolder(run.folder).metrics_file
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-2]))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is .* lines of before are missing.*--from-step"):
+        train(config, model=model, corpora=corpora, display=False, resume=True)
+
+
+def test_time_goes_on_where_it_was(model, corpora, tmp_path, monkeypatch):
+    config = recipe(tmp_path / "run", log_every=1)
+    interrupt_at(monkeypatch, 9)
+    with pytest.raises(Interrupted):
+        train(config, model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    before = RunFolder(tmp_path / "run").seconds()
+    train(config, model=model, corpora=corpora, display=False, resume=True)
+    lines = [json.loads(line) for line in RunFolder(tmp_path / "run").timings_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    assert lines[10]["seconds"] > before > 0
+
+
+def test_starting_or_going_on_is_one_command(model, corpora, tmp_path, monkeypatch):
+    config = recipe(tmp_path / "run")
+    interrupt_at(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(config, model=model, corpora=corpora, display=False, resume="if_started")
+    monkeypatch.undo()
+    with pytest.raises(RunFolderError, match=r"holds a run already.*--resume"):
+        train(config, model=model, corpora=corpora, display=False)
+    run = train(config, model=model, corpora=corpora, display=False, resume="if_started")
+    whole = train(recipe(tmp_path / "whole"), model=model, corpora=corpora, display=False)
+    assert_same_end(run.folder, whole.folder)
+    values = config.model_dump()
+    values["training"]["learning_rate"] = 1.0
+    with pytest.raises(RunFolderError, match="another recipe"):
+        train(RunConfig.build(values), model=model, corpora=corpora, display=False, resume="if_started")
+
+
+def test_what_a_killed_process_left_half_done_is_no_obstacle(model, corpora, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for leftover in (folder / ".config.yaml.77.partial", folder / "checkpoints" / ".step-1.77.partial"):
+        leftover.write_text("half of")
+    (folder / "checkpoints" / ".step-1.77.partial").unlink()
+    (folder / "checkpoints").rmdir()
+    run = train(recipe(folder), model=model, corpora=corpora, display=False, resume="if_started")
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_the_shared_generators_come_back():
+    random.gauss(0, 1)
+    np.random.default_rng()
+    states = generator_states()
+
+    def draws():
+        return random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
+
+    first = draws()
+    assert draws() != first
+    restore_generators(states)
+    assert draws() == first
