@@ -79,7 +79,8 @@ class SAE(nn.Module, ABC):
             "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {})},
         }
         tensors = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        content = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+        weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(weights, metadata={"metadata": json.dumps(cfg["metadata"])})
         write_atomic(folder / WEIGHTS_FILE, content)
         write_json(folder / CFG_FILE, cfg)
 
