@@ -1,5 +1,6 @@
 """The command line. Every command is a thin door to one function; torch is imported only behind it."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from endwise.errors import EndwiseError
+from endwise.printable import printable
 
 app = typer.Typer(
     name="endwise",
@@ -35,8 +37,16 @@ def main() -> None:
     app()
 
 
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
+def _utf8(table: str) -> bytes:
+    return table.encode(errors="backslashreplace")  # a folder's name need not be Unicode
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"endwise: {message}", err=True)
+    _say(f"endwise: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -54,6 +64,9 @@ def _plainly(command: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(1) from None
+        except OSError as error:  # of the machine, not of the program: a disk that fails, a file that may not be read
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}. Check that path, its permissions and its disk.", 1)
 
     return run
 
@@ -94,8 +107,8 @@ def train(
     else:
         config = RunConfig.read(find_recipe(recipe or ""), overrides)
     result = run(config, resume=resume is not None, display=not quiet)
-    typer.echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
-    typer.echo(f"Next: endwise evaluate {result.folder}")
+    _say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+    _say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 
 @app.command()
@@ -117,11 +130,11 @@ def evaluate(
     print_evaluations(configs, evaluations)
     for path, config in configs.items():
         if remark := unfinished(path, config):
-            typer.echo(remark)
+            _say(remark)
     for path, evaluation in evaluations.items():
-        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
+        write_atomic(path / "evaluation.csv", _utf8(evaluations_csv(configs, {path: evaluation})))
     if csv is not None:
-        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
+        write_atomic(csv, _utf8(evaluations_csv(configs, evaluations)))
 
 
 @app.command()
@@ -138,7 +151,7 @@ def sites(
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():
-        typer.echo(f"{site.name:<34}{loaded.width(site):>8}")
+        _say(f"{site.name:<34}{loaded.width(site):>8}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; `path` keeps its old content.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

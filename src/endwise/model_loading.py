@@ -10,9 +10,11 @@ from endwise import embedded
 from endwise.errors import ConfigError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
+from endwise.reading import read_json, stays_inside, there_is
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+MOST_LAYERS = 10_000
 
 
 def load_model(
@@ -46,8 +48,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source = str(embedded.folder()) if name == "embedded" else name
-    if Path(source).is_dir():
-        _refuse_pickles(Path(source), gguf_file)
+    _check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
@@ -67,7 +68,16 @@ def load_model(
         )
     for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
         parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type, whatever is asked
-    return LanguageModel(model.to(place), _tokenizer(source, shared), name)
+    return _spliceable(model.to(place), _tokenizer(source, shared), name)
+
+
+def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | None, name: str) -> LanguageModel:
+    try:
+        return LanguageModel(model, tokenizer, name)
+    except ModelError:
+        raise
+    except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in
+        raise ModelError(f"{name} is loaded, but a pass fails: {_one_line(error)} Is its config.json right?") from error
 
 
 def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:
@@ -89,6 +99,8 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         return None
+    except Exception as error:  # what the tokenizers library says of a file that is damaged
+        raise ModelError(f"The tokenizer of {source} cannot be read: {_one_line(error)} Restore its files.") from error
     # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return None if tokenizer.get_vocab().keys() <= special else tokenizer
@@ -106,6 +118,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _check_files(source: str, gguf_file: str | None) -> None:
+    """What is to be refused before transformers reads any of it."""
+    if gguf_file is not None and not stays_inside(gguf_file):
+        raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
+    folder = Path(source)
+    if there_is(folder) and folder.is_dir():
+        _refuse_pickles(folder, gguf_file)
+        _check_config(folder)
+
+
 def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
@@ -119,15 +141,44 @@ def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
                 "Convert it to safetensors first: model.save_pretrained(folder)."
             )
         raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _check_shards(index: Path) -> None:
+    """Transformers joins these names to the folder as they are."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} must map the weights' names to files (weight_map). Restore it.")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not stays_inside(shard):
+            raise ModelError(f"{index} must name files inside its folder, not {shard!r:.200}. Restore it.")
+
+
+def _check_config(folder: Path) -> None:
+    """What transformers would take at its word: it makes as many blocks as the configuration says."""
+    if there_is(folder / "config.json"):
+        config = read_json(folder / "config.json")
+        for key in ("num_hidden_layers", "num_layers", "n_layer"):
+            layers = config.get(key)
+            if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):
+                raise ModelError(
+                    f"{folder / 'config.json'}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not "
+                    f"{layers!r:.80}. Restore the file."
+                )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _explained(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = _one_line(error)
     if isinstance(error, ImportError):
         return f"{name} needs a package that is not installed: {reason}"
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
-    if isinstance(error, OSError) and not Path(name).exists():
+    if isinstance(error, OSError) and not there_is(Path(name)):
         return (
             f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
             f"Check the spelling and the connection. ({reason})"

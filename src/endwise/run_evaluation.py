@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
-from endwise.errors import RunFolderError
+from endwise.errors import FormatError, RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
 from endwise.language_model import LanguageModel
@@ -70,9 +70,10 @@ def read_sums(path: Path) -> Sums:
 
 def unfinished(path: Path, config: RunConfig) -> str | None:
     """A remark on a run whose SAE has not taken every training step of its recipe, or None."""
-    metadata = read_cfg(path / "sae").get("metadata", {})
-    step, context = metadata.get("endwise", {}).get("step"), metadata.get("context_size")
-    if step is None or context is None:
+    metadata = read_cfg(path / "sae")["metadata"]
+    own, context = metadata.get("endwise"), metadata.get("context_size")
+    step = own.get("step") if isinstance(own, dict) else None
+    if type(step) is not int or type(context) is not int or context < 1:
         return None
     steps = config.training.tokens // (config.training.batch * context)
     if step >= steps:
@@ -129,6 +130,17 @@ def _evaluate_group(
     corpora = corpora or corpora_for(
         model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
     )
-    saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
+    saes = {str(path): (model.site(config.site), _load_sae(path, config, model)) for path, config in configs.items()}
     measured = measure(model, saes, corpora.heldout, settings)
     return {path: measured[str(path)] for path in configs}
+
+
+def _load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
+    sae = SAE.load(path, model.device)
+    width = model.width(config.site)
+    if sae.d_in != width:
+        raise FormatError(
+            f"The SAE in {path} has d_in {sae.d_in}, but {config.site} of {model.name} has width {width}. "
+            "Correct site or model.name in its config.yaml, or restore its sae/."
+        )
+    return sae

@@ -21,6 +21,7 @@ from typing import Any
 
 from endwise.errors import ConfigError, RunFolderError
 from endwise.files import write_atomic, write_json
+from endwise.reading import read_json, there_is
 from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -42,11 +43,11 @@ class RunFolder:
         Raises:
             RunFolderError: the folder holds another run or other files.
         """
-        if self.config_file.exists():
+        if there_is(self.config_file):
             raise RunFolderError(
                 f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if there_is(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
 
     def create(self, config: RunConfig) -> None:
@@ -75,7 +76,7 @@ class RunFolder:
         Raises:
             RunFolderError: no run has been started here.
         """
-        if not self.config_file.exists():
+        if not there_is(self.config_file):
             raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
 
     def check_same_data(self, data: Mapping[str, Any]) -> None:
@@ -83,8 +84,14 @@ class RunFolder:
         Raises:
             RunFolderError: the run was started on other sequences than `data` (`Corpora.describe`) describes.
         """
-        started = json.loads(self.data_file.read_text()) if self.data_file.exists() else data
-        before, now = (each["train"]["fingerprint"] for each in (started, data))
+        started = read_json(self.data_file) if self.data_file.exists() else data
+        try:
+            before, now = (each["train"]["fingerprint"] for each in (started, data))
+        except (KeyError, TypeError):
+            raise RunFolderError(
+                f"{self.data_file} names no fingerprint of the training data (train.fingerprint). Restore it from a "
+                "copy, or start a new run."
+            ) from None
         if before != now:
             raise RunFolderError(
                 f"{self.path} was started on other text ({before}) than {data['train']['source']} holds now ({now}). "
@@ -108,14 +115,19 @@ class RunFolder:
         """Drops the lines of later steps, which a resumed run writes again."""
         for file in (self.metrics_file, self.timings_file):
             if file.exists():
-                kept = [line for line in file.read_text().splitlines() if 0 <= _step_of(line) <= step]
+                kept = [line for line in file.read_text(errors="replace").splitlines() if 0 <= _step_of(line) <= step]
                 write_atomic(file, "".join(f"{line}\n" for line in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        try:
+            return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"{self.metrics_file} cannot be read: {error}. Restore it from a copy, or remove the line."
+            ) from None
 
     def evaluation(self) -> dict[str, Any] | None:
-        return json.loads(self.evaluation_file.read_text()) if self.evaluation_file.exists() else None
+        return read_json(self.evaluation_file) if self.evaluation_file.exists() else None
 
     def latest_checkpoint(self) -> Path | None:
         found = sorted(self.checkpoints.glob("step-*.safetensors"))
@@ -128,11 +140,12 @@ class RunFolder:
 
 
 def _step_of(line: str) -> int:
-    """-1 for a line that was cut off while it was written."""
+    """-1 for a line that was cut off while it was written, or is none of ours."""
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return -1
+    return step if type(step) is int else -1
 
 
 def environment() -> dict[str, Any]:

@@ -134,9 +134,10 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
 
 def default_folder(config: RunConfig) -> Path:
     """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
-    model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)
+    model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
     coefficient = f"{config.objective.sparsity.coefficient:g}"
-    return Path("runs") / f"{model}-{config.site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
+    site = Site.parse(config.site).name
+    return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
 
 
 def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:

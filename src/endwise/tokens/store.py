@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from endwise.errors import DataError
+from endwise.printable import printable
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source
 
@@ -173,7 +174,7 @@ def _load(folder: Path) -> _Stored | None:
         if len(ends) != info["documents"] or len(hashes) != len(ends) or len(tokens) != ends[-1]:
             return None
         return _Stored(_documents(tokens, ends, hashes, info["compared_from"]), info)
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -208,7 +209,7 @@ class _Builder:
         exhausted = True
         with (folder / "tokens.npy").open("wb") as file, _progress() as progress:
             _write_header(file, self._encoding.dtype, 0)
-            task = progress.add_task(f"Tokenising {self._source.name}", total=self._source.size, tokens=0)
+            task = progress.add_task(printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=0)
             for batch in _batches(self._rows_marked()):
                 before = len(self._ends)
                 for document, ids in zip(batch, self._encoded(batch), strict=True):
@@ -359,7 +360,11 @@ def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+    )
     return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
 
 
