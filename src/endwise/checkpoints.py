@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["endwise"])
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is not a whole checkpoint ({error}). Remove it to go on from the one before."
         ) from None
@@ -64,3 +65,37 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
             key: value if value.ndim == 0 and parameter.device.type == "cpu" else value.to(parameter.device)
             for key, value in values.items()
         }
+
+
+def check_fits(checkpoint: Checkpoint, own: Mapping[str, Tensor], steps: int) -> None:
+    """Verifies that a checkpoint, whole as it may be, is one of the run that is to go on from it.
+
+    Args:
+        own: the run's tensors by their names in a checkpoint, the optimiser's aside.
+        steps: the run's last step.
+
+    Raises:
+        FormatError: a tensor is missing or of another shape or type, or a counter is no number of this run's.
+    """
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            like = shapes.get(f"sae.{parameter}", ((), tensor.dtype))
+            shapes[name] = ((), torch.float32) if key == "step" else like
+    for name, expected in shapes.items():
+        found = checkpoint.tensors.get(name)
+        if found is None or (tuple(found.shape), found.dtype) != expected:
+            raise _does_not_fit(f"{name} must be {list(expected[0])} {expected[1]}, not {_kind(found)}")
+    for name, most in (("step", steps), ("tokens", 2**63 - 1)):
+        count = checkpoint.state.get(name) if isinstance(checkpoint.state, dict) else None
+        if type(count) is not int or not 0 <= count <= most:
+            raise _does_not_fit(f"{name} must be a whole number from 0 to {most}, not {count!r:.80}")
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def _does_not_fit(reason: str) -> FormatError:
+    return FormatError(f"The checkpoint is none of this run's: {reason}. Remove it to go on from the one before.")

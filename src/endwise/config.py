@@ -13,6 +13,8 @@ from endwise.strict_yaml import parse_yaml
 
 LARGEST_FILE = 100_000
 """Bytes of a recipe; those that ship have about a thousand."""
+LONGEST = 4096
+"""Characters of a value: what most systems take as a path."""
 LINES = 20
 """Broken rules that one message lists."""
 
@@ -24,13 +26,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @field_validator("*")
+    @field_validator("*", mode="before")
     @classmethod
     def _can_be_named(cls, value: Any) -> Any:
-        """No file system, hub or tokenizer takes these characters, and each fails of them in its own way."""
-        text = str(value) if isinstance(value, str | Path) else ""
-        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
+        """What no file system, hub or tokenizer takes, and each fails of in its own way."""
+        if isinstance(value, str | Path):
+            text = str(value)
+            if not value or len(text) > LONGEST:
+                raise ValueError(f"must have 1 to {LONGEST:,} characters; leave it out for the default")
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
         return value
 
     @classmethod
@@ -115,6 +120,8 @@ def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
         )
     if detail["type"] == "missing":
         return f"{field}: this key is required"
+    if detail["type"] == "path_type":
+        return f"{field}: must be a path (given {_shown(detail['input'])})"
     given = "" if isinstance(detail["input"], dict) else f" (given {_shown(detail['input'])})"
     return f"{field}: {detail['msg'].removeprefix('Value error, ')}{given}"
 

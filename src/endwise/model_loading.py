@@ -111,9 +111,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0][:200]
         raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
     return device
 
@@ -175,7 +175,7 @@ def _one_line(error: Exception) -> str:
 def _explained(name: str, error: Exception) -> str:
     reason = _one_line(error)
     if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed: {reason}"
+        return f"{name} needs a package that is not installed ({reason}). Install it first."
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
     if isinstance(error, OSError) and not there_is(Path(name)):

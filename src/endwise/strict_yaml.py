@@ -1,4 +1,4 @@
-"""YAML as recipes use it: plain values only, no key twice, and no aliases that unfold into more than anyone writes."""
+"""YAML as recipes use it: plain values under words, no key twice, no aliases that unfold without end."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ LARGEST = 10_000
 """Values in a document, each alias counted as the whole of what it stands for."""
 DEEPEST = 32
 """Levels of nesting."""
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 def parse_yaml(text: str) -> Any:
@@ -66,12 +67,13 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
         return node.value
     if not isinstance(node, yaml.MappingNode):
         return []
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if (key.tag, key.value) in seen:
-                raise ValueError(f"the key {key.value!r:.80} is there twice; keep one{_place(key)}")
-            seen.add((key.tag, key.value))
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEYS:
+            raise ValueError(f"a key must be a word; quote it{_place(key)}")
+        if key.value in seen:
+            raise ValueError(f"the key {key.value!r:.80} is there twice; keep one{_place(key)}")
+        seen.add(key.value)
     return [child for pair in node.value for child in pair]
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from endwise.axes import Activation, TokenMask
-from endwise.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
+from endwise.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.dictionaries import SAE, Latents
 from endwise.errors import TrainingStopped
 from endwise.language_model import Clean, LanguageModel
@@ -179,6 +179,8 @@ class Trainee:
         return {"step": self.step, "tokens": self.tokens}
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        own = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        check_fits(checkpoint, {**own, "last_fired": self.last_fired}, self.total_steps)
         weights = {
             key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
         }
