@@ -1,53 +1,34 @@
 """Files that are damaged, or made to do harm: every reader refuses them in words, and none runs or follows them."""
 
+import errno
 import json
-import pickle
+import re
 import shutil
-import struct
+from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 
-from bad_input import HOSTILE, refused, told
+from bad_input import BAD_SAFETENSORS, DEEP, HOSTILE, LONG_NUMBER, ODD_JSON, refused, told, write_place
 from endwise import SAE, train
-from endwise.errors import EndwiseError, FormatError, RunFolderError
+from endwise.checkpoints import read_checkpoint, write_checkpoint
+from endwise.errors import FormatError, RunFolderError, SiteError
 from endwise.reading import LARGEST_JSON, read_json, stays_inside
+from endwise.run_config import ModelConfig
 from endwise.run_folder import RunFolder
-from small_gpt2 import VOCAB, data, recipe, small_model, write_tokens
+from endwise.training import default_folder
+from small_gpt2 import recipe
 
-repeated = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-DEEP = "[" * 200_000
-LONG_NUMBER = "1" * 5000
-
-
-class Payload:
-    """What a pickle can do: the folder it makes shows that it was run."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (self.folder,)
+repeated = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, tokens, and a trained run."""
-    folder = tmp_path_factory.mktemp("place")
-    small_model().model.save_pretrained(folder / "model")
-    values = recipe(folder / "run", "e2e").model_dump(mode="json")
-    values["model"]["name"] = str(folder / "model")
-    values["data"] = data(write_tokens(folder)).model_dump(mode="json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    folder = write_place(tmp_path_factory.mktemp("place"))
     train(folder / "recipe.yaml", display=False)
     return folder
 
@@ -60,41 +41,6 @@ def model(place, tmp_path):
 @pytest.fixture
 def run(place, tmp_path):
     return shutil.copytree(place / "run", tmp_path / "run")
-
-
-def with_header(header, body=b"\0" * 64):
-    """A safetensors file."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
-
-
-def of(dtype="F32", shape=(16,), offsets=(0, 64)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-BAD_SAFETENSORS = {
-    "empty": b"",
-    "cut off in the length": b"\0\0\0",
-    "a length of 2**63": struct.pack("<Q", 2**63) + b"{}",
-    "a length of 2**64-1": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "a length beyond the end": struct.pack("<Q", 1000) + b"{}",
-    "a header that is not JSON": with_header(b"{'a': 1}"),
-    "a header that is not UTF-8": with_header(b"\xff\xfe\xfd"),
-    "a header that is a list": with_header([1, 2]),
-    "a deep header": with_header(DEEP.encode()),
-    "a header of long numbers": with_header(b'{"a": {"dtype": "F32", "shape": [' + LONG_NUMBER.encode() + b"]}}"),
-    "negative offsets": with_header({"a": of(offsets=(-64, 0))}),
-    "overlapping offsets": with_header({"a": of(), "b": of(offsets=(32, 96))}, b"\0" * 96),
-    "backward offsets": with_header({"a": of(offsets=(64, 0))}),
-    "offsets beyond the end": with_header({"a": of(offsets=(0, 640), shape=(160,))}),
-    "an unknown dtype": with_header({"a": of("PICKLE")}),
-    "a shape that overflows": with_header({"a": of(shape=(2**62, 2**62))}),
-    "a negative shape": with_header({"a": of(shape=(-16,))}),
-    "a shape that is no list": with_header({"a": {"dtype": "F32", "shape": 16, "data_offsets": [0, 64]}}),
-    "no tensors": with_header({}, b""),
-    "a pickle": pickle.dumps({"a": [1.0]}),
-    "text": HOSTILE.encode(),
-}
 
 
 @pytest.mark.parametrize("content", BAD_SAFETENSORS.values(), ids=BAD_SAFETENSORS)
@@ -131,18 +77,18 @@ def test_json_that_is_none(model, run, tmp_path, text):
         (run / "data.json", ("train", "--resume", run)),
     ):
         file.write_bytes(content)
-        assert str(file) in refused(*command, code=6) or text == JSON_BOMBS["a long number"]
+        assert f"{file} cannot be read as JSON: " in refused(*command, code=6)
     (run / "evaluation.json").write_bytes(content)
     with pytest.raises(FormatError, match=r"evaluation\.json"):
         RunFolder(run).evaluation()
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "dataset_dict.json").write_bytes(content)
-    assert "dataset_dict.json" in refused("train", tmp_path.parent / "none" if False else _recipe(run, saved), code=4)
+    assert "dataset_dict.json" in refused("train", recipe_for(run, saved), code=4)
 
 
-def _recipe(run, source):
-    """A recipe for the run's model and another source."""
+def recipe_for(run, source):
+    """The run's recipe, for another source."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     values["data"] = {"source": str(source), "context": 8}
     values["out"] = str(run.parent / "another run")
@@ -156,3 +102,167 @@ def test_json_too_large_to_be_ours_is_not_read_whole(tmp_path):
         file.truncate(LARGEST_JSON * 100)
     with pytest.raises(FormatError, match="more than"):
         read_json(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"d_in": "16"}, "d_in must be a whole number above 0, not '16'"),
+        ({"d_in": True}, "d_in must be a whole number above 0, not True"),
+        ({"d_in": -16}, "d_in must be a whole number above 0, not -16"),
+        ({"d_in": 16.0}, "d_in must be a whole number above 0, not 16.0"),
+        ({"d_sae": None}, "d_sae must be a whole number above 0, not None"),
+        ({"d_sae": 10**30}, "must have the shape"),
+        ({"d_sae": [[HOSTILE]]}, "d_sae must be a whole number"),
+        ({"architecture": None}, "architecture None is not one of standard"),
+        ({"architecture": ["standard"] * 1000}, "is not one of standard"),
+        ({"normalize_activations": {}}, "normalize_activations"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input must be true or false"),
+        ({"metadata": [HOSTILE]}, "metadata must be an object"),
+    ],
+    ids=str,
+)
+def test_an_saes_configuration_of_wrong_types(run, changed, says):
+    file = run / "sae" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    message = refused("evaluate", run, code=6)
+    assert says in message and len(message) < 1000
+
+
+@repeated
+@given(metadata=st.dictionaries(st.sampled_from(["endwise", "context_size", "x"]), ODD_JSON | st.just({"step": "x"})))
+def test_whatever_an_saes_metadata_hold_it_can_be_used(place, metadata):
+    from endwise.run_evaluation import unfinished
+
+    file = place / "run" / "sae" / "cfg.json"
+    original = file.read_bytes()
+    try:
+        file.write_text(json.dumps(json.loads(original) | {"metadata": metadata}))
+        SAE.load(place / "run")
+        assert unfinished(place / "run", RunFolder(place / "run").config()) is None
+    finally:
+        file.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("W_enc", torch.full((16, 40), float("nan")), "finite"),
+        ("b_dec", torch.full((16,), float("inf")), "finite"),
+        ("W_dec", torch.ones(40, 16, dtype=torch.int64), "int64"),
+        ("W_dec", torch.ones(40, 16, dtype=torch.bool), "bool"),
+        ("b_enc", torch.ones(41), "shape"),
+    ],
+)
+def test_weights_that_are_no_saes(run, name, value, says):
+    file = run / "sae" / "sae_weights.safetensors"
+    file.write_bytes(save(load_file(file) | {name: value}))
+    message = refused("evaluate", run, code=6)
+    assert name in message and says in message
+
+
+def test_weights_that_overflow_in_use(run):
+    file = run / "sae" / "sae_weights.safetensors"
+    file.write_bytes(save({key: tensor * 1e38 for key, tensor in load_file(file).items()}))
+    assert "NaN or infinite" in refused("evaluate", run, code=4)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_an_sae_of_another_width(run):
+    tensors = {"W_enc": torch.ones(8, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, 8), "b_dec": torch.ones(8)}
+    (run / "sae" / "sae_weights.safetensors").write_bytes(save(tensors))
+    file = run / "sae" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"d_in": 8, "d_sae": 4}))
+    message = refused("evaluate", run, code=6)
+    assert "d_in 8" in message and "width 16" in message
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"train": 3}', '{"train": {"fingerprint": []}}', '{"train": []}'])
+def test_a_runs_description_of_its_data(run, content):
+    (run / "data.json").write_text(content)
+    message = refused("train", "--resume", run)
+    assert "data.json" in message or "was started on other text" in message
+
+
+@repeated
+@given(lines=st.lists(st.binary(max_size=20) | ODD_JSON.map(lambda v: json.dumps({"step": v}).encode()), max_size=4))
+def test_whatever_lines_a_runs_timings_hold_it_can_be_resumed(place, lines):
+    (place / "run" / "timings.jsonl").write_bytes(b"\n".join([*lines, DEEP.encode()]))
+    assert told("train", "--resume", place / "run").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "state", "says"),
+    [
+        ({"sae.encoder": torch.ones(39, 16)}, {}, r"sae.encoder must be [40, 16] torch.float32, not [39, 16]"),
+        ({"sae.encoder": torch.ones(40, 16).double()}, {}, "not [40, 16] torch.float64"),
+        ({"last_fired": None}, {}, "last_fired must be [40] torch.int64, not missing"),
+        ({"last_fired": torch.ones(40)}, {}, "last_fired must be [40] torch.int64"),
+        ({"optimizer.encoder.exp_avg": torch.ones(3)}, {}, "optimizer.encoder.exp_avg must be [40, 16]"),
+        ({"optimizer.encoder.step": torch.ones(3)}, {}, "optimizer.encoder.step must be []"),
+        ({}, {"step": -1}, "step must be a whole number from 0 to 20, not -1"),
+        ({}, {"step": 10**12}, "step must be a whole number from 0 to 20, not 1000000000000"),
+        ({}, {"step": "3"}, "step must be a whole number from 0 to 20, not '3'"),
+        ({}, {"tokens": None}, "tokens must be a whole number"),
+        ({}, {"tokens": 10**30}, "tokens must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_whole_checkpoint_of_another_run(run, tensors, state, says):
+    file = RunFolder(run).latest_checkpoint()
+    whole = read_checkpoint(file)
+    changed = {name: tensor for name, tensor in {**whole.tensors, **tensors}.items() if tensor is not None}
+    write_checkpoint(file, changed, whole.state | state)
+    message = refused("train", "--resume", run, code=6)
+    assert says in message and "Remove it to go on from the one before" in message
+
+
+@pytest.mark.parametrize(
+    "state", ["[1]", "3", "{}", DEEP, "text", '{"step": ' + LONG_NUMBER + "}"], ids=lambda s: s[:9]
+)
+def test_a_checkpoint_whose_counters_are_none(run, state):
+    file = RunFolder(run).latest_checkpoint()
+    file.write_bytes(save(read_checkpoint(file).tensors, metadata={"endwise": state}))
+    assert "checkpoint" in refused("train", "--resume", run, code=6)
+
+
+def test_a_file_that_may_not_be_read_is_told_without_a_traceback(run, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error", str(run / "\x1b[2J"))
+
+    monkeypatch.setattr("endwise.run_evaluation.evaluate", fails)
+    result = told("evaluate", run)
+    assert result.exit_code == 1 and "\\x1b[2J: Input/output error. Check that path" in result.stderr
+
+
+@pytest.mark.parametrize("csv", ["/", ".", "..", "x" * 300, "/dev/null/x.csv"])
+def test_a_table_that_cannot_be_written(run, csv):
+    assert "Cannot write" in refused("evaluate", run, "--csv", csv, "--tokens", 64, code=5)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a/b.arrow", "...", "..a", "a..b", "\u202ea"])
+def test_names_that_stay_inside(name):
+    assert stays_inside(name)
+
+
+@given(before=st.text("ab./", max_size=4), after=st.text("ab./", max_size=4), slash=st.sampled_from("/\\"))
+def test_names_that_lead_out(before, after, slash):
+    assert not stays_inside(f"{before}{slash}..{slash}{after}" if before.strip("/.") else f"..{slash}{after}")
+    assert not stays_inside(f"{slash}{after}") and not stays_inside("C:" + after) and not stays_inside("")
+
+
+@pytest.mark.parametrize("model", ["../../x", "/", "..", "a/b", HOSTILE, "x" * 4000, ".", "C:\\x"])
+def test_a_runs_own_folder_lies_in_runs_whatever_the_model_is_called(tmp_path, model):
+    config = recipe(tmp_path).model_copy(update={"model": ModelConfig(name=model), "out": None})
+    folder = default_folder(config)
+    assert folder.parent == Path("runs") and len(folder.name) < 200
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", folder.name)
+    for site in ("../../x", "blocks.0.hook_resid_pre/../..", "/etc"):
+        with pytest.raises(SiteError):
+            default_folder(config.model_copy(update={"site": site}))
+
+
+def test_metrics_that_cannot_be_read(run):
+    (run / "metrics.jsonl").write_text('{"step": 1}\n' + DEEP)
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
+        RunFolder(run).metrics()

@@ -39,6 +39,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["endwise"])
+            if not isinstance(state, dict):
+                raise ValueError("its counters are no JSON object")
             return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise FormatError(
@@ -88,7 +90,7 @@ def check_fits(checkpoint: Checkpoint, own: Mapping[str, Tensor], steps: int) ->
         if found is None or (tuple(found.shape), found.dtype) != expected:
             raise _does_not_fit(f"{name} must be {list(expected[0])} {expected[1]}, not {_kind(found)}")
     for name, most in (("step", steps), ("tokens", 2**63 - 1)):
-        count = checkpoint.state.get(name) if isinstance(checkpoint.state, dict) else None
+        count = checkpoint.state.get(name)
         if type(count) is not int or not 0 <= count <= most:
             raise _does_not_fit(f"{name} must be a whole number from 0 to {most}, not {count!r:.80}")
 

@@ -41,10 +41,6 @@ def _say(text: str, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def _utf8(table: str) -> bytes:
-    return table.encode(errors="backslashreplace")  # a folder's name need not be Unicode
-
-
 def _fail(message: str, code: int) -> NoReturn:
     _say(f"endwise: {message}", err=True)
     raise typer.Exit(code)
@@ -132,9 +128,9 @@ def evaluate(
         if remark := unfinished(path, config):
             _say(remark)
     for path, evaluation in evaluations.items():
-        write_atomic(path / "evaluation.csv", _utf8(evaluations_csv(configs, {path: evaluation})))
+        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
     if csv is not None:
-        write_atomic(csv, _utf8(evaluations_csv(configs, evaluations)))
+        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
 
 
 @app.command()

@@ -160,7 +160,7 @@ def _checked(value: Any, where: str) -> str | NDArray[Any]:
         ids = np.asarray(value) if isinstance(value, list) else None
     except (ValueError, OverflowError):  # lists of unequal lengths
         ids = None
-    if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+    if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.signedinteger)):
         raise DataError(f"{where}: a document must be text or a list of token ids, not {value!r:.60}. Set data.column.")
     return ids.astype(np.int64)
 
