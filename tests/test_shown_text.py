@@ -70,7 +70,7 @@ def test_the_tables_of_a_comparison_show_markup_as_text():
     runs = [replace(run, folder=HOSTILE, site=HOSTILE, downstream_mse={HOSTILE: 0.5}) for run in three_kinds()]
     out, console = tables()
     print_summary(summarise(runs, clean_ce=3.5, resamples=20), console)
-    assert out.getvalue().count(SAFE) >= 2
+    assert out.getvalue().replace("\n", "").count(SAFE) >= 2  # a title is folded
     assert not hidden_in(out.getvalue())
 
 
@@ -107,10 +107,8 @@ def test_a_folder_whose_name_is_not_unicode(tmp_path):
     assert told("train", tmp_path / "recipe.yaml").exit_code == 0
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     (tmp_path / "run").rename(odd)
-    said = told("evaluate", odd, "--csv", tmp_path / "all.csv")
-    assert said.exit_code == 0, said.output
-    assert r"caf\udce9" in said.output and r"caf\udce9" in (tmp_path / "all.csv").read_text(encoding="utf-8")
-    assert told("train", "--resume", odd).exit_code == 0
+    for command in (("evaluate", odd), ("train", "--resume", odd), ("sites", odd), ("train", odd)):
+        assert r"caf\udce9" in refused(*command)
 
 
 def test_a_site_and_a_model_in_the_table_of_evaluations(evaluated):
