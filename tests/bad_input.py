@@ -6,7 +6,6 @@ import struct
 import unicodedata
 
 import yaml
-from click.testing import Result
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -23,18 +22,19 @@ def hidden_in(text: str) -> set[str]:
     return {character for character in text if unicodedata.category(character) in HIDDEN} - set("\n\u200c\u200d")
 
 
-def told(*arguments: object) -> Result:
+def told(*arguments):
     """Runs a command in this process: it ends well, or with a message of ours or of the command line's own."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     if result.exit_code:
-        assert result.stderr.startswith(("endwise: ", "Usage: ")), result.stderr
-        assert result.stderr.startswith("Usage: ") or not hidden_in(result.output), hidden_in(result.output)
+        ours = result.stderr.startswith("endwise: ")
+        assert ours or result.stderr.startswith(("Usage: ", "Error: ")), result.stderr
+        assert not (ours and hidden_in(result.output)), hidden_in(result.output)
     return result
 
 
-def refused(*arguments: object, code: int | None = None) -> str:
+def refused(*arguments, code=None):
     """The message of a command that must fail plainly."""
     result = told(*arguments)
     assert result.exit_code not in (0, 1), result.output

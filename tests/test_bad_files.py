@@ -19,6 +19,7 @@ from endwise.checkpoints import read_checkpoint, write_checkpoint
 from endwise.errors import FormatError, RunFolderError, SiteError
 from endwise.reading import LARGEST_JSON, read_json, stays_inside
 from endwise.run_config import ModelConfig
+from endwise.run_evaluation import SUMS_FILE, read_sums
 from endwise.run_folder import RunFolder
 from endwise.training import default_folder
 from small_gpt2 import recipe
@@ -53,6 +54,10 @@ def test_safetensors_that_are_none(model, run, content):
     RunFolder(run).latest_checkpoint().write_bytes(content)
     message = refused("train", "--resume", run, code=6)
     assert "not a whole checkpoint" in message and "step-" in message
+    (run / SUMS_FILE).write_bytes(content)
+    if content != BAD_SAFETENSORS["no tensors"]:
+        with pytest.raises(FormatError, match="Measure the run again"):
+            read_sums(run)
 
 
 JSON_BOMBS = {
@@ -71,13 +76,13 @@ JSON_BOMBS = {
 @pytest.mark.parametrize("text", JSON_BOMBS.values(), ids=JSON_BOMBS)
 def test_json_that_is_none(model, run, tmp_path, text):
     content = text.encode("latin-1", "replace")
-    for file, command in (
-        (model / "config.json", ("sites", model)),
-        (run / "sae" / "cfg.json", ("evaluate", run)),
-        (run / "data.json", ("train", "--resume", run)),
+    for file, command, code in (
+        (model / "config.json", ("sites", model), 3),
+        (run / "sae" / "cfg.json", ("evaluate", run), 6),
+        (run / "data.json", ("train", "--resume", run), 6),
     ):
         file.write_bytes(content)
-        assert f"{file} cannot be read as JSON: " in refused(*command, code=6)
+        assert f"{file} cannot be read as JSON: " in refused(*command, code=code)
     (run / "evaluation.json").write_bytes(content)
     with pytest.raises(FormatError, match=r"evaluation\.json"):
         RunFolder(run).evaluation()
@@ -164,7 +169,8 @@ def test_weights_that_are_no_saes(run, name, value, says):
 def test_weights_that_overflow_in_use(run):
     file = run / "sae" / "sae_weights.safetensors"
     file.write_bytes(save({key: tensor * 1e38 for key, tensor in load_file(file).items()}))
-    assert "NaN or infinite" in refused("evaluate", run, code=4)
+    message = refused("evaluate", run, code=4)
+    assert "NaN or infinite" in message and str(run) in message
     assert not (run / "evaluation.json").exists()
 
 

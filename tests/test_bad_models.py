@@ -108,3 +108,11 @@ def test_a_models_depth_is_believed_only_within_reason(model, layers):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"n_layer": layers}))
     message = refused("sites", model, code=3)
     assert "n_layer must be a whole number from 1 to 10,000" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 64, pickle.dumps([1])])
+def test_a_gguf_file_that_is_none(model, content):
+    (model / "a.gguf").write_bytes(content)
+    assert str(model) in refused("sites", model, "--gguf-file", "a.gguf", code=3)
+    for name in ("../a.gguf", str(model / "a.gguf"), "..\\a.gguf"):
+        assert "model.gguf_file must name a file inside" in refused("sites", model, "--gguf-file", name, code=2)

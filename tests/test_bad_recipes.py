@@ -143,6 +143,17 @@ def test_any_name_of_a_recipe_or_a_model_is_refused(name):
     assert told("sites", name).exit_code
 
 
+@repeated
+@given(
+    command=st.sampled_from(["train", "evaluate", "sites"]),
+    arguments=st.lists(
+        st.sampled_from(["--resume", "--tokens", "--csv", "-1", "--", "x=1"]) | st.text(max_size=9), min_size=1
+    ),
+)
+def test_any_arguments_are_refused(command, arguments):
+    assert told(command, *arguments).exit_code
+
+
 LAUGHS = "a0: &a0 {x: ha}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 30))
 MERGED = "a0: &a0 {x: ha}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 30))
 HELD = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200))

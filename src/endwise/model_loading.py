@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from endwise import embedded
-from endwise.errors import ConfigError, ModelError
+from endwise.errors import ConfigError, FormatError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
 from endwise.reading import read_json, stays_inside, there_is
@@ -145,9 +145,16 @@ def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
         _check_shards(index)
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except FormatError as error:
+        raise ModelError(f"{file.parent} cannot be loaded as a causal language model: {error}") from None
+
+
 def _check_shards(index: Path) -> None:
     """Transformers joins these names to the folder as they are."""
-    shards = read_json(index).get("weight_map")
+    shards = _read(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ModelError(f"{index} must map the weights' names to files (weight_map). Restore it.")
     for shard in shards.values():
@@ -158,7 +165,7 @@ def _check_shards(index: Path) -> None:
 def _check_config(folder: Path) -> None:
     """What transformers would take at its word: it makes as many blocks as the configuration says."""
     if there_is(folder / "config.json"):
-        config = read_json(folder / "config.json")
+        config = _read(folder / "config.json")
         for key in ("num_hidden_layers", "num_layers", "n_layer"):
             layers = config.get(key)
             if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
-from endwise.errors import FormatError, RunFolderError
+from endwise.errors import DataError, FormatError, RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
 from endwise.language_model import LanguageModel
@@ -64,8 +65,15 @@ def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluatio
 
 
 def read_sums(path: Path) -> Sums:
-    """The per-sequence sums of an evaluated run."""
-    return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+    """The per-sequence sums of an evaluated run.
+
+    Raises:
+        FormatError: it has none, or they cannot be read.
+    """
+    try:
+        return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+    except (OSError, SafetensorError, TypeError) as error:
+        raise FormatError(f"{path / SUMS_FILE} cannot be read ({error}). Measure the run again: evaluate.") from None
 
 
 def unfinished(path: Path, config: RunConfig) -> str | None:
@@ -131,7 +139,10 @@ def _evaluate_group(
         model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
     )
     saes = {str(path): (model.site(config.site), _load_sae(path, config, model)) for path, config in configs.items()}
-    measured = measure(model, saes, corpora.heldout, settings)
+    try:
+        measured = measure(model, saes, corpora.heldout, settings)
+    except DataError as error:
+        raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
     return {path: measured[str(path)] for path in configs}
 
 
