@@ -105,9 +105,13 @@ def test_a_models_index_that_maps_nothing(model):
 @pytest.mark.parametrize("layers", [10**9, 0, -1, 4.0, "4", True])
 def test_a_models_depth_is_believed_only_within_reason(model, layers):
     file = model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_layer": layers}))
-    message = refused("sites", model, code=3)
-    assert "n_layer must be a whole number from 1 to 10,000" in message
+    original = json.loads(file.read_text())
+    for key, changed in (
+        ("n_layer", {"n_layer": layers}),
+        ("num_hidden_layers", {"text_config": {"num_hidden_layers": layers}}),
+    ):
+        file.write_text(json.dumps(original | changed))
+        assert f"{key} must be a whole number from 1 to 10,000" in refused("sites", model, code=3)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 64, pickle.dumps([1])])

@@ -164,14 +164,16 @@ def _check_shards(index: Path) -> None:
 
 def _check_config(folder: Path) -> None:
     """What transformers would take at its word: it makes as many blocks as the configuration says."""
-    if there_is(folder / "config.json"):
-        config = _read(folder / "config.json")
+    file = folder / "config.json"
+    if not there_is(file):
+        return
+    config = _read(file)
+    for section in (config, config.get("text_config")):
         for key in ("num_hidden_layers", "num_layers", "n_layer"):
-            layers = config.get(key)
+            layers = section.get(key) if isinstance(section, dict) else None
             if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):
                 raise ModelError(
-                    f"{folder / 'config.json'}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not "
-                    f"{layers!r:.80}. Restore the file."
+                    f"{file}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not {layers!r:.80}. Restore it."
                 )
 
 
