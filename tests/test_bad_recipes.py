@@ -246,7 +246,7 @@ def test_values_that_would_fail_late_are_refused_before_any_work(place, tmp_path
 def test_a_ratio_that_asks_for_too_much(place):
     changed = valid(place)
     changed["dictionary"] = {"ratio": 1e308}
-    with pytest.raises(ConfigError, match=r"dictionary\.ratio: .*less than or equal to 1048576"):
+    with pytest.raises(ConfigError, match=r"dictionary\.ratio: .*less than or equal to 1000000"):
         RunConfig.build(changed)
 
 

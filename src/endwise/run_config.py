@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from endwise.config import Config
 
 Kind = Literal["local", "e2e", "e2e_ds"]
-Positive = Annotated[int, Field(gt=0, lt=2**53)]
-"""No corpus is as large as the bound, and every smaller integer is exact in all that reads it."""
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+"""No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -39,7 +39,7 @@ class DictionaryConfig(Config):
     architecture: Literal["relu"] = "relu"
     size: Positive | None = None
     """Number of features `d_sae`; give this or `ratio`."""
-    ratio: Annotated[float, Field(gt=0, le=2**20)] | None = None
+    ratio: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Number of features as a multiple of the site's width."""
 
     @model_validator(mode="after")
