@@ -52,8 +52,9 @@ training:
 ```
 
 Unknown keys, values that break a rule and keys that are missing are refused before anything is loaded, each with one
-line that names the key, the value and the remedy. A run folder's `config.yaml` is the recipe with every default filled
-in, and can be trained again with another `out`.
+line that names the key, the value and the remedy. So are a key that is there twice, aliases that unfold into more than
+10,000 values and a file of more than 100,000 bytes; anchors, aliases and merge keys of honest size work. A run folder's
+`config.yaml` is the recipe with every default filled in, and can be trained again with another `out`.
 """
 
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}

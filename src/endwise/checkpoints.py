@@ -57,7 +57,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         found = checksum(tensors, state)
         if found != expected:
             raise FormatError(f"{path} was altered: its content has the checksum {found:.16}, not {expected:.16}.")
-        return Checkpoint(tensors, json.loads(state))
+        counters = json.loads(state)
+        if not isinstance(counters, dict):
+            raise ValueError("its counters are no JSON object")
+        return Checkpoint(tensors, counters)
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from None
 
@@ -90,3 +93,37 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
             key: value if value.ndim == 0 and parameter.device.type == "cpu" else value.to(parameter.device)
             for key, value in values.items()
         }
+
+
+def check_fits(checkpoint: Checkpoint, own: Mapping[str, Tensor], steps: int) -> None:
+    """Verifies that a checkpoint, whole as it may be, is one of the run that is to go on from it.
+
+    Args:
+        own: the run's tensors by their names in a checkpoint, the optimiser's aside.
+        steps: how many the run has in all, from which its schedule follows.
+
+    Raises:
+        FormatError: a tensor is missing or of another shape or type, or a counter is no number of this run's.
+    """
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            like = shapes.get(f"sae.{parameter}", ((), tensor.dtype))
+            shapes[name] = ((), torch.float32) if key == "step" else like
+    for name, expected in shapes.items():
+        found = checkpoint.tensors.get(name)
+        if found is None or (tuple(found.shape), found.dtype) != expected:
+            raise _does_not_fit(f"{name} must be {list(expected[0])} {expected[1]}, not {_kind(found)}")
+    for name, least, most in (("step", 0, steps), ("tokens", 0, 2**63 - 1), ("total_steps", steps, steps)):
+        count = checkpoint.state.get(name)
+        if type(count) is not int or not least <= count <= most:
+            raise _does_not_fit(f"{name} must be a whole number from {least} to {most}, not {count!r:.80}")
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def _does_not_fit(reason: str) -> FormatError:
+    return FormatError(f"The checkpoint is none of this run's: {reason}. Remove it to go on from the one before.")

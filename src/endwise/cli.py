@@ -1,6 +1,7 @@
 """The command line. Every command is a thin door to one function; torch is imported only behind it."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from endwise.errors import EndwiseError
+from endwise.printable import printable
 
 app = typer.Typer(
     name="endwise",
@@ -36,9 +38,13 @@ def main() -> None:
     app()
 
 
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    typer.echo(f"endwise{process}: {message}", err=True)
+    process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    _say(f"endwise{process}: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -56,6 +62,9 @@ def _plainly(command: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(1) from None
+        except OSError as error:  # of the machine, not of the program: a disk that fails, a file that may not be read
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}. Check that path, its permissions and its disk.", 1)
 
     return run
 
@@ -108,8 +117,8 @@ def train(
     going_on = resume is not None or ("if_started" if or_resume else False)
     result = run(config, resume=going_on, from_step=from_step, display=not quiet)
     if is_first_process():
-        typer.echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
-        typer.echo(f"Next: endwise evaluate {result.folder}")
+        _say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+        _say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 
 @app.command()
@@ -134,7 +143,7 @@ def evaluate(
     print_evaluations(configs, evaluations)
     for path, config in configs.items():
         if remark := unfinished(path, config):
-            typer.echo(remark)
+            _say(remark)
     for path, evaluation in evaluations.items():
         write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
     if csv is not None:
@@ -155,7 +164,7 @@ def sites(
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():
-        typer.echo(f"{site.name:<34}{loaded.width(site):>8}")
+        _say(f"{site.name:<34}{loaded.width(site):>8}")
 
 
 @app.command()

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from endwise.errors import ConfigError
+from endwise.strict_yaml import parse_yaml
+
+LARGEST_FILE = 100_000
+"""Bytes of a recipe; those that ship have about a thousand."""
+LONGEST = 4096
+"""Characters of a value: what most systems take as a path."""
+LINES = 20
+"""Broken rules that one message lists."""
 
 Section = TypeVar("Section", bound="Config")
 
@@ -17,6 +25,18 @@ class Config(BaseModel):
     """A frozen section of a recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_named(cls, value: Any) -> Any:
+        """What no file system, hub or tokenizer takes, and each fails of in its own way."""
+        if isinstance(value, str | Path):
+            text = str(value)
+            if not value or len(text) > LONGEST:
+                raise ValueError(f"must have 1 to {LONGEST:,} characters; leave it out for the default")
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
+        return value
 
     @classmethod
     def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:
@@ -28,7 +48,8 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [_describe(cls, detail) for detail in error.errors()]
+            lines = [_describe(cls, detail) for detail in error.errors()[:LINES]]
+            lines += [f"and {error.error_count() - LINES} more"] if error.error_count() > LINES else []
             raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
     @classmethod
@@ -41,14 +62,22 @@ class Config(BaseModel):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: there is no such file, or it is no mapping in YAML; see `strict_yaml`.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(f"{path} has more than {LARGEST_FILE:,} bytes, which no recipe needs. Give a recipe.")
+        values = parse_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}. Give the path of a recipe, for example one of recipes/.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read {path}: {error}. Give a YAML text file.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML for a recipe: {error}. Correct it there.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of settings (key: value), not {type(values).__name__}.")
     return values
@@ -61,16 +90,18 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         key, equals, text = override.partition("=")
         path = key.split(".")
         if not equals or not all(path):
-            raise ConfigError(f"An override must read section.key=value; given {override!r}.")
+            raise ConfigError(f"An override must read section.key=value; given {override!r:.200}.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"The value in the override {override!r} is not valid YAML; quote it.") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"The value in the override {override!r:.200} is not valid YAML ({error}); quote it."
+            ) from None
         section = result
         for part in path[:-1]:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"Cannot set {key!r}: {part!r} is a value, not a section.")
+                raise ConfigError(f"Cannot set {key!r:.200}: {part!r:.80} is a value, not a section.")
         section[path[-1]] = value
     return result
 
@@ -80,17 +111,26 @@ def _copied(values: Any) -> Any:
 
 
 def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
-    field = ".".join(str(part) for part in detail["loc"]) or "the recipe"
+    field = ".".join(f"{part!s:.80}" for part in detail["loc"]) or "the recipe"
     if detail["type"] == "extra_forbidden":
         valid = sorted(_fields_at(model, detail["loc"][:-1]))
-        near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1)
+        near = difflib.get_close_matches(f"{detail['loc'][-1]!s:.80}", valid, n=1)
         return f"{field}: there is no such key; " + (
             f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
         )
     if detail["type"] == "missing":
         return f"{field}: this key is required"
-    given = "" if isinstance(detail["input"], dict) else f" (given {detail['input']!r:.80})"
+    if detail["type"] == "path_type":
+        return f"{field}: must be a path (given {_shown(detail['input'])})"
+    given = "" if isinstance(detail["input"], dict) else f" (given {_shown(detail['input'])})"
     return f"{field}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list that holds itself
+        return f"a value that cannot be written out, {type(value).__name__}"
 
 
 def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:

@@ -19,7 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; `path` keeps its old content.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.parent / f".{path.name}.{os.getpid()}{PARTIAL}"  # which has a name even where `path` has none
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -8,12 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from endwise import embedded
 from endwise.distributed import local_rank
-from endwise.errors import ConfigError, ModelError
+from endwise.errors import ConfigError, FormatError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
+from endwise.reading import read_json, stays_inside, there_is
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+MOST_LAYERS = 10_000
 
 
 def load_model(
@@ -47,8 +49,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source = str(embedded.folder()) if name == "embedded" else name
-    if Path(source).is_dir():
-        _refuse_pickles(Path(source), gguf_file)
+    _check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
@@ -68,7 +69,16 @@ def load_model(
         )
     for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
         parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type, whatever is asked
-    return LanguageModel(model.to(place), _tokenizer(source, shared), name)
+    return _spliceable(model.to(place), _tokenizer(source, shared), name)
+
+
+def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | None, name: str) -> LanguageModel:
+    try:
+        return LanguageModel(model, tokenizer, name)
+    except ModelError:
+        raise
+    except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in
+        raise ModelError(f"{name} is loaded, but a pass fails: {_one_line(error)} Is its config.json right?") from error
 
 
 def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:
@@ -90,6 +100,8 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         return None
+    except Exception as error:  # what the tokenizers library says of a file that is damaged
+        raise ModelError(f"The tokenizer of {source} cannot be read: {_one_line(error)} Restore its files.") from error
     # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return None if tokenizer.get_vocab().keys() <= special else tokenizer
@@ -100,11 +112,21 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0][:200]
         raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
     return device
+
+
+def _check_files(source: str, gguf_file: str | None) -> None:
+    """What is to be refused before transformers reads any of it."""
+    if gguf_file is not None and not stays_inside(gguf_file):
+        raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
+    folder = Path(source)
+    if there_is(folder) and folder.is_dir():
+        _refuse_pickles(folder, gguf_file)
+        _check_config(folder)
 
 
 def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
@@ -120,15 +142,53 @@ def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
                 "Convert it to safetensors first: model.save_pretrained(folder)."
             )
         raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except FormatError as error:
+        raise ModelError(f"{file.parent} cannot be loaded as a causal language model: {error}") from None
+
+
+def _check_shards(index: Path) -> None:
+    """Transformers joins these names to the folder as they are."""
+    shards = _read(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} must map the weights' names to files (weight_map). Restore it.")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not stays_inside(shard):
+            raise ModelError(f"{index} must name files inside its folder, not {shard!r:.200}. Restore it.")
+
+
+def _check_config(folder: Path) -> None:
+    """What transformers would take at its word: it makes as many blocks as the configuration says."""
+    file = folder / "config.json"
+    if not there_is(file):
+        return
+    config = _read(file)
+    for section in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "num_layers", "n_layer"):
+            layers = section.get(key) if isinstance(section, dict) else None
+            if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):
+                raise ModelError(
+                    f"{file}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not {layers!r:.80}. Restore it."
+                )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _explained(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = _one_line(error)
     if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed: {reason}"
+        return f"{name} needs a package that is not installed ({reason}). Install it first."
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
-    if isinstance(error, OSError) and not Path(name).exists():
+    if isinstance(error, OSError) and not there_is(Path(name)):
         return (
             f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
             f"Check the spelling and the connection. ({reason})"

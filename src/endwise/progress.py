@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from endwise.printable import printable
 from endwise.run_config import RunConfig
 
 LOG_SECONDS = 30.0
@@ -86,7 +87,7 @@ class Display:
         """Tells at once that a run has ended while others go on."""
         if folder in self._rows:
             self._rows[folder].failed = True
-        self._console.print(f"failed: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(f"failed: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, done: int) -> None:
         waited = time.monotonic() - self._said
@@ -136,7 +137,7 @@ class Display:
         for folder, text in described.items():
             alike = list(described.values()).count(text) > 1
             failed = " (failed)" if self._rows[folder].failed else ""
-            names[folder] = text + (f" in {folder}" if alike else "") + failed
+            names[folder] = printable(text + (f" in {folder}" if alike else "") + failed)
         return names
 
 

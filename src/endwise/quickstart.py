@@ -14,6 +14,8 @@ from endwise.evaluation import Evaluation, measure
 from endwise.files import write_json
 from endwise.group import Run
 from endwise.model_loading import load_model
+from endwise.printable import printable
+from endwise.reading import there_is
 from endwise.report import print_summary, write_report
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import write_evaluation
@@ -74,7 +76,7 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
         RunFolderError: `out` holds something already.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if there_is(out) and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not an empty folder. Remove it, or choose another with --out.")
     console = Console(quiet=not display)
     started = time.monotonic()
@@ -97,7 +99,8 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
     write_report(summary, out / "report.html")
     if display:
         print_summary(summary, console)
-    console.print(f"{time.monotonic() - started:.0f} seconds. The report: {out / 'report.html'}")
+    said = f"{time.monotonic() - started:.0f} seconds. The report: {out / 'report.html'}"
+    console.print(printable(said), markup=False)
     return summary
 
 

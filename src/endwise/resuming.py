@@ -49,9 +49,13 @@ def _reenter(member: Member, data: Mapping[str, Any], from_step: int | None) -> 
         )
     folder.check_same_data(data)
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)
+    position: Any = 0
     if checkpoint is not None:
         trainee.restore(checkpoint)
-    folder.cut(trainee.step, checkpoint.state["metrics_bytes"] if checkpoint is not None else 0)
+        position = checkpoint.state.get("metrics_bytes")
+    if type(position) is not int or position < 0:
+        raise FormatError(f"The checkpoint of step {trainee.step} in {folder.path} names no place in metrics.jsonl.")
+    folder.cut(trainee.step, position)
     member.seconds_before = folder.seconds()
 
 

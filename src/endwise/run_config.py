@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from endwise.config import Config
 
 Kind = Literal["local", "e2e", "e2e_ds"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+"""No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -38,7 +39,7 @@ class DictionaryConfig(Config):
     architecture: Literal["relu"] = "relu"
     size: Positive | None = None
     """Number of features `d_sae`; give this or `ratio`."""
-    ratio: Annotated[float, Field(gt=0)] | None = None
+    ratio: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Number of features as a multiple of the site's width."""
 
     @model_validator(mode="after")
@@ -183,7 +184,7 @@ class EvaluationConfig(Config):
     tokens: Positive = 500_000
     """Held-out tokens for every metric; alive features are counted over exactly these."""
     batch: Positive = 16
-    bootstrap: Positive = 1000
+    bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 1000
     """Bootstrap resamples over sequences."""
     during_training_tokens: Positive = 20_000
     """Held-out tokens of the short evaluations on schedule."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
 from endwise.distributed import World, joined
-from endwise.errors import RunFolderError
+from endwise.errors import DataError, FormatError, RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_atomic, write_json
 from endwise.language_model import LanguageModel
@@ -69,15 +70,23 @@ def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluatio
 
 
 def read_sums(path: Path) -> Sums:
-    """The per-sequence sums of an evaluated run."""
-    return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+    """The per-sequence sums of an evaluated run.
+
+    Raises:
+        FormatError: it has none, or they cannot be read.
+    """
+    try:
+        return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+    except (OSError, SafetensorError, TypeError) as error:
+        raise FormatError(f"{path / SUMS_FILE} cannot be read ({error}). Measure the run again: evaluate.") from None
 
 
 def unfinished(path: Path, config: RunConfig) -> str | None:
     """A remark on a run whose SAE has not taken every training step of its recipe, or None."""
-    metadata = read_cfg(path / "sae").get("metadata", {})
-    step, context = metadata.get("endwise", {}).get("step"), metadata.get("context_size")
-    if step is None or context is None:
+    metadata = read_cfg(path / "sae")["metadata"]
+    own, context = metadata.get("endwise"), metadata.get("context_size")
+    step = own.get("step") if isinstance(own, dict) else None
+    if type(step) is not int or type(context) is not int or context < 1:
         return None
     steps = config.training.tokens // (config.training.batch * context)
     if step >= steps:
@@ -139,6 +148,22 @@ def _evaluate_group(
         corpora = corpora or corpora_for(
             model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
         )
-        saes = {str(path): (model.site(config.site), SAE.load(path, model.device)) for path, config in configs.items()}
-    measured = measure(model, saes, corpora.heldout, settings, world=world)
+        saes = {
+            str(path): (model.site(config.site), _load_sae(path, config, model)) for path, config in configs.items()
+        }
+    try:
+        measured = measure(model, saes, corpora.heldout, settings, world=world)
+    except DataError as error:
+        raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
     return {path: measured[str(path)] for path in configs}
+
+
+def _load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
+    sae = SAE.load(path, model.device)
+    width = model.width(config.site)
+    if sae.d_in != width:
+        raise FormatError(
+            f"The SAE in {path} has d_in {sae.d_in}, but {config.site} of {model.name} has width {width}. "
+            "Correct site or model.name in its config.yaml, or restore its sae/."
+        )
+    return sae

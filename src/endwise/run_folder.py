@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from endwise.errors import ConfigError, RunFolderError
 from endwise.files import PARTIAL, cannot_write, flush, remove_partials, write_atomic, write_json
+from endwise.reading import read_json, there_is
 from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -54,7 +55,7 @@ class RunFolder:
         Raises:
             RunFolderError: another process holds it, or it cannot be written.
         """
-        is_new = not self.path.exists()
+        is_new = not there_is(self.path)
         lock = FileLock(self._lock_file, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
+        if there_is(self.path) and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
 
     def _is_foreign(self, file: Path) -> bool:
@@ -122,7 +123,7 @@ class RunFolder:
 
     def has_run(self) -> bool:
         """Whether a run has been started here."""
-        return self.config_file.exists()
+        return there_is(self.config_file)
 
     def check_exists(self) -> None:
         """
@@ -137,8 +138,14 @@ class RunFolder:
         Raises:
             RunFolderError: the run was started on other sequences than `data` (`Corpora.describe`) describes.
         """
-        started = json.loads(self.data_file.read_text()) if self.data_file.exists() else data
-        before, now = (each["train"]["fingerprint"] for each in (started, data))
+        started = read_json(self.data_file) if self.data_file.exists() else data
+        try:
+            before, now = (each["train"]["fingerprint"] for each in (started, data))
+        except (KeyError, TypeError):
+            raise RunFolderError(
+                f"{self.data_file} names no fingerprint of the training data (train.fingerprint). Restore it from a "
+                "copy, or start a new run."
+            ) from None
         if before != now:
             raise RunFolderError(
                 f"{self.path} was started on other text ({before}) than {data['train']['source']} holds now ({now}). "
@@ -186,21 +193,29 @@ class RunFolder:
         if size > position:
             os.truncate(self.metrics_file, position)
         if self.timings_file.exists():
-            kept = [line for line in self.timings_file.read_text().splitlines() if 0 <= _step_of(line) <= step]
+            lines = self.timings_file.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if 0 <= _step_of(line) <= step]
             write_atomic(self.timings_file, "".join(f"{line}\n" for line in kept).encode())
 
     def seconds(self) -> float:
         """Wall-clock of training up to the last timed step."""
-        if not self.timings_file.exists():
-            return 0.0
-        lines = [line for line in self.timings_file.read_text().splitlines() if _step_of(line) >= 0]
-        return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+        lines = self.timings_file.read_text(errors="replace").splitlines() if self.timings_file.exists() else []
+        for line in reversed(lines):
+            if _step_of(line) >= 0:
+                seconds = json.loads(line).get("seconds")
+                return float(seconds) if isinstance(seconds, int | float) else 0.0
+        return 0.0
 
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        try:
+            return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"{self.metrics_file} cannot be read: {error}. Restore it from a copy, or remove the line."
+            ) from None
 
     def evaluation(self) -> dict[str, Any] | None:
-        return json.loads(self.evaluation_file.read_text()) if self.evaluation_file.exists() else None
+        return read_json(self.evaluation_file) if self.evaluation_file.exists() else None
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies, if there is one."""
@@ -222,11 +237,12 @@ class RunFolder:
 
 
 def _step_of(line: str) -> int:
-    """-1 for a line that was cut off while it was written."""
+    """-1 for a line that was cut off while it was written, or is none of ours."""
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return -1
+    return step if type(step) is int else -1
 
 
 def environment() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from endwise.axes import Activation, TokenMask
-from endwise.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
+from endwise.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.dictionaries import SAE, Latents
 from endwise.distributed import World
 from endwise.errors import NotFinite
@@ -22,6 +22,8 @@ CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
 """Tokens at a time in the spliced pass: enough for matrix products at full speed."""
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
+UNCHECKED = ("optimizer.", "random.cuda.")
+"""A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class Trainee:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
+        own = self.checkpoint().tensors
+        check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
         weights = {
             key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
         }

@@ -1,5 +1,6 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
+import os
 import re
 import signal
 import threading
@@ -8,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from endwise.dictionaries import ReluSAE
 from endwise.distributed import World, joined
@@ -166,13 +169,29 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
     site = model.site(config.site)
     width = model.width(site)
     objective = build_objective(config.objective, model, site)
-    sae = ReluSAE(width, config.dictionary.features(width), seed=config.seed).to(model.device)
+    d_sae = config.dictionary.features(width)
+    _check_memory(width, d_sae)
+    sae = ReluSAE(width, d_sae, seed=config.seed).to(model.device)
     return Trainee(sae, site, objective, config.training, steps)
+
+
+def _check_memory(width: int, d_sae: int) -> None:
+    """An SAE is made in the machine's memory, wherever it then goes; a system that lends more than it has would be
+    stopped by its kernel, without a word.
+    """
+    needed = 2 * width * d_sae * torch.float32.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise ConfigError(
+            f"dictionary asks for {d_sae:,} features at a site of width {width:,}, whose weights alone take "
+            f"{needed / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f}. Lower dictionary.size or "
+            "dictionary.ratio."
+        )
 
 
 def default_folder(config: RunConfig) -> Path:
     """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
-    model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)
+    model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
     coefficient = f"{config.objective.sparsity.coefficient:g}"
     site = Site.parse(config.site).name
     return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"

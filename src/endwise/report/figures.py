@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from endwise.comparison import KINDS, LABELS, RunSummary, Summary, layer_label
+from endwise.printable import printable
 
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
 """One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
@@ -76,7 +77,7 @@ def downstream(summary: Summary, name: str) -> str:
             values = [run.downstream_mse[site] for site in kept]
             errors = _errors([run] * len(kept), [f"downstream_mse.{site}" for site in kept], values)
             axes.errorbar([sites.index(site) for site in kept], values, errors, **_look(run.kind))
-        axes.set_xticks(range(len(sites)), [layer_label(site) for site in sites])
+        axes.set_xticks(range(len(sites)), [printable(layer_label(site)) for site in sites])
         axes.set_xlim(-0.3, len(sites) - 0.7)
         _log_axis(axes, "y", [value for run in runs for value in run.downstream_mse.values()])
         axes.set_xlabel("later residual stream, by the block it enters")

@@ -1,7 +1,7 @@
 """The comparison as one HTML file that needs nothing else: no network, no script, no font, no image beside it."""
 
 from collections.abc import Iterable, Mapping
-from html import escape
+from html import escape as escape_html
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +10,13 @@ from string import Template
 from endwise import __version__
 from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse, layer_label, times
 from endwise.files import write_atomic
+from endwise.printable import printable
 from endwise.report import figures
+
+
+def escape(text: str) -> str:
+    """As text on the page, without the hidden characters that could turn a line around (U+202E)."""
+    return escape_html(printable(text))
 
 
 def write_report(summary: Summary, path: Path | str) -> None:

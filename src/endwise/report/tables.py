@@ -10,6 +10,7 @@ from rich.text import Text
 
 from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Summary, later_mse, layer_label, percent
 from endwise.evaluation import Evaluation
+from endwise.printable import printable
 from endwise.run_config import RunConfig
 
 
@@ -27,7 +28,7 @@ def print_evaluations(
         increase = evaluation.metrics["ce_increase"]
         later = [value.estimate for name, value in evaluation.metrics.items() if name.startswith("downstream_mse.")]
         table.add_row(
-            Text(str(path)),
+            Text(printable(path)),
             LABELS[config.objective.kind],
             f"{config.objective.sparsity.coefficient:g}",
             f"{evaluation['l0']:.1f}",
@@ -39,7 +40,7 @@ def print_evaluations(
         )
     console.print(table)
     for line in dict.fromkeys(_baselines(configs[path], evaluation) for path, evaluation in evaluations.items()):
-        console.print(Text(line))
+        console.print(Text(printable(line)))
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -49,7 +50,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     console.print(_downstream_table(summary))
     console.print(_ratios_table(summary))
     for sentence in summary.verdicts:
-        console.print(f"• {sentence}", markup=False, highlight=False)
+        console.print(printable(f"• {sentence}"), markup=False, highlight=False)
 
 
 def _baselines(config: RunConfig, evaluation: Evaluation) -> str:
@@ -62,7 +63,7 @@ def _baselines(config: RunConfig, evaluation: Evaluation) -> str:
 
 def _runs_table(summary: Summary) -> Table:
     title = f"{summary.site}, {summary.runs[0].d_sae:,} features, clean CE {summary.clean_ce:.3f} nats per token"
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("kind", no_wrap=True)
     for heading in ("λ", "L0", "alive", "CE increase [95 %]", "EV", "later MSE", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -88,7 +89,7 @@ def _downstream_table(summary: Summary) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("kind", no_wrap=True)
     for heading in ("λ", *map(layer_label, sites)):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(Text(printable(heading)), justify="right", no_wrap=True)
     for run in summary.runs:
         values = [f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–" for site in sites]
         table.add_row(LABELS[run.kind], f"{run.coefficient:g}", *values)

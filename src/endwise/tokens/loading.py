@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from endwise.errors import DataError
 from endwise.language_model import LanguageModel
+from endwise.reading import expanded, there_is
 from endwise.run_config import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, no_revision, open_source
@@ -199,8 +200,8 @@ class _Loader:
         return documents
 
     def _refuse_split_of_files(self, name: str) -> None:
-        path = Path(name).expanduser()
-        if self._data.heldout_split and path.exists() and not (path / "dataset_dict.json").exists():
+        path = expanded(name)
+        if self._data.heldout_split and there_is(path) and not (path / "dataset_dict.json").exists():
             raise DataError(
                 f"data.heldout_split is {self._data.heldout_split!r}, but {name} has no splits. "
                 "Set data.heldout to the held-out file instead, or unset data.heldout_split."
@@ -217,7 +218,7 @@ class _Loader:
 
     def _cache(self) -> Path:
         folder = self._data.cache or os.environ.get("ENDWISE_CACHE") or "~/.cache/endwise"
-        return Path(folder).expanduser()
+        return expanded(str(folder))
 
 
 def _embedded_tokens(side: str) -> NDArray[np.unsignedinteger]:

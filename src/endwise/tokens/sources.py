@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import DataError
+from endwise.errors import DataError, FormatError
+from endwise.reading import expanded, read_json, stays_inside, there_is
 
 COLUMNS = ("text", "input_ids", "tokens")
 """Looked for in this order where `data.column` is unset."""
 ROWS_AT_ONCE = 1000
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
 """Those that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class SourceLost(DataError):
@@ -59,12 +61,12 @@ def open_source(
     Raises:
         DataError: there is no such file, or no reader for it, or it has no revisions.
     """
-    path = Path(name).expanduser()
-    if path.exists() and revision is not None:
+    path = expanded(name)
+    if there_is(path) and revision is not None:
         raise no_revision(name, revision)
-    if path.is_dir() and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
+    if there_is(path) and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
         return _saved_dataset(path, column, split)
-    if path.exists():
+    if there_is(path):
         return _files(path, column)
     looks_local = path.suffix in READERS or path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if looks_local or name.startswith("."):
@@ -159,8 +161,9 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
             where = f"{file}, line {number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON ({error.msg}). A .jsonl file has one object per line.") from None
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits is no JSONDecodeError
+                reason = getattr(error, "msg", None) or f"{error}".partition(";")[0]
+                raise DataError(f"{where} is not JSON ({reason}). A .jsonl file has one object per line.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where} must be an object such as {{'text': ...}}, not {type(record).__name__}.")
             value = record[choose_column(record, column, where)]
@@ -169,12 +172,14 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
 
 def _checked(value: Any, where: str) -> str | NDArray[Any]:
     if isinstance(value, str):
+        if not value.isascii() and _HALF_OF_A_PAIR.search(value):
+            raise DataError(f"{where}: the text holds half of a surrogate pair, which is no character. Replace it.")
         return value
     try:
         ids = np.asarray(value) if isinstance(value, list) else None
-    except ValueError:  # lists of unequal lengths
+    except (ValueError, OverflowError):  # lists of unequal lengths
         ids = None
-    if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+    if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.signedinteger)):
         raise DataError(f"{where}: a document must be text or a list of token ids, not {value!r:.60}. Set data.column.")
     return ids.astype(np.int64)
 
@@ -214,8 +219,13 @@ def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
 def _read_npy(file: Path, _column: str | None) -> Iterator[Document]:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{file} is not a NumPy array of integers that can be read: {error}.") from None
+    except OSError:
+        raise
+    except Exception as error:  # NumPy reads the header as Python, and raises whatever that does
+        raise DataError(
+            f"{file} is not a NumPy array of integers that can be read: {_one_line(error)}. Pickles are never read, "
+            "since they can run any code; save the ids with numpy.save as an integer array."
+        ) from error
     if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
         found = f"{array.dtype} with {array.ndim} axes" if isinstance(array, np.ndarray) else "an archive"
         raise DataError(f"{file} must hold integer token ids with 1 or 2 axes; it holds {found}.")
@@ -253,22 +263,39 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
     """A folder written by `save_to_disk`: a dataset, or several by split."""
     folder = path
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = _names_in(path / "dataset_dict.json", lambda record: record["splits"])
         if split is None or split not in splits:
             raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}. Set data.split.")
         folder = path / split
+    files = _names_in(folder / "state.json", lambda record: [file["filename"] for file in record["_data_files"]])
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise DataError(f"{folder} lacks {missing[0]}, which its state.json names. Save the dataset again.")
     identity = [_identity(file) for file in sorted(folder.iterdir()) if file.suffix in (".arrow", ".json")]
 
     def read() -> Iterator[Document]:
         from datasets import load_from_disk
 
         try:
-            dataset = load_from_disk(str(folder))
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder} is not a dataset that can be loaded: {_one_line(error)}.") from None
-        yield from _dataset_documents(dataset, column, str(folder))
+            yield from _dataset_documents(load_from_disk(str(folder)), column, str(folder))
+        except DataError:
+            raise
+        except Exception as error:  # of a damaged file, whatever its reader stumbles over
+            raise DataError(
+                f"{folder} is not a dataset that can be loaded: {_one_line(error)}. Save the dataset again."
+            ) from error
 
     return Source(str(folder), ["saved", identity, column], read)
+
+
+def _names_in(file: Path, names: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """Names of files or folders beside `file` that it lists; none may lead elsewhere."""
+    try:
+        found = names(read_json(file))
+    except (FormatError, FileNotFoundError, LookupError, TypeError) as error:
+        raise DataError(f"{file} is not what datasets writes: {_one_line(error)} Save the dataset again.") from None
+    if not isinstance(found, list) or not all(isinstance(name, str) and stays_inside(name) for name in found):
+        raise DataError(f"{file} must list names of what lies beside it, not {found!r:.200}. Save the dataset again.")
+    return found
 
 
 def _hub_documents(

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from endwise.errors import DataError, RunFolderError
 from endwise.files import PARTIAL
+from endwise.printable import printable
 from endwise.tokens.corpus import Documents
 from endwise.tokens.sources import Source, SourceLost
 from endwise.tokens.tokenising import (
@@ -83,7 +84,7 @@ def _load(folder: Path) -> _Stored | None:
         if len(ends) != info["documents"] or len(hashes) != len(ends) or len(tokens) != ends[-1]:
             return None
         return _Stored(documents_at(tokens, ends, hashes, info["compared_from"]), info)
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -94,7 +95,7 @@ def _suffices(info: dict[str, Any], quota: Quota | None) -> bool:
 def _build(source: Source, encoding: Encoding, context: int, quota: Quota | None, folder: Path) -> _Stored:
     """Builds the store; one that holds too little is where it goes on from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
-    if folder.exists() and not partial.exists():
+    if _load(folder) is not None and not partial.exists():
         shutil.copytree(folder, partial)
     partial.mkdir(parents=True, exist_ok=True)
     try:
@@ -120,7 +121,8 @@ def _building(folder: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        Console(stderr=True).print(f"Waiting for another process that tokenises {name}.", markup=False, highlight=False)
+        waiting = printable(f"Waiting for another process that tokenises {name}.")
+        Console(stderr=True).print(waiting, markup=False, highlight=False)
         lock.acquire()
     try:
         yield

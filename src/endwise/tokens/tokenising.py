@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from endwise.errors import DataError
 from endwise.files import replacing, write_json
+from endwise.printable import printable
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, SourceLost
 
@@ -155,7 +156,9 @@ class Builder:
 
     def _read(self, file: BinaryIO, progress: Progress) -> bool:
         """Whether the source was read to its end."""
-        task = progress.add_task(f"Tokenising {self._source.name}", total=self._source.size, tokens=self._written)
+        task = progress.add_task(
+            printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=self._written
+        )
         kept = self._written
         for batch in _batches(self._rows_marked(progress.console)):
             before = len(self._ends)
@@ -180,9 +183,11 @@ class Builder:
             documents = info["documents"]
             if documents > min(len(ends), len(hashes)) or tokens.stat().st_size < size:
                 return
+            if int(ends[documents - 1] if documents else 0) != info["tokens"]:
+                return
             consumed, joined = info["consumed"], info["compared_from"] == WINDOW
             counted = {side: int(info[side]) for side in self._counted}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
             return
         os.truncate(tokens, size)
         self._ends.frombytes(ends[:documents].tobytes())
@@ -300,12 +305,8 @@ def lasting(source: Source, console: Console) -> Iterator[Document]:
                     f"over {sum(PAUSES):g} seconds ({error}) What was tokenised is kept: start again, to go on from "
                     "there, once it can be read."
                 ) from None
-            console.print(
-                f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s.",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            told = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."
+            console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
             time.sleep(PAUSES[attempts])
             attempts += 1
 
@@ -392,7 +393,11 @@ def _header_size(dtype: np.dtype[Any]) -> int:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+    )
     return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
 
 

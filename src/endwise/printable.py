@@ -1,0 +1,20 @@
+"""Text from files and recipes, made safe to show: on a terminal it could otherwise move the cursor or hide itself."""
+
+import unicodedata
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what has no shape of its own: control, format (bidirectional overrides among them), halves of
+surrogate pairs, line and paragraph separators."""
+_KEPT = frozenset("\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
+"""Hidden characters that only choose how their neighbours are drawn (Persian and Hindi need them), and line ends."""
+
+
+def printable(text: object) -> str:
+    """The text with every hidden character written out as Python writes it, `\\x1b` for an escape; lines stay lines."""
+    return "".join(_written_out(character) for character in str(text))
+
+
+def _written_out(character: str) -> str:
+    if character in _KEPT or unicodedata.category(character) not in _HIDDEN:
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

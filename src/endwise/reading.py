@@ -1,0 +1,57 @@
+"""Reading what anyone may have written: JSON within bounds, and names that may not lead out of their folder."""
+
+import json
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from endwise.errors import FormatError
+
+LARGEST_JSON = 32 << 20
+"""Bytes; the index of a model in a thousand shards has less than a tenth of it."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: it cannot be read, is larger than `LARGEST_JSON`, or holds no object in JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        value = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it must hold an object, not {type(value).__name__}")
+    except FileNotFoundError:
+        raise
+    except RecursionError:
+        raise FormatError(f"{path} cannot be read as JSON: it is nested too deeply. {_REMEDY}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"{path} cannot be read as JSON: {reason}. {_REMEDY}") from None
+    return value
+
+
+_REMEDY = "Restore it from a copy, or have it written anew."
+
+
+def there_is(path: Path) -> bool:
+    """Whether there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
+    where `Path.exists` raises.
+    """
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def expanded(name: str) -> Path:
+    """The path with `~` resolved; where there is no such user, as it stands (`Path.expanduser` raises)."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative file name, taken from a folder, names something in it, on any operating system."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return bool(name) and not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)
