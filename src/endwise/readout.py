@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from endwise.axes import Activation, TokenMask, Tokens
 from endwise.kernels import Unembedding, kernels_for
-from endwise.kernels.kl import rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Readout:
         predicts = mask.clone()
         predicts[:, -1] = False
         predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
-        rows = rows_per_chunk(self.unembedding)
+        rows = kernels_for(clean.device).rows_per_chunk(self.unembedding)
         columns: list[list[list[Tensor]]] = [[[] for _ in range(5)] for _ in spliced]
         for start in range(0, mask.numel(), rows):
             part = slice(start, start + rows)
