@@ -7,7 +7,7 @@ the backward pass counts as long as it is kept. What an operation holds for itse
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import import_utils
 
 aten: Any = torch.ops.aten
 
@@ -34,11 +35,15 @@ class Held:
 
 
 class MemoryTrace:
-    """Within it, tensors are fake, and what is held is counted by the part that made it."""
+    """Within it, tensors are fake, and what is held is counted by the part that made it.
 
-    def __init__(self) -> None:
-        self._fake = FakeTensorMode()
-        self._watch = _Watch(self._see)
+    Args:
+        fake: False follows real tensors instead.
+    """
+
+    def __init__(self, *, fake: bool = True) -> None:
+        self._fake = FakeTensorMode() if fake else nullcontext()
+        self._watch = _Watch(self._see, fake)
         self._entered = ExitStack()
         self._storages: dict[int, tuple[str, int]] = {}
         self._held: dict[str, int] = {}
@@ -48,6 +53,7 @@ class MemoryTrace:
 
     def __enter__(self) -> "MemoryTrace":
         self._entered.enter_context(self._fake)
+        self._entered.enter_context(_as_real_ones())
         self._entered.enter_context(self._watch)
         return self
 
@@ -98,6 +104,24 @@ class MemoryTrace:
         self._bytes -= size
 
 
+@contextmanager
+def _as_real_ones() -> Iterator[None]:
+    """transformers makes masks for fake tensors that it leaves out for real ones; within this it does not know them."""
+    recognises = getattr(import_utils, "is_fake_tensor", None)
+    if recognises is None:
+        yield
+        return
+    setattr(import_utils, "is_fake_tensor", _no)  # noqa: B010 - not a name that every release has
+    try:
+        yield
+    finally:
+        setattr(import_utils, "is_fake_tensor", recognises)  # noqa: B010
+
+
+def _no(_: object) -> bool:
+    return False
+
+
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001 - a storage's address, as long as it lives
 
@@ -105,20 +129,18 @@ def _key(tensor: Tensor) -> int:
 class _Watch(TorchDispatchMode):
     """Shows every operation's results to `see`, and answers what cannot be known without values."""
 
-    def __init__(self, see: Callable[[Tensor], None]) -> None:
+    def __init__(self, see: Callable[[Tensor], None], fakes: bool) -> None:
         super().__init__()
-        self._see = see
+        self._see, self._fakes = see, fakes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Where a number is asked for (is all of this equal? is it finite?), what holds of a healthy model is answered.
-        if func in (aten.allclose.default, aten.equal.default):
+        # Asked for a value (is this equal to that? is it finite?), a fake tensor says what holds of a healthy model.
+        if self._fakes and func in (aten.allclose.default, aten.equal.default):
             return True
-        if func is aten._local_scalar_dense.default:  # noqa: SLF001
+        if self._fakes and func is aten._local_scalar_dense.default:  # noqa: SLF001
             return _one(args[0].dtype)
-        if func is aten._grouped_mm.default:  # noqa: SLF001 - its meta implementation takes bf16 only
-            result = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        else:
-            result = func(*args, **(kwargs or {}))
+        stand_in = _STAND_INS.get(func) if self._fakes else None
+        result = (stand_in or func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -127,3 +149,24 @@ class _Watch(TorchDispatchMode):
 
 def _one(dtype: torch.dtype) -> bool | float | int:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Fused attention's result lies position by position, so that its heads are joined without a copy. PyTorch's own
+    description of it has it lie head by head.
+    """
+    batch, heads, positions, _width = query.shape
+    result = query.new_empty(batch, positions, heads, value.shape[-1]).transpose(1, 2)
+    return result, query.new_empty(batch, positions, heads, dtype=torch.float32).transpose(1, 2)
+
+
+def _experts(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
+    """PyTorch's own description of this product takes bf16 only."""
+    return rows.new_empty(rows.shape[0], matrices.shape[-1])
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,  # noqa: SLF001
+    aten._grouped_mm.default: _experts,  # noqa: SLF001
+}
+"""For operations whose results PyTorch describes otherwise than they are."""
