@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from endwise.dictionaries import ReluSAE
+from endwise.dictionaries import DenseLatents, ReluSAE
 from endwise.flops import (
     DENSE_FORWARD_PRODUCTS,
     DENSE_GRADIENT_PRODUCTS,
@@ -35,10 +35,14 @@ def test_a_window_costs_what_it_leaves():
 
 def test_a_dense_dictionary():
     sae, x = ReluSAE(6, 40), torch.randn(5, 6)
-    sae.sparse_below = 0.0
     product = product_flops(5, 6, 40)
     outputs = []
-    assert counted(lambda: outputs.append(sae(x))) == DENSE_FORWARD_PRODUCTS * product
+
+    def forward():
+        values = torch.relu(torch.nn.functional.linear(x, sae.encoder, sae.b_enc))
+        outputs.append(sae.decode(DenseLatents(values)))
+
+    assert counted(forward) == DENSE_FORWARD_PRODUCTS * product
     assert counted(outputs[0].sum().backward) == DENSE_GRADIENT_PRODUCTS * product
 
 

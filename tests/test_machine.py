@@ -24,7 +24,7 @@ def test_what_is_no_size_is_refused(text):
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1536, "1.5 KiB"), (80 * GIB, "80 GiB"), (1000 << 20, "1000 MiB"), (5 << 40, "5.0 TiB")],
+    [(0, "0 B"), (1536, "1.5 KiB"), (80 * GIB, "80 GiB"), (1000 << 20, "1,000 MiB"), (5 << 40, "5 TiB")],
 )
 def test_sizes_are_written(size, text):
     assert size_text(size) == text

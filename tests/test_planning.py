@@ -33,6 +33,7 @@ from endwise.rehearsal import (
     Rehearsal,
 )
 from endwise.run_config import RunConfig
+from endwise.sites import Part
 from endwise.tokens import TokenBatch
 from endwise.training import new_trainee, tail_model, take_step
 from tiny_models import CONTEXT, FAMILIES, VOCAB, WIDTH, build, tokens
@@ -214,12 +215,15 @@ def test_counted_operations_are_those_of_the_passes(stored, family, site):
             result = act()
         return result, counter.get_total_flops()
 
-    clean, flops = counted(lambda: model.clean(ids, [site]))
+    at = model.site(site)
+    clean, flops = counted(lambda: model.clean(ids, [at]))
     assert flops == 2 * forward_flops(head, CONTEXT, pairs)
-    leaf = clean.activations[model.site(site)].clone().requires_grad_()
-    spliced, flops = counted(lambda: model.replay(clean, {model.site(site): leaf}))
+    leaf = clean.activations[at].clone().requires_grad_()
+    spliced, flops = counted(lambda: model.replay(clean, {at: leaf}))
     assert flops == 2 * forward_flops(tail, CONTEXT, pairs)
     _, flops = counted(spliced.final.sum().backward)
+    if family in ("pythia", "gptj") and at.part is Part.ATTN_OUT:
+        tail = tail[1:]  # a parallel block's MLP does not read what attention wrote: this one gradient is a surplus
     assert flops == 2 * gradient_flops(tail, CONTEXT, pairs)
 
 

@@ -31,13 +31,15 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def size_text(size: float) -> str:
+def size_text(size: int) -> str:
     """In the largest binary unit of which it has one."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
+    if size < 1024:
+        return f"{size} B"
+    value, unit = size / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if value >= 1024:
+            value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -151,7 +151,7 @@ def _one(dtype: torch.dtype) -> bool | float | int:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _attention(query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Fused attention's result lies position by position, so that its heads are joined without a copy. PyTorch's own
     description of it has it lie head by head.
     """

@@ -282,7 +282,8 @@ def _memory_needs(
     checkpoint, _ = rehearsal.file_sizes()
     loaded = max(HOST_COPIES * checkpoint, stages[STEP].parts[MODEL])
     # What is planned for a GPU elsewhere says nothing of that machine's own memory.
-    yield Need("host memory", own + loaded, host if memory is None else None, REMEDIES[SAVING])
+    need = Need("host memory", own + loaded, host if memory is None else None)
+    yield need if need.fits else replace(need, advice=f"What lowers it: {REMEDIES[SAVING]}.")
 
 
 def _device_need(rehearsal: Rehearsal, stages: Mapping[str, Held], what: str, base: int, available: int | None) -> Need:

@@ -40,8 +40,8 @@ MODEL, WEIGHTS, GRADIENTS, OPTIMISER = "language model", "SAE weights", "SAE gra
 CLEAN, LATENTS, TAIL, READOUT = "clean pass", "SAE activations", "spliced tail", "readout"
 INPUTS, SAVING, ALLOCATOR = "batch", "files in the making", "allocator and libraries"
 ALLOCATOR_BYTES = 80 << 20
-"""Held on a CPU beside tensors: glibc keeps freed blocks of up to 32 MiB and cannot use all of them again, and libraries
-have buffers of their own. The middle of what measured peaks had beside tensors, for runs of 0.1 to 1.2 GiB."""
+"""Held on a CPU beside tensors: glibc keeps freed blocks of up to 32 MiB and cannot use all of them again, and
+libraries have buffers of their own. The middle of what measured peaks had beside tensors (docs/planning.md)."""
 STEP, EVALUATION, CHECKPOINT = "training step", "evaluation", "checkpoint"
 
 
