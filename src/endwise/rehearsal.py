@@ -112,15 +112,16 @@ class Rehearsal:
 
     def _step(self, trainee: Trainee, sequences: int, passes: int) -> Held:
         with self.trace.part(INPUTS):
-            tokens = torch.zeros(sequences, self.context, dtype=torch.int64)
-            mask = torch.ones(sequences, self.context, dtype=torch.bool)
+            tokens = torch.zeros(self.sequences, self.context, dtype=torch.int64)
+            mask = torch.ones(self.sequences, self.context, dtype=torch.bool)
             count = mask.sum()
+        rows = slice(0, sequences)
         self.trace.start()
         trainee.begin_step()
         for _ in range(min(passes, FOLLOWED)):
-            clean = self._clean(tokens)  # as in training, what the pass before recorded is still there meanwhile
+            clean = self._clean(tokens[rows])  # as in training, what the pass before recorded is still there meanwhile
             with self.trace.part(LATENTS):
-                trainee.accumulate(self.tail, clean, mask, count)
+                trainee.accumulate(self.tail, clean, mask[rows], count)
         with self.trace.part(OPTIMISER):
             trainee.finish_step(count, tokens.numel())
         return self.trace.peak()
