@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
+from endwise.flops import forward_flops, gradient_flops, product_flops
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("harness", "shapes", "flops", "ours", "reference", "versus_reference", "many_in_one_pass", "sae_step")
 
@@ -40,17 +42,10 @@ def spec(shape, folder, **more):
     return {"threads": 1, "shape": vars(shape), "folder": str(folder), "seed": 0, "l0": 6.0, **more}
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 8, 20])
-def test_attention_pairs_are_those_of_the_mask(bench, window):
-    query, key = torch.arange(8)[:, None], torch.arange(8)
-    mask = (key <= query) & (query - key < (window or 8))
-    assert bench["flops"].attention_pairs(8, window) == int(mask.sum())
-
-
 @pytest.mark.parametrize("family", ["gpt2", "neo"])
 def test_counted_operations_are_those_of_the_model(bench, family, request):
     """Eager attention multiplies all pairs; less the unembedding, which the formula counts on its own."""
-    shape, flops = request.getfixturevalue(family), bench["flops"]
+    shape = request.getfixturevalue(family)
     model = bench["shapes"].random_model(shape)
     model.set_attn_implementation("eager")
     embedded = torch.randn(shape.batch, shape.context, shape.d_model, requires_grad=True)
@@ -59,16 +54,11 @@ def test_counted_operations_are_those_of_the_model(bench, family, request):
         logits = model(inputs_embeds=embedded, use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    blocks, pairs = range(shape.layers), shape.context**2
-    unembedding = 2 * shape.tokens * shape.d_model * shape.vocab
-    linear, attention = (
-        sum(part) for part in zip(*(flops.block_flops(shape, layer, pairs) for layer in blocks), strict=True)
-    )
-    assert forward.get_total_flops() == shape.batch * flops.forward_flops(shape, blocks, pairs) + unembedding
-    assert backward.get_total_flops() == shape.batch * (linear + 2 * attention) + unembedding
-    full = [flops.block_flops(shape, layer, flops.attention_pairs(shape.context, None)) for layer in blocks]
-    if family == "gpt2":  # no window: the gradient's own count is that of the causal pairs
-        assert flops.gradient_flops(shape, blocks) == sum(linear + 2 * attention for linear, attention in full)
+    blocks = bench["flops"].stretches(shape, range(shape.layers))
+    context, pairs = shape.context, shape.context**2
+    unembedding = product_flops(shape.tokens, shape.d_model, shape.vocab)
+    assert forward.get_total_flops() == shape.batch * forward_flops(blocks, context, pairs) + unembedding
+    assert backward.get_total_flops() == shape.batch * gradient_flops(blocks, context, pairs) + unembedding
 
 
 def test_minimal_operations_of_a_step(bench, gpt2):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from endwise.kernels import kl as module
+from endwise.kernels import interface as module
 from endwise.readout import Readout
 
 VOCAB, D = 37, 8

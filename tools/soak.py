@@ -236,6 +236,7 @@ class Soak:
             self.tally.lost.append(f"a traceback: {errors}")
 
     def _finish(self, folder: Path, start: list[str]) -> None:
+        errors = ""
         for _ in range(5):
             self.tally.resumes += 1
             process = self._start(*start)

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from endwise.errors import FormatError
-from endwise.files import replacing
+from endwise.files import write_tensors
 
 STATE, CHECKSUM = "endwise", "sha256"
 """Keys of the header."""
@@ -37,11 +36,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     state = json.dumps(checkpoint.state, allow_nan=False)
-    with replacing(path) as partial:
-        try:
-            save_file(tensors, partial, metadata={STATE: state, CHECKSUM: checksum(tensors, state)})
-        except SafetensorError as error:  # of a disk that is full, among others
-            raise OSError(str(error)) from error
+    write_tensors(path, tensors, {STATE: state, CHECKSUM: checksum(tensors, state)})
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -29,6 +29,8 @@ Overrides = Annotated[
     ),
 ]
 
+DOES_NOT_FIT = 8
+"""The exit code of `plan` for a run that will not fit; 1 to 7 are those of errors."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,6 +121,45 @@ def train(
     if is_first_process():
         _say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
         _say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
+
+
+@app.command()
+@_plainly
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of one that ships.")],
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Plan for a device with this much memory, e.g. 80GiB, instead of this one's."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Plan one of this many processes that share each batch.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run will need, before it starts: parameters, memory, operations, and what will not fit.
+
+    Exit code: 0 if everything fits, 8 if something does not, another if the recipe breaks a rule.
+    """
+    from json import dumps
+
+    from endwise.machine import parse_size
+    from endwise.planning import plan as make
+    from endwise.recipes import find_recipe
+    from endwise.report import print_plan
+    from endwise.run_config import RunConfig
+
+    made = make(
+        RunConfig.read(find_recipe(recipe), overrides),
+        processes=processes,
+        memory=None if memory is None else parse_size(memory),
+    )
+    if json:
+        typer.echo(dumps(made.to_json(), indent=2))
+    else:
+        print_plan(made)
+    if not made.fits:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command()

@@ -2,10 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from endwise.errors import RunFolderError
 
@@ -42,6 +46,18 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, written straight from the tensors' memory; one that is not contiguous, or not on the CPU, is
+    copied first.
+    """
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        try:
+            save_file(own, partial, metadata=dict(metadata))
+        except SafetensorError as error:  # of a disk that is full, among others
+            raise OSError(str(error)) from error
 
 
 def cannot_write(path: Path, error: OSError) -> RunFolderError:

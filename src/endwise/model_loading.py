@@ -1,5 +1,6 @@
 """Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from endwise.distributed import local_rank
 from endwise.errors import ConfigError, FormatError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
+from endwise.memory_trace import MemoryTrace
 from endwise.reading import read_json, stays_inside, there_is
+from endwise.run_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
@@ -48,11 +51,7 @@ def load_model(
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
-    source = str(embedded.folder()) if name == "embedded" else name
-    _check_files(source, gguf_file)
-    shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        shared["gguf_file"] = gguf_file
+    source, shared = _where(name, gguf_file, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **shared)
         weights: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True, **shared}
@@ -79,6 +78,49 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | None, name: str
         raise
     except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in
         raise ModelError(f"{name} is loaded, but a pass fails: {_one_line(error)} Is its config.json right?") from error
+
+
+def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace) -> LanguageModel:
+    """The model that `load_model` would give, without its weights: its tensors have shapes and no values.
+
+    Args:
+        settings: a recipe's; its device is not looked at.
+        trace: within which the model is made and can be run.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be followed without values.
+    """
+    source, shared = _where(settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, **shared)
+        make = partial(
+            AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=shared["trust_remote_code"]
+        )
+        with trace:
+            try:
+                model = make(attn_implementation=settings.attention or "sdpa")
+            except ValueError as error:
+                if settings.attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
+                    raise
+                model = make(attn_implementation="eager")
+        if settings.attention in (None, "sdpa"):
+            use_sdpa(model)
+        with trace:
+            return LanguageModel(model, None, settings.name)
+    except Exception as error:
+        raise ModelError(_explained(settings.name, error)) from error
+
+
+def _where(
+    name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[str, dict[str, Any]]:
+    """What transformers reads a model from, and with which arguments."""
+    source = str(embedded.folder()) if name == "embedded" else name
+    _check_files(source, gguf_file)
+    shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        shared["gguf_file"] = gguf_file
+    return source, shared
 
 
 def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:

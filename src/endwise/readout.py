@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from endwise.axes import Activation, TokenMask, Tokens
 from endwise.kernels import Unembedding, kernels_for
-from endwise.kernels.kl import rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,9 @@ class Readout:
         predicts = mask.clone()
         predicts[:, -1] = False
         predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
-        rows = rows_per_chunk(self.unembedding)
-        columns: list[list[list[Tensor]]] = [[[] for _ in range(5)] for _ in spliced]
+        rows = kernels_for(clean.device).rows_per_chunk(self.unembedding)
+        # Small results that are made between the chunks' large ones would keep the allocator from using those again.
+        columns = torch.zeros(len(spliced), 5, mask.numel(), device=mask.device)
         for start in range(0, mask.numel(), rows):
             part = slice(start, start + rows)
             target = targets[part, None]
@@ -78,14 +78,14 @@ class Readout:
             p, top, ce_clean = log_p.exp(), log_p.argmax(-1), -log_p.gather(-1, target)[:, 0]
             for kept, hidden in zip(columns, spliced, strict=True):
                 log_q = self.logits(hidden.flatten(0, 1)[part]).log_softmax(-1)
-                kept[3].append(ce_clean)
-                kept[4].append(-log_q.gather(-1, target)[:, 0])
-                kept[2].append((top == log_q.argmax(-1)).float())
-                kept[0].append((p * (log_p - log_q)).sum(-1))
-                kept[1].append((p - log_q.exp_()).abs().sum(-1) / 2)
+                kept[3, part] = ce_clean
+                kept[4, part] = -log_q.gather(-1, target)[:, 0]
+                kept[2, part] = (top == log_q.argmax(-1)).float()
+                kept[0, part] = (p * (log_p - log_q)).sum(-1)
+                kept[1, part] = (p - log_q.exp_()).abs().sum(-1) / 2
         comparisons = []
         for kept in columns:
-            kl, distance, top1, ce_clean, ce_spliced = (torch.cat(column).view(mask.shape) for column in kept)
+            kl, distance, top1, ce_clean, ce_spliced = kept.view(5, *mask.shape)
             comparisons.append(
                 Comparison(
                     kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts

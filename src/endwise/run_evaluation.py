@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
 from endwise.distributed import World, joined
 from endwise.errors import DataError, FormatError, RunFolderError
 from endwise.evaluation import Evaluation, Sums, measure
-from endwise.files import write_atomic, write_json
+from endwise.files import write_json, write_tensors
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.run_config import EvaluationConfig, RunConfig
@@ -63,9 +63,9 @@ def evaluate(
 
 def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
     """`evaluation.json`, and the per-sequence sums that paired comparisons are made of."""
-    sums = {name: torch.from_numpy(values).contiguous() for name, values in evaluation.sums.items()}
+    sums = {name: torch.from_numpy(values) for name, values in evaluation.sums.items()}
     seeds = {"seeds": config.seeds}
-    write_atomic(folder.path / SUMS_FILE, save(sums, metadata={"endwise": json.dumps(seeds)}))
+    write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json()})
 
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from endwise.dictionaries.latents import Latents
 from endwise.errors import FormatError
-from endwise.files import write_atomic, write_json
+from endwise.files import write_json, write_tensors
 from endwise.reading import read_json
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -80,9 +80,8 @@ class SAE(nn.Module, ABC):
             "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {})},
         }
         tensors = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-        content = save(weights, metadata={"metadata": json.dumps(cfg["metadata"])})
-        write_atomic(folder / WEIGHTS_FILE, content)
+        weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        write_tensors(folder / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
         write_json(folder / CFG_FILE, cfg)
 
     @staticmethod

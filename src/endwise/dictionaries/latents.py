@@ -48,7 +48,9 @@ class DenseLatents(Latents):
         return _magnitudes(self.values, p).sum(-1, dtype=torch.float32 if half else None)
 
     def l0(self) -> Float[Tensor, "*rows"]:
-        return (self.values.detach() != 0).sum(-1).float()
+        # Not a sum of booleans: on a CPU that would first make integers of them all, of twice the latents' size.
+        exact = torch.promote_types(self.values.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.values.detach(), ord=0, dim=-1, dtype=exact).float()
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2).any(0)

@@ -5,6 +5,9 @@ written in device-agnostic operations and stands in wherever there is no other. 
 once, in `interface`; a test holds every registered implementation to it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from endwise.kernels.eager import EagerKernels
@@ -21,6 +24,7 @@ __all__ = [
     "kernels_for",
     "register",
     "registered",
+    "standing_in",
 ]
 
 _EAGER = EagerKernels()
@@ -39,3 +43,17 @@ def registered() -> dict[str, Kernels]:
 
 def kernels_for(device: torch.device) -> Kernels:
     return _BY_DEVICE.get(device.type, _EAGER)
+
+
+@contextmanager
+def standing_in(device_type: str, kernels: Kernels) -> Iterator[None]:
+    """Within it, `kernels` are the implementation for devices of a type."""
+    before = _BY_DEVICE.get(device_type)
+    _BY_DEVICE[device_type] = kernels
+    try:
+        yield
+    finally:
+        if before is None:
+            del _BY_DEVICE[device_type]
+        else:
+            _BY_DEVICE[device_type] = before

@@ -50,7 +50,7 @@ class EagerKernels(Kernels):
         return _dot_products(table, entries, rows, pairs.row_starts, pairs.rows)
 
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
-        return chunked_kl(clean, spliced, keep, unembedding)
+        return chunked_kl(clean, spliced, keep, unembedding, self.rows_per_chunk(unembedding))
 
 
 Positive = Callable[[Tensor], tuple[Index, PerPair]]

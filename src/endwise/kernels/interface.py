@@ -14,6 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+CHUNK_ELEMENTS = 1 << 20
+"""Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
+GPU_CHUNK_ELEMENTS = 1 << 27
+"""The same on a GPU, which needs large products to be busy."""
+LEAST_ROWS, ROWS_PER_WIDTH = 32, 1 / 3
+"""Wide hidden states want more rows: each chunk streams the whole unembedding once, and a product of few rows with it
+waits for memory."""
 Index = Int[Tensor, " pairs"]
 PerPair = Float[Tensor, " pairs"]
 
@@ -74,7 +81,17 @@ class Divergence(NamedTuple):
     """Of the total by the spliced hidden states, in their dtype."""
 
 
+def rows_per_chunk(vocab: int, width: int, on_gpu: bool) -> int:
+    """How many rows' logits are held at once."""
+    elements = GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS
+    return max(LEAST_ROWS, round(width * ROWS_PER_WIDTH), elements // vocab)
+
+
 class Kernels(ABC):
+    def rows_per_chunk(self, unembedding: Unembedding) -> int:
+        """How many rows' logits `kl`, and other reductions over the vocabulary, hold at once."""
+        return rows_per_chunk(*unembedding.weight.shape, on_gpu=unembedding.weight.is_cuda)
+
     @abstractmethod
     def active(
         self,

@@ -13,29 +13,17 @@ from torch import Tensor
 
 from endwise.kernels.interface import Divergence, Unembedding
 
-CHUNK_ELEMENTS = 1 << 20
-"""Logits held at once, as elements of `[chunk vocab]`: 4 MiB in fp32, which stays in a processor's cache."""
-GPU_CHUNK_ELEMENTS = 1 << 27
-"""The same on a GPU, which needs large products to be busy."""
-LEAST_ROWS, ROWS_PER_WIDTH = 32, 1 / 3
-"""Wide hidden states want more rows: each chunk streams the whole unembedding once, and a product of few rows with it
-waits for memory."""
 
-
-def rows_per_chunk(unembedding: Unembedding) -> int:
-    """How many rows' logits are held at once."""
-    vocab, width = unembedding.weight.shape
-    elements = GPU_CHUNK_ELEMENTS if unembedding.weight.is_cuda else CHUNK_ELEMENTS
-    return max(LEAST_ROWS, round(width * ROWS_PER_WIDTH), elements // vocab)
-
-
-def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
+def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding, rows: int) -> Divergence:
     """See `Kernels.kl`. Logits lie vocabulary-major, `[vocab rows]`: the product that makes them is up to twice as fast
     so on a CPU, and a sum over the vocabulary adds whole rows.
+
+    Args:
+        rows: whose logits are held at once.
     """
     weight = unembedding.weight
     gradient = torch.empty_like(spliced)
-    rows = min(rows_per_chunk(unembedding), len(spliced))
+    rows = min(rows, len(spliced))
     plain = spliced.dtype in (torch.float32, torch.float64)  # or else the fp32 copy of the logits is the buffer
     buffers = [_Buffers(*(spliced.new_empty(rows * len(weight)) for _ in "zw")) if plain else None for _ in "pq"]
     total = torch.zeros((), dtype=spliced.dtype if plain else torch.float32, device=spliced.device)

@@ -1,9 +1,10 @@
-"""What a reader looks at: evaluated runs and comparisons as tables, a comparison as one self-contained HTML page.
+"""What a reader looks at: plans, evaluated runs and comparisons as tables, a comparison as one HTML page.
 
 Reads tables only; no model, no network.
 """
 
 from endwise.report.page import write_report
+from endwise.report.plans import print_plan
 from endwise.report.tables import print_evaluations, print_summary
 
-__all__ = ["print_evaluations", "print_summary", "write_report"]
+__all__ = ["print_evaluations", "print_plan", "print_summary", "write_report"]
