@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,12 +211,8 @@ class Soak:
     def _fill_disk(self, folder: RunFolder, start: list[str]) -> None:
         filler = self.disk / "filler"
         process = self._train_a_while(folder, start)
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
-            except OSError:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(1 << 16)):
                 pass
         _, errors = process.communicate()
         if process.returncode not in (0, 5):

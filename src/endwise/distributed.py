@@ -11,7 +11,7 @@ for) lies on the CPU, so that no host waits for its GPU.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    hosts: Any = field(default=None, repr=False)
+    """The process group for tensors on a CPU; None: the default one, which takes them too."""
 
     @property
     def is_first(self) -> bool:
@@ -53,7 +55,7 @@ class World:
         """
         if self.size > 1:
             with _noticing_loss():
-                pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+                pending = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
                 for each in pending:
                     assert each is not None
                     each.wait()
@@ -72,7 +74,7 @@ class World:
             return [value]
         gathered: list[Any] = [None] * self.size
         with _noticing_loss():
-            dist.all_gather_object(gathered, value)
+            dist.all_gather_object(gathered, value, group=self.hosts)
         return gathered
 
     def from_first(self, value: T) -> T:
@@ -81,7 +83,7 @@ class World:
             return value
         held = [value]
         with _noticing_loss():
-            dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(held, src=0, group=self.hosts, device=torch.device("cpu"))
         return held[0]
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,8 +95,11 @@ class World:
         for name, (shape, dtype) in shapes.items():
             received[name] = tensors[name].cpu().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
             with _noticing_loss():
-                dist.broadcast(received[name], src=0)
+                dist.broadcast(received[name], src=0, group=self.hosts)
         return received
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self.hosts if tensor.device.type == "cpu" else None
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -119,14 +124,16 @@ ALONE = World()
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world that the launcher (`torchrun`) made this process a part of, joined for as long as the context lasts.
+    """The world that the launcher (`torchrun`) made this process a part of, joined for as long as the context lasts; or
+    the one that the caller (Ray Train, for one) has joined already.
 
     Raises:
         ConfigError: the timeout in the environment is not a number.
         ProcessLost: the other processes cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size())
+        only_gpus = dist.get_backend() == dist.Backend.NCCL
+        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if only_gpus else None)
         return
     if not launched():
         yield ALONE

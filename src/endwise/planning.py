@@ -44,10 +44,6 @@ from endwise.training import default_folder
 PROCESS = "process"
 CUDA_CONTEXT = 1 << 29
 """What CUDA and its libraries take on a device before the first tensor, about."""
-KEPT_CHECKPOINTS = 3
-"""Two, and the one that is being written."""
-HOST_COPIES = 3
-"""Of a checkpoint on its way from a GPU to the disk: its tensors, and `rehearsal.COPIES_WHILE_SAVING`."""
 REMEDIES = {
     MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed)",
     **dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMISER, SAVING), "a smaller dictionary.size (or dictionary.ratio)"),
@@ -280,7 +276,7 @@ def _memory_needs(
         available = torch.cuda.mem_get_info(rehearsal.device)[0] + CUDA_CONTEXT
     yield _device_need(rehearsal, stages, "GPU memory", CUDA_CONTEXT, available)
     checkpoint, _ = rehearsal.file_sizes()
-    loaded = max(HOST_COPIES * checkpoint, stages[STEP].parts[MODEL])
+    loaded = max(checkpoint, stages[STEP].parts[MODEL])
     # What is planned for a GPU elsewhere says nothing of that machine's own memory.
     need = Need("host memory", own + loaded, host if memory is None else None)
     yield need if need.fits else replace(need, advice=f"What lowers it: {REMEDIES[SAVING]}.")
@@ -341,7 +337,8 @@ def _disk_need(rehearsal: Rehearsal, steps: int) -> Need:
     every = config.training.checkpoint_every
     saves = 1 if every is None else steps // every + (steps % every > 0)
     checkpoint, sae = rehearsal.file_sizes()
-    size = min(KEPT_CHECKPOINTS, saves) * checkpoint + min(2, saves) * sae
+    kept = config.training.keep_checkpoints + 1  # with the one that is being written
+    size = min(kept, saves) * checkpoint + min(2, saves) * sae
     free = free_disk(Path(folder))
     advice = "Free space, set out=FOLDER on another disk, or take a smaller dictionary.size." if size > free else None
     return Need(f"disk at {folder}", size, free, advice)
