@@ -108,7 +108,7 @@ def test_the_interval_repeats_the_whole_comparison_on_each_resample():
         for i, run in enumerate(three_kinds())
         if run.kind != "e2e_ds"
     ]
-    weights = np.random.default_rng(5).multinomial(SEQUENCES, np.full(SEQUENCES, 1 / SEQUENCES), size=100)
+    weights = numpy_stream(5, "bootstrap").multinomial(SEQUENCES, np.full(SEQUENCES, 1 / SEQUENCES), size=100)
     draws = []
     for counts in weights:
         drawn = []

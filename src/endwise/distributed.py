@@ -68,6 +68,14 @@ class World:
         self.add([counts])
         return [bool(count) for count in counts.tolist()]
 
+    def total(self, number: int) -> int:
+        """The sum of what every process gives."""
+        if self.size == 1:
+            return number
+        count = torch.tensor(number)
+        self.add([count])
+        return int(count)
+
     def gather(self, value: T) -> list[T]:
         """What every process gave, in the order of their ranks."""
         if self.size == 1:

@@ -39,8 +39,8 @@ def take_step(
         ProcessLost: another process is gone; every trainee's weights are those of the step before.
     """
     tail = tail or model
-    tokens_in_step, positions = batch.mask.sum(), torch.tensor(batch.tokens.numel())
-    world.add([tokens_in_step, positions])
+    tokens_in_step, positions = batch.mask.sum(), world.total(batch.tokens.numel())
+    world.add([tokens_in_step])
     left = list(trainees)
     _each(left, failed, Trainee.begin_step)
     size = -(-len(batch.tokens) // accumulation)
@@ -52,7 +52,7 @@ def take_step(
         _let_go_together(left, trainees, failed, world)
         for each in left:  # all of them before any takes its step, so that a lost process finds them at one step
             each.add_up(world)
-    _each(left, failed, lambda each: each.finish_step(tokens_in_step, int(positions)), whole=False)
+    _each(left, failed, lambda each: each.finish_step(tokens_in_step, positions), whole=False)
 
 
 def _let_go_together(left: list[Trainee], trainees: Sequence[Trainee], failed: Failed | None, world: World) -> None:

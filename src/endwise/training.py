@@ -1,6 +1,5 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
-import os
 import re
 import signal
 import threading
@@ -26,6 +25,7 @@ from endwise.errors import (
 from endwise.evaluation import measure
 from endwise.group import Group, Member, Run
 from endwise.language_model import LanguageModel
+from endwise.machine import available_memory, size_text
 from endwise.model_loading import find_device, load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
@@ -96,7 +96,7 @@ def train_together(
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
     first = _shared_recipe(configs)
-    with joined() as world, shared_generators(first.seed), ExitStack() as claims:
+    with joined() as world, shared_generators(first.seed), _memory_named(), ExitStack() as claims:
         _check_shares(first, world)
         with world.together("claiming the run folders"):
             folders = [_claimed(config, world, claims, resume) for config in configs]
@@ -180,11 +180,11 @@ def _check_memory(width: int, d_sae: int) -> None:
     stopped by its kernel, without a word.
     """
     needed = 2 * width * d_sae * torch.float32.itemsize
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
-    if needed > memory:
+    memory = available_memory()
+    if memory is not None and needed > memory:
         raise ConfigError(
             f"dictionary asks for {d_sae:,} features at a site of width {width:,}, whose weights alone take "
-            f"{needed / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f}. Lower dictionary.size or "
+            f"{size_text(needed)}; this machine has {size_text(memory)} free. Lower dictionary.size or "
             "dictionary.ratio."
         )
 
@@ -267,6 +267,17 @@ def _run(
                 raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
         group.each(Member.save)
         group.share_time()
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """An allocation that fails becomes an error that says what to lower."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TrainingStopped) or (named := out_of_memory(error)) is None:
+            raise
+        raise named from error
 
 
 @contextmanager
