@@ -9,6 +9,7 @@ import pytest
 
 from endwise.comparison import RunSummary, Summary, downstream_ratio, ratio_to_local, summarise
 from endwise.errors import ConfigError
+from endwise.seeds import numpy_stream
 
 SITES = ("blocks.4.hook_resid_pre", "blocks.5.hook_resid_pre", "blocks.5.hook_resid_post")
 DOWNSTREAM = {"local": 1.0, "e2e": 6.0, "e2e_ds": 1.5}
