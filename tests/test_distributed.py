@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from endwise import RunConfig
+from endwise import RunConfig, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.distributed import ALONE, World
 from endwise.run_folder import RunFolder
-from small_gpt2 import data, recipe, small_model, write_tokens
+from small_gpt2 import data, recipe, small_corpora, small_model, write_tokens
+from together_apart import FAILING_STEP, KINDS, configs
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -124,6 +125,22 @@ def test_when_one_dies_the_others_end_with_an_error(made, alone, tmp_path, fault
     code, _, errors = launch(1, "train", file, "--or-resume", "--quiet")
     assert code == 0, errors
     assert_same_curve(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("method", ["accumulate", "finish_step"])
+def test_one_of_several_saes_fails_in_one_process_only(made, tmp_path, method):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(HERE / "together_apart.py"), str(tmp_path / "two"), str(made), method]
+    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 240, "check": False}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "ENDWISE_TIMEOUT": "60"}, **options)
+    assert "rank 0: Of 3 SAEs trained together 1 failed" in done.stderr, done.stderr
+    assert "failed in another process, which tells why" in done.stderr and "only here" in done.stderr
+    alone = train_together(configs(tmp_path / "one"), model=small_model(), corpora=small_corpora(made), display=False)
+    for run, kind in zip(alone, KINDS, strict=True):
+        ours, theirs = RunFolder(tmp_path / "two" / kind).metrics(), RunFolder(run.folder).metrics()
+        assert len(ours) == (FAILING_STEP if kind == "e2e" else len(theirs))
+        for one, other in zip(ours, theirs, strict=kind != "e2e"):
+            assert_close(one, other, f"{kind} {other['step']}")
 
 
 def test_what_one_process_refuses_ends_all(made, tmp_path):

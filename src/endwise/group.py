@@ -195,8 +195,9 @@ class Group:
         else:
             raise error
 
-    def agree(self, world: World, stop: bool) -> bool:
-        """Lets go of those that failed in another process; whether any process was asked to stop.
+    def agree(self, world: World, stop: bool = False) -> bool:
+        """Lets go of those that failed in another process, so that all processes go on with the same; whether any
+        process was asked to stop.
 
         Raises:
             TrainingStopped: see `each`.

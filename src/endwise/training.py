@@ -259,6 +259,7 @@ def _run(
         for step, batch in zip(remaining, batches, strict=True):
             trainees = [member.trainee for member in group.members]
             take_step(model, trainees, batch, config.accumulation, group.failed, tail, world)
+            group.agree(world)
             done = step + 1
             _record(model, group, corpora, done, done == steps, shown, world)
             shown.advance(done)
