@@ -40,6 +40,10 @@ def asks_for_too_much():
     torch.empty(2**30)
 
 
+def asks_the_gpu_for_too_much():
+    torch.empty(2**44, device="cuda")
+
+
 def dies_as_second_process():
     if os.environ.get("RANK") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -56,7 +60,14 @@ def is_told_to_stop():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-FAULTS = (holds, asks_for_too_much, dies_as_second_process, raises_as_second_process, is_told_to_stop)
+FAULTS = (
+    holds,
+    asks_for_too_much,
+    asks_the_gpu_for_too_much,
+    dies_as_second_process,
+    raises_as_second_process,
+    is_told_to_stop,
+)
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)
