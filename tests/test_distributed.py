@@ -39,7 +39,7 @@ def write_recipe(made, out, kind="e2e_ds", **training):
         "log_every": 1,
     }
     values = recipe(out, kind, **(settings | training)).model_dump(mode="json")
-    values["model"]["name"] = str(made / "model")
+    values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     # Held-out batches of 3 sequences fall unevenly to the processes; position 0 does not count.
     values["evaluation"] |= {"batch": 3, "during_training_tokens": 104}
     values["data"] = data(made).model_dump() | {"mask_first_position": True}

@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 def write_recipe(made, file, out, kind="e2e", **training):
     values = recipe(out, kind, **training).model_dump(mode="json")
-    values["model"]["name"] = str(made / "model")
+    values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     values["data"] = data(made).model_dump() | {"epochs": 100}
     file.write_text(RunConfig.build(values).to_yaml())
     return file
