@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endwise import RunConfig, load_corpora, train, train_together
+from endwise import RunConfig, load_corpora, train, train_together, training
 from endwise.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from endwise.errors import FormatError, Interrupted, RunFolderError
+from endwise.errors import ConfigError, FormatError, Interrupted, RunFolderError
 from endwise.run_config import DataConfig
 from endwise.run_folder import RunFolder
 from endwise.seeds import generator_states, restore_generators
@@ -136,6 +137,7 @@ def test_it_holds_all_that_a_run_goes_on_from(model, corpora, tmp_path):
         "tokens": 640,
         "seeds": {"initialisation": 0, "data": 0, "evaluation": 12345},
         "metrics_bytes": folder.metrics_file.stat().st_size,
+        "line_due": None,
     }
     assert read_checkpoint(folder.checkpoint(15)).state["phase"] == "training"
     assert folder.saved_steps() == [15, 20]  # the latest two
@@ -228,6 +230,66 @@ def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
         train(config, model=model, corpora=corpora, display=False, resume=True)
 
 
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, monkeypatch, step):
+    settings = {"evaluate_every": 10, "log_every": 1}
+    whole = train(recipe(tmp_path / "whole", **settings), model=model, corpora=corpora, display=False)
+    measure = training.measure
+
+    def fails(*arguments, **named):
+        line = RunFolder(tmp_path / "cut").metrics()[-1]
+        if line["step"] == step - 1:
+            raise ArithmeticError("no number for the evaluation")
+        return measure(*arguments, **named)
+
+    monkeypatch.setattr(training, "measure", fails)
+    config = recipe(tmp_path / "cut", **settings)
+    with pytest.raises(ArithmeticError):
+        train(config, model=model, corpora=corpora, display=False)
+    monkeypatch.undo()
+    folder, checkpoint = saved(tmp_path / "cut")
+    assert checkpoint.state["step"] == step and folder.metrics()[-1]["step"] == step - 1
+    assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)
+
+
+def test_a_group_that_was_killed_between_two_members_goes_on_from_what_all_have(model, corpora, tmp_path):
+    def configs(folder):
+        return [recipe(folder / kind, kind, checkpoint_every=5) for kind in ("local", "e2e")]
+
+    whole = train_together(configs(tmp_path / "whole"), model=model, corpora=corpora, display=False)
+    train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False)
+    RunFolder(tmp_path / "cut" / "e2e").checkpoint(20).unlink()
+    resumed = train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False, resume=True)
+    for run, expected in zip(resumed, whole, strict=True):
+        assert_same_end(run.folder, expected.folder)
+
+
+def test_what_is_refused_changes_nothing(model, corpora, tmp_path):
+    configs = [recipe(tmp_path / kind, kind, checkpoint_every=5, keep_checkpoints=9) for kind in ("local", "e2e")]
+    train_together(configs, model=model, corpora=corpora, display=False)
+    first, second = (RunFolder(config.out) for config in configs)
+    second.checkpoint(10).unlink()
+    before = first.saved_steps(), first.metrics_file.read_bytes()
+    with pytest.raises(RunFolderError, match="no checkpoint of step 10"):
+        train_together(configs, model=model, corpora=corpora, display=False, resume=True, from_step=10)
+    assert (first.saved_steps(), first.metrics_file.read_bytes()) == before
+    second.metrics_file.write_text("")
+    with pytest.raises(RunFolderError, match="lines of before are missing"):
+        train(configs[1], model=model, corpora=corpora, display=False, resume=True, from_step=15)
+    assert second.saved_steps() == [5, 15, 20]
+    with pytest.raises(ConfigError, match="from_step needs resume"):
+        train(configs[1], model=model, corpora=corpora, display=False, from_step=15)
+
+
+def test_a_refused_start_touches_nothing_below_it(model, corpora, tmp_path):
+    other = tmp_path / "runs" / "a" / "checkpoints" / ".step-1.7.partial"
+    other.parent.mkdir(parents=True)
+    other.write_text("being written")
+    with pytest.raises(RunFolderError, match="not an empty folder"):
+        train(recipe(tmp_path / "runs"), model=model, corpora=corpora, display=False)
+    assert other.read_text() == "being written"
+
+
 def test_time_goes_on_where_it_was(model, corpora, tmp_path, monkeypatch):
     config = recipe(tmp_path / "run", log_every=1)
     interrupt_at(monkeypatch, 9)
@@ -264,10 +326,12 @@ def test_what_a_killed_process_left_half_done_is_no_obstacle(model, corpora, tmp
     (folder / "checkpoints").mkdir(parents=True)
     for leftover in (folder / ".config.yaml.77.partial", folder / "checkpoints" / ".step-1.77.partial"):
         leftover.write_text("half of")
-    (folder / "checkpoints" / ".step-1.77.partial").unlink()
-    (folder / "checkpoints").rmdir()
+    shutil.rmtree(folder / "checkpoints")
     run = train(recipe(folder), model=model, corpora=corpora, display=False, resume="if_started")
-    assert not list(run.folder.rglob("*.partial"))
+    leftover = run.folder / "checkpoints" / ".step-1.77.partial"
+    leftover.write_text("half of")
+    train(recipe(folder), model=model, corpora=corpora, display=False, resume="if_started")
+    assert not leftover.exists()
 
 
 def test_the_shared_generators_come_back():

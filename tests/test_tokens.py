@@ -17,7 +17,7 @@ from endwise import embedded
 from endwise.errors import DataError
 from endwise.run_config import DataConfig
 from endwise.seeds import numpy_stream
-from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, tokenising
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
 
@@ -403,6 +403,28 @@ def test_a_failure_leaves_no_half_cache(tmp_path, load):
     with pytest.raises(DataError, match="line 2"):
         load(bad)
     assert not [file for file in (tmp_path / "cache" / "tokens").iterdir() if file.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("at", [1, 149, 150, 151, 299])
+def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, monkeypatch, at):
+    monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 50)
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(300))
+    whole = rows_of(load(source, cache=tmp_path / "whole").train)
+    add, added = tokenising.Builder._add, []
+
+    def breaks_off(self, *arguments):
+        added.append(None)
+        if len(added) == at:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenising.Builder, "_add", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            load(source, tokenizer=make_tokenizer())
+    tokenizer = make_tokenizer()
+    assert rows_of(load(source, tokenizer=tokenizer).train) == whole
+    assert tokenizer.texts == 300 - (at - 1) // 50 * 50
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, load):

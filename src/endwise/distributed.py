@@ -23,7 +23,8 @@ from endwise.errors import ConfigError, ElsewhereFailed, ProcessLost
 
 TIMEOUT_VARIABLE = "ENDWISE_TIMEOUT"
 TIMEOUT_SECONDS = 600.0
-"""How long a process waits for the others before it gives up; longer than the longest evaluation or checkpoint."""
+"""How long a process waits for the others before it gives up; longer than the longest evaluation, checkpoint, or
+tokenising that one does while another has the text already."""
 
 T = TypeVar("T")
 

@@ -80,6 +80,6 @@ def flush(path: Path) -> None:
 
 def remove_partials(folder: Path) -> None:
     """Removes what processes that were killed left half-written, in a folder that no other process writes to."""
-    for partial in folder.rglob(f".*{PARTIAL}"):
+    for partial in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             partial.unlink()

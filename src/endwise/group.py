@@ -8,6 +8,8 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
+import torch
+
 from endwise.checkpoints import write_checkpoint
 from endwise.dictionaries import SAE
 from endwise.distributed import World
@@ -91,8 +93,14 @@ class Member:
     """Of several processes that train it, the first alone writes."""
     seconds: float = 0.0
     """Its share of the wall-clock so far."""
+    line: dict[str, Any] | None = None
+    """Of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
     seconds_before: float = 0.0
     """Wall-clock of the run before this process took it up."""
+
+    @property
+    def at_end(self) -> bool:
+        return self.trainee.step == self.trainee.total_steps
 
     def save(self) -> None:
         """Writes the SAE as it is used, and what training goes on from.
@@ -118,7 +126,7 @@ class Member:
         metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
         trainee.sae.save(folder.sae, metadata)
         checkpoint = trainee.checkpoint()
-        state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position()}
+        state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
         folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
 
@@ -209,15 +217,24 @@ class Group:
                 self.end(here[folder], ElsewhereFailed("It failed in another process, which tells why."))
         return stop
 
-    def save_what_can_be(self) -> None:
-        """Every member's last good state, where it can be written; for when an error ends them all."""
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].trainee.last_fired.device
+
+    def save_what_can_be(self) -> str:
+        """Saves every member's last good state, where it can be written, for when an error ends them all; tells what
+        came of it.
+        """
+        saved: list[str] = []
         for member in self.members:
             with suppress(Exception):
                 member.save_last_good()
-
-    def kept(self) -> str:
-        """Where the last good state is."""
-        return f"The last good state is saved in {', '.join(str(member.folder.path) for member in self.members)}."
+                saved.append(str(member.folder.path))
+        if saved and self.members[0].writes:
+            return f"The last good state is saved in {', '.join(saved)}."
+        if saved:
+            return "The first process saves the last good state, unless it is the one that is gone."
+        return "Its state could not be saved; what was saved before is as it was."
 
     def share_time(self) -> None:
         """Shares the wall-clock since the last call equally among those who spent it."""

@@ -20,14 +20,31 @@ def enter(group: Group, corpora: Corpora, from_step: int | None) -> None:
         FormatError: the checkpoint is damaged; the message offers the one before.
     """
     data = corpora.describe()
-    for member in group.members:
-        if member.folder.has_run():
-            _reenter(member, data, from_step)
+    if from_step is None and len(group.members) > 1:
+        from_step = _latest_of_all(group)
+    started = {
+        member.folder.path: _taken_up(member, data, from_step) for member in group.members if member.folder.has_run()
+    }
+    for member in group.members:  # only now that all can go on is anything changed
+        if member.folder.path in started:
+            member.folder.cut(member.trainee.step, started[member.folder.path])
+            member.seconds_before = member.folder.seconds()
         else:
             member.folder.create(member.config)
         member.folder.describe(member.config, data)
-    if len({member.trainee.step for member in group.members}) > 1:
+
+
+def _latest_of_all(group: Group) -> int:
+    """The latest step at which every member was saved: a process killed between two of them leaves one behind.
+
+    Raises:
+        RunFolderError: some have come further, and no step is common to all.
+    """
+    saved = [set(member.folder.saved_steps()) for member in group.members]
+    common = max(set.intersection(*saved), default=0)
+    if not common and any(saved):
         raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
+    return common
 
 
 def spread(group: Group, world: World) -> None:
@@ -38,10 +55,12 @@ def spread(group: Group, world: World) -> None:
         checkpoint = member.trainee.checkpoint()
         tensors = world.tensors_from_first(checkpoint.tensors)
         member.trainee.restore(Checkpoint(tensors, world.from_first(checkpoint.state)))
+        member.line = world.from_first(member.line)
         member.writes = world.is_first
 
 
-def _reenter(member: Member, data: Mapping[str, Any], from_step: int | None) -> None:
+def _taken_up(member: Member, data: Mapping[str, Any], from_step: int | None) -> int:
+    """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
     if folder.config().model_copy(update={"out": member.config.out}) != member.config:
         raise RunFolderError(
@@ -49,14 +68,14 @@ def _reenter(member: Member, data: Mapping[str, Any], from_step: int | None) -> 
         )
     folder.check_same_data(data)
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)
-    position: Any = 0
-    if checkpoint is not None:
-        trainee.restore(checkpoint)
-        position = checkpoint.state.get("metrics_bytes")
-    if type(position) is not int or position < 0:
+    if checkpoint is None:
+        return 0
+    trainee.restore(checkpoint)
+    position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")
+    if type(position) is not int or position < 0 or not (line is None or isinstance(line, dict)):
         raise FormatError(f"The checkpoint of step {trainee.step} in {folder.path} names no place in metrics.jsonl.")
-    folder.cut(trainee.step, position)
-    member.seconds_before = folder.seconds()
+    member.line = line
+    return position
 
 
 def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint | None:

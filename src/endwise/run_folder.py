@@ -67,7 +67,9 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from None
         try:
-            remove_partials(self.path)
+            if self.has_run():
+                for folder in (self.path, self.sae, self.checkpoints):
+                    remove_partials(folder)
             yield
         finally:
             if not self.has_run():
@@ -159,10 +161,14 @@ class RunFolder:
             raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
 
     def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Adds a line, the whole of it or nothing."""
+        size = file.stat().st_size if file.exists() else 0
         try:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(file, size)
             raise RunFolderError(f"Cannot write {file} ({error.strerror}). Free space on that disk.") from error
 
     def position(self) -> int:
@@ -181,15 +187,15 @@ class RunFolder:
         Raises:
             RunFolderError: `metrics.jsonl` has lost lines of before.
         """
-        for later in self.saved_steps():
-            if later > step:
-                self.checkpoint(later).unlink()
         size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if size < position:
             raise RunFolderError(
                 f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: lines of before are "
                 "missing. Restore it, or go on from an earlier step (--from-step, 0 for the beginning)."
             )
+        for later in self.saved_steps():
+            if later > step:
+                self.checkpoint(later).unlink()
         if size > position:
             os.truncate(self.metrics_file, position)
         if self.timings_file.exists():

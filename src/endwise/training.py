@@ -1,10 +1,12 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
+import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +42,8 @@ from endwise.tokens import BatchOrder, Corpora, corpora_for, read_ahead
 from endwise.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
+
+SAME_SIGNAL_SECONDS = 5.0
 
 Resume = bool | Literal["if_started"]
 """Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
@@ -96,6 +100,8 @@ def train_together(
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
     first = _shared_recipe(configs)
+    if from_step is not None and resume is False:
+        raise ConfigError("from_step needs resume, since it names a checkpoint of a run that was started before.")
     with joined() as world, shared_generators(first.seed), _memory_named(), ExitStack() as claims:
         _check_shares(first, world)
         with world.together("claiming the run folders"):
@@ -113,6 +119,7 @@ def train_together(
             )
             corpora = corpora or _load_corpora(configs, model)
             order = _order(first, corpora, steps)
+        _check_same_text(corpora, world)
         with world.together("starting the run"):
             if world.is_first:
                 enter(group, corpora, from_step)
@@ -126,6 +133,15 @@ def _check_shares(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
             "them. Raise it, or start fewer processes."
+        )
+
+
+def _check_same_text(corpora: Corpora, world: World) -> None:
+    described = world.gather({side: each.fingerprint() for side, each in vars(corpora).items() if side != "dropped"})
+    if any(other != described[0] for other in described):
+        raise DataError(
+            f"The processes hold different text ({', '.join(str(each) for each in described)}). Give all of them the "
+            "same files, or one data.cache, and a data set on the hub its data.revision."
         )
 
 
@@ -256,12 +272,14 @@ def _run(
         _saving(group),
     ):
         group.shown = shown
+        if any(member.line is not None for member in group.members):  # what a run that is gone on with owes
+            _record(model, group, corpora, first, shown, world)
         for step, batch in zip(remaining, batches, strict=True):
             trainees = [member.trainee for member in group.members]
             take_step(model, trainees, batch, config.accumulation, group.failed, tail, world)
             group.agree(world)
             done = step + 1
-            _record(model, group, corpora, done, done == steps, shown, world)
+            _record(model, group, corpora, done, shown, world)
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
                 group.each(Member.save)
@@ -286,43 +304,50 @@ def _saving(group: Group) -> Iterator[None]:
     """Whatever ends training, every member's last good state is on the disk after it."""
     try:
         yield
-    except (DataError, ProcessLost) as error:
-        group.save_what_can_be()
-        kind = ProcessLost if isinstance(error, ProcessLost) else TrainingStopped
-        raise kind(f"{error} {group.kept()}") from None
+    except ProcessLost as error:
+        # On a GPU a step may be queued behind a sum that never comes: there is nothing to wait for, or to trust.
+        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint is what is left."
+        raise ProcessLost(f"{error} {saved}") from None
+    except DataError as error:
+        raise TrainingStopped(f"{error} {group.save_what_can_be()}") from None
     except TrainingStopped:
         raise
     except Exception as error:
-        group.save_what_can_be()
+        saved = group.save_what_can_be()
         if (named := out_of_memory(error)) is not None:
-            raise OutOfMemory(f"{named} {group.kept()}") from error
+            raise OutOfMemory(f"{named} {saved}") from error
         raise
 
 
-def _record(
-    model: LanguageModel, group: Group, corpora: Corpora, done: int, last: bool, shown: Display, world: World
-) -> None:
+def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, shown: Display, world: World) -> None:
     """What is due after a step: lines of metrics, evaluations, checkpoints."""
-    lines: dict[Path, dict[str, Any]] = {}
-    group.each(partial(_report, lines, done, last))
-    evaluated = [m for m in group.members if last or _due(m.config.training.evaluate_every, done)]
+    group.each(partial(_report, done))
+    evaluated = [m for m in group.members if m.line is not None and (m.at_end or _due(_evaluates(m), done))]
     if evaluated:
         with shown.paused():
-            _evaluate_briefly(model, group, evaluated, corpora, lines, world)
-    reported = [m for m in group.members if m.folder.path in lines and m.writes]
-    group.each(partial(_write_line, lines, shown, done), reported)
+            _evaluate_briefly(model, group, evaluated, corpora, world)
+    group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
 
 
-def _report(lines: dict[Path, dict[str, Any]], done: int, last: bool, member: Member) -> None:
+def _evaluates(member: Member) -> int | None:
+    return member.config.training.evaluate_every
+
+
+def _report(done: int, member: Member) -> None:
     config = member.config.training
     intervals = (config.log_every, config.evaluate_every, config.checkpoint_every)
-    if last or done == 1 or any(_due(every, done) for every in intervals):
-        lines[member.folder.path] = member.trainee.report()
+    if member.line is None and (member.at_end or done == 1 or any(_due(every, done) for every in intervals)):
+        member.line = {**member.trainee.report(), "seed": member.config.seed}
 
 
-def _write_line(lines: dict[Path, dict[str, Any]], shown: Display, done: int, member: Member) -> None:
-    folder, line = member.folder, lines[member.folder.path]
-    folder.append(folder.metrics_file, {**line, "seed": member.config.seed})
+def _write_line(shown: Display, done: int, member: Member) -> None:
+    folder, line = member.folder, member.line
+    assert line is not None
+    if member.writes:
+        folder.append(folder.metrics_file, line)
+    member.line = None
+    if not member.writes:
+        return
     timing = shown.timing(done)
     timing["seconds"] += member.seconds_before
     folder.append(folder.timings_file, {"step": done, **timing, "seed": member.config.seed})
@@ -340,7 +365,6 @@ def _evaluate_briefly(
     group: Group,
     members: list[Member],
     corpora: Corpora,
-    lines: dict[Path, dict[str, Any]],
     world: World,
 ) -> None:
     """Adds the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
@@ -358,14 +382,21 @@ def _evaluate_briefly(
 
     def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
         saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
-        for path, evaluation in measured(saes=saes, config=brief).items():
-            lines[Path(path)]["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
+        evaluations = measured(saes=saes, config=brief)
+        for member in sharing:
+            evaluation = evaluations[str(member.folder.path)]
+            assert member.line is not None
+            member.line["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
 
     for brief, sharing in groups.items():
         if len(sharing) > 1:
-            with suppress(Exception):
+            try:
                 evaluate(brief, sharing)
                 continue
+            except ProcessLost:
+                raise
+            except Exception:  # noqa: BLE001  Each is measured alone below, and tells what is wrong with it.
+                pass
         group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 
 
@@ -392,15 +423,21 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
 
 @contextmanager
 def _polite_stop() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once."""
+    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once.
+
+    A scheduler and `torchrun` may each pass on the same SIGTERM, so one that comes right after another is no second.
+    """
     asked = threading.Event()
+    first = math.inf
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 
-    def ask(_number: int, _frame: object) -> None:
-        if asked.is_set():
+    def ask(number: int, _frame: object) -> None:
+        nonlocal first
+        if asked.is_set() and (number != signal.SIGTERM or time.monotonic() - first > SAME_SIGNAL_SECONDS):
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         asked.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

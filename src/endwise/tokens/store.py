@@ -96,14 +96,19 @@ def _build(source: Source, encoding: Encoding, context: int, quota: Quota | None
     """Builds the store; one that holds too little is where it goes on from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     if _load(folder) is not None and not partial.exists():
-        shutil.copytree(folder, partial)
+        copy = partial.with_suffix(".copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        copy.rename(partial)
     partial.mkdir(parents=True, exist_ok=True)
+    builder = Builder(source, encoding, context, quota, partial)
     try:
-        Builder(source, encoding, context, quota, partial).write()
+        builder.write()
     except SourceLost:
         raise
-    except DataError:  # of the text itself, so that nothing made of it is of use
-        shutil.rmtree(partial, ignore_errors=True)
+    except DataError:  # of the text itself, most likely, so that nothing made of it is of use
+        if not builder.goes_on:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

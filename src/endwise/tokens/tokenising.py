@@ -130,6 +130,10 @@ class Builder:
         self._ends, self._hashes = array("q"), array("Q")
         self._consumed, self._written, self._largest, self._joined = 0, 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
+        self._mark()
+        self._take_up()
+        self.goes_on = self._consumed > 0
+        """Whether an earlier attempt left something to go on with."""
 
     def write(self) -> None:
         """Writes the folder to its end.
@@ -139,7 +143,6 @@ class Builder:
             DataError: a document breaks a rule, or there is none.
             OSError: the folder cannot be written; what was tokenised before the last `KEPT_EVERY` tokens is kept.
         """
-        self._take_up()
         tokens = self._folder / TOKENS
         with tokens.open("r+b" if self._consumed else "w+b") as file, _progress() as progress:
             if not self._consumed:
@@ -148,6 +151,7 @@ class Builder:
             try:
                 exhausted = self._read(file, progress)
             except (SourceLost, KeyboardInterrupt):
+                self._roll_back()
                 self._keep(file, exhausted=False)
                 raise
             if not self._ends:
@@ -160,11 +164,13 @@ class Builder:
             printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=self._written
         )
         kept = self._written
+        self._mark()
         for batch in _batches(self._rows_marked(progress.console)):
             before = len(self._ends)
             for document, ids in zip(batch, self._encoded(batch), strict=True):
                 self._add(document, ids, file)
             self._consumed += len(batch)
+            self._mark()
             progress.update(task, advance=sum(document.size for document in batch), tokens=self._written)
             if self._has_enough(len(self._ends) - before):
                 return False
@@ -172,6 +178,15 @@ class Builder:
                 self._keep(file, exhausted=False)
                 kept = self._written
         return True
+
+    def _mark(self) -> None:
+        """Remembers where a batch of documents begins."""
+        self._begun = (len(self._ends), self._written, self._largest, self._joined)
+
+    def _roll_back(self) -> None:
+        """Takes back a batch that was broken off, whose documents do not count as consumed."""
+        documents, self._written, self._largest, self._joined = self._begun
+        del self._ends[documents:], self._hashes[documents:]
 
     def _take_up(self) -> None:
         """Goes on with what the folder holds, if it is whole as far as its `info.json` says."""
