@@ -394,7 +394,7 @@ def _hash(ids: Ids) -> int:
     return int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest())
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+def _write_header(file: BinaryIO | io.BytesIO, dtype: np.dtype[Any], length: int) -> None:
     """NumPy leaves room for the length to grow, so that the header can be written again once it is known."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
