@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from endwise.errors import FormatError
-from endwise.files import write_tensors
+from endwise.files import laid_out, write_tensors
 
 STATE, CHECKSUM = "endwise", "sha256"
 """Keys of the header."""
@@ -34,7 +34,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; no file, or the old one, is at `path`.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    tensors = laid_out(checkpoint.tensors)
     state = json.dumps(checkpoint.state, allow_nan=False)
     write_tensors(path, tensors, {STATE: state, CHECKSUM: checksum(tensors, state)})
 

@@ -69,7 +69,8 @@ class ProcessLost(TrainingStopped):
 
 
 class ElsewhereFailed(TrainingStopped):
-    pass
+    def __init__(self, message: str = "It failed in another process, which tells why.") -> None:
+        super().__init__(message)
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory | None:

@@ -52,12 +52,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """A safetensors file, written straight from the tensors' memory; one that is not contiguous, or not on the CPU, is
     copied first.
     """
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    own = laid_out(tensors)
     with replacing(path) as partial:
         try:
             save_file(own, partial, metadata=dict(metadata))
         except SafetensorError as error:  # of a disk that is full, among others
             raise OSError(str(error)) from error
+
+
+def laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in one piece; copied only where they are not."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def cannot_write(path: Path, error: OSError) -> RunFolderError:

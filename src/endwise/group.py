@@ -214,7 +214,7 @@ class Group:
         stop, *gone = world.any([stop, *(folder not in here for folder in self._folders)])
         for folder, is_gone in zip(self._folders, gone, strict=True):
             if is_gone and folder in here:
-                self.end(here[folder], ElsewhereFailed("It failed in another process, which tells why."))
+                self.end(here[folder], ElsewhereFailed())
         return stop
 
     @property

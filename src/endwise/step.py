@@ -60,7 +60,7 @@ def _let_go_together(left: list[Trainee], trainees: Sequence[Trainee], failed: F
     for trainee, gone in zip(trainees, world.any([each not in left for each in trainees]), strict=True):
         if gone and trainee in left:
             left.remove(trainee)
-            error = ElsewhereFailed("It failed in another process, which tells why.")
+            error = ElsewhereFailed()
             if failed is None:
                 raise error
             failed(trainee, error, True)

@@ -322,15 +322,15 @@ def _saving(group: Group) -> Iterator[None]:
 def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, shown: Display, world: World) -> None:
     """What is due after a step: lines of metrics, evaluations, checkpoints."""
     group.each(partial(_report, done))
-    evaluated = [m for m in group.members if m.line is not None and (m.at_end or _due(_evaluates(m), done))]
+    evaluated = [member for member in group.members if _evaluation_due(member, done)]
     if evaluated:
         with shown.paused():
             _evaluate_briefly(model, group, evaluated, corpora, world)
     group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
 
 
-def _evaluates(member: Member) -> int | None:
-    return member.config.training.evaluate_every
+def _evaluation_due(member: Member, done: int) -> bool:
+    return member.line is not None and (member.at_end or _due(member.config.training.evaluate_every, done))
 
 
 def _report(done: int, member: Member) -> None:
