@@ -279,9 +279,11 @@ def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
             yield from _dataset_documents(load_from_disk(str(folder)), column, str(folder))
         except DataError:
             raise
-        except OSError as error:
-            raise SourceLost(f"Cannot read {folder}: {_one_line(error)}.") from None
-        except Exception as error:  # of a damaged file, whatever its reader stumbles over
+        except (
+            Exception
+        ) as error:  # of a damaged file, whatever its reader stumbles over, an OSError without a number too
+            if isinstance(error, OSError) and error.errno is not None:
+                raise SourceLost(f"Cannot read {folder}: {_one_line(error)}.") from None
             raise DataError(
                 f"{folder} is not a dataset that can be loaded: {_one_line(error)}. Save the dataset again."
             ) from error
