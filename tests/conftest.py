@@ -71,3 +71,37 @@ def _no_network():
 def _same_randomness():
     """A test that draws without a generator of its own still draws the same numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+# What many modules train. Imported within: what is imported up here escapes the type checker that tests run under.
+
+
+@pytest.fixture(scope="module")
+def model():
+    from small_gpt2 import small_model
+
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def token_files(tmp_path_factory):
+    from small_gpt2 import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def corpora(token_files):
+    from small_gpt2 import small_corpora
+
+    return small_corpora(token_files)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the model and its tokens, for processes of their own."""
+    from small_gpt2 import small_model, write_tokens
+
+    folder = tmp_path_factory.mktemp("made")
+    small_model().model.save_pretrained(folder / "model")
+    return write_tokens(folder)

@@ -19,17 +19,7 @@ from endwise.run_config import DataConfig
 from endwise.run_folder import RunFolder
 from endwise.seeds import generator_states, restore_generators
 from endwise.trainee import Trainee
-from small_gpt2 import CONTEXT, VOCAB, recipe, small_corpora, small_model, write_tokens
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
+from small_gpt2 import CONTEXT, VOCAB, recipe
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from bad_input import write_place
 from endwise.cli import app
-from small_gpt2 import data, recipe, small_model, write_tokens
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model, tokens and a recipe on the disk."""
-    folder = tmp_path_factory.mktemp("place")
-    small_model().model.save_pretrained(folder / "model")
-    values = recipe(folder / "run", "e2e").model_dump(mode="json")
-    values["model"]["name"] = str(folder / "model")
-    values["data"] = data(write_tokens(folder)).model_dump(mode="json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"))
 
 
 def run(*arguments, **environment):

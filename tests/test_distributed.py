@@ -13,20 +13,12 @@ from endwise import RunConfig, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.distributed import ALONE, World
 from endwise.run_folder import RunFolder
-from small_gpt2 import data, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import data, recipe, small_corpora, small_model
 from together_apart import FAILING_STEP, KINDS, configs
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
 """Of fp32 sums made in another order, over some 20 steps."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    small_model().model.save_pretrained(folder / "model")
-    write_tokens(folder)
-    return folder
 
 
 def write_recipe(made, out, kind="e2e_ds", **training):

@@ -14,20 +14,10 @@ from endwise.evaluation import METRICS
 from endwise.run_config import EvaluationConfig
 from endwise.run_evaluation import evaluations_csv, read_sums
 from endwise.run_folder import RunFolder
-from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe
 
 SEQUENCES = 6
 SETTINGS = EvaluationConfig(tokens=SEQUENCES * CONTEXT + 3, batch=4, bootstrap=200)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
 
 
 @pytest.fixture(scope="module")

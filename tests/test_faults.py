@@ -17,19 +17,10 @@ from rich.console import Console
 from endwise import RunConfig, train
 from endwise.checkpoints import read_checkpoint
 from endwise.run_folder import RunFolder
-from small_gpt2 import data, recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import data, recipe, small_corpora, small_model
 
 HERE = Path(__file__).parent
 PATIENCE = 120
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with the model and its tokens."""
-    folder = tmp_path_factory.mktemp("made")
-    small_model().model.save_pretrained(folder / "model")
-    write_tokens(folder)
-    return folder
 
 
 def write_recipe(made, file, out, kind="e2e", **training):

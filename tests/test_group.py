@@ -20,19 +20,9 @@ from endwise.language_model import LanguageModel
 from endwise.run_folder import RunFolder
 from endwise.step import take_step
 from endwise.trainee import Trainee
-from small_gpt2 import recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import recipe
 
 EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
 
 
 def three(folder, **training):

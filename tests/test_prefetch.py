@@ -11,14 +11,9 @@ from endwise import LanguageModel, train
 from endwise.errors import DataError, TrainingStopped
 from endwise.tokens import BatchOrder, Corpus, TokenBatch, read_ahead
 from endwise.trainee import Trainee
-from small_gpt2 import recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import recipe, small_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
 
 
 @pytest.fixture(autouse=True)

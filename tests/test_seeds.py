@@ -4,26 +4,15 @@ import json
 from itertools import combinations
 
 import numpy as np
-import pytest
 import torch
 from safetensors import safe_open
 
 from endwise import evaluate, train
 from endwise.run_folder import RunFolder
 from endwise.seeds import numpy_stream, shared_generators, torch_stream
-from small_gpt2 import recipe, small_corpora, small_model, write_tokens
+from small_gpt2 import recipe
 
 PURPOSES = ("initialisation", "order", "bootstrap", "shared generators")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
-    return small_corpora(write_tokens(tmp_path_factory.mktemp("tokens")))
 
 
 def test_streams_repeat_and_are_unrelated():

@@ -23,22 +23,7 @@ from endwise.schedule import rate_factor
 from endwise.step import take_step
 from endwise.trainee import Trainee
 from endwise.training import new_trainee
-from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, small_model, write_tokens
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def token_files(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def corpora(token_files):
-    return small_corpora(token_files)
+from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, write_tokens
 
 
 def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
