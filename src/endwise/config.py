@@ -1,6 +1,7 @@
 """The ground of all configuration: frozen pydantic models, read from YAML, changed by dotted overrides."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -85,18 +86,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b.c=value` set; sections that are missing are made."""
-    result = _copied(values)
+    changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        path = key.split(".")
-        if not equals or not all(path):
+        if not equals:
             raise ConfigError(f"An override must read section.key=value; given {override!r:.200}.")
         try:
-            value = parse_yaml(text)
+            changes[key] = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(
                 f"The value in the override {override!r:.200} is not valid YAML ({error}); quote it."
             ) from None
+    return with_values(values, changes)
+
+
+def with_values(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with the value of each dotted key set; sections that are missing are made."""
+    result = _copied(values)
+    for key, value in changes.items():
+        path = key.split(".")
+        if not all(path):
+            raise ConfigError(f"A key must read section.key; given {key!r:.200}.")
         section = result
         for part in path[:-1]:
             section = section.setdefault(part, {})

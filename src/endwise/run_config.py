@@ -205,6 +205,9 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: Seed = 0
     """Initialisation of the SAE."""
+    init_from: Path | None = None
+    """A run folder, or a folder in SAELens's layout: training starts from the SAE in it rather than from random
+    weights. The optimiser and its schedule begin anew."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from endwise.dictionaries import ReluSAE
+from endwise.dictionaries import SAE, ReluSAE
 from endwise.distributed import World, joined
 from endwise.errors import (
     ConfigError,
@@ -107,7 +107,7 @@ def train_together(
         with world.together("claiming the run folders"):
             folders = [_claimed(config, world, claims, resume) for config in configs]
         with world.together("loading the model and the data"):
-            model = model or _load_model(first)
+            model = model or model_for(first)
             tail = tail_model(model, first.training)
             context = corpora.train.context if corpora is not None else first.data.context or model.context
             if context is None:
@@ -117,7 +117,7 @@ def train_together(
                 Member(config, new_trainee(config, model, steps), folder, sae_metadata(config, model, context))
                 for config, folder in zip(configs, folders, strict=True)
             )
-            corpora = corpora or _load_corpora(configs, model)
+            corpora = corpora or corpora_of(configs, model)
             order = _order(first, corpora, steps)
         _check_same_text(corpora, world)
         with world.together("starting the run"):
@@ -157,7 +157,8 @@ def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume)
     return folder
 
 
-def _load_corpora(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
+def corpora_of(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
+    """The sequences that recipes of one `data` section and one length are trained and measured on."""
     evaluation_tokens = max(max(each.evaluation.tokens, each.evaluation.during_training_tokens) for each in configs)
     training = configs[0].training
     return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
@@ -173,7 +174,8 @@ def _order(config: RunConfig, corpora: Corpora, steps: int) -> BatchOrder:
     return order
 
 
-def _load_model(config: RunConfig) -> LanguageModel:
+def model_for(config: RunConfig) -> LanguageModel:
+    """The language model of a recipe, in the precision that its training asks for."""
     settings = config.model.model_dump()
     if config.model.dtype is None and config.training.precision == "mixed":
         settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
@@ -181,14 +183,36 @@ def _load_model(config: RunConfig) -> LanguageModel:
 
 
 def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
-    """The untrained SAE of a recipe, with its objective and optimiser."""
+    """The SAE that a recipe's training begins with, with its objective and optimiser.
+
+    Raises:
+        ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
+        FormatError: `init_from` holds no SAE.
+    """
     site = model.site(config.site)
     width = model.width(site)
     objective = build_objective(config.objective, model, site)
     d_sae = config.dictionary.features(width)
     _check_memory(width, d_sae)
-    sae = ReluSAE(width, d_sae, seed=config.seed).to(model.device)
-    return Trainee(sae, site, objective, config.training, steps)
+    sae = ReluSAE(width, d_sae, seed=config.seed) if config.init_from is None else _taken_over(config, width, d_sae)
+    return Trainee(sae.to(model.device), site, objective, config.training, steps)
+
+
+def _taken_over(config: RunConfig, width: int, d_sae: int) -> ReluSAE:
+    """The SAE in `init_from`, made ready for training."""
+    assert config.init_from is not None
+    sae = SAE.load(config.init_from)
+    if (sae.d_in, sae.d_sae) != (width, d_sae):
+        raise ConfigError(
+            f"init_from: the SAE in {config.init_from} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
+            f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
+            "site that it was trained at."
+        )
+    if not isinstance(sae, ReluSAE):
+        raise ConfigError(
+            f"init_from: {config.init_from} holds a {sae.architecture} SAE; only ReLU ones can be trained."
+        )
+    return sae.to_train()
 
 
 def _check_memory(width: int, d_sae: int) -> None:

@@ -69,16 +69,38 @@ class ReluSAE(SAE):
             return decode_sparse(latents, self.decoder, self.b_dec, norms)
         return linear(latents.dense(), self.W_dec.T, self.b_dec)
 
+    def to_train(self) -> "ReluSAE":
+        """The same function, with directions that are normalised where they are used: what training can go on from.
+
+        A feature's latents are multiplied by the norm that its direction gives up, so that x̂ stays as it is and the
+        sparsity penalty counts them as it counts those of any SAE in training.
+        """
+        norms = self.decoder.detach().norm(dim=-1)
+        unit = {
+            "encoder": self.encoder * norms[:, None],
+            "b_enc": self.b_enc * norms,
+            "decoder": normalize(self.decoder, dim=-1),
+            "b_dec": self.b_dec,
+        }
+        return self._of(unit, unit_norm=True)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "ReluSAE":
         b_enc = tensors["b_enc"]
         if cfg.get("apply_b_dec_to_input", True):
             # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
             b_enc = b_enc - tensors["b_dec"] @ tensors["W_enc"]
-        sae = cls.__new__(cls)  # not __init__, whose random weights would only be overwritten
-        SAE.__init__(sae, cfg["d_in"], cfg["d_sae"])
-        sae.unit_norm = False
         state = {"encoder": tensors["W_enc"].T, "b_enc": b_enc, "decoder": tensors["W_dec"], "b_dec": tensors["b_dec"]}
+        return cls._of(state, unit_norm=False)
+
+    @classmethod
+    def _of(cls, state: Mapping[str, Tensor], unit_norm: bool) -> "ReluSAE":
+        sae = cls.__new__(cls)  # not __init__, whose random weights would only be overwritten
+        d_sae, d_in = state["encoder"].shape
+        SAE.__init__(sae, d_in, d_sae)
+        sae.unit_norm = unit_norm
         for name, tensor in state.items():
-            sae.register_parameter(name, nn.Parameter(tensor.float().contiguous()))
+            sae.register_parameter(
+                name, nn.Parameter(tensor.detach().float().clone(memory_format=torch.contiguous_format))
+            )
         return sae

@@ -1,0 +1,58 @@
+"""Where tasks are carried out. An engine takes tasks and gives back what became of their runs, in any order."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from endwise.sweeps.sweep_config import SweepConfig
+from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out
+
+
+class Engine(Protocol):
+    """Carries out tasks.
+
+    What a task has done lies in its run folders, which every place that an engine uses must see; so a task that was
+    lost is simply given out again, and goes on from there.
+    """
+
+    def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
+        """Yields the outcomes of each task as it ends.
+
+        Raises:
+            Interrupted: the user asked to stop.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back what was started or reserved."""
+        ...
+
+
+class InProcess:
+    """One task after another, here."""
+
+    def __init__(self) -> None:
+        self._loaded = Loaded()
+
+    def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
+        for task in tasks:
+            yield carry_out(task, self._loaded)
+
+    def close(self) -> None:
+        self._loaded = Loaded()
+
+
+def engine_of(config: SweepConfig) -> Engine:
+    """The engine that a sweep asks for.
+
+    Raises:
+        ConfigError: what it needs is not installed.
+    """
+    if config.engine == "ray":
+        from endwise.sweeps.on_ray import OnRay
+
+        return OnRay(config.ray)
+    if config.engine == "slurm":
+        from endwise.sweeps.on_slurm import OnSlurm
+
+        return OnSlurm(config.slurm, config.out / "slurm")
+    return InProcess()

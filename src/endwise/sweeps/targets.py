@@ -1,0 +1,131 @@
+"""The sparsity coefficient that meets a target, found from a few runs.
+
+Along one curve L0 falls and the CE increase rises as the coefficient λ grows, both roughly as powers of it. So the
+search is for the root of log(metric / target) over log λ, by secants: outside the coefficients tried a step is bounded,
+between two of them it stays inside. Each next coefficient depends on the runs made so far and on nothing else, so that
+a search that was broken off goes on from the runs that are there.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from endwise.errors import EndwiseError
+from endwise.sweeps.sweep_config import SearchConfig, Target
+
+LARGEST_STEP = math.log(8)
+"""Between neighbouring trials, in log λ."""
+MARGIN = 0.1
+"""A step between two trials keeps this share of their distance from both."""
+NOISE = 0.02
+"""A curve counts as reversed only where the metric goes back by more than this share."""
+LEAST = 1e-3
+"""A metric below this share of the target counts as this: the CE increase of a near-perfect SAE may be below 0."""
+
+
+class SearchError(EndwiseError):
+    """The runs made do not lead to the target; the message lists them."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run's coefficient and the metric that it ended with."""
+
+    coefficient: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Next:
+    """The coefficient to go on with, and whether what was tried meets the target there."""
+
+    coefficient: float
+    found: bool
+
+
+def next_coefficient(
+    trials: Sequence[Trial], first: float, target: Target, search: SearchConfig, slope: float | None = None
+) -> Next:
+    """The next coefficient to try, or the one found.
+
+    Args:
+        first: the one that is tried first.
+        slope: of log metric over log λ, for the first step; unset: −1 for L0 and 1 for the CE increase.
+
+    Raises:
+        SearchError: the metric does not change with λ as it should; or all trials are made, and none is on the other
+            side of the target.
+    """
+    if not trials:
+        return Next(first, found=False)
+    points = sorted((math.log(trial.coefficient), _log_miss(trial, target)) for trial in trials)
+    _check_monotone(points, trials, target)
+    nearest = min(points, key=lambda point: abs(point[1]))
+    best = min(trials, key=lambda trial: miss(trial, target))
+    if miss(best, target) <= search.tolerance:
+        return Next(best.coefficient, found=True)
+    below = [point for point in points if point[1] * _sign(target) < 0]
+    above = [point for point in points if point[1] * _sign(target) > 0]
+    exhausted = len(trials) >= search.trials
+    if below and above:
+        left, right = max(below), min(above)
+        root = left[0] - left[1] * (right[0] - left[0]) / (right[1] - left[1])
+        margin = MARGIN * (right[0] - left[0])
+        bounded = min(max(root, left[0] + margin), right[0] - margin)
+        return Next(math.exp(root if exhausted else bounded), found=exhausted)
+    if exhausted:
+        raise SearchError(f"{len(trials)} trials do not reach {target}: {_listed(trials, target)}. {_REMEDY}")
+    return Next(math.exp(nearest[0] + _step(points, nearest, target, slope)), found=False)
+
+
+def miss(trial: Trial, target: Target) -> float:
+    """How far a run is from the target, as a share of it."""
+    return abs(trial.value / target.value - 1)
+
+
+def slope_at(trials: Sequence[Trial], target: Target) -> float | None:
+    """Of log metric over log λ, between the two trials that are nearest to the target."""
+    points = sorted(((math.log(t.coefficient), _log_miss(t, target)) for t in trials), key=lambda point: abs(point[1]))
+    if len(points) < 2 or points[0][0] == points[1][0]:
+        return None
+    return (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
+
+
+_REMEDY = "Set another objective.sparsity.coefficient to start from, more search.trials, or another target."
+
+
+def _sign(target: Target) -> int:
+    """Of the slope of log metric over log λ."""
+    return -1 if target.metric == "l0" else 1
+
+
+def _log_miss(trial: Trial, target: Target) -> float:
+    return math.log(max(trial.value / target.value, LEAST))
+
+
+def _step(
+    points: Sequence[tuple[float, float]], nearest: tuple[float, float], target: Target, slope: float | None
+) -> float:
+    """From the nearest point towards a target that lies beyond all of them."""
+    if len(points) > 1:
+        other = min((point for point in points if point is not nearest), key=lambda point: abs(point[1]))
+        slope = (nearest[1] - other[1]) / (nearest[0] - other[0])
+    if not slope or slope * _sign(target) <= 0:
+        slope = float(_sign(target))
+    return min(max(-nearest[1] / slope, -LARGEST_STEP), LARGEST_STEP)
+
+
+def _check_monotone(points: Sequence[tuple[float, float]], trials: Sequence[Trial], target: Target) -> None:
+    for (_, before), (_, after) in itertools.pairwise(points):
+        if (after - before) * _sign(target) < -math.log1p(NOISE):
+            way = "fall" if target.metric == "l0" else "rise"
+            raise SearchError(
+                f"{target.metric} should {way} as the coefficient grows, but the trials gave "
+                f"{_listed(trials, target)}. Make the trials longer (search.tokens), or lower the learning rate."
+            )
+
+
+def _listed(trials: Sequence[Trial], target: Target) -> str:
+    ordered = sorted(trials, key=lambda trial: trial.coefficient)
+    return ", ".join(f"{target.metric} {trial.value:.4g} at {trial.coefficient:.4g}" for trial in ordered)
