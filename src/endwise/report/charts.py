@@ -1,4 +1,4 @@
-"""What a figure shows, apart from how it is drawn: one description serves the printed figure and the interactive one."""
+"""What a figure shows, apart from how it is drawn: one description for the printed and for the interactive figure."""
 
 from dataclasses import dataclass
 
