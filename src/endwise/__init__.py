@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from endwise.run_evaluation import evaluate
     from endwise.sites import Site
     from endwise.splice import spliced
+    from endwise.sweeps import Sweep, SweepConfig, sweep
     from endwise.tokens import Corpora, Corpus, corpora_for, load_corpora
     from endwise.training import train, train_together
 
@@ -54,6 +55,9 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "Sweep": "sweeps",
+    "SweepConfig": "sweeps",
+    "sweep": "sweeps",
     "Corpora": "tokens",
     "Corpus": "tokens",
     "corpora_for": "tokens",
@@ -82,12 +86,15 @@ __all__ = [
     "Site",
     "SomeFailed",
     "Sparsity",
+    "Sweep",
+    "SweepConfig",
     "corpora_for",
     "evaluate",
     "load_corpora",
     "load_model",
     "measure",
     "spliced",
+    "sweep",
     "train",
     "train_together",
 ]

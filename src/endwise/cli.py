@@ -193,6 +193,43 @@ def evaluate(
 
 @app.command()
 @_plainly
+def sweep(
+    sweep: Annotated[str, typer.Argument(help="A sweep's path, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Changes to the sweep (out=..., together=4) or its recipe (training.tokens=...)",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train and measure every run of a sweep: what is finished is skipped, what was broken off gone on with.
+
+    Exit code: 0 if all runs are finished, 7 if some failed, another if the sweep breaks a rule.
+    """
+    from endwise.errors import TrainingStopped
+    from endwise.sweeps import sweep as run
+    from endwise.sweeps.survey import survey
+    from endwise.sweeps.sweep_config import read_sweep
+    from endwise.sweeps.tables import print_prospects, print_rows
+
+    config = read_sweep(sweep, overrides or ())
+    if dry_run:
+        print_prospects(survey(config))
+        return
+    swept = run(config, display=not quiet)
+    print_rows(swept.rows)
+    for point, why in swept.failures.items():
+        _say(f"failed: {point} in {swept.places[point]}: {why}", err=True)
+    _say(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
+    if swept.failures:
+        raise typer.Exit(TrainingStopped.exit_code)
+
+
+@app.command()
+@_plainly
 def sites(
     model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,

@@ -1,4 +1,4 @@
-"""Recipes that ship: the paper's published settings, and the embedded model's."""
+"""Recipes that ship: the paper's published settings, and the embedded model's; and sweeps over them."""
 
 import difflib
 from contextlib import suppress
@@ -7,10 +7,15 @@ from pathlib import Path
 from endwise.errors import ConfigError
 
 FOLDER = Path(__file__).parent
+SWEEPS = FOLDER / "sweeps"
 
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def sweep_names() -> list[str]:
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
@@ -19,11 +24,20 @@ def find_recipe(name: str) -> Path:
     Raises:
         ConfigError: there is neither.
     """
+    return _find("recipe", name, FOLDER, recipe_names())
+
+
+def find_sweep(name: str) -> Path:
+    """As `find_recipe`, the file of a sweep."""
+    return _find("sweep", name, SWEEPS, sweep_names())
+
+
+def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
     with suppress(OSError):  # a name longer than the file system takes
         if Path(name).is_file():
             return Path(name)
-    if name in recipe_names():
-        return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(Path(name).stem, recipe_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"recipes that ship: {', '.join(recipe_names())}"
-    raise ConfigError(f"There is no recipe {name!r}, neither a file nor one that ships; {hint}")
+    if name in names:
+        return folder / f"{name}.yaml"
+    near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(names)}"
+    raise ConfigError(f"There is no {kind} {name!r}, neither a file nor one that ships; {hint}")

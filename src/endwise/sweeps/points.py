@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from endwise.config import read_yaml, with_values
-from endwise.errors import ConfigError
+from endwise.errors import ConfigError, SiteError
 from endwise.recipes import find_recipe
 from endwise.run_config import RunConfig
+from endwise.sites import Site
+from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
 from endwise.sweeps.sweep_config import SweepConfig, Target
 
-KIND, COEFFICIENT, TARGET = "objective.kind", "objective.sparsity.coefficient", "target"
+KIND, COEFFICIENT = "objective.kind", "objective.sparsity.coefficient"
 LARGEST = 100_000
 """Points of a sweep."""
 
@@ -25,7 +28,7 @@ UNUSED_WEIGHTS = {
     "e2e": ("local_mse", "downstream_mse", "downstream_sites"),
     "e2e_ds": ("local_mse",),
 }
-"""Weights of the objective that a kind's preset does without."""
+"""Keys of the objective that a kind's preset does without."""
 
 
 @dataclass(frozen=True)
@@ -37,41 +40,65 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Equal for equal points, whatever file they come from."""
+        """Equal for equal points, whatever file they come from. The first guess of a coefficient that is searched for
+        makes no other point.
+        """
         config = self.config if self.target is None else with_coefficient(self.config, 0.0)
-        return f"{fingerprint(config)} {self.target or ''}"
+        return f"{_content(config)} {self.target or ''}"
+
+    def __str__(self) -> str:
+        objective = self.config.objective
+        aim = f"{objective.sparsity.coefficient:g}" if self.target is None else str(self.target)
+        return f"{objective.kind} {aim} {self.config.site} seed {self.config.seed}"
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
     """Every point of every grid, each once.
 
     Raises:
-        ConfigError: a recipe or a grid breaks a rule; the message names the point.
+        ConfigError: the recipe, the settings or a grid breaks a rule; the message names the point.
+        SiteError: a site's name is not of the form that sites have.
     """
-    base = read_yaml(find_recipe(sweep.recipe)) if isinstance(sweep.recipe, str) else sweep.recipe
-    if "out" in base or "out" in sweep.settings:
-        raise ConfigError("A sweep names its folders itself: take `out` out of the recipe, and set the sweep's own.")
-    base = with_values(base, sweep.settings)
+    base = _recipe(sweep)
+    grids = {f"grid {number}": _axes(grid, f"grid {number}") for number, grid in enumerate(sweep.grids, 1)}
+    if (size := sum(math.prod(map(len, axes.values())) for axes in grids.values())) > LARGEST:
+        raise ConfigError(f"The grids have {size:,} points; at most {LARGEST:,} can be swept. Take values out of them.")
     points: dict[str, Point] = {}
-    for number, grid in enumerate(sweep.grids, 1):
-        for choice in _choices(grid, f"grid {number}"):
-            point = _point(base, choice, f"grid {number}")
+    for name, axes in grids.items():
+        for point in _points(base, axes, name):
             points.setdefault(point.key, point)
     return list(points.values())
 
 
-def _choices(grid: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
-    axes = {key: _values(key, value, name) for key, value in grid.items()}
-    if (size := int(np.prod([len(values) for values in axes.values()], dtype=object))) > LARGEST:
-        raise ConfigError(f"{name} has {size:,} points; at most {LARGEST:,} can be swept. Take values out of it.")
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
+def _recipe(sweep: SweepConfig) -> dict[str, Any]:
+    """The recipe with the sweep's settings, less the folder that it names."""
+    given = sweep.recipe
+    base, name = (read_yaml(find_recipe(given)), given) if isinstance(given, str) else (given, "the recipe")
+    flattened(base, name)  # so that a key which it has wrong is said to be the recipe's, not a grid's
+    settings = flattened(sweep.settings, "settings")
+    _check_no_folder(settings, "settings")
+    if TARGET in settings:
+        raise ConfigError("settings: a target stands in a grid. Move it there.")
+    return with_values({key: value for key, value in base.items() if key != OUT}, settings)
+
+
+def _check_no_folder(keys: Mapping[str, Any], where: str) -> None:
+    if OUT in keys:
+        raise ConfigError(
+            f"{where}: a sweep names the runs' folders itself. Leave {OUT} out; `out` of the sweep is its."
+        )
+
+
+def _axes(grid: Mapping[str, Any], name: str) -> dict[str, list[Any]]:
+    """The values that a grid gives each of its keys."""
+    keys = flattened(grid, name)
+    _check_no_folder(keys, name)
+    return {key: _values(key, value, name) for key, value in keys.items()}
 
 
 def _values(key: str, given: Any, name: str) -> list[Any]:
-    """The values that a grid gives a key."""
-    if isinstance(given, dict) and "log_range" in given:
-        return _log_range(given, f"{name}: {key}")
+    if isinstance(given, Mapping) and RANGE in given:
+        return _log_range(key, given, f"{name}: {key}")
     if isinstance(given, list | tuple):
         if not given:
             raise ConfigError(f"{name}: {key} is an empty list. Give it at least one value, or leave it out.")
@@ -79,40 +106,76 @@ def _values(key: str, given: Any, name: str) -> list[Any]:
     return [given]
 
 
-def _log_range(given: Mapping[str, Any], where: str) -> list[float]:
-    rule = "log_range takes [from, to, how many], both ends above 0 and at least two values"
+def _log_range(key: str, given: Mapping[str, Any], where: str) -> list[float]:
+    rule = f"{RANGE} takes [from, to, how many], both ends above 0 and at least two values"
     try:
-        low, high, number = given["log_range"]
+        low, high, number = given[RANGE]
         low, high, count = float(low), float(high), int(number)
     except (TypeError, ValueError):
         raise ConfigError(f"{where}: {rule}; given {given!r:.200}.") from None
     if len(given) > 1 or not (0 < low < np.inf and 0 < high < np.inf) or not 2 <= count <= LARGEST or count != number:
         raise ConfigError(f"{where}: {rule}; given {given!r:.200}.")
-    return [float(f"{value:.6g}") for value in np.geomspace(low, high, count)]
+    if key == TARGET:
+        raise ConfigError(f"{where} takes targets, not numbers. Write them out: [{{l0: 20}}, {{l0: 40}}].")
+    values = [float(f"{value:.6g}") for value in np.geomspace(low, high, count)]
+    return [round(value) for value in values] if takes_whole_numbers(key) else values
 
 
-def _point(base: dict[str, Any], choice: dict[str, Any], name: str) -> Point:
-    said = ", ".join(f"{key}={value}" for key, value in choice.items())
-    source = f"{name} ({said:.300})"
-    choice = dict(choice)
+def _points(base: dict[str, Any], axes: Mapping[str, Sequence[Any]], name: str) -> Iterator[Point]:
+    """A grid's points."""
+    combined = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    choices = [(f"{name} ({_said(choice)})", flattened(choice, name)) for choice in combined]
+    several = len({str(choice.get(KIND)) for _, choice in choices}) > 1
+    for source, choice in choices:
+        unused = [f"objective.{key}" for key in UNUSED_WEIGHTS.get(str(choice.get(KIND)), ())]
+        if several:
+            choice = {key: value for key, value in choice.items() if key not in unused}
+        yield _point(_without(base, unused), choice, source)
+
+
+def _said(choice: Mapping[str, Any]) -> str:
+    return f"{', '.join(f'{key}={value}' for key, value in choice.items()):.300}"
+
+
+def _without(base: dict[str, Any], unused: Sequence[str]) -> dict[str, Any]:
+    """The recipe without the weights that are no part of the kind a grid chooses, so that one recipe serves all kinds:
+    a downstream weight that is there for e2e_ds would otherwise turn local into something else.
+    """
+    objective = base.get("objective")
+    if not isinstance(objective, dict):
+        return base
+    return {**base, "objective": {key: value for key, value in objective.items() if f"objective.{key}" not in unused}}
+
+
+def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
-    target = None if given is None else Target.build(_mapping(given, source), source)
-    values = with_values(_of_kind(base, choice), choice)
-    if target is not None:
-        if COEFFICIENT in choice:
-            raise ConfigError(f"{source}: target and {COEFFICIENT} exclude each other. Leave one out.")
-        if not _coefficient(values):
-            raise ConfigError(
-                f"{source}: a target needs a first guess of {COEFFICIENT}, above 0. Set it in the recipe or in "
-                "the sweep's settings."
-            )
-    return Point(RunConfig.build(values, source), target)
+    target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
+    if target is not None and COEFFICIENT in choice:
+        raise ConfigError(f"{source}: target and {COEFFICIENT} exclude each other. Leave one out.")
+    values = with_values(base, choice)
+    if target is not None and _coefficient(values) is None:
+        raise _no_first_guess(source)
+    config = RunConfig.build(values, source)
+    if target is not None and not config.objective.sparsity.coefficient:
+        raise _no_first_guess(source)
+    try:
+        Site.parse(config.site)
+    except SiteError as error:
+        raise SiteError(f"{source}: {error}") from None
+    return Point(config, target)
 
 
 def _mapping(given: Any, source: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{source}: target must read {{ce_increase: 0.1}} or {{l0: 40}}; given {given!r:.80}.")
     return given
+
+
+def _no_first_guess(source: str) -> ConfigError:
+    return ConfigError(
+        f"{source}: a target needs a coefficient above 0 to start its search from. Set {COEFFICIENT} in the recipe or "
+        "in the sweep's settings."
+    )
 
 
 def _coefficient(values: Mapping[str, Any]) -> Any:
@@ -122,21 +185,13 @@ def _coefficient(values: Mapping[str, Any]) -> Any:
     return section
 
 
-def _of_kind(base: dict[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without the weights that are no part of the kind a grid chooses, so that one recipe serves all kinds:
-    a downstream weight that is there for e2e_ds would otherwise turn local into something else.
-    """
-    unused = UNUSED_WEIGHTS.get(str(choice.get(KIND)), ())
-    objective = base.get("objective")
-    if not unused or not isinstance(objective, dict):
-        return base
-    return {**base, "objective": {key: value for key, value in objective.items() if key not in unused}}
+def _content(config: RunConfig) -> str:
+    return json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude={"out"}), sort_keys=True)
 
 
 def fingerprint(config: RunConfig) -> str:
     """Ten hexadecimal digits of what a recipe holds; its folder, and whether a default is written out, do not count."""
-    content = config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(_content(config).encode()).hexdigest()[:10]
 
 
 def placed(config: RunConfig, folder: Path) -> RunConfig:

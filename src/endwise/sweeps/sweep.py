@@ -2,25 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import EndwiseError
+from endwise.distributed import launched
+from endwise.errors import ConfigError, Interrupted
 from endwise.files import write_atomic
-from endwise.reading import read_json
 from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
 from endwise.sweeps.engines import Engine, engine_of
-from endwise.sweeps.points import Point, placed, points_of, with_coefficient, with_tokens
-from endwise.sweeps.sweep_config import SearchConfig, SweepConfig, Target
+from endwise.sweeps.point_progress import PointProgress, runs_of
+from endwise.sweeps.points import Point, points_of
+from endwise.sweeps.survey import find_faults
+from endwise.sweeps.sweep_config import SearchConfig, SweepConfig, as_sweep
 from endwise.sweeps.tables import write_summary
-from endwise.sweeps.targets import SearchError, Trial, miss, next_coefficient, slope_at
-from endwise.sweeps.tasks import Outcome, folder_of, is_finished, tasks_of
+from endwise.sweeps.tasks import folder_of, tasks_of
 from endwise.sweeps.watching import Watch
-
-SIGNIFICANT = 6
-"""Digits of a coefficient that a search finds."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,19 @@ class Sweep:
     failures: Mapping[Point, str]
     """Why each of the others is not."""
     folder: Path
+    places: Mapping[Point, Path]
+    """Of all points, in the order of the sweep, the folder of the latest run."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The table of all points, once it is written."""
 
     @property
     def folders(self) -> list[Path]:
         return list(self.runs.values())
+
+    @property
+    def summary(self) -> Path:
+        """The table of all points, beside which a `.parquet` with the same content stands."""
+        return self.folder / "summary.csv"
 
 
 def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool = True) -> Sweep:
@@ -43,110 +49,83 @@ def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool
 
     Run again, it skips what is finished and goes on with what was broken off.
 
+    Args:
+        config: a sweep: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
+
     Raises:
         ConfigError: the sweep or one of its recipes breaks a rule, before anything is trained.
         Interrupted: the user asked to stop; what runs is saved.
     """
-    if isinstance(config, str | Path):
-        config = SweepConfig.read(Path(config))
-    elif not isinstance(config, SweepConfig):
-        config = SweepConfig.build(dict(config), "the sweep")
+    config = as_sweep(config)
     points = points_of(config)
+    _check_alone()
     write_atomic(config.out / "sweep.yaml", config.to_yaml().encode())
-    with closing(engine_of(config)) as engine:
-        result = sweep_points(points, config.out, engine, config.search, config.together, display)
-    write_summary(result.runs, result.failures, config.out)
-    return result
+    try:
+        with closing(engine_of(config)) as engine:
+            result = sweep_points(points, config.out, engine, config.search, config.together, display)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(
+            f"Stopped as asked. What was done is in {config.out}; the same command goes on from there."
+        ) from None
+    return replace(result, rows=write_summary(result.places, result.failures, config.out))
+
+
+def _check_alone() -> None:
+    if launched():
+        raise ConfigError(
+            "A sweep is one process, which gives tasks to others by its `engine`; torchrun would start it several "
+            "times. Start it without."
+        )
 
 
 def sweep_points(
     points: Sequence[Point], out: Path, engine: Engine, search: SearchConfig, together: int, display: bool
 ) -> Sweep:
     """As `sweep`, of points that are there already; writes no table."""
-    progress = [_Progress(point, out, search) for point in points]
+    progress = [PointProgress(point, out, search) for point in points]
     with Watch(display) as watch:
-        while True:
-            due = {folder_of(config): config for each in progress for config in each.due()}
-            if not due:
-                break
-            watch.expect(due.values())
-            for outcomes in engine.carry_out(tasks_of(due.values(), together)):
-                _note(outcomes, progress, watch)
-    runs = {each.point: folder_of(each.result) for each in progress if each.result is not None}
-    return Sweep(runs, {each.point: each.error for each in progress if each.error is not None}, out)
+        first = True
+        while due := _due(progress, watch, check=first):
+            first = False
+            waiting: dict[Path, list[PointProgress]] = {}
+            for each in due:
+                waiting.setdefault(each.folder, []).append(each)
+                each.given_out()
+            runs = runs_of(due)
+            watch.expect(runs, _to_come(progress, runs))
+            for outcomes in engine.carry_out(tasks_of(runs, together)):
+                for outcome in outcomes:
+                    watch.ended(outcome)
+                    for each in waiting.get(outcome.folder, ()):
+                        each.note(outcome)
+    return Sweep(
+        {each.point: folder_of(each.result) for each in progress if each.result is not None},
+        {each.point: each.error for each in progress if each.error is not None},
+        out,
+        {each.point: each.folder for each in progress},
+    )
 
 
-def _note(outcomes: Iterable[Outcome], progress: Sequence["_Progress"], watch: Watch) -> None:
-    for outcome in outcomes:
-        watch.ended(outcome)
-        for each in progress:
-            if outcome.error is not None and outcome.folder == each.waiting_for:
-                each.error = outcome.error
+def _due(progress: Iterable[PointProgress], watch: Watch, *, check: bool) -> list[PointProgress]:
+    """The points with a run to be made. Those of searches come first, so that the runs that they lead to then go side
+    by side with the others.
+    """
+    open_before = [each for each in progress if each.error is None]
+    due = [each for each in open_before if each.due() is not None]
+    if check:
+        find_faults(due)
+    for each in open_before:
+        if each.error is not None:
+            watch.failed(each.point, each.error)
+    due = [each for each in due if each.error is None]
+    return [each for each in due if each.on_trial] or due
 
 
-@dataclass
-class _Progress:
-    """Where a point stands, which is read from its run folders alone."""
-
-    point: Point
-    out: Path
-    search: SearchConfig
-    result: RunConfig | None = None
-    error: str | None = None
-    waiting_for: Path | None = None
-
-    def due(self) -> list[RunConfig]:
-        """The run that is to be made next, if there is one."""
-        try:
-            if self.result is None and self.error is None:
-                config = self._next_run()
-                self.waiting_for = folder_of(config)
-                if not is_finished(config):
-                    return [config]
-                self.result = config
-        except EndwiseError as error:
-            self.error = str(error)
-        return []
-
-    def _next_run(self) -> RunConfig:
-        """The first run that is not finished, or else the point's last."""
-        config, target = self.point.config, self.point.target
-        if target is None:
-            return placed(config, self.out / "runs")
-        trials: list[Trial] = []
-        length = max(1, round(config.training.tokens * self.search.tokens))
-        while True:
-            step = next_coefficient(trials, config.objective.sparsity.coefficient, target, self.search)
-            if step.found:
-                return self._full_run(target, step.coefficient, slope_at(trials, target))
-            folder = self.out / ("runs" if self.search.tokens == 1 else "trials")
-            trial = placed(with_tokens(with_coefficient(config, _rounded(step.coefficient)), length), folder)
-            if not is_finished(trial):
-                return trial
-            trials.append(_trial(trial, target))
-
-    def _full_run(self, target: Target, coefficient: float, slope: float | None) -> RunConfig:
-        """The run at full length with the coefficient found, or with one corrected by what that reached."""
-        runs: list[tuple[Trial, RunConfig]] = []
-        while True:
-            run = placed(with_coefficient(self.point.config, _rounded(coefficient)), self.out / "runs")
-            if not is_finished(run):
-                return run
-            runs.append((_trial(run, target), run))
-            closest = min(runs, key=lambda made: miss(made[0], target))
-            if len(runs) > self.search.corrections or miss(closest[0], target) <= self.search.tolerance:
-                return closest[1]
-            try:
-                step = next_coefficient([trial for trial, _ in runs], coefficient, target, self.search, slope)
-            except SearchError:
-                return closest[1]
-            coefficient = step.coefficient
-
-
-def _trial(config: RunConfig, target: Target) -> Trial:
-    evaluation = read_json(RunFolder(folder_of(config)).evaluation_file)
-    return Trial(config.objective.sparsity.coefficient, float(evaluation[target.metric]))
-
-
-def _rounded(coefficient: float) -> float:
-    return float(f"{coefficient:.{SIGNIFICANT}g}")
+def _to_come(progress: Iterable[PointProgress], runs: Iterable[RunConfig]) -> list[RunConfig]:
+    """Full runs that are sure to follow those that are carried out now."""
+    now = set(runs)
+    return [
+        each.point.config
+        for each in progress
+        if each.result is None and each.error is None and (each.on_trial or each.run not in now)
+    ]

@@ -1,12 +1,16 @@
 """The file of a sweep: a recipe, what varies in it, and where the runs are carried out."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from endwise.config import Config
+from endwise.config import Config, apply_overrides, read_yaml
+from endwise.errors import ConfigError
+from endwise.recipes import find_sweep
 from endwise.run_config import Positive
+from endwise.sweeps.keys import flattened
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -105,13 +109,14 @@ class SweepConfig(Config):
     """Runs that differ in some fields of one recipe."""
 
     recipe: str | dict[str, Any]
-    """A recipe's path, the name of one that ships, or its content."""
+    """A recipe's path, the name of one that ships, or its content. Its `out` is not looked at."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe, by dotted key, that all runs share."""
     grids: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """The runs are those of all grids. A grid sets dotted keys of the recipe: to a value; to each of a list; or to each
     of `{log_range: [from, to, how many]}`, whose neighbours have one ratio. All combinations are made. The key `target`
-    takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient."""
+    takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient. Weights
+    of the objective that a kind does without are left out of its runs where a grid chooses the kind."""
     search: SearchConfig = SearchConfig()
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
@@ -121,4 +126,45 @@ class SweepConfig(Config):
     ray: RayConfig = RayConfig()
     slurm: SlurmConfig = SlurmConfig()
     out: Path = Path("runs/sweep")
-    """Folder of the sweep: its runs, and the table of them."""
+    """Folder of the sweep: its runs, and the table of them. Read from a file, a sweep without it goes to
+    runs/<the file's name>."""
+
+
+def read_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """A sweep by its path, or by the name of one that ships.
+
+    Args:
+        overrides: `key=value`, the value in YAML: of the sweep's own keys, or of its recipe's for all runs.
+
+    Raises:
+        ConfigError: there is no such file; or it, or an override, breaks a rule.
+    """
+    path = find_sweep(str(name))
+    own = [override for override in overrides if _is_own(override)]
+    values = apply_overrides({"out": f"runs/{path.stem}", **read_yaml(path)}, own)
+    sweep = SweepConfig.build(values, str(path))
+    others = [override.removeprefix("settings.") for override in overrides if override not in own]
+    changes = flattened(apply_overrides({}, others), "the command line")
+    for number, grid in enumerate(sweep.grids, 1):
+        if both := changes.keys() & flattened(grid, f"grid {number}").keys():
+            raise ConfigError(
+                f"{min(both)} is set by grid {number} of {path}, so that no other value counts. Set it there."
+            )
+    return sweep.model_copy(update={"settings": {**flattened(sweep.settings, "settings"), **changes}})
+
+
+def as_sweep(config: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfig:
+    """A sweep from what a caller may give: an object, a mapping of its fields, a path, or a name.
+
+    Raises:
+        ConfigError: see `read_sweep`.
+    """
+    if isinstance(config, SweepConfig):
+        return config
+    return read_sweep(config) if isinstance(config, str | Path) else SweepConfig.build(dict(config), "the sweep")
+
+
+def _is_own(override: str) -> bool:
+    """Whether a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
+    first, dot, _ = override.partition("=")[0].partition(".")
+    return first in SweepConfig.model_fields and not (first == "settings" and dot)

@@ -1,61 +1,105 @@
 """The table of a sweep: one row a point, as parquet and CSV, and on the terminal."""
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import csv, parquet
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from endwise.comparison import LABELS
 from endwise.files import replacing, write_atomic
+from endwise.printable import printable
+from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
-from endwise.sweeps.points import Point
+from endwise.sweeps.points import COEFFICIENT, KIND, Point
+from endwise.sweeps.survey import Prospect
+
+SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
+"""Keys of the recipe that are columns of every table; others are where the points differ in them."""
+NAMED = (KIND, "site", "seed", COEFFICIENT, "out")
+"""Keys that are columns under a name of their own, or none."""
 
 
-def write_summary(runs: Mapping[Point, Path], failures: Mapping[Point, str], folder: Path) -> None:
+def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], folder: Path) -> list[dict[str, Any]]:
     """`summary.parquet` and `summary.csv`, with wall-clock in `timings.csv` apart, so that a sweep made twice gives the
-    same tables.
+    same tables wherever it lies.
+
+    Returns:
+        The rows.
     """
-    rows = [run_row(point, path) for point, path in runs.items()]
-    rows += [{**_identity(point), "status": "failed", "error": why} for point, why in failures.items()]
+    keys = (*SHOWN, *_differing([point.config for point in places]))
+    rows: list[dict[str, Any]] = []
+    for point, path in places.items():
+        row = {"run": _within(path, folder), "status": "finished", "error": None, **_identity(point, keys)}
+        if point in failures:
+            rows.append(row | {"status": "failed", "error": failures[point]})
+        else:
+            rows.append(row | measured(point, path))
     write_table(rows, folder / "summary")
-    timings = [{"run": str(path), "seconds": RunFolder(path).seconds()} for path in runs.values()]
+    finished = [path for point, path in places.items() if point not in failures]
+    timings = [{"run": _within(path, folder), "seconds": RunFolder(path).seconds()} for path in finished]
     write_atomic(folder / "timings.csv", _csv(_table(timings)))
+    return rows
 
 
-def run_row(point: Point, path: Path) -> dict[str, Any]:
-    """What a finished run is and what it measured, flat: nested names joined by dots, ends of intervals as `.low` and
-    `.high`.
+def measured(point: Point, path: Path) -> dict[str, Any]:
+    """What a finished run measured, flat: nested names joined by dots, ends of intervals as `.low` and `.high`. With it
+    the coefficient that it was trained with, and how far from its target it is, as a share of it.
     """
     folder = RunFolder(path)
     evaluation = folder.evaluation() or {}
     intervals = evaluation.pop("intervals", {})
-    row = {"run": str(path), **_identity(point), "status": "finished", "error": None}
-    row["coefficient"] = folder.config().objective.sparsity.coefficient
-    measured = {
-        key: value for key, value in flat(evaluation).items() if key not in row and not key.startswith("seeds.")
-    }
-    for name, value in measured.items():
+    row: dict[str, Any] = {"coefficient": folder.config().objective.sparsity.coefficient}
+    if point.target is not None:
+        row["target_miss"] = evaluation[point.target.metric] / point.target.value - 1
+    for name, value in flat(evaluation).items():
+        if name in ("kind", "site", "seed", "coefficient") or name.startswith("seeds."):
+            continue
         row[name] = value
         if name in intervals:
             row[f"{name}.low"], row[f"{name}.high"] = intervals[name]
     return row
 
 
-def _identity(point: Point) -> dict[str, Any]:
+def _within(path: Path, folder: Path) -> str:
+    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+
+
+def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     config = point.config
-    return {
+    named = {
         "kind": config.objective.kind,
         "site": config.site,
-        "coefficient": config.objective.sparsity.coefficient,
+        "coefficient": config.objective.sparsity.coefficient if point.target is None else None,
         "target": None if point.target is None else str(point.target),
+        "target_miss": None,
         "seed": config.seed,
-        "dictionary": config.dictionary.size or config.dictionary.ratio,
-        "training_tokens": config.training.tokens,
-        "learning_rate": config.training.learning_rate,
-        "init_from": None if config.init_from is None else str(config.init_from),
     }
+    content = _content(config)
+    return named | {key: _plain(content.get(key)) for key in keys}
+
+
+def _differing(configs: Iterable[RunConfig]) -> list[str]:
+    """Keys in which recipes differ that have no column yet."""
+    contents = [_content(config) for config in configs]
+    keys = dict.fromkeys(key for content in contents for key in content if key not in (*SHOWN, *NAMED))
+    return [key for key in keys if len({_plain(content.get(key)) for content in contents}) > 1]
+
+
+def _content(config: RunConfig) -> dict[str, Any]:
+    return flat(config.model_dump(mode="json"))
+
+
+def _plain(value: Any) -> Any:
+    """A list as text, which every kind of table can hold."""
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -83,3 +127,39 @@ def _csv(table: pa.Table) -> bytes:
     text = io.BytesIO()
     csv.write_csv(table, text, csv.WriteOptions(quoting_style="needed"))
     return text.getvalue()
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The finished rows of a summary: what each run is, and what it reached."""
+    console = console or Console()
+    finished = [row for row in rows if row["status"] == "finished"]
+    if not finished:
+        return
+    searched = any(row["target"] for row in finished)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    for heading in (*(["target"] if searched else []), "λ", "L0", "alive", "CE increase [95 %]"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in finished:
+        increase = f"{row['ce_increase']:+.3f} [{row['ce_increase.low']:.3f}, {row['ce_increase.high']:.3f}]"
+        target = f"{row['target']} ({100 * row['target_miss']:+.0f} %)" if row["target"] else "–"
+        table.add_row(
+            Text(printable(row["run"])),
+            LABELS[row["kind"]],
+            *([Text(target)] if searched else []),
+            f"{row['coefficient']:g}",
+            f"{row['l0']:.1f}",
+            f"{row['alive']:,}",
+            Text(increase),
+        )
+    console.print(table)
+
+
+def print_prospects(prospects: Iterable[Prospect], console: Console | None = None) -> None:
+    """A line for each point: its pass, what it is, where it stands, and its folder."""
+    console = console or Console()
+    for each in prospects:
+        passes = "–" if each.passes is None else f"pass {each.passes}"
+        text = f"{passes}: {each.point}: {each.state}: {each.folder}"
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -108,8 +108,9 @@ def _step(
     points: Sequence[tuple[float, float]], nearest: tuple[float, float], target: Target, slope: float | None
 ) -> float:
     """From the nearest point towards a target that lies beyond all of them."""
-    if len(points) > 1:
-        other = min((point for point in points if point is not nearest), key=lambda point: abs(point[1]))
+    others = [point for point in points if point[0] != nearest[0]]
+    if others:
+        other = min(others, key=lambda point: abs(point[1]))
         slope = (nearest[1] - other[1]) / (nearest[0] - other[0])
     if not slope or slope * _sign(target) <= 0:
         slope = float(_sign(target))

@@ -5,14 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import EndwiseError, Interrupted, ProcessLost, RunFolderError
-from endwise.group import SomeFailed
+from endwise.dictionaries.base import CFG_FILE
+from endwise.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
+from endwise.group import Failure, SomeFailed
 from endwise.language_model import LanguageModel
+from endwise.model_loading import find_device, load_model
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import evaluate, unfinished
 from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora
 from endwise.training import corpora_of, model_for, train_together
+
+MEASURED = ("ce_increase", "l0", "alive")
+"""Numbers that every evaluation holds."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +58,36 @@ def is_trained(config: RunConfig) -> bool:
     """Whether the folder holds the SAE that the recipe asks for, trained to its last step.
 
     Raises:
-        RunFolderError: it holds the run of another recipe.
+        RunFolderError: it holds the run of another recipe, or what it holds cannot be read.
+        FormatError: the SAE in it is damaged.
     """
     folder = RunFolder(folder_of(config))
     if not folder.has_run():
         return False
     if folder.config().model_copy(update={"out": config.out}) != config:
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
-    return folder.sae.exists() and unfinished(folder.path, config) is None
+    # The file is the last that is written of an SAE: a process that was killed before has saved none.
+    return (folder.sae / CFG_FILE).exists() and unfinished(folder.path, config) is None
 
 
 def is_finished(config: RunConfig) -> bool:
     """Whether the run is trained and measured.
 
     Raises:
-        RunFolderError: see `is_trained`.
+        EndwiseError: see `is_trained`.
     """
-    return is_trained(config) and RunFolder(folder_of(config)).evaluation_file.exists()
+    return is_trained(config) and evaluation_of(config) is not None
+
+
+def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
+    """What the run measured; None where that is not there, or is damaged, since it can be measured again."""
+    try:
+        evaluation = RunFolder(folder_of(config)).evaluation() or {}
+    except FormatError:
+        return None
+    numbers, intervals = [evaluation.get(name) for name in MEASURED], evaluation.get("intervals")
+    whole = all(isinstance(number, int | float) for number in numbers)
+    return evaluation if whole and isinstance(intervals, dict) and MEASURED[0] in intervals else None
 
 
 @dataclass
@@ -80,15 +98,25 @@ class Loaded:
     _corpora: tuple[object, Corpora] | None = field(default=None)
 
     def model(self, config: RunConfig) -> LanguageModel:
-        key = (config.model, config.training.precision)
+        """As training asks for it."""
+        return self._load((config.model, config.training.precision), lambda: model_for(config))
+
+    def exact_model(self, config: RunConfig) -> LanguageModel:
+        """As `evaluate` loads it, whatever the precision of training."""
+        if config.training.precision == "exact" or find_device(config.model.device).type == "cpu":
+            return self.model(config)
+        return self._load((config.model, "exact"), lambda: load_model(**config.model.model_dump()))
+
+    def _load(self, key: object, load: Callable[[], LanguageModel]) -> LanguageModel:
         if self._model is None or self._model[0] != key:
-            self._model = self._corpora = None  # freed before the next is loaded
-            self._model = (key, model_for(config))
+            self._model = None  # freed before the next is loaded
+            self._model = (key, load())
         return self._model[1]
 
     def corpora(self, config: RunConfig) -> Corpora:
         key = (config.model, config.data, config.training.tokens, config.evaluation)
         if self._corpora is None or self._corpora[0] != key:
+            self._corpora = None
             self._corpora = (key, corpora_of([config], self.model(config)))
         return self._corpora[1]
 
@@ -96,25 +124,37 @@ class Loaded:
 def carry_out(task: Task, loaded: Loaded | None = None) -> list[Outcome]:
     """Trains what is not trained, each run from its last checkpoint, and measures what is not measured.
 
-    A run that fails leaves the others to their end; where all of a task fail together, each is tried on its own.
+    A run that fails leaves the others to their end; where all of a task fail together, smaller groups of them are
+    tried, so that what is wrong with one ends its own run only.
 
     Raises:
         Interrupted: the user, or the scheduler, asked to stop; the state is saved.
     """
     loaded = loaded or Loaded()
-    errors: dict[Path, str] = {}
-    waiting: list[RunConfig] = []
-    for config in task:
-        try:
-            if not is_trained(config):
-                waiting.append(config)
-        except EndwiseError as error:
-            errors[folder_of(config)] = str(error)
+    waiting, errors = _sorted_out(task, is_trained)
     for group in _standing_together(waiting):
         errors |= _train(group, loaded)
-    unmeasured = [config for config in task if folder_of(config) not in errors and not is_finished(config)]
+    unmeasured, unreadable = _sorted_out([config for config in task if folder_of(config) not in errors], is_finished)
+    errors |= unreadable
     errors |= _measure(unmeasured, loaded) if unmeasured else {}
     return [Outcome(folder_of(config), errors.get(folder_of(config))) for config in task]
+
+
+_Errors = dict[Path, str]
+"""Why each run failed that did."""
+
+
+def _sorted_out(configs: Iterable[RunConfig], done: Callable[[RunConfig], bool]) -> tuple[list[RunConfig], _Errors]:
+    """Those of which something is not done, and what is wrong with those of which that cannot be said."""
+    waiting: list[RunConfig] = []
+    errors: _Errors = {}
+    for config in configs:
+        try:
+            if not done(config):
+                waiting.append(config)
+        except EndwiseError as error:
+            errors[folder_of(config)] = _told(error)
+    return waiting, errors
 
 
 def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
@@ -132,36 +172,49 @@ def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     return groups
 
 
-def _train(configs: list[RunConfig], loaded: Loaded) -> dict[Path, str]:
-    """Why each run failed that did."""
+def _train(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     try:
         shared: dict[str, Any] = {"model": loaded.model(configs[0]), "corpora": loaded.corpora(configs[0])}
+    except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
+        return {folder_of(config): _told(error) for config in configs}
+    try:
+        for config in configs:  # what was measured of a run before its end is not what it ended with
+            RunFolder(folder_of(config)).evaluation_file.unlink(missing_ok=True)
         train_together(configs, **shared, resume="if_started", display=False)
     except SomeFailed as some:
-        return {failure.folder: str(failure) for failure in some.failures}
+        return {failure.folder: _why(failure) for failure in some.failures}
     except (Interrupted, ProcessLost):
         raise
-    except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
-        return _each_alone(_train, configs, loaded, error)
+    except Exception as error:  # noqa: BLE001  As above.
+        return _in_halves(_train, configs, loaded, error)
     return {}
 
 
-def _measure(configs: list[RunConfig], loaded: Loaded) -> dict[Path, str]:
-    """Why each run could not be measured that could not."""
+def _measure(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     try:
-        shared: dict[str, Any] = {"model": loaded.model(configs[0]), "corpora": loaded.corpora(configs[0])}
+        shared: dict[str, Any] = {"corpora": loaded.corpora(configs[0]), "model": loaded.exact_model(configs[0])}
         evaluate([folder_of(config) for config in configs], **shared)
     except Exception as error:  # noqa: BLE001  As above.
-        return _each_alone(_measure, configs, loaded, error)
+        return _in_halves(_measure, configs, loaded, error)
     return {}
 
 
-def _each_alone(act: "_Act", configs: list[RunConfig], loaded: Loaded, error: Exception) -> dict[Path, str]:
-    """What failed for all, tried with each alone, so that the fault of one ends its own run only."""
-    if len(configs) > 1:
-        return {folder: told for config in configs for folder, told in act([config], loaded).items()}
-    told = " ".join(str(error).split())
-    return {folder_of(configs[0]): told if isinstance(error, EndwiseError) else f"{type(error).__name__}: {told}"}
+def _in_halves(act: "_Act", configs: list[RunConfig], loaded: Loaded, error: Exception) -> _Errors:
+    """What failed for all, tried with each half of them, down to the one whose fault it is."""
+    if len(configs) == 1:
+        return {folder_of(configs[0]): _told(error)}
+    middle = len(configs) // 2
+    return act(configs[:middle], loaded) | act(configs[middle:], loaded)
 
 
-_Act = Callable[[list[RunConfig], Loaded], dict[Path, str]]
+_Act = Callable[[list[RunConfig], Loaded], _Errors]
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EndwiseError) else f"{type(error).__name__}: {text}"
+
+
+def _why(failure: Failure) -> str:
+    """As the run would tell it alone."""
+    return f"{_told(failure.error)} {failure.kept}"

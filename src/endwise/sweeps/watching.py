@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,17 +15,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from endwise.errors import FormatError
 from endwise.printable import printable
 from endwise.progress import LOG_SECONDS
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
+from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
 
 LOOK_SECONDS = 1.0
-LAST_LINES = 16_384
+LAST_BYTES = 16_384
 """Bytes of a file's end in which its last whole line lies."""
 ROWS = 40
 """Most runs in the live table; those in training come first."""
+ORDER = ("training", "measuring", "failed", "waiting", "finished")
+"""States, in the order of the table."""
 
 
 @dataclass
@@ -35,61 +39,88 @@ class Standing:
     config: RunConfig
     state: str = "waiting"
     tokens: int = 0
+    """That it was trained on."""
     seconds: float = 0.0
-    """Its share of the wall-clock of training."""
+    """Wall-clock of its training, which those of one pass spend together."""
     l0: float | None = None
     ce_increase: float | None = None
-    changed: float = 0.0
+    _seconds_before: float = 0.0
+
+    @classmethod
+    def at_start(cls, config: RunConfig) -> "Standing":
+        """Of a run that is to be carried out; what earlier sweeps spent on it is set aside."""
+        standing = cls(config)
+        standing.look()
+        standing.state, standing._seconds_before = "waiting", standing.seconds
+        return standing
 
     @property
     def left(self) -> int:
-        return 0 if self.state in ("finished", "failed") else max(0, self.config.training.tokens - self.tokens)
+        """Tokens to be trained on."""
+        return 0 if self.state in ("finished", "failed", "measuring") else self.config.training.tokens - self.tokens
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training in this sweep."""
+        return max(0.0, self.seconds - self._seconds_before)
 
     def look(self) -> None:
         """Reads the latest; a line that is just being written waits for the next look."""
         folder = RunFolder(folder_of(self.config))
         line, timing = last_record(folder.metrics_file), last_record(folder.timings_file)
-        if line is not None and int(line.get("tokens", 0)) != self.tokens:
-            self.tokens, self.l0 = int(line["tokens"]), line.get("l0")
-            self.state, self.changed = "training", time.monotonic()
-        if line is not None and isinstance(line.get("heldout"), dict):
-            self.ce_increase = line["heldout"].get("ce_increase")
-        if timing is not None:
-            self.seconds = float(timing.get("seconds", 0.0))
+        tokens, step = _number(line, "tokens"), _number(line, "step")
+        if tokens is not None and step and tokens != self.tokens:
+            self.tokens, self.l0 = int(tokens), _number(line, "l0")
+            steps = self.config.training.tokens * step // tokens
+            self.state = "training" if step < steps else "measuring"
+        if line is not None and isinstance(heldout := line.get("heldout"), dict):
+            self.ce_increase = _number(heldout, "ce_increase")
+        self.seconds = _number(timing, "seconds") or self.seconds
 
     def end(self, outcome: Outcome) -> None:
         self.look()
         self.state = "finished" if outcome.error is None else "failed"
-        if outcome.error is None and (evaluation := RunFolder(outcome.folder).evaluation()) is not None:
-            self.l0, self.ce_increase = evaluation.get("l0"), evaluation.get("ce_increase")
+        if outcome.error is None:
+            evaluation = _evaluation(outcome.folder)
+            self.l0, self.ce_increase = _number(evaluation, "l0"), _number(evaluation, "ce_increase")
+
+
+def _evaluation(folder: Path) -> dict[str, Any] | None:
+    try:
+        return RunFolder(folder).evaluation()
+    except FormatError:
+        return None
+
+
+def _number(record: dict[str, Any] | None, key: str) -> float | None:
+    value = None if record is None else record.get(key)
+    return value if isinstance(value, int | float) else None
 
 
 def last_record(file: Path) -> dict[str, Any] | None:
     """The last whole line of a file of JSON lines."""
     try:
         with file.open("rb") as lines:
-            lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_LINES))
-            for line in reversed(lines.read().split(b"\n")[:-1]):
-                if isinstance(record := json.loads(line), dict):
-                    return record
-    except (OSError, ValueError):
+            lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
+            whole = lines.read().split(b"\n")[:-1]
+        record = json.loads(whole[-1]) if whole else None
+    except (OSError, ValueError, RecursionError):
         return None
-    return None
+    return record if isinstance(record, dict) else None
 
 
 class Watch:
     """On a terminal a live table of all runs; elsewhere a line every `LOG_SECONDS`, and one for each run that fails."""
 
-    def __init__(self, shown: bool) -> None:
-        self._console = Console(stderr=True, quiet=not shown)
+    def __init__(self, shown: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, quiet=not shown)
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
         self._runs: dict[Path, Standing] = {}
+        self._to_come: Sequence[RunConfig] = ()
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._started = time.monotonic()
-        self._tokens_before = 0
-        self._said = self._started
+        self._started = self._said = time.monotonic()
         self._thread = threading.Thread(target=self._look, daemon=True, name="sweep-watch")
 
     def __enter__(self) -> "Watch":
@@ -109,29 +140,35 @@ class Watch:
             self._live.update(self._table(), refresh=True)
             self._live.__exit__(kind, error, trace)
 
-    def expect(self, configs: Iterable[RunConfig]) -> None:
-        """Runs that are to be carried out now."""
+    def expect(self, configs: Iterable[RunConfig], to_come: Sequence[RunConfig] = ()) -> None:
+        """Runs that are to be carried out now.
+
+        Args:
+            to_come: those that are sure to follow them.
+        """
         with self._lock:
-            for config in configs:
-                standing = Standing(config)
-                standing.look()
-                self._tokens_before += standing.tokens
-                standing.state = "waiting"
-                self._runs[folder_of(config)] = standing
+            self._runs |= {folder_of(config): Standing.at_start(config) for config in configs}
+            self._to_come = to_come
 
     def ended(self, outcome: Outcome) -> None:
         with self._lock:
             if outcome.folder in self._runs:
                 self._runs[outcome.folder].end(outcome)
         if outcome.error is not None:
-            text = printable(f"failed: {outcome.folder}: {outcome.error}")
-            self._console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+            self._tell(f"failed: {outcome.folder}: {outcome.error}")
+
+    def failed(self, point: Point, error: str) -> None:
+        """Tells of a point that fails without a run of its own."""
+        self._tell(f"failed: {point}: {error}")
+
+    def _tell(self, text: str) -> None:
+        self._console.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             with self._lock:
                 for standing in self._runs.values():
-                    if standing.left:
+                    if standing.state not in ("finished", "failed"):
                         standing.look()
                 self._show()
 
@@ -144,21 +181,17 @@ class Watch:
 
     def _heading(self) -> str:
         runs = list(self._runs.values())
-        count = {state: sum(run.state == state for run in runs) for state in ("finished", "training", "failed")}
-        said = f"{count['finished']} of {len(runs)} runs finished, {count['training']} in training"
-        said += f", {count['failed']} failed" if count["failed"] else ""
-        return f"{said} · {self._time_left()}"
-
-    def _time_left(self) -> str:
-        seconds = seconds_left(list(self._runs.values()), time.monotonic() - self._started)
-        return "time left not known yet" if seconds is None else f"about {_duration(seconds)} left"
+        count = {state: sum(run.state == state for run in runs) for state in ORDER}
+        said = f"{count['finished']} of {len(runs) + len(self._to_come)} runs finished"
+        said += "".join(f", {count[state]} {state}" for state in ("training", "measuring", "failed") if count[state])
+        seconds = seconds_left(runs, time.monotonic() - self._started, self._to_come)
+        return f"{said} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
 
     def _table(self) -> Table:
         table = Table(title=self._heading(), title_justify="left")
         for heading in ("run", "state", "trained", "L0", "CE increase"):
             table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
-        order = {"training": 0, "failed": 1, "waiting": 2, "finished": 3}
-        runs = sorted(self._runs.items(), key=lambda item: order[item[1].state])
+        runs = sorted(self._runs.items(), key=lambda item: ORDER.index(item[1].state))
         for folder, run in runs[:ROWS]:
             table.add_row(
                 Text(printable(folder.name)),
@@ -172,30 +205,26 @@ class Watch:
         return table
 
 
-def seconds_left(runs: list[Standing], elapsed: float) -> float | None:
-    """Wall-clock to the end, if the runs that are left cost per token what those of their kind did so far, and if as
-    many go on side by side as did until now.
+def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
+    """Wall-clock to the end, if what is left costs per token what runs of its kind cost so far, and if as many go on
+    side by side, with as much time between them, as did in the seconds that have elapsed. None: nothing to go by.
     """
-    spent: dict[str, list[float]] = {}
+    spent: dict[str, tuple[float, int]] = {}
     for run in runs:
         if run.tokens and run.seconds:
-            totals = spent.setdefault(run.config.objective.kind, [0.0, 0.0])
-            totals[0] += run.seconds
-            totals[1] += run.tokens
-    seconds = sum(total for total, _ in spent.values())
-    if not seconds or not elapsed:
+            seconds, tokens = spent.get(run.config.objective.kind, (0.0, 0))
+            spent[run.config.objective.kind] = seconds + run.seconds, tokens + run.tokens
+    now = sum(run.spent for run in runs)
+    if not now:
         return None
-    average = seconds / sum(tokens for _, tokens in spent.values())
-    rates = {kind: total / tokens for kind, (total, tokens) in spent.items()}
-    work = sum(run.left * rates.get(run.config.objective.kind, average) for run in runs)
-    return work / max(1.0, seconds / elapsed)
+    average = sum(seconds for seconds, _ in spent.values()) / sum(tokens for _, tokens in spent.values())
+    rates = {kind: seconds / tokens for kind, (seconds, tokens) in spent.items()}
+    left = [(run.config, run.left) for run in runs] + [(config, config.training.tokens) for config in to_come]
+    work = sum(tokens * rates.get(config.objective.kind, average) for config, tokens in left)
+    return work * elapsed / now
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

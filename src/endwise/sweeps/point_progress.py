@@ -1,0 +1,126 @@
+"""Where a point of a sweep stands, and the run that it needs next; read from its run folders alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from endwise.errors import EndwiseError, FormatError
+from endwise.run_config import RunConfig
+from endwise.run_folder import RunFolder
+from endwise.sweeps.points import Point, placed, with_coefficient, with_tokens
+from endwise.sweeps.sweep_config import SearchConfig, Target
+from endwise.sweeps.targets import SearchError, Trial, miss, next_coefficient, slope_at
+from endwise.sweeps.tasks import Outcome, evaluation_of, folder_of, is_finished
+
+RUNS, TRIALS = "runs", "trials"
+SIGNIFICANT = 6
+"""Digits of a coefficient that a search finds."""
+
+
+@dataclass
+class PointProgress:
+    """A point on its way to its run."""
+
+    point: Point
+    out: Path
+    search: SearchConfig
+    result: RunConfig | None = None
+    """Its run, once that is trained and measured."""
+    error: str | None = None
+    """Why there will be none."""
+    run: RunConfig | None = None
+    """The run that was last asked for."""
+    on_trial: bool = False
+    """Whether that is one of a search, and not the point's own."""
+    _given_out: set[Path] = field(default_factory=set)
+
+    @property
+    def folder(self) -> Path:
+        """Of the run that was last asked for."""
+        return self.out if self.run is None else folder_of(self.run)
+
+    def due(self) -> RunConfig | None:
+        """The run that is to be made next, if there is one."""
+        if self.result is not None or self.error is not None:
+            return None
+        try:
+            config = self._next_run()
+            if not is_finished(config):
+                if folder_of(config) not in self._given_out:
+                    return config
+                self.error = f"The run in {folder_of(config)} ended, but its SAE is not there. Start the sweep again."
+                return None
+            self.result = config
+        except EndwiseError as error:
+            self.error = str(error)
+        return None
+
+    def given_out(self) -> None:
+        """Its run is carried out now."""
+        self._given_out.add(self.folder)
+
+    def note(self, outcome: Outcome) -> None:
+        """What became of its run."""
+        if outcome.error is None:
+            return
+        self.error = outcome.error
+        if self.on_trial and self.run is not None:
+            tokens = f"{self.run.training.tokens:,} tokens (search.tokens)"
+            self.error = f"A trial of {tokens} in {self.folder} failed: {outcome.error}"
+
+    def _placed(self, config: RunConfig, folder: str, *, on_trial: bool = False) -> RunConfig:
+        self.run, self.on_trial = placed(config, self.out / folder), on_trial
+        return self.run
+
+    def _next_run(self) -> RunConfig:
+        """The first run that is not finished, or else the point's last."""
+        config, target = self.point.config, self.point.target
+        if target is None:
+            return self._placed(config, RUNS)
+        trials: list[Trial] = []
+        length = max(1, round(config.training.tokens * self.search.tokens))
+        folder = RUNS if self.search.tokens == 1 else TRIALS
+        while True:
+            step = next_coefficient(trials, config.objective.sparsity.coefficient, target, self.search)
+            if step.found:
+                return self._full_run(target, step.coefficient, slope_at(trials, target))
+            changed = with_tokens(with_coefficient(config, _rounded(step.coefficient)), length)
+            trial = self._placed(changed, folder, on_trial=True)
+            if not is_finished(trial):
+                return trial
+            trials.append(_trial(trial, target))
+
+    def _full_run(self, target: Target, coefficient: float, slope: float | None) -> RunConfig:
+        """The run at full length with the coefficient found, or with one corrected by what that reached."""
+        runs: list[tuple[Trial, RunConfig]] = []
+        while True:
+            run = self._placed(with_coefficient(self.point.config, _rounded(coefficient)), RUNS)
+            if not is_finished(run):
+                return run
+            runs.append((_trial(run, target), run))
+            closest = min(runs, key=lambda made: miss(made[0], target))
+            self.run = closest[1]
+            if len(runs) > self.search.corrections or miss(closest[0], target) <= self.search.tolerance:
+                return closest[1]
+            try:
+                step = next_coefficient([trial for trial, _ in runs], coefficient, target, self.search, slope)
+            except SearchError:
+                return closest[1]
+            coefficient = step.coefficient
+
+
+def runs_of(points: Iterable[PointProgress]) -> list[RunConfig]:
+    """The runs that they ask for, each once though it may be that of several points."""
+    return list({each.folder: each.run for each in points if each.run is not None}.values())
+
+
+def _rounded(coefficient: float) -> float:
+    return float(f"{coefficient:.{SIGNIFICANT}g}")
+
+
+def _trial(config: RunConfig, target: Target) -> Trial:
+    evaluation = evaluation_of(config)
+    if evaluation is None:
+        file = RunFolder(folder_of(config)).evaluation_file
+        raise FormatError(f"{file} is gone. Start the sweep again, which has the run measured anew.")
+    return Trial(config.objective.sparsity.coefficient, float(evaluation[target.metric]))

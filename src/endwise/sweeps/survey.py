@@ -1,0 +1,91 @@
+"""What can be said of a sweep before anything is trained: where its points stand, and which are bound to fail."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endwise.errors import ConfigError, ModelError, SiteError
+from endwise.language_model import LanguageModel
+from endwise.memory_trace import MemoryTrace
+from endwise.model_loading import outline_model
+from endwise.objectives import build_objective
+from endwise.run_config import ModelConfig
+from endwise.run_folder import RunFolder
+from endwise.sweeps.point_progress import PointProgress, runs_of
+from endwise.sweeps.points import Point, points_of
+from endwise.sweeps.sweep_config import SweepConfig, as_sweep
+from endwise.sweeps.tasks import folder_of, is_trained, tasks_of
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a sweep would do for a point now."""
+
+    point: Point
+    folder: Path
+    """Of the run that is next, or of the one that is finished."""
+    state: str
+    passes: int | None = None
+    """The number of the pass in which it would be trained or measured; equal numbers share one."""
+
+
+def survey(config: SweepConfig | Mapping[str, Any] | str | Path) -> list[Prospect]:
+    """Where every point of a sweep stands; nothing is trained or written.
+
+    Raises:
+        ConfigError: see `sweep`.
+    """
+    config = as_sweep(config)
+    progress = [PointProgress(point, config.out, config.search) for point in points_of(config)]
+    due = [each for each in progress if each.due() is not None]
+    find_faults(due)
+    due = [each for each in due if each.error is None]
+    rounds = ([each for each in due if each.on_trial], [each for each in due if not each.on_trial])
+    tasks = [task for one in rounds for task in tasks_of(runs_of(one), config.together)]
+    numbers = {folder_of(run): number for number, task in enumerate(tasks, 1) for run in task}
+    return [
+        Prospect(each.point, each.folder, _state(each), numbers.get(each.folder) if each.error is None else None)
+        for each in progress
+    ]
+
+
+def _state(progress: PointProgress) -> str:
+    if progress.error is not None:
+        return f"failed: {progress.error}"
+    if progress.result is not None:
+        return "finished"
+    assert progress.run is not None
+    steps = RunFolder(progress.folder).saved_steps()
+    trial = "trial, " if progress.on_trial else ""
+    if is_trained(progress.run):
+        return f"{trial}to be measured"
+    return f"{trial}saved at step {steps[-1]}" if steps else f"{trial}to be started"
+
+
+def find_faults(due: Iterable[PointProgress]) -> None:
+    """Ends the points of which it can be told already that their model has no such site, so that nobody waits for it.
+
+    A model that cannot be outlined here may yet be loaded where the run is carried out.
+    """
+    models: dict[ModelConfig, LanguageModel | None] = {}
+    for each in due:
+        config = each.point.config
+        if config.model not in models:
+            models[config.model] = _outlined(config.model)
+        model = models[config.model]
+        if model is None:
+            continue
+        try:
+            build_objective(config.objective, model, model.site(config.site))
+        except (ConfigError, SiteError) as error:
+            each.error = str(error)
+
+
+def _outlined(config: ModelConfig) -> LanguageModel | None:
+    try:
+        return outline_model(config, torch.float32, MemoryTrace())
+    except ModelError:
+        return None
