@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import FormatError
+from endwise.errors import ConfigError, FormatError
 from endwise.files import write_json
 from endwise.reading import read_json
 from endwise.reproduction.experiments import Experiments
@@ -17,6 +17,7 @@ from endwise.training import train
 
 SETTLED = 0.5
 """Share of a run after which its speed is taken: at first many features are active, which no long run stays at."""
+LEAST_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def _seconds_per_token(config: RunConfig, loaded: Loaded) -> float:
     folder = RunFolder(run.folder)
     tokens = [line["tokens"] for line in folder.metrics()]
     seconds = [json.loads(line)["seconds"] for line in folder.timings_file.read_text().splitlines()]
+    if len(tokens) < LEAST_STEPS:
+        raise ConfigError(
+            f"cost_tokens is {training.tokens:,}, which are {len(tokens)} training steps; a speed takes at least "
+            f"{LEAST_STEPS}. Raise it."
+        )
     start = int(len(tokens) * SETTLED)
     return (seconds[-1] - seconds[start]) / (tokens[-1] - tokens[start])
 

@@ -1,115 +1,53 @@
-"""The paper's experiments from first to last: rates tuned, runs made, everything measured, one report."""
+"""The paper's experiments from one command: the runs, then everything that they show."""
 
-import math
-from collections.abc import Sequence
+import shlex
+import sys
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from endwise.errors import EndwiseError
-from endwise.printable import printable
-from endwise.reproduction.costs import Cost, costs
-from endwise.reproduction.experiments import Experiments, Rates
-from endwise.reproduction.plan import EXPERIMENTS, Plan, plan, study_tokens
+from endwise.reproduction.claims import Claim
+from endwise.reproduction.report import write
+from endwise.reproduction.runs import StudyRuns, make_runs
 from endwise.reproduction.study_config import StudyConfig, find_study
-from endwise.run_config import Kind, RunConfig
-from endwise.run_folder import RunFolder
-from endwise.sweeps.engines import Engine, InProcess
-from endwise.sweeps.points import Point
-from endwise.sweeps.sweep import sweep_points
-from endwise.sweeps.sweep_config import SearchConfig
-from endwise.sweeps.tasks import folder_of, is_finished
-
-CLOSE = 1.02
-"""Of learning rates whose figures differ by less than this factor the smallest is taken."""
+from endwise.sweeps.engines import engine_of
+from endwise.sweeps.sweep_config import SweepConfig
 
 
 @dataclass(frozen=True)
-class Reproduction:
-    """A study's runs, made as far as they could be."""
-
-    experiments: Experiments
-    plan: Plan
-    rates: Rates
-    costs: list[Cost]
-    failures: dict[Path, str]
-
-    def runs(self, experiment: str) -> list[RunConfig]:
-        """The finished runs of an experiment."""
-        if experiment not in self.plan.experiments:
-            return []
-        return [each for each in EXPERIMENTS[experiment](self.experiments, self.rates) if is_finished(each)]
+class Reproduced:
+    claims: list[Claim]
+    runs: StudyRuns
+    report: Path
+    """The page; `tables/` and `figures/` lie beside it."""
 
 
 def reproduce(
     study: StudyConfig | str = "embedded",
-    out: Path | str = Path("runs/paper-embedded"),
+    out: Path | str | None = None,
     *,
     budget: str | None = None,
-    engine: Engine | None = None,
+    engine: str = "in_process",
     display: bool = True,
-) -> Reproduction:
-    """Carries out a study's experiments. Begun again with the same `out`, it goes on from where it was.
+) -> Reproduced:
+    """Carries out a study's experiments and writes `report.html`, `tables/` and `figures/`.
+
+    Begun again with the same `out` it does nothing twice, and ends with the same tables.
+
+    Args:
+        study: one that ships (embedded, gpt2-small, tinystories-1m), the path of a file like theirs, or an object.
+        out: unset: `runs/paper-<study>`.
+        budget: 90s, 30m or 2h: makes the runs as long as fits. Unset: as long as the study says.
 
     Raises:
         ConfigError: the study breaks a rule, or `out` holds another one.
         Interrupted: the user asked to stop; what runs is saved.
     """
-    study = study if isinstance(study, StudyConfig) else find_study(study)
-    out = Path(out)
-    console = Console(quiet=not display)
-    experiments = Experiments(study, study_tokens(study), out / "runs")
-    experiments.curves(dict.fromkeys(study.kinds, 1e-3))  # whose recipes are thereby checked before anything long
-    console.print("Timing each kind of SAE.")
-    measured = costs(experiments, out / "costs.json")
-    made = plan(experiments, measured, budget, out / "plan.json")
-    experiments = replace(experiments, tokens=made.tokens)
-    failures: dict[Path, str] = {}
-    rates: dict[Kind, float] = {}
-    with closing(engine or InProcess()) as used:
-        for name in made.experiments:
-            recipes = EXPERIMENTS[name](experiments, rates)
-            console.print(printable(f"{name.replace('_', ' ')}: {len(recipes)} runs"), markup=False)
-            swept = sweep_points(
-                [Point(recipe) for recipe in recipes],
-                out,
-                used,
-                SearchConfig(),
-                study.batch_of_runs,
-                display,
-            )
-            failures |= {folder_of(point.config): why for point, why in swept.failures.items()}
-            if name == "learning_rates":
-                rates = best_rates(study, recipes)
-    return Reproduction(experiments, made, rates, measured, failures)
-
-
-def best_rates(study: StudyConfig, recipes: Sequence[RunConfig]) -> dict[Kind, float]:
-    """For each kind the rate with the lowest L0 × CE increase.
-
-    What is compared between kinds is L0 at equal CE increase, and along one kind's curve the product changes little:
-    to halve L0 about doubles the CE increase. The loss is no such measure: it is flat around its best rate, where L0
-    still falls with the rate.
-
-    Raises:
-        EndwiseError: no run of a kind has ended below the study's `highest_ce_increase`.
-    """
-    highest = study.highest_ce_increase or math.inf
-    chosen: dict[Kind, float] = {}
-    for kind in study.kinds:
-        products: dict[float, float] = {}
-        for recipe in recipes:
-            if recipe.objective.kind == kind and is_finished(recipe):
-                evaluation = RunFolder(folder_of(recipe)).evaluation() or {}
-                if 0 < evaluation["ce_increase"] <= highest:
-                    products[recipe.training.learning_rate] = evaluation["l0"] * evaluation["ce_increase"]
-        if not products:
-            raise EndwiseError(
-                f"No learning rate of {kind} ended with a CE increase between 0 and {highest:g} nats per token. Give "
-                f"others (kinds.{kind}.learning_rates), or train longer (--budget)."
-            )
-        lowest = min(products.values())
-        chosen[kind] = min(rate for rate, product in products.items() if product <= CLOSE * lowest)
-    return chosen
+    config = study if isinstance(study, StudyConfig) else find_study(study)
+    name = "study" if isinstance(study, StudyConfig) else Path(study).stem
+    folder = Path("runs") / f"paper-{name}" if out is None else Path(out)
+    where = SweepConfig.build({"recipe": {}, "grids": [{}], "engine": engine, "out": folder}, "the study")
+    with closing(engine_of(where)) as used:
+        runs = make_runs(config, folder, budget, used, display)
+    command = shlex.join(["endwise", *sys.argv[1:]])
+    return Reproduced(write(runs, folder, command), runs, folder / "report.html")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.comparison import LABELS
+from endwise.analysis.comparison import LABELS
 from endwise.files import replacing, write_atomic
 from endwise.printable import printable
 from endwise.run_config import RunConfig
