@@ -4,12 +4,14 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -188,13 +190,16 @@ class Watch:
         return f"{said} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
 
     def _table(self) -> Table:
-        table = Table(title=self._heading(), title_justify="left")
-        for heading in ("run", "state", "trained", "L0", "CE increase"):
-            table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
+        table = Table(title=self._heading(), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("run", overflow="fold")
+        table.add_column("state", no_wrap=True)
+        for heading in ("trained", "L0", "CE increase"):
+            table.add_column(heading, justify="right", no_wrap=heading != "CE increase")
+        names = self._names()
         runs = sorted(self._runs.items(), key=lambda item: ORDER.index(item[1].state))
         for folder, run in runs[:ROWS]:
             table.add_row(
-                Text(printable(folder.name)),
+                Text(names[folder]),
                 Text(run.state, style="red" if run.state == "failed" else ""),
                 f"{100 * run.tokens / run.config.training.tokens:.0f} %",
                 "–" if run.l0 is None else f"{run.l0:.1f}",
@@ -203,6 +208,12 @@ class Watch:
         if len(runs) > ROWS:
             table.add_row(f"and {len(runs) - ROWS} more", "", "", "", "")
         return table
+
+    def _names(self) -> dict[Path, str]:
+        """Each folder's name, less the fingerprint where no other is alike."""
+        short = {folder: folder.name.rpartition("-")[0] for folder in self._runs}
+        count = Counter(short.values())
+        return {folder: printable(name if count[name] == 1 else folder.name) for folder, name in short.items()}
 
 
 def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
