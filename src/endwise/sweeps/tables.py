@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -141,17 +142,22 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     own = [key for key in own if len({row.get(key) for row in finished}) > 1]
     searched = any(row["target"] for row in finished)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", *own):
-        table.add_column(Text(heading.rpartition(".")[2]), overflow="fold")
+    table.add_column("run", no_wrap=True)
+    for key in own:
+        table.add_column(Text(key.rpartition(".")[2]), overflow="fold")
     for heading in ("kind", *(["target"] if searched else []), "λ", "L0", "alive", "CE increase [95 %]"):
         table.add_column(heading, justify="left" if heading in ("kind", "target") else "right", no_wrap=True)
     for row in finished:
         ends = [row.get(f"ce_increase.{end}", math.nan) for end in ("low", "high")]
         cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), LABELS[row["kind"]]]
         cells += [_target(row)] if searched else []
-        cells += [f"{row['coefficient']:g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
+        cells += [f"{row['coefficient']:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
         cells += [f"{row['ce_increase']:+.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"]
         table.add_row(*(Text(printable(cell)) for cell in cells))
+    if not console.is_terminal:  # what reads it is not 80 columns wide
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        )
     console.print(table)
     console.print(Text("A run is named by the end of its folder's name."))
 

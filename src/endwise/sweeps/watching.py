@@ -210,10 +210,22 @@ class Watch:
         return table
 
     def _names(self) -> dict[Path, str]:
-        """Each folder's name, less the fingerprint where no other is alike."""
-        short = {folder: folder.name.rpartition("-")[0] for folder in self._runs}
-        count = Counter(short.values())
-        return {folder: printable(name if count[name] == 1 else folder.name) for folder, name in short.items()}
+        """Kind and λ of each run, its site and seed where there are several, and the end of its folder's name where
+        others are alike.
+        """
+        configs = {folder: run.config for folder, run in self._runs.items()}
+        sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("site", "seed"))
+        names: dict[Path, str] = {}
+        for folder, config in configs.items():
+            parts = [config.objective.kind, f"{config.objective.sparsity.coefficient:g}"]
+            parts += [config.site] if len(sites) > 1 else []
+            parts += [f"seed {config.seed}"] if len(seeds) > 1 else []
+            names[folder] = " ".join(parts)
+        count = Counter(names.values())
+        ends = {
+            folder: f" …{folder.name.rpartition('-')[2]}" if count[name] > 1 else "" for folder, name in names.items()
+        }
+        return {folder: printable(name + ends[folder]) for folder, name in names.items()}
 
 
 def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
