@@ -73,8 +73,7 @@ class Standing:
         tokens, step = _number(line, "tokens"), _number(line, "step")
         if tokens is not None and step and tokens != self.tokens:
             self.tokens, self.l0 = int(tokens), _number(line, "l0")
-            steps = self.config.training.tokens * step // tokens
-            self.state = "training" if step < steps else "measuring"
+            self.state = "training" if step < self.config.training.tokens * step // tokens else "measuring"
         if line is not None and isinstance(heldout := line.get("heldout"), dict):
             self.ce_increase = _number(heldout, "ce_increase")
         self.seconds = _number(timing, "seconds") or self.seconds
@@ -96,7 +95,7 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 
 def _number(record: dict[str, Any] | None, key: str) -> float | None:
     value = None if record is None else record.get(key)
-    return value if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def last_record(file: Path) -> dict[str, Any] | None:
