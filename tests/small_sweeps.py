@@ -14,6 +14,7 @@ def small_recipe(made: Path, kind: str = "local", **training: Any) -> dict[str, 
     """As a user writes it, for the model and the tokens in `made`; half a second to train."""
     values = recipe(Path("unused"), kind, **training).model_dump(mode="json", exclude_defaults=True)
     values["model"] = {"name": str(made / "model"), "device": "cpu"}
+    values["evaluation"] = {"tokens": 64, "during_training_tokens": 32}
     values["data"] = data(made).model_dump(mode="json", exclude_defaults=True)
     return {key: value for key, value in values.items() if key != "out"}
 
