@@ -54,6 +54,10 @@ def raises_as_second_process():
         raise ArithmeticError("only here")
 
 
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def is_told_to_stop():
     """As a scheduler tells one of several processes."""
     if os.environ.get("RANK", "1") == "1":
@@ -66,6 +70,7 @@ FAULTS = (
     asks_the_gpu_for_too_much,
     dies_as_second_process,
     raises_as_second_process,
+    is_killed,
     is_told_to_stop,
 )
 

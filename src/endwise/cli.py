@@ -223,6 +223,11 @@ def sweep(
     print_rows(swept.rows)
     for point, why in swept.failures.items():
         _say(f"failed: {point} in {swept.places[point]}: {why}", err=True)
+    if missed := swept.missing(config.search.tolerance):
+        _say(
+            f"Further than {config.search.tolerance:.0%} from their target: {len(missed)}. To come nearer, raise "
+            "search.tokens or search.corrections, and start the sweep again."
+        )
     _say(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
     if swept.failures:
         raise typer.Exit(TrainingStopped.exit_code)

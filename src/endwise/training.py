@@ -14,6 +14,7 @@ from endwise.distributed import World, joined
 from endwise.errors import (
     ConfigError,
     DataError,
+    FormatError,
     Interrupted,
     OutOfMemory,
     ProcessLost,
@@ -109,7 +110,12 @@ def train_together(
                 raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
             steps = _steps(configs, context)
             group = Group(
-                Member(config, new_trainee(config, model, steps), folder, sae_metadata(config, model, context))
+                Member(
+                    config,
+                    new_trainee(_less_its_start(config, folder, from_step), model, steps),
+                    folder,
+                    sae_metadata(config, model, context),
+                )
                 for config, folder in zip(configs, folders, strict=True)
             )
             corpora = corpora or corpora_of(configs, model)
@@ -193,10 +199,19 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
     return Trainee(sae.to(model.device), site, objective, config.training, steps)
 
 
+def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None) -> RunConfig:
+    """The recipe without `init_from`, which may be gone or another by now, where a checkpoint holds the weights."""
+    goes_on = from_step != 0 and bool(folder.saved_steps())
+    return config.model_copy(update={"init_from": None}) if goes_on else config
+
+
 def _taken_over(config: RunConfig, width: int, d_sae: int) -> ReluSAE:
     """The SAE in `init_from`, made ready for training."""
     assert config.init_from is not None
-    sae = SAE.load(config.init_from)
+    try:
+        sae = SAE.load(config.init_from)
+    except FormatError as error:
+        raise FormatError(f"init_from: {error}") from None
     if (sae.d_in, sae.d_sae) != (width, d_sae):
         raise ConfigError(
             f"init_from: the SAE in {config.init_from} has {sae.d_sae:,} features of width {sae.d_in:,}, but "

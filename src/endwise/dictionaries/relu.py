@@ -86,6 +86,7 @@ class ReluSAE(SAE):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "ReluSAE":
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
         b_enc = tensors["b_enc"]
         if cfg.get("apply_b_dec_to_input", True):
             # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)

@@ -106,7 +106,7 @@ def _values(key: str, given: Any, name: str) -> list[Any]:
     return [given]
 
 
-def _log_range(key: str, given: Mapping[str, Any], where: str) -> list[float]:
+def _log_range(key: str, given: Mapping[str, Any], where: str) -> list[int | float]:
     rule = f"{RANGE} takes [from, to, how many], both ends above 0 and at least two values"
     try:
         low, high, number = given[RANGE]

@@ -38,6 +38,10 @@ class Sweep:
     def folders(self) -> list[Path]:
         return list(self.runs.values())
 
+    def missing(self, tolerance: float) -> list[Mapping[str, Any]]:
+        """Rows of runs that are further from their target than the tolerance, a share of it."""
+        return [row for row in self.rows if row["target_miss"] is not None and abs(row["target_miss"]) > tolerance]
+
     @property
     def summary(self) -> Path:
         """The table of all points, beside which a `.parquet` with the same content stands."""

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +20,7 @@ from endwise.files import replacing, write_atomic
 from endwise.printable import printable
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
+from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
 from endwise.sweeps.survey import Prospect
 
@@ -129,37 +132,55 @@ def _csv(table: pa.Table) -> bytes:
     return text.getvalue()
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], console: Console | None = None) -> None:
-    """The finished rows of a summary: what each run is, and what it reached."""
+def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The finished rows of a summary: what tells each run from the others, and what it reached."""
     console = console or Console()
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         return
+    own = [key for key in finished[0] if key in ("site", "seed", *SHOWN) or key in recipe_fields()]
+    own = [key for key in own if len({row.get(key) for row in finished}) > 1]
     searched = any(row["target"] for row in finished)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("kind", no_wrap=True)
-    for heading in (*(["target"] if searched else []), "λ", "L0", "alive", "CE increase [95 %]"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("run", no_wrap=True)
+    for key in own:
+        table.add_column(Text(key.rpartition(".")[2]), overflow="fold")
+    for heading in ("kind", *(["target"] if searched else []), "λ", "L0", "alive", "CE increase [95 %]"):
+        table.add_column(heading, justify="left" if heading in ("kind", "target") else "right", no_wrap=True)
     for row in finished:
-        increase = f"{row['ce_increase']:+.3f} [{row['ce_increase.low']:.3f}, {row['ce_increase.high']:.3f}]"
-        target = f"{row['target']} ({100 * row['target_miss']:+.0f} %)" if row["target"] else "–"
-        table.add_row(
-            Text(printable(row["run"])),
-            LABELS[row["kind"]],
-            *([Text(target)] if searched else []),
-            f"{row['coefficient']:g}",
-            f"{row['l0']:.1f}",
-            f"{row['alive']:,}",
-            Text(increase),
+        ends = [row.get(f"ce_increase.{end}", math.nan) for end in ("low", "high")]
+        cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), LABELS[row["kind"]]]
+        cells += [_target(row)] if searched else []
+        cells += [f"{row['coefficient']:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
+        cells += [f"{row['ce_increase']:+.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"]
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    if not console.is_terminal:  # what reads it is not 80 columns wide
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum
         )
     console.print(table)
+    console.print(Text("A run is named by the end of its folder's name."))
 
 
-def print_prospects(prospects: Iterable[Prospect], console: Console | None = None) -> None:
-    """A line for each point: its pass, what it is, where it stands, and its folder."""
+def _target(row: Mapping[str, Any]) -> str:
+    """`L0 40 (−3 %)`: the target, and how far from it the run ended."""
+    if not row["target"]:
+        return "–"
+    metric, _, value = row["target"].partition("=")
+    return f"{'L0' if metric == 'l0' else 'CE'} {value} ({100 * row['target_miss']:+.0f} %)"
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def print_prospects(prospects: Sequence[Prospect], console: Console | None = None) -> None:
+    """A line for each point: its pass, what it is, its folder, and where it stands."""
     console = console or Console()
     for each in prospects:
         passes = "–" if each.passes is None else f"pass {each.passes}"
-        text = f"{passes}: {each.point}: {each.state}: {each.folder}"
+        text = f"{passes}: {each.point} in {each.folder}: {each.state}"
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    finished = sum(each.state == "finished" for each in prospects)
+    due = {each.passes for each in prospects} - {None}
+    console.print(f"{finished} of {len(prospects)} runs finished. Passes to come next: {len(due)}.", highlight=False)

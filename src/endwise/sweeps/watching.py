@@ -4,12 +4,14 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -71,8 +73,7 @@ class Standing:
         tokens, step = _number(line, "tokens"), _number(line, "step")
         if tokens is not None and step and tokens != self.tokens:
             self.tokens, self.l0 = int(tokens), _number(line, "l0")
-            steps = self.config.training.tokens * step // tokens
-            self.state = "training" if step < steps else "measuring"
+            self.state = "training" if step < self.config.training.tokens * step // tokens else "measuring"
         if line is not None and isinstance(heldout := line.get("heldout"), dict):
             self.ce_increase = _number(heldout, "ce_increase")
         self.seconds = _number(timing, "seconds") or self.seconds
@@ -94,7 +95,7 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 
 def _number(record: dict[str, Any] | None, key: str) -> float | None:
     value = None if record is None else record.get(key)
-    return value if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def last_record(file: Path) -> dict[str, Any] | None:
@@ -188,13 +189,16 @@ class Watch:
         return f"{said} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
 
     def _table(self) -> Table:
-        table = Table(title=self._heading(), title_justify="left")
-        for heading in ("run", "state", "trained", "L0", "CE increase"):
-            table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
+        table = Table(title=self._heading(), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("run", overflow="fold")
+        table.add_column("state", no_wrap=True)
+        for heading in ("trained", "L0", "CE increase"):
+            table.add_column(heading, justify="right", no_wrap=heading != "CE increase")
+        names = self._names()
         runs = sorted(self._runs.items(), key=lambda item: ORDER.index(item[1].state))
         for folder, run in runs[:ROWS]:
             table.add_row(
-                Text(printable(folder.name)),
+                Text(names[folder]),
                 Text(run.state, style="red" if run.state == "failed" else ""),
                 f"{100 * run.tokens / run.config.training.tokens:.0f} %",
                 "–" if run.l0 is None else f"{run.l0:.1f}",
@@ -203,6 +207,24 @@ class Watch:
         if len(runs) > ROWS:
             table.add_row(f"and {len(runs) - ROWS} more", "", "", "", "")
         return table
+
+    def _names(self) -> dict[Path, str]:
+        """Kind and λ of each run, its site and seed where there are several, and the end of its folder's name where
+        others are alike.
+        """
+        configs = {folder: run.config for folder, run in self._runs.items()}
+        sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("site", "seed"))
+        names: dict[Path, str] = {}
+        for folder, config in configs.items():
+            parts = [config.objective.kind, f"{config.objective.sparsity.coefficient:g}"]
+            parts += [config.site] if len(sites) > 1 else []
+            parts += [f"seed {config.seed}"] if len(seeds) > 1 else []
+            names[folder] = " ".join(parts)
+        count = Counter(names.values())
+        ends = {
+            folder: f" …{folder.name.rpartition('-')[2]}" if count[name] > 1 else "" for folder, name in names.items()
+        }
+        return {folder: printable(name + ends[folder]) for folder, name in names.items()}
 
 
 def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
