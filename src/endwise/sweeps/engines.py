@@ -1,12 +1,13 @@
 """Where tasks are carried out. An engine takes tasks and gives back what became of their runs, in any order."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from endwise.sweeps.sweep_config import SweepConfig
 from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Carries out tasks.
 
