@@ -14,7 +14,7 @@ import torch
 from endwise.errors import ConfigError, Interrupted
 from endwise.stopping import ask_to_stop, polite_stop
 from endwise.sweeps import remote, sweep
-from endwise.sweeps.engines import engine_of
+from endwise.sweeps import engines
 from endwise.sweeps.remote import Lost, Refused, Remote
 from endwise.sweeps.sweep_config import RayConfig, SlurmConfig
 from endwise.sweeps.tasks import Outcome
@@ -35,6 +35,10 @@ class DeadlyConfig(PretrainedConfig):
             os._exit(17)
         super().__init__(**settings)
 """
+
+
+def engine_of(sweep):
+    return engines.engine_of(sweep, sweep.out)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.reproduction.experiments import Experiments, Rates, middle
 from endwise.reproduction.study_config import StudyConfig
 from endwise.run_config import RunConfig
+from endwise.sweeps.sweep_config import EngineConfig
 
 MEASURING = 0.5
 """Seconds that measuring a held-out token takes, relative to an end-to-end training token."""
@@ -52,7 +53,7 @@ def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, fi
     Raises:
         ConfigError: the file holds the plan of another study or budget.
     """
-    study = experiments.study.model_dump(mode="json")
+    study = experiments.study.model_dump(mode="json", exclude=set(EngineConfig.model_fields))
     if file.exists():
         kept = read_json(file)
         made = Plan(kept["tokens"], tuple(kept["experiments"]), tuple(kept["left_out"]), kept["budget"], kept["study"])

@@ -11,7 +11,6 @@ from endwise.reproduction.report import write
 from endwise.reproduction.runs import StudyRuns, make_runs
 from endwise.reproduction.study_config import StudyConfig, find_study
 from endwise.sweeps.engines import engine_of
-from endwise.sweeps.sweep_config import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ def reproduce(
     out: Path | str | None = None,
     *,
     budget: str | None = None,
-    engine: str = "in_process",
     display: bool = True,
 ) -> Reproduced:
     """Carries out a study's experiments and writes `report.html`, `tables/` and `figures/`.
@@ -46,8 +44,7 @@ def reproduce(
     config = study if isinstance(study, StudyConfig) else find_study(study)
     name = "study" if isinstance(study, StudyConfig) else Path(study).stem
     folder = Path("runs") / f"paper-{name}" if out is None else Path(out)
-    where = SweepConfig.build({"recipe": {}, "grids": [{}], "engine": engine, "out": folder}, "the study")
-    with closing(engine_of(where)) as used:
+    with closing(engine_of(config, folder)) as used:
         runs = make_runs(config, folder, budget, used, display)
     command = shlex.join(["endwise", *sys.argv[1:]])
     return Reproduced(write(runs, folder, command), runs, folder / "report.html")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from endwise.config import Config
 from endwise.errors import ConfigError
 from endwise.run_config import Kind, Positive
+from endwise.sweeps.sweep_config import EngineConfig
 
 STUDIES = Path(__file__).parent / "studies"
 
@@ -25,7 +26,7 @@ class KindConfig(Config):
     """β, for e2e_ds."""
 
 
-class StudyConfig(Config):
+class StudyConfig(EngineConfig):
     """The experiments of `endwise reproduce` on one model. Another model takes another `recipe.model.name`, its sites,
     and coefficients of its scale.
     """

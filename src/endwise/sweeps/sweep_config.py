@@ -105,7 +105,16 @@ class SlurmConfig(Config):
         return self
 
 
-class SweepConfig(Config):
+class EngineConfig(Config):
+    """Where runs are carried out."""
+
+    engine: Literal["in_process", "ray", "slurm"] = "in_process"
+    """Where tasks (runs, or groups of runs in one pass) are carried out."""
+    ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+
+class SweepConfig(EngineConfig):
     """Runs that differ in some fields of one recipe."""
 
     recipe: str | dict[str, Any]
@@ -121,10 +130,6 @@ class SweepConfig(Config):
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
     ends as it would alone; memory grows with their number."""
-    engine: Literal["in_process", "ray", "slurm"] = "in_process"
-    """Where tasks (runs, or groups of runs in one pass) are carried out."""
-    ray: RayConfig = RayConfig()
-    slurm: SlurmConfig = SlurmConfig()
     out: Path = Path("runs/sweep")
     """Folder of the sweep: its runs, and the table of them. Read from a file, a sweep without it goes to
     runs/<the file's name>."""
