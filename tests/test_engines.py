@@ -13,8 +13,7 @@ import torch
 
 from endwise.errors import ConfigError, Interrupted
 from endwise.stopping import ask_to_stop, polite_stop
-from endwise.sweeps import remote, sweep
-from endwise.sweeps import engines
+from endwise.sweeps import engines, remote, sweep
 from endwise.sweeps.remote import Lost, Refused, Remote
 from endwise.sweeps.sweep_config import RayConfig, SlurmConfig
 from endwise.sweeps.tasks import Outcome

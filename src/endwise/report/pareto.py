@@ -65,7 +65,7 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
         f"Each mark is one SAE at {site}; lower and further left is better. Rings: no other SAE is better in both. "
         f"Bars: 95 % over held-out text. Bands: 95 % {bands}; a curve that is not monotone has none."
     )
-    return Chart(name, "What a feature buys", caption, tuple(panels))
+    return Chart(name, f"At {site}", caption, tuple(panels))
 
 
 def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
@@ -185,7 +185,7 @@ def ratio_table(rows: Iterable[dict[str, object]]) -> str:
         what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
         cells.append((what, str(row["site"]), LABELS[str(row["kind"])], said, text, seeds, reason or ""))
     headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds", "")
-    return table(headings, cells, words=(1, 2, 6))
+    return table(headings, cells, text=(1, 2), words=(6,))
 
 
 def _ends(low: object, high: object) -> str:

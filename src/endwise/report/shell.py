@@ -40,17 +40,23 @@ def filled(name: str, **parts: str) -> str:
     return _part(name).substitute(**parts)
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]], words: Iterable[int] = ()) -> str:
-    """A table whose columns are numbers but for the first and those in `words`."""
-    text = set(words)
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, text: Iterable[int] = (), words: Iterable[int] = ()
+) -> str:
+    """A table of numbers, its first column aside, and but for the columns of short `text` and of many `words`."""
+    classes = dict.fromkeys(text, "text") | dict.fromkeys(words, "words")
+
+    def form(column: int) -> str:
+        return f' class="{classes[column]}"' if column in classes else ""
+
     head = "".join(
-        f'<th scope="col"{" class=text" if i in text else ""}>{escape(h)}</th>' for i, h in enumerate(headings)
+        f'<th scope="col"{" class=text" if index in classes else ""}>{escape(heading)}</th>'
+        for index, heading in enumerate(headings)
     )
     body = []
-    for row in rows:
-        first, *rest = row
-        cells = (f"<td{' class=words' if i in text else ''}>{escape(cell)}</td>" for i, cell in enumerate(rest, 1))
-        body.append(f'<tr class="first"><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
+    for first, *rest in rows:
+        cells = "".join(f"<td{form(i)}>{escape(cell)}</td>" for i, cell in enumerate(rest, 1))
+        body.append(f'<tr class="first"><th scope="row">{escape(first)}</th>{cells}</tr>')
     content = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{content}</div>'
 

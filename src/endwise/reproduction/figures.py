@@ -8,7 +8,7 @@ from endwise.analysis.comparison import KINDS, LABELS, RunSummary, layer_label
 from endwise.analysis.norms import BINS, Norms
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, mark, value
-from endwise.reproduction.mitigations import WAYS, Mitigations, Way
+from endwise.reproduction.mitigations import WAYS, CostPoint, Mitigations, Way
 
 CE, L0 = AXIS["ce_increase"], AXIS["l0"]
 TEXT = "Bars are 95 % intervals over held-out text."
@@ -126,35 +126,28 @@ def training_cost(found: Mitigations, site: str) -> list[Chart]:
 
 
 def _cost(found: Mitigations, way: Way, site: str) -> Chart:
+    axes = {"tokens": Axis("training tokens in all", log=True), "seconds": Axis("training time in all, s", log=True)}
     panels = []
-    axes = {
-        "tokens": Axis("training tokens in all", log=True),
-        "seconds": Axis("training time in all, s", log=True),
-    }
     for unit, x in axes.items():
-        series = []
+        series: list[Series] = []
         for kind in KINDS:
-            points = [point for point in found.points if (point.variant.kind, point.variant.way) == (kind, way)]
-            marks = [
-                Mark(
-                    float(getattr(point.variant, unit)),
-                    point.ce_increase.estimate,
-                    "\n".join(
-                        [
-                            f"{LABELS[kind]}, {point.variant.label}",
-                            f"{point.variant.tokens:,} tokens, {point.variant.seconds:.0f} s",
-                        ]
-                    ),
-                    y_ends=(point.ce_increase.low, point.ce_increase.high),
-                )
-                for point in points
-                if point.ce_increase is not None
-            ]
-            if marks:
-                series.append(Series(kind, tuple(sorted(marks, key=lambda each: each.x))))
-        panels.append(Panel("", x, CE, tuple(series)))
+            points = [point for point in found.of(kind, way) if point.ce_increase is not None]
+            if way != "start":
+                series.append(Series(kind, tuple(_cost_mark(point, unit) for point in points)))
+                continue
+            for label, started in {"from local": True, "from random weights": False}.items():
+                chosen = tuple(_cost_mark(p, unit) for p in points if p.variant.started == started)
+                series.append(Series(kind, chosen, label, joined=started, rank=0 if started else 1))
+        panels.append(Panel("", x, CE, tuple(each for each in series if each.marks)))
     caption = f"CE increase at L0 {found.l0:.0f} at {site}; a local phase before an end-to-end one is counted. {TEXT}"
     return Chart(f"cost_{way}", f"What training costs: {WAYS[way]}", caption, tuple(panels))
+
+
+def _cost_mark(point: CostPoint, unit: str) -> Mark:
+    variant, ce = point.variant, point.ce_increase
+    assert ce is not None
+    words = f"{LABELS[variant.kind]}, {variant.label}\n{variant.tokens:,} tokens, {variant.seconds:.0f} s"
+    return Mark(float(getattr(variant, unit)), ce.estimate, words, y_ends=(ce.low, ce.high))
 
 
 def _by_kind(runs: Sequence[RunSummary], x: str, y: str) -> tuple[Series, ...]:

@@ -122,7 +122,7 @@ def _variants(made: StudyRuns, read: Mapping[str, Sequence[Measured]]) -> list[V
             "start": [*own, *of_kind.get("starts", [])],
         }
         for way, runs in ways.items():
-            if len(runs) > len(own):
+            if len(runs) > len(own) or (way == "start" and kind == "local" and read.get("starts")):
                 variants += _grouped(made, kind, way, runs)
     return variants
 
@@ -144,6 +144,7 @@ def _grouped(made: StudyRuns, kind: Kind, way: Way, runs: Sequence[Measured]) ->
                 way=way,
                 label=label(members[0].config, made, way),
                 runs=tuple(run.summary for run in members),
+                started=members[0].config.init_from is not None,
                 tokens=costs[0][0],
                 seconds=float(np.mean([seconds for _, seconds in costs])),
             )

@@ -32,6 +32,8 @@ class Variant:
     label: str
     """What it does otherwise: `0.5 × tokens`, `3 features per dimension`."""
     runs: tuple[RunSummary, ...]
+    started: bool
+    """From a local SAE."""
     tokens: int
     """Training tokens of a run, the local phase it may have begun with counted."""
     seconds: float

@@ -46,8 +46,15 @@ def _figures(charts: Iterable[Chart]) -> str:
 
 
 def _claims(made: Sequence[Claim]) -> str:
-    rows = [(claim.claim, claim.verdict, claim.published, claim.ours) for claim in made]
-    return table(("claim", "here", "paper, GPT2-small", "this study"), rows, words=(1, 2, 3))
+    items = []
+    for claim in made:
+        ours = "<br>".join(escape(part) for part in claim.ours.split("; "))
+        items.append(
+            f'<li><p class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</p>'
+            f"<div><h3>{escape(claim.claim)}</h3>"
+            f'<p>{ours}</p><p class="note">Paper, GPT2-small: {escape(claim.published)}.</p></div></li>'
+        )
+    return f'<ul class="claims">{"".join(items)}</ul>'
 
 
 def _similar(found: Findings) -> str:
@@ -60,7 +67,7 @@ def _similar(found: Findings) -> str:
     for words, (ours, published) in sets.items():
         rows = [_row(f"here, layer {layer_label(site)}", run) for site, runs in ours.items() for run in runs]
         rows += [_row(f"paper, layer {row.layer}", row) for row in published]
-        parts.append(f"<h3>{words}</h3>{table(headings, rows)}")
+        parts.append(f"<h3>{words}</h3>{table(headings, rows, text=(1,))}")
     return "".join(parts)
 
 
@@ -85,7 +92,7 @@ def _norms(found: Findings) -> str:
         for kind, ratios in paper.NORM_RATIO.items()
         for layer, ratio in zip(paper.LAYERS, ratios, strict=True)
     ]
-    return table(("site", "kind", "‖â‖/‖a‖, positions above 0", "at position 0", "cosine of a and â"), rows)
+    return table(("site", "kind", "‖â‖/‖a‖, positions above 0", "at position 0", "cosine of a and â"), rows, text=(1,))
 
 
 _NORMS = ("ratio", "ratio_at_0", "cosine")
@@ -112,7 +119,10 @@ def _costs(found: Findings) -> str:
         ):
             rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{hours:.1f} h", f"{ratio:.2f}"))
     note = "Each kind trained alone, one after another; wall-clock, so unlike all other numbers not the same each time."
-    return table(("site", "kind", "dictionary", "training", "relative to local"), rows) + f'<p class="note">{note}</p>'
+    return (
+        table(("site", "kind", "dictionary", "training", "relative to local"), rows, text=(1, 2))
+        + f'<p class="note">{note}</p>'
+    )
 
 
 def _made(found: Findings, command: str) -> str:
