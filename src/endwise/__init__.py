@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
     from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
+    from endwise.reproduction import Reproduced, reproduce
     from endwise.run_config import DataConfig, EvaluationConfig, RunConfig
     from endwise.run_evaluation import evaluate
     from endwise.sites import Site
@@ -55,6 +57,10 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "Pareto": "analysis.pareto",
+    "pareto": "analysis.pareto",
+    "Reproduced": "reproduction",
+    "reproduce": "reproduction",
     "Sweep": "sweeps",
     "SweepConfig": "sweeps",
     "sweep": "sweeps",
@@ -80,7 +86,9 @@ __all__ = [
     "Latents",
     "LocalMSE",
     "Objective",
+    "Pareto",
     "ReluSAE",
+    "Reproduced",
     "Run",
     "RunConfig",
     "Site",
@@ -93,6 +101,8 @@ __all__ = [
     "load_corpora",
     "load_model",
     "measure",
+    "pareto",
+    "reproduce",
     "spliced",
     "sweep",
     "train",

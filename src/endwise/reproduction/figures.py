@@ -23,7 +23,12 @@ def downstream(similar: Mapping[str, Sequence[RunSummary]]) -> Chart:
             Series(
                 run.kind,
                 tuple(
-                    Mark(later.index(name), mse, described(run), y_ends=run.intervals.get(f"downstream_mse.{name}"))
+                    Mark(
+                        float(later.index(name)),
+                        mse,
+                        described(run),
+                        y_ends=run.intervals.get(f"downstream_mse.{name}"),
+                    )
                     for name, mse in run.downstream_mse.items()
                 ),
             )

@@ -14,11 +14,9 @@ from endwise.dictionaries import SAE
 from endwise.reproduction.experiments import inner
 from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
-from endwise.run_config import Kind, RunConfig
+from endwise.run_config import EvaluationConfig, Kind, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.sweeps.tasks import Loaded, folder_of
-
-RESAMPLES, SEED = 1000, 12345
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,10 @@ def find(made: StudyRuns, out: Path) -> Findings:
     }
     study = made.experiments.study
     curves = [run.summary for name in ("curves", "seeds") for run in read.get(name, ())]
-    sites = {site: _summary(runs) for site in study.sites if (runs := [run for run in curves if run.site == site])}
+    settings = EvaluationConfig.build(study.recipe.get("evaluation", {}), "recipe.evaluation")
+    sites = {
+        site: _summary(runs, settings) for site in study.sites if (runs := [run for run in curves if run.site == site])
+    }
     similar_l0 = {site: runs_at_similar(summary.runs, "l0") for site, summary in sites.items()}
     chosen = [run for summary in sites.values() for run in summary.similar]
     kept = _norms(
@@ -69,22 +70,22 @@ def find(made: StudyRuns, out: Path) -> Findings:
         similar_l0=similar_l0,
         norms=kept,
         experiments={name: read.get(name, ()) for name in (*read, *_ABSENT)},
-        mitigations=mitigations(_variants(made, read), RESAMPLES, SEED),
+        mitigations=mitigations(_variants(made, read), settings.bootstrap, settings.seed),
     )
 
 
 _ABSENT = ("learning_rates", "curves", "starts", "seeds", "sizes", "lengths")
 
 
-def _summary(runs: Sequence[RunSummary]) -> Summary:
+def _summary(runs: Sequence[RunSummary], settings: EvaluationConfig) -> Summary:
     baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {})["baselines"]
     return summarise(
         runs,
         clean_ce=baselines["clean"],
         mean_ablated_ce=baselines["mean_ablated"],
         zero_ablated_ce=baselines["zero_ablated"],
-        resamples=RESAMPLES,
-        seed=SEED,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
     )
 
 
