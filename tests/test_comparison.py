@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from endwise.comparison import RunSummary, Summary, downstream_ratio, ratio_to_local, summarise
+from endwise.analysis.comparison import RunSummary, Summary, downstream_ratio, ratio_to_local, summarise
 from endwise.errors import ConfigError
 from endwise.seeds import numpy_stream
 
@@ -167,7 +167,7 @@ def test_the_downstream_ratio_is_the_geometric_mean_over_later_sites():
     assert "no later site" in (downstream_ratio(replace(ds, downstream_mse={}), e2e, 100, 0).reason or "")
 
 
-def test_runs_at_similar_ce_are_the_closest_of_all_choices():
+def test_runs_at_similar_are_the_closest_of_all_choices():
     assert [run.ce_increase for run in compare(three_kinds()).similar] == [0.2, 0.17, 0.21]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from endwise.comparison import KINDS
+from endwise.analysis.comparison import KINDS
 from endwise.errors import RunFolderError
 from endwise.quickstart import quickstart, recipes
 from endwise.run_folder import RunFolder

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from endwise.comparison import KINDS, summarise
+from endwise.analysis.comparison import KINDS, summarise
 from endwise.errors import RunFolderError
-from endwise.report import figures, print_summary, write_report
+from endwise.report import print_summary, write_report
 from endwise.report.page import report_html
 from test_comparison import compare, make_run, three_kinds
 
@@ -152,13 +152,6 @@ def test_the_file_is_replaced_whole_and_failure_is_plain(tmp_path):
 
 def test_one_summary_makes_one_page(html):
     assert report_html(compare(three_kinds())) == html
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.012, 0.3), (30.0, 160.0), (71.0, 94.0), (1.0, 1e5)])
-def test_log_axes_have_numbers_to_read(low, high):
-    ticks = figures._round_numbers(low, high)
-    assert len(ticks) >= 2
-    assert all(low <= tick <= high for tick in ticks)
 
 
 def test_the_template_holds_no_placeholder_that_is_not_filled(html):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bad_input import HOSTILE, hidden_in, refused, told, write_place
 from endwise import progress, quickstart
-from endwise.comparison import summarise
+from endwise.analysis.comparison import summarise
 from endwise.printable import printable
 from endwise.report import print_evaluations, print_summary
 from endwise.report.page import report_html

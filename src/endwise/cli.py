@@ -235,6 +235,53 @@ def sweep(
 
 @app.command()
 @_plainly
+def pareto(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables, figures and pareto.html; unset: pareto/ beside the first.")
+    ] = None,
+) -> None:
+    """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
+    from endwise.analysis.pareto import pareto as compare
+    from endwise.report import print_pareto, write_pareto
+
+    found = compare(runs)
+    print_pareto(found)
+    _say(f"The page, figures and tables: {write_pareto(found, out or runs[0].parent / 'pareto')}")
+
+
+@app.command()
+@_plainly
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
+    model: Annotated[
+        str, typer.Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
+    ] = "embedded",
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for runs, tables, figures and report.html; begun again, it goes on there."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it."""
+    from endwise.errors import ConfigError
+    from endwise.reproduction import reproduce as run
+
+    if what != "paper":
+        raise ConfigError(f"Only the paper can be reproduced (endwise reproduce paper); given {what!r:.80}.")
+    made = run(model, out, budget=budget, display=not quiet)
+    for claim in made.claims:
+        _say(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+    for folder, why in made.runs.failures.items():
+        _say(f"failed: {folder}: {why}", err=True)
+    _say(f"The report: {made.report}")
+
+
+@app.command()
+@_plainly
 def sites(
     model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,

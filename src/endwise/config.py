@@ -89,7 +89,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"An override must read section.key=value; given {override!r:.200}.")
         try:
             changes[key] = parse_yaml(text)

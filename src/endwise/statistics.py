@@ -22,6 +22,8 @@ Numbers = np.ndarray | Sequence[Any] | float | int
 """What numpy turns into an array of float64."""
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3
+"""For an interval over training seeds."""
 
 
 class InterpolationError(EndwiseError, ValueError):
@@ -68,6 +70,47 @@ def percentile_interval(draws: Floats, estimate: float) -> Interval:
     kept = draws[~np.isnan(draws)]
     low, high = np.quantile(kept, [tail, 1 - tail]) if len(kept) else (estimate, estimate)
     return Interval(low=float(low), high=float(high), estimate=estimate)
+
+
+def interval_over_seeds(values: Numbers) -> Interval:
+    """Geometric mean of positive values `[seeds]` with its 95 % interval: Student's t on their logarithms.
+
+    Raises:
+        DataError: fewer than `LEAST_SEEDS`, or one that is not positive.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or len(given) < LEAST_SEEDS or not (np.isfinite(given).all() and (given > 0).all()):
+        raise DataError(f"An interval over seeds takes at least {LEAST_SEEDS} positive values; given {_listed(given)}.")
+    logs = np.log(given)
+    half = student_t((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    low, estimate, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+    return Interval(low=float(low), high=float(high), estimate=float(estimate))
+
+
+@lru_cache(maxsize=64)
+def student_t(share: float, freedom: int) -> float:
+    """The quantile of Student's t with a whole number of degrees of freedom, for shares from 0.5 up.
+
+    Its distribution is a finite sum in θ = arctan(t/√freedom) (Abramowitz and Stegun, 26.7.3 and 26.7.4); the quantile
+    is found by halving.
+    """
+    low, high = 0.0, np.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_distribution(middle, freedom) < share else (low, middle)
+    return float(np.tan((low + high) / 2) * np.sqrt(freedom))
+
+
+def _t_distribution(angle: float, freedom: int) -> float:
+    sine, cosine = np.sin(angle), np.cos(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for n in range(2 + odd, freedom - 1, 2):
+        term *= (n - 1) / n * cosine**2
+        total += term
+    if odd:
+        return 0.5 + (angle + (sine * total if freedom > 1 else 0.0)) / np.pi
+    return 0.5 + sine * total / 2
 
 
 @lru_cache(maxsize=2)

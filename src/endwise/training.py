@@ -1,11 +1,7 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
-import math
 import re
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,12 +35,11 @@ from endwise.run_folder import RunFolder
 from endwise.seeds import shared_generators
 from endwise.sites import Site
 from endwise.step import tail_model, take_step
+from endwise.stopping import polite_stop
 from endwise.tokens import BatchOrder, Corpora, corpora_for, read_ahead
 from endwise.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
-
-SAME_SIGNAL_SECONDS = 5.0
 
 Resume = bool | Literal["if_started"]
 """Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
@@ -306,7 +301,7 @@ def _run(
     shares = (world.share(order[step]) for step in remaining)
     with (
         Display(steps, first, config.batch * corpora.train.context, display and world.is_first) as shown,
-        _polite_stop() as stop_asked,
+        polite_stop() as stop_asked,
         read_ahead(corpora.train, shares, model.device) as batches,
         _saving(group),
     ):
@@ -458,30 +453,3 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
             "unit_norm_decoder": True,
         },
     }
-
-
-@contextmanager
-def _polite_stop() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once.
-
-    A scheduler and `torchrun` may each pass on the same SIGTERM, so one that comes right after another is no second.
-    """
-    asked = threading.Event()
-    first = math.inf
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        nonlocal first
-        if asked.is_set() and (number != signal.SIGTERM or time.monotonic() - first > SAME_SIGNAL_SECONDS):
-            raise KeyboardInterrupt
-        first = min(first, time.monotonic())
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,8 +1,11 @@
-"""What a figure shows, apart from how it is drawn: one description serves the printed figure and the interactive one."""
+"""What a figure shows, apart from how it is drawn: one description for the printed and for the interactive figure."""
 
+import re
 from dataclasses import dataclass
 
 Ends = tuple[float, float]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,11 @@ class Series:
     """What tells it from others of its kind in the panel; unset where it is the only one."""
     joined: bool = True
     """A line joins the marks in the order they are given."""
+    marked: bool = True
+    """The marks are drawn, and not only the line through them."""
     rank: int = 0
-    """Of several series of one kind in a panel: 0, 1, 2, ... from the first to the last, told apart by their dashes."""
+    """Of several series of one kind in a panel: 0, 1, 2, ... from the first to the last, told apart by their dashes,
+    and all but the first by hollow markers."""
     band: Band | None = None
 
 
@@ -65,15 +71,24 @@ class Panel:
     y: Axis
     series: tuple[Series, ...]
     diagonal: bool = False
-    """A line where y = x."""
+    """A line where y = x; both axes then have one range."""
 
 
 @dataclass(frozen=True)
 class Chart:
     name: str
-    """Stem of its files, and its id on a page."""
+    """Stem of its files, and its id on a page: letters, digits, `_`, `.` and `-` (see `as_name`)."""
     title: str
     caption: str
     """What is drawn, in which units, with which intervals."""
     panels: tuple[Panel, ...]
     """Side by side."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"A chart's name is letters, digits, `_`, `.` and `-`; given {self.name!r:.80}.")
+
+
+def as_name(text: str) -> str:
+    """The text as part of a chart's name: every other character becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)

@@ -12,14 +12,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from endwise.comparison import KINDS, LABELS, RunSummary, Summary, layer_label
+from endwise.analysis.comparison import KINDS, LABELS, RunSummary, Summary, layer_label
 from endwise.printable import printable
-
-COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
-"""One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
-MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
+from endwise.report.look import COLOURS, MARKERS
+from endwise.report.printed import log_axis
 
 _INK, _GRID, _PAPER = "#010101", "#020202", "#030303"
 _VARIABLES = {
@@ -58,7 +55,7 @@ def pareto(summary: Summary, against: str, name: str) -> str:
             runs = sorted((run for run in summary.runs if run.kind == kind), key=lambda run: getattr(run, against))
             x, y = [float(getattr(run, against)) for run in runs], [run.ce_increase for run in runs]
             axes.errorbar(x, y, _errors(runs, "ce_increase"), _errors(runs, against), **_look(kind))
-        _log_axis(axes, "x", [float(getattr(run, against)) for run in summary.runs])
+        _log_scale(axes, "x", [float(getattr(run, against)) for run in summary.runs])
         axes.set_ylim(bottom=min(0.0, *(run.ce_increase for run in summary.runs)))
         axes.set_xlabel({"l0": "L0: features per token", "alive": "alive features"}[against])
         axes.set_ylabel("CE increase, nats per token")
@@ -79,7 +76,7 @@ def downstream(summary: Summary, name: str) -> str:
             axes.errorbar([sites.index(site) for site in kept], values, errors, **_look(run.kind))
         axes.set_xticks(range(len(sites)), [printable(layer_label(site)) for site in sites])
         axes.set_xlim(-0.3, len(sites) - 0.7)
-        _log_axis(axes, "y", [value for run in runs for value in run.downstream_mse.values()])
+        _log_scale(axes, "y", [value for run in runs for value in run.downstream_mse.values()])
         axes.set_xlabel("later residual stream, by the block it enters")
         axes.set_ylabel("mean squared error per dimension")
 
@@ -130,31 +127,10 @@ def _errors(
     return [[max(0.0, p - low) for p, (low, _) in known], [max(0.0, high - p) for p, (_, high) in known]]
 
 
-def _log_axis(axes: Axes, which: str, values: list[float]) -> None:
-    """A log scale with a few round numbers written out."""
+def _log_scale(axes: Axes, which: str, values: list[float]) -> None:
     positive = [value for value in values if value > 0]
-    if not positive:
-        return
-    low, high = min(positive) / 1.15, max(positive) * 1.15
-    set_scale, set_limits, axis = {
-        "x": (axes.set_xscale, axes.set_xlim, axes.xaxis),
-        "y": (axes.set_yscale, axes.set_ylim, axes.yaxis),
-    }[which]
-    set_scale("log")
-    set_limits(low, high)
-    axis.set_major_locator(FixedLocator(_round_numbers(low, high)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """The coarsest series of round numbers that puts at least three between low and high, or else the finest."""
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
-        numbers = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in digits]
-        inside = [number for number in numbers if low <= number <= high]
-        if len(inside) >= 3:
-            return inside
-    return inside or [low, high]
+    if positive:
+        log_axis(axes, which, min(positive) / 1.15, max(positive) * 1.15)
 
 
 def _svg(draw: Callable[[Axes], None], name: str) -> str:

@@ -1,22 +1,24 @@
 """The comparison as one HTML file that needs nothing else: no network, no script, no font, no image beside it."""
 
 from collections.abc import Iterable, Mapping
-from html import escape as escape_html
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from string import Template
 
-from endwise import __version__
-from endwise.comparison import KINDS, LABELS, MEASURES, NAMES, Ratio, RunSummary, Summary, later_mse, layer_label, times
+from endwise.analysis.comparison import (
+    KINDS,
+    LABELS,
+    MEASURES,
+    NAMES,
+    Ratio,
+    RunSummary,
+    Summary,
+    later_mse,
+    layer_label,
+    times,
+)
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.report import figures
-
-
-def escape(text: str) -> str:
-    """As text on the page, without the hidden characters that could turn a line around (U+202E)."""
-    return escape_html(printable(text))
+from endwise.report.shell import escape, filled, page
 
 
 def write_report(summary: Summary, path: Path | str) -> None:
@@ -30,13 +32,8 @@ def write_report(summary: Summary, path: Path | str) -> None:
 
 def report_html(summary: Summary) -> str:
     """The page's text. Everything that comes from a run is escaped."""
-    template = Template(files("endwise.report").joinpath("template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        version=escape(__version__),
-        title="End-to-end and local sparse autoencoders, compared",
-        eyebrow=_eyebrow(summary),
-        lead=_lead(summary),
-        kinds=" ".join(f"--{kind}: {colour};" for kind, colour in figures.COLOURS.items()),
+    content = filled(
+        "comparison.html",
         tiles="\n".join(_tiles(summary)),
         verdicts="\n".join(f"<li>{escape(sentence)}</li>" for sentence in summary.verdicts),
         legend=figures.legend(),
@@ -56,6 +53,8 @@ def report_html(summary: Summary) -> str:
         resamples=f"{summary.resamples:,}",
         made="\n".join(f"<dt>{escape(term)}</dt><dd>{words}</dd>" for term, words in _made(summary)),
     )
+    title = "End-to-end and local sparse autoencoders, compared"
+    return page(title=title, eyebrow=_eyebrow(summary), lead=_lead(summary), body=content)
 
 
 def _eyebrow(summary: Summary) -> str:

@@ -1,9 +1,10 @@
 """Where tasks are carried out. An engine takes tasks and gives back what became of their runs, in any order."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from endwise.sweeps.sweep_config import SweepConfig
+from endwise.sweeps.sweep_config import EngineConfig
 from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out
 
 
@@ -42,8 +43,8 @@ class InProcess:
         self._loaded = Loaded()
 
 
-def engine_of(config: SweepConfig) -> Engine:
-    """The engine that a sweep asks for.
+def engine_of(config: EngineConfig, folder: Path) -> Engine:
+    """The engine that is asked for, which may write into the folder.
 
     Raises:
         ConfigError: what it needs is not installed.
@@ -55,5 +56,5 @@ def engine_of(config: SweepConfig) -> Engine:
     if config.engine == "slurm":
         from endwise.sweeps.on_slurm import OnSlurm
 
-        return OnSlurm(config.slurm, config.out / "slurm")
+        return OnSlurm(config.slurm, folder / "slurm")
     return InProcess()

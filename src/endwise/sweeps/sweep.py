@@ -65,7 +65,7 @@ def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool
     _check_alone()
     write_atomic(config.out / "sweep.yaml", config.to_yaml().encode())
     try:
-        with closing(engine_of(config)) as engine:
+        with closing(engine_of(config, config.out)) as engine:
             result = sweep_points(points, config.out, engine, config.search, config.together, display)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(

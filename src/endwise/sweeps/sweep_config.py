@@ -58,13 +58,20 @@ class RayConfig(Config):
     """Tasks on Ray (extra `ray`)."""
 
     address: str | None = None
-    """`auto` or `ray://HOST:PORT` for a cluster that is there; unset: one on this machine, for this sweep."""
+    """`auto` for the cluster that this machine is part of, `ray://HOST:PORT` for another (needs `ray[client]`); unset:
+    a Ray of its own on this machine, for as long as the sweep lasts."""
     cpus: Annotated[float, Field(gt=0)] = 1
-    """Cores that a task asks for, and threads that it computes with."""
+    """Cores that a task asks for, and (rounded down, at least 1) threads that it computes with."""
     gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs that a task asks for; 0.25 lets four tasks share one."""
+    """GPUs that a task asks for; 0.25 lets four tasks share one. Above 1 a whole number."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a task is begun again whose worker or node was lost; it goes on from its last checkpoint."""
+    """How often a task is begun again whose worker or machine was lost; it goes on from its last checkpoints."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "RayConfig":
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus above 1 must be a whole number; given {self.gpus:g}")
+        return self
 
 
 class SlurmConfig(Config):
@@ -74,19 +81,40 @@ class SlurmConfig(Config):
     """`local` runs the jobs as processes of this machine, to try a sweep out."""
     partition: str | None = None
     minutes: Positive = 240
-    """Time limit of a job; one that reaches it is queued again and goes on from where it was."""
+    """Time limit of a job. One that comes near it saves, is queued again, and goes on from there."""
+    save_seconds: Annotated[int, Field(gt=0, le=65535)] = 120
+    """How long before its time limit a job begins to save: longer than a step, a checkpoint and an evaluation."""
     cpus: Positive = 4
+    """Cores of a job, and threads that it computes with."""
     gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs of a job."""
     memory_gb: Positive = 32
     at_once: Positive = 16
     """Jobs in the queue at a time."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a job is submitted again that ended without a result."""
-    options: dict[str, str | int] = Field(default_factory=dict)
-    """Further options of `sbatch`, by their names with underscores, e.g. `account: mine`."""
+    """How often a job is submitted again that ended without a result; it goes on from its last checkpoints."""
+    options: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Further options of `sbatch`, by their names with underscores, e.g. `account: mine` or `exclusive: true`."""
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> "SlurmConfig":
+        if self.save_seconds >= 60 * self.minutes:
+            raise ValueError(
+                f"save_seconds ({self.save_seconds}) must be shorter than the time limit, minutes ({self.minutes})"
+            )
+        return self
 
 
-class SweepConfig(Config):
+class EngineConfig(Config):
+    """Where runs are carried out."""
+
+    engine: Literal["in_process", "ray", "slurm"] = "in_process"
+    """Where tasks (runs, or groups of runs in one pass) are carried out."""
+    ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+
+class SweepConfig(EngineConfig):
     """Runs that differ in some fields of one recipe."""
 
     recipe: str | dict[str, Any]
@@ -102,10 +130,6 @@ class SweepConfig(Config):
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
     ends as it would alone; memory grows with their number."""
-    engine: Literal["in_process", "ray", "slurm"] = "in_process"
-    """Where tasks (runs, or groups of runs in one pass) are carried out."""
-    ray: RayConfig = RayConfig()
-    slurm: SlurmConfig = SlurmConfig()
     out: Path = Path("runs/sweep")
     """Folder of the sweep: its runs, and the table of them. Read from a file, a sweep without it goes to
     runs/<the file's name>."""

@@ -1,28 +1,26 @@
 """The table of a sweep: one row a point, as parquet and CSV, and on the terminal."""
 
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from pyarrow import csv, parquet
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from endwise.comparison import LABELS
-from endwise.files import replacing, write_atomic
+from endwise.analysis.comparison import LABELS
+from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
 from endwise.sweeps.survey import Prospect
+from endwise.tabular import as_csv, as_table, write_table
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -48,7 +46,7 @@ def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], f
     write_table(rows, folder / "summary")
     finished = [path for point, path in places.items() if point not in failures]
     timings = [{"run": _within(path, folder), "seconds": RunFolder(path).seconds()} for path in finished]
-    write_atomic(folder / "timings.csv", _csv(_table(timings)))
+    write_atomic(folder / "timings.csv", as_csv(as_table(timings)))
     return rows
 
 
@@ -111,25 +109,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return result
-
-
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """`<path>.parquet` and `<path>.csv`; a row without a column has nothing there."""
-    table = _table(rows)
-    with replacing(path.with_name(f"{path.name}.parquet")) as partial:
-        parquet.write_table(table, partial)
-    write_atomic(path.with_name(f"{path.name}.csv"), _csv(table))
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
-
-
-def _csv(table: pa.Table) -> bytes:
-    text = io.BytesIO()
-    csv.write_csv(table, text, csv.WriteOptions(quoting_style="needed"))
-    return text.getvalue()
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

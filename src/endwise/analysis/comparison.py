@@ -6,12 +6,14 @@ subtracted, and the ratio reported is the exponential of the mean difference. It
 resampled held-out sequences, the same ones for both kinds. Where the runs do not determine a ratio, a reason stands in
 its place.
 
-The intervals cover the choice of held-out text. They do not cover the training seed, and the number of alive features,
-being counted over the whole text, is kept fixed in them.
+These intervals cover the choice of held-out text. They do not cover the training seed, and the number of alive
+features, being counted over the whole text, is kept fixed in them. Where both kinds have three seeds or more, a second
+interval covers the seed: of one ratio a seed, Student's t on the logarithms.
 """
 
 import itertools
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +22,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import ConfigError
+from endwise.errors import ConfigError, FormatError, RunFolderError
 from endwise.evaluation import Evaluation
 from endwise.run_config import RunConfig
-from endwise.statistics import InterpolationError, interpolate_at, monotone_points, percentile_interval, resampled_ratio
+from endwise.run_evaluation import read_sums
+from endwise.run_folder import RunFolder
+from endwise.statistics import (
+    LEAST_SEEDS,
+    InterpolationError,
+    interpolate_at,
+    interval_over_seeds,
+    monotone_points,
+    percentile_interval,
+    resampled_ratio,
+)
 
 KINDS = ("local", "e2e", "e2e_ds")
 LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
@@ -67,6 +79,10 @@ class RunSummary:
     """Every form of it: per_token, pooled, and both after LayerNorm."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
+    model: str = ""
+    learning_rate: float | None = None
+    start: str | None = None
+    """The folder of the SAE that training began with; None: random weights."""
     sums: Mapping[str, Floats] | None = field(default=None, repr=False, compare=False)
     """Per-sequence sums `[sequences]` by name: l0, tokens, ce_increase, predictions, downstream_mse.<site>. Without
     them there are ratios but no intervals."""
@@ -93,14 +109,60 @@ class RunSummary:
             folder=str(folder),
             explained_variances=_group(metrics, "explained_variance."),
             intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
+            **_origin(config),
             sums=evaluation.sums,
         )
+
+    @classmethod
+    def read(cls, path: Path) -> "RunSummary":
+        """The summary of an evaluated run folder.
+
+        Raises:
+            RunFolderError: it is none, or was not measured yet.
+            FormatError: what it holds cannot be read.
+        """
+        folder = RunFolder.open(path)
+        config, measured = folder.config(), folder.evaluation()
+        if measured is None:
+            raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
+        try:
+            return cls(
+                kind=config.objective.kind,
+                site=config.site,
+                coefficient=config.objective.sparsity.coefficient,
+                seed=config.seed,
+                l0=measured["l0"],
+                alive=measured["alive"],
+                alive_tokens=measured["alive_tokens"],
+                d_sae=measured["d_sae"],
+                ce_increase=measured["ce_increase"],
+                kl=measured["kl"],
+                explained_variance=measured["explained_variance"]["per_token"],
+                downstream_mse=measured["downstream_mse"],
+                tokens=config.training.tokens,
+                seconds=folder.seconds(),
+                folder=str(path),
+                explained_variances=measured["explained_variance"],
+                intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
+                **_origin(config),
+                sums=read_sums(path),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{folder.evaluation_file} is not as it is written ({error!r}). Measure the run again: "
+                f"endwise evaluate {shlex.quote(str(path))}"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         return record | {name: dict(getattr(self, name)) for name in ("downstream_mse", "explained_variances")}
+
+
+def _origin(config: RunConfig) -> dict[str, Any]:
+    start = None if config.init_from is None else str(config.init_from)
+    return {"model": config.model.name, "learning_rate": config.training.learning_rate, "start": start}
 
 
 @dataclass(frozen=True)
@@ -117,6 +179,28 @@ class Ratio:
     """Where that is."""
     reason: str | None = None
     """Why the estimate, or only the interval, is missing."""
+    over_seeds: tuple[float, float] | None = None
+    """95 % interval over training seeds, where each kind has three or more; `interval` is over held-out text."""
+
+    @property
+    def widest(self) -> tuple[float, float] | None:
+        """The wider of the intervals over held-out text and over seeds."""
+        known = [ends for ends in (self.interval, self.over_seeds) if ends is not None]
+        return max(known, key=lambda ends: ends[1] / max(ends[0], 1e-12), default=None)
+
+    def to_row(self) -> dict[str, Any]:
+        """Flat, for a table."""
+        text, seeds = self.interval or (None, None), self.over_seeds or (None, None)
+        return {
+            "ratio": self.estimate,
+            "text.low": text[0],
+            "text.high": text[1],
+            "seeds.low": seeds[0],
+            "seeds.high": seeds[1],
+            "over.low": None if self.over is None else self.over[0],
+            "over.high": None if self.over is None else self.over[1],
+            "reason": self.reason,
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,6 +210,7 @@ class Ratio:
             "at_middle": self.at_middle,
             "middle": self.middle,
             "reason": self.reason,
+            "interval_over_seeds": _as_list(self.over_seeds),
         }
 
 
@@ -227,7 +312,7 @@ def summarise(
         m.key: {kind: ratio_to_local(ordered, kind, m.of, m.at, resamples, seed) for kind in KINDS[1:]}
         for m in MEASURES
     }
-    similar = runs_at_similar_ce(ordered)
+    similar = runs_at_similar(ordered, "ce_increase")
     downstream = {
         f"{a.kind}/{b.kind}": downstream_ratio(a, b, resamples, seed) for b, a in itertools.combinations(similar, 2)
     }
@@ -257,6 +342,9 @@ def ratio_to_local(
     log-interpolated curves; and the same at local's middle run alone.
     """
     groups = {name: [run for run in runs if run.kind == name] for name in (kind, "local")}
+    for name, group in groups.items():
+        if not group:
+            return Ratio(None, reason=f"there are no runs of {LABELS[name]}")
 
     def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
         return [_curve(group, LABELS[name], of, at, metric) for name, group in groups.items()]
@@ -270,10 +358,16 @@ def ratio_to_local(
     members = [run for group in groups.values() for run in group]
     if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
         return Ratio(None, reason="alive features were counted over different numbers of tokens")
-    result = Ratio(mean, over=(low, high), at_middle=at_middle, middle=None if at_middle is None else local.middle)
+    result = Ratio(
+        mean,
+        over=(low, high),
+        at_middle=at_middle,
+        middle=None if at_middle is None else local.middle,
+        over_seeds=_over_seeds(groups, kind, of, at, levels),
+    )
     if reason := _unpaired(members):
         return replace(result, reason=reason)
-    drawn = {id(run): _resampled(run, {of, at}, resamples, seed) for run in members}
+    drawn = {id(run): resampled(run, {of, at}, resamples, seed) for run in members}
     draws = np.full(resamples, np.nan)
     for index in range(resamples):
         try:
@@ -284,13 +378,35 @@ def ratio_to_local(
     return _with_draws(result, draws)
 
 
-def runs_at_similar_ce(runs: Sequence[RunSummary]) -> tuple[RunSummary, ...]:
-    """One run of each kind present: the choice whose CE increases differ least, relative to their mean."""
+def _over_seeds(
+    groups: Mapping[str, Sequence[RunSummary]], kind: str, of: str, at: str, levels: int
+) -> tuple[float, float] | None:
+    """The ratio's interval over training seeds, one ratio of curves a seed; None where fewer than three seeds of both
+    kinds determine it.
+    """
+    ratios = []
+    for seed in sorted(set.intersection(*({run.seed for run in group} for group in groups.values()))):
+        try:
+            own, local = (
+                _curve([run for run in groups[name] if run.seed == seed], LABELS[name], of, at, _estimate)
+                for name in (kind, "local")
+            )
+            ratios.append(_ratio_of_curves(own, local, at, levels)[0])
+        except InterpolationError:
+            continue
+    if len(ratios) < LEAST_SEEDS:
+        return None
+    interval = interval_over_seeds(ratios)
+    return interval.low, interval.high
+
+
+def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
+    """One run of each kind: the choice whose ce_increase or l0 (`metric`) differs least, relative to its mean."""
     groups = [[run for run in runs if run.kind == kind] for kind in KINDS]
 
     def spread(choice: tuple[RunSummary, ...]) -> float:
-        increases = [run.ce_increase for run in choice]
-        return (max(increases) - min(increases)) / max(abs(float(np.mean(increases))), 1e-9)
+        values = [_estimate(run, metric) for run in choice]
+        return (max(values) - min(values)) / max(abs(float(np.mean(values))), 1e-9)
 
     return min(itertools.product(*(group for group in groups if group)), key=spread)
 
@@ -307,7 +423,7 @@ def downstream_ratio(run: RunSummary, reference: RunSummary, resamples: int, see
     names = {f"downstream_mse.{site}" for site in sites}
     if reason := _unpaired([run, reference], names):
         return replace(result, reason=reason)
-    drawn, drawn_reference = (_resampled(one, names, resamples, seed) for one in (run, reference))
+    drawn, drawn_reference = (resampled(one, names, resamples, seed) for one in (run, reference))
     logs = [np.log(drawn[name] / drawn_reference[name]) for name in names]
     return _with_draws(result, np.exp(np.mean(logs, axis=0)))
 
@@ -324,10 +440,10 @@ def verdicts(summary: Summary) -> tuple[str, ...]:
 
 
 def percent(ratio: Ratio) -> str:
-    """`48 % [44, 53]`."""
+    """`48 % [44, 53]`, with the wider interval."""
     if ratio.estimate is None:
         return "–"
-    ends = "" if ratio.interval is None else f" [{100 * ratio.interval[0]:.0f}, {100 * ratio.interval[1]:.0f}]"
+    ends = "" if ratio.widest is None else f" [{100 * ratio.widest[0]:.0f}, {100 * ratio.widest[1]:.0f}]"
     return f"{100 * ratio.estimate:.0f} %{ends}"
 
 
@@ -352,9 +468,9 @@ def _features_verdict(kind: str, ratio: Ratio) -> str:
     if ratio.estimate is None:
         return f"How many features {name} needs at local's CE increase cannot be said from these runs: {ratio.reason}."
     fact = f"{percent(ratio)} of local's features per token at the same CE increase"
-    if ratio.interval is None:
+    if ratio.widest is None:
         return f"{name} needs {fact}; how sure that is, is not known: {ratio.reason}."
-    low, high = ratio.interval
+    low, high = ratio.widest
     if low <= 1 <= high:
         return f"That {name} needs fewer features than local is not shown: {fact}, and the interval includes 100 %."
     return f"{name} needs {fact}." if high < 1 else f"{name} needs more features than local, not fewer: {fact}."
@@ -432,7 +548,7 @@ def _estimate(run: RunSummary, metric: str) -> float:
     return float(getattr(run, metric))
 
 
-def _resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> dict[str, Floats]:
+def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> dict[str, Floats]:
     """Each metric in each resample, `[resamples]`."""
     assert run.sums is not None
     return {

@@ -1,0 +1,1 @@
+"""What finished runs tell, alone and against each other."""

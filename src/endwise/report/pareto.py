@@ -1,0 +1,192 @@
+"""Pareto curves as figures, as tables on a terminal, and as a page."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from endwise.analysis.comparison import KINDS, LABELS, MEASURES, NAMES, RunSummary, percent
+from endwise.analysis.pareto import AXES, Pareto, band, front, point_rows, ratio_rows
+from endwise.files import write_atomic
+from endwise.printable import printable
+from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
+from endwise.report.interactive import div
+from endwise.report.printed import save
+from endwise.report.shell import escape, page, table
+from endwise.statistics import LEAST_SEEDS
+from endwise.tabular import write_table
+
+AXIS = {
+    "l0": Axis("L0: features per token", log=True),
+    "alive": Axis("alive features", log=True),
+    "ce_increase": Axis("CE increase, nats per token", from_zero=True),
+    "kl": Axis("KL(original ‖ spliced), nats per token", from_zero=True),
+}
+
+
+def described(run: RunSummary) -> str:
+    """What a run is and what it measured, line by line."""
+    return "\n".join(
+        [
+            f"{LABELS[run.kind]}, λ {run.coefficient:g}, seed {run.seed}",
+            run.site,
+            f"{run.tokens:,} training tokens, {run.d_sae:,} features",
+            f"L0 {run.l0:.1f}, {run.alive:,} alive",
+            f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}",
+            run.folder,
+        ]
+    )
+
+
+def mark(run: RunSummary, x: str, y: str, *, front: bool = False) -> Mark:
+    """A run as a point of a figure."""
+    return Mark(value(run, x), value(run, y), described(run), run.intervals.get(x), run.intervals.get(y), front)
+
+
+def value(run: RunSummary, metric: str) -> float:
+    """A run's number by its name in `evaluation.json`."""
+    group, _, form = metric.partition(".")
+    return float(run.explained_variances[form]) if group == "explained_variance" else float(getattr(run, metric))
+
+
+def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
+    """Figures 1, 4 and 5: CE increase against L0 and against alive features, KL against L0."""
+    panels = [
+        Panel("", AXIS[x], AXIS[y], tuple(each for kind in KINDS for each in _series(runs, kind, x, y)))
+        for x, y in AXES
+    ]
+    seeds = len({run.seed for run in runs})
+    bands = f"over {seeds} seeds (Student's t)" if seeds >= LEAST_SEEDS else "over held-out text (bootstrap)"
+    caption = (
+        f"Each mark is one SAE at {site}; lower and further left is better. Rings: no other SAE is better in both. "
+        f"Bars: 95 % over held-out text. Bands: 95 % {bands}; a curve that is not monotone has none."
+    )
+    return Chart(name, f"At {site}", caption, tuple(panels))
+
+
+def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
+    """With three seeds or more the curve of their means, with its band, and all runs as dots; otherwise the first
+    seed's curve with its band, and the others as dots.
+    """
+    own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
+    if not own:
+        return
+    best, seeds = front(runs, x, y), sorted({run.seed for run in own})
+    around = band(own, x, y)
+    drawn = None if around is None else Band(_listed(around.x), _listed(around.low), _listed(around.high), around.over)
+    marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
+    if around is not None and around.over != "held-out text":
+        middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
+        yield Series(kind, middle, band=drawn, marked=False)
+        yield Series(kind, tuple(each for group in marks.values() for each in group), joined=False)
+        return
+    yield Series(kind, tuple(marks[seeds[0]]), band=drawn)
+    if others := [each for seed in seeds[1:] for each in marks[seed]]:
+        yield Series(kind, tuple(others), joined=False, rank=1)
+
+
+def _listed(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(each) for each in values)
+
+
+def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> None:
+    """The runs and the ratios of every set."""
+    console = console or Console()
+    for one in found:
+        console.print(_points(one))
+        if not one.has_local:
+            console.print("Without local SAEs of this setting there is nothing to compare these with.\n")
+            continue
+        console.print(_ratios(one))
+        for sentence in one.summary.verdicts:
+            console.print(printable(f"• {sentence}"), markup=False, highlight=False)
+
+
+def _points(one: Pareto) -> Table:
+    title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("kind", "λ", "seed", "L0", "alive", "CE increase [95 %]", "KL", "front"):
+        shown.add_column(heading, justify="left" if heading in ("kind", "front") else "right", no_wrap=True)
+    fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
+    for run in one.summary.runs:
+        ends = run.intervals.get("ce_increase")
+        shown.add_row(
+            LABELS[run.kind],
+            f"{run.coefficient:g}",
+            str(run.seed),
+            f"{run.l0:.1f}",
+            f"{run.alive:,}",
+            Text(f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")),
+            f"{run.kl:.3f}",
+            _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]],
+        )
+    return shown
+
+
+_FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (False, False): ""}
+"""Whether a run lies on the front of CE increase over L0, and on that over alive features."""
+
+
+def _ratios(one: Pareto) -> Table:
+    shown = Table(title="relative to local [95 %]", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("")
+    for kind in KINDS[1:]:
+        shown.add_column(LABELS[kind], justify="right")
+    for measure in MEASURES:
+        cells = [one.ratios[measure.key, kind] for kind in KINDS[1:]]
+        words = [percent(ratio) if ratio.estimate is not None else f"– ({ratio.reason})" for ratio in cells]
+        shown.add_row(f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *(Text(printable(text)) for text in words))
+    return shown
+
+
+def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
+    """`points` and `ratios` as CSV and parquet, `pareto-<n>.pdf` and `.png` for every set, and `pareto.html`, the page.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    write_table(point_rows(found), out / "points")
+    write_table(ratio_rows(found), out / "ratios")
+    sections = []
+    for number, one in enumerate(found, 1):
+        chart = pareto_chart(one.runs, one.setting.site, f"pareto-{number}")
+        save(chart, out)
+        sections.append(_section(one, chart))
+    runs = sum(len(one.runs) for one in found)
+    path = out / "pareto.html"
+    lead = f"{runs} sparse autoencoders in {len(found)} sets; only runs of one set are compared."
+    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
+    content = page(title="Pareto curves", eyebrow=escape(models), lead=lead, body="\n".join(sections), interactive=True)
+    write_atomic(path, content.encode())
+    return path
+
+
+def _section(one: Pareto, chart: Chart) -> str:
+    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
+    if not one.has_local:
+        return f"<section>{head}{div(chart)}</section>"
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in one.summary.verdicts)
+    table_of_ratios = ratio_table(ratio_rows([one]))
+    return f'<section>{head}<ul class="verdicts">{sentences}</ul>{div(chart)}{table_of_ratios}</section>'
+
+
+def ratio_table(rows: Iterable[dict[str, object]]) -> str:
+    """Of `ratio_rows`, the intervals over text and over seeds side by side."""
+    cells = []
+    for row in rows:
+        ratio, reason = row["ratio"], row["reason"]
+        text, seeds = (_ends(row[f"{side}.low"], row[f"{side}.high"]) for side in ("text", "seeds"))
+        said = "–" if not isinstance(ratio, float) else f"{100 * ratio:.0f} %"
+        measure = next(each for each in MEASURES if each.key == row["measure"])
+        what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
+        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], said, text, seeds, reason or ""))
+    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds", "")
+    return table(headings, cells, text=(1, 2), words=(6,))
+
+
+def _ends(low: object, high: object) -> str:
+    return f"{100 * low:.0f} to {100 * high:.0f}" if isinstance(low, float) and isinstance(high, float) else "–"

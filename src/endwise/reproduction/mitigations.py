@@ -1,0 +1,134 @@
+"""What a CE increase costs: the paper's three ways to train end to end for less, each as a curve.
+
+The ways are fewer training tokens, a smaller dictionary, and a start from a local SAE. Each variant is a short curve of
+runs; its CE increase is read off at one L0, the same for all variants, and never beyond what was measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from endwise.analysis.comparison import RunSummary, resampled
+from endwise.reproduction.costs import Cost, seconds_per_token
+from endwise.run_config import Kind, RunConfig
+from endwise.run_folder import RunFolder
+from endwise.statistics import InterpolationError, Interval, interpolate_at, percentile_interval
+
+Way = Literal["tokens", "dictionary", "start"]
+WAYS: dict[Way, str] = {"tokens": "training tokens", "dictionary": "dictionary size", "start": "start from local"}
+
+LEVELS = 200
+"""L0s that are looked at for the one that most variants cover."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one kind that differ in their sparsity coefficient only."""
+
+    kind: Kind
+    way: Way
+    label: str
+    """What it does otherwise: `0.5 × tokens`, `3 features per dimension`."""
+    runs: tuple[RunSummary, ...]
+    started: bool
+    """From a local SAE."""
+    tokens: int
+    """Training tokens of a run, the local phase it may have begun with counted."""
+    seconds: float
+    """What these take on the machine that the costs were measured on."""
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    variant: Variant
+    ce_increase: Interval | None
+    """Nats per token at the common L0, with a 95 % bootstrap interval over held-out sequences."""
+    reason: str | None
+    """Why there is none."""
+
+    def to_row(self) -> dict[str, Any]:
+        variant, ce = self.variant, self.ce_increase
+        return {
+            "kind": variant.kind,
+            "way": WAYS[variant.way],
+            "variant": variant.label,
+            "training_tokens": variant.tokens,
+            "ce_increase": None if ce is None else ce.estimate,
+            "ce_increase.low": None if ce is None else ce.low,
+            "ce_increase.high": None if ce is None else ce.high,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Mitigations:
+    l0: float
+    """Features per token at which the CE increases are compared."""
+    points: tuple[CostPoint, ...]
+
+    def of(self, kind: Kind, way: Way) -> list[CostPoint]:
+        """In order of their cost."""
+        chosen = [point for point in self.points if (point.variant.kind, point.variant.way) == (kind, way)]
+        return sorted(chosen, key=lambda point: point.variant.tokens * 1e6 + point.variant.seconds)
+
+    def cheapest(self, kind: Kind, at_most: float) -> CostPoint | None:
+        """The variant that takes the fewest seconds of those whose CE increase is at most so large."""
+        good = [
+            p for p in self.points if p.variant.kind == kind and p.ce_increase and p.ce_increase.estimate <= at_most
+        ]
+        return min(good, key=lambda point: point.variant.seconds, default=None)
+
+
+def mitigations(variants: Sequence[Variant], resamples: int, seed: int) -> Mitigations | None:
+    """The variants at the L0 that most of them cover; None if no variant has a curve."""
+    level = common_l0(variants)
+    if level is None:
+        return None
+    return Mitigations(level, tuple(_point(variant, level, resamples, seed) for variant in variants))
+
+
+def common_l0(variants: Sequence[Variant]) -> float | None:
+    """The middle of the L0s that most variants cover."""
+    spans = [(min(run.l0 for run in v.runs), max(run.l0 for run in v.runs)) for v in variants if len(v.runs) > 1]
+    if not spans:
+        return None
+    levels = np.geomspace(min(low for low, _ in spans), max(high for _, high in spans), LEVELS)
+    covered = np.array([sum(low <= level <= high for low, high in spans) for level in levels])
+    best = levels[covered == covered.max()]
+    return float(best[len(best) // 2])
+
+
+def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -> Interval:
+    """The CE increase of a curve at an L0 (log CE linear in L0 between runs), with its bootstrap interval.
+
+    Raises:
+        InterpolationError: the runs do not determine it.
+    """
+    estimate = float(interpolate_at([run.l0 for run in runs], [run.ce_increase for run in runs], l0))
+    drawn = [resampled(run, {"l0", "ce_increase"}, resamples, seed) for run in runs]
+    draws = np.full(resamples, np.nan)
+    for index in range(resamples):
+        x, y = ([each[name][index] for each in drawn] for name in ("l0", "ce_increase"))
+        try:
+            draws[index] = interpolate_at(x, y, l0)
+        except InterpolationError:
+            continue
+    return percentile_interval(draws, estimate)
+
+
+def _point(variant: Variant, l0: float, resamples: int, seed: int) -> CostPoint:
+    try:
+        return CostPoint(variant, ce_at_l0(variant.runs, l0, resamples, seed), None)
+    except InterpolationError as error:
+        return CostPoint(variant, None, str(error))
+
+
+def total_cost(config: RunConfig, costs: list[Cost]) -> tuple[int, float]:
+    """Training tokens and seconds of a run, and of those that it started from."""
+    tokens, seconds = config.training.tokens, config.training.tokens * seconds_per_token(costs, config)
+    if config.init_from is not None and (start := RunFolder(config.init_from)).has_run():
+        before = total_cost(start.config(), costs)
+        return tokens + before[0], seconds + before[1]
+    return tokens, seconds

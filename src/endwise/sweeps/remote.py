@@ -1,0 +1,180 @@
+"""What engines with workers elsewhere share: who carries out what, what is given out again, how all is stopped."""
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from endwise.errors import ConfigError, EndwiseError, Interrupted
+from endwise.run_config import RunConfig
+from endwise.stopping import polite_stop
+from endwise.sweeps.tasks import Outcome, Task, folder_of, is_finished
+from endwise.sweeps.workers import failed
+
+VISIBLE_SECONDS = 60.0
+"""How long a file that another machine wrote may take to be seen here: what NFS keeps in mind by default."""
+
+
+class Lost(Exception):
+    """A worker has ended without a result; the text says what is known of it."""
+
+
+class Refused(ConfigError):
+    """A task was not taken."""
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A task, and how often its worker may still be lost."""
+
+    task: Task
+    losses_left: int
+
+
+class Remote(ABC):
+    """An engine whose tasks are carried out by other processes, as jobs of a scheduler.
+
+    What a worker has done lies in the run folders, so the task of one that was lost is simply given out again.
+
+    Args:
+        retries: how often, for each task.
+        at_once: most jobs that the scheduler is given at a time; None: all.
+    """
+
+    def __init__(self, retries: int, at_once: int | None = None) -> None:
+        self._retries, self._at_once = retries, at_once
+        self._waiting: deque[Errand] = deque()
+        self._given: dict[Any, Errand] = {}
+        self._full = False
+        """The scheduler refused a job, and none has ended since."""
+
+    @abstractmethod
+    def _submit(self, task: Task) -> Any:
+        """Gives a task to the scheduler; its job, which can be hashed.
+
+        Raises:
+            Refused: the scheduler does not take it.
+        """
+
+    @abstractmethod
+    def _ended(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """Those that have ended, after waiting for about a second."""
+
+    @abstractmethod
+    def _result(self, job: Any, task: Task) -> list[Outcome] | None:
+        """Of a job that has ended; None: it was told to stop.
+
+        Raises:
+            Lost: it has left no result.
+        """
+
+    @abstractmethod
+    def _ask_to_stop(self, jobs: Sequence[Any]) -> None:
+        """Has running jobs save and end, and takes back those that have not begun."""
+
+    @abstractmethod
+    def _kill(self, jobs: Sequence[Any]) -> None:
+        """Ends jobs at once."""
+
+    def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
+        """See `Engine`.
+
+        Raises:
+            Interrupted: the user asked to stop, and every worker has saved.
+            ConfigError: the scheduler takes none of the tasks.
+        """
+        self._waiting = deque(Errand(task, self._retries) for task in tasks)
+        with polite_stop() as stop_asked, self._killing():
+            while self._waiting or self._given:
+                self._give_out()
+                for job in self._ended(list(self._given)):
+                    errand, self._full = self._given.pop(job), False
+                    yield from self._outcomes(job, errand)
+                if stop_asked():
+                    self._stop()
+                    raise Interrupted(
+                        "Stopped as asked; what was in training is saved. The same command goes on from there."
+                    )
+
+    def close(self) -> None:
+        """Ends what is still being carried out (nothing, unless an error ended the sweep), and lets it save."""
+        with polite_stop(), self._killing():
+            self._stop()
+
+    def _give_out(self) -> None:
+        while self._waiting and not self._full and (self._at_once is None or len(self._given) < self._at_once):
+            errand = self._waiting.popleft()
+            try:
+                self._given[self._submit(errand.task)] = errand
+            except Refused:
+                if not self._given:
+                    raise
+                self._waiting.appendleft(errand)  # a limit on jobs, perhaps: it is asked again when one has ended
+                self._full = True
+
+    def _outcomes(self, job: Any, errand: Errand) -> Iterator[list[Outcome]]:
+        """What became of a task, unless it is given out again."""
+        try:
+            outcomes = self._result(job, errand.task)
+            if outcomes is None:
+                raise Lost("it was told to stop, though not by this sweep")
+        except Lost as error:
+            yield from self._again(errand, f"{error}")
+        else:
+            yield [_seen(outcome, config) for outcome, config in zip(outcomes, errand.task, strict=True)]
+
+    def _again(self, errand: Errand, told: str) -> Iterator[list[Outcome]]:
+        """Gives out once more what lost its worker; a group that it happens to each time, one run at a time."""
+        task = errand.task
+        if errand.losses_left:
+            self._waiting.appendleft(Errand(task, errand.losses_left - 1))
+        elif len(task) > 1:
+            self._waiting.extendleft(Errand((config,), 0) for config in reversed(task))
+        else:
+            yield failed(task, f"Every worker that it was given to was lost, the last one so: {told}")
+
+    def _stop(self) -> None:
+        """Returns when no job is left."""
+        self._waiting.clear()
+        if self._given:
+            self._ask_to_stop(list(self._given))
+        while self._given:
+            for job in self._ended(list(self._given)):
+                del self._given[job]
+
+    @contextmanager
+    def _killing(self) -> Iterator[None]:
+        """A second Ctrl-C waits for nothing."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._waiting.clear()
+            self._kill(list(self._given))
+            self._given.clear()
+            raise
+
+
+def _seen(outcome: Outcome, config: RunConfig) -> Outcome:
+    """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would be
+    finished again, and so without end.
+    """
+    if outcome.error is not None:
+        return Outcome(folder_of(config), outcome.error)
+    give_up = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        try:
+            if is_finished(config):
+                return Outcome(folder_of(config))
+        except EndwiseError:
+            pass
+        if time.monotonic() >= give_up:
+            break
+        time.sleep(1)
+    return Outcome(
+        folder_of(config),
+        f"A worker has finished it, but {folder_of(config)} does not show that here. Give the sweep an `out` on a disk "
+        "that this machine and all workers share.",
+    )

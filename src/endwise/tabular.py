@@ -1,0 +1,34 @@
+"""Tables on the disk: rows as parquet and CSV."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from endwise.files import replacing, write_atomic
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`<path>.parquet` and `<path>.csv`; a row without a column has nothing there.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    table = as_table(rows)
+    with replacing(path.with_name(f"{path.name}.parquet")) as partial:
+        parquet.write_table(table, partial)
+    write_atomic(path.with_name(f"{path.name}.csv"), as_csv(table))
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def as_csv(table: pa.Table) -> bytes:
+    text = io.BytesIO()
+    csv.write_csv(table, text, csv.WriteOptions(quoting_style="needed"))
+    return text.getvalue()

@@ -1,0 +1,105 @@
+"""Small sweeps for the tests of engines, and what is done to their workers while they train."""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from endwise.run_folder import RunFolder
+from endwise.sweeps import SweepConfig
+from small_gpt2 import data, recipe
+
+PATIENCE = 120
+FILES = ("metrics.jsonl", "evaluation.json", "evaluation_sums.safetensors")
+PAIR = {"objective.kind": "e2e", "objective.sparsity.coefficient": [0.1, 0.3], "training.checkpoint_every": 10}
+"""Two runs in one pass."""
+LOCAL = {"objective.kind": "local"}
+"""A run that saves nothing before its end, unless it is told to stop."""
+
+
+def a_sweep(made, out, *grids, engine="in_process", **settings):
+    """Of runs of 200 steps on the model and the tokens in `made`."""
+    values = recipe(Path("unused"), tokens=6400, log_every=5).model_dump(mode="json", exclude={"out"})
+    values["model"] |= {"name": str(made / "model"), "device": "cpu"}
+    values["data"] = data(made).model_dump(mode="json") | {"epochs": 20}
+    return SweepConfig.build({"recipe": values, "grids": grids, "engine": engine, "out": out, **settings})
+
+
+def contents(out):
+    """What the runs of a sweep ended as, bit by bit, by the name of each; wall-clock is no part of it."""
+    runs = sorted((out / "runs").iterdir())
+    return {run.name: {name: (run / name).read_bytes() for name in FILES} | weights(run) for run in runs}
+
+
+def weights(run):
+    return {
+        name: tensor.numpy().tobytes() for name, tensor in load_file(run / "sae" / "sae_weights.safetensors").items()
+    }
+
+
+def timings(run):
+    file = run / "timings.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def trainer(run):
+    """The process that trains in a run folder, which is the one that holds its lock."""
+    lock = (run / ".lock").resolve()
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if opened.readlink() == lock:
+                return int(opened.parts[2])
+    return None
+
+
+class Disturbed:
+    """A run to whose process something is done in its midst."""
+
+    def __init__(self, out, kind, act):
+        self._out, self._kind, self._act = out, kind, act
+        self._error = None
+        self._before = []
+        self.run = None
+        self.thread = threading.Thread(target=self._wait_and_act)
+
+    def _wait_and_act(self):
+        deadline = time.monotonic() + PATIENCE
+        process = None
+        try:
+            while self.run is None or process is None or not self._is_midway():
+                assert time.monotonic() < deadline, f"no {self._kind} run of {self._out} came midway"
+                time.sleep(0.01)
+                self.run = next((self._out / "runs").glob(f"{self._kind}-*"), None)
+                process = process or (self.run and trainer(self.run))
+            # Of the two runs in a pass one may have saved a step that the other has not: both have the one before.
+            steps = RunFolder(self.run).saved_steps()
+            self._before = [timing for timing in timings(self.run) if not steps or timing["step"] <= steps[0]]
+            self._act(process)
+        except BaseException as error:  # noqa: BLE001  It is raised where the test is.
+            self._error = error
+
+    def _is_midway(self):
+        return len(timings(self.run)) >= 5 and (self._kind == "local" or len(RunFolder(self.run).saved_steps()) == 2)
+
+    def check_went_on(self):
+        """What it had done before is part of what it ended as: two lives would differ in their wall-clock."""
+        if self._error is not None:
+            raise self._error
+        assert 2 <= len(self._before) < len(timings(self.run))
+        assert timings(self.run)[: len(self._before)] == self._before
+
+
+@contextmanager
+def disturbed(out, kind, act=lambda process: os.kill(process, signal.SIGKILL)):
+    """While the sweep within goes on, does something to the process that trains the first run of a kind."""
+    one = Disturbed(out, kind, act)
+    one.thread.start()
+    try:
+        yield one
+    finally:
+        one.thread.join()

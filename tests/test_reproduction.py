@@ -1,0 +1,229 @@
+"""A study: its recipes, its plan within a budget, its learning rates, and what its runs show."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from endwise.errors import ConfigError, EndwiseError
+from endwise.files import write_json
+from endwise.reproduction.costs import Cost, costs, seconds_per_token
+from endwise.reproduction.experiments import Experiments, inner, middle
+from endwise.reproduction.plan import EXPERIMENTS, parse_budget, plan
+from endwise.reproduction.runs import best_rates
+from endwise.reproduction.study_config import STUDIES, StudyConfig, find_study
+from endwise.sweeps.points import fingerprint
+from endwise.sweeps.tasks import MEASURED
+
+SHIPPED = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+SITE, OTHER = "blocks.3.hook_resid_pre", "blocks.4.hook_resid_pre"
+
+
+def study(**changes):
+    values = {
+        "recipe": {
+            "dictionary": {"ratio": 2},
+            "training": {"tokens": 2048, "batch": 2, "alive_window": 2048, "checkpoint_every": 2},
+            "evaluation": {"tokens": 2048, "during_training_tokens": 1024, "batch": 8},
+        },
+        "sites": {SITE: {}, OTHER: {"e2e_ds": {"downstream_mse": 0.5}}},
+        "kinds": {
+            "local": {"coefficients": [0.5, 1, 2], "learning_rates": [1e-2, 2e-2]},
+            "e2e": {"coefficients": [0.25, 0.5, 1], "learning_rates": [1e-2, 2e-2]},
+            "e2e_ds": {"coefficients": [1, 2, 4], "learning_rates": [1e-2, 2e-2], "downstream_mse": 1.0},
+        },
+        "seeds": 3,
+        "lengths": [0.5, 2],
+        "ratios": [4],
+        "starts": [0.5],
+        "least_tokens": 1024,
+        "cost_tokens": 2048,
+    }
+    return StudyConfig.build(values | changes)
+
+
+RATES = {"local": 1e-2, "e2e": 1e-2, "e2e_ds": 2e-2}
+
+
+@pytest.fixture
+def experiments(tmp_path):
+    return Experiments(study(), 2048, tmp_path / "runs")
+
+
+def test_the_studies_that_ship_are_whole(tmp_path):
+    assert SHIPPED == ["embedded", "gpt2-small", "tinystories-1m"]
+    for name in SHIPPED:
+        made = find_study(name)
+        of_study = Experiments(made, made.recipe["training"]["tokens"], tmp_path)
+        rates = {kind: middle(made.kind(kind, made.site).learning_rates) for kind in made.kinds}
+        folders = [recipe.out for recipes in EXPERIMENTS.values() for recipe in recipes(of_study, rates)]
+        assert len(set(folders)) > 40
+        grids = {made.kind(kind, made.site).learning_rates for kind in made.kinds}
+        assert len(grids) == 1, "learning rates are tuned alike"
+        assert all(len(made.kind(kind, site).coefficients) >= 5 for kind in made.kinds for site in made.sites)
+
+
+def test_the_embedded_study_meets_the_bar_of_the_headline():
+    made = find_study("embedded")
+    assert len(made.sites) >= 2 and made.seeds >= 3
+
+
+def test_curves_are_of_every_kind_site_and_coefficient(experiments):
+    recipes = experiments.curves(RATES)
+    got = {(r.objective.kind, r.site, r.objective.sparsity.coefficient) for r in recipes}
+    coefficients = {"local": (0.5, 1, 2), "e2e": (0.25, 0.5, 1), "e2e_ds": (1, 2, 4)}
+    assert got == {(k, site, c) for k, cs in coefficients.items() for site in (SITE, OTHER) for c in cs}
+    assert {r.training.learning_rate for r in recipes if r.objective.kind == "e2e_ds"} == {2e-2}
+    betas = {(r.site, r.objective.downstream_mse) for r in recipes if r.objective.kind == "e2e_ds"}
+    assert betas == {(SITE, 1.0), (OTHER, 0.5)}
+    assert all(r.objective.downstream_mse is None for r in recipes if r.objective.kind != "e2e_ds")
+
+
+def test_experiments_differ_from_the_curves_in_what_they_name(experiments):
+    def without(recipe, *keys):
+        content = json.loads(recipe.model_copy(update={"out": None}).model_dump_json())
+        for key in keys:
+            section = content
+            *path, last = key.split(".")
+            for part in path:
+                section = section[part]
+            del section[last]
+        return content
+
+    curves = [without(r, "seed", "training.tokens", "dictionary", "init_from") for r in experiments.curves(RATES)]
+    names = {"seeds": "seed", "lengths": "training.tokens", "sizes": "dictionary"}
+    for name, key in names.items():
+        for recipe in EXPERIMENTS[name](experiments, RATES):
+            assert without(recipe, "seed", "training.tokens", "dictionary", "init_from") in curves
+            own = experiments.curves(RATES)[0]
+            assert without(recipe, key) != without(recipe) and without(own, key) != without(own)
+    assert {r.seed for r in experiments.seeds(RATES)} == {1, 2}
+    assert {r.training.tokens for r in experiments.lengths(RATES)} == {1024, 4096}
+    assert {r.dictionary.ratio for r in experiments.sizes(RATES)} == {4}
+
+
+def test_starts_begin_with_a_local_run_of_the_curves(experiments):
+    local = {r.out for r in experiments.curves(RATES) if r.objective.kind == "local" and r.site == SITE}
+    starts = experiments.starts(RATES)
+    assert {r.init_from for r in starts} == local
+    assert {r.objective.kind for r in starts} == {"e2e", "e2e_ds"}
+
+
+def test_rates_of_the_middle_coefficient_are_runs_of_the_curves_too(experiments):
+    tuned = {fingerprint(r) for r in experiments.learning_rates()}
+    at_rate = {fingerprint(r) for r in experiments.curves(RATES) if r.site == SITE}
+    assert len(tuned) == 6 and len(tuned & at_rate) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((1.0,), (1.0,)), ((1.0, 2.0), (1.0, 2.0)), ((1.0, 2.0, 3.0, 4.0, 5.0), (2.0, 3.0, 4.0))]
+)
+def test_the_inner_part_is_the_middle_three(values, expected):
+    assert inner(values) == expected and middle(values) in inner(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": {"local": {"coefficients": [1], "learning_rates": [1e-3]}}}, "needs local"),
+        ({"recipe": {"site": SITE}}, "recipe.site is what the study varies"),
+        ({"sites": {}}, "sites"),
+        ({"ratios": [0]}, "greater than 0"),
+        ({"sits": 1}, "sites"),
+    ],
+)
+def test_a_study_that_breaks_a_rule_is_told_which(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        study(**changes)
+
+
+def test_an_unknown_study_is_told_which_ship():
+    with pytest.raises(ConfigError, match="embedded, gpt2-small, tinystories-1m"):
+        find_study("gpt3")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("20min", 1200)])
+def test_a_budget_reads_as_time(text, seconds):
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "-1h", "0h", "2 days", "1e3s"])
+def test_a_budget_that_reads_otherwise_is_refused(text):
+    with pytest.raises(ConfigError, match="reads 90s, 30m or 2h"):
+        parse_budget(text)
+
+
+KNOWN_COSTS = [
+    Cost(kind, site, ratio, seconds, 2048)
+    for (kind, seconds), (site, ratio) in itertools.product(
+        {"local": 1e-5, "e2e": 1e-4, "e2e_ds": 2e-4}.items(), [(SITE, None), (OTHER, None), (SITE, 4.0)]
+    )
+]
+
+
+def test_a_plan_fits_its_budget(experiments, tmp_path):
+    made = plan(experiments, KNOWN_COSTS, "10m", tmp_path / "plan.json")
+    assert made.left_out == ()
+    planned = replace(experiments, tokens=made.tokens)
+    recipes = {r.out: r for name in made.experiments for r in EXPERIMENTS[name](planned, RATES)}.values()
+    training = sum(seconds_per_token(KNOWN_COSTS, r) * r.training.tokens for r in recipes)
+    assert 0.8 * 600 < training < 600
+
+
+def test_a_small_budget_drops_the_last_experiments_first(experiments, tmp_path):
+    tokens = [plan(experiments, KNOWN_COSTS, budget, tmp_path / budget) for budget in ("1s", "4s", "8s", "20s", "60s")]
+    names = list(EXPERIMENTS)
+    for made in tokens:
+        assert made.experiments == tuple(names[: len(made.experiments)]) and made.tokens >= 1024
+        assert made.experiments + made.left_out == tuple(names)
+    assert [len(made.experiments) for made in tokens] == sorted(len(made.experiments) for made in tokens)
+    assert tokens[0].experiments == ("learning_rates", "curves") and tokens[-1].left_out == ()
+
+
+def test_a_plan_is_kept(experiments, tmp_path):
+    file = tmp_path / "plan.json"
+    made = plan(experiments, KNOWN_COSTS, "10m", file)
+    slower = [replace(cost, seconds_per_token=9 * cost.seconds_per_token) for cost in KNOWN_COSTS]
+    assert plan(experiments, slower, "10m", file) == made
+    with pytest.raises(ConfigError, match="the budget 10m"):
+        plan(experiments, KNOWN_COSTS, "20m", file)
+    with pytest.raises(ConfigError, match="another study"):
+        plan(replace(experiments, study=study(seeds=2)), KNOWN_COSTS, "10m", file)
+
+
+def test_costs_are_measured_once(experiments, tmp_path):
+    small = replace(experiments, study=study(sites={SITE: {}}, cost_tokens=1536, ratios=[2.5]))
+    measured = costs(small, tmp_path / "costs.json")
+    assert [(cost.kind, cost.ratio) for cost in measured] == [
+        (kind, ratio) for ratio in (None, 2.5) for kind in ("local", "e2e", "e2e_ds")
+    ]
+    assert all(cost.seconds_per_token > 0 for cost in measured)
+    assert costs(small, tmp_path / "costs.json") == measured
+
+
+def finished(recipe, l0, ce_increase):
+    """A folder that reads as a finished run's."""
+    folder = Path(recipe.out)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+    own = {"step": recipe.training.tokens}
+    cfg = {"d_in": 1, "d_sae": 1, "metadata": {"endwise": own, "context_size": 1}}
+    write_json(folder / "sae" / "cfg.json", cfg)
+    evaluation = dict.fromkeys(MEASURED, 0.0) | {"l0": l0, "ce_increase": ce_increase}
+    write_json(folder / "evaluation.json", {**evaluation, "intervals": {name: [0, 1] for name in MEASURED}})
+
+
+def test_the_best_rate_has_the_lowest_product_of_those_allowed(tmp_path):
+    rates = [1e-3, 2e-3, 4e-3, 8e-3]
+    kinds = {kind: {**study().kinds[kind].model_dump(), "learning_rates": rates} for kind in study().kinds}
+    made = study(kinds=kinds, highest_ce_increase=1.0)
+    measured = {1e-3: (100, 0.1), 2e-3: (50, 0.15), 4e-3: (37, 0.2), 8e-3: (2, 1.5)}
+    recipes = Experiments(made, 2048, tmp_path).learning_rates()
+    for recipe in recipes:
+        finished(recipe, *measured[recipe.training.learning_rate])
+    # The highest rate has the lowest product, but too large a CE increase; 7.4 and 7.5 are the same, so the smaller.
+    assert best_rates(made, recipes) == dict.fromkeys(study().kinds, 2e-3)
+    with pytest.raises(EndwiseError, match=r"between 0 and 0\.01"):
+        best_rates(study(kinds=kinds, highest_ce_increase=0.01), recipes)
