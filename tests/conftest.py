@@ -105,3 +105,15 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     small_model().model.save_pretrained(folder / "model")
     return write_tokens(folder)
+
+
+@pytest.fixture(scope="module")
+def models_outlined_once():
+    """What every sweep begins with, for modules whose sweeps are all of one model."""
+    from functools import cache
+
+    import endwise.sweeps.survey as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_outlined", cache(module._outlined))
+        yield

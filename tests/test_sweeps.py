@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-import endwise.sweeps.survey as survey_module
 import endwise.sweeps.tasks as tasks_module
 from endwise import RunConfig, SweepConfig, sweep, train
 from endwise.cli import app
@@ -37,6 +35,7 @@ from endwise.trainee import Trainee
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, complete, small_sweep
 
+pytestmark = pytest.mark.usefixtures("models_outlined_once")
 HERE = Path(__file__).parent
 PINNED = {
     "site": "blocks.6.hook_resid_pre",
@@ -45,14 +44,6 @@ PINNED = {
     "training": {"tokens": 409_600_000, "gradient_clip": 10, "learning_rate": 5e-4},
     "data": {"context": 1024},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _models_outlined_once():
-    """Nearly every test here begins with the same one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey_module, "_outlined", cache(survey_module._outlined))
-        yield
 
 
 def rows_of(table):
