@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.comparison import RunSummary, resampled
+from endwise.analysis.comparison import DEFINED_SHARE, RunSummary, resampled
 from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder
@@ -115,6 +115,9 @@ def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -
             draws[index] = interpolate_at(x, y, l0)
         except InterpolationError:
             continue
+    defined = float(np.mean(~np.isnan(draws)))
+    if defined < DEFINED_SHARE:
+        raise InterpolationError(f"only {100 * defined:.0f} % of the resamples determine the value at L0 {l0:.0f}")
     return percentile_interval(draws, estimate)
 
 

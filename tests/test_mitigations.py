@@ -1,0 +1,121 @@
+"""What a CE increase costs: hand-made curves whose values at one L0 are known."""
+
+import numpy as np
+import pytest
+
+from endwise.analysis.comparison import Ratio
+from endwise.reproduction.claims import below
+from endwise.reproduction.costs import Cost
+from endwise.reproduction.mitigations import Variant, ce_at_l0, common_l0, mitigations, total_cost
+from endwise.run_config import RunConfig
+from endwise.statistics import InterpolationError, resampling_weights
+from made_runs import make_run
+
+LOW, HIGH = (10.0, 0.8), (40.0, 0.2)
+"""L0 and CE increase of a curve's ends."""
+
+
+def curve(kind="e2e", factor=1.0, points=(LOW, HIGH)):
+    return tuple(make_run(kind, 1.0 + i, factor * ce, l0) for i, (l0, ce) in enumerate(points))
+
+
+def variant(runs, way="tokens", tokens=100, seconds=1.0, started=False):
+    return Variant(runs[0].kind, way, f"{tokens} tokens", tuple(runs), started, tokens, seconds)
+
+
+def test_the_logarithm_of_ce_is_linear_between_runs():
+    middle = ce_at_l0(curve(), 25.0, 200, 0)
+    assert middle.estimate == pytest.approx(np.sqrt(0.8 * 0.2))
+    assert middle.low < middle.estimate < middle.high
+
+
+def test_its_interval_is_that_of_each_resample_interpolated_anew():
+    runs, seed = curve(), 7
+    weights = resampling_weights(len(runs[0].sums["tokens"]), 100, seed)
+    draws = []
+    for row in weights:
+        ends = []
+        for run in runs:
+            l0 = row @ run.sums["l0"] / (row @ run.sums["tokens"])
+            ends.append((l0, np.log(row @ run.sums["ce_increase"] / (row @ run.sums["predictions"]))))
+        (x0, y0), (x1, y1) = sorted(ends)
+        draws.append(np.exp(y0 + (25.0 - x0) / (x1 - x0) * (y1 - y0)))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    found = ce_at_l0(runs, 25.0, 100, seed)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
+
+
+def test_nothing_is_read_off_beyond_the_runs_or_where_they_are_not_monotone():
+    with pytest.raises(InterpolationError, match="outside"):
+        ce_at_l0(curve(), 50.0, 50, 0)
+    with pytest.raises(InterpolationError, match="monotone"):
+        ce_at_l0(curve(points=(LOW, (20.0, 0.1), HIGH)), 15.0, 50, 0)
+
+
+def test_the_common_l0_is_covered_by_most_variants():
+    spans = [(10.0, 20.0), (15.0, 40.0), (16.0, 30.0), (100.0, 200.0)]
+    made = [variant(curve(points=((low, 0.8), (high, 0.2)))) for low, high in spans]
+    assert 16 <= common_l0(made) <= 20
+    assert common_l0([variant(curve(points=(LOW,)))]) is None
+
+
+def test_a_variant_beyond_the_common_l0_tells_why_it_has_no_value():
+    near = [variant(curve(factor=factor), tokens=tokens) for factor, tokens in ((1.0, 100), (0.5, 200))]
+    far = variant(curve(points=((100.0, 0.3), (200.0, 0.1))), tokens=400)
+    found = mitigations([*near, far], 50, 0)
+    first, second, last = found.of("e2e", "tokens")
+    assert second.ce_increase.estimate == pytest.approx(first.ce_increase.estimate / 2)
+    assert last.ce_increase is None and "outside" in last.reason
+    assert last.to_row()["ce_increase"] is None and first.to_row()["training_tokens"] == 100
+
+
+def test_the_cheapest_is_the_fastest_of_those_good_enough():
+    quick, slow, worse = (
+        variant(curve(factor=factor), tokens=100 + i, seconds=seconds)
+        for i, (factor, seconds) in enumerate(((0.5, 3.0), (0.4, 9.0), (1.0, 1.0)))
+    )
+    found = mitigations([quick, slow, worse], 50, 0)
+    level = ce_at_l0(quick.runs, found.l0, 50, 0).estimate
+    assert found.cheapest("e2e", level * 1.01).variant == quick
+    assert found.cheapest("e2e", level * 0.9).variant == slow
+    assert found.cheapest("e2e", 0.0) is None
+
+
+def test_the_local_phase_before_an_end_to_end_one_is_counted(tmp_path):
+    costs = [
+        Cost("local", "blocks.3.hook_resid_pre", None, 1.0, 1),
+        Cost("e2e", "blocks.3.hook_resid_pre", None, 10.0, 1),
+    ]
+    values = {
+        "site": "blocks.3.hook_resid_pre",
+        "dictionary": {"ratio": 2},
+        "objective": {"kind": "local", "sparsity": {"coefficient": 1.0}},
+        "training": {"tokens": 1000},
+    }
+    local = RunConfig.build(values)
+    (tmp_path / "config.yaml").write_text(local.to_yaml())
+    later = {"objective": {"kind": "e2e", "sparsity": {"coefficient": 1.0}}, "training": {"tokens": 300}}
+    assert total_cost(local, costs) == (1000, 1000.0)
+    assert total_cost(RunConfig.build(values | later), costs) == (300, 3000.0)
+    assert total_cost(RunConfig.build(values | later | {"init_from": str(tmp_path)}), costs) == (1300, 4000.0)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "verdict"),
+    [
+        ([(0.4, 0.6), (0.8, 0.99)], "shown"),
+        ([(0.4, 0.6), (0.8, 1.01)], "not shown"),
+        ([None, (0.8, 0.9)], "shown"),
+        ([None, None], "not testable here"),
+    ],
+)
+def test_a_claim_of_less_is_shown_by_whole_intervals(intervals, verdict):
+    ratios = [Ratio(None, reason="no") if ends is None else Ratio(0.9, interval=ends) for ends in intervals]
+    assert below(ratios, 1.0) == verdict
+
+
+def test_the_wider_interval_judges():
+    narrow, wide = (0.8, 0.9), (0.7, 1.1)
+    assert below([Ratio(0.85, interval=narrow, over_seeds=wide)], 1.0) == "not shown"
+    assert below([Ratio(0.85, interval=wide, over_seeds=narrow)], 1.0) == "not shown"
+    assert below([Ratio(0.85, interval=narrow, over_seeds=(0.84, 0.86))], 1.0) == "shown"
