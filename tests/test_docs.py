@@ -14,8 +14,10 @@ import yaml
 
 import endwise
 from endwise.cli import app
-from endwise.recipes import find_recipe
+from endwise.recipes import find_recipe, find_sweep
 from endwise.run_config import RunConfig
+from endwise.sweeps import SweepConfig
+from endwise.sweeps.points import points_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,8 +63,12 @@ def test_readme_has_a_python_example():
 
 
 @pytest.mark.parametrize("example", examples("yaml"), ids=str)
-def test_recipes_are_valid(example):
-    RunConfig.build(yaml.safe_load(example.text), source=str(example))
+def test_recipes_and_sweeps_are_valid(example):
+    values = yaml.safe_load(example.text)
+    if "grids" in values:
+        points_of(SweepConfig.build(values, source=str(example)))
+    else:
+        RunConfig.build(values, source=str(example))
 
 
 def commands() -> list[tuple[str, str]]:
@@ -82,8 +88,9 @@ def test_commands_exist(page, line):
     assert command is not None, f"{page}: there is no command {words[0]}"
     options = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
     assert {word for word in words if word.startswith("--")} <= options, f"{page}: {line}"
-    if words[0] == "train" and words[1:] and re.fullmatch(r"[a-z0-9][a-z0-9_-]+", words[1]):
-        find_recipe(words[1])
+    find = {"train": find_recipe, "sweep": find_sweep}.get(words[0])
+    if find is not None and words[1:] and re.fullmatch(r"[a-z0-9][a-z0-9_-]+", words[1]):
+        find(words[1])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,7 +1,8 @@
-"""Writes docs/configuration.md from the recipe's own definitions: `python tools/config_reference.py`.
+"""Writes docs/configuration.md from the definitions of recipes and sweeps: `python tools/config_reference.py`.
 
-Keys, types, rules and defaults come from the pydantic models of `endwise.run_config`; their meaning from the strings
-that stand under the fields there. With `--check` nothing is written, and the exit code is 1 where the page is stale.
+Keys, types, rules and defaults come from the pydantic models of `endwise.run_config` and
+`endwise.sweeps.sweep_config`; their meaning from the strings that stand under the fields there. With `--check` nothing
+is written, and the exit code is 1 where the page is stale.
 """
 
 import argparse
@@ -20,14 +21,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from endwise.config import Config
-from endwise.recipes import find_recipe, recipe_names
+from endwise.recipes import find_recipe, find_sweep, recipe_names, sweep_names
 from endwise.run_config import RunConfig
+from endwise.sweeps.sweep_config import SweepConfig, Target
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEADING = """\
 # Configuration
 
-<!-- Written by tools/config_reference.py from src/endwise/run_config.py; edit there, then run `make docs`. -->
+<!-- Written by tools/config_reference.py from src/endwise/run_config.py and src/endwise/sweeps/sweep_config.py; edit
+there, then run `make docs`. -->
 
 A recipe is a YAML file with the keys below; `endwise train` takes its path, or the name of one that ships, and then any
 number of changes:
@@ -57,19 +60,33 @@ line that names the key, the value and the remedy. So are a key that is there tw
 `config.yaml` is the recipe with every default filled in, and can be trained again with another `out`.
 """
 
-TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
+SWEEPS = """\
+## A sweep
+
+A sweep is a YAML file of its own, with the keys below; [sweeps](sweeps.md) says how to write one.
+"""
+
+TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", Any: "any value"}
 BOUNDS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
 
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEADING, *_sections(RunConfig, ""), _recipes()]
-    return "\n".join(parts)
+    recipes = _listed("Recipes", "train", {name: find_recipe(name) for name in recipe_names()})
+    sweeps = _listed("Sweeps", "sweep", {name: find_sweep(name) for name in sweep_names()})
+    keys_of_sweeps = (*_sections(SweepConfig, "", "### Its own keys", "###"), *_sections(Target, "", "### A target"))
+    return "\n".join(
+        [HEADING, *_sections(RunConfig, "", "## The recipe itself"), recipes, SWEEPS, *keys_of_sweeps, sweeps]
+    )
 
 
-def _sections(section: type[Config], prefix: str) -> Iterator[str]:
-    """A table for the section's own keys, then the sections inside it."""
-    meanings = _docstrings(section)
+def _sections(section: type[Config], prefix: str, title: str, inner_title: str = "##") -> Iterator[str]:
+    """A table for the section's own keys, then the sections inside it.
+
+    Args:
+        inner_title: what stands before the name of a section inside it.
+    """
+    meanings = {name: text for base in reversed(section.__mro__) for name, text in _docstrings(base).items()}
     rows, inner = [], []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
@@ -78,15 +95,16 @@ def _sections(section: type[Config], prefix: str) -> Iterator[str]:
         else:
             cells = (f"`{key}`", _kind(field), _default(field), meanings.get(name, ""))
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    title = f"## `{prefix.rstrip('.')}`" if prefix else "## The recipe itself"
     table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
     yield "\n".join([title, "", inspect.cleandoc(section.__doc__ or ""), "", *table, ""])
     for inner_section, inner_prefix in inner:
-        yield from _sections(inner_section, inner_prefix)
+        yield from _sections(inner_section, inner_prefix, f"{inner_title} `{inner_prefix.rstrip('.')}`", inner_title)
 
 
-def _docstrings(section: type[Config]) -> dict[str, str]:
-    """The string under each field of the class, on one line."""
+def _docstrings(section: type) -> dict[str, str]:
+    """The string under each field of the class, on one line; a class of another package has none."""
+    if not issubclass(section, Config):
+        return {}
     tree = ast.parse(inspect.getsource(section))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     found: dict[str, str] = {}
@@ -116,6 +134,8 @@ def _describe(annotation: Any, rules: list[Any]) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return f"list of {_describe(arguments[0], [])}s"
+    if origin is dict:
+        return "mapping"
     words = TYPES[annotation]
     return f"{words} {', '.join(_bound(rule) for rule in rules)}" if rules else words
 
@@ -126,19 +146,21 @@ def _bound(rule: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
         return "required"
-    if field.default is None:
+    if default is None:
         return "unset"
-    text = yaml.safe_dump(field.default).removesuffix("...\n").strip()
+    text = yaml.safe_dump(str(default) if isinstance(default, Path) else default).removesuffix("...\n").strip()
     return f"`{text}`"
 
 
-def _recipes() -> str:
-    lines = [f"- `{name}`: {_first_comment(find_recipe(name))}" for name in recipe_names()]
-    intro = "Trained by name, for example `endwise train {}`; a copy of the file is a good start for one's own."
-    names = recipe_names()
-    return "\n".join(["## Recipes that ship", "", intro.format(names[0] if names else "NAME"), "", *lines, ""])
+def _listed(what: str, command: str, files: dict[str, Path]) -> str:
+    """Files that ship, each with its first line."""
+    lines = [f"- `{name}`: {_first_comment(path)}" for name, path in files.items()]
+    first = next(iter(files), "NAME")
+    intro = f"Found by name, for example `endwise {command} {first}`; a copy of the file is a good start for one's own."
+    return "\n".join([f"## {what} that ship", "", intro, "", *lines, ""])
 
 
 def _first_comment(path: Path) -> str:

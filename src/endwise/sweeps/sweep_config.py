@@ -80,6 +80,7 @@ class SlurmConfig(Config):
     cluster: Literal["slurm", "local"] = "slurm"
     """`local` runs the jobs as processes of this machine, to try a sweep out."""
     partition: str | None = None
+    """Of the cluster; unset: its default one."""
     minutes: Positive = 240
     """Time limit of a job. One that comes near it saves, is queued again, and goes on from there."""
     save_seconds: Annotated[int, Field(gt=0, le=65535)] = 120
@@ -89,6 +90,7 @@ class SlurmConfig(Config):
     gpus: Annotated[int, Field(ge=0)] = 1
     """GPUs of a job."""
     memory_gb: Positive = 32
+    """Memory of a job."""
     at_once: Positive = 16
     """Jobs in the queue at a time."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
@@ -132,7 +134,7 @@ class SweepConfig(EngineConfig):
     ends as it would alone; memory grows with their number."""
     out: Path = Path("runs/sweep")
     """Folder of the sweep: its runs, and the table of them. Read from a file, a sweep without it goes to
-    runs/<the file's name>."""
+    `runs/<the file's name>`."""
 
 
 def read_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -93,7 +93,7 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _number(record: dict[str, Any] | None, key: str) -> int | float | None:
+def _number(record: dict[str, Any] | None, key: str) -> float | None:
     value = None if record is None else record.get(key)
     return float(value) if isinstance(value, int | float) else None
 
