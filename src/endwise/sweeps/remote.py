@@ -37,7 +37,8 @@ class Errand:
 class Remote(ABC):
     """An engine whose tasks are carried out by other processes, as jobs of a scheduler.
 
-    What a worker has done lies in the run folders, so the task of one that was lost is simply given out again.
+    What a worker has done lies in the run folders, so the task of one that was lost, or was told to stop in favour of
+    others, is simply given out again.
 
     Args:
         retries: how often, for each task.
@@ -119,10 +120,11 @@ class Remote(ABC):
         """What became of a task, unless it is given out again."""
         try:
             outcomes = self._result(job, errand.task)
-            if outcomes is None:
-                raise Lost("it was told to stop, though not by this sweep")
         except Lost as error:
             yield from self._again(errand, f"{error}")
+            return
+        if outcomes is None:  # for another's sake, by the scheduler: no fault of the task's
+            self._waiting.appendleft(errand)
         else:
             yield [_seen(outcome, config) for outcome, config in zip(outcomes, errand.task, strict=True)]
 
