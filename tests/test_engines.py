@@ -301,7 +301,8 @@ def ends_of(engine, tasks):
 
 def test_a_lost_task_is_given_out_again_as_often_as_said(tasks):
     preempted = None  # as often as it may be, it is no loss
-    ends = {("a",): [preempted, Lost("power"), preempted, Lost("power"), preempted, "done"], ("b",): [Lost("power")] * 3}
+    often = [preempted, Lost("power"), preempted, Lost("power"), preempted, "done"]
+    ends = {("a",): often, ("b",): [Lost("power")] * 3}
     engine = Scripted({**ends, ("c",): ["done"]}, retries=2)
     found = ends_of(engine, tasks("a", "b", "c"))
     assert found["a"] is None and found["c"] is None
