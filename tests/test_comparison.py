@@ -100,7 +100,7 @@ def test_seeds_of_one_coefficient_are_one_point():
     [
         (three_kinds(e2e=(0.4, 0.5, 0.6)), "no CE increase in common"),
         (three_kinds(e2e=(0.2,)), "at least two points"),
-        (three_kinds(local=()), "there are none"),
+        (three_kinds(local=()), "there are no runs of local"),
         ([*three_kinds(), make_run("e2e", 9, 0.2, 500.0)], "not strictly monotone"),
         ([*curve("local", 1, (0.1, 0.2)), make_run("e2e", 1, 0.1, 9), make_run("e2e", 2, 0.2, 10)], "rises with"),
     ],

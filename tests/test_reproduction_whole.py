@@ -107,7 +107,7 @@ def test_a_folder_holds_one_study(made, out):
 
 @pytest.mark.timeout(600)
 def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     command = [sys.executable, "-m", "endwise", "reproduce", "paper", "--model", "study.yaml", "--out", "again"]
     for moment in (3, 14, 25):  # runs: at the first checkpoints, and further on
         process = subprocess.Popen([*command, "--quiet"], cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -9,7 +9,7 @@ from endwise.report.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
 """One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
 MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 3))
+DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
 """By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100
 """A series of more marks than these has them small and pale."""
