@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.geometry import Geometry, geometry
     from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
@@ -57,6 +58,8 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "Geometry": "analysis.geometry",
+    "geometry": "analysis.geometry",
     "Pareto": "analysis.pareto",
     "pareto": "analysis.pareto",
     "Reproduced": "reproduction",
@@ -82,6 +85,7 @@ __all__ = [
     "EndwiseError",
     "Evaluation",
     "EvaluationConfig",
+    "Geometry",
     "LanguageModel",
     "Latents",
     "LocalMSE",
@@ -98,6 +102,7 @@ __all__ = [
     "SweepConfig",
     "corpora_for",
     "evaluate",
+    "geometry",
     "load_corpora",
     "load_model",
     "measure",

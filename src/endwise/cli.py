@@ -252,6 +252,43 @@ def pareto(
 
 @app.command()
 @_plainly
+def geometry(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN,RUN", help="Also compare these two; may be given several times."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
+    ] = 0.7,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
+    ] = "512MiB",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and geometry.html; unset: geometry/ beside the first."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
+    from endwise.analysis.geometry import geometry as compare
+    from endwise.errors import ConfigError
+    from endwise.machine import parse_size
+    from endwise.report import print_geometry, write_geometry
+
+    pairs = [tuple(text.split(",")) for text in pair or ()]
+    for each in pairs:
+        if len(each) != 2:
+            raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
+    say = None if quiet else lambda text: _say(text, err=True)
+    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=say)
+    print_geometry(found)
+    path = write_geometry(found, out or runs[0].parent / "geometry", threshold=threshold)
+    _say(f"The page, figures and tables: {path}")
+
+
+@app.command()
+@_plainly
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[

@@ -2,9 +2,8 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from endwise.analysis.claims import Claim, Verdict
 from endwise.analysis.comparison import LABELS, Ratio, layer_label, times
 from endwise.reproduction import paper
 from endwise.reproduction.findings import Findings
@@ -12,21 +11,9 @@ from endwise.reproduction.mitigations import CostPoint, Way
 from endwise.run_config import Kind
 from endwise.statistics import Interval
 
-Verdict = Literal["shown", "not shown", "not testable here"]
 END_TO_END: tuple[Kind, ...] = ("e2e", "e2e_ds")
 SAME = 1.02
 """Factor within which a CE increase counts as reached."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    claim: str
-    published: str
-    ours: str
-    """What was measured, with 95 % intervals; or why nothing was."""
-    verdict: Verdict
-    timed: bool = False
-    """It rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
 
 
 def claims(found: Findings) -> list[Claim]:

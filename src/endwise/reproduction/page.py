@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from endwise.analysis.claims import Claim
 from endwise.analysis.comparison import LABELS, RunSummary, layer_label
 from endwise.report.charts import Chart
+from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.pareto import ratio_table
 from endwise.report.shell import escape, page, table
 from endwise.reproduction import paper
-from endwise.reproduction.claims import Claim
 from endwise.reproduction.costs import as_rows
 from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 
@@ -17,7 +18,7 @@ from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
     sections = [
-        _section("verdicts", "What shows, and what does not", _claims(made)),
+        _section("verdicts", "What shows, and what does not", claim_list(made)),
         _section("tradeoff", "What a feature buys", _figures(charts["tradeoff"]) + ratio_table(ratio_rows(found))),
         _section("similar", "Runs at similar CE increase, and at similar L0", _similar(found)),
         _section("downstream", "What stays of the later layers", _figures(charts["downstream"])),
@@ -43,18 +44,6 @@ def _section(name: str, title: str, body: str) -> str:
 
 def _figures(charts: Iterable[Chart]) -> str:
     return "\n".join(map(div, charts))
-
-
-def _claims(made: Sequence[Claim]) -> str:
-    items = []
-    for claim in made:
-        ours = "<br>".join(escape(part) for part in claim.ours.split("; "))
-        items.append(
-            f'<li><p class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</p>'
-            f"<div><h3>{escape(claim.claim)}</h3>"
-            f'<p>{ours}</p><p class="note">Paper, GPT2-small: {escape(claim.published)}.</p></div></li>'
-        )
-    return f'<ul class="claims">{"".join(items)}</ul>'
 
 
 def _similar(found: Findings) -> str:
