@@ -17,6 +17,8 @@ _UNIT = 1e-4
 """By which a unit direction's norm may be off."""
 
 Directions = Float[Tensor, "n d_model"]
+Others = Float[Tensor, "m _"]
+"""Of the same width; others are refused in words."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def nearest_within(directions: Directions, *, k: int = 1, memory: int = MEMORY) 
     return best.result()
 
 
-def nearest_across(a: Directions, b: Directions, *, k: int = 1, memory: int = MEMORY) -> tuple[Nearest, Nearest]:
+def nearest_across(a: Directions, b: Others, *, k: int = 1, memory: int = MEMORY) -> tuple[Nearest, Nearest]:
     """For each of `a` the nearest of `b`, and for each of `b` the nearest of `a`, both from one product.
 
     Args: as for `nearest_within`.
@@ -93,7 +95,7 @@ def nearest_across(a: Directions, b: Directions, *, k: int = 1, memory: int = ME
 class _Best:
     """The k greatest of every row so far."""
 
-    def __init__(self, directions: Directions, k: int) -> None:
+    def __init__(self, directions: Tensor, k: int) -> None:
         shape, device = (len(directions), k), directions.device
         self.k = k
         self.cosine = torch.full(shape, -torch.inf, device=device)
@@ -121,7 +123,7 @@ def _side(memory: int) -> int:
     return max(1, min(SIDE, math.isqrt(memory // _PER_PAIR)))
 
 
-def _check(directions: Directions, k: int) -> None:
+def _check(directions: Tensor, k: int) -> None:
     if k < 1:
         raise ValueError(f"k must be 1 or more; given {k}.")
     norms = torch.linalg.vector_norm(directions, dim=1)

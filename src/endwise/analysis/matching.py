@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from endwise.analysis.cosines import Directions, Nearest, nearest_across
+from endwise.analysis.cosines import Directions, Nearest, Others, nearest_across
 
 EXACT = 4096
 CANDIDATES = 16
@@ -47,9 +47,7 @@ class Matching:
         return float((self.cosine >= threshold).mean())
 
 
-def match(
-    a: Directions, b: Directions, found: tuple[Nearest, Nearest] | None = None, *, exact: int = EXACT
-) -> Matching:
+def match(a: Directions, b: Others, found: tuple[Nearest, Nearest] | None = None, *, exact: int = EXACT) -> Matching:
     """
     Args:
         a, b: rows of unit length, float32.
