@@ -261,6 +261,9 @@ def geometry(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
     ] = 0.7,
+    umap: Annotated[
+        bool, typer.Option("--umap", help="Also lay the features out on a map (needs the extra umap).")
+    ] = False,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
     ] = "512MiB",
@@ -271,6 +274,7 @@ def geometry(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
+    from endwise.analysis.feature_map import feature_maps
     from endwise.analysis.geometry import geometry as compare
     from endwise.errors import ConfigError
     from endwise.machine import parse_size
@@ -283,7 +287,8 @@ def geometry(
     say = None if quiet else lambda text: _say(text, err=True)
     found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=say)
     print_geometry(found)
-    path = write_geometry(found, out or runs[0].parent / "geometry", threshold=threshold)
+    maps = feature_maps(found, say=say) if umap else None
+    path = write_geometry(found, out or runs[0].parent / "geometry", threshold=threshold, maps=maps)
     _say(f"The page, figures and tables: {path}")
 
 

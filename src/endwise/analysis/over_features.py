@@ -46,13 +46,14 @@ def resampled_quantiles(
     values: NDArray, shares: Sequence[float], generator: np.random.Generator, resamples: int = RESAMPLES
 ) -> Floats:
     """`np.quantile` of each resample, `[resamples, shares]`."""
-    ordered = np.sort(values.astype(np.float64))
+    order = np.argsort(values)
+    ordered = values[order].astype(np.float64)
     places = (len(ordered) - 1) * np.asarray(shares)
     lower = np.floor(places).astype(np.int64)
     upper, weight = np.minimum(lower + 1, len(ordered) - 1), places - lower
     draws = []
     for drawn in counts(len(ordered), generator, resamples):
-        for row in np.cumsum(drawn, axis=1):  # how many of the resample are at most the value there
+        for row in np.cumsum(drawn[:, order], axis=1):  # how many of the resample are at most the value there
             low, high = (ordered[np.searchsorted(row, place, side="right")] for place in (lower, upper))
             draws.append(low + weight * (high - low))
     return np.array(draws)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from endwise.analysis import geometry_tables as tables
 from endwise.analysis.comparison import LABELS
+from endwise.analysis.feature_map import FeatureMap
 from endwise.analysis.geometry import Geometry
 from endwise.analysis.geometry_claims import claims, signed
 from endwise.analysis.similarity import mean_of
@@ -19,7 +20,8 @@ from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report.charts import Chart
 from endwise.report.claims import claim_list
-from endwise.report.geometry_figures import chosen, histograms, threshold_curves, trade_offs
+from endwise.report.feature_map import write_feature_map
+from endwise.report.geometry_figures import chosen, kind_cosines, own_cosines, threshold_curves, trade_offs
 from endwise.report.interactive import div
 from endwise.report.printed import save
 from endwise.report.shell import escape, page, table
@@ -52,13 +54,16 @@ def print_geometry(found: Sequence[Geometry], console: Console | None = None) ->
             console.print(printable(f"• {claim.verdict}: {claim.claim} ({claim.ours})"), markup=False, highlight=False)
 
 
-def write_geometry(found: Sequence[Geometry], out: Path, *, threshold: float = THRESHOLD) -> Path:
+def write_geometry(
+    found: Sequence[Geometry], out: Path, *, threshold: float = THRESHOLD, maps: Mapping[int, FeatureMap] | None = None
+) -> Path:
     """Tables as CSV and parquet (`within`, `pairs`, `differences`, and `features` with every alive feature; with
     several seeds `seeds` and `recurrence`; where importance is known, `stable_function`), figures as PDF and PNG, and
     `geometry.html`, the page.
 
     Args:
         threshold: the cosine at which a feature counts as found again.
+        maps: by place in `found`, maps of their features, which become `map-<n>` and `map-<n>-regions`.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -73,7 +78,9 @@ def write_geometry(found: Sequence[Geometry], out: Path, *, threshold: float = T
         charts = _charts(one, number)
         for chart in charts:
             save(chart, out)
-        sections.append(_section(one, charts, rows))
+        drawn = (maps or {}).get(number - 1)
+        map_of_features = "" if drawn is None else write_feature_map(drawn, out, f"map-{number}")
+        sections.append(_section(one, charts, map_of_features, rows))
     path = out / "geometry.html"
     runs = sum(len(one.runs) for one in found)
     models = ", ".join(dict.fromkeys(one.setting.model for one in found))
@@ -100,18 +107,23 @@ def _rows(found: Geometry, threshold: float) -> dict[str, list[Row]]:
 
 
 def _charts(found: Geometry, number: int) -> list[Chart]:
-    charts = [histograms(found, f"cosines-{number}"), trade_offs(found, f"within-{number}")]
+    charts = [
+        own_cosines(found, f"cosines-{number}"),
+        kind_cosines(found, f"kinds-{number}"),
+        trade_offs(found, f"within-{number}"),
+    ]
     if (curves := threshold_curves(found, f"recurrence-{number}")) is not None:
         charts.append(curves)
     return [chart for chart in charts if any(panel.series for panel in chart.panels)]
 
 
-def _section(found: Geometry, charts: Sequence[Chart], rows: Mapping[str, list[Row]]) -> str:
+def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, rows: Mapping[str, list[Row]]) -> str:
     parts = [
         f'<h2>{escape(found.setting.site)}</h2><p class="lead">{escape(found.setting)}.</p>',
         claim_list(claims(found)),
         f'<p class="note">{escape(_INTERVALS)} {escape(chosen(found.similar))}</p>',
         *map(div, charts),
+        map_of_features,
         *(_table(title, rows[name], columns) for name, (title, columns) in _TABLES.items()),
     ]
     return f"<section>{''.join(parts)}</section>"

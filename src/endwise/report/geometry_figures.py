@@ -2,7 +2,7 @@
 (figure 7), and how much recurs over thresholds.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,34 +10,43 @@ from numpy.typing import NDArray
 from endwise.analysis.comparison import KINDS, LABELS, RunSummary
 from endwise.analysis.geometry import Geometry
 from endwise.analysis.geometry_tables import recurrences
-from endwise.analysis.similarity import across_kinds, across_seeds, mean_of, within
+from endwise.analysis.similarity import Measure, across_kinds, across_seeds, mean_of, within
 from endwise.analysis.stability import THRESHOLDS
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, value
 
-BINS = 50
-"""Of a histogram, from the lowest value or 0 to 1."""
+BINS = (10, 50)
+"""Fewest and most of a histogram; between them the square root of the number of features."""
 COSINE = Axis("greatest cosine")
 SHARE = Axis("share of alive features, %", from_zero=True)
 
 
-def histograms(found: Geometry, name: str) -> Chart:
-    """Figure 3: one panel each for within, across seeds, and towards each kind."""
-    panels = [
-        Panel("within the dictionary", COSINE, SHARE, _series((run, _within(found, run), "") for run in found.similar)),
-        Panel("across seeds", COSINE, SHARE, _series((run, _seeds(found, run), "") for run in found.seeded)),
-    ]
-    for to in found.similar:
-        others = [run for run in found.similar if run is not to]
-        of_others = _series((run, _kinds(found, run, to), "") for run in others)
-        panels.append(Panel(f"nearest in {LABELS[to.kind]}", COSINE, SHARE, of_others))
+def own_cosines(found: Geometry, name: str) -> Chart:
+    """Figure 3, left and middle: within a dictionary, and across seeds."""
+    parts = {
+        "within the dictionary": [(run, within(found, run)) for run in found.similar],
+        "across seeds": [(run, across_seeds(found, run)) for run in found.seeded],
+    }
     caption = (
-        "Alive features by the cosine of their decoder direction with the nearest other: of the same dictionary; of "
-        "the same kind's with another seed; of another kind's. "
-        f"{chosen(found.similar)}{chosen(found.seeded, 'across seeds: ') if found.seeded != found.similar else ''}"
+        "Alive features by the cosine of their decoder direction with the nearest other of the same dictionary; and "
+        f"with the nearest in a dictionary of another seed, mean over these. {chosen(found.similar)}"
     )
-    shown = tuple(panel for panel in panels if panel.series)
-    return Chart(name, "How near the nearest feature is", caption, shown)
+    if found.seeded and found.seeded != found.similar:
+        caption += chosen(found.seeded, "of several seeds ")
+    return Chart(name, "How near the nearest feature is", caption, _panels(parts))
+
+
+def kind_cosines(found: Geometry, name: str) -> Chart:
+    """Figure 3, right: between kinds."""
+    parts = {
+        f"nearest in {LABELS[to.kind]}": [(run, across_kinds(found, run, to)) for run in found.similar if run is not to]
+        for to in found.similar
+    }
+    caption = (
+        "Alive features by the cosine of their decoder direction with the nearest in another kind's dictionary. "
+        f"{chosen(found.similar)}"
+    )
+    return Chart(name, "How near the nearest feature of another kind is", caption, _panels(parts))
 
 
 def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
@@ -83,34 +92,31 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
     return Chart(name, "What another seed finds again", caption, (panel,))
 
 
-def _within(found: Geometry, run: RunSummary) -> NDArray | None:
-    measure = within(found, run)
-    return None if measure is None else measure.all_values
-
-
-def _seeds(found: Geometry, run: RunSummary) -> NDArray | None:
-    measure = across_seeds(found, run)
-    return None if measure is None else measure.all_values
-
-
-def _kinds(found: Geometry, run: RunSummary, to: RunSummary) -> NDArray | None:
-    measure = across_kinds(found, run, to)
-    return None if measure is None else measure.all_values
-
-
-def _series(measured: Iterable[tuple[RunSummary, NDArray | None, str]]) -> tuple[Series, ...]:
+def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, Measure | None]]]) -> tuple[Panel, ...]:
+    """Of each title a histogram of every measure that there is, all in the same bins."""
+    known = {title: [(run, of.all_values) for run, of in each if of is not None] for title, each in parts.items()}
+    sizes = [len(values) for each in known.values() for _, values in each]
+    if not sizes:
+        return ()
+    lowest = min(float(values.min()) for each in known.values() for _, values in each)
+    edges = np.linspace(min(0.0, lowest), 1.0, int(np.clip(np.sqrt(min(sizes)), *BINS)) + 1)
     return tuple(
-        Series(run.kind, tuple(_histogram(run, values)), label, marked=False)
-        for run, values, label in measured
-        if values is not None
+        Panel(title, COSINE, SHARE, tuple(Series(run.kind, _histogram(run, v, edges), marked=False) for run, v in each))
+        for title, each in known.items()
+        if each
     )
 
 
-def _histogram(run: RunSummary, values: NDArray) -> Iterator[Mark]:
-    shares, edges = np.histogram(values, bins=BINS, range=(min(0.0, float(values.min())), 1.0))
-    for share, low, high in zip(100 * shares / len(values), edges[:-1], edges[1:], strict=True):
-        words = f"{LABELS[run.kind]}\n{share:.1f} % from {low:.2f} to {high:.2f}"
-        yield Mark(float((low + high) / 2), float(share), words)
+def _histogram(run: RunSummary, values: NDArray, edges: NDArray) -> tuple[Mark, ...]:
+    shares = 100 * np.histogram(values, edges)[0] / len(values)
+    return tuple(
+        Mark(
+            float((low + high) / 2),
+            float(share),
+            f"{LABELS[run.kind]}\n{share:.1f} % from {low:.2f} to {high:.2f}",
+        )
+        for share, low, high in zip(shares, edges[:-1], edges[1:], strict=True)
+    )
 
 
 def _marks(found: Geometry, kind: str, metric: str) -> Iterator[Mark]:
