@@ -5,6 +5,7 @@ are descriptions of a picture: distances on it are not distances between directi
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -164,7 +165,7 @@ def region_rows(of: FeatureMap) -> list[dict[str, Any]]:
             row |= {f"{name}.features": count, f"{name}.share_of_region": count / max(1, inside.sum())}
             row[f"{name}.share_of_run"] = count / max(1, totals[number])
         row["density.median"] = float(np.median(of.density[inside])) if inside.any() else None
-        rows.append(row | ({} if of.tokens is None else {"tokens": " ".join(_common(of, inside))}))
+        rows.append(row | ({} if of.tokens is None else {"tokens": " ".join(_typical(of, inside))}))
     return rows
 
 
@@ -179,14 +180,13 @@ def run_names(runs: Sequence[RunSummary]) -> list[str]:
     ]
 
 
-def _common(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[str]:
-    """The tokens that most features of a region have among their top ones."""
+def _typical(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[str]:
+    """The tokens that more of a region's features have among their top ones than features of the whole map do."""
     assert of.tokens is not None
-    seen: dict[str, int] = {}
-    for index in np.flatnonzero(inside):
-        for token in of.tokens[index]:
-            seen[token] = seen.get(token, 0) + 1
-    return sorted(seen, key=lambda token: (-seen[token], token))[:count]
+    everywhere = Counter(token for tokens in of.tokens for token in set(tokens))
+    here = Counter(token for index in np.flatnonzero(inside) for token in set(of.tokens[index]))
+    share = inside.mean()
+    return sorted(here, key=lambda token: (share * everywhere[token] - here[token], token))[:count]
 
 
 def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int, FeatureMap]:

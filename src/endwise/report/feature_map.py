@@ -80,7 +80,7 @@ def _regions(of: FeatureMap) -> str:
         cells.append("–" if median is None else f"{100 * median:.3g} %")
         rows.append([*cells, row["tokens"]] if of.tokens is not None else cells)
     if of.tokens is not None:
-        headings.append("tokens that most of its features raise")
+        headings.append("tokens that its features raise more often than others")
     note = "" if of.regions <= LISTED else f'<p class="note">The {LISTED} largest of {of.regions} regions.</p>'
     of_map = escape(", ".join(names))
     return f"<h3>Regions of the map of {of_map}</h3>{table(headings, rows, words=(len(names) + 3,))}{note}"
