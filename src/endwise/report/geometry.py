@@ -124,7 +124,7 @@ def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, row
         f'<p class="note">{escape(_INTERVALS)} {escape(chosen(found.similar))}</p>',
         *map(div, charts),
         map_of_features,
-        *(_table(title, rows[name], columns) for name, (title, columns) in _TABLES.items()),
+        *(_table(title, rows[name], columns, text, words) for name, (title, columns, text, words) in _TABLES.items()),
     ]
     return f"<section>{''.join(parts)}</section>"
 
@@ -138,14 +138,15 @@ _INTERVALS = (
 
 Column = tuple[str, Any]
 """A heading, and what makes the cell of a row."""
+Ints = tuple[int, ...]
 
 
-def _table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
+def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], text: Ints, words: Ints) -> str:
     if not rows:
         return ""
     headings = [heading for heading, _ in columns]
     cells = [[make(row) for _, make in columns] for row in rows]
-    return f"<h3>{title}</h3>{table(headings, cells)}"
+    return f"<h3>{title}</h3>{table(headings, cells, text=text, words=words)}"
 
 
 def _mean(row: Row) -> str:
@@ -156,6 +157,10 @@ def _with_ends(row: Row, name: str, form: str = "{:.3f}") -> str:
     if row.get(name) is None:
         return "–"
     return f"{form} [{form}, {form}]".format(*(row[key] for key in (name, f"{name}.low", f"{name}.high")))
+
+
+def _number(row: Row, name: str) -> str:
+    return "–" if row.get(name) is None else f"{row[name]:.3f}"
 
 
 def _percents(row: Row, name: str) -> str:
@@ -182,9 +187,9 @@ _PAIRS: Sequence[Column] = (
     ("nearest in", lambda row: row["nearest_in.kind"]),
     ("", lambda row: row["relation"]),
     ("greatest cosine [95 %]", _mean),
-    ("median", lambda row: _with_ends(row, "q50")),
-    ("one to one", lambda row: f"{row['matched.mean']:.3f} of at most {row['matched.bound']:.3f}"),
-    ("matched above threshold", lambda row: f"{100 * row['matched.share']:.0f} %"),
+    ("median", lambda row: _number(row, "q50")),
+    ("one to one: mean (at most)", lambda row: f"{row['matched.mean']:.3f} ({row['matched.bound']:.3f})"),
+    ("of these above threshold", lambda row: f"{100 * row['matched.share']:.0f} %"),
 )
 _SEEDS: Sequence[Column] = (
     ("kind", lambda row: f"{row['kind']}, λ {row['coefficient']:g}"),
@@ -204,14 +209,15 @@ _WITHIN: Sequence[Column] = (
     ("alive", lambda row: f"{row['alive']:,}"),
     ("CE increase", lambda row: f"{row['ce_increase']:+.3f}"),
     ("mean [95 %]", _mean),
-    ("5 %", lambda row: _with_ends(row, "q05")),
-    ("median", lambda row: _with_ends(row, "q50")),
-    ("95 %", lambda row: _with_ends(row, "q95")),
+    ("5 % of features below", lambda row: _number(row, "q05")),
+    ("median", lambda row: _number(row, "q50")),
+    ("5 % above", lambda row: _number(row, "q95")),
 )
 _TABLES = {
-    "differences": ("Differences between kinds", _DIFFERENCES),
-    "pairs": ("Two dictionaries", _PAIRS),
-    "seeds": ("Seeds", _SEEDS),
-    "stable_function": ("What stable features carry", _FUNCTION),
-    "within": ("Within each dictionary", _WITHIN),
+    "differences": ("Differences between kinds", _DIFFERENCES, (1,), (5,)),
+    "pairs": ("Two dictionaries", _PAIRS, (1, 2), ()),
+    "seeds": ("Seeds", _SEEDS, (), ()),
+    "stable_function": ("What stable features carry", _FUNCTION, (), ()),
+    "within": ("Within each dictionary", _WITHIN, (), ()),
 }
+"""Title, columns, and which of these hold text, or many words."""

@@ -17,6 +17,8 @@ from endwise.report.pareto import AXIS, described, value
 
 BINS = (10, 50)
 """Fewest and most of a histogram; between them the square root of the number of features."""
+SIMILAR = 0.25
+"""CE increases further apart than this share of their mean are remarked on; the paper's are 2 to 30 % apart."""
 COSINE = Axis("greatest cosine")
 SHARE = Axis("share of alive features, %", from_zero=True)
 
@@ -56,7 +58,10 @@ def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
     listed = ", ".join(
         f"{LABELS[run.kind]} λ {run.coefficient:g} ({run.ce_increase:+.3f}, {run.alive:,} alive)" for run in runs
     )
-    return f"Runs {where}closest in CE increase: {listed}. "
+    increases = [run.ce_increase for run in runs]
+    spread = (max(increases) - min(increases)) / max(abs(float(np.mean(increases))), 1e-9)
+    warning = "" if spread <= SIMILAR else f"These differ by {100 * spread:.0f} %: part of a difference may be theirs. "
+    return f"Runs {where}closest in CE increase: {listed}. {warning}"
 
 
 def trade_offs(found: Geometry, name: str) -> Chart:
