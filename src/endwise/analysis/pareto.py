@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import Ratio, RunSummary, Summary, resampled, summarise
+from endwise.analysis.comparison import Summary, summarise
+from endwise.analysis.ratios import Ratio
+from endwise.analysis.run_summary import RunSummary, resampled
 from endwise.errors import RunFolderError
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds

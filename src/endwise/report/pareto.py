@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import KINDS, LABELS, MEASURES, NAMES, RunSummary, percent
 from endwise.analysis.pareto import AXES, Pareto, band, front, point_rows, ratio_rows
+from endwise.analysis.ratios import MEASURES, NAMES, percent
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series

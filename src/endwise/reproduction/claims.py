@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from endwise.analysis.comparison import LABELS, Ratio, layer_label, times
+from endwise.analysis.ratios import Ratio, times
+from endwise.analysis.run_summary import LABELS, layer_label
 from endwise.reproduction import paper
 from endwise.reproduction.findings import Findings
 from endwise.reproduction.mitigations import CostPoint, Way

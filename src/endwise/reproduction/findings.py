@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.comparison import KINDS, RunSummary, Summary, runs_at_similar, summarise
+from endwise.analysis.comparison import Summary, runs_at_similar, summarise
 from endwise.analysis.norms import Norms, norms
+from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.reproduction.experiments import inner
 from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.comparison import DEFINED_SHARE, RunSummary, resampled
+from endwise.analysis.ratios import DEFINED_SHARE
+from endwise.analysis.run_summary import RunSummary, resampled
 from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from endwise.analysis.comparison import LABELS, RunSummary, layer_label
+from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
 from endwise.report.charts import Chart
 from endwise.report.interactive import div
 from endwise.report.pareto import ratio_table

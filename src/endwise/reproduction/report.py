@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from endwise.analysis.comparison import RunSummary
+from endwise.analysis.run_summary import RunSummary
 from endwise.files import write_atomic
 from endwise.report.charts import Chart
 from endwise.report.pareto import pareto_chart

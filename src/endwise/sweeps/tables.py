@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import LABELS
+from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.run_config import RunConfig
