@@ -25,9 +25,12 @@ os.environ |= {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads)),
 }
 
+import light_checks  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+light_checks.install()
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.
