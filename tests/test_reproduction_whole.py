@@ -52,7 +52,7 @@ def tables(folder):
 
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
-    assert counts == {"learning_rates": 3, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
+    assert counts == {"learning_rates": 6, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
     assert made.runs.failures == {} and made.runs.plan.tokens == 2048
 
 
