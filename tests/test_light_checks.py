@@ -36,6 +36,8 @@ def test_axes_are_seen_wherever_they_stand(annotation):
     assert names_axes(annotation)
 
 
-@pytest.mark.parametrize("annotation", [None, int, str | None, Tensor, dict[str, Tensor], Callable[[int], str]], ids=str)
+@pytest.mark.parametrize(
+    "annotation", [None, int, str | None, Tensor, dict[str, Tensor], Callable[[int], str]], ids=str
+)
 def test_nothing_else_is_taken_for_axes(annotation):
     assert not names_axes(annotation)
