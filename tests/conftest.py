@@ -25,10 +25,11 @@ os.environ |= {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads)),
 }
 
-import light_checks  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+import light_checks  # noqa: E402
 
 light_checks.install()
 

@@ -1,8 +1,8 @@
 """The type checks that tests run under, at their least cost.
 
-jaxtyping binds every call's arguments and checks them twice, so that the axes of what goes in and comes out are compared.
-Of our functions few name axes. The others get the same type checker directly, which tells as much and takes a tenth of
-the time.
+jaxtyping binds the arguments of every call and checks them twice, so that the axes of what goes in and comes out are
+compared. Of our functions few name axes. The others get the same type checker directly, which tells as much and takes
+a tenth of the time.
 """
 
 import inspect
