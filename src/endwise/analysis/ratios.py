@@ -11,6 +11,7 @@ features, being counted over the whole text, is kept fixed in them. Where both k
 interval covers the seed: of one ratio a seed, Student's t on the logarithms.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,8 +187,26 @@ def downstream_ratio(run: RunSummary, reference: RunSummary, resamples: int, see
     pairs = [(run.downstream_mse[site], reference.downstream_mse[site]) for site in sites]
     if min(min(pair) for pair in pairs) <= 0:
         return Ratio(None, reason="a downstream MSE is zero")
+    return _ratio_of_runs(run, reference, pairs, {f"downstream_mse.{site}" for site in sites}, resamples, seed)
+
+
+def l0_ratio(run: RunSummary, reference: RunSummary, resamples: int, seed: int) -> Ratio:
+    """Run's L0 / the reference's."""
+    if min(run.l0, reference.l0) <= 0:
+        return Ratio(None, reason="an L0 is zero")
+    return _ratio_of_runs(run, reference, [(run.l0, reference.l0)], {"l0"}, resamples, seed)
+
+
+def _ratio_of_runs(
+    run: RunSummary,
+    reference: RunSummary,
+    pairs: Sequence[tuple[float, float]],
+    names: set[str],
+    resamples: int,
+    seed: int,
+) -> Ratio:
+    """Geometric mean of the pairs' ratios, with the interval of the metrics that they are of."""
     result = Ratio(float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))))
-    names = {f"downstream_mse.{site}" for site in sites}
     if reason := unpaired([run, reference], names):
         return replace(result, reason=reason)
     drawn, drawn_reference = (resampled(one, names, resamples, seed) for one in (run, reference))
@@ -224,7 +243,12 @@ class _Curve:
 def _curve(
     runs: Sequence[RunSummary], name: str, of: str, at: str, metric: Callable[[RunSummary, str], float]
 ) -> _Curve:
-    """One point per coefficient."""
+    """One point per coefficient, the mean of its seeds.
+
+    Raises:
+        InterpolationError: there are several runs of one coefficient and seed; or the points are no trade-off.
+    """
+    _check_one_each(runs, name)
     points: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
         points.setdefault(run.coefficient, []).append((metric(run, at), metric(run, of)))
@@ -236,6 +260,17 @@ def _curve(
     if y[-1] > y[0]:
         raise InterpolationError(f"{name}'s curve is no trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
     return _Curve(name, x, y)
+
+
+def _check_one_each(runs: Sequence[RunSummary], name: str) -> None:
+    """Runs that differ in more than their seed are no points of one curve, and have no mean."""
+    for (coefficient, seed), count in Counter((run.coefficient, run.seed) for run in runs).items():
+        if count > 1:
+            rates = sorted({run.learning_rate or 0.0 for run in runs if run.coefficient == coefficient})
+            which = f", of the learning rates {', '.join(f'{rate:g}' for rate in rates)}" if len(rates) > 1 else ""
+            raise InterpolationError(
+                f"{name} has {count} runs of λ {coefficient:g} and seed {seed}{which}; compare one of each at a time"
+            )
 
 
 def _common_range(curve: _Curve, other: _Curve, at: str) -> tuple[float, float]:

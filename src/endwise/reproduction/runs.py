@@ -12,7 +12,7 @@ from endwise.analysis.run_summary import RunSummary
 from endwise.errors import EndwiseError
 from endwise.reproduction.costs import Cost, costs
 from endwise.reproduction.experiments import Experiments, Rates
-from endwise.reproduction.plan import EXPERIMENTS, Plan, plan, study_tokens
+from endwise.reproduction.plan import EXPERIMENTS, Plan, parse_budget, plan, study_tokens
 from endwise.reproduction.study_config import StudyConfig
 from endwise.run_config import Kind, RunConfig
 from endwise.statistics import InterpolationError
@@ -55,6 +55,8 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
     console = Console(quiet=not display)
     experiments = Experiments(study, study_tokens(study), out / "runs")
     check(experiments)
+    if budget is not None:
+        parse_budget(budget)
     console.print("timing each kind of SAE")
     measured = costs(experiments, out / "costs.json")
     made = plan(experiments, measured, budget, out / "plan.json")
