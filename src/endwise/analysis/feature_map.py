@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import LABELS, RunSummary
 from endwise.analysis.geometry import Alive, Geometry, Said, alive
+from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.analysis.top_tokens import top_tokens
 from endwise.errors import ConfigError, ModelError
 from endwise.model_loading import load_model

@@ -20,10 +20,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from endwise.analysis.comparison import KINDS, RunSummary, runs_at_similar
+from endwise.analysis.comparison import runs_at_similar
 from endwise.analysis.cosines import MEMORY, Nearest, nearest_across, nearest_within
 from endwise.analysis.matching import CANDIDATES, Matching, match
-from endwise.analysis.pareto import Setting, runs_in
+from endwise.analysis.pareto import Setting, comparable
+from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
 from endwise.run_evaluation import read_firings
@@ -155,18 +156,11 @@ def geometry(
     asked = [(Path(a), Path(b)) for a, b in pairs]
     for path in (path for pair in asked for path in pair):
         RunFolder(path).check_exists()
-    listed = runs_in([*paths, *(path for pair in asked for path in pair)])
-    runs = {path: RunSummary.read(path) for path in listed}
-    wanted = [_checked(runs[a], runs[b]) for a, b in asked]
-    sets: dict[Setting, list[RunSummary]] = {}
-    for run in runs.values():
-        sets.setdefault(Setting.of(run), []).append(run)
-    ordered = sorted(sets, key=lambda each: (each.model, each.site, each.started, each.d_sae, each.tokens))
+    sets = comparable([*paths, *(path for pair in asked for path in pair)])
+    by_folder = {run.folder: run for runs in sets.values() for run in runs}
+    given = [_checked(by_folder[str(a)], by_folder[str(b)]) for a, b in asked]
     look = _Look(memory, say or (lambda _: None), importance or (lambda _: None))
-    return [
-        look.at(setting, sets[setting], [pair for pair in wanted if Setting.of(pair[0]) == setting])
-        for setting in ordered
-    ]
+    return [look.at(setting, runs, [pair for pair in given if pair[0] in runs]) for setting, runs in sets.items()]
 
 
 def alive(run: RunSummary) -> Alive:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from endwise.analysis.claims import Claim, Verdict
-from endwise.analysis.comparison import LABELS, RunSummary
 from endwise.analysis.geometry import Geometry
+from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.analysis.similarity import Difference, across_kinds, across_seeds, alive_of, difference, within
 
 PUBLISHED = {"e2e": "−0.166 [−0.168, −0.163] (layer 6)", "e2e_ds": "−0.040 [−0.043, −0.037] (layer 6)"}

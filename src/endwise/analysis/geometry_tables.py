@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import LABELS, RunSummary
 from endwise.analysis.geometry import Geometry, Pair, Similarity
 from endwise.analysis.geometry_claims import differences
+from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.analysis.similarity import QUANTILES, across_seeds, mean_of, quantiles, within
 from endwise.analysis.stability import THRESHOLD, THRESHOLDS, Recurrence, recurrence, stability, stable_functions
 from endwise.run_evaluation import read_firings

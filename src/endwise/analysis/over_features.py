@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from endwise.analysis.comparison import RunSummary
+from endwise.analysis.run_summary import RunSummary
 from endwise.seeds import numpy_stream
 
 RESAMPLES, SEED = 1000, 12345

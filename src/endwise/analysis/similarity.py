@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import RunSummary
 from endwise.analysis.geometry import Geometry, Similarity, at_common_seeds
 from endwise.analysis.over_features import RESAMPLES, resampled_means, resampled_quantiles, stream
+from endwise.analysis.run_summary import RunSummary
 from endwise.statistics import CONFIDENCE, LEAST_SEEDS, Interval, percentile_interval, student_t
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import RunSummary
 from endwise.analysis.geometry import Geometry, Importance
 from endwise.analysis.over_features import RESAMPLES, counts, resampled_means, resampled_spearman, spearman, stream
+from endwise.analysis.run_summary import RunSummary
 from endwise.statistics import Interval, percentile_interval
 
 THRESHOLD = 0.7

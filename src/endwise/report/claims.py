@@ -1,4 +1,4 @@
-"""Verdicts on the paper's claims, as a page shows them."""
+"""Claims with their verdicts, as part of a page."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from endwise.report.shell import escape
 
 
 def claim_list(claims: Iterable[Claim]) -> str:
-    """Each with its verdict, one's own numbers, and the published ones."""
+    """Each with its verdict, what was measured, and what the paper has."""
     items = []
     for claim in claims:
         ours = "<br>".join(escape(part) for part in claim.ours.split("; "))

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from endwise.analysis import geometry_tables as tables
-from endwise.analysis.comparison import LABELS
 from endwise.analysis.feature_map import FeatureMap
 from endwise.analysis.geometry import Geometry
 from endwise.analysis.geometry_claims import claims, signed
+from endwise.analysis.run_summary import LABELS
 from endwise.analysis.similarity import mean_of
 from endwise.analysis.stability import THRESHOLD
 from endwise.files import write_atomic

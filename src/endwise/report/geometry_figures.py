@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary
 from endwise.analysis.geometry import Geometry
 from endwise.analysis.geometry_tables import recurrences
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.analysis.similarity import Measure, across_kinds, across_seeds, mean_of, within
 from endwise.analysis.stability import THRESHOLDS
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series

@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from endwise.analysis.claims import Claim
-from endwise.analysis.comparison import LABELS, RunSummary, layer_label
+from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
 from endwise.report.charts import Chart
-from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.pareto import ratio_table
 from endwise.report.shell import escape, page, table
 from endwise.reproduction import paper
+from endwise.reproduction.claims import Claim
 from endwise.reproduction.costs import as_rows
 from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 
@@ -18,7 +17,7 @@ from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
     sections = [
-        _section("verdicts", "What shows, and what does not", claim_list(made)),
+        _section("verdicts", "What shows, and what does not", _claims(made)),
         _section("tradeoff", "What a feature buys", _figures(charts["tradeoff"]) + ratio_table(ratio_rows(found))),
         _section("similar", "Runs at similar CE increase, and at similar L0", _similar(found)),
         _section("downstream", "What stays of the later layers", _figures(charts["downstream"])),
@@ -44,6 +43,18 @@ def _section(name: str, title: str, body: str) -> str:
 
 def _figures(charts: Iterable[Chart]) -> str:
     return "\n".join(map(div, charts))
+
+
+def _claims(made: Sequence[Claim]) -> str:
+    items = []
+    for claim in made:
+        ours = "<br>".join(escape(part) for part in claim.ours.split("; "))
+        items.append(
+            f'<li><p class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</p>'
+            f"<div><h3>{escape(claim.claim)}</h3>"
+            f'<p>{ours}</p><p class="note">Paper, GPT2-small: {escape(claim.published)}.</p></div></li>'
+        )
+    return f'<ul class="claims">{"".join(items)}</ul>'
 
 
 def _similar(found: Findings) -> str:
@@ -97,7 +108,7 @@ def _costs(found: Findings) -> str:
             f"here, layer {layer_label(row['site'])}",
             LABELS[row["kind"]],
             "as in the study" if row["ratio"] is None else f"{row['ratio']:g} per dimension",
-            f"{1e6 * row['seconds_per_token']:.0f} µs per token",
+            _microseconds(row),
             f"{row['relative_to_local']:.2f}",
         )
         for row in as_rows(found.made.costs)
@@ -112,6 +123,12 @@ def _costs(found: Findings) -> str:
         table(("site", "kind", "dictionary", "training", "relative to local"), rows, text=(1, 2))
         + f'<p class="note">{note}</p>'
     )
+
+
+def _microseconds(row: Mapping[str, Any]) -> str:
+    low, high = row["low"], row["high"]
+    ends = "" if low is None or high is None else f" [{1e6 * low:.0f}, {1e6 * high:.0f}]"
+    return f"{1e6 * row['seconds_per_token']:.0f}{ends} µs per token"
 
 
 def _made(found: Findings, command: str) -> str:
