@@ -123,7 +123,8 @@ def _regions(places: NDArray[np.float32]) -> NDArray[np.int64]:
     from sklearn.cluster import HDBSCAN
 
     least = max(REGION_LEAST, round(REGION_SHARE * len(places)))
-    labels = HDBSCAN(min_cluster_size=least, copy=True).fit_predict(places)
+    settings: dict[str, Any] = {"copy": True}  # which some versions want said
+    labels = HDBSCAN(min_cluster_size=least, **settings).fit_predict(places)
     sizes = np.bincount(labels[labels >= 0], minlength=1)
     number = np.empty(len(sizes) + 1, dtype=np.int64)
     number[np.argsort(-sizes, kind="stable")] = np.arange(1, len(sizes) + 1)

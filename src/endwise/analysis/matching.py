@@ -86,8 +86,10 @@ def _best_of(rows: Indices, columns: Indices, values: Cosines, n_rows: int, n_co
     own = np.arange(n_rows)
     costs = np.concatenate([2.0 - values.astype(np.float64), np.full(n_rows, _ALONE)])
     ends = (np.concatenate([rows, own]), np.concatenate([columns, n_columns + own]))
-    number = csr_array((np.arange(1, len(costs) + 1), ends), shape=(n_rows, n_columns + n_rows))
-    graph = csr_array((costs[number.data - 1], number.indices, number.indptr), shape=number.shape)
-    matched = min_weight_full_bipartite_matching(graph)
-    pairs = np.asarray(number[matched[0], matched[1]]).ravel() - 1
-    return pairs[pairs < len(values)]
+    graph = csr_array((costs, ends), shape=(n_rows, n_columns + n_rows))
+    matched_rows, matched_columns = (each.astype(np.int64) for each in min_weight_full_bipartite_matching(graph))
+    partnered = matched_columns < n_columns
+    keys = rows * n_columns + columns
+    order = np.argsort(keys)
+    wanted = matched_rows[partnered] * n_columns + matched_columns[partnered]
+    return order[np.searchsorted(keys, wanted, sorter=order)]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from endwise.analysis.run_summary import RunSummary
 from endwise.seeds import numpy_stream
@@ -71,10 +70,10 @@ def resampled_spearman(x: NDArray, y: NDArray, generator: np.random.Generator, r
 
 
 def spearman(x: NDArray, y: NDArray) -> float:
-    """NaN where one does not vary."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(spearmanr(x, y).statistic)
+    """Spearman's correlation, ties by their mean rank; NaN where one does not vary."""
+    once = np.ones(len(x))
+    x, y = (_ranks(np.unique(values, return_inverse=True)[1], once) for values in (x, y))
+    return _weighted_correlation(x, y, once)
 
 
 def _ranks(groups: NDArray[np.int64], weights: Floats) -> Floats:

@@ -41,10 +41,8 @@ def map_chart(of: FeatureMap, name: str) -> Chart:
         label = f"λ {run.coefficient:g}, seed {run.seed}" if sum(run.kind == one.kind for one in of.runs) > 1 else ""
         marks = tuple(_marks(of, number, step))
         series.append(Series(run.kind, marks, label, joined=False, rank=rank))
-    notes = tuple(
-        Note(*map(float, np.median(of.places[of.region == region], axis=0)), str(region))
-        for region in range(1, of.regions + 1)
-    )
+    centres = [np.median(of.places[of.region == region], axis=0) for region in range(1, of.regions + 1)]
+    notes = tuple(Note(float(x), float(y), str(region)) for region, (x, y) in enumerate(centres, 1))
     every = "" if step == 1 else f" Every {step}. feature is shown; the table has all."
     caption = (
         "The alive features of all runs by their decoder directions: UMAP with the cosine distance, its seed fixed. "

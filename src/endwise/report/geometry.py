@@ -94,7 +94,7 @@ def write_geometry(
     return path
 
 
-def _rows(found: Geometry, threshold: float) -> dict[str, list[Row]]:
+def _rows(found: Geometry, threshold: float) -> dict[str, Sequence[Row]]:
     """By the name of the table."""
     return {
         "within": tables.within_rows(found),
@@ -117,7 +117,7 @@ def _charts(found: Geometry, number: int) -> list[Chart]:
     return [chart for chart in charts if any(panel.series for panel in chart.panels)]
 
 
-def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, rows: Mapping[str, list[Row]]) -> str:
+def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, rows: Mapping[str, Sequence[Row]]) -> str:
     parts = [
         f'<h2>{escape(found.setting.site)}</h2><p class="lead">{escape(found.setting)}.</p>',
         claim_list(claims(found)),
