@@ -1,0 +1,92 @@
+"""Exact ablation: what zeroing one feature in the spliced pass does to CE and KL.
+
+The test of the first-order estimate. A sequence in which the feature does not fire is not run: nothing changes there.
+Several features go through the tail together, each with the sequences in which it fires.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from endwise.dictionaries import SAE
+from endwise.features.importance import Ablations, Counts, FeatureImportance, Floats
+from endwise.features.spliced import SplicedBatch, microbatches
+from endwise.language_model import LanguageModel
+from endwise.seeds import numpy_stream
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Features to ablate: the first `by_rank` for their rank, the others at random."""
+
+    features: Counts
+    by_rank: int
+
+
+def choose(importance: FeatureImportance, count: int, seed: int) -> Sample:
+    """Half of the sample at ranks spread evenly on a logarithmic scale, from the first on; half at random from the
+    other features that fired. All of them, if there are no more than `count`.
+    """
+    ranked = importance.ranking()[: importance.alive]
+    count = min(count, len(ranked))
+    places: dict[int, None] = {}
+    for place in np.geomspace(1, max(1, len(ranked)), count - count // 2).round().astype(int) - 1 if count else ():
+        while int(place) in places and place + 1 < len(ranked):
+            place += 1
+        places[int(place)] = None
+    by_rank = ranked[list(places)]
+    others = np.setdiff1d(ranked, by_rank)
+    drawn = numpy_stream(seed, "features to ablate").choice(others, count - len(by_rank), replace=False)
+    return Sample(np.concatenate([by_rank, np.sort(drawn)]).astype(np.int64), len(by_rank))
+
+
+class AblationSums:
+    """Collects, batch after batch, what ablating each feature of a sample does."""
+
+    def __init__(self, sae: SAE, sample: Sample) -> None:
+        self.sample = sample
+        self._W_dec = sae.W_dec.detach()
+        self._rises: list[Floats] = []
+        """Per batch `[2 sample batch]`: rise of CE and KL, summed over each sequence; NaN where it does not fire."""
+        self._terms: list[Floats] = []
+        """Per batch `[2 batch]`: predictions and tokens."""
+
+    @torch.no_grad()
+    def add(self, model: LanguageModel, batch: SplicedBatch) -> None:
+        rises = np.full((2, len(self.sample.features), len(batch.mask)), np.nan)
+        jobs = [(f, s) for f, feature in enumerate(self.sample.features) for s in batch.fires_in(int(feature))]
+        for part in microbatches(len(jobs), batch.mask):
+            some = jobs[part]
+            columns, rows = (list(each) for each in zip(*some, strict=True))
+            features = torch.from_numpy(self.sample.features[columns]).to(self._W_dec.device)
+            removed = torch.stack([batch.latents.of(int(f))[s] for f, s in zip(features.tolist(), rows, strict=True)])
+            changed = batch.reconstruction[rows] - removed[..., None] * self._W_dec[features][:, None]
+            rises[:, columns, rows] = batch.rises(model, changed, rows)
+        self._rises.append(rises)
+        self._terms.append(np.stack([batch.whole.predicts.sum(1).cpu().numpy(), batch.mask.sum(1).cpu().numpy()]))
+
+    def result(self, importance: FeatureImportance) -> Ablations:
+        rises = np.concatenate([np.zeros((2, len(self.sample.features), 0)), *self._rises], axis=2)
+        terms = np.concatenate([np.zeros((2, 0)), *self._terms], axis=1)
+        chosen = self.sample.features
+        (ce, ce_se), (kl, kl_se) = (_ratio(np.nan_to_num(sums), n) for sums, n in zip(rises, terms, strict=True))
+        return Ablations(
+            features=chosen,
+            by_rank=np.arange(len(chosen)) < self.sample.by_rank,
+            ce=ce,
+            ce_se=ce_se,
+            kl=kl,
+            kl_se=kl_se,
+            sequences=(~np.isnan(rises[0])).sum(1),
+            estimated_ce=importance.ce_of_half(1)[chosen],
+            estimated_kl=importance.kl_of_half(1)[chosen],
+        )
+
+
+def _ratio(sums: Floats, terms: Floats) -> tuple[Floats, Floats]:
+    """Σ sums / Σ terms of each row, over sequences, and its standard error (see `attribution`)."""
+    sequences, total = len(terms), max(1.0, float(terms.sum()))
+    mean = sums.sum(1) / total
+    factor = sequences / (sequences - 1) if sequences > 1 else np.nan
+    return mean, np.sqrt(factor * np.square(sums - mean[:, None] * terms).sum(1)) / total
