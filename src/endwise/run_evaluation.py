@@ -174,9 +174,7 @@ def _evaluate_group(
         corpora = corpora or corpora_for(
             model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
         )
-        saes = {
-            str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()
-        }
+        saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
     try:
         measured = measure(model, saes, corpora.heldout, settings, world=world)
     except DataError as error:

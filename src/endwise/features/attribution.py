@@ -10,6 +10,7 @@ The clean pass stops at the site unless the KL is asked for; the backward pass c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def _sparse(
     ]
     ends = [*pairs.row_starts[:: mask.shape[1]].tolist(), len(pairs.rows)]
     found = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         features = pairs.features[start:end]
 
         def summed(numbers: Tensor, features: Tensor = features) -> Sums:
@@ -179,7 +180,7 @@ class Attribution:
 
     def result(self) -> FeatureImportance:
         ce = self._losses[0]
-        nothing = (np.full(self.sae.d_sae, np.nan),) * 3
+        nothing = [np.full(self.sae.d_sae, np.nan) for _ in range(3)]
         kl, kl_se, kl_absolute = self._losses[1].estimates() if self.kl else nothing
         firings, active = self._firings.cpu().numpy(), self._active.cpu().numpy()
         mean_active = np.divide(active, firings, out=np.full(len(firings), np.nan), where=firings > 0)
