@@ -1,0 +1,318 @@
+"""Which features matter, and on how few the model's behaviour rests: measured runs, compared kind by kind."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from endwise.analysis.comparison import KINDS, LABELS, RunSummary, runs_at_similar
+from endwise.analysis.concentration import (
+    CARRIED,
+    HALF,
+    carrying,
+    carrying_ratio,
+    correlation,
+    count_with,
+    half_ratio,
+    pearson,
+    share_draws,
+    shares,
+    spearman,
+)
+from endwise.analysis.pareto import Setting, runs_in
+from endwise.features.importance import Faithfulness, Measured
+from endwise.features.measuring import ABLATED, measure_importance
+from endwise.language_model import LanguageModel
+from endwise.statistics import LEAST_SEEDS, Interval, interval_over_seeds, percentile_interval
+from endwise.tokens import Corpora
+
+Verdict = Literal["shown", "not shown", "not testable"]
+FOLLOWS = 0.5
+"""Spearman's correlation with exact ablation above which the estimate counts as following it."""
+
+
+@dataclass(frozen=True)
+class ImportantRun:
+    """A run, and the importance of its features."""
+
+    summary: RunSummary
+    measured: Measured
+
+    @cached_property
+    def half(self) -> float:
+        """Features that hold half of Σ|ce|."""
+        return count_with(HALF, self.measured.importance.ce)
+
+    @cached_property
+    def carrying(self) -> Interval:
+        """Features that carry 90 % of what the SAE carries."""
+        return carrying(self.measured.faithfulness)
+
+    @cached_property
+    def share(self) -> float:
+        """Share of the model's behaviour that the whole SAE carries."""
+        return float(shares(self.measured.faithfulness, self.measured.faithfulness.ce)[-1])
+
+    def agreement(self, loss: Literal["ce", "kl"] = "ce", *, random_only: bool = False) -> dict[str, Interval | None]:
+        """Pearson's and Spearman's correlation between estimate and exact ablation, over the ablated features.
+
+        Args:
+            random_only: only those that were drawn at random, which stand for all alive features.
+        """
+        ablated = self.measured.ablations
+        kept = ~ablated.by_rank if random_only else np.ones(len(ablated.features), dtype=bool)
+        estimated, exact = (getattr(ablated, name)[kept] for name in (f"estimated_{loss}", loss))
+        if np.isnan(estimated).any():
+            return {"pearson": None, "spearman": None}
+        return {of.__name__: correlation(estimated, exact, of) for of in (pearson, spearman)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, and what the measurements say of it."""
+
+    claim: str
+    ours: str
+    """What was measured, with the 95 % interval; or why nothing was."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ImportanceStudy:
+    """The runs of one setting, compared."""
+
+    setting: Setting
+    runs: tuple[ImportantRun, ...]
+
+    @cached_property
+    def similar(self) -> tuple[ImportantRun, ...]:
+        """One run of each kind, those of the first seed whose CE increases are closest."""
+        return self._similar(min(run.summary.seed for run in self.runs))
+
+    def _similar(self, seed: int) -> tuple[ImportantRun, ...]:
+        by_folder = {run.summary.folder: run for run in self.runs if run.summary.seed == seed}
+        return tuple(
+            by_folder[each.folder]
+            for each in runs_at_similar([run.summary for run in by_folder.values()], "ce_increase")
+        )
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        kinds = [kind for kind in KINDS[1:] if any(run.summary.kind == kind for run in self.runs)]
+        compared = [finding for kind in kinds for finding in (self._carrying(kind), self._half(kind))]
+        return (*compared, *(_follows(run) for run in self.similar))
+
+    def _carrying(self, kind: str) -> Finding:
+        claim = f"{LABELS[kind]} needs fewer features than local to carry {CARRIED:.0%} of what its SAE carries"
+        pairs = self._pairs(kind)
+        ratios = [carrying_ratio(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs]
+        return _ratio_finding(claim, pairs, ratios, [f"{run.carrying.estimate:,.0f}" for run in _first(pairs)])
+
+    def _half(self, kind: str) -> Finding:
+        claim = f"Half of the importance lies in fewer features of {LABELS[kind]} than of local"
+        pairs = self._pairs(kind)
+        ratios = [half_ratio(one.measured.importance, local.measured.importance) for one, local in pairs]
+        return _ratio_finding(claim, pairs, ratios, [f"{run.half:,.0f}" for run in _first(pairs)])
+
+    def _pairs(self, kind: str) -> list[tuple[ImportantRun, ImportantRun]]:
+        """Of each seed that has both, a run of the kind and a local one, at similar CE increase."""
+        pairs = []
+        for seed in sorted({run.summary.seed for run in self.runs}):
+            of = {each: [r for r in self.runs if (r.summary.seed, r.summary.kind) == (seed, each)] for each in KINDS}
+            if of[kind] and of["local"]:
+                chosen = {run.summary.kind: run for run in self._similar(seed)}
+                pairs.append((chosen[kind], chosen["local"]))
+        return pairs
+
+
+def importance(
+    paths: Iterable[str | Path],
+    *,
+    tokens: int | None = None,
+    ablate: int = ABLATED,
+    kl: bool = False,
+    again: bool = False,
+    model: LanguageModel | None = None,
+    corpora: Corpora | None = None,
+    display: bool = False,
+) -> list[ImportanceStudy]:
+    """Measures what was not measured yet (`features.measuring.measure_importance`) and compares what can be compared.
+
+    Args:
+        paths: evaluated run folders, or folders that hold some at any depth (a sweep's).
+
+    Raises:
+        RunFolderError: there is no run, or one was not evaluated yet.
+        FormatError: what a run holds cannot be read.
+        ConfigError, DataError: see `measure_importance`.
+    """
+    folders = runs_in(paths)
+    summaries = [RunSummary.read(folder) for folder in folders]
+    measured = measure_importance(
+        folders, tokens=tokens, ablate=ablate, kl=kl, again=again, model=model, corpora=corpora, display=display
+    )
+    sets: dict[tuple[Setting, int, str], list[ImportantRun]] = {}
+    for folder, summary in zip(folders, summaries, strict=True):
+        settings = measured[folder].settings
+        same = (Setting.of(summary), int(settings["tokens"]), str(settings["heldout"]))
+        sets.setdefault(same, []).append(ImportantRun(summary, measured[folder]))
+    return [ImportanceStudy(same[0], _in_order(sets[same])) for same in sorted(sets, key=_place)]
+
+
+def _place(same: tuple[Setting, int, str]) -> tuple[str, str, bool, int, int, int]:
+    setting, tokens, _ = same
+    return setting.model, setting.site, setting.started, setting.d_sae, setting.tokens, tokens
+
+
+def _in_order(runs: Sequence[ImportantRun]) -> tuple[ImportantRun, ...]:
+    def place(run: ImportantRun) -> tuple[int, int, float]:
+        return KINDS.index(run.summary.kind), run.summary.seed, run.summary.coefficient
+
+    return tuple(sorted(runs, key=place))
+
+
+def _first(pairs: Sequence[tuple[ImportantRun, ImportantRun]]) -> tuple[ImportantRun, ...]:
+    return pairs[0] if pairs else ()
+
+
+def _ratio_finding(
+    claim: str,
+    pairs: Sequence[tuple[ImportantRun, ImportantRun]],
+    ratios: Sequence[Interval],
+    counts: Sequence[str],
+) -> Finding:
+    """Shown if the whole interval lies below 1; over seeds where there are enough, otherwise over held-out text."""
+    if not pairs:
+        return Finding(claim, "no seed has both kinds", "not testable")
+    if not all(np.isfinite([each.estimate for each in ratios])):
+        return Finding(claim, "an SAE carries nothing, or needs no feature for what it carries", "not testable")
+    one, local = (run.summary for run in pairs[0])
+    where = f"at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f}"
+    if len(ratios) >= LEAST_SEEDS:
+        ratio, over = interval_over_seeds([each.estimate for each in ratios]), f"over {len(ratios)} seeds"
+    else:
+        ratio, over = ratios[0], "over held-out text"
+    verdict: Verdict = "shown" if ratio.high < 1 else "not shown"
+    ends = f"[{100 * ratio.low:.0f}, {100 * ratio.high:.0f}]"
+    ours = f"{100 * ratio.estimate:.0f} % of local's {ends} {over}; {' against '.join(counts)} features, {where}"
+    return Finding(claim, ours + (f" (seed {one.seed})" if len(ratios) > 1 else ""), verdict)
+
+
+def _follows(run: ImportantRun) -> Finding:
+    kind = LABELS[run.summary.kind]
+    claim = f"The first-order estimate ranks {kind}'s features as exact ablation does (Spearman above {FOLLOWS:g})"
+    found = run.agreement()
+    rank, linear = found["spearman"], found["pearson"]
+    if rank is None or linear is None:
+        return Finding(claim, f"{len(run.measured.ablations.features)} features were ablated", "not testable")
+    ours = (
+        f"Spearman {rank.estimate:.2f} [{rank.low:.2f}, {rank.high:.2f}], Pearson {linear.estimate:.2f} "
+        f"[{linear.low:.2f}, {linear.high:.2f}] over {len(run.measured.ablations.features)} features, "
+        f"λ {run.summary.coefficient:g}"
+    )
+    return Finding(claim, ours, "shown" if rank.low > FOLLOWS else "not shown")
+
+
+def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+    """One row per run and feature; `rank` and `share` are by |ce|, and those that never fired have no rank."""
+    rows = []
+    for run in _runs(studies):
+        found = run.measured.importance
+        magnitudes = np.abs(found.ce)
+        total = magnitudes.sum() or 1.0
+        order = np.lexsort((-magnitudes, found.firings == 0))
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(1, len(order) + 1)
+        for f in range(len(places)):
+            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": f}
+            row |= {"firings": int(found.firings[f]), "density": found.firings[f] / found.tokens}
+            row |= {"mean_active": found.mean_active[f], "ce": found.ce[f], "ce.se": found.ce_se[f]}
+            row |= {"ce.absolute": found.ce_absolute[f], "kl": found.kl[f], "kl.se": found.kl_se[f]}
+            row |= {"kl.absolute": found.kl_absolute[f], "share": magnitudes[f] / total}
+            rows.append(_plain(row | {"rank": int(places[f]) if found.firings[f] else None}))
+    return rows
+
+
+def ablation_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+    """One row per run and ablated feature: what zeroing it does, and what was estimated on the same sequences."""
+    rows = []
+    for run in _runs(studies):
+        found = run.measured.ablations
+        for i, feature in enumerate(found.features):
+            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": int(feature)}
+            row |= {"chosen": "by rank" if found.by_rank[i] else "at random", "sequences": int(found.sequences[i])}
+            for loss in ("ce", "kl"):
+                row |= {loss: getattr(found, loss)[i], f"{loss}.se": getattr(found, f"{loss}_se")[i]}
+                row |= {f"{loss}.estimated": getattr(found, f"estimated_{loss}")[i]}
+            rows.append(_plain(row))
+    return rows
+
+
+def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+    """One row per run, order and number of features kept; shares of the model's behaviour with 95 % intervals."""
+    rows = []
+    for run in _runs(studies):
+        curve = run.measured.faithfulness
+        predictions, clean = curve.predictions.sum(), curve.clean.sum()
+        for order, sums in (("importance", curve.ce), ("random", curve.random_ce)):
+            from_zeroed = _share_from_zeroed(curve, sums)
+            for point, interval in enumerate(share_intervals(curve, sums)):
+                ce = sums[point].sum()
+                row = {"run": run.summary.folder, "kind": run.summary.kind, "order": order}
+                row |= {
+                    "kept": int(curve.kept[point]),
+                    "ce": ce / predictions,
+                    "ce_increase": (ce - clean) / predictions,
+                }
+                row |= {"share": interval.estimate, "share.low": interval.low, "share.high": interval.high}
+                rows.append(_plain(row | {"share_from_zeroed": from_zeroed[point]}))
+    return rows
+
+
+def share_intervals(curve: Faithfulness, ce: np.ndarray) -> list[Interval]:
+    """The share at each point, with its 95 % bootstrap interval over sequences."""
+    draws = share_draws(curve, ce)
+    return [percentile_interval(*pair) for pair in zip(draws.T, shares(curve, ce).tolist(), strict=True)]
+
+
+def _share_from_zeroed(curve: Faithfulness, ce: np.ndarray) -> list[float]:
+    """The same with another baseline: no feature kept, the decoder's bias alone."""
+    base, clean = ce[0].sum(), curve.clean.sum()
+    return [float((base - each.sum()) / (base - clean)) if base != clean else float("nan") for each in ce]
+
+
+def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+    """One row a run: what it is, on how few features it rests, and how the estimate agrees with exact ablation."""
+    rows = []
+    for study in studies:
+        for run in study.runs:
+            summary, found = run.summary, run.measured.importance
+            row: dict[str, Any] = {"run": summary.folder, "model": summary.model, "site": summary.site}
+            row |= {"kind": summary.kind, "coefficient": summary.coefficient, "seed": summary.seed}
+            row |= {"l0": summary.l0, "ce_increase": summary.ce_increase, "tokens": found.tokens}
+            row |= {"alive": found.alive, "half_of_importance": run.half, "share": run.share}
+            row |= {"carrying": run.carrying.estimate, "carrying.low": run.carrying.low}
+            row |= {"carrying.high": run.carrying.high, "ablated": len(run.measured.ablations.features)}
+            for loss in ("ce", "kl"):
+                for only, suffix in ((False, ""), (True, ".at_random")):
+                    for name, interval in run.agreement(loss, random_only=only).items():
+                        ends = (
+                            (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)
+                        )
+                        keys = (f"{name}.{loss}{suffix}{end}" for end in ("", ".low", ".high"))
+                        row |= dict(zip(keys, ends, strict=True))
+            rows.append(_plain(row))
+    return rows
+
+
+def _runs(studies: Sequence[ImportanceStudy]) -> list[ImportantRun]:
+    return [run for study in studies for run in study.runs]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Python's own numbers; nothing in the place of NaN."""
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    return {n: None if isinstance(value, float) and np.isnan(value) else value for n, value in values.items()}
