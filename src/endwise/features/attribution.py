@@ -11,6 +11,7 @@ The clean pass stops at the site unless the KL is asked for; the backward pass c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,47 +26,48 @@ from endwise.features.importance import FeatureImportance
 from endwise.features.spliced import microbatches
 from endwise.kernels import kernels_for
 from endwise.language_model import Clean, LanguageModel
-from endwise.readout import next_tokens
+from endwise.readout import Readout, next_tokens
 from endwise.sites import Site
 
+Loss = Literal["ce", "kl"]
 Sums = Float[Tensor, " d_sae"]
 
 
-@dataclass(frozen=True)
-class SplicedGradients:
-    """Of the sum of each loss over the batch, by the reconstruction; 0 at masked positions."""
-
-    ce: Activation
-    kl: Activation | None
-
-
 def spliced_gradients(
-    model: LanguageModel, clean: Clean, site: Site, reconstruction: Activation, mask: TokenMask, *, kl: bool = False
-) -> SplicedGradients:
-    """One forward pass of the tail, and a backward pass to the reconstruction for each loss.
+    model: LanguageModel,
+    clean: Clean,
+    site: Site,
+    reconstruction: Activation,
+    mask: TokenMask,
+    losses: Sequence[Loss] = ("ce",),
+) -> dict[Loss, Activation]:
+    """Of the sum of each loss over the batch, by the reconstruction; 0 at masked positions.
+
+    One forward pass of the tail, and a backward pass to the reconstruction for each loss.
 
     Args:
         clean: must have recorded the site and, for the KL, the final hidden state.
         mask: positions outside it keep their own activation.
     """
-    found = {"ce": torch.empty_like(reconstruction), "kl": torch.empty_like(reconstruction) if kl else None}
+    found = {loss: torch.empty_like(reconstruction) for loss in losses}
     for rows in microbatches(len(mask), mask):
         part, kept = clean.rows(rows), mask[rows]
         leaf = reconstruction.detach()[rows].requires_grad_()
         patched = torch.where(kept[..., None], leaf, part.activations[site].to(leaf.dtype))
         final = model.replay(part, {site: patched}).final
         assert final is not None
-        losses = {"ce": model.readout.cross_entropy(final, part.tokens, kept).sum()}
-        if kl:
-            assert part.final is not None
-            losses["kl"] = model.readout.kl(part.final, final, kept)
-        for name, loss in losses.items():
-            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=kl and name == "ce")
-            gradients = found[name]
-            assert gradients is not None
-            gradients[rows] = gradient
-    assert found["ce"] is not None
-    return SplicedGradients(found["ce"], found["kl"])
+        totals = {loss: _total(model.readout, loss, part, final, kept) for loss in losses}
+        for loss, total in totals.items():
+            (gradient,) = torch.autograd.grad(total, leaf, retain_graph=loss != losses[-1])
+            found[loss][rows] = gradient
+    return found
+
+
+def _total(readout: Readout, loss: Loss, clean: Clean, final: Activation, mask: TokenMask) -> Tensor:
+    if loss == "ce":
+        return readout.cross_entropy(final, clean.tokens, mask).sum()
+    assert clean.final is not None
+    return readout.kl(clean.final, final, mask)
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,10 @@ class Attribution:
         with torch.no_grad():
             latents = self.sae.encode(clean.activations[site])
             reconstruction = self.sae.decode(latents)
-        gradients = spliced_gradients(model, clean, site, reconstruction, mask, kl=self.kl)
-        wanted = [gradients.ce] if gradients.kl is None else [gradients.ce, gradients.kl]
+        losses: list[Loss] = ["ce", "kl"] if self.kl else ["ce"]
+        gradients = spliced_gradients(model, clean, site, reconstruction, mask, losses)
         _, predicts = next_tokens(clean.tokens, mask)
-        each = contributions(latents, self._W_dec, wanted, mask)
+        each = contributions(latents, self._W_dec, [gradients[loss] for loss in losses], mask)
         for found, predictions, tokens in zip(each, predicts.sum(1).tolist(), mask.sum(1).tolist(), strict=True):
             self._add_sequence(found, predictions, tokens)
 

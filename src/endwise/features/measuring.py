@@ -1,6 +1,7 @@
 """Measures the importance of the features of finished runs; those of one model share every clean pass."""
 
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from endwise.features.importance import Faithfulness, Measured, read_measured, w
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
+from endwise.progress import LOG_SECONDS
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -229,8 +231,18 @@ class _Group:
 
 @contextmanager
 def _progress(display: bool, sequences: int) -> Iterator[Callable[[int], None]]:
-    """A function to be told of sequences that are done."""
+    """A function to be told of sequences that are done: a bar on a terminal, a line now and then in a log."""
     console = Console(stderr=True, quiet=not display)
     with Progress(console=console, disable=not (display and console.is_terminal)) as progress:
         task = progress.add_task("importance", total=sequences)
-        yield lambda count: progress.advance(task, count)
+        said, done = time.monotonic(), 0
+
+        def advance(count: int) -> None:
+            nonlocal said, done
+            progress.advance(task, count)
+            done += count
+            if not console.is_terminal and time.monotonic() - said > LOG_SECONDS:
+                console.print(f"importance: {done:,} of {sequences:,} sequences")
+                said = time.monotonic()
+
+        yield advance
