@@ -114,6 +114,39 @@ def test_attribution_is_minus_latent_times_gradient_of_the_whole_model(attribute
         close(error, np.sqrt(SEQUENCES / (SEQUENCES - 1) * (residuals**2).sum(0)) / terms.sum())
 
 
+def test_the_second_order_adds_half_the_square_of_each_sequences_sum(attributed, slow):
+    c = slow.c.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(slow.losses(c)[0].sum(), c)
+    sums = -(slow.c * gradient).sum(1)
+    close(attributed.ce_second, (sums + sums.square() / 2).sum(0) / slow.predicts.sum())
+    close(attributed.second_blocks.sum(0) / attributed.predictions_blocks.sum(), attributed.ce_second, rtol=1e-9)
+    for half, rows in ((0, slice(0, HALF)), (1, slice(HALF, SEQUENCES))):
+        close(attributed.curvature_of_half(half), sums[rows].square().sum(0) / 2 / slow.predicts[rows].sum())
+
+
+def test_the_square_is_in_expectation_the_curvature_of_the_loss(slow, attributed):
+    """Over targets that the spliced pass itself would give: E a² = Σ over positions of Var(dz), the second derivative
+    of KL(spliced ‖ spliced with less of the feature); with the text's targets a is a sequence's sum.
+    """
+    feature, step = int(np.argmax(attributed.ce_second)), 1e-3
+
+    def log_q(scale):
+        c = slow.c.clone()
+        c[..., feature] *= scale
+        return slow.run(lambda x: torch.where(slow.mask[..., None], c @ slow.D + slow.b, x)).log_softmax(-1)
+
+    less, here, more = (log_q(scale) for scale in (1 - step, 1.0, 1 + step))
+    q, slope = here.exp(), (less - more) / (2 * step)  # by the share that is taken away
+    variance = (q * slope.square()).sum(-1) - (q * slope).sum(-1).square()
+    curvature = sum((q * (here - other)).sum(-1) for other in (less, more)) / step**2
+    close(variance.sum(1), curvature.sum(1))
+    following = torch.roll(slow.tokens, -1, 1)[..., None]
+    a = -((slope.gather(-1, following)[..., 0] - (q * slope).sum(-1)) * slow.predicts).sum(1)
+    c = slow.c.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(slow.losses(c)[0].sum(), c)
+    close(a, -(slow.c * gradient).sum(1)[:, feature])
+
+
 def test_attribution_is_the_derivative_by_finite_differences(attributed, slow):
     step = 1e-4
     for feature in np.argsort(-np.abs(attributed.ce))[[0, 1, 2, 10, 20]]:
@@ -138,6 +171,7 @@ def test_a_feature_that_never_fires_has_no_importance(attributed):
     for feature in (3, 17):
         assert attributed.firings[feature] == 0 and np.isnan(attributed.mean_active[feature])
         assert attributed.ce[feature] == attributed.ce_se[feature] == attributed.kl[feature] == 0
+        assert attributed.ce_second[feature] == 0
         assert feature in attributed.ranking()[attributed.alive :]
 
 
@@ -195,6 +229,9 @@ def test_ablation_is_the_whole_model_without_the_feature(model, sae, spliced, at
         close(ours, expected.sum(1) / counts.sum(), atol=2e-6)
         residuals = expected - np.outer(expected.sum(1) / counts.sum(), counts)
         close(error, np.sqrt(3 / 2 * (residuals**2).sum(1)) / counts.sum(), atol=2e-6)
+    second = attributed.ce_of_half(1) + attributed.squares_blocks[3:].sum(0) / 2 / int(terms[0].sum())
+    close(found.second_ce, second[found.features])
+    close(found.estimated_ce, attributed.ce_of_half(1)[found.features])
     fires = ((slow.c > 0) & slow.mask[..., None])[HALF:].any(1)
     assert found.sequences.tolist() == fires.sum(0)[found.features].tolist()
     assert min(found.sequences) < SEQUENCES - HALF  # some were skipped
@@ -230,11 +267,13 @@ def test_features_are_ranked_on_the_first_half_alone(attributed, slow):
     c = slow.c.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(slow.losses(c)[0].sum(), c)
     change = -(slow.c * gradient).sum(1)
-    first, second = change[:HALF].sum(0).abs(), change[HALF:].sum(0).abs()
     alive = attributed.firings > 0
-    order = [f for f in torch.argsort(-first, stable=True).tolist() if alive[f]]
-    assert attributed.ranking()[: attributed.alive].tolist() == order
-    assert order != [f for f in torch.argsort(-second, stable=True).tolist() if alive[f]]
+    for first_order, value in ((True, lambda rows: rows.sum(0).abs()), (False, lambda r: (r + r.square() / 2).sum(0))):
+        orders = [
+            [f for f in torch.argsort(-value(rows), stable=True).tolist() if alive[f]]
+            for rows in (change[:HALF], change[HALF:])
+        ]
+        assert attributed.ranking(first_order=first_order)[: attributed.alive].tolist() == orders[0] != orders[1]
     close(attributed.ce_of_half(0), change[:HALF].sum(0) / slow.predicts[:HALF].sum())
     close(attributed.ce_of_half(1), change[HALF:].sum(0) / slow.predicts[HALF:].sum())
 
@@ -244,12 +283,13 @@ def test_faithfulness_is_the_whole_model_with_the_first_features_only(model, sae
     sums.add(model, spliced)
     nothing = np.zeros(SEQUENCES - HALF)
     found = sums.result(nothing, nothing, nothing)
-    ranking = attributed.ranking()
-    for n, ce in zip(found.kept[:-1], found.ce, strict=False):
-        c = torch.zeros_like(slow.c)
-        c[..., ranking[:n]] = slow.c[..., ranking[:n]]
-        close(ce, slow.losses(c)[0][HALF:], rtol=1e-4)
-    close(found.ce[-1], slow.losses(slow.c)[0][HALF:], rtol=1e-4)
+    for first_order, curve in ((False, found.ce), (True, found.first_order_ce)):
+        ranking = attributed.ranking(first_order=first_order)
+        for n, ce in zip(found.kept[:-1], curve, strict=False):
+            c = torch.zeros_like(slow.c)
+            c[..., ranking[:n]] = slow.c[..., ranking[:n]]
+            close(ce, slow.losses(c)[0][HALF:], rtol=1e-4)
+        close(curve[-1], slow.losses(slow.c)[0][HALF:], rtol=1e-4)
     assert np.array_equal(found.ce[[0, -1]], found.random_ce[[0, -1]])
     assert not np.array_equal(found.ce, found.random_ce)
 

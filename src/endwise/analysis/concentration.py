@@ -18,16 +18,18 @@ HALF = 0.5
 """Share of the summed importance for which features are counted."""
 
 
-def cumulative_share(ce: Floats) -> Floats:
-    """Share of Σ|ce| in the n most important features, for n = 1, 2, ...; features without any come last."""
-    magnitudes = np.sort(np.abs(ce))[::-1]
+def cumulative_share(importance: Floats) -> Floats:
+    """Share of Σ|importance| in the n most important features, for n = 1, 2, ...; those without any come last."""
+    magnitudes = np.sort(np.abs(importance))[::-1]
     total = magnitudes.sum()
     return np.cumsum(magnitudes) / total if total > 0 else np.zeros_like(magnitudes)
 
 
-def count_with(share: float, ce: Floats) -> float:
-    """How many of the most important features hold a share of Σ|ce|; the last one counts in part. NaN if Σ|ce| is 0."""
-    shares = np.concatenate([[0.0], cumulative_share(ce)])
+def count_with(share: float, importance: Floats) -> float:
+    """How many of the most important features hold a share of Σ|importance|; the last one counts in part. NaN if the
+    sum is 0.
+    """
+    shares = np.concatenate([[0.0], cumulative_share(importance)])
     return float(np.interp(share, shares, np.arange(len(shares)))) if shares[-1] > 0 else float("nan")
 
 
@@ -40,7 +42,7 @@ def half_ratio(one: FeatureImportance, other: FeatureImportance) -> Interval:
     """
 
     def log_count(importance: FeatureImportance, kept: NDArray[np.bool_]) -> float:
-        return float(np.log(count_with(HALF, importance.ce_blocks[kept].sum(0))))
+        return float(np.log(count_with(HALF, importance.second_blocks[kept].sum(0))))
 
     def log_ratio(kept: NDArray[np.bool_]) -> float:
         return log_count(one, kept) - log_count(other, kept)

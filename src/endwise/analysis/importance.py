@@ -1,5 +1,6 @@
 """Which features matter, and on how few the model's behaviour rests: measured runs, compared kind by kind."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,13 @@ from endwise.tokens import Corpora
 
 Verdict = Literal["shown", "not shown", "not testable"]
 FOLLOWS = 0.5
-"""Spearman's correlation with exact ablation above which the estimate counts as following it."""
+"""Spearman's correlation with exact ablation above which an estimate counts as following it."""
+ORDERS = {"second": "ce", "first": "first_order_ce", "random": "random_ce"}
+"""In which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
+LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
+Order = Literal["first", "second"]
+ESTIMATES: dict[Order, str] = {"first": "estimated", "second": "second"}
+"""How their arrays are called."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class ImportantRun:
 
     @cached_property
     def half(self) -> float:
-        """Features that hold half of Σ|ce|."""
-        return count_with(HALF, self.measured.importance.ce)
+        """Features that hold half of the summed importance."""
+        return count_with(HALF, self.measured.importance.ce_second)
 
     @cached_property
     def carrying(self) -> Interval:
@@ -56,15 +63,18 @@ class ImportantRun:
         """Share of the model's behaviour that the whole SAE carries."""
         return float(shares(self.measured.faithfulness, self.measured.faithfulness.ce)[-1])
 
-    def agreement(self, loss: Literal["ce", "kl"] = "ce", *, random_only: bool = False) -> dict[str, Interval | None]:
-        """Pearson's and Spearman's correlation between estimate and exact ablation, over the ablated features.
+    def agreement(
+        self, order: Order, loss: Literal["ce", "kl"] = "ce", *, random_only: bool = False
+    ) -> dict[str, Interval | None]:
+        """Pearson's and Spearman's correlation between an estimate and exact ablation, over the ablated features.
 
         Args:
+            order: to which the estimate goes.
             random_only: only those that were drawn at random, which stand for all alive features.
         """
         ablated = self.measured.ablations
         kept = ~ablated.by_rank if random_only else np.ones(len(ablated.features), dtype=bool)
-        estimated, exact = (getattr(ablated, name)[kept] for name in (f"estimated_{loss}", loss))
+        estimated, exact = (getattr(ablated, name)[kept] for name in (f"{ESTIMATES[order]}_{loss}", loss))
         if np.isnan(estimated).any():
             return {"pearson": None, "spearman": None}
         return {of.__name__: correlation(estimated, exact, of) for of in (pearson, spearman)}
@@ -103,10 +113,10 @@ class ImportanceStudy:
     def findings(self) -> tuple[Finding, ...]:
         kinds = [kind for kind in KINDS[1:] if any(run.summary.kind == kind for run in self.runs)]
         compared = [finding for kind in kinds for finding in (self._carrying(kind), self._half(kind))]
-        return (*compared, *(_follows(run) for run in self.similar))
+        return (*compared, *(_follows(run, order) for order in ESTIMATES for run in self.similar))
 
     def _carrying(self, kind: str) -> Finding:
-        claim = f"{LABELS[kind]} needs fewer features than local to carry {CARRIED:.0%} of what its SAE carries"
+        claim = f"{LABELS[kind]} needs fewer features than local to carry {100 * CARRIED:.0f} % of what its SAE carries"
         pairs = self._pairs(kind)
         ratios = [carrying_ratio(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs]
         return _ratio_finding(claim, pairs, ratios, [f"{run.carrying.estimate:,.0f}" for run in _first(pairs)])
@@ -201,10 +211,10 @@ def _ratio_finding(
     return Finding(claim, ours + (f" (seed {one.seed})" if len(ratios) > 1 else ""), verdict)
 
 
-def _follows(run: ImportantRun) -> Finding:
+def _follows(run: ImportantRun, order: Order) -> Finding:
     kind = LABELS[run.summary.kind]
-    claim = f"The first-order estimate ranks {kind}'s features as exact ablation does (Spearman above {FOLLOWS:g})"
-    found = run.agreement()
+    claim = f"The {order}-order estimate ranks {kind}'s features as exact ablation does (Spearman above {FOLLOWS:g})"
+    found = run.agreement(order)
     rank, linear = found["spearman"], found["pearson"]
     if rank is None or linear is None:
         return Finding(claim, f"{len(run.measured.ablations.features)} features were ablated", "not testable")
@@ -217,20 +227,25 @@ def _follows(run: ImportantRun) -> Finding:
 
 
 def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
-    """One row per run and feature; `rank` and `share` are by |ce|, and those that never fired have no rank."""
+    """One row per run and feature; `rank` and `share` are by `ce.second`. Those that never fired have no rank."""
     rows = []
     for run in _runs(studies):
         found = run.measured.importance
-        magnitudes = np.abs(found.ce)
+        magnitudes = np.abs(found.ce_second)
         total = magnitudes.sum() or 1.0
-        order = np.lexsort((-magnitudes, found.firings == 0))
+        order = np.lexsort((-found.ce_second, found.firings == 0))
         places = np.empty(len(order), np.int64)
         places[order] = np.arange(1, len(order) + 1)
         for f in range(len(places)):
             row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": f}
             row |= {"firings": int(found.firings[f]), "density": found.firings[f] / found.tokens}
             row |= {"mean_active": found.mean_active[f], "ce": found.ce[f], "ce.se": found.ce_se[f]}
-            row |= {"ce.absolute": found.ce_absolute[f], "kl": found.kl[f], "kl.se": found.kl_se[f]}
+            row |= {
+                "ce.second": found.ce_second[f],
+                "ce.absolute": found.ce_absolute[f],
+                "kl": found.kl[f],
+                "kl.se": found.kl_se[f],
+            }
             row |= {"kl.absolute": found.kl_absolute[f], "share": magnitudes[f] / total}
             rows.append(_plain(row | {"rank": int(places[f]) if found.firings[f] else None}))
     return rows
@@ -244,9 +259,9 @@ def ablation_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
         for i, feature in enumerate(found.features):
             row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": int(feature)}
             row |= {"chosen": "by rank" if found.by_rank[i] else "at random", "sequences": int(found.sequences[i])}
-            for loss in ("ce", "kl"):
+            for loss in LOSSES:
                 row |= {loss: getattr(found, loss)[i], f"{loss}.se": getattr(found, f"{loss}_se")[i]}
-                row |= {f"{loss}.estimated": getattr(found, f"estimated_{loss}")[i]}
+                row |= {f"{loss}.{order}": getattr(found, f"{prefix}_{loss}")[i] for order, prefix in ESTIMATES.items()}
             rows.append(_plain(row))
     return rows
 
@@ -257,7 +272,8 @@ def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]
     for run in _runs(studies):
         curve = run.measured.faithfulness
         predictions, clean = curve.predictions.sum(), curve.clean.sum()
-        for order, sums in (("importance", curve.ce), ("random", curve.random_ce)):
+        for order, name in ORDERS.items():
+            sums = getattr(curve, name)
             from_zeroed = _share_from_zeroed(curve, sums)
             for point, interval in enumerate(share_intervals(curve, sums)):
                 ce = sums[point].sum()
@@ -296,16 +312,19 @@ def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
             row |= {"alive": found.alive, "half_of_importance": run.half, "share": run.share}
             row |= {"carrying": run.carrying.estimate, "carrying.low": run.carrying.low}
             row |= {"carrying.high": run.carrying.high, "ablated": len(run.measured.ablations.features)}
-            for loss in ("ce", "kl"):
-                for only, suffix in ((False, ""), (True, ".at_random")):
-                    for name, interval in run.agreement(loss, random_only=only).items():
-                        ends = (
-                            (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)
-                        )
-                        keys = (f"{name}.{loss}{suffix}{end}" for end in ("", ".low", ".high"))
-                        row |= dict(zip(keys, ends, strict=True))
-            rows.append(_plain(row))
+            rows.append(_plain(row | _agreement_columns(run)))
     return rows
+
+
+def _agreement_columns(run: ImportantRun) -> dict[str, float | None]:
+    """`spearman.ce.second.at_random.low` and their like."""
+    columns: dict[str, float | None] = {}
+    for loss, order, (only, suffix) in itertools.product(LOSSES, ESTIMATES, ((False, ""), (True, ".at_random"))):
+        for name, interval in run.agreement(order, loss, random_only=only).items():
+            ends = (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)
+            keys = (f"{name}.{loss}.{order}{suffix}{end}" for end in ("", ".low", ".high"))
+            columns |= dict(zip(keys, ends, strict=True))
+    return columns
 
 
 def _runs(studies: Sequence[ImportanceStudy]) -> list[ImportantRun]:

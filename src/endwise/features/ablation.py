@@ -1,6 +1,6 @@
 """Exact ablation: what zeroing one feature in the spliced pass does to CE and KL.
 
-The test of the first-order estimate. A sequence in which the feature does not fire is not run: nothing changes there.
+The test of the estimates. A sequence in which the feature does not fire is not run: nothing changes there.
 Several features go through the tail together, each with the sequences in which it fires.
 """
 
@@ -81,6 +81,8 @@ class AblationSums:
             sequences=(~np.isnan(rises[0])).sum(1),
             estimated_ce=importance.ce_of_half(1)[chosen],
             estimated_kl=importance.kl_of_half(1)[chosen],
+            second_ce=(importance.ce_of_half(1) + importance.curvature_of_half(1))[chosen],
+            second_kl=(importance.kl_of_half(1) + importance.curvature_of_half(1))[chosen],
         )
 
 

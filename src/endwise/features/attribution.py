@@ -5,6 +5,12 @@ The spliced pass runs on x̂ = Σ_f c_f·d_f + b. With g = ∂L/∂x̂ at a toke
 have any effect, one dot product per active pair. Setting c_f to 0 changes L by −c_f·(d_f·g) to first order; that is
 what is added up, once with its sign and once without.
 
+Where training has ended the slope is small, and what a feature is worth shows in the second order. Let a_s be the sum
+of −c_f·(d_f·g) over a sequence: the derivative of its loss by the share of the feature that is taken away. The
+expectation of a_s² over targets that the model itself would give is the Fisher information in that direction, which is
+the Gauss-Newton curvature of CE and of KL alike. The text's own targets stand for these, so that Σ_s (a_s + ½ a_s²)
+estimates the rise to second order, at no further cost.
+
 The clean pass stops at the site unless the KL is asked for; the backward pass computes activation gradients only.
 """
 
@@ -153,6 +159,7 @@ class Attribution:
         self._active = zeros.clone()
         self._losses = [_LossSums(d_sae, device) for _ in range(1 + kl)]
         self._blocks = [torch.zeros(blocks, d_sae, dtype=torch.float64, device=device) for _ in self._losses]
+        self._squares = torch.zeros_like(self._blocks[0])
         self._terms = np.zeros((2, blocks))
         """Predictions and tokens that count, block by block."""
 
@@ -179,6 +186,7 @@ class Attribution:
         for index, sums in enumerate(self._losses):
             sums.add(found.signed[index], found.absolute[index], terms[index])
             self._blocks[index][block] += found.signed[index]
+        self._squares[block] += found.signed[0].square()
 
     def result(self) -> FeatureImportance:
         ce = self._losses[0]
@@ -187,8 +195,10 @@ class Attribution:
         firings, active = self._firings.cpu().numpy(), self._active.cpu().numpy()
         mean_active = np.divide(active, firings, out=np.full(len(firings), np.nan), where=firings > 0)
         estimate, error, absolute = ce.estimates()
+        squares = self._squares.cpu().numpy()
         return FeatureImportance(
             ce=estimate,
+            ce_second=estimate + squares.sum(0) / (2 * max(1.0, self._terms[0].sum())),
             ce_se=error,
             ce_absolute=absolute,
             kl=kl,
@@ -197,6 +207,7 @@ class Attribution:
             firings=firings,
             mean_active=mean_active,
             ce_blocks=self._blocks[0].cpu().numpy(),
+            squares_blocks=squares,
             predictions_blocks=self._terms[0],
             kl_blocks=self._blocks[1].cpu().numpy() if self.kl else np.zeros((0, self.sae.d_sae)),
             tokens_blocks=self._terms[1],

@@ -22,24 +22,28 @@ def kept_counts(alive: int) -> Counts:
 
 
 class FaithfulnessSums:
-    """Collects, batch after batch, the CE of one SAE with its first n features alone, and with n random ones."""
+    """Collects, batch after batch, the CE of one SAE with n features alone: the first by either estimate, and random
+    ones.
+    """
 
     def __init__(self, sae: SAE, importance: FeatureImportance, seed: int) -> None:
         self.sae, self.kept = sae, kept_counts(importance.alive)
         ranking = importance.ranking()
         random = numpy_stream(seed, "features to keep").permutation(ranking[: importance.alive])
         device = sae.b_dec.device
-        self._places = [_places(order, sae.d_sae).to(device) for order in (ranking, random)]
+        orders = (ranking, importance.ranking(first_order=True), random)
+        self._places = [_places(order, sae.d_sae).to(device) for order in orders]
         self._sums: list[Floats] = []
-        """Per batch `[2 points batch]`."""
+        """Per batch `[3 points batch]`."""
 
     @torch.no_grad()
     def add(self, model: LanguageModel, batch: SplicedBatch) -> None:
         whole = batch.whole.ce_spliced.sum(1, dtype=torch.float64)
+        nothing = [self._with_first(0, self._places[0], model, batch)] if len(self.kept) > 1 else []
         curves = []
         for places in self._places:
-            ce = [self._with_first(int(n), places, model, batch) for n in self.kept[:-1]]
-            curves.append(torch.stack([*ce, whole]))
+            ce = [self._with_first(int(n), places, model, batch) for n in self.kept[1:-1]]
+            curves.append(torch.stack([*nothing, *ce, whole]))
         self._sums.append(torch.stack(curves).cpu().numpy())
 
     def _with_first(self, n: int, places: Tensor, model: LanguageModel, batch: SplicedBatch) -> Tensor:
@@ -51,8 +55,8 @@ class FaithfulnessSums:
         Args:
             clean, mean_ablated, predictions: `[sequences]`, of the same sequences.
         """
-        ce, random_ce = np.concatenate(self._sums, axis=2)
-        return Faithfulness(self.kept, ce, random_ce, clean, mean_ablated, predictions)
+        ce, first_order_ce, random_ce = np.concatenate(self._sums, axis=2)
+        return Faithfulness(self.kept, ce, first_order_ce, random_ce, clean, mean_ablated, predictions)
 
 
 def _places(order: Counts, d_sae: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What a run keeps of its features' importance: `importance.safetensors` in its folder.
 
-Three measurements on held-out text, each against the SAE's own spliced pass: a first-order estimate for every feature
+Three measurements on held-out text, each against the SAE's own spliced pass: an estimate for every feature
 (`FeatureImportance`), the exact effect of zeroing some of them (`Ablations`), and what is left when only the most
 important are kept (`Faithfulness`). How they are measured is said in `attribution`, `ablation` and `faithfulness`.
 """
@@ -30,15 +30,17 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FeatureImportance:
-    """The first-order estimate of what zeroing each feature does, on held-out text.
+    """Estimates of what zeroing each feature does, on held-out text, to first and to second order.
 
-    Of feature f with latent c, per token: minus c · dCE/dc, which is how much CE would rise if the loss were linear in
-    c. All arrays are `[d_sae]` unless said otherwise; a feature that never fired holds 0.
+    All arrays are `[d_sae]` unless said otherwise; a feature that never fired holds 0.
     """
 
     ce: Floats
-    """Mean over the predictions that count of −c·dCE/dc, nats per token: the estimated rise of CE when the feature is
-    zeroed. Negative: the text is predicted better without it."""
+    """To first order: mean over the predictions that count of −c·dCE/dc, nats per token, which is by how much CE would
+    rise if it were linear in c. Negative: the text would be predicted better without the feature."""
+    ce_second: Floats
+    """To second order, nats per token: `ce` and half the curvature (`attribution`), which is most of it where training
+    has left little slope. This is the importance that features are ranked by."""
     ce_se: Floats
     """Standard error over sequences."""
     ce_absolute: Floats
@@ -55,6 +57,8 @@ class FeatureImportance:
     ce_blocks: Floats
     """`[blocks d_sae]`: sums of −c·dCE/dc over an even number of blocks of sequences, in the order of the text. The
     first half of the blocks ranks features, on the second half ablation and faithfulness are measured."""
+    squares_blocks: Floats
+    """`[blocks d_sae]`: sums over the sequences of a block of the square of each one's −c·dCE/dc."""
     predictions_blocks: Floats
     """`[blocks]`: predictions that count in each."""
     kl_blocks: Floats
@@ -80,9 +84,24 @@ class FeatureImportance:
         """`kl` on one half; NaN throughout where it was not asked for."""
         return _of_half(self.kl_blocks, self.tokens_blocks, half) if self.has_kl else np.full_like(self.kl, np.nan)
 
-    def ranking(self) -> Counts:
-        """Every feature, `[d_sae]`: by |ce| on the first half, the largest first; those that never fired at the end."""
-        return np.lexsort((-np.abs(self.ce_of_half(0)), self.firings == 0))
+    def curvature_of_half(self, half: Literal[0, 1]) -> Floats:
+        """What `ce_second` and the KL's second-order estimate add to the first-order one, on one half."""
+        return _of_half(self.squares_blocks, self.predictions_blocks, half) / 2
+
+    @property
+    def second_blocks(self) -> Floats:
+        """`[blocks d_sae]`: sums whose total per prediction is `ce_second`."""
+        return self.ce_blocks + self.squares_blocks / 2
+
+    def ranking(self, *, first_order: bool = False) -> Counts:
+        """Every feature, `[d_sae]`, by its importance on the first half, the most important first; those that never
+        fired come at the end.
+
+        Args:
+            first_order: rank by |ce| rather than by the second-order estimate.
+        """
+        ce = self.ce_of_half(0)
+        return np.lexsort((-np.abs(ce) if first_order else -(ce + self.curvature_of_half(0)), self.firings == 0))
 
 
 def _of_half(blocks: Floats, counts: Floats, half: Literal[0, 1]) -> Floats:
@@ -97,7 +116,7 @@ class Ablations:
 
     features: Counts
     by_rank: NDArray[np.bool_]
-    """Chosen for its rank by |ce| on the first half; the others are drawn at random from all that fired."""
+    """Chosen for its rank on the first half; the others are drawn at random from all that fired."""
     ce: Floats
     """Rise of CE, nats per token."""
     ce_se: Floats
@@ -108,8 +127,12 @@ class Ablations:
     sequences: Counts
     """Of the half: those in which the feature fires. In all others zeroing it changes nothing."""
     estimated_ce: Floats
-    """The first-order estimate on the same sequences."""
+    """To first order, on the same sequences."""
     estimated_kl: Floats
+    """NaN where it was not asked for."""
+    second_ce: Floats
+    """To second order, on the same sequences."""
+    second_kl: Floats
     """NaN where it was not asked for."""
 
 
@@ -123,7 +146,9 @@ class Faithfulness:
     kept: Counts
     """`[points]`: how many features are kept, from 0 to all that are alive; with all, it is the SAE as it is."""
     ce: Floats
-    """`[points sequences]`: those first in rank by |ce| on the first half."""
+    """`[points sequences]`: those that are first in rank, by the second-order estimate on the first half."""
+    first_order_ce: Floats
+    """`[points sequences]`: those that are first in rank by |ce|, the first-order estimate, on the first half."""
     random_ce: Floats
     """`[points sequences]`: as many, drawn at random from those that are alive."""
     clean: Floats

@@ -12,9 +12,12 @@ from rich.text import Text
 from endwise.analysis.comparison import LABELS
 from endwise.analysis.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance import (
+    ESTIMATES,
+    ORDERS,
     Finding,
     ImportanceStudy,
     ImportantRun,
+    Order,
     ablation_rows,
     faithfulness_rows,
     feature_rows,
@@ -32,6 +35,7 @@ from endwise.tabular import write_table
 
 MOST_MARKS = 1500
 """Features of a run in a scatter plot."""
+_CARRIED = f"{100 * CARRIED:.0f} %"
 MOST_POINTS = 160
 """Of a curve over ranks."""
 
@@ -50,19 +54,21 @@ def importance_charts(study: ImportanceStudy, number: int) -> list[Chart]:
 def faithfulness_chart(study: ImportanceStudy, name: str) -> Chart:
     """Figure 24 as a curve: the share of the model's behaviour that the first n features carry."""
     series = [each for run in study.similar for each in _faithfulness(run)]
-    panel = Panel("", Axis("features kept", log=True), Axis("share of the model's behaviour"), tuple(series))
+    panel = Panel("", Axis("features kept", log=True), Axis("share of behaviour"), tuple(series))
     caption = (
-        f"{_where(study)} Only the n features with the largest |attribution| are kept, the others zeroed; dashed: n "
-        "features drawn at random. The share is 1 with the model's own activation and 0 with the site at its mean. "
-        "Features are ranked on one half of the held-out sequences and measured on the other."
+        f"{_where(study)} Only n features are kept, the others zeroed: those most important by the second-order "
+        "estimate, those of the largest first-order estimate, or as many drawn at random. The share is 1 with the model's own "
+        "activation and 0 with the site at its mean. Features are ranked on one half of the held-out sequences and "
+        "measured on the other."
     )
     return Chart(name, "What the most important features carry", caption, (panel,))
 
 
 def _faithfulness(run: ImportantRun) -> list[Series]:
     curve, made = run.measured.faithfulness, []
-    for rank, (label, ce) in enumerate((("by importance", curve.ce), ("at random", curve.random_ce))):
-        ends = share_intervals(curve, ce)
+    labels = {"second": "by importance", "first": "by first-order estimate", "random": "at random"}
+    for rank, (order, name) in enumerate(ORDERS.items()):
+        label, ends = labels[order], share_intervals(curve, getattr(curve, name))
         marks = tuple(
             Mark(float(n), each.estimate, f"{_named(run)}, {label}\n{n:,} features: {_share(each)}")
             for n, each in zip(curve.kept.tolist(), ends, strict=True)
@@ -87,13 +93,13 @@ def concentration_chart(study: ImportanceStudy, name: str) -> Chart:
         return Panel("", Axis("CE increase, nats per token", from_zero=True), Axis(label, log=True), tuple(series))
 
     panels = (
-        panel(f"features that carry {CARRIED:.0%} of it", lambda run: run.carrying),
+        panel(f"features that carry {_CARRIED}", lambda run: run.carrying),
         panel("features with half of the importance", lambda run: Interval(run.half, run.half, run.half)),
     )
     caption = (
         f"Each mark is one SAE at {study.setting.site}. Left: the least number of features, taken by importance, that "
-        f"carries {CARRIED:.0%} of what the whole SAE carries. Right: the least number that holds half of the summed "
-        "|attribution|."
+        f"carries {_CARRIED} of what the whole SAE carries. Right: the least number that holds half of the summed "
+        "importance (second-order estimate)."
     )
     return Chart(name, "On how few features it rests", caption, panels)
 
@@ -102,71 +108,83 @@ def cumulative_chart(study: ImportanceStudy, name: str) -> Chart:
     """Share of the summed importance by rank."""
     series = []
     for run in study.similar:
-        held = cumulative_share(run.measured.importance.ce)[: max(1, run.measured.importance.alive)]
+        held = cumulative_share(run.measured.importance.ce_second)[: max(1, run.measured.importance.alive)]
         ranks = np.unique(np.geomspace(1, len(held), min(MOST_POINTS, len(held))).round().astype(int))
         marks = tuple(Mark(float(rank), float(held[rank - 1])) for rank in ranks)
         series.append(Series(run.summary.kind, marks, marked=False))
     panel = Panel(
-        "", Axis("features, by rank", log=True), Axis("share of Σ|attribution|", from_zero=True), tuple(series)
+        "", Axis("features, by rank", log=True), Axis("share of summed importance", from_zero=True), tuple(series)
     )
     return Chart(name, "Importance by rank", _where(study), (panel,))
 
 
 def density_chart(study: ImportanceStudy, name: str) -> Chart:
     """Importance against how often a feature fires, one panel a kind."""
-    x, y = Axis("density: share of tokens", log=True), Axis("|attribution|, nats per token", log=True)
+    x, y = Axis("density: share of tokens", log=True), Axis("importance, nats per token", log=True)
     panels = tuple(
         Panel(LABELS[run.summary.kind], x, y, (Series(run.summary.kind, _densities(run), joined=False),))
         for run in study.similar
     )
-    caption = f"{_where(study)} Each mark is a feature; of more than {MOST_MARKS:,}, as many evenly spaced by rank."
+    caption = (
+        f"{_where(study)} Importance: the second-order estimate of the CE's rise when the feature is zeroed. Each mark "
+        f"is a feature whose estimate is above 0; of more than {MOST_MARKS:,}, as many evenly spaced by rank."
+    )
     return Chart(name, "Importance and density", caption, panels)
 
 
 def _densities(run: ImportantRun) -> tuple[Mark, ...]:
     found = run.measured.importance
-    order = np.lexsort((-np.abs(found.ce), found.firings == 0))[: found.alive]
+    order = np.argsort(-found.ce_second, kind="stable")[: int((found.ce_second > 0).sum())]
     places = np.unique(np.linspace(0, len(order) - 1, min(MOST_MARKS, len(order))).astype(int)) if len(order) else []
     return tuple(
         Mark(
             float(found.firings[feature] / found.tokens),
-            float(abs(found.ce[feature])),
+            float(found.ce_second[feature]),
             f"feature {feature}, rank {place + 1:,}\nfires on {found.firings[feature]:,} of {found.tokens:,} tokens\n"
-            f"CE {found.ce[feature]:+.2e} ± {found.ce_se[feature]:.1e} nats per token",
+            f"CE {found.ce_second[feature]:+.2e} nats per token; to first order {found.ce[feature]:+.2e} ± "
+            f"{found.ce_se[feature]:.1e}",
         )
         for place, feature in ((int(p), int(order[p])) for p in places)
     )
 
 
 def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
-    """The first-order estimate against exact ablation, on a diagonal, one panel a kind."""
+    """Both estimates against exact ablation, on a diagonal, one panel a kind."""
     panels = []
-    for run in study.similar:
-        found, chosen = run.measured.ablations, ("at random", "by rank")
-        groups = [(label, np.flatnonzero(found.by_rank == (label == "by rank"))) for label in chosen]
-        series = tuple(
-            Series(run.summary.kind, tuple(_agreement(run, int(i)) for i in rows), label, joined=False, rank=rank)
-            for rank, (label, rows) in enumerate(groups)
-        )
-        panels.append(Panel(LABELS[run.summary.kind], *_AGREEMENT, series, diagonal=True))
+    for order in ESTIMATES:
+        axes = (Axis(f"{order}-order estimate", log=True), Axis("exact CE rise, nats per token", log=True))
+        for run in study.similar:
+            groups = _agreements(run, order)
+            series = tuple(
+                Series(run.summary.kind, marks, label, joined=False, rank=rank)
+                for rank, (label, marks) in enumerate(groups.items())
+            )
+            panels.append(Panel(LABELS[run.summary.kind], *axes, series, diagonal=True))
+    hidden = ", ".join(
+        f"{LABELS[run.summary.kind]} {order} order "
+        f"{len(run.measured.ablations.features) - sum(map(len, _agreements(run, order).values()))}"
+        for order in ESTIMATES
+        for run in study.similar
+    )
     caption = (
         f"{_where(study)} Each mark is one feature of the sample, on the second half of the held-out sequences. Exact: "
-        "the feature is zeroed in the spliced pass. On the dashed line the two are equal."
+        "the feature is zeroed in the spliced pass. On the dashed line the two are equal. Not drawn, for an estimate "
+        f"or a rise that is not above 0: {hidden}."
     )
-    return Chart(name, "Estimate and exact ablation", caption, tuple(panels))
+    return Chart(name, "Estimates and exact ablation", caption, tuple(panels))
 
 
-_AGREEMENT = (
-    Axis("estimated CE rise, nats per token", log=True),
-    Axis("exact CE rise, nats per token", log=True),
-)
-
-
-def _agreement(run: ImportantRun, row: int) -> Mark:
+def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
+    """By how they were chosen, the features of which both numbers have a logarithm."""
     found = run.measured.ablations
-    exact, estimated = float(found.ce[row]), float(found.estimated_ce[row])
-    told = f"feature {found.features[row]}\nestimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}"
-    return Mark(estimated, exact, told)
+    estimates = getattr(found, f"{ESTIMATES[order]}_ce")
+    groups: dict[str, list[Mark]] = {"at random": [], "by rank": []}
+    for row in np.flatnonzero((estimates > 0) & (found.ce > 0)):
+        exact, estimated = float(found.ce[row]), float(estimates[row])
+        told = f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}"
+        chosen = "by rank" if found.by_rank[row] else "at random"
+        groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{told}"))
+    return {label: tuple(marks) for label, marks in groups.items()}
 
 
 def _run_mark(run: ImportantRun, count: Interval) -> Mark:
@@ -202,7 +220,7 @@ def print_importance(studies: Sequence[ImportanceStudy], console: Console | None
             console.print(printable(line), markup=False, highlight=False)
 
 
-_HEADINGS = ("kind", "λ", "seed", "CE increase", "alive", "half in", f"{CARRIED:.0%} carried by", "Spearman")
+_HEADINGS = ("kind", "λ", "seed", "CE +", "alive", "half in", f"{_CARRIED} in", "Spearman")
 
 
 def _runs_table(study: ImportanceStudy) -> Table:
@@ -216,7 +234,7 @@ def _runs_table(study: ImportanceStudy) -> Table:
 
 
 def _cells(run: ImportantRun) -> tuple[str, ...]:
-    summary, rank = run.summary, run.agreement()["spearman"]
+    summary, rank = run.summary, run.agreement("second")["spearman"]
     carrying = run.carrying
     return (
         LABELS[summary.kind],
