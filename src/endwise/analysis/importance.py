@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary, runs_at_similar
+from endwise.analysis.comparison import runs_at_similar
 from endwise.analysis.concentration import (
     CARRIED,
     HALF,
@@ -24,6 +24,7 @@ from endwise.analysis.concentration import (
     spearman,
 )
 from endwise.analysis.pareto import Setting, runs_in
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.features.importance import Faithfulness, Measured
 from endwise.features.measuring import ABLATED, measure_importance
 from endwise.language_model import LanguageModel

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import LABELS
 from endwise.analysis.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance import (
     ESTIMATES,
@@ -24,6 +23,7 @@ from endwise.analysis.importance import (
     run_rows,
     share_intervals,
 )
+from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
@@ -57,9 +57,9 @@ def faithfulness_chart(study: ImportanceStudy, name: str) -> Chart:
     panel = Panel("", Axis("features kept", log=True), Axis("share of behaviour"), tuple(series))
     caption = (
         f"{_where(study)} Only n features are kept, the others zeroed: those most important by the second-order "
-        "estimate, those of the largest first-order estimate, or as many drawn at random. The share is 1 with the model's own "
-        "activation and 0 with the site at its mean. Features are ranked on one half of the held-out sequences and "
-        "measured on the other."
+        "estimate, those of the largest first-order estimate, or as many drawn at random. The share is 1 with the "
+        "model's own activation and 0 with the site at its mean. Features are ranked on one half of the held-out "
+        "sequences and measured on the other."
     )
     return Chart(name, "What the most important features carry", caption, (panel,))
 
