@@ -49,7 +49,7 @@ class Importance(Side):
         mask, site = torch.ones_like(tokens, dtype=torch.bool), model.site(shape.site)
         trained = ReluSAE(shape.d_model, shape.d_sae, seed=spec["seed"]).requires_grad_(False)
         rows = model.clean(tokens[:1], record=[site]).activations[site][0, :256]
-        trained.b_enc -= bias_shift(rows, trained.encoder, trained.b_enc, spec["l0"])
+        trained.b_enc.sub_(bias_shift(rows, trained.encoder, trained.b_enc, spec["l0"]))
         tensors = {name: getattr(trained, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         sae = ReluSAE.from_tensors(tensors, {"apply_b_dec_to_input": False}).requires_grad_(False)
 

@@ -23,7 +23,7 @@ from endwise.analysis.concentration import (
     shares,
     spearman,
 )
-from endwise.analysis.pareto import Setting, runs_in
+from endwise.analysis.pareto import Setting, runs_in, with_settings
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.features.importance import Faithfulness, Measured
 from endwise.features.measuring import ABLATED, measure_importance
@@ -161,21 +161,21 @@ def importance(
         ConfigError, DataError: see `measure_importance`.
     """
     folders = runs_in(paths)
-    summaries = [RunSummary.read(folder) for folder in folders]
+    summaries = with_settings(folders)
     measured = measure_importance(
         folders, tokens=tokens, ablate=ablate, kl=kl, again=again, model=model, corpora=corpora, display=display
     )
     sets: dict[tuple[Setting, int, str], list[ImportantRun]] = {}
-    for folder, summary in zip(folders, summaries, strict=True):
+    for folder, (summary, setting) in zip(folders, summaries, strict=True):
         settings = measured[folder].settings
-        same = (Setting.of(summary), int(settings["tokens"]), str(settings["heldout"]))
+        same = (setting, int(settings["tokens"]), str(settings["heldout"]))
         sets.setdefault(same, []).append(ImportantRun(summary, measured[folder]))
     return [ImportanceStudy(same[0], _in_order(sets[same])) for same in sorted(sets, key=_place)]
 
 
-def _place(same: tuple[Setting, int, str]) -> tuple[str, str, bool, int, int, int]:
-    setting, tokens, _ = same
-    return setting.model, setting.site, setting.started, setting.d_sae, setting.tokens, tokens
+def _place(same: tuple[Setting, int, str]) -> tuple[str, str, bool, int, int, tuple[tuple[str, str], ...], int]:
+    s, tokens, _ = same
+    return s.model, s.site, s.started, s.d_sae, s.tokens, s.further, tokens
 
 
 def _in_order(runs: Sequence[ImportantRun]) -> tuple[ImportantRun, ...]:

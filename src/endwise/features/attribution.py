@@ -55,14 +55,14 @@ def spliced_gradients(
         clean: must have recorded the site and, for the KL, the final hidden state.
         mask: positions outside it keep their own activation.
     """
-    found = {loss: torch.empty_like(reconstruction) for loss in losses}
+    found: dict[Loss, Activation] = {loss: torch.empty_like(reconstruction) for loss in losses}
     for rows in microbatches(len(mask), mask):
         part, kept = clean.rows(rows), mask[rows]
         leaf = reconstruction.detach()[rows].requires_grad_()
         patched = torch.where(kept[..., None], leaf, part.activations[site].to(leaf.dtype))
         final = model.replay(part, {site: patched}).final
         assert final is not None
-        totals = {loss: _total(model.readout, loss, part, final, kept) for loss in losses}
+        totals: dict[Loss, Tensor] = {loss: _total(model.readout, loss, part, final, kept) for loss in losses}
         for loss, total in totals.items():
             (gradient,) = torch.autograd.grad(total, leaf, retain_graph=loss != losses[-1])
             found[loss][rows] = gradient
