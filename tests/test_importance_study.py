@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from endwise import evaluate, importance, train
 from endwise.analysis import concentration
@@ -21,8 +22,9 @@ from endwise.analysis.concentration import (
 )
 from endwise.analysis.importance import ImportanceStudy, ImportantRun, run_rows
 from endwise.analysis.pareto import Setting
+from endwise.cli import app
 from endwise.features.importance import Ablations, Faithfulness, FeatureImportance, Measured
-from endwise.report import print_importance, printed, write_importance
+from endwise.report import printed
 from endwise.report.importance import importance_charts
 from endwise.statistics import resampling_weights, student_t
 from made_runs import make_run
@@ -228,12 +230,14 @@ def runs(model, corpora, token_files, tmp_path_factory):
     return place
 
 
-def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path, capsys, monkeypatch):
+def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(printed, "DPI", 20)
     studies = importance([runs], ablate=4, model=model, corpora=corpora)
     assert len(studies) == 1 and [run.summary.kind for run in studies[0].runs] == ["local", "e2e"]
-    page = write_importance(studies, tmp_path)
-    text = page.read_text()
+    arguments = ["importance", runs, "--ablate", 4, "--out", tmp_path]  # which finds them measured
+    said = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert said.exit_code == 0 and "first-order" in said.output
+    text = (tmp_path / "importance.html").read_text()
     assert "e2e needs fewer features" in text
     names = {"faithfulness-1", "concentration-1", "cumulative-1", "density-1", "agreement-1"}
     assert {path.stem for path in tmp_path.glob("*.png")} == {path.stem for path in tmp_path.glob("*.pdf")} == names
@@ -250,5 +254,3 @@ def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, t
     assert all(row["share.low"] <= row["share"] <= row["share.high"] for row in curve)
     assert curve[0]["share_from_zeroed"] == 0
     assert len(parquet.read_table(tmp_path / "runs.parquet")) == 2
-    print_importance(studies)
-    assert "first-order" in capsys.readouterr().out
