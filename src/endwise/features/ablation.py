@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from endwise.dictionaries import SAE
 from endwise.features.importance import Ablations, Counts, FeatureImportance, Floats
@@ -48,29 +49,33 @@ class AblationSums:
         self.sample = sample
         self._W_dec = sae.W_dec.detach()
         self._rises: list[Floats] = []
-        """Per batch `[2 sample batch]`: rise of CE and KL, summed over each sequence; NaN where it does not fire."""
+        """Per batch `[2 sample batch]`: rise of CE and KL, summed over each sequence; 0 where it does not fire."""
+        self._fires: list[NDArray[np.bool_]] = []
+        """Per batch `[sample batch]`."""
         self._terms: list[Floats] = []
         """Per batch `[2 batch]`: predictions and tokens."""
 
     @torch.no_grad()
     def add(self, model: LanguageModel, batch: SplicedBatch) -> None:
-        rises = np.full((2, len(self.sample.features), len(batch.mask)), np.nan)
-        jobs = [(f, s) for f, feature in enumerate(self.sample.features) for s in batch.fires_in(int(feature))]
-        for part in microbatches(len(jobs), batch.mask):
-            some = jobs[part]
-            columns, rows = (list(each) for each in zip(*some, strict=True))
-            features = torch.from_numpy(self.sample.features[columns]).to(self._W_dec.device)
-            removed = torch.stack([batch.latents.of(int(f))[s] for f, s in zip(features.tolist(), rows, strict=True)])
-            changed = batch.reconstruction[rows] - removed[..., None] * self._W_dec[features][:, None]
-            rises[:, columns, rows] = batch.rises(model, changed, rows)
+        rises = np.zeros((2, len(self.sample.features), len(batch.mask)))
+        fires = np.zeros(rises.shape[1:], dtype=bool)
+        if len(self.sample.features):
+            latents = torch.stack([batch.latents.of(int(feature)) for feature in self.sample.features])
+            columns, rows = ((latents != 0) & batch.mask).any(-1).nonzero(as_tuple=True)
+            W_dec = self._W_dec[torch.from_numpy(self.sample.features).to(columns.device)]
+            for part in microbatches(len(rows), batch.mask):
+                column, row = columns[part], rows[part]
+                changed = batch.reconstruction[row] - latents[column, row][..., None] * W_dec[column][:, None]
+                rises[:, column.cpu().numpy(), row.cpu().numpy()] = batch.rises(model, changed, row)
+                fires[column.cpu().numpy(), row.cpu().numpy()] = True
         self._rises.append(rises)
+        self._fires.append(fires)
         self._terms.append(np.stack([batch.whole.predicts.sum(1).cpu().numpy(), batch.mask.sum(1).cpu().numpy()]))
 
     def result(self, importance: FeatureImportance) -> Ablations:
-        rises = np.concatenate([np.zeros((2, len(self.sample.features), 0)), *self._rises], axis=2)
-        terms = np.concatenate([np.zeros((2, 0)), *self._terms], axis=1)
+        rises, terms = np.concatenate(self._rises, axis=2), np.concatenate(self._terms, axis=1)
         chosen = self.sample.features
-        (ce, ce_se), (kl, kl_se) = (_ratio(np.nan_to_num(sums), n) for sums, n in zip(rises, terms, strict=True))
+        (ce, ce_se), (kl, kl_se) = (_ratio(sums, n) for sums, n in zip(rises, terms, strict=True))
         return Ablations(
             features=chosen,
             by_rank=np.arange(len(chosen)) < self.sample.by_rank,
@@ -78,7 +83,7 @@ class AblationSums:
             ce_se=ce_se,
             kl=kl,
             kl_se=kl_se,
-            sequences=(~np.isnan(rises[0])).sum(1),
+            sequences=np.concatenate(self._fires, axis=1).sum(1),
             estimated_ce=importance.ce_of_half(1)[chosen],
             estimated_kl=importance.kl_of_half(1)[chosen],
             second_ce=(importance.ce_of_half(1) + importance.curvature_of_half(1))[chosen],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -50,12 +50,8 @@ class SplicedBatch:
         joined = {name: torch.cat([getattr(each, name) for each in compared]) for name in vars(compared[0])}
         return cls(clean, site, mask, latents, reconstruction, Comparison(**joined))
 
-    def fires_in(self, feature: int) -> list[int]:
-        """The sequences in which a feature is not 0 at a token that counts."""
-        return ((self.latents.of(feature) != 0) & self.mask).any(1).nonzero()[:, 0].tolist()
-
     @torch.no_grad()
-    def rises(self, model: LanguageModel, changed: Activation, rows: list[int]) -> NDArray[np.float64]:
+    def rises(self, model: LanguageModel, changed: Activation, rows: Int[Tensor, " rows"]) -> NDArray[np.float64]:
         """By how much CE and KL rise when `changed` stands in the reconstruction's place; `[2 rows]`, summed over each
         sequence.
 
@@ -82,7 +78,7 @@ def spliced_ce(
     return torch.cat(sums)
 
 
-def _picked(clean: Clean, rows: list[int]) -> Clean:
+def _picked(clean: Clean, rows: Int[Tensor, " rows"]) -> Clean:
     assert clean.final is not None
     activations = {site: value[rows] for site, value in clean.activations.items()}
     return Clean(clean.tokens[rows], activations, clean.final[rows])
