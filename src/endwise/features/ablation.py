@@ -52,7 +52,7 @@ class AblationSums:
         """Per batch `[2 sample batch]`: rise of CE and KL, summed over each sequence; 0 where it does not fire."""
         self._fires: list[NDArray[np.bool_]] = []
         """Per batch `[sample batch]`."""
-        self._terms: list[Floats] = []
+        self._terms: list[Counts] = []
         """Per batch `[2 batch]`: predictions and tokens."""
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class AblationSums:
         self._terms.append(np.stack([batch.whole.predicts.sum(1).cpu().numpy(), batch.mask.sum(1).cpu().numpy()]))
 
     def result(self, importance: FeatureImportance) -> Ablations:
-        rises, terms = np.concatenate(self._rises, axis=2), np.concatenate(self._terms, axis=1)
+        rises, terms = np.concatenate(self._rises, axis=2), np.concatenate(self._terms, axis=1).astype(np.float64)
         chosen = self.sample.features
         (ce, ce_se), (kl, kl_se) = (_ratio(sums, n) for sums, n in zip(rises, terms, strict=True))
         return Ablations(
