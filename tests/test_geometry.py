@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -368,13 +369,18 @@ def test_the_command_writes_tables_figures_and_a_page(folder, tmp_path):
     assert bad.exit_code == 2 and "comma between them" in bad.stderr
 
 
-def test_importance_reaches_table_and_page(folder, tmp_path, undrawn):
-    def importance(run):
-        return np.linspace(-1, 1, COUNT) if "local" in run.name else None
+def test_importance_reaches_table_and_page(folder, tmp_path, undrawn, monkeypatch):
+    def measured(run):
+        return SimpleNamespace(ce_second=np.linspace(-1, 1, COUNT)) if "local" in run.name else None
 
-    found = endwise.geometry([folder], importance=importance)
+    monkeypatch.setattr("endwise.analysis.geometry.read_importance", measured)
+    found = endwise.geometry([folder])
     page = write_geometry(found, tmp_path).read_text()
     rows = parquet.read_table(tmp_path / "stable_function.parquet").to_pylist()
     assert [row["kind"] for row in rows] == ["local"] * 3
     assert "What stable features carry" in page
+    features = parquet.read_table(tmp_path / "features.parquet").to_pandas()
+    known = features[features["kind"] == "local"]
+    assert known["importance"].to_numpy() == pytest.approx(np.linspace(-1, 1, COUNT)[known["feature"]])
+    assert features[features["kind"] == "e2e"]["importance"].isna().all()
     print_geometry(found)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from endwise.analysis.geometry import Geometry, geometry
+    from endwise.analysis.importance import ImportanceStudy, importance
     from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
+    from endwise.features.importance import FeatureImportance, read_importance
     from endwise.group import Run, SomeFailed
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
@@ -60,6 +62,10 @@ _HOMES = {
     "spliced": "splice",
     "Geometry": "analysis.geometry",
     "geometry": "analysis.geometry",
+    "ImportanceStudy": "analysis.importance",
+    "importance": "analysis.importance",
+    "FeatureImportance": "features.importance",
+    "read_importance": "features.importance",
     "Pareto": "analysis.pareto",
     "pareto": "analysis.pareto",
     "Reproduced": "reproduction",
@@ -85,7 +91,9 @@ __all__ = [
     "EndwiseError",
     "Evaluation",
     "EvaluationConfig",
+    "FeatureImportance",
     "Geometry",
+    "ImportanceStudy",
     "LanguageModel",
     "Latents",
     "LocalMSE",
@@ -103,10 +111,12 @@ __all__ = [
     "corpora_for",
     "evaluate",
     "geometry",
+    "importance",
     "load_corpora",
     "load_model",
     "measure",
     "pareto",
+    "read_importance",
     "reproduce",
     "spliced",
     "sweep",

@@ -274,7 +274,7 @@ def geometry(
     ] = "512MiB",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for tables, figures and geometry.html; unset: geometry/ beside the first."),
+        typer.Option(help="Folder for tables, figures and geometry.html; unset: geometry/ beside the first run."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
@@ -284,6 +284,7 @@ def geometry(
     from endwise.errors import ConfigError
     from endwise.machine import parse_size
     from endwise.report import print_geometry, write_geometry
+    from endwise.run_folder import RunFolder
 
     pairs = [tuple(text.split(",")) for text in pair or ()]
     for each in pairs:
@@ -293,8 +294,31 @@ def geometry(
     found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=say)
     print_geometry(found)
     maps = feature_maps(found, say=say) if umap else None
-    path = write_geometry(found, out or runs[0].parent / "geometry", threshold=threshold, maps=maps)
+    beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
+    path = write_geometry(found, out or beside / "geometry", threshold=threshold, maps=maps)
     _say(f"The page, figures and tables: {path}")
+
+
+@app.command()
+@_plainly
+def importance(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    ablate: Annotated[int, typer.Option(min=0, help="Features of each run to ablate one by one.")] = 100,
+    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at up to twice the cost.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and importance.html; unset: importance/ beside the first."),
+    ] = None,
+) -> None:
+    """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
+    from endwise.analysis.importance import importance as measure
+    from endwise.report import print_importance, write_importance
+
+    found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
+    print_importance(found)
+    _say(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
 
 
 @app.command()

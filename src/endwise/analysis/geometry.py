@@ -27,11 +27,12 @@ from endwise.analysis.pareto import Setting, comparable
 from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
+from endwise.features.importance import read_importance
 from endwise.run_evaluation import read_firings
 from endwise.run_folder import RunFolder
 
 Importance = NDArray[np.float64]
-"""Of every feature, alive or not, `[d_sae]`."""
+"""Of every feature, alive or not, `[d_sae]`; nats per token."""
 Said = Callable[[str], None]
 
 
@@ -144,7 +145,8 @@ def geometry(
     Args:
         paths: run folders, or folders that hold some at any depth.
         pairs: run folders to compare with each other besides those across seeds and across kinds.
-        importance: of a run folder what each feature is worth, or None where that was not measured.
+        importance: of a run folder what each feature is worth, or None where that is not known; unset:
+            `measured_importance`.
         memory: bytes that a search for nearest directions may hold beside the dictionaries themselves.
         say: told what is compared next.
 
@@ -159,8 +161,14 @@ def geometry(
     sets = comparable([*paths, *(path for pair in asked for path in pair)])
     by_folder = {run.folder: run for runs in sets.values() for run in runs}
     given = [_checked(by_folder[str(a)], by_folder[str(b)]) for a, b in asked]
-    look = _Look(memory, say or (lambda _: None), importance or (lambda _: None))
+    look = _Look(memory, say or (lambda _: None), importance or measured_importance)
     return [look.at(setting, runs, [pair for pair in given if pair[0] in runs]) for setting, runs in sets.items()]
+
+
+def measured_importance(run: Path) -> Importance | None:
+    """What `endwise importance` found: the rise of CE if a feature is zeroed, to second order, nats per token."""
+    measured = read_importance(run)
+    return None if measured is None else measured.ce_second
 
 
 def alive(run: RunSummary) -> Alive:

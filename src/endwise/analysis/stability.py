@@ -57,8 +57,8 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class StableFunction:
-    """What the stable features of one run carry. Importance is |c · ∂CE/∂c| as `endwise importance` measures it, in
-    nats per token; its absolute value, since a feature that hurts the prediction does something too.
+    """What the stable features of one run carry. Importance is its absolute value, since a feature that hurts the
+    prediction does something too.
     """
 
     run: RunSummary
