@@ -315,6 +315,18 @@ def test_only_what_may_be_compared_is_compared(folder, tmp_path):
             endwise.geometry([folder], pairs=[(folder / "local-0", tmp_path / name)])
 
 
+def test_of_one_kind_with_seeds_that_run_stands_which_is_nearest_in_ce(tmp_path):
+    write_run(tmp_path / "e2e", directions(20), kind="e2e", ce_increase=0.5)
+    for coefficient, ce_increase in ((1.0, 0.1), (2.0, 0.5), (3.0, 0.9)):
+        for seed in range(2):
+            place = tmp_path / f"{coefficient}-{seed}"
+            write_run(place, directions(20, seed), coefficient=coefficient, seed=seed, ce_increase=ce_increase)
+    write_run(tmp_path / "tuned", directions(20), coefficient=9.0, ce_increase=0.5, learning_rate=1.0)
+    (one,) = endwise.geometry([tmp_path])
+    assert [(run.kind, run.coefficient) for run in one.similar] == [("local", 2.0), ("e2e", 1.0)]
+    assert [(run.kind, run.coefficient) for run in one.seeded] == [("local", 2.0)]
+
+
 def test_a_pair_that_is_asked_for(folder):
     a, b = folder / "local-0", folder / "e2e-1"
     (one,) = endwise.geometry([folder / "local-0"], pairs=[(a, b)])

@@ -230,7 +230,8 @@ class _Look:
         within = {run.folder: self.within(run) for run in ordered if run.alive > 1}
         living = [run for run in ordered if run.folder in within]
         several = [run for run in living if len(twins(run, living)) > 1]
-        similar, seeded = (_at_similar_ce(each) for each in (living, several))
+        similar = _at_similar_ce(living)
+        seeded = _at_similar_ce(several, beside=similar)
         wanted = [*_across_seeds(several), *_across_kinds(similar, living), *_across_kinds(seeded, living), *given]
         pairs: dict[tuple[str, str], Pair] = {}
         for a, b in wanted:
@@ -274,15 +275,18 @@ def _similarity(run: RunSummary, other: RunSummary | None, of: Alive, to: Alive,
     return Similarity(run, other, of.features, nearest, found.cosine.numpy(), candidates)
 
 
-def _at_similar_ce(runs: Sequence[RunSummary]) -> tuple[RunSummary, ...]:
+def _at_similar_ce(runs: Sequence[RunSummary], beside: Sequence[RunSummary] = ()) -> tuple[RunSummary, ...]:
     """One run of each kind, all of the learning rate that most of its kind's runs have: where one was tuned, the others
-    are of dictionaries that nobody would use.
+    are of dictionaries that nobody would use. Of a single kind, the run nearest to those `beside`.
     """
     kept = []
     for kind in KINDS:
         own = [run for run in runs if run.kind == kind]
         usual = Counter(run.learning_rate for run in own).most_common(1)
         kept += [run for run in own if run.learning_rate == usual[0][0]]
+    if beside and len({run.kind for run in kept}) == 1:
+        middle = float(np.mean([run.ce_increase for run in beside]))
+        return (min(kept, key=lambda run: abs(run.ce_increase - middle)),)
     return runs_at_similar(kept, "ce_increase") if kept else ()
 
 
