@@ -17,9 +17,10 @@ from warm import Warm
 
 STUDY = {
     "recipe": {
+        "data": {"context": 64},
         "dictionary": {"ratio": 2},
-        "training": {"tokens": 2048, "batch": 2, "alive_window": 2048, "checkpoint_every": 2},
-        "evaluation": {"tokens": 2048, "during_training_tokens": 1024, "batch": 8, "bootstrap": 50},
+        "training": {"tokens": 512, "batch": 2, "alive_window": 512, "checkpoint_every": 2},
+        "evaluation": {"tokens": 1024, "during_training_tokens": 512, "batch": 8, "bootstrap": 50},
     },
     "sites": {"blocks.3.hook_resid_pre": {}},
     "kinds": {
@@ -31,7 +32,7 @@ STUDY = {
     "lengths": [0.5],
     "ratios": [3],
     "starts": [0.5],
-    "cost_tokens": 1536,
+    "cost_tokens": 384,
 }
 TIMED = ("costs", "costs_of_variants")
 VERDICTS = {"shown", "not shown", "not testable here"}
@@ -54,7 +55,7 @@ def tables(folder):
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
     assert counts == {"learning_rates": 3, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
-    assert made.runs.failures == {} and made.runs.plan.tokens == 2048
+    assert made.runs.failures == {} and made.runs.plan.tokens == 512
 
 
 def test_a_start_from_local_goes_on_from_that_sae(made):
