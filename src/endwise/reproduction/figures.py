@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary, layer_label
 from endwise.analysis.norms import BINS, Norms
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, layer_label
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, mark, value
 from endwise.reproduction.mitigations import WAYS, CostPoint, Mitigations, Way
