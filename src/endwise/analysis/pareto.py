@@ -27,6 +27,8 @@ GRID = 40
 RESAMPLES, SEED = 1000, 12345
 AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """What is drawn against what: x, y."""
+HELDOUT_TEXT = "held-out text"
+"""What a band is over that is no band over seeds."""
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
@@ -230,7 +232,7 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     if not kept.any():
         return None
     low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
-    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over="held-out text")
+    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over=HELDOUT_TEXT)
 
 
 def _grid(low: float, high: float) -> Floats:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.pareto import AXES, Pareto, band, front, point_rows, ratio_rows
+from endwise.analysis.pareto import AXES, HELDOUT_TEXT, Pareto, band, front, point_rows, ratio_rows
 from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
@@ -17,10 +17,10 @@ from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.shell import escape, page, table
-from endwise.statistics import LEAST_SEEDS
+from endwise.report.shell import Wide, escape, page, table
 from endwise.tabular import write_table
 
+WAY_OVER_SEEDS = "Student's t"
 AXIS = {
     "l0": Axis("L0: features per token", log=True),
     "alive": Axis("alive features", log=True),
@@ -60,11 +60,12 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
         Panel("", AXIS[x], AXIS[y], tuple(each for kind in KINDS for each in _series(runs, kind, x, y)))
         for x, y in AXES
     ]
-    seeds = len({run.seed for run in runs})
-    bands = f"over {seeds} seeds (Student's t)" if seeds >= LEAST_SEEDS else "over held-out text (bootstrap)"
+    over = dict.fromkeys(each.band.of for panel in panels for each in panel.series if each.band is not None)
+    bands = " or ".join(f"{of} ({'bootstrap' if of == HELDOUT_TEXT else WAY_OVER_SEEDS})" for of in over)
     caption = (
         f"Each mark is one SAE at {site}; lower and further left is better. Rings: no other SAE is better in both. "
-        f"Bars: 95 % over held-out text. Bands: 95 % {bands}; a curve that is not monotone has none."
+        f"Bars: 95 % over held-out text. {f'Bands: 95 % over {bands}. ' if over else ''}"
+        "A curve that is not monotone has no band."
     )
     return Chart(name, f"At {site}", caption, tuple(panels))
 
@@ -93,7 +94,7 @@ def _curve(
     around = band(own, x, y)
     drawn = None if around is None else Band(_listed(around.x), _listed(around.low), _listed(around.high), around.over)
     marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
-    if around is not None and around.over != "held-out text":
+    if around is not None and around.over != HELDOUT_TEXT:
         middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
         yield Series(kind, middle, label, band=drawn, marked=False, rank=rank)
         yield Series(kind, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
@@ -198,9 +199,10 @@ def ratio_table(rows: Iterable[dict[str, object]]) -> str:
         said = "–" if not isinstance(ratio, float) else f"{100 * ratio:.0f} %"
         measure = next(each for each in MEASURES if each.key == row["measure"])
         what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
-        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], said, text, seeds, reason or ""))
-    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds", "")
-    return table(headings, cells, text=(1, 2), words=(6,))
+        numbers = (said, text, seeds) if not reason else (said, Wide(str(reason), 2))
+        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], *numbers))
+    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds")
+    return table(headings, cells, text=(1, 2))
 
 
 def _ends(low: object, high: object) -> str:

@@ -1,6 +1,7 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def _width(legend: Legend, figure: Figure) -> float:
 def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
     every = [series for panel in chart.panels for series in panel.series]
     for name, series in first_of_each_name(chart).items():
-        yield Line2D([], [], **_look(series)), name
+        yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
     for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
         yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
     if any(_has_interval(mark) for series in every for mark in series.marks):
