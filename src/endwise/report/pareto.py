@@ -9,7 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.pareto import AXES, HELDOUT_TEXT, Pareto, band, front, point_rows, ratio_rows
+from endwise.analysis.pareto import (
+    AXES,
+    HELDOUT_TEXT,
+    Pareto,
+    band,
+    front,
+    has_several_rates,
+    point_rows,
+    rate_of_most,
+    ratio_rows,
+)
 from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
@@ -74,8 +84,10 @@ def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[S
     """A curve for each learning rate that the kind was trained with."""
     own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
     best = front(runs, x, y)
-    several = len({(run.coefficient, run.seed) for run in own}) < len(own)
-    rates = sorted({run.learning_rate or 0.0 for run in own}) if several else [None]
+    rates: list[float | None] = [None]
+    if has_several_rates(own):  # that of most first, drawn as a kind's only curve is
+        most = rate_of_most(own)
+        rates = sorted({run.learning_rate or 0.0 for run in own}, key=lambda rate: (rate != most, rate))
     for number, rate in enumerate(rates):
         of_rate = [run for run in own if rate is None or (run.learning_rate or 0.0) == rate]
         label = f"learning rate {rate:g}" if rate else ""
@@ -117,22 +129,24 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
             console.print("Without local SAEs and others of this setting there is nothing to compare.\n")
             continue
         console.print(_ratios(one))
-        for sentence in one.summary.verdicts:
+        for sentence in (*one.remarks, *one.summary.verdicts):
             console.print(printable(f"• {sentence}"), markup=False, highlight=False)
 
 
 def _points(one: Pareto) -> Table:
     title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("kind", "λ", "seed", "L0", "alive", "CE increase [95 %]", "KL", "front"):
+    rates = any(has_several_rates([run for run in one.runs if run.kind == kind]) for kind in KINDS)
+    for heading in ("kind", "λ", "seed", *["rate"] * rates, "L0", "alive", "CE increase [95 %]", "KL", "front"):
         shown.add_column(heading, justify="left" if heading in ("kind", "front") else "right", no_wrap=True)
     fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
-    for run in one.summary.runs:
+    for run in one.runs:
         ends = run.intervals.get("ce_increase")
         shown.add_row(
             LABELS[run.kind],
             f"{run.coefficient:g}",
             str(run.seed),
+            *[f"{run.learning_rate or 0:g}"] * rates,
             f"{run.l0:.1f}",
             f"{run.alive:,}",
             Text(f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")),
@@ -185,7 +199,7 @@ def _section(one: Pareto, chart: Chart) -> str:
     head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
     if not one.is_compared:
         return f"<section>{head}{div(chart)}</section>"
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in one.summary.verdicts)
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
     table_of_ratios = ratio_table(ratio_rows([one]))
     return f'<section>{head}<ul class="verdicts">{sentences}</ul>{div(chart)}{table_of_ratios}</section>'
 
