@@ -53,6 +53,15 @@ def test_a_printed_legend_has_marks_to_be_seen_though_they_are_a_crowd():
     assert handle.get_markersize() > 4 and handle.get_alpha() == 1
 
 
+def test_panels_keep_their_height_under_a_legend_of_many_rows():
+    def height_of_panel(count):
+        figure = draw(chart(*(line(label=f"a label that is rather long {n}") for n in range(count))))
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().height
+
+    assert height_of_panel(12) == pytest.approx(height_of_panel(1), rel=0.1)
+
+
 def test_a_point_tells_its_run_and_every_interval_is_drawn():
     mark = Mark(10.0, 0.5, "e2e, λ 1\nruns/e2e-1", x_ends=(9.0, 12.0), y_ends=(0.4, 0.7), front=True)
     bars = described(div(chart(Series("e2e", (mark,)))))[0]["data"]

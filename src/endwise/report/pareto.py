@@ -46,6 +46,7 @@ def described(run: RunSummary) -> str:
             f"{LABELS[run.kind]}, λ {run.coefficient:g}, seed {run.seed}",
             run.site,
             f"{run.tokens:,} training tokens, {run.d_sae:,} features",
+            *([] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]),
             f"L0 {run.l0:.1f}, {run.alive:,} alive",
             f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}",
             run.folder,
@@ -81,17 +82,23 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
 
 
 def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
-    """A curve for each learning rate that the kind was trained with."""
+    """A curve; where the kind was trained at several learning rates, that of most of its runs, and the others as dots,
+    or a curve for each rate if none has most.
+    """
     own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
     best = front(runs, x, y)
-    rates: list[float | None] = [None]
-    if has_several_rates(own):  # that of most first, drawn as a kind's only curve is
-        most = rate_of_most(own)
-        rates = sorted({run.learning_rate or 0.0 for run in own}, key=lambda rate: (rate != most, rate))
+    if not has_several_rates(own):
+        yield from _curve(own, kind, x, y, best, "", 0)
+        return
+    most = rate_of_most(own)
+    rates = sorted({run.learning_rate or 0.0 for run in own}) if most is None else [most]
     for number, rate in enumerate(rates):
-        of_rate = [run for run in own if rate is None or (run.learning_rate or 0.0) == rate]
-        label = f"learning rate {rate:g}" if rate else ""
-        yield from _curve(of_rate, kind, x, y, best, label, number)
+        of_rate = [run for run in own if (run.learning_rate or 0.0) == rate]
+        yield from _curve(of_rate, kind, x, y, best, f"learning rate {rate:g}", number)
+    others = [run for run in own if (run.learning_rate or 0.0) not in rates]
+    if others:
+        marks = tuple(mark(run, x, y, front=run.folder in best) for run in others)
+        yield Series(kind, marks, "other learning rates", joined=False, rank=1)
 
 
 def _curve(

@@ -38,6 +38,8 @@ from endwise.report.look import (
 INK, MUTED, RULE, PAPER = "#1c2127", "#58616b", "#e1e0dc", "#ffffff"
 WIDTH, HEIGHT = 3.1, 2.75
 """Inches of a panel; three of them stand in a row."""
+LEGEND_ROW = 0.18
+"""Inches by which each further row of a legend makes a figure higher."""
 COLUMNS = 3
 DPI = 300
 
@@ -98,7 +100,8 @@ def draw(chart: Chart) -> Figure:
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
         for number, panel in enumerate(chart.panels, 1):
             _draw_panel(figure.add_subplot(rows, columns, number), panel)
-        _add_legend(figure, chart)
+        rows_of_legend = _add_legend(figure, chart)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows_of_legend - 1))
     return figure
 
 
@@ -199,11 +202,9 @@ def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | N
     ]
 
 
-def _add_legend(figure: Figure, chart: Chart) -> None:
-    """Under the panels, in as many columns as the figure is wide enough for."""
+def _add_legend(figure: Figure, chart: Chart) -> int:
+    """Under the panels, in as many columns as the figure is wide enough for; its rows."""
     entries = list(_entries(chart))
-    if not entries:
-        return
     for columns in range(len(entries), 0, -1):
         legend = figure.legend(
             handles=[handle for handle, _ in entries],
@@ -214,8 +215,9 @@ def _add_legend(figure: Figure, chart: Chart) -> None:
             columnspacing=1.6,
         )
         if columns == 1 or _width(legend, figure) <= figure.bbox.width:
-            return
+            return -(-len(entries) // columns)
         legend.remove()
+    return 0
 
 
 def _width(legend: Legend, figure: Figure) -> float:
