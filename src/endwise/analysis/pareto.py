@@ -6,6 +6,7 @@ has its own curves and ratios.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from endwise.analysis.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
-from endwise.analysis.run_summary import RunSummary, resampled
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
@@ -27,6 +28,8 @@ GRID = 40
 RESAMPLES, SEED = 1000, 12345
 AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """What is drawn against what: x, y."""
+HELDOUT_TEXT = "held-out text"
+"""What a band is over that is no band over seeds."""
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
@@ -73,7 +76,11 @@ class Pareto:
 
     setting: Setting
     runs: tuple[RunSummary, ...]
+    """By kind, coefficient, seed and learning rate."""
     summary: Summary
+    """Of the runs of one learning rate a kind, where it has several."""
+    remarks: tuple[str, ...] = ()
+    """Which rate that is."""
 
     @property
     def is_compared(self) -> bool:
@@ -116,7 +123,34 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
     for run, recipe in runs:
         sets.setdefault(Setting.of(run, ((key, recipe.get(key, "")) for key in differing)), []).append(run)
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
-    return [Pareto(setting, tuple(sets[setting]), _summary(sets[setting])) for setting in ordered]
+    return [_compared(setting, sets[setting]) for setting in ordered]
+
+
+def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
+    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed, run.learning_rate or 0.0))
+    rates = {kind: rate for kind in KINDS if (rate := rate_of_most([run for run in runs if run.kind == kind]))}
+    kept = [run for run in runs if run.learning_rate == rates.get(run.kind, run.learning_rate)]
+    remarks = [
+        f"Of {LABELS[kind]} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        for kind, rate in rates.items()
+    ]
+    return Pareto(setting, tuple(runs), _summary(kept), tuple(remarks))
+
+
+def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
+    """Of one kind's runs that were trained at several learning rates with the same coefficient and seed, the rate that
+    has more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
+    runs, or no such rate.
+    """
+    if not has_several_rates(runs):
+        return None
+    counts = Counter(run.learning_rate for run in runs).most_common(2)
+    return None if len(counts) < 2 or counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def has_several_rates(runs: Sequence[RunSummary]) -> bool:
+    """Whether runs of one kind share coefficient and seed."""
+    return len({(run.coefficient, run.seed) for run in runs}) < len(runs)
 
 
 def _recipe(path: Path) -> dict[str, str]:
@@ -230,7 +264,7 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     if not kept.any():
         return None
     low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
-    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over="held-out text")
+    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over=HELDOUT_TEXT)
 
 
 def _grid(low: float, high: float) -> Floats:
@@ -245,7 +279,7 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     rows = []
     for one in found:
         fronts = {f"front.{y}_over_{x}": front(one.runs, x, y) for x, y in AXES}
-        for run in one.summary.runs:
+        for run in one.runs:
             row: dict[str, Any] = {**_common(one), "kind": run.kind, "coefficient": run.coefficient, "seed": run.seed}
             row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
             row |= {"ce_increase": run.ce_increase, "kl": run.kl}

@@ -1,5 +1,6 @@
 """One measured run: what it is, what it measured, what it cost."""
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -155,13 +156,24 @@ def layer_label(site: str) -> str:
 _DENOMINATORS = {"ce_increase": "predictions"}
 
 
+LATER_MSE = "later_mse"
+"""Geometric mean over the later sites of the downstream MSE, so that each counts alike, whatever its scale."""
+
+
 def estimate(run: RunSummary, metric: str) -> float:
-    return float(getattr(run, metric))
+    if metric != LATER_MSE:
+        return float(getattr(run, metric))
+    values = list(run.downstream_mse.values())
+    return float(np.exp(np.mean(np.log(values)))) if values and min(values) > 0 else math.nan
 
 
 def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> dict[str, Floats]:
     """Each metric in each resample, `[resamples]`."""
     assert run.sums is not None
+    if LATER_MSE in metrics:
+        sites = resampled(run, {f"downstream_mse.{site}" for site in run.downstream_mse}, resamples, seed)
+        mean = np.exp(np.mean(np.log(list(sites.values())), axis=0))
+        return {LATER_MSE: mean, **resampled(run, metrics - {LATER_MSE}, resamples, seed)}
     return {
         name: np.full(resamples, float(run.alive))
         if name == "alive"

@@ -1,6 +1,7 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from endwise.report.look import (
 INK, MUTED, RULE, PAPER = "#1c2127", "#58616b", "#e1e0dc", "#ffffff"
 WIDTH, HEIGHT = 3.1, 2.75
 """Inches of a panel; three of them stand in a row."""
+LEGEND_ROW = 0.18
+"""Inches by which each further row of a legend makes a figure higher."""
 COLUMNS = 3
 DPI = 300
 
@@ -100,7 +103,8 @@ def draw(chart: Chart) -> Figure:
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
         for number, panel in enumerate(chart.panels, 1):
             _draw_panel(figure.add_subplot(rows, columns, number), panel)
-        _add_legend(figure, chart)
+        rows_of_legend = _add_legend(figure, chart)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows_of_legend - 1))
     return figure
 
 
@@ -201,11 +205,9 @@ def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | N
     ]
 
 
-def _add_legend(figure: Figure, chart: Chart) -> None:
-    """Under the panels, in as many columns as the figure is wide enough for."""
+def _add_legend(figure: Figure, chart: Chart) -> int:
+    """Under the panels, in as many columns as the figure is wide enough for; its rows."""
     entries = list(_entries(chart))
-    if not entries:
-        return
     for columns in range(len(entries), 0, -1):
         legend = figure.legend(
             handles=[handle for handle, _ in entries],
@@ -216,8 +218,9 @@ def _add_legend(figure: Figure, chart: Chart) -> None:
             columnspacing=1.6,
         )
         if columns == 1 or _width(legend, figure) <= figure.bbox.width:
-            return
+            return -(-len(entries) // columns)
         legend.remove()
+    return 0
 
 
 def _width(legend: Legend, figure: Figure) -> float:
@@ -227,7 +230,7 @@ def _width(legend: Legend, figure: Figure) -> float:
 def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
     every = [series for panel in chart.panels for series in panel.series]
     for name, series in first_of_each_name(chart).items():
-        yield Line2D([], [], **_look(series)), name
+        yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
     for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
         yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
     if any(_has_interval(mark) for series in every for mark in series.marks):

@@ -54,7 +54,7 @@ def explained_variance(runs: Sequence[RunSummary], site: str) -> Chart:
 def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str) -> Chart:
     """Figure 10: one panel a kind."""
     panels = []
-    x, y = Axis("‖a‖", log=True), Axis("‖â‖", log=True)
+    x, y = Axis("length of the activation, ‖a‖", log=True), Axis("length of the reconstruction, ‖â‖", log=True)
     for run in similar:
         if run.folder not in measured:
             continue
@@ -73,15 +73,15 @@ def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: st
 def cosines(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str) -> Chart:
     """Figure 11."""
     centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+    runs = [run for run in similar if run.folder in measured]
+    counts = [np.array(measured[run.folder].histogram, dtype=float) for run in runs]
+    first = max(0, min((int(np.argmax(each > 0)) for each in counts), default=0) - 1)
     series = []
-    for run in similar:
-        if run.folder in measured:
-            counts = np.array(measured[run.folder].histogram, dtype=float)
-            shares = 100 * counts / max(counts.sum(), 1)
-            marks = [
-                Mark(float(x), float(y), f"{LABELS[run.kind]}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)
-            ]
-            series.append(Series(run.kind, tuple(marks)))
+    for run, each in zip(runs, counts, strict=True):
+        shares = 100 * each / max(each.sum(), 1)
+        bins = list(zip(centres, shares, strict=True))[first:]  # below, where no token is, there is nothing to see
+        marks = [Mark(float(x), float(y), f"{LABELS[run.kind]}: {y:.1f} % about {x:.3f}") for x, y in bins]
+        series.append(Series(run.kind, tuple(marks)))
     panel = Panel(site, Axis("cosine between a and â"), Axis("share of tokens, %", from_zero=True), tuple(series))
     caption = "Held-out tokens by the cosine between the activation and its reconstruction; position 0 left out."
     return Chart("cosines", "Which way reconstructions point", caption, (panel,))

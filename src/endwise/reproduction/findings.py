@@ -167,8 +167,8 @@ def label(config: RunConfig, made: StudyRuns, way: Way) -> str:
         ratio, size = config.dictionary.ratio, config.dictionary.size
         return f"{size:,} features" if ratio is None else f"{ratio:g} features per dimension"
     if config.init_from is not None:
-        return f"from local, then {factor:g} × tokens"
-    return f"{factor:g} × tokens" if way == "tokens" else "from random weights"
+        return f"from local, then {factor:.3g} × tokens"
+    return f"{factor:.3g} × tokens" if way == "tokens" else "from random weights"
 
 
 def run_rows(found: Findings) -> list[dict[str, Any]]:
