@@ -261,7 +261,7 @@ def importance(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
     ablate: Annotated[int, typer.Option(min=0, help="Features of each run to ablate one by one.")] = 100,
-    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at up to twice the cost.")] = False,
+    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
     out: Annotated[
         Path | None,
