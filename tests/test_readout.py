@@ -47,6 +47,27 @@ def hidden():
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 40 * VOCAB, 1 << 21])
+def test_cross_entropy_and_gradient_equal_the_float64_definition(readout, hidden, chunk_elements, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    state, _, mask = hidden
+    tokens, weights = torch.randint(VOCAB, (3, 50)), torch.rand(3, 50)
+    ours = state.clone().requires_grad_()
+    losses = readout.cross_entropy(ours, tokens, mask)
+    (losses * weights).sum().backward()
+    slow = state.double().requires_grad_()
+    expected = torch.zeros(3, 50, dtype=torch.float64)
+    for b in range(3):
+        for t in range(49):
+            if mask[b, t] and mask[b, t + 1]:
+                expected[b, t] = -slow_logits(readout, slow[b, t]).log_softmax(-1)[tokens[b, t + 1]]
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(readout.cross_entropy(state, tokens, mask), losses)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 40 * VOCAB, 1 << 21])
 def test_kl_and_gradient_equal_the_float64_definition(readout, hidden, chunk_elements, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
     clean, spliced, mask = hidden

@@ -16,10 +16,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.importance import ImportanceStudy, importance
     from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
+    from endwise.features.importance import FeatureImportance, read_importance
     from endwise.group import Run, SomeFailed
     from endwise.language_model import LanguageModel
     from endwise.model_loading import load_model
@@ -57,6 +59,10 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "ImportanceStudy": "analysis.importance",
+    "importance": "analysis.importance",
+    "FeatureImportance": "features.importance",
+    "read_importance": "features.importance",
     "Pareto": "analysis.pareto",
     "pareto": "analysis.pareto",
     "Reproduced": "reproduction",
@@ -82,6 +88,8 @@ __all__ = [
     "EndwiseError",
     "Evaluation",
     "EvaluationConfig",
+    "FeatureImportance",
+    "ImportanceStudy",
     "LanguageModel",
     "Latents",
     "LocalMSE",
@@ -98,10 +106,12 @@ __all__ = [
     "SweepConfig",
     "corpora_for",
     "evaluate",
+    "importance",
     "load_corpora",
     "load_model",
     "measure",
     "pareto",
+    "read_importance",
     "reproduce",
     "spliced",
     "sweep",

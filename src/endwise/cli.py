@@ -257,6 +257,28 @@ def pareto(
 
 @app.command()
 @_plainly
+def importance(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    ablate: Annotated[int, typer.Option(min=0, help="Features of each run to ablate one by one.")] = 100,
+    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and importance.html; unset: importance/ beside the first."),
+    ] = None,
+) -> None:
+    """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
+    from endwise.analysis.importance import importance as measure
+    from endwise.report import print_importance, write_importance
+
+    found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
+    print_importance(found)
+    _say(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
+
+
+@app.command()
+@_plainly
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from endwise.axes import Activation, TokenMask, Tokens
 from endwise.kernels import Unembedding, kernels_for
+from endwise.kernels.cross_entropy import chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,22 @@ class Readout:
         keep = mask.flatten()
         return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self.unembedding)  # pyright: ignore[reportReturnType]
 
+    def cross_entropy(self, hidden: Activation, tokens: Tokens, mask: TokenMask) -> Float[Tensor, "batch pos"]:
+        """Of each prediction against the token that follows, in nats; 0 at positions that predict none that counts.
+
+        Differentiable in `hidden`; the gradient is computed in the same chunked pass, where it is asked for.
+        """
+        targets, predicts = next_tokens(tokens, mask)
+        rows = (hidden.flatten(0, 1), targets.flatten(), predicts.flatten())
+        return _CEFromHidden.apply(*rows, self.unembedding).view(mask.shape)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
     @torch.no_grad()
     def compare(
         self, clean: Activation, spliced: Sequence[Activation], tokens: Tokens, mask: TokenMask
     ) -> list[Comparison]:
         """Every per-token metric of each spliced pass's predictions, in one chunked pass over the clean one's."""
-        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).flatten()
-        predicts = mask.clone()
-        predicts[:, -1] = False
-        predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
+        following, predicts = next_tokens(tokens, mask)
+        targets = following.flatten()
         rows = kernels_for(clean.device).rows_per_chunk(self.unembedding)
         # Small results that are made between the chunks' large ones would keep the allocator from using those again.
         columns = torch.zeros(len(spliced), 5, mask.numel(), device=mask.device)
@@ -94,6 +102,14 @@ class Readout:
         return comparisons
 
 
+def next_tokens(tokens: Tokens, mask: TokenMask) -> tuple[Tokens, TokenMask]:
+    """What each position is to predict, and the positions that predict a token which counts."""
+    predicts = mask.clone()
+    predicts[:, -1] = False
+    predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target
+    return torch.nn.functional.pad(tokens[:, 1:], (0, 1)), predicts
+
+
 class _KLFromHidden(torch.autograd.Function):
     """The kernel gives the gradient with the value, so that backward only scales it."""
 
@@ -108,3 +124,22 @@ class _KLFromHidden(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None
+
+
+class _CEFromHidden(torch.autograd.Function):
+    """Each row's loss depends on its own hidden state alone, so that backward scales row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, keep: Tensor, unembedding: Unembedding) -> Tensor:
+        rows = kernels_for(hidden.device).rows_per_chunk(unembedding)
+        wanted = ctx.needs_input_grad[0]
+        losses, gradient = chunked_cross_entropy(hidden, targets, keep, unembedding, rows, wanted)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None

@@ -116,12 +116,9 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    runs = [(RunSummary.read(path), _recipe(path)) for path in runs_in(paths)]
-    keys = sorted({key for _, recipe in runs for key in recipe})
-    differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
     sets: dict[Setting, list[RunSummary]] = {}
-    for run, recipe in runs:
-        sets.setdefault(Setting.of(run, ((key, recipe.get(key, "")) for key in differing)), []).append(run)
+    for run, setting in with_settings(runs_in(paths)):
+        sets.setdefault(setting, []).append(run)
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
     return [_compared(setting, sets[setting]) for setting in ordered]
 
@@ -151,6 +148,19 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
     """Whether runs of one kind share coefficient and seed."""
     return len({(run.coefficient, run.seed) for run in runs}) < len(runs)
+
+
+def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
+    """Each evaluated run with its setting, which tells apart what may not be compared.
+
+    Raises:
+        RunFolderError: a folder is no run, or was not measured yet.
+        FormatError: what a run holds cannot be read.
+    """
+    runs = [(RunSummary.read(path), _recipe(path)) for path in folders]
+    keys = sorted({key for _, recipe in runs for key in recipe})
+    differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
+    return [(run, Setting.of(run, ((key, recipe.get(key, "")) for key in differing))) for run, recipe in runs]
 
 
 def _recipe(path: Path) -> dict[str, str]:

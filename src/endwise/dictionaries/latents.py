@@ -39,6 +39,14 @@ class Latents(ABC):
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
         """In how many rows of the mask each feature is non-zero."""
 
+    @abstractmethod
+    def only(self, features: Bool[Tensor, " d_sae"]) -> "Latents":
+        """The same with all other features at 0."""
+
+    @abstractmethod
+    def of(self, feature: int) -> Float[Tensor, "*rows"]:
+        """One feature's value in every row."""
+
 
 @dataclass(frozen=True)
 class DenseLatents(Latents):
@@ -61,6 +69,12 @@ class DenseLatents(Latents):
 
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
         return self._active(mask).sum(0)
+
+    def only(self, features: Bool[Tensor, " d_sae"]) -> "DenseLatents":
+        return DenseLatents(self.values * features)
+
+    def of(self, feature: int) -> Float[Tensor, "*rows"]:
+        return self.values[..., feature]
 
     def _active(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, "flat d_sae"]:
         return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2)
@@ -93,6 +107,18 @@ class SparseLatents(Latents):
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
         kept = self.pairs.features[mask.flatten()[self.pairs.rows]]
         return torch.bincount(kept, minlength=self.pairs.n_features)
+
+    def only(self, features: Bool[Tensor, " d_sae"]) -> "SparseLatents":
+        kept = features[self.pairs.features]
+        rows = self.pairs.rows[kept]
+        starts = torch.searchsorted(rows, torch.arange(self.pairs.n_rows, device=rows.device))
+        pairs = Pairs(rows, self.pairs.features[kept], starts, self.pairs.n_features)
+        return SparseLatents(self.values[kept], pairs, self.shape)
+
+    def of(self, feature: int) -> Float[Tensor, "*rows"]:
+        places = self.pairs.features == feature
+        values = self.values.new_zeros(self.pairs.n_rows)
+        return values.index_put((self.pairs.rows[places],), self.values[places]).view(self.shape)
 
 
 def _magnitudes(values: Tensor, p: float) -> Tensor:
