@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,ray,slurm]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,ray,slurm,umap]'
 	@touch $@ $(VENV)/.installed
 
 # The paper's code and transformer-lens ask for much that is not used here, so without their requirements.

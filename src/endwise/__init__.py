@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.geometry import Geometry, geometry
     from endwise.analysis.importance import ImportanceStudy, importance
     from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
@@ -59,6 +60,8 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "Geometry": "analysis.geometry",
+    "geometry": "analysis.geometry",
     "ImportanceStudy": "analysis.importance",
     "importance": "analysis.importance",
     "FeatureImportance": "features.importance",
@@ -89,6 +92,7 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "FeatureImportance",
+    "Geometry",
     "ImportanceStudy",
     "LanguageModel",
     "Latents",
@@ -106,6 +110,7 @@ __all__ = [
     "SweepConfig",
     "corpora_for",
     "evaluate",
+    "geometry",
     "importance",
     "load_corpora",
     "load_model",

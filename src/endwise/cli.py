@@ -257,6 +257,50 @@ def pareto(
 
 @app.command()
 @_plainly
+def geometry(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN,RUN", help="Also compare these two; may be given several times."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
+    ] = 0.7,
+    umap: Annotated[
+        bool, typer.Option("--umap", help="Also lay the features out on a map (needs the extra umap).")
+    ] = False,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
+    ] = "512MiB",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and geometry.html; unset: geometry/ beside the first run."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
+    from endwise.analysis.feature_map import feature_maps
+    from endwise.analysis.geometry import geometry as compare
+    from endwise.errors import ConfigError
+    from endwise.machine import parse_size
+    from endwise.report import print_geometry, write_geometry
+    from endwise.run_folder import RunFolder
+
+    pairs = [tuple(text.split(",")) for text in pair or ()]
+    for each in pairs:
+        if len(each) != 2:
+            raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
+    say = None if quiet else lambda text: _say(text, err=True)
+    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=say)
+    print_geometry(found)
+    maps = feature_maps(found, say=say) if umap else None
+    beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
+    path = write_geometry(found, out or beside / "geometry", threshold=threshold, maps=maps)
+    _say(f"The page, figures and tables: {path}")
+
+
+@app.command()
+@_plainly
 def importance(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,

@@ -17,7 +17,19 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    table = as_table(rows)
+    _write(as_table(rows), path)
+
+
+def write_columns(columns: Mapping[str, Any], path: Path) -> None:
+    """As `write_table`, of arrays of one length by name: what has a row for each of very many features.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    _write(pa.table(dict(columns)), path)
+
+
+def _write(table: pa.Table, path: Path) -> None:
     with replacing(path.with_name(f"{path.name}.parquet")) as partial:
         parquet.write_table(table, partial)
     write_atomic(path.with_name(f"{path.name}.csv"), as_csv(table))

@@ -116,11 +116,21 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
+    return [_compared(setting, runs) for setting, runs in comparable(paths).items()]
+
+
+def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
+    """Evaluated runs among and below the paths, in sets that can be compared.
+
+    Raises:
+        RunFolderError: there is no run, or one was not measured yet.
+        FormatError: what a run holds cannot be read.
+    """
     sets: dict[Setting, list[RunSummary]] = {}
     for run, setting in with_settings(runs_in(paths)):
         sets.setdefault(setting, []).append(run)
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
-    return [_compared(setting, sets[setting]) for setting in ordered]
+    return {setting: sets[setting] for setting in ordered}
 
 
 def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:

@@ -3,6 +3,7 @@
 Reads tables only; no model, no network.
 """
 
+from endwise.report.geometry import print_geometry, write_geometry
 from endwise.report.importance import print_importance, write_importance
 from endwise.report.page import write_report
 from endwise.report.pareto import print_pareto, write_pareto
@@ -11,10 +12,12 @@ from endwise.report.tables import print_evaluations, print_summary
 
 __all__ = [
     "print_evaluations",
+    "print_geometry",
     "print_importance",
     "print_pareto",
     "print_plan",
     "print_summary",
+    "write_geometry",
     "write_importance",
     "write_pareto",
     "write_report",

@@ -65,6 +65,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Words at a place of a panel."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Panel:
     title: str
     x: Axis
@@ -72,6 +81,7 @@ class Panel:
     series: tuple[Series, ...]
     diagonal: bool = False
     """A line where y = x; both axes then have one range."""
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class Chart:
     """What is drawn, in which units, with which intervals."""
     panels: tuple[Panel, ...]
     """Side by side."""
+    large: bool = False
+    """Each panel takes the place of four."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

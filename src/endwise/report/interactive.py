@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from endwise.printable import printable
-from endwise.report.charts import Axis, Chart, Ends, Mark, Panel, Series
+from endwise.report.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
 from endwise.report.look import (
     BAND,
     CROWD,
@@ -48,8 +48,9 @@ def div(chart: Chart) -> str:
         for panel in chart.panels
     )
     described = _json([_figure(panel) for panel in chart.panels])
+    classes = "chart large" if chart.large else "chart"
     return (
-        f'<figure class="chart" id="{_escape(chart.name)}"><h3>{_escape(chart.title)}</h3>{_legend(chart)}'
+        f'<figure class="{classes}" id="{_escape(chart.name)}"><h3>{_escape(chart.title)}</h3>{_legend(chart)}'
         f'<div class="chart-panels">{panels}</div><figcaption>{_escape(chart.caption)}</figcaption>'
         f'<script type="application/json">{described}</script></figure>'
     )
@@ -72,8 +73,9 @@ def in_words(panel: Panel) -> str:
     """What the panel shows, for those who do not see it."""
     parts = []
     for series in panel.series:
-        points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks)
-        parts.append(f"{name_of(series)}: {points or 'nothing'}")
+        points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks[:CROWD])
+        more = f", and {len(series.marks) - CROWD:,} more" if len(series.marks) > CROWD else ""
+        parts.append(f"{name_of(series)}: {points or 'nothing'}{more}")
     return f"{panel.y.label} over {panel.x.label}. {'; '.join(parts)}."
 
 
@@ -94,6 +96,7 @@ def _figure(panel: Panel) -> Json:
             "xaxis": _axis(panel.x, x),
             "yaxis": _axis(panel.y, y),
             "shapes": [_diagonal(x)] if panel.diagonal else [],
+            "annotations": [_annotation(note) for note in panel.notes],
         },
     }
 
@@ -114,6 +117,11 @@ def _diagonal(ends: Ends) -> Json:
     low, high = ends
     line = {"color": "var(--muted)", "width": 1, "dash": "4px,3px"}
     return {"type": "line", "x0": low, "y0": low, "x1": high, "y1": high, "layer": "below", "line": line}
+
+
+def _annotation(note: Note) -> Json:
+    font = {"size": 13, "color": "var(--ink)", "weight": 700}
+    return {"x": note.x, "y": note.y, "text": _plain(note.text), "showarrow": False, "font": font}
 
 
 def _traces(series: Series, panel: Panel) -> Iterator[Json]:

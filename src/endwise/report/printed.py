@@ -95,10 +95,13 @@ def save(chart: Chart, folder: Path) -> list[Path]:
 
 
 def draw(chart: Chart) -> Figure:
-    columns = min(COLUMNS, len(chart.panels))
+    columns = min(1 if chart.large else COLUMNS, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
+    scale = 2 if chart.large else 1
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH * columns + 0.2, HEIGHT * rows + 0.7), layout="constrained", facecolor=PAPER)
+        figure = Figure(
+            figsize=(scale * WIDTH * columns + 0.2, scale * HEIGHT * rows + 0.7), layout="constrained", facecolor=PAPER
+        )
         FigureCanvasAgg(figure)
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
         for number, panel in enumerate(chart.panels, 1):
@@ -136,6 +139,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.plot(x, y, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
     for series in panel.series:
         _draw_series(axes, series, panel)
+    for note in panel.notes:
+        axes.annotate(_text(note.text), (note.x, note.y), ha="center", va="center", fontweight="bold", zorder=3)
 
 
 def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:

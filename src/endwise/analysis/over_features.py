@@ -1,0 +1,88 @@
+"""Bootstrap intervals over features: what another draw of as many features, from the same run, would have given.
+
+The features of a run are drawn with replacement, each run's from a stream of its own. Numbers of one run's features
+(its cosines with two other dictionaries, say) share their draws and so are paired; numbers of two runs are not.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endwise.analysis.run_summary import RunSummary
+from endwise.seeds import numpy_stream
+
+RESAMPLES, SEED = 1000, 12345
+_CHUNK = 4 << 20
+"""Counts that are held at a time."""
+
+Floats = NDArray[np.float64]
+
+
+def stream(run: RunSummary) -> np.random.Generator:
+    """The run's own, wherever its folder lies and whichever runs it is compared with."""
+    return numpy_stream(SEED, f"features of {run.kind} {run.coefficient!r} {run.learning_rate!r}", run.seed)
+
+
+def counts(features: int, generator: np.random.Generator, resamples: int = RESAMPLES) -> Iterator[Floats]:
+    """How often each resample draws each feature, `[some resamples, features]` at a time."""
+    size = max(1, _CHUNK // features)
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = generator.integers(features, size=(rows, features)) + features * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * features).reshape(rows, features).astype(np.float64)
+
+
+def resampled_means(values: NDArray, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:
+    """The mean over features in each resample: `[resamples]` of values `[features]`, `[resamples, m]` of
+    `[features, m]`.
+    """
+    values = values.astype(np.float64)
+    return np.concatenate([drawn @ values for drawn in counts(len(values), generator, resamples)]) / len(values)
+
+
+def resampled_quantiles(
+    values: NDArray, shares: Sequence[float], generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Floats:
+    """`np.quantile` of each resample, `[resamples, shares]`."""
+    order = np.argsort(values)
+    ordered = values[order].astype(np.float64)
+    places = (len(ordered) - 1) * np.asarray(shares)
+    lower = np.floor(places).astype(np.int64)
+    upper, weight = np.minimum(lower + 1, len(ordered) - 1), places - lower
+    draws = []
+    for drawn in counts(len(ordered), generator, resamples):
+        for row in np.cumsum(drawn[:, order], axis=1):  # how many of the resample are at most the value there
+            low, high = (ordered[np.searchsorted(row, place, side="right")] for place in (lower, upper))
+            draws.append(low + weight * (high - low))
+    return np.array(draws)
+
+
+def resampled_spearman(x: NDArray, y: NDArray, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:
+    """Spearman's correlation in each resample, ranked anew, ties by their mean rank; NaN where one does not vary."""
+    of_x, of_y = (np.unique(values, return_inverse=True)[1] for values in (x, y))
+    draws = [
+        _weighted_correlation(_ranks(of_x, row), _ranks(of_y, row), row)
+        for drawn in counts(len(of_x), generator, resamples)
+        for row in drawn
+    ]
+    return np.array(draws)
+
+
+def spearman(x: NDArray, y: NDArray) -> float:
+    """Spearman's correlation, ties by their mean rank; NaN where one does not vary."""
+    once = np.ones(len(x))
+    x, y = (_ranks(np.unique(values, return_inverse=True)[1], once) for values in (x, y))
+    return _weighted_correlation(x, y, once)
+
+
+def _ranks(groups: NDArray[np.int64], weights: Floats) -> Floats:
+    """Mean ranks of values of which each counts `weights` times; `groups` numbers the distinct ones in order."""
+    sizes = np.bincount(groups, weights)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
+
+
+def _weighted_correlation(x: Floats, y: Floats, weights: Floats) -> float:
+    x, y = (values - np.average(values, weights=weights) for values in (x, y))
+    spread = np.sqrt((weights @ x**2) * (weights @ y**2))
+    return float(weights @ (x * y) / spread) if spread > 0 else float("nan")
