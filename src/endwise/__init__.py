@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.directions import Directions, directions
     from endwise.analysis.pareto import Pareto, pareto
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
@@ -57,6 +58,8 @@ _HOMES = {
     "evaluate": "run_evaluation",
     "Site": "sites",
     "spliced": "splice",
+    "Directions": "analysis.directions",
+    "directions": "analysis.directions",
     "Pareto": "analysis.pareto",
     "pareto": "analysis.pareto",
     "Reproduced": "reproduction",
@@ -78,6 +81,7 @@ __all__ = [
     "Corpora",
     "Corpus",
     "DataConfig",
+    "Directions",
     "DownstreamMSE",
     "EndwiseError",
     "Evaluation",
@@ -97,6 +101,7 @@ __all__ = [
     "Sweep",
     "SweepConfig",
     "corpora_for",
+    "directions",
     "evaluate",
     "load_corpora",
     "load_model",

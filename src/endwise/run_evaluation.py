@@ -56,7 +56,7 @@ def evaluate(
             raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     results: dict[Path, Evaluation] = {}
     with joined() as world:
-        for group in _sharing_groups(configs, tokens):
+        for group in sharing_groups(configs, tokens):
             measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens, world)
             for path, evaluation in measured.items() if world.is_first else ():
                 write_evaluation(folders[path], configs[path], evaluation)
@@ -148,7 +148,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[list[Path]]:
+def sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[list[Path]]:
     """Paths whose recipes agree in model, data and evaluation, so that one pass can measure them all."""
     groups: dict[str, list[Path]] = {}
     for path, config in configs.items():
@@ -174,9 +174,7 @@ def _evaluate_group(
         corpora = corpora or corpora_for(
             model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
         )
-        saes = {
-            str(path): (model.site(config.site), _load_sae(path, config, model)) for path, config in configs.items()
-        }
+        saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
     try:
         measured = measure(model, saes, corpora.heldout, settings, world=world)
     except DataError as error:
@@ -184,7 +182,12 @@ def _evaluate_group(
     return {path: measured[str(path)] for path in configs}
 
 
-def _load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
+def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
+    """A run's SAE, on the model's device.
+
+    Raises:
+        FormatError: it cannot be read, or is not as wide as its site.
+    """
     sae = SAE.load(path, model.device)
     width = model.width(config.site)
     if sae.d_in != width:

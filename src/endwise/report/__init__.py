@@ -3,9 +3,19 @@
 Reads tables only; no model, no network.
 """
 
+from endwise.report.directions import print_directions, write_directions
 from endwise.report.page import write_report
 from endwise.report.pareto import print_pareto, write_pareto
 from endwise.report.plans import print_plan
 from endwise.report.tables import print_evaluations, print_summary
 
-__all__ = ["print_evaluations", "print_pareto", "print_plan", "print_summary", "write_pareto", "write_report"]
+__all__ = [
+    "print_directions",
+    "print_evaluations",
+    "print_pareto",
+    "print_plan",
+    "print_summary",
+    "write_directions",
+    "write_pareto",
+    "write_report",
+]

@@ -1,32 +1,19 @@
 """The paper's claims against a study's findings: shown, not shown, or not testable here, and why."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from endwise.analysis import paper
+from endwise.analysis.claims import Claim, Verdict, shown_if_all
 from endwise.analysis.comparison import LABELS, Ratio, layer_label, times
-from endwise.reproduction import paper
+from endwise.analysis.directions import norm_claim
 from endwise.reproduction.findings import Findings
 from endwise.reproduction.mitigations import CostPoint, Way
 from endwise.run_config import Kind
 from endwise.statistics import Interval
 
-Verdict = Literal["shown", "not shown", "not testable here"]
 END_TO_END: tuple[Kind, ...] = ("e2e", "e2e_ds")
 SAME = 1.02
 """Factor within which a CE increase counts as reached."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    claim: str
-    published: str
-    ours: str
-    """What was measured, with 95 % intervals; or why nothing was."""
-    verdict: Verdict
-    timed: bool = False
-    """It rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
 
 
 def claims(found: Findings) -> list[Claim]:
@@ -118,23 +105,11 @@ def _times(ratio: Ratio) -> str:
 
 
 def _norms(found: Findings) -> Claim:
-    told, holds = [], []
-    for site, runs in found.similar_ce.items():
-        ratios = {run.kind: found.norms[run.folder].ratio for run in runs if run.folder in found.norms}
-        told.append(
-            f"{_layer(site)}: " + ", ".join(f"{LABELS[kind]} {_interval(each)}" for kind, each in ratios.items())
-        )
-        if set(ratios) >= {"local", *END_TO_END}:
-            order = [ratios[kind] for kind in ("e2e", "e2e_ds", "local")]
-            holds.append(all(a.high < b.low for a, b in itertools.pairwise(order)))
-    published = ", ".join(
-        f"{LABELS[kind]} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in paper.NORM_RATIO.items()
-    )
-    return Claim(
-        "Reconstructions are shorter than activations, e2e's most, e2e+ds's less, local's least (‖â‖/‖a‖)",
-        f"{published} (layers 2/6/10)",
-        "; ".join(told) or "no runs of all kinds",
-        _all(holds),
+    return norm_claim(
+        {
+            _layer(site): {run.kind: found.norms[run.folder].ratio for run in runs if run.folder in found.norms}
+            for site, runs in found.similar_ce.items()
+        }
     )
 
 
@@ -160,7 +135,7 @@ def _learning_rate(found: Findings) -> Claim:
         "A learning rate above the best lowers the number of alive features, and L0 creeps up",
         "so above 5e-4",
         "; ".join(told) or "the highest rate tried is the best",
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -179,7 +154,7 @@ def _sizes(found: Findings) -> Claim:
         "A larger dictionary lowers the CE increase at equal L0",
         "it does, up to about 60 features per dimension",
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -218,7 +193,7 @@ def _seeds(found: Findings) -> Claim:
         "Seeds agree on the Pareto curve: they differ less than the kinds do",
         "two seeds agree",
         "; ".join(told) or "fewer than three seeds",
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -235,7 +210,7 @@ def _cost(found: Findings, kind: Kind) -> Claim:
         f"Training {LABELS[kind]} takes several times as long as local",
         f"{published} times (layers 2/6/10)",
         "; ".join(f"{_layer(site)}: {times(ratio)} times per token" for site, ratio in ratios.items()),
-        _all([ratio > 1 for ratio in ratios.values()]),
+        shown_if_all([ratio > 1 for ratio in ratios.values()]),
         timed=True,
     )
 
@@ -272,7 +247,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
             "start": "suggested",
         }[way],
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
         timed=True,
     )
 
@@ -295,7 +270,7 @@ def _break_even(found: Findings) -> Claim:
         "End-to-end training reaches local's CE increase at equal L0 in no more time than local takes",
         "not claimed; it is what would make local training pointless",
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
         timed=True,
     )
 
@@ -325,9 +300,3 @@ def _interval(value: Interval | None) -> str:
 
 def _percents(values: Sequence[float]) -> str:
     return f"{'/'.join(f'{100 * value:.0f}' for value in values)} % (layers 2/6/10)"
-
-
-def _all(holds: Sequence[bool]) -> Verdict:
-    if not holds:
-        return "not testable here"
-    return "shown" if all(holds) else "not shown"

@@ -1,0 +1,1 @@
+"""What single features of a finished SAE do: measurements that run the model."""
