@@ -10,6 +10,7 @@ checkpoints/                    what training goes on from (raw weights, optimis
 evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
 evaluation_firings.safetensors  on how many of these tokens each feature fired
+directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
 .lock                           held by the process that trains here
 """
 

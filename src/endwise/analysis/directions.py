@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from endwise.analysis import paper
 from endwise.analysis.claims import Claim, Verdict, shown_if_all
@@ -21,7 +22,6 @@ from endwise.analysis.pareto import RESAMPLES, SEED, Setting, columns_of, compar
 from endwise.analysis.ranks import LEAST, interval_of, partial_spearman, resampled_points, spearman
 from endwise.features.directions import RunDirections, measure_directions
 from endwise.features.norms import Norms
-from endwise.features.principal import Floats
 from endwise.language_model import LanguageModel
 from endwise.statistics import Interval
 from endwise.tokens import Corpora
@@ -146,7 +146,7 @@ def _compare(setting: Setting, runs: Sequence[RunSummary], by_folder: Mapping[st
     )
 
 
-def _ablated(run: RunDirections) -> Floats:
+def _ablated(run: RunDirections) -> NDArray[np.intp]:
     """Numbers of the directions that were ablated and are there at all."""
     return np.flatnonzero(np.isfinite(run.kl.estimate) & np.isfinite(run.correlation.estimate))
 
