@@ -24,6 +24,8 @@ from endwise.features.principal import AlongDirections, Estimates, principal
 from endwise.features.resample_ablation import other_tokens, resample_ablation
 from endwise.features.text_at_site import TextAtSite
 from endwise.language_model import LanguageModel
+from endwise.report import printed
+from endwise.report.reconstruction import downstream
 from endwise.statistics import Interval
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
@@ -207,15 +209,16 @@ def test_a_run_without_an_sae_is_refused(folder, tmp_path):
         measure_directions([tmp_path])
 
 
-def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path):
+def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(printed, "DPI", 30)
     done = CliRunner().invoke(app, ["directions", str(folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "later MSE" in done.output and "Reconstructions are shorter" in done.output
+    assert "later MSE" in done.output and "Reconstructions are shorter" in " ".join(done.output.split())
     out = tmp_path / "out"
     rows = {path.stem: list(csv.DictReader(path.read_text().splitlines())) for path in out.glob("*.csv")}
     assert set(rows) == {"norms", "directions", "downstream", "use", "contrasts", "claims"}
     assert len(rows["directions"]) == 3 * WIDTH == pq.read_table(out / "directions.parquet").num_rows
-    assert len(rows["norms"]) == 3 and len(rows["claims"]) == 4 and len(rows["contrasts"]) == 3
+    assert len(rows["norms"]) == 3 and len(rows["claims"]) == 6 and len(rows["contrasts"]) == 3
     local = RunSummary.read(folder / "local")
     of = compared.measured[local.folder]
     third = next(row for row in rows["directions"] if (row["kind"], row["direction"]) == ("local", "2"))
@@ -231,22 +234,16 @@ def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path
         assert f'id="{name}-1"' in html
 
 
-def test_an_evaluation_from_before_the_cosine_was_measured_still_reads(folder, compared, tmp_path):
-    from endwise.report import write_directions
-
-    old = {**json.loads((folder / "local" / "evaluation.json").read_text())}
+def test_an_evaluation_from_before_the_cosine_was_measured_still_reads(folder, tmp_path):
+    measured = RunSummary.read(folder / "local")
+    old = json.loads((folder / "local" / "evaluation.json").read_text())
     del old["downstream_cosine"]
-    old["intervals"] = {name: ends for name, ends in old["intervals"].items() if "cosine" not in name}
-    copy = tmp_path / "local"
-    copy.mkdir()
     for file in (folder / "local").glob("*.*"):
-        (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "evaluation.json").write_text(json.dumps(old))
-    run = RunSummary.read(copy)
-    assert run.downstream_cosine == {} and run.downstream_mse == RunSummary.read(folder / "local").downstream_mse
-    bare = [replace(each, downstream_cosine={}) for each in compared.runs]
-    write_directions([replace(compared, runs=tuple(bare), similar=tuple(bare))], tmp_path / "out")
-    assert "/ 0." not in (tmp_path / "out" / "directions.html").read_text()
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "evaluation.json").write_text(json.dumps(old))
+    run = RunSummary.read(tmp_path)
+    assert run.downstream_cosine == {} and run.downstream_mse == measured.downstream_mse
+    assert [len(downstream({run.site: [each]}).panels) for each in (run, measured)] == [1, 2]
 
 
 # What follows from known numbers
@@ -302,6 +299,7 @@ def test_dropping_what_is_not_used_shows_and_dropping_anything_does_not():
         (by_variance.correlation.estimate - by_use.correlation.estimate)[np.isfinite(kl)], kl[np.isfinite(kl)]
     )
     assert against.dropped.estimate == pytest.approx(expected)
+    assert against.dropped_given_variance.high < 0
     none = contrast("e2e", by_variance, "local", by_variance)
     assert (none.rank.low, none.rank.estimate, none.rank.high) == (0, 0, 0)
 

@@ -1,6 +1,6 @@
 """How long a reconstruction is and which way it points, compared with the activation (paper, figures 10 and 11)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from endwise.sites import Site
 from endwise.statistics import Interval, bootstrap_ratio
 from endwise.tokens import Corpus
 
-SAMPLE = {"others": 1500, "position_0": 250, "starts": 250}
+SAMPLE = {"others": 1500, "position_0": 100, "starts": 500}
 """Tokens of each group that are kept one by one, for a scatter plot."""
-BINS = 40
+BINS = 200
 """Of the cosine's histogram, from −1 to 1."""
 
 
@@ -80,7 +80,7 @@ class Norms:
             ratio_at_0=interval("ratio_at_0"),
             ratio_at_starts=interval("ratio_at_starts"),
             cosine=Interval(**values["cosine"]),
-            histogram=tuple(values["histogram"]),
+            histogram=_of_length(BINS, values["histogram"]),
             sample={group: tuple((float(a), float(b)) for a, b in values["sample"][group]) for group in WHERE},
             tokens=values["tokens"],
         )
@@ -162,6 +162,12 @@ class NormCollector:
             sample={group: _sample(a[kept], b[kept], SAMPLE[group]) for group, kept in groups.items()},
             tokens=int(sum(kept.sum() for kept in groups.values())),
         )
+
+
+def _of_length(count: int, values: Sequence[int]) -> tuple[int, ...]:
+    if len(values) != count:
+        raise ValueError(f"{len(values)} values where {count} are expected")
+    return tuple(values)
 
 
 def _stacked(values: list[Tensor]) -> NDArray[Any]:

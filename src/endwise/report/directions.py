@@ -25,6 +25,8 @@ from endwise.tabular import write_table
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
 UNEXPLAINED = Axis("unexplained share of the variance along v", log=True)
+DROPPED = Axis("local's correlation − the kind's")
+KL_PER_VARIANCE = Axis("the same KL / variance along v", log=True)
 KL = Axis("KL(original ‖ resample-ablated), nats per token", log=True)
 
 
@@ -52,21 +54,36 @@ def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
 
 
 def used_directions(found: Directions, name: str) -> Chart:
-    """Figures 22 and 23: how each kind reconstructs a direction, over what the model does with it; one panel a kind."""
-    panels = []
-    for run in found.similar:
-        of = found.measured[run.folder]
-        marks = tuple(
-            Mark(float(kl), float(y), _told(found, run, index))
-            for index, (kl, y) in enumerate(zip(of.kl.estimate, of.correlation.estimate, strict=True))
-            if np.isfinite(kl) and np.isfinite(y)
-        )
-        panels.append(Panel(LABELS[run.kind], KL, CORRELATION, (Series(run.kind, marks, joined=False),)))
+    """Figures 22 and 23: what is reconstructed, and what is dropped beyond local, over what the model uses."""
+    by_kind = {run.kind: run for run in found.similar}
+    panels = [Panel("", KL, CORRELATION, tuple(_by_use(found, run) for run in found.similar))]
+    if "local" in by_kind:
+        others = [run for kind, run in by_kind.items() if kind != "local"]
+        for x in (KL, KL_PER_VARIANCE):
+            series = tuple(_by_use(found, run, by_kind["local"], x is KL_PER_VARIANCE) for run in others)
+            panels.append(Panel("", x, DROPPED, series))
     caption = (
         f"One dot a principal direction of the activations at {found.setting.site}. Across: the KL when every token's "
-        "component along it is replaced by another token's. Up: how well the SAE reconstructs that component."
+        "component along it is replaced by another token's, as it is and by the direction's variance. Up: how well an "
+        "SAE reconstructs that component, and how much less well than local."
     )
-    return Chart(name, "What is reconstructed, and what the model uses", caption, tuple(panels))
+    shown = tuple(panel for panel in panels if any(series.marks for series in panel.series))
+    return Chart(name, "What is reconstructed, and what the model uses", caption, shown)
+
+
+def _by_use(found: Directions, run: RunSummary, local: RunSummary | None = None, by_variance: bool = False) -> Series:
+    """A run's correlations, or by how much they are below local's."""
+    of = found.measured[run.folder]
+    across = of.kl.estimate / np.maximum(of.variance, np.finfo(float).tiny) if by_variance else of.kl.estimate
+    up = of.correlation.estimate
+    if local is not None:
+        up = found.measured[local.folder].correlation.estimate - up
+    marks = tuple(
+        Mark(float(x), float(y), _told(found, run, index))
+        for index, (x, y) in enumerate(zip(across, up, strict=True))
+        if np.isfinite(x) and np.isfinite(y)
+    )
+    return Series(run.kind, marks, joined=False)
 
 
 def _told(found: Directions, run: RunSummary, index: int) -> str:
@@ -111,18 +128,18 @@ def print_directions(found: Sequence[Directions], console: Console | None = None
 def _runs(one: Directions) -> Table:
     title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("kind", "λ", "seed", "CE increase", "‖â‖/‖a‖ [95 %]", "cosine", "follows use", "later MSE"):
+    for heading in ("kind", "λ", "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE"):
         shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
     for run in one.runs:
-        norms, follows, mse = one.norms[run.folder], one.follows.get(run.folder), later_mse(run)
+        norms, of, mse = one.norms[run.folder], one.follows.get(run.folder), later_mse(run)
         shown.add_row(
             LABELS[run.kind],
             f"{run.coefficient:g}",
             str(run.seed),
             f"{run.ce_increase:+.3f}",
-            Text(_interval(norms.ratio)),
+            f"{norms.ratio.estimate:.3f}",
             f"{norms.cosine.estimate:.3f}",
-            "–" if follows is None else f"{follows.rank.estimate:.2f}",
+            "–" if of is None else f"{of.rank.estimate:.2f}",
             "–" if mse is None else f"{mse:.3g}",
         )
     return shown
@@ -200,18 +217,25 @@ def _use_table(one: Directions) -> str:
     pairs = [
         (
             f"{LABELS[each.kind]} − {LABELS[each.reference]}",
-            *map(_interval, (each.rank, each.given_variance, each.dropped)),
+            *map(_interval, (each.rank, each.given_variance, each.dropped, each.dropped_given_variance)),
         )
         for each in one.contrasts
     ]
     if not rows:
         return ""
     headings = ("kind", "λ", "seed", "directions", "rank correlation with use", "given variance")
-    differences = ("at similar CE", "rank correlation with use", "given variance", "use of what the first drops")
+    differences = (
+        "at similar CE",
+        "rank correlation with use",
+        "given variance",
+        "use of what it drops",
+        "given variance",
+    )
     note = (
         "Rank correlation over directions of how well a direction is reconstructed and the KL when it is "
-        "resample-ablated; 95 % intervals over directions. The last column correlates the KL with how much worse the "
-        "first kind reconstructs than the second: below 0, it drops what the model uses less."
+        "resample-ablated; 95 % intervals over directions. The use of what it drops is the rank correlation of that KL "
+        "with how much worse the first kind reconstructs than the second: below 0, it drops what the model uses less. "
+        "Given variance: the same with the directions' variance taken out (partial rank correlation)."
     )
     both = table(headings, rows) + (table(differences, pairs) if pairs else "")
     return f'<h3>Directions and their use</h3>{both}<p class="note">{note}</p>'

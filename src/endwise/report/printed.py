@@ -1,6 +1,7 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from endwise.report.look import (
     left_out,
     limits,
     log_ticks,
+    shrink,
     tick_text,
 )
 
@@ -175,12 +177,12 @@ def _look(series: Series) -> dict[str, Any]:
     colour, hollow = COLOURS[series.kind], series.rank > 0
     pattern, crowded = dashes(series), len(series.marks) > CROWD
     return {
-        "alpha": 0.4 if crowded else 1.0,
+        "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
         "marker": MARKERS[series.kind] if series.marked else "",
-        "markersize": 1.8 if crowded else 5.5 if MARKERS[series.kind] == "^" else 4.5,
+        "markersize": max(1.8, shrink(series) * (5.5 if MARKERS[series.kind] == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
         "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
@@ -224,7 +226,7 @@ def _width(legend: Legend, figure: Figure) -> float:
 def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
     every = [series for panel in chart.panels for series in panel.series]
     for name, series in first_of_each_name(chart).items():
-        yield Line2D([], [], **_look(series)), name
+        yield Line2D([], [], **_look(replace(series, marks=()))), name
     for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
         yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
     if any(_has_interval(mark) for series in every for mark in series.marks):

@@ -73,39 +73,44 @@ def of_kind(runs: Iterable[RunSummary], kind: str) -> list[RunSummary]:
     return sorted((run for run in runs if run.kind == kind), key=lambda run: run.l0)
 
 
-GROUPS: dict[Where, str] = {"others": "other positions", "position_0": "position 0", "starts": "document starts"}
-
-
 def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str, name: str = "norms") -> Chart:
-    """Figure 10: one panel a kind."""
-    panels = []
+    """Figure 10: a panel for each kind, and one for its document starts, where there are any."""
     x, y = Axis("‖a‖", log=True), Axis("‖â‖", log=True)
-    for run in similar:
-        if run.folder not in measured:
-            continue
-        sample = measured[run.folder].sample
+    drawn = [run for run in similar if run.folder in measured]
+
+    def panel(run: RunSummary, title: str, groups: Mapping[Where, str]) -> Panel:
         series = [
-            Series(run.kind, tuple(Mark(a, b, words) for a, b in sample[group]), words, joined=False, rank=rank)
-            for rank, (group, words) in enumerate(GROUPS.items())
+            Series(run.kind, _lengths(measured[run.folder], group, words), words, joined=False, rank=rank)
+            for rank, (group, words) in enumerate(groups.items())
         ]
-        panels.append(Panel(LABELS[run.kind], x, y, tuple(each for each in series if each.marks), diagonal=True))
+        return Panel(title, x, y, tuple(each for each in series if each.marks), diagonal=True)
+
+    panels = [panel(run, LABELS[run.kind], {"others": "other positions", "position_0": "position 0"}) for run in drawn]
+    if any(measured[run.folder].sample["starts"] for run in drawn):
+        starts = "document starts"
+        panels += [panel(run, f"{LABELS[run.kind]}, {starts}", {"starts": starts}) for run in drawn]
     caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot a held-out token."
     return Chart(name, "How long reconstructions are", caption, tuple(panels))
 
 
+def _lengths(norms: Norms, group: Where, words: str) -> tuple[Mark, ...]:
+    return tuple(Mark(a, b, words) for a, b in norms.sample[group])
+
+
 def cosines(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str, name: str = "cosines") -> Chart:
-    """Figure 11."""
+    """Figure 11, from the lowest cosine of any."""
     centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+    drawn = [run for run in similar if run.folder in measured]
+    counts = {run.kind: np.array(measured[run.folder].histogram, dtype=float) for run in drawn}
+    filled = np.flatnonzero(sum(counts.values(), np.zeros(BINS)))
+    first = max(0, int(filled[0]) - 1) if len(filled) else 0
     series = []
-    for run in similar:
-        if run.folder in measured:
-            counts = np.array(measured[run.folder].histogram, dtype=float)
-            shares = 100 * counts / max(counts.sum(), 1)
-            marks = [
-                Mark(float(x), float(y), f"{LABELS[run.kind]}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)
-            ]
-            series.append(Series(run.kind, tuple(marks)))
-    panel = Panel(site, Axis("cosine between a and â"), Axis("share of tokens, %", from_zero=True), tuple(series))
+    for kind, each in counts.items():
+        shares = 100 * each / max(each.sum(), 1)
+        marks = [Mark(float(x), float(y), f"{LABELS[kind]}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)]
+        series.append(Series(kind, tuple(marks[first:])))
+    y = Axis(f"share of tokens, % per {2 / BINS:g}", from_zero=True)
+    panel = Panel(site, Axis("cosine between a and â"), y, tuple(series))
     caption = (
         "Held-out tokens by the cosine between the activation and its reconstruction; position 0 and document starts "
         "left out."
