@@ -261,6 +261,9 @@ def directions(
             min=1, help="Ablate this many principal directions and as many of the others; unset: all at a narrow site."
         ),
     ] = None,
+    with_starts: Annotated[
+        bool, typer.Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for tables, figures and directions.html; unset: directions/ beside the first."),
@@ -270,7 +273,7 @@ def directions(
     from endwise.analysis.directions import directions as compare
     from endwise.report import print_directions, write_directions
 
-    found = compare(runs, tokens=tokens, directions=directions)
+    found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)
     _say(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
 

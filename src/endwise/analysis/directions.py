@@ -96,6 +96,7 @@ def directions(
     *,
     tokens: int | None = None,
     directions: int | None = None,
+    with_starts: bool = False,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
 ) -> list[Directions]:
@@ -106,6 +107,7 @@ def directions(
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
         directions: resample-ablate this many of the first principal directions and as many of the others; None: all of
             them at a narrow site (`features.directions.SMALL`).
+        with_starts: position 0 and document starts count among the tokens that the directions are of.
         model, corpora: loaded ones to use instead of the recipes'.
 
     Raises:
@@ -116,8 +118,14 @@ def directions(
     paths = [runs] if isinstance(runs, str | Path) else runs
     sets = comparable(paths)
     summaries = [run for group in sets.values() for run in group]
-    folders = [Path(run.folder) for run in summaries]
-    measured = measure_directions(folders, tokens=tokens, directions=directions, model=model, corpora=corpora)
+    measured = measure_directions(
+        [Path(run.folder) for run in summaries],
+        tokens=tokens,
+        directions=directions,
+        with_starts=with_starts,
+        model=model,
+        corpora=corpora,
+    )
     by_folder = {str(path): each for path, each in measured.items()}
     found = []
     for setting, group in sets.items():

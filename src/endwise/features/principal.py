@@ -45,15 +45,16 @@ def principal(text: TextAtSite, *, with_starts: bool = False) -> Principal:
     Raises:
         DataError: fewer than two tokens count, or an activation is not finite.
     """
-    width = text.model.width(text.site)
-    total, products = (torch.zeros(shape, dtype=torch.float64) for shape in ((width,), (width, width)))
-    shift, count = torch.zeros(width, dtype=torch.float64), 0
+    width, device = text.model.width(text.site), text.model.device
+    shift, total = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2))
+    products, count = torch.zeros(width, width, dtype=torch.float64, device=device), 0
     for batch in text.batches():
         kept = batch.activation[batch.counted(with_starts)].double()
         if not count and len(kept):  # far from the mean, the difference of two large sums would lose what is asked for
-            shift, total, products = kept.mean(0), total.to(kept.device), products.to(kept.device)
-        centred = kept - shift.to(kept.device)
-        total, products = total.to(kept.device) + centred.sum(0), products.to(kept.device) + centred.T @ centred
+            shift = kept.mean(0)
+        centred = kept - shift
+        total += centred.sum(0)
+        products += centred.T @ centred
         count += len(kept)
     if count < 2 or not bool(products.isfinite().all()):
         why = "an activation is NaN or infinite" if count >= 2 else f"{count} of them count"
@@ -62,9 +63,8 @@ def principal(text: TextAtSite, *, with_starts: bool = False) -> Principal:
     variance, vectors = torch.linalg.eigh((products / count - torch.outer(offset, offset)).cpu())
     directions = vectors.T.flip(0)
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    device = text.model.device
     return Principal(
-        (shift + offset).to(device),
+        shift + offset,
         variance.flip(0).clamp_min(0).to(device),
         (directions * largest.sign()).to(device),
         count,
