@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from endwise.analysis.comparison import RunSummary
+from endwise.analysis.run_summary import RunSummary
 
 SITES = ("blocks.4.hook_resid_pre", "blocks.5.hook_resid_pre", "blocks.5.hook_resid_post")
 DOWNSTREAM = {"local": 1.0, "e2e": 6.0, "e2e_ds": 1.5}
@@ -18,6 +18,7 @@ def make_run(kind, coefficient, ce_increase, l0, alive=None, *, seed=0, noise=0.
     counts = np.full(SEQUENCES, float(TOKENS))
     sums = {"tokens": counts, "predictions": counts - 1, "l0": l0 * wobble * counts}
     sums["ce_increase"] = ce_increase * wobble * (counts - 1)
+    sums["kl"] = 0.9 * ce_increase * wobble * counts
     sums |= {f"downstream_mse.{site}": value * wobble * counts for site, value in mse.items()}
     return RunSummary(
         kind=kind,

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from endwise.analysis.comparison import Summary, downstream_ratio, ratio_to_local, summarise
+from endwise.analysis.comparison import Summary, summarise
+from endwise.analysis.ratios import downstream_ratio, ratio_to_local
 from endwise.errors import ConfigError
 from endwise.seeds import numpy_stream
 from made_runs import SEQUENCES, SITES, make_run

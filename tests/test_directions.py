@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from endwise import evaluate, train_together
-from endwise.analysis.comparison import RunSummary
 from endwise.analysis.directions import contrast, directions, follows, norm_claim
 from endwise.analysis.ranks import partial_spearman, resampled_points, spearman
+from endwise.analysis.run_summary import RunSummary
 from endwise.cli import app
 from endwise.dictionaries import ReluSAE
 from endwise.errors import DataError, RunFolderError
@@ -30,6 +30,7 @@ from endwise.statistics import Interval
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
+from made_runs import make_run
 from small_gpt2 import CONTEXT, SITE, VOCAB, WIDTH, recipe
 
 SEQUENCES, SEPARATOR = 5, 0
@@ -213,7 +214,7 @@ def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path
     monkeypatch.setattr(printed, "DPI", 30)
     done = CliRunner().invoke(app, ["directions", str(folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "later MSE" in done.output and "Reconstructions are shorter" in " ".join(done.output.split())
+    assert "later MSE" in done.output and "reconstructions are shorter" in " ".join(done.output.split())
     out = tmp_path / "out"
     rows = {path.stem: list(csv.DictReader(path.read_text().splitlines())) for path in out.glob("*.csv")}
     assert set(rows) == {"norms", "directions", "downstream", "use", "contrasts", "claims"}
@@ -229,7 +230,7 @@ def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path
     names = ("norms", "cosines", "directions", "use", "downstream", "downstream-all", "explained-variance")
     assert {path.stem for path in out.glob("*.pdf")} == {f"{name}-1" for name in names}
     html = (out / "directions.html").read_text()
-    assert html.index("Reconstructions are shorter") < html.index("norms-1")
+    assert html.index("reconstructions are shorter") < html.index("norms-1")
     for name in names:
         assert f'id="{name}-1"' in html
 
@@ -304,11 +305,19 @@ def test_dropping_what_is_not_used_shows_and_dropping_anything_does_not():
     assert (none.rank.low, none.rank.estimate, none.rank.high) == (0, 0, 0)
 
 
-def test_lengths_show_only_in_the_papers_order():
-    def at(value):
-        return Interval(value - 0.01, value + 0.01, value)
+def test_lengths_show_only_in_the_papers_order_and_at_a_similar_ce_increase():
+    def verdict(ratios, increases=(0.2, 0.21, 0.22)):
+        runs = [make_run(kind, 1, increase, 30) for kind, increase in zip(ratios, increases, strict=True)]
+        one = Interval(0.9, 0.9, 0.9)
+        norms = {
+            run.folder: Norms(Interval(r - 0.01, r + 0.01, r), None, None, one, (), {}, 9)
+            for run, r in zip(runs, ratios.values(), strict=True)
+        }
+        return norm_claim({"here": runs}, norms).verdict
 
-    ordered = {"local": at(0.9), "e2e": at(0.3), "e2e_ds": at(0.6)}
-    assert norm_claim({"a": ordered}).verdict == "shown"
-    assert norm_claim({"a": ordered, "b": {**ordered, "e2e_ds": at(0.89)}}).verdict == "not shown"
-    assert norm_claim({"a": {"local": at(0.9)}}).verdict == "not testable here"
+    ordered = {"local": 0.9, "e2e": 0.3, "e2e_ds": 0.6}
+    assert verdict(ordered) == "shown"
+    assert verdict({**ordered, "e2e_ds": 0.89}) == "not shown"
+    assert verdict({**ordered, "local": 1.0}) == "not shown"
+    assert verdict(ordered, (0.2, 0.3, 0.22)) == "not testable here"
+    assert verdict({"local": 0.9}, (0.2,)) == "not testable here"

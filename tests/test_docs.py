@@ -15,6 +15,10 @@ import yaml
 import endwise
 from endwise.cli import app
 from endwise.recipes import find_recipe, find_sweep
+from endwise.reproduction import StudyConfig
+from endwise.reproduction.experiments import Experiments
+from endwise.reproduction.plan import study_tokens
+from endwise.reproduction.runs import check
 from endwise.run_config import RunConfig
 from endwise.sweeps import SweepConfig
 from endwise.sweeps.points import points_of
@@ -63,10 +67,13 @@ def test_readme_has_a_python_example():
 
 
 @pytest.mark.parametrize("example", examples("yaml"), ids=str)
-def test_recipes_and_sweeps_are_valid(example):
+def test_recipes_sweeps_and_studies_are_valid(example, tmp_path):
     values = yaml.safe_load(example.text)
     if "grids" in values:
         points_of(SweepConfig.build(values, source=str(example)))
+    elif "kinds" in values:
+        study = StudyConfig.build(values, source=str(example))
+        check(Experiments(study, study_tokens(study), tmp_path))
     else:
         RunConfig.build(values, source=str(example))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from endwise.analysis.comparison import Ratio
+from endwise.analysis.ratios import Ratio
 from endwise.reproduction.claims import below
 from endwise.reproduction.costs import Cost
 from endwise.reproduction.mitigations import Variant, ce_at_l0, common_l0, mitigations, total_cost

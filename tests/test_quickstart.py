@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from endwise.analysis.comparison import KINDS
+from endwise.analysis.run_summary import KINDS
 from endwise.errors import RunFolderError
 from endwise.quickstart import quickstart, recipes
 from endwise.run_folder import RunFolder

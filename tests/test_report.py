@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from endwise.analysis.comparison import KINDS, summarise
+from endwise.analysis.comparison import summarise
+from endwise.analysis.run_summary import KINDS
 from endwise.errors import RunFolderError
 from endwise.report import print_summary, write_report
 from endwise.report.page import report_html

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
-from endwise.analysis.comparison import Ratio, RunSummary, ratio_to_local
+from endwise.analysis.ratios import Ratio, ratio_to_local
+from endwise.analysis.run_summary import RunSummary
 from endwise.quickstart import COEFFICIENTS, SITE, recipe
 from endwise.run_folder import RunFolder
 

@@ -238,16 +238,21 @@ def sweep(
 def pareto(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for tables, figures and pareto.html; unset: pareto/ beside the first.")
+        Path | None,
+        typer.Option(
+            help="Folder for tables, figures and pareto.html; unset: pareto/ in the first, or beside it if it is a run."
+        ),
     ] = None,
 ) -> None:
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
     from endwise.analysis.pareto import pareto as compare
     from endwise.report import print_pareto, write_pareto
+    from endwise.run_folder import RunFolder
 
     found = compare(runs)
     print_pareto(found)
-    _say(f"The page, figures and tables: {write_pareto(found, out or runs[0].parent / 'pareto')}")
+    beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
+    _say(f"The page, figures and tables: {write_pareto(found, out or beside / 'pareto')}")
 
 
 @app.command()
@@ -294,8 +299,11 @@ def reproduce(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it."""
-    from endwise.errors import ConfigError
+    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
+
+    Exit code: 0 if all runs are finished, 7 if some failed, another if the study breaks a rule.
+    """
+    from endwise.errors import ConfigError, TrainingStopped
     from endwise.reproduction import reproduce as run
 
     if what != "paper":
@@ -306,6 +314,8 @@ def reproduce(
     for folder, why in made.runs.failures.items():
         _say(f"failed: {folder}: {why}", err=True)
     _say(f"The report: {made.report}")
+    if made.runs.failures:
+        raise typer.Exit(TrainingStopped.exit_code)
 
 
 @app.command()

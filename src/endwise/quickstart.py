@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.analysis.comparison import LABELS, RunSummary, Summary, summarise
+from endwise.analysis.comparison import Summary, summarise
+from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.errors import RunFolderError
 from endwise.evaluation import Evaluation, measure
 from endwise.files import write_json

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis import paper
-from endwise.analysis.claims import Claim, Verdict, shown_if_all
-from endwise.analysis.comparison import KINDS, LABELS, Ratio, RunSummary, downstream_ratio, runs_at_similar, times
+from endwise.analysis.claims import Claim, Verdict, are_similar, shown_if_all
+from endwise.analysis.comparison import runs_at_similar
 from endwise.analysis.pareto import RESAMPLES, SEED, Setting, columns_of, comparable
 from endwise.analysis.ranks import LEAST, interval_of, partial_spearman, resampled_points, spearman
+from endwise.analysis.ratios import Ratio, downstream_ratio, times
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.features.directions import RunDirections, measure_directions
 from endwise.features.norms import Norms
 from endwise.language_model import LanguageModel
@@ -85,7 +87,7 @@ class Directions:
     def claims(self) -> list[Claim]:
         """What the paper says of lengths, later layers and dropped directions, held against the runs of `similar`."""
         return [
-            norm_claim({self.setting.site: {run.kind: self.norms[run.folder].ratio for run in self.similar}}),
+            norm_claim({self.setting.site: self.similar}, self.norms),
             _downstream_claim(self),
             *(claim for kind in ("e2e", "e2e_ds") for claim in _dropped_claims(self, kind)),
         ]
@@ -201,23 +203,28 @@ def contrast(
     )
 
 
-def norm_claim(ratios: Mapping[str, Mapping[str, Interval]]) -> Claim:
-    """Table 5, of runs at similar CE increase.
+def norm_claim(similar: Mapping[str, Sequence[RunSummary]], measured: Mapping[str, Norms]) -> Claim:
+    """Table 5.
 
     Args:
-        ratios: ‖â‖ / ‖a‖ by site and kind.
+        similar: the runs of each place whose CE increases are closest to each other; only where these are similar is
+            anything said of their order.
+        measured: by run folder.
     """
     told, holds = [], []
-    for site, by_kind in ratios.items():
-        told.append(f"{site}: " + ", ".join(f"{LABELS[kind]} {_told(each)}" for kind, each in by_kind.items()))
-        if set(by_kind) >= set(KINDS):
-            order = [by_kind[kind] for kind in ("e2e", "e2e_ds", "local")]
-            holds.append(all(a.high < b.low for a, b in itertools.pairwise(order)))
+    for place, runs in similar.items():
+        ratios = {run.kind: measured[run.folder].ratio for run in runs if run.folder in measured}
+        told.append(f"{place}: " + ", ".join(f"{LABELS[kind]} {_told(each)}" for kind, each in ratios.items()))
+        if set(ratios) >= set(KINDS) and are_similar(runs):
+            order = [ratios[kind] for kind in ("e2e", "e2e_ds", "local")]
+            shorter = ratios["local"].high < 1
+            holds.append(shorter and all(a.high < b.low for a, b in itertools.pairwise(order)))
     published = ", ".join(
         f"{LABELS[kind]} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in paper.NORM_RATIO.items()
     )
     return Claim(
-        "Reconstructions are shorter than activations, e2e's most, e2e+ds's less, local's least (‖â‖/‖a‖)",
+        "At a similar CE increase reconstructions are shorter than activations (‖â‖/‖a‖), e2e's most, e2e+ds's less, "
+        "local's least",
         f"{published} (layers 2/6/10)",
         "; ".join(told) or "no runs of all kinds",
         shown_if_all(holds),
@@ -225,23 +232,32 @@ def norm_claim(ratios: Mapping[str, Mapping[str, Interval]]) -> Claim:
 
 
 def _downstream_claim(found: Directions) -> Claim:
-    ratio = found.downstream
+    ratio, missing = found.downstream, _missing(found, "e2e", "e2e_ds")
     verdict: Verdict = "not testable here"
-    if ratio is None:
-        told = "not both kinds are there"
+    if missing or ratio is None:
+        told = missing
     elif ratio.estimate is None:
         told = f"not measured ({ratio.reason})"
     else:
         ends = f" [{times(ratio.widest[0])}, {times(ratio.widest[1])}]" if ratio.widest else f" ({ratio.reason})"
-        told = f"e2e+ds's downstream MSE is {times(ratio.estimate)}{ends} times e2e's"
+        told = "; ".join(
+            [f"e2e+ds's downstream MSE is {times(ratio.estimate)}{ends} times e2e's", *_later_cosines(found)]
+        )
         verdict = verdict if ratio.widest is None else "shown" if ratio.widest[1] < 1 else "not shown"
-        told += "".join(f"; {each}" for each in _later_cosines(found))
     return Claim(
         "e2e strays further from the original activations in later layers than e2e+ds, at a similar CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
         told,
         verdict,
     )
+
+
+def _missing(found: Directions, kind: str, other: str) -> str:
+    """Why two kinds cannot be compared at a similar CE increase; empty if they can."""
+    runs = [run for run in found.similar if run.kind in (kind, other)]
+    if len(runs) < 2:
+        return f"not both {LABELS[kind]} and {LABELS[other]} are there"
+    return "" if are_similar(runs) else "no two runs have a similar CE increase"
 
 
 def _later_cosines(found: Directions) -> list[str]:
@@ -263,8 +279,9 @@ def _dropped_claims(found: Directions, kind: str) -> list[Claim]:
     published = ["directions that are not reconstructed have little effect (figures 21 to 23)", "not tested"]
     of = {run.kind: found.follows[run.folder] for run in found.similar if run.folder in found.follows}
     against = next((each for each in found.contrasts if (each.kind, each.reference) == (kind, "local")), None)
-    if kind not in of or against is None:
-        missing = f"not both {name} and local are there, with directions that were ablated"
+    missing = _missing(found, kind, "local")
+    if missing or against is None:
+        missing = missing or "too few directions were ablated"
         return [Claim(*pair, missing, "not testable here") for pair in zip(words, published, strict=True)]
     own, local = of[kind], of["local"]
     use = (

@@ -1,10 +1,11 @@
 """Pareto curves of any runs: which can be compared, their fronts, their bands, their ratios.
 
-Runs are compared only where all but the kind, the sparsity coefficient, the seed and the learning rate (which is tuned
-for each kind) agree: one model, one site, the same held-out text, one length of training, one dictionary size, one kind
-of start. Each such set has its own curves and ratios.
+Runs are compared only where all agrees but the objective, the seed and the learning rate (which is tuned for each
+kind): one model, one site, the same text, one length of training, one dictionary size, one kind of start. Each such set
+has its own curves and ratios.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparison import Ratio, RunSummary, Summary, resampled, summarise
+from endwise.analysis.comparison import Summary, summarise
+from endwise.analysis.ratios import DEFINED_SHARE, Ratio
+from endwise.analysis.run_summary import RunSummary, resampled
 from endwise.errors import RunFolderError
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
+from endwise.tabular import flat
 
 GRID = 40
 """Points of a band."""
@@ -25,6 +29,15 @@ AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """What is drawn against what: x, y."""
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
+
+ASIDE = (
+    *("model.name", "model.device", "site", "seed", "init_from", "out", "dictionary.size", "dictionary.ratio"),
+    *("data.cache", "training.tokens", "training.learning_rate", "training.microbatch", "training.alive_window"),
+    *("training.log_every", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints"),
+)
+"""Keys of a recipe that a setting names itself, that runs of a curve may differ in, or that do not change a run. Those
+of `objective` and `evaluation` are left aside too: the kinds differ in the former, and of the latter it counts what was
+measured."""
 
 Floats = NDArray[np.float64]
 
@@ -40,14 +53,18 @@ class Setting:
     d_sae: int
     started: bool
     """From another SAE."""
+    further: tuple[tuple[str, str], ...] = ()
+    """Other keys of the recipe, with their values, in which the runs given differ."""
 
     @classmethod
-    def of(cls, run: RunSummary) -> "Setting":
-        return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, run.start is not None)
+    def of(cls, run: RunSummary, further: Iterable[tuple[str, str]] = ()) -> "Setting":
+        start = run.start is not None
+        return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, start, tuple(further))
 
     def __str__(self) -> str:
-        start = ", from another SAE" if self.started else ""
-        return f"{self.d_sae:,} features, {self.tokens:,} training tokens{start}"
+        parts = [f"{self.d_sae:,} features", f"{self.tokens:,} training tokens"]
+        parts += ["from another SAE"] if self.started else []
+        return ", ".join([*parts, *(f"{key} {value}" for key, value in self.further)])
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,10 @@ class Pareto:
     summary: Summary
 
     @property
-    def has_local(self) -> bool:
-        """Whether there is anything to relate the other kinds to."""
-        return any(run.kind == "local" for run in self.runs)
+    def is_compared(self) -> bool:
+        """Whether there are local SAEs, and others that can be related to them."""
+        kinds = {run.kind for run in self.runs}
+        return "local" in kinds and len(kinds) > 1
 
     @property
     def ratios(self) -> dict[tuple[str, str], Ratio]:
@@ -101,12 +119,20 @@ def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
+    runs = [(RunSummary.read(path), _recipe(path)) for path in runs_in(paths)]
+    keys = sorted({key for _, recipe in runs for key in recipe})
+    differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
     sets: dict[Setting, list[RunSummary]] = {}
-    for path in runs_in(paths):
-        run = RunSummary.read(path)
-        sets.setdefault(Setting.of(run), []).append(run)
-    ordered = sorted(sets, key=lambda each: (each.model, each.site, each.started, each.d_sae, each.tokens))
+    for run, recipe in runs:
+        sets.setdefault(Setting.of(run, ((key, recipe.get(key, "")) for key in differing)), []).append(run)
+    ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
     return {setting: sets[setting] for setting in ordered}
+
+
+def _recipe(path: Path) -> dict[str, str]:
+    """What a run's recipe holds of what it must have in common with those that it is compared with."""
+    content = flat(RunFolder(path).config().model_dump(mode="json", exclude={"objective", "evaluation"}))
+    return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 
 
 def _summary(runs: Sequence[RunSummary]) -> Summary:
@@ -175,6 +201,8 @@ def band(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
 
 def _points(runs: Sequence[RunSummary], x: str, y: str) -> tuple[Floats, Floats] | None:
     """A curve's points, if they are one."""
+    if len({run.coefficient for run in runs}) < len(runs):
+        return None
     across, up = (np.array([float(getattr(run, name)) for run in runs]) for name in (x, y))
     try:
         interpolate_at(across, up, across[0] if len(across) else 0.0)
@@ -196,7 +224,7 @@ def _over_seeds(curves: Sequence[tuple[Floats, Floats]]) -> BandOf | None:
 
 def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     curve = _points(runs, x, y)
-    if curve is None or any(run.sums is None for run in runs):
+    if curve is None or any(run.sums is None or not {x, y} - {"alive"} <= run.sums.keys() for run in runs):
         return None
     grid = _grid(curve[0].min(), curve[0].max())
     drawn = [resampled(run, {x, y}, RESAMPLES, SEED) for run in runs]
@@ -208,7 +236,7 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
             values[index, inside] = interpolate_at(across, up, grid[inside])
         except InterpolationError:
             continue
-    kept = np.isfinite(values).mean(axis=0) > 0.5
+    kept = np.isfinite(values).mean(axis=0) >= DEFINED_SHARE
     if not kept.any():
         return None
     low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
@@ -261,4 +289,5 @@ def columns_of(setting: Setting) -> dict[str, Any]:
         "training_tokens": setting.tokens,
         "started": setting.started,
         "heldout_tokens": setting.alive_tokens,
+        **dict(setting.further),
     }

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from endwise.analysis import directions as analysis
-from endwise.analysis.comparison import LABELS, RunSummary, later_mse, layer_label
 from endwise.analysis.directions import Directions
+from endwise.analysis.run_summary import LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report import reconstruction

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary, Summary, layer_label
+from endwise.analysis.comparison import Summary
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, layer_label
 from endwise.printable import printable
 from endwise.report.look import COLOURS, MARKERS
 from endwise.report.printed import log_axis

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from endwise.analysis.comparison import LABELS
+from endwise.analysis.run_summary import LABELS
 from endwise.report.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}

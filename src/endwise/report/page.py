@@ -4,18 +4,9 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
-from endwise.analysis.comparison import (
-    KINDS,
-    LABELS,
-    MEASURES,
-    NAMES,
-    Ratio,
-    RunSummary,
-    Summary,
-    later_mse,
-    layer_label,
-    times,
-)
+from endwise.analysis.comparison import Summary
+from endwise.analysis.ratios import MEASURES, NAMES, Ratio, times
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
 from endwise.report import figures
 from endwise.report.shell import escape, filled, page

@@ -1,6 +1,6 @@
 """Pareto curves as figures, as tables on a terminal, and as a page."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import KINDS, LABELS, MEASURES, NAMES, RunSummary, percent
 from endwise.analysis.pareto import AXES, Pareto, band, front, point_rows, ratio_rows
+from endwise.analysis.ratios import MEASURES, NAMES, percent
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
@@ -69,24 +70,37 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
 
 
 def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
+    """A curve for each learning rate that the kind was trained with."""
+    own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
+    best = front(runs, x, y)
+    several = len({(run.coefficient, run.seed) for run in own}) < len(own)
+    rates = sorted({run.learning_rate or 0.0 for run in own}) if several else [None]
+    for number, rate in enumerate(rates):
+        of_rate = [run for run in own if rate is None or (run.learning_rate or 0.0) == rate]
+        label = f"learning rate {rate:g}" if rate else ""
+        yield from _curve(of_rate, kind, x, y, best, label, number)
+
+
+def _curve(
+    own: Sequence[RunSummary], kind: str, x: str, y: str, best: Container[str], label: str, rank: int
+) -> Iterable[Series]:
     """With three seeds or more the curve of their means, with its band, and all runs as dots; otherwise the first
     seed's curve with its band, and the others as dots.
     """
-    own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
     if not own:
         return
-    best, seeds = front(runs, x, y), sorted({run.seed for run in own})
+    seeds = sorted({run.seed for run in own})
     around = band(own, x, y)
     drawn = None if around is None else Band(_listed(around.x), _listed(around.low), _listed(around.high), around.over)
     marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
     if around is not None and around.over != "held-out text":
         middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
-        yield Series(kind, middle, band=drawn, marked=False)
-        yield Series(kind, tuple(each for group in marks.values() for each in group), joined=False)
+        yield Series(kind, middle, label, band=drawn, marked=False, rank=rank)
+        yield Series(kind, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
         return
-    yield Series(kind, tuple(marks[seeds[0]]), band=drawn)
+    yield Series(kind, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
-        yield Series(kind, tuple(others), joined=False, rank=1)
+        yield Series(kind, tuple(others), label, joined=False, rank=max(rank, 1))
 
 
 def _listed(values: np.ndarray) -> tuple[float, ...]:
@@ -98,8 +112,8 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
     console = console or Console()
     for one in found:
         console.print(_points(one))
-        if not one.has_local:
-            console.print("Without local SAEs of this setting there is nothing to compare these with.\n")
+        if not one.is_compared:
+            console.print("Without local SAEs and others of this setting there is nothing to compare.\n")
             continue
         console.print(_ratios(one))
         for sentence in one.summary.verdicts:
@@ -134,10 +148,11 @@ _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (F
 def _ratios(one: Pareto) -> Table:
     shown = Table(title="relative to local [95 %]", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("")
-    for kind in KINDS[1:]:
+    kinds = [kind for kind in KINDS[1:] if any(run.kind == kind for run in one.runs)]
+    for kind in kinds:
         shown.add_column(LABELS[kind], justify="right")
     for measure in MEASURES:
-        cells = [one.ratios[measure.key, kind] for kind in KINDS[1:]]
+        cells = [one.ratios[measure.key, kind] for kind in kinds]
         words = [percent(ratio) if ratio.estimate is not None else f"– ({ratio.reason})" for ratio in cells]
         shown.add_row(f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *(Text(printable(text)) for text in words))
     return shown
@@ -167,7 +182,7 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
 
 def _section(one: Pareto, chart: Chart) -> str:
     head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
-    if not one.has_local:
+    if not one.is_compared:
         return f"<section>{head}{div(chart)}</section>"
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in one.summary.verdicts)
     table_of_ratios = ratio_table(ratio_rows([one]))

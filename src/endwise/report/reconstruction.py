@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary, layer_label
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, layer_label
 from endwise.features.norms import BINS, Norms
 from endwise.features.text_at_site import Where
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series

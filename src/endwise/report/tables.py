@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import KINDS, LABELS, MEASURES, NAMES, Summary, later_mse, layer_label, percent
+from endwise.analysis.comparison import Summary
+from endwise.analysis.ratios import MEASURES, NAMES, percent
+from endwise.analysis.run_summary import KINDS, LABELS, later_mse, layer_label
 from endwise.evaluation import Evaluation
 from endwise.printable import printable
 from endwise.run_config import RunConfig

@@ -1,10 +1,13 @@
 """What a token of training costs each kind, measured on runs that train alone, one after another."""
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from endwise.errors import ConfigError, FormatError
 from endwise.files import write_json
@@ -12,12 +15,14 @@ from endwise.reading import read_json
 from endwise.reproduction.experiments import Experiments
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder
+from endwise.statistics import Interval, bootstrap_ratio
 from endwise.sweeps.tasks import Loaded
 from endwise.training import train
 
 SETTLED = 0.5
 """Share of a run after which its speed is taken: at first many features are active, which no long run stays at."""
 LEAST_STEPS = 3
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Cost:
     seconds_per_token: float
     tokens: int
     """Over how many it was measured."""
+    low: float | None = None
+    high: float | None = None
+    """95 % bootstrap interval over training steps; None: it was timed without."""
 
 
 def costs(experiments: Experiments, file: Path) -> list[Cost]:
@@ -45,13 +53,16 @@ def costs(experiments: Experiments, file: Path) -> list[Cost]:
         for site, ratio in settings:
             for kind in study.kinds:
                 config = timed.single(kind, site, ratio, study.cost_tokens)
-                measured.append(Cost(kind, site, ratio, _seconds_per_token(config, loaded), study.cost_tokens))
+                speed = _seconds_per_token(config, loaded)
+                measured.append(
+                    Cost(kind, site, ratio, speed.estimate, study.cost_tokens, low=speed.low, high=speed.high)
+                )
     write_json(file, {"costs": [vars(cost) for cost in measured]})
     return measured
 
 
-def _seconds_per_token(config: RunConfig, loaded: Loaded) -> float:
-    """Over the latter part of a run."""
+def _seconds_per_token(config: RunConfig, loaded: Loaded) -> Interval:
+    """Over the latter part of a run, with its interval over steps."""
     training = config.training.model_copy(update={"log_every": 1, "checkpoint_every": None})
     config = config.model_copy(update={"training": training})
     run = train(config, model=loaded.model(config), corpora=loaded.corpora(config), display=False)
@@ -64,7 +75,7 @@ def _seconds_per_token(config: RunConfig, loaded: Loaded) -> float:
             f"{LEAST_STEPS}. Raise it."
         )
     start = int(len(tokens) * SETTLED)
-    return (seconds[-1] - seconds[start]) / (tokens[-1] - tokens[start])
+    return bootstrap_ratio(np.diff(seconds[start:]), np.diff(tokens[start:]), RESAMPLES, config.seed)
 
 
 def _read(file: Path) -> list[Cost]:
@@ -82,6 +93,20 @@ def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
             return cost.seconds_per_token
     at_site = [cost for cost in of_kind if cost.site == config.site] or of_kind
     return at_site[0].seconds_per_token
+
+
+def relative_to_local(costs: list[Cost], kind: Kind, site: str) -> Interval | None:
+    """What the kind costs as a multiple of local at a site, with the study's dictionary. The interval spans all that is
+    within both kinds' own; without one, its ends are NaN. None: they were not both timed there.
+    """
+    own = {cost.kind: cost for cost in costs if (cost.site, cost.ratio) == (site, None)}
+    if kind not in own or "local" not in own:
+        return None
+    cost, local = own[kind], own["local"]
+    low, high = math.nan, math.nan
+    if cost.low and cost.high and local.low and local.high:
+        low, high = cost.low / local.high, cost.high / local.low
+    return Interval(low=low, high=high, estimate=cost.seconds_per_token / local.seconds_per_token)
 
 
 def as_rows(costs: list[Cost]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from endwise.analysis.comparison import KINDS, LABELS, RunSummary
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, mark, value
 from endwise.report.reconstruction import TEXT, of_kind

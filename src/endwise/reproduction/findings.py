@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.comparison import KINDS, RunSummary, Summary, runs_at_similar, summarise
+from endwise.analysis.comparison import Summary, runs_at_similar, summarise
+from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import FormatError
 from endwise.features.norms import Norms, norms
-from endwise.reproduction.experiments import inner
+from endwise.reproduction.experiments import inner, middle
 from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
 from endwise.run_config import EvaluationConfig, Kind, RunConfig
@@ -39,9 +40,16 @@ class Findings:
     """By run folder, of the runs at similar CE increase."""
     experiments: Mapping[str, tuple[Measured, ...]]
     mitigations: Mitigations | None
+    settings: EvaluationConfig
+    """How its runs were measured, and how intervals are drawn."""
 
     def summaries(self, experiment: str) -> list[RunSummary]:
         return [run.summary for run in self.experiments[experiment]]
+
+    def middle_coefficient(self, kind: Kind) -> float:
+        """Of the kind's curve at the first site."""
+        study = self.made.experiments.study
+        return middle(study.kind(kind, study.site).coefficients)
 
     @property
     def similar_ce(self) -> dict[str, tuple[RunSummary, ...]]:
@@ -55,23 +63,22 @@ def find(made: StudyRuns, out: Path) -> Findings:
         for name in made.plan.experiments
     }
     study = made.experiments.study
-    curves = [run.summary for name in ("curves", "seeds") for run in read.get(name, ())]
+    measured = [run for name in ("curves", "seeds") for run in read.get(name, ())]
+    curves = [run.summary for run in measured]
     settings = EvaluationConfig.build(study.recipe.get("evaluation", {}), "recipe.evaluation")
     sites = {
         site: _summary(runs, settings) for site in study.sites if (runs := [run for run in curves if run.site == site])
     }
     similar_l0 = {site: runs_at_similar(summary.runs, "l0") for site, summary in sites.items()}
-    chosen = [run for summary in sites.values() for run in summary.similar]
-    kept = _norms(
-        [each for each in read.get("curves", ()) if each.summary.folder in {run.folder for run in chosen}], out
-    )
+    folders = {run.folder for summary in sites.values() for run in summary.similar}
     return Findings(
         made=made,
         sites=sites,
         similar_l0=similar_l0,
-        norms=kept,
+        norms=_norms([run for run in measured if run.summary.folder in folders], out),
         experiments={name: read.get(name, ()) for name in (*read, *_ABSENT)},
         mitigations=mitigations(_variants(made, read), settings.bootstrap, settings.seed),
+        settings=settings,
     )
 
 
@@ -160,7 +167,8 @@ def label(config: RunConfig, made: StudyRuns, way: Way) -> str:
     """What tells a variant from the others."""
     factor = config.training.tokens / made.experiments.tokens
     if way == "dictionary":
-        return f"{config.dictionary.ratio:g} features per dimension"
+        ratio, size = config.dictionary.ratio, config.dictionary.size
+        return f"{size:,} features" if ratio is None else f"{ratio:g} features per dimension"
     if config.init_from is not None:
         return f"from local, then {factor:g} × tokens"
     return f"{factor:g} × tokens" if way == "tokens" else "from random weights"

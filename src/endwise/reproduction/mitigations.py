@@ -5,12 +5,13 @@ runs; its CE increase is read off at one L0, the same for all variants, and neve
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.comparison import DEFINED_SHARE, RunSummary, resampled
+from endwise.analysis.ratios import DEFINED_SHARE
+from endwise.analysis.run_summary import Floats, RunSummary, resampled
 from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder
@@ -47,6 +48,15 @@ class CostPoint:
     """Nats per token at the common L0, with a 95 % bootstrap interval over held-out sequences."""
     reason: str | None
     """Why there is none."""
+    draws: Floats | None = field(default=None, repr=False, compare=False)
+    """It in each resample of the held-out text, which are the same for all variants; NaN where one determines none."""
+
+    def relative_to(self, reference: "CostPoint") -> Interval | None:
+        """This CE increase / the reference's, with its paired 95 % interval; None where either is not known."""
+        if self.ce_increase is None or reference.ce_increase is None or self.draws is None or reference.draws is None:
+            return None
+        estimate = self.ce_increase.estimate / reference.ce_increase.estimate
+        return percentile_interval(self.draws / reference.draws, estimate)
 
     def to_row(self) -> dict[str, Any]:
         variant, ce = self.variant, self.ce_increase
@@ -73,12 +83,18 @@ class Mitigations:
         chosen = [point for point in self.points if (point.variant.kind, point.variant.way) == (kind, way)]
         return sorted(chosen, key=lambda point: point.variant.tokens * 1e6 + point.variant.seconds)
 
-    def cheapest(self, kind: Kind, at_most: float) -> CostPoint | None:
-        """The variant that takes the fewest seconds of those whose CE increase is at most so large."""
-        good = [
-            p for p in self.points if p.variant.kind == kind and p.ce_increase and p.ce_increase.estimate <= at_most
-        ]
+    def cheapest(self, kind: Kind, reference: CostPoint, within: float) -> CostPoint | None:
+        """The variant that takes the fewest seconds of those that reach the reference's CE increase: the whole interval
+        of their ratio lies below `within`.
+        """
+        good = [p for p in self.points if p.variant.kind == kind and reaches(p, reference, within)]
         return min(good, key=lambda point: point.variant.seconds, default=None)
+
+
+def reaches(point: CostPoint, reference: CostPoint, within: float) -> bool:
+    """Whether the whole interval of the ratio of their CE increases lies below `within`."""
+    ratio = point.relative_to(reference)
+    return ratio is not None and ratio.high < within
 
 
 def mitigations(variants: Sequence[Variant], resamples: int, seed: int) -> Mitigations | None:
@@ -106,6 +122,11 @@ def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -
     Raises:
         InterpolationError: the runs do not determine it.
     """
+    return _ce_at_l0(runs, l0, resamples, seed)[0]
+
+
+def _ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -> tuple[Interval, Floats]:
+    """See `ce_at_l0`; and the CE increase in each resample."""
     estimate = float(interpolate_at([run.l0 for run in runs], [run.ce_increase for run in runs], l0))
     drawn = [resampled(run, {"l0", "ce_increase"}, resamples, seed) for run in runs]
     draws = np.full(resamples, np.nan)
@@ -118,14 +139,15 @@ def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -
     defined = float(np.mean(~np.isnan(draws)))
     if defined < DEFINED_SHARE:
         raise InterpolationError(f"only {100 * defined:.0f} % of the resamples determine the value at L0 {l0:.0f}")
-    return percentile_interval(draws, estimate)
+    return percentile_interval(draws, estimate), draws
 
 
 def _point(variant: Variant, l0: float, resamples: int, seed: int) -> CostPoint:
     try:
-        return CostPoint(variant, ce_at_l0(variant.runs, l0, resamples, seed), None)
+        interval, draws = _ce_at_l0(variant.runs, l0, resamples, seed)
     except InterpolationError as error:
         return CostPoint(variant, None, str(error))
+    return CostPoint(variant, interval, None, draws)
 
 
 def total_cost(config: RunConfig, costs: list[Cost]) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from endwise.analysis import paper
 from endwise.analysis.claims import Claim
-from endwise.analysis.comparison import LABELS, RunSummary, layer_label
+from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
 from endwise.report.charts import Chart
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
@@ -99,7 +99,7 @@ def _costs(found: Findings) -> str:
             f"here, layer {layer_label(row['site'])}",
             LABELS[row["kind"]],
             "as in the study" if row["ratio"] is None else f"{row['ratio']:g} per dimension",
-            f"{1e6 * row['seconds_per_token']:.0f} µs per token",
+            _microseconds(row),
             f"{row['relative_to_local']:.2f}",
         )
         for row in as_rows(found.made.costs)
@@ -114,6 +114,12 @@ def _costs(found: Findings) -> str:
         table(("site", "kind", "dictionary", "training", "relative to local"), rows, text=(1, 2))
         + f'<p class="note">{note}</p>'
     )
+
+
+def _microseconds(row: Mapping[str, Any]) -> str:
+    low, high = row["low"], row["high"]
+    ends = "" if low is None or high is None else f" [{1e6 * low:.0f}, {1e6 * high:.0f}]"
+    return f"{1e6 * row['seconds_per_token']:.0f}{ends} µs per token"
 
 
 def _made(found: Findings, command: str) -> str:

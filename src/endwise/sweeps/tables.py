@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.comparison import LABELS
+from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.run_config import RunConfig
@@ -20,7 +20,7 @@ from endwise.run_folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
 from endwise.sweeps.survey import Prospect
-from endwise.tabular import as_csv, as_table, write_table
+from endwise.tabular import as_csv, as_table, flat, write_table
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -101,14 +101,6 @@ def _content(config: RunConfig) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A list as text, which every kind of table can hold."""
     return json.dumps(value) if isinstance(value, list) else value
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return result
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

@@ -1,0 +1,165 @@
+"""Pareto curves of measured runs: which are compared, their fronts and bands against slow definitions."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from endwise.analysis.pareto import Setting, band, front, pareto, point_rows, ratio_rows, runs_in
+from endwise.analysis.ratios import ratio_to_local
+from endwise.errors import RunFolderError
+from endwise.files import write_json
+from endwise.report.pareto import pareto_chart
+from endwise.run_config import RunConfig
+from endwise.statistics import interpolate_at, resampling_weights
+from made_runs import make_run
+
+CURVE = ((1, 0.1, 60.0), (2, 0.2, 30.0), (4, 0.4, 15.0))
+
+
+def curve(kind="e2e", factor=1.0, seed=0, **changes):
+    return [make_run(kind, c, ce, factor * l0, seed=seed, **changes) for c, ce, l0 in CURVE]
+
+
+def with_rate(run, rate):
+    return type(run)(**{**vars(run), "learning_rate": rate, "folder": f"{run.folder}-{rate:g}"})
+
+
+def test_the_front_is_what_nothing_dominates():
+    random = np.random.default_rng(0)
+    runs = [make_run("e2e", number, *map(float, pair)) for number, pair in enumerate(random.integers(1, 6, (40, 2)), 1)]
+    expected = set()
+    for run in runs:
+        worse = [other for other in runs if other.l0 <= run.l0 and other.ce_increase <= run.ce_increase]
+        if all((other.l0, other.ce_increase) == (run.l0, run.ce_increase) for other in worse):
+            expected.add(run.folder)
+    assert front(runs, "l0", "ce_increase") == expected and 1 < len(expected) < len(runs)
+
+
+def test_a_band_over_text_is_of_curves_drawn_again():
+    runs = curve(noise=0.05)
+    found = band(runs, "l0", "ce_increase")
+    weights = resampling_weights(len(runs[0].sums["tokens"]), 1000, 12345)
+
+    def drawn(run, name, per, row):
+        return float(row @ run.sums[name]) / float(row @ run.sums[per])
+
+    values = []
+    for row in weights:
+        across = [drawn(run, "l0", "tokens", row) for run in runs]
+        up = [drawn(run, "ce_increase", "predictions", row) for run in runs]
+        at = [interpolate_at(across, up, x) if min(across) <= x <= max(across) else np.nan for x in found.x]
+        values.append(np.array(at, dtype=float))
+    kept = np.isfinite(values).mean(axis=0)
+    assert (kept >= 0.95).all() and len(found.x) < 40  # the ends, which few draws reach, have no band
+    low, high = np.nanquantile(values, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(found.low, low)
+    np.testing.assert_allclose(found.high, high)
+    assert found.over == "held-out text" and (found.low < found.middle).all() and (found.middle < found.high).all()
+
+
+def test_with_three_seeds_a_band_is_students_t_over_them():
+    factors = (1.0, 1.1, 1.25)
+    runs = [run for seed, factor in enumerate(factors) for run in curve(factor=factor, seed=seed)]
+    found = band(runs, "l0", "ce_increase")
+    assert found.over == "3 seeds"
+    assert (found.x[0], found.x[-1]) == (15 * 1.25, 60)  # where all three were measured
+    for at in (0, 17, 39):
+        logs = [
+            np.log(interpolate_at([f * l0 for *_, l0 in CURVE], [ce for _, ce, _ in CURVE], found.x[at]))
+            for f in factors
+        ]
+        half = 4.302653 * np.std(logs, ddof=1) / np.sqrt(3)  # the 0.975 quantile of t with 2 degrees of freedom
+        assert found.middle[at] == pytest.approx(np.exp(np.mean(logs)))
+        assert found.low[at] == pytest.approx(np.exp(np.mean(logs) - half))
+        assert found.high[at] == pytest.approx(np.exp(np.mean(logs) + half))
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        curve()[:1],
+        [*curve()[:2], make_run("e2e", 4, 0.15, 15.0)],
+        [with_rate(run, rate) for rate, factor in ((1e-3, 1.0), (1e-2, 1.01)) for run in curve(factor=factor)],
+    ],
+    ids=["one point", "not monotone", "two learning rates"],
+)
+def test_what_is_no_curve_has_no_band(runs):
+    assert band(runs, "l0", "ce_increase") is None
+
+
+def test_runs_of_two_learning_rates_are_not_averaged():
+    runs = [*curve("local", 2.0), *(with_rate(run, rate) for rate in (1e-3, 1e-2) for run in curve())]
+    ratio = ratio_to_local(runs, "e2e", "l0", "ce_increase", 50, 0)
+    assert ratio.estimate is None
+    assert "e2e has 2 runs of λ 1 and seed 0, of the learning rates 0.001, 0.01" in ratio.reason
+    drawn = [s for s in pareto_chart(runs, "here", "name").panels[0].series if s.kind == "e2e"]
+    assert [(s.label, len(s.marks)) for s in drawn] == [("learning rate 0.001", 3), ("learning rate 0.01", 3)]
+
+
+def test_a_learning_rate_of_its_own_for_each_coefficient_is_a_curve():
+    runs = [*curve("local", 2.0), *(with_rate(run, 1e-3 * run.coefficient) for run in curve())]
+    assert ratio_to_local(runs, "e2e", "l0", "ce_increase", 50, 0).estimate == pytest.approx(0.5)
+
+
+def measured(folder, kind, coefficient, l0, **changes):
+    """A run folder that reads as a measured run's."""
+    values = {
+        "site": "blocks.3.hook_resid_pre",
+        "dictionary": {"ratio": 2},
+        "objective": {"kind": kind, "sparsity": {"coefficient": coefficient}},
+        "training": {"tokens": 1000, **changes.pop("training", {})},
+        **changes,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(RunConfig.build(values).to_yaml())
+    numbers = {
+        "l0": float(l0),
+        "alive": 9,
+        "alive_tokens": 100,
+        "d_sae": 256,
+        "ce_increase": 0.1 * coefficient,
+        "kl": 0.1,
+    }
+    nested = {"explained_variance": {"per_token": 0.5}, "downstream_mse": {}, "intervals": {}, "baselines": {}}
+    write_json(folder / "evaluation.json", {**numbers, **nested})
+    save_file({"tokens": np.ones(4)}, folder / "evaluation_sums.safetensors")
+    (folder / "timings.jsonl").write_text('{"step": 1, "seconds": 1.0}\n')
+    return folder
+
+
+def test_only_what_agrees_is_compared(tmp_path):
+    for kind, l0 in (("local", 50), ("e2e", 30)):
+        for coefficient in (1, 2):
+            measured(tmp_path / f"{kind}-{coefficient}", kind, coefficient, l0 / coefficient)
+    measured(tmp_path / "batch", "e2e", 1, 3, training={"batch": 7})
+    measured(tmp_path / "text", "e2e", 1, 3, data={"source": "other.txt"})
+    measured(tmp_path / "longer", "e2e", 1, 3, training={"tokens": 2000})
+    measured(tmp_path / "started", "e2e", 1, 3, init_from="somewhere")
+    measured(tmp_path / "saved", "e2e", 4, 5, training={"checkpoint_every": 10, "learning_rate": 0.1})
+    found = pareto([tmp_path])
+    assert sorted(len(one.runs) for one in found) == [1, 1, 1, 1, 5]
+    (compared,) = [one for one in found if one.is_compared]
+    assert compared.ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.6)
+    told = [str(one.setting) for one in found]
+    assert len(set(told)) == 5 and any("data.source other.txt" in text for text in told)
+    assert "training.batch" in point_rows(found)[0] and len(ratio_rows(found)) == 5 * 4 * 2
+
+
+def test_settings_alike_are_told_without_what_they_share(tmp_path):
+    measured(tmp_path / "a", "e2e", 1, 3, training={"batch": 7})
+    (one,) = pareto([tmp_path])
+    assert one.setting == Setting("embedded", "blocks.3.hook_resid_pre", 100, 1000, 256, started=False)
+
+
+def test_runs_are_looked_for_below_a_folder_but_not_among_trials(tmp_path):
+    runs = [measured(tmp_path / "sweep" / "runs" / name, "e2e", 1, 3) for name in "ab"]
+    measured(tmp_path / "sweep" / "trials" / "c", "e2e", 1, 3)
+    unmeasured = measured(tmp_path / "sweep" / "runs" / "d", "e2e", 1, 3)
+    (unmeasured / "evaluation.json").unlink()
+    assert runs_in([tmp_path, runs[0]]) == runs
+    with pytest.raises(RunFolderError, match="not measured yet"):
+        pareto([unmeasured])
+    (runs[0] / "evaluation.json").unlink()
+    (runs[1] / "evaluation.json").unlink()
+    with pytest.raises(RunFolderError, match="holds 3 run folders, none of which was measured"):
+        runs_in([tmp_path])
