@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from endwise.analysis.norms import BINS, Norms
 
 from endwise.analysis.comparison import summarise
-from endwise.analysis.norms import BINS, Norms
 from endwise.reproduction.claims import claims
 from endwise.reproduction.costs import Cost
 from endwise.reproduction.experiments import Experiments

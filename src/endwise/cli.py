@@ -323,6 +323,34 @@ def importance(
 
 @app.command()
 @_plainly
+def directions(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    directions: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ablate this many principal directions and as many of the others; unset: all at a narrow site."
+        ),
+    ] = None,
+    with_starts: Annotated[
+        bool, typer.Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and directions.html; unset: directions/ beside the first."),
+    ] = None,
+) -> None:
+    """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
+    from endwise.analysis.directions import directions as compare
+    from endwise.report import print_directions, write_directions
+
+    found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
+    print_directions(found)
+    _say(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
+
+
+@app.command()
+@_plainly
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[

@@ -300,7 +300,12 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     for one in found:
         fronts = {f"front.{y}_over_{x}": front(one.runs, x, y) for x, y in AXES}
         for run in one.runs:
-            row: dict[str, Any] = {**_common(one), "kind": run.kind, "coefficient": run.coefficient, "seed": run.seed}
+            row: dict[str, Any] = {
+                **columns_of(one.setting),
+                "kind": run.kind,
+                "coefficient": run.coefficient,
+                "seed": run.seed,
+            }
             row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
             row |= {"ce_increase": run.ce_increase, "kl": run.kl}
             for name in ("l0", "ce_increase", "kl"):
@@ -313,14 +318,14 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
 def ratio_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     """One row for each measure of each kind, relative to local."""
     return [
-        {**_common(one), "measure": measure, "kind": kind, **ratio.to_row()}
+        {**columns_of(one.setting), "measure": measure, "kind": kind, **ratio.to_row()}
         for one in found
         for (measure, kind), ratio in one.ratios.items()
     ]
 
 
-def _common(one: Pareto) -> dict[str, Any]:
-    setting = one.setting
+def columns_of(setting: Setting) -> dict[str, Any]:
+    """What the rows of one set have in common."""
     return {
         "model": setting.model,
         "site": setting.site,

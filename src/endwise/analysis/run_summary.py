@@ -54,6 +54,8 @@ class RunSummary:
     folder: str
     explained_variances: Mapping[str, float] = field(default_factory=dict)
     """Every form of it: per_token, pooled, and both after LayerNorm."""
+    downstream_cosine: Mapping[str, float] = field(default_factory=dict)
+    """By later site; empty for a run that was measured before this was."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
     model: str = ""
@@ -81,6 +83,7 @@ class RunSummary:
             kl=evaluation["kl"],
             explained_variance=evaluation["explained_variance.per_token"],
             downstream_mse=_group(metrics, "downstream_mse."),
+            downstream_cosine=_group(metrics, "downstream_cosine."),
             tokens=config.training.tokens,
             seconds=seconds,
             folder=str(folder),
@@ -116,6 +119,7 @@ class RunSummary:
                 kl=measured["kl"],
                 explained_variance=measured["explained_variance"]["per_token"],
                 downstream_mse=measured["downstream_mse"],
+                downstream_cosine=measured.get("downstream_cosine", {}),
                 tokens=config.training.tokens,
                 seconds=folder.seconds(),
                 folder=str(path),
@@ -134,7 +138,8 @@ class RunSummary:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
-        return record | {name: dict(getattr(self, name)) for name in ("downstream_mse", "explained_variances")}
+        groups = ("downstream_mse", "downstream_cosine", "explained_variances")
+        return record | {name: dict(getattr(self, name)) for name in groups}
 
 
 def _origin(config: RunConfig) -> dict[str, Any]:

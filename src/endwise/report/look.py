@@ -13,7 +13,7 @@ MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
 """By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100
-"""A series of more marks than these has them small and pale."""
+"""A series of more marks than these has them smaller and paler, the more so the more there are."""
 BAND = 0.16
 """Opacity of a band."""
 
@@ -38,6 +38,11 @@ def first_of_each_name(chart: Chart) -> dict[str, Series]:
             joined, marked = first.joined or series.joined, first.marked or series.marked
             firsts[name_of(series)] = replace(first, joined=joined, marked=marked)
     return firsts
+
+
+def shrink(series: Series) -> float:
+    """By what factor its marks are smaller than those of a series of few."""
+    return min(1.0, math.sqrt(CROWD / max(1, len(series.marks))))
 
 
 def dashes(series: Series) -> tuple[float, ...]:

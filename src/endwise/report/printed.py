@@ -32,6 +32,7 @@ from endwise.report.look import (
     left_out,
     limits,
     log_ticks,
+    shrink,
     tick_text,
 )
 
@@ -187,12 +188,12 @@ def _look(series: Series) -> dict[str, Any]:
     colour, hollow = COLOURS[series.kind], series.rank > 0
     pattern, crowded = dashes(series), len(series.marks) > CROWD
     return {
-        "alpha": 0.4 if crowded else 1.0,
+        "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
         "marker": MARKERS[series.kind] if series.marked else "",
-        "markersize": 1.8 if crowded else 5.5 if MARKERS[series.kind] == "^" else 4.5,
+        "markersize": max(1.8, shrink(series) * (5.5 if MARKERS[series.kind] == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
         "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
