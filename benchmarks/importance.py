@@ -21,12 +21,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from endwise.flops import forward_flops, gradient_flops, product_flops
+from flops import stretches
 from harness import Side, Worker, cores, machine, serve, time_in_turn, worker_environment, write_json
 from shapes import SHAPES, Shape
 
 ACTS = ("logits", "forward", "spliced", "ce", "kl", "ce+kl")
 BAR = 2.5
 """Forward passes of the bare model (`logits`) that `ce`, the default, may cost."""
+
+
+def least(shape: Shape) -> dict[str, float]:
+    """Matrix products of each attribution, as a multiple of those of a forward pass with logits; the encoder dense."""
+    before, after = stretches(shape, range(shape.layer)), stretches(shape, range(shape.layer, shape.layers))
+    first, tail = (shape.batch * forward_flops(blocks, shape.context) for blocks in (before, after))
+    back = shape.batch * gradient_flops(after, shape.context)
+    vocabulary = product_flops(shape.tokens, shape.d_model, shape.vocab)
+    encoder = product_flops(shape.tokens, shape.d_model, shape.d_sae)
+    ce = first + encoder + tail + back + 2 * vocabulary
+    kl = ce + tail + vocabulary
+    whole = first + tail + vocabulary
+    return {"ce": ce / whole, "kl": kl / whole, "ce+kl": (kl + back + 2 * vocabulary) / whole}
 
 
 class Importance(Side):
@@ -135,6 +150,7 @@ def run(shape: Shape, l0: float, seconds: float, threads: int, acts: tuple[str, 
         **built,
         "timings": {act: asdict(timing) for act, timing in timings.items()},
         "ratios": ratios,
+        "least": least(shape),
         "peak_gib": peak,
     }
 
@@ -162,6 +178,8 @@ def main() -> int:
                 f"  {act:8} {timing['seconds']:.4f} s/batch = {forwards:.2f} logits, {timing['samples']} samples, "
                 f"{timing['discarded']} discarded" + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
             )
+        products = ", ".join(f"{act} {ratio:.2f}" for act, ratio in site["least"].items())
+        print(f"  matrix products alone, in forward passes: {products}")
     worst = max(site["ratios"]["ce/logits"] for site in sites)
     print(f"attribution of the CE costs at most {worst:.2f} forward passes (bar: {BAR})")
     result = {"machine": machine(arguments.threads), "sites": sites, "worst": worst}

@@ -39,6 +39,15 @@ settings.register_profile("endwise", deadline=None, derandomize=True)
 settings.load_profile("endwise")
 
 
+SLOWEST_FIRST = ("reproduction_whole", "engines", "planning", "docs", "faults", "distributed", "checkpoints", "sweeps")
+"""Test files that take the longest, which pytest-xdist should not be left with at the end (see `PYTEST_ARGS`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 class NetworkBlocked(RuntimeError):
     """Not an OSError, so that no library takes it for an ordinary failure and goes on without saying so."""
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import warm
 from bad_input import write_place
 from endwise.cli import app
 
@@ -33,6 +34,12 @@ def run(*arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def run_warm(*arguments, **environment):
+    """The same in a process that need not import torch first."""
+    done = warm.run("-m", "endwise", *arguments, env={**os.environ, **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
 def refuse(*arguments):
     """The message of a command that must fail plainly: standard error, one paragraph, no traceback."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -50,14 +57,14 @@ def test_train_then_evaluate_then_sites(place, tmp_path):
     assert code == 0
     assert f"endwise evaluate {out}" in said
     assert yaml.safe_load((out / "config.yaml").read_text())["objective"]["sparsity"]["coefficient"] == 0.5
-    code, said, _ = run("evaluate", out, "--csv", tmp_path / "all.csv", COLUMNS="200")
+    code, said, _ = run_warm("evaluate", out, "--csv", tmp_path / "all.csv", COLUMNS="200")
     assert code == 0
     assert "CE increase" in said and "256 held-out tokens" in said
     evaluation = json.loads((out / "evaluation.json").read_text())
     for table in (out / "evaluation.csv", tmp_path / "all.csv"):
         (row,) = csv.DictReader(table.read_text().splitlines())
         assert float(row["ce_increase"]) == evaluation["ce_increase"]
-    code, said, _ = run("sites", place / "model")
+    code, said, _ = run_warm("sites", place / "model")
     lines = [line.split() for line in said.splitlines()]
     assert lines[:2] == [["blocks.0.hook_resid_pre", "16"], ["blocks.0.hook_attn_out", "16"]]
     assert len(lines) == 16
@@ -92,9 +99,9 @@ def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path, monkeypat
 
 def test_resuming_a_finished_run_changes_nothing(place, tmp_path):
     out = tmp_path / "run"
-    assert run("train", place / "recipe.yaml", f"out={out}")[0] == 0
+    assert run_warm("train", place / "recipe.yaml", f"out={out}")[0] == 0
     before = (out / "metrics.jsonl").read_text(), (out / "sae" / "sae_weights.safetensors").read_bytes()
-    code, said, _ = run("train", "--resume", out)
+    code, said, _ = run_warm("train", "--resume", out)
     assert code == 0, said
     assert ((out / "metrics.jsonl").read_text(), (out / "sae" / "sae_weights.safetensors").read_bytes()) == before
 

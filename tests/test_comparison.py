@@ -9,6 +9,7 @@ import pytest
 
 from endwise.analysis.comparison import Summary, summarise
 from endwise.analysis.ratios import downstream_ratio, ratio_to_local
+from endwise.analysis.run_summary import LATER_MSE
 from endwise.errors import ConfigError
 from endwise.seeds import numpy_stream
 from made_runs import SEQUENCES, SITES, make_run
@@ -189,3 +190,24 @@ def test_only_runs_of_one_site_and_known_kinds_are_compared():
         compare([])
     with pytest.raises(ConfigError, match="topk"):
         compare([replace(runs[0], kind="topk")])
+
+
+def test_the_downstream_mse_of_two_kinds_is_compared_at_equal_ce():
+    """MSE = CE ** slope times each kind's factor (6 and 1.5, `made_runs.DOWNSTREAM`); it rises along both curves."""
+
+    def curve(kind, coefficients, slope=1.5):
+        made = []
+        for coefficient in coefficients:
+            run = make_run(kind, coefficient, 0.1 * coefficient, 60 / coefficient)
+            factor = coefficient**slope
+            sums = {n: s * (factor if n.startswith("downstream") else 1) for n, s in run.sums.items()}
+            mse = {site: factor * value for site, value in run.downstream_mse.items()}
+            made.append(replace(run, downstream_mse=mse, sums=sums))
+        return made
+
+    runs = [*curve("e2e_ds", (1, 2, 4, 8)), *curve("e2e", (1, 2, 4, 8))]
+    ratio = ratio_to_local(runs, "e2e_ds", LATER_MSE, "ce_increase", 50, 0, reference="e2e")
+    assert ratio.estimate == pytest.approx(1.5 / 6.0) and ratio.over == pytest.approx((0.1, 0.8))
+    assert ratio.interval is not None and ratio.interval[0] <= 0.25 <= ratio.interval[1]
+    apart = ratio_to_local([*runs[:2], *runs[-2:]], "e2e_ds", LATER_MSE, "ce_increase", 50, 0, reference="e2e")
+    assert apart.estimate is None and "no CE increase in common" in apart.reason

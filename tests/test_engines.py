@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from endwise.errors import ConfigError, Interrupted
 from endwise.stopping import ask_to_stop, polite_stop
 from endwise.sweeps import engines, remote, sweep
@@ -137,8 +139,18 @@ def test_what_ray_is_asked_for():
         RayConfig.build({"gpus": 1.5})
 
 
-def test_a_slurm_sweep_whose_jobs_are_killed_or_run_out_of_time_loses_nothing(made, tmp_path, expected):
-    pytest.importorskip("submitit")
+@pytest.fixture
+def warm_jobs(monkeypatch):
+    """Jobs on this machine are forked from a process that has imported torch."""
+    local = pytest.importorskip("submitit.local.local")
+
+    def begun(executor):
+        return shlex.join(warm.command("-m", "submitit.core._submit", executor.folder))
+
+    monkeypatch.setattr(local.LocalExecutor, "_submitit_command_str", property(begun))
+
+
+def test_a_slurm_sweep_whose_jobs_are_killed_or_run_out_of_time_loses_nothing(made, tmp_path, expected, warm_jobs):
     local = {"cluster": "local", "cpus": torch.get_num_threads(), "gpus": 0}
     config = a_sweep(made, tmp_path / "sweep", PAIR, LOCAL, engine="slurm", slurm=local)
     with (

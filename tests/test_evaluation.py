@@ -99,6 +99,11 @@ def expected_metrics(slow, sae):
         expected[f"downstream_mse.{name}"] = slow.mean(
             lambda b, t, ours=ours, theirs=theirs: (ours[b, t] - theirs[b, t]).square().mean()
         )
+        expected[f"downstream_cosine.{name}"] = slow.mean(
+            lambda b, t, ours=ours, theirs=theirs: (
+                torch.dot(ours[b, t], theirs[b, t]) / (ours[b, t].norm() * theirs[b, t].norm())
+            )
+        )
     firings = [sum(int(c[b, t, j] != 0) for b, t in slow.token_list()) for j in range(c.shape[-1])]
     return expected, firings
 
@@ -195,6 +200,8 @@ def test_evaluate_writes_what_it_returns(model, corpora, runs):
         assert written == RunFolder.open(run.folder).evaluation()
         assert written["kind"] == run.config.objective.kind
         assert written["ce_increase"] == evaluation["ce_increase"]
+        last = f"blocks.{LAYERS - 1}.hook_resid_post"
+        assert written["downstream_cosine"][last] == evaluation[f"downstream_cosine.{last}"]
         assert written["explained_variance"]["pooled"] == evaluation["explained_variance.pooled"]
         assert (written["alive"], written["alive_tokens"]) == (evaluation.alive, 256)
         assert written["intervals"]["l0"] == [evaluation.metrics["l0"].low, evaluation.metrics["l0"].high]

@@ -76,9 +76,22 @@ def test_the_cheapest_is_the_fastest_of_those_good_enough():
     )
     found = mitigations([quick, slow, worse], 50, 0)
     level = ce_at_l0(quick.runs, found.l0, 50, 0).estimate
-    assert found.cheapest("e2e", level * 1.01).variant == quick
-    assert found.cheapest("e2e", level * 0.9).variant == slow
-    assert found.cheapest("e2e", 0.0) is None
+    reference = next(point for point in found.points if point.variant == quick)
+    assert reference.ce_increase.estimate == level
+    assert found.cheapest("e2e", reference, 1.01).variant == quick
+    assert found.cheapest("e2e", reference, 0.9).variant == slow
+    assert found.cheapest("e2e", reference, 0.7) is None and found.cheapest("local", reference, 2.0) is None
+
+
+def test_a_relation_of_two_variants_is_paired():
+    """The text's noise, which all runs share, cancels; each value alone is far less sure."""
+    whole, half = (variant(curve(factor=factor), tokens=tokens) for factor, tokens in ((1.0, 100), (0.5, 200)))
+    first, second = mitigations([whole, half], 200, 0).of("e2e", "tokens")
+    ratio = second.relative_to(first)
+    assert (ratio.low, ratio.estimate, ratio.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert first.ce_increase.high / first.ce_increase.low > 1.02
+    far = mitigations([whole, variant(curve(points=((100.0, 0.3), (200.0, 0.1))))], 50, 0).points
+    assert [point.relative_to(far[0]) is None for point in far] == [False, True]
 
 
 def test_the_local_phase_before_an_end_to_end_one_is_counted(tmp_path):

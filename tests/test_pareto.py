@@ -145,6 +145,21 @@ def test_only_what_agrees_is_compared(tmp_path):
     assert "training.batch" in point_rows(found)[0] and len(ratio_rows(found)) == 5 * 4 * 2
 
 
+def test_of_several_learning_rates_the_one_of_most_runs_is_compared(tmp_path):
+    for coefficient in (1, 2, 4):
+        measured(tmp_path / f"local-{coefficient}", "local", coefficient, 60 / coefficient)
+        measured(tmp_path / f"e2e-{coefficient}", "e2e", coefficient, 30 / coefficient)
+    measured(tmp_path / "tried", "e2e", 2, 1, training={"learning_rate": 0.1})
+    (one,) = pareto([tmp_path])
+    assert one.ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.5)
+    assert "Of e2e the learning rate 0.0005 is compared" in one.remarks[0] and len(one.remarks) == 1
+    assert [run.l0 for run in one.runs if run.kind == "e2e"] == [30, 15, 1, 7.5] and len(point_rows([one])) == 7
+    measured(tmp_path / "more", "e2e", 1, 2, training={"learning_rate": 0.1})
+    measured(tmp_path / "many", "e2e", 4, 0.5, training={"learning_rate": 0.1})
+    (undecided,) = pareto([tmp_path])
+    assert undecided.ratios["features_at_equal_ce", "e2e"].estimate is None and not undecided.remarks
+
+
 def test_settings_alike_are_told_without_what_they_share(tmp_path):
     measured(tmp_path / "a", "e2e", 1, 3, training={"batch": 7})
     (one,) = pareto([tmp_path])

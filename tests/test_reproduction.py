@@ -11,8 +11,9 @@ from endwise.errors import ConfigError, EndwiseError
 from endwise.reproduction.costs import Cost, costs, seconds_per_token
 from endwise.reproduction.experiments import Experiments, inner, middle
 from endwise.reproduction.plan import EXPERIMENTS, parse_budget, plan
-from endwise.reproduction.runs import best_rates, features_needed
+from endwise.reproduction.runs import best_rates, features_needed, make_runs
 from endwise.reproduction.study_config import STUDIES, StudyConfig, find_study
+from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint
 from made_runs import make_run
 
@@ -154,6 +155,12 @@ def test_a_budget_that_reads_otherwise_is_refused(text):
         parse_budget(text)
 
 
+def test_a_budget_is_read_before_anything_is_timed(tmp_path):
+    with pytest.raises(ConfigError, match="reads 90s, 30m or 2h"):
+        make_runs(study(), tmp_path, "soon", InProcess(), display=False)
+    assert not any(tmp_path.iterdir())
+
+
 KNOWN_COSTS = [
     Cost(kind, site, ratio, seconds, 2048)
     for (kind, seconds), (site, ratio) in itertools.product(
@@ -198,7 +205,7 @@ def test_costs_are_measured_once(experiments, tmp_path):
     assert [(cost.kind, cost.ratio) for cost in measured] == [
         (kind, ratio) for ratio in (None, 2.5) for kind in ("local", "e2e", "e2e_ds")
     ]
-    assert all(cost.seconds_per_token > 0 for cost in measured)
+    assert all(0 < cost.low <= cost.seconds_per_token <= cost.high for cost in measured)
     assert costs(small, tmp_path / "costs.json") == measured
 
 

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,15 +12,16 @@ import yaml
 
 import warm
 from endwise.errors import ConfigError
-from endwise.reproduction import StudyConfig, reproduce
+from endwise.reproduction import StudyConfig, report, reproduce
 from endwise.run_folder import RunFolder
 from warm import Warm
 
 STUDY = {
     "recipe": {
+        "data": {"context": 64},
         "dictionary": {"ratio": 2},
-        "training": {"tokens": 2048, "batch": 2, "alive_window": 2048, "checkpoint_every": 2},
-        "evaluation": {"tokens": 2048, "during_training_tokens": 1024, "batch": 8, "bootstrap": 50},
+        "training": {"tokens": 512, "batch": 2, "alive_window": 512, "checkpoint_every": 2},
+        "evaluation": {"tokens": 1024, "during_training_tokens": 512, "batch": 8, "bootstrap": 50},
     },
     "sites": {"blocks.3.hook_resid_pre": {}},
     "kinds": {
@@ -31,7 +33,7 @@ STUDY = {
     "lengths": [0.5],
     "ratios": [3],
     "starts": [0.5],
-    "cost_tokens": 1536,
+    "cost_tokens": 384,
 }
 TIMED = ("costs", "costs_of_variants")
 VERDICTS = {"shown", "not shown", "not testable here"}
@@ -39,7 +41,10 @@ VERDICTS = {"shown", "not shown", "not testable here"}
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("study")
+    """Where the folder's name is relative: what starts from an SAE of the study is named by the path as it is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("study"))
+        yield Path("made")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def tables(folder):
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
     assert counts == {"learning_rates": 6, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
-    assert made.runs.failures == {} and made.runs.plan.tokens == 2048
+    assert made.runs.failures == {} and made.runs.plan.tokens == 512
 
 
 def test_a_start_from_local_goes_on_from_that_sae(made):
@@ -93,7 +98,8 @@ def test_the_report_needs_nothing_else(made):
         assert f'id="{name}"' in own
 
 
-def test_begun_again_it_trains_nothing_and_ends_alike(made, out):
+def test_begun_again_it_trains_nothing_and_ends_alike(made, out, monkeypatch):
+    monkeypatch.setattr(report, "save", lambda chart, folder: [])  # drawing takes longest, and is compared nowhere here
     before, configs = tables(out), sorted((out / "runs").rglob("metrics.jsonl"))
     stamps = [file.stat().st_mtime_ns for file in configs]
     assert reproduce(StudyConfig.build(STUDY), out, display=False).claims == made.claims
@@ -109,12 +115,12 @@ def test_a_folder_holds_one_study(made, out):
 @pytest.mark.timeout(600)
 def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    command = ["-m", "endwise", "reproduce", "paper", "--model", "study.yaml", "--out", "again"]
+    command = ["-m", "endwise", "reproduce", "paper", "--model", "study.yaml", "--out", str(out)]
     for moment in (3, 14, 25):  # runs: at the first checkpoints, and further on
         process = Warm(*command, "--quiet", cwd=tmp_path, stdout=subprocess.DEVNULL)
         give_up = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < give_up:
-            if len(list((tmp_path / "again" / "runs").glob("*/checkpoints/*.safetensors"))) >= moment:
+            if len(list((tmp_path / out / "runs").glob("*/checkpoints/*.safetensors"))) >= moment:
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -122,4 +128,4 @@ def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path
     done = warm.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "The report: " in done.stdout
-    assert tables(tmp_path / "again") == tables(out)
+    assert tables(tmp_path / out) == tables(out)

@@ -1,5 +1,7 @@
 """The bootstrap against an explicit loop; interpolation against numpy's in log space; and what both refuse."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,10 @@ from endwise.statistics import (
     InterpolationError,
     bootstrap_ratio,
     interpolate_at,
+    interval_over_seeds,
     resampled_ratio,
     resampling_weights,
+    student_t,
 )
 
 
@@ -110,3 +114,38 @@ def test_interpolation_refuses_to_guess(x, y, target, message):
     with pytest.raises(InterpolationError, match=message) as caught:
         interpolate_at(x, y, target)
     assert isinstance(caught.value, ValueError)
+
+
+TABLE = {1: (6.3138, 12.7062), 2: (2.9200, 4.3027), 3: (2.3534, 3.1824), 4: (2.1318, 2.7764), 9: (1.8331, 2.2622)}
+"""Student's t: the quantiles 0.95 and 0.975 by degrees of freedom, of any table of it."""
+
+
+@pytest.mark.parametrize("freedom", sorted(TABLE))
+def test_students_t_is_that_of_the_tables(freedom):
+    assert [student_t(share, freedom) for share in (0.95, 0.975)] == pytest.approx(TABLE[freedom], abs=6e-5)
+    assert student_t(0.5, freedom) == pytest.approx(0.0, abs=1e-9)
+    assert student_t(0.975, 400) == pytest.approx(1.9659, abs=1e-4)
+
+
+def test_the_interval_over_seeds_is_students_t_on_logarithms():
+    values = [0.5, 0.6, 0.8]
+    logs = [math.log(value) for value in values]
+    mean = sum(logs) / 3
+    half = 4.3027 * math.sqrt(sum((each - mean) ** 2 for each in logs) / 2 / 3)
+    found = interval_over_seeds(values)
+    assert (found.low, found.estimate, found.high) == pytest.approx(
+        (math.exp(mean - half), math.exp(mean), math.exp(mean + half)), rel=1e-4
+    )
+
+
+def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say():
+    random = np.random.default_rng(0)
+    ends = [interval_over_seeds(np.exp(random.normal(0.3, 0.2, 4))) for _ in range(1500)]
+    covered = np.mean([each.low <= math.exp(0.3) <= each.high for each in ends])
+    assert covered == pytest.approx(0.95, abs=0.017)  # three standard errors
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6], [0.5, 0.6, 0.0], [0.5, 0.6, math.nan]])
+def test_an_interval_over_seeds_takes_three_positive_values(values):
+    with pytest.raises(DataError, match="at least 3 positive values"):
+        interval_over_seeds(values)

@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import endwise.sweeps.tasks as tasks_module
+import warm
 from endwise import RunConfig, SweepConfig, sweep, train
 from endwise.cli import app
 from endwise.errors import ConfigError, Interrupted, SiteError
@@ -502,12 +501,12 @@ def test_killed_in_the_middle_the_same_command_ends_in_the_same_bytes(made, whol
     config = small_sweep(made, tmp_path / "killed", *GRIDS, training=OFTEN)
     file = tmp_path / "killed.yaml"
     file.write_text(config.to_yaml())
-    command = [sys.executable, str(HERE / "victim.py"), "is_killed", "sweep", str(file)]
-    killed = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    command = ["sweep", str(file)]
+    killed = warm.run(HERE / "victim.py", "is_killed", *command, cwd=HERE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     steps = [RunFolder(each.folder).saved_steps() for each in survey(config)]
     assert [4] in steps and [] in steps and not (config.out / "summary.csv").exists()
-    again = CliRunner().invoke(app, command[3:])
+    again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     for folder in whole.folders:
         assert_same_run(config.out / folder.relative_to(whole.folder), folder)

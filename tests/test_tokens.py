@@ -158,6 +158,21 @@ def test_packing_loses_no_token(documents, kept, context, packing, bos):
         assert seen == whole[: len(seen)] and len(whole) - len(seen) < corpus.layout.payload
     else:
         assert [t for t in seen if t != separator] == [t for t in whole if t != separator]
+    # Packed alike, with 1 for every document's first token and 2 for the others, the text shows where they begin.
+    firsts = packed([[1] + [2] * (len(each) - 1) for each in remaining], context, packing, bos and 0, separator=0)
+    assert corpus.document_starts(range(len(corpus))).tolist() == [[token == 1 for token in ids] for ids, _ in firsts]
+
+
+def test_only_after_a_separator_does_a_document_begin(tmp_path, load):
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [[7, 7, 7], [8, 8], *[[token] * 12 for token in range(10)]], column="tokens"
+    )
+    train = load(source, train=16).train
+    assert train.document_starts([1, 0]).int().tolist() == [[0] * 8, [1, 0, 0, 0, 1, 0, 0, 1]]
+    np.save(tmp_path / "stream.npy", np.random.default_rng(0).integers(0, 9, 4000).astype(np.uint16))
+    pieces = load(tmp_path / "stream.npy", tokenizer=None).train
+    assert len(pieces.documents) > 1
+    assert not pieces.document_starts(range(len(pieces))).any()
 
 
 def test_a_batch_takes_sequences_in_any_order_and_no_others(tmp_path, load):

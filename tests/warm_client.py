@@ -19,7 +19,7 @@ def main():
     socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
     answers = connection.makefile()
     program = int(answers.readline())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, lambda number, _: os.kill(program, number))
     if told is not None:
         os.write(int(told), f"{program}\n".encode())

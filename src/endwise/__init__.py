@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endwise.analysis.directions import Directions, directions
     from endwise.analysis.geometry import Geometry, geometry
     from endwise.analysis.importance import ImportanceStudy, importance
     from endwise.analysis.pareto import Pareto, pareto
@@ -66,6 +67,8 @@ _HOMES = {
     "importance": "analysis.importance",
     "FeatureImportance": "features.importance",
     "read_importance": "features.importance",
+    "Directions": "analysis.directions",
+    "directions": "analysis.directions",
     "Pareto": "analysis.pareto",
     "pareto": "analysis.pareto",
     "Reproduced": "reproduction",
@@ -87,6 +90,7 @@ __all__ = [
     "Corpora",
     "Corpus",
     "DataConfig",
+    "Directions",
     "DownstreamMSE",
     "EndwiseError",
     "Evaluation",
@@ -109,6 +113,7 @@ __all__ = [
     "Sweep",
     "SweepConfig",
     "corpora_for",
+    "directions",
     "evaluate",
     "geometry",
     "importance",

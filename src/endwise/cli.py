@@ -305,7 +305,7 @@ def importance(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
     ablate: Annotated[int, typer.Option(min=0, help="Features of each run to ablate one by one.")] = 100,
-    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at up to twice the cost.")] = False,
+    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
     out: Annotated[
         Path | None,
@@ -319,6 +319,34 @@ def importance(
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
     _say(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
+
+
+@app.command()
+@_plainly
+def directions(
+    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    directions: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ablate this many principal directions and as many of the others; unset: all at a narrow site."
+        ),
+    ] = None,
+    with_starts: Annotated[
+        bool, typer.Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, figures and directions.html; unset: directions/ beside the first."),
+    ] = None,
+) -> None:
+    """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
+    from endwise.analysis.directions import directions as compare
+    from endwise.report import print_directions, write_directions
+
+    found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
+    print_directions(found)
+    _say(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import cosine_similarity, layer_norm
 
 from endwise.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
@@ -57,6 +57,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
+DOWNSTREAM = ("downstream_mse", "downstream_cosine")
+"""Metrics that there is one of for each later residual site, as in `downstream_mse.blocks.5.hook_resid_pre`."""
+
+
 @dataclass(frozen=True)
 class Baselines:
     """Cross-entropies that bound the scale, nats per token: the site untouched, at its mean, at zero."""
@@ -76,7 +80,7 @@ class Evaluation:
     """On how many of the `tokens` tokens each feature is non-zero, `[d_sae]`."""
     tokens: int
     metrics: dict[str, Interval]
-    """By the names of `METRICS`, and `downstream_mse.<site>`."""
+    """By the names of `METRICS`, and `<metric>.<site>` for the `DOWNSTREAM` ones."""
     baselines: Baselines
     sums: Sums = field(repr=False)
 
@@ -98,7 +102,8 @@ class Evaluation:
                 nested.setdefault(group, {})[key] = interval.estimate
             else:
                 nested[name] = interval.estimate
-        nested.setdefault("downstream_mse", {})
+        for name in DOWNSTREAM:
+            nested.setdefault(name, {})
         nested["baselines"] = vars(self.baselines)
         nested["intervals"] = {name: [interval.low, interval.high] for name, interval in self.metrics.items()}
         return nested
@@ -253,7 +258,7 @@ def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask:
 class _SplicedPass:
     final: Activation
     downstream: dict[str, Tensor]
-    """Squared error at each later site, summed per sequence."""
+    """Squared error and cosine at each later site, summed per sequence."""
 
 
 def _splice(
@@ -267,6 +272,8 @@ def _splice(
         downstream[f"downstream_mse.{s.name}"] = torch.stack(
             [squared_error(a[None], b[None], m[None]) for a, b, m in rows]
         )
+        cosines = cosine_similarity(spliced.activations[s].float(), clean.activations[s].float(), dim=-1)
+        downstream[f"downstream_cosine.{s.name}"] = (cosines * mask).sum(-1)
     return _SplicedPass(_final(spliced), downstream)
 
 
@@ -300,7 +307,7 @@ def _summarise(
     config: EvaluationConfig,
 ) -> Evaluation:
     sums = collector.sums()
-    metrics = METRICS | {name: Metric(name) for name in sums if name.startswith("downstream_mse.")}
+    metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
     intervals = {}
     for name, metric in metrics.items():
         ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)

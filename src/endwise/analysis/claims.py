@@ -1,10 +1,14 @@
 """A claim of the paper held against numbers: shown, not shown, or not testable here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from endwise.analysis.run_summary import RunSummary
+
 Verdict = Literal["shown", "not shown", "not testable here"]
+SIMILAR = 1.5
+"""Factor within which CE increases count as similar. (The paper's table 2 goes up to 1.33.)"""
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,9 @@ def shown_if_all(holds: Sequence[bool]) -> Verdict:
     if not holds:
         return "not testable here"
     return "shown" if all(holds) else "not shown"
+
+
+def are_similar(runs: Iterable[RunSummary]) -> bool:
+    """Whether runs that were chosen for their CE increases have similar ones."""
+    increases = [run.ce_increase for run in runs]
+    return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)

@@ -6,6 +6,7 @@ has its own curves and ratios.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from endwise.analysis.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
-from endwise.analysis.run_summary import RunSummary, resampled
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
@@ -27,6 +28,8 @@ GRID = 40
 RESAMPLES, SEED = 1000, 12345
 AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """What is drawn against what: x, y."""
+HELDOUT_TEXT = "held-out text"
+"""What a band is over that is no band over seeds."""
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
@@ -73,7 +76,11 @@ class Pareto:
 
     setting: Setting
     runs: tuple[RunSummary, ...]
+    """By kind, coefficient, seed and learning rate."""
     summary: Summary
+    """Of the runs of one learning rate a kind, where it has several."""
+    remarks: tuple[str, ...] = ()
+    """Which rate that is."""
 
     @property
     def is_compared(self) -> bool:
@@ -109,7 +116,7 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    return [Pareto(setting, tuple(runs), _summary(runs)) for setting, runs in comparable(paths).items()]
+    return [_compared(setting, runs) for setting, runs in comparable(paths).items()]
 
 
 def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
@@ -124,6 +131,33 @@ def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
         sets.setdefault(setting, []).append(run)
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
     return {setting: sets[setting] for setting in ordered}
+
+
+def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
+    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed, run.learning_rate or 0.0))
+    rates = {kind: rate for kind in KINDS if (rate := rate_of_most([run for run in runs if run.kind == kind]))}
+    kept = [run for run in runs if run.learning_rate == rates.get(run.kind, run.learning_rate)]
+    remarks = [
+        f"Of {LABELS[kind]} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        for kind, rate in rates.items()
+    ]
+    return Pareto(setting, tuple(runs), _summary(kept), tuple(remarks))
+
+
+def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
+    """Of one kind's runs that were trained at several learning rates with the same coefficient and seed, the rate that
+    has more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
+    runs, or no such rate.
+    """
+    if not has_several_rates(runs):
+        return None
+    counts = Counter(run.learning_rate for run in runs).most_common(2)
+    return None if len(counts) < 2 or counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def has_several_rates(runs: Sequence[RunSummary]) -> bool:
+    """Whether runs of one kind share coefficient and seed."""
+    return len({(run.coefficient, run.seed) for run in runs}) < len(runs)
 
 
 def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
@@ -250,7 +284,7 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     if not kept.any():
         return None
     low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
-    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over="held-out text")
+    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over=HELDOUT_TEXT)
 
 
 def _grid(low: float, high: float) -> Floats:
@@ -265,8 +299,13 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     rows = []
     for one in found:
         fronts = {f"front.{y}_over_{x}": front(one.runs, x, y) for x, y in AXES}
-        for run in one.summary.runs:
-            row: dict[str, Any] = {**_common(one), "kind": run.kind, "coefficient": run.coefficient, "seed": run.seed}
+        for run in one.runs:
+            row: dict[str, Any] = {
+                **columns_of(one.setting),
+                "kind": run.kind,
+                "coefficient": run.coefficient,
+                "seed": run.seed,
+            }
             row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
             row |= {"ce_increase": run.ce_increase, "kl": run.kl}
             for name in ("l0", "ce_increase", "kl"):
@@ -279,14 +318,14 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
 def ratio_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     """One row for each measure of each kind, relative to local."""
     return [
-        {**_common(one), "measure": measure, "kind": kind, **ratio.to_row()}
+        {**columns_of(one.setting), "measure": measure, "kind": kind, **ratio.to_row()}
         for one in found
         for (measure, kind), ratio in one.ratios.items()
     ]
 
 
-def _common(one: Pareto) -> dict[str, Any]:
-    setting = one.setting
+def columns_of(setting: Setting) -> dict[str, Any]:
+    """What the rows of one set have in common."""
     return {
         "model": setting.model,
         "site": setting.site,

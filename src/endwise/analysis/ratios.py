@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.run_summary import LABELS, Floats, RunSummary, estimate, resampled, unpaired
+from endwise.analysis.run_summary import LABELS, LATER_MSE, Floats, RunSummary, estimate, resampled, unpaired
 from endwise.statistics import (
     LEAST_SEEDS,
     InterpolationError,
@@ -97,18 +97,27 @@ MEASURES = (
     Measure("ce_increase_at_equal_l0", of="ce_increase", at="l0"),
     Measure("ce_increase_at_equal_alive", of="ce_increase", at="alive"),
 )
-NAMES = {"l0": "L0", "alive": "alive features", "ce_increase": "CE increase"}
+NAMES = {"l0": "L0", "alive": "alive features", "ce_increase": "CE increase", LATER_MSE: "downstream MSE"}
 
 
 def ratio_to_local(
-    runs: Sequence[RunSummary], kind: str, of: str, at: str, resamples: int, seed: int, levels: int = LEVELS
+    runs: Sequence[RunSummary],
+    kind: str,
+    of: str,
+    at: str,
+    resamples: int,
+    seed: int,
+    levels: int = LEVELS,
+    *,
+    reference: str = "local",
 ) -> Ratio:
-    """How much of `of` the runs of `kind` have relative to local's at equal `at` (l0, alive or ce_increase).
+    """How much of `of` the runs of `kind` have relative to local's (or another kind's, `reference`) at equal `at`. Both
+    are of l0, alive, ce_increase and `LATER_MSE`.
 
     exp of the mean over `levels` values of `at`, evenly spread over the common range, of the difference of
-    log-interpolated curves; and the same at local's middle run alone.
+    log-interpolated curves; and the same at the reference's middle run alone.
     """
-    groups = {name: [run for run in runs if run.kind == name] for name in (kind, "local")}
+    groups = {name: [run for run in runs if run.kind == name] for name in (kind, reference)}
     for name, group in groups.items():
         if not group:
             return Ratio(None, reason=f"there are no runs of {LABELS[name]}")
@@ -130,9 +139,10 @@ def ratio_to_local(
         over=(low, high),
         at_middle=at_middle,
         middle=None if at_middle is None else local.middle,
-        over_seeds=_over_seeds(groups, kind, of, at, levels),
+        over_seeds=_over_seeds(groups, kind, reference, of, at, levels),
     )
-    if reason := unpaired(members):
+    later = {f"downstream_mse.{site}" for run in members for site in run.downstream_mse} if of == LATER_MSE else set()
+    if reason := unpaired(members, {"l0", "ce_increase", "predictions"} | later):
         return replace(result, reason=reason)
     drawn = {id(run): resampled(run, {of, at}, resamples, seed) for run in members}
     draws = np.full(resamples, np.nan)
@@ -158,7 +168,7 @@ def ratio_between(
 
 
 def _over_seeds(
-    groups: Mapping[str, Sequence[RunSummary]], kind: str, of: str, at: str, levels: int
+    groups: Mapping[str, Sequence[RunSummary]], kind: str, reference: str, of: str, at: str, levels: int
 ) -> tuple[float, float] | None:
     """The ratio's interval over training seeds, one ratio of curves a seed; None where fewer than three seeds of both
     kinds determine it.
@@ -168,7 +178,7 @@ def _over_seeds(
         try:
             own, local = (
                 _curve([run for run in groups[name] if run.seed == seed], LABELS[name], of, at, estimate)
-                for name in (kind, "local")
+                for name in (kind, reference)
             )
             ratios.append(_ratio_of_curves(own, local, at, levels)[0])
         except InterpolationError:
@@ -257,6 +267,8 @@ def _curve(
         x, y = monotone_points([point[0] for point in means], [point[1] for point in means])
     except InterpolationError as error:
         raise InterpolationError(f"{name}'s curve of {NAMES[of]} over {NAMES[at]}: {str(error).rstrip('.')}") from None
+    if LATER_MSE in (of, at):  # which grows with the CE increase, as both measure what is lost
+        return _Curve(name, x, y)
     if y[-1] > y[0]:
         raise InterpolationError(f"{name}'s curve is no trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
     return _Curve(name, x, y)

@@ -1,5 +1,6 @@
 """One measured run: what it is, what it measured, what it cost."""
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,8 @@ class RunSummary:
     folder: str
     explained_variances: Mapping[str, float] = field(default_factory=dict)
     """Every form of it: per_token, pooled, and both after LayerNorm."""
+    downstream_cosine: Mapping[str, float] = field(default_factory=dict)
+    """By later site; empty for a run that was measured before this was."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
     model: str = ""
@@ -80,6 +83,7 @@ class RunSummary:
             kl=evaluation["kl"],
             explained_variance=evaluation["explained_variance.per_token"],
             downstream_mse=_group(metrics, "downstream_mse."),
+            downstream_cosine=_group(metrics, "downstream_cosine."),
             tokens=config.training.tokens,
             seconds=seconds,
             folder=str(folder),
@@ -115,6 +119,7 @@ class RunSummary:
                 kl=measured["kl"],
                 explained_variance=measured["explained_variance"]["per_token"],
                 downstream_mse=measured["downstream_mse"],
+                downstream_cosine=measured.get("downstream_cosine", {}),
                 tokens=config.training.tokens,
                 seconds=folder.seconds(),
                 folder=str(path),
@@ -133,7 +138,8 @@ class RunSummary:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
-        return record | {name: dict(getattr(self, name)) for name in ("downstream_mse", "explained_variances")}
+        groups = ("downstream_mse", "downstream_cosine", "explained_variances")
+        return record | {name: dict(getattr(self, name)) for name in groups}
 
 
 def _origin(config: RunConfig) -> dict[str, Any]:
@@ -155,13 +161,24 @@ def layer_label(site: str) -> str:
 _DENOMINATORS = {"ce_increase": "predictions"}
 
 
+LATER_MSE = "later_mse"
+"""Geometric mean over the later sites of the downstream MSE, so that each counts alike, whatever its scale."""
+
+
 def estimate(run: RunSummary, metric: str) -> float:
-    return float(getattr(run, metric))
+    if metric != LATER_MSE:
+        return float(getattr(run, metric))
+    values = list(run.downstream_mse.values())
+    return float(np.exp(np.mean(np.log(values)))) if values and min(values) > 0 else math.nan
 
 
 def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> dict[str, Floats]:
     """Each metric in each resample, `[resamples]`."""
     assert run.sums is not None
+    if LATER_MSE in metrics:
+        sites = resampled(run, {f"downstream_mse.{site}" for site in run.downstream_mse}, resamples, seed)
+        mean = np.exp(np.mean(np.log(list(sites.values())), axis=0))
+        return {LATER_MSE: mean, **resampled(run, metrics - {LATER_MSE}, resamples, seed)}
     return {
         name: np.full(resamples, float(run.alive))
         if name == "alive"

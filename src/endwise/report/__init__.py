@@ -3,6 +3,7 @@
 Reads tables only; no model, no network.
 """
 
+from endwise.report.directions import print_directions, write_directions
 from endwise.report.geometry import print_geometry, write_geometry
 from endwise.report.importance import print_importance, write_importance
 from endwise.report.page import write_report
@@ -11,12 +12,14 @@ from endwise.report.plans import print_plan
 from endwise.report.tables import print_evaluations, print_summary
 
 __all__ = [
+    "print_directions",
     "print_evaluations",
     "print_geometry",
     "print_importance",
     "print_pareto",
     "print_plan",
     "print_summary",
+    "write_directions",
     "write_geometry",
     "write_importance",
     "write_pareto",

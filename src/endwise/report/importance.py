@@ -53,31 +53,38 @@ def importance_charts(study: ImportanceStudy, number: int) -> list[Chart]:
 
 def faithfulness_chart(study: ImportanceStudy, name: str) -> Chart:
     """Figure 24 as a curve: the share of the model's behaviour that the first n features carry."""
-    series = [each for run in study.similar for each in _faithfulness(run)]
-    panel = Panel("", Axis("features kept", log=True), Axis("share of behaviour"), tuple(series))
+    x, y = Axis("features kept", log=True), Axis("share of behaviour", from_zero=True)
+    panels = tuple(
+        Panel(title, x, y, tuple(_faithfulness(run, ORDERS[order]) for run in study.similar))
+        for order, title in _ORDER_TITLES.items()
+    )
     caption = (
         f"{_where(study)} Only n features are kept, the others zeroed: those most important by the second-order "
         "estimate, those of the largest first-order estimate, or as many drawn at random. The share is 1 with the "
         "model's own activation and 0 with the site at its mean. Features are ranked on one half of the held-out "
         "sequences and measured on the other."
     )
-    return Chart(name, "What the most important features carry", caption, (panel,))
+    return Chart(name, "What the most important features carry", caption, panels)
 
 
-def _faithfulness(run: ImportantRun) -> list[Series]:
-    curve, made = run.measured.faithfulness, []
-    labels = {"second": "by importance", "first": "by first-order estimate", "random": "at random"}
-    for rank, (order, name) in enumerate(ORDERS.items()):
-        label, ends = labels[order], share_intervals(curve, getattr(curve, name))
-        marks = tuple(
-            Mark(float(n), each.estimate, f"{_named(run)}, {label}\n{n:,} features: {_share(each)}")
-            for n, each in zip(curve.kept.tolist(), ends, strict=True)
-            if n > 0
-        )
-        kept = tuple(map(float, curve.kept))
-        band = Band(kept, tuple(e.low for e in ends), tuple(e.high for e in ends), "held-out text")
-        made.append(Series(run.summary.kind, marks, label, rank=rank, band=band))
-    return made
+_ORDER_TITLES = {"second": "by importance", "first": "by first-order estimate", "random": "at random"}
+
+
+def _faithfulness(run: ImportantRun, name: str) -> Series:
+    """
+    Args:
+        name: of the curve in `Faithfulness`.
+    """
+    curve = run.measured.faithfulness
+    ends = share_intervals(curve, getattr(curve, name))
+    marks = tuple(
+        Mark(float(n), each.estimate, f"{_named(run)}\n{n:,} features: {_share(each)}")
+        for n, each in zip(curve.kept.tolist(), ends, strict=True)
+        if n > 0
+    )
+    kept = tuple(map(float, curve.kept))
+    band = Band(kept, tuple(e.low for e in ends), tuple(e.high for e in ends), "held-out text")
+    return Series(run.summary.kind, marks, band=band)
 
 
 def concentration_chart(study: ImportanceStudy, name: str) -> Chart:
@@ -229,7 +236,8 @@ def _runs_table(study: ImportanceStudy) -> Table:
     for heading in _HEADINGS:
         shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
     for run in study.runs:
-        shown.add_row(*map(Text, _cells(run)))
+        *cells, rank = _cells(run)
+        shown.add_row(*map(Text, (*cells, rank.partition(" ")[0])))  # its interval is on the page
     return shown
 
 

@@ -27,6 +27,7 @@ from endwise.report.look import (
     limits,
     log_ticks,
     name_of,
+    shrink,
     tick_text,
 )
 
@@ -171,9 +172,9 @@ def _marker(series: Series) -> Json:
     fill, edge = ("var(--card)", _colour(series)) if hollow else (_colour(series), "var(--card)")
     return {
         "symbol": SYMBOLS[MARKERS[series.kind]],
-        "size": 4 if crowded else 10 if MARKERS[series.kind] == "^" else 9,
+        "size": round(max(4.0, shrink(series) * (10 if MARKERS[series.kind] == "^" else 9)), 1),
         "color": fill,
-        "opacity": 0.5 if crowded else 1,
+        "opacity": max(0.5, 0.9 * shrink(series)) if crowded else 1,
         "line": {"color": edge, "width": 0 if crowded else 1.6 if hollow else 1},
     }
 

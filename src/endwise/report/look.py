@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from endwise.analysis.run_summary import LABELS
 from endwise.report.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
@@ -12,10 +13,12 @@ MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
 """By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100
-"""A series of more marks than these has them small and pale."""
+"""A series of more marks than these has them smaller and paler, the more so the more there are."""
 BAND = 0.16
 """Opacity of a band."""
 
+_LETTER, _GAP = 0.022, 0.03
+"""Width of a letter of an axis' labels, and the least space between two labels, as shares of the axis."""
 _MARGIN = 1.15
 """By which a logarithmic axis goes beyond what it shows."""
 
@@ -27,12 +30,19 @@ def name_of(series: Series) -> str:
 
 
 def first_of_each_name(chart: Chart) -> dict[str, Series]:
-    """What a legend shows: series of one name in several panels look alike."""
+    """What a legend shows: series of one name look alike in all panels, and a line and the marks about it are one."""
     firsts: dict[str, Series] = {}
     for panel in chart.panels:
         for series in panel.series:
-            firsts.setdefault(name_of(series), series)
+            first = firsts.setdefault(name_of(series), series)
+            joined, marked = first.joined or series.joined, first.marked or series.marked
+            firsts[name_of(series)] = replace(first, joined=joined, marked=marked)
     return firsts
+
+
+def shrink(series: Series) -> float:
+    """By what factor its marks are smaller than those of a series of few."""
+    return min(1.0, math.sqrt(CROWD / max(1, len(series.marks))))
 
 
 def dashes(series: Series) -> tuple[float, ...]:
@@ -80,8 +90,18 @@ def log_ticks(low: float, high: float) -> list[float]:
         numbers = [float(f"{digit}e{power}") for power in powers for digit in digits]
         inside = [number for number in numbers if low <= number <= high]
         if len(inside) >= 3:
-            return inside[:: 1 + len(inside) // 8]
-    return inside or [low, high]
+            break
+    return _apart(inside or [low, high], low, high)
+
+
+def _apart(ticks: list[float], low: float, high: float) -> list[float]:
+    """Those whose labels leave each other room, from the lowest on."""
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        letters = (len(tick_text(kept[-1])) + len(tick_text(tick))) / 2
+        if math.log(tick / kept[-1]) >= (_GAP + letters * _LETTER) * math.log(high / low):
+            kept.append(tick)
+    return kept
 
 
 def tick_text(value: float) -> str:

@@ -9,7 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from endwise.analysis.pareto import AXES, Pareto, band, front, point_rows, ratio_rows
+from endwise.analysis.pareto import (
+    AXES,
+    HELDOUT_TEXT,
+    Pareto,
+    band,
+    front,
+    has_several_rates,
+    point_rows,
+    rate_of_most,
+    ratio_rows,
+)
 from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
@@ -17,10 +27,10 @@ from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.shell import escape, page, table
-from endwise.statistics import LEAST_SEEDS
+from endwise.report.shell import Wide, escape, page, table
 from endwise.tabular import write_table
 
+WAY_OVER_SEEDS = "Student's t"
 AXIS = {
     "l0": Axis("L0: features per token", log=True),
     "alive": Axis("alive features", log=True),
@@ -36,6 +46,7 @@ def described(run: RunSummary) -> str:
             f"{LABELS[run.kind]}, λ {run.coefficient:g}, seed {run.seed}",
             run.site,
             f"{run.tokens:,} training tokens, {run.d_sae:,} features",
+            *([] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]),
             f"L0 {run.l0:.1f}, {run.alive:,} alive",
             f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}",
             run.folder,
@@ -60,25 +71,34 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
         Panel("", AXIS[x], AXIS[y], tuple(each for kind in KINDS for each in _series(runs, kind, x, y)))
         for x, y in AXES
     ]
-    seeds = len({run.seed for run in runs})
-    bands = f"over {seeds} seeds (Student's t)" if seeds >= LEAST_SEEDS else "over held-out text (bootstrap)"
+    over = dict.fromkeys(each.band.of for panel in panels for each in panel.series if each.band is not None)
+    bands = " or ".join(f"{of} ({'bootstrap' if of == HELDOUT_TEXT else WAY_OVER_SEEDS})" for of in over)
     caption = (
         f"Each mark is one SAE at {site}; lower and further left is better. Rings: no other SAE is better in both. "
-        f"Bars: 95 % over held-out text. Bands: 95 % {bands}; a curve that is not monotone has none."
+        f"Bars: 95 % over held-out text. {f'Bands: 95 % over {bands}. ' if over else ''}"
+        "A curve that is not monotone has no band."
     )
     return Chart(name, f"At {site}", caption, tuple(panels))
 
 
 def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
-    """A curve for each learning rate that the kind was trained with."""
+    """A curve; where the kind was trained at several learning rates, that of most of its runs, and the others as dots,
+    or a curve for each rate if none has most.
+    """
     own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
     best = front(runs, x, y)
-    several = len({(run.coefficient, run.seed) for run in own}) < len(own)
-    rates = sorted({run.learning_rate or 0.0 for run in own}) if several else [None]
+    if not has_several_rates(own):
+        yield from _curve(own, kind, x, y, best, "", 0)
+        return
+    most = rate_of_most(own)
+    rates = sorted({run.learning_rate or 0.0 for run in own}) if most is None else [most]
     for number, rate in enumerate(rates):
-        of_rate = [run for run in own if rate is None or (run.learning_rate or 0.0) == rate]
-        label = f"learning rate {rate:g}" if rate else ""
-        yield from _curve(of_rate, kind, x, y, best, label, number)
+        of_rate = [run for run in own if (run.learning_rate or 0.0) == rate]
+        yield from _curve(of_rate, kind, x, y, best, f"learning rate {rate:g}", number)
+    others = [run for run in own if (run.learning_rate or 0.0) not in rates]
+    if others:
+        marks = tuple(mark(run, x, y, front=run.folder in best) for run in others)
+        yield Series(kind, marks, "other learning rates", joined=False, rank=1)
 
 
 def _curve(
@@ -93,7 +113,7 @@ def _curve(
     around = band(own, x, y)
     drawn = None if around is None else Band(_listed(around.x), _listed(around.low), _listed(around.high), around.over)
     marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
-    if around is not None and around.over != "held-out text":
+    if around is not None and around.over != HELDOUT_TEXT:
         middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
         yield Series(kind, middle, label, band=drawn, marked=False, rank=rank)
         yield Series(kind, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
@@ -116,22 +136,24 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
             console.print("Without local SAEs and others of this setting there is nothing to compare.\n")
             continue
         console.print(_ratios(one))
-        for sentence in one.summary.verdicts:
+        for sentence in (*one.remarks, *one.summary.verdicts):
             console.print(printable(f"• {sentence}"), markup=False, highlight=False)
 
 
 def _points(one: Pareto) -> Table:
     title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("kind", "λ", "seed", "L0", "alive", "CE increase [95 %]", "KL", "front"):
+    rates = any(has_several_rates([run for run in one.runs if run.kind == kind]) for kind in KINDS)
+    for heading in ("kind", "λ", "seed", *["rate"] * rates, "L0", "alive", "CE increase [95 %]", "KL", "front"):
         shown.add_column(heading, justify="left" if heading in ("kind", "front") else "right", no_wrap=True)
     fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
-    for run in one.summary.runs:
+    for run in one.runs:
         ends = run.intervals.get("ce_increase")
         shown.add_row(
             LABELS[run.kind],
             f"{run.coefficient:g}",
             str(run.seed),
+            *[f"{run.learning_rate or 0:g}"] * rates,
             f"{run.l0:.1f}",
             f"{run.alive:,}",
             Text(f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")),
@@ -184,7 +206,7 @@ def _section(one: Pareto, chart: Chart) -> str:
     head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
     if not one.is_compared:
         return f"<section>{head}{div(chart)}</section>"
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in one.summary.verdicts)
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
     table_of_ratios = ratio_table(ratio_rows([one]))
     return f'<section>{head}<ul class="verdicts">{sentences}</ul>{div(chart)}{table_of_ratios}</section>'
 
@@ -198,9 +220,10 @@ def ratio_table(rows: Iterable[dict[str, object]]) -> str:
         said = "–" if not isinstance(ratio, float) else f"{100 * ratio:.0f} %"
         measure = next(each for each in MEASURES if each.key == row["measure"])
         what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
-        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], said, text, seeds, reason or ""))
-    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds", "")
-    return table(headings, cells, text=(1, 2), words=(6,))
+        numbers = (said, text, seeds) if not reason else (said, Wide(str(reason), 2))
+        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], *numbers))
+    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds")
+    return table(headings, cells, text=(1, 2))
 
 
 def _ends(low: object, high: object) -> str:

@@ -1,6 +1,7 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ from endwise.report.look import (
     left_out,
     limits,
     log_ticks,
+    shrink,
     tick_text,
 )
 
 INK, MUTED, RULE, PAPER = "#1c2127", "#58616b", "#e1e0dc", "#ffffff"
 WIDTH, HEIGHT = 3.1, 2.75
 """Inches of a panel; three of them stand in a row."""
+LEGEND_ROW = 0.18
+"""Inches by which each further row of a legend makes a figure higher."""
 COLUMNS = 3
 DPI = 300
 
@@ -103,7 +107,8 @@ def draw(chart: Chart) -> Figure:
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
         for number, panel in enumerate(chart.panels, 1):
             _draw_panel(figure.add_subplot(rows, columns, number), panel)
-        _add_legend(figure, chart)
+        rows_of_legend = _add_legend(figure, chart)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows_of_legend - 1))
     return figure
 
 
@@ -183,12 +188,12 @@ def _look(series: Series) -> dict[str, Any]:
     colour, hollow = COLOURS[series.kind], series.rank > 0
     pattern, crowded = dashes(series), len(series.marks) > CROWD
     return {
-        "alpha": 0.4 if crowded else 1.0,
+        "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
         "marker": MARKERS[series.kind] if series.marked else "",
-        "markersize": 1.8 if crowded else 5.5 if MARKERS[series.kind] == "^" else 4.5,
+        "markersize": max(1.8, shrink(series) * (5.5 if MARKERS[series.kind] == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
         "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
@@ -206,11 +211,9 @@ def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | N
     ]
 
 
-def _add_legend(figure: Figure, chart: Chart) -> None:
-    """Under the panels, in as many columns as the figure is wide enough for."""
+def _add_legend(figure: Figure, chart: Chart) -> int:
+    """Under the panels, in as many columns as the figure is wide enough for; its rows."""
     entries = list(_entries(chart))
-    if not entries:
-        return
     for columns in range(len(entries), 0, -1):
         legend = figure.legend(
             handles=[handle for handle, _ in entries],
@@ -221,8 +224,9 @@ def _add_legend(figure: Figure, chart: Chart) -> None:
             columnspacing=1.6,
         )
         if columns == 1 or _width(legend, figure) <= figure.bbox.width:
-            return
+            return -(-len(entries) // columns)
         legend.remove()
+    return 0
 
 
 def _width(legend: Legend, figure: Figure) -> float:
@@ -232,7 +236,7 @@ def _width(legend: Legend, figure: Figure) -> float:
 def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
     every = [series for panel in chart.panels for series in panel.series]
     for name, series in first_of_each_name(chart).items():
-        yield Line2D([], [], **_look(series)), name
+        yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
     for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
         yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
     if any(_has_interval(mark) for series in every for mark in series.marks):

@@ -1,6 +1,7 @@
 """What every page has in common: one file that needs nothing else, its style, its head and its foot."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape as escape_html
 from importlib.resources import files
 from string import Template
@@ -40,14 +41,22 @@ def filled(name: str, **parts: str) -> str:
     return _part(name).substitute(**parts)
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], *, text: Iterable[int] = (), words: Iterable[int] = ()
-) -> str:
-    """A table of numbers, its first column aside, and but for the columns of short `text` and of many `words`."""
-    classes = dict.fromkeys(text, "text") | dict.fromkeys(words, "words")
+@dataclass(frozen=True)
+class Wide:
+    """A cell of words that takes several columns."""
 
-    def form(column: int) -> str:
-        return f' class="{classes[column]}"' if column in classes else ""
+    text: str
+    columns: int
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, text: Iterable[int] = ()) -> str:
+    """A table of numbers, its first column aside, and but for the columns of short `text`."""
+    classes = dict.fromkeys(text, "text")
+
+    def cell(column: int, content: object) -> str:
+        if isinstance(content, Wide):
+            return f'<td class="words" colspan="{content.columns}">{escape(content.text)}</td>'
+        return f"<td{' class=text' if column in classes else ''}>{escape(content)}</td>"
 
     head = "".join(
         f'<th scope="col"{" class=text" if index in classes else ""}>{escape(heading)}</th>'
@@ -55,7 +64,7 @@ def table(
     )
     body = []
     for first, *rest in rows:
-        cells = "".join(f"<td{form(i)}>{escape(cell)}</td>" for i, cell in enumerate(rest, 1))
+        cells = "".join(cell(i, content) for i, content in enumerate(rest, 1))
         body.append(f'<tr class="first"><th scope="row">{escape(first)}</th>{cells}</tr>')
     content = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{content}</div>'

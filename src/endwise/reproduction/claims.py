@@ -1,39 +1,24 @@
 """The paper's claims against a study's findings: shown, not shown, or not testable here, and why."""
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from endwise.analysis.ratios import Ratio, l0_ratio, times
-from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
-from endwise.reproduction import paper
+from endwise.analysis import paper
+from endwise.analysis.claims import Claim, Verdict, shown_if_all
+from endwise.analysis.directions import norm_claim
+from endwise.analysis.ratios import Ratio, l0_ratio, ratio_to_local, times
+from endwise.analysis.run_summary import LABELS, LATER_MSE, layer_label
 from endwise.reproduction.costs import relative_to_local
 from endwise.reproduction.findings import Findings
 from endwise.reproduction.mitigations import WAYS, CostPoint, Way, reaches
 from endwise.run_config import Kind
 from endwise.statistics import Interval, percentile_interval
 
-Verdict = Literal["shown", "not shown", "not testable here"]
 END_TO_END: tuple[Kind, ...] = ("e2e", "e2e_ds")
 REACHED = 1.05
 """A CE increase counts as reached if the whole interval of its ratio to the other lies below this factor."""
-SIMILAR = 1.25
-"""Factor within which CE increases are similar; those of the paper's table 2 are, but for one that is 1.3."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    claim: str
-    published: str
-    ours: str
-    """What was measured, with 95 % intervals; or why nothing was."""
-    verdict: Verdict
-    timed: bool = False
-    """It rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
 
 
 def claims(found: Findings) -> list[Claim]:
@@ -102,24 +87,20 @@ def _layer(site: str) -> str:
     return site if label == site else f"layer {label}"
 
 
-def _are_similar(runs: Iterable[RunSummary]) -> bool:
-    """Whether runs that were chosen for their CE increases have similar ones."""
-    increases = [run.ce_increase for run in runs]
-    return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)
-
-
 def _downstream(found: Findings) -> Claim:
-    ratios = {}
-    for site, summary in found.sites.items():
-        if "e2e_ds/e2e" in summary.downstream:
-            similar = _are_similar(run for run in summary.similar if run.kind in END_TO_END)
-            unlike = Ratio(None, reason="no two runs have a similar CE increase")
-            ratios[site] = summary.downstream["e2e_ds/e2e"] if similar else unlike
+    """At equal CE increase, as ratios of curves are."""
+    settings = found.settings
+    ratios = {
+        site: ratio_to_local(
+            s.runs, "e2e_ds", LATER_MSE, "ce_increase", settings.bootstrap, settings.seed, reference="e2e"
+        )
+        for site, s in found.sites.items()
+    }
     told = "; ".join(f"{_layer(site)}: {_times(ratio)}" for site, ratio in ratios.items())
     return Claim(
-        "e2e+ds keeps the later layers' activations where e2e does not, at a similar CE increase",
+        "e2e+ds keeps the later layers' activations where e2e does not, at the same CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
-        f"e2e+ds's downstream MSE relative to e2e's: {told}" if told else "not both kinds were run",
+        f"e2e+ds's downstream MSE relative to e2e's (geometric mean over later layers): {told}",
         below(ratios.values(), 1.0),
     )
 
@@ -132,26 +113,7 @@ def _times(ratio: Ratio) -> str:
 
 
 def _norms(found: Findings) -> Claim:
-    told, holds = [], []
-    for site, runs in found.similar_ce.items():
-        ratios = {run.kind: found.norms[run.folder].ratio for run in runs if run.folder in found.norms}
-        told.append(
-            f"{_layer(site)}: " + ", ".join(f"{LABELS[kind]} {_interval(each)}" for kind, each in ratios.items())
-        )
-        if set(ratios) >= {"local", *END_TO_END} and _are_similar(runs):
-            order = [ratios[kind] for kind in ("e2e", "e2e_ds", "local")]
-            shorter = ratios["local"].high < 1
-            holds.append(shorter and all(a.high < b.low for a, b in itertools.pairwise(order)))
-    published = ", ".join(
-        f"{LABELS[kind]} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in paper.NORM_RATIO.items()
-    )
-    return Claim(
-        "At a similar CE increase reconstructions are shorter than activations (‖â‖/‖a‖), e2e's most, e2e+ds's less, "
-        "local's least",
-        f"{published} (layers 2/6/10)",
-        "; ".join(told) or "no runs of all kinds",
-        _all(holds),
-    )
+    return norm_claim({_layer(site): runs for site, runs in found.similar_ce.items()}, found.norms)
 
 
 def _learning_rate(found: Findings) -> Claim:
@@ -172,13 +134,13 @@ def _learning_rate(found: Findings) -> Claim:
             holds.append(highest.alive < chosen.alive and ratio.interval[0] > 1)
         told.append(
             f"{LABELS[kind]} from {rate:g} to {max(runs):g}: alive {chosen.alive:,} to {highest.alive:,}, "
-            f"L0 {chosen.l0:.1f} to {highest.l0:.1f}, {_percent(ratio)}"
+            f"L0 {chosen.l0:.1f} to {highest.l0:.1f} ({_percent(ratio)})"
         )
     return Claim(
         "A learning rate above the best lowers the number of alive features, and L0 creeps up",
         "so above 5e-4",
         "; ".join(told) or "the highest rate tried is the best",
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -194,7 +156,7 @@ def _sizes(found: Findings) -> Claim:
         "A larger dictionary lowers the CE increase at equal L0",
         "it does, up to about 60 features per dimension",
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -208,14 +170,13 @@ def _lengths(found: Findings) -> Claim:
         if base is not None and ratio is not None:
             ends[kind] = (points[-1], base)
             told.append(f"{_listed(kind, points)} (last to 1 ×: {_share(ratio)})")
-    holds = (
-        [] if "local" not in ends else [_gains_more(*ends[kind], *ends["local"]) for kind in END_TO_END if kind in ends]
-    )
+    compared = [kind for kind in END_TO_END if kind in ends] if "local" in ends else []
+    holds = [_gains_more(*ends[kind], *ends["local"]) for kind in compared]
     return Claim(
         "With longer training the end-to-end kinds still improve, and by more than local does",
         "local flat from 200k samples, e2e improves up to 800k, e2e+ds up to 400k",
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -245,7 +206,7 @@ def _seeds(found: Findings) -> Claim:
         "Seeds agree on the Pareto curve: they differ less than the kinds do",
         "two seeds agree",
         "; ".join(told) or "fewer than three seeds determine a ratio",
-        _all(holds),
+        shown_if_all(holds),
     )
 
 
@@ -255,14 +216,15 @@ def _cost(found: Findings, kind: Kind) -> Claim:
     for site in found.made.experiments.study.sites:
         if (ratio := relative_to_local(found.made.costs, kind, site)) is not None:
             timed = not math.isnan(ratio.low)
-            ends = f" [{times(ratio.low)}, {times(ratio.high)}]" if timed else " (timed without an interval)"
-            told.append(f"{_layer(site)}: {times(ratio.estimate)}{ends} times per token")
+            ends = f" [{times(ratio.low)}, {times(ratio.high)}]" if timed else ""
+            without = "" if timed else " (timed without an interval)"
+            told.append(f"{_layer(site)}: {times(ratio.estimate)}{ends} times per token{without}")
             holds += [ratio.low > 1] if timed else []
     return Claim(
         f"Training {LABELS[kind]} takes longer than local",
         f"{published} times (layers 2/6/10)",
         "; ".join(told) or "not both kinds were timed",
-        _all(holds),
+        shown_if_all(holds),
         timed=True,
     )
 
@@ -270,7 +232,7 @@ def _cost(found: Findings, kind: Kind) -> Claim:
 def _mitigation(found: Findings, way: Way) -> Claim:
     """Whether a cheaper variant of an end-to-end kind does as well as its full training."""
     words = {
-        "tokens": "Fewer training tokens",
+        "tokens": "Training on fewer tokens",
         "dictionary": "A smaller dictionary",
         "start": "A start from a local SAE",
     }[way]
@@ -278,8 +240,10 @@ def _mitigation(found: Findings, way: Way) -> Claim:
     for kind in END_TO_END:
         points = _known(found, kind, way)
         base = next((p for p in points if _is_base(found, p)), None)
-        cheaper = [] if base is None else [p for p in points if p.variant.seconds < base.variant.seconds]
-        if base is None or not cheaper:
+        if base is None:
+            continue
+        cheaper = [p for p in points if p.variant.seconds < base.variant.seconds and _is_less(p, base)]
+        if not cheaper:
             continue
         good = [p for p in cheaper if reaches(p, base, REACHED)]
         holds.append(bool(good))
@@ -298,7 +262,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
             "start": "suggested",
         }[way],
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
         timed=True,
     )
 
@@ -322,10 +286,10 @@ def _break_even(found: Findings) -> Claim:
             "times local's time"
         )
     return Claim(
-        f"End-to-end training reaches local's CE increase at equal L0, within {_MARGIN}, in no more time than local takes",
+        f"End-to-end training reaches local's CE increase at equal L0 (within {_MARGIN}) in no more time than local",
         "not claimed; it is what would make local training pointless",
         _at_l0(found, told),
-        _all(holds),
+        shown_if_all(holds),
         timed=True,
     )
 
@@ -341,6 +305,11 @@ def _is_base(found: Findings, point: CostPoint) -> bool:
     """Whether a variant is the study's own training."""
     curves = {run.folder for run in found.summaries("curves")}
     return all(run.folder in curves for run in point.variant.runs)
+
+
+def _is_less(point: CostPoint, base: CostPoint) -> bool:
+    """Whether a variant is of a dictionary that is not larger: timings alone may say that a larger one costs less."""
+    return point.variant.runs[0].d_sae <= base.variant.runs[0].d_sae
 
 
 def _at_l0(found: Findings, told: Sequence[str]) -> str:
@@ -366,9 +335,3 @@ def _interval(value: Interval | None) -> str:
 
 def _percents(values: Sequence[float]) -> str:
     return f"{'/'.join(f'{100 * value:.0f}' for value in values)} % (layers 2/6/10)"
-
-
-def _all(holds: Sequence[bool]) -> Verdict:
-    if not holds:
-        return "not testable here"
-    return "shown" if all(holds) else "not shown"

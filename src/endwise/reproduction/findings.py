@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.comparison import Summary, runs_at_similar, summarise
-from endwise.analysis.norms import Norms, norms
 from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
+from endwise.errors import FormatError
+from endwise.features.norms import Norms, norms
 from endwise.reproduction.experiments import inner, middle
 from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
@@ -101,7 +102,9 @@ def _norms(runs: Sequence[Measured], out: Path) -> dict[str, Norms]:
     loaded, result = Loaded(), {}
     for run in runs:
         config, file = run.config, out / "norms" / f"{folder_of(run.config).name}.json"
-        if not file.exists():
+        try:
+            result[run.summary.folder] = Norms.read(file)
+        except (FileNotFoundError, FormatError):  # the latter as an older version wrote it, or damaged
             model, corpora = loaded.model(config), loaded.corpora(config)
             sae = SAE.load(folder_of(config), model.device)
             settings = config.evaluation
@@ -109,7 +112,7 @@ def _norms(runs: Sequence[Measured], out: Path) -> dict[str, Norms]:
                 model, sae, model.site(config.site), corpora.heldout, tokens=settings.tokens, batch=settings.batch
             )
             measured.write(file)
-        result[run.summary.folder] = Norms.read(file)
+            result[run.summary.folder] = measured
     return result
 
 
@@ -167,8 +170,8 @@ def label(config: RunConfig, made: StudyRuns, way: Way) -> str:
         ratio, size = config.dictionary.ratio, config.dictionary.size
         return f"{size:,} features" if ratio is None else f"{ratio:g} features per dimension"
     if config.init_from is not None:
-        return f"from local, then {factor:g} × tokens"
-    return f"{factor:g} × tokens" if way == "tokens" else "from random weights"
+        return f"from local, then {factor:.3g} × tokens"
+    return f"{factor:.3g} × tokens" if way == "tokens" else "from random weights"
 
 
 def run_rows(found: Findings) -> list[dict[str, Any]]:
@@ -213,13 +216,9 @@ def ratio_rows(found: Findings) -> list[dict[str, Any]]:
 
 
 def norm_rows(found: Findings) -> list[dict[str, Any]]:
-    rows = []
-    for site, runs in found.similar_ce.items():
-        for run in sorted(runs, key=lambda each: KINDS.index(each.kind)):
-            if (of := found.norms.get(run.folder)) is not None:
-                row: dict[str, Any] = {"site": site, "kind": run.kind, "run": Path(run.folder).name}
-                for name, interval in {"ratio": of.ratio, "ratio_at_0": of.ratio_at_0, "cosine": of.cosine}.items():
-                    if interval is not None:
-                        row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
-                rows.append(row)
-    return rows
+    return [
+        {"site": site, "kind": run.kind, "run": Path(run.folder).name, **found.norms[run.folder].to_row()}
+        for site, runs in found.similar_ce.items()
+        for run in sorted(runs, key=lambda each: KINDS.index(each.kind))
+        if run.folder in found.norms
+    ]

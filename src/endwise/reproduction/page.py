@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from endwise.analysis import paper
+from endwise.analysis.claims import Claim
 from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
 from endwise.report.charts import Chart
+from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.pareto import ratio_table
 from endwise.report.shell import escape, page, table
-from endwise.reproduction import paper
-from endwise.reproduction.claims import Claim
 from endwise.reproduction.costs import as_rows
 from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 
@@ -17,7 +18,7 @@ from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
     sections = [
-        _section("verdicts", "What shows, and what does not", _claims(made)),
+        _section("verdicts", "What shows, and what does not", claim_list(made)),
         _section("tradeoff", "What a feature buys", _figures(charts["tradeoff"]) + ratio_table(ratio_rows(found))),
         _section("similar", "Runs at similar CE increase, and at similar L0", _similar(found)),
         _section("downstream", "What stays of the later layers", _figures(charts["downstream"])),
@@ -43,18 +44,6 @@ def _section(name: str, title: str, body: str) -> str:
 
 def _figures(charts: Iterable[Chart]) -> str:
     return "\n".join(map(div, charts))
-
-
-def _claims(made: Sequence[Claim]) -> str:
-    items = []
-    for claim in made:
-        ours = "<br>".join(escape(part) for part in claim.ours.split("; "))
-        items.append(
-            f'<li><p class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</p>'
-            f"<div><h3>{escape(claim.claim)}</h3>"
-            f'<p>{ours}</p><p class="note">Paper, GPT2-small: {escape(claim.published)}.</p></div></li>'
-        )
-    return f'<ul class="claims">{"".join(items)}</ul>'
 
 
 def _similar(found: Findings) -> str:
@@ -88,14 +77,16 @@ def _norms(found: Findings) -> str:
         for row in norm_rows(found)
     ]
     rows += [
-        (f"paper, layer {layer}", LABELS[kind], f"{ratio:.2f}", "", "")
+        (f"paper, layer {layer}", LABELS[kind], f"{ratio:.2f}", "", "", "")
         for kind, ratios in paper.NORM_RATIO.items()
         for layer, ratio in zip(paper.LAYERS, ratios, strict=True)
     ]
-    return table(("site", "kind", "‖â‖/‖a‖, positions above 0", "at position 0", "cosine of a and â"), rows, text=(1,))
+    headings = ("site", "kind", "‖â‖/‖a‖", "at position 0", "at document starts", "cosine of a and â")
+    note = "The first and the last column leave out position 0 and document starts; the paper's leaves out position 0."
+    return table(headings, rows, text=(1,)) + f'<p class="note">{note}</p>'
 
 
-_NORMS = ("ratio", "ratio_at_0", "cosine")
+_NORMS = ("ratio", "ratio_at_0", "ratio_at_starts", "cosine")
 
 
 def _number(row: Mapping[str, Any], name: str) -> str:

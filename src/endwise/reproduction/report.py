@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from endwise.analysis.claims import Claim
 from endwise.analysis.run_summary import RunSummary
 from endwise.files import write_atomic
+from endwise.report import reconstruction
 from endwise.report.charts import Chart
 from endwise.report.pareto import pareto_chart
 from endwise.report.printed import save
 from endwise.reproduction import figures
-from endwise.reproduction.claims import Claim, claims
+from endwise.reproduction.claims import claims
 from endwise.reproduction.costs import as_rows
 from endwise.reproduction.findings import Findings, find, norm_rows, ratio_rows, run_rows
 from endwise.reproduction.mitigations import Way
@@ -73,8 +75,8 @@ def charts(found: Findings) -> Charts:
             pareto_chart(summary.runs, at, f"pareto-{number}")
             for number, (at, summary) in enumerate(found.sites.items(), 1)
         ],
-        "downstream": [figures.downstream(found.similar_ce), figures.explained_variance(curves, site)],
-        "norms": [figures.norms(found.norms, similar, site), figures.cosines(found.norms, similar, site)],
+        "downstream": [reconstruction.downstream(found.similar_ce), reconstruction.explained_variance(curves, site)],
+        "norms": [reconstruction.norms(found.norms, similar, site), reconstruction.cosines(found.norms, similar, site)],
         "ablations": [figures.learning_rates(single, site), *_ablations(found, site)],
         "cost": [] if found.mitigations is None else figures.training_cost(found.mitigations, site),
     }

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -123,6 +123,35 @@ class Corpus:
         if self.layout.mask_first_position:
             mask[:, 0] = False
         return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask))
+
+    def document_starts(self, indices: Iterable[SupportsIndex]) -> TokenMask:
+        """Where in the sequences at `indices` the first token of a document stands, on the CPU.
+
+        A document begins after a separator, or where the text does. What is cut from text without separators (rows of
+        ids, pieces of one long array) are no documents, and have no beginnings.
+        """
+        rows = [int(index) for index in indices]
+        starts = torch.zeros(len(rows), self.context, dtype=torch.bool)
+        bos = int(self.layout.bos is not None)
+        for row, index in enumerate(rows):
+            begin = int(self._starts[index]) if self.layout.packing == "document" else index * self.layout.payload
+            end = begin + (1 if self.layout.packing == "document" else self.layout.payload)
+            low, high = np.searchsorted(self._beginnings, [begin, end])
+            starts[row, torch.from_numpy(self._beginnings[low:high] - begin + bos)] = True
+        return starts
+
+    @cached_property
+    def _beginnings(self) -> NDArray[np.int64]:
+        """Where documents begin, ascending: in the array of ids or, with stream packing, in the joined text."""
+        documents, separator = self.documents, self.layout.separator
+        if separator is None:
+            return np.zeros(0, np.int64)
+        before = documents.tokens[np.maximum(documents.starts - 1, 0)]
+        starts = documents.starts[(documents.starts == 0) | (before == separator)]
+        if self.layout.packing == "document":
+            return starts
+        span = np.searchsorted(self._starts, starts, side="right") - 1
+        return self._offsets[span] + starts - self._starts[span]
 
     def _text(self, index: int) -> NDArray[np.unsignedinteger]:
         if not 0 <= index < len(self):
