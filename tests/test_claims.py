@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from endwise.analysis.norms import BINS, Norms
 
 from endwise.analysis.comparison import summarise
+from endwise.features.norms import BINS, Norms
 from endwise.reproduction.claims import claims
 from endwise.reproduction.costs import Cost
 from endwise.reproduction.experiments import Experiments
@@ -113,7 +113,7 @@ def test_seeds_against_kinds(jitter, shown):
 def with_norms(found, **ratios):
     each = {kind: Interval(low=r - 0.01, high=r + 0.01, estimate=r) for kind, r in ratios.items()}
     norms = {
-        run.folder: Norms(each[run.kind], None, each[run.kind], (0,) * BINS, (), 9)
+        run.folder: Norms(each[run.kind], None, None, each[run.kind], (0,) * BINS, {}, 9)
         for run in found.sites[SITE].similar
         if run.kind in each
     }
@@ -142,6 +142,16 @@ def test_downstream_errors_are_compared_at_equal_ce():
     worse = replace(found, sites={SITE: summarise(runs, clean_ce=2.0, resamples=50)})
     assert verdict(worse, "keeps the later layers") == "not shown"
     assert verdict(far_apart(found), "keeps the later layers") == "not testable here"
+
+
+def test_where_curves_tell_nothing_the_downstream_errors_of_similar_runs_are_compared():
+    found = findings()
+    wild = [with_mse(run, 1 + i % 2) if run.kind == "e2e" else run for i, run in enumerate(found.sites[SITE].runs)]
+    unsteady = replace(found, sites={SITE: summarise(wild, clean_ce=2.0, resamples=50)})
+    assert verdict(unsteady, "keeps the later layers") == "shown"
+    worse = [with_mse(run, 50.0) if run.kind == "e2e_ds" else run for run in wild]
+    unsteady = replace(found, sites={SITE: summarise(worse, clean_ce=2.0, resamples=50)})
+    assert verdict(unsteady, "keeps the later layers") == "not shown"
 
 
 def far_apart(found):
