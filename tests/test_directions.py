@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from endwise import evaluate, train_together
+from endwise.analysis.correlations import partial_spearman, resampled_points, spearman
 from endwise.analysis.directions import contrast, directions, follows, norm_claim
-from endwise.analysis.ranks import partial_spearman, resampled_points, spearman
 from endwise.analysis.run_summary import RunSummary
 from endwise.cli import app
 from endwise.dictionaries import ReluSAE

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from endwise.analysis.correlations import LEAST, interval_of, resampled_points
 from endwise.features.importance import Faithfulness, FeatureImportance
-from endwise.seeds import numpy_stream
 from endwise.statistics import CONFIDENCE, Interval, percentile_interval, resampling_weights, student_t
 
 Floats = NDArray[np.float64]
@@ -122,28 +122,13 @@ def carrying_ratio(one: Faithfulness, other: Faithfulness) -> Interval:
     return percentile_interval(draws, a / b if b > 0 else float("nan"))
 
 
-def pearson(x: Floats, y: Floats) -> float:
-    """NaN where one of them does not vary."""
-    a, b = x - x.mean(), y - y.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else float("nan")
+def correlation(x: Floats, y: Floats, of: Callable[[Floats, Floats, Floats], Floats]) -> Interval | None:
+    """With a 95 % bootstrap interval over pairs; None for fewer than `LEAST`, or where one side does not vary.
 
-
-def spearman(x: Floats, y: Floats) -> float:
-    """Pearson's correlation of the ranks; equal values share their mean rank."""
-    return pearson(_ranks(x), _ranks(y))
-
-
-def correlation(x: Floats, y: Floats, of: Callable[[Floats, Floats], float]) -> Interval | None:
-    """With a 95 % bootstrap interval over pairs; None for fewer than 3 pairs, or where one side does not vary."""
-    if len(x) < 3 or np.isnan(estimate := of(x, y)):
+    Args:
+        of: `pearson` or `spearman`.
+    """
+    if len(x) < LEAST:
         return None
-    generator = numpy_stream(SEED, "bootstrap over features")
-    drawn = generator.integers(0, len(x), (RESAMPLES, len(x)))
-    return percentile_interval(np.array([of(x[rows], y[rows]) for rows in drawn]), estimate)
-
-
-def _ranks(values: Floats) -> Floats:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[places]
+    values = of(x, y, resampled_points(len(x), RESAMPLES, SEED))
+    return None if np.isnan(values[0]) else interval_of(values)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from endwise.analysis import paper
 from endwise.analysis.claims import Claim, Verdict, are_similar, shown_if_all
 from endwise.analysis.comparison import runs_at_similar
+from endwise.analysis.correlations import LEAST, interval_of, partial_spearman, resampled_points, spearman
 from endwise.analysis.pareto import RESAMPLES, SEED, Setting, columns_of, comparable
-from endwise.analysis.ranks import LEAST, interval_of, partial_spearman, resampled_points, spearman
 from endwise.analysis.ratios import Ratio, downstream_ratio, times
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.features.directions import RunDirections, measure_directions

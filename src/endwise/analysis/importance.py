@@ -18,11 +18,10 @@ from endwise.analysis.concentration import (
     correlation,
     count_with,
     half_ratio,
-    pearson,
     share_draws,
     shares,
-    spearman,
 )
+from endwise.analysis.correlations import pearson, spearman
 from endwise.analysis.pareto import Setting, runs_in, with_settings
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.features.importance import Faithfulness, Measured

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from endwise.analysis.correlations import spearman
 from endwise.analysis.run_summary import RunSummary
 from endwise.seeds import numpy_stream
 
@@ -58,31 +59,6 @@ def resampled_quantiles(
     return np.array(draws)
 
 
-def resampled_spearman(x: NDArray, y: NDArray, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:
-    """Spearman's correlation in each resample, ranked anew, ties by their mean rank; NaN where one does not vary."""
-    of_x, of_y = (np.unique(values, return_inverse=True)[1] for values in (x, y))
-    draws = [
-        _weighted_correlation(_ranks(of_x, row), _ranks(of_y, row), row)
-        for drawn in counts(len(of_x), generator, resamples)
-        for row in drawn
-    ]
-    return np.array(draws)
-
-
-def spearman(x: NDArray, y: NDArray) -> float:
-    """Spearman's correlation, ties by their mean rank; NaN where one does not vary."""
-    once = np.ones(len(x))
-    x, y = (_ranks(np.unique(values, return_inverse=True)[1], once) for values in (x, y))
-    return _weighted_correlation(x, y, once)
-
-
-def _ranks(groups: NDArray[np.int64], weights: Floats) -> Floats:
-    """Mean ranks of values of which each counts `weights` times; `groups` numbers the distinct ones in order."""
-    sizes = np.bincount(groups, weights)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
-
-
-def _weighted_correlation(x: Floats, y: Floats, weights: Floats) -> float:
-    x, y = (values - np.average(values, weights=weights) for values in (x, y))
-    spread = np.sqrt((weights @ x**2) * (weights @ y**2))
-    return float(weights @ (x * y) / spread) if spread > 0 else float("nan")
+def resampled_spearman(x: Floats, y: Floats, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:
+    """Spearman's correlation in each resample, ranked anew; NaN where one does not vary."""
+    return np.concatenate([spearman(x, y, drawn) for drawn in counts(len(x), generator, resamples)])

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from endwise.analysis.correlations import spearman
 from endwise.analysis.geometry import Geometry, Importance
-from endwise.analysis.over_features import RESAMPLES, counts, resampled_means, resampled_spearman, spearman, stream
+from endwise.analysis.over_features import RESAMPLES, counts, resampled_means, resampled_spearman, stream
 from endwise.analysis.run_summary import RunSummary
 from endwise.statistics import Interval, percentile_interval
 
@@ -107,7 +108,7 @@ def stable_function(of: Stability, importance: Importance, threshold: float = TH
         [drawn @ np.stack([stable, stable * weight, weight], axis=1) for drawn in counts(len(weight), stream(of.run))]
     )
     shares = np.divide(sums[:, 1], sums[:, 2], out=np.full(RESAMPLES, np.nan), where=sums[:, 2] > 0)
-    correlation = spearman(cosine, weight)
+    correlation = float(spearman(cosine, weight)[0])
     return StableFunction(
         run=of.run,
         threshold=threshold,

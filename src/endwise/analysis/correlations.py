@@ -1,4 +1,4 @@
-"""Rank correlations with bootstrap intervals, all resamples at once.
+"""Correlations with bootstrap intervals, all resamples at once.
 
 A resample is a row of counts, how often it drew each point. Spearman's correlation of the points drawn, repeated as
 often as they were, is Pearson's of their average ranks, and these follow from the counts and one sorting.
@@ -13,7 +13,16 @@ from endwise.statistics import Interval, percentile_interval, resampling_weights
 Floats = NDArray[np.float64]
 
 LEAST = 4
-"""Points of a rank correlation."""
+"""Points of a correlation."""
+
+
+def pearson(x: Floats, y: Floats, weights: Floats | None = None) -> Floats:
+    """Pearson's correlation; NaN where x or y is constant.
+
+    Args: as for `spearman`.
+    """
+    weights = np.ones((1, len(x))) if weights is None else weights
+    return _pearson(x[None], y[None], weights)
 
 
 def spearman(x: Floats, y: Floats, weights: Floats | None = None) -> Floats:
@@ -43,7 +52,7 @@ def resampled_points(points: int, resamples: int, seed: int) -> Floats:
         DataError: fewer than `LEAST` points.
     """
     if points < LEAST:
-        raise DataError(f"A rank correlation takes at least {LEAST} points; given {points}. Measure more directions.")
+        raise DataError(f"A correlation takes at least {LEAST} points; given {points}. Measure more of them.")
     return np.concatenate([np.ones((1, points)), resampling_weights(points, resamples, seed)])
 
 
