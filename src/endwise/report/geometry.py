@@ -85,8 +85,8 @@ def write_geometry(
     runs = sum(len(one.runs) for one in found)
     models = ", ".join(dict.fromkeys(one.setting.model for one in found))
     lead = (
-        f"{runs} dictionaries in {len(found)} set{'s' if len(found) > 1 else ''}; only dictionaries of one set are compared. Every number is over "
-        "alive features: those that fired at least once on the held-out text."
+        f"{runs} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; only dictionaries of one set are "
+        "compared. Every number is over alive features: those that fired at least once on the held-out text."
     )
     body = "\n".join(sections)
     content = page(title="Geometry of dictionaries", eyebrow=escape(models), lead=lead, body=body, interactive=True)
