@@ -300,7 +300,8 @@ def test_without_seeds_or_kinds_there_is_nothing_to_say(tmp_path, undrawn):
     assert "with several seeds" in made[2].ours
     assert recurrence(one, one.runs[0]) is None and across_seeds(one, one.runs[0]) is None
     assert within(one, run_of(one, "e2e_ds")) is None
-    write_geometry([one], tmp_path / "out")
+    page = write_geometry([one], tmp_path / "out").read_text()
+    assert 'colspan="4">there is no run of e2e+ds with two alive features<' in page
 
 
 def test_only_what_may_be_compared_is_compared(folder, tmp_path):

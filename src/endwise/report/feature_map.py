@@ -81,4 +81,4 @@ def _regions(of: FeatureMap) -> str:
         headings.append("tokens that its features raise more often than others")
     note = "" if of.regions <= LISTED else f'<p class="note">The {LISTED} largest of {of.regions} regions.</p>'
     of_map = escape(", ".join(names))
-    return f"<h3>Regions of the map of {of_map}</h3>{table(headings, rows, words=(len(names) + 3,))}{note}"
+    return f"<h3>Regions of the map of {of_map}</h3>{table(headings, rows, text=(len(names) + 3,))}{note}"

@@ -24,7 +24,7 @@ from endwise.report.feature_map import write_feature_map
 from endwise.report.geometry_figures import chosen, kind_cosines, own_cosines, threshold_curves, trade_offs
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.shell import escape, page, table
+from endwise.report.shell import Wide, escape, page, table
 from endwise.tabular import write_columns, write_table
 
 Row = Mapping[str, Any]
@@ -85,8 +85,8 @@ def write_geometry(
     runs = sum(len(one.runs) for one in found)
     models = ", ".join(dict.fromkeys(one.setting.model for one in found))
     lead = (
-        f"{runs} dictionaries in {len(found)} sets; only dictionaries of one set are compared. Every number is over "
-        "alive features: those that fired at least once on the held-out text."
+        f"{runs} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; only dictionaries of one set are "
+        "compared. Every number is over alive features: those that fired at least once on the held-out text."
     )
     body = "\n".join(sections)
     content = page(title="Geometry of dictionaries", eyebrow=escape(models), lead=lead, body=body, interactive=True)
@@ -124,7 +124,7 @@ def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, row
         f'<p class="note">{escape(_INTERVALS)} {escape(chosen(found.similar))}</p>',
         *map(div, charts),
         map_of_features,
-        *(_table(title, rows[name], columns, text, words) for name, (title, columns, text, words) in _TABLES.items()),
+        *(_table(title, rows[name], columns, text) for name, (title, columns, text) in _TABLES.items()),
     ]
     return f"<section>{''.join(parts)}</section>"
 
@@ -138,15 +138,20 @@ _INTERVALS = (
 
 Column = tuple[str, Any]
 """A heading, and what makes the cell of a row."""
-Ints = tuple[int, ...]
 
 
-def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], text: Ints, words: Ints) -> str:
+def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], text: tuple[int, ...]) -> str:
     if not rows:
         return ""
     headings = [heading for heading, _ in columns]
-    cells = [[make(row) for _, make in columns] for row in rows]
-    return f"<h3>{title}</h3>{table(headings, cells, text=text, words=words)}"
+    return f"<h3>{title}</h3>{table(headings, [_cells(row, columns) for row in rows], text=text)}"
+
+
+def _cells(row: Row, columns: Sequence[Column]) -> list[object]:
+    """A reason why there is nothing to tell takes the place of what cannot be told."""
+    cells = [make(row) for _, make in columns]
+    wide = next((place for place, cell in enumerate(cells) if isinstance(cell, Wide)), None)
+    return cells if wide is None else [*cells[: wide + 1], *cells[wide + cells[wide].columns :]]
 
 
 def _mean(row: Row) -> str:
@@ -177,10 +182,10 @@ def _signed(row: Row, name: str) -> str:
 _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
     ("less", lambda row: f"{row['a']} − {row['b']}"),
-    ("difference", lambda row: "–" if row["difference"] is None else signed(row["difference"])),
+    ("difference", lambda row: Wide(row["reason"], 4) if row["reason"] else signed(row["difference"])),
     ("95 % over features", lambda row: _signed(row, "difference")),
     ("95 % over seeds", lambda row: _signed(row, "over_seeds")),
-    ("", lambda row: row["reason"] or ("paired" if row["paired"] else "")),
+    ("", lambda row: "paired" if row["paired"] else ""),
 )
 _PAIRS: Sequence[Column] = (
     ("features of", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
@@ -214,10 +219,10 @@ _WITHIN: Sequence[Column] = (
     ("5 % above", lambda row: _number(row, "q95")),
 )
 _TABLES = {
-    "differences": ("Differences between kinds", _DIFFERENCES, (1,), (5,)),
-    "pairs": ("Two dictionaries", _PAIRS, (1, 2), ()),
-    "seeds": ("Seeds", _SEEDS, (), ()),
-    "stable_function": ("What stable features carry", _FUNCTION, (), ()),
-    "within": ("Within each dictionary", _WITHIN, (), ()),
+    "differences": ("Differences between kinds", _DIFFERENCES, (1, 5)),
+    "pairs": ("Two dictionaries", _PAIRS, (1, 2)),
+    "seeds": ("Seeds", _SEEDS, ()),
+    "stable_function": ("What stable features carry", _FUNCTION, ()),
+    "within": ("Within each dictionary", _WITHIN, ()),
 }
-"""Title, columns, and which of these hold text, or many words."""
+"""Title, columns, and which of these hold text."""
