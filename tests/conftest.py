@@ -29,6 +29,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+import light_checks  # noqa: E402
+
+light_checks.install()
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.
 settings.register_profile("endwise", deadline=None, derandomize=True)

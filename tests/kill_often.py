@@ -52,7 +52,7 @@ def main(folder: Path, tokens: Path, times: int) -> None:
     model, corpora = small_model(), small_corpora(tokens)
 
     def run(name: str) -> None:
-        config = recipe(folder / name, tokens=1280, log_every=1, checkpoint_every=3, evaluate_every=10, accumulation=2)
+        config = recipe(folder / name, tokens=640, log_every=1, checkpoint_every=3, evaluate_every=10, accumulation=2)
         train(config, model=model, corpora=corpora, display=False, resume="if_started")
 
     for name in ("warm up", "whole"):

@@ -19,7 +19,7 @@ from endwise.checkpoints import Checkpoint, checksum, read_checkpoint, write_che
 from endwise.errors import FormatError, RunFolderError, SiteError
 from endwise.reading import LARGEST_JSON, read_json, stays_inside
 from endwise.run_config import ModelConfig
-from endwise.run_evaluation import SUMS_FILE, read_sums
+from endwise.run_evaluation import FIRINGS_FILE, SUMS_FILE, read_firings, read_sums
 from endwise.run_folder import RunFolder
 from endwise.training import default_folder
 from small_gpt2 import recipe
@@ -58,6 +58,9 @@ def test_safetensors_that_are_none(model, run, content):
     if content != BAD_SAFETENSORS["no tensors"]:
         with pytest.raises(FormatError, match="Measure the run again"):
             read_sums(run)
+    (run / FIRINGS_FILE).write_bytes(content)
+    with pytest.raises(FormatError, match="Measure the run again"):
+        read_firings(run)
 
 
 JSON_BOMBS = {

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import warm
 from endwise import RunConfig, train_together
 from endwise.checkpoints import read_checkpoint
 from endwise.distributed import ALONE, World
@@ -42,13 +42,16 @@ def write_recipe(made, out, kind="e2e_ds", **training):
 
 def launch(processes, *arguments, fault="none", **environment):
     """Under torchrun, or alone; the exit code and what was said."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, str(HERE / "victim.py"), fault, *map(str, arguments)]
-    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 240, "check": False}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **options)
+    done = spread(processes, HERE / "victim.py", fault, *arguments, **environment)
     return done.returncode, done.stdout, done.stderr
+
+
+def spread(processes, *program, **environment):
+    options = {"cwd": HERE, "timeout": 240, "env": {**os.environ, "OMP_NUM_THREADS": "1", **environment}}
+    if processes == 1:
+        return warm.run(*program, **options)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
+    return warm.run(*torchrun, *warm.command(*program), **options)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +124,7 @@ def test_when_one_dies_the_others_end_with_an_error(made, alone, tmp_path, fault
 
 @pytest.mark.parametrize("method", ["accumulate", "finish_step"])
 def test_one_of_several_saes_fails_in_one_process_only(made, tmp_path, method):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(HERE / "together_apart.py"), str(tmp_path / "two"), str(made), method]
-    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 240, "check": False}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "ENDWISE_TIMEOUT": "60"}, **options)
+    done = spread(2, HERE / "together_apart.py", tmp_path / "two", made, method, ENDWISE_TIMEOUT="60")
     assert "rank 0: Of 3 SAEs trained together 1 failed" in done.stderr, done.stderr
     assert "failed in another process, which tells why" in done.stderr and "only here" in done.stderr
     alone = train_together(configs(tmp_path / "one"), model=small_model(), corpora=small_corpora(made), display=False)
@@ -149,7 +149,7 @@ def test_what_one_process_refuses_ends_all(made, tmp_path):
 
 def test_evaluation_over_processes(made, alone, tmp_path):
     for processes, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        subprocess.run(["cp", "-r", alone, folder], check=True)
+        shutil.copytree(alone, folder)
         code, out, errors = launch(processes, "evaluate", folder)
         assert code == 0, errors
         assert out.count("CE increase") <= 1

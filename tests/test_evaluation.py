@@ -12,7 +12,7 @@ from endwise.dictionaries import ReluSAE
 from endwise.errors import ConfigError, RunFolderError
 from endwise.evaluation import METRICS
 from endwise.run_config import EvaluationConfig
-from endwise.run_evaluation import evaluations_csv, read_sums
+from endwise.run_evaluation import evaluations_csv, read_firings, read_sums
 from endwise.run_folder import RunFolder
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe
 
@@ -99,8 +99,8 @@ def expected_metrics(slow, sae):
         expected[f"downstream_mse.{name}"] = slow.mean(
             lambda b, t, ours=ours, theirs=theirs: (ours[b, t] - theirs[b, t]).square().mean()
         )
-    alive = {int(j) for b, t in slow.token_list() for j in c[b, t].nonzero()}
-    return expected, len(alive)
+    firings = [sum(int(c[b, t, j] != 0) for b, t in slow.token_list()) for j in range(c.shape[-1])]
+    return expected, firings
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -122,13 +122,14 @@ def test_metrics_equal_their_slow_definitions(model, corpora, sae, masked, monke
     whole = type(parts[0])(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask")))
     evaluation = measure(model, {"sae": (model.site(SITE), sae)}, corpora.heldout, SETTINGS)["sae"]
     slow = Slow(model, whole)
-    expected, alive = expected_metrics(slow, sae)
+    expected, firings = expected_metrics(slow, sae)
     assert set(evaluation.metrics) == set(expected) >= set(METRICS)
     for name, value in expected.items():
         assert evaluation[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
         interval = evaluation.metrics[name]
         assert interval.low <= interval.estimate <= interval.high, name
-    assert evaluation.alive == alive < 40
+    assert evaluation.firings.tolist() == firings
+    assert evaluation.alive == sum(n > 0 for n in firings) < 40
     assert evaluation.tokens == int(whole.mask.sum())
 
 
@@ -197,6 +198,7 @@ def test_evaluate_writes_what_it_returns(model, corpora, runs):
         assert written["explained_variance"]["pooled"] == evaluation["explained_variance.pooled"]
         assert (written["alive"], written["alive_tokens"]) == (evaluation.alive, 256)
         assert written["intervals"]["l0"] == [evaluation.metrics["l0"].low, evaluation.metrics["l0"].high]
+        assert read_firings(run.folder).tolist() == evaluation.firings.tolist()
         sums = read_sums(run.folder)
         assert sums["kl"].sum() / sums["tokens"].sum() == pytest.approx(evaluation["kl"])
     directly = measure(model, {"x": (model.site(SITE), runs[0].sae)}, corpora.heldout, runs[0].config.evaluation)["x"]

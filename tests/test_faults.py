@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +13,17 @@ import pytest
 import torch
 from rich.console import Console
 
+import warm
 from endwise import RunConfig, train
 from endwise.checkpoints import read_checkpoint
 from endwise.run_folder import RunFolder
 from small_gpt2 import data, recipe, small_corpora, small_model
+from victim import FAULTY_STEP
+from warm import Warm
 
 HERE = Path(__file__).parent
 PATIENCE = 120
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def write_recipe(made, file, out, kind="e2e", **training):
@@ -32,9 +35,7 @@ def write_recipe(made, file, out, kind="e2e", **training):
 
 
 def start(*arguments, fault="none", **options):
-    command = [sys.executable, str(HERE / "victim.py"), fault, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=HERE, **pipes, **options)
+    return Warm(HERE / "victim.py", fault, *arguments, cwd=HERE, **PIPES, **options)
 
 
 def end(process):
@@ -58,8 +59,7 @@ def assert_same_end(folder, whole):
 
 
 def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(made, tmp_path):
-    command = [sys.executable, str(HERE / "kill_often.py"), str(tmp_path), str(made), "20"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=280, check=False)
+    done = warm.run(HERE / "kill_often.py", tmp_path, made, 20, cwd=HERE, timeout=280)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == 20 and all(kill["same"] for kill in kills)
@@ -68,21 +68,19 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(made, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_says_how_to_go_on(made, tmp_path, number):
-    file = write_recipe(made, tmp_path / "recipe.yaml", tmp_path / "a run", tokens=32_000, log_every=1)
-    process = start("train", file)
-    wait_for(tmp_path / "a run" / "metrics.jsonl", process)
+    file = write_recipe(made, tmp_path / "recipe.yaml", tmp_path / "a run", log_every=1)
+    process = start("train", file, fault="waits_for_a_signal")
+    assert process.stdout.readline() == "waiting\n"
     process.send_signal(number)
     code, _, errors = end(process)
     assert code == 130
     (command,) = [line for line in errors.splitlines() if "--resume" in line]
     step = int(command.split("saved at step ")[1].split(".")[0])
-    assert RunFolder(tmp_path / "a run").saved_steps()[-1] == step < 1000
+    assert RunFolder(tmp_path / "a run").saved_steps()[-1] == step == FAULTY_STEP + 1
     arguments = shlex.split(command.split("Go on with: endwise ")[1])
     assert arguments == ["train", "--resume", str(tmp_path / "a run")]
-    write_recipe(made, tmp_path / "recipe.yaml", tmp_path / "whole", tokens=32_000, log_every=1)
-    for one in (start(*arguments), start("train", file)):
-        assert end(one)[0] == 0
-    assert_same_end(tmp_path / "a run", tmp_path / "whole")
+    assert end(start(*arguments))[0] == 0
+    assert_same_end(tmp_path / "a run", expected_end(made, tmp_path / "whole", log_every=1).folder)
 
 
 def test_a_second_signal_leaves_at_once(made, tmp_path):
@@ -204,9 +202,8 @@ def test_text_that_vanishes_while_it_is_read(made, tmp_path):
         rows = (json.dumps({"text": f"{name} {number} once upon a time"}) for number in range(words))
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
     away = tmp_path / "b.jsonl"
-    program = [sys.executable, str(HERE / "tokenise.py"), str(text), str(tmp_path / "heldout.jsonl")]
-    options = {"cwd": HERE, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*program, str(tmp_path / "cache"), "1"], **options)
+    program = [HERE / "tokenise.py", text, tmp_path / "heldout.jsonl"]
+    process = Warm(*program, tmp_path / "cache", 1, cwd=HERE, **PIPES)
     cache = tmp_path / "cache" / "tokens"
     wait_for(cache, process, lambda: {*cache.glob("[!.]*/info.json")} and {*cache.glob(".*.partial/tokens.npy")})
     shutil.move(text / "b.jsonl", away)
@@ -216,10 +213,10 @@ def test_text_that_vanishes_while_it_is_read(made, tmp_path):
     (info,) = cache.glob(".*.partial/info.json")
     assert json.loads(info.read_text())["consumed"] == 60_000
     shutil.move(away, text / "b.jsonl")
-    again = subprocess.Popen([*program, str(tmp_path / "cache"), "0"], **options)
+    again = Warm(*program, tmp_path / "cache", 0, cwd=HERE, **PIPES)
     code, out, errors = end(again)
     assert code == 0, errors
-    fresh = subprocess.Popen([*program, str(tmp_path / "other cache"), "0"], **options)
+    fresh = Warm(*program, tmp_path / "other cache", 0, cwd=HERE, **PIPES)
     code, expected, _ = end(fresh)
     assert code == 0
     went_on, from_scratch = json.loads(out), json.loads(expected)

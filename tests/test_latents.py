@@ -45,6 +45,8 @@ def test_sparse_is_dense(sae, p):
     assert torch.equal(sparse.l0(), dense.l0())
     for mask in (MASK, torch.zeros_like(MASK), torch.ones_like(MASK)):
         assert torch.equal(sparse.fired(mask), dense.fired(mask))
+        assert torch.equal(sparse.firings(mask), dense.firings(mask))
+        assert torch.equal(dense.firings(mask), (dense.dense()[mask] > 0).sum(0))
     torch.testing.assert_close(sparse_gradients, dense_gradients)
 
 

@@ -2,21 +2,20 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from endwise.errors import ConfigError, EndwiseError
-from endwise.files import write_json
 from endwise.reproduction.costs import Cost, costs, seconds_per_token
 from endwise.reproduction.experiments import Experiments, inner, middle
 from endwise.reproduction.plan import EXPERIMENTS, parse_budget, plan
-from endwise.reproduction.runs import best_rates, make_runs
+from endwise.reproduction.runs import best_rates, features_needed, make_runs
 from endwise.reproduction.study_config import STUDIES, StudyConfig, find_study
 from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint
-from endwise.sweeps.tasks import MEASURED
+from made_runs import make_run
 
 SHIPPED = sorted(path.stem for path in STUDIES.glob("*.yaml"))
 SITE, OTHER = "blocks.3.hook_resid_pre", "blocks.4.hook_resid_pre"
@@ -112,10 +111,10 @@ def test_starts_begin_with_a_local_run_of_the_curves(experiments):
     assert {r.objective.kind for r in starts} == {"e2e", "e2e_ds"}
 
 
-def test_rates_of_the_middle_coefficient_are_runs_of_the_curves_too(experiments):
+def test_of_the_best_rate_the_runs_are_those_of_the_curves(experiments):
     tuned = {fingerprint(r) for r in experiments.learning_rates()}
     at_rate = {fingerprint(r) for r in experiments.curves(RATES) if r.site == SITE}
-    assert len(tuned) == 6 and len(tuned & at_rate) == 3
+    assert len(tuned) == 18 and len(tuned & at_rate) == 9
 
 
 @pytest.mark.parametrize(
@@ -210,27 +209,42 @@ def test_costs_are_measured_once(experiments, tmp_path):
     assert costs(small, tmp_path / "costs.json") == measured
 
 
-def finished(recipe, l0, ce_increase):
-    """A folder that reads as a finished run's."""
-    folder = Path(recipe.out)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(recipe.to_yaml())
-    own = {"step": recipe.training.tokens}
-    cfg = {"d_in": 1, "d_sae": 1, "metadata": {"endwise": own, "context_size": 1}}
-    write_json(folder / "sae" / "cfg.json", cfg)
-    evaluation = dict.fromkeys(MEASURED, 0.0) | {"l0": l0, "ce_increase": ce_increase}
-    write_json(folder / "evaluation.json", {**evaluation, "intervals": {name: [0, 1] for name in MEASURED}})
+def curve(kind, rate, features_at_one, ce_increases):
+    """Runs whose L0 is inverse to their CE increase, so that the ratio of two curves is the same everywhere."""
+    runs = [make_run(kind, 1 / ce, ce, features_at_one / ce) for ce in ce_increases]
+    return [replace(run, learning_rate=rate) for run in runs]
 
 
-def test_the_best_rate_has_the_lowest_product_of_those_allowed(tmp_path):
-    rates = [1e-3, 2e-3, 4e-3, 8e-3]
-    kinds = {kind: {**study().kinds[kind].model_dump(), "learning_rates": rates} for kind in study().kinds}
+def test_rates_are_compared_with_their_neighbours():
+    curves = [
+        curve("e2e", 1e-3, 20, (0.1, 0.2, 0.4)),
+        curve("e2e", 2e-3, 10, (0.3, 0.6)),
+        curve("e2e", 4e-3, 8, (0.5, 1.0)),
+        curve("e2e", 8e-3, 2, (1.1, 1.4)),  # nothing in common with any other
+    ]
+    needed = features_needed(curves)
+    assert needed[:3] == pytest.approx([2.5, 1.25, 1.0], rel=0.05) and needed[3] == math.inf
+    assert features_needed(curves[:1]) == [1.0]
+
+
+def test_the_best_rate_needs_the_fewest_features():
+    kinds = {kind: {**each.model_dump(), "learning_rates": [1e-3, 2e-3, 4e-3]} for kind, each in study().kinds.items()}
     made = study(kinds=kinds, highest_ce_increase=1.0)
-    measured = {1e-3: (100, 0.1), 2e-3: (50, 0.15), 4e-3: (37, 0.2), 8e-3: (2, 1.5)}
-    recipes = Experiments(made, 2048, tmp_path).learning_rates()
-    for recipe in recipes:
-        finished(recipe, *measured[recipe.training.learning_rate])
-    # The highest rate has the lowest product, but too large a CE increase; 7.4 and 7.5 are the same, so the smaller.
-    assert best_rates(made, recipes) == dict.fromkeys(study().kinds, 2e-3)
+    runs = []
+    for kind in kinds:
+        runs += curve(kind, 1e-3, 14, (0.1, 0.2, 0.4))
+        runs += curve(kind, 2e-3, 10, (0.2, 0.4, 0.8))
+        runs += curve(kind, 4e-3, 9.9, (0.3, 0.6, 0.9))  # the same, so that the smaller is taken
+        runs += curve(kind, 8e-3, 1, (1.5, 2.0))  # too high a CE increase
+    assert best_rates(made, runs) == dict.fromkeys(kinds, 2e-3)
     with pytest.raises(EndwiseError, match=r"between 0 and 0\.01"):
-        best_rates(study(kinds=kinds, highest_ce_increase=0.01), recipes)
+        best_rates(study(kinds=kinds, highest_ce_increase=0.01), runs)
+
+
+def test_where_a_run_ends_on_its_curve_does_not_decide():
+    kinds = {"local": study().kinds["local"].model_dump(), "e2e": study().kinds["e2e"].model_dump()}
+    steep = [replace(make_run("e2e", 1 / ce, ce, 10 / ce**2), learning_rate=1e-3) for ce in (0.2, 0.4)]
+    worse = [replace(make_run("e2e", 1 / ce, ce, 12 / ce**2), learning_rate=2e-3) for ce in (0.3, 0.8)]
+    assert worse[-1].l0 * worse[-1].ce_increase < min(run.l0 * run.ce_increase for run in steep)
+    local = curve("local", 1e-3, 10, (0.2, 0.4))
+    assert best_rates(study(kinds=kinds), [*steep, *worse, *local])["e2e"] == 1e-3

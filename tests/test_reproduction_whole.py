@@ -3,16 +3,17 @@
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import warm
 from endwise.errors import ConfigError
 from endwise.reproduction import StudyConfig, reproduce
 from endwise.run_folder import RunFolder
+from warm import Warm
 
 STUDY = {
     "recipe": {
@@ -52,7 +53,7 @@ def tables(folder):
 
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
-    assert counts == {"learning_rates": 3, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
+    assert counts == {"learning_rates": 6, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
     assert made.runs.failures == {} and made.runs.plan.tokens == 2048
 
 
@@ -108,9 +109,9 @@ def test_a_folder_holds_one_study(made, out):
 @pytest.mark.timeout(600)
 def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    command = [sys.executable, "-m", "endwise", "reproduce", "paper", "--model", "study.yaml", "--out", "again"]
+    command = ["-m", "endwise", "reproduce", "paper", "--model", "study.yaml", "--out", "again"]
     for moment in (3, 14, 25):  # runs: at the first checkpoints, and further on
-        process = subprocess.Popen([*command, "--quiet"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        process = Warm(*command, "--quiet", cwd=tmp_path, stdout=subprocess.DEVNULL)
         give_up = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < give_up:
             if len(list((tmp_path / "again" / "runs").glob("*/checkpoints/*.safetensors"))) >= moment:
@@ -118,7 +119,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "The report: " in done.stdout
     assert tables(tmp_path / "again") == tables(out)

@@ -33,6 +33,15 @@ def holds():
     time.sleep(600)
 
 
+def waits_for_a_signal():
+    """Says so on standard output in the midst of a step, and goes on with it once a signal has come."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes)
+    print("waiting", flush=True)
+    os.read(reads, 1)
+
+
 def asks_for_too_much():
     """More memory than the limit leaves, which the allocator itself refuses."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -66,6 +75,7 @@ def is_told_to_stop():
 
 FAULTS = (
     holds,
+    waits_for_a_signal,
     asks_for_too_much,
     asks_the_gpu_for_too_much,
     dies_as_second_process,

@@ -72,13 +72,18 @@ class Evaluation:
 
     site: Site
     d_sae: int
-    alive: int
-    """Features that fired at least once in `tokens` tokens; compare only equal numbers of tokens."""
+    firings: NDArray[np.int64] = field(repr=False)
+    """On how many of the `tokens` tokens each feature is non-zero, `[d_sae]`."""
     tokens: int
     metrics: dict[str, Interval]
     """By the names of `METRICS`, and `downstream_mse.<site>`."""
     baselines: Baselines
     sums: Sums = field(repr=False)
+
+    @property
+    def alive(self) -> int:
+        """Features that fired at least once in `tokens` tokens; compare only equal numbers of tokens."""
+        return int((self.firings > 0).sum())
 
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric].estimate
@@ -169,31 +174,30 @@ class _Collector:
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
-        self._fired: Tensor | None = None
+        self._firings: Tensor | None = None
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         for name, values in sums.items():
             self._parts.setdefault(name, []).append(values.double().cpu())
 
     def add_latents(self, latents: Latents, mask: TokenMask) -> None:
-        fired = latents.fired(mask)
-        self._fired = fired if self._fired is None else self._fired | fired
+        firings = latents.firings(mask).cpu()
+        self._firings = firings if self._firings is None else self._firings + firings
         self.add({"l0": (latents.l0() * mask).sum(-1)})
 
     def merge(self, world: World) -> None:
         """Brings together what the processes collected, in the order of the batches, which they took in turns."""
         if world.size == 1:
             return
-        fired = None if self._fired is None else self._fired.cpu()
-        gathered = world.gather((self._parts, fired))
+        gathered = world.gather((self._parts, self._firings))
         for name in gathered[0][0]:
             turns = zip_longest(*(parts.get(name, []) for parts, _ in gathered))
             self._parts[name] = [part for turn in turns for part in turn if part is not None]
         everywhere = [each for _, each in gathered if each is not None]
-        self._fired = torch.stack(everywhere).any(0) if everywhere else None
+        self._firings = torch.stack(everywhere).sum(0) if everywhere else None
 
-    def alive(self) -> int:
-        return 0 if self._fired is None else int(self._fired.sum())
+    def firings(self) -> NDArray[np.int64]:
+        return np.zeros(0, np.int64) if self._firings is None else self._firings.numpy()
 
     def sums(self) -> Sums:
         return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
@@ -310,4 +314,4 @@ def _summarise(
         for kind in ("mean", "zero")
     )
     baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
-    return Evaluation(site, sae.d_sae, collector.alive(), int(sums["tokens"].sum()), intervals, baselines, sums)
+    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums)

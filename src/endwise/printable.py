@@ -11,7 +11,9 @@ _KEPT = frozenset("\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
 
 def printable(text: object) -> str:
     """The text with every hidden character written out as Python writes it, `\\x1b` for an escape; lines stay lines."""
-    return "".join(_written_out(character) for character in str(text))
+    text = str(text)
+    # What Python calls printable holds nothing hidden; it is nearly every text, and told a hundred times as fast.
+    return text if text.isprintable() else "".join(map(_written_out, text))
 
 
 def _written_out(character: str) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -25,6 +27,7 @@ from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora, corpora_for
 
 SUMS_FILE = "evaluation_sums.safetensors"
+FIRINGS_FILE = "evaluation_firings.safetensors"
 
 
 def evaluate(
@@ -62,10 +65,12 @@ def evaluate(
 
 
 def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
-    """`evaluation.json`, and the per-sequence sums that paired comparisons are made of."""
+    """`evaluation.json`, the per-sequence sums that paired comparisons are made of, and each feature's firings."""
     sums = {name: torch.from_numpy(values) for name, values in evaluation.sums.items()}
     seeds = {"seeds": config.seeds}
+    firings = {"firings": torch.from_numpy(evaluation.firings)}
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
+    write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
     write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json()})
 
 
@@ -75,10 +80,31 @@ def read_sums(path: Path) -> Sums:
     Raises:
         FormatError: it has none, or they cannot be read.
     """
+    return _read_tensors(path / SUMS_FILE)
+
+
+def read_firings(path: Path) -> NDArray[np.int64]:
+    """On how many held-out tokens (`tokens` in `evaluation.json`) each feature of an evaluated run fired, `[d_sae]`.
+
+    Raises:
+        FormatError: it has none, or they cannot be read.
+    """
+    file = path / FIRINGS_FILE
+    firings = _read_tensors(file).get("firings")
+    if firings is None or firings.ndim != 1 or firings.dtype != np.int64:
+        raise FormatError(f"{file} does not hold one whole number for each feature. {_measure_again(path)}")
+    return firings
+
+
+def _read_tensors(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        return {name: tensor.numpy() for name, tensor in load_file(path / SUMS_FILE).items()}
+        return {name: tensor.numpy() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError, TypeError) as error:
-        raise FormatError(f"{path / SUMS_FILE} cannot be read ({error}). Measure the run again: evaluate.") from None
+        raise FormatError(f"{file} cannot be read ({error}). {_measure_again(file.parent)}") from None
+
+
+def _measure_again(run: Path) -> str:
+    return f"Measure the run again: endwise evaluate {shlex.quote(str(run))}"
 
 
 def unfinished(path: Path, config: RunConfig) -> str | None:

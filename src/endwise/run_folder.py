@@ -9,6 +9,7 @@ sae/                            the SAE as it is used, in SAELens's layout
 checkpoints/                    what training goes on from (raw weights, optimiser, random generators, counters)
 evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
+evaluation_firings.safetensors  on how many of these tokens each feature fired
 .lock                           held by the process that trains here
 """
 

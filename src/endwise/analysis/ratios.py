@@ -155,6 +155,18 @@ def ratio_to_local(
     return _with_draws(result, draws)
 
 
+def ratio_between(
+    runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str, levels: int = LEVELS
+) -> float:
+    """As `ratio_to_local`, of any two curves, and the estimate alone.
+
+    Raises:
+        InterpolationError: the runs do not determine it.
+    """
+    curve, other = (_curve(group, name, of, at, estimate) for group, name in ((runs, "one"), (reference, "the other")))
+    return _ratio_of_curves(curve, other, at, levels)[0]
+
+
 def _over_seeds(
     groups: Mapping[str, Sequence[RunSummary]], kind: str, reference: str, of: str, at: str, levels: int
 ) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -35,6 +35,10 @@ class Latents(ABC):
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         """Which features are non-zero anywhere in the mask."""
 
+    @abstractmethod
+    def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
+        """In how many rows of the mask each feature is non-zero."""
+
 
 @dataclass(frozen=True)
 class DenseLatents(Latents):
@@ -53,7 +57,13 @@ class DenseLatents(Latents):
         return torch.linalg.vector_norm(self.values.detach(), ord=0, dim=-1, dtype=exact).float()
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
-        return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2).any(0)
+        return self._active(mask).any(0)
+
+    def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
+        return self._active(mask).sum(0)
+
+    def _active(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, "flat d_sae"]:
+        return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2)
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,11 @@ class SparseLatents(Latents):
         return torch.bincount(self.pairs.rows, minlength=self.pairs.n_rows).float().view(self.shape)
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
+        return self.firings(mask) > 0
+
+    def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
         kept = self.pairs.features[mask.flatten()[self.pairs.rows]]
-        return torch.bincount(kept, minlength=self.pairs.n_features) > 0
+        return torch.bincount(kept, minlength=self.pairs.n_features)
 
 
 def _magnitudes(values: Tensor, p: float) -> Tensor:

@@ -19,14 +19,18 @@ from torch import Tensor
 from endwise.kernels.interface import Index
 
 UNIT = 2.0**-8
+_SUPPORTED = [
+    getattr(torch.cpu, name)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    if hasattr(torch.cpu, name)  # PyTorch's own, and not part of its promised interface
+]
 WIDTH_MULTIPLE = 32
 """Tiled products want their inner dimension to be a multiple of this."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AMX)."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return device.type == "cpu" and supported is not None and bool(supported())
+    """Whether the processor multiplies bf16 matrices in hardware: in tiles (AMX), or in vectors (AVX512-BF16)."""
+    return device.type == "cpu" and any(supported() for supported in _SUPPORTED)
 
 
 class Screen:

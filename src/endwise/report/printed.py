@@ -66,6 +66,8 @@ _STYLE: dict[Any, Any] = {
     "grid.color": RULE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
 }
 
 
@@ -87,6 +89,7 @@ def save(chart: Chart, folder: Path) -> list[Path]:
             path = folder / f"{chart.name}.{form}"
             with replacing(path) as partial:
                 figure.savefig(partial, format=form, dpi=DPI, metadata=told)
+            figure.set_layout_engine(None)  # where everything stands is found once
             paths.append(path)
     return paths
 

@@ -157,13 +157,13 @@ def _norms(found: Findings) -> Claim:
 
 
 def _learning_rate(found: Findings) -> Claim:
-    """Of each kind, the chosen rate against the highest."""
+    """Of each kind, the chosen rate against the highest, both with the middle coefficient."""
     told, holds = [], []
     for kind in found.made.experiments.study.kinds:
         runs = {
             r.config.training.learning_rate: r.summary
             for r in found.experiments["learning_rates"]
-            if r.summary.kind == kind
+            if r.summary.kind == kind and r.summary.coefficient == found.middle_coefficient(kind)
         }
         rate = found.made.rates.get(kind)
         if rate is None or rate not in runs or max(runs) == rate:

@@ -21,11 +21,12 @@ class Experiments:
     folder: Path
 
     def learning_rates(self) -> list[RunConfig]:
-        """Every rate of every kind, with its middle coefficient, at the first site."""
+        """The curves' inner part with every rate of every kind, at the first site."""
         return [
-            self._recipe(kind, self.study.site, middle(self._coefficients(kind, self.study.site)), rate)
+            self._recipe(kind, self.study.site, coefficient, rate)
             for kind in self.study.kinds
             for rate in self.study.kind(kind, self.study.site).learning_rates
+            for coefficient in inner(self._coefficients(kind, self.study.site))
         ]
 
     def curves(self, rates: Rates) -> list[RunConfig]:

@@ -12,7 +12,7 @@ from endwise.analysis.comparison import Summary, runs_at_similar, summarise
 from endwise.analysis.norms import Norms, norms
 from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
-from endwise.reproduction.experiments import inner
+from endwise.reproduction.experiments import inner, middle
 from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
 from endwise.run_config import EvaluationConfig, Kind, RunConfig
@@ -44,6 +44,11 @@ class Findings:
 
     def summaries(self, experiment: str) -> list[RunSummary]:
         return [run.summary for run in self.experiments[experiment]]
+
+    def middle_coefficient(self, kind: Kind) -> float:
+        """Of the kind's curve at the first site."""
+        study = self.made.experiments.study
+        return middle(study.kind(kind, study.site).coefficients)
 
     @property
     def similar_ce(self) -> dict[str, tuple[RunSummary, ...]]:

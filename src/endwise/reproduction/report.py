@@ -67,6 +67,7 @@ def charts(found: Findings) -> Charts:
     curves = [run for run in found.summaries("curves") if run.site == site]
     similar = found.similar_ce.get(site, ())
     rates = [(run.config.training.learning_rate, run.summary) for run in found.experiments["learning_rates"]]
+    single = [(rate, run) for rate, run in rates if run.coefficient == found.middle_coefficient(run.kind)]
     drawn: dict[str, list[Chart]] = {
         "tradeoff": [
             pareto_chart(summary.runs, at, f"pareto-{number}")
@@ -74,7 +75,7 @@ def charts(found: Findings) -> Charts:
         ],
         "downstream": [figures.downstream(found.similar_ce), figures.explained_variance(curves, site)],
         "norms": [figures.norms(found.norms, similar, site), figures.cosines(found.norms, similar, site)],
-        "ablations": [figures.learning_rates(rates, site), *_ablations(found, site)],
+        "ablations": [figures.learning_rates(single, site), *_ablations(found, site)],
         "cost": [] if found.mitigations is None else figures.training_cost(found.mitigations, site),
     }
     return {
@@ -84,6 +85,12 @@ def charts(found: Findings) -> Charts:
 
 
 def _ablations(found: Findings, site: str) -> Iterator[Chart]:
+    rates: dict[str, list[RunSummary]] = {}
+    for run in sorted(found.experiments["learning_rates"], key=lambda each: each.config.training.learning_rate):
+        rates.setdefault(f"{run.config.training.learning_rate:g}", []).append(run.summary)
+    if len(rates) > 1:
+        caption = "The inner part of each kind's curve, trained with several learning rates."
+        yield figures.variants("rates", "Curves by learning rate", list(rates.items()), site, caption)
     captions: dict[Way, tuple[str, str, str]] = {
         "dictionary": ("sizes", "Dictionary size", "Curves of dictionaries of several sizes."),
         "tokens": ("lengths", "Training length", "Curves after training on several numbers of tokens."),

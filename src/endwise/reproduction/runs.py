@@ -7,13 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from endwise.analysis.ratios import ratio_between
+from endwise.analysis.run_summary import RunSummary
 from endwise.errors import EndwiseError
 from endwise.reproduction.costs import Cost, costs
 from endwise.reproduction.experiments import Experiments, Rates
 from endwise.reproduction.plan import EXPERIMENTS, Plan, parse_budget, plan, study_tokens
 from endwise.reproduction.study_config import StudyConfig
 from endwise.run_config import Kind, RunConfig
-from endwise.run_folder import RunFolder
+from endwise.statistics import InterpolationError
 from endwise.sweeps.engines import Engine
 from endwise.sweeps.points import Point
 from endwise.sweeps.sweep import sweep_points
@@ -21,7 +23,7 @@ from endwise.sweeps.sweep_config import SearchConfig
 from endwise.sweeps.tasks import folder_of, is_finished
 
 CLOSE = 1.02
-"""Of learning rates whose figures differ by less than this factor the smallest is taken."""
+"""Of learning rates that need numbers of features within this factor the smallest is taken."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
         swept = sweep_points(points, out, engine, SearchConfig(), study.batch_of_runs, display)
         failures |= {folder_of(point.config): why for point, why in swept.failures.items()}
         if name == "learning_rates":
-            rates = best_rates(study, recipes)
+            rates = best_rates(study, [RunSummary.read(folder_of(each)) for each in recipes if is_finished(each)])
     return StudyRuns(experiments, made, rates, measured, failures)
 
 
@@ -84,12 +86,12 @@ def check(experiments: Experiments) -> None:
         recipes(experiments, rates)
 
 
-def best_rates(study: StudyConfig, recipes: Sequence[RunConfig]) -> dict[Kind, float]:
-    """For each kind the rate with the lowest L0 × CE increase.
+def best_rates(study: StudyConfig, runs: Sequence[RunSummary]) -> dict[Kind, float]:
+    """For each kind the learning rate that needs the fewest features per token at equal CE increase.
 
-    What is compared between kinds is L0 at equal CE increase, and along one kind's curve the product changes little:
-    to halve L0 about doubles the CE increase. The loss is no such measure: it is flat around its best rate, where L0
-    still falls with the rate.
+    Rates are thus compared as kinds are, by curves. One run a rate would not do: L0 × CE increase, say, falls along one
+    kind's curve and rises along another's, so that it favours rates for where on the curve they end. Nor would the
+    loss, which is flat around its best rate, where L0 still falls.
 
     Raises:
         EndwiseError: no run of a kind has ended below the study's `highest_ce_increase`.
@@ -97,17 +99,34 @@ def best_rates(study: StudyConfig, recipes: Sequence[RunConfig]) -> dict[Kind, f
     highest = study.highest_ce_increase or math.inf
     chosen: dict[Kind, float] = {}
     for kind in study.kinds:
-        products: dict[float, float] = {}
-        for recipe in recipes:
-            if recipe.objective.kind == kind and is_finished(recipe):
-                evaluation = RunFolder(folder_of(recipe)).evaluation() or {}
-                if 0 < evaluation["ce_increase"] <= highest:
-                    products[recipe.training.learning_rate] = evaluation["l0"] * evaluation["ce_increase"]
-        if not products:
+        curves: dict[float, list[RunSummary]] = {}
+        for run in runs:
+            if run.kind == kind and run.learning_rate is not None and 0 < run.ce_increase <= highest:
+                curves.setdefault(run.learning_rate, []).append(run)
+        if not curves:
             raise EndwiseError(
                 f"No learning rate of {kind} ended with a CE increase between 0 and {highest:g} nats per token. Give "
                 f"others (kinds.{kind}.learning_rates), or train longer (--budget)."
             )
-        lowest = min(products.values())
-        chosen[kind] = min(rate for rate, product in products.items() if product <= CLOSE * lowest)
+        rates = sorted(curves)
+        needed = features_needed([curves[rate] for rate in rates])
+        chosen[kind] = min(rate for rate, n in zip(rates, needed, strict=True) if n <= CLOSE * min(needed))
     return chosen
+
+
+def features_needed(curves: Sequence[Sequence[RunSummary]]) -> list[float]:
+    """L0 at equal CE increase relative to the curve in the middle, each from its neighbour's on that side, with which
+    it has more CE increases in common; infinity beyond a pair of neighbours that have none, or no curve.
+    """
+    middle = len(curves) // 2
+    needed = [math.inf] * len(curves)
+    needed[middle] = 1.0
+    for side in (range(middle + 1, len(curves)), range(middle - 1, -1, -1)):
+        neighbour = middle
+        for at in side:
+            try:
+                ratio = ratio_between(curves[at], curves[neighbour], "l0", "ce_increase")
+            except InterpolationError:
+                break
+            needed[at], neighbour = needed[neighbour] * ratio, at
+    return needed

@@ -21,7 +21,7 @@ class KindConfig(Config):
     coefficients: Positives
     """Sparsity coefficients, one run each."""
     learning_rates: Positives
-    """All are tried with the middle coefficient at the first site, and the best is used throughout."""
+    """All are tried with the middle three coefficients at the first site, and the best is used throughout."""
     downstream_mse: Annotated[float, Field(gt=0)] | None = None
     """β, for e2e_ds."""
 
@@ -47,7 +47,7 @@ class StudyConfig(EngineConfig):
     starts: Positives = (0.25, 0.5)
     """Lengths of end-to-end training that starts from a local SAE, as multiples of the study's."""
     highest_ce_increase: Annotated[float, Field(gt=0)] | None = None
-    """A learning rate whose run ends above this CE increase (nats per token) is no candidate."""
+    """Runs that end above this CE increase (nats per token) are not looked at when learning rates are chosen."""
     least_tokens: Positive = 50_000
     """A budget that does not permit runs of this length drops experiments, the last ones first."""
     batch_of_runs: Positive = 8

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ class _Loader:
                 raise no_revision("the embedded corpus", revision)
             tokens = _embedded_tokens(side)
             if self._speaks_embedded():
-                return self._checked_embedded(tokens)
+                return self._checked_embedded(side, int(tokens.max()))
             source = _embedded_text(side, tokens)
         else:
             self._refuse_split_of_files(name)
@@ -207,10 +208,10 @@ class _Loader:
                 "Set data.heldout to the held-out file instead, or unset data.heldout_split."
             )
 
-    def _checked_embedded(self, tokens: NDArray[np.unsignedinteger]) -> Documents:
-        if int(tokens.max()) >= self._encoding.vocab_size:
-            raise outside_vocabulary("The embedded corpus", int(tokens.max()), self._encoding)
-        return documents_in(tokens, EMBEDDED_EOS)
+    def _checked_embedded(self, side: str, highest: int) -> Documents:
+        if highest >= self._encoding.vocab_size:
+            raise outside_vocabulary("The embedded corpus", highest, self._encoding)
+        return _embedded_documents(side)
 
     def _speaks_embedded(self) -> bool:
         tokenizer = self._encoding.tokenizer
@@ -225,6 +226,12 @@ def _embedded_tokens(side: str) -> NDArray[np.unsignedinteger]:
     from endwise import embedded
 
     return embedded.train_tokens() if side == "train" else embedded.heldout_tokens()
+
+
+@cache
+def _embedded_documents(side: str) -> Documents:
+    """Found once in a process: a sweep or a study asks for them again and again."""
+    return documents_in(_embedded_tokens(side), EMBEDDED_EOS)
 
 
 def _embedded_tokenizer() -> Any:
