@@ -86,11 +86,19 @@ def test_a_task_that_ends_every_worker_fails_and_the_others_finish(made, tmp_pat
     assert "Every worker that it was given to was lost" in told and "WorkerCrashedError" in told
 
 
+def interrupt_while_it_waits(worker):
+    """Ctrl-C of the sweep; the worker is held until it is told of it, which takes Ray longer than the run would."""
+    os.kill(worker, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(3)
+    os.kill(worker, signal.SIGCONT)
+
+
 def test_a_stopped_ray_sweep_saves_and_goes_on_elsewhere(made, tmp_path, expected, two_workers, monkeypatch):
     monkeypatch.chdir(made)  # not where Ray was started
     config = a_sweep(Path(), tmp_path / "sweep", LOCAL, engine="ray")
     with (
-        disturbed(config.out, "local", lambda _: os.kill(os.getpid(), signal.SIGINT)) as run,
+        disturbed(config.out, "local", interrupt_while_it_waits) as run,
         pytest.raises(Interrupted, match="the same command goes on"),
     ):
         sweep(config, display=False)

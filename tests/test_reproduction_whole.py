@@ -1,6 +1,7 @@
 """A small study from first to last: what it writes, and that it ends alike however often it is killed."""
 
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -105,6 +106,15 @@ def test_begun_again_it_trains_nothing_and_ends_alike(made, out, monkeypatch):
     assert reproduce(StudyConfig.build(STUDY), out, display=False).claims == made.claims
     assert [file.stat().st_mtime_ns for file in configs] == stamps
     assert tables(out) == before
+
+
+def test_moved_elsewhere_it_trains_nothing_and_ends_alike(made, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out, "moved")
+    stamps = [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))]
+    assert reproduce(StudyConfig.build(STUDY), "moved", display=False).runs.failures == {}
+    assert [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))] == stamps
+    assert tables(Path("moved")) == tables(out)
 
 
 def test_a_folder_holds_one_study(made, out):

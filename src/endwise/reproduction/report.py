@@ -69,7 +69,8 @@ def charts(found: Findings) -> Charts:
     curves = [run for run in found.summaries("curves") if run.site == site]
     similar = found.similar_ce.get(site, ())
     rates = [(run.config.training.learning_rate, run.summary) for run in found.experiments["learning_rates"]]
-    single = [(rate, run) for rate, run in rates if run.coefficient == found.middle_coefficient(run.kind)]
+    middles = {kind: found.middle_coefficient(kind) for kind in found.made.experiments.study.kinds}
+    single = [(rate, run) for rate, run in rates if run.coefficient == middles[run.kind]]
     drawn: dict[str, list[Chart]] = {
         "tradeoff": [
             pareto_chart(summary.runs, at, f"pareto-{number}")

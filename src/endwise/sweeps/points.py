@@ -195,10 +195,15 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def placed(config: RunConfig, folder: Path) -> RunConfig:
-    """The recipe with a folder of its own in `folder`: `<kind>-<coefficient>-<site>-seed<n>-<fingerprint>`."""
-    objective = config.objective
+    """The recipe with a folder of its own in `folder`: `<kind>-<coefficient>-<site>-seed<n>-<fingerprint>`. An SAE that
+    it starts from counts by its name if it lies beside it, so that runs are called alike wherever the folder lies.
+    """
+    objective, start = config.objective, config.init_from
+    content = config
+    if start is not None and start.parent == folder:
+        content = config.model_copy(update={"init_from": Path(start.name)})
     said = f"{objective.kind}-{objective.sparsity.coefficient:g}-{config.site}-seed{config.seed}"
-    return config.model_copy(update={"out": folder / f"{said}-{fingerprint(config)}"})
+    return config.model_copy(update={"out": folder / f"{said}-{fingerprint(content)}"})
 
 
 def with_coefficient(config: RunConfig, coefficient: float) -> RunConfig:

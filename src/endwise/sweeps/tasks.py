@@ -64,7 +64,10 @@ def is_trained(config: RunConfig) -> bool:
     folder = RunFolder(folder_of(config))
     if not folder.has_run():
         return False
-    if folder.config().model_copy(update={"out": config.out}) != config:
+    kept, start = folder.config(), config.init_from
+    if start is not None and kept.init_from is not None and kept.init_from.name == start.name:
+        kept = kept.model_copy(update={"init_from": start})  # the same, as a folder that was moved has it
+    if kept.model_copy(update={"out": config.out}) != config:
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
     # The file is the last that is written of an SAE: a process that was killed before has saved none.
     return (folder.sae / CFG_FILE).exists() and unfinished(folder.path, config) is None
