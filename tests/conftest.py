@@ -4,6 +4,7 @@ The environment is set before anything imports the libraries that read it.
 """
 
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 _scratch = tempfile.TemporaryDirectory(prefix="endwise-tests-", ignore_cleanup_errors=True)
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
+
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

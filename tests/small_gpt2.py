@@ -27,10 +27,10 @@ def small_model() -> LanguageModel:
     return LanguageModel(gpt2, None)
 
 
-def write_tokens(folder: Path, seed: int = 0) -> Path:
+def write_tokens(folder: Path, seed: int = 0, heldout: int = 512) -> Path:
     """`train.npy` and `heldout.npy`, of random tokens."""
     rng = np.random.default_rng(seed)
-    for name, count in (("train", 4096), ("heldout", 512)):
+    for name, count in (("train", 4096), ("heldout", heldout)):
         np.save(folder / f"{name}.npy", rng.integers(1, VOCAB, count).astype(np.uint16))
     return folder
 
@@ -39,14 +39,14 @@ def data(folder: Path) -> DataConfig:
     return DataConfig(source=str(folder / "train.npy"), heldout=str(folder / "heldout.npy"), context=CONTEXT)
 
 
-def small_corpora(folder: Path) -> Corpora:
+def small_corpora(folder: Path, heldout: int = 256) -> Corpora:
     return load_corpora(
         data(folder),
         tokenizer=None,
         model_context=CONTEXT,
         vocab_size=VOCAB,
         training_tokens=2048,
-        evaluation_tokens=256,
+        evaluation_tokens=heldout,
     )
 
 

@@ -17,7 +17,7 @@ from endwise import embedded
 from endwise.errors import DataError
 from endwise.run_config import DataConfig
 from endwise.seeds import numpy_stream
-from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, tokenising
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading, tokenising
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
 
@@ -333,7 +333,8 @@ def test_special_tokens_in_the_text_end_documents(tmp_path, load):
 
 
 def embed(monkeypatch, train, heldout):
-    """Puts documents of the embedded tokenizer's ids in place of the embedded corpus."""
+    """Puts documents of the embedded tokenizer's ids in place of the embedded corpus, found anew."""
+    monkeypatch.setattr(loading, "_embedded_documents", loading._embedded_documents.__wrapped__)
     for side, documents in (("train", train), ("heldout", heldout)):
         tokens = np.array([token for document in documents for token in [*document, 0]], dtype=np.uint16)
         monkeypatch.setattr(embedded, f"{side}_tokens", lambda tokens=tokens: tokens, raising=False)
