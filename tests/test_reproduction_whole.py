@@ -109,12 +109,13 @@ def test_begun_again_it_trains_nothing_and_ends_alike(made, out, monkeypatch):
 
 
 def test_moved_elsewhere_it_trains_nothing_and_ends_alike(made, out, tmp_path, monkeypatch):
+    here = out.absolute()
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(out, "moved")
+    shutil.copytree(here, "moved")
     stamps = [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))]
     assert reproduce(StudyConfig.build(STUDY), "moved", display=False).runs.failures == {}
     assert [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))] == stamps
-    assert tables(Path("moved")) == tables(out)
+    assert tables(Path("moved")) == tables(here)
 
 
 def test_a_folder_holds_one_study(made, out):
