@@ -15,7 +15,8 @@ def main():
     told = os.environ.pop("WARM_TOLD", None)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(server)
-    asked = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
+    blocked = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+    asked = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ), "blocked": blocked}  # noqa: PTH109
     socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
     answers = connection.makefile()
     program = int(answers.readline())

@@ -84,6 +84,7 @@ def watch(connection):
 def run(asked, streams):
     """As `python ARGUMENT...` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])  # the client's, not that of whoever began the server
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
