@@ -2,8 +2,8 @@
 
 harvest.json      what was harvested and from which text; written last, so a folder that has it is whole
 features.parquet  one row per feature, in their order
-contexts.parquet  the texts in which features fire, sorted by feature, then group, then rank; one feature, one row group
-                  or less, so that a feature's texts are read without the others'
+contexts.parquet  the texts in which features fire, sorted by feature, then group, then rank, in many row groups, so that
+                  one feature's texts are read without most others'
 vocabulary.parquet  how each token is written, so that no reader needs the tokenizer
 
 Positions are those of the sequences that the model saw, a prepended BOS included; sequences are numbered as in the
@@ -98,7 +98,7 @@ class Harvest:
     """`RUN/harvest`"""
     about: Mapping[str, Any]
     """Content of `harvest.json`: at least `format`, `model`, `site`, `kind`, `d_sae`, `tokens` (those that count),
-    `context` (positions per sequence), `corpus` (`Corpus.describe`), `weights` (SHA-256 of the SAE's) and `settings`."""
+    `context` (positions per sequence), `corpus` (`Corpus.describe`), `weights` (SHA-256 of the SAE's), `settings`."""
     features: pa.Table
     """`FEATURE_SCHEMA`; row i is feature i."""
 
