@@ -184,8 +184,8 @@ def test_correlations_are_those_of_numpy():
 
 def test_verdicts_follow_the_intervals():
     study = made_study({"local": 10, "e2e": 5, "e2e_ds": 10})
-    found = {finding.claim: finding for finding in study.findings}
-    verdicts = {claim: finding.verdict for claim, finding in found.items()}
+    found = {claim.claim: claim for claim in study.claims}
+    verdicts = {claim: each.verdict for claim, each in found.items()}
     assert verdicts == {
         "e2e needs fewer features than local to carry 90 % of what its SAE carries": "shown",
         "Half of the importance lies in fewer features of e2e than of local": "shown",
@@ -195,9 +195,9 @@ def test_verdicts_follow_the_intervals():
     assert len(verdicts) == 10
     assert all("held-out text" in each.ours for claim, each in found.items() if "-order" not in claim)
     alone = made_study({"e2e": 5})
-    assert [finding.verdict for finding in alone.findings] == ["not testable", "not testable", "shown", "shown"]
+    assert [claim.verdict for claim in alone.claims] == ["not testable here", "not testable here", "shown", "shown"]
     seeds = made_study({"local": 10, "e2e": 5}, seeds=(0, 1, 2))
-    assert all("3 seeds" in finding.ours for finding in seeds.findings[:2])
+    assert all("3 seeds" in claim.ours for claim in seeds.claims[:2])
 
 
 def test_tables_tell_of_every_run():

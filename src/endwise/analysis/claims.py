@@ -14,7 +14,8 @@ SIMILAR = 1.5
 @dataclass(frozen=True)
 class Claim:
     claim: str
-    published: str
+    published: str | None
+    """The paper's number; None where it has none."""
     ours: str
     """What was measured, with 95 % intervals; or why nothing was. Parts are separated by `; `."""
     verdict: Verdict

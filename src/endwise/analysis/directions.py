@@ -276,7 +276,7 @@ def _dropped_claims(found: Directions, kind: str) -> list[Claim]:
         f"What {name} drops is what the model uses least: over directions, its reconstruction follows their use",
         f"Of directions of like variance, {name} drops those that the model uses less",
     ]
-    published = ["directions that are not reconstructed have little effect (figures 21 to 23)", "not tested"]
+    published = ["directions that are not reconstructed have little effect (figures 21 to 23)", None]
     of = {run.kind: found.follows[run.folder] for run in found.similar if run.folder in found.follows}
     against = next((each for each in found.contrasts if (each.kind, each.reference) == (kind, "local")), None)
     missing = _missing(found, kind, "local")

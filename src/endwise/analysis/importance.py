@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from endwise.analysis.claims import Claim, Verdict
 from endwise.analysis.comparison import runs_at_similar
 from endwise.analysis.concentration import (
     CARRIED,
@@ -30,7 +31,6 @@ from endwise.language_model import LanguageModel
 from endwise.statistics import LEAST_SEEDS, Interval, interval_over_seeds, percentile_interval
 from endwise.tokens import Corpora
 
-Verdict = Literal["shown", "not shown", "not testable"]
 FOLLOWS = 0.5
 """Spearman's correlation with exact ablation above which an estimate counts as following it."""
 ORDERS = {"second": "ce", "first": "first_order_ce", "random": "random_ce"}
@@ -81,16 +81,6 @@ class ImportantRun:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A claim, and what the measurements say of it."""
-
-    claim: str
-    ours: str
-    """What was measured, with the 95 % interval; or why nothing was."""
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
 class ImportanceStudy:
     """The runs of one setting, compared."""
 
@@ -110,18 +100,18 @@ class ImportanceStudy:
         )
 
     @cached_property
-    def findings(self) -> tuple[Finding, ...]:
+    def claims(self) -> tuple[Claim, ...]:
         kinds = [kind for kind in KINDS[1:] if any(run.summary.kind == kind for run in self.runs)]
-        compared = [finding for kind in kinds for finding in (self._carrying(kind), self._half(kind))]
+        compared = [claim for kind in kinds for claim in (self._carrying(kind), self._half(kind))]
         return (*compared, *(_follows(run, order) for order in ESTIMATES for run in self.similar))
 
-    def _carrying(self, kind: str) -> Finding:
+    def _carrying(self, kind: str) -> Claim:
         claim = f"{LABELS[kind]} needs fewer features than local to carry {100 * CARRIED:.0f} % of what its SAE carries"
         pairs = self._pairs(kind)
         ratios = [carrying_ratio(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs]
         return _ratio_finding(claim, pairs, ratios, [f"{run.carrying.estimate:,.0f}" for run in _first(pairs)])
 
-    def _half(self, kind: str) -> Finding:
+    def _half(self, kind: str) -> Claim:
         claim = f"Half of the importance lies in fewer features of {LABELS[kind]} than of local"
         pairs = self._pairs(kind)
         ratios = [half_ratio(one.measured.importance, local.measured.importance) for one, local in pairs]
@@ -193,12 +183,12 @@ def _ratio_finding(
     pairs: Sequence[tuple[ImportantRun, ImportantRun]],
     ratios: Sequence[Interval],
     counts: Sequence[str],
-) -> Finding:
+) -> Claim:
     """Shown if the whole interval lies below 1; over seeds where there are enough, otherwise over held-out text."""
     if not pairs:
-        return Finding(claim, "no seed has both kinds", "not testable")
+        return Claim(claim, None, "no seed has both kinds", "not testable here")
     if not all(np.isfinite([each.estimate for each in ratios])):
-        return Finding(claim, "an SAE carries nothing, or needs no feature for what it carries", "not testable")
+        return Claim(claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here")
     one, local = (run.summary for run in pairs[0])
     where = f"at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f}"
     if len(ratios) >= LEAST_SEEDS:
@@ -208,22 +198,22 @@ def _ratio_finding(
     verdict: Verdict = "shown" if ratio.high < 1 else "not shown"
     ends = f"[{100 * ratio.low:.0f}, {100 * ratio.high:.0f}]"
     ours = f"{100 * ratio.estimate:.0f} % of local's {ends} {over}; {' against '.join(counts)} features, {where}"
-    return Finding(claim, ours + (f" (seed {one.seed})" if len(ratios) > 1 else ""), verdict)
+    return Claim(claim, None, ours + (f" (seed {one.seed})" if len(ratios) > 1 else ""), verdict)
 
 
-def _follows(run: ImportantRun, order: Order) -> Finding:
+def _follows(run: ImportantRun, order: Order) -> Claim:
     kind = LABELS[run.summary.kind]
     claim = f"The {order}-order estimate ranks {kind}'s features as exact ablation does (Spearman above {FOLLOWS:g})"
     found = run.agreement(order)
     rank, linear = found["spearman"], found["pearson"]
     if rank is None or linear is None:
-        return Finding(claim, f"{len(run.measured.ablations.features)} features were ablated", "not testable")
+        return Claim(claim, None, f"{len(run.measured.ablations.features)} features were ablated", "not testable here")
     ours = (
         f"Spearman {rank.estimate:.2f} [{rank.low:.2f}, {rank.high:.2f}], Pearson {linear.estimate:.2f} "
         f"[{linear.low:.2f}, {linear.high:.2f}] over {len(run.measured.ablations.features)} features, "
         f"λ {run.summary.coefficient:g}"
     )
-    return Finding(claim, ours, "shown" if rank.low > FOLLOWS else "not shown")
+    return Claim(claim, None, ours, "shown" if rank.low > FOLLOWS else "not shown")
 
 
 def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from endwise.analysis.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance import (
     ESTIMATES,
     ORDERS,
-    Finding,
     ImportanceStudy,
     ImportantRun,
     Order,
@@ -27,6 +26,7 @@ from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
 from endwise.printable import printable
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
+from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
 from endwise.report.shell import escape, page, table
@@ -222,8 +222,8 @@ def print_importance(studies: Sequence[ImportanceStudy], console: Console | None
     console = console or Console()
     for study in studies:
         console.print(_runs_table(study))
-        for finding in study.findings:
-            line = f"• {finding.verdict}: {finding.claim} ({finding.ours})"
+        for claim in study.claims:
+            line = f"• {claim.verdict}: {claim.claim} ({claim.ours})"
             console.print(printable(line), markup=False, highlight=False)
 
 
@@ -291,14 +291,4 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 def _section(study: ImportanceStudy, charts: Sequence[Chart]) -> str:
     head = f'<h2>{escape(study.setting.site)}</h2><p class="lead">{escape(study.setting)}.</p>'
     numbers = table(_HEADINGS, map(_cells, study.runs))
-    return f"<section>{head}{_findings(study.findings)}{''.join(map(div, charts))}{numbers}</section>"
-
-
-def _findings(findings: Sequence[Finding]) -> str:
-    items = []
-    for each in findings:
-        ours = "<br>".join(escape(part) for part in each.ours.split("; "))
-        kind = each.verdict.replace(" ", "-")
-        said = f"<div><h3>{escape(each.claim)}</h3><p>{ours}</p></div>"
-        items.append(f'<li><p class="verdict {kind}">{each.verdict}</p>{said}</li>')
-    return f'<ul class="claims">{"".join(items)}</ul>'
+    return f"<section>{head}{claim_list(study.claims)}{''.join(map(div, charts))}{numbers}</section>"
