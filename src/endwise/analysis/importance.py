@@ -188,7 +188,9 @@ def _ratio_finding(
     if not pairs:
         return Claim(claim, None, "no seed has both kinds", "not testable here")
     if not all(np.isfinite([each.estimate for each in ratios])):
-        return Claim(claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here")
+        return Claim(
+            claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
+        )
     one, local = (run.summary for run in pairs[0])
     where = f"at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f}"
     if len(ratios) >= LEAST_SEEDS:
