@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from endwise.kernels.interface import Unembedding
-from endwise.kernels.logits import Buffers, predictions, product
+from endwise.kernels.logits import Buffers, capped
 
 
 class CrossEntropy(NamedTuple):
@@ -35,19 +35,21 @@ def chunked_cross_entropy(
         rows: whose logits are held at once, vocabulary-major as in `kl`.
     """
     weight, rows = unembedding.weight, min(rows, len(hidden))
-    plain = hidden.dtype in (torch.float32, torch.float64)
-    buffers = Buffers(*(hidden.new_empty(rows * len(weight)) for _ in "zw")) if plain else None
-    losses = torch.zeros(len(hidden), dtype=hidden.dtype if plain else torch.float32, device=hidden.device)
+    buffers = Buffers.of(unembedding, hidden, rows, "q")
+    losses = torch.zeros(len(hidden), dtype=buffers.dtype, device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        q = predictions(unembedding, product(unembedding, hidden[part], buffers), buffers)
-        counts, target = keep[part].to(q.total.dtype), targets[part][None]
-        losses[part] = (q.total.log() - q.logits.gather(0, target)[0]) * counts
+        logits, slope = capped(unembedding, buffers.product(unembedding, hidden[part], 0))
+        counts, target = keep[part].to(buffers.dtype), targets[part][None]
+        of_target = logits.sub_(logits.amax(0)).gather(0, target)[0]
+        weights = logits.exp_()
+        total = weights.sum(0)
+        losses[part] = (total.log() - of_target) * counts
         if gradient is None:
             continue
-        d_logits = q.weights.mul_(counts / q.total).scatter_add_(0, target, -counts[None])
-        if not isinstance(q.slope, float) or q.slope != 1.0:
-            d_logits *= q.slope
-        gradient[part] = d_logits.to(weight.dtype).T @ weight
+        d_logits = weights.mul_(counts / total).scatter_add_(0, target, -counts[None])
+        if not isinstance(slope, float) or slope != 1.0:
+            d_logits *= slope
+        torch.mm(buffers.rounded(d_logits).T, weight, out=gradient[part])
     return CrossEntropy(losses, gradient)

@@ -1,5 +1,6 @@
-"""Logits of some rows, vocabulary-major, and what a softmax is made of, in buffers that the next rows use again."""
+"""Logits of some rows, vocabulary-major, in buffers that the next rows use again."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,43 +10,69 @@ from torch import Tensor
 from endwise.kernels.interface import Unembedding
 
 
-class Buffers(NamedTuple):
-    logits: Float[Tensor, " elements"]
-    weights: Float[Tensor, " elements"]
+@dataclass(frozen=True)
+class Buffers:
+    """Fresh blocks of this size would be mapped by the operating system, and paged in anew, chunk after chunk."""
 
-    def shaped(self, vocab: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Both as `[vocab rows]`, for no more rows than they were made for."""
-        return self.logits[: vocab * rows].view(vocab, rows), self.weights[: vocab * rows].view(vocab, rows)
+    logits: tuple[Float[Tensor, " elements"], ...]
+    """In at least fp32."""
+    half: Float[Tensor, " elements"] | None
+    """For what is in the hidden states' own dtype, where that is narrower."""
+
+    @classmethod
+    def of(cls, unembedding: Unembedding, hidden: Tensor, rows: int, passes: str) -> "Buffers":
+        """
+        Args:
+            rows: the most that they must hold.
+            passes: a letter for each that is held at once.
+        """
+        elements = rows * len(unembedding.weight)
+        rounds = hidden.dtype not in (torch.float32, torch.float64)
+        dtype = torch.float32 if rounds else hidden.dtype
+        logits = tuple(hidden.new_empty(elements, dtype=dtype) for _ in passes)
+        return cls(logits, hidden.new_empty(elements) if rounds else None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits[0].dtype
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the products are computed in less than fp32."""
+        return self.half is not None
+
+    def product(self, unembedding: Unembedding, hidden: Tensor, number: int) -> Float[Tensor, "vocab rows"]:
+        """Of the unembedding with hidden states, in the pass's buffer."""
+        shape = len(unembedding.weight), len(hidden)
+        out = _shaped(self.logits[number], *shape)
+        if self.half is None:
+            return torch.mm(unembedding.weight, hidden.T, out=out)
+        return out.copy_(torch.mm(unembedding.weight, hidden.T, out=_shaped(self.half, *shape)))
+
+    def rounded(self, logits: Float[Tensor, "vocab rows"]) -> Float[Tensor, "vocab rows"]:
+        """In the hidden states' dtype."""
+        return logits if self.half is None else _shaped(self.half, *logits.shape).copy_(logits)
 
 
-class Predictions(NamedTuple):
+def _shaped(buffer: Tensor, vocab: int, rows: int) -> Tensor:
+    return buffer[: vocab * rows].view(vocab, rows)
+
+
+class Capped(NamedTuple):
     logits: Float[Tensor, "vocab rows"]
-    """Less their row's maximum."""
-    weights: Float[Tensor, "vocab rows"]
-    total: Float[Tensor, " rows"]
     slope: Float[Tensor, "vocab rows"] | float
     """Derivative of the logits by the matrix product before scale and soft-cap."""
 
 
-def product(unembedding: Unembedding, hidden: Tensor, buffers: Buffers | None) -> Float[Tensor, "vocab rows"]:
-    """Of the unembedding with hidden states, in at least fp32."""
-    weight = unembedding.weight
-    out = None if buffers is None else buffers.shaped(len(weight), len(hidden))[0]
-    product = torch.mm(weight, hidden.T, out=out)
-    return product.float() if buffers is None else product
-
-
-def predictions(unembedding: Unembedding, logits: Tensor, buffers: Buffers | None) -> Predictions:
-    """From the product, which is overwritten."""
+def capped(unembedding: Unembedding, product: Float[Tensor, "vocab rows"]) -> Capped:
+    """Logits from the product, which is overwritten."""
     if unembedding.bias is not None:
-        logits += unembedding.bias[:, None]
+        product += unembedding.bias[:, None]
     slope: Tensor | float = unembedding.scale
     if unembedding.scale != 1.0:
-        logits *= unembedding.scale
+        product *= unembedding.scale
     if unembedding.softcap is not None:
-        logits.div_(unembedding.softcap).tanh_()
-        slope = (1 - logits.square()).mul_(unembedding.scale)
-        logits *= unembedding.softcap
-    logits -= logits.amax(0)
-    weights = torch.exp(logits, out=None if buffers is None else buffers.shaped(*logits.shape)[1])
-    return Predictions(logits, weights, weights.sum(0), slope)
+        product.div_(unembedding.softcap).tanh_()
+        slope = (1 - product.square()).mul_(unembedding.scale)
+        product *= unembedding.softcap
+    return Capped(product, slope)
