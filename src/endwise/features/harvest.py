@@ -2,8 +2,8 @@
 
 harvest.json      what was harvested and from which text; written last, so a folder that has it is whole
 features.parquet  one row per feature, in their order
-contexts.parquet  the texts in which features fire, sorted by feature, then group, then rank, in many row groups, so that
-                  one feature's texts are read without most others'
+contexts.parquet  the texts in which features fire, sorted by feature, then group, then rank, in many row groups, so
+                  that one feature's texts are read without most others'
 vocabulary.parquet  how each token is written, so that no reader needs the tokenizer
 
 Positions are those of the sequences that the model saw, a prepended BOS included; sequences are numbered as in the
