@@ -60,7 +60,7 @@ class Harvesting(Side):
         self.sae = sae = ReluSAE.from_tensors(tensors, {"apply_b_dec_to_input": False}).requires_grad_(False)
         share = share_of_tokens(spec["whole"] or 1_000_000)
         gathered = {ce: Gathered(sae, Kept(), share, attribute=ce) for ce in (False, True)}
-        at = dict.fromkeys(ACTS, 0)
+        at: dict[str, int] = dict.fromkeys(ACTS, 0)
 
         def following(act: str) -> tuple[Any, Any]:
             start = at[act] * BATCH % (len(corpus) - BATCH)

@@ -1,6 +1,10 @@
 """A harvest against slow definitions, feature by feature; shards, resuming, and what it says of bad input."""
 
 import hashlib
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import endwise.features.harvesting.parts as parts_module
-from endwise import Corpora, Corpus, harvest, read_harvest, read_importance, train
+from endwise import Corpora, Corpus, RunConfig, harvest, read_harvest, read_importance, train
+from endwise.cli import app
 from endwise.dictionaries import ReluSAE
 from endwise.dictionaries.latents import DenseLatents, SparseLatents
 from endwise.errors import ConfigError, DataError, FormatError, Interrupted, RunFolderError
@@ -339,6 +345,58 @@ def test_other_texts(run, model, corpora, tmp_path):
     assert context.tokens == tuple(own[start : start + len(context.tokens)].tolist())
 
 
+def test_two_who_come_last_at_once_join_once(run, model, corpora, monkeypatch):
+    """The second finds the parts gone: the first has joined its own with them."""
+    heldout = corpora.heldout
+    harvested(run, model, heldout, shards=2, shard=0)
+    joining = parts_module.Parts.joining
+    passed = []
+
+    @contextmanager
+    def overtaken(self):
+        if not passed:
+            passed.append(True)
+            assert harvested(run, model, heldout, shards=2, shard=0) is not None
+        with joining(self):
+            yield
+
+    monkeypatch.setattr(parts_module.Parts, "joining", overtaken)
+    assert harvested(run, model, heldout, shards=2, shard=1) is None
+    assert read_harvest(run) is not None
+
+
+# From the command line.
+
+
+@pytest.fixture(scope="module")
+def shell_run(made, tmp_path_factory):
+    """A run whose recipe names its model, for processes of their own."""
+    values = recipe(tmp_path_factory.mktemp("shell") / "run").model_dump(mode="json")
+    values["model"] |= {"name": str(made / "model"), "device": "cpu"}
+    values["data"] = data(made).model_dump() | {"mask_first_position": True}
+    return train(RunConfig.build(values), display=False).folder
+
+
+def test_command_and_torchrun_write_the_same_files(shell_run):
+    options = ["--tokens", "200", "--top", "3", "--quantiles", "2", "--again", "--quiet"]
+    result = CliRunner().invoke(app, ["harvest", str(shell_run), *options])
+    assert result.exit_code == 0 and "features fired on 175 tokens" in result.output
+    alone = digest(shell_run)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "endwise"]
+    command = [*torchrun, "harvest", str(shell_run), *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("features fired on 175 tokens") == 1
+    assert digest(shell_run) == alone
+
+
+def test_both_texts_at_once_are_refused(shell_run):
+    result = CliRunner().invoke(app, ["harvest", str(shell_run), "--train", "--corpus", "x.txt"])
+    assert result.exit_code == 2 and "not both" in result.output
+
+
 # The parts.
 
 
@@ -489,7 +547,7 @@ def test_bad_requests_are_refused_before_any_pass(run, model, corpora, monkeypat
 
 def test_a_run_that_is_being_harvested_is_left_alone(run, model, corpora):
     parts = parts_module.Parts(run, {}, 1)
-    with parts.claimed("shard 0 of 1"), pytest.raises(RunFolderError, match="Another process"):
+    with parts.claimed(0), pytest.raises(RunFolderError, match="Another process"):
         harvested(run, model, corpora.heldout)
 
 

@@ -345,6 +345,7 @@ def harvest(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
+    from endwise.distributed import is_first_process
     from endwise.errors import ConfigError
     from endwise.features.harvesting import harvest as gather
     from endwise.features.harvesting.gathering import Kept
@@ -362,7 +363,7 @@ def harvest(
         again=again,
         display=not quiet,
     )
-    for path, each in found.items():
+    for path, each in found.items() if is_first_process() else ():
         if each is None:
             _say(f"{path}: this shard is done; the process that is done last joins all {shards}.")
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from endwise.errors import RunFolderError
@@ -38,19 +38,32 @@ class Parts:
         return self.folder / f"{shard}-of-{self.shards}.safetensors"
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[None]:
-        """Holds a shard, or the merging of all, so that no other process does the same.
+    def claimed(self, shard: int) -> Iterator[None]:
+        """Holds a shard, so that no other process reads the same.
 
         Raises:
             RunFolderError: another process holds it, or the folder cannot be written.
         """
-        lock = FileLock(self.folder / f".{name}.lock", timeout=0)
+        lock = FileLock(self.folder / f".{shard}-of-{self.shards}.lock", timeout=0)
+        with self._holding(lock):
+            yield
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """Waits until no other process is joining the shards. It is not in the folder of the parts, which the first who
+        can join them removes.
+        """
+        with self._holding(FileLock(self.run / ".harvest.lock")):
+            yield
+
+    @contextmanager
+    def _holding(self, lock: BaseFileLock) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise RunFolderError(
-                f"Another process is harvesting {self.run} ({name}). Wait for its end, or stop it."
+                f"Another process is harvesting {self.run} ({lock.lock_file}). Wait for its end, or stop it."
             ) from None
         except OSError as error:
             raise cannot_write(self.folder, error) from None

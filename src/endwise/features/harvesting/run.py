@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from endwise.dictionaries import SAE
-from endwise.errors import DataError, Interrupted, RunFolderError
+from endwise.distributed import joined
+from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError
 from endwise.features.harvest import HARVEST_FORMAT, Harvest, read_harvest
 from endwise.features.harvesting.files import write_harvest
 from endwise.features.harvesting.gathering import Gathered, Kept, share_of_tokens
@@ -56,6 +57,7 @@ def harvest(
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
             the spliced pass forward and backward besides.
         shards, shard: read only this one (from 0) of so many even parts of the text. Who comes last joins them all.
+            The processes of `torchrun` are the shards of one harvest, without being told.
         again: harvest whatever was harvested before.
         model, corpora: loaded ones to use instead of the recipes'.
         display: show progress on stderr.
@@ -69,17 +71,23 @@ def harvest(
         DataError: the text is too short, or a latent is not finite.
         Interrupted: the user asked to stop; what was gathered is saved.
     """
-    wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
-    configs = {path: _trained(path) for path in map(Path, runs)}
-    settings = {path: wish.settings(path, config) for path, config in configs.items()}
-    found = {} if again else {path: read_harvest(path) for path in configs}
-    done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
-    missing = {path: config for path, config in configs.items() if path not in done}
-    results: dict[Path, Harvest | None] = dict(done)
-    for paths in sharing_groups(missing, tokens):
-        group = _group({path: missing[path] for path in paths}, wish, settings, model, corpora)
-        results |= group.harvest(display)
-    return {path: results[path] for path in configs}
+    with joined() as world:
+        if world.size > 1 and shards > 1:
+            raise ConfigError(f"{world.size} processes under torchrun are as many shards; leave out --shards {shards}.")
+        if world.size > 1:
+            shards, shard, display = world.size, world.rank, display and world.is_first
+        wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
+        configs = {path: _trained(path) for path in map(Path, runs)}
+        settings = {path: wish.settings(path, config) for path, config in configs.items()}
+        found = {} if again else {path: read_harvest(path) for path in configs}
+        done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
+        missing = {path: config for path, config in configs.items() if path not in done}
+        results: dict[Path, Harvest | None] = dict(done)
+        for paths in sharing_groups(missing, tokens):
+            group = _group({path: missing[path] for path in paths}, wish, settings, model, corpora)
+            results |= group.harvest(display)
+        world.total(0)  # returns when all have come here, the one that joins the shards among them
+        return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
 
 
 def _trained(path: Path) -> RunConfig:
@@ -149,7 +157,7 @@ class _Group:
         shard, shards = self.wish.shard, self.wish.shards
         with ExitStack() as claims:
             for run in self.runs.values():
-                claims.enter_context(run.parts.claimed(f"shard {shard} of {shards}"))
+                claims.enter_context(run.parts.claimed(shard))
                 run.parts.clear_partials()
             gathered = self._gather(display)
             for path, each in gathered.items() if shards > 1 else ():
@@ -207,18 +215,18 @@ class _Group:
                 each.add(self.model, clean, self.runs[path].site, text.mask, numbers)
 
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
-        """Joins the shards, if all are there, and writes the files."""
+        """Joins the shards, if all are there, and writes the files; of two who come last, the first."""
         run, shards = self.runs[path], self.wish.shards
-        with run.parts.claimed("the joining of the shards"):
-            if any(run.parts.next_batch(shard) != self._end_of(shard) for shard in range(shards) if shards > 1):
+        with run.parts.joining():
+            others = [shard for shard in range(shards) if shard != self.wish.shard]
+            if any(run.parts.next_batch(shard) != self._end_of(shard) for shard in others):
                 return None
-            for shard in range(shards):
-                if shard != self.wish.shard:
-                    other = self._empty(path)
-                    run.parts.load(shard, other)
-                    own.merge(other)
+            for shard in others:
+                other = self._empty(path)
+                run.parts.load(shard, other)
+                own.merge(other)
             write_harvest(path, own, self.model, self.corpus, run.measured, self._about(path, own))
-        run.parts.remove()
+            run.parts.remove()
         return read_harvest(path)
 
     def _end_of(self, shard: int) -> int:

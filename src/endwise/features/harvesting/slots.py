@@ -63,8 +63,17 @@ class Slots:
     def merge(self, other: "Slots") -> None:
         """Takes from another table whatever belongs here."""
         feature, slot = (other.keys > EMPTY).nonzero().unbind(1)
-        values = (part[feature, slot] for part in (other.keys, other.sequences, other.positions, other.activations))
-        self.offer(Candidates(feature, *values, lambda some: other.windows[feature[some], slot[some]]))
+        place = (feature, slot)
+        self.offer(
+            Candidates(
+                feature,
+                other.keys[place],
+                other.sequences[place],
+                other.positions[place],
+                other.activations[place],
+                lambda some: other.windows[feature[some], slot[some]],
+            )
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("keys", "sequences", "positions", "activations", "windows")
