@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from endwise.dictionaries import SAE, Latents, ReluSAE
     from endwise.errors import EndwiseError
     from endwise.evaluation import Evaluation, measure
+    from endwise.features.harvest import Harvest, read_harvest
+    from endwise.features.harvesting import harvest
     from endwise.features.importance import FeatureImportance, read_importance
     from endwise.group import Run, SomeFailed
     from endwise.language_model import LanguageModel
@@ -67,6 +69,9 @@ _HOMES = {
     "importance": "analysis.importance",
     "FeatureImportance": "features.importance",
     "read_importance": "features.importance",
+    "Harvest": "features.harvest",
+    "harvest": "features.harvesting",
+    "read_harvest": "features.harvest",
     "Directions": "analysis.directions",
     "directions": "analysis.directions",
     "Pareto": "analysis.pareto",
@@ -97,6 +102,7 @@ __all__ = [
     "EvaluationConfig",
     "FeatureImportance",
     "Geometry",
+    "Harvest",
     "ImportanceStudy",
     "LanguageModel",
     "Latents",
@@ -116,11 +122,13 @@ __all__ = [
     "directions",
     "evaluate",
     "geometry",
+    "harvest",
     "importance",
     "load_corpora",
     "load_model",
     "measure",
     "pareto",
+    "read_harvest",
     "read_importance",
     "reproduce",
     "spliced",

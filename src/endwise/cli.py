@@ -323,6 +323,82 @@ def importance(
 
 @app.command()
 @_plainly
+def harvest(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to read; unset: the recipe's evaluation.tokens, or all of --corpus."),
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Read the recipe's training text instead.")] = False,
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="SOURCE", help="Read this text instead: a file or folder, as data.source.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Contexts of each feature's greatest activations.")] = 24,
+    quantiles: Annotated[int, typer.Option(min=0, help="Groups of contexts from low activations to high.")] = 5,
+    per_quantile: Annotated[int, typer.Option(min=0, help="Contexts from each of these.")] = 8,
+    no_importance: Annotated[
+        bool, typer.Option("--no-importance", help="Do not attribute the CE where importance was not measured.")
+    ] = False,
+    shards: Annotated[int, typer.Option(min=1, help="Parts of the text, each read by a process of its own.")] = 1,
+    shard: Annotated[int, typer.Option(min=0, help="Which of them this process reads, from 0.")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Harvest again what was harvested before.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
+    from endwise.distributed import is_first_process
+    from endwise.errors import ConfigError
+    from endwise.features.harvesting import harvest as gather
+    from endwise.features.harvesting.gathering import Kept
+
+    if train and corpus is not None:
+        raise ConfigError("Give either --train or --corpus SOURCE, not both: one text is read.")
+    found = gather(
+        runs,
+        tokens=tokens,
+        text=corpus or ("train" if train else "heldout"),
+        kept=Kept(top=top, groups=quantiles, per_group=per_quantile),
+        importance=not no_importance,
+        shards=shards,
+        shard=shard,
+        again=again,
+        display=not quiet,
+    )
+    for path, each in found.items() if is_first_process() else ():
+        if each is None:
+            _say(f"{path}: this shard is done; the process that is done last joins all {shards}.")
+            continue
+        alive = int((each.firings > 0).sum())
+        _say(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
+
+
+@app.command()
+@_plainly
+def export_neuronpedia(
+    run: Annotated[Path, typer.Argument(help="A harvested run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export.")] = Path("neuronpedia"),
+    model_id: Annotated[
+        str | None, typer.Option(help="Neuronpedia's id of the model; unset: made from the model's name.")
+    ] = None,
+    source_set: Annotated[
+        str | None, typer.Option("--set", help="Name of the source set; unset: made from site, kind and size.")
+    ] = None,
+    release: Annotated[str, typer.Option(help="Name of the release.")] = "endwise",
+    creator: Annotated[str, typer.Option(help="Who made the SAE.")] = "endwise",
+    creator_id: Annotated[
+        str | None, typer.Option(help="The importing server's user; unset: $DEFAULT_CREATOR_ID, or Neuronpedia's own.")
+    ] = None,
+) -> None:
+    """Write a run's harvest as Neuronpedia imports it: OUT/MODEL/SOURCE with features and activations."""
+    from endwise.features.neuronpedia import export
+
+    written = export(
+        run, out, model_id=model_id, source_set=source_set, release=release, creator=creator, creator_id=creator_id
+    )
+    _say(f"{written.features:,} features with {written.activations:,} activations: {written.folder}")
+
+
+@app.command()
+@_plainly
 def directions(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,

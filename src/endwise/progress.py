@@ -1,7 +1,7 @@
 """What a user sees while training runs: a live table on a terminal, some lines now and then in a log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -150,3 +151,27 @@ def _numbers(row: _Row) -> str:
     if row.ce_increase is not None:
         known.append(f"CE increase {row.ce_increase:+.3f}")
     return " · ".join(known)
+
+
+@contextmanager
+def counting(what: str, total: int, display: bool, unit: str = "sequences") -> Iterator[Callable[[int], None]]:
+    """A function to be told how many more are done: a bar on a terminal, a line now and then in a log, either with the
+    time that is left.
+    """
+    console = Console(stderr=True, quiet=not display)
+    with Progress(console=console, disable=not (display and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=total)
+        started = said = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal said, done
+            progress.advance(task, count)
+            done += count
+            now = time.monotonic()
+            if not console.is_terminal and now - said > LOG_SECONDS and done:
+                left = (now - started) / done * (total - done)
+                console.print(f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left", highlight=False)
+                said = now
+
+        yield advance

@@ -1,37 +1,25 @@
-"""Which tokens a direction speaks for: those whose logits it raises most."""
-
-from collections.abc import Sequence
-
-import torch
+"""The tokens that a direction speaks for, in letters: for labels of features."""
 
 from endwise.analysis.cosines import Directions
+from endwise.features.top_tokens import token_effects, written
 from endwise.language_model import LanguageModel
 
 TOKENS = 6
-_ROWS = 512
-"""Directions whose logits are held at a time."""
 
 
-@torch.no_grad()
 def top_tokens(model: LanguageModel, directions: Directions, count: int = TOKENS) -> list[tuple[str, ...]]:
-    """For each direction the tokens with the greatest effect on their logits, the greatest first.
+    """For each direction the tokens with the greatest effect on their logits (`token_effects`), the greatest first.
 
-    The effect is the direction's product with the unembedding alone: what the direction does by way of the blocks
-    between is left out, and so is the final norm, its gain included.
+    Spaces are written as `␣`, which could not be seen; without a tokenizer the tokens' numbers.
 
     Args:
         directions: in the residual stream, `[n d_model]`.
     """
-    weight = model.readout.unembedding.weight
-    chosen: list[tuple[str, ...]] = []
-    for start in range(0, len(directions), _ROWS):
-        logits = directions[start : start + _ROWS].to(weight) @ weight.T
-        chosen += [_written(model, row) for row in logits.topk(min(count, logits.shape[1]), dim=1).indices.tolist()]
-    return chosen
+    if not len(directions):
+        return []
+    boosted = token_effects(model, directions, count).boosted
+    return [tuple(_visible(written(model, token)) for token in row) for row in boosted.tolist()]
 
 
-def _written(model: LanguageModel, tokens: Sequence[int]) -> tuple[str, ...]:
-    """Spaces as `␣`, which could not be seen; without a tokenizer the tokens' numbers."""
-    if model.tokenizer is None:
-        return tuple(map(str, tokens))
-    return tuple(str(model.tokenizer.decode([token])).replace(" ", "␣").replace("\n", "⏎") for token in tokens)
+def _visible(text: str) -> str:
+    return text.replace(" ", "␣").replace("\n", "⏎")

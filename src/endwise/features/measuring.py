@@ -1,16 +1,12 @@
 """Measures the importance of the features of finished runs; those of one model share every clean pass."""
 
 import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from endwise.dictionaries import SAE
@@ -22,7 +18,7 @@ from endwise.features.importance import Faithfulness, Measured, read_measured, w
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
-from endwise.progress import LOG_SECONDS
+from endwise.progress import counting
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -152,7 +148,7 @@ class _Group:
         return (self.sequences + 1) // 2
 
     def measure(self, display: bool) -> dict[Path, Measured]:
-        with _progress(display, 2 * self.sequences - self.half) as advance:
+        with counting("importance", 2 * self.sequences - self.half, display) as advance:
             attributions, means = self._attribute(advance)
             importance = {path: each.result() for path, each in attributions.items()}
             for path, each in importance.items():
@@ -227,22 +223,3 @@ class _Group:
     def _batches(self, sequences: range) -> Iterator[TokenBatch]:
         for start in range(sequences.start, sequences.stop, self.batch):
             yield self.corpus.batch(range(start, min(start + self.batch, sequences.stop))).to(self.model.device)
-
-
-@contextmanager
-def _progress(display: bool, sequences: int) -> Iterator[Callable[[int], None]]:
-    """A function to be told of sequences that are done: a bar on a terminal, a line now and then in a log."""
-    console = Console(stderr=True, quiet=not display)
-    with Progress(console=console, disable=not (display and console.is_terminal)) as progress:
-        task = progress.add_task("importance", total=sequences)
-        said, done = time.monotonic(), 0
-
-        def advance(count: int) -> None:
-            nonlocal said, done
-            progress.advance(task, count)
-            done += count
-            if not console.is_terminal and time.monotonic() - said > LOG_SECONDS:
-                console.print(f"importance: {done:,} of {sequences:,} sequences")
-                said = time.monotonic()
-
-        yield advance
