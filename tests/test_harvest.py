@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from endwise.features.harvesting.gathering import BINS, Gathered, Kept, bin_edge
 from endwise.features.harvesting.slots import EMPTY, Candidates, Slots
 from endwise.features.harvesting.sums import FixedPointSums, drawn
 from endwise.features.measuring import measure_importance
+from endwise.features.neuronpedia import export
+from endwise.features.top_tokens import written
 from endwise.language_model import LanguageModel
 from endwise.run_folder import RunFolder
 from endwise.stopping import ask_to_stop
@@ -565,3 +568,34 @@ def test_a_harvest_that_is_none_is_refused(run, model, corpora):
     with pytest.raises(FormatError, match="--again"):
         list(read_harvest(run).all_contexts())
     harvested(run, model, corpora.heldout)
+
+
+def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("harvest"))
+    dead = ReluSAE.load(run)
+    dead.b_enc.sub_(1e6)
+    dead.save(tmp_path / "run" / "sae")
+    found = harvested(tmp_path / "run", model, corpora.heldout)
+    assert not found.firings.any() and dict(found.all_contexts()) == {} and found.contexts(3) == []
+    assert np.isnan(found.column("max_active")).all() and not found.column("ce").any()
+    exported = export(tmp_path / "run", tmp_path / "out", model_id="small")
+    assert (exported.features, exported.activations) == (D_SAE, 0)
+
+
+class Tokenizer:
+    """Of pieces that begin with ▁ where a word does, as SentencePiece has them; it decodes without that space."""
+
+    pieces = ("▁the", "s", " a", "\x1b")
+
+    def convert_ids_to_tokens(self, token):
+        return self.pieces[token]
+
+    def decode(self, tokens, clean_up_tokenization_spaces):
+        assert not clean_up_tokenization_spaces
+        return self.pieces[tokens[0]].removeprefix("▁")
+
+
+def test_tokens_are_written_as_they_stand_in_text(model, monkeypatch):
+    assert written(model, 7) == "7"
+    monkeypatch.setattr(model, "tokenizer", Tokenizer())
+    assert [written(model, token) for token in range(4)] == [" the", "s", " a", "\x1b"]

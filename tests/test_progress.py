@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from endwise import progress
-from endwise.progress import Display
+from endwise.progress import Display, counting
 from small_gpt2 import recipe
 
 LINE = {"loss": 0.71234, "kl": 0.25, "sparsity": 1.5, "l0": 12.3, "alive": 1234}
@@ -91,3 +91,20 @@ def test_runs_that_differ_in_their_rate_only_have_rows_of_their_own(clock, capsy
         assert part in text, part
     _, first, second = logged(display, clock, capsys, 20)
     assert "runs/0.001" in first and "11.5" in first and "runs/0.01" in second and "22.5" in second
+
+
+def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys):
+    for shown in (True, False):
+        with counting("harvest", 400, shown) as advance:
+            for _ in range(10):
+                clock[0] += progress.LOG_SECONDS / 4
+                advance(20)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == (
+            [
+                "harvest: 100 of 400 sequences · 1.9 min left",  # 37.5 s for a quarter
+                "harvest: 200 of 400 sequences · 1.2 min left",
+            ]
+            if shown
+            else []
+        )

@@ -120,7 +120,8 @@ def _sparse(
         features = pairs.features[start:end]
 
         def summed(numbers: Tensor, features: Tensor = features) -> Sums:
-            return torch.bincount(features, numbers.double(), minlength=pairs.n_features)
+            # Of no numbers at all, bincount gives whole ones.
+            return torch.bincount(features, numbers.double(), minlength=pairs.n_features).double()
 
         signed = [summed(change[start:end]) for change in changes]
         absolute = [summed(change[start:end].abs()) for change in changes]

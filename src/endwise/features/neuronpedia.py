@@ -170,7 +170,9 @@ def _write_batch(folder: Path, number: int, found: Harvest, names: _Names, featu
 
 
 def _neuron(row: dict[str, Any], words: Sequence[str], names: _Names) -> Neuron:
-    values, heights = bars(np.array(row["histogram_edges"]), np.array(row["histogram"]), row["max_active"] or 0.0)
+    values, heights = bars(
+        np.array(row["histogram_edges"]), np.array(row["histogram"], np.int64), row["max_active"] or 0.0
+    )
     return Neuron(
         modelId=names.model,
         layer=names.source,

@@ -70,16 +70,22 @@ class Firings:
 
     def windows(self, some: Int64[Tensor, " some"], before: int, after: int) -> Float[Tensor, "some window"]:
         """The feature's latents from `before` positions before each to `after` after it; 0 beyond its sequence."""
-        if not len(self._places):
-            return self.values.new_zeros(len(some), before + 1 + after)
-        steps = torch.arange(-before, after + 1, device=some.device)
-        wanted = (self.rows[some, None] + steps) * self.d_sae + self.features[some, None]
-        found = torch.searchsorted(self._places, wanted).clamp_max(len(self._places) - 1)
-        position = self.positions[some, None] + steps
-        there = (self._places[found] == wanted) & (position >= 0) & (position < self.context)
-        return torch.where(there, self.values[found], 0.0)
+        order, places = self._by_feature
+        size = len(self.numbers) * self.context
+        row, position = self.rows[some], self.positions[some]
+        here = self.features[some] * size + row
+        first = torch.searchsorted(places, here - position.clamp_max(before))
+        last = torch.searchsorted(places, here + (self.context - 1 - position).clamp_max(after), right=True)
+        count = last - first
+        window = torch.repeat_interleave(count)
+        within = torch.arange(len(window), device=some.device) - (count.cumsum(0) - count)[window]
+        found = order[first[window] + within]
+        values = self.values.new_zeros(len(some), before + 1 + after)
+        values[window, self.rows[found] - row[window] + before] = self.values[found]
+        return values
 
     @cached_property
-    def _places(self) -> Int64[Tensor, " firings"]:
-        """Ascending."""
-        return self.rows * self.d_sae + self.features
+    def _by_feature(self) -> tuple[Int64[Tensor, " firings"], Int64[Tensor, " firings"]]:
+        """The firings sorted by feature, then row: their numbers, and feature and row in one number, ascending."""
+        order = self.features.argsort(stable=True)
+        return order, (self.features * (len(self.numbers) * self.context) + self.rows)[order]
