@@ -64,19 +64,22 @@ function dressed(made, properties, children) {
 const write = {
   count: (value) => Math.round(value).toLocaleString("en"),
 
-  // Three significant digits; very small and very large as powers of ten.
-  number(value, digits = 3) {
+  // Three significant digits; very small and very large as powers of ten. full: with zeros at the end, for columns.
+  number(value, digits = 3, full = false) {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size >= 1e-3 && size < 1e5) return minus(Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 6 }));
+    if (size >= 1e-3 && size < 1e5) {
+      const least = full && size < 10 ** digits ? { minimumSignificantDigits: digits } : {};
+      return minus(Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: 9, ...least }));
+    }
     const [mantissa, power] = value.toExponential(digits - 1).split("e");
     return `${minus(mantissa)}×10${raised(Number(power))}`;
   },
-  signed: (value, digits) => (value > 0 ? "+" : "") + write.number(value, digits),
-  percent(share) {
+  signed: (value, digits, full) => (value > 0 ? "+" : "") + write.number(value, digits, full),
+  percent(share, full) {
     if (Number.isNaN(share)) return "–";
-    return share === 0 ? "0 %" : `${write.number(100 * share)} %`;
+    return share === 0 ? "0 %" : `${write.number(100 * share, 3, full)} %`;
   },
   // A token where its ends must be seen.
   token: (text) => (text === "" ? "(empty)" : text.replaceAll(" ", "␣").replaceAll("\n", "⏎")),

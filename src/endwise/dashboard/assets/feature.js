@@ -109,7 +109,7 @@ const feature = {
       return el(`span.t${share > 0 ? ".on" : ""}${at === peak ? ".peak" : ""}`, { "--share": share > 0 ? `${(12 + 46 * share).toFixed(1)}%` : null, "data-value": activation }, text);
     });
     const where = `sequence ${sequence}, position ${position}`;
-    return el("li", {}, el("span.activation", { title: where }, write.number(activations[peak])), el("p", {}, shown));
+    return el("li", {}, el("span.activation", { title: where }, write.number(activations[peak], 3, true)), el("p", {}, shown));
   },
 
   value(event) {
@@ -146,7 +146,7 @@ const feature = {
     const list = (places, values, classes) => {
       const most = Math.max(...values.map(Math.abs), 1e-12);
       return el(`ol.effects.${classes}`, {}, places.map((place, at) =>
-        el("li", {}, token(page.texts[place]), el("span.meter", { "--share": `${((100 * Math.abs(values[at])) / most).toFixed(1)}%` }), el("span.value", {}, write.signed(values[at])))));
+        el("li", {}, token(page.texts[place]), el("span.meter", { "--share": `${((100 * Math.abs(values[at])) / most).toFixed(1)}%` }), el("span.value", {}, write.signed(values[at], 3, true)))));
     };
     if (!page.b.length && !page.s.length) return null;
     return this.card(
@@ -162,7 +162,7 @@ const feature = {
       const top = run.top(other);
       const words = run.explanation(other);
       return el("li", {}, el("a", { href: run.link(other) }, String(other)), el("span.what", {}, top === null ? "" : token(top), words ? el("span.words", {}, words) : ""),
-        el("span.meter", { "--share": `${(100 * Math.max(0, values[at])).toFixed(1)}%` }), el("span.value", {}, write.number(values[at], 3)));
+        el("span.meter", { "--share": `${(100 * Math.max(0, values[at])).toFixed(1)}%` }), el("span.value", {}, write.number(values[at], 3, true)));
     }));
   },
 

@@ -42,8 +42,9 @@ const overview = {
 
   heading() {
     const models = [...new Set(this.runs.map((run) => `${run.model} · ${run.site}`))];
+    if (this.runs.length === 1) models.push(this.runs[0].kindName);
     const title = this.runs.length > 1 ? `${this.runs.length} dictionaries, side by side` : this.runs[0].name;
-    return el("header.title", {}, el("p.eyebrow", {}, models.join(", ")), el("h1", {}, title));
+    return el("header.title", {}, el("p.eyebrow", {}, models.join(this.runs.length > 1 ? ", " : " · ")), el("h1", {}, title));
   },
 
   card(run, scatter) {
@@ -68,7 +69,7 @@ const overview = {
   toolbar() {
     const { state } = this;
     const input = el("input", {
-      type: "search", id: "search", value: state.words, autocomplete: "off", spellcheck: "false",
+      type: "search", id: "search", value: state.words, placeholder: "Search features", autocomplete: "off", spellcheck: "false",
       oninput: () => { state.words = input.value; this.search(); },
       onkeydown: (event) => this.searchKey(event),
     });
@@ -128,9 +129,9 @@ const overview = {
         ? { name: "explanation", label: "Explanation", title: "Sort by explanation", fill: (cell, row) => this.fillExplanation(cell, row) }
         : null,
       { name: "boosted", label: "Raises", title: "The token whose logit its direction raises most", fill: text((run, f) => run.boosted(f)) },
-      { name: "density", label: "Density", title: "Share of tokens at which it fires", down: true, fill: number("density", (v) => write.percent(v)) },
-      { name: "importance", label: "Importance", title: "By how much CE would rise without it, to second order, nats per token", down: true, fill: number("importance", (v) => write.number(v)) },
-      { name: "max", label: "Max", title: "Its greatest activation", down: true, fill: number("max", (v) => write.number(v)) },
+      { name: "density", label: "Density", title: "Share of tokens at which it fires", down: true, fill: number("density", (v) => write.percent(v, true)) },
+      { name: "importance", label: "Importance", title: "By how much CE would rise without it, to second order, nats per token", down: true, fill: number("importance", (v) => write.number(v, 3, true)) },
+      { name: "max", label: "Max", title: "Its greatest activation", down: true, fill: number("max", (v) => write.number(v, 3, true)) },
     ].filter(Boolean);
   },
 

@@ -124,12 +124,12 @@ class Scatter {
     const dot = (feature, radius) => {
       if (!Number.isNaN(this.x[feature])) pen.fillRect(this.x[feature] - radius / 2, this.y[feature] - radius / 2, radius, radius);
     };
-    pen.fillStyle = style.getPropertyValue(this.marked ? "--muted" : "--dot");
+    pen.fillStyle = style.getPropertyValue(this.marked ? "--muted" : "--kind");
     pen.globalAlpha = this.marked ? 0.12 : alpha;
     for (let feature = 0; feature < many; feature += 1) dot(feature, size);
     pen.globalAlpha = 1;
     if (this.marked) {
-      pen.fillStyle = style.getPropertyValue("--dot");
+      pen.fillStyle = style.getPropertyValue("--kind");
       for (const feature of this.marked) dot(feature, size + 1.2);
     }
     if (this.chosen >= 0 && !Number.isNaN(this.x[this.chosen])) {

@@ -54,6 +54,7 @@ class VirtualTable {
 
   draw() {
     const height = this.height;
+    this.head.style.setProperty("--bar", `${this.scroller.offsetWidth - this.scroller.clientWidth}px`);
     this.body.style.setProperty("height", `${this.rows.length * height}px`);
     const first = Math.max(0, Math.floor(this.scroller.scrollTop / height) - VirtualTable.OVERSCAN);
     const seen = Math.ceil(this.scroller.clientHeight / height) + 2 * VirtualTable.OVERSCAN;

@@ -146,7 +146,7 @@ const textView = {
       const top = this.run.top(number);
       const words = this.run.explanation(number);
       return el("li", {}, el("a", { href: this.run.link(number) }, String(number)), el("span.what", {}, top === null ? "" : token(top), words ? el("span.words", {}, words) : ""),
-        el("span.meter", { "--share": `${((100 * value) / most).toFixed(1)}%` }), el("span.value", {}, write.number(value)));
+        el("span.meter", { "--share": `${((100 * value) / most).toFixed(1)}%` }), el("span.value", {}, write.number(value, 3, true)));
     }));
   },
 
@@ -154,7 +154,7 @@ const textView = {
     const { read, at } = this.state;
     const next = read.tokens[at + 1];
     const list = (title, rows, ce) => el("div", {}, el("h3", {}, title), el("ol.effects.raises", {}, rows.map(([text, share]) =>
-      el(`li${text === next ? ".true" : ""}`, {}, token(text), el("span.meter", { "--share": `${(100 * share).toFixed(1)}%` }), el("span.value", {}, write.percent(share))))),
+      el(`li${text === next ? ".true" : ""}`, {}, token(text), el("span.meter", { "--share": `${(100 * share).toFixed(1)}%` }), el("span.value", {}, write.percent(share, true))))),
       ce === null ? null : el("p.note", {}, `CE ${write.number(ce)}`));
     const ce = read.ce[at] || [null, null];
     const words = next === undefined ? "The text ends here." : ["The text goes on with ", token(next), "."];
