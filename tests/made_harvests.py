@@ -1,4 +1,4 @@
-"""Harvests that were never made: each feature fires at one token of the embedded text, so that what is shown is known."""
+"""Harvests that were never made: each feature fires at one token of the embedded text, so that what shows is known."""
 
 import json
 from pathlib import Path
@@ -28,18 +28,21 @@ TOKENS = 400_000
 BINS, EFFECTS = 24, 10
 
 
-def write_harvested_run(folder: Path, d_sae=200, *, kind="e2e", seed=0, width=16, measured=True, texts=None, **run) -> Path:
+def write_harvested_run(
+    folder: Path, d_sae=200, *, kind="e2e", seed=0, width=16, measured=True, texts=None, groups=GROUPS, **run
+) -> Path:
     """A run folder with a harvest; about one feature in nine is dead.
 
     Args:
         texts: how some tokens are written, instead of as the embedded model's tokenizer does.
+        groups: of contexts, each with how many a feature has.
         run: for `made_dictionaries.write_run`.
     """
     shared = normalize(torch.randn(d_sae, width, generator=torch.Generator().manual_seed(0)), dim=1)
     own = normalize(torch.randn(d_sae, width, generator=torch.Generator().manual_seed(seed + 1)), dim=1)
     firings = made_firings(d_sae, seed)
     write_run(folder, normalize(shared + 0.4 * own, dim=1), kind=kind, seed=seed, firings=firings, **run)
-    write_harvest(folder, firings, seed=seed, measured=measured, texts=texts)
+    write_harvest(folder, firings, seed=seed, measured=measured, texts=texts, groups=groups)
     return folder
 
 
@@ -63,12 +66,12 @@ def vocabulary(texts=None):
 
 def fires_at(d_sae, text):
     """The token of each feature: all tokens that the text has often enough, in turn."""
-    counts = np.bincount(text)
+    counts = np.bincount(text[BEFORE : len(text) - LENGTH])
     usual = np.flatnonzero(counts >= 5)
     return usual[np.arange(d_sae) % len(usual)]
 
 
-def write_harvest(run: Path, firings, *, seed=0, measured=True, texts=None) -> None:
+def write_harvest(run: Path, firings, *, seed=0, measured=True, texts=None, groups=GROUPS) -> None:
     random = np.random.default_rng(seed)
     text = np.asarray(heldout_tokens()[:TOKENS]).astype(np.int64)
     folder = run / HARVEST_FOLDER
@@ -79,7 +82,8 @@ def write_harvest(run: Path, firings, *, seed=0, measured=True, texts=None) -> N
     tokens = fires_at(len(firings), text)
     scales = np.exp(random.normal(0.5, 0.6, len(firings)))
     parquet.write_table(_features(firings, scales, tokens, len(written), random, measured), folder / "features.parquet")
-    parquet.write_table(_contexts(firings, scales, tokens, text, random), folder / "contexts.parquet", row_group_size=4096)
+    contexts = _contexts(firings, scales, tokens, text, random, groups)
+    parquet.write_table(contexts, folder / "contexts.parquet", row_group_size=4096)
     about = {"format": HARVEST_FORMAT, "model": "embedded", "site": "blocks.1.hook_resid_pre", "kind": "e2e"}
     about |= {"d_sae": len(firings), "tokens": TOKENS, "context": 128, "corpus": {}, "settings": {}}
     (folder / "harvest.json").write_text(json.dumps(about | {"weights": weights_digest(run)}))
@@ -94,10 +98,10 @@ def _lists(rows, kind):
 def _features(firings, scales, tokens, vocabulary_size, random, measured):
     d_sae, alive = len(firings), firings > 0
     importance = np.where(alive, firings / TOKENS * scales * 1e-2 * random.normal(1, 0.6, d_sae), 0.0)
-    shape = random.gamma(2.0, 1.0, (d_sae, 4000 if d_sae < 1000 else 60))
     edges = np.linspace(0, 1, BINS + 1)[None] * scales[:, None]
-    bins = np.apply_along_axis(lambda row: np.histogram(row, BINS, (0, 8))[0], 1, shape)
-    histogram = np.round(bins / bins.sum(1, keepdims=True) * firings[:, None])
+    middles = np.arange(BINS) + 0.5
+    shape = middles * np.exp(-middles / random.uniform(1.5, 5, (d_sae, 1)))
+    histogram = np.round(shape / shape.sum(1, keepdims=True) * firings[:, None])
     boosted = random.integers(0, vocabulary_size, (d_sae, EFFECTS))
     boosted[:, 0] = (tokens + 1) % vocabulary_size
     logits = -np.sort(-random.gamma(2, 0.3, (d_sae, EFFECTS)), axis=1)
@@ -122,22 +126,29 @@ def _features(firings, scales, tokens, vocabulary_size, random, measured):
     return pa.table(columns).cast(FEATURE_SCHEMA)
 
 
-def _contexts(firings, scales, tokens, text, random):
-    places = {token: np.flatnonzero(text[: len(text) - LENGTH] == token) for token in set(tokens.tolist())}
-    places = {token: found[found >= BEFORE] for token, found in places.items()}
-    groups = [(group, rank) for group, count in GROUPS for rank in range(count)]
+def _contexts(firings, scales, tokens, text, random, groups):
+    inside = text[BEFORE : len(text) - LENGTH]
+    order = np.argsort(inside, kind="stable")
+    strengths = _strengths(groups)
+    groups = [(group, rank) for group, count in groups for rank in range(count)]
     of = np.repeat(np.flatnonzero(firings), len(groups))
-    positions = np.array([random.choice(places[tokens[feature]]) for feature in of])
+    each = int((firings > 0).sum())
+    first, last = (np.searchsorted(inside[order], tokens[of], side=side) for side in ("left", "right"))
+    positions = BEFORE + order[first + (random.random(len(of)) * (last - first)).astype(np.int64)]
     windows = text[positions[:, None] + np.arange(LENGTH) - BEFORE]
-    strength = np.tile(_strengths(), len(of) // len(groups)) * scales[of]
-    activations = np.where(windows == tokens[of][:, None], strength[:, None] * random.uniform(0.2, 0.99, windows.shape), 0)
+    strength = np.tile(strengths, each) * scales[of]
+    activations = np.where(
+        windows == tokens[of][:, None], strength[:, None] * random.uniform(0.2, 0.99, windows.shape), 0
+    )
     faint = random.random(windows.shape) < 0.04
-    activations = np.where(faint & (activations == 0), 0.2 * strength[:, None] * random.random(windows.shape), activations)
+    activations = np.where(
+        faint & (activations == 0), 0.2 * strength[:, None] * random.random(windows.shape), activations
+    )
     activations[:, BEFORE] = strength
     columns = {
         "feature": of,
-        "group": np.tile([group for group, _ in groups], len(of) // len(groups)),
-        "rank": np.tile([rank for _, rank in groups], len(of) // len(groups)),
+        "group": np.tile([group for group, _ in groups], each),
+        "rank": np.tile([rank for _, rank in groups], each),
         "sequence": positions // 128,
         "position": positions % 128,
         "activation": strength,
@@ -148,10 +159,10 @@ def _contexts(firings, scales, tokens, text, random):
     return pa.table(columns).cast(CONTEXT_SCHEMA)
 
 
-def _strengths():
+def _strengths(groups):
     """Of the greatest context 1, then a little less; of the quantiles less and less."""
     falling = {TOP: 1.0, 3: 0.7, 2: 0.5, 1: 0.3, 0: 0.12}
-    return np.array([falling[group] * 0.97**rank for group, count in GROUPS for rank in range(count)])
+    return np.array([falling[group] * 0.97**rank for group, count in groups for rank in range(count)])
 
 
 class Said:

@@ -36,7 +36,9 @@ class Dictionary:
     """Model and site: directions of two places have nothing to do with each other."""
 
     @classmethod
-    def of(cls, W_dec: Float[Tensor, "d_sae d_in"], firings: NDArray[np.int64], place: Sequence[object]) -> "Dictionary":
+    def of(
+        cls, W_dec: Float[Tensor, "d_sae d_in"], firings: NDArray[np.int64], place: Sequence[object]
+    ) -> "Dictionary":
         norms = W_dec.double().norm(dim=1)
         features = np.flatnonzero((firings > 0) & (norms > 0).cpu().numpy())
         kept = torch.from_numpy(features)

@@ -32,10 +32,8 @@ def write_run_data(
     """
     folder.mkdir(parents=True)
     index, tops = TokenIndex(), np.full(source.harvest.d_sae, -1, dtype=np.int64)
-    shards = 0
-    for shard in _shards(source, neighbours, index, tops):
-        _write(folder, f"features-{shards}", key, shard)
-        shards += 1
+    for place, shard in enumerate(_shards(source, neighbours, index, tops)):
+        _write(folder, f"features-{place}", key, shard)
     for place, part in enumerate(index.parts(source.harvest.vocabulary)):
         _write(folder, f"tokens-{place - 1}" if place else "tokens", key, part)
     _write(folder, "overview", key, _overview(source, tops, explanations))
@@ -72,7 +70,9 @@ def _overview(source: Source, tops: np.ndarray, explanations: Explanations | Non
         "top": places(tops),
         "boosted": places(boosted),
         "texts": texts.all,
-        "explanations": None if explanations is None else ["" if each is None else printable(each.text) for each in told],
+        "explanations": None
+        if explanations is None
+        else ["" if each is None else printable(each.text) for each in told],
         "detection": scores("detection"),
         "fuzzing": scores("fuzzing"),
     }
@@ -118,10 +118,10 @@ def _page(
     def places(tokens: Sequence[int] | None) -> list[int]:
         return [texts.place(vocabulary[token]) for token in tokens or ()]
 
-    nearest = [
-        [other, [int(each) for each in found.feature[row["feature"]] if each >= 0], short(found.cosine[row["feature"]])]
-        for other, found in neighbours.items()
-    ]
+    nearest = []
+    for other, found in neighbours.items():
+        near = found.feature[row["feature"]]
+        nearest.append([other, near[near >= 0].tolist(), short(found.cosine[row["feature"]][near >= 0].tolist())])
     return {
         "h": row["histogram"] or [],
         "e": short(row["histogram_edges"] or ()),

@@ -1,7 +1,7 @@
 """Data as scripts: Chromium lets a page that was opened from a disk load scripts beside it, but fetch nothing.
 
-Every such file is one call, `endwise.receive("key", value);`, in ASCII, so that no reader needs to be told its encoding,
-and without `<`, so that nothing in it could end or open a script, wherever it is put.
+Every such file is one call, `endwise.receive("key", value);`, in ASCII, so that no reader needs to be told its
+encoding, and without `<`, so that nothing in it could end or open a script, wherever it is put.
 """
 
 import json

@@ -6,6 +6,7 @@ Only 127.0.0.1 is listened to. A page of another origin that has its name point 
 
 import json
 import mimetypes
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -67,6 +68,11 @@ class DashboardServer(ThreadingHTTPServer):
         names = (HOST, "localhost")
         return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no error of ours."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     def about(self) -> dict[str, Any]:
         return {"texts": [{"most_tokens": reader.most_tokens} for reader in self.readers]}
 
@@ -105,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self._post)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  as its caller names it
         """Nothing is said of what goes well."""
 
     def _answer(self, found: Any) -> None:

@@ -103,7 +103,9 @@ def _write_runs(
     for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
         say(f"{source.path}: {source.harvest.d_sae:,} features")
         about = write_run_data(source, folder / str(place), str(place), near, explained(source.path))
-        told.append({"name": printable(source.name), "folder": printable(source.path), **_shown(source.facts()), **about})
+        told.append(
+            {"name": printable(source.name), "folder": printable(source.path), **_shown(source.facts()), **about}
+        )
     return told
 
 

@@ -58,7 +58,8 @@ class TextReader:
         assert clean.final is not None and spliced is not None
         compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
         active = latents.dense()[0] * mask[0, :, None]
-        ce = [None if not known else (a, b) for known, a, b in zip(*_rows(compared.predicts, compared.ce_clean, compared.ce_spliced), strict=True)]
+        both = torch.stack([compared.ce_clean[0], compared.ce_spliced[0]], 1).tolist()
+        ce = [short(pair) if known else None for known, pair in zip(compared.predicts[0].tolist(), both, strict=True)]
         return {
             "tokens": [self._written(token) for token in tokens[0].tolist()],
             "counts": mask[0].tolist(),
@@ -67,7 +68,7 @@ class TextReader:
             "over_text": _over_text(active),
             "clean": self._predictions(clean.final[0]),
             "spliced": self._predictions(spliced[0]),
-            "ce": [None if pair is None else short(pair) for pair in ce],
+            "ce": ce,
             "kl": short(compared.kl[0].tolist()),
         }
 
@@ -76,7 +77,8 @@ class TextReader:
         tokenizer: Any = self.model.tokenizer
         if tokenizer is None:
             raise ConfigError("This model came without a tokenizer, so it can read no text.")
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
+        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ConfigError("The text is empty. Type a word or more.")
         if len(ids) > self.most_tokens:
@@ -101,10 +103,6 @@ class TextReader:
     def _written(self, token: int) -> str:
         tokenizer: Any = self.model.tokenizer
         return printable(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
-
-def _rows(*each: Tensor) -> list[list[Any]]:
-    return [values[0].tolist() for values in each]
 
 
 def _strongest(row: Float[Tensor, " d_sae"], most: int) -> list[list[float | int | None]]:

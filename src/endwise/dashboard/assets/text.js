@@ -69,8 +69,8 @@ const textView = {
     this.list = el("div");
     this.result.replaceChildren(
       el("section.card", { "data-kind": this.run.kind }, el("h2", {}, "Token by token"), this.summary(), this.line, this.shading),
+      feature.card("Features of the whole text", this.list, el("p.note", {}, "By their greatest activation; choose one to shade the text with it.")),
       this.detail,
-      feature.card("Features of the whole text", el("p.note", {}, "By their greatest activation; choose one to shade the text with it."), this.list),
     );
     this.update();
   },
