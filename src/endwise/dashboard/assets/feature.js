@@ -6,7 +6,7 @@ const feature = {
 
   async view(runs, place, number) {
     const run = runs[place];
-    if (!run || !(number < run.d_sae)) throw new Error("There is no such feature.");
+    if (!run || !Number.isInteger(number) || number < 0 || number >= run.d_sae) throw new Error("There is no such feature.");
     await Promise.all(runs.map((each) => each.overview()));
     const page = await run.page(number);
     if (overview.collection) overview.state.row = overview.collection.row(run, number);
@@ -46,7 +46,7 @@ const feature = {
       el("nav.steps", { "aria-label": "Features" }, el("a.button", { href: "#/", title: "All features (Esc)" }, "All features"), step(-1, "Previous", "p"), step(1, "Next", "n")),
       el("p.eyebrow", {}, run.swatch(), `${run.name} · ${run.kindName} · ${run.site}`),
       el("h1", {}, `Feature ${number}`),
-      words ? el("p.explanation", {}, words, " ", ...scores) : null,
+      words ? el("p.explanation", {}, words, ...scores.flatMap((score) => [" ", score])) : null,
     );
   },
 

@@ -104,7 +104,7 @@ const overview = {
   },
 
   select(label, options, value, changed) {
-    const made = el("select", { onchange: () => changed(made.value) }, Object.entries(options).map(([key, text]) => el("option", { value: key }, text)));
+    const made = el("select", { "aria-label": label, onchange: () => changed(made.value) }, Object.entries(options).map(([key, text]) => el("option", { value: key }, text)));
     made.value = value;
     return el("label.select", {}, el("span", {}, label), made);
   },
@@ -167,8 +167,16 @@ const overview = {
     performance.measure("endwise-sort", { start, end: performance.now() });
   },
 
-  // The rows that answer what is typed, in the order of the table.
   async search() {
+    try {
+      await this.find();
+    } catch (error) {
+      this.count.textContent = error.message;
+    }
+  },
+
+  // The rows that answer what is typed, in the order of the table.
+  async find() {
     const { state, collection } = this;
     const asked = (this.asked = (this.asked || 0) + 1);
     const words = state.words.trim().toLowerCase();
@@ -202,7 +210,7 @@ const overview = {
     const plain = typed.trim().toLowerCase();
     const found = [];
     for (const run of collection.runs) {
-      const directory = await run.tokens();
+      const directory = await run.tokenDirectory();
       directory.plain.forEach((text, place) => {
         if (text.startsWith(plain)) found.push({ run, place, text: directory.texts[place], exact: text === plain, count: directory.counts[place] });
       });

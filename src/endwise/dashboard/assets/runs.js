@@ -67,7 +67,7 @@ class Run {
   }
 
   // The tokens that have features, read when a token is first searched.
-  async tokens() {
+  async tokenDirectory() {
     if (!this.directory) {
       const read = await endwise.load(`${this.place}/tokens`, `${this.data}/tokens.js`);
       const plain = read.texts.map((text) => text.trim().toLowerCase());
@@ -78,7 +78,7 @@ class Run {
 
   // Feature → reasons (1 peaks there, 2 fires there, 4 raises it), of one token of the directory.
   async featuresOf(place) {
-    const { shard } = await this.tokens();
+    const { shard } = await this.tokenDirectory();
     const number = Math.floor(place / shard);
     const read = await endwise.load(`${this.place}/tokens-${number}`, `${this.data}/tokens-${number}.js`);
     const [starts, entries] = [unpacked(read.starts, Int32Array), unpacked(read.entries, Int32Array)];
