@@ -427,6 +427,44 @@ def directions(
 
 @app.command()
 @_plainly
+def dashboard(
+    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, shown side by side.")],
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
+    ] = "512MiB",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the site; unset: dashboard/ in the run, or beside the first of several."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
+    from endwise.dashboard import write_dashboard
+    from endwise.machine import parse_size
+
+    say = None if quiet else lambda text: _say(text, err=True)
+    _say(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=say)}")
+
+
+@app.command()
+@_plainly
+def serve(
+    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, as for endwise dashboard.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
+    again: Annotated[bool, typer.Option("--again", help="Write the dashboard anew, though it is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type?"""
+    from endwise.dashboard.serving import dashboard_server
+
+    say = None if quiet else lambda text: _say(text, err=True)
+    with dashboard_server(runs, port=port, again=again, say=say) as server:
+        _say(f"{server.url} (Ctrl+C ends it)")
+        server.serve_forever()
+
+
+@app.command()
+@_plainly
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[

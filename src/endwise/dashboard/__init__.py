@@ -1,0 +1,7 @@
+"""What a reader explores: every feature of one or several runs, as static files that open from a disk (`site`), or
+served with the model behind them (`serving`).
+"""
+
+from endwise.dashboard.site import write_dashboard
+
+__all__ = ["write_dashboard"]

@@ -1,0 +1,139 @@
+"""A run's data as the page reads it: an overview of all features, the features in shards, and the index of tokens."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from endwise.dashboard.explained import Explanations
+from endwise.dashboard.nearest import Neighbours
+from endwise.dashboard.scripts import Texts, packed, script, short
+from endwise.dashboard.sources import Source
+from endwise.dashboard.token_index import TokenIndex
+from endwise.features.harvest import TOP, Context
+from endwise.printable import printable
+
+SHARD = 128
+"""Features of one file."""
+
+
+def write_run_data(
+    source: Source, folder: Path, key: str, neighbours: Mapping[int, Neighbours], explanations: Explanations | None
+) -> dict[str, Any]:
+    """Writes `overview.js`, `features-<n>.js`, `tokens.js` and `tokens-<n>.js` into a new folder.
+
+    Args:
+        key: what each file's content is handed to the page under, before `/overview` and so on.
+        neighbours: by the place of the other run among those of the site.
+
+    Returns: what the page must know before it reads them.
+    """
+    folder.mkdir(parents=True)
+    index, tops = TokenIndex(), np.full(source.harvest.d_sae, -1, dtype=np.int64)
+    for place, shard in enumerate(_shards(source, neighbours, index, tops)):
+        _write(folder, f"features-{place}", key, shard)
+    for place, part in enumerate(index.parts(source.harvest.vocabulary)):
+        _write(folder, f"tokens-{place - 1}" if place else "tokens", key, part)
+    _write(folder, "overview", key, _overview(source, tops, explanations))
+    return {"shard": SHARD, "explained": explanations is not None}
+
+
+def _write(folder: Path, name: str, key: str, value: Any) -> None:
+    (folder / f"{name}.js").write_bytes(script(f"{key}/{name}", value))
+
+
+def _overview(source: Source, tops: np.ndarray, explanations: Explanations | None) -> dict[str, Any]:
+    """Columns, one entry per feature; texts by their place in `texts`, -1 for none."""
+    harvest, texts = source.harvest, Texts()
+    vocabulary = harvest.vocabulary
+    boosted = [first[0] if first else -1 for first in harvest.features["boosted"].to_pylist()]
+    told = [None if explanations is None else explanations.of(feature) for feature in range(harvest.d_sae)]
+
+    def places(tokens: Sequence[int] | np.ndarray) -> str:
+        return packed(np.array([-1 if token < 0 else texts.place(vocabulary[token]) for token in tokens]), "i4")
+
+    def scores(name: str) -> str | None:
+        if explanations is None:
+            return None
+        found = [None if each is None else getattr(each, name) for each in told]
+        return packed(np.array([np.nan if score is None else score for score in found]))
+
+    return {
+        "firings": packed(harvest.firings, "f8"),
+        "density": packed(harvest.column("density"), "f8"),
+        "mean": packed(harvest.column("mean_active")),
+        "max": packed(harvest.column("max_active")),
+        "importance": packed(harvest.column("ce_second")),
+        "ce": packed(harvest.column("ce")),
+        "top": places(tops),
+        "boosted": places(boosted),
+        "texts": texts.all,
+        "explanations": None
+        if explanations is None
+        else ["" if each is None else printable(each.text) for each in told],
+        "detection": scores("detection"),
+        "fuzzing": scores("fuzzing"),
+    }
+
+
+def _shards(
+    source: Source, neighbours: Mapping[int, Neighbours], index: TokenIndex, tops: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """The features' pages, `SHARD` at a time; what is seen on the way goes into the index and the top tokens."""
+    harvest, vocabulary = source.harvest, source.harvest.vocabulary
+    contexts = harvest.all_contexts()
+    upcoming = next(contexts, None)
+    for first in range(0, harvest.d_sae, SHARD):
+        texts, pages = Texts(), []
+        for row in harvest.features.slice(first, SHARD).to_pylist():
+            feature, own = row["feature"], []
+            if upcoming is not None and upcoming[0] == feature:
+                own, upcoming = upcoming[1], next(contexts, None)
+            index.add(feature, own, row["boosted"] or ())
+            tops[feature] = top_token(own)
+            pages.append(_page(row, own, neighbours, texts, vocabulary))
+        yield {"texts": texts.all, "features": pages}
+
+
+def top_token(contexts: Sequence[Context]) -> int:
+    """The token at which its greatest activations add up to most; -1 for a feature that never fired."""
+    sums: dict[int, float] = defaultdict(float)
+    for context in contexts:
+        if context.group == TOP:
+            sums[context.tokens[context.peak]] += context.activation
+    return max(sums, key=lambda token: sums[token]) if sums else -1
+
+
+def _page(
+    row: Mapping[str, Any],
+    contexts: Sequence[Context],
+    neighbours: Mapping[int, Neighbours],
+    texts: Texts,
+    vocabulary: Sequence[str],
+) -> dict[str, Any]:
+    """One feature's; keys are short because they come so often (`feature.js` says them in words)."""
+
+    def places(tokens: Sequence[int] | None) -> list[int]:
+        return [texts.place(vocabulary[token]) for token in tokens or ()]
+
+    nearest = []
+    for other, found in neighbours.items():
+        near = found.feature[row["feature"]]
+        nearest.append([other, near[near >= 0].tolist(), short(found.cosine[row["feature"]][near >= 0].tolist())])
+    return {
+        "h": row["histogram"] or [],
+        "e": short(row["histogram_edges"] or ()),
+        "b": places(row["boosted"]),
+        "bl": short(row["boosted_logits"] or ()),
+        "s": places(row["suppressed"]),
+        "sl": short(row["suppressed_logits"] or ()),
+        "c": row["co_firing"] or [],
+        "cj": short(row["co_firing_jaccard"] or (), 3),
+        "n": nearest,
+        "x": [
+            [each.group, each.sequence, each.position, each.peak, places(each.tokens), short(each.activations, 3)]
+            for each in contexts
+        ],
+    }

@@ -1,0 +1,58 @@
+"""From runs to a server: the site is written if it is not there, the model loaded, each SAE put at its site."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from endwise.dashboard.server import DashboardServer
+from endwise.dashboard.site import check_site, default_folder, write_dashboard
+from endwise.dashboard.sources import read_sources
+from endwise.dashboard.text import TextReader
+from endwise.errors import RunFolderError
+from endwise.language_model import LanguageModel
+from endwise.model_loading import load_model
+from endwise.run_evaluation import load_sae
+
+
+def dashboard_server(
+    runs: Sequence[str | Path],
+    *,
+    port: int = 0,
+    again: bool = False,
+    model: LanguageModel | None = None,
+    say: Callable[[str], None] | None = None,
+) -> DashboardServer:
+    """A server that is ready for `serve_forever`.
+
+    Args:
+        runs: as for `write_dashboard`; the site lies where that puts it, and is written if it is not there or older
+            than a harvest.
+        port: 0 for any that is free.
+        again: write the site in any case.
+        model: the runs' own, loaded; unset: each run's is loaded, once for all that name the same.
+        say: is told what is being done.
+
+    Raises:
+        EndwiseError: what `write_dashboard`, `load_model` and `DashboardServer` raise.
+    """
+    sources = read_sources(runs)
+    folder = default_folder([source.path for source in sources])
+    newest = max((source.harvest.folder / "harvest.json").stat().st_mtime for source in sources)
+    if again or not _is_there(folder, newest):
+        write_dashboard(runs, folder, say=say)
+    models: dict[str, LanguageModel] = {}
+    readers = []
+    for source in sources:
+        settings = source.config.model.model_dump()
+        own = model or models.get(repr(settings)) or load_model(**settings)
+        models[repr(settings)] = own
+        sae = load_sae(source.path, source.config, own)
+        readers.append(TextReader(own, sae, own.site(source.config.site), source.config.data))
+    return DashboardServer(folder, readers, port)
+
+
+def _is_there(folder: Path, newest: float) -> bool:
+    try:
+        check_site(folder)
+    except RunFolderError:
+        return False
+    return (folder / "data" / "site.js").stat().st_mtime >= newest

@@ -1,0 +1,146 @@
+"""A site of static files that shows the features of runs: opened from a disk, or served (`server`).
+
+index.html, *.css, *.js  the page itself, the same for every site
+data/site.js             which runs there are, and where their data lies; written last
+data/<digest>/<n>/       a run's data (`run_data`), under a digest of all of it
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from endwise import __version__
+from endwise.analysis.cosines import MEMORY
+from endwise.dashboard.explained import Explained, read_explanations
+from endwise.dashboard.nearest import Dictionary, all_neighbours
+from endwise.dashboard.run_data import write_run_data
+from endwise.dashboard.scripts import script
+from endwise.dashboard.sources import Source, read_sources
+from endwise.errors import RunFolderError
+from endwise.files import PARTIAL, cannot_write, write_atomic
+from endwise.printable import printable
+
+FOLDER = "dashboard"
+INDEX = "index.html"
+_DATA = "data"
+_DIGEST = 16
+"""Letters of the folder that holds a site's data."""
+
+
+def write_dashboard(
+    runs: Sequence[str | Path],
+    out: Path | str | None = None,
+    *,
+    explained: Explained = read_explanations,
+    memory: int = MEMORY,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Writes the site of one or several harvested runs. Until its end, a site that was there stays as it was.
+
+    Args:
+        runs: run folders; features are compared across those of one model and site.
+        out: the folder; unset: `dashboard/` in the run, or beside the first of several.
+        explained: what gives a run's explanations.
+        memory: bytes that the search for the nearest features may hold beside the dictionaries.
+        say: is told what is being done.
+
+    Returns: the page to open.
+
+    Raises:
+        ConfigError: no run, or one twice.
+        RunFolderError: a folder is no run, was not harvested, or the site cannot be written.
+        FormatError: a harvest or an SAE cannot be read, or they do not belong together.
+    """
+    sources = read_sources(runs)
+    folder = default_folder([source.path for source in sources]) if out is None else Path(out)
+    say = say or (lambda _: None)
+    partial = folder / _DATA / PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        told = _write_runs(sources, partial, explained, memory, say)
+        digest = _digest(partial)
+        _put(partial, folder / _DATA / digest)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for name, content in assets().items():
+        write_atomic(folder / name, content)
+    site = {"version": __version__, "data": f"{_DATA}/{digest}", "runs": told}
+    write_atomic(folder / _DATA / "site.js", script("site", site))
+    _drop_older(folder / _DATA, digest)
+    return folder / INDEX
+
+
+def default_folder(runs: Sequence[Path]) -> Path:
+    """Where the site of these runs goes."""
+    return (runs[0] if len(runs) == 1 else runs[0].parent) / FOLDER
+
+
+def assets() -> dict[str, bytes]:
+    """The files of the page itself, by name."""
+    return {
+        file.name: file.read_bytes()
+        for file in files("endwise.dashboard").joinpath("assets").iterdir()
+        if file.name.endswith((".html", ".css", ".js"))
+    }
+
+
+def _write_runs(
+    sources: Sequence[Source], folder: Path, explained: Explained, memory: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    say("nearest features")
+    dictionaries = [
+        Dictionary.of(each.sae().W_dec, each.harvest.firings, (each.config.model.name, each.config.site))
+        for each in sources
+    ]
+    neighbours = all_neighbours(dictionaries, memory=memory)
+    del dictionaries
+    told = []
+    for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
+        say(f"{source.path}: {source.harvest.d_sae:,} features")
+        about = write_run_data(source, folder / str(place), str(place), near, explained(source.path))
+        told.append(
+            {"name": printable(source.name), "folder": printable(source.path), **_shown(source.facts()), **about}
+        )
+    return told
+
+
+def _shown(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: printable(value) if isinstance(value, str) else value for name, value in facts.items()}
+
+
+def _digest(folder: Path) -> str:
+    """Of every file's place and content."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.js")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:_DIGEST]
+
+
+def _put(partial: Path, place: Path) -> None:
+    """A folder that is there already had the same content, unless someone has taken from it."""
+    if place.exists():
+        shutil.rmtree(place)
+    partial.replace(place)
+
+
+def _drop_older(data: Path, digest: str) -> None:
+    """Data of what the site was before."""
+    for old in data.iterdir():
+        if old.is_dir() and len(old.name) == _DIGEST and old.name != digest:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_site(folder: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the folder holds no whole site.
+    """
+    if not (folder / INDEX).exists() or not (folder / _DATA / "site.js").exists():
+        raise RunFolderError(f"{folder} holds no dashboard. Write one: endwise dashboard RUN --out {folder}")

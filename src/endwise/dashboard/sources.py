@@ -1,0 +1,102 @@
+"""The runs of a dashboard: what each is, its harvest, and what it is called."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endwise.dictionaries import SAE
+from endwise.errors import ConfigError, FormatError, RunFolderError
+from endwise.features.harvest import Harvest, read_harvest
+from endwise.features.importance import weights_digest
+from endwise.run_config import RunConfig
+from endwise.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run with its harvest."""
+
+    path: Path
+    name: str
+    """Its folder's; where several are called alike, with as much of the path as tells them apart."""
+    config: RunConfig
+    harvest: Harvest
+
+    def sae(self) -> SAE:
+        """
+        Raises:
+            FormatError: it cannot be read, or has another number of features than the harvest.
+        """
+        sae = SAE.load(self.path)
+        if sae.d_sae != self.harvest.d_sae:
+            raise FormatError(
+                f"{self.path} was harvested with {self.harvest.d_sae:,} features, but its SAE has {sae.d_sae:,}. "
+                f"{_again(self.path)}"
+            )
+        return sae
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader is told of the run as a whole."""
+        measured = RunFolder(self.path).evaluation() or {}
+        firings = self.harvest.firings
+        return {
+            "kind": self.config.objective.kind,
+            "site": self.config.site,
+            "model": self.config.model.name,
+            "coefficient": self.config.objective.sparsity.coefficient,
+            "seed": self.config.seed,
+            "d_sae": self.harvest.d_sae,
+            "alive": int((firings > 0).sum()),
+            "tokens": int(self.harvest.about["tokens"]),
+            "l0": float(firings.sum()) / max(1, int(self.harvest.about["tokens"])),
+            "ce_increase": measured.get("ce_increase"),
+        }
+
+
+def read_sources(runs: Sequence[str | Path]) -> list[Source]:
+    """
+    Raises:
+        ConfigError: no run, or one twice.
+        RunFolderError: a folder is no run, or was not harvested.
+        FormatError: a harvest cannot be read, or is of other weights than the run's SAE has now.
+    """
+    paths = [Path(run) for run in runs]
+    if not paths:
+        raise ConfigError("A dashboard takes one run or more; none was given.")
+    resolved = [path.resolve() for path in paths]
+    for place, path in enumerate(resolved):
+        if path in resolved[:place]:
+            raise ConfigError(f"A dashboard shows each run once; {paths[place]} was given twice. Leave one out.")
+    return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+
+
+def _read(path: Path, name: str) -> Source:
+    config = RunFolder.open(path).config()
+    harvest = read_harvest(path)
+    if harvest is None:
+        raise RunFolderError(f"{path} was not harvested yet. Harvest it: endwise harvest {shlex.quote(str(path))}")
+    try:
+        digest, tokens = harvest.about["weights"], harvest.about["tokens"]
+    except KeyError as error:
+        raise FormatError(f"{harvest.folder / 'harvest.json'} does not say its {error}. {_again(path)}") from None
+    if type(tokens) is not int or digest != weights_digest(path):
+        raise FormatError(f"{path} was harvested with other weights than its SAE has now. {_again(path)}")
+    return Source(path, name, config, harvest)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell it from all others."""
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        depth = 1
+        while depth < len(path.parts) and any(other.parts[-depth:] == path.parts[-depth:] for other in others):
+            depth += 1
+        names.append("/".join(path.parts[-depth:]))
+    return names
+
+
+def _again(path: Path) -> str:
+    return f"Harvest again: endwise harvest --again {shlex.quote(str(path))}"

@@ -1,0 +1,119 @@
+"""What fires on a text that someone types, and what the model predicts there, clean and on the reconstruction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from endwise.dashboard.scripts import short
+from endwise.dictionaries import SAE
+from endwise.errors import ConfigError
+from endwise.language_model import LanguageModel
+from endwise.printable import printable
+from endwise.run_config import DataConfig
+from endwise.sites import Site
+
+MOST_TOKENS = 512
+PER_TOKEN = 20
+"""Features of a token that are told, the most active first."""
+OVER_TEXT = 60
+"""Features of the whole text that are told, by their greatest activation."""
+PREDICTED = 6
+"""Tokens of a prediction that are told, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A model with one run's SAE at its site."""
+
+    model: LanguageModel
+    sae: SAE
+    site: Site
+    data: DataConfig
+    """How sequences begin, as in training: with BOS or not, and whether position 0 counts."""
+
+    @property
+    def most_tokens(self) -> int:
+        return min(MOST_TOKENS, (self.model.context or MOST_TOKENS) - self.data.prepend_bos)
+
+    @torch.no_grad()
+    def read(self, text: str) -> dict[str, Any]:
+        """Token by token, as JSON that `text.js` shows; lists have one entry per token.
+
+        A position that was masked in training (BOS, position 0 on request) keeps its own activation in the spliced
+        pass, and no feature is told of it, as in every metric.
+
+        Raises:
+            ConfigError: the text has no token or too many, or the model has no tokenizer.
+        """
+        tokens, mask = self._tokens(text)
+        clean = self.model.clean(tokens, record=[self.site], final=True)
+        activation = clean.activations[self.site]
+        latents = self.sae.encode(activation.float())
+        value = torch.where(mask[..., None], self.sae.decode(latents).to(activation.dtype), activation)
+        spliced = self.model.replay(clean, {self.site: value}).final
+        assert clean.final is not None and spliced is not None
+        compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
+        active = latents.dense()[0] * mask[0, :, None]
+        both = torch.stack([compared.ce_clean[0], compared.ce_spliced[0]], 1).tolist()
+        ce = [short(pair) if known else None for known, pair in zip(compared.predicts[0].tolist(), both, strict=True)]
+        return {
+            "tokens": [self._written(token) for token in tokens[0].tolist()],
+            "counts": mask[0].tolist(),
+            "active": [_strongest(row, PER_TOKEN) for row in active],
+            "l0": (active != 0).sum(1).tolist(),
+            "over_text": _over_text(active),
+            "clean": self._predictions(clean.final[0]),
+            "spliced": self._predictions(spliced[0]),
+            "ce": ce,
+            "kl": short(compared.kl[0].tolist()),
+        }
+
+    def _tokens(self, text: str) -> tuple[Tensor, Tensor]:
+        """`[1 pos]` each."""
+        tokenizer: Any = self.model.tokenizer
+        if tokenizer is None:
+            raise ConfigError("This model came without a tokenizer, so it can read no text.")
+        whole = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
+        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise ConfigError("The text is empty. Type a word or more.")
+        if len(ids) > self.most_tokens:
+            raise ConfigError(f"The text has {len(ids):,} tokens, more than {self.most_tokens:,}. Shorten it.")
+        bos = [tokenizer.bos_token_id] if self.data.prepend_bos else []
+        tokens = torch.tensor([[*bos, *ids]], device=self.model.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, : len(bos)] = False
+        if self.data.mask_first_position:
+            mask[:, 0] = False
+        return tokens, mask
+
+    def _predictions(self, final: Float[Tensor, "pos d_model"]) -> list[list[list[Any]]]:
+        probabilities = self.model.readout.logits(final).softmax(-1)
+        best = probabilities.topk(min(PREDICTED, probabilities.shape[-1]), dim=-1)
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [
+            [[self._written(token), share] for token, share in zip(tokens, short(shares), strict=True)]
+            for tokens, shares in rows
+        ]
+
+    def _written(self, token: int) -> str:
+        tokenizer: Any = self.model.tokenizer
+        return printable(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def _strongest(row: Float[Tensor, " d_sae"], most: int) -> list[list[float | int | None]]:
+    """The features that are not 0 with their values, the greatest first."""
+    found = row.topk(min(most, len(row)))
+    kept = [(f, v) for f, v in zip(found.indices.tolist(), found.values.tolist(), strict=True) if v > 0]
+    return [[feature, *short([value])] for feature, value in kept]
+
+
+def _over_text(active: Float[Tensor, "pos d_sae"]) -> list[dict[str, Any]]:
+    greatest = active.amax(0)
+    features: Int64[Tensor, " n"] = greatest.topk(min(OVER_TEXT, len(greatest))).indices
+    kept: Sequence[int] = [feature for feature in features.tolist() if greatest[feature] > 0]
+    return [{"feature": feature, "values": short(active[:, feature].tolist())} for feature in kept]
