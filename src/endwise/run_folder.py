@@ -12,6 +12,7 @@ evaluation_sums.safetensors     the same per sequence, which paired comparisons 
 evaluation_firings.safetensors  on how many of these tokens each feature fired
 importance.safetensors          what each feature does for the predictions, if that was measured
 directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
+dashboard/                      its features as a site (`endwise dashboard`), made from `harvest/` and made again at will
 .lock                           held by the process that trains here
 """
 
