@@ -22,9 +22,20 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
-ATTACKS = [ATTACK, "</script><script>window.hacked=1</script>", "<!--<script>", "\u2028window.hacked=1//", "${window.hacked=1}",
-           '" onmouseover="window.hacked=1', "javascript:window.hacked=1", "{{constructor.constructor('window.hacked=1')()}}",
-           HOSTILE, "<svg/onload=window.hacked=1>", "\\u003cscript>", "'-(window.hacked=1)-'"]  # fmt: skip
+ATTACKS = [
+    ATTACK,
+    "</script><script>window.hacked=1</script>",
+    "<!--<script>",
+    "\u2028window.hacked=1//",
+    "${window.hacked=1}",
+    '" onmouseover="window.hacked=1',
+    "javascript:window.hacked=1",
+    "{{constructor.constructor('window.hacked=1')()}}",
+    HOSTILE,
+    "<svg/onload=window.hacked=1>",
+    "\\u003cscript>",
+    "'-(window.hacked=1)-'",
+]
 FEATURES = 150
 SOME = ((TOP, 10), (0, 2), (1, 2))
 
@@ -395,12 +406,13 @@ CONTRAST = """() => {
     const below = background(element);
     const [a, b] = [light(over(parse(getComputedStyle(element).color), below)), light(below)];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push(`${element.tagName}.${element.className} ${ratio.toFixed(2)} ${element.textContent.slice(0, 30)}`);
+    if (ratio < 4.5) poor.push([element.tagName, element.className, ratio, element.textContent.slice(0, 30)]);
   }
   return [seen, poor];
 }"""
 NAMELESS = """() => [...document.querySelectorAll("a, button, input, select, textarea, [role=img], [role=grid]")]
-  .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.getAttribute("aria-label") || (e.labels && e.labels.length)))
+  .filter((e) => e.checkVisibility() && !e.textContent.trim() && !e.getAttribute("aria-label"))
+  .filter((e) => !(e.labels && e.labels.length))
   .map((e) => e.outerHTML)"""
 
 
@@ -418,12 +430,8 @@ def test_every_view_can_be_read(opened, site, served, scheme, width):
             assert seen > 30 and poor == []
             assert page.evaluate(NAMELESS) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert (
-                page.evaluate(
-                    "[...document.querySelectorAll('[id]')].map(e => e.id).filter((id, at, all) => all.indexOf(id) !== at)"
-                )
-                == []
-            )
+            ids = page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
+            assert len(ids) == len(set(ids))
 
 
 def test_nothing_of_anyone_elses_runs(opened, hostile):
@@ -520,7 +528,8 @@ def test_a_text_that_cannot_be_read_says_why(opened, served, browser):
     context.close()
 
 
-def test_46080_features_are_few_elements(opened, tmp_path):
+def test_46080_features_are_few_elements(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("endwise.dashboard.site.all_neighbours", lambda *_, **__: [{}])  # which takes a minute
     run = write_harvested_run(tmp_path / "run", 46_080, groups=())
     page = opened(write_dashboard([run]).as_uri())
     firings = read_harvest(run).firings

@@ -14,6 +14,7 @@ importance.safetensors          what each feature does for the predictions, if t
 directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
 harvest/                        what each feature fires on, raises and fires with, if `endwise harvest` gathered it
 .harvest.lock                   held by the process that joins a harvest's shards
+dashboard/                      its features as a site, made from `harvest/` by `endwise dashboard`
 .lock                           held by the process that trains here
 """
 
