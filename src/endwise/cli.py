@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 
 DOES_NOT_FIT = 8
-"""The exit code of `plan` for a run that will not fit; 1 to 7 are those of errors."""
+"""The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
