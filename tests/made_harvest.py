@@ -69,8 +69,8 @@ def _features(count, dead, importance):
         fired = 0 if feature in dead else 100
         row = {"feature": feature, "firings": fired, "density": fired / 10_000}
         row |= {"mean_active": 2.0, "max_active": 8.0, "histogram": [fired], "histogram_edges": [0.0, 8.0]}
-        row |= dict.fromkeys(("boosted", "suppressed", "co_firing"), [])
-        row |= dict.fromkeys(("boosted_logits", "suppressed_logits", "co_firing_jaccard"), [])
+        row |= {name: [] for name in ("boosted", "suppressed", "co_firing")}
+        row |= {name: [] for name in ("boosted_logits", "suppressed_logits", "co_firing_jaccard")}
         row |= {"ce_second": float(feature) if importance else None, "ce": None}
         rows.append(row)
     return pa.Table.from_pylist(rows, FEATURE_SCHEMA)

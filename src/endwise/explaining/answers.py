@@ -14,8 +14,8 @@ _LIST = re.compile(r"\[\s*[01](?:\s*,\s*[01])*\s*,?\s*\]")
 
 
 def read_explanation(answer: str) -> str | None:
-    """The explanation in an answer: `{"explanation": …}`, else what follows `explanation:` in a line, else a text of one
-    paragraph without braces as it stands. None where there is none, as in JSON that was cut off.
+    """The explanation in an answer: `{"explanation": …}`, else what follows `explanation:` in a line, else a text of
+    one paragraph without braces as it stands. None where there is none, as in JSON that was cut off.
     """
     answer = _THOUGHT.sub("", answer).strip()
     value = _json(answer)

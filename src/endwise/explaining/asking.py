@@ -84,7 +84,7 @@ class Asking:
             Explanation(feature, text, settings.model, settings.scorer, scores.get(feature, {}), random.get(feature))
             for feature, text in sorted(texts.items())
         )
-        unread = {each: "no explanation could be had" for each in sorted(samples.keys() - texts.keys())}
+        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation could be had")
         return Explained(rows, {**self.prepared.left_out, **unread})
 
     def _shuffled(self, features: Sequence[int]) -> dict[int, int]:
@@ -132,7 +132,7 @@ class Asking:
     async def _answered(
         self, model: str, prompt: str, stand_in: str, read: Callable[[str], Read | None]
     ) -> Read | None:
-        """What an answer reads as, asked for once more where it cannot be read; None: neither could, or a call failed."""
+        """What an answer reads as, asked for once more if it cannot be read; None: neither could, or a call failed."""
         for asked in (prompt, prompt + REMINDER):
             answer = await self.asker.ask(self.settings.request(model, asked), self.cache, stand_in)
             if answer is None:

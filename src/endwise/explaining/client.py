@@ -175,8 +175,8 @@ class Client:
         if 300 <= status < 400:
             where = self._told(response.headers.get("Location", "nowhere"))
             raise EndpointError(
-                f"{self._endpoint.url} sends on to {where}, which is not followed: a key must not go to a host that was "
-                "not named. Give that address as --endpoint if it is right."
+                f"{self._endpoint.url} sends on to {where}, which is not followed: a key must not go to a host that "
+                "was not named. Give that address as --endpoint if it is right."
             )
         raise EndpointError(f"{self._endpoint.url} refused the call ({status}: {told}) {self._remedy(status)}")
 

@@ -63,7 +63,8 @@ def find_endpoint(address: str, key_variable: str | None = None) -> Endpoint:
     key = None if key_variable is None else _key(key_variable)
     if key is not None and parts.scheme == "http" and not _is_loopback(host):
         raise ConfigError(
-            f"The key would go unencrypted to {host}. Use https://, or leave out --key-variable if the server needs none."
+            f"The key would go unencrypted to {host}. Use https://, or leave out --key-variable if the server needs "
+            "none."
         )
     return Endpoint(base + _PATH, key, key_variable)
 

@@ -1,4 +1,4 @@
-"""What explaining will take, before it starts: the work is gone through with stand-ins for the answers that are not kept.
+"""What explaining will take, before it starts: the work is gone through with stand-ins for answers not yet kept.
 
 So the number of calls is that of the work itself, but for those that must be asked a second time. Tokens are counted as
 characters / 4, as English mostly comes to; a model that thinks before it answers writes more than is counted.
@@ -13,8 +13,8 @@ from endwise.explaining.asking import Asking
 from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
 from endwise.explaining.client import Tally
 from endwise.explaining.endpoint import Endpoint
-from endwise.explaining.preparing import Prepared
 from endwise.explaining.event_loop import run_async
+from endwise.explaining.preparing import Prepared
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER
 

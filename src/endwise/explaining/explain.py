@@ -1,7 +1,7 @@
 """Explanations of the features of runs, scored, as tables in their folders."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -14,14 +14,12 @@ from endwise.explaining.client import Client, Tally, connected
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.estimating import Estimate, estimate
 from endwise.explaining.event_loop import run_async
-from endwise.explaining.preparing import Prepared, prepare
+from endwise.explaining.preparing import Prepared, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER, Explanations, read_explanations, write_explanations
 
 PROGRESS_SECONDS = 15.0
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Plan:
     estimate: Estimate
 
 
-def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = lambda text: None) -> Plan:
+def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = unsaid) -> Plan:
     """Chooses features and texts, and counts the calls; nothing is asked.
 
     Raises:
@@ -46,7 +44,7 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
     return Plan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
 
 
-def explain(plan: Plan, say: Say = lambda text: None) -> tuple[dict[Path, Explanations], Tally]:
+def explain(plan: Plan, say: Say = unsaid) -> tuple[dict[Path, Explanations], Tally]:
     """Makes the calls that were planned and writes each run's `explanations/`; what was answered before is not asked
     again. By run folder, and what it took.
 
@@ -113,12 +111,15 @@ def estimate_lines(made: Estimate, prices: Sequence[float | None]) -> list[str]:
         prices: per million tokens in and out; unset where they are not known.
     """
     price_in, price_out = prices
-    lines = [
+    work = (
         f"{made.features:,} features of {made.runs:,} run{'s' * (made.runs > 1)}: {made.calls:,} calls to make, "
-        f"{made.kept:,} answers are kept from before.",
+        f"{made.kept:,} answers are kept from before."
+    )
+    size = (
         f"About {made.tokens_in:,} tokens in and {made.tokens_out:,} out (characters / 4; more if the model thinks "
-        "before it answers, or an answer must be asked for again).",
-    ]
+        "before it answers, or an answer must be asked for again)."
+    )
+    lines = [work, size]
     if price_in is not None and price_out is not None:
         lines.append(
             f"At {price_in:g} and {price_out:g} per million tokens: about {made.price(price_in, price_out):.2f}."

@@ -46,8 +46,8 @@ class Pace:
 
 
 def back_off(attempt: int, jitter: Callable[[], float] = random.random) -> float:
-    """Seconds before attempt 1, 2, …: doubling from `FIRST_BACK_OFF` up to `LONGEST_BACK_OFF`, of which a random half to
-    the whole, so that calls that failed together do not come back together.
+    """Seconds before attempt 1, 2, …: doubling from `FIRST_BACK_OFF` up to `LONGEST_BACK_OFF`, of which a random half
+    to the whole, so that calls that failed together do not come back together.
     """
     most = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2 ** min(attempt - 1, 30))
     return most * (0.5 + 0.5 * jitter())

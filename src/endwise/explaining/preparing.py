@@ -13,6 +13,14 @@ from endwise.explaining.settings import Settings
 from endwise.features.harvest import Context, Harvest, read_harvest
 from endwise.run_folder import RunFolder
 
+Say = Callable[[str], None]
+"""Tells the user a sentence."""
+
+
+def unsaid(text: str) -> None:
+    """Tells nobody."""
+
+
 SPARE = 2
 """Candidates that are read for each feature that is wanted, since some have too few texts."""
 
@@ -39,7 +47,7 @@ class Prepared:
         return Prepared(self.run, self.harvest, self.writer, samples, random, self.left_out)
 
 
-def prepare(runs: Iterable[Path], settings: Settings, say: Callable[[str], None] = lambda text: None) -> list[Prepared]:
+def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[Prepared]:
     """Every run's features and texts; of `random:N` and `top:N` equally many in each run.
 
     Raises:

@@ -1,8 +1,8 @@
 """Which texts of a feature are shown to the explainer, and which are asked about: never the same, nor overlapping ones.
 
 A text in which the feature does not fire is one that the harvest keeps for another feature, from a sequence of which it
-keeps none for this one. A harvest keeps only some of a feature's texts, so a feature that fires often may fire in such a
-text after all, unknown to us: that lowers its scores, whatever its explanation, and it lowers those of all kinds alike.
+keeps none for this one. A harvest keeps only some of a feature's texts, so a feature that fires often may fire in such
+a text after all, unknown to us: that lowers its scores, whatever its explanation, and it lowers those of all kinds.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,8 +89,8 @@ def split(
 ) -> tuple[tuple[Text, ...], tuple[Text, ...]] | None:
     """Texts to show and texts to hold out; None where a feature has too few.
 
-    Held out are as many of each group as can be, the top ones and each quantile. Of the others, those that are shown are
-    taken in turns from the top ones and from the quantiles.
+    Held out are as many of each group as can be, the top ones and each quantile. Of the others, those that are shown
+    are taken in turns from the top ones and from the quantiles.
     """
     group_of: dict[Text, int] = {}
     for context in contexts:

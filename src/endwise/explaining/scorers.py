@@ -52,7 +52,7 @@ Choices = list[bool]
 
 
 def balanced_accuracy(truth: Sequence[bool], chosen: Sequence[bool]) -> float | None:
-    """Mean of the shares of true and of false items that were told rightly, 0 to 1, 0.5 by chance; None without both."""
+    """Mean of the shares of true and of false items told rightly: 0 to 1, 0.5 by chance; None without both."""
     told, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
     if is_true.all() or not is_true.any():
         return None
@@ -112,7 +112,7 @@ class Fuzzing(_Choosing):
 
 
 def wrong_marks(text: Text, generator: np.random.Generator) -> tuple[bool, ...]:
-    """As many as the right ones, at random among the tokens where the feature does not fire; none where it fires at all."""
+    """As many as the right ones, at random among the tokens where the feature does not fire, or all there are."""
     free = [place for place, activation in enumerate(text.activations) if activation <= 0]
     count = min(len(free), sum(marks_of(text)))
     chosen = set(generator.choice(free, count, replace=False).tolist()) if count else set()

@@ -1,5 +1,6 @@
 """What `endwise explain` is asked to do, checked before anything is read or paid."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,3 +90,21 @@ class Settings:
         """What decides on the numbers, for the record; how patiently they were asked for does not."""
         record = {name: value for name, value in vars(self).items() if name not in ("patience", "prompts")}
         return {**record, "scorers": list(self.scorers), "extra": dict(self.extra), "scorer_model": self.scorer}
+
+
+def parse_extra(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: it is no object in JSON.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f'--extra must be an object in JSON, such as {{"top_p": 0.9}}; given {text!r:.200}.')
+    return value
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

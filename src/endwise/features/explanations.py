@@ -54,7 +54,7 @@ class Explanation:
     scorer: str
     """The model that was asked with it."""
     scores: Mapping[str, Score] = field(default_factory=dict)
-    """By scorer and control, `detection`, `detection.shuffled`, `detection.random`, …; only those that were measured."""
+    """By scorer and control, `detection`, `detection.shuffled`, `detection.random`, …; only those measured."""
     random_text: str | None = None
     """The explanation made of random texts, where that control was made."""
 
@@ -114,8 +114,8 @@ def read_explanations(run: Path) -> Explanations | None:
         rows = tuple(map(_explanation, table.to_pylist()))
     except (OSError, pa.ArrowException, FormatError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
-            f"{folder} is not what endwise explain writes ({error}). Explain again: what was answered before is kept in "
-            f"answers.sqlite there and is not paid twice."
+            f"{folder} is not what endwise explain writes ({error}). Explain again: what was answered before is kept "
+            f"in answers.sqlite there and is not paid twice."
         ) from None
     features = [each.feature for each in rows]
     if features != sorted(set(features)):
