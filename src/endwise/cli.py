@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 
 DOES_NOT_FIT = 8
-"""The exit code of `plan` for a run that will not fit; 1 to 7 are those of errors."""
+"""The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -461,6 +461,120 @@ def serve(
     with dashboard_server(runs, port=port, again=again, say=say) as server:
         _say(f"{server.url} (Ctrl+C ends it)")
         server.serve_forever()
+
+
+@app.command()
+@_plainly
+def explain(
+    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders.")],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="Base of an OpenAI-compatible API, e.g. http://127.0.0.1:8080/v1")
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model that explains, as the endpoint calls it.")],
+    scorer_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model that is asked with explanations; unset: the same.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="all, random:N, top:N (by importance), or numbers and ranges: 1,5,10-20")
+    ] = "random:200",
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of features and texts.")] = 0,
+    key_variable: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable that holds the key; unset: no key is sent."),
+    ] = None,
+    scorers: Annotated[str, typer.Option(help="Any of detection,fuzzing.")] = "detection,fuzzing",
+    shown: Annotated[int, typer.Option(help="Texts from which an explanation is made, at most.")] = 20,
+    scored: Annotated[int, typer.Option(help="Items of each scorer, half true and half false.")] = 20,
+    per_call: Annotated[int, typer.Option(help="Items of one call.")] = 5,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled/--no-shuffled", help="Control: also score another feature's explanation.")
+    ] = True,
+    random: Annotated[int, typer.Option(help="Control: random texts in the place of so many features.")] = 50,
+    prompts: Annotated[Path | None, typer.Option(help="Folder with prompts in place of those that ship.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer; models that think first need more.")] = 500,
+    extra: Annotated[
+        str,
+        typer.Option(metavar="JSON", help='Further fields of each request; null takes one out: {"max_tokens": null}'),
+    ] = "{}",
+    timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
+    attempts: Annotated[int, typer.Option(help="Of each call, before it counts as failed.")] = 6,
+    concurrency: Annotated[int, typer.Option(help="Calls at a time.")] = 4,
+    per_minute: Annotated[float | None, typer.Option(help="Calls a minute, at most; unset: no limit.")] = None,
+    price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens read.")] = None,
+    price_out: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens written.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take; make no call.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Start without asking.")] = False,
+) -> None:
+    """Have features explained by a language model, and score how well the explanations foretell them.
+
+    What was answered before is never asked again, so that a call that was broken off goes on where it was.
+    """
+    from endwise.errors import ConfigError
+    from endwise.explaining.client import Patience
+    from endwise.explaining.endpoint import find_endpoint
+    from endwise.explaining.explain import estimate_lines
+    from endwise.explaining.explain import explain as run
+    from endwise.explaining.explain import plan as make
+    from endwise.explaining.settings import Settings, parse_extra
+
+    settings = Settings(
+        model=model,
+        scorer_model=scorer_model,
+        features=features,
+        seed=seed,
+        scorers=tuple(name.strip() for name in scorers.split(",")),
+        shown=shown,
+        scored=scored,
+        per_call=per_call,
+        shuffled=shuffled,
+        random=random,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        extra=parse_extra(extra),
+        prompts=prompts,
+        patience=Patience(timeout, attempts, concurrency, per_minute),
+    )
+    made = make(runs, settings, find_endpoint(endpoint, key_variable), _say)
+    for line in estimate_lines(made.estimate, (price_in, price_out)):
+        _say(line)
+    if dry_run:
+        return
+    if made.estimate.calls and not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("Calls may cost money. Say --yes to make them, or --dry-run to see this much only.")
+        if not typer.confirm("Make these calls?"):
+            return
+    found, tally = run(made, lambda text: _say(text, err=True))
+    for path, explanations in found.items():
+        _say(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
+    _say(
+        f"{tally.calls:,} calls, {tally.kept:,} answers from before, {tally.retries:,} tried again, {tally.failed:,} calls "
+        f"failed, {tally.unreadable:,} answers could not be read; {tally.tokens_in:,} tokens in, {tally.tokens_out:,} out."
+    )
+    if tally.failed or tally.unreadable:
+        _say("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
+    _say(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
+
+
+@app.command()
+@_plainly
+def compare_explanations(
+    runs: Annotated[list[Path], typer.Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for tables, figures and interpretability.html; unset: interpretability/ beside the first."
+        ),
+    ] = None,
+) -> None:
+    """Compare how well features can be explained, kind by kind: means, differences with permutation tests, violins."""
+    from endwise.analysis.interpretability import interpretability as compare
+    from endwise.report import print_interpretability, write_interpretability
+
+    found = compare(runs)
+    print_interpretability(found)
+    _say(f"The page, figures and tables: {write_interpretability(found, out or runs[0].parent / 'interpretability')}")
 
 
 @app.command()

@@ -7,6 +7,7 @@
     ├── DataError          a corpus is missing, empty, too short, or not what the recipe says
     ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
+    ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
     └── TrainingStopped    training cannot go on; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
         ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
@@ -50,6 +51,10 @@ class FormatError(EndwiseError):
 
 class TrainingStopped(EndwiseError):
     exit_code = 7
+
+
+class EndpointError(EndwiseError):
+    exit_code = 9
 
 
 class Interrupted(TrainingStopped):

@@ -11,6 +11,7 @@ evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
 evaluation_firings.safetensors  on how many of these tokens each feature fired
 importance.safetensors          what each feature does for the predictions, if that was measured
+explanations/                   what a language model says of features, with scores, once `endwise explain` has asked
 directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
 harvest/                        what each feature fires on, raises and fires with, if `endwise harvest` gathered it
 .harvest.lock                   held by the process that joins a harvest's shards

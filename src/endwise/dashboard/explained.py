@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from endwise.features.explanations import read_explanations as read
+
 
 @runtime_checkable
 class Explanation(Protocol):
@@ -29,10 +31,6 @@ Explained = Callable[[Path], Explanations | None]
 """From a run's folder; None where its features were not explained."""
 
 
-def read_explanations(run: Path) -> Explanations | None:  # noqa: ARG001  It is read once it is wired.
-    """A run's explanations, None where there are none.
-
-    The one place where a dashboard learns of them.
-    """
-    # <<< WIRE HERE: from endwise.features.explanations import read_explanations as read; return read(run) >>>
-    return None
+def read_explanations(run: Path) -> Explanations | None:
+    """A run's explanations, None where there are none."""
+    return read(run)

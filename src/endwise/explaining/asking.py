@@ -1,0 +1,153 @@
+"""One run's explanations and scores from answers, whoever gives them: the endpoint, or the estimate in its place."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from endwise.explaining.answers import read_explanation
+from endwise.explaining.cache import Answer, Cache
+from endwise.explaining.client import Tally
+from endwise.explaining.preparing import Prepared
+from endwise.explaining.prompts import Places, Prompt, read_prompts
+from endwise.explaining.rendering import Writer, numbered
+from endwise.explaining.samples import Sample
+from endwise.explaining.scorers import SCORERS, Question, Scorer
+from endwise.explaining.settings import Settings
+from endwise.features.explanations import Explanation, Score
+from endwise.seeds import numpy_stream
+
+EXPLAIN = "explain"
+"""The prompt that asks for an explanation; the others are called as their scorers."""
+PURPOSES: dict[str, Places] = {EXPLAIN: Places(("examples",)), **{name: each.places for name, each in SCORERS.items()}}
+REMINDER = "\n\nYour answer must be the JSON alone, complete, in exactly the form that is asked for above."
+"""Added where an answer could not be read; the changed request is another call, asked once."""
+STAND_IN_LENGTH = 120
+"""Characters of the explanation that the estimate stands in."""
+
+Read = TypeVar("Read")
+
+
+class Asker(Protocol):
+    tally: Tally
+
+    async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
+        """
+        Args:
+            stand_in: an answer of the kind that is expected.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was found of one run."""
+
+    rows: tuple[Explanation, ...]
+    left_out: dict[int, str]
+    """Features without an explanation, with the reason."""
+
+
+@dataclass
+class Asking:
+    """Asks about one run."""
+
+    prepared: Prepared
+    settings: Settings
+    asker: Asker
+    cache: Cache
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompts = self.prompts or read_prompts(PURPOSES, self.settings.prompts)
+
+    @property
+    def _writer(self) -> Writer:
+        return self.prepared.writer
+
+    async def all(self) -> Explained:
+        """Explanations first, since one feature's scores may need another's; then every score."""
+        texts = await self._explanations(self.prepared.samples)
+        random = await self._explanations(self.prepared.random)
+        samples = {sample.feature: sample for sample in self.prepared.samples}
+        sources = {feature: (samples[feature], text) for feature, text in texts.items()}
+        jobs = {("", feature): job for feature, job in sources.items()}
+        for feature, other in self._shuffled(list(texts)).items():
+            jobs["shuffled", feature] = (samples[feature], texts[other])
+        for sample in self.prepared.random:
+            if sample.feature in random and sample.feature in texts:
+                jobs["random", sample.feature] = (sample, random[sample.feature])
+        scores = await self._scores(jobs)
+        settings = self.settings
+        rows = tuple(
+            Explanation(feature, text, settings.model, settings.scorer, scores.get(feature, {}), random.get(feature))
+            for feature, text in sorted(texts.items())
+        )
+        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation could be had")
+        return Explained(rows, {**self.prepared.left_out, **unread})
+
+    def _shuffled(self, features: Sequence[int]) -> dict[int, int]:
+        """For each feature another, in one round, so that none is left with its own."""
+        if not self.settings.shuffled or len(features) < 2:
+            return {}
+        order = numpy_stream(self.settings.seed, "shuffled explanations").permutation(sorted(features)).tolist()
+        return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+    async def _explanations(self, samples: Sequence[Sample]) -> dict[int, str]:
+        """Of those for which one could be had, by feature."""
+        found = await _together([self._explanation(sample) for sample in samples])
+        return {sample.feature: text for sample, text in zip(samples, found, strict=True) if text is not None}
+
+    async def _explanation(self, sample: Sample) -> str | None:
+        examples = numbered([self._writer.shown(text, sample.greatest) for text in sample.shown])
+        prompt = self.prompts[EXPLAIN].filled(examples=examples, count=len(sample.shown))
+        stand_in = json.dumps({"explanation": str(sample.feature).rjust(STAND_IN_LENGTH, "x")})
+        return await self._answered(self.settings.model, prompt, stand_in, read_explanation)
+
+    async def _scores(self, jobs: Mapping[tuple[str, int], tuple[Sample, str]]) -> dict[int, dict[str, Score]]:
+        """By feature, then by scorer and control."""
+        keys = [(name, control, feature) for name in self.settings.scorers for control, feature in jobs]
+        found = await _together([self._score(SCORERS[name], *jobs[control, each]) for name, control, each in keys])
+        scores: dict[int, dict[str, Score]] = {}
+        for (name, control, feature), score in zip(keys, found, strict=True):
+            scores.setdefault(feature, {})[f"{name}.{control}" if control else name] = score
+        return scores
+
+    async def _score(self, scorer: Scorer[Any], sample: Sample, explanation: str) -> Score:
+        """Questions depend on the feature and the seed alone, so that each explanation of it is asked the same ones."""
+        generator = numpy_stream(self.settings.seed, f"questions of {scorer.name}", sample.feature)
+        questions = scorer.questions(sample, self._writer, self.settings.per_call, generator)
+
+        async def answer(question: Question[Any]) -> Any:
+            count = len(question.items)
+            filled = {"explanation": explanation, "examples": numbered(question.items), "count": count}
+            prompt = self.prompts[scorer.name].filled(**filled)
+            read: Callable[[str], Any] = lambda text: scorer.read(text, question)  # noqa: E731
+            return await self._answered(self.settings.scorer, prompt, question.stand_in, read)
+
+        answers = await _together([answer(question) for question in questions])
+        return scorer.score(list(zip(questions, answers, strict=True)))
+
+    async def _answered(
+        self, model: str, prompt: str, stand_in: str, read: Callable[[str], Read | None]
+    ) -> Read | None:
+        """What an answer reads as, asked for once more if it cannot be read; None: neither could, or a call failed."""
+        for asked in (prompt, prompt + REMINDER):
+            answer = await self.asker.ask(self.settings.request(model, asked), self.cache, stand_in)
+            if answer is None:
+                return None
+            if (value := read(answer.text)) is not None:
+                return value
+        self.asker.tally.unreadable += 1
+        return None
+
+
+async def _together(jobs: Sequence[Any]) -> list[Any]:
+    """The results in order; at the first error the others are given up and it is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job) for job in jobs]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

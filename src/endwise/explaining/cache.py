@@ -1,0 +1,134 @@
+"""Answers that were paid for, in one SQLite file: each is on the disk before the next step uses it.
+
+An answer's key is the SHA-256 of the endpoint's address and the whole request, so that any change of model, prompt or
+setting is another call, and none is made twice.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from endwise.errors import FormatError, RunFolderError
+from endwise.files import cannot_write
+
+ANSWERS_FILE = "answers.sqlite"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and what it took."""
+
+    text: str
+    tokens_in: int | None = None
+    """As the server counted them; None where it does not tell."""
+    tokens_out: int | None = None
+
+
+def request_key(url: str, request: Mapping[str, Any]) -> str:
+    content = json.dumps([url, request], sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Cache:
+    """Answers by key, those of one run."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection, self._path = connection, path
+
+    def get(self, key: str) -> Answer | None:
+        """
+        Raises:
+            FormatError: the file is damaged.
+        """
+        query = "SELECT text, tokens_in, tokens_out FROM answers WHERE key = ?"
+        try:
+            row = self._connection.execute(query, (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise _broken(self._path, error) from None
+        return None if row is None else Answer(*row)
+
+    def put(self, key: str, answer: Answer) -> None:
+        """On the disk when this returns.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        try:
+            with self._connection:
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
+                    (key, answer.text, answer.tokens_in, answer.tokens_out),
+                )
+        except sqlite3.Error as error:
+            raise cannot_write(self._path, OSError(str(error))) from None
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Cache]:
+    """The answers in a folder, made if need be, for this process alone.
+
+    Raises:
+        RunFolderError: another process explains there, or it cannot be written.
+        FormatError: the file is damaged.
+    """
+    path = folder / ANSWERS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise RunFolderError(f"Another process explains in {folder}. Wait for its end, or stop it.") from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    try:
+        connection = sqlite3.connect(path, check_same_thread=False)  # used by one thread at a time
+        try:
+            _prepare(connection, path)
+            yield Cache(connection, path)
+        finally:
+            connection.close()
+    finally:
+        lock.release()
+
+
+@contextmanager
+def in_memory() -> Iterator[Cache]:
+    """None yet, and none that stay."""
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    try:
+        _prepare(connection, Path(":memory:"))
+        yield Cache(connection, Path(":memory:"))
+    finally:
+        connection.close()
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, _FORMAT):
+            raise FormatError(f"{path} is of another version ({found}, this one reads {_FORMAT}). Move it away.")
+        with connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS answers "
+                "(key TEXT PRIMARY KEY, text TEXT NOT NULL, tokens_in INTEGER, tokens_out INTEGER)"
+            )
+            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+    except sqlite3.OperationalError as error:
+        raise cannot_write(path, OSError(str(error))) from None
+    except sqlite3.DatabaseError as error:
+        raise _broken(path, error) from None
+
+
+def _broken(path: Path, why: object) -> FormatError:
+    return FormatError(
+        f"{path} does not hold answers ({why}). Restore it from a copy, or move it away: its calls are then made again."
+    )

@@ -1,0 +1,68 @@
+"""How texts are written in a prompt: one line each, the tokens at which a feature fires between << and >>."""
+
+from collections.abc import Sequence
+
+from endwise.explaining.samples import Text
+from endwise.printable import printable
+
+MARKED_SHARE = 0.3
+"""Of the greatest activation in a text, above which a token is marked (as Paulo et al. 2024 have it)."""
+STRONGEST = 10
+"""Activations are told in steps from 1 to this, relative to the feature's greatest."""
+
+
+def marks_of(text: Text) -> tuple[bool, ...]:
+    """Which tokens are marked: at least the one at which the feature fires most."""
+    most = max(text.activations)
+    return tuple(each > MARKED_SHARE * most and each > 0 for each in text.activations)
+
+
+class Writer:
+    """Writes texts of one vocabulary.
+
+    Args:
+        vocabulary: how each token is written, by its number.
+    """
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._vocabulary = vocabulary
+
+    def token(self, token: int) -> str:
+        """In one line; a token that the vocabulary lacks is named by its number."""
+        known = 0 <= token < len(self._vocabulary)
+        return _one_line(self._vocabulary[token]) if known else f"[token {token}]"
+
+    def plain(self, text: Text) -> str:
+        return "".join(map(self.token, text.tokens))
+
+    def marked(self, text: Text, marks: Sequence[bool]) -> str:
+        """Neighbours that are marked share one pair of marks."""
+        parts, inside = [], False
+        for token, mark in zip(text.tokens, marks, strict=True):
+            if mark != inside:
+                parts.append("<<" if mark else ">>")
+                inside = mark
+            parts.append(self.token(token))
+        return "".join([*parts, ">>" if inside else ""])
+
+    def shown(self, text: Text, greatest: float) -> str:
+        """The text with its marks, and beneath it how strongly the feature fires at each of them."""
+        marks = marks_of(text)
+        told = ", ".join(
+            f'"{self.token(token)}" {_step(activation, greatest)}'
+            for token, activation, mark in zip(text.tokens, text.activations, marks, strict=True)
+            if mark
+        )
+        return f"{self.marked(text, marks)}\n   active at: {told}"
+
+
+def numbered(items: Sequence[str]) -> str:
+    return "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
+
+
+def _step(activation: float, greatest: float) -> int:
+    return min(STRONGEST, max(1, round(STRONGEST * activation / greatest))) if greatest > 0 else STRONGEST
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\n", "\\n"))

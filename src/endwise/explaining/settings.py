@@ -1,0 +1,110 @@
+"""What `endwise explain` is asked to do, checked before anything is read or paid."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from endwise.errors import ConfigError
+from endwise.explaining.client import Patience
+from endwise.explaining.scorers import SCORERS
+
+OWN = ("model", "messages", "stream", "n")
+"""Fields of a request that `extra` may not change: they decide what is asked and how it is read."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    """As the endpoint calls it."""
+    scorer_model: str | None = None
+    """Which is asked with an explanation; None: the same."""
+    features: str = "random:200"
+    """`all`, `random:N`, `top:N` by importance, or numbers and ranges, `1,5,10-20`."""
+    seed: int = 0
+    scorers: tuple[str, ...] = tuple(SCORERS)
+    shown: int = 20
+    """Texts from which an explanation is made, at most."""
+    scored: int = 20
+    """Items of each scorer for each feature: half true, half false."""
+    per_call: int = 5
+    """Items of one call."""
+    shuffled: bool = True
+    """Each feature is also scored with another feature's explanation."""
+    random: int = 50
+    """As many features are also replaced by random texts; 0: none."""
+    temperature: float = 0.0
+    max_tokens: int = 500
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of each request; None takes a field out."""
+    prompts: Path | None = None
+    """A folder with prompts in place of those that ship."""
+    patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ConfigError("--model must be a name that the endpoint has, such as gpt-4o-mini.")
+        if unknown := [name for name in self.scorers if name not in SCORERS]:
+            raise ConfigError(f"There is no scorer {unknown[0]!r:.80}. There are: {', '.join(SCORERS)}.")
+        if not self.scorers or len(set(self.scorers)) < len(self.scorers):
+            raise ConfigError(f"Name each scorer once, and at least one of {', '.join(SCORERS)}.")
+        for name, least in {"shown": 3, "per_call": 1, "random": 0, "max_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}; given {getattr(self, name)}.")
+        if self.scored < 2 or self.scored % 2:
+            raise ConfigError(f"--scored must be even and at least 2, half true and half false; given {self.scored}.")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"--temperature must lie in 0 to 2; given {self.temperature:g}.")
+        if owned := [name for name in self.extra if name in OWN]:
+            raise ConfigError(f"--extra must not set {owned[0]}, which is decided elsewhere. Leave it out.")
+        self._check_patience()
+
+    def _check_patience(self) -> None:
+        patience = self.patience
+        rates = {"timeout": patience.timeout, "per-minute": patience.per_minute}
+        for name, value in rates.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"--{name} must be above 0; given {value:g}.")
+        for name, count in {"attempts": patience.attempts, "concurrency": patience.concurrency}.items():
+            if count < 1:
+                raise ConfigError(f"--{name} must be at least 1; given {count}.")
+
+    @property
+    def scorer(self) -> str:
+        return self.scorer_model or self.model
+
+    def request(self, model: str, prompt: str) -> dict[str, Any]:
+        """The body of one call: one message of the user, which every model's chat template takes."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            **self.extra,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides on the numbers, for the record; how patiently they were asked for does not."""
+        record = {name: value for name, value in vars(self).items() if name not in ("patience", "prompts")}
+        return {**record, "scorers": list(self.scorers), "extra": dict(self.extra), "scorer_model": self.scorer}
+
+
+def parse_extra(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: it is no object in JSON.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f'--extra must be an object in JSON, such as {{"top_p": 0.9}}; given {text!r:.200}.')
+    return value
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

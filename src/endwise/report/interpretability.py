@@ -1,0 +1,170 @@
+"""Scores of explanations as violins, as tables on a terminal, and as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from endwise.analysis.interpretability import (
+    AT,
+    At,
+    Difference,
+    ExplainedRun,
+    Interpretability,
+    difference_rows,
+    feature_rows,
+    mean_rows,
+)
+from endwise.analysis.run_summary import LABELS
+from endwise.features.explanations import CONTROLS, Explanation
+from endwise.files import write_atomic
+from endwise.printable import printable
+from endwise.report.charts import Axis, Chart, Panel, Series
+from endwise.report.claims import claim_list
+from endwise.report.interactive import div
+from endwise.report.printed import save
+from endwise.report.shell import escape, page, table
+from endwise.report.violins import violin
+from endwise.statistics import Interval
+from endwise.tabular import write_table
+
+LONGEST = 240
+"""Characters of an explanation in a figure."""
+_TITLES = {"": "own explanation", "shuffled": "another feature's", "random": "of random texts"}
+
+
+def score_chart(found: Interpretability, at: At, name: str) -> Chart:
+    """Figure 9: the scores of each kind's features, of the runs that are closest; beside them their controls."""
+    chosen = found.similar(at)
+    kinds = tuple(LABELS[run.summary.kind] for run in chosen)
+    panels = []
+    for scorer in found.own_names:
+        for control in CONTROLS:
+            score = f"{scorer}.{control}" if control else scorer
+            if score in found.names:
+                series = [each for place, run in enumerate(chosen) for each in _violin(run, score, place)]
+                axis = Axis(f"{scorer}: balanced accuracy")
+                panels.append(Panel(_TITLES[control], Axis("", categories=kinds), axis, tuple(series)))
+    told = ", ".join(
+        f"{LABELS[run.summary.kind]} λ {run.summary.coefficient:g} (CE {run.summary.ce_increase:+.3f}, "
+        f"L0 {run.summary.l0:.1f}, {len(run.explanations.rows)} features)"
+        for run in chosen
+    )
+    caption = (
+        f"Of each kind the SAE whose {AT[at]} is closest to the others' at {found.setting.site}: {told}. Each mark is a "
+        "feature; 0.5 is chance. The outline is a Gaussian kernel density, the hollow mark the mean. Explained by "
+        f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
+    )
+    return Chart(name, f"How well explanations foretell features, at similar {AT[at]}", caption, tuple(panels))
+
+
+def _violin(run: ExplainedRun, score: str, place: int) -> list[Series]:
+    rows = [each for each in run.explanations.rows if each.value(score) is not None]
+    hovers = [f"feature {each.feature}: {each.value(score):.2f}\n{_text(each, score)}" for each in rows]
+    mean = run.mean(score)
+    told = "" if mean is None else f"{LABELS[run.summary.kind]}, mean {_interval(mean)}"
+    return violin(run.summary.kind, float(place), run.scores(score), hovers, mean, told)
+
+
+def _text(each: Explanation, score: str) -> str:
+    """The explanation that was scored, where it is the feature's own or of random texts."""
+    if score.endswith(".shuffled"):
+        return "with another feature's explanation"
+    text = (each.random_text or "") if score.endswith(".random") else each.text
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+_HEADINGS = ("kind", "λ", "seed", "CE +", "L0", "features")
+
+
+def _mean_table(found: Interpretability) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows = []
+    for run in found.runs:
+        s = run.summary
+        head = (LABELS[s.kind], f"{s.coefficient:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
+        means = (run.mean(name) for name in found.names)
+        cells = ("–" if mean is None else _interval(mean) for mean in means)
+        rows.append((*head, str(len(run.explanations.rows)), *cells))
+    return (*_HEADINGS, *found.names), rows
+
+
+_DIFFERENCE_HEADINGS = ("kinds", "at similar", "seed", "score", "features", "difference", "p")
+
+
+def _difference_cells(each: Difference) -> tuple[str, ...]:
+    kinds = f"{LABELS[each.run.summary.kind]} − {LABELS[each.other.summary.kind]}"
+    seed = str(each.run.summary.seed)
+    return kinds, AT[each.at], seed, each.name, str(each.features), _interval(each.difference, "+.3f"), f"{each.p:.2g}"
+
+
+def _interval(each: Interval, form: str = ".3f") -> str:
+    return f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]"
+
+
+def print_interpretability(found: Sequence[Interpretability], console: Console | None = None) -> None:
+    """Means of each run, differences of kinds, and what they show."""
+    console = console or Console()
+    for one in found:
+        headings, rows = _mean_table(one)
+        console.print(_table(f"{one.setting.site} of {one.setting.model}: {one.setting}", headings, rows))
+        if one.differences:
+            differences = [_difference_cells(each) for each in one.differences]
+            console.print(_table("Differences of means", _DIFFERENCE_HEADINGS, differences))
+        for claim in one.claims:
+            line = f"• {claim.verdict}: {claim.claim} ({claim.ours})"
+            console.print(printable(line), markup=False, highlight=False)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    shown = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        shown.add_column(Text(printable(heading)), justify="left" if index == 0 else "right")
+    for row in rows:
+        shown.add_row(*(Text(printable(cell)) for cell in row))
+    return shown
+
+
+def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path:
+    """Tables `features`, `means` and `differences` as CSV and parquet, every figure as PDF and PNG, and
+    `interpretability.html`, the page.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    tables = {"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)}
+    for name, rows in tables.items():
+        write_table(rows, out / name)
+    sections = []
+    for number, one in enumerate(found, 1):
+        charts = [score_chart(one, at, f"scores-{at}-{number}") for at in AT]
+        for chart in charts:
+            save(chart, out)
+        sections.append(_section(one, charts))
+    runs = sum(len(one.runs) for one in found)
+    features = sum(len(run.explanations.rows) for one in found for run in one.runs)
+    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
+    content = page(
+        title="Interpretability of features",
+        eyebrow=escape(models),
+        lead=f"{features:,} features of {runs} sparse autoencoders, explained by a language model; only runs of one set "
+        "are compared.",
+        body="\n".join(sections),
+        interactive=True,
+    )
+    path = out / "interpretability.html"
+    write_atomic(path, content.encode())
+    return path
+
+
+def _section(one: Interpretability, charts: Sequence[Chart]) -> str:
+    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
+    means = table(*_mean_table(one))
+    differences = table(_DIFFERENCE_HEADINGS, map(_difference_cells, one.differences), text=(1, 3))
+    note = (
+        '<p class="note">Differences of means over equally many features of each run, with 95&nbsp;% bootstrap '
+        "intervals over features; p by a two-sided permutation test.</p>"
+    )
+    return f"<section>{head}{claim_list(one.claims)}{''.join(map(div, charts))}{means}{differences}{note}</section>"
