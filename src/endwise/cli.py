@@ -549,8 +549,9 @@ def explain(
     for path, explanations in found.items():
         _say(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
     _say(
-        f"{tally.calls:,} calls, {tally.kept:,} answers from before, {tally.retries:,} tried again, {tally.failed:,} calls "
-        f"failed, {tally.unreadable:,} answers could not be read; {tally.tokens_in:,} tokens in, {tally.tokens_out:,} out."
+        f"{tally.calls:,} calls, {tally.kept:,} answers from before, {tally.retries:,} tried again, "
+        f"{tally.failed:,} calls failed, {tally.unreadable:,} answers could not be read; {tally.tokens_in:,} tokens "
+        f"in, {tally.tokens_out:,} out."
     )
     if tally.failed or tally.unreadable:
         _say("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)

@@ -1,7 +1,7 @@
 """How interpretable features are, kind by kind: means with intervals, differences with permutation tests, verdicts.
 
-Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike. Of each seed
-one run a kind is compared, those of the most similar CE increase or L0; of two runs equally many features.
+Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike. Of each
+seed one run a kind is compared, those of the most similar CE increase or L0; of two runs equally many features.
 """
 
 import json
@@ -78,10 +78,8 @@ class Difference:
 
     def __str__(self) -> str:
         ends = f"[{self.difference.low:+.3f}, {self.difference.high:+.3f}]"
-        seed = f", seed {self.run.summary.seed}"
-        return (
-            f"{self.name} {self.difference.estimate:+.3f} {ends}, p {self.p:.2g}, {self.features} features each{seed}"
-        )
+        told = f"{self.name} {self.difference.estimate:+.3f} {ends}, p {self.p:.2g}"
+        return f"{told}, {self.features} features each, seed {self.run.summary.seed}"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ _CHUNK = 1 << 21
 def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
     """Two-sided p of mean a − mean b, values `[n]` and `[m]`, if which side a value is on were chance.
 
-    The values are dealt anew to the two sides, `permutations` times; p = (1 + how often the difference is at least as far
-    from 0 as it was) / (1 + permutations), which is never 0 and valid at any number of them (Phipson and Smyth 2010).
+    The values are dealt anew to the two sides, `permutations` times; p = (1 + how often the difference is at least as
+    far from 0 as it was) / (1 + permutations), which is never 0 and valid at any number of them (Phipson and Smyth
+    2010).
     """
     both = np.concatenate([a, b]).astype(np.float64)
     seen = abs(a.mean() - b.mean())

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from endwise.explaining.answers import read_explanation
 from endwise.explaining.cache import Answer, Cache
@@ -29,6 +29,7 @@ STAND_IN_LENGTH = 120
 Read = TypeVar("Read")
 
 
+@runtime_checkable
 class Asker(Protocol):
     tally: Tally
 

@@ -6,7 +6,7 @@ simulation say, is one more class and one more line in `SCORERS`: it asks for nu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Question(Generic[Read]):
     """An answer of the length that is expected, for the estimate."""
 
 
+@runtime_checkable
 class Scorer(Protocol[Read]):
     name: str
     """Of its scores and of its prompt's file."""

@@ -54,8 +54,8 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
         for run in chosen
     )
     caption = (
-        f"Of each kind the SAE whose {AT[at]} is closest to the others' at {found.setting.site}: {told}. Each mark is a "
-        "feature; 0.5 is chance. The outline is a Gaussian kernel density, the hollow mark the mean. Explained by "
+        f"Of each kind the SAE whose {AT[at]} is closest to the others' at {found.setting.site}: {told}. Each mark is "
+        "a feature; 0.5 is chance. The outline is a Gaussian kernel density, the hollow mark the mean. Explained by "
         f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
     )
     return Chart(name, f"How well explanations foretell features, at similar {AT[at]}", caption, tuple(panels))
@@ -149,8 +149,8 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
     content = page(
         title="Interpretability of features",
         eyebrow=escape(models),
-        lead=f"{features:,} features of {runs} sparse autoencoders, explained by a language model; only runs of one set "
-        "are compared.",
+        lead=f"{features:,} features of {runs} sparse autoencoders, explained by a language model; only runs of one "
+        "set are compared.",
         body="\n".join(sections),
         interactive=True,
     )
