@@ -1,10 +1,15 @@
-"""The permutation test against scipy's, and equal samples of features."""
+"""The permutation test against scipy's, equal samples of features, and kinds compared by scores that are known."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from endwise.analysis.interpretability import ExplainedRun, Interpretability, difference_rows, mean_rows
+from endwise.analysis.pareto import Setting
 from endwise.analysis.permutation import equal_samples, permutation_test
+from endwise.features.explanations import Explanation, Explanations, Score
+from endwise.report import write_interpretability
+from made_runs import make_run
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.03, 0.2])
@@ -38,3 +43,53 @@ def test_samples_of_one_size():
     assert len(first) == len(second) == 4 and set(first) <= set(a) and len(set(first)) == 4
     assert (second == b).all()
     assert equal_samples(a, a, np.random.default_rng(0)) == (pytest.approx(a), pytest.approx(a))
+
+
+def explained(kind, detection, shuffled, ce_increase=0.3, features=40):
+    """A run whose features' scores lie evenly 0.1 around the two means."""
+    around = np.linspace(-0.1, 0.1, features)
+
+    def row(feature):
+        own, other = detection + around[feature], shuffled + around[-1 - feature]
+        scores = {"detection": Score(float(own), 20, 0), "detection.shuffled": Score(float(other), 20, 0)}
+        return Explanation(feature, f"<b>{kind}</b> {feature}", "m", "m", scores)
+
+    summary = make_run(kind, 1, ce_increase, 30)
+    return ExplainedRun(summary, Explanations(tuple(map(row, range(features))), {"settings": {"model": "m"}}))
+
+
+def study(**means):
+    runs = tuple(explained(kind, *values) for kind, values in means.items())
+    return Interpretability(Setting.of(runs[0].summary), runs)
+
+
+def test_kinds_are_compared_by_their_own_explanations():
+    found = study(local=(0.7, 0.5), e2e_ds=(0.8, 0.5))
+    (difference,) = (each for each in found.differences if each.at == "ce_increase")
+    assert difference.difference.estimate == pytest.approx(0.1) and difference.features == 40
+    half = stats.norm.ppf(0.975) * np.sqrt(2 * np.var(np.linspace(-0.1, 0.1, 40)) / 40)
+    assert difference.difference.low == pytest.approx(0.1 - half, abs=0.004)
+    assert difference.p == pytest.approx(1e-4)  # none of 9,999 deals is as far apart
+    assert [claim.verdict for claim in found.claims] == ["shown", "shown", "not shown"]
+    assert {row["score"] for row in mean_rows([found])} == {"detection", "detection.shuffled"}
+    assert len(difference_rows([found])) == 2
+
+
+def test_explanations_that_tell_nothing_bear_no_verdict():
+    found = study(local=(0.5, 0.5), e2e_ds=(0.8, 0.5))
+    assert [claim.verdict for claim in found.claims] == ["not testable here"] * 3
+    assert all("no better than another feature's" in claim.ours for claim in found.claims)
+
+
+def test_kinds_of_other_ce_increase_bear_no_verdict():
+    runs = (explained("local", 0.7, 0.5), explained("e2e_ds", 0.8, 0.5, ce_increase=0.9))
+    claims = Interpretability(Setting.of(runs[0].summary), runs).claims
+    assert claims[0].verdict == "not testable here" and "further apart than" in claims[0].ours
+
+
+def test_the_page_shows_text_as_text(tmp_path):
+    page = write_interpretability([study(local=(0.7, 0.5), e2e=(0.6, 0.5), e2e_ds=(0.8, 0.5))], tmp_path)
+    text = page.read_text()
+    assert "<b>local</b>" not in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scores-ce_increase-1.png", "scores-l0-1.png"}
+    assert (tmp_path / "differences.csv").read_text().count("\n") == 7  # three pairs at two similarities
