@@ -138,7 +138,11 @@ def _made(found: Findings, command: str) -> str:
             "tables",
             "<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG",
         ),
-        ("not covered", "geometry of the dictionaries and automated interpretability, which need more than runs"),
+        (
+            "not covered",
+            "geometry of the dictionaries and automated interpretability, which have commands of their own: "
+            "<code>endwise geometry</code>, <code>endwise compare-explanations</code>",
+        ),
     ]
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
 
