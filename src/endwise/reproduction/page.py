@@ -140,8 +140,10 @@ def _made(found: Findings, command: str) -> str:
         ),
         (
             "not covered",
-            "geometry of the dictionaries and automated interpretability, which have commands of their own: "
-            "<code>endwise geometry</code>, <code>endwise compare-explanations</code>",
+            (
+                "geometry of the dictionaries and automated interpretability, which have commands of their own: "
+                "<code>endwise geometry</code>, <code>endwise compare-explanations</code>"
+            ),
         ),
     ]
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
