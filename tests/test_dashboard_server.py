@@ -16,6 +16,7 @@ from endwise.dashboard.serving import dashboard_server
 from endwise.dashboard.text import OVER_TEXT, PER_TOKEN, PREDICTED, TextReader
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, RunFolderError
+from endwise.features.explanations import Explanation, write_explanations
 from endwise.run_config import DataConfig
 from made_harvests import write_harvested_run
 from small_gpt2 import SITE
@@ -273,6 +274,14 @@ def test_the_site_is_written_where_it_is_missing_or_old(tmp_path, embedded):
     first = start()
     assert start() == first
     assert start(again=True) > first
+    write_explanations(run, [Explanation(0, "the word and", "m", "m")], {})
+    explained = run / "explanations" / "explanations.json"
+    os.utime(explained, ns=(2**62, 2**62))
+    before = site.stat().st_mtime_ns
+    assert start() > before  # what it shows is as new as the explanations
+    os.utime(explained, ns=(0, 0))
+    before = site.stat().st_mtime_ns
+    assert start() == before
     os.utime(run / "harvest" / "harvest.json", ns=(2**62, 2**62))
     assert start() > first
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from endwise.dashboard.server import DashboardServer
 from endwise.dashboard.site import check_site, default_folder, write_dashboard
-from endwise.dashboard.sources import read_sources
+from endwise.dashboard.sources import Source, read_sources
 from endwise.dashboard.text import TextReader
 from endwise.errors import RunFolderError
+from endwise.features.explanations import EXPLANATIONS_FOLDER
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.run_evaluation import load_sae
@@ -25,7 +26,7 @@ def dashboard_server(
 
     Args:
         runs: as for `write_dashboard`; the site lies where that puts it, and is written if it is not there or older
-            than a harvest.
+            than a harvest or an explanation that it shows.
         port: 0 for any that is free.
         again: write the site in any case.
         model: the runs' own, loaded; unset: each run's is loaded, once for all that name the same.
@@ -36,8 +37,7 @@ def dashboard_server(
     """
     sources = read_sources(runs)
     folder = default_folder([source.path for source in sources])
-    newest = max((source.harvest.folder / "harvest.json").stat().st_mtime for source in sources)
-    if again or not _is_there(folder, newest):
+    if again or not _is_there(folder, max(map(_written, sources))):
         write_dashboard(runs, folder, say=say)
     models: dict[str, LanguageModel] = {}
     readers = []
@@ -48,6 +48,12 @@ def dashboard_server(
         sae = load_sae(source.path, source.config, own)
         readers.append(TextReader(own, sae, own.site(source.config.site), source.config.data))
     return DashboardServer(folder, readers, port)
+
+
+def _written(source: Source) -> float:
+    """When what is shown of a run was written last."""
+    files = (source.harvest.folder / "harvest.json", source.path / EXPLANATIONS_FOLDER / "explanations.json")
+    return max(file.stat().st_mtime for file in files if file.exists())
 
 
 def _is_there(folder: Path, newest: float) -> bool:
