@@ -10,6 +10,7 @@ from pyarrow import parquet
 from torch.nn.functional import normalize
 
 from endwise.embedded import heldout_tokens
+from endwise.features.explanations import Explanation, Score, write_explanations
 from endwise.features.harvest import (
     CONTEXT_SCHEMA,
     FEATURE_SCHEMA,
@@ -165,18 +166,15 @@ def _strengths(groups):
     return np.array([falling[group] * 0.97**rank for group, count in groups for rank in range(count)])
 
 
-class Said:
-    """An explanation."""
+def write_said(run, told) -> None:
+    """Explanations as `endwise explain` writes them.
 
-    def __init__(self, text, detection=0.81, fuzzing=None):
-        self.text, self.detection, self.fuzzing = text, detection, fuzzing
-
-
-class SaidOf:
-    """Explanations by feature, in place of those that `endwise explain` writes."""
-
-    def __init__(self, said):
-        self.said = said
-
-    def of(self, feature):
-        return self.said.get(feature)
+    Args:
+        told: by feature, a text and its scores by detection and by fuzzing, either None where it was not scored.
+    """
+    rows = []
+    for feature, (text, *scores) in told.items():
+        named = zip(("detection", "fuzzing"), scores, strict=True)
+        scored = {name: Score(value, 20, 0) for name, value in named if value is not None}
+        rows.append(Explanation(feature, text, "m", "m", scored))
+    write_explanations(run, rows, {})

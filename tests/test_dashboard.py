@@ -26,7 +26,7 @@ from endwise.features.harvest import TOP, read_harvest
 from endwise.printable import printable
 from endwise.report.look import COLOURS
 from made_dictionaries import directions, write_run
-from made_harvests import Said, SaidOf, write_harvested_run
+from made_harvests import write_harvested_run, write_said
 
 FEATURES = 2 * SHARD + 20
 
@@ -52,8 +52,8 @@ def place(tmp_path_factory):
         write_harvested_run(folder / "local", FEATURES, kind="local", seed=0),
         write_harvested_run(folder / "e2e", FEATURES, kind="e2e", seed=1, measured=False),
     ]
-    said = SaidOf({0: Said(f"the end of a text {HOSTILE}", 0.9, 0.7), 3: Said("threes", None)})
-    page = write_dashboard(runs, explained=lambda run: said if run == runs[0] else None)
+    write_said(runs[0], {0: (f"the end of a text {HOSTILE}", 0.9, 0.7), 3: ("threes", None, None)})
+    page = write_dashboard(runs)
     site = received(page.parent / "data" / "site.js")
     return runs, page.parent, [page.parent / site["data"] / str(number) for number in range(2)], site
 
@@ -244,7 +244,8 @@ def test_written_again_it_is_the_same_and_what_it_was_goes(tmp_path):
     before = {file: file.read_bytes() for file in (run / "dashboard").rglob("*.*") if file.is_file()}
     write_dashboard([run])
     assert {file: file.read_bytes() for file in (run / "dashboard").rglob("*.*") if file.is_file()} == before
-    write_dashboard([run], explained=lambda _: SaidOf({0: Said("new")}))
+    write_said(run, {0: ("new", 0.81, None)})
+    write_dashboard([run])
     assert len(list((run / "dashboard" / "data").iterdir())) == 2  # site.js, and one folder
 
 

@@ -14,7 +14,7 @@ from endwise.dashboard import write_dashboard
 from endwise.dashboard.serving import dashboard_server
 from endwise.features.harvest import TOP, read_harvest
 from endwise.printable import printable
-from made_harvests import Said, SaidOf, write_harvested_run
+from made_harvests import write_harvested_run, write_said
 from small_gpt2 import SITE
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -99,14 +99,15 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(runs):
-    said = SaidOf({0: Said("ends of texts", 0.93, 0.71), 1: Said("something with exclamation")})
-    return write_dashboard(runs, explained=lambda run: said if run == runs[0] else None).as_uri()
+def one(runs):
+    return write_dashboard(runs[:1]).as_uri()
 
 
 @pytest.fixture(scope="module")
-def one(runs):
-    return write_dashboard(runs[:1]).as_uri()
+def site(runs, one):
+    """Of all runs, the first explained, which it was not when `one` was written."""
+    write_said(runs[0], {0: ("ends of texts", 0.93, 0.71), 1: ("something with exclamation", 0.81, None)})
+    return write_dashboard(runs).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,9 @@ def hostile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile") / ATTACK / "<script>window.hacked=1<|script>"
     texts = {token: f"{ATTACKS[token % len(ATTACKS)]}{token}" for token in range(4096)}
     run = write_harvested_run(folder, 60, texts=texts, groups=SOME, width=load_model().width(SITE))
-    said = SaidOf({feature: Said(ATTACKS[feature % len(ATTACKS)] * 2, 0.5) for feature in range(60)})
-    return run, write_dashboard([run], explained=lambda _: said), said
+    said = {feature: ATTACKS[feature % len(ATTACKS)] * 2 for feature in range(60)}
+    write_said(run, {feature: (text, 0.5, None) for feature, text in said.items()})
+    return run, write_dashboard([run]), said
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +445,7 @@ def test_nothing_of_anyone_elses_runs(opened, hostile):
     assert ATTACK in page.locator(".table-body").inner_text()
     for feature in np.flatnonzero(harvest.firings)[: 2 * len(ATTACKS)].tolist():
         shown(page, f"#/run/0/feature/{feature}")
-        assert page.locator(".title .explanation").text_content().startswith(printable(said.of(feature).text))
+        assert page.locator(".title .explanation").text_content().startswith(printable(said[feature]))
         first = harvest.contexts(feature)[0]
         texts = [printable(harvest.vocabulary[token]).replace("\n", "⏎") for token in first.tokens]
         assert page.locator("ol.contexts li").first.locator(".t").all_text_contents() == texts

@@ -30,7 +30,7 @@ from endwise.explaining.explain import estimate_lines, explain, plan
 from endwise.explaining.pacing import Pace, back_off, retry_after
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import read_explanations
-from made_harvest import make_run
+from word_harvests import make_run
 
 KEY = "sk-very-secret-0123456789"
 

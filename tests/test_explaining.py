@@ -19,7 +19,7 @@ from endwise.explaining.selecting import parse_features
 from endwise.explaining.settings import Settings, parse_extra
 from endwise.features.explanations import Explanation, Score, read_explanations, write_explanations
 from endwise.features.harvest import TOP, read_harvest
-from made_harvest import make_run
+from word_harvests import make_run
 
 
 class Oracle:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +36,31 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def held(lock: Path, taken: str | None = None) -> Iterator[None]:
+    """Holds a lock file, its folder made if need be. The operating system frees it when the process ends, however it
+    ends.
+
+    Args:
+        taken: what to say where another process holds it; None: it is waited for.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written.
+    """
+    holding = FileLock(lock, timeout=-1 if taken is None else 0)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        holding.acquire()
+    except Timeout:
+        raise RunFolderError(taken or "") from None
+    except OSError as error:
+        raise cannot_write(lock.parent, error) from None
+    try:
+        yield
+    finally:
+        holding.release()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -16,6 +16,11 @@ def printable(text: object) -> str:
     return text if text.isprintable() else "".join(map(_written_out, text))
 
 
+def storable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which JSON may hold and no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _written_out(character: str) -> str:
     if character in _KEPT or unicodedata.category(character) not in _HIDDEN:
         return character

@@ -36,6 +36,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_format(path: Path, version: int) -> dict[str, Any]:
+    """The object in a JSON file of ours, which says by `format` how it is to be read.
+
+    Raises:
+        FileNotFoundError, FormatError: as `read_json`.
+        ValueError: it is of another version than the one that is read.
+    """
+    value = read_json(path)
+    if value.get("format") != version:
+        raise ValueError(f"its format is {value.get('format')!r:.40}, this version reads {version}")
+    return value
+
+
 _REMEDY = "Restore it from a copy, or have it written anew."
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import read_cfg
 from endwise.distributed import World, joined
-from endwise.errors import DataError, FormatError, RunFolderError
+from endwise.errors import DataError, FormatError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_json, write_tensors
 from endwise.language_model import LanguageModel
@@ -49,11 +49,8 @@ def evaluate(
         RunFolderError: a folder is not a run, or holds no trained SAE yet.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    folders = {path: RunFolder.open(path) for path in paths}
+    folders = {path: RunFolder.open_trained(path) for path in paths}
     configs = {path: folder.config() for path, folder in folders.items()}
-    for path, folder in folders.items():
-        if not folder.sae.exists():
-            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     results: dict[Path, Evaluation] = {}
     with joined() as world:
         for group in sharing_groups(configs, tokens):

@@ -22,6 +22,7 @@ dashboard/                      its features as a site, made from `harvest/` by 
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,10 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from endwise.errors import ConfigError, RunFolderError
-from endwise.files import PARTIAL, cannot_write, flush, remove_partials, write_atomic, write_json
+from endwise.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
 from endwise.reading import read_json, there_is
 from endwise.run_config import RunConfig
 
@@ -54,38 +53,27 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Holds the folder, made if need be, so that no other process trains in it.
-
-        The operating system frees it when the process ends, however it ends. A folder in which no run was started
-        is removed again.
+        """Holds the folder (`held`), so that no other process trains in it. One in which no run was started is removed
+        again.
 
         Raises:
             RunFolderError: another process holds it, or it cannot be written.
         """
         is_new = not there_is(self.path)
-        lock = FileLock(self._lock_file, timeout=0)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise RunFolderError(
-                f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."
-            ) from None
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        try:
-            if self.has_run():
-                for folder in (self.path, self.sae, self.checkpoints):
-                    remove_partials(folder)
-            yield
-        finally:
-            if not self.has_run():
-                with suppress(OSError):
-                    self._lock_file.unlink()
-            lock.release()
-            if is_new:
-                with suppress(OSError):
-                    self.path.rmdir()
+        taken = f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."
+        with held(self._lock_file, taken):
+            try:
+                if self.has_run():
+                    for folder in (self.path, self.sae, self.checkpoints):
+                        remove_partials(folder)
+                yield
+            finally:
+                if not self.has_run():
+                    with suppress(OSError):
+                        self._lock_file.unlink()
+                if is_new:
+                    with suppress(OSError):
+                        self.path.rmdir()
 
     def check_free(self) -> None:
         """
@@ -128,6 +116,18 @@ class RunFolder:
         """
         folder = cls(path)
         folder.check_exists()
+        return folder
+
+    @classmethod
+    def open_trained(cls, path: Path) -> "RunFolder":
+        """
+        Raises:
+            RunFolderError: as `open`, or it holds no trained SAE yet.
+        """
+        folder = cls.open(path)
+        if not folder.sae.exists():
+            again = f"endwise train --resume {shlex.quote(str(path))}"
+            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
         return folder
 
     def has_run(self) -> bool:

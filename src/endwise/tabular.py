@@ -30,9 +30,17 @@ def write_columns(columns: Mapping[str, Any], path: Path) -> None:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path.with_name(f"{path.name}.parquet")) as partial:
-        parquet.write_table(table, partial)
+    write_parquet(table, path.with_name(f"{path.name}.parquet"))
     write_atomic(path.with_name(f"{path.name}.csv"), as_csv(table))
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the folder cannot be written; what was there is untouched.
+    """
+    with replacing(path) as partial:
+        parquet.write_table(table, partial, compression="zstd")
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

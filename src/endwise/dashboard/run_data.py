@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from endwise.dashboard.explained import Explanations
 from endwise.dashboard.nearest import Neighbours
 from endwise.dashboard.scripts import Texts, packed, script, short
 from endwise.dashboard.sources import Source
 from endwise.dashboard.token_index import TokenIndex
+from endwise.features.explanations import Explanations
 from endwise.features.harvest import TOP, Context
 from endwise.printable import printable
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from endwise import __version__
 from endwise.analysis.cosines import MEMORY
-from endwise.dashboard.explained import Explained, read_explanations
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import write_run_data
 from endwise.dashboard.scripts import script
 from endwise.dashboard.sources import Source, read_sources
 from endwise.errors import RunFolderError
+from endwise.features.explanations import read_explanations
 from endwise.files import PARTIAL, cannot_write, write_atomic
 from endwise.printable import printable
 
@@ -34,7 +34,6 @@ def write_dashboard(
     runs: Sequence[str | Path],
     out: Path | str | None = None,
     *,
-    explained: Explained = read_explanations,
     memory: int = MEMORY,
     say: Callable[[str], None] | None = None,
 ) -> Path:
@@ -43,7 +42,6 @@ def write_dashboard(
     Args:
         runs: run folders; features are compared across those of one model and site.
         out: the folder; unset: `dashboard/` in the run, or beside the first of several.
-        explained: what gives a run's explanations.
         memory: bytes that the search for the nearest features may hold beside the dictionaries.
         say: is told what is being done.
 
@@ -60,7 +58,7 @@ def write_dashboard(
     partial = folder / _DATA / PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        told = _write_runs(sources, partial, explained, memory, say)
+        told = _write_runs(sources, partial, memory, say)
         digest = _digest(partial)
         _put(partial, folder / _DATA / digest)
     except OSError as error:
@@ -90,7 +88,7 @@ def assets() -> dict[str, bytes]:
 
 
 def _write_runs(
-    sources: Sequence[Source], folder: Path, explained: Explained, memory: int, say: Callable[[str], None]
+    sources: Sequence[Source], folder: Path, memory: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     say("nearest features")
     dictionaries = [
@@ -102,7 +100,7 @@ def _write_runs(
     told = []
     for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
         say(f"{source.path}: {source.harvest.d_sae:,} features")
-        about = write_run_data(source, folder / str(place), str(place), near, explained(source.path))
+        about = write_run_data(source, folder / str(place), str(place), near, read_explanations(source.path))
         told.append(
             {"name": printable(source.name), "folder": printable(source.path), **_shown(source.facts()), **about}
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 from endwise.dashboard.scripts import short
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError
+from endwise.features.top_tokens import written
 from endwise.language_model import LanguageModel
-from endwise.printable import printable
+from endwise.printable import printable, storable
 from endwise.run_config import DataConfig
 from endwise.sites import Site
 
@@ -77,8 +78,7 @@ class TextReader:
         tokenizer: Any = self.model.tokenizer
         if tokenizer is None:
             raise ConfigError("This model came without a tokenizer, so it can read no text.")
-        whole = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
-        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(storable(text), add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ConfigError("The text is empty. Type a word or more.")
         if len(ids) > self.most_tokens:
@@ -101,8 +101,7 @@ class TextReader:
         ]
 
     def _written(self, token: int) -> str:
-        tokenizer: Any = self.model.tokenizer
-        return printable(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return printable(written(self.model, token))
 
 
 def _strongest(row: Float[Tensor, " d_sae"], most: int) -> list[list[float | int | None]]:

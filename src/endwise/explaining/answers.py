@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from endwise.printable import storable
+
 LONGEST = 2000
 """Characters of an explanation that are kept."""
 
@@ -61,5 +63,5 @@ def _json(answer: str) -> Any:
 
 def _shortened(text: str) -> str | None:
     """One line, without halves of surrogate pairs, which no file takes; None if nothing is left."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())[:LONGEST]
+    text = " ".join(storable(text).split())[:LONGEST]
     return text or None

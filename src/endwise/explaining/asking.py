@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from endwise.explaining.answers import read_explanation
@@ -124,7 +125,7 @@ class Asking:
             count = len(question.items)
             filled = {"explanation": explanation, "examples": numbered(question.items), "count": count}
             prompt = self.prompts[scorer.name].filled(**filled)
-            read: Callable[[str], Any] = lambda text: scorer.read(text, question)  # noqa: E731
+            read = partial(scorer.read, question=question)
             return await self._answered(self.settings.scorer, prompt, question.stand_in, read)
 
         answers = await _together([answer(question) for question in questions])

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from endwise.errors import FormatError, RunFolderError
-from endwise.files import cannot_write
+from endwise.errors import FormatError
+from endwise.files import cannot_write, held
 
 ANSWERS_FILE = "answers.sqlite"
 _FORMAT = 1
@@ -79,33 +77,24 @@ def opened(folder: Path) -> Iterator[Cache]:
         RunFolderError: another process explains there, or it cannot be written.
         FormatError: the file is damaged.
     """
-    path = folder / ANSWERS_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise RunFolderError(f"Another process explains in {folder}. Wait for its end, or stop it.") from None
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    try:
-        connection = sqlite3.connect(path, check_same_thread=False)  # used by one thread at a time
-        try:
-            _prepare(connection, path)
-            yield Cache(connection, path)
-        finally:
-            connection.close()
-    finally:
-        lock.release()
+    taken = f"Another process explains in {folder}. Wait for its end, or stop it."
+    with held(folder / ".lock", taken), _connected(folder / ANSWERS_FILE) as cache:
+        yield cache
 
 
 @contextmanager
 def in_memory() -> Iterator[Cache]:
     """None yet, and none that stay."""
-    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    with _connected(Path(":memory:")) as cache:
+        yield cache
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[Cache]:
+    connection = sqlite3.connect(path, check_same_thread=False)  # used by one thread at a time
     try:
-        _prepare(connection, Path(":memory:"))
-        yield Cache(connection, Path(":memory:"))
+        _prepare(connection, path)
+        yield Cache(connection, path)
     finally:
         connection.close()
 

@@ -18,7 +18,7 @@ from endwise.errors import EndpointError
 from endwise.explaining.cache import Answer, Cache, request_key
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.pacing import Pace, back_off, retry_after
-from endwise.printable import printable
+from endwise.printable import printable, storable
 
 LARGEST_ANSWER = 4 << 20
 """Bytes of a response."""
@@ -238,12 +238,7 @@ def _answer(body: bytes) -> Answer:
         raise _Passing("the answer has no text at choices[0].message.content")
     usage = value.get("usage")
     counted = usage if isinstance(usage, dict) else {}
-    return Answer(_storable(text), _count(counted.get("prompt_tokens")), _count(counted.get("completion_tokens")))
-
-
-def _storable(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may hold and no file takes."""
-    return text.encode("utf-8", "replace").decode()
+    return Answer(storable(text), _count(counted.get("prompt_tokens")), _count(counted.get("completion_tokens")))
 
 
 def _count(value: Any) -> int | None:

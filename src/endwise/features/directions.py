@@ -4,7 +4,6 @@ Runs of one model, site and held-out text share every clean pass, the directions
 property of the model and not of any SAE.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import WEIGHTS_FILE
 from endwise.errors import FormatError, RunFolderError
+from endwise.features.importance import weights_digest
 from endwise.features.norms import NormCollector, Norms
 from endwise.features.principal import AlongDirections, Estimates, Floats, Principal, principal
 from endwise.features.resample_ablation import resample_ablation
@@ -153,8 +153,6 @@ def _settings(
     weights = path / "sae" / WEIGHTS_FILE
     if not weights.exists():
         raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     data_file = RunFolder(path).data_file
     heldout = read_json(data_file).get("heldout") if data_file.exists() else None
     return {
@@ -169,7 +167,7 @@ def _settings(
         "with_starts": with_starts,
         "resamples": config.evaluation.bootstrap,
         "seed": config.evaluation.seed,
-        "sae": digest,
+        "sae": weights_digest(path),
     }
 
 

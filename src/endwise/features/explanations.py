@@ -18,8 +18,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from endwise.errors import FormatError
-from endwise.files import replacing, write_json
-from endwise.reading import read_json
+from endwise.files import write_json
+from endwise.reading import read_format
+from endwise.tabular import write_parquet
 
 EXPLANATIONS_FOLDER = "explanations"
 EXPLANATIONS_FORMAT = 1
@@ -107,9 +108,7 @@ def read_explanations(run: Path) -> Explanations | None:
     if not about_file.exists():
         return None
     try:
-        about = read_json(about_file)
-        if about.get("format") != EXPLANATIONS_FORMAT:
-            raise ValueError(f"its format is {about.get('format')!r:.40}, this version reads {EXPLANATIONS_FORMAT}")
+        about = read_format(about_file, EXPLANATIONS_FORMAT)
         table = parquet.read_table(folder / "explanations.parquet")
         rows = tuple(map(_explanation, table.to_pylist()))
     except (OSError, pa.ArrowException, FormatError, KeyError, TypeError, ValueError) as error:
@@ -130,9 +129,7 @@ def write_explanations(run: Path, rows: Sequence[Explanation], about: Mapping[st
         RunFolderError: the folder cannot be written; older explanations are untouched.
     """
     folder = run / EXPLANATIONS_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "explanations.parquet") as partial:
-        parquet.write_table(explanations_table(rows), partial)
+    write_parquet(explanations_table(rows), folder / "explanations.parquet")
     write_json(folder / "explanations.json", {"format": EXPLANATIONS_FORMAT, **about})
 
 

@@ -10,7 +10,6 @@ Positions are those of the sequences that the model saw, a prepended BOS include
 corpus, so that a context can be found again.
 """
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from endwise.errors import FormatError
+from endwise.reading import read_format
 
 HARVEST_FOLDER = "harvest"
 HARVEST_FORMAT = 1
@@ -149,11 +149,9 @@ def read_harvest(run: Path) -> Harvest | None:
     if not about_file.exists():
         return None
     try:
-        about = json.loads(about_file.read_text(encoding="utf-8"))
-        if about["format"] != HARVEST_FORMAT:
-            raise ValueError(f"its format is {about['format']!r:.40}, this version reads {HARVEST_FORMAT}")
+        about = read_format(about_file, HARVEST_FORMAT)
         d_sae = int(about["d_sae"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (FormatError, KeyError, TypeError, ValueError) as error:
         raise _broken(about_file, error) from None
     features = _read(folder / "features.parquet", FEATURE_SCHEMA)
     if features["feature"].to_pylist() != list(range(d_sae)):

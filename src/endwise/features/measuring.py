@@ -1,6 +1,5 @@
 """Measures the importance of the features of finished runs; those of one model share every clean pass."""
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError, DataError, RunFolderError
+from endwise.errors import ConfigError, DataError
 from endwise.features.ablation import AblationSums, choose
 from endwise.features.attribution import Attribution
 from endwise.features.faithfulness import FaithfulnessSums
@@ -62,7 +61,7 @@ def measure_importance(
     """
     if ablate < 0:
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
-    configs = {path: _trained(path) for path in map(Path, runs)}
+    configs = {path: RunFolder.open_trained(path).config() for path in map(Path, runs)}
     settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
     found = {} if again else {path: read_measured(path) for path in configs}
     results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
@@ -74,14 +73,6 @@ def measure_importance(
             results[path] = measured[path]
             write_measured(path, measured[path])
     return {path: results[path] for path in configs}
-
-
-def _trained(path: Path) -> RunConfig:
-    folder = RunFolder.open(path)
-    if not folder.sae.exists():
-        again = f"endwise train --resume {shlex.quote(str(path))}"
-        raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
-    return folder.config()
 
 
 def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl: bool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def chunked_cross_entropy(
         rows: whose logits are held at once, vocabulary-major as in `kl`.
     """
     weight, rows = unembedding.weight, min(rows, len(hidden))
-    buffers = Buffers.of(unembedding, hidden, rows, "q")
+    buffers = Buffers.of(unembedding, hidden, rows, 1)
     losses = torch.zeros(len(hidden), dtype=buffers.dtype, device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for start in range(0, len(hidden), rows):

@@ -26,7 +26,7 @@ def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembe
     weight = unembedding.weight
     gradient = torch.empty_like(spliced)
     rows = min(rows, len(spliced))
-    buffers = Buffers.of(unembedding, spliced, rows, "pq")
+    buffers = Buffers.of(unembedding, spliced, rows, 2)
     total = torch.zeros((), dtype=buffers.dtype, device=spliced.device)
     for start in range(0, len(spliced), rows):
         part = slice(start, start + rows)

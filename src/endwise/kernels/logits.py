@@ -20,16 +20,16 @@ class Buffers:
     """For what is in the hidden states' own dtype, where that is narrower."""
 
     @classmethod
-    def of(cls, unembedding: Unembedding, hidden: Tensor, rows: int, passes: str) -> "Buffers":
+    def of(cls, unembedding: Unembedding, hidden: Tensor, rows: int, passes: int) -> "Buffers":
         """
         Args:
             rows: the most that they must hold.
-            passes: a letter for each that is held at once.
+            passes: whose logits are held at once.
         """
         elements = rows * len(unembedding.weight)
         rounds = hidden.dtype not in (torch.float32, torch.float64)
         dtype = torch.float32 if rounds else hidden.dtype
-        logits = tuple(hidden.new_empty(elements, dtype=dtype) for _ in passes)
+        logits = tuple(hidden.new_empty(elements, dtype=dtype) for _ in range(passes))
         return cls(logits, hidden.new_empty(elements) if rounds else None)
 
     @property

@@ -1,6 +1,5 @@
 """From what was gathered to the files of a harvest (their columns are in `features.harvest`)."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
-from torch import Tensor
 
-from endwise.dictionaries import SAE
 from endwise.features.harvest import (
     CONTEXT_SCHEMA,
     FEATURE_SCHEMA,
@@ -26,6 +23,7 @@ from endwise.features.importance import FeatureImportance
 from endwise.features.top_tokens import token_effects, written
 from endwise.files import replacing, write_json
 from endwise.language_model import LanguageModel
+from endwise.tabular import write_parquet
 from endwise.tokens import Corpus
 
 _BLOCK_CONTEXTS = 4096
@@ -47,7 +45,7 @@ def write_harvest(
     """
     folder = run / HARVEST_FOLDER
     (folder / "harvest.json").unlink(missing_ok=True)
-    _write(feature_table(gathered, model, measured), folder / "features.parquet")
+    write_parquet(feature_table(gathered, model, measured), folder / "features.parquet")
     with (
         replacing(folder / "contexts.parquet") as partial,
         parquet.ParquetWriter(partial, CONTEXT_SCHEMA, compression="zstd") as writer,
@@ -56,13 +54,8 @@ def write_harvest(
             writer.write_table(table)
     words = [written(model, token) for token in range(model.vocab_size)]
     vocabulary = {"token": np.arange(len(words)), "text": words}
-    _write(pa.table(vocabulary, schema=VOCABULARY_SCHEMA), folder / "vocabulary.parquet")
-    write_json(folder / "harvest.json", json.loads(json.dumps(about)))
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path) as partial:
-        parquet.write_table(table, partial, compression="zstd")
+    write_parquet(pa.table(vocabulary, schema=VOCABULARY_SCHEMA), folder / "vocabulary.parquet")
+    write_json(folder / "harvest.json", about)
 
 
 def feature_table(gathered: Gathered, model: LanguageModel, measured: FeatureImportance | None) -> pa.Table:
@@ -72,7 +65,7 @@ def feature_table(gathered: Gathered, model: LanguageModel, measured: FeatureImp
     firings = histogram.sum(1)
     sums = gathered.activation.total().cpu().numpy()
     mean = np.divide(sums, firings, out=np.zeros(d_sae), where=firings > 0).astype(np.float32)
-    effects = token_effects(model, _directions(gathered.sae), kept.tokens)
+    effects = token_effects(model, gathered.sae.W_dec.detach(), kept.tokens)
     partners = co_firing(gathered.together, d_sae, kept.co_firing)
     counts, edges = _histograms(histogram)
     never = firings == 0
@@ -97,10 +90,6 @@ def feature_table(gathered: Gathered, model: LanguageModel, measured: FeatureImp
         for field, values in zip(FEATURE_SCHEMA, columns.values(), strict=True)
     ]
     return pa.table(dict(zip(columns, arrays, strict=True))).cast(FEATURE_SCHEMA)
-
-
-def _directions(sae: SAE) -> Tensor:
-    return sae.W_dec.detach()
 
 
 def _histograms(histogram: NDArray[np.int64]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:

@@ -45,9 +45,8 @@ class Kept:
     """Other features that fire at the same tokens."""
 
     def __post_init__(self) -> None:
-        most = {"top": 1_000, "groups": 100, "per_group": 1_000, "before": 1_000, "after": 1_000}
         for name, value in asdict(self).items():
-            limit = most.get(name, 1_000)
+            limit = 100 if name == "groups" else 1_000
             if type(value) is not int or not 0 <= value <= limit:
                 raise ConfigError(f"{name} must be a whole number from 0 to {limit:,}; given {value!r:.40}. Change it.")
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from endwise.errors import RunFolderError
 from endwise.features.harvest import HARVEST_FOLDER
 from endwise.features.harvesting.gathering import Gathered
-from endwise.files import cannot_write, remove_partials, write_tensors
+from endwise.files import held, remove_partials, write_tensors
 
 SAVE_SECONDS = 30.0
 """Between two savings; longer where one takes more than a twentieth of that."""
@@ -44,8 +43,8 @@ class Parts:
         Raises:
             RunFolderError: another process holds it, or the folder cannot be written.
         """
-        lock = FileLock(self.folder / f".{shard}-of-{self.shards}.lock", timeout=0)
-        with self._holding(lock):
+        lock = self.folder / f".{shard}-of-{self.shards}.lock"
+        with held(lock, f"Another process is harvesting {self.run} ({lock}). Wait for its end, or stop it."):
             yield
 
     @contextmanager
@@ -53,24 +52,8 @@ class Parts:
         """Waits until no other process is joining the shards. It is not in the folder of the parts, which the first who
         can join them removes.
         """
-        with self._holding(FileLock(self.run / ".harvest.lock")):
+        with held(self.run / ".harvest.lock"):
             yield
-
-    @contextmanager
-    def _holding(self, lock: BaseFileLock) -> Iterator[None]:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise RunFolderError(
-                f"Another process is harvesting {self.run} ({lock.lock_file}). Wait for its end, or stop it."
-            ) from None
-        except OSError as error:
-            raise cannot_write(self.folder, error) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def load(self, shard: int, into: Gathered) -> int | None:
         """Fills `into` with what the shard has gathered.
@@ -78,14 +61,12 @@ class Parts:
         Returns:
             The number of the batch to go on with; None if nothing is there that was gathered with these settings.
         """
+        next_batch = self.next_batch(shard)
+        if next_batch is None:
+            return None
         try:
-            with safe_open(self.file(shard), framework="pt") as opened:
-                about = json.loads((opened.metadata() or {})["endwise"])
-                if about["settings"] != self.settings:
-                    return None
-                next_batch = int(about["next"])
-                into.restore({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118  No mapping.
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+            into.restore(load_file(self.file(shard)))
+        except (OSError, SafetensorError, KeyError, RuntimeError):
             return None
         return next_batch
 

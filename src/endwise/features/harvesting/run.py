@@ -11,7 +11,7 @@ import torch
 
 from endwise.dictionaries import SAE
 from endwise.distributed import joined
-from endwise.errors import ConfigError, DataError, Interrupted, RunFolderError
+from endwise.errors import ConfigError, DataError, Interrupted
 from endwise.features.harvest import HARVEST_FORMAT, Harvest, read_harvest
 from endwise.features.harvesting.files import write_harvest
 from endwise.features.harvesting.gathering import Gathered, Kept, share_of_tokens
@@ -77,7 +77,7 @@ def harvest(
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
         wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
-        configs = {path: _trained(path) for path in map(Path, runs)}
+        configs = {path: RunFolder.open_trained(path).config() for path in map(Path, runs)}
         settings = {path: wish.settings(path, config) for path, config in configs.items()}
         found = {} if again else {path: read_harvest(path) for path in configs}
         done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
@@ -88,14 +88,6 @@ def harvest(
             results |= group.harvest(display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
-
-
-def _trained(path: Path) -> RunConfig:
-    folder = RunFolder.open(path)
-    if not folder.sae.exists():
-        again = f"endwise train --resume {shlex.quote(str(path))}"
-        raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
-    return folder.config()
 
 
 def _serves(old: Harvest, settings: Mapping[str, Any]) -> bool:
@@ -161,31 +153,32 @@ class _Group:
                 run.parts.clear_partials()
             gathered = self._gather(display)
             for path, each in gathered.items() if shards > 1 else ():
-                self.runs[path].parts.save(shard, each, self._span.stop)
+                self.runs[path].parts.save(shard, each, self._span(shard).stop)
             return {path: self._finish(path, each) for path, each in gathered.items()}
 
-    @property
-    def _span(self) -> range:
-        """Of the batches of the text, this shard's."""
-        batches = -(-self.sequences // self.batch)
-        shard, shards = self.wish.shard, self.wish.shards
+    def _span(self, shard: int) -> range:
+        """Of the batches of the text, a shard's."""
+        batches, shards = -(-self.sequences // self.batch), self.wish.shards
         return range(batches * shard // shards, batches * (shard + 1) // shards)
 
+    @property
+    def _co_firing_share(self) -> float:
+        return share_of_tokens(self.sequences * self.corpus.context)
+
     def _empty(self, path: Path) -> Gathered:
-        share = share_of_tokens(self.sequences * self.corpus.context)
         attribute = self.settings[path]["importance"] == "attributed"
-        return Gathered(self.runs[path].sae, self.wish.kept, share, attribute=attribute)
+        return Gathered(self.runs[path].sae, self.wish.kept, self._co_firing_share, attribute=attribute)
 
     def _gather(self, display: bool) -> dict[Path, Gathered]:
         """The pass over this shard's batches; those that a run has gathered already do not count for it again."""
-        gathered = {path: self._empty(path) for path in self.runs}
+        gathered, span = {path: self._empty(path) for path in self.runs}, self._span(self.wish.shard)
         starts: dict[Path, int] = {}
         for path, run in self.runs.items():
             saved = run.parts.load(self.wish.shard, gathered[path])
-            starts[path] = self._span.start if saved is None else saved
+            starts[path] = span.start if saved is None else saved
             if saved is None:
                 gathered[path] = self._empty(path)
-        numbers = range(min(starts.values()), self._span.stop)
+        numbers = range(min(starts.values()), span.stop)
         saver = Saver()
         with counting("harvest", self._sequences_of(numbers), display) as advance, polite_stop() as asked_to_stop:
             for number in numbers:
@@ -197,7 +190,7 @@ class _Group:
                         for path in behind:
                             self.runs[path].parts.save(self.wish.shard, gathered[path], number + 1)
                 if asked_to_stop():
-                    again = f"endwise harvest {' '.join(shlex.quote(str(path)) for path in self.runs)}"
+                    again = f"endwise harvest {shlex.join(map(str, self.runs))}"
                     raise Interrupted(f"Stopped; what was gathered is saved. Go on with the same command: {again}")
         return gathered
 
@@ -219,7 +212,7 @@ class _Group:
         run, shards = self.runs[path], self.wish.shards
         with run.parts.joining():
             others = [shard for shard in range(shards) if shard != self.wish.shard]
-            if any(run.parts.next_batch(shard) != self._end_of(shard) for shard in others):
+            if any(run.parts.next_batch(shard) != self._span(shard).stop for shard in others):
                 return None
             for shard in others:
                 other = self._empty(path)
@@ -228,9 +221,6 @@ class _Group:
             write_harvest(path, own, self.model, self.corpus, run.measured, self._about(path, own))
             run.parts.remove()
         return read_harvest(path)
-
-    def _end_of(self, shard: int) -> int:
-        return -(-self.sequences // self.batch) * (shard + 1) // self.wish.shards
 
     def _about(self, path: Path, gathered: Gathered) -> dict[str, Any]:
         run = self.runs[path]
@@ -246,7 +236,7 @@ class _Group:
             "sequences": self.sequences,
             "context": self.corpus.context,
             "corpus": self.corpus.describe(),
-            "co_firing_share": share_of_tokens(self.sequences * self.corpus.context),
+            "co_firing_share": self._co_firing_share,
             "weights": self.settings[path]["weights"],
             "settings": self.settings[path],
         }
