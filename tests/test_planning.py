@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from endwise import kernels
 from endwise.checkpoints import write_checkpoint
-from endwise.cli import DOES_NOT_FIT, app
+from endwise.cli import app
+from endwise.cli.runs import DOES_NOT_FIT
 from endwise.errors import ConfigError, ModelError, SiteError
 from endwise.flops import forward_flops, gradient_flops
 from endwise.kernels import standing_in

@@ -49,14 +49,13 @@ def evaluate(
         RunFolderError: a folder is not a run, or holds no trained SAE yet.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    folders = {path: RunFolder.open_trained(path) for path in paths}
-    configs = {path: folder.config() for path, folder in folders.items()}
+    configs = {path: RunFolder.config_of_trained(path) for path in paths}
     results: dict[Path, Evaluation] = {}
     with joined() as world:
         for group in sharing_groups(configs, tokens):
             measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens, world)
             for path, evaluation in measured.items() if world.is_first else ():
-                write_evaluation(folders[path], configs[path], evaluation)
+                write_evaluation(RunFolder(path), configs[path], evaluation)
             results |= measured
     return {path: results[path] for path in paths}
 

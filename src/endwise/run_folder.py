@@ -119,16 +119,19 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open_trained(cls, path: Path) -> "RunFolder":
-        """
+    def config_of_trained(cls, path: Path) -> RunConfig:
+        """The recipe of a run that has an SAE to show for it.
+
         Raises:
             RunFolderError: as `open`, or it holds no trained SAE yet.
+            ConfigError: its recipe cannot be read.
         """
         folder = cls.open(path)
+        config = folder.config()
         if not folder.sae.exists():
             again = f"endwise train --resume {shlex.quote(str(path))}"
             raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
-        return folder
+        return config
 
     def has_run(self) -> bool:
         """Whether a run has been started here."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError, FormatError, RunFolderError
-from endwise.features.harvest import Harvest, read_harvest
+from endwise.errors import ConfigError, FormatError
+from endwise.features.harvest import Harvest, open_harvest
 from endwise.features.importance import weights_digest
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
@@ -74,9 +74,7 @@ def read_sources(runs: Sequence[str | Path]) -> list[Source]:
 
 def _read(path: Path, name: str) -> Source:
     config = RunFolder.open(path).config()
-    harvest = read_harvest(path)
-    if harvest is None:
-        raise RunFolderError(f"{path} was not harvested yet. Harvest it: endwise harvest {shlex.quote(str(path))}")
+    harvest = open_harvest(path)
     try:
         digest, tokens = harvest.about["weights"], harvest.about["tokens"]
     except KeyError as error:

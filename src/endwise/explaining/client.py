@@ -63,6 +63,13 @@ class Tally:
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
+    def __str__(self) -> str:
+        return (
+            f"{self.calls:,} calls, {self.kept:,} answers from before, {self.retries:,} tried again, "
+            f"{self.failed:,} calls failed, {self.unreadable:,} answers could not be read; {self.tokens_in:,} tokens "
+            f"in, {self.tokens_out:,} out."
+        )
+
 
 class _Passing(Exception):
     """What may be gone at another attempt."""

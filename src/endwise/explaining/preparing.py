@@ -1,6 +1,5 @@
 """From runs' harvests to the texts that will be shown and asked about, before anything is paid."""
 
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from endwise.explaining.rendering import Writer
 from endwise.explaining.samples import Sample, Sizes, Text, pool_features, pool_of, random_sample, sample_of
 from endwise.explaining.selecting import Choice, parse_features
 from endwise.explaining.settings import Settings
-from endwise.features.harvest import Context, Harvest, read_harvest
+from endwise.features.harvest import Context, Harvest, open_harvest
 from endwise.run_folder import RunFolder
 
 Say = Callable[[str], None]
@@ -78,9 +77,7 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list
 def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[Prepared, list[int]]:
     """With the features that have texts enough, those first that are wanted most."""
     RunFolder.open(run)
-    harvest = read_harvest(run)
-    if harvest is None:
-        raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {shlex.quote(str(run))}")
+    harvest = open_harvest(run)
     candidates = choice.candidates(harvest, settings.seed)
     count = len(candidates) if choice.count is None else choice.count
     sizes = Sizes(settings.shown, settings.scored // 2)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from endwise.errors import FormatError
+from endwise.errors import FormatError, RunFolderError
 from endwise.reading import read_format
 
 HARVEST_FOLDER = "harvest"
@@ -157,6 +157,19 @@ def read_harvest(run: Path) -> Harvest | None:
     if features["feature"].to_pylist() != list(range(d_sae)):
         raise _broken(folder / "features.parquet", f"it must have a row for each of {d_sae} features, in order")
     return Harvest(folder, about, features)
+
+
+def open_harvest(run: Path) -> Harvest:
+    """A run's harvest, which must be there.
+
+    Raises:
+        RunFolderError: there is none.
+        FormatError: see `read_harvest`.
+    """
+    harvest = read_harvest(run)
+    if harvest is None:
+        raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {shlex.quote(str(run))}")
+    return harvest
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:

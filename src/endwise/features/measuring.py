@@ -61,7 +61,7 @@ def measure_importance(
     """
     if ablate < 0:
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
-    configs = {path: RunFolder.open_trained(path).config() for path in map(Path, runs)}
+    configs = {path: RunFolder.config_of_trained(path) for path in map(Path, runs)}
     settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
     found = {} if again else {path: read_measured(path) for path in configs}
     results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from endwise.errors import ConfigError, RunFolderError
-from endwise.features.harvest import TOP, Context, Harvest, read_harvest
+from endwise.errors import ConfigError
+from endwise.features.harvest import TOP, Context, Harvest, open_harvest
 from endwise.features.neuronpedia_rows import Activation, Model, Neuron, Source, SourceRelease, SourceSet
 from endwise.files import write_atomic
 from endwise.sites import Part, Site
@@ -71,9 +71,7 @@ def export(
         ConfigError: a name is not one that Neuronpedia takes.
         FormatError: the harvest is damaged.
     """
-    found = read_harvest(run)
-    if found is None:
-        raise RunFolderError(f"{run} has no harvest to export. Make it first: endwise harvest {run}")
+    found = open_harvest(run)
     site = Site.parse(str(found.about["site"]))
     names = _Names(
         model=_checked("--model-id", model_id or _slug(str(found.about["model"]))),

@@ -77,7 +77,7 @@ def harvest(
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
         wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
-        configs = {path: RunFolder.open_trained(path).config() for path in map(Path, runs)}
+        configs = {path: RunFolder.config_of_trained(path) for path in map(Path, runs)}
         settings = {path: wish.settings(path, config) for path, config in configs.items()}
         found = {} if again else {path: read_harvest(path) for path in configs}
         done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}

@@ -1,0 +1,32 @@
+"""Commands that tell what there is."""
+
+from typing import Annotated
+
+import typer
+
+from endwise.cli.door import app, plainly, say
+
+
+@app.command()
+@plainly
+def sites(
+    model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")
+    ] = False,
+) -> None:
+    """List the sites of a model, where an SAE can be spliced in, with their widths."""
+    from endwise.model_loading import load_model
+
+    loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    for site in loaded.sites():
+        say(f"{site.name:<34}{loaded.width(site):>8}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from endwise import __version__
+
+    typer.echo(__version__)

@@ -1,0 +1,216 @@
+"""Commands that train and measure."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from endwise.cli.door import app, plainly, say
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"
+    ),
+]
+
+DOES_NOT_FIT = 8
+"""The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""
+
+
+@app.command()
+@plainly
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of every SAE's initialisation.")] = 0,
+) -> None:
+    """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
+    from endwise.quickstart import quickstart as run
+
+    run(out, seed=seed)
+
+
+@app.command()
+@plainly
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning."),
+    ] = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Go on with the recipe's run if it was started before.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes."""
+    from endwise.distributed import is_first_process
+    from endwise.errors import ConfigError
+    from endwise.recipes import find_recipe
+    from endwise.run_config import RunConfig
+    from endwise.run_folder import RunFolder
+    from endwise.training import train as run
+
+    if (recipe is None) == (resume is None):
+        raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
+    if from_step is not None and resume is None:
+        raise ConfigError("--from-step needs --resume RUN, the run whose checkpoint it names.")
+    if resume is not None:
+        config = RunFolder.open(resume).config().model_copy(update={"out": resume})
+    else:
+        config = RunConfig.read(find_recipe(recipe or ""), overrides)
+    going_on = resume is not None or ("if_started" if or_resume else False)
+    result = run(config, resume=going_on, from_step=from_step, display=not quiet)
+    if is_first_process():
+        say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+        say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
+
+
+@app.command()
+@plainly
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of one that ships.")],
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Plan for a device with this much memory, e.g. 80GiB, instead of this one's."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Plan one of this many processes that share each batch.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run will need, before it starts: parameters, memory, operations, and what will not fit.
+
+    Exit code: 0 if everything fits, 8 if something does not, another if the recipe breaks a rule.
+    """
+    from json import dumps
+
+    from endwise.machine import parse_size
+    from endwise.planning import plan as make
+    from endwise.recipes import find_recipe
+    from endwise.report import print_plan
+    from endwise.run_config import RunConfig
+
+    made = make(
+        RunConfig.read(find_recipe(recipe), overrides),
+        processes=processes,
+        memory=None if memory is None else parse_size(memory),
+    )
+    if json:
+        typer.echo(dumps(made.to_json(), indent=2))
+    else:
+        print_plan(made)
+    if not made.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+@app.command()
+@plainly
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write all runs as one CSV table.")] = None,
+) -> None:
+    """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
+    from endwise.distributed import is_first_process
+    from endwise.files import write_atomic
+    from endwise.report import print_evaluations
+    from endwise.run_evaluation import evaluate as run
+    from endwise.run_evaluation import evaluations_csv, unfinished
+    from endwise.run_folder import RunFolder
+
+    evaluations = run(runs, tokens=tokens)
+    if not is_first_process():
+        return
+    configs = {path: RunFolder.open(path).config() for path in evaluations}
+    print_evaluations(configs, evaluations)
+    for path, config in configs.items():
+        if remark := unfinished(path, config):
+            say(remark)
+    for path, evaluation in evaluations.items():
+        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
+    if csv is not None:
+        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
+
+
+@app.command()
+@plainly
+def sweep(
+    sweep: Annotated[str, typer.Argument(help="A sweep's path, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Changes to the sweep (out=..., together=4) or its recipe (training.tokens=...)",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train and measure every run of a sweep: what is finished is skipped, what was broken off gone on with.
+
+    Exit code: 0 if all runs are finished, 7 if some failed, another if the sweep breaks a rule.
+    """
+    from endwise.errors import TrainingStopped
+    from endwise.sweeps import sweep as run
+    from endwise.sweeps.survey import survey
+    from endwise.sweeps.sweep_config import read_sweep
+    from endwise.sweeps.tables import print_prospects, print_rows
+
+    config = read_sweep(sweep, overrides or ())
+    if dry_run:
+        print_prospects(survey(config))
+        return
+    swept = run(config, display=not quiet)
+    print_rows(swept.rows)
+    for point, why in swept.failures.items():
+        say(f"failed: {point} in {swept.places[point]}: {why}", err=True)
+    if missed := swept.missing(config.search.tolerance):
+        say(
+            f"Further than {config.search.tolerance:.0%} from their target: {len(missed)}. To come nearer, raise "
+            "search.tokens or search.corrections, and start the sweep again."
+        )
+    say(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
+    if swept.failures:
+        raise typer.Exit(TrainingStopped.exit_code)
+
+
+@app.command()
+@plainly
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
+    model: Annotated[
+        str, typer.Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
+    ] = "embedded",
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for runs, tables, figures and report.html; begun again, it goes on there."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
+
+    Exit code: 0 if all runs are finished, 7 if some failed, another if the study breaks a rule.
+    """
+    from endwise.errors import ConfigError, TrainingStopped
+    from endwise.reproduction import reproduce as run
+
+    if what != "paper":
+        raise ConfigError(f"Only the paper can be reproduced (endwise reproduce paper); given {what!r:.80}.")
+    made = run(model, out, budget=budget, display=not quiet)
+    for claim in made.claims:
+        say(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+    for folder, why in made.runs.failures.items():
+        say(f"failed: {folder}: {why}", err=True)
+    say(f"The report: {made.report}")
+    if made.runs.failures:
+        raise typer.Exit(TrainingStopped.exit_code)
