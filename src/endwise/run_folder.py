@@ -123,8 +123,7 @@ class RunFolder:
         """The recipe of a run that has an SAE to show for it.
 
         Raises:
-            RunFolderError: as `open`, or it holds no trained SAE yet.
-            ConfigError: its recipe cannot be read.
+            RunFolderError: as `open`; its recipe cannot be read; or it holds no trained SAE yet.
         """
         folder = cls.open(path)
         config = folder.config()
