@@ -7,11 +7,12 @@ Needs endwise alone. Per batch of the embedded model's training text, in turn (`
 
 - `spliced`: the bare spliced forward pass: the blocks before the site, the SAE, the tail, the CE of each token;
 - `harvest`: what `endwise harvest` does where the importance was measured before, or is not asked for;
-- `harvest+ce`: the same with the attribution of the CE, which needs the tail forward and backward.
+- `harvest+ce`: the same with the attribution of the CE, which needs the tail forward and backward, in every second
+  batch, as of a long text.
 
 Each goes on with the next batch. The SAE is a random one whose bias is lowered until `--l0` features are active per
 token, so that they are all alive, and no two runs of the benchmark differ. `--whole` then harvests so many tokens from
-the beginning, files and all, without attribution.
+the beginning, files, attribution and all.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class Harvesting(Side):
 
         from endwise import ReluSAE, load_model
         from endwise.features.harvesting.gathering import Gathered, Kept, share_of_tokens
+        from endwise.features.harvesting.run import LONG_TEXT_EVERY
         from endwise.features.spliced import spliced_ce
         from endwise.run_config import DataConfig
         from endwise.tokens import corpora_for
@@ -75,9 +77,10 @@ class Harvesting(Side):
                 spliced_ce(model, clean, site, text.mask, sae(clean.activations[site]))
 
         def harvest(ce: bool) -> None:
-            text, numbers = following("harvest+ce" if ce else "harvest")
+            act = "harvest+ce" if ce else "harvest"
+            text, numbers = following(act)
             clean = model.clean(text.tokens, record=[site])
-            gathered[ce].add(model, clean, site, text.mask, numbers)
+            gathered[ce].add(model, clean, site, text.mask, numbers, at[act] % LONG_TEXT_EVERY == 0)
 
         self.acts: dict[str, Callable[[], None]] = {
             "spliced": spliced,
@@ -108,9 +111,7 @@ class Harvesting(Side):
             (run / "config.yaml").write_text(config.to_yaml())
             self.sae.save(run / "sae")
             start = time.perf_counter()
-            (found,) = harvest(
-                [run], tokens=tokens, text="train", importance=False, model=self.model, corpora=self.corpora
-            ).values()
+            (found,) = harvest([run], tokens=tokens, text="train", model=self.model, corpora=self.corpora).values()
             seconds = time.perf_counter() - start
             assert found is not None
             size = sum(file.stat().st_size for file in found.folder.iterdir())
@@ -165,8 +166,9 @@ def main() -> int:
             f"  {act:11} {tokens / timing['seconds']:,.0f} tokens/s, {timing['samples']} samples, "
             f"{timing['discarded']} discarded" + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
         )
-    share, whole = found["throughput/spliced"]["harvest"], found["whole"]
-    print(f"a harvest has {share:.0%} of the bare spliced pass's throughput (bar: {BAR_THROUGHPUT:.0%})")
+    shares, whole = found["throughput/spliced"], found["whole"]
+    for act, share in shares.items():
+        print(f"{act} has {share:.0%} of the bare spliced pass's throughput (bar: {BAR_THROUGHPUT:.0%})")
     if whole:
         print(f"{whole['tokens']:,} tokens took {whole['seconds']:.0f} s and {whole['mib']:.0f} MiB of files")
     result = {"machine": machine(arguments.threads), "spec": spec, **found}
@@ -174,7 +176,7 @@ def main() -> int:
         write_json(arguments.out, result)
     print(json.dumps(result))
     slow = whole is not None and whole["seconds"] > BAR_SECONDS * whole["tokens"] / 1_000_000
-    return int(share < BAR_THROUGHPUT or slow)
+    return int(min(shares.values()) < BAR_THROUGHPUT or slow)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from endwise.features.harvest import (
     TOP,
     VOCABULARY_SCHEMA,
 )
-from endwise.features.importance import weights_digest
+from endwise.features.same_weights import weights_digest
 from made_dictionaries import write_run
 
 LENGTH, BEFORE = 24, 14

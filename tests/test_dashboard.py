@@ -18,6 +18,7 @@ from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import SHARD
 from endwise.dashboard.scripts import packed, script, short
 from endwise.dashboard.site import assets
+from endwise.dashboard.sources import read_sources
 from endwise.dashboard.token_index import ACTIVE, BOOSTED, PEAK, REASONS
 from endwise.dashboard.token_index import SHARD as TOKENS_OF_SHARD
 from endwise.dictionaries import SAE
@@ -236,6 +237,15 @@ def test_runs_are_given_once_and_called_apart(tmp_path):
     page = write_dashboard(runs, tmp_path / "out")
     assert [run["name"] for run in received(tmp_path / "out" / "data" / "site.js")["runs"]] == ["0/e2e", "1/e2e"]
     assert page == tmp_path / "out" / "index.html"
+
+
+def test_runs_with_long_names_are_called_by_what_they_are(tmp_path):
+    folder = tmp_path / "objective.kind=e2e,objective.sparsity.coefficient=2"
+    runs = [write_harvested_run(folder / f"seed={seed}", 20, groups=(), seed=seed) for seed in (0, 1)]
+    assert [source.name for source in read_sources(runs)] == ["seed=0", "seed=1"]
+    long = [run.rename(folder / f"{run.name},dictionary.size=4096,training.tokens=1000") for run in runs]
+    assert [source.name for source in read_sources(long)] == [f"e2e λ 1 seed {seed}" for seed in (0, 1)]
+    assert [source.name for source in read_sources([long[0]])] == ["e2e λ 1 seed 0"]
 
 
 def test_written_again_it_is_the_same_and_what_it_was_goes(tmp_path):

@@ -1,5 +1,7 @@
 """Which texts are shown and asked about, how they are written, how answers are read, what scores come to."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -369,3 +371,36 @@ def test_explanations_are_read_as_they_were_written(tmp_path):
     (tmp_path / "explanations" / "explanations.json").write_text('{"format": 99}')
     with pytest.raises(FormatError, match="99"):
         read_explanations(tmp_path)
+
+
+def test_explanations_and_harvests_of_other_weights_are_refused(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    about = {"settings": {}, "weights": read_harvest(run).about["weights"]}
+    write_explanations(run, [Explanation(2, "verbs", "m", "m")], about)
+    assert read_explanations(run).of(2).text == "verbs"
+    (run / "sae" / "sae_weights.safetensors").write_bytes(b"trained on")
+    with pytest.raises(FormatError, match="explained with other weights than its SAE has now"):
+        read_explanations(run)
+    with pytest.raises(FormatError, match="endwise harvest --again"):
+        prepare([run], Settings(model="m"))
+
+
+def test_only_so_many_features_are_under_way_at_a_time(run, monkeypatch):
+    monkeypatch.setattr("endwise.explaining.asking.UNDERWAY", 3)
+    (prepared,) = prepare([run], Settings(model="m", scorers=("detection",), shuffled=False, random=0))
+    calls_of_a_feature = 4  # 20 items, 5 in each
+    most, now = 0, 0
+
+    class Slow(Oracle):
+        async def ask(self, request, cache, stand_in):
+            nonlocal most, now
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0)
+            now -= 1
+            return await super().ask(request, cache, stand_in)
+
+    with in_memory() as cache:
+        settings = Settings(model="m", scorers=("detection",), shuffled=False, random=0)
+        run_async(Asking(prepared, settings, Slow(), cache).all())
+    assert 3 <= most <= 3 * calls_of_a_feature

@@ -217,6 +217,29 @@ def test_importance_is_the_attributions(pair, model):
     np.testing.assert_allclose(found.column("ce_second"), expected.ce_second, rtol=1e-6, atol=1e-9)
 
 
+def test_of_a_long_text_every_second_batch_is_attributed(run, model, corpora, monkeypatch):
+    corpus = corpora.heldout
+    whole = harvested(run, model, corpus)
+    monkeypatch.setattr("endwise.features.harvesting.run.LONG_TEXT", 1)
+    found = harvested(run, model, corpus)
+    oracle = Oracle(model, run, corpus)
+    chosen = [rows for rows in range(oracle.sequences) if rows // 4 % 2 == 0]
+    attribution = Attribution(oracle.sae, len(chosen), 2)
+    site = model.site(SITE)
+    for start in range(0, oracle.sequences, 8):
+        rows = slice(start, start + 4)
+        clean = model.clean(oracle.text.tokens[rows], record={site})
+        attribution.add(model, clean, site, oracle.text.mask[rows])
+    expected, fired = attribution.result(), oracle.c[chosen].any((0, 1))
+    elsewhere = oracle.c.any((0, 1)) & ~fired
+    ce = found.column("ce_second")
+    np.testing.assert_allclose(ce[~elsewhere], expected.ce_second[~elsewhere], rtol=1e-6, atol=1e-9)
+    assert np.isnan(ce[elsewhere]).all()
+    assert found.about["attributed_predictions"] == expected.predictions_blocks.sum() < found.about["predictions"]
+    assert whole.about["attributed_predictions"] == whole.about["predictions"]
+    assert found.features.drop(["ce", "ce_second"]).equals(whole.features.drop(["ce", "ce_second"]))
+
+
 def digest(run):
     folder = run / "harvest"
     assert {file.name for file in folder.iterdir()} == {

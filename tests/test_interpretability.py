@@ -1,14 +1,19 @@
 """The permutation test against scipy's, equal samples of features, and kinds compared by scores that are known."""
 
+import io
+import re
+
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from endwise.analysis.interpretability import ExplainedRun, Interpretability, difference_rows, mean_rows
 from endwise.analysis.pareto import Setting
 from endwise.analysis.permutation import equal_samples, permutation_test
 from endwise.features.explanations import Explanation, Explanations, Score
-from endwise.report import write_interpretability
+from endwise.report import print_interpretability, write_interpretability
+from endwise.report.violins import violin
 from made_runs import make_run
 
 
@@ -73,6 +78,23 @@ def test_kinds_are_compared_by_their_own_explanations():
     assert [claim.verdict for claim in found.claims] == ["shown", "shown", "not shown"]
     assert {row["score"] for row in mean_rows([found])} == {"detection", "detection.shuffled"}
     assert len(difference_rows([found])) == 2
+
+
+def test_what_is_printed_fits_80_columns():
+    lines = io.StringIO()
+    print_interpretability([study(local=(0.7, 0.5), e2e_ds=(0.8, 0.5))], Console(file=lines, width=80))
+    told = lines.getvalue()
+    assert "…" not in told and all(len(line) <= 80 for line in told.splitlines())
+    assert re.search(r"e2e\+ds +1 +0 +\+0.300 +30.0 +40 0.800 \[0.7\d\d, 0.8\d\d\] +0.50", told)
+    assert re.search(r"e2e\+ds − local +CE \\+ +0 +detection +40 +\+0.10 \[\+0.0\d, \+0.1\d\] +0.0001", told)
+
+
+@pytest.mark.parametrize(("count", "outlines"), [(14, 0), (15, 1)])
+def test_few_values_have_no_outline(count, outlines):
+    values = np.linspace(0.4, 0.9, count)
+    series = violin("e2e", 0.0, values, [""] * count)
+    assert sum(not each.marked for each in series) == outlines
+    assert [mark.y for mark in series[-1].marks] == values.tolist()
 
 
 def test_explanations_that_tell_nothing_bear_no_verdict():

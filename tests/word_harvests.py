@@ -7,7 +7,9 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
+from endwise.dictionaries.base import WEIGHTS_FILE
 from endwise.features.harvest import CONTEXT_SCHEMA, FEATURE_SCHEMA, HARVEST_FORMAT, TOP, VOCABULARY_SCHEMA
+from endwise.features.same_weights import weights_digest
 
 LENGTH, QUANTILES, PER_GROUP = 12, 4, 10
 FILLERS = 40
@@ -41,8 +43,10 @@ def make_harvest(run, features=12, *, per_group=PER_GROUP, few=(), dead=(), impo
                 activations[peak] = strength
                 rows.append((feature, group, rank, sequence, 50 + peak, strength, 50, tokens, activations))
                 sequence += 1
+    (run / "sae").mkdir(parents=True)
+    (run / "sae" / WEIGHTS_FILE).write_bytes(b"")
     folder = run / "harvest"
-    folder.mkdir(parents=True)
+    folder.mkdir()
     columns = dict(zip(CONTEXT_SCHEMA.names, zip(*rows, strict=True), strict=True))
     table = pa.table({name: list(values) for name, values in columns.items()}, CONTEXT_SCHEMA)
     parquet.write_table(table, folder / "contexts.parquet", row_group_size=64)
@@ -51,7 +55,14 @@ def make_harvest(run, features=12, *, per_group=PER_GROUP, few=(), dead=(), impo
     vocabulary = {"token": list(range(len(texts))), "text": texts}
     parquet.write_table(pa.table(vocabulary, VOCABULARY_SCHEMA), folder / "vocabulary.parquet")
     about = {"format": HARVEST_FORMAT, "model": "made", "site": "blocks.0.hook_resid_pre", "kind": "local"}
-    about |= {"d_sae": features, "tokens": 10_000, "context": 128, "corpus": {}, "weights": "0" * 64, "settings": {}}
+    about |= {
+        "d_sae": features,
+        "tokens": 10_000,
+        "context": 128,
+        "corpus": {},
+        "weights": weights_digest(run),
+        "settings": {},
+    }
     (folder / "harvest.json").write_text(json.dumps(about))
     return run
 

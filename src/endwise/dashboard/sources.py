@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endwise.analysis.run_summary import LABELS
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
 from endwise.features.harvest import Harvest, open_harvest
-from endwise.features.importance import weights_digest
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
+
+LONG_NAME = 24
+"""Characters from which on names crowd the bar: a sweep's folders are named after all that they vary."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class Source:
 
     path: Path
     name: str
-    """Its folder's; where several are called alike, with as much of the path as tells them apart."""
+    """Its folder's, with as much of the path as tells it from the others; or, where such names are long and that is
+    enough to tell the runs apart, kind, coefficient and seed.
+    """
     config: RunConfig
     harvest: Harvest
 
@@ -33,7 +38,7 @@ class Source:
         if sae.d_sae != self.harvest.d_sae:
             raise FormatError(
                 f"{self.path} was harvested with {self.harvest.d_sae:,} features, but its SAE has {sae.d_sae:,}. "
-                f"{_again(self.path)}"
+                f"Harvest again: endwise harvest --again {shlex.quote(str(self.path))}"
             )
         return sae
 
@@ -60,7 +65,7 @@ def read_sources(runs: Sequence[str | Path]) -> list[Source]:
     Raises:
         ConfigError: no run, or one twice.
         RunFolderError: a folder is no run, or was not harvested.
-        FormatError: a harvest cannot be read, or is of other weights than the run's SAE has now.
+        FormatError: see `open_harvest`.
     """
     paths = [Path(run) for run in runs]
     if not paths:
@@ -69,19 +74,17 @@ def read_sources(runs: Sequence[str | Path]) -> list[Source]:
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
             raise ConfigError(f"A dashboard shows each run once; {paths[place]} was given twice. Leave one out.")
-    return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+    configs = [RunFolder.open(path).config() for path in paths]
+    names, described = _names(resolved), [_described(config) for config in configs]
+    if max(map(len, names)) > LONG_NAME and len(set(described)) == len(described):
+        names = described
+    return [
+        Source(path, name, config, open_harvest(path)) for path, name, config in zip(paths, names, configs, strict=True)
+    ]
 
 
-def _read(path: Path, name: str) -> Source:
-    config = RunFolder.open(path).config()
-    harvest = open_harvest(path)
-    try:
-        digest, tokens = harvest.about["weights"], harvest.about["tokens"]
-    except KeyError as error:
-        raise FormatError(f"{harvest.folder / 'harvest.json'} does not say its {error}. {_again(path)}") from None
-    if type(tokens) is not int or digest != weights_digest(path):
-        raise FormatError(f"{path} was harvested with other weights than its SAE has now. {_again(path)}")
-    return Source(path, name, config, harvest)
+def _described(config: RunConfig) -> str:
+    return f"{LABELS[config.objective.kind]} λ {config.objective.sparsity.coefficient:g} seed {config.seed}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -94,7 +97,3 @@ def _names(paths: Sequence[Path]) -> list[str]:
             depth += 1
         names.append("/".join(path.parts[-depth:]))
     return names
-
-
-def _again(path: Path) -> str:
-    return f"Harvest again: endwise harvest --again {shlex.quote(str(path))}"

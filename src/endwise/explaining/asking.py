@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -26,8 +26,11 @@ REMINDER = "\n\nYour answer must be the JSON alone, complete, in exactly the for
 """Added where an answer could not be read; the changed request is another call, asked once."""
 STAND_IN_LENGTH = 120
 """Characters of the explanation that the estimate stands in."""
+UNDERWAY = 256
+"""Features whose prompts exist at a time: those of a whole dictionary would take gigabytes."""
 
 Read = TypeVar("Read")
+Found = TypeVar("Found")
 
 
 @runtime_checkable
@@ -60,6 +63,7 @@ class Asking:
     asker: Asker
     cache: Cache
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UNDERWAY), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.prompts = self.prompts or read_prompts(PURPOSES, self.settings.prompts)
@@ -98,7 +102,7 @@ class Asking:
 
     async def _explanations(self, samples: Sequence[Sample]) -> dict[int, str]:
         """Of those for which one could be had, by feature."""
-        found = await _together([self._explanation(sample) for sample in samples])
+        found = await _together([self._in_turn(self._explanation, sample) for sample in samples])
         return {sample.feature: text for sample, text in zip(samples, found, strict=True) if text is not None}
 
     async def _explanation(self, sample: Sample) -> str | None:
@@ -110,7 +114,9 @@ class Asking:
     async def _scores(self, jobs: Mapping[tuple[str, int], tuple[Sample, str]]) -> dict[int, dict[str, Score]]:
         """By feature, then by scorer and control."""
         keys = [(name, control, feature) for name in self.settings.scorers for control, feature in jobs]
-        found = await _together([self._score(SCORERS[name], *jobs[control, each]) for name, control, each in keys])
+        found = await _together(
+            [self._in_turn(self._score, SCORERS[name], *jobs[control, each]) for name, control, each in keys]
+        )
         scores: dict[int, dict[str, Score]] = {}
         for (name, control, feature), score in zip(keys, found, strict=True):
             scores.setdefault(feature, {})[f"{name}.{control}" if control else name] = score
@@ -130,6 +136,10 @@ class Asking:
 
         answers = await _together([answer(question) for question in questions])
         return scorer.score(list(zip(questions, answers, strict=True)))
+
+    async def _in_turn(self, ask: Callable[..., Awaitable[Found]], *arguments: Any) -> Found:
+        async with self._places:
+            return await ask(*arguments)
 
     async def _answered(
         self, model: str, prompt: str, stand_in: str, read: Callable[[str], Read | None]

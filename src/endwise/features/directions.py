@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from endwise.dictionaries import SAE
 from endwise.dictionaries.base import WEIGHTS_FILE
 from endwise.errors import FormatError, RunFolderError
-from endwise.features.importance import weights_digest
 from endwise.features.norms import NormCollector, Norms
 from endwise.features.principal import AlongDirections, Estimates, Floats, Principal, principal
 from endwise.features.resample_ablation import resample_ablation
+from endwise.features.same_weights import weights_digest
 from endwise.features.text_at_site import TextAtSite
 from endwise.files import write_tensors
 from endwise.language_model import LanguageModel

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from endwise.errors import FormatError
+from endwise.features.same_weights import check_same_weights
 from endwise.files import write_json
 from endwise.reading import read_format
 from endwise.tabular import write_parquet
@@ -101,7 +102,7 @@ def read_explanations(run: Path) -> Explanations | None:
     """The explanations of a run's features; None if there are none.
 
     Raises:
-        FormatError: they are there, but are not what `endwise explain` writes.
+        FormatError: they are there, but are not what `endwise explain` writes, or the SAE has other weights now.
     """
     folder = run / EXPLANATIONS_FOLDER
     about_file = folder / "explanations.json"
@@ -119,6 +120,9 @@ def read_explanations(run: Path) -> Explanations | None:
     features = [each.feature for each in rows]
     if features != sorted(set(features)):
         raise FormatError(f"{folder / 'explanations.parquet'} must have each feature once, ascending. Explain again.")
+    if about.get("weights") is not None:
+        again = f"Harvest and explain it again, or move {folder} away."
+        check_same_weights(run, about["weights"], "explained", again)
     return Explanations(rows, about)
 
 

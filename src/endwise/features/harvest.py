@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from endwise.errors import FormatError, RunFolderError
+from endwise.features.same_weights import check_same_weights
 from endwise.reading import read_format
 
 HARVEST_FOLDER = "harvest"
@@ -151,6 +152,8 @@ def read_harvest(run: Path) -> Harvest | None:
     try:
         about = read_format(about_file, HARVEST_FORMAT)
         d_sae = int(about["d_sae"])
+        if type(about["tokens"]) is not int:
+            raise TypeError(f"tokens must be a number, not {about['tokens']!r:.40}")
     except (FormatError, KeyError, TypeError, ValueError) as error:
         raise _broken(about_file, error) from None
     features = _read(folder / "features.parquet", FEATURE_SCHEMA)
@@ -160,15 +163,18 @@ def read_harvest(run: Path) -> Harvest | None:
 
 
 def open_harvest(run: Path) -> Harvest:
-    """A run's harvest, which must be there.
+    """A run's harvest, which must be there and of the SAE as it is now.
 
     Raises:
         RunFolderError: there is none.
-        FormatError: see `read_harvest`.
+        FormatError: see `read_harvest`; or the SAE has other weights now.
     """
     harvest = read_harvest(run)
+    name = shlex.quote(str(run))
     if harvest is None:
-        raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {shlex.quote(str(run))}")
+        raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {name}")
+    again = f"Harvest again: endwise harvest --again {name}"
+    check_same_weights(run, harvest.about.get("weights"), "harvested", again)
     return harvest
 
 

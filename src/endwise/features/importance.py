@@ -5,7 +5,6 @@ Three measurements on held-out text, each against the SAE's own spliced pass: an
 important are kept (`Faithfulness`). How they are measured is said in `attribution`, `ablation` and `faithfulness`.
 """
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from endwise.dictionaries.base import WEIGHTS_FILE
 from endwise.errors import FormatError
 from endwise.files import write_tensors
 
@@ -218,12 +216,6 @@ def write_measured(run: Path, measured: Measured) -> None:
     settings = {**measured.settings, "tokens_that_count": measured.importance.tokens}
     written = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in tensors.items()}
     write_tensors(run / IMPORTANCE_FILE, written, {"endwise": json.dumps(settings)})
-
-
-def weights_digest(run: Path) -> str:
-    """Of the SAE that was measured, so that one which was trained on since is not taken for it."""
-    with (run / "sae" / WEIGHTS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _Part = TypeVar("_Part", FeatureImportance, Ablations, Faithfulness)

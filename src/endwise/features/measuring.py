@@ -13,7 +13,8 @@ from endwise.errors import ConfigError, DataError
 from endwise.features.ablation import AblationSums, choose
 from endwise.features.attribution import Attribution
 from endwise.features.faithfulness import FaithfulnessSums
-from endwise.features.importance import Faithfulness, Measured, read_measured, weights_digest, write_measured
+from endwise.features.importance import Faithfulness, Measured, read_measured, write_measured
+from endwise.features.same_weights import weights_digest
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model

@@ -27,7 +27,7 @@ from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
 from endwise.report.shell import escape, page, table
-from endwise.report.violins import violin
+from endwise.report.violins import OUTLINED, violin
 from endwise.statistics import Interval
 from endwise.tabular import write_table
 
@@ -55,8 +55,8 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
     )
     caption = (
         f"Of each kind the SAE whose {AT[at]} is closest to the others' at {found.setting.site}: {told}. Each mark is "
-        "a feature; 0.5 is chance. The outline is a Gaussian kernel density, the hollow mark the mean. Explained by "
-        f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
+        f"a feature; 0.5 is chance. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, the "
+        f"hollow mark the mean. Explained by {found.about.get('model')}, scored by {found.about.get('scorer_model')}."
     )
     return Chart(name, f"How well explanations foretell features, at similar {AT[at]}", caption, tuple(panels))
 
@@ -81,23 +81,42 @@ _HEADINGS = ("kind", "λ", "seed", "CE +", "L0", "features")
 
 
 def _mean_table(found: Interpretability) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    rows = []
-    for run in found.runs:
-        s = run.summary
-        head = (LABELS[s.kind], f"{s.coefficient:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
-        means = (run.mean(name) for name in found.names)
-        cells = ("–" if mean is None else _interval(mean) for mean in means)
-        rows.append((*head, str(len(run.explanations.rows)), *cells))
+    """Every score with its interval."""
+    rows = [(*_run_cells(run), *(_mean(run, name) for name in found.names)) for run in found.runs]
     return (*_HEADINGS, *found.names), rows
 
 
-_DIFFERENCE_HEADINGS = ("kinds", "at similar", "seed", "score", "features", "difference", "p")
+def _scorer_table(found: Interpretability, scorer: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """One scorer's, narrow enough for a terminal: intervals of the features' own explanations only."""
+    controls = [name for name in CONTROLS if name and f"{scorer}.{name}" in found.names]
+    rows = []
+    for run in found.runs:
+        means = (run.mean(f"{scorer}.{control}") for control in controls)
+        rows.append(
+            (*_run_cells(run), _mean(run, scorer), *("–" if each is None else f"{each.estimate:.2f}" for each in means))
+        )
+    return (*_HEADINGS, scorer, *controls), rows
+
+
+def _run_cells(run: ExplainedRun) -> tuple[str, ...]:
+    s = run.summary
+    head = (LABELS[s.kind], f"{s.coefficient:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
+    return (*head, str(len(run.explanations.rows)))
+
+
+def _mean(run: ExplainedRun, name: str) -> str:
+    mean = run.mean(name)
+    return "–" if mean is None else _interval(mean)
+
+
+_DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 
 
 def _difference_cells(each: Difference) -> tuple[str, ...]:
     kinds = f"{LABELS[each.run.summary.kind]} − {LABELS[each.other.summary.kind]}"
     seed = str(each.run.summary.seed)
-    return kinds, AT[each.at], seed, each.name, str(each.features), _interval(each.difference, "+.3f"), f"{each.p:.2g}"
+    similar = {"ce_increase": "CE +", "l0": "L0"}[each.at]
+    return kinds, similar, seed, each.name, str(each.features), _interval(each.difference, "+.2f"), f"{each.p:.2g}"
 
 
 def _interval(each: Interval, form: str = ".3f") -> str:
@@ -105,11 +124,13 @@ def _interval(each: Interval, form: str = ".3f") -> str:
 
 
 def print_interpretability(found: Sequence[Interpretability], console: Console | None = None) -> None:
-    """Means of each run, differences of kinds, and what they show."""
+    """Means of each run, differences of kinds, and what they show, in 80 columns."""
     console = console or Console()
     for one in found:
-        headings, rows = _mean_table(one)
-        console.print(_table(f"{one.setting.site} of {one.setting.model}: {one.setting}", headings, rows))
+        console.print(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"), markup=False)
+        for scorer in one.own_names:
+            headings, rows = _scorer_table(one, scorer)
+            console.print(_table(f"{scorer}: balanced accuracy, and that of its controls", headings, rows))
         if one.differences:
             differences = [_difference_cells(each) for each in one.differences]
             console.print(_table("Differences of means", _DIFFERENCE_HEADINGS, differences))
@@ -119,7 +140,7 @@ def print_interpretability(found: Sequence[Interpretability], console: Console |
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    shown = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for index, heading in enumerate(headings):
         shown.add_column(Text(printable(heading)), justify="left" if index == 0 else "right")
     for row in rows:

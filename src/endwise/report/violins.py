@@ -14,6 +14,8 @@ NARROWEST = 0.01
 """Bandwidth of the density where values hardly differ."""
 POINTS = 48
 """On either side of an outline."""
+OUTLINED = 15
+"""Values from which on there is an outline: that of fewer would show the bandwidth, not them."""
 
 
 def density(values: Floats, at: Floats) -> Floats:
@@ -25,7 +27,8 @@ def density(values: Floats, at: Floats) -> Floats:
 def violin(
     kind: str, place: float, values: Floats, hovers: Sequence[str], mean: Interval | None = None, told: str = ""
 ) -> list[Series]:
-    """A violin about x = `place` from the least value to the greatest, its values, and their mean with its interval.
+    """A violin about x = `place` from the least value to the greatest, its values, and their mean with its interval;
+    of few values without its outline.
 
     Args:
         hovers: what each value tells.
@@ -38,13 +41,13 @@ def violin(
     halves = scale * density(values, ys)
     right = [Mark(place + float(half), float(y)) for half, y in zip(halves, ys, strict=True)]
     left = [Mark(place - float(half), float(y)) for half, y in zip(halves[::-1], ys[::-1], strict=True)]
-    outline = Series(kind, (*right, *left, right[0]), marked=False)
+    outline = [Series(kind, (*right, *left, right[0]), marked=False)] if len(values) >= OUTLINED else []
     offsets = numpy_stream(0, "violin").uniform(-0.8, 0.8, len(values)) * scale * density(values, values)
     points = tuple(
         Mark(place + float(offset), float(value), hover)
         for offset, value, hover in zip(offsets, values, hovers, strict=True)
     )
-    series = [outline, Series(kind, points, joined=False)]
+    series = [*outline, Series(kind, points, joined=False)]
     if mean is not None:
         ends = (mean.low, mean.high)
         series.append(Series(kind, (Mark(place, mean.estimate, told, y_ends=ends),), "mean", joined=False, rank=1))

@@ -110,9 +110,12 @@ def _importance(gathered: Gathered, measured: FeatureImportance | None) -> dict[
     if not gathered.attribute:
         nothing = pa.nulls(gathered.sae.d_sae, pa.float64())
         return {"ce_second": nothing, "ce": nothing}
-    predictions = max(1, int(gathered.counts[1]))
+    predictions = max(1, int(gathered.counts[2]))
     ce = gathered.ce.total().cpu().numpy() / predictions
-    return {"ce_second": ce + gathered.squares.total().cpu().numpy() / (2 * predictions), "ce": ce}
+    squares = gathered.squares.total().cpu().numpy() / predictions
+    elsewhere = (squares == 0) & (gathered.histogram.sum(1).cpu().numpy() > 0)  # fired in other sequences only
+    values = {"ce_second": ce + squares / 2, "ce": ce}
+    return {name: pa.array(value, pa.float64(), mask=elsewhere) for name, value in values.items()}
 
 
 def context_tables(gathered: Gathered, corpus: Corpus) -> Iterator[pa.Table]:

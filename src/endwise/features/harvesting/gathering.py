@@ -91,18 +91,21 @@ class Gathered:
         self.top = Slots(d_sae, kept.top, kept.window, device)
         self.sample = Slots(d_sae, kept.groups * kept.per_group, kept.window, device)
         self.together = TokenSample(share)
-        self.counts = torch.zeros(2, dtype=torch.int64)
-        """Tokens and predictions that count."""
+        self.counts = torch.zeros(3, dtype=torch.int64)
+        """Tokens and predictions that count, and predictions whose CE was attributed."""
 
     @property
     def tokens(self) -> int:
         return int(self.counts[0])
 
-    def add(self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, numbers: Tensor) -> None:
+    def add(
+        self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, numbers: Tensor, attribute: bool = True
+    ) -> None:
         """Some sequences, with their numbers in the corpus.
 
         Args:
             clean: must have recorded the site.
+            attribute: whether to attribute the CE of these, where it is attributed at all.
 
         Raises:
             DataError: a latent or a gradient is not finite.
@@ -115,8 +118,10 @@ class Gathered:
             self._add_top(firings)
             self._add_sample(firings)
         _, predicts = next_tokens(clean.tokens, mask)
-        self.counts += torch.tensor([int(mask.sum()), int(predicts.sum())])
-        if self.attribute:
+        predictions = int(predicts.sum())
+        attribute = attribute and self.attribute
+        self.counts += torch.tensor([int(mask.sum()), predictions, predictions * attribute])
+        if attribute:
             self._attribute(model, clean, site, mask, latents)
 
     def _add_counts(self, firings: Firings) -> None:

@@ -28,6 +28,9 @@ from endwise.sites import Site
 from endwise.stopping import polite_stop
 from endwise.tokens import Corpora, Corpus
 
+LONG_TEXT, LONG_TEXT_EVERY = 64, 2
+"""Of a text of more batches than this, the CE is attributed in every second one: it takes longer than all else."""
+
 
 def harvest(
     runs: Sequence[str | Path],
@@ -55,7 +58,7 @@ def harvest(
         text: the recipe's held-out or training text, or the source of another (as `data.source`).
         kept: how much to keep of every feature.
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
-            the spliced pass forward and backward besides.
+            the spliced pass forward and backward besides; of a text of more than `LONG_TEXT` batches in every second.
         shards, shard: read only this one (from 0) of so many even parts of the text. Who comes last joins them all.
             The processes of `torchrun` are the shards of one harvest, without being told.
         again: harvest whatever was harvested before.
@@ -162,6 +165,11 @@ class _Group:
         return range(batches * shard // shards, batches * (shard + 1) // shards)
 
     @property
+    def _attributed_every(self) -> int:
+        """Of the batches, those whose CE is attributed."""
+        return LONG_TEXT_EVERY if self.sequences > LONG_TEXT * self.batch else 1
+
+    @property
     def _co_firing_share(self) -> float:
         return share_of_tokens(self.sequences * self.corpus.context)
 
@@ -202,10 +210,11 @@ class _Group:
         text = self.corpus.batch(rows).to(self.model.device)
         sites = {self.runs[path].site for path in gathered}
         clean = self.model.clean(text.tokens, record=sites)
+        attribute = number % self._attributed_every == 0
         numbers = torch.arange(rows.start, rows.stop, device=self.model.device)
         for path, each in gathered.items():
             with _naming(path):
-                each.add(self.model, clean, self.runs[path].site, text.mask, numbers)
+                each.add(self.model, clean, self.runs[path].site, text.mask, numbers, attribute)
 
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
         """Joins the shards, if all are there, and writes the files; of two who come last, the first."""
@@ -233,6 +242,7 @@ class _Group:
             "d_sae": run.sae.d_sae,
             "tokens": gathered.tokens,
             "predictions": int(gathered.counts[1]),
+            "attributed_predictions": int(gathered.counts[2]),
             "sequences": self.sequences,
             "context": self.corpus.context,
             "corpus": self.corpus.describe(),

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from endwise.errors import ConfigError, DataError
 from endwise.features.harvesting.gathering import Kept
-from endwise.features.importance import read_measured, weights_digest
+from endwise.features.importance import read_measured
+from endwise.features.same_weights import weights_digest
 from endwise.language_model import LanguageModel
 from endwise.run_config import DataConfig, RunConfig
 from endwise.tokens import Corpora, Corpus, corpora_for
