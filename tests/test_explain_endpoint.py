@@ -400,7 +400,10 @@ def test_work_that_was_broken_off_goes_on_without_repeating_a_call(tmp_path):
     assert found[run].rows == reference[tmp_path / "reference"].rows
 
 
-def test_a_killed_run_goes_on_without_repeating_a_call(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "status", "words"), [("SIGKILL", -9, ""), ("SIGINT", 130, "every answer so far is kept")]
+)
+def test_a_broken_off_run_goes_on_without_repeating_a_call(tmp_path, how, status, words):
     run = make_run(tmp_path / "run", 4)
     arguments = ["explain", run, "--model", "m", "--features", "all", "--random", 0, "--concurrency", 1, "--yes"]
     victim = []
@@ -408,17 +411,18 @@ def test_a_killed_run_goes_on_without_repeating_a_call(tmp_path):
     def kill(handler, number):
         if number != 30:
             return False
-        os.kill(victim[0].pid, signal.SIGKILL)
+        os.kill(victim[0].pid, getattr(signal, how))
         victim[0].wait()
         return True
 
     with chat_server(misbehave=kill) as server:
         command = [sys.executable, "-m", "endwise", *map(str, arguments), "--endpoint", server.url]
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         ) as process:
             victim.append(process)
-        assert process.returncode == -signal.SIGKILL and sum(server.answered.values()) == 29
+            told = process.stderr.read()
+        assert process.returncode == status and words in told and sum(server.answered.values()) == 29
         said = CliRunner().invoke(app, [*map(str, arguments), "--endpoint", server.url], catch_exceptions=False)
         assert said.exit_code == 0 and "29 answers are kept from before" in said.output
         assert set(server.answered.values()) == {1} and len(server.answered) == 4 + 2 * 4 * 8

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from endwise.errors import Interrupted
 from endwise.explaining.asking import PURPOSES, Asking, Explained
 from endwise.explaining.cache import opened
 from endwise.explaining.client import Client, Tally, connected
@@ -51,8 +52,12 @@ def explain(plan: Plan, say: Say = unsaid) -> tuple[dict[Path, Explanations], Ta
     Raises:
         EndpointError: the endpoint refuses, or is gone; answers so far are kept.
         RunFolderError: a folder cannot be written, or another process explains there.
+        Interrupted: by Ctrl-C; answers so far are kept.
     """
-    tally = run_async(_explain(plan, say))
+    try:
+        tally = run_async(_explain(plan, say))
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped; every answer so far is kept. The same command goes on from here.") from None
     found = {each.run: read_explanations(each.run) for each in plan.prepared}
     return {run: explanations for run, explanations in found.items() if explanations is not None}, tally
 
