@@ -13,7 +13,7 @@ from endwise.features.harvest import Harvest, open_harvest
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 
-LONG_NAME = 24
+LONG_NAME = 32
 """Characters from which on names crowd the bar: a sweep's folders are named after all that they vary."""
 
 
