@@ -383,6 +383,9 @@ def test_explanations_and_harvests_of_other_weights_are_refused(tmp_path):
         read_explanations(run)
     with pytest.raises(FormatError, match="endwise harvest --again"):
         prepare([run], Settings(model="m"))
+    (run / "sae" / "sae_weights.safetensors").unlink()
+    with pytest.raises(FormatError, match="endwise train --resume"):
+        prepare([run], Settings(model="m"))
 
 
 def test_only_so_many_features_are_under_way_at_a_time(run, monkeypatch):

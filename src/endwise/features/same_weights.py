@@ -1,6 +1,7 @@
 """Whether something that a run keeps was gathered from the weights that its SAE has now."""
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from endwise.dictionaries.base import WEIGHTS_FILE
@@ -18,7 +19,9 @@ def weights_digest(run: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise FormatError(f"{path} is not there. Restore it, or finish the run: endwise resume {run}") from None
+        raise FormatError(
+            f"{path} is not there. Restore it, or train it: endwise train --resume {shlex.quote(str(run))}"
+        ) from None
 
 
 def check_same_weights(run: Path, digest: object, done: str, again: str) -> None:

@@ -110,12 +110,14 @@ def _importance(gathered: Gathered, measured: FeatureImportance | None) -> dict[
     if not gathered.attribute:
         nothing = pa.nulls(gathered.sae.d_sae, pa.float64())
         return {"ce_second": nothing, "ce": nothing}
-    predictions = max(1, int(gathered.counts[2]))
+    _, all_predictions, attributed = gathered.counts.tolist()
+    predictions = max(1, attributed)
     ce = gathered.ce.total().cpu().numpy() / predictions
     squares = gathered.squares.total().cpu().numpy() / predictions
-    elsewhere = (squares == 0) & (gathered.histogram.sum(1).cpu().numpy() > 0)  # fired in other sequences only
+    fired = gathered.histogram.sum(1).cpu().numpy() > 0
+    unknown = fired & (squares == 0) & (attributed < all_predictions)  # it fired in sequences that were left out
     values = {"ce_second": ce + squares / 2, "ce": ce}
-    return {name: pa.array(value, pa.float64(), mask=elsewhere) for name, value in values.items()}
+    return {name: pa.array(value, pa.float64(), mask=unknown) for name, value in values.items()}
 
 
 def context_tables(gathered: Gathered, corpus: Corpus) -> Iterator[pa.Table]:
