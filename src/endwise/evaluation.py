@@ -118,7 +118,7 @@ def measure(
     baselines: bool = True,
     world: World = ALONE,
 ) -> dict[str, Evaluation]:
-    """Evaluates every SAE on the first `config.tokens` tokens of the held-out corpus.
+    """Evaluates every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
 
     Args:
         baselines: also measure the site at its mean and at zero; without, those two are NaN.
@@ -127,9 +127,7 @@ def measure(
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
     """
-    sequences = config.tokens // corpus.context
-    if not sequences:
-        raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
+    sequences = _sequences(corpus, config)
     sites = sorted({site for site, _ in saes.values()})
     means = _site_means(model, sites, corpus, config, sequences, world)
     collected = {name: _Collector() for name in saes}
@@ -208,10 +206,23 @@ class _Collector:
         return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
 
 
-def _batches(corpus: Corpus, size: int, sequences: int, device: torch.device, world: World) -> Iterator[TokenBatch]:
+def _sequences(corpus: Corpus, config: EvaluationConfig) -> range:
+    """The sequences that are measured."""
+    first, count = config.skip // corpus.context, config.tokens // corpus.context
+    if not count:
+        raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
+    if first + count > len(corpus):
+        raise ConfigError(
+            f"evaluation.skip {config.skip} and evaluation.tokens {config.tokens} ask for more held-out text than the "
+            f"{corpus.tokens} tokens of {corpus.name}. Lower them, or give more text."
+        )
+    return range(first, first + count)
+
+
+def _batches(corpus: Corpus, size: int, sequences: range, device: torch.device, world: World) -> Iterator[TokenBatch]:
     """This process's batches: every process takes its turn."""
-    for start in range(world.rank * size, sequences, world.size * size):
-        yield corpus.batch(range(start, min(start + size, sequences))).to(device)
+    for start in range(world.rank * size, len(sequences), world.size * size):
+        yield corpus.batch(sequences[start : start + size]).to(device)
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -220,7 +231,7 @@ def _normed(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _site_means(
-    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: int, world: World
+    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: range, world: World
 ) -> dict[Site, _Means]:
     totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
     count = torch.zeros((), dtype=torch.int64)

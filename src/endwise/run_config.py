@@ -183,6 +183,9 @@ class EvaluationConfig(Config):
 
     tokens: Positive = 500_000
     """Held-out tokens for every metric; alive features are counted over exactly these."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Held-out tokens to leave out before those. Measure the runs that a setting is chosen by with `skip` as large as
+    `tokens` of the runs that are reported: then no text is used for both."""
     batch: Positive = 16
     bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 1000
     """Bootstrap resamples over sequences."""
@@ -190,6 +193,11 @@ class EvaluationConfig(Config):
     """Held-out tokens of the short evaluations on schedule."""
     seed: Seed = 12345
     """Draws the bootstrap resamples; the held-out sequences are taken in their own order."""
+
+    @property
+    def needed(self) -> int:
+        """Held-out tokens that must be there for all of its evaluations."""
+        return self.skip + max(self.tokens, self.during_training_tokens)
 
 
 class RunConfig(Config):

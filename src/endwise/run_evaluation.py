@@ -168,7 +168,7 @@ def _evaluate_group(
     with world.together("loading the model and the data"):
         model = model or load_model(**first.model.model_dump())
         corpora = corpora or corpora_for(
-            model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.tokens
+            model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.skip + settings.tokens
         )
         saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
     try:

@@ -160,7 +160,7 @@ def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume)
 
 def corpora_of(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
     """The sequences that recipes of one `data` section and one length are trained and measured on."""
-    evaluation_tokens = max(max(each.evaluation.tokens, each.evaluation.during_training_tokens) for each in configs)
+    evaluation_tokens = max(each.evaluation.needed for each in configs)
     training = configs[0].training
     return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
 

@@ -290,12 +290,21 @@ def _common_range(curve: _Curve, other: _Curve, at: str) -> tuple[float, float]:
     if low >= high:
         covered = [f"{one.name} covers {one.x[0]:.3g} to {one.x[-1]:.3g}" for one in (curve, other)]
         raise InterpolationError(f"the runs have no {NAMES[at]} in common: {', '.join(covered)}")
+    if low <= 0:
+        raise InterpolationError(f"levels are spread on a logarithmic scale, but a {NAMES[at]} is {low:.3g}")
     return float(low), float(high)
+
+
+def _grid(low: float, high: float, levels: int) -> Floats:
+    """Levels spread evenly on a logarithmic scale, both ends exactly."""
+    grid = np.geomspace(low, high, levels)
+    grid[0], grid[-1] = low, high
+    return grid
 
 
 def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> tuple[float, float | None]:
     """The mean ratio over the common range, and the ratio at the other's middle point (None where out of range)."""
-    grid = np.linspace(*_common_range(curve, other, at), levels)
+    grid = _grid(*_common_range(curve, other, at), levels)
     gaps = np.log(interpolate_at(curve.x, curve.y, grid)) - np.log(interpolate_at(other.x, other.y, grid))
     at_middle = None
     if curve.x[0] <= other.middle <= curve.x[-1]:

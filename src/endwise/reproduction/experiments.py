@@ -1,15 +1,18 @@
 """The runs of a study: for each experiment its recipes, given how long they train and with which learning rates."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from endwise.config import with_values
 from endwise.reproduction.study_config import StudyConfig
 from endwise.run_config import Kind, RunConfig
 from endwise.sweeps.points import placed
 
-Rates = Mapping[Kind, float]
+Rates = Mapping[str, Mapping[Kind, float]]
+"""By site, the learning rate of each kind."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,27 @@ class Experiments:
     folder: Path
 
     def learning_rates(self) -> list[RunConfig]:
-        """The curves' inner part with every rate of every kind, at the first site."""
+        """The curves' inner part with every rate of every kind at every site, measured on text of their own."""
         return [
-            self._recipe(kind, self.study.site, coefficient, rate)
+            self._recipe(kind, site, coefficient, rate, **self.study.tuning)
+            for site in self.study.sites
             for kind in self.study.kinds
-            for rate in self.study.kind(kind, self.study.site).learning_rates
-            for coefficient in inner(self._coefficients(kind, self.study.site))
+            for rate in self.study.kind(kind, site).learning_rates
+            for coefficient in inner(self._coefficients(kind, site))
         ]
 
     def curves(self, rates: Rates) -> list[RunConfig]:
         """All coefficients of all kinds at every site, with seed 0."""
-        return [
-            self._recipe(kind, site, coefficient, rates[kind])
-            for site in self.study.sites
-            for kind in self.study.kinds
-            for coefficient in self._coefficients(kind, site)
-        ]
+        return self._curves(rates, seed=0)
 
     def seeds(self, rates: Rates) -> list[RunConfig]:
-        """The curves of the first site again, with the other seeds."""
-        site = self.study.site
+        """The curves again, with the other seeds."""
+        return [recipe for seed in range(1, self.study.seeds) for recipe in self._curves(rates, seed)]
+
+    def _curves(self, rates: Rates, seed: int) -> list[RunConfig]:
         return [
-            self._recipe(kind, site, coefficient, rates[kind], seed=seed)
-            for seed in range(1, self.study.seeds)
+            self._recipe(kind, site, coefficient, rates[site][kind], seed=seed)
+            for site in self.study.sites
             for kind in self.study.kinds
             for coefficient in self._coefficients(kind, site)
         ]
@@ -57,18 +58,19 @@ class Experiments:
         return [recipe for ratio in self.study.ratios for recipe in self._inner(rates, ratio=ratio)]
 
     def starts(self, rates: Rates) -> list[RunConfig]:
-        """End-to-end training that starts from the local SAE of the curves at the same place in its list."""
+        """End-to-end training that starts from the local SAE of the curves at the same place in its list, with every
+        seed.
+        """
         site = self.study.site
         local = inner(self._coefficients("local", site))
         recipes = []
-        for factor in self.study.starts:
-            for kind in self.study.kinds:
-                if kind == "local":
-                    continue
-                for coefficient, from_coefficient in zip(inner(self._coefficients(kind, site)), local, strict=False):
-                    start = self._recipe("local", site, from_coefficient, rates["local"]).out
-                    tokens = self._tokens(factor)
-                    recipes.append(self._recipe(kind, site, coefficient, rates[kind], tokens=tokens, start=start))
+        for seed, factor, kind in itertools.product(range(self.study.seeds), self.study.starts, self.study.kinds):
+            if kind == "local":
+                continue
+            for coefficient, from_coefficient in zip(inner(self._coefficients(kind, site)), local, strict=False):
+                start = self._recipe("local", site, from_coefficient, rates[site]["local"], seed=seed).out
+                changes = {"seed": seed, "tokens": self._tokens(factor), "start": start}
+                recipes.append(self._recipe(kind, site, coefficient, rates[site][kind], **changes))
         return recipes
 
     def single(self, kind: Kind, site: str, ratio: float | None, tokens: int) -> RunConfig:
@@ -81,7 +83,7 @@ class Experiments:
         site = self.study.site
         for kind in self.study.kinds:
             for coefficient in inner(self._coefficients(kind, site)):
-                yield self._recipe(kind, site, coefficient, rates[kind], tokens=tokens, ratio=ratio)
+                yield self._recipe(kind, site, coefficient, rates[site][kind], tokens=tokens, ratio=ratio)
 
     def _coefficients(self, kind: Kind, site: str) -> Sequence[float]:
         return self.study.kind(kind, site).coefficients
@@ -100,6 +102,7 @@ class Experiments:
         tokens: int | None = None,
         ratio: float | None = None,
         start: Path | None = None,
+        **further: Any,
     ) -> RunConfig:
         settings = self.study.kind(kind, site)
         objective = {"kind": kind, "sparsity": {"coefficient": coefficient}}
@@ -109,9 +112,11 @@ class Experiments:
             "site": site,
             "objective": objective,
             "seed": seed,
+            "data.seed": seed,
             "training.tokens": tokens or self.tokens,
             "training.learning_rate": rate,
         }
+        changes |= further
         changes |= {} if ratio is None else {"dictionary": {"ratio": ratio}}
         changes |= {} if start is None else {"init_from": str(start)}
         return placed(RunConfig.build(with_values(self.study.recipe, changes), "the study"), self.folder)

@@ -25,8 +25,8 @@ Recipes = Callable[[Experiments, Rates], list[RunConfig]]
 EXPERIMENTS: dict[str, Recipes] = {
     "learning_rates": lambda experiments, _: experiments.learning_rates(),
     "curves": Experiments.curves,
-    "starts": Experiments.starts,
     "seeds": Experiments.seeds,
+    "starts": Experiments.starts,
     "sizes": Experiments.sizes,
     "lengths": Experiments.lengths,
 }
@@ -85,7 +85,9 @@ def _length(experiments: Experiments, costs: list[Cost], names: Sequence[str], s
     """The length at which these experiments take so many seconds, if runs that share a pass cost as alone."""
     study, unit = experiments.study, 10**9
     of_unit = replace(experiments, tokens=unit)
-    rates: Rates = {kind: middle(study.kind(kind, study.site).learning_rates) for kind in study.kinds}
+    rates: Rates = {
+        site: {kind: middle(study.kind(kind, site).learning_rates) for kind in study.kinds} for site in study.sites
+    }
     recipes = {config.out: config for name in names for config in EXPERIMENTS[name](of_unit, rates)}.values()
     per_token = sum(seconds_per_token(costs, config) * config.training.tokens / unit for config in recipes)
     dearest = max(cost.seconds_per_token for cost in costs)

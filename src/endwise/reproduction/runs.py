@@ -62,7 +62,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
     made = plan(experiments, measured, budget, out / "plan.json")
     experiments = replace(experiments, tokens=made.tokens)
     failures: dict[Path, str] = {}
-    rates: dict[Kind, float] = {}
+    rates: Rates = {}
     for name in made.experiments:
         recipes = EXPERIMENTS[name](experiments, rates)
         console.print(f"{name.replace('_', ' ')}: {len(recipes)} runs of about {made.tokens:,} tokens", highlight=False)
@@ -70,7 +70,8 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
         swept = sweep_points(points, out, engine, SearchConfig(), study.batch_of_runs, display)
         failures |= {folder_of(point.config): why for point, why in swept.failures.items()}
         if name == "learning_rates":
-            rates = best_rates(study, [RunSummary.read(folder_of(each)) for each in recipes if is_finished(each)])
+            tried = [RunSummary.read(folder_of(each)) for each in recipes if is_finished(each)]
+            rates = {site: best_rates(study, [run for run in tried if run.site == site]) for site in study.sites}
     return StudyRuns(experiments, made, rates, measured, failures)
 
 
@@ -81,13 +82,15 @@ def check(experiments: Experiments) -> None:
         ConfigError: see `RunConfig`.
     """
     study = experiments.study
-    rates: Rates = {kind: study.kind(kind, study.site).learning_rates[0] for kind in study.kinds}
+    rates: Rates = {
+        site: {kind: study.kind(kind, site).learning_rates[0] for kind in study.kinds} for site in study.sites
+    }
     for recipes in EXPERIMENTS.values():
         recipes(experiments, rates)
 
 
 def best_rates(study: StudyConfig, runs: Sequence[RunSummary]) -> dict[Kind, float]:
-    """For each kind the learning rate that needs the fewest features per token at equal CE increase.
+    """For each kind the learning rate that needs the fewest features per token at equal CE increase, of runs at a site.
 
     Rates are thus compared as kinds are, by curves. One run a rate would not do: L0 × CE increase, say, falls along one
     kind's curve and rises along another's, so that it favours rates for where on the curve they end. Nor would the

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from endwise.config import Config
 from endwise.errors import ConfigError
-from endwise.run_config import Kind, Positive
+from endwise.run_config import EvaluationConfig, Kind, Positive
 from endwise.sweeps.sweep_config import EngineConfig
 
 STUDIES = Path(__file__).parent / "studies"
@@ -21,7 +21,7 @@ class KindConfig(Config):
     coefficients: Positives
     """Sparsity coefficients, one run each."""
     learning_rates: Positives
-    """All are tried with the middle three coefficients at the first site, and the best is used throughout."""
+    """All are tried with the middle three coefficients at every site, and the best of a site is used there."""
     downstream_mse: Annotated[float, Field(gt=0)] | None = None
     """β, for e2e_ds."""
 
@@ -35,11 +35,10 @@ class StudyConfig(EngineConfig):
     """What all runs share: model, data, dictionary, training, evaluation. `training.tokens` is each run's length where
     no budget is given."""
     sites: Annotated[dict[str, dict[Kind, dict[str, Any]]], Field(min_length=1)]
-    """Each with what its kinds do otherwise there. At the first one learning rates are tuned, and seeds, lengths, sizes
-    and starts are compared."""
+    """Each with what its kinds do otherwise there. At the first one lengths, sizes and starts are compared."""
     kinds: dict[Kind, KindConfig]
     seeds: Positive = 3
-    """Training seeds at the first site, from 0; the others have seed 0."""
+    """Training seeds of the curves, from 0: of the SAE's first weights and of the order of the text, both."""
     lengths: Positives = (0.5, 2.0, 4.0)
     """Training lengths that are compared, as multiples of the study's."""
     ratios: Positives
@@ -68,6 +67,11 @@ class StudyConfig(EngineConfig):
     def site(self) -> str:
         """The first."""
         return next(iter(self.sites))
+
+    @property
+    def tuning(self) -> dict[str, int]:
+        """Settings of the runs that learning rates are chosen by: they are measured on held-out text of their own."""
+        return {"evaluation.skip": EvaluationConfig.build(self.recipe.get("evaluation", {}), "recipe.evaluation").needed}
 
     def kind(self, kind: Kind, site: str) -> KindConfig:
         """How a kind is trained at a site."""
