@@ -44,7 +44,7 @@ def test_a_known_ratio_is_found_over_the_range_where_both_curves_exist():
 
 def test_the_average_is_over_levels_of_ce_in_logs():
     runs = [*curve("local", 1.0, (0.1, 0.3)), make_run("e2e", 1, 0.1, 60.0), make_run("e2e", 2, 0.3, 4.0)]
-    grid = np.linspace(0.1, 0.3, 20)
+    grid = np.geomspace(0.1, 0.3, 20)
     e2e = np.interp(grid, [0.1, 0.3], np.log([60.0, 4.0]))
     local = np.interp(grid, [0.1, 0.3], np.log([local_l0(0.1), local_l0(0.3)]))
     ratio = ratio_to_local(runs, "e2e", "l0", "ce_increase", 50, 0)

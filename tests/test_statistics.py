@@ -9,8 +9,10 @@ from endwise.errors import DataError
 from endwise.statistics import (
     InterpolationError,
     bootstrap_ratio,
+    error_of,
     interpolate_at,
     interval_over_seeds,
+    interval_with_seeds,
     resampled_ratio,
     resampling_weights,
     student_t,
@@ -143,6 +145,33 @@ def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say():
     ends = [interval_over_seeds(np.exp(random.normal(0.3, 0.2, 4))) for _ in range(1500)]
     covered = np.mean([each.low <= math.exp(0.3) <= each.high for each in ends])
     assert covered == pytest.approx(0.95, abs=0.017)  # three standard errors
+
+
+def test_an_interval_with_seeds_adds_the_variances_of_seeds_and_of_text():
+    values, text = [0.1, 0.4, 0.7], 0.2
+    of_seeds = 0.09 / 3
+    freedom = 2 * ((of_seeds + text**2) / of_seeds) ** 2  # Welch and Satterthwaite
+    half = student_t(0.975, freedom) * math.sqrt(of_seeds + text**2)
+    found = interval_with_seeds(0.5, values, text)
+    assert (found.low, found.estimate, found.high) == pytest.approx((0.5 - half, 0.5, 0.5 + half))
+    only_seeds = interval_with_seeds(0.4, values, 0.0)
+    assert only_seeds.high - 0.4 == pytest.approx(4.3027 * math.sqrt(of_seeds), rel=1e-4)
+    only_text = interval_with_seeds(0.4, [0.4, 0.4, 0.4], text)
+    assert error_of(only_text) == pytest.approx(text)
+    for fewer in ([0.1, 0.2], [0.1, 0.2, math.nan]):
+        with pytest.raises(DataError, match="at least 3 finite values"):
+            interval_with_seeds(0.1, fewer, text)
+
+
+@pytest.mark.parametrize(("seed_sd", "text_sd"), [(0.2, 0.0), (0.2, 0.3), (0.05, 0.3)])
+def test_intervals_with_seeds_cover_the_truth_as_often_as_they_say(seed_sd, text_sd):
+    random = np.random.default_rng(0)
+    trials = 2000
+    texts = random.normal(0, text_sd, (trials, 1))  # one text, which every seed is measured on
+    values = 0.3 + texts + random.normal(0, seed_sd, (trials, 3))
+    ends = [interval_with_seeds(float(each.mean()), each, text_sd) for each in values]
+    covered = np.mean([each.low <= 0.3 <= each.high for each in ends])
+    assert covered == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize("values", [[0.5, 0.6], [0.5, 0.6, 0.0], [0.5, 0.6, math.nan]])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from endwise.errors import DataError, EndwiseError
 from endwise.seeds import numpy_stream
@@ -87,30 +88,48 @@ def interval_over_seeds(values: Numbers) -> Interval:
     return Interval(low=float(low), high=float(high), estimate=float(estimate))
 
 
-@lru_cache(maxsize=64)
-def student_t(share: float, freedom: int) -> float:
-    """The quantile of Student's t with a whole number of degrees of freedom, for shares from 0.5 up.
+def interval_with_seeds(estimate: float, by_seed: Numbers, text_error: float) -> Interval:
+    """The 95 % interval of an estimate that holds both what other seeds and what other held-out text would change.
 
-    Its distribution is a finite sum in θ = arctan(t/√freedom) (Abramowitz and Stegun, 26.7.3 and 26.7.4); the quantile
-    is found by halving.
+    The variance is that of the mean over seeds, s²/n, plus that over text, which all seeds were measured on, so that
+    more of them do not lessen it. Student's t with the degrees of freedom of Welch and Satterthwaite, those of the
+    text's part being without bound. Give logarithms for what is a ratio (`exp_interval`).
+
+    Args:
+        by_seed: the same quantity of each seed, `[seeds]`.
+        text_error: the estimate's standard error over held-out text.
+
+    Raises:
+        DataError: fewer than `LEAST_SEEDS` seeds, or a value that is not finite.
     """
-    low, high = 0.0, np.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_distribution(middle, freedom) < share else (low, middle)
-    return float(np.tan((low + high) / 2) * np.sqrt(freedom))
+    given = np.asarray(by_seed, dtype=np.float64)
+    if given.ndim != 1 or len(given) < LEAST_SEEDS or not np.isfinite([*given, estimate, text_error]).all():
+        raise DataError(f"An interval over seeds takes at least {LEAST_SEEDS} finite values; given {_listed(given)}.")
+    of_seeds, of_text = given.var(ddof=1) / len(given), text_error**2
+    total = of_seeds + of_text
+    freedom = (len(given) - 1) * (total / of_seeds) ** 2 if of_seeds > 0 else np.inf
+    half = student_t((1 + CONFIDENCE) / 2, freedom) * np.sqrt(total)
+    return Interval(low=float(estimate - half), high=float(estimate + half), estimate=estimate)
 
 
-def _t_distribution(angle: float, freedom: int) -> float:
-    sine, cosine = np.sin(angle), np.cos(angle)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    for n in range(2 + odd, freedom - 1, 2):
-        term *= (n - 1) / n * cosine**2
-        total += term
-    if odd:
-        return 0.5 + (angle + (sine * total if freedom > 1 else 0.0)) / np.pi
-    return 0.5 + sine * total / 2
+def exp_interval(interval: Interval) -> Interval:
+    """Of a logarithm, the interval of the number."""
+    return Interval(*(float(np.exp(end)) for end in (interval.low, interval.high, interval.estimate)))
+
+
+def text_error(draws: Floats) -> float:
+    """Standard error over held-out text: the spread of the resampled values that are defined (not NaN)."""
+    return float(np.nanstd(draws, ddof=1))
+
+
+def error_of(interval: Interval) -> float:
+    """The standard error that a 95 % interval amounts to, were it a normal distribution's."""
+    return (interval.high - interval.low) / (2 * student_t((1 + CONFIDENCE) / 2, np.inf))
+
+
+def student_t(share: float, freedom: float | int) -> float:
+    """The quantile of Student's t; of the normal distribution for unbounded degrees of freedom."""
+    return float(ndtri(share) if np.isinf(freedom) else stdtrit(freedom, share))
 
 
 @lru_cache(maxsize=2)

@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, percent, ratio_to_local, times
-from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, estimate
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, Seeds, estimate
 from endwise.errors import ConfigError
 
 
@@ -114,14 +115,27 @@ def summarise(
 
 
 def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
-    """One run of each kind: the choice whose ce_increase or l0 (`metric`) differs least, relative to its mean."""
-    groups = [[run for run in runs if run.kind == kind] for kind in KINDS]
+    """One run of each kind, all of one seed: the choice whose ce_increase or l0 (`metric`) differs least, relative to
+    its mean. Of the seeds that have the most kinds.
+    """
+    by_seed = similar_by_seed(runs, metric).values()
+    most = max(len(choice) for choice in by_seed)
+    return min((choice for choice in by_seed if len(choice) == most), key=partial(_spread, metric=metric))
 
-    def spread(choice: tuple[RunSummary, ...]) -> float:
-        values = [estimate(run, metric) for run in choice]
-        return (max(values) - min(values)) / max(abs(float(np.mean(values))), 1e-9)
 
-    return min(itertools.product(*(group for group in groups if group)), key=spread)
+def similar_by_seed(runs: Sequence[RunSummary], metric: str) -> dict[Seeds, tuple[RunSummary, ...]]:
+    """As `runs_at_similar`, of every seed."""
+    chosen = {}
+    for seeds in sorted({run.seeds for run in runs}):
+        groups = [[run for run in runs if (run.seeds, run.kind) == (seeds, kind)] for kind in KINDS]
+        choices = itertools.product(*(group for group in groups if group))
+        chosen[seeds] = min(choices, key=partial(_spread, metric=metric))
+    return chosen
+
+
+def _spread(choice: Sequence[RunSummary], metric: str) -> float:
+    values = [estimate(run, metric) for run in choice]
+    return (max(values) - min(values)) / max(abs(float(np.mean(values))), 1e-9)
 
 
 def verdicts(summary: Summary) -> tuple[str, ...]:

@@ -35,12 +35,11 @@ NOT_RUNS = ("trials", "checkpoints", "sae")
 
 ASIDE = (
     *("model.name", "model.device", "site", "seed", "init_from", "out", "dictionary.size", "dictionary.ratio"),
-    *("data.cache", "training.tokens", "training.learning_rate", "training.microbatch", "training.alive_window"),
-    *("training.log_every", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints"),
+    *("data.cache", "data.seed", "training.tokens", "training.learning_rate", "training.microbatch"),
+    *("training.alive_window", "training.log_every", "training.evaluate_every", "training.checkpoint_every"),
+    "training.keep_checkpoints",
 )
-"""Keys of a recipe that a setting names itself, that runs of a curve may differ in, or that do not change a run. Those
-of `objective` and `evaluation` are left aside too: the kinds differ in the former, and of the latter it counts what was
-measured."""
+"""Keys of a recipe that a setting names itself, that runs of a curve may differ in, or that do not change a run."""
 
 Floats = NDArray[np.float64]
 

@@ -25,6 +25,8 @@ LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
 _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
 Floats = NDArray[np.float64]
+Seeds = tuple[int, int]
+"""Of the SAE's first weights, and of the order of the training text."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class RunSummary:
     """By later site; empty for a run that was measured before this was."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
+    data_seed: int = 0
+    """Of the order of the training text."""
     model: str = ""
     learning_rate: float | None = None
     start: str | None = None
@@ -134,6 +138,11 @@ class RunSummary:
                 f"endwise evaluate {shlex.quote(str(path))}"
             ) from None
 
+    @property
+    def seeds(self) -> Seeds:
+        """What tells apart the repeats of one setting."""
+        return self.seed, self.data_seed
+
     def to_json(self) -> dict[str, Any]:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
@@ -144,7 +153,8 @@ class RunSummary:
 
 def _origin(config: RunConfig) -> dict[str, Any]:
     start = None if config.init_from is None else str(config.init_from)
-    return {"model": config.model.name, "learning_rate": config.training.learning_rate, "start": start}
+    rate = config.training.learning_rate
+    return {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
 
 
 def later_mse(run: RunSummary) -> float | None:

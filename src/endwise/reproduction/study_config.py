@@ -71,7 +71,9 @@ class StudyConfig(EngineConfig):
     @property
     def tuning(self) -> dict[str, int]:
         """Settings of the runs that learning rates are chosen by: they are measured on held-out text of their own."""
-        return {"evaluation.skip": EvaluationConfig.build(self.recipe.get("evaluation", {}), "recipe.evaluation").needed}
+        return {
+            "evaluation.skip": EvaluationConfig.build(self.recipe.get("evaluation", {}), "recipe.evaluation").needed
+        }
 
     def kind(self, kind: Kind, site: str) -> KindConfig:
         """How a kind is trained at a site."""
