@@ -60,6 +60,15 @@ class SparsityConfig(Config):
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
 
+PRESETS: dict[Kind, dict[str, float]] = {
+    "local": {"kl": 0.0, "local_mse": 1.0, "downstream_mse": 0.0},
+    "e2e": {"kl": 1.0, "local_mse": 0.0, "downstream_mse": 0.0},
+    "e2e_ds": {"kl": 0.5, "local_mse": 0.0, "downstream_mse": 0.0},
+}
+"""Weight of each reconstruction term; β of e2e_ds, which has none of its own, is required."""
+TERMS: dict[Kind, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
+
+
 class ObjectiveConfig(Config):
     """What the SAE is trained for. `kind` is the paper's preset; the weights below override it term by term."""
 
@@ -90,13 +99,20 @@ class ObjectiveConfig(Config):
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each reconstruction term after the preset is applied."""
-        preset = {
-            "local": {"kl": 0.0, "local_mse": 1.0, "downstream_mse": 0.0},
-            "e2e": {"kl": 1.0, "local_mse": 0.0, "downstream_mse": 0.0},
-            "e2e_ds": {"kl": 0.5, "local_mse": 0.0, "downstream_mse": 0.0},
-        }[self.kind]
         given = {"kl": self.kl, "local_mse": self.local_mse, "downstream_mse": self.downstream_mse}
-        return {term: preset[term] if value is None else value for term, value in given.items()}
+        return {term: PRESETS[self.kind][term] if value is None else value for term, value in given.items()}
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What an SAE is trained for, all but the sparsity coefficient. Runs that differ in it are of two methods."""
+        sites = None if self.downstream_sites is None else list(self.downstream_sites)
+        return {**self.weights, "downstream_sites": sites, "p": self.sparsity.p}
+
+    @property
+    def method_kind(self) -> Kind:
+        """The kind whose terms these weights keep, whatever `kind` says; `kind` where they are no preset's."""
+        terms = {term for term, weight in self.weights.items() if weight}
+        return next((kind for kind, of in TERMS.items() if of == terms), self.kind)
 
 
 class DataConfig(Config):

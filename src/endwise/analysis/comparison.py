@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from endwise.analysis.claims import are_similar
 from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, percent, ratio_to_local, times
-from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, Seeds, estimate
+from endwise.analysis.run_summary import KINDS, LABELS, LATER_MSE, RunSummary, Seeds, estimate
 from endwise.errors import ConfigError
 
 
@@ -25,9 +26,9 @@ class Summary:
     ratios: Mapping[str, Mapping[str, Ratio]]
     """By the key of `MEASURES`, then by kind; each relative to local."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, those whose CE increases are closest to each other."""
+    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
     downstream: Mapping[str, Ratio]
-    """Of `similar`: ratio of downstream MSE, by `<kind>/<kind>`; geometric mean over the later sites."""
+    """Ratio of downstream MSE at equal CE increase, by `<kind>/<kind>`; geometric mean over the later sites."""
     resamples: int
     model: str = ""
     command: str = ""
@@ -94,9 +95,8 @@ def summarise(
         for m in MEASURES
     }
     similar = runs_at_similar(ordered, "ce_increase")
-    downstream = {
-        f"{a.kind}/{b.kind}": downstream_ratio(a, b, resamples, seed) for b, a in itertools.combinations(similar, 2)
-    }
+    pairs = [(a.kind, b.kind) for b, a in itertools.combinations(similar, 2)]
+    downstream = {f"{a}/{b}": _later_error(ordered, similar, a, b, resamples, seed) for a, b in pairs}
     return Summary(
         site=sites[0],
         clean_ce=clean_ce,
@@ -112,6 +112,19 @@ def summarise(
         seconds=seconds,
         environment=environment or {},
     )
+
+
+def _later_error(
+    runs: Sequence[RunSummary], similar: Sequence[RunSummary], kind: str, reference: str, resamples: int, seed: int
+) -> Ratio:
+    """Downstream MSE at equal CE increase, as ratios of curves are; where a curve determines none, of the two runs
+    whose CE increases are closest to each other (as in the paper's figure 2), if these are similar.
+    """
+    of_curves = ratio_to_local(runs, kind, LATER_MSE, "ce_increase", resamples, seed, reference=reference)
+    if of_curves.at_ends is not None:
+        return of_curves
+    pair = [next(run for run in similar if run.kind == each) for each in (kind, reference)]
+    return downstream_ratio(*pair, resamples, seed) if are_similar(pair) else of_curves
 
 
 def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
@@ -141,37 +154,46 @@ def _spread(choice: Sequence[RunSummary], metric: str) -> float:
 def verdicts(summary: Summary) -> tuple[str, ...]:
     """What the numbers show, and what they do not, in plain sentences."""
     sentences = [_features_verdict(kind, ratio) for kind, ratio in summary.features_at_equal_ce.items()]
-    chosen = {run.kind: run for run in summary.similar}
     for pair, ratio in summary.downstream.items():
-        kind, reference = pair.split("/")
         if pair != "e2e_ds/local":
-            sentences.append(_downstream_verdict(chosen[kind], chosen[reference], ratio))
+            sentences.append(_downstream_verdict(*pair.split("/"), ratio))
     return tuple(sentences)
 
 
 def _features_verdict(kind: str, ratio: Ratio) -> str:
     name = LABELS[kind]
+    if ratio.crossings:
+        return f"No one figure says how many of local's features {name} needs at local's CE increase: {ratio.reason}."
     if ratio.estimate is None:
         return f"How many features {name} needs at local's CE increase cannot be said from these runs: {ratio.reason}."
     fact = f"{percent(ratio)} of local's features per token at the same CE increase"
-    if ratio.widest is None:
+    if ratio.interval is None:
         return f"{name} needs {fact}; how sure that is, is not known: {ratio.reason}."
-    low, high = ratio.widest
-    if low <= 1 <= high:
+    if not ratio.holds_seeds:
+        return f"{name} needs {fact}; {_OTHER_SEEDS}."
+    if ratio.interval[0] <= 1 <= ratio.interval[1]:
         return f"That {name} needs fewer features than local is not shown: {fact}, and the interval includes 100 %."
-    return f"{name} needs {fact}." if high < 1 else f"{name} needs more features than local, not fewer: {fact}."
+    more = "" if ratio.interval[1] < 1 else " more features than local, not fewer:"
+    return f"{name} needs{more} {fact}, over {ratio.rests_on}."
 
 
-def _downstream_verdict(run: RunSummary, reference: RunSummary, ratio: Ratio) -> str:
-    name, other = LABELS[run.kind], LABELS[reference.kind]
-    where = f"at their closest CE increases ({name} {run.ce_increase:+.3f}, {other} {reference.ce_increase:+.3f})"
+_OTHER_SEEDS = "the interval is over held-out text alone, and what other seeds would give is not in it"
+
+
+def _downstream_verdict(kind: str, reference: str, ratio: Ratio) -> str:
+    name, other = LABELS[kind], LABELS[reference]
+    if ratio.crossings:
+        return f"No one figure says how {name} and {other} compare downstream: {ratio.reason}."
     if ratio.estimate is None:
         return f"How {name} and {other} compare downstream cannot be said: {ratio.reason}."
     ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
-    fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s, {where}"
+    where = "at their closest CE increases" if ratio.over is None else "at the same CE increase"
+    fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s {where}"
     if ratio.interval is None:
         return f"{name} against {other}: {fact}; how sure that is, is not known: {ratio.reason}."
+    if not ratio.holds_seeds:
+        return f"{name} against {other}: {fact}, {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
         return f"That {name} and {other} differ downstream is not shown: of {name}, {fact}."
     closely = "more" if ratio.estimate < 1 else "less"
-    return f"{name} follows the original activations {closely} closely than {other}: {fact}."
+    return f"{name} follows the original activations {closely} closely than {other}: {fact}, over {ratio.rests_on}."

@@ -1,14 +1,15 @@
 """How much of one thing a kind has or needs relative to another: ratios of curves, with paired intervals.
 
 A kind's runs, one per sparsity coefficient, are points of a curve. Two curves are compared only where both were
-measured: at 20 levels spread evenly over their common range, the logarithms of the interpolated values are
-subtracted, and the ratio reported is the exponential of the mean difference. Its interval repeats all of this on
-resampled held-out sequences, the same ones for both kinds. Where the runs do not determine a ratio, a reason stands in
-its place.
+measured. Where the ratio stays on one side of 1 over that whole range, one figure is given: at 20 levels spread evenly
+on a logarithmic scale the logarithms of the interpolated values are subtracted, and the figure is the exponential of
+the mean difference. Where the curves cross, no one figure is true of them; then the ratio at both ends and where it is
+1 are given. Where the runs do not determine a ratio, a reason stands in its place.
 
-These intervals cover the choice of held-out text. They do not cover the training seed, and the number of alive
-features, being counted over the whole text, is kept fixed in them. Where both kinds have three seeds or more, a second
-interval covers the seed: of one ratio a seed, Student's t on the logarithms.
+An interval repeats all of this on resampled held-out sequences, the same ones for both kinds. Where both kinds have
+three seeds or more, it holds the seeds too: the variance of their ratios is added to that over text. With fewer it
+covers the choice of held-out text alone, and a ratio then bears out no claim (`Ratio.below`). The number of alive
+features, being counted over the whole text, is kept fixed in resamples.
 """
 
 from collections import Counter
@@ -18,14 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.run_summary import LABELS, LATER_MSE, Floats, RunSummary, estimate, resampled, unpaired
+from endwise.analysis.claims import Verdict
+from endwise.analysis.run_summary import (
+    LABELS,
+    LATER_MSE,
+    Floats,
+    RunSummary,
+    estimate,
+    resampled,
+    unpaired,
+    what_varies,
+)
 from endwise.statistics import (
     LEAST_SEEDS,
     InterpolationError,
+    exp_interval,
     interpolate_at,
     interval_over_seeds,
+    interval_with_seeds,
     monotone_points,
     percentile_interval,
+    text_error,
 )
 
 LEVELS = 20
@@ -33,52 +47,74 @@ DEFINED_SHARE = 0.95
 """An interval is reported if at least this share of the resamples determine the ratio."""
 
 
+Ends = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How much of one thing a kind has or needs relative to another kind; or why that cannot be said."""
 
     estimate: float | None
-    interval: tuple[float, float] | None = None
-    over: tuple[float, float] | None = None
+    """None where the curves cross, or determine no ratio."""
+    interval: Ends | None = None
+    """95 %: over held-out text, and over seeds too where there are `LEAST_SEEDS` or more."""
+    over: Ends | None = None
     """The range of the quantity that was held equal."""
-    at_middle: float | None = None
-    """The ratio at the reference's middle run alone."""
-    middle: float | None = None
-    """Where that is."""
+    at_ends: Ends | None = None
+    """The ratio at both ends of that range."""
+    crossings: tuple[float, ...] = ()
+    """Where in that range it is 1, in passing from one side to the other."""
+    seeds: int = 1
+    """That both kinds have, and that determine a ratio each."""
+    varied: str = ""
+    """What these seeds are of."""
+    over_text: Ends | None = None
+    """95 % over held-out text alone."""
+    over_seeds: Ends | None = None
+    """95 % over seeds alone, where there are `LEAST_SEEDS` or more."""
     reason: str | None = None
     """Why the estimate, or only the interval, is missing."""
-    over_seeds: tuple[float, float] | None = None
-    """95 % interval over training seeds, where each kind has three or more; `interval` is over held-out text."""
 
     @property
-    def widest(self) -> tuple[float, float] | None:
-        """The wider of the intervals over held-out text and over seeds."""
-        known = [ends for ends in (self.interval, self.over_seeds) if ends is not None]
-        return max(known, key=lambda ends: ends[1] / max(ends[0], 1e-12), default=None)
+    def holds_seeds(self) -> bool:
+        """Whether the interval holds what other seeds would change."""
+        return self.seeds >= LEAST_SEEDS
+
+    @property
+    def below(self) -> Verdict:
+        """Whether it is below 1: over the whole range, and with the whole of an interval that holds seeds."""
+        if self.crossings:
+            return "not shown"
+        if self.estimate is None or self.interval is None or not self.holds_seeds:
+            return "not testable here"
+        return "shown" if self.interval[1] < 1 else "not shown"
+
+    @property
+    def rests_on(self) -> str:
+        """`one seed`, or `3 seeds (initialisation)`."""
+        return "one seed" if self.seeds < 2 else f"{self.seeds} seeds ({self.varied})"
 
     def to_row(self) -> dict[str, Any]:
         """Flat, for a table."""
-        text, seeds = self.interval or (None, None), self.over_seeds or (None, None)
-        return {
-            "ratio": self.estimate,
-            "text.low": text[0],
-            "text.high": text[1],
-            "seeds.low": seeds[0],
-            "seeds.high": seeds[1],
-            "over.low": None if self.over is None else self.over[0],
-            "over.high": None if self.over is None else self.over[1],
-            "reason": self.reason,
-        }
+        row: dict[str, Any] = {"ratio": self.estimate}
+        ends = {"": self.interval, "text.": self.over_text, "seeds.": self.over_seeds, "over.": self.over}
+        ends["ratio_at_ends."] = self.at_ends
+        for name, pair in ends.items():
+            row |= dict(zip((f"{name}low", f"{name}high"), pair or (None, None), strict=True))
+        crossings = " ".join(f"{level:.4g}" for level in self.crossings) or None
+        return row | {"crossings": crossings, "seeds": self.seeds, "reason": self.reason}
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ratio": self.estimate,
             "interval": _as_list(self.interval),
             "over": _as_list(self.over),
-            "at_middle": self.at_middle,
-            "middle": self.middle,
-            "reason": self.reason,
+            "ratio_at_ends": _as_list(self.at_ends),
+            "crossings": list(self.crossings),
+            "seeds": self.seeds,
+            "interval_over_text": _as_list(self.over_text),
             "interval_over_seeds": _as_list(self.over_seeds),
+            "reason": self.reason,
         }
 
 
@@ -114,45 +150,57 @@ def ratio_to_local(
     """How much of `of` the runs of `kind` have relative to local's (or another kind's, `reference`) at equal `at`. Both
     are of l0, alive, ce_increase and `LATER_MSE`.
 
-    exp of the mean over `levels` values of `at`, evenly spread over the common range, of the difference of
-    log-interpolated curves; and the same at the reference's middle run alone.
+    See the module for how. Runs that differ in their seeds alone are one point, their mean.
     """
     groups = {name: [run for run in runs if run.kind == name] for name in (kind, reference)}
-    for name, group in groups.items():
-        if not group:
-            return Ratio(None, reason=f"there are no runs of {LABELS[name]}")
+    if absent := [LABELS[name] for name, group in groups.items() if not group]:
+        return Ratio(None, reason=f"there are no runs of {absent[0]}")
 
     def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
         return [_curve(group, LABELS[name], of, at, metric) for name, group in groups.items()]
 
+    members = [run for group in groups.values() for run in group]
+    by_seed = _by_seed(groups, kind, reference, of, at, levels)
     try:
         curve, local = curves(estimate)
-        low, high = _common_range(curve, local, at)
-        mean, at_middle = _ratio_of_curves(curve, local, at, levels)
+        over = _common_range(curve, local, at)
+        mean, crossings = _ratio_of_curves(curve, local, at, levels), _crossings(curve, local, over)
     except InterpolationError as error:
         return Ratio(None, reason=str(error))
-    members = [run for group in groups.values() for run in group]
     if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
         return Ratio(None, reason="alive features were counted over different numbers of tokens")
-    result = Ratio(
-        mean,
-        over=(low, high),
-        at_middle=at_middle,
-        middle=None if at_middle is None else local.middle,
-        over_seeds=_over_seeds(groups, kind, reference, of, at, levels),
-    )
-    later = {f"downstream_mse.{site}" for run in members for site in run.downstream_mse} if of == LATER_MSE else set()
-    if reason := unpaired(members, {"l0", "ce_increase", "predictions"} | later):
+    low, high = (_ratio_at(curve, local, end) for end in over)
+    result = Ratio(mean, over=over, at_ends=(low, high), seeds=max(1, len(by_seed)), varied=what_varies(members))
+    if crossings:
+        return replace(result, estimate=None, crossings=crossings, reason=_crossing_told(result, crossings, of, at))
+    if len(by_seed) >= LEAST_SEEDS:
+        spread = interval_over_seeds(list(by_seed))
+        result = replace(result, over_seeds=(spread.low, spread.high))
+    if reason := unpaired(members, _sums_of(members, of)):
         return replace(result, reason=reason)
     drawn = {id(run): resampled(run, {of, at}, resamples, seed) for run in members}
     draws = np.full(resamples, np.nan)
     for index in range(resamples):
         try:
             curve, local = curves(lambda run, name, index=index: drawn[id(run)][name][index])
-            draws[index], _ = _ratio_of_curves(curve, local, at, levels)
+            draws[index] = _ratio_of_curves(curve, local, at, levels)
         except InterpolationError:
             continue
-    return _with_draws(result, draws)
+    return _with_intervals(result, draws, by_seed)
+
+
+def _sums_of(runs: Sequence[RunSummary], of: str) -> set[str]:
+    """Names of the sums that are resampled."""
+    later = {f"downstream_mse.{site}" for run in runs for site in run.downstream_mse} if of == LATER_MSE else set()
+    return {"l0", "ce_increase", "predictions"} | later
+
+
+def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -> str:
+    (low, high), ends = ratio.over or (0.0, 0.0), ratio.at_ends or (0.0, 0.0)
+    return (
+        f"the curves cross: {100 * ends[0]:.0f} % of the {NAMES[of]} at {NAMES[at]} {low:.3g}, {100 * ends[1]:.0f} % "
+        f"at {high:.3g}, equal at {', '.join(f'{level:.3g}' for level in crossings)}"
+    )
 
 
 def ratio_between(
@@ -164,29 +212,24 @@ def ratio_between(
         InterpolationError: the runs do not determine it.
     """
     curve, other = (_curve(group, name, of, at, estimate) for group, name in ((runs, "one"), (reference, "the other")))
-    return _ratio_of_curves(curve, other, at, levels)[0]
+    return _ratio_of_curves(curve, other, at, levels)
 
 
-def _over_seeds(
+def _by_seed(
     groups: Mapping[str, Sequence[RunSummary]], kind: str, reference: str, of: str, at: str, levels: int
-) -> tuple[float, float] | None:
-    """The ratio's interval over training seeds, one ratio of curves a seed; None where fewer than three seeds of both
-    kinds determine it.
-    """
+) -> list[float]:
+    """The ratio of curves of each seed that both kinds have and that determines one."""
     ratios = []
-    for seed in sorted(set.intersection(*({run.seed for run in group} for group in groups.values()))):
+    for seeds in sorted(set.intersection(*({run.seeds for run in group} for group in groups.values()))):
         try:
             own, local = (
-                _curve([run for run in groups[name] if run.seed == seed], LABELS[name], of, at, estimate)
+                _curve([run for run in groups[name] if run.seeds == seeds], LABELS[name], of, at, estimate)
                 for name in (kind, reference)
             )
-            ratios.append(_ratio_of_curves(own, local, at, levels)[0])
+            ratios.append(_ratio_of_curves(own, local, at, levels))
         except InterpolationError:
             continue
-    if len(ratios) < LEAST_SEEDS:
-        return None
-    interval = interval_over_seeds(ratios)
-    return interval.low, interval.high
+    return ratios
 
 
 def downstream_ratio(run: RunSummary, reference: RunSummary, resamples: int, seed: int) -> Ratio:
@@ -221,15 +264,19 @@ def _ratio_of_runs(
         return replace(result, reason=reason)
     drawn, drawn_reference = (resampled(one, names, resamples, seed) for one in (run, reference))
     logs = [np.log(drawn[name] / drawn_reference[name]) for name in names]
-    return _with_draws(result, np.exp(np.mean(logs, axis=0)))
+    return _with_intervals(result, np.exp(np.mean(logs, axis=0)), ())
 
 
 def percent(ratio: Ratio) -> str:
-    """`48 % [44, 53]`, with the wider interval."""
-    if ratio.estimate is None:
+    """`48 % [44, 53]`; `123 % to 81 %` where curves cross; from one or two seeds it says so."""
+    if ratio.crossings and ratio.at_ends is not None:
+        told = f"{100 * ratio.at_ends[0]:.0f} % to {100 * ratio.at_ends[1]:.0f} %"
+    elif ratio.estimate is None:
         return "–"
-    ends = "" if ratio.widest is None else f" [{100 * ratio.widest[0]:.0f}, {100 * ratio.widest[1]:.0f}]"
-    return f"{100 * ratio.estimate:.0f} %{ends}"
+    else:
+        ends = "" if ratio.interval is None else f" [{100 * ratio.interval[0]:.0f}, {100 * ratio.interval[1]:.0f}]"
+        told = f"{100 * ratio.estimate:.0f} %{ends}"
+    return told if ratio.holds_seeds else f"{told}, {'one seed' if ratio.seeds < 2 else f'{ratio.seeds} seeds'}"
 
 
 def times(value: float) -> str:
@@ -245,9 +292,8 @@ class _Curve:
     x: Floats
     y: Floats
 
-    @property
-    def middle(self) -> float:
-        return float(self.x[len(self.x) // 2])
+    def at(self, x: Floats | float) -> Floats:
+        return interpolate_at(self.x, self.y, x)
 
 
 def _curve(
@@ -276,16 +322,17 @@ def _curve(
 
 def _check_one_each(runs: Sequence[RunSummary], name: str) -> None:
     """Runs that differ in more than their seed are no points of one curve, and have no mean."""
-    for (coefficient, seed), count in Counter((run.coefficient, run.seed) for run in runs).items():
+    for (coefficient, seeds), count in Counter((run.coefficient, run.seeds) for run in runs).items():
         if count > 1:
             rates = sorted({run.learning_rate or 0.0 for run in runs if run.coefficient == coefficient})
             which = f", of the learning rates {', '.join(f'{rate:g}' for rate in rates)}" if len(rates) > 1 else ""
             raise InterpolationError(
-                f"{name} has {count} runs of λ {coefficient:g} and seed {seed}{which}; compare one of each at a time"
+                f"{name} has {count} runs of λ {coefficient:g} and seed {seeds[0]}{which}; "
+                "compare one of each at a time"
             )
 
 
-def _common_range(curve: _Curve, other: _Curve, at: str) -> tuple[float, float]:
+def _common_range(curve: _Curve, other: _Curve, at: str) -> Ends:
     low, high = max(curve.x[0], other.x[0]), min(curve.x[-1], other.x[-1])
     if low >= high:
         covered = [f"{one.name} covers {one.x[0]:.3g} to {one.x[-1]:.3g}" for one in (curve, other)]
@@ -302,26 +349,45 @@ def _grid(low: float, high: float, levels: int) -> Floats:
     return grid
 
 
-def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> tuple[float, float | None]:
-    """The mean ratio over the common range, and the ratio at the other's middle point (None where out of range)."""
+def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> float:
+    """The mean ratio over the common range."""
     grid = _grid(*_common_range(curve, other, at), levels)
-    gaps = np.log(interpolate_at(curve.x, curve.y, grid)) - np.log(interpolate_at(other.x, other.y, grid))
-    at_middle = None
-    if curve.x[0] <= other.middle <= curve.x[-1]:
-        at_middle = float(
-            interpolate_at(curve.x, curve.y, other.middle) / interpolate_at(other.x, other.y, other.middle)
-        )
-    return float(np.exp(gaps.mean())), at_middle
+    return float(np.exp(np.mean(np.log(curve.at(grid)) - np.log(other.at(grid)))))
 
 
-def _with_draws(ratio: Ratio, draws: Floats) -> Ratio:
+def _ratio_at(curve: _Curve, other: _Curve, x: float) -> float:
+    return float(curve.at(x) / other.at(x))
+
+
+def _crossings(curve: _Curve, other: _Curve, over: Ends) -> tuple[float, ...]:
+    """Where the curves change sides. Between neighbouring points of either the difference of their logarithms is
+    linear, so that none is missed.
+    """
+    knots = np.unique([*over, *(x for x in (*curve.x, *other.x) if over[0] < x < over[1])])
+    gaps = np.log(curve.at(knots)) - np.log(other.at(knots))
+    apart = np.flatnonzero(gaps)  # where they only touch, they do not change sides
+    x, gaps = knots[apart], gaps[apart]
+    changes = np.flatnonzero(np.sign(gaps[1:]) != np.sign(gaps[:-1]))
+    return tuple(float(x[i] + (x[i + 1] - x[i]) * gaps[i] / (gaps[i] - gaps[i + 1])) for i in changes)
+
+
+def _with_intervals(ratio: Ratio, draws: Floats, by_seed: Sequence[float]) -> Ratio:
+    """
+    Args:
+        draws: the ratio in each resample of the held-out text, NaN where one determines none.
+        by_seed: the ratio of each seed.
+    """
     assert ratio.estimate is not None
     defined = float(np.mean(~np.isnan(draws)))
     if defined < DEFINED_SHARE:
         return replace(ratio, reason=f"only {100 * defined:.0f} % of the resamples determine the ratio")
-    interval = percentile_interval(draws, ratio.estimate)
-    return replace(ratio, interval=(interval.low, interval.high))
+    text = percentile_interval(draws, ratio.estimate)
+    whole = text
+    if len(by_seed) >= LEAST_SEEDS:
+        logs = interval_with_seeds(float(np.log(ratio.estimate)), np.log(by_seed), text_error(np.log(draws)))
+        whole = exp_interval(logs)
+    return replace(ratio, over_text=(text.low, text.high), interval=(whole.low, whole.high))
 
 
-def _as_list(ends: tuple[float, float] | None) -> list[float] | None:
+def _as_list(ends: Ends | None) -> list[float] | None:
     return None if ends is None else list(ends)

@@ -62,6 +62,8 @@ class RunSummary:
     """95 % bootstrap intervals by metric."""
     data_seed: int = 0
     """Of the order of the training text."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """What was trained for, but for the coefficient (`ObjectiveConfig.method`): runs of one curve agree in it."""
     model: str = ""
     learning_rate: float | None = None
     start: str | None = None
@@ -75,7 +77,7 @@ class RunSummary:
         """The summary of a trained and measured run."""
         metrics = evaluation.metrics
         return cls(
-            kind=config.objective.kind,
+            kind=config.objective.method_kind,
             site=config.site,
             coefficient=config.objective.sparsity.coefficient,
             seed=config.seed,
@@ -111,7 +113,7 @@ class RunSummary:
             raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
         try:
             return cls(
-                kind=config.objective.kind,
+                kind=config.objective.method_kind,
                 site=config.site,
                 coefficient=config.objective.sparsity.coefficient,
                 seed=config.seed,
@@ -147,14 +149,24 @@ class RunSummary:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
-        groups = ("downstream_mse", "downstream_cosine", "explained_variances")
+        groups = ("downstream_mse", "downstream_cosine", "explained_variances", "method")
         return record | {name: dict(getattr(self, name)) for name in groups}
 
 
 def _origin(config: RunConfig) -> dict[str, Any]:
     start = None if config.init_from is None else str(config.init_from)
     rate = config.training.learning_rate
-    return {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
+    origin = {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
+    return origin | {"method": config.objective.method}
+
+
+def what_varies(runs: Sequence[RunSummary]) -> str:
+    """What the seeds of runs are of; empty where all have one."""
+    varying = {
+        "initialisation": {run.seed for run in runs},
+        "order of the text": {run.data_seed for run in runs},
+    }
+    return " and ".join(name for name, seeds in varying.items() if len(seeds) > 1)
 
 
 def later_mse(run: RunSummary) -> float | None:
