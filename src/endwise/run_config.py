@@ -1,7 +1,7 @@
 """The recipe of one run: every setting a user can name, with its default, its rule and its meaning."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,13 +60,11 @@ class SparsityConfig(Config):
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
 
-PRESETS: dict[Kind, dict[str, float]] = {
-    "local": {"kl": 0.0, "local_mse": 1.0, "downstream_mse": 0.0},
-    "e2e": {"kl": 1.0, "local_mse": 0.0, "downstream_mse": 0.0},
-    "e2e_ds": {"kl": 0.5, "local_mse": 0.0, "downstream_mse": 0.0},
-}
-"""Weight of each reconstruction term; β of e2e_ds, which has none of its own, is required."""
+PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
+"""By kind, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which is required.
+"""
 TERMS: dict[Kind, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
+"""By kind, the reconstruction terms that it has."""
 
 
 class ObjectiveConfig(Config):
@@ -100,7 +98,8 @@ class ObjectiveConfig(Config):
     def weights(self) -> dict[str, float]:
         """Weight of each reconstruction term after the preset is applied."""
         given = {"kl": self.kl, "local_mse": self.local_mse, "downstream_mse": self.downstream_mse}
-        return {term: PRESETS[self.kind][term] if value is None else value for term, value in given.items()}
+        preset = PRESETS[self.kind]
+        return {term: preset.get(term, 0.0) if value is None else value for term, value in given.items()}
 
     @property
     def method(self) -> dict[str, Any]:
@@ -112,7 +111,8 @@ class ObjectiveConfig(Config):
     def method_kind(self) -> Kind:
         """The kind whose terms these weights keep, whatever `kind` says; `kind` where they are no preset's."""
         terms = {term for term, weight in self.weights.items() if weight}
-        return next((kind for kind, of in TERMS.items() if of == terms), self.kind)
+        kinds: list[Kind] = [kind for kind, of in TERMS.items() if of == terms]
+        return kinds[0] if kinds else self.kind
 
 
 class DataConfig(Config):

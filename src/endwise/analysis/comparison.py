@@ -89,7 +89,7 @@ def summarise(
     unknown = sorted({run.kind for run in runs} - set(KINDS))
     if unknown:
         raise ConfigError(f"A run's kind is one of {', '.join(KINDS)}; given {', '.join(unknown)}.")
-    ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed)))
+    ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds)))
     ratios = {
         m.key: {kind: ratio_to_local(ordered, kind, m.of, m.at, resamples, seed) for kind in KINDS[1:]}
         for m in MEASURES
@@ -123,8 +123,8 @@ def _later_error(
     of_curves = ratio_to_local(runs, kind, LATER_MSE, "ce_increase", resamples, seed, reference=reference)
     if of_curves.at_ends is not None:
         return of_curves
-    pair = [next(run for run in similar if run.kind == each) for each in (kind, reference)]
-    return downstream_ratio(*pair, resamples, seed) if are_similar(pair) else of_curves
+    one, other = (next(run for run in similar if run.kind == each) for each in (kind, reference))
+    return downstream_ratio(one, other, resamples, seed) if are_similar([one, other]) else of_curves
 
 
 def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
@@ -156,7 +156,8 @@ def verdicts(summary: Summary) -> tuple[str, ...]:
     sentences = [_features_verdict(kind, ratio) for kind, ratio in summary.features_at_equal_ce.items()]
     for pair, ratio in summary.downstream.items():
         if pair != "e2e_ds/local":
-            sentences.append(_downstream_verdict(*pair.split("/"), ratio))
+            kind, reference = pair.split("/")
+            sentences.append(_downstream_verdict(kind, reference, ratio))
     return tuple(sentences)
 
 

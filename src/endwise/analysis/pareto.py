@@ -1,16 +1,18 @@
 """Pareto curves of any runs: which can be compared, their fronts, their bands, their ratios.
 
-Runs are compared only where all agrees but the objective, the seed and the learning rate (which is tuned for each
-kind): one model, one site, the same text, one length of training, one dictionary size, one kind of start. Each such set
-has its own curves and ratios.
+Runs are compared only where all agrees but the kind, the sparsity coefficient, the seeds and the learning rate (which
+is tuned for each kind): one model, one site, the same text, one length of training, one dictionary size, one kind of
+start. Each such set has its own curves and ratios. A kind's curve is of one method: runs whose objective differs in
+more than the coefficient, in a weight say, or in the penalty's power, have a set of their own beside the same local
+runs.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from endwise.analysis.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
+from endwise.run_config import PRESETS, TERMS, Kind
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
 from endwise.tabular import flat
@@ -125,15 +128,18 @@ def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
+    found, methods = _with_methods(runs_in(paths))
     sets: dict[Setting, list[RunSummary]] = {}
-    for run, setting in with_settings(runs_in(paths)):
+    for run, setting in found:
         sets.setdefault(setting, []).append(run)
+    for setting, local in methods.local_of(found).items():
+        sets[setting] += local
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
     return {setting: sets[setting] for setting in ordered}
 
 
 def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
-    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed, run.learning_rate or 0.0))
+    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds, run.learning_rate or 0.0))
     rates = {kind: rate for kind in KINDS if (rate := rate_of_most([run for run in runs if run.kind == kind]))}
     kept = [run for run in runs if run.learning_rate == rates.get(run.kind, run.learning_rate)]
     remarks = [
@@ -156,7 +162,7 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
     """Whether runs of one kind share coefficient and seed."""
-    return len({(run.coefficient, run.seed) for run in runs}) < len(runs)
+    return len({(run.coefficient, run.seeds) for run in runs}) < len(runs)
 
 
 def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
@@ -166,15 +172,72 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
         RunFolderError: a folder is no run, or was not measured yet.
         FormatError: what a run holds cannot be read.
     """
+    return _with_methods(folders)[0]
+
+
+def _with_methods(folders: Iterable[Path]) -> tuple[list[tuple[RunSummary, Setting]], "_Methods"]:
     runs = [(RunSummary.read(path), _recipe(path)) for path in folders]
     keys = sorted({key for _, recipe in runs for key in recipe})
     differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
-    return [(run, Setting.of(run, ((key, recipe.get(key, "")) for key in differing))) for run, recipe in runs]
+    settings = [(run, Setting.of(run, ((key, recipe.get(key, "")) for key in differing))) for run, recipe in runs]
+    methods = _Methods(settings)
+    return [(run, methods.setting(run, setting)) for run, setting in settings], methods
+
+
+class _Methods:
+    """Of each setting and kind, the method that its curve is of; runs of others have settings of their own."""
+
+    def __init__(self, runs: Sequence[tuple[RunSummary, Setting]]) -> None:
+        self._runs = runs
+        groups: dict[tuple[Setting, str], list[Mapping[str, Any]]] = {}
+        for run, setting in runs:
+            groups.setdefault((setting, run.kind), []).append(run.method)
+        self._main = {place: _main_method(cast("Kind", place[1]), methods) for place, methods in groups.items()}
+
+    def setting(self, run: RunSummary, setting: Setting) -> Setting:
+        """That of the run's own method."""
+        main = self._main[setting, run.kind]
+        differing = [key for key in run.method if run.method[key] != main.get(key)]
+        if not differing:
+            return setting
+        words = ", ".join(f"{key} {json.dumps(run.method[key])}" for key in differing)
+        return replace(setting, further=(*setting.further, (LABELS[run.kind], words)))
+
+    def local_of(self, found: Sequence[tuple[RunSummary, Setting]]) -> dict[Setting, list[RunSummary]]:
+        """For each setting of a further method the local runs that it is compared with: of the same penalty, if there
+        are such, otherwise those of the main method.
+        """
+        local: dict[Setting, list[RunSummary]] = {}
+        for (run, common), (_, own) in zip(self._runs, found, strict=True):
+            if own != common and run.kind != "local" and own not in local:
+                of_setting = [each for each, setting in self._runs if (setting, each.kind) == (common, "local")]
+                main = self._main.get((common, "local"), {})
+                for wanted in ({**main, "p": run.method.get("p")}, main):
+                    local[own] = [each for each in of_setting if each.method == wanted]
+                    if local[own]:
+                        break
+        return local
+
+
+def _main_method(kind: Kind, methods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The preset's where there are such runs, otherwise that of most."""
+    preset = {**dict.fromkeys(set().union(*TERMS.values()) - TERMS[kind], 0.0), **PRESETS[kind]}
+    preset |= {"downstream_sites": None, "p": 1.0}
+
+    def is_preset(method: Mapping[str, Any]) -> bool:
+        return all(method.get(key) == value for key, value in preset.items())
+
+    counts = Counter(json.dumps(method, sort_keys=True) for method in methods)
+    return max(methods, key=lambda method: (is_preset(method), counts[json.dumps(method, sort_keys=True)]))
 
 
 def _recipe(path: Path) -> dict[str, str]:
-    """What a run's recipe holds of what it must have in common with those that it is compared with."""
-    content = flat(RunFolder(path).config().model_dump(mode="json", exclude={"objective", "evaluation"}))
+    """What a run's recipe holds of what it must have in common with those that it is compared with. Of `evaluation` the
+    number of tokens is not, since of that it counts what was measured.
+    """
+    config = RunFolder(path).config()
+    content = flat(config.model_dump(mode="json", exclude={"objective", "evaluation"}))
+    content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 
 
@@ -234,8 +297,8 @@ def band(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     """The band of one kind's curve: over seeds where three or more have a curve, otherwise over held-out text (of the
     first seed). None where the points determine no curve, or have no sums to resample.
     """
-    seeds = sorted({run.seed for run in runs})
-    by_seed = [[run for run in runs if run.seed == seed] for seed in seeds]
+    seeds = sorted({run.seeds for run in runs})
+    by_seed = [[run for run in runs if run.seeds == seed] for seed in seeds]
     curves = [curve for group in by_seed if (curve := _points(group, x, y)) is not None]
     if len(curves) >= LEAST_SEEDS:
         return _over_seeds(curves)

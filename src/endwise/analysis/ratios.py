@@ -13,7 +13,7 @@ features, being counted over the whole text, is kept fixed in resamples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,7 +186,7 @@ def ratio_to_local(
             draws[index] = _ratio_of_curves(curve, local, at, levels)
         except InterpolationError:
             continue
-    return _with_intervals(result, draws, by_seed)
+    return with_intervals(result, draws, by_seed)
 
 
 def _sums_of(runs: Sequence[RunSummary], of: str) -> set[str]:
@@ -264,7 +264,15 @@ def _ratio_of_runs(
         return replace(result, reason=reason)
     drawn, drawn_reference = (resampled(one, names, resamples, seed) for one in (run, reference))
     logs = [np.log(drawn[name] / drawn_reference[name]) for name in names]
-    return _with_intervals(result, np.exp(np.mean(logs, axis=0)), ())
+    return with_intervals(result, np.exp(np.mean(logs, axis=0)), ())
+
+
+def below(ratios: Iterable[Ratio]) -> Verdict:
+    """Whether all ratios that could be measured are below 1 (`Ratio.below`)."""
+    verdicts = {ratio.below for ratio in ratios if ratio.estimate is not None or ratio.crossings}
+    if "not shown" in verdicts:
+        return "not shown"
+    return "shown" if verdicts == {"shown"} else "not testable here"
 
 
 def percent(ratio: Ratio) -> str:
@@ -371,7 +379,7 @@ def _crossings(curve: _Curve, other: _Curve, over: Ends) -> tuple[float, ...]:
     return tuple(float(x[i] + (x[i + 1] - x[i]) * gaps[i] / (gaps[i] - gaps[i + 1])) for i in changes)
 
 
-def _with_intervals(ratio: Ratio, draws: Floats, by_seed: Sequence[float]) -> Ratio:
+def with_intervals(ratio: Ratio, draws: Floats, by_seed: Sequence[float]) -> Ratio:
     """
     Args:
         draws: the ratio in each resample of the held-out text, NaN where one determines none.

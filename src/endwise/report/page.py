@@ -67,23 +67,32 @@ def _tiles(summary: Summary) -> Iterable[str]:
         ratio = summary.features_at_equal_ce[kind]
         yield _tile(kind, "local", ratio, "of local’s features per token, at the same CE increase")
     ratio = summary.downstream.get("e2e_ds/e2e", Ratio(None, reason="not both kinds were run"))
-    yield _tile("e2e_ds", "e2e", ratio, "of e2e’s error in the later layers, at a similar CE increase")
+    yield _tile("e2e_ds", "e2e", ratio, "of e2e’s error in the later layers, at the same CE increase")
 
 
 def _tile(kind: str, reference: str, ratio: Ratio, what: str) -> str:
     return (
         f'<div class="tile" style="--c:var(--{kind})"><div class="who">{figures.swatch(kind)}'
         f"<span>{LABELS[kind]} <span>against {LABELS[reference]}</span></span></div>"
-        f'<p class="number">{_percent(ratio.estimate)}</p>'
+        f'<p class="number">{_number(ratio)}</p>'
         f'<p class="range">{_range_words(ratio)}</p><p class="what">{what}</p></div>'
     )
 
 
+def _number(ratio: Ratio) -> str:
+    """The figure; where curves cross, what it is at both ends."""
+    if not ratio.crossings or ratio.at_ends is None:
+        return _percent(ratio.estimate)
+    return f"{100 * ratio.at_ends[0]:.0f}–{_percent(ratio.at_ends[1])}"
+
+
 def _range_words(ratio: Ratio) -> str:
     if ratio.interval is None:
-        return f"no {'number' if ratio.estimate is None else 'interval'}: {escape(ratio.reason or '')}"
+        return f"no {'one number' if ratio.estimate is None else 'interval'}: {escape(ratio.reason or '')}"
     low, high = ratio.interval
     words = f"95&nbsp;% interval {100 * low:.1f} to {100 * high:.1f}&nbsp;%"
+    if not ratio.holds_seeds:
+        return f"{words}, over text alone: {escape(ratio.rests_on)}"
     return f"{words}: a difference is not shown" if low <= 1 <= high else words
 
 
@@ -130,32 +139,32 @@ def _ratios_table(summary: Summary) -> str:
             what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}" if index == 0 else ""
             start = f'<tr class="first"><th scope="rowgroup" rowspan="{len(KINDS) - 1}">{what}</th>' if what else "<tr>"
             rows.append(f'{start}<td class="text">{_kind(kind)}</td>{_ratio_cells(ratio)}</tr>')
-    head = _head("", "kind", "of local’s", "at local’s middle run", "compared over", text=(1,))
+    head = _head("", "kind", "of local’s", "at both ends", "compared over", "seeds", text=(1,))
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
 def _ratio_cells(ratio: Ratio) -> str:
-    if ratio.estimate is None or ratio.over is None:
-        return f'<td>–</td><td class="words" colspan="2">{escape(ratio.reason or "")}</td>'
+    if ratio.at_ends is None or ratio.over is None:
+        return f'<td>–</td><td class="words" colspan="3">{escape(ratio.reason or "")}</td>'
     ends = (
         "no interval" if ratio.interval is None else f"{100 * ratio.interval[0]:.1f} to {100 * ratio.interval[1]:.1f}"
     )
+    if ratio.crossings:
+        ends = f"equal at {', '.join(map(_short, ratio.crossings))}"
     title = "" if ratio.reason is None else f' title="{escape(ratio.reason)}"'
-    middle = (
-        "–"
-        if ratio.at_middle is None or ratio.middle is None
-        else f"{_percent(ratio.at_middle)}<small>at {_short(ratio.middle)}</small>"
-    )
     return (
-        f"<td{title}>{_percent(ratio.estimate)}<small>{ends}</small></td><td>{middle}</td>"
-        f"<td>{_short(ratio.over[0])} to {_short(ratio.over[1])}</td>"
+        f"<td{title}>{_percent(ratio.estimate)}<small>{ends}</small></td>"
+        f"<td>{' to '.join(_percent(end) for end in ratio.at_ends)}</td>"
+        f"<td>{_short(ratio.over[0])} to {_short(ratio.over[1])}</td><td>{ratio.seeds}</td>"
     )
 
 
 def _ratios_note() -> str:
     return (
         "Each ratio is the exponential of the mean difference of two curves, logarithms interpolated linearly "
-        "between neighbouring runs at 20 levels of the range that both kinds cover. Nothing is extrapolated. Alive "
+        "between neighbouring runs, at 20 levels spread evenly on a logarithmic scale over the range that both kinds "
+        "cover. Nothing is extrapolated. Where the curves cross there is no one number. Intervals hold held-out text, "
+        "and seeds where there are three or more. Alive "
         "features are counted over the whole held-out text, so resampling keeps their number fixed."
     )
 

@@ -175,7 +175,7 @@ def _ratios(one: Pareto) -> Table:
         shown.add_column(LABELS[kind], justify="right")
     for measure in MEASURES:
         cells = [one.ratios[measure.key, kind] for kind in kinds]
-        words = [percent(ratio) if ratio.estimate is not None else f"– ({ratio.reason})" for ratio in cells]
+        words = [percent(ratio) if ratio.at_ends else f"– ({ratio.reason})" for ratio in cells]
         shown.add_row(f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *(Text(printable(text)) for text in words))
     return shown
 
@@ -212,17 +212,24 @@ def _section(one: Pareto, chart: Chart) -> str:
 
 
 def ratio_table(rows: Iterable[dict[str, object]]) -> str:
-    """Of `ratio_rows`, the intervals over text and over seeds side by side."""
+    """Of `ratio_rows`: the figure with its interval, or why there is none; both ends of the range; the intervals over
+    text and over seeds alone.
+    """
     cells = []
     for row in rows:
         ratio, reason = row["ratio"], row["reason"]
-        text, seeds = (_ends(row[f"{side}.low"], row[f"{side}.high"]) for side in ("text", "seeds"))
-        said = "–" if not isinstance(ratio, float) else f"{100 * ratio:.0f} %"
+        whole, text, seeds, at_ends = (
+            _ends(row[f"{side}low"], row[f"{side}high"]) for side in ("", "text.", "seeds.", "ratio_at_ends.")
+        )
         measure = next(each for each in MEASURES if each.key == row["measure"])
         what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
-        numbers = (said, text, seeds) if not reason else (said, Wide(str(reason), 2))
+        said = f"{100 * ratio:.0f} %" if isinstance(ratio, float) else "–"
+        numbers = (said, whole, at_ends, text, seeds, row["seeds"]) if not reason else (said, Wide(str(reason), 5))
         cells.append((what, str(row["site"]), LABELS[str(row["kind"])], *numbers))
-    headings = ("relative to local", "site", "kind", "ratio", "95 % over text", "95 % over seeds")
+    headings = (
+        *("relative to local", "site", "kind", "ratio", "95 %", "at both ends"),
+        *("95 % over text", "95 % over seeds", "seeds"),
+    )
     return table(headings, cells, text=(1, 2))
 
 

@@ -3,19 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from endwise.analysis import paper
-from endwise.analysis.claims import Claim, Verdict, are_similar, shown_if_all
-from endwise.analysis.comparison import Summary
+from endwise.analysis.claims import Claim, shown_if_all
 from endwise.analysis.directions import norm_claim
-from endwise.analysis.ratios import Ratio, l0_ratio, ratio_to_local, times
-from endwise.analysis.run_summary import LABELS, LATER_MSE, layer_label
+from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
+from endwise.analysis.run_summary import LABELS, layer_label
 from endwise.reproduction.costs import relative_to_local
 from endwise.reproduction.findings import Findings
 from endwise.reproduction.mitigations import WAYS, CostPoint, Way, reaches
 from endwise.run_config import Kind
-from endwise.statistics import Interval, percentile_interval
+from endwise.statistics import Interval
 
 END_TO_END: tuple[Kind, ...] = ("e2e", "e2e_ds")
 REACHED = 1.05
@@ -60,15 +57,7 @@ def _ce_at_equal(found: Findings, kind: Kind, at: str) -> Claim:
 
 def _of_ratios(found: Findings, claim: str, published: str, measure: str, kind: Kind) -> Claim:
     ratios = {site: summary.ratios[measure][kind] for site, summary in found.sites.items()}
-    return Claim(claim, published, _told(ratios), below(ratios.values(), 1.0))
-
-
-def below(ratios: Iterable[Ratio], bound: float) -> Verdict:
-    """Shown if the whole interval of every ratio that could be measured lies below the bound."""
-    known = [ratio for ratio in ratios if ratio.estimate is not None and ratio.widest is not None]
-    if not known:
-        return "not testable here"
-    return "shown" if all(ratio.widest[1] < bound for ratio in known if ratio.widest) else "not shown"
+    return Claim(claim, published, _told(ratios), below(ratios.values()))
 
 
 def _told(ratios: Mapping[str, Ratio]) -> str:
@@ -77,10 +66,8 @@ def _told(ratios: Mapping[str, Ratio]) -> str:
 
 def _percent(ratio: Ratio) -> str:
     if ratio.estimate is None:
-        return f"not measured ({ratio.reason})"
-    if ratio.widest is None:
-        return f"{100 * ratio.estimate:.0f} % (no interval: {ratio.reason})"
-    return f"{100 * ratio.estimate:.0f} % [{100 * ratio.widest[0]:.0f}, {100 * ratio.widest[1]:.0f}]"
+        return (ratio.reason or "") if ratio.crossings else f"not measured ({ratio.reason})"
+    return percent(ratio) if ratio.interval is not None else f"{percent(ratio)} (no interval: {ratio.reason})"
 
 
 def _layer(site: str) -> str:
@@ -89,35 +76,22 @@ def _layer(site: str) -> str:
 
 
 def _downstream(found: Findings) -> Claim:
-    ratios = {site: _later_error(found, summary) for site, summary in found.sites.items()}
+    absent = Ratio(None, reason="not both kinds were run")
+    ratios = {site: summary.downstream.get("e2e_ds/e2e", absent) for site, summary in found.sites.items()}
     told = "; ".join(f"{_layer(site)}: {_times(ratio)}" for site, ratio in ratios.items())
     return Claim(
-        "e2e+ds keeps the later layers' activations where e2e does not, at a similar CE increase",
+        "e2e+ds keeps the later layers' activations where e2e does not, at the same CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
         f"e2e+ds's downstream MSE relative to e2e's (geometric mean over later layers): {told}",
-        below(ratios.values(), 1.0),
+        below(ratios.values()),
     )
-
-
-def _later_error(found: Findings, summary: Summary) -> Ratio:
-    """At equal CE increase, as ratios of curves are; where a curve determines none, of the two runs whose CE increases
-    are closest to each other (as in the paper's figure 2), if these are similar.
-    """
-    settings = found.settings
-    of_curves = ratio_to_local(
-        summary.runs, "e2e_ds", LATER_MSE, "ce_increase", settings.bootstrap, settings.seed, reference="e2e"
-    )
-    of_runs = summary.downstream.get("e2e_ds/e2e")
-    if of_curves.estimate is not None or of_runs is None:
-        return of_curves
-    return of_runs if are_similar(run for run in summary.similar if run.kind in END_TO_END) else of_curves
 
 
 def _times(ratio: Ratio) -> str:
     if ratio.estimate is None:
-        return f"not measured ({ratio.reason})"
-    ends = "" if ratio.widest is None else f" [{times(ratio.widest[0])}, {times(ratio.widest[1])}]"
-    return f"{times(ratio.estimate)}{ends}"
+        return (ratio.reason or "") if ratio.crossings else f"not measured ({ratio.reason})"
+    ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
+    return f"{times(ratio.estimate)}{ends}" + ("" if ratio.holds_seeds else f", {ratio.rests_on}")
 
 
 def _norms(found: Findings) -> Claim:
@@ -125,21 +99,21 @@ def _norms(found: Findings) -> Claim:
 
 
 def _learning_rate(found: Findings) -> Claim:
-    """Of each kind, the chosen rate against the highest, both with the middle coefficient."""
-    told, holds = [], []
+    """Of each kind, the chosen rate against the highest, both with the middle coefficient and one seed."""
+    told = []
+    site = found.made.experiments.study.site
     for kind in found.made.experiments.study.kinds:
         runs = {
             r.config.training.learning_rate: r.summary
             for r in found.experiments["learning_rates"]
-            if r.summary.kind == kind and r.summary.coefficient == found.middle_coefficient(kind)
+            if (r.summary.kind, r.summary.site) == (kind, site)
+            and r.summary.coefficient == found.middle_coefficient(kind)
         }
-        rate = found.made.rates.get(kind)
+        rate = found.made.rates.get(site, {}).get(kind)
         if rate is None or rate not in runs or max(runs) == rate:
             continue
         chosen, highest = runs[rate], runs[max(runs)]
         ratio = l0_ratio(highest, chosen, found.settings.bootstrap, found.settings.seed)
-        if ratio.interval is not None:
-            holds.append(highest.alive < chosen.alive and ratio.interval[0] > 1)
         told.append(
             f"{LABELS[kind]} from {rate:g} to {max(runs):g}: alive {chosen.alive:,} to {highest.alive:,}, "
             f"L0 {chosen.l0:.1f} to {highest.l0:.1f} ({_percent(ratio)})"
@@ -148,72 +122,69 @@ def _learning_rate(found: Findings) -> Claim:
         "A learning rate above the best lowers the number of alive features, and L0 creeps up",
         "so above 5e-4",
         "; ".join(told) or "the highest rate tried is the best",
-        shown_if_all(holds),
+        "not testable here",
     )
 
 
 def _sizes(found: Findings) -> Claim:
     """The largest dictionary against the smallest."""
-    told, holds = [], []
+    told, ratios = [], []
     for kind in found.made.experiments.study.kinds:
         points = sorted(_known(found, kind, "dictionary"), key=lambda point: point.variant.runs[0].d_sae)
-        if len(points) > 1 and (ratio := points[-1].relative_to(points[0])) is not None:
-            holds.append(ratio.high < 1)
-            told.append(f"{_listed(kind, points)} (last to first: {_share(ratio)})")
+        if len(points) > 1:
+            ratio = points[-1].relative_to(points[0])
+            ratios.append(ratio)
+            told.append(f"{_listed(kind, points)} (last to first: {_percent(ratio)})")
     return Claim(
         "A larger dictionary lowers the CE increase at equal L0",
         "it does, up to about 60 features per dimension",
         _at_l0(found, told),
-        shown_if_all(holds),
+        below(ratios),
     )
 
 
 def _lengths(found: Findings) -> Claim:
     """The longest training against the study's own length: what it lowers, and whether that is more than for local."""
-    told, ends = [], {}
+    told, ratios = [], {}
     for kind in found.made.experiments.study.kinds:
         points = sorted(_known(found, kind, "tokens"), key=lambda point: point.variant.tokens)
         base = next((p for p in points if p.variant.tokens == found.made.experiments.tokens), None)
-        ratio = None if base is None or points[-1] is base else points[-1].relative_to(base)
-        if base is not None and ratio is not None:
-            ends[kind] = (points[-1], base)
-            told.append(f"{_listed(kind, points)} (last to 1 ×: {_share(ratio)})")
-    compared = [kind for kind in END_TO_END if kind in ends] if "local" in ends else []
-    holds = [_gains_more(*ends[kind], *ends["local"]) for kind in compared]
+        if base is not None and points[-1] is not base:
+            ratios[kind] = points[-1].relative_to(base)
+            told.append(f"{_listed(kind, points)} (last to 1 ×: {_percent(ratios[kind])})")
+    compared = [ratios[kind] for kind in END_TO_END if kind in ratios] if "local" in ratios else []
+    verdict = below(compared)
+    if verdict == "shown":
+        verdict = shown_if_all([_gains_more(ratio, ratios["local"]) for ratio in compared])
     return Claim(
         "With longer training the end-to-end kinds still improve, and by more than local does",
         "local flat from 200k samples, e2e improves up to 800k, e2e+ds up to 400k",
         _at_l0(found, told),
-        shown_if_all(holds),
+        verdict,
     )
 
 
-def _gains_more(longest: CostPoint, base: CostPoint, local_longest: CostPoint, local_base: CostPoint) -> bool:
-    """Whether both intervals lie below 1: of what longer training leaves of the CE increase, and of that relative to
-    what it leaves of local's.
+def _gains_more(ratio: Ratio, local: Ratio) -> bool:
+    """Whether what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
+    apart.
     """
-    own = longest.relative_to(base)
-    every = [point.draws for point in (longest, base, local_longest, local_base)]
-    if own is None or any(draws is None for draws in every):
-        return False
-    a, b, c, d = (np.asarray(draws) for draws in every)
-    return own.high < 1 and percentile_interval((a / b) / (c / d), own.estimate).high < 1
+    return ratio.interval is not None and local.interval is not None and ratio.interval[1] < local.interval[0]
 
 
 def _seeds(found: Findings) -> Claim:
     """Whether kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
     told, holds = [], []
-    summary = found.sites.get(found.made.experiments.study.site)
-    for kind, ratio in summary.ratios["features_at_equal_ce"].items() if summary else ():
-        if ratio.estimate is not None and ratio.over_seeds is not None:
-            low, high = ratio.over_seeds
-            holds.append(high < 1 or low > 1)
-            ends = f"[{100 * low:.0f}, {100 * high:.0f}]"
-            told.append(f"{LABELS[kind]} {100 * ratio.estimate:.0f} % of local's L0, over seeds {ends}")
+    for site, summary in found.sites.items():
+        for kind, ratio in summary.ratios["features_at_equal_ce"].items():
+            if ratio.estimate is not None and ratio.over_seeds is not None:
+                low, high = ratio.over_seeds
+                holds.append(high < 1 or low > 1)
+                ends = f"[{100 * low:.0f}, {100 * high:.0f}] over {ratio.rests_on} alone"
+                told.append(f"{_layer(site)}: {LABELS[kind]} {100 * ratio.estimate:.0f} % of local's L0, {ends}")
     return Claim(
         "Seeds agree on the Pareto curve: they differ less than the kinds do",
         "two seeds agree",
-        "; ".join(told) or "fewer than three seeds determine a ratio",
+        "; ".join(told) or "no ratio that stays on one side is determined by three seeds",
         shown_if_all(holds),
     )
 
@@ -254,12 +225,13 @@ def _mitigation(found: Findings, way: Way) -> Claim:
         if not cheaper:
             continue
         good = [p for p in cheaper if reaches(p, base, REACHED)]
-        holds.append(bool(good))
+        if any(p.relative_to(base).holds_seeds for p in cheaper):
+            holds.append(bool(good))
         lowest = min(cheaper, key=lambda p: p.ce_increase.estimate if p.ce_increase else math.inf)
         best = min(good, key=lambda p: p.variant.seconds, default=lowest)
         told.append(
             f"{LABELS[kind]}: {best.variant.label} has {_interval(best.ce_increase)} where full training has "
-            f"{_interval(base.ce_increase)}, {_share(best.relative_to(base))}, at "
+            f"{_interval(base.ce_increase)}, {_percent(best.relative_to(base))}, at "
             f"{100 * best.variant.seconds / base.variant.seconds:.0f} % of its time"
         )
     return Claim(
@@ -284,13 +256,13 @@ def _break_even(found: Findings) -> Claim:
             continue
         best = found.mitigations.cheapest(kind, local, REACHED)
         if best is None:
-            told.append(f"{LABELS[kind]}: no variant reaches local's {_interval(local.ce_increase)}")
+            told.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {_interval(local.ce_increase)}")
             holds.append(False)
             continue
         ratio = best.variant.seconds / local.variant.seconds
         holds.append(ratio <= 1)
         told.append(
-            f"{LABELS[kind]}: {best.variant.label} ({_share(best.relative_to(local))} of local's), in {times(ratio)} "
+            f"{LABELS[kind]}: {best.variant.label} ({_percent(best.relative_to(local))} of local's), in {times(ratio)} "
             "times local's time"
         )
     return Claim(
@@ -311,7 +283,7 @@ def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
 
 def _is_base(found: Findings, point: CostPoint) -> bool:
     """Whether a variant is the study's own training."""
-    curves = {run.folder for run in found.summaries("curves")}
+    curves = {run.folder for run in (*found.summaries("curves"), *found.summaries("seeds"))}
     return all(run.folder in curves for run in point.variant.runs)
 
 
@@ -331,10 +303,6 @@ _MARGIN = f"{100 * (REACHED - 1):.0f} %"
 
 def _listed(kind: Kind, points: Iterable[CostPoint]) -> str:
     return f"{LABELS[kind]}: " + ", ".join(f"{p.variant.label} {_interval(p.ce_increase)}" for p in points)
-
-
-def _share(ratio: Interval | None) -> str:
-    return "–" if ratio is None else f"{100 * ratio.estimate:.0f} % [{100 * ratio.low:.0f}, {100 * ratio.high:.0f}]"
 
 
 def _interval(value: Interval | None) -> str:

@@ -26,7 +26,7 @@ class Experiments:
     def learning_rates(self) -> list[RunConfig]:
         """The curves' inner part with every rate of every kind at every site, measured on text of their own."""
         return [
-            self._recipe(kind, site, coefficient, rate, **self.study.tuning)
+            self._recipe(kind, site, coefficient, rate, further=self.study.tuning)
             for site in self.study.sites
             for kind in self.study.kinds
             for rate in self.study.kind(kind, site).learning_rates
@@ -69,8 +69,8 @@ class Experiments:
                 continue
             for coefficient, from_coefficient in zip(inner(self._coefficients(kind, site)), local, strict=False):
                 start = self._recipe("local", site, from_coefficient, rates[site]["local"], seed=seed).out
-                changes = {"seed": seed, "tokens": self._tokens(factor), "start": start}
-                recipes.append(self._recipe(kind, site, coefficient, rates[site][kind], **changes))
+                tokens, rate = self._tokens(factor), rates[site][kind]
+                recipes.append(self._recipe(kind, site, coefficient, rate, seed=seed, tokens=tokens, start=start))
         return recipes
 
     def single(self, kind: Kind, site: str, ratio: float | None, tokens: int) -> RunConfig:
@@ -102,7 +102,7 @@ class Experiments:
         tokens: int | None = None,
         ratio: float | None = None,
         start: Path | None = None,
-        **further: Any,
+        further: Mapping[str, Any] | None = None,
     ) -> RunConfig:
         settings = self.study.kind(kind, site)
         objective = {"kind": kind, "sparsity": {"coefficient": coefficient}}
@@ -116,7 +116,7 @@ class Experiments:
             "training.tokens": tokens or self.tokens,
             "training.learning_rate": rate,
         }
-        changes |= further
+        changes |= further or {}
         changes |= {} if ratio is None else {"dictionary": {"ratio": ratio}}
         changes |= {} if start is None else {"init_from": str(start)}
         return placed(RunConfig.build(with_values(self.study.recipe, changes), "the study"), self.folder)

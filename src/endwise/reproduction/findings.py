@@ -123,7 +123,7 @@ def _variants(made: StudyRuns, read: Mapping[str, Sequence[Measured]]) -> list[V
         coefficients = inner(study.kind(kind, study.site).coefficients)
         own = [
             run
-            for run in read.get("curves", ())
+            for run in (*read.get("curves", ()), *read.get("seeds", ()))
             if run.summary.kind == kind and run.summary.site == study.site and run.summary.coefficient in coefficients
         ]
         of_kind = {name: [run for run in runs if run.summary.kind == kind] for name, runs in read.items()}

@@ -4,18 +4,18 @@ The ways are fewer training tokens, a smaller dictionary, and a start from a loc
 runs; its CE increase is read off at one L0, the same for all variants, and never beyond what was measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.ratios import DEFINED_SHARE
-from endwise.analysis.run_summary import Floats, RunSummary, resampled
+from endwise.analysis.ratios import DEFINED_SHARE, Ratio, with_intervals
+from endwise.analysis.run_summary import Floats, RunSummary, Seeds, resampled, what_varies
 from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder
-from endwise.statistics import InterpolationError, Interval, interpolate_at, percentile_interval
+from endwise.statistics import InterpolationError, Interval, interpolate_at
 
 Way = Literal["tokens", "dictionary", "start"]
 WAYS: dict[Way, str] = {"tokens": "training tokens", "dictionary": "dictionary size", "start": "start from local"}
@@ -26,7 +26,7 @@ LEVELS = 200
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of one kind that differ in their sparsity coefficient only."""
+    """Runs of one kind that differ in their sparsity coefficient and their seeds only."""
 
     kind: Kind
     way: Way
@@ -45,18 +45,26 @@ class Variant:
 class CostPoint:
     variant: Variant
     ce_increase: Interval | None
-    """Nats per token at the common L0, with a 95 % bootstrap interval over held-out sequences."""
+    """Nats per token at the common L0, the geometric mean over seeds; 95 % over held-out text, and over seeds too where
+    there are `LEAST_SEEDS` or more."""
     reason: str | None
     """Why there is none."""
-    draws: Floats | None = field(default=None, repr=False, compare=False)
-    """It in each resample of the held-out text, which are the same for all variants; NaN where one determines none."""
+    by_seed: Mapping[Seeds, float] = field(default_factory=dict)
+    """It of each seed."""
+    draws: Mapping[Seeds, Floats] = field(default_factory=dict, repr=False, compare=False)
+    """It of each seed in each resample of the held-out text, which are the same for all variants; NaN where one
+    determines none."""
 
-    def relative_to(self, reference: "CostPoint") -> Interval | None:
-        """This CE increase / the reference's, with its paired 95 % interval; None where either is not known."""
-        if self.ce_increase is None or reference.ce_increase is None or self.draws is None or reference.draws is None:
-            return None
-        estimate = self.ce_increase.estimate / reference.ce_increase.estimate
-        return percentile_interval(self.draws / reference.draws, estimate)
+    def relative_to(self, reference: "CostPoint") -> Ratio:
+        """This CE increase / the reference's, seed by seed, paired over held-out text."""
+        common = [seeds for seeds in self.by_seed if seeds in reference.by_seed]
+        if not common:
+            return Ratio(None, reason="no seed of both has a CE increase at this L0")
+        ratios = [self.by_seed[seeds] / reference.by_seed[seeds] for seeds in common]
+        draws = np.exp(np.mean([np.log(self.draws[s] / reference.draws[s]) for s in common], axis=0))
+        varied = what_varies([run for run in self.variant.runs if run.seeds in common])
+        ratio = Ratio(float(np.exp(np.mean(np.log(ratios)))), seeds=len(common), varied=varied)
+        return with_intervals(ratio, draws, ratios)
 
     def to_row(self) -> dict[str, Any]:
         variant, ce = self.variant, self.ce_increase
@@ -68,6 +76,7 @@ class CostPoint:
             "ce_increase": None if ce is None else ce.estimate,
             "ce_increase.low": None if ce is None else ce.low,
             "ce_increase.high": None if ce is None else ce.high,
+            "seeds": len(self.by_seed),
             "reason": self.reason,
         }
 
@@ -92,9 +101,9 @@ class Mitigations:
 
 
 def reaches(point: CostPoint, reference: CostPoint, within: float) -> bool:
-    """Whether the whole interval of the ratio of their CE increases lies below `within`."""
+    """Whether the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
     ratio = point.relative_to(reference)
-    return ratio is not None and ratio.high < within
+    return ratio.interval is not None and ratio.holds_seeds and ratio.interval[1] < within
 
 
 def mitigations(variants: Sequence[Variant], resamples: int, seed: int) -> Mitigations | None:
@@ -106,8 +115,13 @@ def mitigations(variants: Sequence[Variant], resamples: int, seed: int) -> Mitig
 
 
 def common_l0(variants: Sequence[Variant]) -> float | None:
-    """The middle of the L0s that most variants cover."""
-    spans = [(min(run.l0 for run in v.runs), max(run.l0 for run in v.runs)) for v in variants if len(v.runs) > 1]
+    """The middle of the L0s that most variants cover, with each of their seeds."""
+    spans = []
+    for variant in variants:
+        curves = [group for group in _of_seeds(variant.runs).values() if len(group) > 1]
+        if curves:
+            ends = [(min(run.l0 for run in curve), max(run.l0 for run in curve)) for curve in curves]
+            spans.append((max(low for low, _ in ends), min(high for _, high in ends)))
     if not spans:
         return None
     levels = np.geomspace(min(low for low, _ in spans), max(high for _, high in spans), LEVELS)
@@ -116,17 +130,20 @@ def common_l0(variants: Sequence[Variant]) -> float | None:
     return float(best[len(best) // 2])
 
 
-def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -> Interval:
-    """The CE increase of a curve at an L0 (log CE linear in L0 between runs), with its bootstrap interval.
+def _of_seeds(runs: Sequence[RunSummary]) -> dict[Seeds, list[RunSummary]]:
+    groups: dict[Seeds, list[RunSummary]] = {}
+    for run in runs:
+        groups.setdefault(run.seeds, []).append(run)
+    return groups
+
+
+def ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -> tuple[float, Floats]:
+    """The CE increase of one seed's curve at an L0 (log CE linear in L0 between runs); and in each resample of the
+    held-out text.
 
     Raises:
         InterpolationError: the runs do not determine it.
     """
-    return _ce_at_l0(runs, l0, resamples, seed)[0]
-
-
-def _ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) -> tuple[Interval, Floats]:
-    """See `ce_at_l0`; and the CE increase in each resample."""
     estimate = float(interpolate_at([run.l0 for run in runs], [run.ce_increase for run in runs], l0))
     drawn = [resampled(run, {"l0", "ce_increase"}, resamples, seed) for run in runs]
     draws = np.full(resamples, np.nan)
@@ -139,15 +156,24 @@ def _ce_at_l0(runs: Sequence[RunSummary], l0: float, resamples: int, seed: int) 
     defined = float(np.mean(~np.isnan(draws)))
     if defined < DEFINED_SHARE:
         raise InterpolationError(f"only {100 * defined:.0f} % of the resamples determine the value at L0 {l0:.0f}")
-    return percentile_interval(draws, estimate), draws
+    return estimate, draws
 
 
 def _point(variant: Variant, l0: float, resamples: int, seed: int) -> CostPoint:
-    try:
-        interval, draws = _ce_at_l0(variant.runs, l0, resamples, seed)
-    except InterpolationError as error:
-        return CostPoint(variant, None, str(error))
-    return CostPoint(variant, interval, None, draws)
+    found: dict[Seeds, tuple[float, Floats]] = {}
+    reason = None
+    for seeds, runs in _of_seeds(variant.runs).items():
+        try:
+            found[seeds] = ce_at_l0(runs, l0, resamples, seed)
+        except InterpolationError as error:
+            reason = str(error)
+    if not found:
+        return CostPoint(variant, None, reason)
+    by_seed, draws = {s: value for s, (value, _) in found.items()}, {s: drawn for s, (_, drawn) in found.items()}
+    estimate = float(np.exp(np.mean(np.log(list(by_seed.values())))))
+    mean = with_intervals(Ratio(estimate), np.exp(np.mean(np.log(list(draws.values())), axis=0)), [*by_seed.values()])
+    assert mean.interval is not None, "each seed is defined in most resamples"
+    return CostPoint(variant, Interval(mean.interval[0], mean.interval[1], estimate), None, by_seed, draws)
 
 
 def total_cost(config: RunConfig, costs: list[Cost]) -> tuple[int, float]:

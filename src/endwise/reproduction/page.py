@@ -127,11 +127,12 @@ def _made(found: Findings, command: str) -> str:
     facts = [
         ("command", f"<code>{escape(command)}</code>"),
         ("training tokens", f"{plan.tokens:,} a run" + (f", to fit {escape(plan.budget)}" if plan.budget else "")),
+        ("learning rates", escape("; ".join(_rates(found, site) for site in found.made.rates))),
         (
-            "learning rates",
-            escape(", ".join(f"{LABELS[k]} {r:g} of {_tried(study, k)}" for k, r in found.made.rates.items())),
+            "seeds",
+            f"{study.seeds} of the curves, of initialisation and order of the text, and of starts from local; one of "
+            "sizes, lengths and learning rates, of which no claim is therefore judged",
         ),
-        ("seeds", f"{study.seeds} at {escape(study.site)}; one elsewhere"),
         ("left out", escape(", ".join(plan.left_out) or "nothing")),
         ("failed", escape("; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run")),
         (
@@ -149,5 +150,10 @@ def _made(found: Findings, command: str) -> str:
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
 
 
-def _tried(study: Any, kind: str) -> str:
-    return "/".join(f"{rate:g}" for rate in study.kind(kind, study.site).learning_rates)
+def _rates(found: Findings, site: str) -> str:
+    study = found.made.experiments.study
+    told = [
+        f"{LABELS[kind]} {rate:g} of {'/'.join(f'{each:g}' for each in study.kind(kind, site).learning_rates)}"
+        for kind, rate in found.made.rates[site].items()
+    ]
+    return f"layer {layer_label(site)}: {', '.join(told)}, chosen on held-out text that no other number here is of"
