@@ -1,5 +1,7 @@
 """Measured runs that were never made, so that what follows from them is known."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from endwise.analysis.run_summary import RunSummary
@@ -39,3 +41,10 @@ def make_run(kind, coefficient, ce_increase, l0, alive=None, *, seed=0, noise=0.
         intervals={"ce_increase": (ce_increase - 0.01, ce_increase + 0.01)},
         sums=sums,
     )
+
+
+def with_mse(run, factor):
+    """The run with so many times the downstream MSE."""
+    mse = {site: factor * value for site, value in run.downstream_mse.items()}
+    sums = {name: values * (factor if name.startswith("downstream") else 1) for name, values in run.sums.items()}
+    return replace(run, downstream_mse=mse, sums=sums)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from endwise.analysis.comparison import Summary, summarise
-from endwise.analysis.ratios import downstream_ratio, ratio_to_local
+from endwise.analysis.comparison import Summary, runs_at_similar, similar_by_seed, summarise
+from endwise.analysis.ratios import downstream_ratio, percent, ratio_to_local
 from endwise.analysis.run_summary import LATER_MSE
 from endwise.errors import ConfigError
 from endwise.seeds import numpy_stream
-from made_runs import SEQUENCES, SITES, make_run
+from made_runs import SEQUENCES, SITES, make_run, with_mse
 
 
 def local_l0(ce_increase):
@@ -37,8 +37,7 @@ def test_a_known_ratio_is_found_over_the_range_where_both_curves_exist():
     ratio = compare(three_kinds()).features_at_equal_ce["e2e"]
     assert ratio.estimate == pytest.approx(0.5, rel=1e-9)
     assert ratio.over == (0.1, 0.26)
-    assert ratio.at_middle == pytest.approx(0.5, rel=1e-9)
-    assert ratio.middle == 0.2
+    assert ratio.at_ends == pytest.approx((0.5, 0.5), rel=1e-9) and ratio.crossings == ()
     assert compare(three_kinds()).features_at_equal_ce["e2e_ds"].estimate == pytest.approx(0.6, rel=1e-9)
 
 
@@ -135,32 +134,122 @@ def test_the_downstream_ratio_is_the_geometric_mean_over_later_sites():
     assert "no later site" in (downstream_ratio(replace(ds, downstream_mse={}), e2e, 100, 0).reason or "")
 
 
+def test_where_curves_determine_nothing_similar_runs_of_each_seed_are_compared():
+    """Downstream MSE is the same along each made curve, so that it is no curve."""
+    factors = (1.0, 1.1, 1.3)
+    runs = []
+    for seed, factor in enumerate(factors):
+        for run in three_kinds():
+            scaled = with_mse(run, factor) if run.kind == "e2e_ds" else run
+            runs.append(replace(scaled, seed=seed, folder=f"{run.folder}-{seed}"))
+    ratio = compare(runs).downstream["e2e_ds/e2e"]
+    logs = np.log(0.25 * np.array(factors))
+    half = 4.302653 * logs.std(ddof=1) / math.sqrt(3)
+    assert ratio.over is None and ratio.seeds == 3 and ratio.estimate == pytest.approx(np.exp(logs.mean()))
+    assert ratio.interval == pytest.approx(tuple(np.exp([logs.mean() - half, logs.mean() + half])), rel=1e-4)
+
+
 def test_runs_at_similar_are_the_closest_of_all_choices():
     assert [run.ce_increase for run in compare(three_kinds()).similar] == [0.2, 0.17, 0.21]
 
 
+def of_seeds(runs, seeds=3):
+    return [
+        replace(run, seed=seed, data_seed=seed, folder=f"{run.folder}-{seed}") for run in runs for seed in range(seeds)
+    ]
+
+
+def test_curves_that_cross_have_no_one_figure():
+    """L0 over CE increase: local's is 100 throughout in logarithms' terms, e2e's passes it at a known place."""
+    local = [make_run("local", 2, 0.1, 100.0), make_run("local", 1, 0.4, 10.0)]
+    e2e = [make_run("e2e", 2, 0.1, 120.0), make_run("e2e", 1, 0.4, 6.0)]
+    ratio = ratio_to_local(of_seeds([*local, *e2e]), "e2e", "l0", "ce_increase", 50, 0)
+    assert ratio.estimate is None and ratio.interval is None and ratio.below == "not shown"
+    assert ratio.at_ends == pytest.approx((1.2, 0.6)) and ratio.over == pytest.approx((0.1, 0.4))
+    share = math.log(1.2) / (math.log(1.2) - math.log(0.6))
+    assert ratio.crossings == pytest.approx((0.1 + 0.3 * share,))
+    assert "the curves cross: 120 % of the L0 at CE increase 0.1, 60 % at 0.4, equal at" in ratio.reason
+    summary = compare(of_seeds([*local, *e2e]))
+    assert "No one figure says" in summary.verdicts[0]
+    written = summary.to_json()["features_at_equal_ce"]["e2e"]
+    assert written["ratio"] is None and "cross" in written["reason"]
+
+
+def test_a_crossing_between_points_of_either_curve_is_found():
+    """Both ends lie below 1; in the middle, at a point of e2e's alone, the ratio is above."""
+    local = [make_run("local", 2, 0.1, 100.0), make_run("local", 1, 0.4, 10.0)]
+    between = math.sqrt(100.0 * 10.0)  # local's at 0.25
+    e2e = [make_run("e2e", 3, 0.1, 80.0), make_run("e2e", 2, 0.25, 1.1 * between), make_run("e2e", 1, 0.4, 8.0)]
+    ratio = ratio_to_local([*local, *e2e], "e2e", "l0", "ce_increase", 50, 0)
+    assert ratio.estimate is None and len(ratio.crossings) == 2
+    touching = [*e2e[:1], make_run("e2e", 2, 0.25, between), e2e[-1]]
+    assert ratio_to_local([*local, *touching], "e2e", "l0", "ce_increase", 50, 0).crossings == ()
+
+
+def test_an_interval_of_three_seeds_holds_them_and_the_text():
+    shares = (0.4, 0.5, 0.6)
+    runs = []
+    for seed, share in enumerate(shares):
+        of_seed = [*curve("local", 1.0, (0.1, 0.2, 0.3)), *curve("e2e", share, (0.1, 0.2, 0.3))]
+        runs += [replace(run, seed=seed, sums=noisy(run, seed)) for run in of_seed]
+    ratio = ratio_to_local(runs, "e2e", "l0", "ce_increase", 400, 0)
+    logs = np.log(shares)
+    of_seeds, of_text = (np.diff(np.log(ends)).item() for ends in (ratio.over_seeds, ratio.over_text))
+    assert ratio.seeds == 3 and ratio.varied == "initialisation" and ratio.below == "shown"
+    assert of_seeds == pytest.approx(2 * 4.302653 * logs.std(ddof=1) / math.sqrt(3), rel=1e-3)
+    whole = np.diff(np.log(ratio.interval)).item()
+    assert whole > of_text
+    error = math.hypot(of_seeds / 2 / 4.302653, of_text / 2 / 1.96)
+    assert 1.96 * error < whole / 2 < 4.31 * error
+    one = ratio_to_local([run for run in runs if run.seed == 1], "e2e", "l0", "ce_increase", 400, 0)
+    assert one.seeds == 1 and one.over_seeds is None and one.below == "not testable here"
+    assert one.interval == one.over_text and percent(one).endswith(", one seed")
+
+
+def noisy(run, seed):
+    return make_run(run.kind, run.coefficient, run.ce_increase, run.l0, data_seed=seed * 7 + len(run.kind)).sums
+
+
+def test_kinds_are_compared_by_runs_of_one_seed():
+    near = make_run("e2e", 1, 0.2, 30.0, seed=0)
+    runs = [make_run("local", 1, 0.2, 40.0, seed=1), make_run("local", 1, 0.3, 40.0, seed=0), near]
+    runs.append(make_run("e2e", 1, 0.26, 30.0, seed=1))
+    assert {run.seed for run in runs_at_similar(runs, "ce_increase")} == {1}
+    assert {seeds: [run.ce_increase for run in choice] for seeds, choice in similar_by_seed(runs, "l0").items()} == {
+        (0, 0): [0.3, 0.2],
+        (1, 0): [0.2, 0.26],
+    }
+
+
+def test_one_seed_is_said_and_shows_nothing():
+    first = compare(three_kinds()).verdicts[0]
+    assert first.startswith("e2e needs 50 % [50, 50] of local's features") and "by one seed" in first
+    assert "other seeds" in first
+    assert all("is shown" not in line and "follows" not in line for line in compare(three_kinds()).verdicts)
+
+
 def test_verdicts_say_what_the_numbers_say():
-    good = compare(three_kinds()).verdicts
+    good = compare(of_seeds([with_mse(run, run.coefficient) for run in three_kinds()])).verdicts
     assert good[0].startswith("e2e needs 50 % [50, 50] of local's features per token at the same CE increase")
+    assert good[0].endswith("over 3 seeds (initialisation and order of the text).")
     assert any(
-        line.startswith(
-            "e2e+ds follows the original activations more closely than e2e: its downstream MSE is 0.25 times"
-        )
+        line.startswith("e2e+ds follows the original activations more closely than e2e: its downstream MSE is 0.19")
         for line in good
     )
     assert any(
-        line.startswith(
-            "e2e follows the original activations less closely than local: its downstream MSE is 6.00 times"
-        )
+        line.startswith("e2e follows the original activations less closely than local: its downstream MSE is 7.10")
         for line in good
     )
-    worse = [replace(run, kind={"local": "e2e", "e2e": "local"}.get(run.kind, run.kind)) for run in three_kinds()]
+    worse = [
+        replace(run, kind={"local": "e2e", "e2e": "local"}.get(run.kind, run.kind)) for run in of_seeds(three_kinds())
+    ]
     assert "more features than local, not fewer" in compare(worse).verdicts[0]
     same = [
-        replace(make_run(kind, i, ce, local_l0(ce), data_seed=10 * i + len(kind)), folder=f"{kind}{i}")
-        for kind in ("local", "e2e")
+        replace(make_run(kind, i, ce, factor * local_l0(ce), data_seed=10 * i + len(kind)), folder=f"{kind}{i}")
+        for kind, factor in (("local", 1.0), ("e2e", 0.99))
         for i, ce in enumerate((0.1, 0.2, 0.3))
     ]
+    same = of_seeds(same)
     assert "is not shown" in compare(same).verdicts[0] and "includes 100 %" in compare(same).verdicts[0]
 
 

@@ -182,6 +182,20 @@ def test_fewer_tokens_than_one_sequence_are_refused(model, corpora, sae):
         measure(model, {"sae": (model.site(SITE), sae)}, corpora.heldout, EvaluationConfig(tokens=7))
 
 
+def test_text_that_is_skipped_is_measured_by_no_one(model, corpora, sae):
+    """Two halves of the text, measured apart, are the whole: what `skip` leaves out is what the other half reads."""
+    place, half = {"sae": (model.site(SITE), sae)}, SEQUENCES // 2 * CONTEXT
+    first, second, whole = (
+        measure(model, place, corpora.heldout, EvaluationConfig(tokens=tokens, skip=skip, batch=2), baselines=False)
+        for tokens, skip in ((half, 0), (half, half + 3), (2 * half, 0))
+    )
+    for name in ("ce_clean", "l0", "kl"):
+        apart = [each["sae"].sums[name] for each in (first, second)]
+        assert [*apart[0], *apart[1]] == pytest.approx([*whole["sae"].sums[name]], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"evaluation\.skip .* ask for more held-out text than"):
+        measure(model, place, corpora.heldout, EvaluationConfig(tokens=half, skip=corpora.heldout.tokens))
+
+
 # Run folders
 
 

@@ -103,10 +103,11 @@ def test_a_learning_rate_of_its_own_for_each_coefficient_is_a_curve():
 
 def measured(folder, kind, coefficient, l0, **changes):
     """A run folder that reads as a measured run's."""
+    objective = {"kind": kind, "sparsity": {"coefficient": coefficient, "p": changes.pop("p", 1.0)}}
     values = {
         "site": "blocks.3.hook_resid_pre",
         "dictionary": {"ratio": 2},
-        "objective": {"kind": kind, "sparsity": {"coefficient": coefficient}},
+        "objective": objective | changes.pop("weights", {}),
         "training": {"tokens": 1000, **changes.pop("training", {})},
         **changes,
     }
@@ -143,6 +144,58 @@ def test_only_what_agrees_is_compared(tmp_path):
     told = [str(one.setting) for one in found]
     assert len(set(told)) == 5 and any("data.source other.txt" in text for text in told)
     assert "training.batch" in point_rows(found)[0] and len(ratio_rows(found)) == 5 * 4 * 2
+
+
+def by_method(found):
+    return {one.setting.further: one for one in found}
+
+
+def test_methods_are_not_pooled(tmp_path):
+    for kind, l0 in (("local", 60), ("e2e", 30)):
+        for coefficient in (1, 2, 4):
+            measured(tmp_path / f"{kind}-{coefficient}", kind, coefficient, l0 / coefficient)
+    for coefficient in (1, 2, 4):
+        mixed = {"weights": {"local_mse": 1.0}, "p": 0.5}
+        measured(tmp_path / f"mixed-{coefficient}", "e2e", coefficient, 24 / coefficient, **mixed)
+    found = by_method(pareto([tmp_path]))
+    mixed = (("e2e", "local_mse 1.0, p 0.5"),)
+    assert set(found) == {(), mixed}
+    assert found[()].ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.5)
+    assert found[mixed].ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.4)  # beside the same local
+    assert [len(one.runs) for one in found.values()] == [6, 6]
+
+
+def test_a_method_is_compared_with_local_runs_of_its_penalty(tmp_path):
+    for coefficient in (1, 2, 4):
+        for p, l0 in ((1.0, 60), (0.5, 48)):
+            measured(tmp_path / f"local-{p}-{coefficient}", "local", coefficient, l0 / coefficient, p=p)
+        for beta, l0 in ((1.0, 30), (2.0, 15)):
+            weights = {"downstream_mse": beta}
+            measured(tmp_path / f"ds-{beta}-{coefficient}", "e2e_ds", coefficient, l0 / coefficient, weights=weights)
+        measured(tmp_path / f"half-{coefficient}", "e2e", coefficient, 24 / coefficient, p=0.5)
+    found = by_method(pareto([tmp_path]))
+    ratios = {further: one.ratios for further, one in found.items()}
+    assert ratios[()]["features_at_equal_ce", "e2e_ds"].estimate == pytest.approx(0.5)
+    assert ratios[()]["features_at_equal_ce", "e2e"].estimate == pytest.approx(24 / 60)  # all of e2e's runs are of one
+    assert ratios[("e2e+ds", "downstream_mse 2.0"),]["features_at_equal_ce", "e2e_ds"].estimate == pytest.approx(0.25)
+    assert {run.kind for run in found[("local", "p 0.5"),].runs} == {"local"}
+
+
+def test_an_objective_is_the_kind_whose_terms_its_weights_keep(tmp_path):
+    for coefficient in (1, 2):
+        measured(tmp_path / f"l-{coefficient}", "local", coefficient, 60 / coefficient)
+        weights = {"kl": 1.0, "local_mse": 0.0}
+        measured(tmp_path / f"e-{coefficient}", "local", coefficient, 30 / coefficient, weights=weights)
+    (one,) = pareto([tmp_path])
+    assert [run.kind for run in one.runs] == ["local", "local", "e2e", "e2e"]
+    assert one.ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.5)
+
+
+def test_runs_measured_on_other_held_out_text_are_not_compared(tmp_path):
+    for coefficient in (1, 2):
+        measured(tmp_path / f"l-{coefficient}", "local", coefficient, 60 / coefficient)
+        measured(tmp_path / f"e-{coefficient}", "e2e", coefficient, 30 / coefficient, evaluation={"skip": 1000})
+    assert sorted(one.is_compared for one in pareto([tmp_path])) == [False, False]
 
 
 def test_of_several_learning_rates_the_one_of_most_runs_is_compared(tmp_path):

@@ -44,7 +44,7 @@ def study(**changes):
     return StudyConfig.build(values | changes)
 
 
-RATES = {"local": 1e-2, "e2e": 1e-2, "e2e_ds": 2e-2}
+RATES = {site: {"local": 1e-2, "e2e": 1e-2, "e2e_ds": 2e-2} for site in (SITE, OTHER)}
 
 
 @pytest.fixture
@@ -57,11 +57,12 @@ def test_the_studies_that_ship_are_whole(tmp_path):
     for name in SHIPPED:
         made = find_study(name)
         of_study = Experiments(made, made.recipe["training"]["tokens"], tmp_path)
-        rates = {kind: middle(made.kind(kind, made.site).learning_rates) for kind in made.kinds}
+        rates = {site: {k: middle(made.kind(k, site).learning_rates) for k in made.kinds} for site in made.sites}
         folders = [recipe.out for recipes in EXPERIMENTS.values() for recipe in recipes(of_study, rates)]
         assert len(set(folders)) > 40
-        grids = {made.kind(kind, made.site).learning_rates for kind in made.kinds}
-        assert len(grids) == 1, "learning rates are tuned alike"
+        for site in made.sites:
+            grids = {made.kind(kind, site).learning_rates for kind in made.kinds}
+            assert len(grids) == 1, "learning rates are tuned alike"
         assert all(len(made.kind(kind, site).coefficients) >= 5 for kind in made.kinds for site in made.sites)
 
 
@@ -92,29 +93,36 @@ def test_experiments_differ_from_the_curves_in_what_they_name(experiments):
             del section[last]
         return content
 
-    curves = [without(r, "seed", "training.tokens", "dictionary", "init_from") for r in experiments.curves(RATES)]
+    varied = ("seed", "data.seed", "training.tokens", "dictionary", "init_from")
+    curves = [without(r, *varied) for r in experiments.curves(RATES)]
     names = {"seeds": "seed", "lengths": "training.tokens", "sizes": "dictionary"}
     for name, key in names.items():
         for recipe in EXPERIMENTS[name](experiments, RATES):
-            assert without(recipe, "seed", "training.tokens", "dictionary", "init_from") in curves
+            assert without(recipe, *varied) in curves
             own = experiments.curves(RATES)[0]
             assert without(recipe, key) != without(recipe) and without(own, key) != without(own)
-    assert {r.seed for r in experiments.seeds(RATES)} == {1, 2}
+    assert {(r.seed, r.data.seed, r.site) for r in experiments.seeds(RATES)} == {
+        (seed, seed, site) for seed in (1, 2) for site in (SITE, OTHER)
+    }
     assert {r.training.tokens for r in experiments.lengths(RATES)} == {1024, 4096}
     assert {r.dictionary.ratio for r in experiments.sizes(RATES)} == {4}
 
 
 def test_starts_begin_with_a_local_run_of_the_curves(experiments):
-    local = {r.out for r in experiments.curves(RATES) if r.objective.kind == "local" and r.site == SITE}
+    curves = [*experiments.curves(RATES), *experiments.seeds(RATES)]
+    local = {r.out for r in curves if r.objective.kind == "local" and r.site == SITE}
     starts = experiments.starts(RATES)
     assert {r.init_from for r in starts} == local
     assert {r.objective.kind for r in starts} == {"e2e", "e2e_ds"}
 
 
-def test_of_the_best_rate_the_runs_are_those_of_the_curves(experiments):
-    tuned = {fingerprint(r) for r in experiments.learning_rates()}
-    at_rate = {fingerprint(r) for r in experiments.curves(RATES) if r.site == SITE}
-    assert len(tuned) == 18 and len(tuned & at_rate) == 9
+def test_rates_are_chosen_at_every_site_on_text_that_is_not_reported(experiments):
+    tuned, reported = experiments.learning_rates(), experiments.curves(RATES)
+    assert len({fingerprint(r) for r in tuned}) == 2 * 18
+    assert {fingerprint(r) for r in tuned}.isdisjoint(fingerprint(r) for r in reported)
+    for run in tuned:
+        assert run.evaluation.skip >= max(each.evaluation.needed for each in reported)
+    assert {run.evaluation.skip for run in reported} == {0}
 
 
 @pytest.mark.parametrize(

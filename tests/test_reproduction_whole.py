@@ -59,7 +59,7 @@ def tables(folder):
 
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
-    assert counts == {"learning_rates": 6, "curves": 6, "starts": 4, "seeds": 6, "sizes": 6, "lengths": 6}
+    assert counts == {"learning_rates": 6, "curves": 6, "starts": 8, "seeds": 6, "sizes": 6, "lengths": 6}
     assert made.runs.failures == {} and made.runs.plan.tokens == 512
 
 
@@ -71,7 +71,7 @@ def test_a_start_from_local_goes_on_from_that_sae(made):
 
 def test_the_tables_hold_every_run_and_every_claim(made, out):
     runs = pq.read_table(out / "tables" / "runs.parquet").to_pylist()
-    assert len(runs) == len({row["run"] for row in runs}) == 28
+    assert len(runs) == len({row["run"] for row in runs}) == 38
     for row in runs:
         evaluation = RunFolder(out / "runs" / row["run"]).evaluation()
         assert (row["l0"], row["ce_increase"], row["alive"]) == tuple(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.claims import are_similar
-from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, percent, ratio_to_local, times
-from endwise.analysis.run_summary import KINDS, LABELS, LATER_MSE, RunSummary, Seeds, estimate
+from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_to_local, times
+from endwise.analysis.run_summary import KINDS, LABELS, LATER_MSE, RunSummary, Seeds, estimate, what_varies
 from endwise.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def summarise(
     }
     similar = runs_at_similar(ordered, "ce_increase")
     pairs = [(a.kind, b.kind) for b, a in itertools.combinations(similar, 2)]
-    downstream = {f"{a}/{b}": _later_error(ordered, similar, a, b, resamples, seed) for a, b in pairs}
+    downstream = {f"{a}/{b}": later_error(ordered, a, b, resamples, seed) for a, b in pairs}
     return Summary(
         site=sites[0],
         clean_ce=clean_ce,
@@ -114,17 +114,21 @@ def summarise(
     )
 
 
-def _later_error(
-    runs: Sequence[RunSummary], similar: Sequence[RunSummary], kind: str, reference: str, resamples: int, seed: int
-) -> Ratio:
-    """Downstream MSE at equal CE increase, as ratios of curves are; where a curve determines none, of the two runs
-    whose CE increases are closest to each other (as in the paper's figure 2), if these are similar.
+def later_error(runs: Sequence[RunSummary], kind: str, reference: str, resamples: int, seed: int) -> Ratio:
+    """A kind's downstream MSE relative to another's at equal CE increase, as ratios of curves are. Where a curve
+    determines none, of each seed the two runs whose CE increases are closest to each other (as in the paper's figure
+    2), if these are similar.
     """
     of_curves = ratio_to_local(runs, kind, LATER_MSE, "ce_increase", resamples, seed, reference=reference)
     if of_curves.at_ends is not None:
         return of_curves
-    one, other = (next(run for run in similar if run.kind == each) for each in (kind, reference))
-    return downstream_ratio(one, other, resamples, seed) if are_similar([one, other]) else of_curves
+    two = [run for run in runs if run.kind in (kind, reference)]
+    pairs = [{run.kind: run for run in pair} for pair in similar_by_seed(two, "ce_increase").values()]
+    alike = [pair for pair in pairs if len(pair) == 2 and are_similar(pair.values())]
+    if not alike:
+        return of_curves
+    ratios = [downstream_ratio(pair[kind], pair[reference], resamples, seed) for pair in alike]
+    return over_pairs(ratios, what_varies([run for pair in alike for run in pair.values()]))
 
 
 def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
@@ -167,11 +171,11 @@ def _features_verdict(kind: str, ratio: Ratio) -> str:
         return f"No one figure says how many of local's features {name} needs at local's CE increase: {ratio.reason}."
     if ratio.estimate is None:
         return f"How many features {name} needs at local's CE increase cannot be said from these runs: {ratio.reason}."
-    fact = f"{percent(ratio)} of local's features per token at the same CE increase"
+    fact = f"{percent(ratio, seeds=False)} of local's features per token at the same CE increase"
     if ratio.interval is None:
         return f"{name} needs {fact}; how sure that is, is not known: {ratio.reason}."
     if not ratio.holds_seeds:
-        return f"{name} needs {fact}; {_OTHER_SEEDS}."
+        return f"{name} needs {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
         return f"That {name} needs fewer features than local is not shown: {fact}, and the interval includes 100 %."
     more = "" if ratio.interval[1] < 1 else " more features than local, not fewer:"
@@ -193,7 +197,7 @@ def _downstream_verdict(kind: str, reference: str, ratio: Ratio) -> str:
     if ratio.interval is None:
         return f"{name} against {other}: {fact}; how sure that is, is not known: {ratio.reason}."
     if not ratio.holds_seeds:
-        return f"{name} against {other}: {fact}, {ratio.rests_on}; {_OTHER_SEEDS}."
+        return f"{name} against {other}: {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
         return f"That {name} and {other} differ downstream is not shown: of {name}, {fact}."
     closely = "more" if ratio.estimate < 1 else "less"

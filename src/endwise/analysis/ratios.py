@@ -33,6 +33,8 @@ from endwise.analysis.run_summary import (
 from endwise.statistics import (
     LEAST_SEEDS,
     InterpolationError,
+    Interval,
+    error_of,
     exp_interval,
     interpolate_at,
     interval_over_seeds,
@@ -92,7 +94,8 @@ class Ratio:
     @property
     def rests_on(self) -> str:
         """`one seed`, or `3 seeds (initialisation)`."""
-        return "one seed" if self.seeds < 2 else f"{self.seeds} seeds ({self.varied})"
+        few = {0: "no one seed of both kinds", 1: "one seed"}
+        return few.get(self.seeds, f"{self.seeds} seeds ({self.varied})")
 
     def to_row(self) -> dict[str, Any]:
         """Flat, for a table."""
@@ -170,7 +173,7 @@ def ratio_to_local(
     if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
         return Ratio(None, reason="alive features were counted over different numbers of tokens")
     low, high = (_ratio_at(curve, local, end) for end in over)
-    result = Ratio(mean, over=over, at_ends=(low, high), seeds=max(1, len(by_seed)), varied=what_varies(members))
+    result = Ratio(mean, over=over, at_ends=(low, high), seeds=len(by_seed), varied=what_varies(members))
     if crossings:
         return replace(result, estimate=None, crossings=crossings, reason=_crossing_told(result, crossings, of, at))
     if len(by_seed) >= LEAST_SEEDS:
@@ -243,6 +246,28 @@ def downstream_ratio(run: RunSummary, reference: RunSummary, resamples: int, see
     return _ratio_of_runs(run, reference, pairs, {f"downstream_mse.{site}" for site in sites}, resamples, seed)
 
 
+def over_pairs(ratios: Sequence[Ratio], varied: str) -> Ratio:
+    """The geometric mean of ratios of pairs of runs, one pair a seed, all measured on one text; its error over text is
+    the mean of theirs. One that is not known is left out.
+
+    Args:
+        varied: what the seeds are of.
+    """
+    known = [(r.estimate, r.over_text) for r in ratios if r.estimate is not None and r.over_text is not None]
+    if not known:
+        return ratios[0] if ratios else Ratio(None, reason="no seed has two runs to compare")
+    logs = [float(np.log(estimate)) for estimate, _ in known]
+    mean = float(np.mean(logs))
+    low, high = np.mean([np.log(ends) - log for (_, ends), log in zip(known, logs, strict=True)], axis=0) + mean
+    text = exp_interval(Interval(float(low), float(high), mean))
+    result = Ratio(text.estimate, seeds=len(known), varied=varied, over_text=(text.low, text.high))
+    if len(known) < LEAST_SEEDS:
+        return replace(result, interval=result.over_text)
+    whole = exp_interval(interval_with_seeds(mean, logs, error_of(Interval(float(low), float(high), mean))))
+    seeds = interval_over_seeds(np.exp(logs))
+    return replace(result, interval=(whole.low, whole.high), over_seeds=(seeds.low, seeds.high))
+
+
 def l0_ratio(run: RunSummary, reference: RunSummary, resamples: int, seed: int) -> Ratio:
     """Run's L0 / the reference's."""
     if min(run.l0, reference.l0) <= 0:
@@ -275,8 +300,8 @@ def below(ratios: Iterable[Ratio]) -> Verdict:
     return "shown" if verdicts == {"shown"} else "not testable here"
 
 
-def percent(ratio: Ratio) -> str:
-    """`48 % [44, 53]`; `123 % to 81 %` where curves cross; from one or two seeds it says so."""
+def percent(ratio: Ratio, *, seeds: bool = True) -> str:
+    """`48 % [44, 53]`; `123 % to 81 %` where curves cross; from one or two seeds it says so, if it is to."""
     if ratio.crossings and ratio.at_ends is not None:
         told = f"{100 * ratio.at_ends[0]:.0f} % to {100 * ratio.at_ends[1]:.0f} %"
     elif ratio.estimate is None:
@@ -284,7 +309,7 @@ def percent(ratio: Ratio) -> str:
     else:
         ends = "" if ratio.interval is None else f" [{100 * ratio.interval[0]:.0f}, {100 * ratio.interval[1]:.0f}]"
         told = f"{100 * ratio.estimate:.0f} %{ends}"
-    return told if ratio.holds_seeds else f"{told}, {'one seed' if ratio.seeds < 2 else f'{ratio.seeds} seeds'}"
+    return told if ratio.holds_seeds or not seeds else f"{told}, {ratio.rests_on.partition(' (')[0]}"
 
 
 def times(value: float) -> str:

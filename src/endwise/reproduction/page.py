@@ -128,11 +128,7 @@ def _made(found: Findings, command: str) -> str:
         ("command", f"<code>{escape(command)}</code>"),
         ("training tokens", f"{plan.tokens:,} a run" + (f", to fit {escape(plan.budget)}" if plan.budget else "")),
         ("learning rates", escape("; ".join(_rates(found, site) for site in found.made.rates))),
-        (
-            "seeds",
-            f"{study.seeds} of the curves, of initialisation and order of the text, and of starts from local; one of "
-            "sizes, lengths and learning rates, of which no claim is therefore judged",
-        ),
+        ("seeds", f"{study.seeds} {_SEEDS}"),
         ("left out", escape(", ".join(plan.left_out) or "nothing")),
         ("failed", escape("; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run")),
         (
@@ -148,6 +144,12 @@ def _made(found: Findings, command: str) -> str:
         ),
     ]
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
+
+
+_SEEDS = (
+    "of the curves and of starts from local, each of initialisation and order of the text; one of sizes, lengths and "
+    "learning rates, on which no verdict rests"
+)
 
 
 def _rates(found: Findings, site: str) -> str:
