@@ -239,11 +239,11 @@ def _downstream_claim(found: Directions) -> Claim:
     elif ratio.estimate is None:
         told = f"not measured ({ratio.reason})"
     else:
-        ends = f" [{times(ratio.widest[0])}, {times(ratio.widest[1])}]" if ratio.widest else f" ({ratio.reason})"
+        ends = f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]" if ratio.interval else f" ({ratio.reason})"
         told = "; ".join(
             [f"e2e+ds's downstream MSE is {times(ratio.estimate)}{ends} times e2e's", *_later_cosines(found)]
         )
-        verdict = verdict if ratio.widest is None else "shown" if ratio.widest[1] < 1 else "not shown"
+        verdict = ratio.below
     return Claim(
         "e2e strays further from the original activations in later layers than e2e+ds, at a similar CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
