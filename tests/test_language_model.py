@@ -14,13 +14,16 @@ from endwise import LanguageModel, Site, spliced
 from endwise.errors import ModelError, SiteError
 from endwise.sites import Part
 from tiny_models import (
+    ALTERNATING,
     CONTEXT,
     FAMILIES,
     GPT_2_LIKE,
     GROUPED,
     LAYERS,
+    LLAMA_LIKE,
     VOCAB,
     WIDTH,
+    WINDOW,
     block,
     build,
     hooked,
@@ -650,6 +653,137 @@ def test_blocks_that_the_model_does_not_run_are_refused():
     )
     with pytest.raises(ModelError, match="does not go through its blocks"):
         LanguageModel(hugging)
+
+
+# What a short pass at the start finds out
+
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 4, "head_dim": 8}
+SHARED = GROUPED | PER_LAYER | {"layer_types": ALTERNATING, "num_kv_shared_layers": 2, "sliding_window": WINDOW}
+
+
+def test_a_stream_that_is_none_is_refused():
+    """Gemma 3n's blocks pass on several streams at once."""
+    config = hf.Gemma3nTextConfig(**SHARED, laurel_rank=4, activation_sparsity_pattern=[0.0] * LAYERS)
+    with pytest.raises(ModelError, match=r"Gemma3nTextDecoderLayer\) pass on has the shape \[4, 1, 8, 16\]"):
+        LanguageModel(build(config))
+
+
+@torch.no_grad()
+def test_sites_that_a_replay_cannot_enter_at_are_not_offered():
+    """Gemma 4's later blocks read keys and values of earlier ones, which a replay would skip."""
+    hugging = build(hf.Gemma4TextConfig(**SHARED, global_head_dim=8))
+    model, ids = LanguageModel(hugging, name="gemma4"), tokens()
+    usable = [Site(0, PRE), Site(LAYERS - 1, POST)]
+    assert [site for site in model.sites() if site.part in (PRE, POST)] == usable
+    for site in (Site(0, POST), Site(2, PRE)):
+        with pytest.raises(SiteError, match=rf"cannot be spliced at {site.name}: .* the residual stream .*KeyError"):
+            model.site(site)
+        with pytest.raises(SiteError, match=r"blocks\.0\.hook_resid_pre"):
+            model.replay(model.clean(ids, [site]), {site: moved})
+    later = Site(2, PRE)
+    for site in usable:
+        clean = model.clean(ids, [site, later])  # what cannot be spliced at can be read
+        patch = clean.activations[site] + noise_like(clean.activations[site])
+        with spliced(model, {site: lambda _, patch=patch: patch}):
+            expected = model.logits(ids)
+        replayed = model.replay(clean, {site: patch}, record=[later] if site < later else [])
+        assert torch.equal(model.readout.logits(replayed.final), expected)
+
+
+LOOKING_AHEAD = {
+    "bert": lambda: hf.BertConfig(**LLAMA_LIKE),
+    "roberta": lambda: hf.RobertaConfig(**LLAMA_LIKE | {"pad_token_id": 1, "max_position_embeddings": CONTEXT + 2}),
+    "electra": lambda: hf.ElectraConfig(**LLAMA_LIKE, embedding_size=WIDTH),
+    "llama": lambda: hf.LlamaConfig(**LLAMA_LIKE, is_causal=False),
+}
+
+
+@pytest.mark.parametrize("family", LOOKING_AHEAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_looks_ahead_is_refused(family, dtype):
+    with pytest.raises(ModelError, match=r"mine looks ahead: .* needs a causal model"):
+        LanguageModel(build(LOOKING_AHEAD[family]()).to(dtype), name="mine")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_an_encoder_that_is_made_a_decoder_is_taken(family):
+    config = LOOKING_AHEAD[family]()
+    config.is_decoder = True
+    assert len(LanguageModel(build(config)).sites()) >= 2 * LAYERS
+
+
+class PrefixBlock(nn.Module):
+    """Sees the first tokens whole, and is causal after them: the last token changes nothing before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        return hidden + torch.tanh(self.linear(hidden[:, :4].mean(1, keepdim=True)))
+
+
+def test_a_model_that_looks_ahead_within_a_prefix_is_refused():
+    stack = nn.ModuleList(PrefixBlock() for _ in range(3))
+    with pytest.raises(ModelError, match="before position 1 changes with the token at 1"):
+        LanguageModel(unknown(stack, num_hidden_layers=3))
+
+
+def test_lists_of_parts_are_no_blocks():
+    """XLM keeps its attention, its norms and its MLPs in a list each."""
+    config = hf.XLMConfig(vocab_size=VOCAB, emb_dim=WIDTH, n_layers=LAYERS, n_heads=4, causal=True)
+    with pytest.raises(ModelError, match="modules that look like its blocks are none"):
+        LanguageModel(build(config))
+
+
+class BesideModel(UnknownModel):
+    """What the blocks give is added to what they were given, where nobody outside sees it."""
+
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        for layer in self.stack:
+            hidden = hidden + layer(hidden)
+        return hf.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_branches_are_no_blocks(layers):
+    stack = nn.ModuleList(Part2(0) for _ in range(layers))
+    with pytest.raises(ModelError, match="modules that look like its blocks are none"):
+        LanguageModel(BesideModel(UnknownConfig(num_hidden_layers=layers), stack))
+
+
+class LoopedModel(UnknownModel):
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        for layer in (*self.stack, *self.stack):
+            hidden = layer(hidden)
+        return hf.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
+
+
+def test_blocks_that_run_twice_are_refused():
+    stack = nn.ModuleList(UnknownBlock() for _ in range(3))
+    with pytest.raises(ModelError, match=r"runs its blocks \(UnknownBlock\) 2 times"):
+        LanguageModel(LoopedModel(UnknownConfig(num_hidden_layers=3), stack))
+
+
+class MixingModel(UnknownModel):
+    def forward(self, input_ids, **_):
+        hidden = first = self.embed(input_ids)
+        for layer in self.stack:
+            hidden = layer(hidden + 0.1 * first)
+        return hf.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
+
+
+def test_a_stream_that_is_changed_between_blocks_is_spliced_where_a_block_reads_it():
+    stack = nn.ModuleList(UnknownBlock() for _ in range(3))
+    model, ids = LanguageModel(MixingModel(UnknownConfig(num_hidden_layers=3), stack)), tokens()
+    residual = [site for site in model.sites() if site.part in (PRE, POST)]
+    assert residual == [Site(0, PRE), Site(1, PRE), Site(2, PRE), Site(2, POST)]
+    with pytest.raises(SiteError, match=r"blocks\.1\.hook_resid_post: the model changes it before the next block"):
+        model.site(Site(1, POST))
+    clean = model.clean(ids, [Site(1, PRE)], final=True)
+    assert torch.equal(model.replay(clean, {Site(1, PRE): clean.activations[Site(1, PRE)]}).final, clean.final)
 
 
 # Modes

@@ -1,8 +1,10 @@
 """Every way to name a model, every option, and every refusal; nothing here has a network."""
 
 import json
+import re
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from endwise import LanguageModel, Site, load_model
-from endwise.errors import ConfigError, ModelError
+from endwise.errors import ConfigError, DataError, ModelError
+from endwise.run_config import DataConfig
 from endwise.sites import Part
+from endwise.tokens.loading import corpora_for
 from tiny_models import FAMILIES, HEADS, LAYERS, VOCAB, WIDTH, build, tokens
 
 
@@ -263,6 +267,207 @@ def test_an_encoder_without_a_language_modelling_head_is_refused(tmp_path):
     hf.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"cls\.predictions"):
         load_model(str(tmp_path))
+
+
+# Weights that are no plain floats
+
+PACKED = "model.layers.1.mlp.up_proj"
+
+
+def int8(weight):
+    """As bitsandbytes writes it: rows scaled to whole numbers."""
+    scale = weight.abs().amax(1)
+    return {"weight": (weight / scale[:, None] * 127).round().to(torch.int8), "SCB": scale}
+
+
+def nf4(weight):
+    size = weight.numel()
+    return {
+        "weight": torch.zeros(size // 2, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(size // 64),
+        "weight.quant_map": torch.zeros(16),
+        "weight.quant_state.bitsandbytes__nf4": torch.zeros(90, dtype=torch.uint8),
+    }
+
+
+def gptq(weight):
+    rows, columns = weight.shape
+    return {
+        "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+        "qzeros": torch.zeros(1, rows // 8, dtype=torch.int32),
+        "scales": torch.ones(1, rows, dtype=torch.float16),
+        "g_idx": torch.zeros(columns, dtype=torch.int32),
+    }
+
+
+LAYOUTS = {
+    "bitsandbytes": int8,
+    "bitsandbytes 4-bit": nf4,
+    "gptq": gptq,
+    "fp8": lambda weight: {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+    "compressed-tensors": lambda weight: {
+        "weight_packed": torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.int32),
+        "weight_scale": torch.ones(weight.shape[0], 1),
+    },
+    "hqq": lambda weight: {"W_q": weight.to(torch.uint8), "scale": torch.ones(1), "zero": torch.ones(1)},
+    "quanto": lambda weight: {"weight._data": weight.to(torch.int8), "weight._scale": torch.ones(1)},
+    "mxfp4": lambda weight: {
+        "weight_blocks": torch.zeros(weight.shape[0], 1, 16, dtype=torch.uint8),
+        "weight_scales": torch.zeros(weight.shape[0], 1, dtype=torch.uint8),
+    },
+}
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantised_weights_are_refused_whether_or_not_the_configuration_tells_of_them(copy, layout, told):
+    weights = load_file(copy / "model.safetensors")
+    packed = LAYOUTS[layout](weights.pop(f"{PACKED}.weight"))
+    weights |= {f"{PACKED}.{name}": value for name, value in packed.items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    if told:
+        change_config(copy, quantization_config={"quant_method": layout})
+    with pytest.raises(ModelError, match=r"copy is quantised.*lose their scales.*dequantize") as error:
+        load_model(str(copy))
+    assert (f"by {layout} (quantization_config" if told else PACKED) in str(error.value)
+
+
+def test_quantised_weights_in_several_files_are_refused(llama, tmp_path):
+    llama.save_pretrained(tmp_path, max_shard_size=8000)
+    last = max(tmp_path.glob("*.safetensors"))
+    weights = load_file(last)
+    name = next(name for name in weights if weights[name].dim() == 2)
+    save_file(weights | {name: weights[name].to(torch.int8)}, last, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"is quantised: {last.name} stores {name} as I8"):
+        load_model(str(tmp_path))
+
+
+def test_whole_numbers_that_are_no_weights_do_not_matter(copy, llama):
+    weights = load_file(copy / "model.safetensors")
+    weights |= {"model.layers.0.self_attn.masked_bias": torch.ones(4, 4, dtype=torch.bool)}
+    weights |= {"model.position_ids": torch.arange(16)[None]}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(str(copy)).logits(tokens()), logits_of(llama))
+
+
+class Scaled(torch.Tensor):
+    """A tensor with arithmetic of its own, as torchao and quanto make them."""
+
+
+def whole_numbers(module):
+    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+
+
+def packed_buffer(module):
+    module.register_buffer("qweight", torch.zeros(2, 16, dtype=torch.int32))
+
+
+def own_arithmetic(module):
+    module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(Scaled), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [whole_numbers, packed_buffer, own_arithmetic])
+def test_a_model_in_memory_with_quantised_weights_is_refused_and_left_alone(change):
+    hugging = build("llama")
+    change(hugging.get_submodule(PACKED))
+    before = {name: (type(value.data), value.dtype) for name, value in hugging.state_dict(keep_vars=True).items()}
+    with pytest.raises(ModelError, match=rf"LlamaForCausalLM is quantised: {PACKED}\.q?weight is"):
+        LanguageModel(hugging, name="LlamaForCausalLM")
+    assert before == {
+        name: (type(value.data), value.dtype) for name, value in hugging.state_dict(keep_vars=True).items()
+    }
+
+
+def test_a_model_that_says_it_is_quantised_is_refused():
+    hugging = build("llama")
+    hugging.is_quantized = True
+    with pytest.raises(ModelError, match="mine is quantised"):
+        LanguageModel(hugging, name="mine")
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_adapter_beside_a_model_is_refused_whether_or_not_peft_is_installed(copy, monkeypatch, installed):
+    for place in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{place}.is_peft_available", lambda: installed)
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/base"}))
+    save_file({"lora_A.weight": torch.zeros(1)}, copy / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"holds an adapter of 'somebody/base'.*beside.*merge_and_unload"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("config", [{"base_model_name_or_path": "somebody/base"}, {}, []])
+def test_an_adapter_alone_is_called_one(tmp_path, config):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for weights in ("adapter_model.bin", "adapter_model.safetensors"):
+        (tmp_path / weights).touch()
+        with pytest.raises(ModelError, match=r"is an adapter.*not a model\. Merge it into its base model"):
+            load_model(str(tmp_path))
+
+
+# Why there is no tokenizer
+
+
+@pytest.mark.parametrize(
+    ("files", "cause"),
+    [
+        ({}, "holds no file of one"),
+        ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, "special tokens alone"),
+        ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, "as Python code"),
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}, "tokenizer.model": "?"}, "not installed"),
+        ({"tokenizer_config.json": {}, "tokenizer.json": "{"}, "cannot be read"),
+    ],
+    ids=["none", "special tokens", "code", "package", "damaged"],
+)
+def test_why_a_model_has_no_tokenizer_is_told(llama, tmp_path, files, cause, monkeypatch):
+    if cause == "not installed":  # whatever is installed here
+        monkeypatch.setattr("endwise.model_loading.AutoTokenizer.from_pretrained", needs_sentencepiece)
+    llama.save_pretrained(tmp_path / "model")
+    for name, content in files.items():
+        (tmp_path / "model" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    model = load_model(str(tmp_path / "model"))
+    assert model.tokenizer is None
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 30)
+    with pytest.raises(DataError) as error:
+        corpora_for(model, DataConfig(source=str(tmp_path / "a.jsonl")), training_tokens=16, evaluation_tokens=16)
+    assert re.search(f"no tokenizer.*There is none because .*{cause}", str(error.value))
+
+
+def needs_sentencepiece(*_, **__):
+    raise ImportError("LlamaTokenizer requires the SentencePiece library")
+
+
+# Numbers that are none
+
+
+def test_weights_that_hold_nan_are_told_as_such(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"hold NaN or infinity \(model\.layers\.2\.mlp\.up_proj\.weight\)"):
+        load_model(str(copy))
+
+
+def test_an_overflow_in_float16_is_told_as_such(copy):
+    weights = load_file(copy / "model.safetensors")
+    for part in ("up_proj", "down_proj"):
+        weights[f"model.layers.2.mlp.{part}.weight"] *= 3000
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(copy))
+    with pytest.raises(ModelError, match=r"blocks\.2\.hook_mlp_out overflows float16.*bfloat16 or float32"):
+        load_model(str(copy), dtype="float16")
+
+
+# Threads
+
+
+def test_threads_load_at_once(saved, llama):
+    with ThreadPoolExecutor(4) as threads:
+        models = list(threads.map(lambda _: load_model(str(saved)), range(4)))
+    for model in models:
+        assert torch.equal(model.logits(tokens()), logits_of(llama))
 
 
 # Code that ships with a model

@@ -5,6 +5,7 @@
     ├── ModelError         a language model cannot be loaded, or is not one endwise can splice
     │   └── SiteError      a site does not exist in this model
     ├── DataError          a corpus is missing, empty, too short, or not what the recipe says
+    │   └── NoTokenizer    text is to be read, by a model that has no tokenizer
     ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
@@ -39,6 +40,10 @@ class SiteError(ModelError):
 
 class DataError(EndwiseError):
     exit_code = 4
+
+
+class NoTokenizer(DataError):
+    pass
 
 
 class RunFolderError(EndwiseError):

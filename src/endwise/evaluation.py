@@ -160,7 +160,7 @@ def measure(
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
     """Every residual site after `site`: each later block's input, and the last block's output."""
-    last = model.site(Site(model.n_layers - 1, Part.RESID_POST))
+    last = model.readable(Site(model.n_layers - 1, Part.RESID_POST))
     return later_residuals(model, site) + ((last,) if last != site else ())
 
 

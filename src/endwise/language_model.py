@@ -5,6 +5,7 @@ the model's. Nothing is left behind in the model: hooks and overrides last for o
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from endwise.axes import Activation, Tokens
 from endwise.errors import ModelError, SiteError
 from endwise.fused_gelu import fuse_gelu
-from endwise.module_tree import Block, Branch, find_blocks, first_tensor, with_first
+from endwise.model_checks import find_unspliceable, refuse_lookahead, refuse_no_blocks, refuse_not_finite
+from endwise.module_tree import Block, Branch, find_blocks, first_input, first_tensor, with_first
+from endwise.plain_weights import refuse_quantised
 from endwise.readout import Readout
 from endwise.sites import Part, Site
 
@@ -61,19 +64,26 @@ class LanguageModel:
         model: any `PreTrainedModel` with a language-modelling head; it is put into `eval()` and its weights frozen.
         tokenizer: needed only to read text.
         name: what run folders call it.
+        no_tokenizer: what goes on from "it has no tokenizer because", where it has none.
 
     Raises:
-        ModelError: its blocks cannot be found, or its logits are not what its unembedding makes of its last hidden
-            state, so that predictions could not be compared from hidden states.
+        ModelError: its weights are quantised; its blocks cannot be found, or are none; it looks ahead; a pass gives NaN
+            or infinity; or its logits are not what its unembedding makes of its last hidden state, so that
+            predictions could not be compared from hidden states.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        no_tokenizer: str = "LanguageModel was given none.",
     ) -> None:
+        self.name = name or model.config.name_or_path or type(model).__name__
+        refuse_quantised(model, self.name)
         self.model = model.eval().requires_grad_(False)
         fuse_gelu(self.model)
-        self.tokenizer = tokenizer
-        self.name = name or model.config.name_or_path or type(model).__name__
+        self.tokenizer, self.no_tokenizer = tokenizer, no_tokenizer
         text_config: Any = model.config.get_text_config()
         unembedding = model.get_output_embeddings()
         if not isinstance(unembedding, nn.Module):
@@ -85,7 +95,9 @@ class LanguageModel:
         """Most positions; None: the configuration names no bound."""
         self.readout = _readout(unembedding, text_config)
         self._returns_tuple: dict[nn.Module, int | None] = {}
-        self._widths = self._probe()
+        self._widths: dict[Site, int] = {}
+        self._unspliceable: dict[Site, str] = {}
+        self._probe()
 
     @property
     def n_layers(self) -> int:
@@ -107,18 +119,33 @@ class LanguageModel:
         for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
             if name in stored and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
                 tensor.data = tensor.data.to(torch.bfloat16)
-        return LanguageModel(copied, self.tokenizer, self.name)
+        return LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
     def sites(self) -> list[Site]:
-        """Every site of the model, in the order of computation."""
-        return sorted(self._widths)
+        """Every site that an SAE can be spliced in at, in the order of computation."""
+        return sorted(self._widths.keys() - self._unspliceable.keys())
 
     def site(self, name: str | Site) -> Site:
         """
+        Raises:
+            SiteError: the model has no such site, or no SAE can be spliced in there; the message lists those it has.
+        """
+        site = self.readable(name)
+        if site in self._unspliceable:
+            raise SiteError(
+                f"{self.name} cannot be spliced at {site.name}: {self._unspliceable[site]} Sites that can: "
+                f"{', '.join(each.name for each in self.sites()[:4])}, ... (endwise sites {self.name})."
+            )
+        return site
+
+    def readable(self, name: str | Site) -> Site:
+        """A site whose value can be recorded, which is more than those of `sites` where the model's blocks share more
+        than the residual stream.
+
         Raises:
             SiteError: the model has no such site; the message lists those it has.
         """
@@ -132,7 +159,7 @@ class LanguageModel:
         return site
 
     def width(self, site: str | Site) -> int:
-        return self._widths[self.site(site)]
+        return self._widths[self.readable(site)]
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
@@ -142,7 +169,7 @@ class LanguageModel:
     @torch.no_grad()
     def clean(self, tokens: Tokens, record: Collection[Site] = (), final: bool = False) -> Clean:
         """Runs the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
-        wanted = {self.site(site) for site in record}
+        wanted = {self.readable(site) for site in record}
         for site in record:
             wanted |= self._replay_needs(site)
         with ExitStack() as hooks:
@@ -170,7 +197,7 @@ class LanguageModel:
         missing = ({first} | self._replay_needs(first)) - clean.activations.keys()
         if missing:
             raise ModelError(f"A replay from {first} needs a clean pass that recorded it: clean(tokens, [{first}]).")
-        skipped = [site.name for site in record if self.site(site) < first]
+        skipped = [site.name for site in record if self.readable(site) < first]
         if skipped:
             raise ModelError(
                 f"A replay from {first} does not compute {', '.join(skipped)}; read them from the clean pass."
@@ -280,37 +307,49 @@ class LanguageModel:
             hooks.callback(setattr, module, "forward", own)
 
     @torch.no_grad()
-    def _probe(self) -> dict[Site, int]:
-        """One short pass that checks the readout and learns the sites' widths and the modules' return types."""
+    def _probe(self) -> None:
+        """A few short passes that check what `model_checks` asks for and the readout, and learn the sites, their widths
+        and the modules' return types.
+        """
         length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
         tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
+        activations, final = self._learn(tokens)
+        logits = self.logits(tokens)
+        refuse_not_finite(self, activations, final, logits)
+        self._check_readout(final, logits)
+        for layer in range(self.n_layers):
+            at = {part: activations.get(Site(layer, part)) for part in Part}
+            parts = [Part.RESID_PRE, Part.RESID_POST]
+            if _adds_up(at):
+                parts += [Part.ATTN_OUT, Part.MLP_OUT]
+            self._widths |= {Site(layer, part): int(at[part].shape[-1]) for part in parts if at[part] is not None}  # pyright: ignore[reportOptionalMemberAccess]
+        if type(final) is not Tensor:  # it has a shape and no values: nothing to compare
+            return
+        refuse_lookahead(self, tokens, self.vocab_size)
+        other = (tokens + 1) % self.vocab_size
+        self._unspliceable = find_unspliceable(self, other, sorted(self._widths), Clean(tokens, activations, final))
+
+    def _learn(self, tokens: Tokens) -> tuple[dict[Site, Activation], Activation]:
+        """Every site's value in one pass, and the final state."""
         candidates = {Site(layer, part) for layer in range(self.n_layers) for part in self._parts(self._blocks[layer])}
+        runs: Counter[nn.Module] = Counter()
         with ExitStack() as hooks:
             for block in self._blocks:
                 for module in {
                     block.module,
                     *(m for branch in block.branches() for m in (branch.compute, branch.write)),
                 }:
-                    hooks.enter_context(_removed(module.register_forward_hook(self._learn_return)))
-            clean = self._clean_unchecked(tokens, candidates)
-        widths: dict[Site, int] = {}
-        for layer in range(self.n_layers):
-            at = {part: clean.activations.get(Site(layer, part)) for part in Part}
-            parts = [Part.RESID_PRE, Part.RESID_POST]
-            if _adds_up(at):
-                parts += [Part.ATTN_OUT, Part.MLP_OUT]
-            widths |= {Site(layer, part): int(at[part].shape[-1]) for part in parts if at[part] is not None}  # pyright: ignore[reportOptionalMemberAccess]
-        assert clean.final is not None
-        self._check_readout(clean.final, self.logits(tokens))
-        return widths
-
-    def _clean_unchecked(self, tokens: Tokens, sites: set[Site]) -> Clean:
-        with ExitStack() as hooks:
-            activations, final_state = self._recording(hooks, sites, True)
+                    hooks.enter_context(_removed(module.register_forward_hook(partial(self._learn_return, runs))))
+            activations, final_state = self._recording(hooks, candidates, True)
             self._forward(tokens)
-        if "final" not in final_state or len(activations) < len(sites):
+        if "final" not in final_state or len(activations) < len(candidates):
             raise ModelError(f"{self.name}: a pass does not go through its blocks and its unembedding as expected.")
-        return Clean(tokens, activations, final_state["final"])
+        kind, most = type(self._blocks[0].module).__name__, max(runs[block.module] for block in self._blocks)
+        refuse_no_blocks(self, kind, most, tokens, activations)
+        for layer, block in enumerate(self._blocks):
+            if any(runs[module] != 1 for branch in block.branches() for module in (branch.compute, branch.write)):
+                activations.pop(Site(layer, Part.ATTN_OUT), None)  # of several blocks, or several times in one
+        return activations, final_state["final"]
 
     @staticmethod
     def _parts(block: Block) -> Iterator[Part]:
@@ -318,7 +357,8 @@ class LanguageModel:
         if block.attention is not None and block.mlp is not None:
             yield from (Part.ATTN_OUT, Part.MLP_OUT)
 
-    def _learn_return(self, module: nn.Module, _args: Any, output: Any) -> None:
+    def _learn_return(self, runs: Counter[nn.Module], module: nn.Module, _args: Any, output: Any) -> None:
+        runs[module] += 1
         self._returns_tuple[module] = len(output) if isinstance(output, tuple) else None
 
     def _check_readout(self, final: Activation, logits: Tensor) -> None:
@@ -354,7 +394,7 @@ def _readout(unembedding: nn.Module, config: Any) -> Readout:
 # Hooks are partials of functions, not closures: the tests' type checker decorates a closure anew each time it is made.
 
 
-def _keep(activations: dict[Site, Activation], site: Site, enough: int | None, value: Tensor) -> None:
+def _keep(activations: dict[Site, Tensor], site: Site, enough: int | None, value: Tensor) -> None:
     """Records the value, and ends the pass when `enough` are recorded."""
     activations[site] = value
     if len(activations) == enough:
@@ -369,7 +409,7 @@ def _keep_final(final_state: dict[str, Activation], _module: nn.Module, argument
 def _before(
     act: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    changed = act(args[0] if args else kwargs["hidden_states"])
+    changed = act(first_input(args, kwargs))
     if changed is None:
         return None
     return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
@@ -386,7 +426,7 @@ def _changed(change: Patch, value: Tensor) -> Tensor:
 
 
 def _answer_with(value: Tensor | None, size: int | None, *args: Any, **kwargs: Any) -> Any:
-    result = value if value is not None else (args[0] if args else kwargs["hidden_states"])
+    result = value if value is not None else first_input(args, kwargs)
     return result if size is None else (result, *[None] * (size - 1))
 
 

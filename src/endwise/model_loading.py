@@ -2,23 +2,28 @@
 
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from endwise import embedded
 from endwise.distributed import local_rank
-from endwise.errors import ConfigError, FormatError, ModelError
+from endwise.errors import ConfigError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
 from endwise.language_model import LanguageModel
 from endwise.memory_trace import MemoryTrace
-from endwise.reading import read_json, stays_inside, there_is
+from endwise.model_files import check_files, refuse_adapter, tokenizer_files, weight_files
+from endwise.plain_weights import refuse_packed_files, refuse_quantised, refuse_quantised_config
+from endwise.reading import there_is
 from endwise.run_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
-MOST_LAYERS = 10_000
+LOADING = Lock()
+"""transformers makes a model under settings of the whole process (its default device and dtype, how weights are
+initialised), so that one made by another thread at the time would stay without weights."""
 
 
 def load_model(
@@ -44,7 +49,8 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
 
     Raises:
-        ModelError: there is no such model, its weights are pickles, or it is not one that endwise can splice.
+        ModelError: there is no such model, its weights are pickles or quantised, it is an adapter or has one beside
+            it, or it is not one that endwise can splice.
         ConfigError: the device or the dtype does not exist.
     """
     place = find_device(device)
@@ -52,27 +58,54 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared = _where(name, gguf_file, revision, trust_remote_code)
+    with LOADING:
+        model, info = _weighted(source, name, shared, attention, DTYPES[dtype])
+        if info["missing_keys"]:
+            absent = sorted(map(str, info["missing_keys"]))
+            raise ModelError(
+                f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
+                "...), which would stay random. Is it a causal language model, and complete?"
+            )
+        refuse_quantised(model, name)
+        for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
+            parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
+        return _spliceable(model.to(place), _tokenizer(source, shared), name)
+
+
+def _weighted(
+    source: str, name: str, shared: dict[str, Any], attention: str | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, and what transformers says of them.
+
+    Raises:
+        ModelError: there is none, or what would be loaded is not what its files hold.
+    """
+    weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **shared}
     try:
+        refuse_adapter(source, name, shared["revision"])
         config = AutoConfig.from_pretrained(source, **shared)
-        weights: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True, **shared}
-        if gguf_file is None:
+        if "gguf_file" in shared:
+            if hasattr(transformers, "GgufConfig"):  # else it may leave weights packed, for kernels of its own
+                weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        else:
+            refuse_quantised_config(config, name)
+            refuse_packed_files(weight_files(source, shared["revision"], config), name)
             weights |= {"config": config, "use_safetensors": True}
-        model, info = _from_pretrained(source, attention, weights)
+        return _from_pretrained(source, attention, weights)
+    except ModelError:
+        raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise ModelError(_explained(name, error)) from error
-    if info["missing_keys"]:
-        absent = sorted(map(str, info["missing_keys"]))
-        raise ModelError(
-            f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, ...), "
-            "which would stay random. Is it a causal language model, and complete?"
-        )
-    for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
-        parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type, whatever is asked
-    return _spliceable(model.to(place), _tokenizer(source, shared), name)
 
 
-def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | None, name: str) -> LanguageModel:
+def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str) -> LanguageModel:
+    """
+    Args:
+        tokenizer: or why there is none.
+    """
     try:
+        if isinstance(tokenizer, str):
+            return LanguageModel(model, None, name, tokenizer)
         return LanguageModel(model, tokenizer, name)
     except ModelError:
         raise
@@ -91,24 +124,29 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
         ModelError: there is no such model, or it cannot be followed without values.
     """
     source, shared = _where(settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(source, **shared)
-        make = partial(
-            AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=shared["trust_remote_code"]
-        )
-        with trace:
-            try:
-                model = make(attn_implementation=settings.attention or "sdpa")
-            except ValueError as error:
-                if settings.attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
-                    raise
-                model = make(attn_implementation="eager")
-        if settings.attention in (None, "sdpa"):
-            use_sdpa(model)
-        with trace:
-            return LanguageModel(model, None, settings.name)
-    except Exception as error:
-        raise ModelError(_explained(settings.name, error)) from error
+    with LOADING:
+        try:
+            refuse_adapter(source, settings.name, shared["revision"])
+            config = AutoConfig.from_pretrained(source, **shared)
+            refuse_quantised_config(config, settings.name)
+            make = partial(
+                AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=shared["trust_remote_code"]
+            )
+            with trace:
+                try:
+                    model = make(attn_implementation=settings.attention or "sdpa")
+                except ValueError as error:
+                    if settings.attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
+                        raise
+                    model = make(attn_implementation="eager")
+            if settings.attention in (None, "sdpa"):
+                use_sdpa(model)
+            with trace:
+                return LanguageModel(model, None, settings.name)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(_explained(settings.name, error)) from error
 
 
 def _where(
@@ -116,7 +154,7 @@ def _where(
 ) -> tuple[str, dict[str, Any]]:
     """What transformers reads a model from, and with which arguments."""
     source = str(embedded.folder()) if name == "embedded" else name
-    _check_files(source, gguf_file)
+    check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
@@ -136,17 +174,31 @@ def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]
         return loaded
 
 
-def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; none is fine as long as only token ids are read."""
+def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | str:
+    """The model's tokenizer, or why there is none, which is fine as long as only token ids are read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError, ImportError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        return _no_tokenizer(source, shared, error)
     except Exception as error:  # what the tokenizers library says of a file that is damaged
         raise ModelError(f"The tokenizer of {source} cannot be read: {_one_line(error)} Restore its files.") from error
     # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return None if tokenizer.get_vocab().keys() <= special else tokenizer
+    if tokenizer.get_vocab().keys() <= special:
+        return f"{source} names its special tokens alone, and no vocabulary. Save its tokenizer there."
+    return tokenizer
+
+
+def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
+    """Which of the causes it is that no tokenizer could be read."""
+    told = _one_line(error)
+    if "gguf_file" not in shared and not tokenizer_files(source, shared["revision"]):
+        return f"{source} holds no file of one. Save its tokenizer there: tokenizer.save_pretrained(FOLDER)."
+    if "trust_remote_code" in str(error):
+        return f"{source} ships it as Python code, which is not run unless model.trust_remote_code is true."
+    if isinstance(error, ImportError) or "is required to read" in told or "pip install" in told:
+        return f"reading that of {source} needs a package that is not installed ({told}). Install it first."
+    return f"that of {source} cannot be read ({type(error).__name__}: {told}). Restore its files."
 
 
 def find_device(name: str) -> torch.device:
@@ -159,65 +211,6 @@ def find_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0][:200]
         raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
     return device
-
-
-def _check_files(source: str, gguf_file: str | None) -> None:
-    """What is to be refused before transformers reads any of it."""
-    if gguf_file is not None and not stays_inside(gguf_file):
-        raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
-    folder = Path(source)
-    if there_is(folder) and folder.is_dir():
-        _refuse_pickles(folder, gguf_file)
-        _check_config(folder)
-
-
-def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
-    if gguf_file is not None:
-        if not (folder / gguf_file).is_file():
-            found = ", ".join(path.name for path in sorted(folder.glob("*.gguf"))) or "none"
-            raise ModelError(f"{folder} holds no file {gguf_file}; its GGUF files: {found}.")
-    elif not list(folder.glob("*.safetensors")):
-        pickles = [name for name in PICKLES if (folder / name).exists()]
-        if pickles:
-            raise ModelError(
-                f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when read. "
-                "Convert it to safetensors first: model.save_pretrained(folder)."
-            )
-        raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
-    for index in folder.glob("*.safetensors.index.json"):
-        _check_shards(index)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except FormatError as error:
-        raise ModelError(f"{file.parent} cannot be loaded as a causal language model: {error}") from None
-
-
-def _check_shards(index: Path) -> None:
-    """Transformers joins these names to the folder as they are."""
-    shards = _read(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ModelError(f"{index} must map the weights' names to files (weight_map). Restore it.")
-    for shard in shards.values():
-        if not isinstance(shard, str) or not stays_inside(shard):
-            raise ModelError(f"{index} must name files inside its folder, not {shard!r:.200}. Restore it.")
-
-
-def _check_config(folder: Path) -> None:
-    """What transformers would take at its word: it makes as many blocks as the configuration says."""
-    file = folder / "config.json"
-    if not there_is(file):
-        return
-    config = _read(file)
-    for section in (config, config.get("text_config")):
-        for key in ("num_hidden_layers", "num_layers", "n_layer"):
-            layers = section.get(key) if isinstance(section, dict) else None
-            if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):
-                raise ModelError(
-                    f"{file}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not {layers!r:.80}. Restore it."
-                )
 
 
 def _one_line(error: Exception) -> str:

@@ -77,9 +77,34 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((child for name, child in module.named_children() if name in names), None)
 
 
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block is called with.
+
+    Raises:
+        ModelError: neither a positional argument nor one named `hidden_states`.
+    """
+    if args:
+        return args[0]
+    if "hidden_states" not in kwargs:
+        raise ModelError(
+            f"The modules that look like the model's blocks are called with {', '.join(kwargs) or 'nothing'}, "
+            "not with hidden_states, so they are no blocks that endwise knows how to enter."
+        )
+    return kwargs["hidden_states"]
+
+
 def first_tensor(output: Any) -> Tensor:
-    """A module's result: the output, or the first of several."""
-    return output[0] if isinstance(output, tuple) else output
+    """A module's result: the output, or the first of several.
+
+    Raises:
+        ModelError: it is no tensor.
+    """
+    result = output[0] if isinstance(output, tuple) else output
+    if not isinstance(result, Tensor):
+        raise ModelError(
+            f"A module that looks like a block or a part of one returns a {type(result).__name__}, no tensor."
+        )
+    return result
 
 
 def with_first(output: Any, value: Tensor) -> Any:

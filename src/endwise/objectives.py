@@ -165,7 +165,7 @@ def downstream_sites(config: ObjectiveConfig, model: LanguageModel, site: Site) 
     if config.downstream_sites is None:
         sites = later_residuals(model, site)
     else:
-        sites = tuple(model.site(name) for name in config.downstream_sites)
+        sites = tuple(model.readable(name) for name in config.downstream_sites)
     early = [later.name for later in sites if not site < later]
     if early or not sites:
         found = f"not later: {', '.join(early)}" if early else f"{site.name} has none"
@@ -181,4 +181,4 @@ def later_residuals(model: LanguageModel, site: Site) -> tuple[Site, ...]:
     site itself under its other name, `hook_resid_post` of the block before.
     """
     first = site.layer + 1 + (site.part is Part.RESID_POST)
-    return tuple(model.site(Site(layer, Part.RESID_PRE)) for layer in range(first, model.n_layers))
+    return tuple(model.readable(Site(layer, Part.RESID_PRE)) for layer in range(first, model.n_layers))

@@ -77,7 +77,7 @@ class TextReader:
         """`[1 pos]` each."""
         tokenizer: Any = self.model.tokenizer
         if tokenizer is None:
-            raise ConfigError("This model came without a tokenizer, so it can read no text.")
+            raise ConfigError(f"This model can read no text: it has no tokenizer because {self.model.no_tokenizer}")
         ids: list[int] = tokenizer(storable(text), add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ConfigError("The text is empty. Type a word or more.")

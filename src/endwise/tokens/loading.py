@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import DataError
+from endwise.errors import DataError, NoTokenizer
 from endwise.language_model import LanguageModel
 from endwise.reading import expanded, there_is
 from endwise.run_config import DataConfig
@@ -26,14 +26,17 @@ EMBEDDED_EOS = 0
 
 def corpora_for(model: LanguageModel, data: DataConfig, *, training_tokens: int, evaluation_tokens: int) -> Corpora:
     """Training and held-out sequences for a model: `load_corpora` with its tokenizer, context and vocabulary."""
-    return load_corpora(
-        data,
-        tokenizer=model.tokenizer,
-        model_context=model.context,
-        vocab_size=model.vocab_size,
-        training_tokens=training_tokens,
-        evaluation_tokens=evaluation_tokens,
-    )
+    try:
+        return load_corpora(
+            data,
+            tokenizer=model.tokenizer,
+            model_context=model.context,
+            vocab_size=model.vocab_size,
+            training_tokens=training_tokens,
+            evaluation_tokens=evaluation_tokens,
+        )
+    except NoTokenizer as error:
+        raise NoTokenizer(f"{error} There is none because {model.no_tokenizer}") from None
 
 
 def load_corpora(
@@ -105,6 +108,8 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
         raise DataError(f"data.context is {context}, but the model takes at most {model_context} positions. Lower it.")
     bos = None
     if data.prepend_bos:
+        if tokenizer is None:
+            raise NoTokenizer("data.prepend_bos is set, but the model has no tokenizer that would name the token.")
         bos = getattr(tokenizer, "bos_token_id", None)
         if bos is None:
             raise DataError("data.prepend_bos is set, but the tokenizer has no beginning-of-sequence token. Unset it.")
@@ -128,7 +133,7 @@ def _bos(data: DataConfig, tokenizer: Any | None) -> int | None:
 def _separator(data: DataConfig, tokenizer: Any | None) -> int | None:
     if tokenizer is None:
         if data.separator is not None:
-            raise DataError(f"data.separator is {data.separator!r}, but the model has no tokenizer to look it up in.")
+            raise NoTokenizer(f"data.separator is {data.separator!r}, but the model has no tokenizer to look it up in.")
         return EMBEDDED_EOS if EMBEDDED in (data.source, data.heldout) else None
     if data.separator is None:
         return tokenizer.eos_token_id

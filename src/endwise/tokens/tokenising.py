@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from endwise.errors import DataError
+from endwise.errors import DataError, NoTokenizer
 from endwise.files import replacing, write_json
 from endwise.printable import printable
 from endwise.tokens.corpus import Documents, Layout
@@ -241,7 +241,7 @@ class Builder:
         texts = [document.content for document in batch if isinstance(document.content, str)]
         tokenizer = self._encoding.tokenizer
         if texts and tokenizer is None:
-            raise DataError(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
+            raise NoTokenizer(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
         encoded: Iterator[list[int]] = iter(())
         if texts and tokenizer is not None:
             encoded = iter(
