@@ -674,6 +674,7 @@ def test_sites_that_a_replay_cannot_enter_at_are_not_offered():
     hugging = build(hf.Gemma4TextConfig(**SHARED, global_head_dim=8))
     model, ids = LanguageModel(hugging, name="gemma4"), tokens()
     usable = [Site(0, PRE), Site(LAYERS - 1, POST)]
+    assert not model.unspliceable.keys() & set(model.sites())
     assert [site for site in model.sites() if site.part in (PRE, POST)] == usable
     for site in (Site(0, POST), Site(2, PRE)):
         with pytest.raises(SiteError, match=rf"cannot be spliced at {site.name}: .* the residual stream .*KeyError"):

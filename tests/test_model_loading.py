@@ -12,12 +12,13 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from bad_input import told
 from endwise import LanguageModel, Site, load_model
 from endwise.errors import ConfigError, DataError, ModelError
 from endwise.run_config import DataConfig
 from endwise.sites import Part
 from endwise.tokens.loading import corpora_for
-from tiny_models import FAMILIES, HEADS, LAYERS, VOCAB, WIDTH, build, tokens
+from tiny_models import ALTERNATING, FAMILIES, GROUPED, HEADS, LAYERS, VOCAB, WIDTH, build, tokens
 
 
 def make_tokenizer():
@@ -405,6 +406,18 @@ def test_an_adapter_alone_is_called_one(tmp_path, config):
         (tmp_path / weights).touch()
         with pytest.raises(ModelError, match=r"is an adapter.*not a model\. Merge it into its base model"):
             load_model(str(tmp_path))
+
+
+# Sites that are not offered
+
+
+def test_the_command_that_lists_sites_says_which_are_not_offered_and_why(tmp_path):
+    shared = {"num_kv_shared_layers": 2, "layer_types": ALTERNATING, "head_dim": 8}
+    shared |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB}
+    build(hf.Gemma4TextConfig(**GROUPED | shared, global_head_dim=8)).save_pretrained(tmp_path)
+    result = told("sites", tmp_path)
+    assert "blocks.0.hook_resid_pre" in result.stdout and "blocks.1.hook_resid_pre" not in result.stdout
+    assert re.search(r"blocks\.1\.hook_resid_pre: not offered: .*residual stream", result.stderr)
 
 
 # Why there is no tokenizer

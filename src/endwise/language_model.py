@@ -96,7 +96,8 @@ class LanguageModel:
         self.readout = _readout(unembedding, text_config)
         self._returns_tuple: dict[nn.Module, int | None] = {}
         self._widths: dict[Site, int] = {}
-        self._unspliceable: dict[Site, str] = {}
+        self.unspliceable: dict[Site, str] = {}
+        """Sites that have a value but cannot be spliced at, each with the reason (docs/sites.md)."""
         self._probe()
 
     @property
@@ -127,7 +128,7 @@ class LanguageModel:
 
     def sites(self) -> list[Site]:
         """Every site that an SAE can be spliced in at, in the order of computation."""
-        return sorted(self._widths.keys() - self._unspliceable.keys())
+        return sorted(self._widths.keys() - self.unspliceable.keys())
 
     def site(self, name: str | Site) -> Site:
         """
@@ -135,9 +136,9 @@ class LanguageModel:
             SiteError: the model has no such site, or no SAE can be spliced in there; the message lists those it has.
         """
         site = self.readable(name)
-        if site in self._unspliceable:
+        if site in self.unspliceable:
             raise SiteError(
-                f"{self.name} cannot be spliced at {site.name}: {self._unspliceable[site]} Sites that can: "
+                f"{self.name} cannot be spliced at {site.name}: {self.unspliceable[site]} Sites that can: "
                 f"{', '.join(each.name for each in self.sites()[:4])}, ... (endwise sites {self.name})."
             )
         return site
@@ -327,7 +328,7 @@ class LanguageModel:
             return
         refuse_lookahead(self, tokens, self.vocab_size)
         other = (tokens + 1) % self.vocab_size
-        self._unspliceable = find_unspliceable(self, other, sorted(self._widths), Clean(tokens, activations, final))
+        self.unspliceable = find_unspliceable(self, other, sorted(self._widths), Clean(tokens, activations, final))
 
     def _learn(self, tokens: Tokens) -> tuple[dict[Site, Activation], Activation]:
         """Every site's value in one pass, and the final state."""

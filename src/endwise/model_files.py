@@ -37,8 +37,8 @@ def refuse_adapter(source: str, name: str, revision: str) -> None:
         )
     raise ModelError(
         f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
-        "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge them, "
-        f"and give that folder: {merge}."
+        "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge "
+        f"them, and give that folder: {merge}."
     )
 
 

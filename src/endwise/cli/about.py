@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.door import app, plainly, say
+from endwise.cli.door import app, aside, plainly, say
 
 
 @app.command()
@@ -16,12 +16,14 @@ def sites(
         bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")
     ] = False,
 ) -> None:
-    """List the sites of a model, where an SAE can be spliced in, with their widths."""
+    """List the sites of a model, where an SAE can be spliced in, with their widths; on stderr, those where none can."""
     from endwise.model_loading import load_model
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():
         say(f"{site.name:<34}{loaded.width(site):>8}")
+    for site, reason in sorted(loaded.unspliceable.items()):
+        aside(f"{site.name}: not offered: {reason}")
 
 
 @app.command()
