@@ -1,6 +1,8 @@
 """Packing against a slow definition; every source; every error; the cache; and that the two sides share nothing."""
 
+import gzip
 import json
+import os
 
 import datasets
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from endwise import embedded
@@ -173,6 +175,9 @@ def test_only_after_a_separator_does_a_document_begin(tmp_path, load):
     pieces = load(tmp_path / "stream.npy", tokenizer=None).train
     assert len(pieces.documents) > 1
     assert not pieces.document_starts(range(len(pieces))).any()
+    np.save(tmp_path / "rows.npy", np.array([[token, EOS, *[token + 10] * 6, token, EOS] for token in range(9)]))
+    rows = load(tmp_path / "rows.npy").train
+    assert rows.document_starts([1, 0]).int().tolist() == [[0, 0, 1, 0, 0, 0, 0, 0]] * 2
 
 
 def test_a_batch_takes_sequences_in_any_order_and_no_others(tmp_path, load):
@@ -230,6 +235,93 @@ def test_a_folder_is_its_files_in_order(tmp_path, load):
     assert rows_of(load(folder).train) == packed(documents[: -heldout_count(documents)], 8)
 
 
+def test_a_folder_is_read_whole_or_says_what_it_left(tmp_path, load, capsys):
+    documents = some_documents(40)
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for made in (folder / "c.parquet", folder / ".ipynb_checkpoints", elsewhere):
+        made.mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", documents[:5])
+    plain = write_jsonl(tmp_path / "plain.jsonl", documents[5:10])
+    (folder / "b.JSONL.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    write_parquet(folder / "c.parquet" / "part-0.parquet", documents[10:20], "text")
+    write_txt(elsewhere / "d.txt", documents[20:30], "text")
+    (folder / "d").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(folder)  # which leads back
+    (folder / "e.txt").symlink_to(write_txt(tmp_path / "linked.txt", documents[30:], "text"))
+    write_jsonl(folder / ".ipynb_checkpoints" / "a.jsonl", documents[:5])
+    (folder / "README.md").write_text("not data")
+    os.mkfifo(folder / "pipe.txt")
+    assert rows_of(load(folder).train) == packed(documents[:36], 8)
+    told = capsys.readouterr().err
+    assert "3 that hold no data (.ipynb_checkpoints, README.md, pipe.txt)" in told
+    write_txt(tmp_path / "f.txt", documents, "text")
+    load(tmp_path / "f.txt")
+    assert not capsys.readouterr().err
+    (folder / "f.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"Cannot read .*f\.txt"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"text": "w1"}\n' * 900)[:-20]])
+def test_a_damaged_gzip_file(tmp_path, load, content):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match="not a gzip file that can be read"):
+        load(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["train-00000-of-00001", "test-00000-of-00001", "validation-00000-of-00001"], None),
+        (["train/a", "test/a", "valid/a"], None),
+        (["Stories-train", "my_eval", "stories.dev"], None),
+        (["a", "b-test", "val"], None),
+        (["b-test", "a", "val"], "test"),
+        (["val", "test", "train"], "validation"),
+    ],
+)
+def test_a_split_of_a_folder_is_its_files_that_say_so(tmp_path, load, capsys, names, split):
+    documents = [some_documents(20, seed) for seed in range(3)]
+    for name, own in zip(names, documents, strict=True):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", own)
+    settings = {} if split is None else {"split": split}
+    assert rows_of(load(tmp_path / "data", **settings).train) == packed(documents[0][:18], 8)
+    told = capsys.readouterr().err
+    assert "2 of other splits" in told and all(name in told for name in names[1:])
+    held = "train" if split else "test"
+    corpora = load(tmp_path / "data", heldout_split=held, **settings)
+    assert rows_of(corpora.train) == packed(documents[0], 8)
+    assert rows_of(corpora.heldout) == packed(
+        documents[{"test": 1, "train": 2 if split == "validation" else 1}[held]], 8
+    )
+    # A file that is named is read, whatever its name says.
+    assert len(load(tmp_path / "data" / f"{names[1]}.jsonl").train)
+
+
+def test_settings_that_a_local_source_has_no_use_for_are_refused(tmp_path, load):
+    documents = some_documents(30)
+    (tmp_path / "folder").mkdir()
+    sources = [
+        write_jsonl(tmp_path / "folder" / "a.jsonl", documents).parent,
+        write_jsonl(tmp_path / "a.jsonl", documents),
+        save_dataset(tmp_path / "saved", documents, "text"),
+        "embedded",
+    ]
+    for source in sources:
+        with pytest.raises(DataError, match=r"no split 'nonsense'; it has train\..*data\.split"):
+            load(source, split="nonsense")
+        with pytest.raises(DataError, match=r"no split 'nonsense'; it has train\..*data\.heldout_split"):
+            load(source, heldout_split="nonsense")
+        with pytest.raises(DataError, match=r"data\.dataset_config is 'en', but only a dataset on the .* hub"):
+            load(source, dataset_config="en")
+    for source in (write_txt(tmp_path / "a.txt", documents, "text"), "embedded"):
+        with pytest.raises(DataError, match=r"data\.column is 'story', but .* has no columns"):
+            load(source, column="story")
+    # One that the held-out source has a use for is none of these.
+    load(tmp_path / "a.txt", heldout=str(write_jsonl(tmp_path / "b.jsonl", some_documents(30, 1))), column="text")
+
+
 def test_splits_of_a_saved_dataset(tmp_path, load):
     train, heldout = some_documents(20, seed=1), some_documents(10, seed=2)
     tables = {"train": train, "validation": heldout}
@@ -240,6 +332,52 @@ def test_splits_of_a_saved_dataset(tmp_path, load):
     assert rows_of(corpora.train) == packed(train, 8) and rows_of(corpora.heldout) == packed(heldout, 8)
     with pytest.raises(DataError, match=r"no split 'test'.*train, validation"):
         load(tmp_path / "both", heldout_split="test")
+
+
+def test_null_text_is_left_out_alike_everywhere(tmp_path, load):
+    documents = some_documents(25)
+    texts = [None, *(as_text(ids) for ids in documents[:9]), None, *(as_text(ids) for ids in documents[9:]), None]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        assert rows_of(load(tmp_path / name, tokenizer=make_tokenizer()).train) == packed(documents[:23], 8)
+    (tmp_path / "none.jsonl").write_text('{"text": null}\n' * 3)
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "none.parquet")
+    for name in ("none.jsonl", "none.parquet"):
+        with pytest.raises(DataError, match="is empty: it holds no document"):
+            load(tmp_path / name)
+
+
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+ID_TYPES = [pa.list_(pa.int32()), pa.large_list(pa.uint16()), pa.list_(pa.int64(), 8)]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, *ID_TYPES], ids=str)
+def test_every_type_of_text_and_ids_in_parquet(tmp_path, load, kind):
+    is_text = kind in TEXT_TYPES
+    documents = some_documents(25) if is_text else np.random.default_rng(0).integers(0, WORDS, (25, 8)).tolist()
+    values = pa.array([as_text(ids) if is_text else ids for ids in documents])
+    column = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    found = rows_of(load(tmp_path / "a.parquet").train)
+    assert found == (packed if is_text else cut_rows)(documents[:23], 8)
+
+
+def test_a_dataset_that_is_a_script_is_told_in_one_line(load, monkeypatch):
+    for error, remedy in (
+        (RuntimeError("Dataset scripts are no longer supported, but found text.py"), "data.revision=refs/convert/par"),
+        (NotImplementedError("no such\nthing"), "Check the name"),
+        (KeyError("train"), "Check the name"),
+    ):
+
+        def load_dataset(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(DataError) as caught:
+            load("someone/some-text")
+        assert caught.value.exit_code == 4 and "\n" not in str(caught.value) and remedy in str(caught.value)
 
 
 def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
@@ -302,15 +440,123 @@ def test_token_streams_are_taken_as_they_are(tmp_path, load, rows):
     corpora = load(tmp_path / "a.npy")
     train = corpora.train.batch(range(len(corpora.train))).tokens.flatten()
     assert torch.equal(train, torch.from_numpy(flat[: len(train)]))
+    assert len(train) > 0.8 * len(flat)
 
 
-def test_rows_already_packed_get_no_separator(tmp_path, load):
+def rows_with_documents(count, length, seed=0):
+    """Rows of `length` ids cut out of joined documents, the way others pack them."""
+    documents = some_documents(1 + 3 * count * length // 20, seed)
+    flat = np.array([token for document in documents for token in [*document, EOS]] * 2)
+    return flat[: count * length].reshape(count, length).tolist()
+
+
+def write_npy(path, rows, column):
+    np.save(path, np.array(rows))
+    return path
+
+
+def cut_rows(rows, context, bos=None, mask_first=False):
+    """The definition, slowly: each row by itself, what fills no sequence left out."""
+    head = [] if bos is None else [bos]
+    room = context - len(head)
+    cut = [[*head, *row[i : i + room]] for row in rows for i in range(0, len(row) - room + 1, room)]
+    masked = {0} if bos is not None or mask_first else set()
+    return [(ids, [place not in masked for place in range(context)]) for ids in cut]
+
+
+@pytest.mark.parametrize("write", [write_npy, write_jsonl, write_parquet])
+@pytest.mark.parametrize(("length", "context"), [(8, 8), (16, 8), (8, 3), (13, 6)])
+@pytest.mark.parametrize(("prepend_bos", "mask_first"), [(False, False), (True, False), (False, True)])
+def test_rows_that_are_packed_stay_packed(tmp_path, load, write, length, context, prepend_bos, mask_first):
+    """On both sides of the split, whatever separators stand in them."""
+    rows = rows_with_documents(30, length)
+    suffix = {write_npy: ".npy", write_jsonl: ".jsonl", write_parquet: ".parquet"}[write]
+    source = write(tmp_path / f"rows{suffix}", rows, "input_ids")
+    corpora = load(source, context=context, prepend_bos=prepend_bos, mask_first_position=mask_first, model_context=16)
+    settings = (context, BOS if prepend_bos else None, mask_first)
+    kept = [row for row in rows[:27] if row not in rows[27:]]
+    held = rows_of(corpora.heldout)
+    assert held == cut_rows(rows[27:], *settings)
+    left_out = len(kept) * (length % (context - prepend_bos)) - corpora.train.cut_off
+    assert left_out == (len(kept) - len(corpora.train.documents)) * (length % (context - prepend_bos))
+    whole = cut_rows(kept, *settings)
+    assert all(sequence in whole for sequence in rows_of(corpora.train))
+    assert ("fill no sequence and were left out" in str(corpora)) == (length % (context - prepend_bos) > 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_shares_a_document_with_held_out_rows_is_left_out_whole(tmp_path, load, streaming):
+    rng = np.random.default_rng(0)
+    long = rng.integers(0, WORDS, 20).tolist()
+
+    def row(*middle):
+        left = 40 - len(middle) - 2
+        return [*rng.integers(0, WORDS, 5).tolist(), EOS, *middle, EOS, *rng.integers(0, WORDS, left - 5).tolist()]
+
+    rows = [row(*long) if number in (3, 17, 29) else row() for number in range(30)]
+    rows[5] = rows[28]
+    write_jsonl(tmp_path / "rows.jsonl", rows[:27], "tokens")
+    other = write_jsonl(tmp_path / "heldout.jsonl", rows[27:], "tokens")
+    corpora = load(
+        tmp_path / "rows.jsonl",
+        heldout=str(other),
+        context=20,
+        model_context=40,
+        streaming=streaming,
+        train=240,
+        evaluate=120,
+    )
+    left = [each for number, each in enumerate(rows[:27]) if number not in (3, 5, 17)]
+    expected = cut_rows(left, 20)
+    assert rows_of(corpora.train) == (expected[:12] if streaming else expected)
+    assert corpora.dropped == (2 if streaming else 3) and "training rows" in str(corpora)
+
+
+def test_a_stream_of_rows_is_read_on_for_those_that_are_left_out(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 8)
+    rng = np.random.default_rng(0)
+    same = rng.integers(0, WORDS, 20).tolist()  # a document in every second row
+    rows = [
+        [*(same if i % 2 else rng.integers(0, WORDS, 20)), EOS, *rng.integers(0, WORDS, 3), EOS] for i in range(400)
+    ]
+    rows = [[int(token) for token in row[:24]] for row in rows]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows, "tokens")
+    corpora = load(source, streaming=True, heldout_share=0.3, context=24, model_context=24, train=24 * 50, evaluate=24)
+    assert len(corpora.train) == 50 and corpora.dropped > 5
+    assert all(ids[:20] != same for ids, _ in rows_of(corpora.train))
+
+
+def test_rows_that_cannot_stay_packed_are_refused(tmp_path, load):
+    rows = rows_with_documents(20, 8)
+    np.save(tmp_path / "short.npy", np.array(rows))
+    with pytest.raises(DataError, match=r"rows of at most 8 ids, fewer than the 16.*data\.context"):
+        load(tmp_path / "short.npy", model_context=16)
+    np.save(tmp_path / "bos.npy", np.array([[BOS, *row] for row in rows]))
+    with pytest.raises(DataError, match=r"begins with the beginning-of-sequence token already"):
+        load(tmp_path / "bos.npy", prepend_bos=True)
+    (tmp_path / "both").mkdir()
+    np.save(tmp_path / "both" / "a.npy", np.array(rows))
+    write_jsonl(tmp_path / "both" / "b.jsonl", some_documents(9))
+    with pytest.raises(DataError, match="both documents and rows of ids"):
+        load(tmp_path / "both")
+
+
+def test_lists_of_ids_shorter_than_a_sequence_are_documents(tmp_path, load):
     rows = np.random.default_rng(0).integers(0, WORDS, (20, 8)).tolist()
-    write_jsonl(tmp_path / "packed.jsonl", rows, "input_ids")
-    assert [tokens for tokens, _ in rows_of(load(tmp_path / "packed.jsonl").train)] == rows[:18]
-    # Shorter than the context, the same rows are documents.
-    corpora = load(tmp_path / "packed.jsonl", model_context=16, train=16, evaluate=16)
+    write_jsonl(tmp_path / "a.jsonl", rows, "input_ids")
+    corpora = load(tmp_path / "a.jsonl", model_context=16, train=16, evaluate=16)
     assert rows_of(corpora.train) == packed(rows[:18], 16)
+
+
+def test_documents_of_rows_are_padded_one_by_one(tmp_path, load):
+    """`document` packing takes rows apart, as it says, but joins nothing of two rows."""
+    rows = rows_with_documents(20, 16)
+    np.save(tmp_path / "a.npy", np.array(rows))
+    held = load(tmp_path / "a.npy", packing="document", model_context=16, train=16, evaluate=16).heldout
+    documents = [part for row in rows[18:] for part in np.split(row, np.flatnonzero(np.array(row) == EOS) + 1)]
+    documents = [part[part != EOS].tolist() for part in documents if len(part)]
+    ids = [np.array(tokens)[np.array(mask)].tolist() for tokens, mask in rows_of(held)]
+    assert [[token for token in each if token != EOS] for each in ids] == [each for each in documents if each]
 
 
 def test_a_stream_without_separators_needs_no_tokenizer(tmp_path, load):
@@ -323,13 +569,31 @@ def test_a_stream_without_separators_needs_no_tokenizer(tmp_path, load):
     assert len(train) + len(heldout) > len(flat) - 16
 
 
-def test_special_tokens_in_the_text_end_documents(tmp_path, load):
+def test_special_tokens_in_letters_are_text_unless_asked_for(tmp_path, load, capsys):
     documents = some_documents(21)
     joined = [as_text(a) + " <eos> " + as_text(b) for a, b in zip(documents[::2], documents[1::2], strict=False)]
     (tmp_path / "a.txt").write_text("\n\n".join(joined))
+    train = load(tmp_path / "a.txt", special_tokens=True).train
+    assert rows_of(train) == packed(documents[:18], 8) and len(train.documents) == 18
+    assert "special_tokens" not in capsys.readouterr().err
+    as_it_stands = [[*a, UNK, UNK, *b] for a, b in zip(documents[::2], documents[1::2], strict=False)]
     train = load(tmp_path / "a.txt").train
-    assert rows_of(train) == packed(documents[:18], 8)
-    assert len(train.documents) == 18
+    assert rows_of(train) == packed(as_it_stands[:9], 8) and len(train.documents) == 9
+    assert "holds '<eos>' in letters" in capsys.readouterr().err
+
+
+def test_no_tokenizer_makes_a_special_token_of_text():
+    """Byte-level, and a Unigram vocabulary, which holds `</s>` as a piece like any other."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -5.0) for letter in "</s>ab")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=loading._embedded_tokenizer(), eos_token="<|endoftext|>")
+    for tokenizer, text in ((unigram, "a</s>b"), (byte_level, "Once<|endoftext|>upon"), (unigram, "a"), (unigram, "")):
+        (parsed,), (ids,) = (tokenising.text_ids(tokenizer, [text], specials) for specials in (True, False))
+        assert (tokenizer.eos_token_id in parsed) == (len(text) > 1)
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids).replace(" ", "") == text
 
 
 def embed(monkeypatch, train, heldout):
@@ -692,7 +956,7 @@ def test_text_without_a_tokenizer(tmp_path, load):
 def test_what_cannot_be_held_out(tmp_path, load):
     with pytest.raises(DataError, match="single document"):
         load(write_jsonl(tmp_path / "a.jsonl", some_documents(1)))
-    with pytest.raises(DataError, match="no splits"):
+    with pytest.raises(DataError, match=r"no split 'validation'; it has train\."):
         load(write_jsonl(tmp_path / "b.jsonl", some_documents(30)), heldout_split="validation")
     with pytest.raises(DataError, match="no document to train on"):
         load(write_jsonl(tmp_path / "c.jsonl", some_documents(2)), heldout_share=0.99)

@@ -123,11 +123,12 @@ class DataConfig(Config):
     column: str | None = None
     """Column holding text (or token ids); unset: `text`, `input_ids` or `tokens`, whichever is there."""
     dataset_config: str | None = None
-    """Name of the configuration of a Hugging Face dataset."""
+    """Name of the configuration of a Hugging Face dataset on the hub."""
     revision: str | None = None
     """Commit, branch or tag of `source` on the Hugging Face hub; a commit keeps a recipe's text as it is."""
     split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split of a dataset, or of a folder: of its files, those whose path holds the split as a word (`test-0.parquet`,
+    `validation/a.txt`); a file that names none is of `train`."""
     streaming: bool = False
     context: Positive | None = None
     """Tokens per sequence; unset: the model's own context."""
@@ -136,6 +137,9 @@ class DataConfig(Config):
     paper. `document`: one document per sequence, cut at the context and padded on the right; padding is masked."""
     separator: str | None = None
     """Token between documents; unset: the tokenizer's EOS. Required where the tokenizer has none."""
+    special_tokens: bool = False
+    """Take special tokens that are written out in text, such as `<|endoftext|>`, for those tokens; a separator then
+    ends a document. Unset, they are text as any other."""
     prepend_bos: bool = False
     """Start every sequence with the tokenizer's BOS (masked in losses and metrics)."""
     mask_first_position: bool = False

@@ -16,6 +16,7 @@ from endwise.language_model import LanguageModel
 from endwise.printable import printable, storable
 from endwise.run_config import DataConfig
 from endwise.sites import Site
+from endwise.tokens.tokenising import text_ids
 
 MOST_TOKENS = 512
 PER_TOKEN = 20
@@ -78,7 +79,7 @@ class TextReader:
         tokenizer: Any = self.model.tokenizer
         if tokenizer is None:
             raise ConfigError(f"This model can read no text: it has no tokenizer because {self.model.no_tokenizer}")
-        ids: list[int] = tokenizer(storable(text), add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = text_ids(tokenizer, [storable(text)], self.data.special_tokens)
         if not ids:
             raise ConfigError("The text is empty. Type a word or more.")
         if len(ids) > self.most_tokens:

@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents in one array of ids."""
+    """Documents in one array of ids; or rows that were packed before, each of which is held out or left out whole."""
 
     tokens: NDArray[np.unsignedinteger]
     """All ids, each document's trailing separator included; possibly memory-mapped."""
@@ -67,26 +67,37 @@ class Documents:
     """Of each document's ids, separator aside."""
     comparable: NDArray[np.bool_]
     """Where a hash stands for a document; False for fragments too short to say anything."""
+    inside: "Documents | None" = None
+    """Of rows, what separators cut each into, by which they are compared as well; None: these are no rows."""
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def where(self, kept: NDArray[np.bool_]) -> "Documents":
-        return Documents(self.tokens, self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept])
+        inside = None if self.inside is None else self.inside.where(kept[self.row_of(self.inside)])
+        arrays = (each[kept] for each in (self.starts, self.ends, self.hashes, self.comparable))
+        return Documents(self.tokens, *arrays, inside)
+
+    def row_of(self, inside: "Documents") -> NDArray[np.int64]:
+        """The row in which each of the documents lies."""
+        return np.searchsorted(self.starts, inside.starts, side="right") - 1
 
 
 class Corpus:
     """Sequences of `layout.context` ids, cut out of their documents when asked for.
 
-    `stream` packing joins the documents and cuts the result; an incomplete last sequence is left out. `document`
-    packing gives every document sequences of its own (a long one several), padded on the right; a separator that does
-    not fit is left out. `limit` keeps the first sequences only.
+    `stream` packing joins the documents and cuts the result; an incomplete last sequence is left out. Rows are joined
+    with nothing: each is cut by itself, and what is left of it is left out. `document` packing gives every document
+    (of rows too, every document in them) sequences of its own, a long one several, padded on the right; a separator
+    that does not fit is left out. `limit` keeps the first sequences only.
     """
 
     def __init__(self, documents: Documents, layout: Layout, name: str = "corpus", limit: int | None = None) -> None:
         self.layout, self.name, self.documents = layout, name, documents
-        cut = _spans if layout.packing == "stream" else _pieces
-        self._starts, self._ends = cut(documents, layout)
+        if layout.packing == "document":
+            self._starts, self._ends = _pieces(documents.inside or documents, layout)
+        else:
+            self._starts, self._ends = _spans(documents, layout)
         self._offsets = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
         available = int(self._offsets[-1]) // layout.payload if layout.packing == "stream" else len(self._starts)
         self._sequences = available if limit is None else min(available, limit)
@@ -99,6 +110,13 @@ class Corpus:
     def context(self) -> int:
         """Positions per sequence."""
         return self.layout.context
+
+    @property
+    def cut_off(self) -> int:
+        """Ids of rows that are in no sequence, as what is left of a row fills none."""
+        if self.documents.inside is None or self.layout.packing == "document":
+            return 0
+        return int((self.documents.ends - self.documents.starts).sum() - self._offsets[-1])
 
     @property
     def tokens(self) -> int:
@@ -143,15 +161,20 @@ class Corpus:
     @cached_property
     def _beginnings(self) -> NDArray[np.int64]:
         """Where documents begin, ascending: in the array of ids or, with stream packing, in the joined text."""
-        documents, separator = self.documents, self.layout.separator
+        rows, separator = self.documents, self.layout.separator
+        documents = rows.inside or rows
         if separator is None:
             return np.zeros(0, np.int64)
         before = documents.tokens[np.maximum(documents.starts - 1, 0)]
-        starts = documents.starts[(documents.starts == 0) | (before == separator)]
+        begin = (documents.starts == 0) | (before == separator)
+        if rows.inside is not None:  # what stood before a row, nobody knows
+            begin &= ~np.isin(documents.starts, rows.starts)
+        starts = documents.starts[begin]
         if self.layout.packing == "document":
             return starts
         span = np.searchsorted(self._starts, starts, side="right") - 1
-        return self._offsets[span] + starts - self._starts[span]
+        within = starts < self._ends[span]
+        return (self._offsets[span] + starts - self._starts[span])[within]
 
     def _text(self, index: int) -> NDArray[np.unsignedinteger]:
         if not 0 <= index < len(self):
@@ -207,7 +230,13 @@ class Corpora:
             for side, corpus in (("training", self.train), ("held out", self.heldout))
         ]
         if self.dropped:
-            lines.append(f"{self.dropped:,} training documents are identical to held-out ones and were left out.")
+            what = "documents" if self.train.documents.inside is None else "rows"
+            lines.append(f"{self.dropped:,} training {what} are identical to held-out ones and were left out.")
+        lines += [
+            f"{corpus.name}: {corpus.cut_off:,} ids at the ends of rows fill no sequence and were left out."
+            for corpus in (self.train, self.heldout)
+            if corpus.cut_off
+        ]
         return "\n".join(lines)
 
 
@@ -252,13 +281,25 @@ def check_disjoint(train: Corpus, heldout: Corpus) -> None:
 
 
 def shared_with(documents: Documents, others: Documents) -> NDArray[np.bool_]:
-    """Which of `documents` are identical to one of `others`."""
-    return documents.comparable & np.isin(documents.hashes, others.hashes[others.comparable])
+    """Which of `documents` are identical to one of `others`. A row is, too, if a document in it is."""
+    shared = documents.comparable & np.isin(documents.hashes, compared(others))
+    if documents.inside is not None:
+        inside = documents.inside
+        shared[documents.row_of(inside)[shared_with(inside, others)]] = True
+    return shared
 
 
-def _spans(documents: Documents, _layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Neighbouring documents joined: usually one span holds them all."""
+def compared(documents: Documents) -> NDArray[np.uint64]:
+    """Hashes of what is compared with other documents: rows, and what is in them."""
+    own = documents.hashes[documents.comparable]
+    return own if documents.inside is None else np.concatenate([own, compared(documents.inside)])
+
+
+def _spans(documents: Documents, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Neighbouring documents joined: usually one span holds them all. Of each row, what fills whole sequences."""
     starts, ends = documents.starts, documents.ends
+    if documents.inside is not None:
+        return starts, starts + (ends - starts) // layout.payload * layout.payload
     breaks = starts[1:] != ends[:-1]
     return starts[np.concatenate([[True], breaks])], ends[np.concatenate([breaks, [True]])]
 

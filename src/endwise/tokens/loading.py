@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from endwise.errors import DataError, NoTokenizer
 from endwise.language_model import LanguageModel
-from endwise.reading import expanded, there_is
+from endwise.reading import expanded
 from endwise.run_config import DataConfig
-from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, shared_with
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, no_revision, open_source
+from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
+from endwise.tokens.folders import DEFAULT_SPLIT, no_split
+from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
 from endwise.tokens.tokenising import Encoding, Quota, documents_in, held_by_hash, outside_vocabulary
 
@@ -69,24 +70,13 @@ def load_corpora(
     wanted = max(1, training_tokens // layout.context)
     wanted_heldout = max(1, evaluation_tokens // layout.context)
     loader = _Loader(data, layout, encoding)
-    if _one_source(data):
-        train, heldout = loader.split(wanted, wanted_heldout)
-    else:
-        train, heldout = loader.separate(wanted, wanted_heldout)
-    if not len(heldout):
-        raise DataError(f"No document of {loader.heldout_name} falls to the held-out side. Raise data.heldout_share.")
-    duplicates = shared_with(train, heldout)
-    dropped, total = int(duplicates.sum()), len(train)
-    train = train.where(~duplicates)
-    if not len(train):
-        raise DataError(
-            f"All {total:,} training documents of {data.source} are also held out ({loader.heldout_name}), so nothing "
-            "is left to train on. Set data.heldout or data.heldout_split to other text, or leave both unset."
-        )
-    limit = wanted if data.streaming else None
-    corpora = Corpora(
-        Corpus(train, layout, _name(data, data.source), limit), Corpus(heldout, layout, loader.heldout_name), dropped
-    )
+    asked, read = wanted, -1
+    while True:
+        corpora = loader.corpora(asked, wanted_heldout, limit=wanted if data.streaming else None)
+        missing, before, read = wanted - len(corpora.train), read, corpora.dropped + len(corpora.train.documents)
+        if not data.streaming or missing <= 0 or read == before:
+            break
+        asked += missing  # what identical text took from the training side is read on for
     _check_lengths(corpora, data, wanted, wanted_heldout)
     return corpora
 
@@ -119,7 +109,7 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
 
 
 def _encoding(data: DataConfig, tokenizer: Any | None, vocab_size: int) -> Encoding:
-    encoding = Encoding(tokenizer, _separator(data, tokenizer), vocab_size)
+    encoding = Encoding(tokenizer, _separator(data, tokenizer), vocab_size, data.special_tokens)
     for setting, token in (("data.separator", encoding.separator), ("data.prepend_bos", _bos(data, tokenizer))):
         if token is not None and token >= vocab_size:
             raise outside_vocabulary(f"The tokenizer (for {setting})", token, encoding)
@@ -156,10 +146,37 @@ class _Loader:
         )
         self.heldout_name = f"{source}, {share}" if _one_source(data) else f"{source}, held out"
 
-    def split(self, train: int, heldout: int) -> tuple[Documents, Documents]:
+    def corpora(self, train: int, heldout: int, limit: int | None) -> Corpora:
+        """Both sides, without what is identical.
+
+        Args:
+            train: sequences wanted, where the source is read only as far as needed; `heldout` alike.
+            limit: training sequences that are kept at most.
+        """
+        both = self._split(train, heldout) if _one_source(self._data) else self._separate(train, heldout)
+        trained, held = both
+        if not len(held):
+            raise DataError(f"No document of {self.heldout_name} falls to the held-out side. Raise data.heldout_share.")
+        duplicates = shared_with(trained, held)
+        dropped, total = int(duplicates.sum()), len(trained)
+        trained = trained.where(~duplicates)
+        if not len(trained):
+            raise DataError(
+                f"All {total:,} training documents of {self._data.source} are also held out ({self.heldout_name}), so "
+                "nothing is left to train on. Set data.heldout or data.heldout_split to other text, or leave both "
+                "unset."
+            )
+        name = _name(self._data, self._data.source)
+        return Corpora(
+            Corpus(trained, self._layout, name, limit), Corpus(held, self._layout, self.heldout_name), dropped
+        )
+
+    def _split(self, train: int, heldout: int) -> tuple[Documents, Documents]:
         """One source, some of whose documents are held out."""
         share = self._data.heldout_share
-        documents = self._open(self._data.source, self._data.split, Quota(self._layout, train, heldout, share), "train")
+        source = self._source(self._data.source, self._data.split, "train")
+        self._check_column(source)
+        documents = self._open(source, Quota(self._layout, train, heldout, share))
         if self._data.streaming:
             held = held_by_hash(documents.hashes, share)
         elif len(documents) < 2:
@@ -175,42 +192,64 @@ class _Loader:
             )
         return documents.where(~held), documents.where(held)
 
-    def separate(self, train: int, heldout: int) -> tuple[Documents, Documents]:
+    def _separate(self, train: int, heldout: int) -> tuple[Documents, Documents]:
         """Two sources, or two splits of one."""
-        source, split = self._data.heldout or self._data.source, self._data.heldout_split or self._data.split
-        held = self._open(source, split, Quota(self._layout, heldout), "heldout")
-        excluded = held.hashes[held.comparable]
-        quota = Quota(self._layout, train, excluded=excluded)
-        return self._open(self._data.source, self._data.split, quota, "train"), held
+        split = self._data.heldout_split or self._data.split
+        held_source = self._source(self._data.heldout or self._data.source, split, "heldout")
+        source = self._source(self._data.source, self._data.split, "train")
+        self._check_column(held_source, source)
+        held = self._open(held_source, Quota(self._layout, heldout))
+        return self._open(source, Quota(self._layout, train, excluded=compared(held))), held
 
-    def _open(self, name: str, split: str, quota: Quota, side: str) -> Documents:
+    def _source(self, name: str, split: str, side: str) -> Source | Documents:
+        """Where documents come from; the embedded corpus is there already, for a model of its vocabulary."""
         own = name == self._data.source
-        revision = self._data.revision if own else None
-        if name == EMBEDDED:
-            if revision is not None:
-                raise no_revision("the embedded corpus", revision)
-            tokens = _embedded_tokens(side)
-            if self._speaks_embedded():
-                return self._checked_embedded(side, int(tokens.max()))
-            source = _embedded_text(side, tokens)
-        else:
-            self._refuse_split_of_files(name)
-            config = self._data.dataset_config if own else None
-            source = open_source(name, self._data.column, config, split, self._data.streaming, revision)
-        quota_or_none = quota if self._data.streaming else None
-        documents = open_store(source, self._encoding, self._layout.context, self._cache(), quota_or_none)
-        if self._layout.packing == "document" and self._encoding.separator is None:
+        config, revision = (self._data.dataset_config, self._data.revision) if own else (None, None)
+        if name != EMBEDDED:
+            return open_source(name, self._data.column, config, split, self._data.streaming, revision)
+        refuse_hub_settings("the embedded corpus", config, revision)
+        if split != DEFAULT_SPLIT:
+            raise no_split("The embedded corpus", split, [DEFAULT_SPLIT])
+        tokens = _embedded_tokens(side)
+        if self._speaks_embedded():
+            return self._checked_embedded(side, int(tokens.max()))
+        return _embedded_text(side, tokens)
+
+    def _check_column(self, *sources: Source | Documents) -> None:
+        used = any(isinstance(source, Source) and source.has_columns for source in sources)
+        if self._data.column is not None and not used:
+            raise DataError(f"data.column is {self._data.column!r}, but {self._data.source} has no columns. Unset it.")
+
+    def _open(self, source: Source | Documents, quota: Quota) -> Documents:
+        if isinstance(source, Documents):
+            return source
+        layout, quota_or_none = self._layout, quota if self._data.streaming else None
+        documents = open_store(source, self._encoding, layout.payload, self._cache(), quota_or_none)
+        if layout.packing == "document" and self._encoding.separator is None:
             raise DataError(
-                f"data.packing is document, but {name} has no separator that ends a document. Set data.separator."
+                f"data.packing is document, but {source.name} has no separator that ends a document. "
+                "Set data.separator."
             )
+        self._check_rows(source.name, documents)
         return documents
 
-    def _refuse_split_of_files(self, name: str) -> None:
-        path = expanded(name)
-        if self._data.heldout_split and there_is(path) and not (path / "dataset_dict.json").exists():
+    def _check_rows(self, name: str, documents: Documents) -> None:
+        """
+        Raises:
+            DataError: rows that were packed before are too short to stay so, or begin with the BOS that is put before.
+        """
+        bos, packing = self._layout.bos, self._layout.packing
+        if documents.inside is None or packing == "document":
+            return
+        if (longest := int((documents.ends - documents.starts).max())) < self._layout.payload:
             raise DataError(
-                f"data.heldout_split is {self._data.heldout_split!r}, but {name} has no splits. "
-                "Set data.heldout to the held-out file instead, or unset data.heldout_split."
+                f"{name} holds rows of at most {longest} ids, fewer than the {self._layout.payload} of a sequence, and "
+                "rows that were packed before are not joined. Lower data.context."
+            )
+        if bos is not None and (documents.tokens[documents.starts] == bos).all():
+            raise DataError(
+                f"Every row of {name} begins with the beginning-of-sequence token already, so data.prepend_bos would "
+                "put a second one there. Unset it; data.mask_first_position leaves the first out of losses and metrics."
             )
 
     def _checked_embedded(self, side: str, highest: int) -> Documents:
@@ -257,7 +296,8 @@ def _embedded_text(side: str, tokens: NDArray[np.unsignedinteger]) -> Source:
             for text, own in zip(tokenizer.decode_batch(ids), ids, strict=True):
                 yield Document(text, size=len(own))
 
-    return Source(f"the embedded corpus ({side})", ["embedded", side, _digest(tokens)], read, len(tokens))
+    name = f"the embedded corpus ({side})"
+    return Source(name, ["embedded", side, _digest(tokens)], read, len(tokens), has_columns=False)
 
 
 def _digest(tokens: NDArray[np.unsignedinteger]) -> str:

@@ -1,7 +1,10 @@
 """Where documents come from: files, folders of files, Hugging Face datasets. Nothing is tokenised here."""
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from endwise.errors import DataError, FormatError
 from endwise.reading import expanded, read_json, stays_inside, there_is
+from endwise.tokens.folders import check_split, files_of_split, no_split
 
 COLUMNS = ("text", "input_ids", "tokens")
 """Looked for in this order where `data.column` is unset."""
@@ -46,29 +50,30 @@ class Source:
     read: Callable[[], Iterator[Document]]
     size: int | None = None
     """For the progress display only."""
+    has_columns: bool = True
+    """Whether `data.column` says anything about it."""
 
 
 def open_source(
-    name: str, column: str | None, config: str | None, split: str | None, streaming: bool, revision: str | None = None
+    name: str, column: str | None, config: str | None, split: str, streaming: bool, revision: str | None = None
 ) -> Source:
     """Finds the documents named in a recipe, without reading them.
 
     Args:
         name: a file, a folder (of files, or saved by `datasets`), or a Hugging Face dataset id.
-        split: of a Hugging Face dataset; None: its only one.
+        config: configuration of a dataset on the hub; None: its only one.
+        split: of a dataset or a folder of files.
         revision: commit, branch or tag of a dataset on the hub; None: as it is there.
 
     Raises:
-        DataError: there is no such file, or no reader for it, or it has no revisions.
+        DataError: there is no such file, split or reader, or it has no configurations or revisions.
     """
     path = expanded(name)
-    if there_is(path) and revision is not None:
-        raise no_revision(name, revision)
-    if there_is(path) and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
-        return _saved_dataset(path, column, split)
     if there_is(path):
-        return _files(path, column)
-    looks_local = path.suffix in READERS or path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        refuse_hub_settings(name, config, revision)
+        saved = any((path / marker).exists() for marker in ("state.json", "dataset_dict.json"))
+        return _saved_dataset(path, column, split) if saved else _files(path, column, split)
+    looks_local = _kind(path) is not None or path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if looks_local or name.startswith("."):
         raise DataError(f"There is no file or folder {name}. Correct data.source or data.heldout.")
     return Source(
@@ -78,33 +83,49 @@ def open_source(
     )
 
 
-def no_revision(name: str, revision: str) -> DataError:
-    return DataError(
-        f"data.revision is {revision!r}, but only a dataset on the Hugging Face hub has revisions, and {name} is none. "
-        "Unset it."
-    )
+def refuse_hub_settings(name: str, config: str | None, revision: str | None) -> None:
+    """
+    Raises:
+        DataError: one is set, for a source that is not on the hub.
+    """
+    for setting, value, what in (("revision", revision, "revisions"), ("dataset_config", config, "configurations")):
+        if value is not None:
+            raise DataError(
+                f"data.{setting} is {value!r}, but only a dataset on the Hugging Face hub has {what}, and {name} is "
+                "none. Unset it."
+            )
 
 
-def _files(path: Path, column: str | None) -> Source:
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"The folder {path} holds no file that can be read; supported: {', '.join(READERS)}.")
-    for file in files:
-        if file.suffix not in READERS:
+def _kind(file: Path) -> str | None:
+    """Which of `READERS` reads a file."""
+    return next((kind for kind in READERS if file.name.lower().endswith(kind)), None)
+
+
+def _files(path: Path, column: str | None, split: str) -> Source:
+    if path.is_dir():
+        files = files_of_split(path, split, lambda file: _kind(file) is not None)
+    else:
+        check_split(path, split)
+        files = [path]
+    kinds = [_kind(file) for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind is None:
             raise DataError(f"{file} cannot be read: the extension {file.suffix!r} is none of {', '.join(READERS)}.")
-        if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty. Remove it or write documents into it.")
     identity = [_identity(file) for file in files]
-    # Parquet is compressed and counted in rows, so its files' sizes say nothing about how much is read.
-    size = None if any(file.suffix == ".parquet" for file in files) else sum(size for _, size, _ in identity)
+    for file, (_, size, _) in zip(files, identity, strict=True):
+        if size == 0:
+            raise DataError(f"{file} is empty. Remove it or write documents into it.")
+    # What is compressed, and counted in rows or in its own bytes: its size says nothing about how much is read.
+    size = None if set(kinds) - set(PLAIN) else sum(size for _, size, _ in identity)
 
     def read() -> Iterator[Document]:
-        for file, found in zip(files, identity, strict=True):
-            yield from _read_file(file, column)
+        for file, kind, found in zip(files, kinds, identity, strict=True):
+            yield from _read_file(file, READERS[str(kind)], column)
             if _identity(file) != found:
                 raise DataError(f"{file} changed while it was read. Start again.")
 
-    return Source(str(path), ["files", identity, column], read, size)
+    has_columns = any(kind in WITH_COLUMNS for kind in kinds)
+    return Source(str(path), ["files", identity, column], read, size, has_columns)
 
 
 def _identity(file: Path) -> list[Any]:
@@ -119,26 +140,34 @@ def _identity(file: Path) -> list[Any]:
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def _read_file(file: Path, column: str | None) -> Iterator[Document]:
+def _read_file(file: Path, reader: "Reader", column: str | None) -> Iterator[Document]:
     found = False
     try:
-        for document in READERS[file.suffix](file, column):
+        for document in reader(file, column):
             found = True
             yield document
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
         ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file} is not a gzip file that can be read: {_one_line(error)}. Compress it again.") from None
     except OSError as error:
         raise SourceLost(f"Cannot read {file}: {error.strerror or error}.") from None
     if not found:
         raise DataError(f"{file} is empty: it holds no document. Remove it or write documents into it.")
 
 
+def _opened(file: Path) -> io.TextIOWrapper:
+    if file.name.lower().endswith(".gz"):
+        return io.TextIOWrapper(gzip.open(file), encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
+
+
 def _read_txt(file: Path, _column: str | None) -> Iterator[Document]:
     """Documents are separated by blank lines."""
     lines: list[str] = []
-    with file.open(encoding="utf-8-sig") as stream:
+    with _opened(file) as stream:
         for line in stream:
             if line.strip():
                 lines.append(line)
@@ -154,7 +183,7 @@ def _text(text: str) -> Document:
 
 
 def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
-    with file.open(encoding="utf-8-sig") as stream:
+    with _opened(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -167,7 +196,8 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
             if not isinstance(record, dict):
                 raise DataError(f"{where} must be an object such as {{'text': ...}}, not {type(record).__name__}.")
             value = record[choose_column(record, column, where)]
-            yield Document(_checked(value, where), size=len(line.encode()))
+            if value is not None:
+                yield Document(_checked(value, where), size=len(line.encode()))
 
 
 def _checked(value: Any, where: str) -> str | NDArray[Any]:
@@ -201,7 +231,11 @@ def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
     """Rows of one Arrow column, strings or lists of integers; nulls are left out."""
     from pyarrow import types
 
-    if types.is_string(values.type) or types.is_large_string(values.type):
+    if types.is_dictionary(values.type):  # a column of categories
+        values = values.cast(values.type.value_type)
+    if types.is_null(values.type):
+        return
+    if any(check(values.type) for check in (types.is_string, types.is_large_string, types.is_string_view)):
         yield from (Document(text) for text in values.to_pylist() if text is not None)
     elif hasattr(values.type, "value_type") and types.is_integer(values.type.value_type):
         # Slices of the column's one flat array: Python lists of ids would be many times slower.
@@ -235,12 +269,18 @@ def _read_npy(file: Path, _column: str | None) -> Iterator[Document]:
         yield from (Document(row, "row", row.nbytes) for row in array)
 
 
-READERS: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {
+Reader = Callable[[Path, str | None], Iterator[Document]]
+READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".npy": _read_npy,
+    ".txt.gz": _read_txt,
+    ".jsonl.gz": _read_jsonl,
 }
+WITH_COLUMNS = (".jsonl", ".jsonl.gz", ".parquet")
+PLAIN = (".txt", ".jsonl", ".npy")
+"""Whose size in bytes is how much there is to read."""
 
 
 def choose_column(names: Iterable[str], column: str | None, where: str) -> str:
@@ -259,14 +299,16 @@ def choose_column(names: Iterable[str], column: str | None, where: str) -> str:
     )
 
 
-def _saved_dataset(path: Path, column: str | None, split: str | None) -> Source:
+def _saved_dataset(path: Path, column: str | None, split: str) -> Source:
     """A folder written by `save_to_disk`: a dataset, or several by split."""
     folder = path
     if (path / "dataset_dict.json").exists():
         splits = _names_in(path / "dataset_dict.json", lambda record: record["splits"])
-        if split is None or split not in splits:
-            raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}. Set data.split.")
+        if split not in splits:
+            raise no_split(path, split, splits)
         folder = path / split
+    else:
+        check_split(path, split)
     files = _names_in(folder / "state.json", lambda record: [file["filename"] for file in record["_data_files"]])
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise DataError(f"{folder} lacks {missing[0]}, which its state.json names. Save the dataset again.")
@@ -306,22 +348,26 @@ def _hub_documents(
     name: str, column: str | None, config: str | None, revision: str | None, split: str | None, streaming: bool
 ) -> Iterator[Document]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         yield from _dataset_documents(dataset, column, f"{name} ({split})")
     except DataError:
         raise
-    except Exception as error:  # no connection, dataset, configuration, revision or split; bad data
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  no connection, dataset, configuration, revision or split; bad data
         lost = isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK_LIBRARIES
-        if not lost and not isinstance(error, ValueError | DatasetsError):
-            raise
         kind = SourceLost if lost else DataError
+        remedy = "Check the name and the connection; a local file needs its path."
+        if isinstance(error, RuntimeError) and "script" in str(error):  # code, which `datasets` no longer runs
+            remedy = (
+                "Data that a script makes cannot be read. Where the hub has converted it, set "
+                "data.revision=refs/convert/parquet; or give it as files."
+            )
         raise kind(
             f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, revision {revision!r}, "
-            f"split {split!r}): "
-            f"{_one_line(error)} Check the name and the connection; a local file needs its path."
+            f"split {split!r}): {_one_line(error) or type(error).__name__} {remedy}"
         ) from None
 
 

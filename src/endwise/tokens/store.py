@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from endwise.tokens.tokenising import (
     ENDS,
     HASHES,
     INFO,
+    INNER_ENDS,
+    INNER_HASHES,
     TOKENS,
     Builder,
     Encoding,
@@ -34,22 +36,22 @@ from endwise.tokens.tokenising import (
     outside_vocabulary,
 )
 
-VERSION = 1
+VERSION = 2
 """Raised when the same source would be stored otherwise than before."""
 
 
-def open_store(source: Source, encoding: Encoding, context: int, cache: Path, quota: Quota | None) -> Documents:
+def open_store(source: Source, encoding: Encoding, payload: int, cache: Path, quota: Quota | None) -> Documents:
     """The source's documents, tokenised now or before.
 
     Args:
-        context: rows of ids that all have one length, this or more, count as packed already.
+        payload: rows of ids that all have one length, this or more, count as packed already.
         quota: when to stop reading; None: at the end.
 
     Raises:
         DataError: a document or an id breaks a rule, or the cache cannot be written.
     """
-    parts = [VERSION, source.identity, encoding.fingerprint(), encoding.separator, encoding.dtype.name, context]
-    parts += [quota.key() if quota else None]
+    parts = [VERSION, source.identity, encoding.fingerprint(), encoding.separator, encoding.dtype.name, payload]
+    parts += [encoding.specials, quota.key() if quota else None]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     stored = _load(folder)
     if stored is None or not _suffices(stored.info, quota):
@@ -57,7 +59,7 @@ def open_store(source: Source, encoding: Encoding, context: int, cache: Path, qu
             with _building(folder, source.name):
                 stored = _load(folder)  # another process may have built it meanwhile
                 if stored is None or not _suffices(stored.info, quota):
-                    stored = _build(source, encoding, context, quota, folder)
+                    stored = _build(source, encoding, payload, quota, folder)
         except (OSError, RunFolderError) as error:
             reason = error.strerror or error if isinstance(error, OSError) else error
             raise DataError(
@@ -83,16 +85,29 @@ def _load(folder: Path) -> _Stored | None:
         ends, hashes = np.load(folder / ENDS), np.load(folder / HASHES)
         if len(ends) != info["documents"] or len(hashes) != len(ends) or len(tokens) != ends[-1]:
             return None
-        return _Stored(documents_at(tokens, ends, hashes, info["compared_from"]), info)
+        documents = documents_at(tokens, ends, hashes, info["compared_from"])
+        return _Stored(_as_rows(folder, documents, info) if info["inner"] else documents, info)
     except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _as_rows(folder: Path, rows: Documents, info: dict[str, Any]) -> Documents:
+    """
+    Raises:
+        ValueError, OSError: what is in the rows cannot be read, or does not belong to them.
+    """
+    ends, hashes = np.load(folder / INNER_ENDS), np.load(folder / INNER_HASHES)
+    if len(ends) != info["inner"] or len(hashes) != len(ends) or not np.isin(rows.ends, ends).all():
+        raise ValueError(f"{folder} is damaged")
+    inside = documents_at(rows.tokens, ends, hashes, info["compared_from"])
+    return replace(rows, inside=inside, comparable=np.ones(len(rows), np.bool_))
 
 
 def _suffices(info: dict[str, Any], quota: Quota | None) -> bool:
     return quota is None or info["exhausted"] or quota.met(info["train"], info["heldout"])
 
 
-def _build(source: Source, encoding: Encoding, context: int, quota: Quota | None, folder: Path) -> _Stored:
+def _build(source: Source, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> _Stored:
     """Builds the store; one that holds too little is where it goes on from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     if _load(folder) is not None and not partial.exists():
@@ -101,7 +116,7 @@ def _build(source: Source, encoding: Encoding, context: int, quota: Quota | None
         shutil.copytree(folder, copy)
         copy.rename(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    builder = Builder(source, encoding, context, quota, partial)
+    builder = Builder(source, encoding, payload, quota, partial)
     try:
         builder.write()
     except SourceLost:

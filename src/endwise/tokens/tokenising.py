@@ -1,18 +1,20 @@
 """Documents become ids on disk: tokenised, cut, counted. What is done stays done if the source or the process is lost.
 
 A folder in the making holds `tokens.npy` (every document's ids, one after another), `ends.npy` (where each document
-ends), `hashes.npy`, and `info.json`, which is written last and says how far the other files count.
+ends), `hashes.npy`, and `info.json`, which is written last and says how far the other files count. Of rows that were
+packed before, those two say where rows end, and `inner-ends.npy` and `inner-hashes.npy` where documents in them do.
 """
 
 import hashlib
 import io
 import json
 import os
+import re
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +39,8 @@ KEPT_EVERY = 1 << 24
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new attempt at a source that was lost."""
 TOKENS, ENDS, HASHES, INFO = "tokens.npy", "ends.npy", "hashes.npy", "info.json"
+INNER_ENDS, INNER_HASHES = "inner-ends.npy", "inner-hashes.npy"
+_CODES = {ENDS: "q", HASHES: "Q", INNER_ENDS: "q", INNER_HASHES: "Q"}
 
 Ids = NDArray[Any]
 
@@ -48,6 +52,12 @@ class Encoding:
     tokenizer: Any | None
     separator: int | None
     vocab_size: int
+    specials: bool = False
+    """Whether special tokens that are written out in text, such as `<|endoftext|>`, count as those tokens."""
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Of each text; nothing is put before or after it."""
+        return text_ids(self.tokenizer, texts, self.specials)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -66,6 +76,30 @@ class Encoding:
             content.pop("truncation", None)
             content.pop("padding", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def text_ids(tokenizer: Any, texts: list[str], specials: bool) -> list[list[int]]:
+    """Ids of each text as it stands, no token put before or after it. Texts are tokenised together, on all cores if the
+    tokenizer is a fast one.
+
+    Args:
+        specials: whether special tokens that are written out count as those tokens, or are text as any other.
+    """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    found: list[list[int]] = tokenizer(texts, split_special_tokens=not specials, **options)["input_ids"]
+    if specials:
+        return found
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.pop(tokenizer.unk_token, None)
+    known = set(special.values())
+    for place, ids in enumerate(found):
+        if not known.isdisjoint(ids):  # of a vocabulary that holds it as a word (word-level, unigram): broken in two
+            written = "|".join(re.escape(content) for content, number in special.items() if number in ids)
+            cuts = [0, *(match.start() + 1 for match in re.finditer(written, texts[place])), len(texts[place])]
+            parts = [texts[place][start:end] for start, end in pairwise(cuts)]
+            parts_ids = tokenizer(parts, split_special_tokens=True, **options)["input_ids"]
+            found[place] = list(chain.from_iterable(parts_ids))
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,10 +124,12 @@ class Quota:
         return [asdict(self.layout), self.share, digest]
 
     def counted(
-        self, lengths: NDArray[np.int64], hashes: NDArray[np.uint64]
+        self, lengths: NDArray[np.int64], hashes: NDArray[np.uint64], rows: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How much of sequences' payload each document fills, on the training side and held out."""
-        if self.layout.packing == "stream":
+        """How much of sequences' payload each document or row fills, on the training side and held out."""
+        if rows:
+            filled = lengths // self.layout.payload * self.layout.payload
+        elif self.layout.packing == "stream":
             filled = lengths
         else:
             filled = -(-(lengths - 1) // self.layout.payload) * self.layout.payload
@@ -109,7 +145,7 @@ class Quota:
     def trim(self, documents: Documents) -> Documents:
         """The first documents that meet the quota: a store may hold more, read for another run."""
         needed = 0
-        sides = self.counted(documents.ends - documents.starts, documents.hashes)
+        sides = self.counted(documents.ends - documents.starts, documents.hashes, documents.inside is not None)
         for filled, wanted in zip(sides, (self.train, self.heldout), strict=True):
             reached = int(np.searchsorted(np.cumsum(filled), wanted * self.layout.payload))
             needed = max(needed, reached + 1 if wanted else 0)
@@ -124,12 +160,13 @@ def held_by_hash(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
 class Builder:
     """Reads, tokenises and writes one source, from where an earlier attempt in the same folder came to."""
 
-    def __init__(self, source: Source, encoding: Encoding, context: int, quota: Quota | None, folder: Path) -> None:
-        self._source, self._encoding, self._context, self._quota = source, encoding, context, quota
+    def __init__(self, source: Source, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> None:
+        self._source, self._encoding, self._payload, self._quota = source, encoding, payload, quota
         self._folder = folder
-        self._ends, self._hashes = array("q"), array("Q")
+        self._arrays = {name: array(code) for name, code in _CODES.items()}
         self._consumed, self._written, self._largest, self._joined = 0, 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
+        self._told = False
         self._mark()
         self._take_up()
         self.goes_on = self._consumed > 0
@@ -154,7 +191,7 @@ class Builder:
                 self._roll_back()
                 self._keep(file, exhausted=False)
                 raise
-            if not self._ends:
+            if not self._arrays[ENDS]:
                 raise DataError(f"{self._source.name} is empty: it holds no document with a token in it.")
             self._keep(file, exhausted)
 
@@ -166,13 +203,13 @@ class Builder:
         kept = self._written
         self._mark()
         for batch in _batches(self._rows_marked(progress.console)):
-            before = len(self._ends)
+            before = len(self._arrays[ENDS])
             for document, ids in zip(batch, self._encoded(batch), strict=True):
                 self._add(document, ids, file)
             self._consumed += len(batch)
             self._mark()
             progress.update(task, advance=sum(document.size for document in batch), tokens=self._written)
-            if self._has_enough(len(self._ends) - before):
+            if self._has_enough(len(self._arrays[ENDS]) - before):
                 return False
             if self._written - kept >= KEPT_EVERY:
                 self._keep(file, exhausted=False)
@@ -181,32 +218,35 @@ class Builder:
 
     def _mark(self) -> None:
         """Remembers where a batch of documents begins."""
-        self._begun = (len(self._ends), self._written, self._largest, self._joined)
+        lengths = {name: len(values) for name, values in self._arrays.items()}
+        self._begun = (lengths, self._written, self._largest, self._joined)
 
     def _roll_back(self) -> None:
         """Takes back a batch that was broken off, whose documents do not count as consumed."""
-        documents, self._written, self._largest, self._joined = self._begun
-        del self._ends[documents:], self._hashes[documents:]
+        lengths, self._written, self._largest, self._joined = self._begun
+        for name, length in lengths.items():
+            del self._arrays[name][length:]
 
     def _take_up(self) -> None:
         """Goes on with what the folder holds, if it is whole as far as its `info.json` says."""
         try:
             info = json.loads((self._folder / INFO).read_text())
-            ends, hashes = np.load(self._folder / ENDS), np.load(self._folder / HASHES)
+            arrays = {name: np.load(self._folder / name) for name in self._arrays}
             tokens, header = self._folder / TOKENS, _header_size(self._encoding.dtype)
             size = header + info["tokens"] * self._encoding.dtype.itemsize
-            documents = info["documents"]
-            if documents > min(len(ends), len(hashes)) or tokens.stat().st_size < size:
+            lengths = dict.fromkeys((ENDS, HASHES), info["documents"])
+            lengths |= dict.fromkeys((INNER_ENDS, INNER_HASHES), info["inner"])
+            if any(length > len(arrays[name]) for name, length in lengths.items()) or tokens.stat().st_size < size:
                 return
-            if int(ends[documents - 1] if documents else 0) != info["tokens"]:
+            if int(arrays[ENDS][lengths[ENDS] - 1] if lengths[ENDS] else 0) != info["tokens"]:
                 return
             consumed, joined = info["consumed"], info["compared_from"] == WINDOW
             counted = {side: int(info[side]) for side in self._counted}
         except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
             return
         os.truncate(tokens, size)
-        self._ends.frombytes(ends[:documents].tobytes())
-        self._hashes.frombytes(hashes[:documents].tobytes())
+        for name, values in arrays.items():
+            self._arrays[name].frombytes(values[: lengths[name]].tobytes())
         self._consumed, self._written, self._largest = consumed, info["tokens"], info["largest"]
         self._joined, self._counted = joined, counted
 
@@ -217,10 +257,11 @@ class Builder:
         file.seek(0, os.SEEK_END)
         file.flush()
         os.fsync(file.fileno())
-        for name, values in ((ENDS, self._ends), (HASHES, self._hashes)):
+        for name, values in self._arrays.items():
             with replacing(self._folder / name) as partial, partial.open("wb") as target:
-                np.save(target, np.frombuffer(values, dtype=np.int64 if name == ENDS else np.uint64))
-        info = {"source": self._source.name, "documents": len(self._ends), "tokens": self._written}
+                np.save(target, np.array(values, dtype=values.typecode))
+        info = {"source": self._source.name, "documents": len(self._arrays[ENDS]), "tokens": self._written}
+        info["inner"] = len(self._arrays[INNER_ENDS])
         info |= {"largest": self._largest, "compared_from": WINDOW if self._joined else 1, "exhausted": exhausted}
         write_json(self._folder / INFO, info | self._counted | {"consumed": self._consumed})
 
@@ -232,26 +273,38 @@ class Builder:
         peeked = list(islice(documents, PEEKED_ROWS))
         lengths = {len(document.content) for document in peeked}
         are_ids = all(not isinstance(document.content, str) and document.form == "document" for document in peeked)
-        packed = are_ids and len(peeked) > 1 and len(lengths) == 1 and lengths.pop() >= self._context
+        packed = are_ids and len(peeked) > 1 and len(lengths) == 1 and lengths.pop() >= self._payload
         for document in islice(chain(peeked, documents), self._consumed, None):
-            yield Document(document.content, "row", document.size) if packed else document
+            if packed and not isinstance(document.content, str):
+                document = replace(document, form="row")
+            yield document
 
     def _encoded(self, batch: list[Document]) -> Iterator[Ids]:
-        """Ids of each document; texts are tokenised together, on all cores if the tokenizer is a fast one."""
+        """Ids of each document."""
         texts = [document.content for document in batch if isinstance(document.content, str)]
-        tokenizer = self._encoding.tokenizer
-        if texts and tokenizer is None:
+        if texts and self._encoding.tokenizer is None:
             raise NoTokenizer(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
-        encoded: Iterator[list[int]] = iter(())
-        if texts and tokenizer is not None:
-            encoded = iter(
-                tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            )
+        encoded = iter(self._encoding.ids(texts) if texts else ())
+        self._tell_of_specials(texts)
         for document in batch:
             if isinstance(document.content, str):
                 yield np.asarray(next(encoded), dtype=np.int64)
             else:
                 yield document.content
+
+    def _tell_of_specials(self, texts: list[str]) -> None:
+        """Says once that a text holds the separator in letters, which its author may have meant to end a document."""
+        separator = self._encoding.separator
+        if self._told or self._encoding.specials or separator is None:
+            return
+        written = self._encoding.tokenizer.convert_ids_to_tokens(separator) if texts else None
+        if isinstance(written, str) and any(written in text for text in texts):
+            self._told = True
+            told = (
+                f"{self._source.name} holds {written!r} in letters, which is text as any other. If it ends documents "
+                "there, set data.special_tokens=true."
+            )
+            Console(stderr=True).print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
     def _add(self, document: Document, ids: Ids, file: BinaryIO) -> None:
         separator = self._encoding.separator
@@ -267,13 +320,23 @@ class Builder:
                 ids = np.append(ids, np.asarray(separator, dtype=np.int64))
         else:
             self._joined = True
+        row = document.form == "row"
+        if self._arrays[ENDS] and row != bool(self._arrays[INNER_ENDS]):
+            raise DataError(
+                f"{self._source.name} holds both documents and rows of ids that were packed before, which are not cut "
+                "and joined alike. Train on one of them, or give text for both."
+            )
+        ends, hashes = (INNER_ENDS, INNER_HASHES) if row else (ENDS, HASHES)
         for piece in _pieces(ids, document.form, separator):
             self._check_range(piece)
             digest = _hash(_content(piece, separator))
             file.write(piece.astype(self._encoding.dtype).tobytes())
             self._written += len(piece)
-            self._ends.append(self._written)
-            self._hashes.append(digest)
+            self._arrays[ends].append(self._written)
+            self._arrays[hashes].append(digest)
+        if row and len(ids):
+            self._arrays[ENDS].append(self._written)
+            self._arrays[HASHES].append(_hash(ids))
 
     def _check_range(self, ids: Ids) -> None:
         smallest, largest = int(ids.min()), int(ids.max())
@@ -285,10 +348,11 @@ class Builder:
         """Counts the last `new` documents; whether the quota is met."""
         if self._quota is None:
             return False
-        first = len(self._ends) - new
-        ends = np.array(self._ends[first:], dtype=np.int64)
-        lengths = np.diff(ends, prepend=self._ends[first - 1] if first else 0)
-        train, heldout = self._quota.counted(lengths, np.array(self._hashes[first:], dtype=np.uint64))
+        all_ends, hashes = self._arrays[ENDS], self._arrays[HASHES]
+        first = len(all_ends) - new
+        lengths = np.diff(np.array(all_ends[first:], np.int64), prepend=all_ends[first - 1] if first else 0)
+        rows = len(self._arrays[INNER_ENDS]) > 0
+        train, heldout = self._quota.counted(lengths, np.array(hashes[first:], np.uint64), rows)
         self._counted["train"] += int(train.sum())
         self._counted["heldout"] += int(heldout.sum())
         return self._quota.met(**self._counted)

@@ -1,0 +1,124 @@
+"""Which files a local source is made of: those of one split, in a fixed order. What is left out is said."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from rich.console import Console
+
+from endwise.distributed import is_first_process
+from endwise.errors import DataError
+from endwise.printable import printable
+
+DEFAULT_SPLIT = "train"
+_SPLITS = {
+    "train": DEFAULT_SPLIT,
+    "training": DEFAULT_SPLIT,
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""What `datasets` looks for in the names of files and folders."""
+_NAMED = 3
+"""Left-out files that a line names."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a folder, sorted by their paths."""
+
+    files: Sequence[Path]
+    """Those that can be read, of every split."""
+    left: Sequence[str]
+    """What else is there, relative to the folder."""
+
+
+def split_of(path: PurePath) -> str:
+    """The split that a file's name holds as a word of its own, or else a folder's, the nearest first: `test` for
+    `test-00000.parquet`, `test/a.txt` and `my_eval.jsonl`. `train` for what names none.
+    """
+    for part in reversed(path.parts):
+        for word in re.split("[^a-z]+", part.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return DEFAULT_SPLIT
+
+
+def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> list[Path]:
+    """The files of one split of a folder, those in folders within it included. Links are followed.
+
+    Raises:
+        DataError: it has no file that can be read, none of that split, or a folder in it may not be read.
+    """
+    found = _find(path, readable)
+    if not found.files:
+        raise DataError(f"The folder {path} holds no file that can be read{_named(found.left)}.")
+    splits = [split_of(file.relative_to(path)) for file in found.files]
+    if split not in splits:
+        raise no_split(path, split, sorted(set(splits)))
+    others = [file for file, own in zip(found.files, splits, strict=True) if own != split]
+    if others or found.left:
+        told = [f"{len(others)} of other splits{_named([_below(path, each) for each in others])}"] if others else []
+        told += [f"{len(found.left)} that hold no data{_named(found.left)}"] if found.left else []
+        _say(f"{path}, split {split}: files left out: {'; '.join(told)}.")
+    return [file for file, own in zip(found.files, splits, strict=True) if own == split]
+
+
+def check_split(path: Path, split: str) -> None:
+    """For what is one split only: it is `train`, or what its name says.
+
+    Raises:
+        DataError: another one is asked for.
+    """
+    if split not in (own := {DEFAULT_SPLIT, split_of(PurePath(path.name))}):
+        raise no_split(path, split, sorted(own))
+
+
+def no_split(name: object, split: str, there: Sequence[str]) -> DataError:
+    return DataError(
+        f"{name} has no split {split!r}; it has {', '.join(there)}. Set data.split (or data.heldout_split, if it was "
+        "asked for as held-out text)."
+    )
+
+
+def _find(folder: Path, readable: Callable[[Path], bool]) -> Found:
+    files, left = [], []
+    for path in _walk(folder):
+        hidden = path.name.startswith(".")
+        # A link that leads nowhere counts as a file: reading it fails, and says so.
+        usable = not hidden and readable(path) and (path.is_file() or not path.exists())
+        (files if usable else left).append(path)
+    return Found(sorted(files), [_below(folder, path) for path in sorted(left)])
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder; of hidden folders, which programs keep for themselves, the folder.
+    One that a link leads to again is not entered twice.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(place)
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = [] if real in seen else sorted(set(folders) - set(hidden))
+        if real not in seen:
+            yield from (Path(place, name) for name in [*hidden, *names])
+        seen.add(real)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"Cannot read the folder {error.filename}: {error.strerror}. Make it readable, or move it away.")
+
+
+def _below(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" ({', '.join(names[:_NAMED])}{more})" if names else ""
+
+
+def _say(text: str) -> None:
+    if is_first_process():
+        Console(stderr=True).print(printable(text), markup=False, highlight=False, soft_wrap=True)
