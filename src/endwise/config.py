@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from endwise.errors import ConfigError
+from endwise.reading import expanded
 from endwise.strict_yaml import parse_yaml
 
 LARGEST_FILE = 100_000
@@ -39,6 +40,11 @@ class Config(BaseModel):
                 raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        return expanded(value) if isinstance(value, Path) else value
+
     @classmethod
     def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:
         """Validates `values`.
@@ -67,6 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is no mapping in YAML; see `strict_yaml`.
     """
+    path = expanded(path)
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)

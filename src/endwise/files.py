@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from endwise.errors import RunFolderError
+from endwise.reading import expanded
 
 PARTIAL = ".partial"
 
@@ -24,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; `path` keeps its old content.
     """
+    path = expanded(path)
     partial = path.parent / f".{path.name}.{os.getpid()}{PARTIAL}"  # which has a name even where `path` has none
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from endwise.language_model import LanguageModel
 from endwise.memory_trace import MemoryTrace
 from endwise.model_files import check_files, refuse_adapter, tokenizer_files, weight_files
 from endwise.plain_weights import refuse_packed_files, refuse_quantised, refuse_quantised_config
-from endwise.reading import there_is
+from endwise.reading import at_home, there_is
 from endwise.run_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +53,7 @@ def load_model(
             it, or it is not one that endwise can splice.
         ConfigError: the device or the dtype does not exist.
     """
+    name = at_home(name)
     place = find_device(device)
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:

@@ -16,7 +16,7 @@ from endwise.files import write_json
 from endwise.group import Run
 from endwise.model_loading import load_model
 from endwise.printable import printable
-from endwise.reading import there_is
+from endwise.reading import expanded, there_is
 from endwise.report import print_summary, write_report
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import write_evaluation
@@ -76,7 +76,7 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
     Raises:
         RunFolderError: `out` holds something already.
     """
-    out = Path(out)
+    out = expanded(out)
     if there_is(out) and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not an empty folder. Remove it, or choose another with --out.")
     console = Console(quiet=not display)

@@ -59,9 +59,14 @@ def there_is(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
-def expanded(name: str) -> Path:
-    """The path with `~` resolved; where there is no such user, as it stands (`Path.expanduser` raises)."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111
+def at_home(name: str) -> str:
+    """The name of a path with `~` resolved; where there is no such user, as it stands (`Path.expanduser` raises)."""
+    return os.path.expanduser(name)  # noqa: PTH111
+
+
+def expanded(path: str | Path) -> Path:
+    """A path that a user gave, as `at_home`: every one of them goes through here, so that none makes a folder `~`."""
+    return Path(at_home(str(path)))
 
 
 def stays_inside(name: str) -> bool:

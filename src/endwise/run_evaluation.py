@@ -22,6 +22,7 @@ from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_json, write_tensors
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
+from endwise.reading import expanded
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora, corpora_for
@@ -48,7 +49,7 @@ def evaluate(
     Raises:
         RunFolderError: a folder is not a run, or holds no trained SAE yet.
     """
-    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    paths = [expanded(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     configs = {path: RunFolder.config_of_trained(path) for path in paths}
     results: dict[Path, Evaluation] = {}
     with joined() as world:

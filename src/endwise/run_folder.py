@@ -32,7 +32,7 @@ from typing import Any
 
 from endwise.errors import ConfigError, RunFolderError
 from endwise.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
-from endwise.reading import read_json, there_is
+from endwise.reading import expanded, read_json, there_is
 from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -40,7 +40,7 @@ REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensor
 
 class RunFolder:
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = expanded(path)
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"

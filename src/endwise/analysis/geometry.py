@@ -28,6 +28,7 @@ from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
 from endwise.features.importance import read_importance
+from endwise.reading import expanded
 from endwise.run_evaluation import read_firings
 from endwise.run_folder import RunFolder
 
@@ -155,7 +156,7 @@ def geometry(
         ConfigError: a pair's runs are not of one model, one site and equally many held-out tokens.
         FormatError: what a run holds cannot be read, or dictionaries of one site differ in width.
     """
-    asked = [(Path(a), Path(b)) for a, b in pairs]
+    asked = [(expanded(a), expanded(b)) for a, b in pairs]
     for path in (path for pair in asked for path in pair):
         RunFolder(path).check_exists()
     sets = comparable([*paths, *(path for pair in asked for path in pair)])

@@ -21,6 +21,7 @@ from endwise.analysis.permutation import equal_samples, permutation_test
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, estimate
 from endwise.errors import RunFolderError
 from endwise.features.explanations import Explanations, read_explanations
+from endwise.reading import expanded
 from endwise.seeds import numpy_stream
 from endwise.statistics import Floats, Interval, percentile_interval
 
@@ -169,7 +170,7 @@ def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
         RunFolderError: there is no run, one that is named was not measured or not explained.
         FormatError: what a run holds cannot be read.
     """
-    named = [Path(path) for path in paths]
+    named = [expanded(path) for path in paths]
     folders = runs_in(named)
     read = {folder: read_explanations(folder) for folder in folders}
     explained = {folder: found for folder, found in read.items() if found is not None}

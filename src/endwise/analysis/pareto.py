@@ -21,6 +21,7 @@ from endwise.analysis.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
+from endwise.reading import expanded
 from endwise.run_config import PRESETS, TERMS, Kind
 from endwise.run_folder import RunFolder
 from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
@@ -263,7 +264,7 @@ def runs_in(paths: Iterable[str | Path]) -> list[Path]:
         RunFolderError: a path is no folder, or has no measured run.
     """
     found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    for path in map(expanded, paths):
         if RunFolder(path).has_run():
             found[path] = None
             continue

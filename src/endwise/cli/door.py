@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from endwise.errors import EndwiseError
 from endwise.printable import printable
+from endwise.reading import expanded
 
 app = typer.Typer(
     name="endwise",
@@ -39,13 +41,21 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _at_home(value: Any) -> Any:
+    """Paths with `~` resolved, which a shell leaves as it stands in `--out=~/x`."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return expanded(value) if isinstance(value, Path) else value
+
+
 def plainly(command: Callable[P, R]) -> Callable[P, R]:
     """Turns our own errors into one message and an exit code; anything else is a bug and keeps its traceback."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            at_home: Any = {name: _at_home(value) for name, value in kwargs.items()}
+            return command(*args, **at_home)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from endwise.dashboard.scripts import Texts, packed, script, short
 from endwise.dashboard.sources import Source
 from endwise.dashboard.token_index import TokenIndex
 from endwise.features.explanations import Explanations
-from endwise.features.harvest import TOP, Context
+from endwise.features.harvest import TOP, Context, Harvest
 from endwise.printable import printable
 
 SHARD = 128
@@ -82,7 +82,7 @@ def _shards(
     source: Source, neighbours: Mapping[int, Neighbours], index: TokenIndex, tops: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """The features' pages, `SHARD` at a time; what is seen on the way goes into the index and the top tokens."""
-    harvest, vocabulary = source.harvest, source.harvest.vocabulary
+    harvest = source.harvest
     contexts = harvest.all_contexts()
     upcoming = next(contexts, None)
     for first in range(0, harvest.d_sae, SHARD):
@@ -93,7 +93,7 @@ def _shards(
                 own, upcoming = upcoming[1], next(contexts, None)
             index.add(feature, own, row["boosted"] or ())
             tops[feature] = top_token(own)
-            pages.append(_page(row, own, neighbours, texts, vocabulary))
+            pages.append(_page(row, own, neighbours, texts, harvest))
         yield {"texts": texts.all, "features": pages}
 
 
@@ -111,12 +111,15 @@ def _page(
     contexts: Sequence[Context],
     neighbours: Mapping[int, Neighbours],
     texts: Texts,
-    vocabulary: Sequence[str],
+    harvest: Harvest,
 ) -> dict[str, Any]:
     """One feature's; keys are short because they come so often (`feature.js` says them in words)."""
 
     def places(tokens: Sequence[int] | None) -> list[int]:
-        return [texts.place(vocabulary[token]) for token in tokens or ()]
+        return [texts.place(harvest.vocabulary[token]) for token in tokens or ()]
+
+    def text(context: Context) -> list[int]:
+        return list(map(texts.place, harvest.written(context.tokens)))
 
     nearest = []
     for other, found in neighbours.items():
@@ -133,7 +136,7 @@ def _page(
         "cj": short(row["co_firing_jaccard"] or (), 3),
         "n": nearest,
         "x": [
-            [each.group, each.sequence, each.position, each.peak, places(each.tokens), short(each.activations, 3)]
+            [each.group, each.sequence, each.position, each.peak, text(each), short(each.activations, 3)]
             for each in contexts
         ],
     }

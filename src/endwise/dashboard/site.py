@@ -22,6 +22,7 @@ from endwise.errors import RunFolderError
 from endwise.features.explanations import read_explanations
 from endwise.files import PARTIAL, cannot_write, write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 
 FOLDER = "dashboard"
 INDEX = "index.html"
@@ -53,7 +54,7 @@ def write_dashboard(
         FormatError: a harvest or an SAE cannot be read, or they do not belong together.
     """
     sources = read_sources(runs)
-    folder = default_folder([source.path for source in sources]) if out is None else Path(out)
+    folder = default_folder([source.path for source in sources]) if out is None else expanded(out)
     say = say or (lambda _: None)
     partial = folder / _DATA / PARTIAL
     try:

@@ -10,6 +10,7 @@ from endwise.analysis.run_summary import LABELS
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
 from endwise.features.harvest import Harvest, open_harvest
+from endwise.reading import expanded
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 
@@ -67,7 +68,7 @@ def read_sources(runs: Sequence[str | Path]) -> list[Source]:
         RunFolderError: a folder is no run, or was not harvested.
         FormatError: see `open_harvest`.
     """
-    paths = [Path(run) for run in runs]
+    paths = [expanded(run) for run in runs]
     if not paths:
         raise ConfigError("A dashboard takes one run or more; none was given.")
     resolved = [path.resolve() for path in paths]

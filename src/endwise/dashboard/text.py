@@ -11,7 +11,7 @@ from torch import Tensor
 from endwise.dashboard.scripts import short
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError
-from endwise.features.top_tokens import written
+from endwise.features.top_tokens import written, written_text
 from endwise.language_model import LanguageModel
 from endwise.printable import printable, storable
 from endwise.run_config import DataConfig
@@ -63,7 +63,7 @@ class TextReader:
         both = torch.stack([compared.ce_clean[0], compared.ce_spliced[0]], 1).tolist()
         ce = [short(pair) if known else None for known, pair in zip(compared.predicts[0].tolist(), both, strict=True)]
         return {
-            "tokens": [self._written(token) for token in tokens[0].tolist()],
+            "tokens": list(map(printable, written_text(self.model, tokens[0].tolist()))),
             "counts": mask[0].tolist(),
             "active": [_strongest(row, PER_TOKEN) for row in active],
             "l0": (active != 0).sum(1).tolist(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from endwise.dictionaries.latents import Latents
 from endwise.errors import FormatError
 from endwise.files import write_json, write_tensors
-from endwise.reading import read_json
+from endwise.reading import expanded, read_json
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"
@@ -67,7 +67,7 @@ class SAE(nn.Module, ABC):
 
     def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
         """Writes SAELens's v6 layout (`cfg.json`, `sae_weights.safetensors`), which opens in SAELens as it is."""
-        folder = Path(folder)
+        folder = expanded(folder)
         cfg = {
             "architecture": self.architecture,
             "d_in": self.d_in,
@@ -91,7 +91,7 @@ class SAE(nn.Module, ABC):
         Raises:
             FormatError: the folder, its `cfg.json` or its weights are missing or not what the format says.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         if not (folder / CFG_FILE).exists() and (folder / "sae" / CFG_FILE).exists():
             folder = folder / "sae"
         cfg = read_cfg(folder)

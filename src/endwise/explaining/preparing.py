@@ -10,6 +10,7 @@ from endwise.explaining.samples import Sample, Sizes, Text, pool_features, pool_
 from endwise.explaining.selecting import Choice, parse_features
 from endwise.explaining.settings import Settings
 from endwise.features.harvest import Context, Harvest, open_harvest
+from endwise.reading import expanded
 from endwise.run_folder import RunFolder
 
 Say = Callable[[str], None]
@@ -56,7 +57,7 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list
         DataError: no feature of a run has texts enough.
     """
     choice = parse_features(settings.features)
-    found = [_prepared(run, choice, settings) for run in dict.fromkeys(runs)]
+    found = [_prepared(run, choice, settings) for run in dict.fromkeys(map(expanded, runs))]
     if not found:
         raise RunFolderError("There is no run to explain. Give run folders.")
     for each, _ in found:
@@ -103,7 +104,7 @@ def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[Prepared, 
     prepared = Prepared(
         run,
         harvest,
-        Writer(harvest.vocabulary),
+        Writer(harvest.vocabulary, harvest.written),
         tuple(samples[feature] for feature in sorted(samples)),
         tuple(each for each in random if each is not None),
         left_out,

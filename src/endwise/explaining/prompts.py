@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from endwise.errors import ConfigError
+from endwise.reading import expanded
 
 PLACE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 LARGEST = 1 << 20
@@ -39,6 +40,7 @@ def read_prompts(purposes: Mapping[str, Places], folder: Path | None = None) -> 
     Raises:
         ConfigError: the folder has none of these files, one cannot be read, lacks a place or has an unknown one.
     """
+    folder = None if folder is None else expanded(folder)
     if folder is not None and not any((folder / f"{purpose}.txt").is_file() for purpose in purposes):
         names = ", ".join(f"{purpose}.txt" for purpose in purposes)
         raise ConfigError(f"{folder} holds no prompt. Put one or more of {names} there, or leave out --prompts.")

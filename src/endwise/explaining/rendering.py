@@ -1,6 +1,6 @@
 """How texts are written in a prompt: one line each, the tokens at which a feature fires between << and >>."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from endwise.explaining.samples import Text
 from endwise.printable import printable
@@ -21,28 +21,37 @@ class Writer:
     """Writes texts of one vocabulary.
 
     Args:
-        vocabulary: how each token is written, by its number.
+        vocabulary: how each token is written by itself, by its number.
+        together: how those of a text are written; unset: each by itself.
     """
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
-        self._vocabulary = vocabulary
+    def __init__(
+        self, vocabulary: Sequence[str], together: Callable[[Sequence[int]], Sequence[str]] | None = None
+    ) -> None:
+        self._vocabulary, self._together = vocabulary, together
 
     def token(self, token: int) -> str:
         """In one line; a token that the vocabulary lacks is named by its number."""
         known = 0 <= token < len(self._vocabulary)
         return _one_line(self._vocabulary[token]) if known else f"[token {token}]"
 
+    def tokens(self, text: Text) -> list[str]:
+        """Each in one line, as `token` where one is not in the vocabulary."""
+        if self._together is None or not all(0 <= token < len(self._vocabulary) for token in text.tokens):
+            return list(map(self.token, text.tokens))
+        return list(map(_one_line, self._together(text.tokens)))
+
     def plain(self, text: Text) -> str:
-        return "".join(map(self.token, text.tokens))
+        return "".join(self.tokens(text))
 
     def marked(self, text: Text, marks: Sequence[bool]) -> str:
         """Neighbours that are marked share one pair of marks."""
         parts, inside = [], False
-        for token, mark in zip(text.tokens, marks, strict=True):
+        for token, mark in zip(self.tokens(text), marks, strict=True):
             if mark != inside:
                 parts.append("<<" if mark else ">>")
                 inside = mark
-            parts.append(self.token(token))
+            parts.append(token)
         return "".join([*parts, ">>" if inside else ""])
 
     def shown(self, text: Text, greatest: float) -> str:

@@ -26,7 +26,7 @@ from endwise.features.text_at_site import TextAtSite
 from endwise.files import write_tensors
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
-from endwise.reading import read_json
+from endwise.reading import expanded, read_json
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -124,7 +124,7 @@ def measure_directions(
         RunFolderError: a folder is not a run, or holds no trained SAE.
         ConfigError: fewer tokens than one sequence has.
     """
-    configs = {path: RunFolder.open(path).config() for path in runs}
+    configs = {path: RunFolder.open(path).config() for path in map(expanded, runs)}
     settings = {path: _settings(path, config, tokens, directions, with_starts) for path, config in configs.items()}
     found = {path: kept for path in configs if (kept := _kept(path, settings[path])) is not None}
     missing = {path: config for path, config in configs.items() if path not in found}

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from endwise.errors import FormatError
 from endwise.features.same_weights import check_same_weights
 from endwise.files import write_json
-from endwise.reading import read_format
+from endwise.reading import expanded, read_format
 from endwise.tabular import write_parquet
 
 EXPLANATIONS_FOLDER = "explanations"
@@ -104,7 +104,7 @@ def read_explanations(run: Path) -> Explanations | None:
     Raises:
         FormatError: they are there, but are not what `endwise explain` writes, or the SAE has other weights now.
     """
-    folder = run / EXPLANATIONS_FOLDER
+    folder = expanded(run) / EXPLANATIONS_FOLDER
     about_file = folder / "explanations.json"
     if not about_file.exists():
         return None

@@ -4,7 +4,8 @@ harvest.json        what was harvested and from which text; written last, so a f
 features.parquet    one row per feature, in their order
 contexts.parquet    the texts in which features fire, sorted by feature, then group, then rank, in many row groups, so
                     that one feature's texts are read without most others'
-vocabulary.parquet  how each token is written, so that no reader needs the tokenizer
+vocabulary.parquet  how each token is written by itself
+tokenizer.json      how tokens are written together, where the model's tokenizer can be kept so
 
 Positions are those of the sequences that the model saw, a prepended BOS included; sequences are numbered as in the
 corpus, so that a context can be found again.
@@ -24,10 +25,12 @@ from pyarrow import parquet
 
 from endwise.errors import FormatError, RunFolderError
 from endwise.features.same_weights import check_same_weights
-from endwise.reading import read_format
+from endwise.features.token_texts import Decode, pieces
+from endwise.reading import expanded, read_format
 
 HARVEST_FOLDER = "harvest"
 HARVEST_FORMAT = 1
+TOKENIZER_FILE = "tokenizer.json"
 
 TOP = -1
 """The group of the contexts with the greatest activations; groups 0, 1, … are quantiles, the lowest first."""
@@ -120,6 +123,27 @@ class Harvest:
         """How each token is written, by its number."""
         return _read(self.folder / "vocabulary.parquet", VOCABULARY_SCHEMA)["text"].to_pylist()
 
+    def written(self, tokens: Sequence[int]) -> list[str]:
+        """One text per token, which joined are what the model's tokenizer makes of them all; in a harvest without
+        `tokenizer.json`, each as it is written by itself.
+        """
+        if self._decode is None:
+            return [self.vocabulary[token] for token in tokens]
+        return pieces(tokens, self._decode, self.vocabulary.__getitem__)
+
+    @cached_property
+    def _decode(self) -> Decode | None:
+        from tokenizers import Tokenizer
+
+        path = self.folder / TOKENIZER_FILE
+        if not path.exists():
+            return None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001  which is all that it raises
+            raise _broken(path, error) from None
+        return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False)
+
     def contexts(self, feature: int) -> list[Context]:
         """One feature's, by group and rank; none where it never fired."""
         return next((contexts for _, contexts in self.all_contexts([feature])), [])
@@ -145,7 +169,7 @@ def read_harvest(run: Path) -> Harvest | None:
     Raises:
         FormatError: it is there, but is not what `endwise harvest` writes.
     """
-    folder = run / HARVEST_FOLDER
+    folder = expanded(run) / HARVEST_FOLDER
     about_file = folder / "harvest.json"
     if not about_file.exists():
         return None

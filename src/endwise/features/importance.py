@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from endwise.errors import FormatError
 from endwise.files import write_tensors
+from endwise.reading import expanded
 
 IMPORTANCE_FILE = "importance.safetensors"
 
@@ -184,6 +185,7 @@ def read_measured(run: Path) -> Measured | None:
     Raises:
         FormatError: see `read_importance`.
     """
+    run = expanded(run)
     file = run / IMPORTANCE_FILE
     if not file.exists():
         return None

@@ -19,6 +19,7 @@ from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.progress import counting
+from endwise.reading import expanded
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -62,7 +63,7 @@ def measure_importance(
     """
     if ablate < 0:
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
-    configs = {path: RunFolder.config_of_trained(path) for path in map(Path, runs)}
+    configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
     settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
     found = {} if again else {path: read_measured(path) for path in configs}
     results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}

@@ -29,6 +29,7 @@ from endwise.errors import ConfigError
 from endwise.features.harvest import TOP, Context, Harvest, open_harvest
 from endwise.features.neuronpedia_rows import Activation, Model, Neuron, Source, SourceRelease, SourceSet
 from endwise.files import write_atomic
+from endwise.reading import expanded
 from endwise.sites import Part, Site
 
 CREATOR_VARIABLE = "DEFAULT_CREATOR_ID"
@@ -81,7 +82,7 @@ def export(
         creator_id=creator_id or os.environ.get(CREATOR_VARIABLE) or CREATOR_ID,
         layer=site.layer,
     )
-    folder = out / names.model / names.source
+    folder = expanded(out) / names.model / names.source
     for old in (*folder.glob("features/*.jsonl.gz"), *folder.glob("activations/*.jsonl.gz")):
         old.unlink()
     for name, row in _descriptions(found, names).items():
@@ -219,7 +220,7 @@ def _activations(contexts: Sequence[Context], found: Harvest, names: _Names) -> 
             layer=names.source,
             index=str(context.feature),
             creatorId=names.creator_id,
-            tokens=_written(context.tokens, found.vocabulary),
+            tokens=_without_nul(found.written(context.tokens)),
             values=_shorts(context.activations),
             maxValue=_short(peak),
             maxValueTokenIndex=context.activations.index(peak),
@@ -234,8 +235,12 @@ def _activations(contexts: Sequence[Context], found: Harvest, names: _Names) -> 
 
 
 def _written(tokens: Iterable[int], words: Sequence[str]) -> list[str]:
-    """Without NUL, which its database does not take."""
-    return [words[token].replace("\0", " ") for token in tokens]
+    return _without_nul(words[token] for token in tokens)
+
+
+def _without_nul(texts: Iterable[str]) -> list[str]:
+    """Its database does not take it."""
+    return [text.replace("\0", " ") for text in texts]
 
 
 def _short(number: float) -> float:

@@ -1,6 +1,9 @@
 """Which tokens a direction speaks for: those whose logits it raises most, and lowers most."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from endwise.features.token_texts import REPLACEMENT, named_bytes, pieces
 from endwise.language_model import LanguageModel
 
 _ROWS = 512
@@ -48,10 +52,23 @@ def token_effects(model: LanguageModel, directions: Float[Tensor, "n d_model"], 
 
 
 def written(model: LanguageModel, token: int) -> str:
-    """As it stands in text, a space before a word included; without a tokenizer the token's number."""
+    """As it stands in text, a space before a word included; a part of a character by its bytes; without a tokenizer the
+    token's number.
+    """
     if model.tokenizer is None:
         return str(token)
     text = str(model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    # A SentencePiece decoder takes off the space that a text's first word is given.
     piece = model.tokenizer.convert_ids_to_tokens(token)
+    if REPLACEMENT in text and isinstance(piece, str):
+        return named_bytes(piece)
+    # A SentencePiece decoder takes off the space that a text's first word is given.
     return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def written_text(model: LanguageModel, tokens: Sequence[int]) -> list[str]:
+    """One text per token, which joined are what the tokenizer makes of them all (see `pieces`)."""
+    if model.tokenizer is None:
+        return [str(token) for token in tokens]
+    decode: Any = model.tokenizer.decode
+    whole = partial(decode, clean_up_tokenization_spaces=False)
+    return pieces(tokens, lambda some: str(whole(list(some))), partial(written, model))

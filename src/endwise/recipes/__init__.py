@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from endwise.errors import ConfigError
+from endwise.reading import expanded
 
 FOLDER = Path(__file__).parent
 SWEEPS = FOLDER / "sweeps"
@@ -34,8 +35,8 @@ def find_sweep(name: str) -> Path:
 
 def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
     with suppress(OSError):  # a name longer than the file system takes
-        if Path(name).is_file():
-            return Path(name)
+        if (path := expanded(name)).is_file():
+            return path
     if name in names:
         return folder / f"{name}.yaml"
     near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)

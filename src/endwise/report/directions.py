@@ -14,6 +14,7 @@ from endwise.analysis.directions import Directions
 from endwise.analysis.run_summary import LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 from endwise.report import reconstruction
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
@@ -152,6 +153,7 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    out = expanded(out)
     tables = {
         "norms": analysis.norm_rows(found),
         "directions": analysis.direction_rows(found),

@@ -18,6 +18,7 @@ from endwise.analysis.similarity import mean_of
 from endwise.analysis.stability import THRESHOLD
 from endwise.files import write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 from endwise.report.charts import Chart
 from endwise.report.claims import claim_list
 from endwise.report.feature_map import write_feature_map
@@ -68,6 +69,7 @@ def write_geometry(
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    out = expanded(out)
     sets = [_rows(one, threshold) for one in found]
     for name in sets[0] if sets else ():
         if listed := [row for rows in sets for row in rows[name]]:

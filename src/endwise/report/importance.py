@@ -25,6 +25,7 @@ from endwise.analysis.importance import (
 from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
@@ -263,6 +264,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    out = expanded(out)
     tables = {
         "features": feature_rows(studies),
         "ablations": ablation_rows(studies),

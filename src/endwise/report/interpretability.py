@@ -22,6 +22,7 @@ from endwise.analysis.run_summary import LABELS
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.files import write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 from endwise.report.charts import Axis, Chart, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
@@ -155,6 +156,7 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    out = expanded(out)
     tables = {"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)}
     for name, rows in tables.items():
         write_table(rows, out / name)

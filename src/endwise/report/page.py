@@ -8,6 +8,7 @@ from endwise.analysis.comparison import Summary
 from endwise.analysis.ratios import MEASURES, NAMES, Ratio, times
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
+from endwise.reading import expanded
 from endwise.report import figures
 from endwise.report.shell import escape, filled, page
 
@@ -18,7 +19,7 @@ def write_report(summary: Summary, path: Path | str) -> None:
     Raises:
         RunFolderError: the file cannot be written.
     """
-    write_atomic(Path(path), report_html(summary).encode())
+    write_atomic(expanded(path), report_html(summary).encode())
 
 
 def report_html(summary: Summary) -> str:

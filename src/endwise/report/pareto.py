@@ -24,6 +24,7 @@ from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
 from endwise.files import write_atomic
 from endwise.printable import printable
+from endwise.reading import expanded
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.printed import save
@@ -186,6 +187,7 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    out = expanded(out)
     write_table(point_rows(found), out / "points")
     write_table(ratio_rows(found), out / "ratios")
     sections = []

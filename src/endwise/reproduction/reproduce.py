@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from endwise.reading import expanded
 from endwise.reproduction.claims import Claim
 from endwise.reproduction.report import write
 from endwise.reproduction.runs import StudyRuns, make_runs
@@ -43,7 +44,7 @@ def reproduce(
     """
     config = study if isinstance(study, StudyConfig) else find_study(study)
     name = "study" if isinstance(study, StudyConfig) else Path(study).stem
-    folder = Path("runs") / f"paper-{name}" if out is None else Path(out)
+    folder = Path("runs") / f"paper-{name}" if out is None else expanded(out)
     with closing(engine_of(config, folder)) as used:
         runs = make_runs(config, folder, budget, used, display)
     command = shlex.join(["endwise", *sys.argv[1:]])

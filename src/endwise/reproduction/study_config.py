@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from endwise.config import Config
 from endwise.errors import ConfigError
+from endwise.reading import expanded
 from endwise.run_config import EvaluationConfig, Kind, Positive
 from endwise.sweeps.sweep_config import EngineConfig
 
@@ -90,6 +91,6 @@ def find_study(name: str) -> StudyConfig:
     ships = sorted(path.stem for path in STUDIES.glob("*.yaml"))
     if name in ships:
         return StudyConfig.read(STUDIES / f"{name}.yaml")
-    if not Path(name).is_file():
+    if not expanded(name).is_file():
         raise ConfigError(f"There is no study {name!r:.200}, neither a file nor one that ships ({', '.join(ships)}).")
     return StudyConfig.read(Path(name))

@@ -11,9 +11,10 @@ What counts as a document:
 | 1-D `.npy`                          | tokens up to a separator; without any, content-defined pieces (see `store`)   |
 | `embedded`                          | tokens up to EOS; decoded and tokenised again for a model of other vocabulary |
 
+Text is text: a special token that is written out in it is not that token, unless `data.special_tokens` says so.
+
 Documents are stored once per source and tokenizer, as a memory-mapped array of ids beside each document's end and
-hash (`store`). Text is text: a special token that is written out in it is not that token, unless
-`data.special_tokens` says so. Sequences are cut out of that array when a batch is asked for (`corpus`), so that starting costs no
+hash (`store`). Sequences are cut out of that array when a batch is asked for (`corpus`), so that starting costs no
 pass over the tokens. Held-out documents are set apart before packing; whatever is identical to one of them leaves the
 training side, and `check_disjoint` verifies the result.
 """

@@ -75,8 +75,8 @@ class Documents:
 
     def where(self, kept: NDArray[np.bool_]) -> "Documents":
         inside = None if self.inside is None else self.inside.where(kept[self.row_of(self.inside)])
-        arrays = (each[kept] for each in (self.starts, self.ends, self.hashes, self.comparable))
-        return Documents(self.tokens, *arrays, inside)
+        starts, ends, hashes, comparable = self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept]
+        return Documents(self.tokens, starts, ends, hashes, comparable, inside)
 
     def row_of(self, inside: "Documents") -> NDArray[np.int64]:
         """The row in which each of the documents lies."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new attempt at a source that was lost."""
 TOKENS, ENDS, HASHES, INFO = "tokens.npy", "ends.npy", "hashes.npy", "info.json"
 INNER_ENDS, INNER_HASHES = "inner-ends.npy", "inner-hashes.npy"
-_CODES = {ENDS: "q", HASHES: "Q", INNER_ENDS: "q", INNER_HASHES: "Q"}
+_CODES: dict[str, Literal["q", "Q"]] = {ENDS: "q", HASHES: "Q", INNER_ENDS: "q", INNER_HASHES: "Q"}
 
 Ids = NDArray[Any]
 
@@ -163,7 +163,7 @@ class Builder:
     def __init__(self, source: Source, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> None:
         self._source, self._encoding, self._payload, self._quota = source, encoding, payload, quota
         self._folder = folder
-        self._arrays = {name: array(code) for name, code in _CODES.items()}
+        self._arrays: dict[str, array[int]] = {name: array(code) for name, code in _CODES.items()}
         self._consumed, self._written, self._largest, self._joined = 0, 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
         self._told = False
@@ -234,8 +234,8 @@ class Builder:
             arrays = {name: np.load(self._folder / name) for name in self._arrays}
             tokens, header = self._folder / TOKENS, _header_size(self._encoding.dtype)
             size = header + info["tokens"] * self._encoding.dtype.itemsize
-            lengths = dict.fromkeys((ENDS, HASHES), info["documents"])
-            lengths |= dict.fromkeys((INNER_ENDS, INNER_HASHES), info["inner"])
+            lengths: dict[str, int] = {ENDS: info["documents"], HASHES: info["documents"]}
+            lengths |= {INNER_ENDS: info["inner"], INNER_HASHES: info["inner"]}
             if any(length > len(arrays[name]) for name, length in lengths.items()) or tokens.stat().st_size < size:
                 return
             if int(arrays[ENDS][lengths[ENDS] - 1] if lengths[ENDS] else 0) != info["tokens"]:
@@ -297,7 +297,8 @@ class Builder:
         separator = self._encoding.separator
         if self._told or self._encoding.specials or separator is None:
             return
-        written = self._encoding.tokenizer.convert_ids_to_tokens(separator) if texts else None
+        tokenizer = self._encoding.tokenizer
+        written = tokenizer.convert_ids_to_tokens(separator) if texts and tokenizer is not None else None
         if isinstance(written, str) and any(written in text for text in texts):
             self._told = True
             told = (

@@ -86,7 +86,7 @@ const textView = {
   },
 
   button_(text, at) {
-    return el("button.t", { type: "button", "data-at": at, tabindex: at === this.state.at ? 0 : -1, onclick: () => this.choose(at) }, text.replaceAll("\n", "⏎") || "∅");
+    return el("button.t", { type: "button", "data-at": at, tabindex: at === this.state.at ? 0 : -1, onclick: () => this.choose(at) }, text.replaceAll("\n", "⏎"));
   },
 
   choose(at) {

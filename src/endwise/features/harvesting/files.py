@@ -13,6 +13,7 @@ from endwise.features.harvest import (
     CONTEXT_SCHEMA,
     FEATURE_SCHEMA,
     HARVEST_FOLDER,
+    TOKENIZER_FILE,
     TOP,
     VOCABULARY_SCHEMA,
 )
@@ -21,7 +22,7 @@ from endwise.features.harvesting.gathering import Gathered, bin_edges
 from endwise.features.harvesting.slots import EMPTY, Slots
 from endwise.features.importance import FeatureImportance
 from endwise.features.top_tokens import token_effects, written
-from endwise.files import replacing, write_json
+from endwise.files import replacing, write_atomic, write_json
 from endwise.language_model import LanguageModel
 from endwise.tabular import write_parquet
 from endwise.tokens import Corpus
@@ -55,7 +56,17 @@ def write_harvest(
     words = [written(model, token) for token in range(model.vocab_size)]
     vocabulary = {"token": np.arange(len(words)), "text": words}
     write_parquet(pa.table(vocabulary, schema=VOCABULARY_SCHEMA), folder / "vocabulary.parquet")
+    _write_tokenizer(model, folder / TOKENIZER_FILE)
     write_json(folder / "harvest.json", about)
+
+
+def _write_tokenizer(model: LanguageModel, path: Path) -> None:
+    """Of tokenizers that are code, not a file, nothing is kept."""
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomic(path, backend.to_str().encode())
 
 
 def feature_table(gathered: Gathered, model: LanguageModel, measured: FeatureImportance | None) -> pa.Table:

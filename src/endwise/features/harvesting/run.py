@@ -21,6 +21,7 @@ from endwise.features.importance import FeatureImportance, read_measured
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.progress import counting
+from endwise.reading import expanded
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -80,7 +81,7 @@ def harvest(
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
         wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
-        configs = {path: RunFolder.config_of_trained(path) for path in map(Path, runs)}
+        configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
         settings = {path: wish.settings(path, config) for path, config in configs.items()}
         found = {} if again else {path: read_harvest(path) for path in configs}
         done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
