@@ -59,7 +59,7 @@ def written(model: LanguageModel, token: int) -> str:
         return str(token)
     text = str(model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
     piece = model.tokenizer.convert_ids_to_tokens(token)
-    if REPLACEMENT in text and isinstance(piece, str):
+    if REPLACEMENT in text and isinstance(piece, str) and REPLACEMENT not in piece:
         return named_bytes(piece)
     # A SentencePiece decoder takes off the space that a text's first word is given.
     return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
