@@ -54,8 +54,8 @@ def plainly(command: Callable[P, R]) -> Callable[P, R]:
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            at_home: Any = {name: _at_home(value) for name, value in kwargs.items()}
-            return command(*args, **at_home)
+            kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
+            return command(*args, **kwargs)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
