@@ -1,5 +1,7 @@
 """GPT-2's written-out GELU and the fused one are the same function."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -23,8 +25,12 @@ def test_same_values_and_gradients():
     fuse_gelu(block)
     ours = block.act(x)
     (gradient,) = torch.autograd.grad(ours.sum(), x)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
+    # Far below 0, where 1 + tanh u and 1 − tanh² u cancel, what is left is tanh's own error of a last place (in both),
+    # times x and, in the gradient, times x·u' as well. Where tanh comes from depends on the processor.
+    x, last_place = x.detach(), torch.finfo(torch.float64).eps
+    slope = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * x.square())
+    assert ((ours - expected).abs() <= 4 * last_place * (1 + x.abs())).all()
+    assert ((gradient - expected_gradient).abs() <= 4 * last_place * (1 + x.abs() * slope)).all()
 
 
 def test_only_that_function_is_replaced():

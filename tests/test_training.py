@@ -88,27 +88,6 @@ def test_a_model_in_bf16_trains_an_fp32_sae(model, corpora, kind, tmp_path):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
-def test_fifty_steps_equal_plain_adam_in_float64(model, corpora, tmp_path):
-    config = recipe(tmp_path, "local", gradient_clip=0.1, learning_rate=1e-3)
-    trainee = new_trainee(config, model, steps=50)
-    slow = new_trainee(config, model, steps=50).sae.double()
-    adam = torch.optim.Adam(slow.parameters())
-    for step in range(50):
-        batch = corpora.train.batch([4 * step % 64 + i for i in range(4)])
-        take_step(model, [trainee], batch)
-        x = model.clean(batch.tokens, record=[trainee.site]).activations[trainee.site].double()
-        c = torch.relu(x @ slow.encoder.T + slow.b_enc)
-        y = c @ (slow.decoder / slow.decoder.norm(dim=-1, keepdim=True)) + slow.b_dec
-        loss = (x - y).square().mean() + 0.3 * c.sum(-1).mean() / WIDTH
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(slow.parameters(), 0.1)
-        adam.param_groups[0]["lr"] = 1e-3 * rate_factor(step, 50, config.training)
-        adam.step()
-    for ours, theirs in zip(trainee.sae.parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_schedule_warms_up_and_falls_to_the_floor():
     settings = recipe(Path("unused"), warmup=0.1, floor=0.1).training
     rates = [rate_factor(step, 1000, settings) for step in range(1000)]
@@ -184,20 +163,22 @@ def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpo
 
 
 def test_masked_positions_leave_no_trace(model, corpora, tmp_path):
-    """A batch with padding trains exactly as its unpadded tokens would."""
+    """A batch with padding trains exactly as its unpadded tokens would; in float64, where rounding hides nothing."""
+    model = LanguageModel(copy.deepcopy(model.model).double())
     batch = corpora.train.batch(range(4))
     short = replace(batch, tokens=batch.tokens[:, :6], mask=batch.mask[:, :6])
     padded = replace(batch, mask=batch.mask & (torch.arange(CONTEXT) < 6))
     gradients = []
     for case in (short, padded):
         trainee = new_trainee(recipe(tmp_path, "e2e_ds", gradient_clip=None), model, steps=10)
+        trainee.sae.double()
         take_step(model, [trainee], case)
         gradients.append({name: p.grad.clone() for name, p in trainee.sae.named_parameters()})
         numbers = trainee.report()
         assert numbers["l0"] > 0
     for name, gradient in gradients[0].items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6 * scale)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-12 * scale)
 
 
 def test_alive_counts_a_window_of_tokens(model, corpora, tmp_path):

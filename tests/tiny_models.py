@@ -107,6 +107,27 @@ def tokens(batch: int = 3, length: int = CONTEXT, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+FUSED = 20
+"""How many units in the last place the exponentials of torch's fused attention may be off (`exp_u20` in its source), on
+some processors; those of a softmax by itself are off by one."""
+
+
+def assert_as_exact(ours: Tensor, theirs: Tensor, truth: Tensor, times: float = 3) -> None:
+    """`ours` and `theirs` compute `truth`, which is in float64, each rounding in an order of its own. How far that
+    takes them depends on the processor, but it takes both alike: over many numbers, their errors have one size.
+
+    Args:
+        times: how much further ours may be from it; `FUSED` where only ours attends with the fused kernel.
+    """
+    error, other = relative(ours, truth), relative(theirs, truth)
+    assert error <= times * other, (error, other)
+
+
 def block(family: str, model: nn.Module, layer: int) -> nn.Module:
     return model.get_submodule(f"{FAMILIES[family].blocks}.{layer}")
 
