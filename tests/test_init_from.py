@@ -125,8 +125,9 @@ def test_the_first_steps_loss_is_the_loaded_ones(model, corpora, started, tmp_pa
     assert first["local_mse"] == pytest.approx(float(mse_loss(function(x).detach().double(), x.double())), rel=1e-5)
     latents = SAE.load(folder).encode(x)
     assert first["l0"] == pytest.approx(float(latents.l0().mean()), abs=0.04)  # one of 32 tokens' features at its edge
-    last = RunFolder(run.folder).metrics()[-1]
-    assert last["loss"] < first["loss"]
+    latents = run.sae.encode(x)
+    after = mse_loss(run.sae.decode(latents), x) + 0.3 * latents.penalty().mean() / WIDTH
+    assert float(after.detach()) < first["loss"]  # of the same batch: another one may be harder
 
 
 @pytest.mark.parametrize("kind", ["e2e", "e2e_ds"])

