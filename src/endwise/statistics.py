@@ -112,6 +112,12 @@ def interval_with_seeds(estimate: float, by_seed: Numbers, text_error: float) ->
     return Interval(low=float(estimate - half), high=float(estimate + half), estimate=estimate)
 
 
+def normal_interval(estimate: float, error: float) -> Interval:
+    """The 95 % interval of what is distributed normally."""
+    half = student_t((1 + CONFIDENCE) / 2, np.inf) * error
+    return Interval(low=estimate - half, high=estimate + half, estimate=estimate)
+
+
 def exp_interval(interval: Interval) -> Interval:
     """Of a logarithm, the interval of the number."""
     return Interval(*(float(np.exp(end)) for end in (interval.low, interval.high, interval.estimate)))

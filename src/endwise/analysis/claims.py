@@ -30,6 +30,14 @@ def shown_if_all(holds: Sequence[bool]) -> Verdict:
     return "shown" if all(holds) else "not shown"
 
 
+def all_shown(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of several places: one that is not shown decides; one that cannot be tested leaves it open."""
+    found = set(verdicts)
+    if "not shown" in found:
+        return "not shown"
+    return "shown" if found == {"shown"} else "not testable here"
+
+
 def are_similar(runs: Iterable[RunSummary]) -> bool:
     """Whether runs that were chosen for their CE increases have similar ones."""
     increases = [run.ce_increase for run in runs]

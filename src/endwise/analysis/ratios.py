@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.claims import Verdict
+from endwise.analysis.claims import Verdict, all_shown
 from endwise.analysis.run_summary import (
     LABELS,
     LATER_MSE,
@@ -294,10 +294,7 @@ def _ratio_of_runs(
 
 def below(ratios: Iterable[Ratio]) -> Verdict:
     """Whether all ratios that could be measured are below 1 (`Ratio.below`)."""
-    verdicts = {ratio.below for ratio in ratios if ratio.estimate is not None or ratio.crossings}
-    if "not shown" in verdicts:
-        return "not shown"
-    return "shown" if verdicts == {"shown"} else "not testable here"
+    return all_shown(ratio.below for ratio in ratios if ratio.estimate is not None or ratio.crossings)
 
 
 def percent(ratio: Ratio, *, seeds: bool = True) -> str:
