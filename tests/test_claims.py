@@ -109,7 +109,7 @@ def with_norms(found, **ratios):
     each = {kind: Interval(low=r - 0.01, high=r + 0.01, estimate=r) for kind, r in ratios.items()}
     norms = {
         run.folder: Norms(each[run.kind], None, None, each[run.kind], (0,) * BINS, {}, 9)
-        for run in found.sites[SITE].similar
+        for run in found.sites[SITE].runs
         if run.kind in each
     }
     return replace(found, norms=norms)

@@ -3,10 +3,10 @@
 Along each principal direction of the activations, an SAE's reconstruction is compared with what the model loses when
 the direction is resample-ablated (paper, figures 21 to 23). If an SAE drops what the model does not use, then over
 directions the quality of its reconstruction rises with that loss, as Spearman's rank correlation says without assuming
-any shape. Its interval resamples directions.
+any shape. Its interval resamples directions. Kinds are compared seed by seed, and what is claimed of them rests on an
+interval that holds the seeds too.
 """
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis import paper
-from endwise.analysis.claims import Claim, Verdict, are_similar, shown_if_all
-from endwise.analysis.comparison import runs_at_similar
+from endwise.analysis.claims import Claim, Verdict, all_shown, are_similar
+from endwise.analysis.comparison import later_error, runs_at_similar, similar_by_seed
 from endwise.analysis.correlations import LEAST, interval_of, partial_spearman, resampled_points, spearman
+from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds, with_error
 from endwise.analysis.pareto import RESAMPLES, SEED, Setting, columns_of, comparable
-from endwise.analysis.ratios import Ratio, downstream_ratio, times
-from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
+from endwise.analysis.ratios import Ratio, times
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, Seeds, what_varies
 from endwise.features.directions import RunDirections, measure_directions
 from endwise.features.norms import Norms
 from endwise.language_model import LanguageModel
-from endwise.statistics import Interval
+from endwise.statistics import Interval, error_of
 from endwise.tokens import Corpora
 
 PAIRS = (("e2e", "local"), ("e2e_ds", "local"), ("e2e", "e2e_ds"))
@@ -47,17 +48,25 @@ class Follows:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two runs at similar CE increase; everything paired over directions."""
+    """Two kinds, of each seed two runs at a similar CE increase; everything paired over directions, within the seed."""
 
     kind: str
     reference: str
-    rank: Interval
+    runs: tuple[RunSummary, ...]
+    """Of both kinds."""
+    directions: int
+    own: OverSeeds
+    """`Follows.rank` of `kind`."""
+    own_given_variance: OverSeeds
+    of_reference: OverSeeds
+    of_reference_given_variance: OverSeeds
+    rank: OverSeeds
     """Difference of their `Follows.rank`."""
-    given_variance: Interval
-    dropped: Interval
+    given_variance: OverSeeds
+    dropped: OverSeeds
     """Rank correlation of the KL with how much worse `kind` reconstructs a direction than `reference` (difference of
     correlations). Below 0: what it drops is what the model uses less."""
-    dropped_given_variance: Interval
+    dropped_given_variance: OverSeeds
     """The same given the directions' variance: whether, of directions of like variance, it drops those less used."""
 
 
@@ -70,13 +79,15 @@ class Directions:
     measured: Mapping[str, RunDirections]
     """By run folder."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, those whose CE increases are closest to each other."""
+    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
+    by_seed: Mapping[Seeds, tuple[RunSummary, ...]]
+    """The same of every seed."""
     follows: Mapping[str, Follows]
     """By run folder; none where fewer than `LEAST` directions were ablated."""
     contrasts: tuple[Contrast, ...]
-    """Of `similar`."""
+    """Of `by_seed`, where CE increases are similar."""
     downstream: Ratio | None
-    """Downstream MSE of e2e+ds relative to e2e, of `similar`; None where one is missing."""
+    """Downstream MSE of e2e+ds relative to e2e at equal CE increase; None where one is missing."""
 
     @property
     def norms(self) -> dict[str, Norms]:
@@ -85,9 +96,9 @@ class Directions:
 
     @property
     def claims(self) -> list[Claim]:
-        """What the paper says of lengths, later layers and dropped directions, held against the runs of `similar`."""
+        """What the paper says of lengths, later layers and dropped directions, held against the runs."""
         return [
-            norm_claim({self.setting.site: self.similar}, self.norms),
+            norm_claim({self.setting.site: list(self.by_seed.values())}, self.norms),
             _downstream_claim(self),
             *(claim for kind in ("e2e", "e2e_ds") for claim in _dropped_claims(self, kind)),
         ]
@@ -141,26 +152,39 @@ def directions(
 def _compare(setting: Setting, runs: Sequence[RunSummary], by_folder: Mapping[str, RunDirections]) -> Directions:
     ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed)))
     measured = {run.folder: by_folder[run.folder] for run in ordered}
-    similar = {run.kind: run for run in runs_at_similar(ordered, "ce_increase")}
-    pairs = [(a, b) for a, b in PAIRS if a in similar and b in similar]
-    enough = len(_ablated(next(iter(measured.values())))) >= LEAST
-    both = "e2e" in similar and "e2e_ds" in similar
+    similar, by_seed = runs_at_similar(ordered, "ce_increase"), similar_by_seed(ordered, "ce_increase")
+    enough = len(_ablated(measured.values())) >= LEAST
+    contrasts = []
+    for kind, reference in PAIRS if enough else ():
+        if pairs := _pairs(by_seed, kind, reference):
+            contrasts.append(contrast(kind, reference, pairs, measured))
+    both = {"e2e", "e2e_ds"} <= {run.kind for run in similar}
     return Directions(
         setting=setting,
         runs=ordered,
         measured=measured,
-        similar=tuple(similar.values()),
+        similar=similar,
+        by_seed=by_seed,
         follows={folder: follows(each) for folder, each in measured.items()} if enough else {},
-        contrasts=tuple(
-            contrast(a, measured[similar[a].folder], b, measured[similar[b].folder]) for a, b in pairs if enough
-        ),
-        downstream=downstream_ratio(similar["e2e_ds"], similar["e2e"], RESAMPLES, SEED) if both else None,
+        contrasts=tuple(contrasts),
+        downstream=later_error(ordered, "e2e_ds", "e2e", RESAMPLES, SEED) if both else None,
     )
 
 
-def _ablated(run: RunDirections) -> NDArray[np.intp]:
-    """Numbers of the directions that were ablated and are there at all."""
-    return np.flatnonzero(np.isfinite(run.kl.estimate) & np.isfinite(run.correlation.estimate))
+Pair = tuple[RunSummary, RunSummary]
+
+
+def _pairs(by_seed: Mapping[Seeds, Sequence[RunSummary]], kind: str, reference: str) -> list[Pair]:
+    """Of each seed that has runs of both kinds at a similar CE increase, these."""
+    chosen = [{run.kind: run for run in runs} for runs in by_seed.values()]
+    pairs = [(of[kind], of[reference]) for of in chosen if {kind, reference} <= set(of)]
+    return [pair for pair in pairs if are_similar(pair)]
+
+
+def _ablated(runs: Iterable[RunDirections]) -> NDArray[np.intp]:
+    """Numbers of the directions that were ablated and are there at all, in every run."""
+    known = [np.isfinite(run.kl.estimate) & np.isfinite(run.correlation.estimate) for run in runs]
+    return np.flatnonzero(np.all(known, axis=0))
 
 
 def follows(run: RunDirections, resamples: int = RESAMPLES, seed: int = SEED) -> Follows:
@@ -168,7 +192,7 @@ def follows(run: RunDirections, resamples: int = RESAMPLES, seed: int = SEED) ->
     Raises:
         DataError: too few directions were ablated.
     """
-    at = _ablated(run)
+    at = _ablated([run])
     weights = resampled_points(len(at), resamples, seed)
     kept, kl, variance = run.correlation.estimate[at], run.kl.estimate[at], run.variance[at]
     rank, given = spearman(kept, kl, weights), partial_spearman(kept, kl, variance, weights)
@@ -177,48 +201,73 @@ def follows(run: RunDirections, resamples: int = RESAMPLES, seed: int = SEED) ->
 
 def contrast(
     kind: str,
-    run: RunDirections,
     reference: str,
-    other: RunDirections,
+    pairs: Sequence[Pair],
+    measured: Mapping[str, RunDirections],
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Contrast:
     """
+    Args:
+        pairs: of each seed a run of either kind.
+        measured: by run folder.
+
     Raises:
         DataError: too few directions were ablated.
     """
-    at = _ablated(run)
+    of = [(measured[run.folder], measured[other.folder]) for run, other in pairs]
+    at = _ablated(each for pair in of for each in pair)
     weights = resampled_points(len(at), resamples, seed)
-    kl, variance = run.kl.estimate[at], run.variance[at]
-    kept, kept_by_other = run.correlation.estimate[at], other.correlation.estimate[at]
+    every = [_of_seed(run, other, at, weights) for run, other in of]
+    own, own_given, others, others_given, dropped, dropped_given = (np.stack(each) for each in zip(*every, strict=True))
     return Contrast(
         kind,
         reference,
-        interval_of(spearman(kept, kl, weights) - spearman(kept_by_other, kl, weights)),
-        interval_of(
-            partial_spearman(kept, kl, variance, weights) - partial_spearman(kept_by_other, kl, variance, weights)
-        ),
-        interval_of(spearman(kept_by_other - kept, kl, weights)),
-        interval_of(partial_spearman(kept_by_other - kept, kl, variance, weights)),
+        tuple(run for pair in pairs for run in pair),
+        len(at),
+        own=over_seeds(own, CORRELATION),
+        own_given_variance=over_seeds(own_given, CORRELATION),
+        of_reference=over_seeds(others, CORRELATION),
+        of_reference_given_variance=over_seeds(others_given, CORRELATION),
+        rank=over_seeds(own - others),
+        given_variance=over_seeds(own_given - others_given),
+        dropped=over_seeds(dropped, CORRELATION),
+        dropped_given_variance=over_seeds(dropped_given, CORRELATION),
     )
 
 
-def norm_claim(similar: Mapping[str, Sequence[RunSummary]], measured: Mapping[str, Norms]) -> Claim:
+Floats = NDArray[np.float64]
+
+
+def _of_seed(run: RunDirections, other: RunDirections, at: NDArray[np.intp], weights: Floats) -> tuple[Floats, ...]:
+    """Of either run the correlation of what is kept with the KL, then that of what is dropped; each as it is and given
+    the variance, `[1 + resamples]`.
+    """
+    kl, variance = run.kl.estimate[at], run.variance[at]
+    kept, kept_by_other = run.correlation.estimate[at], other.correlation.estimate[at]
+    return tuple(
+        values
+        for of in (kept, kept_by_other, kept_by_other - kept)
+        for values in (spearman(of, kl, weights), partial_spearman(of, kl, variance, weights))
+    )
+
+
+def norm_claim(places: Mapping[str, Sequence[Sequence[RunSummary]]], measured: Mapping[str, Norms]) -> Claim:
     """Table 5.
 
     Args:
-        similar: the runs of each place whose CE increases are closest to each other; only where these are similar is
-            anything said of their order.
+        places: of each place and seed the runs whose CE increases are closest to each other; only where these are
+            similar is anything said of their order.
         measured: by run folder.
     """
-    told, holds = [], []
-    for place, runs in similar.items():
-        ratios = {run.kind: measured[run.folder].ratio for run in runs if run.folder in measured}
-        told.append(f"{place}: " + ", ".join(f"{LABELS[kind]} {_told(each)}" for kind, each in ratios.items()))
-        if set(ratios) >= set(KINDS) and are_similar(runs):
-            order = [ratios[kind] for kind in ("e2e", "e2e_ds", "local")]
-            shorter = ratios["local"].high < 1
-            holds.append(shorter and all(a.high < b.low for a, b in itertools.pairwise(order)))
+    told, verdicts = [], []
+    for place, choices in places.items():
+        kept = [[run for run in runs if run.folder in measured] for runs in choices]
+        whole = [runs for runs in kept if {run.kind for run in runs} >= set(KINDS) and are_similar(runs)]
+        apart = "" if whole else ", no seed has all kinds at a similar CE increase"
+        told.append(f"{place}: {_lengths(whole or kept[:1], measured)}{apart}")
+        if whole:
+            verdicts.append(_in_order(whole, measured))
     published = ", ".join(
         f"{LABELS[kind]} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in paper.NORM_RATIO.items()
     )
@@ -227,23 +276,50 @@ def norm_claim(similar: Mapping[str, Sequence[RunSummary]], measured: Mapping[st
         "local's least",
         f"{published} (layers 2/6/10)",
         "; ".join(told) or "no runs of all kinds",
-        shown_if_all(holds),
+        all_shown(verdicts),
     )
 
 
+def _lengths(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Norms]) -> str:
+    """The ratio of each kind, over the seeds."""
+    runs = [run for choice in choices for run in choice]
+    of_kind = {kind: [measured[run.folder].ratio for run in runs if run.kind == kind] for kind in KINDS}
+    each = [f"{LABELS[kind]} {_mean(ratios).told()}" for kind, ratios in of_kind.items() if ratios]
+    return f"{', '.join(each)} {over('held-out text', runs)}" if each else "no runs of all kinds"
+
+
+def _in_order(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Norms]) -> Verdict:
+    """Whether e2e's reconstructions are shorter than e2e+ds's, these than local's, and these than the activations."""
+    e2e, e2e_ds, local = (
+        [measured[run.folder].ratio for runs in choices for run in runs if run.kind == kind]
+        for kind in ("e2e", "e2e_ds", "local")
+    )
+    steps = [_mean(e2e_ds, less=e2e), _mean(local, less=e2e_ds)]
+    shorter = _mean(local)
+    return judged((shorter, shorter.high < 1), *((step, step.low > 0) for step in steps))
+
+
+def _mean(ratios: Sequence[Interval], less: Sequence[Interval] | None = None) -> OverSeeds:
+    """Over seeds, of ratios or of their differences from others. All seeds are measured on one text, so that its part
+    of the error does not grow less with more of them; two ratios' errors are added as if they were independent.
+    """
+    values = np.array([each.estimate for each in ratios])
+    error = float(np.mean([error_of(each) for each in ratios]))
+    if less is None:
+        return with_error(values, error)
+    other = float(np.mean([error_of(each) for each in less]))
+    return with_error(values - np.array([each.estimate for each in less]), float(np.hypot(error, other)))
+
+
 def _downstream_claim(found: Directions) -> Claim:
-    ratio, missing = found.downstream, _missing(found, "e2e", "e2e_ds")
+    ratio = found.downstream
     verdict: Verdict = "not testable here"
-    if missing or ratio is None:
-        told = missing
-    elif ratio.estimate is None:
+    if ratio is None:
+        told = "not both e2e and e2e+ds are there"
+    elif ratio.at_ends is None and ratio.estimate is None:
         told = f"not measured ({ratio.reason})"
     else:
-        ends = f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]" if ratio.interval else f" ({ratio.reason})"
-        told = "; ".join(
-            [f"e2e+ds's downstream MSE is {times(ratio.estimate)}{ends} times e2e's", *_later_cosines(found)]
-        )
-        verdict = ratio.below
+        told, verdict = "; ".join([_later_told(ratio), *_later_cosines(found)]), ratio.below
     return Claim(
         "e2e strays further from the original activations in later layers than e2e+ds, at a similar CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
@@ -252,18 +328,30 @@ def _downstream_claim(found: Directions) -> Claim:
     )
 
 
+def _later_told(ratio: Ratio) -> str:
+    if ratio.estimate is None:
+        return f"e2e+ds's downstream MSE against e2e's: {ratio.reason}"
+    where = "at the closest CE increases" if ratio.over is None else "at equal CE increase"
+    ends = f" ({ratio.reason})"
+    if ratio.interval is not None:
+        text = "held-out text and" if ratio.holds_seeds else "held-out text alone,"
+        ends = f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}] over {text} {ratio.rests_on}"
+    return f"e2e+ds's downstream MSE {where} is {times(ratio.estimate)}{ends} times e2e's"
+
+
 def _missing(found: Directions, kind: str, other: str) -> str:
-    """Why two kinds cannot be compared at a similar CE increase; empty if they can."""
-    runs = [run for run in found.similar if run.kind in (kind, other)]
-    if len(runs) < 2:
-        return f"not both {LABELS[kind]} and {LABELS[other]} are there"
-    return "" if are_similar(runs) else "no two runs have a similar CE increase"
+    """Why two kinds cannot be compared at a similar CE increase."""
+    if any({kind, other} <= {run.kind for run in runs} for runs in found.by_seed.values()):
+        similar = bool(_pairs(found.by_seed, kind, other))
+        return "too few directions were ablated" if similar else "no two runs of a seed have a similar CE increase"
+    return f"no seed has both {LABELS[kind]} and {LABELS[other]}"
 
 
 def _later_cosines(found: Directions) -> list[str]:
     """The mean over later layers, where it was measured."""
     return [
-        f"{LABELS[run.kind]}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f}"
+        f"{LABELS[run.kind]}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f} "
+        f"(CE {run.ce_increase:+.3f}, seed {run.seed})"
         for run in found.similar
         if run.downstream_cosine
     ]
@@ -277,31 +365,31 @@ def _dropped_claims(found: Directions, kind: str) -> list[Claim]:
         f"Of directions of like variance, {name} drops those that the model uses less",
     ]
     published = ["directions that are not reconstructed have little effect (figures 21 to 23)", None]
-    of = {run.kind: found.follows[run.folder] for run in found.similar if run.folder in found.follows}
     against = next((each for each in found.contrasts if (each.kind, each.reference) == (kind, "local")), None)
-    missing = _missing(found, kind, "local")
-    if missing or against is None:
-        missing = missing or "too few directions were ablated"
+    if against is None:
+        missing = _missing(found, kind, "local")
         return [Claim(*pair, missing, "not testable here") for pair in zip(words, published, strict=True)]
-    own, local = of[kind], of["local"]
     use = (
-        f"rank correlation of reconstruction and resample-ablation KL over {own.directions} directions: {name} "
-        f"{_told(own.rank)}, local {_told(local.rank)}, difference {_told(against.rank)}; "
-        f"of the KL with how much worse {name} reconstructs than local: {_told(against.dropped)}"
+        f"rank correlation of reconstruction and resample-ablation KL over {against.directions} directions: {name} "
+        f"{against.own.told()}, local {against.of_reference.told()}, difference {against.rank.told()}; "
+        f"of the KL with how much worse {name} reconstructs than local: {against.dropped.told()}"
     )
     alike = (
         f"given the variance, the KL with how much worse {name} reconstructs than local: "
-        f"{_told(against.dropped_given_variance)}; reconstruction and KL: {name} {_told(own.given_variance)}, local "
-        f"{_told(local.given_variance)}, difference {_told(against.given_variance)}"
+        f"{against.dropped_given_variance.told()}; reconstruction and KL: {name} {against.own_given_variance.told()}, "
+        f"local {against.of_reference_given_variance.told()}, difference {against.given_variance.told()}"
     )
+    where = f"intervals {over('directions', against.runs)}"
+    dropped, alone = against.dropped, against.dropped_given_variance
     return [
-        Claim(words[0], published[0], use, shown_if_all([own.rank.low > 0, against.dropped.high < 0])),
-        Claim(words[1], published[1], alike, shown_if_all([against.dropped_given_variance.high < 0])),
+        Claim(
+            words[0],
+            published[0],
+            f"{use}; {where}",
+            judged((against.own, against.own.low > 0), (dropped, dropped.high < 0)),
+        ),
+        Claim(words[1], published[1], f"{alike}; {where}", judged((alone, alone.high < 0))),
     ]
-
-
-def _told(interval: Interval) -> str:
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def norm_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
@@ -353,12 +441,14 @@ def use_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
 
 
 def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
-    """One row for each pair of kinds, of their runs at similar CE increase."""
+    """One row for each pair of kinds, of their runs at similar CE increase: means over seeds."""
     return [
         {
             **columns_of(one.setting),
             "kind": each.kind,
             "reference": each.reference,
+            "seeds": each.rank.seeds,
+            "seeds_vary": what_varies(each.runs) or None,
             **_ends("rank", each.rank),
             **_ends("rank_given_variance", each.given_variance),
             **_ends("dropped", each.dropped),
@@ -369,13 +459,14 @@ def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     ]
 
 
-def _ends(name: str, interval: Interval) -> dict[str, float]:
+def _ends(name: str, interval: Interval | OverSeeds) -> dict[str, float]:
     return {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
 
 
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
-    similar = run.folder in {each.folder for each in one.similar}
-    own = {"kind": run.kind, "coefficient": run.coefficient, "seed": run.seed, "at_similar_ce": similar}
+    similar = any(run in runs for runs in one.by_seed.values())
+    own = {"kind": run.kind, "coefficient": run.coefficient, "seed": run.seed, "data_seed": run.data_seed}
+    own |= {"at_similar_ce": similar}
     return {**columns_of(one.setting), **own, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
 
 

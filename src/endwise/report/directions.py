@@ -11,6 +11,7 @@ from rich.text import Text
 
 from endwise.analysis import directions as analysis
 from endwise.analysis.directions import Directions
+from endwise.analysis.over_seeds import OverSeeds, rests_on
 from endwise.analysis.run_summary import LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
 from endwise.printable import printable
@@ -40,9 +41,14 @@ def reconstructed_directions(found: Directions, name: str) -> Chart:
     ]
     caption = (
         f"Principal directions of the activations at {found.setting.site}, numbered from 1, position 0 and document "
-        "starts left out. Unexplained: Σ(⟨a, v⟩ − ⟨â, v⟩)² over the variance; above 1, the mean would be nearer."
+        "starts left out. Unexplained: Σ(⟨a, v⟩ − ⟨â, v⟩)² over the variance; above 1, the mean would be nearer. "
+        f"{_seed(found)}"
     )
     return Chart(name, "How each direction is reconstructed", caption, tuple(panels))
+
+
+def _seed(found: Directions) -> str:
+    return f"Of each kind one run, of seed {found.similar[0].seed}."
 
 
 def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
@@ -66,7 +72,7 @@ def used_directions(found: Directions, name: str) -> Chart:
     caption = (
         f"One dot a principal direction of the activations at {found.setting.site}. Across: the KL when every token's "
         "component along it is replaced by another token's, as it is and by the direction's variance. Up: how well an "
-        "SAE reconstructs that component, and how much less well than local."
+        f"SAE reconstructs that component, and how much less well than local. {_seed(found)}"
     )
     shown = tuple(panel for panel in panels if any(series.marks for series in panel.series))
     return Chart(name, "What is reconstructed, and what the model uses", caption, shown)
@@ -206,7 +212,10 @@ def _norm_table(one: Directions) -> str:
         "at document starts",
         "cosine of a and â",
     )
-    note = "The first and the last of the measured columns leave out position 0 and document starts. * at similar CE."
+    note = (
+        "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
+        "leave out position 0 and document starts. * at similar CE, of its seed."
+    )
     return f'<h3>Lengths</h3>{table(headings, rows)}<p class="note">{note}</p>'
 
 
@@ -219,6 +228,7 @@ def _use_table(one: Directions) -> str:
     pairs = [
         (
             f"{LABELS[each.kind]} − {LABELS[each.reference]}",
+            rests_on(each.runs),
             *map(_interval, (each.rank, each.given_variance, each.dropped, each.dropped_given_variance)),
         )
         for each in one.contrasts
@@ -227,7 +237,8 @@ def _use_table(one: Directions) -> str:
         return ""
     headings = ("kind", "λ", "seed", "directions", "rank correlation with use", "given variance")
     differences = (
-        "at similar CE",
+        "at similar CE, seed by seed",
+        "seeds",
         "rank correlation with use",
         "given variance",
         "use of what it drops",
@@ -235,11 +246,13 @@ def _use_table(one: Directions) -> str:
     )
     note = (
         "Rank correlation over directions of how well a direction is reconstructed and the KL when it is "
-        "resample-ablated; 95 % intervals over directions. The use of what it drops is the rank correlation of that KL "
-        "with how much worse the first kind reconstructs than the second: below 0, it drops what the model uses less. "
-        "Given variance: the same with the directions' variance taken out (partial rank correlation)."
+        "resample-ablated. 95 % intervals: of a run, over directions; of two kinds, over directions and seeds where "
+        "there are three seeds or more, otherwise over directions alone. The use of what it drops is the rank "
+        "correlation of that KL with how much worse the first kind reconstructs than the second: below 0, it drops "
+        "what the model uses less. Given variance: the same with the directions' variance taken out (partial rank "
+        "correlation)."
     )
-    both = table(headings, rows) + (table(differences, pairs) if pairs else "")
+    both = table(headings, rows) + (table(differences, pairs, text=(1,)) if pairs else "")
     return f'<h3>Directions and their use</h3>{both}<p class="note">{note}</p>'
 
 
@@ -252,7 +265,8 @@ def _later_table(one: Directions) -> str:
     if not later:
         return ""
     headings = ("kind", "CE increase", *map(layer_label, later))
-    return f"<h3>Later layers at similar CE: mean squared error / cosine</h3>{table(headings, rows)}"
+    seed = f"seed {one.similar[0].seed}"
+    return f"<h3>Later layers at similar CE, {seed}: mean squared error / cosine</h3>{table(headings, rows)}"
 
 
 def _later_cell(run: RunSummary, site: str) -> str:
@@ -263,9 +277,9 @@ def _later_cell(run: RunSummary, site: str) -> str:
 
 
 def _named(one: Directions, run: RunSummary) -> tuple[str, str, str]:
-    marked = "*" if run in one.similar else ""
+    marked = "*" if any(run in runs for runs in one.by_seed.values()) else ""
     return f"{LABELS[run.kind]}{marked}", f"{run.coefficient:g}", str(run.seed)
 
 
-def _interval(interval: Interval | None) -> str:
+def _interval(interval: Interval | OverSeeds | None) -> str:
     return "–" if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

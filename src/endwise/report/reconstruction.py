@@ -10,7 +10,7 @@ from endwise.features.text_at_site import Where
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, mark
 
-TEXT = "Bars are 95 % intervals over held-out text."
+TEXT = "Bars are 95 % intervals over held-out text, each of one run."
 LATER = {
     "downstream_mse": Axis("mean squared error per dimension", log=True),
     "downstream_cosine": Axis("cosine, spliced and original"),
@@ -22,8 +22,8 @@ def downstream(similar: Mapping[str, Sequence[RunSummary]], name: str = "downstr
     """Figures 2 and 6: for each site the error and the cosine of its runs at similar CE increase."""
     panels = [panel for site, runs in similar.items() for panel in _later(runs, site)]
     caption = (
-        "Later residual streams of the runs of each kind whose CE increases are closest to each other, spliced against "
-        f"original. {TEXT}"
+        "Later residual streams of the runs of each kind, of one seed, whose CE increases are closest to each other, "
+        f"spliced against original. {TEXT}"
     )
     return Chart(name, "Error in the later layers, at similar CE increase", caption, tuple(panels))
 

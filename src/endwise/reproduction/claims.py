@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from endwise.analysis import paper
 from endwise.analysis.claims import Claim, shown_if_all
+from endwise.analysis.comparison import similar_by_seed
 from endwise.analysis.directions import norm_claim
 from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
 from endwise.analysis.run_summary import LABELS, layer_label
@@ -95,7 +96,8 @@ def _times(ratio: Ratio) -> str:
 
 
 def _norms(found: Findings) -> Claim:
-    return norm_claim({_layer(site): runs for site, runs in found.similar_ce.items()}, found.norms)
+    places = {_layer(site): similar_by_seed(summary.runs, "ce_increase") for site, summary in found.sites.items()}
+    return norm_claim({place: list(by_seed.values()) for place, by_seed in places.items()}, found.norms)
 
 
 def _learning_rate(found: Findings) -> Claim:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.comparison import Summary, runs_at_similar, summarise
+from endwise.analysis.comparison import Summary, runs_at_similar, similar_by_seed, summarise
 from endwise.analysis.run_summary import KINDS, RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import FormatError
@@ -37,7 +37,7 @@ class Findings:
     similar_l0: Mapping[str, tuple[RunSummary, ...]]
     """By site, the run of each kind whose L0s are closest to each other."""
     norms: Mapping[str, Norms]
-    """By run folder, of the runs at similar CE increase."""
+    """By run folder, of the runs of each seed at similar CE increase."""
     experiments: Mapping[str, tuple[Measured, ...]]
     mitigations: Mitigations | None
     settings: EvaluationConfig
@@ -70,7 +70,8 @@ def find(made: StudyRuns, out: Path) -> Findings:
         site: _summary(runs, settings) for site in study.sites if (runs := [run for run in curves if run.site == site])
     }
     similar_l0 = {site: runs_at_similar(summary.runs, "l0") for site, summary in sites.items()}
-    folders = {run.folder for summary in sites.values() for run in summary.similar}
+    similar = [runs for each in sites.values() for runs in similar_by_seed(each.runs, "ce_increase").values()]
+    folders = {run.folder for runs in similar for run in runs}
     return Findings(
         made=made,
         sites=sites,
