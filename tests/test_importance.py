@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from safetensors import safe_open
 from transformers import GPT2LMHeadModel
 
 from endwise import evaluate, train
@@ -294,6 +296,41 @@ def test_faithfulness_is_the_whole_model_with_the_first_features_only(model, sae
     assert not np.array_equal(found.ce, found.random_ce)
 
 
+def test_further_counts_are_measured_as_those_of_the_curve(model, sae, spliced, attributed, slow):
+    sums = FaithfulnessSums(sae, attributed, seed=0)
+    sums.add(model, spliced)
+    sums.between = [5, 11]
+    sums.add_between(model, spliced.clean, spliced.site, spliced.mask)
+    nothing = np.zeros(SEQUENCES - HALF)
+    found = sums.result(nothing, nothing, nothing)
+    ranking = attributed.ranking()
+    for n, ce in zip(*found.by_importance, strict=True):
+        c = torch.zeros_like(slow.c)
+        c[..., ranking[:n]] = slow.c[..., ranking[:n]]
+        close(ce, slow.losses(c)[0][HALF:], rtol=1e-4)
+    assert found.by_importance[0].tolist() == sorted([*found.kept, 5, 11])
+
+
+@pytest.mark.parametrize("falls", [3.0, 9.0, 100.0])
+def test_counts_draw_together_about_where_90_percent_is_carried(sae, attributed, falls):
+    def ce(n):
+        return np.array([np.exp(-n / falls)])
+
+    sums = FaithfulnessSums(sae, attributed, seed=0)
+    sums._sums = [np.tile(np.array([ce(n) for n in sums.kept]), (3, 1, 1))]
+    while sums.narrow(1.0):
+        assert not set(sums.between) & {*sums.kept, *sums._between}
+        sums._between |= {n: [ce(n)] for n in sums.between}
+    nothing = np.zeros(1)
+    counts, curve = sums.result(nothing, nothing, nothing).by_importance
+    every = np.arange(attributed.alive + 1)
+    reached = np.argmax(1 - np.exp(-every / falls) >= 0.9 * (1 - np.exp(-attributed.alive / falls)))
+    place = counts.tolist().index(counts[1 - curve[:, 0] >= 0.9 * (1 - curve[-1, 0])][0])
+    assert counts[place - 1] < reached <= counts[place] <= max(1.05 * counts[place - 1], counts[place - 1] + 1)
+    assert len(counts) - len(sums.kept) <= 6
+    assert not sums.narrow(-1.0)  # nothing is carried
+
+
 def test_counts_of_kept_features():
     assert [kept_counts(n).tolist() for n in (0, 1, 2, 8, 9)] == [
         [0],
@@ -329,6 +366,14 @@ def test_measured_runs_agree_with_their_evaluation_and_are_not_measured_again(mo
     for part in ("importance", "ablations", "faithfulness"):
         for name, value in vars(getattr(kept, part)).items():
             assert np.array_equal(value, getattr(getattr(measured, part), name), equal_nan=True), name
+    tensors = safetensors.numpy.load_file(run / IMPORTANCE_FILE)
+    older = {name: values for name, values in tensors.items() if "between" not in name}
+    assert len(older) == len(tensors) - 2
+    with safe_open(run / IMPORTANCE_FILE, framework="numpy") as opened:
+        metadata = opened.metadata()
+    safetensors.numpy.save_file(older, run / IMPORTANCE_FILE, metadata)  # as version 0.1 wrote it
+    assert len(read_measured(run).faithfulness.between_kept) == 0
+    safetensors.numpy.save_file(tensors, run / IMPORTANCE_FILE, metadata)
     passes = []
     clean = model.clean
     monkeypatch.setattr(model, "clean", lambda *args, **more: passes.append(1) or clean(*args, **more))

@@ -19,13 +19,13 @@ from endwise.analysis.concentration import (
     shares,
 )
 from endwise.analysis.correlations import pearson, spearman
-from endwise.analysis.importance import ImportanceStudy, ImportantRun, run_rows
+from endwise.analysis.importance import ImportanceStudy, ImportantRun, faithfulness_rows, run_rows
 from endwise.analysis.pareto import Setting
 from endwise.cli import app
 from endwise.features.importance import Ablations, Faithfulness, FeatureImportance, Measured
 from endwise.report import printed
 from endwise.report.importance import importance_charts
-from endwise.statistics import resampling_weights, student_t
+from endwise.statistics import interval_with_seeds, resampling_weights, student_t
 from made_runs import make_run
 from small_gpt2 import data, recipe
 
@@ -140,8 +140,8 @@ def test_the_count_that_carries_a_part():
 
 def test_the_ratio_of_counts_is_resampled_in_pairs():
     one, other = (made_measured(spread).faithfulness for spread in (5, 10))
-    ratio = carrying_ratio(one, other)
-    assert carrying_ratio(one, one) == replace(ratio, low=1.0, high=1.0, estimate=1.0)
+    ratio = carrying_ratio([(one, other)])
+    assert carrying_ratio([(one, one)]) == replace(ratio, low=1.0, high=1.0, estimate=1.0)
     assert ratio.low <= ratio.estimate <= ratio.high < 1
     counts = [count_carrying(each.kept, shares(each, each.ce)[None])[0] for each in (one, other)]
     assert ratio.estimate == pytest.approx(counts[0] / counts[1])
@@ -164,7 +164,7 @@ def test_the_ratio_of_halves_is_a_jackknife_over_blocks():
 
     pseudo = [BLOCKS * log_ratio() - (BLOCKS - 1) * log_ratio([block]) for block in range(BLOCKS)]
     half = student_t(0.975, BLOCKS - 1) * np.std(pseudo, ddof=1) / np.sqrt(BLOCKS)
-    found = half_ratio(one, other)
+    found = half_ratio([(one, other)])
     np.testing.assert_allclose(
         np.log([found.low, found.estimate, found.high]), log_ratio() + half * np.array([-1, 0, 1])
     )
@@ -182,8 +182,25 @@ def test_correlations_are_those_of_numpy():
     assert correlation(x[:3], y[:3], spearman) is None and correlation(x, np.ones(40), pearson) is None
 
 
+def test_the_ratio_of_halves_of_several_seeds_has_the_jackknife_of_their_mean():
+    pairs = [(made_importance(5 + 0.2 * seed, seed), made_importance(10, seed)) for seed in range(3)]
+
+    def logs(without=()):
+        kept = [block for block in range(BLOCKS) if block not in without]
+        return np.log(
+            [count_with(0.5, a.ce_blocks[kept].sum(0)) / count_with(0.5, b.ce_blocks[kept].sum(0)) for a, b in pairs]
+        )
+
+    pseudo = [BLOCKS * logs().mean() - (BLOCKS - 1) * logs([block]).mean() for block in range(BLOCKS)]
+    expected = interval_with_seeds(float(logs().mean()), logs(), float(np.std(pseudo, ddof=1) / np.sqrt(BLOCKS)))
+    found = half_ratio(pairs)
+    np.testing.assert_allclose(
+        np.log([found.low, found.estimate, found.high]), [expected.low, expected.estimate, expected.high]
+    )
+
+
 def test_verdicts_follow_the_intervals():
-    study = made_study({"local": 10, "e2e": 5, "e2e_ds": 10})
+    study = made_study({"local": 10, "e2e": 5, "e2e_ds": 10}, seeds=(0, 1, 2))
     found = {claim.claim: claim for claim in study.claims}
     verdicts = {claim: each.verdict for claim, each in found.items()}
     assert verdicts == {
@@ -193,11 +210,54 @@ def test_verdicts_follow_the_intervals():
         "Half of the importance lies in fewer features of e2e+ds than of local": "not shown",
     } | {claim: "shown" for claim in verdicts if "-order" in claim}
     assert len(verdicts) == 10
-    assert all("held-out text" in each.ours for claim, each in found.items() if "-order" not in claim)
+    ratios = [each.ours for claim, each in found.items() if "-order" not in claim]
+    assert all("over held-out text and 3 seeds (initialisation)" in ours for ours in ratios)
+    assert all("L0s of 20.0 and 20.0" in ours for ours in ratios)
+    assert (
+        "over features and 3 seeds"
+        in found["The first-order estimate ranks e2e's features as exact ablation does (Spearman above 0.5)"].ours
+    )
+
+
+@pytest.mark.parametrize(("seeds", "told"), [((0,), "one seed"), ((0, 1), "two seeds (initialisation)")])
+def test_one_or_two_seeds_give_figures_and_no_verdict(seeds, told):
+    study = made_study({"local": 10, "e2e": 5}, seeds=seeds)
+    assert {claim.verdict for claim in study.claims} == {"not testable here"}
+    assert all(told in claim.ours and "[" in claim.ours for claim in study.claims)
     alone = made_study({"e2e": 5})
-    assert [claim.verdict for claim in alone.claims] == ["not testable here", "not testable here", "shown", "shown"]
-    seeds = made_study({"local": 10, "e2e": 5}, seeds=(0, 1, 2))
-    assert all("3 seeds" in claim.ours for claim in seeds.claims[:2])
+    assert {claim.verdict for claim in alone.claims} == {"not testable here"}
+    assert "no seed has both kinds" in alone.claims[0].ours
+
+
+def test_kinds_of_different_seeds_or_unlike_ce_increase_are_not_compared():
+    runs = made_study({"local": 10, "e2e": 5}, seeds=(0, 1, 2)).runs
+    other = [replace(run, summary=replace(run.summary, data_seed=9 * (run.summary.kind == "e2e"))) for run in runs]
+    increases = {"local": 0.1, "e2e": 0.3}
+    apart = [replace(run, summary=replace(run.summary, ce_increase=increases[run.summary.kind])) for run in runs]
+    unlike = "no two runs of a seed have a similar CE increase"
+    for changed, why in ((other, "no seed has both kinds"), (apart, unlike)):
+        claims = ImportanceStudy(Setting.of(runs[0].summary), tuple(changed)).claims[:2]
+        assert [(claim.ours, claim.verdict) for claim in claims] == [(why, "not testable here")] * 2
+
+
+def test_counts_between_far_apart_points_say_so():
+    coarse = made_study({"local": 10, "e2e": 5}, seeds=(0, 1, 2))
+    assert "(interpolated between 8 and 16; --again measures in between)" in coarse.claims[0].ours
+    runs = []
+    for run in coarse.runs:
+        curve = run.measured.faithfulness
+        between = np.setdiff1d(np.arange(9, 32), curve.kept)
+        ce = np.array([np.interp(between, curve.kept, row) for row in curve.ce.T]).T
+        finer = replace(curve, between_kept=between, between_ce=ce)
+        runs.append(replace(run, measured=replace(run.measured, faithfulness=finer)))
+    fine = ImportanceStudy(coarse.setting, tuple(runs))
+    assert "interpolated" not in fine.claims[0].ours
+    below, above = fine.runs[0].about
+    assert above == below + 1 and below <= fine.runs[0].carrying.estimate <= above
+    assert run_rows([fine])[0]["measured_above"] == above
+    kept, ce = fine.runs[0].measured.faithfulness.by_importance
+    assert (np.diff(kept) > 0).all() and ce.shape == (len(kept), SEQUENCES)
+    assert len(faithfulness_rows([fine])) == len(fine.runs) * (len(kept) + 2 * 8)
 
 
 def test_tables_tell_of_every_run():

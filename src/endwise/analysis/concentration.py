@@ -1,19 +1,19 @@
 """On how few features the function rests: shares by rank, the count that carries a share, and their intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis.correlations import LEAST, interval_of, resampled_points
+from endwise.analysis.over_seeds import RATIO, OverSeeds, over_seeds, with_error
+from endwise.features.faithfulness import CARRIED
 from endwise.features.importance import Faithfulness, FeatureImportance
-from endwise.statistics import CONFIDENCE, Interval, percentile_interval, resampling_weights, student_t
+from endwise.statistics import CONFIDENCE, Interval, resampling_weights, student_t
 
 Floats = NDArray[np.float64]
 
 RESAMPLES, SEED = 1000, 12345
-CARRIED = 0.9
-"""Share, of what the whole SAE carries, for which features are counted."""
 HALF = 0.5
 """Share of the summed importance for which features are counted."""
 
@@ -33,27 +33,26 @@ def count_with(share: float, importance: Floats) -> float:
     return float(np.interp(share, shares, np.arange(len(shares)))) if shares[-1] > 0 else float("nan")
 
 
-def half_ratio(one: FeatureImportance, other: FeatureImportance) -> Interval:
-    """Features of `one` with half of its importance, divided by those of `other`.
+def half_ratio(pairs: Sequence[tuple[FeatureImportance, FeatureImportance]]) -> OverSeeds:
+    """Features of the first with half of its importance, divided by those of the second; of each seed a pair.
 
-    The interval is a delete-a-block jackknife of the logarithm over the blocks of held-out sequences, which both share,
-    with Student's t. A bootstrap would not do: it draws sequences twice, and so adds noise to small importances, whose
-    magnitudes then count as importance.
+    Over text, the error is a delete-a-block jackknife's of the logarithm over the blocks of held-out sequences, which
+    all share, with Student's t where there are too few seeds. A bootstrap would not do: it draws sequences twice, and
+    so adds noise to small importances, whose magnitudes then count as importance.
     """
 
     def log_count(importance: FeatureImportance, kept: NDArray[np.bool_]) -> float:
         return float(np.log(count_with(HALF, importance.second_blocks[kept].sum(0))))
 
-    def log_ratio(kept: NDArray[np.bool_]) -> float:
-        return log_count(one, kept) - log_count(other, kept)
+    def log_ratios(kept: NDArray[np.bool_]) -> Floats:
+        return np.array([log_count(one, kept) - log_count(other, kept) for one, other in pairs])
 
-    blocks = len(one.ce_blocks)
-    estimate = log_ratio(np.ones(blocks, dtype=bool))
-    without = np.array([log_ratio(np.arange(blocks) != block) for block in range(blocks)])
-    error = np.sqrt((blocks - 1) * np.mean(np.square(without - without.mean())))
-    half = student_t((1 + CONFIDENCE) / 2, blocks - 1) * error
-    low, middle, high = np.exp([estimate - half, estimate, estimate + half])
-    return Interval(low=float(low), high=float(high), estimate=float(middle))
+    blocks = len(pairs[0][0].ce_blocks)
+    by_seed = log_ratios(np.ones(blocks, dtype=bool))
+    without = np.array([log_ratios(np.arange(blocks) != block).mean() for block in range(blocks)])
+    error = float(np.sqrt((blocks - 1) * np.mean(np.square(without - without.mean()))))
+    mean, half = float(by_seed.mean()), student_t((1 + CONFIDENCE) / 2, blocks - 1) * error
+    return with_error(by_seed, error, RATIO, alone=Interval(low=mean - half, high=mean + half, estimate=mean))
 
 
 def shares(curve: Faithfulness, ce: Floats, weights: Floats | None = None) -> Floats:
@@ -101,25 +100,34 @@ def count_carrying(kept: NDArray[np.int64], share: Floats, part: float = CARRIED
     return np.where((whole > 0) & np.isfinite(share).all(axis=1), count, np.nan)
 
 
-def _carrying(curve: Faithfulness) -> tuple[float, Floats]:
-    """The count of the curve itself, and that of each resample, `[RESAMPLES]`."""
-    estimate = count_carrying(curve.kept, shares(curve, curve.ce)[None])
-    return float(estimate[0]), count_carrying(curve.kept, share_draws(curve, curve.ce))
+def _carrying(curve: Faithfulness) -> Floats:
+    """The count of the curve itself, then that of each resample, `[1 + RESAMPLES]`."""
+    kept, ce = curve.by_importance
+    return count_carrying(kept, np.concatenate([shares(curve, ce)[None], share_draws(curve, ce)]))
 
 
 def carrying(curve: Faithfulness) -> Interval:
     """How many of the most important features carry `CARRIED` of what the SAE carries; 95 % over sequences."""
-    estimate, draws = _carrying(curve)
-    return percentile_interval(draws, estimate)
+    return interval_of(_carrying(curve))
 
 
-def carrying_ratio(one: Faithfulness, other: Faithfulness) -> Interval:
-    """`carrying` of one divided by that of another on the same sequences, which are resampled together. NaN where the
-    other needs no feature at all.
+def measured_about(curve: Faithfulness) -> tuple[int, int] | None:
+    """The measured counts between which `carrying` lies; None where the SAE carries nothing."""
+    kept, ce = curve.by_importance
+    share = shares(curve, ce)
+    if not share[-1] > 0:
+        return None
+    reached = int(np.argmax(share >= CARRIED * share[-1]))
+    return int(kept[max(0, reached - 1)]), int(kept[reached])
+
+
+def carrying_ratio(pairs: Sequence[tuple[Faithfulness, Faithfulness]]) -> OverSeeds:
+    """`carrying` of one divided by that of another, of each seed a pair, all on the same sequences, which are resampled
+    together. NaN where one needs no feature at all.
     """
-    (a, a_draws), (b, b_draws) = _carrying(one), _carrying(other)
-    draws = np.divide(a_draws, b_draws, out=np.full_like(a_draws, np.nan), where=b_draws > 0)
-    return percentile_interval(draws, a / b if b > 0 else float("nan"))
+    counts = np.array([[_carrying(curve) for curve in pair] for pair in pairs])
+    known = (counts > 0).all(axis=1)
+    return over_seeds(np.divide(counts[:, 0], counts[:, 1], out=np.full(known.shape, np.nan), where=known), RATIO)
 
 
 def correlation(x: Floats, y: Floats, of: Callable[[Floats, Floats, Floats], Floats]) -> Interval | None:
@@ -128,7 +136,15 @@ def correlation(x: Floats, y: Floats, of: Callable[[Floats, Floats, Floats], Flo
     Args:
         of: `pearson` or `spearman`.
     """
+    values = correlation_draws(x, y, of)
+    return None if values is None else interval_of(values)
+
+
+def correlation_draws(
+    x: Floats, y: Floats, of: Callable[[Floats, Floats, Floats], Floats], seed: int = SEED
+) -> Floats | None:
+    """The correlation, then that of each resample of the pairs, `[1 + RESAMPLES]`."""
     if len(x) < LEAST:
         return None
-    values = of(x, y, resampled_points(len(x), RESAMPLES, SEED))
-    return None if np.isnan(values[0]) else interval_of(values)
+    values = of(x, y, resampled_points(len(x), RESAMPLES, seed))
+    return None if np.isnan(values[0]) else values

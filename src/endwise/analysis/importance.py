@@ -9,31 +9,36 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.claims import Claim, Verdict
-from endwise.analysis.comparison import runs_at_similar
+from endwise.analysis.claims import Claim, are_similar
+from endwise.analysis.comparison import runs_at_similar, similar_by_seed
 from endwise.analysis.concentration import (
     CARRIED,
     HALF,
+    SEED,
     carrying,
     carrying_ratio,
     correlation,
+    correlation_draws,
     count_with,
     half_ratio,
+    measured_about,
     share_draws,
     shares,
 )
 from endwise.analysis.correlations import pearson, spearman
+from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds
 from endwise.analysis.pareto import Setting, runs_in, with_settings
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
+from endwise.features.faithfulness import NARROW
 from endwise.features.importance import Faithfulness, Measured
 from endwise.features.measuring import ABLATED, measure_importance
 from endwise.language_model import LanguageModel
-from endwise.statistics import LEAST_SEEDS, Interval, interval_over_seeds, percentile_interval
+from endwise.statistics import Floats, Interval, percentile_interval
 from endwise.tokens import Corpora
 
 FOLLOWS = 0.5
 """Spearman's correlation with exact ablation above which an estimate counts as following it."""
-ORDERS = {"second": "ce", "first": "first_order_ce", "random": "random_ce"}
+ORDERS = ("second", "first", "random")
 """In which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
 LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
 Order = Literal["first", "second"]
@@ -59,6 +64,11 @@ class ImportantRun:
         return carrying(self.measured.faithfulness)
 
     @cached_property
+    def about(self) -> tuple[int, int] | None:
+        """The measured counts between which `carrying` lies; None where the SAE carries nothing."""
+        return measured_about(self.measured.faithfulness)
+
+    @cached_property
     def share(self) -> float:
         """Share of the model's behaviour that the whole SAE carries."""
         return float(shares(self.measured.faithfulness, self.measured.faithfulness.ce)[-1])
@@ -72,12 +82,29 @@ class ImportantRun:
             order: to which the estimate goes.
             random_only: only those that were drawn at random, which stand for all alive features.
         """
-        ablated = self.measured.ablations
-        kept = ~ablated.by_rank if random_only else np.ones(len(ablated.features), dtype=bool)
-        estimated, exact = (getattr(ablated, name)[kept] for name in (f"{ESTIMATES[order]}_{loss}", loss))
+        estimated, exact = self._ablated(order, loss, random_only)
         if np.isnan(estimated).any():
             return {"pearson": None, "spearman": None}
         return {of.__name__: correlation(estimated, exact, of) for of in (pearson, spearman)}
+
+    def ranks_as_exact(self, order: Order, seed: int) -> Floats | None:
+        """Spearman's correlation with exact ablation, and that of each resample of the features."""
+        estimated, exact = self._ablated(order, "ce", False)
+        return correlation_draws(estimated, exact, spearman, seed)
+
+    def _ablated(self, order: Order, loss: Literal["ce", "kl"], random_only: bool) -> tuple[Floats, Floats]:
+        """Estimates and exact rises of the ablated features."""
+        ablated = self.measured.ablations
+        kept = ~ablated.by_rank if random_only else np.ones(len(ablated.features), dtype=bool)
+        return getattr(ablated, f"{ESTIMATES[order]}_{loss}")[kept], getattr(ablated, loss)[kept]
+
+
+def curve_of(curve: Faithfulness, order: str) -> tuple[np.ndarray, Floats]:
+    """Counts of features kept in one of `ORDERS`, ascending, and their CE `[points sequences]`."""
+    return curve.by_importance if order == "second" else (curve.kept, getattr(curve, _CURVES[order]))
+
+
+_CURVES = {"first": "first_order_ce", "random": "random_ce"}
 
 
 @dataclass(frozen=True)
@@ -89,43 +116,78 @@ class ImportanceStudy:
 
     @cached_property
     def similar(self) -> tuple[ImportantRun, ...]:
-        """One run of each kind, those of the first seed whose CE increases are closest."""
-        return self._similar(min(run.summary.seed for run in self.runs))
+        """One run of each kind, all of one seed, those whose CE increases are closest."""
+        return self._of(runs_at_similar([run.summary for run in self.runs], "ce_increase"))
 
-    def _similar(self, seed: int) -> tuple[ImportantRun, ...]:
-        by_folder = {run.summary.folder: run for run in self.runs if run.summary.seed == seed}
-        return tuple(
-            by_folder[each.folder]
-            for each in runs_at_similar([run.summary for run in by_folder.values()], "ce_increase")
-        )
+    @cached_property
+    def by_seed(self) -> tuple[tuple[ImportantRun, ...], ...]:
+        """The same of every seed."""
+        chosen = similar_by_seed([run.summary for run in self.runs], "ce_increase")
+        return tuple(self._of(runs) for runs in chosen.values())
+
+    def _of(self, summaries: Sequence[RunSummary]) -> tuple[ImportantRun, ...]:
+        by_folder = {run.summary.folder: run for run in self.runs}
+        return tuple(by_folder[each.folder] for each in summaries)
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
         kinds = [kind for kind in KINDS[1:] if any(run.summary.kind == kind for run in self.runs)]
         compared = [claim for kind in kinds for claim in (self._carrying(kind), self._half(kind))]
-        return (*compared, *(_follows(run, order) for order in ESTIMATES for run in self.similar))
+        present = dict.fromkeys(run.summary.kind for run in self.similar)
+        return (*compared, *(self._follows(kind, order) for order in ESTIMATES for kind in present))
 
     def _carrying(self, kind: str) -> Claim:
         claim = f"{LABELS[kind]} needs fewer features than local to carry {100 * CARRIED:.0f} % of what its SAE carries"
         pairs = self._pairs(kind)
-        ratios = [carrying_ratio(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs]
-        return _ratio_finding(claim, pairs, ratios, [f"{run.carrying.estimate:,.0f}" for run in _first(pairs)])
+        if not pairs:
+            return Claim(claim, None, self._unpaired(kind), "not testable here")
+        ratio = carrying_ratio([(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs])
+        return _ratio_finding(claim, pairs, ratio, [_counted(run) for run in pairs[0]])
 
     def _half(self, kind: str) -> Claim:
         claim = f"Half of the importance lies in fewer features of {LABELS[kind]} than of local"
         pairs = self._pairs(kind)
-        ratios = [half_ratio(one.measured.importance, local.measured.importance) for one, local in pairs]
-        return _ratio_finding(claim, pairs, ratios, [f"{run.half:,.0f}" for run in _first(pairs)])
+        if not pairs:
+            return Claim(claim, None, self._unpaired(kind), "not testable here")
+        ratio = half_ratio([(one.measured.importance, local.measured.importance) for one, local in pairs])
+        return _ratio_finding(claim, pairs, ratio, [f"{run.half:,.0f}" for run in pairs[0]])
+
+    def _with_local(self, kind: str) -> list[tuple[ImportantRun, ImportantRun]]:
+        """Of each seed that has both, a run of the kind and a local one."""
+        chosen = [{run.summary.kind: run for run in runs} for runs in self.by_seed]
+        return [(of[kind], of["local"]) for of in chosen if {kind, "local"} <= set(of)]
 
     def _pairs(self, kind: str) -> list[tuple[ImportantRun, ImportantRun]]:
-        """Of each seed that has both, a run of the kind and a local one, at similar CE increase."""
-        pairs = []
-        for seed in sorted({run.summary.seed for run in self.runs}):
-            of = {each: [r for r in self.runs if (r.summary.seed, r.summary.kind) == (seed, each)] for each in KINDS}
-            if of[kind] and of["local"]:
-                chosen = {run.summary.kind: run for run in self._similar(seed)}
-                pairs.append((chosen[kind], chosen["local"]))
-        return pairs
+        """Those at a similar CE increase."""
+        return [pair for pair in self._with_local(kind) if are_similar(run.summary for run in pair)]
+
+    def _unpaired(self, kind: str) -> str:
+        return (
+            "no two runs of a seed have a similar CE increase" if self._with_local(kind) else "no seed has both kinds"
+        )
+
+    def _follows(self, kind: str, order: Order) -> Claim:
+        claim = (
+            f"The {order}-order estimate ranks {LABELS[kind]}'s features as exact ablation does "
+            f"(Spearman above {FOLLOWS:g})"
+        )
+        runs = [run for each in self.by_seed for run in each if run.summary.kind == kind]
+        # Other features are ablated in each run, so each is resampled apart.
+        draws = [run.ranks_as_exact(order, SEED + place) for place, run in enumerate(runs)]
+        known = [(run, each) for run, each in zip(runs, draws, strict=True) if each is not None]
+        if not known:
+            most = max(len(run.measured.ablations.features) for run in runs)
+            return Claim(claim, None, f"{most} features were ablated", "not testable here")
+        rank = over_seeds(np.stack([each for _, each in known]), CORRELATION)
+        summaries = [run.summary for run, _ in known]
+        linear = [run.agreement(order)["pearson"] for run, _ in known]
+        features = sum(len(run.measured.ablations.features) for run, _ in known)
+        ours = (
+            f"Spearman {rank.told('{:.2f}'.format)} {over('features', summaries)}, Pearson "
+            f"{', '.join('–' if each is None else f'{each.estimate:.2f}' for each in linear)}, {features} features, "
+            f"λ {', '.join(f'{each:g}' for each in dict.fromkeys(run.coefficient for run in summaries))}"
+        )
+        return Claim(claim, None, ours, judged((rank, rank.low > FOLLOWS)))
 
 
 def importance(
@@ -174,48 +236,34 @@ def _in_order(runs: Sequence[ImportantRun]) -> tuple[ImportantRun, ...]:
     return tuple(sorted(runs, key=place))
 
 
-def _first(pairs: Sequence[tuple[ImportantRun, ImportantRun]]) -> tuple[ImportantRun, ...]:
-    return pairs[0] if pairs else ()
+def _counted(run: ImportantRun) -> str:
+    """The features that carry `CARRIED`; with the measured counts about them where these are far apart."""
+    count, about = f"{run.carrying.estimate:,.0f}", run.about
+    if about is None or about[1] <= max(NARROW * about[0], about[0] + 1):
+        return count
+    return f"{count} (interpolated between {about[0]:,} and {about[1]:,}; --again measures in between)"
 
 
 def _ratio_finding(
-    claim: str,
-    pairs: Sequence[tuple[ImportantRun, ImportantRun]],
-    ratios: Sequence[Interval],
-    counts: Sequence[str],
+    claim: str, pairs: Sequence[tuple[ImportantRun, ImportantRun]], ratio: OverSeeds, counts: Sequence[str]
 ) -> Claim:
-    """Shown if the whole interval lies below 1; over seeds where there are enough, otherwise over held-out text."""
-    if not pairs:
-        return Claim(claim, None, "no seed has both kinds", "not testable here")
-    if not all(np.isfinite([each.estimate for each in ratios])):
+    """Shown if the whole of an interval that holds text and seeds lies below 1.
+
+    Args:
+        counts: of the first pair.
+    """
+    if not np.isfinite(ratio.estimate):
         return Claim(
             claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
         )
     one, local = (run.summary for run in pairs[0])
-    where = f"at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f}"
-    if len(ratios) >= LEAST_SEEDS:
-        ratio, over = interval_over_seeds([each.estimate for each in ratios]), f"over {len(ratios)} seeds"
-    else:
-        ratio, over = ratios[0], "over held-out text"
-    verdict: Verdict = "shown" if ratio.high < 1 else "not shown"
-    ends = f"[{100 * ratio.low:.0f}, {100 * ratio.high:.0f}]"
-    ours = f"{100 * ratio.estimate:.0f} % of local's {ends} {over}; {' against '.join(counts)} features, {where}"
-    return Claim(claim, None, ours + (f" (seed {one.seed})" if len(ratios) > 1 else ""), verdict)
-
-
-def _follows(run: ImportantRun, order: Order) -> Claim:
-    kind = LABELS[run.summary.kind]
-    claim = f"The {order}-order estimate ranks {kind}'s features as exact ablation does (Spearman above {FOLLOWS:g})"
-    found = run.agreement(order)
-    rank, linear = found["spearman"], found["pearson"]
-    if rank is None or linear is None:
-        return Claim(claim, None, f"{len(run.measured.ablations.features)} features were ablated", "not testable here")
+    told = ratio.told(lambda share: f"{100 * share:.0f}").replace(" [", " % of local's [", 1)
     ours = (
-        f"Spearman {rank.estimate:.2f} [{rank.low:.2f}, {rank.high:.2f}], Pearson {linear.estimate:.2f} "
-        f"[{linear.low:.2f}, {linear.high:.2f}] over {len(run.measured.ablations.features)} features, "
-        f"λ {run.summary.coefficient:g}"
+        f"{told} {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
+        f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f} "
+        f"and L0s of {one.l0:.1f} and {local.l0:.1f} (seed {one.seed})"
     )
-    return Claim(claim, None, ours, "shown" if rank.low > FOLLOWS else "not shown")
+    return Claim(claim, None, ours, judged((ratio, ratio.high < 1)))
 
 
 def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
@@ -264,14 +312,14 @@ def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]
     for run in _runs(studies):
         curve = run.measured.faithfulness
         predictions, clean = curve.predictions.sum(), curve.clean.sum()
-        for order, name in ORDERS.items():
-            sums = getattr(curve, name)
+        for order in ORDERS:
+            kept, sums = curve_of(curve, order)
             from_zeroed = _share_from_zeroed(curve, sums)
             for point, interval in enumerate(share_intervals(curve, sums)):
                 ce = sums[point].sum()
                 row = {"run": run.summary.folder, "kind": run.summary.kind, "order": order}
                 row |= {
-                    "kept": int(curve.kept[point]),
+                    "kept": int(kept[point]),
                     "ce": ce / predictions,
                     "ce_increase": (ce - clean) / predictions,
                 }
@@ -300,10 +348,13 @@ def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
             summary, found = run.summary, run.measured.importance
             row: dict[str, Any] = {"run": summary.folder, "model": summary.model, "site": summary.site}
             row |= {"kind": summary.kind, "coefficient": summary.coefficient, "seed": summary.seed}
+            row |= {"data_seed": summary.data_seed}
             row |= {"l0": summary.l0, "ce_increase": summary.ce_increase, "tokens": found.tokens}
             row |= {"alive": found.alive, "half_of_importance": run.half, "share": run.share}
             row |= {"carrying": run.carrying.estimate, "carrying.low": run.carrying.low}
-            row |= {"carrying.high": run.carrying.high, "ablated": len(run.measured.ablations.features)}
+            below, above = run.about or (None, None)
+            row |= {"carrying.high": run.carrying.high, "measured_below": below, "measured_above": above}
+            row |= {"ablated": len(run.measured.ablations.features)}
             rows.append(_plain(row | _agreement_columns(run)))
     return rows
 

@@ -8,7 +8,7 @@ important are kept (`Faithfulness`). How they are measured is said in `attributi
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -156,6 +156,20 @@ class Faithfulness:
     """`[sequences]`: with the site at its mean activation."""
     predictions: Floats
     """`[sequences]`"""
+    between_kept: Counts = field(default_factory=lambda: np.zeros(0, np.int64))
+    """`[more]`: further counts of those first in rank, about where `faithfulness.CARRIED` is reached; none in what
+    version 0.1 wrote."""
+    between_ce: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    """`[more sequences]`, as `ce`."""
+
+    @property
+    def by_importance(self) -> tuple[Counts, Floats]:
+        """All counts of those first in rank, ascending, and their CE."""
+        if not len(self.between_kept):
+            return self.kept, self.ce
+        kept = np.concatenate([self.kept, self.between_kept])
+        order = np.argsort(kept)
+        return kept[order], np.concatenate([self.ce, self.between_ce])[order]
 
 
 @dataclass(frozen=True)
@@ -233,13 +247,14 @@ def _arrays(part: FeatureImportance | Ablations | Faithfulness) -> dict[str, NDA
 
 def _read_part(part: type[_Part], tensors: Mapping[str, NDArray[Any]], **others: Any) -> _Part:
     """Arrays of one length along each axis that they share; whatever else they are, they are numbers."""
-    names = [field.name for field in fields(part) if field.name not in others]
-    arrays = {name: tensors[f"{_prefix(part)}{name}"] for name in names}
+    named = {f"{_prefix(part)}{each.name}": each for each in fields(part) if each.name not in others}
+    optional = [key for key, each in named.items() if each.default_factory is not MISSING and key not in tensors]
+    arrays = {each.name: tensors[key] for key, each in named.items() if key not in optional}
     lengths = {array.shape[-1] for name, array in arrays.items() if name not in _OTHER_AXES}
     if len(lengths) > 1:
         raise ValueError(f"the arrays of {part.__name__} have {sorted(lengths)} entries, which must agree")
     return part(**arrays, **others)
 
 
-_OTHER_AXES = ("predictions_blocks", "tokens_blocks", "kept")
+_OTHER_AXES = ("predictions_blocks", "tokens_blocks", "kept", "between_kept")
 """Arrays whose last axis is not the one that the others of their part share."""

@@ -155,6 +155,7 @@ class _Group:
             ablations = {path: AblationSums(sae, samples[path]) for path, (_, sae) in self.saes.items()}
             curves = {p: FaithfulnessSums(sae, importance[p], seeds[p]) for p, (_, sae) in self.saes.items()}
             bounds = self._second_half(ablations, curves, means, advance)
+        self._in_between(curves, bounds, display)
         heldout = {"heldout": self.corpus.fingerprint()}
         return {
             path: Measured(
@@ -208,6 +209,20 @@ class _Group:
                 bounds[site].append(torch.stack([of_clean, ablated, compared.predicts.sum(1).double()]).cpu())
             advance(len(batch.tokens))
         return bounds
+
+    def _in_between(
+        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Site, Sequence[Tensor]], display: bool
+    ) -> None:
+        """Further passes over the second half, for as long as a curve asks for more counts."""
+        bases = {site: float(torch.cat(list(each), dim=1)[1].sum()) for site, each in bounds.items()}
+        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0]])}:
+            sites = sorted({self.saes[path][0] for path in wanted})
+            with counting("features that carry most", self.sequences - self.half, display) as advance:
+                for batch in self._batches(range(self.half, self.sequences)):
+                    clean = self.model.clean(batch.tokens, record=sites)
+                    for path, each in wanted.items():
+                        each.add_between(self.model, clean, self.saes[path][0], batch.mask)
+                    advance(len(batch.tokens))
 
     def _curve(self, sums: FaithfulnessSums, bounds: Sequence[Tensor]) -> Faithfulness:
         clean, mean_ablated, predictions = torch.cat(list(bounds), dim=1).numpy()

@@ -12,11 +12,11 @@ from rich.text import Text
 from endwise.analysis.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance import (
     ESTIMATES,
-    ORDERS,
     ImportanceStudy,
     ImportantRun,
     Order,
     ablation_rows,
+    curve_of,
     faithfulness_rows,
     feature_rows,
     run_rows,
@@ -56,7 +56,7 @@ def faithfulness_chart(study: ImportanceStudy, name: str) -> Chart:
     """Figure 24 as a curve: the share of the model's behaviour that the first n features carry."""
     x, y = Axis("features kept", log=True), Axis("share of behaviour", from_zero=True)
     panels = tuple(
-        Panel(title, x, y, tuple(_faithfulness(run, ORDERS[order]) for run in study.similar))
+        Panel(title, x, y, tuple(_faithfulness(run, order) for run in study.similar))
         for order, title in _ORDER_TITLES.items()
     )
     caption = (
@@ -71,20 +71,15 @@ def faithfulness_chart(study: ImportanceStudy, name: str) -> Chart:
 _ORDER_TITLES = {"second": "by importance", "first": "by first-order estimate", "random": "at random"}
 
 
-def _faithfulness(run: ImportantRun, name: str) -> Series:
-    """
-    Args:
-        name: of the curve in `Faithfulness`.
-    """
-    curve = run.measured.faithfulness
-    ends = share_intervals(curve, getattr(curve, name))
+def _faithfulness(run: ImportantRun, order: str) -> Series:
+    kept, ce = curve_of(run.measured.faithfulness, order)
+    ends = share_intervals(run.measured.faithfulness, ce)
     marks = tuple(
         Mark(float(n), each.estimate, f"{_named(run)}\n{n:,} features: {_share(each)}")
-        for n, each in zip(curve.kept.tolist(), ends, strict=True)
+        for n, each in zip(kept.tolist(), ends, strict=True)
         if n > 0
     )
-    kept = tuple(map(float, curve.kept))
-    band = Band(kept, tuple(e.low for e in ends), tuple(e.high for e in ends), "held-out text")
+    band = Band(tuple(map(float, kept)), tuple(e.low for e in ends), tuple(e.high for e in ends), "held-out text")
     return Series(run.summary.kind, marks, band=band)
 
 
@@ -96,7 +91,7 @@ def concentration_chart(study: ImportanceStudy, name: str) -> Chart:
         for kind in dict.fromkeys(run.summary.kind for run in study.runs):
             own = sorted((r for r in study.runs if r.summary.kind == kind), key=lambda r: r.summary.ce_increase)
             marks = tuple(_run_mark(run, count(run)) for run in own if count(run).estimate > 0)
-            seeds = len({run.summary.seed for run in own})
+            seeds = len({run.summary.seeds for run in own})
             series.append(Series(kind, marks, joined=seeds == 1))
         return Panel("", Axis("CE increase, nats per token", from_zero=True), Axis(label, log=True), tuple(series))
 
@@ -207,7 +202,8 @@ def _where(study: ImportanceStudy) -> str:
         f"{LABELS[run.summary.kind]} λ {run.summary.coefficient:g} (CE {run.summary.ce_increase:+.3f})"
         for run in study.similar
     )
-    return f"Of each kind the SAE whose CE increase is closest to the others' at {study.setting.site}: {chosen}."
+    seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
+    return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."
 
 
 def _named(run: ImportantRun) -> str:
@@ -293,4 +289,9 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 def _section(study: ImportanceStudy, charts: Sequence[Chart]) -> str:
     head = f'<h2>{escape(study.setting.site)}</h2><p class="lead">{escape(study.setting)}.</p>'
     numbers = table(_HEADINGS, map(_cells, study.runs))
-    return f"<section>{head}{claim_list(study.claims)}{''.join(map(div, charts))}{numbers}</section>"
+    note = (
+        f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '
+        "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold "
+        "the seeds too.</p>"
+    )
+    return f"<section>{head}{claim_list(study.claims)}{''.join(map(div, charts))}{numbers}{note}</section>"
