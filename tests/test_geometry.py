@@ -19,12 +19,21 @@ from endwise.analysis import over_features
 from endwise.analysis.correlations import spearman
 from endwise.analysis.geometry import Similarity
 from endwise.analysis.geometry_claims import claims, differences
-from endwise.analysis.similarity import QUANTILES, Measure, across_seeds, mean_over_seeds, quantiles, within
+from endwise.analysis.similarity import (
+    QUANTILES,
+    Measure,
+    across_kinds,
+    across_seeds,
+    mean_over_seeds,
+    quantiles,
+    within,
+)
 from endwise.analysis.stability import THRESHOLDS, recurrence, stability, stable_function
 from endwise.cli import app
 from endwise.errors import ConfigError, FormatError, RunFolderError
 from endwise.report import print_geometry, write_geometry
 from endwise.run_evaluation import read_firings
+from endwise.statistics import interval_with_seeds
 from made_dictionaries import directions, near, write_run
 from made_runs import make_run
 
@@ -149,7 +158,7 @@ def test_recurrence_is_the_share_of_seeds_at_each_threshold(found):
         best = np.stack([(rows @ other.T).max(1) for other in others])
         shares.append([(best >= threshold).mean() for threshold in THRESHOLDS])
     of = recurrence(found, run)
-    assert of.seeds == 3
+    assert [each.seed for each in of.runs] == [0, 1, 2]
     assert [share.estimate for share in of.share] == pytest.approx(np.mean(shares, axis=0))
     assert all(share.low <= share.estimate + 1e-12 and share.estimate - 1e-12 <= share.high for share in of.share)
 
@@ -168,7 +177,7 @@ def test_intervals_are_those_of_a_slow_resample(found):
     similarity = found.within[run.folder]
     values = similarity.cosine.astype(np.float64)
     means = slow_draws(lambda drawn: values[drawn].mean(), run, len(values))
-    measure = Measure.of(run, {0: (run, values)})
+    measure = Measure.of(run, {(0, 0): (run, values)})
     assert (measure.interval.low, measure.interval.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     drawn = slow_draws(lambda drawn: np.quantile(values[drawn], QUANTILES), run, len(values))
     for i, interval in enumerate(quantiles(similarity)):
@@ -254,23 +263,50 @@ def test_differences_are_paired_only_for_the_same_features(found):
         gaps = found.between(local, ds).cosine.astype(float) - found.between(local, e2e).cosine.astype(float)
         values.append((local, gaps))
     drawn = np.mean([slow_draws(lambda i, of=of: of[i].mean(), run, len(of)) for run, of in values], axis=0)
-    assert (paired.interval.low, paired.interval.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    assert paired.interval.estimate == pytest.approx(np.mean([of.mean() for _, of in values]))
-    over = mean_over_seeds([of.mean() for _, of in values])
-    assert (paired.over_seeds.low, paired.over_seeds.high) == pytest.approx((over.low, over.high))
+    means = [of.mean() for _, of in values]
+    expected = interval_with_seeds(float(np.mean(means)), means, float(drawn.std(ddof=1)))
+    found = paired.interval
+    assert (found.low, found.estimate, found.high) == pytest.approx((expected.low, expected.estimate, expected.high))
+    assert [run.seed for run in paired.runs] == [0, 1, 2]
 
 
-def test_the_interval_over_seeds_is_students():
-    interval = mean_over_seeds([1.0, 2.0, 4.0])
-    half = 4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3)
-    assert (interval.low, interval.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
+def test_across_seeds_the_variance_is_the_jackknifes():
+    """Of cosines that are sums of what is each seed's own, it is known: that of twice the seeds' mean."""
+    own = np.array([0.1, 0.25, 0.3, 0.6])
+    cosines = own[:, None] + own
+    by_seed = [np.delete(row, i).mean() for i, row in enumerate(cosines)]
+    still = np.zeros((4, 50))
+    found = mean_over_seeds(by_seed, still, of_pairs=True)
+    expected = interval_with_seeds(2 * own.mean(), 2 * own, 0.0)
+    assert (found.low, found.estimate, found.high) == pytest.approx((expected.low, expected.estimate, expected.high))
+    apart = mean_over_seeds(by_seed, still, of_pairs=False)
+    assert apart.high - apart.low == pytest.approx((found.high - found.low) / 3)
+
+
+def test_kinds_are_compared_seed_by_seed(folder, tmp_path):
+    """Those of one seed alone, and none where no seed has both."""
+    for kind, seeds in (("local", (0, 1, 2)), ("e2e", (1, 2, 3))):
+        for seed in seeds:
+            write_run(tmp_path / f"{kind}-{seed}", directions(20, seed=40 + seed), kind=kind, seed=seed)
+    (one,) = endwise.geometry([tmp_path])
+    within_kinds = next(each for each in differences(one) if (each.name, each.a, each.b) == ("within", "e2e", "local"))
+    expected = [
+        within(one, run_of(one, "e2e", seed)).by_seed[seed, 0] - within(one, run_of(one, "local", 1)).by_seed[seed, 0]
+        for seed in (1, 2)
+    ]
+    assert within_kinds.interval.estimate == pytest.approx(np.mean(expected))
+    assert [run.seed for run in within_kinds.runs] == [1, 2]
+    made = claims(one)[0]
+    assert made.verdict == "not testable here" and "over features alone, two seeds (initialisation)" in made.ours
+    assert across_kinds(one, run_of(one, "e2e", 3), run_of(one, "local", 1)).by_seed.keys() == {(1, 0), (2, 0)}
 
 
 def test_verdicts_where_it_is_as_the_paper_finds(found):
     made = claims(found)
     assert [claim.verdict for claim in made] == ["shown"] * 5, [claim.ours for claim in made]
     assert re.search(
-        r"within, e2e less local: −0\.\d+ \[−0\.\d+, −0\.\d+\] over features, over seeds \[−", made[0].ours
+        r"within, e2e less local: −0\.\d+ \[−0\.\d+, −0\.\d+\] over features and 3 seeds \(initialisation\)",
+        made[0].ours,
     )
     assert "among equally many" in made[0].ours and "−0.166" in made[0].published
 
@@ -295,13 +331,14 @@ def test_without_seeds_or_kinds_there_is_nothing_to_say(tmp_path, undrawn):
     write_run(tmp_path / "dead", directions(20), kind="e2e_ds", firings=np.zeros(20))
     (one,) = endwise.geometry([tmp_path])
     made = claims(one)
-    assert [claim.verdict for claim in made[1:]] == ["not testable here"] * 4
+    assert [claim.verdict for claim in made] == ["not testable here"] * 5
+    assert re.search(r"less local: [+−]0\.\d+ \[.*\] over features alone, one seed", made[0].ours)
     assert "there is no run of e2e+ds with two alive features" in made[1].ours
     assert "with several seeds" in made[2].ours
     assert recurrence(one, one.runs[0]) is None and across_seeds(one, one.runs[0]) is None
     assert within(one, run_of(one, "e2e_ds")) is None
     page = write_geometry([one], tmp_path / "out").read_text()
-    assert 'colspan="4">there is no run of e2e+ds with two alive features<' in page
+    assert 'colspan="4">there is no run of e2e+ds with two alive features, of a seed of the others<' in page
 
 
 def test_only_what_may_be_compared_is_compared(folder, tmp_path):

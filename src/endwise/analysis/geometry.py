@@ -2,8 +2,8 @@
 
 Alive are the features that fired at least once on the held-out tokens; dictionaries are compared only where these were
 equally many, of one model and one site. *Within* is the cosine of a feature's decoder direction with the nearest other
-of the same dictionary; *across seeds* with the nearest in a run that differs in the seed alone; *across kinds* with the
-nearest in another kind's run at a similar CE increase (paper, figure 3).
+of the same dictionary; *across seeds* with the nearest in a run that differs in its seeds alone; *across kinds* with
+the nearest in another kind's run of the same seed, at a similar CE increase (paper, figure 3).
 """
 
 import shlex
@@ -105,7 +105,7 @@ class Geometry:
     pairs: Mapping[tuple[str, str], Pair]
     """By run folders, each pair once."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, those whose CE increases are closest to each other."""
+    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
     seeded: tuple[RunSummary, ...]
     """As `similar`, among the runs that were trained with several seeds."""
     given: tuple[tuple[str, str], ...]
@@ -125,12 +125,12 @@ class Geometry:
 
 
 def twins(run: RunSummary, runs: Iterable[RunSummary]) -> tuple[RunSummary, ...]:
-    """The runs that differ from it in the seed alone, and itself; one of each seed, in their order."""
-    alike = {run.seed: run}
+    """The runs that differ from it in their seeds alone, and itself; one of each, in their order."""
+    alike = {run.seeds: run}
     for other in runs:
         if (other.kind, other.coefficient, other.learning_rate) == (run.kind, run.coefficient, run.learning_rate):
-            alike.setdefault(other.seed, other)
-    return tuple(alike[seed] for seed in sorted(alike))
+            alike.setdefault(other.seeds, other)
+    return tuple(alike[seeds] for seeds in sorted(alike))
 
 
 def geometry(
@@ -227,7 +227,7 @@ class _Look:
     def at(
         self, setting: Setting, runs: Sequence[RunSummary], given: Sequence[tuple[RunSummary, RunSummary]]
     ) -> Geometry:
-        ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed, run.folder)))
+        ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds, run.folder)))
         within = {run.folder: self.within(run) for run in ordered if run.alive > 1}
         living = [run for run in ordered if run.folder in within]
         several = [run for run in living if len(twins(run, living)) > 1]
@@ -305,5 +305,5 @@ def _across_kinds(similar: Sequence[RunSummary], runs: Sequence[RunSummary]) -> 
 
 def at_common_seeds(runs: Sequence[RunSummary], others: Sequence[RunSummary]) -> list[tuple[RunSummary, RunSummary]]:
     """Of either, those of one seed."""
-    by_seed = {run.seed: run for run in others}
-    return [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed]
+    by_seed = {run.seeds: run for run in others}
+    return [(run, by_seed[run.seeds]) for run in runs if run.seeds in by_seed]

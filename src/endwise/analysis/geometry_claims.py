@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from endwise.analysis.claims import Claim, Verdict
 from endwise.analysis.geometry import Geometry
+from endwise.analysis.over_seeds import judged, over
 from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.analysis.similarity import Difference, across_kinds, across_seeds, alive_of, difference, within
 
@@ -74,8 +75,7 @@ def _towards(found: Geometry, a: str, b: str, to: str) -> Difference:
     if (missing := _missing(runs, (a, b, to), "two alive features")) is not None:
         return Difference(name, a, b, reason=missing)
     of_a, of_b = (across_kinds(found, runs[kind], runs[to]) for kind in (a, b))
-    assert of_a is not None and of_b is not None
-    return difference(name, of_a, of_b, (a, b))
+    return difference(name, of_a, of_b, (a, b)) if of_a and of_b else Difference(name, a, b, reason="no seed has both")
 
 
 def _seen_from(found: Geometry, of: str, a: str, b: str) -> Difference:
@@ -84,14 +84,15 @@ def _seen_from(found: Geometry, of: str, a: str, b: str) -> Difference:
     if (missing := _missing(runs, (of, a, b), "two alive features")) is not None:
         return Difference(name, a, b, reason=missing)
     to_a, to_b = (across_kinds(found, runs[of], runs[kind]) for kind in (a, b))
-    assert to_a is not None and to_b is not None
+    if to_a is None or to_b is None:
+        return Difference(name, a, b, reason="no seed has both")
     same = to_a.values.keys() == to_b.values.keys()
     return difference(name, to_a, to_b, (a, b), paired=same)
 
 
 def _missing(runs: dict[str, RunSummary], kinds: Sequence[str], what: str) -> str | None:
     absent = [LABELS[kind] for kind in kinds if kind not in runs]
-    return f"there is no run of {', '.join(absent)} with {what}" if absent else None
+    return f"there is no run of {', '.join(absent)} with {what}, of a seed of the others" if absent else None
 
 
 def _above(claim: str, published: str, *parts: Difference, control: Difference | None = None) -> Claim:
@@ -109,10 +110,11 @@ def _all_told(parts: Sequence[Difference], control: Difference | None) -> str:
 
 
 def _verdict(parts: Sequence[Difference], sign: int) -> Verdict:
-    """Shown if every interval of every part, over features and over seeds, lies wholly on that side of 0."""
-    if any(part.interval is None for part in parts):
+    """Shown if the whole interval of every part lies on that side of 0, each holding features and seeds."""
+    intervals = [part.interval for part in parts]
+    if None in intervals:
         return "not testable here"
-    return "shown" if all(sign * end > 0 for part in parts for ends in part.ends for end in ends) else "not shown"
+    return judged(*((each, min(sign * each.low, sign * each.high) > 0) for each in intervals if each is not None))
 
 
 def told(part: Difference) -> str:
@@ -120,15 +122,8 @@ def told(part: Difference) -> str:
     what = f"mean greatest cosine {part.name}, {LABELS[part.a]} less {LABELS[part.b]}"
     if part.interval is None:
         return f"{what}: not measured ({part.reason})"
-    seeds = "" if part.over_seeds is None else f", over seeds {_ends(part.over_seeds.low, part.over_seeds.high)}"
-    return (
-        f"{what}: {signed(part.interval.estimate)} {_ends(part.interval.low, part.interval.high)} over features{seeds}"
-    )
+    return f"{what}: {part.interval.told(signed)} {over('features', part.runs)}"
 
 
 def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
-
-
-def _ends(low: float, high: float) -> str:
-    return f"[{signed(low)}, {signed(high)}]"

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from endwise.analysis.geometry import Geometry, Pair, Similarity
 from endwise.analysis.geometry_claims import differences
-from endwise.analysis.run_summary import LABELS, RunSummary
+from endwise.analysis.over_seeds import OverSeeds
+from endwise.analysis.run_summary import LABELS, RunSummary, what_varies
 from endwise.analysis.similarity import QUANTILES, across_seeds, mean_of, quantiles, within
 from endwise.analysis.stability import THRESHOLD, THRESHOLDS, Recurrence, recurrence, stability, stable_functions
 from endwise.run_evaluation import read_firings
@@ -38,8 +39,8 @@ def difference_rows(found: Geometry) -> list[Row]:
     rows = []
     for each in differences(found):
         row = {**_setting(found), "measure": each.name, "a": LABELS[each.a], "b": LABELS[each.b]}
-        row |= _interval("difference", each.interval) | _interval("over_seeds", each.over_seeds, ends_only=True)
-        rows.append(row | {"paired": each.paired, "reason": each.reason})
+        row |= {**_interval("difference", each.interval), **_seeds(each.runs), "paired": each.paired}
+        rows.append(row | {"reason": each.reason})
     return rows
 
 
@@ -56,7 +57,7 @@ def recurrences(found: Geometry) -> list[Recurrence]:
 def recurrence_rows(found: Geometry) -> list[Row]:
     """The threshold curves, long."""
     return [
-        {**_setting(found), **_kind(of.run), "seeds": of.seeds, "threshold": threshold, **_interval("share", share)}
+        {**_setting(found), **_kind(of.run), **_seeds(of.runs), "threshold": threshold, **_interval("share", share)}
         for of in recurrences(found)
         for threshold, share in zip(THRESHOLDS, of.share, strict=True)
     ]
@@ -67,7 +68,7 @@ def seed_rows(found: Geometry) -> list[Row]:
     rows = []
     for of in recurrences(found):
         own, across = within(found, of.run), across_seeds(found, of.run)
-        row = {**_setting(found), **_kind(of.run), "seeds": of.seeds}
+        row = {**_setting(found), **_kind(of.run), **_seeds(of.runs)}
         row |= {} if own is None else _interval("within", own.interval)
         rows.append(row | ({} if across is None else _interval("across_seeds", across.interval)))
     return rows
@@ -103,6 +104,7 @@ def _features(found: Geometry, run: RunSummary, threshold: float) -> dict[str, N
         "run": np.full(n, run.folder, dtype=object),
         "kind": np.full(n, LABELS[run.kind], dtype=object),
         "seed": np.full(n, run.seed),
+        "data_seed": np.full(n, run.data_seed),
         "feature": similarity.features,
         "density": firings[similarity.features] / run.alive_tokens,
         "within": similarity.cosine,
@@ -148,15 +150,19 @@ def _setting(found: Geometry) -> Row:
 
 
 def _run(run: RunSummary) -> Row:
-    return {"run": run.folder, **_kind(run), "seed": run.seed}
+    return {"run": run.folder, **_kind(run), "seed": run.seed, "data_seed": run.data_seed}
 
 
 def _kind(run: RunSummary) -> Row:
     return {"kind": LABELS[run.kind], "coefficient": run.coefficient, "learning_rate": run.learning_rate}
 
 
-def _interval(name: str, interval: Interval | None, *, ends_only: bool = False) -> Row:
+def _seeds(runs: Sequence[RunSummary]) -> Row:
+    """How many, and what they vary."""
+    return {"seeds": len(runs), "seeds_vary": what_varies(runs) or None}
+
+
+def _interval(name: str, interval: Interval | OverSeeds | None) -> Row:
     """The estimate, and both ends beside it."""
     low, high, estimate = (None, None, None) if interval is None else (interval.low, interval.high, interval.estimate)
-    ends = {f"{name}.low": low, f"{name}.high": high}
-    return ends if ends_only else {name: estimate, **ends}
+    return {name: estimate, f"{name}.low": low, f"{name}.high": high}

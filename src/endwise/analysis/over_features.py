@@ -22,7 +22,8 @@ Floats = NDArray[np.float64]
 
 def stream(run: RunSummary) -> np.random.Generator:
     """The run's own, wherever its folder lies and whichever runs it is compared with."""
-    return numpy_stream(SEED, f"features of {run.kind} {run.coefficient!r} {run.learning_rate!r}", run.seed)
+    name = f"features of {run.kind} {run.coefficient!r} {run.learning_rate!r} {run.data_seed}"
+    return numpy_stream(SEED, name, run.seed)
 
 
 def counts(features: int, generator: np.random.Generator, resamples: int = RESAMPLES) -> Iterator[Floats]:

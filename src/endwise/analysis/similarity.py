@@ -1,12 +1,16 @@
 """Means and quantiles of cosines over features, and what two runs differ by, with their intervals.
 
 A measure of a kind is the mean over its run's alive features; where the run has twins of other seeds, the mean over
-seeds of these means. Its interval is over features (see `over_features`): of every run of its own, one draw after
-another. It does not cover the training seed. Where there are three seeds or more of both, a difference has a second
-interval that does: one difference a seed, Student's t.
+seeds of these means. From three seeds on, its interval holds features and seeds: the variance of the mean over features
+(see `over_features`: of every run of its own, one draw after another) and that over seeds are added, so that it is
+rather too wide than too narrow, features being another sample in every seed. With fewer seeds it holds features alone.
+Kinds are compared seed by seed.
+
+Each cosine across seeds is of two seeds, and so counts in the means of both, which thereby lie nearer to each other
+than independent ones would; their variance is that of the jackknife over seeds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +18,9 @@ from numpy.typing import NDArray
 
 from endwise.analysis.geometry import Geometry, Similarity, at_common_seeds
 from endwise.analysis.over_features import RESAMPLES, resampled_means, resampled_quantiles, stream
-from endwise.analysis.run_summary import RunSummary
-from endwise.statistics import CONFIDENCE, LEAST_SEEDS, Interval, percentile_interval, student_t
+from endwise.analysis.over_seeds import OverSeeds, with_error
+from endwise.analysis.run_summary import RunSummary, Seeds
+from endwise.statistics import Interval, Numbers, percentile_interval, text_error
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -28,25 +33,35 @@ class Measure:
 
     run: RunSummary
     """The one whose twins these are."""
-    values: Mapping[int, NDArray]
+    values: Mapping[Seeds, NDArray]
     """By seed, one value a feature."""
-    draws: Floats
-    """The mean over seeds of the mean over features, in each resample."""
+    draws: Mapping[Seeds, Floats]
+    """By seed the mean over features in each resample."""
+    runs: Mapping[Seeds, RunSummary]
+    """Whose features these are."""
+    of_pairs: bool = False
+    """Each seed's is a mean over the others, so that two have one cosine in common."""
 
     @classmethod
     def of(
-        cls, run: RunSummary, values: Mapping[int, tuple[RunSummary, NDArray]], resamples: int = RESAMPLES
+        cls,
+        run: RunSummary,
+        values: Mapping[Seeds, tuple[RunSummary, NDArray]],
+        resamples: int = RESAMPLES,
+        *,
+        of_pairs: bool = False,
     ) -> "Measure":
-        draws = [resampled_means(numbers, stream(own), resamples) for own, numbers in values.values()]
-        return cls(run, {seed: numbers for seed, (_, numbers) in values.items()}, np.mean(draws, axis=0))
+        draws = {seeds: resampled_means(of, stream(own), resamples) for seeds, (own, of) in values.items()}
+        runs = {seeds: own for seeds, (own, _) in values.items()}
+        return cls(run, {seeds: of for seeds, (_, of) in values.items()}, draws, runs, of_pairs)
 
     @property
-    def by_seed(self) -> dict[int, float]:
-        return {seed: float(numbers.mean(dtype=np.float64)) for seed, numbers in self.values.items()}
+    def by_seed(self) -> dict[Seeds, float]:
+        return {seeds: float(numbers.mean(dtype=np.float64)) for seeds, numbers in self.values.items()}
 
     @property
-    def interval(self) -> Interval:
-        return percentile_interval(self.draws, float(np.mean(list(self.by_seed.values()))))
+    def interval(self) -> OverSeeds:
+        return mean_over_seeds([*self.by_seed.values()], [*self.draws.values()], of_pairs=self.of_pairs)
 
     @property
     def all_values(self) -> NDArray:
@@ -56,45 +71,49 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """`a − b`; or why that cannot be said."""
+    """`a − b`, seed by seed; or why that cannot be said."""
 
     name: str
     a: str
     b: str
-    interval: Interval | None = None
-    """Over features."""
-    over_seeds: Interval | None = None
+    interval: OverSeeds | None = None
+    """Over features, and over seeds where there are enough."""
+    runs: tuple[RunSummary, ...] = ()
+    """Of `a`, one of each seed that both have."""
     paired: bool = False
     """Both are of the same features, which were then drawn together."""
     reason: str | None = None
 
-    @property
-    def ends(self) -> tuple[tuple[float, float], ...]:
-        """Of every interval there is."""
-        return tuple((each.low, each.high) for each in (self.interval, self.over_seeds) if each is not None)
-
 
 def difference(name: str, a: Measure, b: Measure, labels: tuple[str, str], *, paired: bool = False) -> Difference:
-    """Over the seeds that both have; over all, each its own, where they have none in common.
+    """Over the seeds that both have.
 
     Args:
         paired: both are of the same features of the same runs.
     """
-    drawn = a.draws - b.draws
-    estimate = a.interval.estimate - b.interval.estimate
-    common = sorted(a.by_seed.keys() & b.by_seed.keys())
-    over_seeds = None
-    if len(common) >= LEAST_SEEDS:
-        over_seeds = mean_over_seeds([a.by_seed[seed] - b.by_seed[seed] for seed in common])
-    return Difference(name, *labels, percentile_interval(drawn, estimate), over_seeds, paired)
+    common = tuple(sorted(a.by_seed.keys() & b.by_seed.keys()))
+    if not common:
+        return Difference(name, *labels, reason="no seed has both")
+    by_seed = [a.by_seed[seeds] - b.by_seed[seeds] for seeds in common]
+    draws = [a.draws[seeds] - b.draws[seeds] for seeds in common]
+    runs = tuple(a.runs[seeds] for seeds in common)
+    return Difference(name, *labels, mean_over_seeds(by_seed, draws, of_pairs=a.of_pairs), runs, paired)
 
 
-def mean_over_seeds(values: Sequence[float]) -> Interval:
-    """The mean with its 95 % interval of Student's t."""
-    given = np.asarray(values, dtype=np.float64)
-    half = student_t((1 + CONFIDENCE) / 2, len(given) - 1) * given.std(ddof=1) / np.sqrt(len(given))
-    mean = float(given.mean())
-    return Interval(low=float(mean - half), high=float(mean + half), estimate=mean)
+def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> OverSeeds:
+    """With its interval over features and seeds.
+
+    Args:
+        by_seed: `[seeds]`.
+        draws: resamples of each, `[seeds, resamples]`.
+        of_pairs: each seed's is a mean over the n − 1 others. Then the jackknife's values take their place, which lie
+            2 (n − 1) / (n − 2) times as far apart: what leaves with one seed is in the other seeds' means too.
+    """
+    given, mean = np.asarray(by_seed, np.float64), np.mean(draws, axis=0)
+    n, middle = len(given), float(given.mean())
+    spread = 2 * (n - 1) / (n - 2) if of_pairs and n > 2 else 1.0
+    alone = percentile_interval(mean, middle)
+    return with_error(middle + spread * (given - middle), text_error(mean), alone=alone)
 
 
 def within(found: Geometry, run: RunSummary, among: float | None = None) -> Measure | None:
@@ -104,7 +123,7 @@ def within(found: Geometry, run: RunSummary, among: float | None = None) -> Meas
         among: as if only so many others were there (see `Similarity.among`).
     """
     values = {
-        one.seed: (one, _values(found.within[one.folder], among))
+        one.seeds: (one, _values(found.within[one.folder], among))
         for one in found.twins(run)
         if one.folder in found.within
     }
@@ -117,8 +136,8 @@ def across_seeds(found: Geometry, run: RunSummary, among: float | None = None) -
     for one in found.twins(run):
         others = [each for other in found.twins(run) if (each := found.between(one, other)) is not None]
         if others:
-            values[one.seed] = (one, np.mean([_values(each, among) for each in others], axis=0))
-    return Measure.of(run, values) if values else None
+            values[one.seeds] = (one, np.mean([_values(each, among) for each in others], axis=0))
+    return Measure.of(run, values, of_pairs=True) if values else None
 
 
 def _values(of: Similarity, among: float | None) -> Floats:
@@ -131,9 +150,9 @@ def alive_of(found: Geometry, run: RunSummary) -> float:
 
 
 def across_kinds(found: Geometry, run: RunSummary, other: RunSummary) -> Measure | None:
-    """Of the features of `run`, in `other`: twin by twin of one seed, or the two runs themselves."""
-    pairs = at_common_seeds(found.twins(run), found.twins(other)) or [(run, other)]
-    values = {one.seed: (one, each.cosine) for one, two in pairs if (each := found.between(one, two)) is not None}
+    """Of the features of `run`, in `other`, twin by twin of one seed; None where no seed has both."""
+    pairs = at_common_seeds(found.twins(run), found.twins(other))
+    values = {one.seeds: (one, each.cosine) for one, two in pairs if (each := found.between(one, two)) is not None}
     return Measure.of(run, values) if values else None
 
 

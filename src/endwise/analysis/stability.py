@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from endwise.analysis.correlations import spearman
 from endwise.analysis.geometry import Geometry, Importance
 from endwise.analysis.over_features import RESAMPLES, counts, resampled_means, resampled_spearman, stream
+from endwise.analysis.over_seeds import OverSeeds
 from endwise.analysis.run_summary import RunSummary
+from endwise.analysis.similarity import mean_over_seeds
 from endwise.statistics import Interval, percentile_interval
 
 THRESHOLD = 0.7
@@ -51,9 +53,10 @@ class Recurrence:
 
     run: RunSummary
     """The one whose twins these are."""
-    seeds: int
-    share: tuple[Interval, ...]
-    """Mean over features of their recurrence at each of `THRESHOLDS`, with its interval over features."""
+    runs: tuple[RunSummary, ...]
+    """These, one of each seed."""
+    share: tuple[OverSeeds, ...]
+    """Mean over features of their recurrence at each of `THRESHOLDS`."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ def recurrence(found: Geometry, run: RunSummary) -> Recurrence | None:
     if not own:
         return None
     shares = [np.stack([each.recurrence(threshold) for threshold in THRESHOLDS], axis=1) for each in own]
-    draws = np.mean([resampled_means(of, stream(each.run)) for of, each in zip(shares, own, strict=True)], axis=0)
-    means = np.mean([of.mean(axis=0) for of in shares], axis=0)
-    intervals = [percentile_interval(draws[:, i], float(mean)) for i, mean in enumerate(means)]
-    return Recurrence(run, len(own), tuple(intervals))
+    draws = np.stack([resampled_means(of, stream(each.run)) for of, each in zip(shares, own, strict=True)])
+    means = np.stack([of.mean(axis=0) for of in shares])
+    intervals = [mean_over_seeds(means[:, i], draws[:, :, i], of_pairs=True) for i in range(len(THRESHOLDS))]
+    return Recurrence(run, tuple(each.run for each in own), tuple(intervals))
 
 
 def stable_function(of: Stability, importance: Importance, threshold: float = THRESHOLD) -> StableFunction | None:

@@ -26,6 +26,7 @@ from endwise.report.geometry_figures import chosen, kind_cosines, own_cosines, t
 from endwise.report.interactive import div
 from endwise.report.printed import save
 from endwise.report.shell import Wide, escape, page, table
+from endwise.statistics import LEAST_SEEDS
 from endwise.tabular import write_columns, write_table
 
 Row = Mapping[str, Any]
@@ -37,7 +38,15 @@ def print_geometry(found: Sequence[Geometry], console: Console | None = None) ->
     for one in found:
         title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
         shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("kind", "λ", "seed", "L0", "alive", "CE increase", "greatest cosine within [95 %]"):
+        for heading in (
+            "kind",
+            "λ",
+            "seed",
+            "L0",
+            "alive",
+            "CE increase",
+            "greatest cosine within [95 % over features]",
+        ):
             shown.add_column(heading, justify="left" if heading == "kind" else "right")
         for run in one.runs:
             mean = mean_of(one.within[run.folder]) if run.folder in one.within else None
@@ -132,10 +141,11 @@ def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, row
 
 
 _INTERVALS = (
-    "Intervals over features: 95 % bootstrap; each run's alive features are drawn with replacement, apart from other "
-    "runs', and numbers of the same features together. They say nothing of another training seed; those over seeds "
-    "(three or more: Student's t) do. “Among equally many” thins the larger dictionary at random to the size of the "
-    "smaller: with more features about, the nearest is nearer."
+    "Intervals are 95 %. Of one run they are over features: a bootstrap that draws its alive features with "
+    "replacement, apart from other runs' (numbers of the same features together); such intervals say nothing of "
+    "another training seed. Of kinds, which are compared seed by seed, they hold features and seeds where there are "
+    "three seeds or more; no verdict rests on fewer. “Among equally many” thins the larger dictionary at random to the "
+    "size of the smaller: with more features about, the nearest is nearer."
 )
 
 Column = tuple[str, Any]
@@ -154,6 +164,13 @@ def _cells(row: Row, columns: Sequence[Column]) -> list[object]:
     cells = [make(row) for _, make in columns]
     wide = next((place for place, cell in enumerate(cells) if isinstance(cell, Wide)), None)
     return cells if wide is None else [*cells[: wide + 1], *cells[wide + cells[wide].columns :]]
+
+
+def _seeds(row: Row) -> str:
+    """How many; with one or two, that the interval does not hold them."""
+    held = "" if row["seeds"] >= LEAST_SEEDS else "; over features alone"
+    varied = f" ({row['seeds_vary']})" if row["seeds_vary"] else ""
+    return f"{row['seeds']}{varied}{held}"
 
 
 def _mean(row: Row) -> str:
@@ -185,28 +202,28 @@ _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
     ("less", lambda row: f"{row['a']} − {row['b']}"),
     ("difference", lambda row: Wide(row["reason"], 4) if row["reason"] else signed(row["difference"])),
-    ("95 % over features", lambda row: _signed(row, "difference")),
-    ("95 % over seeds", lambda row: _signed(row, "over_seeds")),
+    ("95 % over features and seeds", lambda row: _signed(row, "difference")),
+    ("seeds", _seeds),
     ("", lambda row: "paired" if row["paired"] else ""),
 )
 _PAIRS: Sequence[Column] = (
     ("features of", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
     ("nearest in", lambda row: row["nearest_in.kind"]),
     ("", lambda row: row["relation"]),
-    ("greatest cosine [95 %]", _mean),
+    ("greatest cosine [95 % over features]", _mean),
     ("median", lambda row: _number(row, "q50")),
     ("one to one: mean (at most)", lambda row: f"{row['matched.mean']:.3f} ({row['matched.bound']:.3f})"),
     ("of these above threshold", lambda row: f"{100 * row['matched.share']:.0f} %"),
 )
 _SEEDS: Sequence[Column] = (
     ("kind", lambda row: f"{row['kind']}, λ {row['coefficient']:g}"),
-    ("seeds", lambda row: row["seeds"]),
-    ("within [95 %]", lambda row: _with_ends(row, "within")),
-    ("across seeds [95 %]", lambda row: _with_ends(row, "across_seeds")),
+    ("seeds", _seeds),
+    ("within [95 % over features and seeds]", lambda row: _with_ends(row, "within")),
+    ("across seeds [the same]", lambda row: _with_ends(row, "across_seeds")),
 )
 _FUNCTION: Sequence[Column] = (
     ("run", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
-    ("stable features [95 %]", lambda row: _percents(row, "stable_features")),
+    ("stable features [95 % over features]", lambda row: _percents(row, "stable_features")),
     ("their share of importance [95 %]", lambda row: _percents(row, "importance_of_stable")),
     ("Spearman of cosine and importance [95 %]", lambda row: _with_ends(row, "spearman")),
 )
@@ -215,15 +232,15 @@ _WITHIN: Sequence[Column] = (
     ("L0", lambda row: f"{row['l0']:.1f}"),
     ("alive", lambda row: f"{row['alive']:,}"),
     ("CE increase", lambda row: f"{row['ce_increase']:+.3f}"),
-    ("mean [95 %]", _mean),
+    ("mean [95 % over features]", _mean),
     ("5 % of features below", lambda row: _number(row, "q05")),
     ("median", lambda row: _number(row, "q50")),
     ("5 % above", lambda row: _number(row, "q95")),
 )
 _TABLES = {
-    "differences": ("Differences between kinds", _DIFFERENCES, (1, 5)),
+    "differences": ("Differences between kinds", _DIFFERENCES, (1, 4, 5)),
     "pairs": ("Two dictionaries", _PAIRS, (1, 2)),
-    "seeds": ("Seeds", _SEEDS, ()),
+    "seeds": ("Seeds", _SEEDS, (1,)),
     "stable_function": ("What stable features carry", _FUNCTION, ()),
     "within": ("Within each dictionary", _WITHIN, ()),
 }

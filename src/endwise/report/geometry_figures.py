@@ -14,6 +14,7 @@ from endwise.analysis.similarity import Measure, across_kinds, across_seeds, mea
 from endwise.analysis.stability import THRESHOLDS
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.pareto import AXIS, described, value
+from endwise.statistics import LEAST_SEEDS
 
 BINS = (10, 50)
 """Fewest and most of a histogram; between them the square root of the number of features."""
@@ -61,7 +62,7 @@ def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
     increases = [run.ce_increase for run in runs]
     spread = (max(increases) - min(increases)) / max(abs(float(np.mean(increases))), 1e-9)
     warning = "" if spread <= SIMILAR else f"These differ by {100 * spread:.0f} %: part of a difference may be theirs. "
-    return f"Runs {where}closest in CE increase: {listed}. {warning}"
+    return f"Runs {where}of seed {runs[0].seed} closest in CE increase: {listed}. {warning}"
 
 
 def trade_offs(found: Geometry, name: str) -> Chart:
@@ -71,7 +72,8 @@ def trade_offs(found: Geometry, name: str) -> Chart:
     for metric in ("l0", "ce_increase", "alive"):
         series = [Series(kind, tuple(_marks(found, kind, metric)), joined=False) for kind in KINDS]
         panels.append(Panel("", AXIS[metric], y, tuple(each for each in series if each.marks)))
-    caption = "Each mark is one SAE; lower is more orthogonal. Bars: 95 % over features, and for CE and L0 over text."
+    caption = "Each mark is one SAE; lower is more orthogonal. Bars, of one run each: 95 % over features, and for CE "
+    caption += "and L0 over text."
     return Chart(name, "Orthogonality, and what it goes with", caption, tuple(panels))
 
 
@@ -83,10 +85,11 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
     for kind, of in of_kind.items():
         low, high = (tuple(100 * getattr(share, end) for share in of.share) for end in ("low", "high"))
         marks = tuple(Mark(at, 100 * share.estimate) for at, share in zip(THRESHOLDS, of.share, strict=True))
-        series.append(Series(kind, marks, marked=False, band=Band(THRESHOLDS, low, high, "features")))
+        held = "features and seeds" if len(of.runs) >= LEAST_SEEDS else "features"
+        series.append(Series(kind, marks, marked=False, band=Band(THRESHOLDS, low, high, held)))
     if not series:
         return None
-    seeds = ", ".join(f"{LABELS[kind]} {of.seeds}" for kind, of in of_kind.items())
+    seeds = ", ".join(f"{LABELS[kind]} {len(of.runs)}" for kind, of in of_kind.items())
     caption = (
         "Mean over features, seeds and other seeds of whether the greatest cosine there reaches the threshold. "
         f"Seeds: {seeds}. {chosen(found.seeded)}"
