@@ -14,6 +14,7 @@ from endwise.analysis.permutation import equal_samples, permutation_test
 from endwise.features.explanations import Explanation, Explanations, Score
 from endwise.report import print_interpretability, write_interpretability
 from endwise.report.violins import violin
+from endwise.statistics import interval_with_seeds
 from made_runs import make_run
 
 
@@ -50,7 +51,7 @@ def test_samples_of_one_size():
     assert equal_samples(a, a, np.random.default_rng(0)) == (pytest.approx(a), pytest.approx(a))
 
 
-def explained(kind, detection, shuffled, ce_increase=0.3, features=40):
+def explained(kind, detection, shuffled, ce_increase=0.3, features=40, seed=0):
     """A run whose features' scores lie evenly 0.1 around the two means."""
     around = np.linspace(-0.1, 0.1, features)
 
@@ -59,12 +60,17 @@ def explained(kind, detection, shuffled, ce_increase=0.3, features=40):
         scores = {"detection": Score(float(own), 20, 0), "detection.shuffled": Score(float(other), 20, 0)}
         return Explanation(feature, f"<b>{kind}</b> {feature}", "m", "m", scores)
 
-    summary = make_run(kind, 1, ce_increase, 30)
+    summary = make_run(kind, 1, ce_increase, 30, seed=seed)
     return ExplainedRun(summary, Explanations(tuple(map(row, range(features))), {"settings": {"model": "m"}}))
 
 
-def study(**means):
-    runs = tuple(explained(kind, *values) for kind, values in means.items())
+def study(seeds=(0,), jitter=0.0, **means):
+    """Of e2e+ds the explanations of other seeds foretell more, by `jitter` each."""
+    runs = tuple(
+        explained(kind, detection + jitter * seed * (kind == "e2e_ds"), shuffled, seed=seed)
+        for kind, (detection, shuffled) in means.items()
+        for seed in seeds
+    )
     return Interpretability(Setting.of(runs[0].summary), runs)
 
 
@@ -75,9 +81,29 @@ def test_kinds_are_compared_by_their_own_explanations():
     half = stats.norm.ppf(0.975) * np.sqrt(2 * np.var(np.linspace(-0.1, 0.1, 40)) / 40)
     assert difference.difference.low == pytest.approx(0.1 - half, abs=0.004)
     assert difference.p == pytest.approx(1e-4)  # none of 9,999 deals is as far apart
-    assert [claim.verdict for claim in found.claims] == ["shown", "shown", "not shown"]
     assert {row["score"] for row in mean_rows([found])} == {"detection", "detection.shuffled"}
     assert len(difference_rows([found])) == 2
+
+
+def test_a_verdict_rests_on_an_interval_that_holds_features_and_seeds():
+    alike = study((0, 1, 2), 0.01, local=(0.7, 0.5), e2e_ds=(0.8, 0.5))
+    assert [claim.verdict for claim in alike.claims] == ["shown", "shown", "not shown"]
+    differences = [each for each in alike.differences if each.at == "ce_increase"]
+    means = [each.difference.estimate for each in differences]
+    error = np.mean([each.draws for each in differences], axis=0).std(ddof=1)
+    expected = interval_with_seeds(float(np.mean(means)), means, float(error))
+    told = f"detection +0.110 [{expected.low:+.3f}, {expected.high:+.3f}] over features and 3 seeds"
+    assert told in alike.claims[0].ours
+    widely = study((0, 1, 2), 0.1, local=(0.7, 0.5), e2e_ds=(0.73, 0.5))  # each seed's own difference is above 0
+    assert all(each.difference.low > 0 for each in widely.differences)
+    assert widely.claims[1].verdict == "not shown"
+
+
+@pytest.mark.parametrize(("seeds", "told"), [((0,), "one seed"), ((0, 1), "two seeds (initialisation)")])
+def test_one_or_two_seeds_give_figures_and_no_verdict(seeds, told):
+    found = study(seeds, local=(0.7, 0.5), e2e_ds=(0.8, 0.5))
+    assert [claim.verdict for claim in found.claims] == ["not testable here"] * 3
+    assert all(f"over features alone, {told}" in claim.ours and "+0.100 [" in claim.ours for claim in found.claims)
 
 
 def test_what_is_printed_fits_80_columns():

@@ -1,7 +1,8 @@
 """How interpretable features are, kind by kind: means with intervals, differences with permutation tests, verdicts.
 
 Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike. Of each
-seed one run a kind is compared, those of the most similar CE increase or L0; of two runs equally many features.
+seed one run a kind is compared, those of the most similar CE increase or L0; of two runs equally many features. A
+verdict rests on the mean of the seeds' differences, with an interval that holds features and seeds.
 """
 
 import json
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.claims import SIMILAR, Claim, Verdict, shown_if_all
-from endwise.analysis.comparison import runs_at_similar
+from endwise.analysis.claims import SIMILAR, Claim
+from endwise.analysis.comparison import runs_at_similar, similar_by_seed
 from endwise.analysis.over_features import SEED, resampled_means, stream
+from endwise.analysis.over_seeds import OverSeeds, judged, over, over_seeds
 from endwise.analysis.pareto import Setting, runs_in, with_settings
 from endwise.analysis.permutation import equal_samples, permutation_test
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, estimate
@@ -74,13 +76,10 @@ class Difference:
     """Of each."""
     difference: Interval
     """Mean of `run` less mean of `other`, with its bootstrap interval over features."""
+    draws: Floats
+    """The same in each resample of the features."""
     p: float
     """Two-sided, by permutation."""
-
-    def __str__(self) -> str:
-        ends = f"[{self.difference.low:+.3f}, {self.difference.high:+.3f}]"
-        told = f"{self.name} {self.difference.estimate:+.3f} {ends}, p {self.p:.2g}"
-        return f"{told}, {self.features} features each, seed {self.run.summary.seed}"
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,13 @@ class Interpretability:
         """Of scores with a feature's own explanation."""
         return tuple(name for name in self.names if "." not in name)
 
-    def similar(self, at: At, seed: int | None = None) -> tuple[ExplainedRun, ...]:
-        """Of one seed, the first if unset, one run of each kind."""
-        seed = min(run.summary.seed for run in self.runs) if seed is None else seed
-        by_folder = {run.summary.folder: run for run in self.runs if run.summary.seed == seed}
-        chosen = runs_at_similar([run.summary for run in by_folder.values()], at)
-        return tuple(by_folder[each.folder] for each in chosen)
+    def similar(self, at: At) -> tuple[ExplainedRun, ...]:
+        """Of one seed, one run of each kind."""
+        return self._of(runs_at_similar([run.summary for run in self.runs], at))
+
+    def _of(self, summaries: Iterable[RunSummary]) -> tuple[ExplainedRun, ...]:
+        by_folder = {run.summary.folder: run for run in self.runs}
+        return tuple(by_folder[each.folder] for each in summaries)
 
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
@@ -120,8 +120,8 @@ class Interpretability:
         """
         found = []
         for at in AT:
-            for seed in sorted({run.summary.seed for run in self.runs}):
-                by_kind = {run.summary.kind: run for run in self.similar(at, seed)}
+            for runs in similar_by_seed([run.summary for run in self.runs], at).values():
+                by_kind = {run.summary.kind: run for run in self._of(runs)}
                 for kind, other in PAIRS:
                     if kind in by_kind and other in by_kind:
                         found += [_difference(name, at, by_kind[kind], by_kind[other]) for name in self.own_names]
@@ -155,8 +155,10 @@ class Interpretability:
         chosen = [each for each in self.differences if each.at == at and _kinds(each) == ("e2e_ds", "local")]
         if why := _untestable(chosen, at):
             return Claim(claim, published, why, "not testable here")
-        verdict: Verdict = shown_if_all([holds(each.difference) for each in chosen])
-        return Claim(claim, published, "; ".join(map(str, chosen)), verdict)
+        by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
+        means = {name: _over_seeds(of) for name, of in by_name.items() if of}
+        told = "; ".join(_told(by_name[name], mean) for name, mean in means.items())
+        return Claim(claim, published, told, judged(*((mean, holds(mean)) for mean in means.values())))
 
 
 def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
@@ -213,7 +215,19 @@ def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> Di
         return None
     draws = resampled_means(a, stream(run.summary)) - resampled_means(b, stream(other.summary))
     interval = percentile_interval(draws, float(a.mean() - b.mean()))
-    return Difference(name, at, run, other, len(a), interval, permutation_test(a, b, generator))
+    return Difference(name, at, run, other, len(a), interval, draws, permutation_test(a, b, generator))
+
+
+def _over_seeds(differences: Sequence[Difference]) -> OverSeeds:
+    return over_seeds(np.stack([[each.difference.estimate, *each.draws] for each in differences]))
+
+
+def _told(of: Sequence[Difference], mean: OverSeeds) -> str:
+    """The mean of one score's differences over seeds, and how many features it is of."""
+    features = f"{', '.join(map(str, dict.fromkeys(each.features for each in of)))} features each"
+    tests = f"p {', '.join(f'{each.p:.2g}' for each in of)}"
+    where = over("features", [each.run.summary for each in of])
+    return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
 
 
 def _kinds(difference: Difference) -> tuple[str, str]:
@@ -275,6 +289,7 @@ def difference_rows(found: Sequence[Interpretability]) -> list[dict[str, Any]]:
             "site": one.setting.site,
             "at": each.at,
             "seed": each.run.summary.seed,
+            "data_seed": each.run.summary.data_seed,
             "kind": each.run.summary.kind,
             "other": each.other.summary.kind,
             "score": each.name,
@@ -296,6 +311,7 @@ def _runs(found: Sequence[Interpretability]) -> list[ExplainedRun]:
 def _columns(run: ExplainedRun) -> dict[str, Any]:
     summary = run.summary
     row = {"run": summary.folder, "site": summary.site, "kind": summary.kind, "seed": summary.seed}
+    row |= {"data_seed": summary.data_seed}
     return {**row, "coefficient": summary.coefficient, "ce_increase": summary.ce_increase, "l0": summary.l0}
 
 

@@ -55,9 +55,10 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
         for run in chosen
     )
     caption = (
-        f"Of each kind the SAE whose {AT[at]} is closest to the others' at {found.setting.site}: {told}. Each mark is "
-        f"a feature; 0.5 is chance. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, the "
-        f"hollow mark the mean. Explained by {found.about.get('model')}, scored by {found.about.get('scorer_model')}."
+        f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
+        f"{found.setting.site}: {told}. Each mark is a feature; 0.5 is chance. The outline (of {OUTLINED} features or "
+        "more) is a Gaussian kernel density, the hollow mark the mean. Explained by "
+        f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
     )
     return Chart(name, f"How well explanations foretell features, at similar {AT[at]}", caption, tuple(panels))
 
@@ -134,7 +135,8 @@ def print_interpretability(found: Sequence[Interpretability], console: Console |
             console.print(_table(f"{scorer}: balanced accuracy, and that of its controls", headings, rows))
         if one.differences:
             differences = [_difference_cells(each) for each in one.differences]
-            console.print(_table("Differences of means", _DIFFERENCE_HEADINGS, differences))
+            title = "Differences of means, seed by seed, over features"
+            console.print(_table(title, _DIFFERENCE_HEADINGS, differences))
         for claim in one.claims:
             line = f"• {claim.verdict}: {claim.claim} ({claim.ours})"
             console.print(printable(line), markup=False, highlight=False)
@@ -187,7 +189,8 @@ def _section(one: Interpretability, charts: Sequence[Chart]) -> str:
     means = table(*_mean_table(one))
     differences = table(_DIFFERENCE_HEADINGS, map(_difference_cells, one.differences), text=(1, 3))
     note = (
-        '<p class="note">Differences of means over equally many features of each run, with 95&nbsp;% bootstrap '
-        "intervals over features; p by a two-sided permutation test.</p>"
+        '<p class="note">Means, and differences of means over equally many features, of one run a kind and one seed a '
+        "row, with 95&nbsp;% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
+        "the mean over three seeds or more, with an interval that holds features and seeds.</p>"
     )
     return f"<section>{head}{claim_list(one.claims)}{''.join(map(div, charts))}{means}{differences}{note}</section>"
