@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.comparison import Summary, runs_at_similar, similar_by_seed, summarise
-from endwise.analysis.run_summary import KINDS, RunSummary
+from endwise.analysis.run_summary import RunSummary
 from endwise.dictionaries import SAE
 from endwise.errors import FormatError
 from endwise.features.norms import Norms, norms
@@ -217,9 +217,11 @@ def ratio_rows(found: Findings) -> list[dict[str, Any]]:
 
 
 def norm_rows(found: Findings) -> list[dict[str, Any]]:
+    """One row a run, of each seed those at similar CE increase."""
     return [
-        {"site": site, "kind": run.kind, "run": Path(run.folder).name, **found.norms[run.folder].to_row()}
-        for site, runs in found.similar_ce.items()
-        for run in sorted(runs, key=lambda each: KINDS.index(each.kind))
+        {"site": site, "kind": run.kind, "seed": run.seed, "run": Path(run.folder).name}
+        | found.norms[run.folder].to_row()
+        for site, summary in found.sites.items()
+        for run in summary.runs
         if run.folder in found.norms
     ]
