@@ -40,7 +40,9 @@ def test_a_verdict_takes_every_part():
     assert judged((below, below.high < 1), (above, above.high < 1)) == "not shown"
     undefined = over_seeds(np.array([[0.5, np.nan, np.nan]] * 3))
     assert judged((below, True), (undefined, True)) == "not testable here"
-    assert judged((over_seeds(np.full((3, 9), np.nan)), True)) == "not testable here"
+    assert undefined.told() == "0.500 (no interval)"
+    nothing = over_seeds(np.full((3, 9), np.nan))
+    assert judged((nothing, True)) == "not testable here" and nothing.told() == "not defined"
 
 
 def test_correlations_stay_correlations():

@@ -459,8 +459,9 @@ def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     ]
 
 
-def _ends(name: str, interval: Interval | OverSeeds) -> dict[str, float]:
-    return {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+def _ends(name: str, interval: Interval | OverSeeds) -> dict[str, float | None]:
+    ends = {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+    return {key: value if np.isfinite(value) else None for key, value in ends.items()}
 
 
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def _ratio_finding(
             claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
         )
     one, local = (run.summary for run in pairs[0])
-    told = ratio.told(lambda share: f"{100 * share:.0f}").replace(" [", " % of local's [", 1)
+    told = ratio.told(lambda share: f"{100 * share:.0f}", " % of local's")
     ours = (
         f"{told} {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
         f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f} "

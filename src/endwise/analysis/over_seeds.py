@@ -64,9 +64,12 @@ class OverSeeds:
     def testable(self) -> bool:
         return self.holds_seeds and bool(np.isfinite([self.low, self.high, self.estimate]).all())
 
-    def told(self, form: Callable[[float], str] = "{:.3f}".format) -> str:
-        """`0.123 [0.100, 0.146]`."""
-        return f"{form(self.estimate)} [{form(self.low)}, {form(self.high)}]"
+    def told(self, form: Callable[[float], str] = "{:.3f}".format, unit: str = "") -> str:
+        """`0.123 [0.100, 0.146]`, a unit after the estimate; says where there is no interval."""
+        if not np.isfinite(self.estimate):
+            return "not defined"
+        ends = f"[{form(self.low)}, {form(self.high)}]" if np.isfinite([self.low, self.high]).all() else "(no interval)"
+        return f"{form(self.estimate)}{unit} {ends}"
 
 
 def over_seeds(values: Floats, scale: Scale = PLAIN) -> OverSeeds:

@@ -21,7 +21,7 @@ from endwise.sites import Site
 
 CARRIED = 0.9
 """Share, of what the whole SAE carries, for which features are counted."""
-NARROW = 1.05
+NARROW = 1.06
 """Factor between the measured counts on either side of that."""
 INSIDE = 3
 """Counts that a pass measures between two others."""

@@ -282,4 +282,6 @@ def _named(one: Directions, run: RunSummary) -> tuple[str, str, str]:
 
 
 def _interval(interval: Interval | OverSeeds | None) -> str:
+    if isinstance(interval, OverSeeds):
+        return interval.told()
     return "–" if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
