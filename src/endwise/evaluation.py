@@ -186,7 +186,7 @@ class _Collector:
     def add_latents(self, latents: Latents, mask: TokenMask) -> None:
         firings = latents.firings(mask).cpu()
         self._firings = firings if self._firings is None else self._firings + firings
-        self.add({"l0": (latents.l0() * mask).sum(-1)})
+        self.add({"l0": latents.l0().where(mask, 0.0).sum(-1)})
 
     def merge(self, world: World) -> None:
         """Brings together what the processes collected, in the order of the batches, which they took in turns."""
@@ -257,8 +257,8 @@ def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask:
         ("", x, y, means.raw),
         ("_layernorm", _normed(x), _normed(y), means.layernorm),
     ):
-        error = (truth - guess).square().sum(-1) * mask
-        variance = (truth - mean).square().sum(-1) * mask
+        error = (truth - guess).square().sum(-1).where(mask, 0.0)
+        variance = (truth - mean).square().sum(-1).where(mask, 0.0)
         sums[f"error{suffix}"] = error.sum(-1)
         sums[f"variance{suffix}"] = variance.sum(-1)
         sums[f"unexplained_share{suffix}"] = torch.where(mask, error / variance.clamp_min(1e-12), 0.0).sum(-1)
@@ -284,7 +284,7 @@ def _splice(
             [squared_error(a[None], b[None], m[None]) for a, b, m in rows]
         )
         cosines = cosine_similarity(spliced.activations[s].float(), clean.activations[s].float(), dim=-1)
-        downstream[f"downstream_cosine.{s.name}"] = (cosines * mask).sum(-1)
+        downstream[f"downstream_cosine.{s.name}"] = cosines.where(mask, 0.0).sum(-1)
     return _SplicedPass(_final(spliced), downstream)
 
 

@@ -111,13 +111,14 @@ class Sparsity(SiteTerm):
     p: float = 1.0
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
-        return (latents.penalty(self.p) * mask).sum() / activation.shape[-1]
+        return latents.penalty(self.p, mask).sum() / activation.shape[-1]
 
 
 def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:
     """Σ over the mask's tokens of the mean over dims of the squared difference, in fp32 (float64 stays float64)."""
     difference = estimate - truth if estimate.dtype == torch.float64 else estimate.float() - truth.float()
-    return (difference.square().mean(-1) * mask).sum()
+    # Masked before it is squared: the gradient of a square that overflows would be 0 · ∞.
+    return difference.where(mask[..., None], 0.0).square().mean(-1).sum()
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,9 @@ class Readout:
                 kept[1, part] = (p - log_q.exp_()).abs().sum(-1) / 2
         comparisons = []
         for kept in columns:
-            kl, distance, top1, ce_clean, ce_spliced = kept.view(5, *mask.shape)
-            comparisons.append(
-                Comparison(
-                    kl * mask, distance * mask, top1 * mask, ce_clean * predicts, ce_spliced * predicts, predicts
-                )
-            )
+            counts = torch.stack([mask, mask, mask, predicts, predicts])
+            kl, distance, top1, ce_clean, ce_spliced = kept.view(5, *mask.shape).where(counts, 0.0)
+            comparisons.append(Comparison(kl, distance, top1, ce_clean, ce_spliced, predicts))
         return comparisons
 
 

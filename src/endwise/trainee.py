@@ -73,7 +73,7 @@ class Trainee:
         Args:
             tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
-        activation = clean.activations[self.site]
+        activation = _harmless(clean.activations[self.site], mask)
         with self._products():
             latents = self.sae.encode(activation)
             encoded = Encoded(latents, self.sae.decode(latents))
@@ -83,7 +83,7 @@ class Trainee:
             outputs.append(encoded.reconstruction)
             gradients.append(self._tail_gradient(tail, clean, encoded.reconstruction, mask) / tokens_in_step)
         torch.autograd.backward(outputs, gradients)
-        self._sums["l0"] += (latents.l0() * mask).sum()
+        self._sums["l0"] += latents.l0().where(mask, 0.0).sum()
         self._fired |= latents.fired(mask)
 
     def _products(self) -> torch.autocast:
@@ -208,6 +208,15 @@ class Trainee:
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
+
+
+def _harmless(activation: Activation, mask: TokenMask) -> Activation:
+    """The activation, with zeros in those masked rows whose squares are not finite: the gradient that they add to the
+    weights, 0 times what they hold, would be NaN.
+    """
+    largest = torch.finfo(torch.float32).max ** 0.5
+    harmless = mask | (activation.abs().amax(-1) < largest)
+    return activation.where(harmless[..., None], 0.0)
 
 
 def _tail_tokens(device: torch.device) -> int:

@@ -59,7 +59,7 @@ class TextReader:
         spliced = self.model.replay(clean, {self.site: value}).final
         assert clean.final is not None and spliced is not None
         compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
-        active = latents.dense()[0] * mask[0, :, None]
+        active = latents.dense()[0].where(mask[0, :, None], 0.0)
         both = torch.stack([compared.ce_clean[0], compared.ce_spliced[0]], 1).tolist()
         ce = [short(pair) if known else None for known, pair in zip(compared.predicts[0].tolist(), both, strict=True)]
         return {

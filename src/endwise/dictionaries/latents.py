@@ -24,8 +24,8 @@ class Latents(ABC):
         """Every feature's value in every row."""
 
     @abstractmethod
-    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
-        """Σ over features of |c|^p, per row."""
+    def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
+        """Σ over features of |c|^p, per row; rows outside the mask, which may hold NaN or infinity, have 0."""
 
     @abstractmethod
     def l0(self) -> Float[Tensor, "*rows"]:
@@ -55,9 +55,11 @@ class DenseLatents(Latents):
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         return self.values
 
-    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
+    def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         half = self.values.dtype in (torch.bfloat16, torch.float16)
-        return _magnitudes(self.values, p).sum(-1, dtype=torch.float32 if half else None)
+        magnitudes = _magnitudes(self.values, p, None if mask is None else mask[..., None])
+        sums = magnitudes.sum(-1, dtype=torch.float32 if half else None)
+        return sums if mask is None else sums.where(mask, 0.0)
 
     def l0(self) -> Float[Tensor, "*rows"]:
         # Not a sum of booleans: on a CPU that would first make integers of them all, of twice the latents' size.
@@ -71,7 +73,7 @@ class DenseLatents(Latents):
         return self._active(mask).sum(0)
 
     def only(self, features: Bool[Tensor, " d_sae"]) -> "DenseLatents":
-        return DenseLatents(self.values * features)
+        return DenseLatents(self.values.where(features, 0.0))
 
     def of(self, feature: int) -> Float[Tensor, "*rows"]:
         return self.values[..., feature]
@@ -94,9 +96,11 @@ class SparseLatents(Latents):
         zeros = self.values.new_zeros(self.pairs.n_rows * self.pairs.n_features)
         return zeros.index_add(0, flat, self.values).view(*self.shape, self.pairs.n_features)
 
-    def penalty(self, p: float = 1.0) -> Float[Tensor, "*rows"]:
+    def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         sums = self.values.new_zeros(self.pairs.n_rows)
-        return sums.index_add(0, self.pairs.rows, _magnitudes(self.values, p)).view(self.shape)
+        magnitudes = _magnitudes(self.values, p, None if mask is None else mask.flatten()[self.pairs.rows])
+        sums = sums.index_add(0, self.pairs.rows, magnitudes).view(self.shape)
+        return sums if mask is None else sums.where(mask, 0.0)
 
     def l0(self) -> Float[Tensor, "*rows"]:
         return torch.bincount(self.pairs.rows, minlength=self.pairs.n_rows).float().view(self.shape)
@@ -121,12 +125,17 @@ class SparseLatents(Latents):
         return values.index_put((self.pairs.rows[places],), self.values[places]).view(self.shape)
 
 
-def _magnitudes(values: Tensor, p: float) -> Tensor:
-    """|c|^p with gradient 0 at 0, where for p < 1 the true one is infinite: an inactive feature has none to follow."""
+def _magnitudes(values: Tensor, p: float, counts: Tensor | None) -> Tensor:
+    """|c|^p with gradient 0 at 0, where for p < 1 the true one is infinite: an inactive feature has none to follow.
+
+    Args:
+        counts: true where the sum is read. Elsewhere the gradient, 0 times that of a power, must not come to be NaN;
+            that of |c| is finite everywhere.
+    """
     magnitudes = values.abs()
     if p == 1.0:
         return magnitudes
-    active = magnitudes > 0
+    active = magnitudes != 0 if counts is None else (magnitudes != 0) & counts
     return torch.where(active, torch.where(active, magnitudes, 1.0).pow(p), 0.0)
 
 
@@ -159,7 +168,7 @@ def decode_sparse(
         norms: the L2 norms of the weight's rows, if each is to be used with unit norm; the gradient knows about it.
     """
     sums: Any = _WeightedRows.apply(latents.values, weight, latents.pairs, norms)
-    return (sums + bias).view(*latents.shape, -1)
+    return (sums + bias).view(*latents.shape, len(bias))
 
 
 class _ActiveValues(Function):

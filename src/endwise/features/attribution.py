@@ -110,7 +110,7 @@ def _sparse(
     pairs = latents.pairs
     kernels = kernels_for(W_dec.device)
     counts = mask.flatten()[pairs.rows]
-    values = latents.values * counts
+    values = latents.values.where(counts, 0.0)
     changes = [
         -values * kernels.dot_products(W_dec, pairs.features, g.flatten(0, 1).to(W_dec.dtype), pairs) for g in gradients
     ]
@@ -133,7 +133,7 @@ def _sparse(
 def _dense(values: Tensor, W_dec: Tensor, gradients: Sequence[Activation], mask: TokenMask) -> list[Contributions]:
     found = []
     for sequence, kept in enumerate(mask):
-        latents = values[sequence] * kept[:, None]
+        latents = values[sequence].where(kept[:, None], 0.0)
         changes = [-latents * (gradient[sequence].to(W_dec.dtype) @ W_dec.T) for gradient in gradients]
         signed = [change.sum(0, dtype=torch.float64) for change in changes]
         absolute = [change.abs().sum(0, dtype=torch.float64) for change in changes]

@@ -136,7 +136,7 @@ class NormCollector:
         """In the order of `WHERE`: `[3 batch pos]` of each batch."""
 
     def add(self, batch: SiteBatch, reconstruction: Activation) -> None:
-        a, b = batch.activation.double(), reconstruction.double()
+        a, b = (x.double().where(batch.mask[..., None], 0.0) for x in (batch.activation, reconstruction))
         self._lengths.append(_stacked([a.norm(dim=-1), b.norm(dim=-1), cosine_similarity(a, b, -1)]))
         self._groups.append(_stacked([batch.where(group) for group in WHERE]))
 
@@ -148,7 +148,7 @@ class NormCollector:
         others = groups["others"]
 
         def mean(values: NDArray[np.float64], kept: NDArray[np.bool_]) -> Interval:
-            return bootstrap_ratio((values * kept).sum(1), kept.sum(1).astype(float), resamples, seed)
+            return bootstrap_ratio(np.where(kept, values, 0.0).sum(1), kept.sum(1).astype(float), resamples, seed)
 
         at_0, at_starts = (
             mean(ratios, groups[group]) if groups[group].any() else None for group in ("position_0", "starts")

@@ -117,7 +117,7 @@ class AlongDirections:
         y = self._principal.along(reconstruction)
         counted = batch.counted(self._with_starts)[..., None]
         parts = (torch.ones_like(x), x, y, x.square(), y.square(), x * y, (x - y).square())
-        self._sums.append(torch.stack([(part * counted).sum(1) for part in parts]).cpu().numpy())
+        self._sums.append(torch.stack([part.where(counted, 0.0).sum(1) for part in parts]).cpu().numpy())
 
     def reconstructed(self, resamples: int, seed: int) -> Reconstructed:
         """What all batches together show."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from endwise.kernels.interface import Unembedding
-from endwise.kernels.logits import Buffers, capped
+from endwise.kernels.logits import Buffers, capped, kept_rows
 
 
 class CrossEntropy(NamedTuple):
@@ -34,13 +34,13 @@ def chunked_cross_entropy(
     Args:
         rows: whose logits are held at once, vocabulary-major as in `kl`.
     """
-    weight, rows = unembedding.weight, min(rows, len(hidden))
+    weight, rows = unembedding.weight, max(1, min(rows, len(hidden)))
     buffers = Buffers.of(unembedding, hidden, rows, 1)
     losses = torch.zeros(len(hidden), dtype=buffers.dtype, device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        logits, slope = capped(unembedding, buffers.product(unembedding, hidden[part], 0))
+        logits, slope = capped(unembedding, buffers.product(unembedding, kept_rows(hidden[part], keep[part]), 0))
         counts, target = keep[part].to(buffers.dtype), targets[part][None]
         of_target = logits.sub_(logits.amax(0)).gather(0, target)[0]
         weights = logits.exp_()

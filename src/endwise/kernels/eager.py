@@ -28,7 +28,8 @@ class EagerKernels(Kernels):
         size = max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae))
         screened = x.dtype == torch.float32 and has_fast_bfloat16(x.device)
         positive = _screened(weight, bias) if screened else _dense(weight, bias, min(size, len(x)))
-        places, values, found, start = [], [], 0, 0
+        places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
+        found, start = 0, 0
         while start < len(x):
             rows = x[start : start + (size if start else PROBE_ROWS)]
             where, value = positive(rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from endwise.kernels.interface import Divergence, Unembedding
-from endwise.kernels.logits import Buffers, capped
+from endwise.kernels.logits import Buffers, capped, kept_rows
 
 SLICE_ELEMENTS = 1 << 17
 """Logits in a slice of a chunk, of each pass: half a MiB in fp32."""
@@ -25,12 +25,12 @@ def chunked_kl(clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembe
     """
     weight = unembedding.weight
     gradient = torch.empty_like(spliced)
-    rows = min(rows, len(spliced))
+    rows = max(1, min(rows, len(spliced)))
     buffers = Buffers.of(unembedding, spliced, rows, 2)
     total = torch.zeros((), dtype=buffers.dtype, device=spliced.device)
     for start in range(0, len(spliced), rows):
         part = slice(start, start + rows)
-        p, q = _logits(unembedding, clean[part], spliced[part], buffers)
+        p, q = _logits(unembedding, kept_rows(clean[part], keep[part]), kept_rows(spliced[part], keep[part]), buffers)
         p, _ = capped(unembedding, p)
         q, slope = capped(unembedding, q)
         counts = keep[part].to(buffers.dtype)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from endwise.kernels.interface import Unembedding
@@ -52,6 +52,11 @@ class Buffers:
     def rounded(self, logits: Float[Tensor, "vocab rows"]) -> Float[Tensor, "vocab rows"]:
         """In the hidden states' dtype."""
         return logits if self.half is None else _shaped(self.half, *logits.shape).copy_(logits)
+
+
+def kept_rows(hidden: Float[Tensor, "n d_model"], keep: Bool[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+    """The hidden states with zeros in the other rows, which may hold NaN or infinity; 0 times either is NaN."""
+    return hidden.where(keep[:, None], 0.0)
 
 
 def _shaped(buffer: Tensor, vocab: int, rows: int) -> Tensor:

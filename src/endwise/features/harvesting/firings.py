@@ -39,7 +39,7 @@ class Firings:
             rows, features = latents.pairs.rows[kept], latents.pairs.features[kept]
             values = latents.values[kept]
         else:
-            dense = latents.dense().flatten(0, -2) * counts[:, None]
+            dense = latents.dense().flatten(0, -2).where(counts[:, None], 0.0)
             rows, features = dense.nonzero().unbind(1)
             values = dense[rows, features]
         if not ((values > 0) & values.isfinite()).all():
