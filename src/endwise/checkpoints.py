@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from endwise.errors import FormatError
 from endwise.files import laid_out, write_tensors
+from endwise.remedies import unreadable
 
 STATE, CHECKSUM = "endwise", "sha256"
 """Keys of the header."""
@@ -57,7 +58,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("its counters are no JSON object")
         return Checkpoint(tensors, counters)
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from None
+        damaged = FormatError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).")
+        raise unreadable(path, error) or damaged from None
 
 
 def checksum(tensors: Mapping[str, Tensor], state: str) -> str:

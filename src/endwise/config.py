@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from endwise.errors import ConfigError
 from endwise.reading import expanded
+from endwise.remedies import reason, remedy
 from endwise.strict_yaml import parse_yaml
 
 LARGEST_FILE = 100_000
@@ -82,7 +83,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}. Give the path of a recipe, for example one of recipes/.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {reason(error)}. {remedy(error)}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"Cannot read {path}: {error}. Give a YAML text file.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML for a recipe: {error}. Correct it there.") from None

@@ -8,6 +8,7 @@
     │   └── NoTokenizer    text is to be read, by a model that has no tokenizer
     ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
     ├── FormatError        a file is not the format it claims to be
+    │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
     └── TrainingStopped    training cannot go on; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
@@ -52,6 +53,10 @@ class RunFolderError(EndwiseError):
 
 class FormatError(EndwiseError):
     exit_code = 6
+
+
+class Unreadable(FormatError):
+    """The operating system does not give what a file holds; the file itself may be whole."""
 
 
 class TrainingStopped(EndwiseError):

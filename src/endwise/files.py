@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and a loss of power never costs the old one."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from endwise.errors import RunFolderError
 from endwise.reading import expanded
+from endwise.remedies import reason, remedy
 
 PARTIAL = ".partial"
 
@@ -57,8 +59,9 @@ def held(lock: Path, taken: str | None = None) -> Iterator[None]:
         holding.acquire()
     except Timeout:
         raise RunFolderError(taken or "") from None
-    except OSError as error:
-        raise cannot_write(lock.parent, error) from None
+    except (OSError, NotImplementedError) as error:  # the second of older versions, where a disk knows no locks
+        known = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
+        raise cannot_write(lock.parent, known) from None
     try:
         yield
     finally:
@@ -93,10 +96,10 @@ def laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def cannot_write(path: Path, error: OSError) -> RunFolderError:
+def cannot_write(path: Path, error: Exception) -> RunFolderError:
     return RunFolderError(
-        f"Cannot write {path} ({error.strerror or error}). Free space on that disk or choose another folder; "
-        "files already there are untouched."
+        f"Cannot write {path} ({reason(error)}). {remedy(error, 'choose another folder')} Files already there are "
+        "untouched."
     )
 
 

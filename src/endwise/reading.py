@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from endwise.errors import FormatError
+from endwise.remedies import reason, remedy
 
 LARGEST_JSON = 32 << 20
 """Bytes; the index of a model in a thousand shards has less than a tenth of it."""
@@ -30,9 +31,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise
     except RecursionError:
         raise FormatError(f"{path} cannot be read as JSON: it is nested too deeply. {_REMEDY}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise FormatError(f"{path} cannot be read as JSON: {reason}. {_REMEDY}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read as JSON: {reason(error)}. {remedy(error)}") from None
+    except ValueError as error:
+        raise FormatError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from None
     return value
 
 

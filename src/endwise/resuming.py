@@ -6,7 +6,7 @@ from typing import Any
 
 from endwise.checkpoints import Checkpoint, read_checkpoint
 from endwise.distributed import World
-from endwise.errors import FormatError, RunFolderError
+from endwise.errors import FormatError, RunFolderError, Unreadable
 from endwise.group import Group, Member
 from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora
@@ -92,6 +92,8 @@ def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint
         )
     try:
         return read_checkpoint(folder.checkpoint(step))
+    except Unreadable:
+        raise
     except FormatError as error:
         before = _latest_whole(folder, step)
         found = f"The one before it, of step {before}, is whole" if before else "No other one is whole"

@@ -33,6 +33,7 @@ from typing import Any
 from endwise.errors import ConfigError, RunFolderError
 from endwise.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
 from endwise.reading import expanded, read_json, there_is
+from endwise.remedies import reason, remedy
 from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -178,7 +179,7 @@ class RunFolder:
         except OSError as error:
             with suppress(OSError):
                 os.truncate(file, size)
-            raise RunFolderError(f"Cannot write {file} ({error.strerror}). Free space on that disk.") from error
+            raise RunFolderError(f"Cannot write {file} ({reason(error)}). {remedy(error)}") from error
 
     def position(self) -> int:
         """Bytes of `metrics.jsonl` so far, all of them on the disk when this returns."""
@@ -225,9 +226,8 @@ class RunFolder:
         try:
             return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
         except (OSError, ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"{self.metrics_file} cannot be read: {error}. Restore it from a copy, or remove the line."
-            ) from None
+            advice = remedy(error) if isinstance(error, OSError) else "Restore it from a copy, or remove the line."
+            raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
 
     def evaluation(self) -> dict[str, Any] | None:
         return read_json(self.evaluation_file) if self.evaluation_file.exists() else None

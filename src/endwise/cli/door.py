@@ -12,6 +12,7 @@ import typer
 from endwise.errors import EndwiseError
 from endwise.printable import printable
 from endwise.reading import expanded
+from endwise.remedies import reason, remedy
 
 app = typer.Typer(
     name="endwise",
@@ -65,6 +66,6 @@ def plainly(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
         except OSError as error:  # of the machine, not of the program: a disk that fails, a file that may not be read
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}. Check that path, its permissions and its disk.", 1)
+            _fail(f"{where}{reason(error)}. {remedy(error)}", 1)
 
     return run

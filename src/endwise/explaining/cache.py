@@ -4,6 +4,7 @@ An answer's key is the SHA-256 of the endpoint's address and the whole request, 
 setting is another call, and none is made twice.
 """
 
+import errno
 import hashlib
 import json
 import sqlite3
@@ -66,7 +67,7 @@ class Cache:
                     (key, answer.text, answer.tokens_in, answer.tokens_out),
                 )
         except sqlite3.Error as error:
-            raise cannot_write(self._path, OSError(str(error))) from None
+            raise cannot_write(self._path, _of_the_system(error)) from None
 
 
 @contextmanager
@@ -112,9 +113,26 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             )
             connection.execute(f"PRAGMA user_version = {_FORMAT}")
     except sqlite3.OperationalError as error:
-        raise cannot_write(path, OSError(str(error))) from None
+        raise cannot_write(path, _of_the_system(error)) from None
     except sqlite3.DatabaseError as error:
         raise _broken(path, error) from None
+
+
+_NUMBERS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_LOCKED: errno.EBUSY,
+    sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+}
+
+
+def _of_the_system(error: sqlite3.Error) -> OSError:
+    """As the system's error that SQLite met; it keeps the number to itself, but says of which kind it was."""
+    number = _NUMBERS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    return OSError(str(error)) if number is None else OSError(number, str(error))
 
 
 def _broken(path: Path, why: object) -> FormatError:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from endwise.errors import ConfigError
 from endwise.reading import expanded
+from endwise.remedies import reason, remedy
 
 PLACE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 LARGEST = 1 << 20
@@ -64,7 +65,9 @@ def _text(path: Path) -> str:
         if len(content) > LARGEST:
             raise ConfigError(f"The prompt {path} has more than {LARGEST:,} bytes. Shorten it.")
         return content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"The prompt {path} cannot be read: {reason(error)}. {remedy(error)}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"The prompt {path} cannot be read as UTF-8 ({error}). Write it anew.") from None
 
 

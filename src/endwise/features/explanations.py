@@ -21,6 +21,7 @@ from endwise.errors import FormatError
 from endwise.features.same_weights import check_same_weights
 from endwise.files import write_json
 from endwise.reading import expanded, read_format
+from endwise.remedies import unreadable
 from endwise.tabular import write_parquet
 
 EXPLANATIONS_FOLDER = "explanations"
@@ -113,7 +114,7 @@ def read_explanations(run: Path) -> Explanations | None:
         table = parquet.read_table(folder / "explanations.parquet")
         rows = tuple(map(_explanation, table.to_pylist()))
     except (OSError, pa.ArrowException, FormatError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(
+        raise unreadable(folder, error) or FormatError(
             f"{folder} is not what endwise explain writes ({error}). Explain again: what was answered before is kept "
             f"in answers.sqlite there and is not paid twice."
         ) from None

@@ -27,6 +27,7 @@ from endwise.errors import FormatError, RunFolderError
 from endwise.features.same_weights import check_same_weights
 from endwise.features.token_texts import Decode, pieces
 from endwise.reading import expanded, read_format
+from endwise.remedies import unreadable
 
 HARVEST_FOLDER = "harvest"
 HARVEST_FORMAT = 1
@@ -160,7 +161,7 @@ class Harvest:
             with parquet.ParquetFile(path) as file:
                 yield from _by_feature(_rows(file, wanted))
         except (OSError, pa.ArrowException) as error:
-            raise _broken(path, error) from None
+            raise unreadable(path, error) or _broken(path, error) from None
 
 
 def read_harvest(run: Path) -> Harvest | None:
@@ -206,7 +207,7 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
         return parquet.read_table(path).select(schema.names).cast(schema)
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise _broken(path, error) from None
+        raise unreadable(path, error) or _broken(path, error) from None
 
 
 def _rows(file: parquet.ParquetFile, wanted: set[int] | None) -> Iterator[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from endwise.errors import FormatError
 from endwise.files import write_tensors
 from endwise.reading import expanded
+from endwise.remedies import unreadable
 
 IMPORTANCE_FILE = "importance.safetensors"
 
@@ -217,7 +218,7 @@ def read_measured(run: Path) -> Measured | None:
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         again = f"endwise importance --again {shlex.quote(str(run))}"
-        raise FormatError(
+        raise unreadable(file, error) or FormatError(
             f"{file} does not hold the importance of features ({error}). Measure it again: {again}"
         ) from None
 

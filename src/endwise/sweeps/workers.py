@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from endwise.errors import Interrupted, RunFolderError
+from endwise.remedies import reason, remedy
 from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out, folder_of
 
 _loaded = Loaded()
@@ -41,6 +42,9 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {told if len(told) <= 600 else f'... {told[-600:]}'}"
 
 
+_SHARED = "start the sweep in a directory that all machines share, or give it an absolute `out` that they share"
+
+
 def _enter(directory: Path, task: Task) -> None:
     """
     Raises:
@@ -53,6 +57,5 @@ def _enter(directory: Path, task: Task) -> None:
         if relative:
             raise RunFolderError(
                 f"{socket.gethostname()} does not have the directory that the sweep was started in, {directory} "
-                f"({error.strerror}), and so not {relative[0]} within it. Start the sweep in a directory that all "
-                "machines share, or give it an absolute `out` that they share."
+                f"({reason(error)}), and so not {relative[0]} within it. {remedy(error, _SHARED)}"
             ) from None

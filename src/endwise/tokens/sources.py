@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from endwise.errors import DataError, FormatError
 from endwise.reading import expanded, read_json, stays_inside, there_is
+from endwise.remedies import reason, remedy
 from endwise.tokens.folders import check_split, files_of_split, no_split
 
 COLUMNS = ("text", "input_ids", "tokens")
@@ -136,7 +137,7 @@ def _identity(file: Path) -> list[Any]:
     try:
         stat = file.stat()
     except OSError as error:
-        raise SourceLost(f"Cannot read {file}: {error.strerror or error}.") from None
+        raise SourceLost(f"Cannot read {file}: {reason(error)}. {remedy(error)}") from None
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
@@ -153,7 +154,7 @@ def _read_file(file: Path, reader: "Reader", column: str | None) -> Iterator[Doc
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} is not a gzip file that can be read: {_one_line(error)}. Compress it again.") from None
     except OSError as error:
-        raise SourceLost(f"Cannot read {file}: {error.strerror or error}.") from None
+        raise SourceLost(f"Cannot read {file}: {reason(error)}. {remedy(error)}") from None
     if not found:
         raise DataError(f"{file} is empty: it holds no document. Remove it or write documents into it.")
 
@@ -325,7 +326,7 @@ def _saved_dataset(path: Path, column: str | None, split: str) -> Source:
             Exception
         ) as error:  # of a damaged file, whatever its reader stumbles over, an OSError without a number too
             if isinstance(error, OSError) and error.errno is not None:
-                raise SourceLost(f"Cannot read {folder}: {_one_line(error)}.") from None
+                raise SourceLost(f"Cannot read {folder}: {_one_line(error)}. {remedy(error)}") from None
             raise DataError(
                 f"{folder} is not a dataset that can be loaded: {_one_line(error)}. Save the dataset again."
             ) from error

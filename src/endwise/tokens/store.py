@@ -20,6 +20,7 @@ from rich.console import Console
 from endwise.errors import DataError, RunFolderError
 from endwise.files import PARTIAL
 from endwise.printable import printable
+from endwise.remedies import reason, remedy
 from endwise.tokens.corpus import Documents
 from endwise.tokens.sources import Source, SourceLost
 from endwise.tokens.tokenising import (
@@ -61,10 +62,12 @@ def open_store(source: Source, encoding: Encoding, payload: int, cache: Path, qu
                 if stored is None or not _suffices(stored.info, quota):
                     stored = _build(source, encoding, payload, quota, folder)
         except (OSError, RunFolderError) as error:
-            reason = error.strerror or error if isinstance(error, OSError) else error
+            if isinstance(error, RunFolderError):  # which says what helps
+                raise DataError(f"Cannot keep tokenised text in {cache}. {error}") from error
+            advice = remedy(error, "set data.cache to another folder")
             raise DataError(
-                f"Cannot keep tokenised text in {cache} ({reason}). Free space there, or set data.cache to another "
-                "folder; what is there already is gone on with."
+                f"Cannot keep tokenised text in {cache} ({reason(error)}). {advice} What is there already is gone on "
+                "with."
             ) from error
     if stored.info["largest"] >= encoding.vocab_size:
         raise outside_vocabulary(source.name, stored.info["largest"], encoding)
