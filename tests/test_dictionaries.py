@@ -85,6 +85,116 @@ def test_foreign_saes_keep_their_function(tmp_path):
     torch.testing.assert_close(SAE.load(tmp_path)(x), expected, rtol=1e-4, atol=1e-4)
 
 
+OLD = {
+    "d_in": D,
+    "d_sae": F,
+    "dtype": "float32",
+    "device": "cpu",
+    "model_name": "gpt2-small",
+    "hook_point": "blocks.6.hook_resid_pre",
+    "hook_point_layer": 6,
+    "activation_fn_str": "relu",
+    "activation_fn_kwargs": {},
+    "normalize_activations": False,
+    "finetuning_scaling_factor": False,
+    "l1_coefficient": 5,
+    "normalize_sae_decoder": True,
+}
+"""A configuration of SAELens before version 6: one flat object, without an architecture."""
+
+
+@pytest.fixture
+def drawn():
+    return {"W_enc": torch.randn(D, F), "b_enc": torch.randn(F), "W_dec": torch.randn(F, D), "b_dec": torch.randn(D)}
+
+
+def written(folder, tensors, cfg):
+    save_file(tensors, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
+
+
+@pytest.mark.parametrize("scales", ["none", "ones", "factors"])
+@pytest.mark.parametrize("subtracts", [None, True, False])
+def test_files_from_before_version_6_keep_their_function(tmp_path, drawn, subtracts, scales):
+    factors = {"none": torch.ones(F), "ones": torch.ones(F), "factors": torch.rand(F) + 0.5}[scales]
+    cfg = OLD if subtracts is None else OLD | {"apply_b_dec_to_input": subtracts}
+    cfg = cfg | {"finetuning_scaling_factor": scales == "factors"}
+    written(tmp_path, drawn if scales == "none" else drawn | {"scaling_factor": factors}, cfg)
+    x = torch.randn(7, D)
+    acts = torch.relu((x - drawn["b_dec"] * (subtracts is not False)) @ drawn["W_enc"] + drawn["b_enc"])
+    sae = SAE.load(tmp_path)
+    torch.testing.assert_close(sae.encode(x).dense(), acts, rtol=1e-4, atol=1e-4)
+    expected = (acts * factors) @ drawn["W_dec"] + drawn["b_dec"]
+    torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
+
+
+V6 = {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {"sae_lens_version": "6.1.0"}}
+TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "says"),
+    [
+        (OLD | TOPK, "architecture 'topk'.*no conversion helps"),
+        (OLD | TOPK | {"architecture": "standard"}, "architecture 'topk'"),
+        (OLD | {"activation_fn": "topk", "activation_fn_str": None}, "architecture 'topk'"),
+        (V6 | TOPK, "architecture 'topk'"),
+        (OLD | {"activation_fn_str": "tanh-relu"}, "activation_fn_str is 'tanh-relu'"),
+        (OLD | {"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs"),
+        (OLD | {"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
+        (OLD | {"normalize_activations": True}, "expected_average_only_in.*fold_activation_norm_scaling_factor"),
+        (OLD | {"hook_point": "blocks.6.attn.hook_z"}, "hook_z"),
+        (V6 | {"reshape_activations": "hook_z"}, "hook_z"),
+        (V6 | {"normalize_activations": "layer_norm"}, "cannot be folded"),
+        (V6 | {"normalize_activations": "constant_norm_rescale"}, "cannot be folded"),
+        (V6 | {"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
+        (V6 | {"normalize_activations": "quantum"}, "does not know"),
+        *(
+            (V6 | {"architecture": other}, "no conversion helps")
+            for other in ("jumprelu", "topk", "gated", "transcoder")
+        ),
+        (V6 | {"architecture": "quantum"}, "'quantum' is not one of standard"),
+        ({key: value for key, value in V6.items() if key != "architecture"}, "architecture None"),
+        (V6 | {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True"),
+        (V6 | {"k": 3}, "k=3 may change"),
+        (V6 | {"d_out": D}, "d_out"),
+        (V6 | {"hook_name_out": "blocks.3.hook_mlp_out"}, "hook_name_out"),
+        (V6 | {"finetuning_scaling_factor": True}, "finetuning_scaling_factor is true"),
+        (OLD | {"finetuning_scaling_factor": "yes"}, "must be true or false"),
+    ],
+    ids=str,
+)
+def test_what_changes_the_function_is_refused_in_words_that_are_true(tmp_path, drawn, cfg, says):
+    with pytest.raises(FormatError, match=says):
+        SAE.load(written(tmp_path, drawn, cfg))
+
+
+def test_an_sae_of_a_processed_model_says_so(tmp_path, drawn):
+    processed = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    for cfg in (OLD | processed, V6 | {"metadata": V6["metadata"] | processed}):
+        with pytest.warns(UserWarning, match="center_writing_weights"):
+            SAE.load(written(tmp_path, drawn, cfg))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"W_skip": torch.zeros(D, D)}, "also holds W_skip"),
+        ({"threshold": torch.ones(F)}, "also holds threshold"),
+        ({"b_mag": torch.ones(F), "r_mag": torch.ones(F)}, "b_mag, r_mag"),
+        ({"scaling_factor": torch.full((F,), 2.0)}, "finetuning_scaling_factor is false"),
+        ({"scaling_factor": torch.ones(3)}, "shape"),
+        ({"scaling_factor": torch.full((F,), float("nan"))}, "finite"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cfg", [OLD, V6], ids=["old", "version 6"])
+def test_tensors_that_change_the_function_are_refused(tmp_path, drawn, more, says, cfg):
+    with pytest.raises(FormatError, match=says):
+        SAE.load(written(tmp_path, drawn | more, cfg))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -274,6 +274,9 @@ def test_metadata_tells_saelens_where_the_sae_belongs(model, corpora, tmp_path):
     metadata = json.loads((run.folder / "sae" / "cfg.json").read_text())["metadata"]
     assert (metadata["hook_name"], metadata["context_size"]) == (SITE, CONTEXT)
     assert metadata["model_class_name"] == "HookedTransformer"
+    processing = metadata["model_from_pretrained_kwargs"]  # SAELens hands them to TransformerLens's loader
+    assert processing["fold_ln"] is processing["center_writing_weights"] is processing["center_unembed"] is False
+    assert not any(processing.values())
     assert metadata["endwise"]["step"] == 20
 
 

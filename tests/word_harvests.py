@@ -7,7 +7,7 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
-from endwise.dictionaries.base import WEIGHTS_FILE
+from endwise.dictionaries.saelens import WEIGHTS_FILE
 from endwise.features.harvest import CONTEXT_SCHEMA, FEATURE_SCHEMA, HARVEST_FORMAT, TOP, VOCABULARY_SCHEMA
 from endwise.features.same_weights import weights_digest
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from endwise.dictionaries import SAE
-from endwise.dictionaries.base import read_cfg
+from endwise.dictionaries.saelens import read_cfg
 from endwise.distributed import World, joined
 from endwise.errors import DataError, FormatError
 from endwise.evaluation import Evaluation, Sums, measure
@@ -23,6 +23,7 @@ from endwise.files import write_json, write_tensors
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.reading import expanded
+from endwise.remedies import unreadable
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.tokens import Corpora, corpora_for
@@ -97,7 +98,8 @@ def _read_tensors(file: Path) -> dict[str, NDArray[Any]]:
     try:
         return {name: tensor.numpy() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError, TypeError) as error:
-        raise FormatError(f"{file} cannot be read ({error}). {_measure_again(file.parent)}") from None
+        damaged = FormatError(f"{file} cannot be read ({error}). {_measure_again(file.parent)}")
+        raise unreadable(file, error) or damaged from None
 
 
 def _measure_again(run: Path) -> str:

@@ -434,13 +434,26 @@ def _evaluate_briefly(
         group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 
 
+UNPROCESSED = {
+    "fold_ln": False,
+    "center_writing_weights": False,
+    "center_unembed": False,
+    "fold_value_biases": False,
+    "refactor_factored_attn_matrices": False,
+}
+"""All that TransformerLens may do to a model's weights as it loads them, by its names."""
+
+
 def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[str, Any]:
-    """What SAELens wants to know of an SAE (with `HookedTransformer` it reads our site names, and takes the model as it
-    is on the hub), and under `endwise` how ours was trained.
+    """What SAELens wants to know of an SAE, and under `endwise` how ours was trained.
+
+    With `HookedTransformer` it reads our site names. What the SAE reads are the activations of the model as it is on
+    the hub: SAELens says so when it loads one, and passes on that nothing in the weights is to be processed.
     """
     return {
         "model_name": model.name,
         "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": UNPROCESSED,
         "hook_name": config.site,
         "hook_head_index": None,
         "context_size": context,

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from endwise.dictionaries import SAE
-from endwise.dictionaries.base import WEIGHTS_FILE
+from endwise.dictionaries.saelens import WEIGHTS_FILE
 from endwise.errors import FormatError, RunFolderError
 from endwise.features.norms import NormCollector, Norms
 from endwise.features.principal import AlongDirections, Estimates, Floats, Principal, principal
@@ -27,6 +27,7 @@ from endwise.files import write_tensors
 from endwise.language_model import LanguageModel
 from endwise.model_loading import load_model
 from endwise.reading import expanded, read_json
+from endwise.remedies import unreadable
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
@@ -96,7 +97,8 @@ class RunDirections:
                 variance = opened.get_tensor("variance")
             return cls(told["settings"], Norms.of_json(told["norms"]), variance, tokens=told["tokens"], **estimated)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise FormatError(f"{file} holds no directions as they are written ({error}). Remove it.") from None
+            damaged = FormatError(f"{file} holds no directions as they are written ({error}). Remove it.")
+            raise unreadable(file, error) or damaged from None
 
 
 _ESTIMATED = ("kl", "correlation", "explained_variance")

@@ -4,7 +4,7 @@ import hashlib
 import shlex
 from pathlib import Path
 
-from endwise.dictionaries.base import WEIGHTS_FILE
+from endwise.dictionaries.saelens import WEIGHTS_FILE
 from endwise.errors import FormatError
 
 

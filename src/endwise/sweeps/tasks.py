@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endwise.dictionaries.base import CFG_FILE
+from endwise.dictionaries.saelens import CFG_FILE
 from endwise.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
 from endwise.group import Failure, SomeFailed
 from endwise.language_model import LanguageModel
