@@ -27,7 +27,7 @@ _ELSEWHERE_TOO = {
     ("ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENOTCONN", "ECONNREFUSED", "ECONNRESET"): (
         "Check the connection to that disk or machine, which does not answer"
     ),
-    ("EBUSY", "ETXTBSY"): "End the program that uses it, or wait for it",
+    ("EBUSY", "ETXTBSY", "EADDRINUSE"): "End the program that uses it",
 }
 _ELSEWHERE_NO_BETTER = {
     ("EMFILE",): "Raise the number of files that a process may have open (ulimit -n), or run fewer things at once",

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from endwise.dashboard.site import check_site
 from endwise.dashboard.text import TextReader
 from endwise.errors import ConfigError, EndwiseError
+from endwise.remedies import reason, remedy
 
 HOST = "127.0.0.1"
 LARGEST_REQUEST = 64 << 10
@@ -54,8 +55,11 @@ class DashboardServer(ThreadingHTTPServer):
         """Hooks are put into the one model while it runs, so one text is read at a time."""
         try:
             super().__init__((HOST, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except OverflowError as error:
             raise ConfigError(f"Port {port} of {HOST} cannot be used ({error}). Choose another with --port.") from None
+        except OSError as error:
+            advice = remedy(error, "choose another with --port")
+            raise ConfigError(f"Port {port} of {HOST} cannot be used ({reason(error)}). {advice}") from None
 
     @property
     def url(self) -> str:
