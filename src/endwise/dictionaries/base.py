@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from endwise.dictionaries.latents import Latents
 from endwise.dictionaries.saelens import CFG_FILE, WEIGHTS_FILE, describe
 from endwise.files import write_json, write_tensors
-from endwise.reading import expanded, read_json
+from endwise.reading import expanded
 
 SAELENS_VERSION = "6.0.0"
 """The generation of SAELens whose layout `save` writes; SAELens reads older numbers through a legacy path."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from endwise.distributed import is_first_process
 from endwise.errors import DataError
 from endwise.printable import printable
+from endwise.remedies import reason, remedy
 
 DEFAULT_SPLIT = "train"
 _SPLITS = {
@@ -107,7 +108,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"Cannot read the folder {error.filename}: {error.strerror}. Make it readable, or move it away.")
+    raise DataError(f"Cannot read the folder {error.filename}: {reason(error)}. {remedy(error, 'move it away')}")
 
 
 def _below(folder: Path, path: Path) -> str:
