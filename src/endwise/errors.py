@@ -95,6 +95,8 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
         return None
     return OutOfMemory(
         f"Out of memory ({told[:200] or 'MemoryError'}). Lower training.microbatch (the spliced pass, which e2e spends "
-        "most on) or raise training.accumulation (all activations), neither of which changes what is learnt; or lower "
-        "training.batch, dictionary.size, or how many SAEs train together. endwise plan shows what takes how much."
+        "most on) or raise training.accumulation (all activations), neither of which changes what is learnt. Of a run "
+        "that was started, change them in the config.yaml of its folder and go on with --resume, which takes no "
+        "settings itself. A new run may also have a smaller training.batch or dictionary.size, or fewer SAEs that "
+        "train together. endwise plan shows what takes how much."
     )
