@@ -422,9 +422,10 @@ def test_the_command_writes_tables_figures_and_a_page(folder, tmp_path):
 
 def test_importance_reaches_table_and_page(folder, tmp_path, undrawn, monkeypatch):
     def measured(run):
-        return SimpleNamespace(ce_second=np.linspace(-1, 1, COUNT)) if "local" in run.name else None
+        importance = SimpleNamespace(ce_second=np.linspace(-1, 1, COUNT))
+        return SimpleNamespace(importance=importance, settings={}) if "local" in run.name else None
 
-    monkeypatch.setattr("endwise.analysis.geometry.read_importance", measured)
+    monkeypatch.setattr("endwise.analysis.geometry.read_measured", measured)
     found = endwise.geometry([folder])
     page = write_geometry(found, tmp_path).read_text()
     rows = parquet.read_table(tmp_path / "stable_function.parquet").to_pylist()

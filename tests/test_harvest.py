@@ -598,6 +598,7 @@ def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
     dead = ReluSAE.load(run)
     dead.b_enc.sub_(1e6)
     dead.save(tmp_path / "run" / "sae")
+    RunFolder(tmp_path / "run").note_weights(whole=True)
     found = harvested(tmp_path / "run", model, corpora.heldout)
     assert not found.firings.any() and dict(found.all_contexts()) == {} and found.contexts(3) == []
     assert np.isnan(found.column("max_active")).all() and not found.column("ce").any()

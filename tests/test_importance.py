@@ -18,6 +18,7 @@ from endwise.features.importance import IMPORTANCE_FILE, read_importance, read_m
 from endwise.features.measuring import measure_importance
 from endwise.features.spliced import SplicedBatch
 from endwise.run_evaluation import read_sums
+from endwise.run_folder import RunFolder
 from small_gpt2 import CONTEXT, SITE, WIDTH, data, recipe
 
 SEQUENCES, HALF, FEATURES = 7, 4, 40
@@ -396,8 +397,10 @@ def test_an_sae_that_was_trained_on_is_measured_again(model, corpora, run):
     sae.b_dec += 1
     kept = weights.read_bytes()
     sae.save(run / "sae")
+    RunFolder(run).note_weights(whole=True)
     after = measure_importance([run], model=model, corpora=corpora, ablate=0, tokens=32)[run]
     weights.write_bytes(kept)
+    RunFolder(run).note_weights(whole=True)
     assert not np.array_equal(before.importance.ce, after.importance.ce)
 
 

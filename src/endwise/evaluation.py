@@ -83,6 +83,8 @@ class Evaluation:
     """By the names of `METRICS`, and `<metric>.<site>` for the `DOWNSTREAM` ones."""
     baselines: Baselines
     sums: Sums = field(repr=False)
+    text: str | None = None
+    """Digest of the sequences that it was measured on (`Corpus.text_digest`)."""
 
     @property
     def alive(self) -> int:
@@ -96,6 +98,7 @@ class Evaluation:
         """Nested as in `explained_variance: {per_token: ...}`, with the intervals under a key of their own."""
         nested: dict[str, Any] = {"site": self.site.name, "d_sae": self.d_sae, "alive": self.alive}
         nested |= {"alive_tokens": self.tokens, "tokens": self.tokens, "sequences": len(self.sums["tokens"])}
+        nested["text"] = self.text
         for name, interval in self.metrics.items():
             group, _, key = name.partition(".")
             if key:
@@ -155,7 +158,8 @@ def measure(
                 collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
     for collector in (*collected.values(), *ablations.values()):
         collector.merge(world)
-    return {name: _summarise(site, sae, collected[name], ablations, config) for name, (site, sae) in saes.items()}
+    text = corpus.text_digest(sequences)
+    return {name: _summarise(site, sae, collected[name], ablations, config, text) for name, (site, sae) in saes.items()}
 
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
@@ -316,6 +320,7 @@ def _summarise(
     collector: _Collector,
     ablations: Mapping[tuple[Site, str], _Collector],
     config: EvaluationConfig,
+    text: str,
 ) -> Evaluation:
     sums = collector.sums()
     metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
@@ -332,4 +337,4 @@ def _summarise(
         for kind in ("mean", "zero")
     )
     baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
-    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums)
+    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums, text)

@@ -124,7 +124,9 @@ class Member:
             return
         trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
         metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
+        folder.note_weights(whole=False)
         trainee.sae.save(folder.sae, metadata)
+        folder.note_weights(whole=True)
         checkpoint = trainee.checkpoint()
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from endwise.axes import Activation, Tokens
-from endwise.errors import ModelError, SiteError
+from endwise.digests import of_tensors
+from endwise.errors import FormatError, ModelError, SiteError
 from endwise.fused_gelu import fuse_gelu
 from endwise.model_checks import find_unspliceable, refuse_lookahead, refuse_no_blocks, refuse_not_finite
 from endwise.module_tree import Block, Branch, find_blocks, first_input, first_tensor, with_first
@@ -99,6 +100,11 @@ class LanguageModel:
         self.unspliceable: dict[Site, str] = {}
         """Sites that have a value but cannot be spliced at, each with the reason (docs/sites.md)."""
         self._probe()
+        self.stored: Callable[[], str] | None = None
+        """The digest of the files that its weights were loaded from; None: they were not, or not by `load_model`."""
+        self.commit: str | None = None
+        """Of a model from the hub."""
+        self._loaded = self._changes()
 
     @property
     def n_layers(self) -> int:
@@ -121,6 +127,27 @@ class LanguageModel:
             if name in stored and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
                 tensor.data = tensor.data.to(torch.bfloat16)
         return LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
+
+    def weights_digest(self) -> str:
+        """What tells the weights from others, after a word for what it was made of: `files` for a model as it was
+        loaded, otherwise `tensors`, with their type. Only digests of one word can be compared.
+
+        Raises:
+            ModelError: the files are not there any more.
+        """
+        if self.stored is None:
+            return f"tensors-{self.dtype}:{of_tensors(self.model.state_dict())}"
+        if self._changes() != self._loaded:
+            return f"files:changed since, {of_tensors(self.model.state_dict())}"
+        try:
+            return f"files:{self.stored()}"
+        except (OSError, FormatError) as error:
+            raise ModelError(f"The files that {self.name} was loaded from cannot be read again: {error}") from None
+
+    def _changes(self) -> list[int]:
+        """How often each weight was written to in place."""
+        weights = (parameter for parameter in self.model.parameters() if not parameter.is_inference())
+        return [weight._version for weight in weights]  # noqa: SLF001  Autograd's own counter.
 
     @property
     def dtype(self) -> torch.dtype:

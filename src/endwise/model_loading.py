@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from endwise import embedded
+from endwise.digests import of_stored_model
 from endwise.distributed import local_rank
 from endwise.errors import ConfigError, ModelError
 from endwise.gpt_neo_attention import use_sdpa
@@ -70,7 +72,23 @@ def load_model(
         refuse_quantised(model, name)
         for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
             parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
-        return _spliceable(model.to(place), _tokenizer(source, shared), name)
+        loaded = _spliceable(model.to(place), _tokenizer(source, shared), name)
+    loaded.commit = getattr(model.config, "_commit_hash", None)
+    folder = _folder_of(source, gguf_file, loaded.commit or shared["revision"])
+    if folder is not None:
+        loaded.stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
+    return loaded
+
+
+def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
+    """Where the files of a model lie that was loaded: the folder given, or the hub's snapshot of it."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        found = try_to_load_from_cache(source, gguf_file or "config.json", revision=revision)
+    except ValueError:  # a name that the hub does not have
+        return None
+    return Path(found).parents[(gguf_file or "").count("/")] if isinstance(found, str) else None
 
 
 def _weighted(

@@ -8,22 +8,26 @@ from endwise.checkpoints import Checkpoint, read_checkpoint
 from endwise.distributed import World
 from endwise.errors import FormatError, RunFolderError, Unreadable
 from endwise.group import Group, Member
+from endwise.language_model import LanguageModel
 from endwise.run_folder import RunFolder
+from endwise.standing import beginning, check_resumed, described
 from endwise.tokens import Corpora
 
 
-def enter(group: Group, corpora: Corpora, from_step: int | None) -> None:
+def enter(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
     """Starts every member's folder, or takes up the run that it holds.
 
     Raises:
-        RunFolderError: the run was started with another recipe or other data, or has no checkpoint of that step.
+        RunFolderError: the run was started with another recipe, model or text, or has no checkpoint of that step.
         FormatError: the checkpoint is damaged; the message offers the one before.
     """
-    data = corpora.describe()
+    data, stands_on = corpora.describe(), described(model, corpora)
     if from_step is None and len(group.members) > 1:
         from_step = _latest_of_all(group)
     started = {
-        member.folder.path: _taken_up(member, data, from_step) for member in group.members if member.folder.has_run()
+        member.folder.path: _taken_up(member, stands_on, corpora, from_step)
+        for member in group.members
+        if member.folder.has_run()
     }
     for member in group.members:  # only now that all can go on is anything changed
         if member.folder.path in started:
@@ -31,7 +35,8 @@ def enter(group: Group, corpora: Corpora, from_step: int | None) -> None:
             member.seconds_before = member.folder.seconds()
         else:
             member.folder.create(member.config)
-        member.folder.describe(member.config, data)
+        digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
+        member.folder.describe(member.config, data, digests)
 
 
 def _latest_of_all(group: Group) -> int:
@@ -59,16 +64,17 @@ def spread(group: Group, world: World) -> None:
         member.writes = world.is_first
 
 
-def _taken_up(member: Member, data: Mapping[str, Any], from_step: int | None) -> int:
+def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
     """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
     if folder.config().model_copy(update={"out": member.config.out}) != member.config:
         raise RunFolderError(
             f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
         )
-    folder.check_same_data(data)
+    check_resumed(folder, member.config, stands_on, corpora)
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)
     if checkpoint is None:
+        check_resumed(folder, member.config, beginning(member.config), corpora)
         return 0
     trainee.restore(checkpoint)
     position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")

@@ -21,12 +21,12 @@ from endwise.errors import DataError, FormatError
 from endwise.evaluation import Evaluation, Sums, measure
 from endwise.files import write_json, write_tensors
 from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
 from endwise.reading import expanded
 from endwise.remedies import unreadable
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
-from endwise.tokens import Corpora, corpora_for
+from endwise.standing import corpora_of_runs, model_of, pinned
+from endwise.tokens import Corpora
 
 SUMS_FILE = "evaluation_sums.safetensors"
 FIRINGS_FILE = "evaluation_firings.safetensors"
@@ -48,7 +48,8 @@ def evaluate(
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
 
     Raises:
-        RunFolderError: a folder is not a run, or holds no trained SAE yet.
+        RunFolderError: a folder is not a run, holds no trained SAE yet, or stands on other text or another model.
+        FormatError: an SAE is not what its training wrote.
     """
     paths = [expanded(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     configs = {path: RunFolder.config_of_trained(path) for path in paths}
@@ -69,7 +70,8 @@ def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluatio
     firings = {"firings": torch.from_numpy(evaluation.firings)}
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
-    write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json()})
+    weights = {"weights": folder.weights_digest()}
+    write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json(), **weights})
 
 
 def read_sums(path: Path) -> Sums:
@@ -151,6 +153,7 @@ def sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[l
     """Paths whose recipes agree in model, data and evaluation, so that one pass can measure them all."""
     groups: dict[str, list[Path]] = {}
     for path, config in configs.items():
+        config = pinned(path, config)
         evaluation = config.evaluation if tokens is None else config.evaluation.model_copy(update={"tokens": tokens})
         key = "".join(part.model_dump_json() for part in (config.model, config.data, evaluation))
         groups.setdefault(f"{key}{config.training.tokens}", []).append(path)
@@ -169,10 +172,8 @@ def _evaluate_group(
     if tokens is not None:
         settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
     with world.together("loading the model and the data"):
-        model = model or load_model(**first.model.model_dump())
-        corpora = corpora or corpora_for(
-            model, first.data, training_tokens=first.training.tokens, evaluation_tokens=settings.skip + settings.tokens
-        )
+        model = model_of(configs, model)
+        corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=settings.skip + settings.tokens)
         saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
     try:
         measured = measure(model, saes, corpora.heldout, settings, world=world)
@@ -185,7 +186,7 @@ def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
     """A run's SAE, on the model's device.
 
     Raises:
-        FormatError: it cannot be read, or is not as wide as its site.
+        FormatError: it cannot be read, is not what training wrote, or is not as wide as its site.
     """
     sae = SAE.load(path, model.device)
     width = model.width(config.site)
@@ -194,4 +195,5 @@ def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
             f"The SAE in {path} has d_in {sae.d_in}, but {config.site} of {model.name} has width {width}. "
             "Correct site or model.name in its config.yaml, or restore its sae/."
         )
+    RunFolder(path).weights_digest()
     return sae

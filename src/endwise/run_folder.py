@@ -3,6 +3,7 @@
 config.yaml                     the recipe, every default filled in
 environment.json                versions, platform, command
 data.json                       sources, sizes and fingerprints of both sides of the data
+digests.json                    what tells all that the run stands on, and its SAE, from others (`standing`)
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
@@ -30,7 +31,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import ConfigError, RunFolderError
+from endwise.dictionaries.saelens import WEIGHTS_FILE
+from endwise.digests import of_file
+from endwise.errors import ConfigError, FormatError, RunFolderError
 from endwise.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
 from endwise.reading import expanded, read_json, there_is
 from endwise.remedies import reason, remedy
@@ -45,6 +48,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
+        self.digests_file = path / "digests.json"
         self.metrics_file = path / "metrics.jsonl"
         self.timings_file = path / "timings.jsonl"
         self.evaluation_file = path / "evaluation.json"
@@ -101,12 +105,67 @@ class RunFolder:
         self.check_free()
         write_atomic(self.config_file, config.to_yaml().encode())
 
-    def describe(self, config: RunConfig, data: Mapping[str, Any]) -> None:
-        """Writes what the run is made of; on resuming, only what was not written before."""
+    def describe(self, config: RunConfig, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
+        """Writes what the run is made of; on resuming, only what was not written before.
+
+        Args:
+            digests: what it stands on (`standing.described`), of a run that starts now.
+        """
         if not self.environment_file.exists():
             write_json(self.environment_file, {"seed": config.seed, **environment()})
         if not self.data_file.exists():
             write_json(self.data_file, {"seed": config.data.seed, **data})
+        if digests is not None and not self.digests_file.exists():
+            write_json(self.digests_file, {"seed": config.seed, **digests})
+
+    def digests(self) -> dict[str, Any]:
+        """What the run stands on, as far as its folder tells: nothing, of one that an older version started.
+
+        Raises:
+            FormatError: the file is there, but cannot be read.
+        """
+        return read_json(self.digests_file) if self.digests_file.exists() else {}
+
+    def note_weights(self, *, whole: bool) -> None:
+        """Puts down the digest of the SAE's weights; or, before they are written, that nothing can be said of them."""
+        digests = {key: value for key, value in self.digests().items() if key != "sae"}
+        write_json(self.digests_file, digests | ({"sae": of_file(self.sae / WEIGHTS_FILE)} if whole else {}))
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the file that holds the SAE's weights, which are those that training wrote.
+
+        Raises:
+            FormatError: there is no such file, or it holds other weights.
+        """
+        path, again = self.sae / WEIGHTS_FILE, f"endwise train --resume {shlex.quote(str(self.path))}"
+        try:
+            digest = of_file(path)
+        except FileNotFoundError:
+            raise FormatError(f"{path} is not there. Restore it, or train it: {again}") from None
+        if self.digests().get("sae", digest) != digest:
+            raise FormatError(
+                f"{path} does not hold the weights that training wrote there. Restore it, or have those of the last "
+                f"checkpoint written again: {again}; an SAE of another making belongs in a folder of its own."
+            )
+        return digest
+
+    def fingerprint(self, side: str) -> str | None:
+        """Of the training (`train`) or held-out text (`heldout`), as `Corpus.fingerprint` tells it; None: nothing tells
+        it.
+
+        Raises:
+            RunFolderError, FormatError: `data.json` is there, but does not tell it as it is written.
+        """
+        if not self.data_file.exists():
+            return None
+        told = read_json(self.data_file).get(side)
+        found = told.get("fingerprint") if isinstance(told, dict) else None
+        if not isinstance(found, str):
+            raise RunFolderError(
+                f"{self.data_file} names no fingerprint of the run's text ({side}.fingerprint). Restore it from a "
+                "copy, or start a new run."
+            )
+        return found
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -144,25 +203,6 @@ class RunFolder:
         """
         if not self.has_run():
             raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
-
-    def check_same_data(self, data: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            RunFolderError: the run was started on other sequences than `data` (`Corpora.describe`) describes.
-        """
-        started = read_json(self.data_file) if self.data_file.exists() else data
-        try:
-            before, now = (each["train"]["fingerprint"] for each in (started, data))
-        except (KeyError, TypeError):
-            raise RunFolderError(
-                f"{self.data_file} names no fingerprint of the training data (train.fingerprint). Restore it from a "
-                "copy, or start a new run."
-            ) from None
-        if before != now:
-            raise RunFolderError(
-                f"{self.path} was started on other text ({before}) than {data['train']['source']} holds now ({now}). "
-                "Restore the text, or start a new run."
-            )
 
     def config(self) -> RunConfig:
         try:
@@ -231,6 +271,22 @@ class RunFolder:
 
     def evaluation(self) -> dict[str, Any] | None:
         return read_json(self.evaluation_file) if self.evaluation_file.exists() else None
+
+    def measured(self) -> dict[str, Any] | None:
+        """`evaluation`, which is of the weights that the SAE has now. A run that was kept without its SAE has its
+        numbers still.
+
+        Raises:
+            RunFolderError: it was measured with other weights: it was trained on since, or is another.
+        """
+        found = self.evaluation()
+        weights = None if found is None else found.get("weights")
+        if weights is not None and self.sae.exists() and weights != self.weights_digest():
+            raise RunFolderError(
+                f"{self.path} was measured with other weights than its SAE has now. Measure it again: "
+                f"endwise evaluate {shlex.quote(str(self.path))}"
+            )
+        return found
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies, if there is one."""

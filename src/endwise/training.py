@@ -34,6 +34,7 @@ from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.seeds import shared_generators
 from endwise.sites import Site
+from endwise.standing import naming_relative, pinned
 from endwise.step import tail_model, take_step
 from endwise.stopping import polite_stop
 from endwise.tokens import BatchOrder, Corpora, corpora_for, read_ahead
@@ -102,8 +103,10 @@ def train_together(
         _check_shares(first, world)
         with world.together("claiming the run folders"):
             folders = [_claimed(config, world, claims, resume) for config in configs]
-        with world.together("loading the model and the data"):
-            model = model or model_for(first)
+            settings = pinned(folders[0].path, first)
+        settings = world.from_first(settings)
+        with world.together("loading the model and the data"), naming_relative(folders[0].path, first):
+            model = model or model_for(settings)
             tail = tail_model(model, first.training)
             context = corpora.train.context if corpora is not None else first.data.context or model.context
             if context is None:
@@ -118,12 +121,12 @@ def train_together(
                 )
                 for config, folder in zip(configs, folders, strict=True)
             )
-            corpora = corpora or corpora_of(configs, model)
+            corpora = corpora or corpora_of([settings, *configs[1:]], model)
             order = _order(first, corpora, steps)
         _check_same_text(corpora, world)
         with world.together("starting the run"):
             if world.is_first:
-                enter(group, corpora, from_step)
+                enter(group, model, corpora, from_step)
         spread(group, world)
         _run(model, tail, group, corpora, order, steps, display, world)
         return group.runs()
@@ -138,7 +141,7 @@ def _check_shares(config: RunConfig, world: World) -> None:
 
 
 def _check_same_text(corpora: Corpora, world: World) -> None:
-    described = world.gather({side: each.fingerprint() for side, each in vars(corpora).items() if side != "dropped"})
+    described = world.gather({side: getattr(corpora, side).fingerprint() for side in ("train", "heldout")})
     if any(other != described[0] for other in described):
         raise DataError(
             f"The processes hold different text ({', '.join(str(each) for each in described)}). Give all of them the "

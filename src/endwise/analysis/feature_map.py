@@ -20,8 +20,8 @@ from endwise.analysis.geometry import Alive, Geometry, Said, alive
 from endwise.analysis.run_summary import LABELS, RunSummary
 from endwise.analysis.top_tokens import top_tokens
 from endwise.errors import ConfigError, ModelError
-from endwise.model_loading import load_model
 from endwise.run_folder import RunFolder
+from endwise.standing import model_of
 
 NEIGHBOURS = 15
 LEAST = 20
@@ -212,7 +212,7 @@ def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int
 def model_tokens(run: RunSummary) -> Tokens | None:
     """What tells top tokens, if the run's model can be loaded and its site is in the residual stream."""
     try:
-        model = load_model(**RunFolder.open(Path(run.folder)).config().model.model_dump())
+        model = model_of({Path(run.folder): RunFolder.open(Path(run.folder)).config()})
     except ModelError:
         return None
     if model.width(run.site) != model.d_model:

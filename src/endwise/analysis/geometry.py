@@ -24,10 +24,11 @@ from endwise.analysis.comparison import runs_at_similar
 from endwise.analysis.cosines import MEMORY, Nearest, nearest_across, nearest_within
 from endwise.analysis.matching import CANDIDATES, Matching, match
 from endwise.analysis.pareto import Setting, comparable
-from endwise.analysis.run_summary import KINDS, RunSummary
+from endwise.analysis.run_summary import KINDS, RunSummary, other_text
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
-from endwise.features.importance import read_importance
+from endwise.features.importance import read_measured
+from endwise.features.same_weights import check_same_weights
 from endwise.reading import expanded
 from endwise.run_evaluation import read_firings
 from endwise.run_folder import RunFolder
@@ -168,8 +169,14 @@ def geometry(
 
 def measured_importance(run: Path) -> Importance | None:
     """What `endwise importance` found: the rise of CE if a feature is zeroed, to second order, nats per token."""
-    measured = read_importance(run)
-    return None if measured is None else measured.ce_second
+    measured = read_measured(run)
+    if measured is None:
+        return None
+    weights = measured.settings.get("weights")
+    again = f"Measure it again: endwise importance --again {shlex.quote(str(run))}"
+    if weights is not None:
+        check_same_weights(run, weights, "measured for importance", again)
+    return measured.importance.ce_second
 
 
 def alive(run: RunSummary) -> Alive:
@@ -200,6 +207,8 @@ def _checked(a: RunSummary, b: RunSummary) -> tuple[RunSummary, RunSummary]:
                 f"Runs of a pair must have one {name}; {a.folder} has {of(a)}, {b.folder} has {of(b)}. "
                 "Choose another pair, or measure both on the same held-out text."
             )
+    if reason := other_text([a, b]):
+        raise ConfigError(f"{a.folder} and {b.folder} are no pair: {reason}. Measure both on one: endwise evaluate.")
     if a.folder == b.folder:
         raise ConfigError(f"A pair takes two runs; given {a.folder} twice.")
     for run in (a, b):

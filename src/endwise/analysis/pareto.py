@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis.comparison import Summary, summarise
+from endwise.analysis.kept_apart import with_digests
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
@@ -177,7 +178,7 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
 
 
 def _with_methods(folders: Iterable[Path]) -> tuple[list[tuple[RunSummary, Setting]], "_Methods"]:
-    runs = [(RunSummary.read(path), _recipe(path)) for path in folders]
+    runs = with_digests([(RunSummary.read(path), _recipe(path)) for path in folders])
     keys = sorted({key for _, recipe in runs for key in recipe})
     differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
     settings = [(run, Setting.of(run, ((key, recipe.get(key, "")) for key in differing))) for run, recipe in runs]

@@ -26,6 +26,7 @@ from endwise.analysis.run_summary import (
     Floats,
     RunSummary,
     estimate,
+    other_text,
     resampled,
     unpaired,
     what_varies,
@@ -156,8 +157,8 @@ def ratio_to_local(
     See the module for how. Runs that differ in their seeds alone are one point, their mean.
     """
     groups = {name: [run for run in runs if run.kind == name] for name in (kind, reference)}
-    if absent := [LABELS[name] for name, group in groups.items() if not group]:
-        return Ratio(None, reason=f"there are no runs of {absent[0]}")
+    if reason := _incomparable(groups):
+        return Ratio(None, reason=reason)
 
     def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
         return [_curve(group, LABELS[name], of, at, metric) for name, group in groups.items()]
@@ -190,6 +191,12 @@ def ratio_to_local(
         except InterpolationError:
             continue
     return with_intervals(result, draws, by_seed)
+
+
+def _incomparable(groups: Mapping[str, Sequence[RunSummary]]) -> str | None:
+    if absent := [LABELS[name] for name, group in groups.items() if not group]:
+        return f"there are no runs of {absent[0]}"
+    return other_text([run for group in groups.values() for run in group])
 
 
 def _sums_of(runs: Sequence[RunSummary], of: str) -> set[str]:
@@ -284,6 +291,8 @@ def _ratio_of_runs(
     seed: int,
 ) -> Ratio:
     """Geometric mean of the pairs' ratios, with the interval of the metrics that they are of."""
+    if reason := other_text([run, reference]):
+        return Ratio(None, reason=reason)
     result = Ratio(float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))))
     if reason := unpaired([run, reference], names):
         return replace(result, reason=reason)

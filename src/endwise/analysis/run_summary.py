@@ -68,6 +68,10 @@ class RunSummary:
     learning_rate: float | None = None
     start: str | None = None
     """The folder of the SAE that training began with; None: random weights."""
+    text: str | None = None
+    """Digest of the held-out sequences that it was measured on; None: measured by a version that kept none."""
+    heldout: str | None = None
+    """Fingerprint of all its held-out text, where its folder tells it."""
     sums: Mapping[str, Floats] | None = field(default=None, repr=False, compare=False)
     """Per-sequence sums `[sequences]` by name: l0, tokens, ce_increase, predictions, downstream_mse.<site>. Without
     them there are ratios but no intervals."""
@@ -96,6 +100,7 @@ class RunSummary:
             explained_variances=_group(metrics, "explained_variance."),
             intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
             **_origin(config),
+            text=evaluation.text,
             sums=evaluation.sums,
         )
 
@@ -104,11 +109,11 @@ class RunSummary:
         """The summary of an evaluated run folder.
 
         Raises:
-            RunFolderError: it is none, or was not measured yet.
+            RunFolderError: it is none, was not measured yet, or not with the weights that its SAE has now.
             FormatError: what it holds cannot be read.
         """
         folder = RunFolder.open(path)
-        config, measured = folder.config(), folder.evaluation()
+        config, measured = folder.config(), folder.measured()
         if measured is None:
             raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
         try:
@@ -132,6 +137,8 @@ class RunSummary:
                 explained_variances=measured["explained_variance"],
                 intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
                 **_origin(config),
+                text=measured.get("text"),
+                heldout=folder.fingerprint("heldout"),
                 sums=read_sums(path),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -209,8 +216,18 @@ def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> 
     }
 
 
+def other_text(runs: Sequence[RunSummary]) -> str | None:
+    """Why the runs' numbers say nothing of each other, if they were measured on different text, as far as is told."""
+    for told in ([run.text for run in runs], [run.heldout for run in runs]):
+        if None not in told:
+            return "the runs were measured on different held-out text" if len(set(told)) > 1 else None
+    return None
+
+
 def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str | None:
     """Why the runs cannot share resamples, if they cannot."""
+    if reason := other_text(runs):
+        return reason
     wanted = (names or {"l0", "ce_increase", "predictions"}) | {"tokens"}
     counts: list[Floats] = []
     for run in runs:

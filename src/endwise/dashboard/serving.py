@@ -10,8 +10,8 @@ from endwise.dashboard.text import TextReader
 from endwise.errors import RunFolderError
 from endwise.features.explanations import EXPLANATIONS_FOLDER
 from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
 from endwise.run_evaluation import load_sae
+from endwise.standing import model_of
 
 
 def dashboard_server(
@@ -43,7 +43,7 @@ def dashboard_server(
     readers = []
     for source in sources:
         settings = source.config.model.model_dump()
-        own = model or models.get(repr(settings)) or load_model(**settings)
+        own = model_of({source.path: source.config}, model or models.get(repr(settings)))
         models[repr(settings)] = own
         sae = load_sae(source.path, source.config, own)
         readers.append(TextReader(own, sae, own.site(source.config.site), source.config.data))

@@ -45,7 +45,7 @@ class Source:
 
     def facts(self) -> dict[str, Any]:
         """What a reader is told of the run as a whole."""
-        measured = RunFolder(self.path).evaluation() or {}
+        measured = RunFolder(self.path).measured() or {}
         firings = self.harvest.firings
         return {
             "kind": self.config.objective.kind,

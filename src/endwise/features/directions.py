@@ -25,14 +25,14 @@ from endwise.features.same_weights import weights_digest
 from endwise.features.text_at_site import TextAtSite
 from endwise.files import write_tensors
 from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
 from endwise.reading import expanded, read_json
 from endwise.remedies import unreadable
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
+from endwise.standing import corpora_of_runs, model_of
 from endwise.statistics import resampling_weights
-from endwise.tokens import Corpora, corpora_for
+from endwise.tokens import Corpora
 
 FILE = "directions.safetensors"
 VERSION = 1
@@ -127,16 +127,17 @@ def measure_directions(
         ConfigError: fewer tokens than one sequence has.
     """
     configs = {path: RunFolder.open(path).config() for path in map(expanded, runs)}
-    settings = {path: _settings(path, config, tokens, directions, with_starts) for path, config in configs.items()}
+    heldout = None if corpora is None else corpora.heldout.describe()
+    settings = {
+        path: _settings(path, config, tokens, directions, with_starts, heldout) for path, config in configs.items()
+    }
     found = {path: kept for path in configs if (kept := _kept(path, settings[path])) is not None}
     missing = {path: config for path, config in configs.items() if path not in found}
     for group in sharing_groups(missing, tokens):
         first = missing[group[0]]
-        loaded = model or load_model(**first.model.model_dump())
-        wanted = settings[group[0]]["tokens"]
-        texts = corpora or corpora_for(
-            loaded, first.data, training_tokens=first.training.tokens, evaluation_tokens=wanted
-        )
+        own = {path: missing[path] for path in group}
+        loaded, wanted = model_of(own, model), settings[group[0]]["tokens"]
+        texts = corpora_of_runs(own, loaded, corpora, evaluation_tokens=wanted)
         for site in dict.fromkeys(missing[path].site for path in group):
             here = {path: settings[path] for path in group if missing[path].site == site}
             text = TextAtSite.first(loaded, loaded.site(site), texts.heldout, wanted, first.evaluation.batch)
@@ -149,14 +150,20 @@ def measure_directions(
 
 
 def _settings(
-    path: Path, config: RunConfig, tokens: int | None, directions: int | None, with_starts: bool
+    path: Path,
+    config: RunConfig,
+    tokens: int | None,
+    directions: int | None,
+    with_starts: bool,
+    heldout: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that a run's numbers follow from, as far as its folder tells."""
     weights = path / "sae" / WEIGHTS_FILE
     if not weights.exists():
         raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     data_file = RunFolder(path).data_file
-    heldout = read_json(data_file).get("heldout") if data_file.exists() else None
+    if heldout is None and data_file.exists():
+        heldout = read_json(data_file).get("heldout")
     return {
         "version": VERSION,
         "model": config.model.model_dump(mode="json", include={"name", "gguf_file", "revision", "dtype"}),

@@ -17,14 +17,14 @@ from endwise.features.importance import Faithfulness, Measured, read_measured, w
 from endwise.features.same_weights import weights_digest
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
 from endwise.progress import counting
 from endwise.reading import expanded
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
 from endwise.sites import Site
-from endwise.tokens import Corpora, Corpus, TokenBatch, corpora_for
+from endwise.standing import corpora_of_runs, heldout_fingerprint, model_of
+from endwise.tokens import Corpora, Corpus, TokenBatch
 
 BLOCKS = 20
 """Runs of neighbouring sequences whose sums are kept apart, for intervals of what is not a sum over tokens."""
@@ -65,8 +65,9 @@ def measure_importance(
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
     configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
     settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
+    text = {path: heldout_fingerprint(path, corpora) for path in configs}
     found = {} if again else {path: read_measured(path) for path in configs}
-    results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
+    results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path], text[path])}
     missing = {path: config for path, config in configs.items() if path not in results}
     for paths in sharing_groups(missing, tokens):
         group = _group({path: missing[path] for path in paths}, settings, model, corpora)
@@ -88,8 +89,12 @@ def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl
     }
 
 
-def _serves(old: Measured, settings: Mapping[str, Any]) -> bool:
-    """Whether a measurement is what the settings ask for; one that has the KL besides will do."""
+def _serves(old: Measured, settings: Mapping[str, Any], heldout: str | None) -> bool:
+    """Whether a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
+    do.
+    """
+    if old.settings.get("heldout") != heldout:
+        return False
     return {**old.settings, "kl": settings["kl"] and old.settings.get("kl")} == {**old.settings, **settings}
 
 
@@ -101,10 +106,8 @@ def _group(
 ) -> "_Group":
     first = next(iter(configs.values()))
     wanted = settings[next(iter(configs))]
-    model = model or load_model(**first.model.model_dump())
-    corpora = corpora or corpora_for(
-        model, first.data, training_tokens=first.training.tokens, evaluation_tokens=wanted["tokens"]
-    )
+    model = model_of(configs, model)
+    corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=wanted["tokens"])
     corpus, sequences = corpora.heldout, wanted["tokens"] // corpora.heldout.context
     if sequences < 2:
         raise ConfigError(

@@ -1,27 +1,18 @@
 """Whether something that a run keeps was gathered from the weights that its SAE has now."""
 
-import hashlib
-import shlex
 from pathlib import Path
 
-from endwise.dictionaries.saelens import WEIGHTS_FILE
 from endwise.errors import FormatError
+from endwise.run_folder import RunFolder
 
 
 def weights_digest(run: Path) -> str:
     """SHA-256 of the file that holds the SAE's weights.
 
     Raises:
-        FormatError: there is no such file.
+        FormatError: there is no such file, or it holds other weights than training wrote.
     """
-    path = run / "sae" / WEIGHTS_FILE
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path} is not there. Restore it, or train it: endwise train --resume {shlex.quote(str(run))}"
-        ) from None
+    return RunFolder(run).weights_digest()
 
 
 def check_same_weights(run: Path, digest: object, done: str, again: str) -> None:

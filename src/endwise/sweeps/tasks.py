@@ -13,6 +13,7 @@ from endwise.model_loading import find_device, load_model
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import evaluate, unfinished
 from endwise.run_folder import RunFolder
+from endwise.standing import check_texts, pinned
 from endwise.tokens import Corpora
 from endwise.training import corpora_of, model_for, train_together
 
@@ -177,7 +178,8 @@ def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 def _train(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     try:
-        shared: dict[str, Any] = {"model": loaded.model(configs[0]), "corpora": loaded.corpora(configs[0])}
+        first = pinned(folder_of(configs[0]), configs[0])
+        shared: dict[str, Any] = {"model": loaded.model(first), "corpora": loaded.corpora(first)}
     except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
         return {folder_of(config): _told(error) for config in configs}
     try:
@@ -195,7 +197,9 @@ def _train(configs: list[RunConfig], loaded: Loaded) -> _Errors:
 
 def _measure(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     try:
-        shared: dict[str, Any] = {"corpora": loaded.corpora(configs[0]), "model": loaded.exact_model(configs[0])}
+        first = pinned(folder_of(configs[0]), configs[0])
+        shared: dict[str, Any] = {"corpora": loaded.corpora(first), "model": loaded.exact_model(first)}
+        check_texts({folder_of(config): config for config in configs}, shared["corpora"], ["heldout"])
         evaluate([folder_of(config) for config in configs], **shared)
     except Exception as error:  # noqa: BLE001  As above.
         return _in_halves(_measure, configs, loaded, error)

@@ -14,6 +14,9 @@ from endwise.axes import TokenMask, Tokens
 from endwise.errors import DataError
 from endwise.seeds import numpy_stream
 
+_AT_ONCE = 256
+"""Sequences that a digest is made of at a time."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -93,7 +96,7 @@ class Corpus:
     """
 
     def __init__(self, documents: Documents, layout: Layout, name: str = "corpus", limit: int | None = None) -> None:
-        self.layout, self.name, self.documents = layout, name, documents
+        self.layout, self.name, self.documents, self._limit = layout, name, documents, limit
         if layout.packing == "document":
             self._starts, self._ends = _pieces(documents.inside or documents, layout)
         else:
@@ -197,6 +200,49 @@ class Corpus:
         digest.update(np.ascontiguousarray(self.documents.hashes).tobytes())
         return digest.hexdigest()[:16]
 
+    def digests(self) -> dict[str, str]:
+        """Of the first 1, 2, 4, … documents and of all that the sequences are cut from, by how many they are.
+
+        A source that is read only as far as needed has more documents another time; those of before come first. So two
+        corpora are of one text where their digests of equally many documents agree.
+        """
+        count, digest = self._documents_used(), hashlib.sha256(repr(self.layout).encode())
+        counts = [1 << power for power in range(count.bit_length()) if 1 << power < count] + [count]
+        found, done = {}, 0
+        for each in counts:
+            digest.update(np.ascontiguousarray(self.documents.hashes[done:each]).tobytes())
+            found[str(each)], done = digest.hexdigest(), each
+        return found
+
+    def digest_of_first(self, documents: int) -> str:
+        """The digest of so many documents, which are all there."""
+        digest = hashlib.sha256(repr(self.layout).encode())
+        digest.update(np.ascontiguousarray(self.documents.hashes[:documents]).tobytes())
+        return digest.hexdigest()
+
+    def _documents_used(self) -> int:
+        """Of a corpus that ends before its text does, the documents that its sequences reach into."""
+        if self._limit is None or len(self) < self._limit:
+            return len(self.documents)
+        if self.layout.packing == "document":
+            last = int(self._starts[len(self) - 1])
+        else:
+            place = len(self) * self.layout.payload - 1
+            span = int(np.searchsorted(self._offsets, place, side="right")) - 1
+            last = int(self._starts[span]) + place - int(self._offsets[span])
+        return int(np.searchsorted(self.documents.starts, last, side="right"))
+
+    def text_digest(self, sequences: range) -> str:
+        """Of sequences as a model is given them, with what counts of them: equal for equal text, wherever it comes
+        from.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, len(sequences), _AT_ONCE):
+            batch = self.batch(sequences[start : start + _AT_ONCE])
+            digest.update(batch.tokens.numpy().astype("<i8").tobytes())
+            digest.update(batch.mask.numpy().tobytes())
+        return digest.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         return {
             "source": self.name,
@@ -216,6 +262,8 @@ class Corpora:
     heldout: Corpus
     dropped: int = 0
     """Documents of the training source that are identical to held-out ones, and so are not trained on."""
+    commit: str | None = None
+    """Of `data.source`, where it is a data set on the hub."""
 
     def __post_init__(self) -> None:
         check_disjoint(self.train, self.heldout)

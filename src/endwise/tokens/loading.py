@@ -1,7 +1,6 @@
 """From a recipe's `data` section to the two corpora of a run."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import as_file, files
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from endwise.digests import cache_folder
 from endwise.errors import DataError, NoTokenizer
 from endwise.language_model import LanguageModel
 from endwise.reading import expanded
@@ -140,6 +140,7 @@ class _Loader:
 
     def __init__(self, data: DataConfig, layout: Layout, encoding: Encoding) -> None:
         self._data, self._layout, self._encoding = data, layout, encoding
+        self.commit: str | None = None
         source = _name(data, data.heldout or data.source)
         share = (
             f"{'documents drawn by hash' if data.streaming else 'the last documents'}, {data.heldout_share:g} of all"
@@ -168,7 +169,10 @@ class _Loader:
             )
         name = _name(self._data, self._data.source)
         return Corpora(
-            Corpus(trained, self._layout, name, limit), Corpus(held, self._layout, self.heldout_name), dropped
+            Corpus(trained, self._layout, name, limit),
+            Corpus(held, self._layout, self.heldout_name),
+            dropped,
+            self.commit,
         )
 
     def _split(self, train: int, heldout: int) -> tuple[Documents, Documents]:
@@ -206,7 +210,10 @@ class _Loader:
         own = name == self._data.source
         config, revision = (self._data.dataset_config, self._data.revision) if own else (None, None)
         if name != EMBEDDED:
-            return open_source(name, self._data.column, config, split, self._data.streaming, revision)
+            revision = revision or (self.commit if own else None)  # the same, however often it is opened
+            source = open_source(name, self._data.column, config, split, self._data.streaming, revision)
+            self.commit = source.commit if own else self.commit
+            return source
         refuse_hub_settings("the embedded corpus", config, revision)
         if split != DEFAULT_SPLIT:
             raise no_split("The embedded corpus", split, [DEFAULT_SPLIT])
@@ -262,8 +269,7 @@ class _Loader:
         return tokenizer is None or tokenizer.get_vocab() == _embedded_tokenizer().get_vocab()
 
     def _cache(self) -> Path:
-        folder = self._data.cache or os.environ.get("ENDWISE_CACHE") or "~/.cache/endwise"
-        return expanded(str(folder))
+        return cache_folder() if self._data.cache is None else expanded(str(self._data.cache))
 
 
 def _embedded_tokens(side: str) -> NDArray[np.unsignedinteger]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.errors import DataError, FormatError
+from endwise.hub import commit_on_hub
 from endwise.reading import expanded, read_json, stays_inside, there_is
 from endwise.remedies import reason, remedy
 from endwise.tokens.folders import check_split, files_of_split, no_split
@@ -53,6 +54,8 @@ class Source:
     """For the progress display only."""
     has_columns: bool = True
     """Whether `data.column` says anything about it."""
+    commit: str | None = None
+    """Of a data set on the hub, where it could be learnt."""
 
 
 def open_source(
@@ -77,10 +80,13 @@ def open_source(
     looks_local = _kind(path) is not None or path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if looks_local or name.startswith("."):
         raise DataError(f"There is no file or folder {name}. Correct data.source or data.heldout.")
+    commit = commit_on_hub(name, revision)
+    pinned = commit or revision
     return Source(
         f"{name} ({split})",
-        ["hub", name, config, revision, split, column],
-        lambda: _hub_documents(name, column, config, revision, split, streaming),
+        ["hub", name, config, pinned, split, column],
+        lambda: _hub_documents(name, column, config, pinned, split, streaming),
+        commit=commit,
     )
 
 

@@ -19,13 +19,13 @@ from endwise.features.harvesting.parts import Parts, Saver
 from endwise.features.harvesting.wish import Text, Wish
 from endwise.features.importance import FeatureImportance, read_measured
 from endwise.language_model import LanguageModel
-from endwise.model_loading import load_model
 from endwise.progress import counting
 from endwise.reading import expanded
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import load_sae, sharing_groups
 from endwise.run_folder import RunFolder
 from endwise.sites import Site
+from endwise.standing import model_of
 from endwise.stopping import polite_stop
 from endwise.tokens import Corpora, Corpus
 
@@ -83,8 +83,11 @@ def harvest(
         wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
         configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
         settings = {path: wish.settings(path, config) for path, config in configs.items()}
+        texts = {path: wish.fingerprint(path, corpora) for path in configs}
         found = {} if again else {path: read_harvest(path) for path in configs}
-        done = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path])}
+        done = {
+            path: old for path, old in found.items() if old is not None and _serves(old, settings[path], texts[path])
+        }
         missing = {path: config for path, config in configs.items() if path not in done}
         results: dict[Path, Harvest | None] = dict(done)
         for paths in sharing_groups(missing, tokens):
@@ -94,8 +97,12 @@ def harvest(
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
 
 
-def _serves(old: Harvest, settings: Mapping[str, Any]) -> bool:
-    """Whether a harvest is what the settings ask for; one that has importances, wherever from, has what is asked."""
+def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) -> bool:
+    """Whether a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
+    wherever from, has what is asked.
+    """
+    if fingerprint is not None and old.about.get("corpus", {}).get("fingerprint") != fingerprint:
+        return False
     before: Mapping[str, Any] = old.about.get("settings", {})
     same = {**before, "importance": None} == {**settings, "importance": None}
     return same and (before.get("importance") != "none" or settings["importance"] == "none")
@@ -120,8 +127,8 @@ def _group(
     corpora: Corpora | None,
 ) -> "_Group":
     first = next(iter(configs.values()))
-    model = model or load_model(**first.model.model_dump())
-    corpus = wish.corpus(model, first, corpora)
+    model = model_of(configs, model)
+    corpus = wish.corpus(model, configs, corpora)
     sequences = wish.sequences(corpus, first)
     runs = {}
     for path, config in configs.items():

@@ -1,15 +1,20 @@
 """What is asked of a harvest: which text, how much of it, and what to keep."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from endwise.digests import of_path
 from endwise.errors import ConfigError, DataError
 from endwise.features.harvesting.gathering import Kept
 from endwise.features.importance import read_measured
 from endwise.features.same_weights import weights_digest
 from endwise.language_model import LanguageModel
+from endwise.reading import expanded, there_is
 from endwise.run_config import DataConfig, RunConfig
+from endwise.run_folder import RunFolder
+from endwise.standing import corpora_of_runs
 from endwise.tokens import Corpora, Corpus, corpora_for
 
 Text = Literal["heldout", "train"] | Path
@@ -31,9 +36,15 @@ class Wish:
             )
 
     def settings(self, path: Path, config: RunConfig) -> dict[str, Any]:
-        """Equal settings give equal files."""
+        """Equal settings give equal files.
+
+        Raises:
+            DataError: a text of one's own cannot be read.
+        """
         digest = weights_digest(path)
+        own = {"content": _content(self.text)} if isinstance(self.text, Path) else {}
         return {
+            **own,
             "tokens": self.tokens if isinstance(self.text, Path) else self.tokens or config.evaluation.tokens,
             "text": str(self.text),
             "batch": config.evaluation.batch,
@@ -42,15 +53,28 @@ class Wish:
             "weights": digest,
         }
 
-    def corpus(self, model: LanguageModel, config: RunConfig, corpora: Corpora | None) -> Corpus:
+    def fingerprint(self, path: Path, corpora: Corpora | None) -> str | None:
+        """Of the text that is wanted, where it is a run's own or of loaded corpora: see `Corpus.fingerprint`."""
+        if isinstance(self.text, Path):
+            return None
+        return RunFolder(path).fingerprint(self.text) if corpora is None else getattr(corpora, self.text).fingerprint()
+
+    def corpus(self, model: LanguageModel, configs: Mapping[Path, RunConfig], corpora: Corpora | None) -> Corpus:
+        """
+        Raises:
+            RunFolderError, DataError: see `corpora_of_runs`.
+        """
+        config = next(iter(configs.values()))
         tokens = self.tokens or config.evaluation.tokens
         if isinstance(self.text, Path):
             return _own_corpus(model, config.data, self.text, self.tokens)
-        corpora = corpora or corpora_for(
+        corpora = corpora_of_runs(
+            configs,
             model,
-            config.data,
-            training_tokens=max(config.training.tokens, tokens if self.text == "train" else 0),
+            corpora,
+            training_tokens=tokens if self.text == "train" else 0,
             evaluation_tokens=tokens if self.text == "heldout" else config.evaluation.tokens,
+            side=self.text,
         )
         return corpora.heldout if self.text == "heldout" else corpora.train
 
@@ -71,9 +95,20 @@ class Wish:
         return sequences
 
 
+def _content(text: Path) -> str | None:
+    """The digest of a file or a folder; None for a data set on the hub."""
+    text = expanded(str(text))
+    try:
+        return of_path(text) if there_is(text) else None
+    except OSError as error:
+        raise DataError(f"Cannot read {text}: {error.strerror or error}.") from None
+
+
 def _source_of_importance(path: Path, digest: str, wanted: bool) -> str:
     measured = read_measured(path)
-    if measured is not None and measured.settings.get("weights") == digest:
+    own_text = RunFolder(path).fingerprint("heldout")
+    told = {} if measured is None else measured.settings
+    if measured is not None and (told.get("weights"), told.get("heldout")) == (digest, own_text):
         return "measured"
     return "attributed" if wanted else "none"
 
