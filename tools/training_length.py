@@ -3,7 +3,8 @@
 The paper trains for 400 million tokens, the quickstart for 200 thousand. Each kind is trained at the quickstart's three
 sparsity coefficients for every number of tokens, at two learning rates around its best of learning_rates.md, since
 longer runs may want lower ones. Judged as in the quickstart: L0 relative to local's at equal CE increase, both kinds at
-the rate at which their own L0 × CE increase (geometric mean over the coefficients) is lowest.
+the rate at which their own L0 × CE increase (geometric mean over the coefficients) is lowest on held-out text that is
+not reported.
 
 Runs lie in `--out` and are taken up where they were left; the table of whatever is finished is printed at the end.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
-from endwise.analysis.ratios import Ratio, ratio_to_local
+from endwise.analysis.ratios import percent, ratio_to_local
 from endwise.analysis.run_summary import RunSummary
 from endwise.quickstart import COEFFICIENTS, SITE, recipe
 from endwise.run_folder import RunFolder
@@ -57,12 +58,13 @@ def _is_finished(folder: RunFolder) -> bool:
     return bool(lines) and "heldout" in lines[-1] and 2 * lines[-1]["tokens"] > training.tokens
 
 
-def summaries(configs: list[RunConfig]) -> list[tuple[RunConfig, RunSummary]]:
+def summaries(configs: list[RunConfig], skip: int) -> list[tuple[RunConfig, RunSummary]]:
+    """Measured on the held-out text after its first `skip` tokens."""
     model = load_model("embedded")
-    first = configs[0]
-    corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=HELDOUT_TOKENS)
+    first, wanted = configs[0], skip + HELDOUT_TOKENS
+    corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=wanted)
     saes = {str(config.out): (model.site(SITE), SAE.load(config.out)) for config in configs if config.out}
-    evaluations = measure(model, saes, corpora.heldout, first.evaluation)
+    evaluations = measure(model, saes, corpora.heldout, first.evaluation.model_copy(update={"skip": skip}))
     return [(config, RunSummary.of(config, evaluations[str(config.out)], 0.0, str(config.out))) for config in configs]
 
 
@@ -70,34 +72,32 @@ def cost(runs: list[RunSummary]) -> float:
     return float(np.exp(np.mean([np.log(run.l0 * run.ce_increase) for run in runs])))
 
 
-def rows(runs: list[tuple[RunConfig, RunSummary]]) -> Iterator[str]:
+def rows(configs: list[RunConfig]) -> Iterator[str]:
+    whole, elsewhere = (whole_curves(summaries(configs, skip)) for skip in (0, HELDOUT_TOKENS))
+    costs = {key: cost(curve) for key, curve in elsewhere.items()}
+    for key, curve in whole.items():
+        tokens, kind, rate = key
+        rivals = {other: costs[other] for other in whole if other[:2] == (tokens, kind)}
+        mark = "**" if rivals[key] == min(rivals.values()) else ""
+        local = min((each for each in whole if each[:2] == (tokens, 0)), key=lambda each: costs[each], default=None)
+        ratio = ""
+        if kind and local is not None:
+            ratio = percent(ratio_to_local([*whole[local], *curve], curve[0].kind, "l0", "ce_increase", 1000, 12345))
+        points = " | ".join(
+            f"{run.l0:.1f} → {run.ce_increase:+.3f}" for run in sorted(curve, key=lambda run: run.coefficient)
+        )
+        yield f"| {tokens:,} | {curve[0].kind} | {mark}{rate:g}{mark} | {points} | {costs[key]:.1f} | {ratio} |"
+
+
+def whole_curves(runs: list[tuple[RunConfig, RunSummary]]) -> dict[tuple[int, int, float], list[RunSummary]]:
+    """By tokens, place of the kind and rate, the curves of which all runs are there."""
+
     def settings(run: tuple[RunConfig, RunSummary]) -> tuple[int, int, float]:
         config = run[0]
         return config.training.tokens, list(RATES).index(config.objective.kind), config.training.learning_rate
 
     curves = {key: [run for _, run in group] for key, group in groupby(sorted(runs, key=settings), key=settings)}
-    whole = {key: curve for key, curve in curves.items() if len(curve) == 3}
-    for key, curve in whole.items():
-        tokens, kind, rate = key
-        rivals = {other: cost(whole[other]) for other in whole if other[:2] == (tokens, kind)}
-        mark = "**" if rivals[key] == min(rivals.values()) else ""
-        local = min(
-            (each for each in whole if each[:2] == (tokens, 0)), key=lambda each: cost(whole[each]), default=None
-        )
-        ratio = ""
-        if kind and local is not None:
-            ratio = _percent(ratio_to_local([*whole[local], *curve], curve[0].kind, "l0", "ce_increase", 1000, 12345))
-        points = " | ".join(
-            f"{run.l0:.1f} → {run.ce_increase:+.3f}" for run in sorted(curve, key=lambda run: run.coefficient)
-        )
-        yield f"| {tokens:,} | {curve[0].kind} | {mark}{rate:g}{mark} | {points} | {cost(curve):.1f} | {ratio} |"
-
-
-def _percent(ratio: Ratio) -> str:
-    if ratio.estimate is None:
-        return ratio.reason or ""
-    low, high = ratio.interval or (ratio.estimate, ratio.estimate)
-    return f"{ratio.estimate:.0%} [{low:.0%}, {high:.0%}]"
+    return {key: curve for key, curve in curves.items() if len(curve) == 3}
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for tokens in arguments.tokens:
         train(arguments.out, arguments.kinds, tokens, arguments.rates)
-    for row in rows(summaries(finished(arguments.out))):
+    for row in rows(finished(arguments.out)):
         print(row)
 
 
