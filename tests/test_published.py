@@ -1,0 +1,85 @@
+"""What the README and the pages of results say follows from the tables that are committed beside them."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+PAGES = [README, *sorted(RESULTS.glob("*.md"))]
+FIGURE = re.compile(r"(\d+) % \[(\d+), (\d+)\]")
+"""A ratio with its 95 % interval."""
+CROSSING = re.compile(r"(\d+) % to (\d+) %")
+"""A ratio at both ends of a range in which the curves cross."""
+SPEED = re.compile(r"(\d+\.\d) times")
+
+
+def tables():
+    return sorted(RESULTS.rglob("*.csv"))
+
+
+def figures():
+    """Every ratio with an interval, and every pair of ends, that a committed table holds, as pages write them."""
+    ratios, pairs = set(), set()
+    for file in tables():
+        text = file.read_text()
+        ratios |= set(FIGURE.findall(text))
+        pairs |= set(CROSSING.findall(text))
+        for row in csv.DictReader(text.splitlines()):
+            if row.get("ratio") and row.get("low"):
+                ratios.add(tuple(f"{100 * float(row[name]):.0f}" for name in ("ratio", "low", "high")))
+            if row.get("ratio_at_ends.low"):
+                pairs.add(tuple(f"{100 * float(row[f'ratio_at_ends.{end}']):.0f}" for end in ("low", "high")))
+    return ratios, pairs
+
+
+def told(page):
+    """Its text, without emphasis and line breaks."""
+    return " ".join(page.read_text().replace("*", "").split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_ratio_is_in_a_table(page):
+    ratios, _ = figures()
+    if page.stem == "training_length" or page.stem == "quickstart":
+        pytest.skip("its figures stand in its own tables")
+    missing = [figure for figure in FIGURE.findall(told(page)) if figure not in ratios]
+    assert not missing, f"{page.name} gives ratios that no table below docs/results holds: {missing}"
+
+
+def test_the_readme_gives_what_the_study_found():
+    """The ratios of L0 at equal CE increase at the study's first site, as its table has them."""
+    text = told(README)
+    for row in csv.DictReader((RESULTS / "paper-embedded" / "tables" / "ratios.csv").read_text().splitlines()):
+        if row["measure"] != "features_at_equal_ce":
+            continue
+        if row["ratio"]:
+            expected = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * float(row[n]) for n in ("ratio", "low", "high")))
+        else:
+            assert row["crossings"], row["reason"]
+            expected = "{:.0f} % to {:.0f} %".format(*(100 * float(row[f"ratio_at_ends.{n}"]) for n in ("low", "high")))
+        assert expected in text, f"{row['kind']} at {row['site']}: {expected}"
+
+
+def test_no_claim_that_is_called_shown_crosses_or_rests_on_one_seed():
+    folder = RESULTS / "paper-embedded" / "tables"
+    ratios = list(csv.DictReader((folder / "ratios.csv").read_text().splitlines()))
+    assert {row["seeds"] for row in ratios if row["ratio"] or row["crossings"]} == {"3"}
+    for row in ratios:
+        assert not (row["ratio"] and row["crossings"])
+    for file in RESULTS.rglob("claims.csv"):
+        for claim in csv.DictReader(file.read_text().splitlines()):
+            if claim["verdict"] == "shown":
+                assert "one seed" not in claim["ours"] and "curves cross" not in claim["ours"], claim["claim"]
+
+
+def test_the_readme_s_speeds_are_measured_ones():
+    measured = set(re.findall(r"(\d+\.\d) ×", (ROOT / "benchmarks" / "RESULTS.md").read_text()))
+    text = told(README)
+    speeds = SPEED.findall(text[text.index("It is fast") : text.index("From Python")])
+    assert speeds and set(speeds) <= measured, f"{sorted(set(speeds) - measured)} are not in benchmarks/RESULTS.md"
+    for named in ("4.3", "7.8", "2.3", "4.1", "11.7", "3.7"):
+        assert named in speeds, "as it is and with the allocator tuned"
