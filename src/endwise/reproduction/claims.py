@@ -220,7 +220,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
     told, holds = [], []
     for kind in END_TO_END:
         points = _known(found, kind, way)
-        base = next((p for p in points if _is_base(found, p)), None)
+        base = next((p for p in points if found.is_base(p)), None)
         if base is None:
             continue
         cheaper = [p for p in points if p.variant.seconds < base.variant.seconds and _is_less(p, base)]
@@ -252,7 +252,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
 def _break_even(found: Findings) -> Claim:
     """The cheapest end-to-end training that reaches the CE increase of the study's local SAEs."""
     told, holds = [], []
-    local = next((p for p in _known(found, "local", "tokens") if _is_base(found, p)), None)
+    local = next((p for p in _known(found, "local", "tokens") if found.is_base(p)), None)
     for kind in END_TO_END:
         if found.mitigations is None or local is None or not any(_known(found, kind, way) for way in WAYS):
             continue
@@ -281,12 +281,6 @@ def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
         return []
     points = [p for p in found.mitigations.points if (p.variant.kind, p.variant.way) == (kind, way)]
     return [point for point in points if point.ce_increase is not None]
-
-
-def _is_base(found: Findings, point: CostPoint) -> bool:
-    """Whether a variant is the study's own training."""
-    curves = {run.folder for run in (*found.summaries("curves"), *found.summaries("seeds"))}
-    return all(run.folder in curves for run in point.variant.runs)
 
 
 def _is_less(point: CostPoint, base: CostPoint) -> bool:

@@ -14,7 +14,7 @@ from endwise.dictionaries import SAE
 from endwise.errors import FormatError
 from endwise.features.norms import Norms, norms
 from endwise.reproduction.experiments import inner, middle
-from endwise.reproduction.mitigations import Mitigations, Variant, Way, mitigations, total_cost
+from endwise.reproduction.mitigations import WAYS, CostPoint, Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
 from endwise.run_config import EvaluationConfig, Kind, RunConfig
 from endwise.run_folder import RunFolder
@@ -50,6 +50,11 @@ class Findings:
         """Of the kind's curve at the first site."""
         study = self.made.experiments.study
         return middle(study.kind(kind, study.site).coefficients)
+
+    def is_base(self, point: CostPoint) -> bool:
+        """Whether a variant is the study's own training."""
+        curves = {run.folder for run in (*self.summaries("curves"), *self.summaries("seeds"))}
+        return all(run.folder in curves for run in point.variant.runs)
 
     @property
     def similar_ce(self) -> dict[str, tuple[RunSummary, ...]]:
@@ -214,6 +219,21 @@ def ratio_rows(found: Findings) -> list[dict[str, Any]]:
         for measure, by_kind in summary.ratios.items()
         for kind, ratio in by_kind.items()
     ]
+
+
+def variant_rows(found: Findings) -> list[dict[str, Any]]:
+    """The CE increase of each variant relative to its kind's own training, and to local's, at one L0."""
+    points = [] if found.mitigations is None else found.mitigations.points
+    bases = {(p.variant.kind, p.variant.way): p for p in points if found.is_base(p)}
+    rows = []
+    for point in points:
+        kind, way = point.variant.kind, point.variant.way
+        for other in dict.fromkeys((kind, "local")):
+            base = bases.get((other, way))
+            if base is not None and base is not point:
+                row = {"kind": kind, "way": WAYS[way], "variant": point.variant.label, "relative_to": other}
+                rows.append(row | point.relative_to(base).to_row())
+    return rows
 
 
 def norm_rows(found: Findings) -> list[dict[str, Any]]:

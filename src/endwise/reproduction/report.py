@@ -14,7 +14,7 @@ from endwise.report.printed import save
 from endwise.reproduction import figures
 from endwise.reproduction.claims import claims
 from endwise.reproduction.costs import as_rows
-from endwise.reproduction.findings import Findings, find, norm_rows, ratio_rows, run_rows
+from endwise.reproduction.findings import Findings, find, norm_rows, ratio_rows, run_rows, variant_rows
 from endwise.reproduction.mitigations import Way
 from endwise.reproduction.page import report
 from endwise.reproduction.runs import StudyRuns
@@ -50,6 +50,7 @@ def tables(found: Findings, judged: Sequence[Claim]) -> dict[str, list[dict[str,
         "similar": list(_similar_rows(found)),
         "norms": norm_rows(found),
         "variants": [point.to_row() for point in points],
+        "variant_ratios": variant_rows(found),
         "costs": as_rows(found.made.costs),
         "costs_of_variants": [{**point.to_row(), "seconds": point.variant.seconds} for point in points],
     }
