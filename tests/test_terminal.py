@@ -55,7 +55,9 @@ def evaluation(number):
     names = ("l0", "kl", "ce_increase", "explained_variance.per_token", "downstream_mse.blocks.2.hook_resid_pre")
     metrics = {name: Interval(n + number / 7, n + number / 5, n + number / 6) for n, name in enumerate(names)}
     firings = np.ones(1234 + number, np.int64)
-    return Evaluation(Site.parse(SITE), 12345, firings, 20_000, metrics, Baselines(3.4, 5.2, 6.1), {})
+    return Evaluation(
+        Site.parse(SITE), 12345, firings, 20_000, metrics, Baselines(3.4, 5.2, 6.1), {"tokens": np.ones(4)}
+    )
 
 
 def evaluations(console):
