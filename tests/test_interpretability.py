@@ -108,7 +108,8 @@ def test_one_or_two_seeds_give_figures_and_no_verdict(seeds, told):
 
 def test_what_is_printed_fits_80_columns():
     lines = io.StringIO()
-    print_interpretability([study(local=(0.7, 0.5), e2e_ds=(0.8, 0.5))], Console(file=lines, width=80))
+    console = Console(file=lines, width=80, force_terminal=True, color_system=None)
+    print_interpretability([study(local=(0.7, 0.5), e2e_ds=(0.8, 0.5))], console)
     told = lines.getvalue()
     assert "…" not in told and all(len(line) <= 80 for line in told.splitlines())
     assert re.search(r"e2e\+ds +1 +0 +\+0.300 +30.0 +40 0.800 \[0.7\d\d, 0.8\d\d\] +0.50", told)

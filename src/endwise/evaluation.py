@@ -6,7 +6,7 @@ and what paired comparisons between runs are made of.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -23,9 +23,11 @@ from endwise.errors import ConfigError
 from endwise.language_model import Clean, LanguageModel, Spliced
 from endwise.objectives import later_residuals, squared_error
 from endwise.readout import Comparison
+from endwise.remarks import remarks_on
 from endwise.run_config import EvaluationConfig
 from endwise.sites import Part, Site
 from endwise.statistics import Interval, bootstrap_ratio
+from endwise.text_check import facts_of_text
 from endwise.tokens import Corpus, TokenBatch
 
 Sums = dict[str, NDArray[np.float64]]
@@ -85,6 +87,13 @@ class Evaluation:
     sums: Sums = field(repr=False)
     text: str | None = None
     """Digest of the sequences that it was measured on (`Corpus.text_digest`)."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of the measurement: `asked_tokens`, those of `facts_of_text`, how training went (`loss`)."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told of these numbers."""
+        return remarks_on(self._record())
 
     @property
     def alive(self) -> int:
@@ -95,7 +104,11 @@ class Evaluation:
         return self.metrics[metric].estimate
 
     def to_json(self) -> dict[str, Any]:
-        """Nested as in `explained_variance: {per_token: ...}`, with the intervals under a key of their own."""
+        """Nested as in `explained_variance: {per_token: ...}`, with intervals and remarks under keys of their own."""
+        intervals = {name: [interval.low, interval.high] for name, interval in self.metrics.items()}
+        return {**self._record(), "intervals": intervals, "remarks": self.remarks}
+
+    def _record(self) -> dict[str, Any]:
         nested: dict[str, Any] = {"site": self.site.name, "d_sae": self.d_sae, "alive": self.alive}
         nested |= {"alive_tokens": self.tokens, "tokens": self.tokens, "sequences": len(self.sums["tokens"])}
         nested["text"] = self.text
@@ -107,9 +120,7 @@ class Evaluation:
                 nested[name] = interval.estimate
         for name in DOWNSTREAM:
             nested.setdefault(name, {})
-        nested["baselines"] = vars(self.baselines)
-        nested["intervals"] = {name: [interval.low, interval.high] for name, interval in self.metrics.items()}
-        return nested
+        return {**nested, "baselines": vars(self.baselines), **self.facts}
 
 
 def measure(
@@ -158,8 +169,14 @@ def measure(
                 collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
     for collector in (*collected.values(), *ablations.values()):
         collector.merge(world)
-    text = corpus.text_digest(sequences)
-    return {name: _summarise(site, sae, collected[name], ablations, config, text) for name, (site, sae) in saes.items()}
+    known = {
+        "text": corpus.text_digest(sequences),
+        "facts": {"asked_tokens": config.tokens, **facts_of_text(model, corpus)},
+    }
+    return {
+        name: replace(_summarise(site, sae, collected[name], ablations, config), **known)
+        for name, (site, sae) in saes.items()
+    }
 
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
@@ -320,7 +337,6 @@ def _summarise(
     collector: _Collector,
     ablations: Mapping[tuple[Site, str], _Collector],
     config: EvaluationConfig,
-    text: str,
 ) -> Evaluation:
     sums = collector.sums()
     metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
@@ -337,4 +353,4 @@ def _summarise(
         for kind in ("mean", "zero")
     )
     baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
-    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums, text)
+    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums)

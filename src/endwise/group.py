@@ -1,9 +1,9 @@
 """SAEs trained side by side: what belongs to each, and how one that cannot go on leaves the others to it."""
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -23,6 +23,7 @@ from endwise.errors import (
     out_of_memory,
 )
 from endwise.progress import Display
+from endwise.remarks import diverged, remarks_on
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 from endwise.trainee import Trainee
@@ -37,6 +38,17 @@ class Run:
     folder: Path
     seconds: float
     """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What is known at the end that remarks are computed from: the loss, the last evaluation, the text."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told of the run."""
+        return remarks_on(self.record)
+
+    @property
+    def diverged(self) -> bool:
+        return diverged(self.record) is not None
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,16 @@ class Member:
     """Its share of the wall-clock so far."""
     line: dict[str, Any] | None = None
     """Of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
+    heldout: dict[str, float] = field(default_factory=dict)
+    """What the latest evaluation on schedule measured."""
     seconds_before: float = 0.0
     """Wall-clock of the run before this process took it up."""
+
+    def record(self) -> dict[str, Any]:
+        """See `Run.record`."""
+        known = {"l0": self.heldout["l0"]} if self.heldout else {}
+        explained = {"per_token": self.heldout.get("explained_variance.per_token")}
+        return {**known, "explained_variance": explained, "loss": self.folder.course()}
 
     @property
     def at_end(self) -> bool:
@@ -146,6 +166,8 @@ class Group:
         self.failures: list[Failure] = []
         self._alone = len(self.members) == 1
         self._shared = 0.0
+        self.text: Mapping[str, Any] = {}
+        """What was measured of the text beforehand (`text_check`)."""
         self.shown: Display | None = None
         """Tells of failures and has the time; there while training runs."""
 
@@ -252,7 +274,9 @@ class Group:
         Raises:
             SomeFailed: others failed; the error carries these.
         """
-        runs = [Run(m.config, m.trainee.sae, m.folder.path, m.seconds) for m in self.members]
+        runs = [
+            Run(m.config, m.trainee.sae, m.folder.path, m.seconds, {**self.text, **m.record()}) for m in self.members
+        ]
         if self.failures:
             raise SomeFailed(self.failures, runs) from self.failures[0].error
         return runs

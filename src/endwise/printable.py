@@ -1,6 +1,8 @@
 """Text from files and recipes, made safe to show: on a terminal it could otherwise move the cursor or hide itself."""
 
+import re
 import unicodedata
+from pathlib import Path
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode's categories of what has no shape of its own: control, format (bidirectional overrides among them), halves of
@@ -8,12 +10,29 @@ surrogate pairs, line and paragraph separators."""
 _KEPT = frozenset("\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
 """Hidden characters that only choose how their neighbours are drawn (Persian and Hindi need them), and line ends."""
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_CACHED = "models--"
+
 
 def printable(text: object) -> str:
     """The text with every hidden character written out as Python writes it, `\\x1b` for an escape; lines stay lines."""
     text = str(text)
     # What Python calls printable holds nothing hidden; it is nearly every text, and told a hundred times as fast.
     return text if text.isprintable() else "".join(map(_written_out, text))
+
+
+def model_title(name: str) -> str:
+    """What a model is called where a title has room for a name: its folder's, not the path on somebody's machine.
+
+    Args:
+        name: as a recipe has it: `embedded`, a local folder, or a hub id, which stays whole.
+    """
+    path = Path(name).expanduser()
+    if not name or (_HUB_ID.fullmatch(name) and not path.exists()):
+        return name
+    parts = path.resolve().parts if path.name in ("", "..") else path.parts
+    cached = [part for part in parts if part.startswith(_CACHED)]  # <cache>/models--<owner>--<name>/snapshots/<commit>
+    return cached[-1].removeprefix(_CACHED).replace("--", "/") if cached else parts[-1] if parts else name
 
 
 def storable(text: str) -> str:

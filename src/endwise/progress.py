@@ -11,11 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from endwise.printable import printable
 from endwise.run_config import RunConfig
+from endwise.terminal import Grid
 
 LOG_SECONDS = 30.0
 TABLE_SECONDS = 0.2
@@ -113,23 +112,16 @@ class Display:
         names = self._names()
         return [self._heading(done), *(f"  {names[folder]}: {_numbers(row)}" for folder, row in self._rows.items())]
 
-    def _table(self, done: int) -> Table:
-        table = Table(title=self._heading(done), title_justify="left")
-        for heading in ("SAE", "loss terms", "L0", "alive", "CE increase (held out)"):
-            table.add_column(heading, justify="left" if heading in ("SAE", "loss terms") else "right")
-        names = self._names()
+    def _table(self, done: int) -> Grid:
+        names, rows = self._names(), []
         for folder, row in self._rows.items():
             line = row.line
             terms = [name for name in ("kl", "local_mse", "downstream_mse", "sparsity") if name in line]
             increase = "–" if row.ce_increase is None else f"{row.ce_increase:+.3f}"
-            table.add_row(
-                Text(names[folder]),
-                "  ".join(f"{name} {line[name]:.3g}" for name in terms),
-                f"{line['l0']:.1f}",
-                f"{line['alive']:,}",
-                increase,
-            )
-        return table
+            loss = "  ".join(f"{name} {line[name]:.3g}" for name in terms)
+            rows.append((names[folder], loss, f"{line['l0']:.1f}", f"{line['alive']:,}", increase))
+        headings = ("SAE", "loss terms", "L0", "alive", "CE increase (held out)")
+        return Grid(headings, rows, self._heading(done), words=("loss terms",))
 
     def _names(self) -> dict[Path, str]:
         """What tells the runs apart: kind, λ, site and seed, and the folder where these are alike."""

@@ -15,12 +15,12 @@ from endwise.evaluation import Evaluation, measure
 from endwise.files import write_json
 from endwise.group import Run
 from endwise.model_loading import load_model
-from endwise.printable import printable
 from endwise.reading import expanded, there_is
 from endwise.report import print_summary, write_report
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import write_evaluation
 from endwise.run_folder import RunFolder, environment
+from endwise.terminal import show
 from endwise.tokens import corpora_for
 from endwise.training import train_together
 
@@ -84,13 +84,13 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
     configs = recipes(out, seed)
     model = load_model("embedded")
     corpora = corpora_for(model, configs[0].data, training_tokens=TRAINING_TOKENS, evaluation_tokens=HELDOUT_TOKENS)
-    console.print(f"Training {len(configs)} SAEs at {SITE} of the embedded model, on {TRAINING_TOKENS:,} tokens each.")
+    show(f"Training {len(configs)} SAEs at {SITE} of the embedded model, on {TRAINING_TOKENS:,} tokens each.", console)
     runs: list[Run] = []
     for kind, coefficients in COEFFICIENTS.items():
-        console.print(f"{LABELS[kind]}: {len(coefficients)} sparsity coefficients, together")
+        show(f"{LABELS[kind]}: {len(coefficients)} sparsity coefficients, together", console)
         group = [config for config in configs if config.objective.kind == kind]
         runs += train_together(group, model=model, corpora=corpora, display=display)
-    console.print(f"Measuring them on {HELDOUT_TOKENS:,} held-out tokens.")
+    show(f"Measuring them on {HELDOUT_TOKENS:,} held-out tokens.", console)
     saes = {str(run.folder): (model.site(run.config.site), run.sae) for run in runs}
     evaluations = measure(model, saes, corpora.heldout, configs[0].evaluation)
     for run in runs:
@@ -100,8 +100,7 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
     write_report(summary, out / "report.html")
     if display:
         print_summary(summary, console)
-    said = f"{time.monotonic() - started:.0f} seconds. The report: {out / 'report.html'}"
-    console.print(printable(said), markup=False)
+    show(f"{time.monotonic() - started:.0f} seconds. The report: {out / 'report.html'}", console)
     return summary
 
 

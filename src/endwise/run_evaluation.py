@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Eval
         row |= {"d_sae": evaluation.d_sae, "alive": evaluation.alive, "tokens": evaluation.tokens}
         for name, interval in evaluation.metrics.items():
             row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
-        rows.append(row | {f"{name}_ce": value for name, value in vars(evaluation.baselines).items()})
+        row |= {f"{name}_ce": value for name, value in vars(evaluation.baselines).items()}
+        rows.append(row | {"remarks": " ".join(evaluation.remarks)})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -179,7 +181,11 @@ def _evaluate_group(
         measured = measure(model, saes, corpora.heldout, settings, world=world)
     except DataError as error:
         raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
-    return {path: measured[str(path)] for path in configs}
+    return {path: _with_course(measured[str(path)], RunFolder(path)) for path in configs}
+
+
+def _with_course(evaluation: Evaluation, folder: RunFolder) -> Evaluation:
+    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course()})
 
 
 def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:

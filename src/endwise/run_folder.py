@@ -41,6 +41,9 @@ from endwise.run_config import RunConfig
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
 
+LAST_BYTES = 1 << 16
+"""More than a line of `metrics.jsonl` takes."""
+
 
 class RunFolder:
     def __init__(self, path: Path) -> None:
@@ -268,6 +271,17 @@ class RunFolder:
         except (OSError, ValueError, RecursionError) as error:
             advice = remedy(error) if isinstance(error, OSError) else "Restore it from a copy, or remove the line."
             raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
+
+    def course(self) -> dict[str, float]:
+        """The loss that training began with (`first`), and its latest (`last`); empty where none is known."""
+        try:
+            with self.metrics_file.open("rb") as lines:
+                first = last = lines.readline()
+                lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
+                last = (lines.read().splitlines() or [last])[-1]
+            return {"first": float(json.loads(first)["loss"]), "last": float(json.loads(last)["loss"])}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return {}
 
     def evaluation(self) -> dict[str, Any] | None:
         return read_json(self.evaluation_file) if self.evaluation_file.exists() else None

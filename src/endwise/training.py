@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from endwise.dictionaries import SAE, ReluSAE
 from endwise.distributed import World, joined
@@ -29,6 +30,7 @@ from endwise.model_loading import find_device, load_model
 from endwise.objectives import build_objective
 from endwise.progress import Display
 from endwise.recipes import find_recipe
+from endwise.remarks import remarks_on
 from endwise.resuming import enter, spread
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.run_folder import RunFolder
@@ -37,6 +39,8 @@ from endwise.sites import Site
 from endwise.standing import naming_relative, pinned
 from endwise.step import tail_model, take_step
 from endwise.stopping import polite_stop
+from endwise.terminal import show
+from endwise.text_check import tried_on
 from endwise.tokens import BatchOrder, Corpora, corpora_for, read_ahead
 from endwise.trainee import Trainee
 
@@ -128,8 +132,20 @@ def train_together(
             if world.is_first:
                 enter(group, model, corpora, from_step)
         spread(group, world)
+        group.text = _text_tried(model, corpora, display, world)
         _run(model, tail, group, corpora, order, steps, display, world)
         return group.runs()
+
+
+def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: World) -> dict[str, Any]:
+    """Measures the model on a little of the text, and says at once what speaks against it."""
+    record: dict[str, Any] = {}
+    with world.together("trying the model on the text"):
+        if world.is_first:
+            record = tried_on(model, corpora.heldout)
+            for remark in remarks_on(record):
+                show(f"! {remark}", Console(stderr=True, quiet=not display))
+    return record
 
 
 def _check_shares(config: RunConfig, world: World) -> None:
@@ -382,7 +398,7 @@ def _write_line(shown: Display, done: int, member: Member) -> None:
     assert line is not None
     if member.writes:
         folder.append(folder.metrics_file, line)
-    member.line = None
+    member.line, member.heldout = None, line.get("heldout", member.heldout)
     if not member.writes:
         return
     timing = shown.timing(done)

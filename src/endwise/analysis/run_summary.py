@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from endwise.errors import FormatError, RunFolderError
 from endwise.evaluation import Evaluation
+from endwise.remarks import gathered, remarks_on
 from endwise.run_config import RunConfig
 from endwise.run_evaluation import read_sums
 from endwise.run_folder import RunFolder
@@ -66,6 +67,8 @@ class RunSummary:
     """What was trained for, but for the coefficient (`ObjectiveConfig.method`): runs of one curve agree in it."""
     model: str = ""
     learning_rate: float | None = None
+    remarks: tuple[str, ...] = ()
+    """What a reader must be told of these numbers, computed from the record (`endwise.remarks`)."""
     start: str | None = None
     """The folder of the SAE that training began with; None: random weights."""
     text: str | None = None
@@ -101,6 +104,7 @@ class RunSummary:
             intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
             **_origin(config),
             text=evaluation.text,
+            remarks=tuple(evaluation.remarks),
             sums=evaluation.sums,
         )
 
@@ -139,6 +143,7 @@ class RunSummary:
                 **_origin(config),
                 text=measured.get("text"),
                 heldout=folder.fingerprint("heldout"),
+                remarks=tuple(remarks_on(measured)),
                 sums=read_sums(path),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -156,6 +161,7 @@ class RunSummary:
         """Every field but the per-sequence sums."""
         record = {name: value for name, value in vars(self).items() if name != "sums"}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
+        record["remarks"] = list(self.remarks)
         groups = ("downstream_mse", "downstream_cosine", "explained_variances", "method")
         return record | {name: dict(getattr(self, name)) for name in groups}
 
@@ -174,6 +180,11 @@ def what_varies(runs: Sequence[RunSummary]) -> str:
         "order of the text": {run.data_seed for run in runs},
     }
     return " and ".join(name for name, seeds in varying.items() if len(seeds) > 1)
+
+
+def remarks_of(runs: Iterable[RunSummary]) -> list[str]:
+    """Each remark once, with the runs that it is on."""
+    return gathered({run.folder: run.remarks for run in runs})
 
 
 def later_mse(run: RunSummary) -> float | None:

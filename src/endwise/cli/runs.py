@@ -48,9 +48,12 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes."""
+    """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes.
+
+    Exit code: 0 if it was trained, 7 if it stopped or diverged, another if the recipe breaks a rule.
+    """
     from endwise.distributed import is_first_process
-    from endwise.errors import ConfigError
+    from endwise.errors import ConfigError, TrainingStopped
     from endwise.recipes import find_recipe
     from endwise.run_config import RunConfig
     from endwise.run_folder import RunFolder
@@ -67,6 +70,11 @@ def train(
     going_on = resume is not None or ("if_started" if or_resume else False)
     result = run(config, resume=going_on, from_step=from_step, display=not quiet)
     if is_first_process():
+        for remark in result.remarks:
+            say(f"! {remark}", err=True)
+        if result.diverged:
+            say(f"Diverged, and of no use: {result.folder}", err=True)
+            raise typer.Exit(TrainingStopped.exit_code)
         say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
         say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 

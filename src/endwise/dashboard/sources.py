@@ -10,7 +10,9 @@ from endwise.analysis.run_summary import LABELS
 from endwise.dictionaries import SAE
 from endwise.errors import ConfigError, FormatError
 from endwise.features.harvest import Harvest, open_harvest
+from endwise.printable import model_title
 from endwise.reading import expanded
+from endwise.remarks import remarks_on
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 
@@ -50,7 +52,7 @@ class Source:
         return {
             "kind": self.config.objective.kind,
             "site": self.config.site,
-            "model": self.config.model.name,
+            "model": model_title(self.config.model.name),
             "coefficient": self.config.objective.sparsity.coefficient,
             "seed": self.config.seed,
             "d_sae": self.harvest.d_sae,
@@ -58,6 +60,7 @@ class Source:
             "tokens": int(self.harvest.about["tokens"]),
             "l0": float(firings.sum()) / max(1, int(self.harvest.about["tokens"])),
             "ce_increase": measured.get("ce_increase"),
+            "remarks": remarks_on(measured),
         }
 
 

@@ -4,26 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis import directions as analysis
 from endwise.analysis.directions import Directions
 from endwise.analysis.over_seeds import OverSeeds, rests_on
-from endwise.analysis.run_summary import LABELS, RunSummary, later_mse, layer_label
+from endwise.analysis.run_summary import LABELS, RunSummary, later_mse, layer_label, remarks_of
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.report import reconstruction
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
+from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import escape, page, table
 from endwise.statistics import Interval
 from endwise.tabular import write_table
+from endwise.terminal import Grid, show
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
 UNEXPLAINED = Axis("unexplained share of the variance along v", log=True)
@@ -127,29 +125,29 @@ def print_directions(found: Sequence[Directions], console: Console | None = None
     """The runs of every set, and what shows of the paper's claims."""
     console = console or Console()
     for one in found:
-        console.print(_runs(one))
-        for claim in one.claims:
-            console.print(printable(f"• {claim.verdict}: {claim.claim} ({claim.ours})"), markup=False, highlight=False)
+        show(_runs(one), console)
+        show_remarks(remarks_of(one.runs), console)
+        show_claims(one.claims, console)
 
 
-def _runs(one: Directions) -> Table:
-    title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("kind", "λ", "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE"):
-        shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
+def _runs(one: Directions) -> Grid:
+    rows = []
     for run in one.runs:
         norms, of, mse = one.norms[run.folder], one.follows.get(run.folder), later_mse(run)
-        shown.add_row(
-            LABELS[run.kind],
-            f"{run.coefficient:g}",
-            str(run.seed),
-            f"{run.ce_increase:+.3f}",
-            f"{norms.ratio.estimate:.3f}",
-            f"{norms.cosine.estimate:.3f}",
-            "–" if of is None else f"{of.rank.estimate:.2f}",
-            "–" if mse is None else f"{mse:.3g}",
+        rows.append(
+            (
+                LABELS[run.kind],
+                f"{run.coefficient:g}",
+                str(run.seed),
+                f"{run.ce_increase:+.3f}",
+                f"{norms.ratio.estimate:.3f}",
+                f"{norms.cosine.estimate:.3f}",
+                "–" if of is None else f"{of.rank.estimate:.2f}",
+                "–" if mse is None else f"{mse:.3g}",
+            )
         )
-    return shown
+    headings = ("kind", "λ", "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE")
+    return Grid(headings, rows, title_of(one.setting))
 
 
 def write_directions(found: Sequence[Directions], out: Path) -> Path:
@@ -181,15 +179,20 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
     runs = sum(len(one.runs) for one in found)
     sets = f"{len(found)} set{'' if len(found) == 1 else 's'}"
     lead = f"{runs} sparse autoencoders in {sets}, measured on held-out text; only runs of one set are compared."
-    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
     title = "Lengths, directions and later layers"
-    content = page(title=title, eyebrow=escape(models), lead=lead, body="\n".join(sections), interactive=True)
+    content = page(
+        title=title,
+        eyebrow=models_of(one.setting for one in found),
+        lead=lead,
+        body="\n".join(sections),
+        interactive=True,
+    )
     write_atomic(path, content.encode())
     return path
 
 
 def _section(one: Directions, charts: Sequence[Chart]) -> str:
-    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
+    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>' + remark_list(one.runs)
     figures = "\n".join(map(div, charts))
     parts = (claim_list(one.claims), _norm_table(one), _use_table(one), _later_table(one), figures)
     return f"<section>{head}{''.join(parts)}</section>"

@@ -4,20 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis import geometry_tables as tables
 from endwise.analysis.feature_map import FeatureMap
 from endwise.analysis.geometry import Geometry
 from endwise.analysis.geometry_claims import claims, signed
-from endwise.analysis.run_summary import LABELS
+from endwise.analysis.run_summary import LABELS, remarks_of
 from endwise.analysis.similarity import mean_of
 from endwise.analysis.stability import THRESHOLD
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.report.charts import Chart
 from endwise.report.claims import claim_list
@@ -25,9 +21,11 @@ from endwise.report.feature_map import write_feature_map
 from endwise.report.geometry_figures import chosen, kind_cosines, own_cosines, threshold_curves, trade_offs
 from endwise.report.interactive import div
 from endwise.report.printed import save
+from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import Wide, escape, page, table
 from endwise.statistics import LEAST_SEEDS
 from endwise.tabular import write_columns, write_table
+from endwise.terminal import Grid, show
 
 Row = Mapping[str, Any]
 
@@ -36,32 +34,24 @@ def print_geometry(found: Sequence[Geometry], console: Console | None = None) ->
     """The mean cosines of every run, and the verdicts, on a terminal or into a plain pipe."""
     console = console or Console()
     for one in found:
-        title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
-        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for heading in (
-            "kind",
-            "λ",
-            "seed",
-            "L0",
-            "alive",
-            "CE increase",
-            "greatest cosine within [95 % over features]",
-        ):
-            shown.add_column(heading, justify="left" if heading == "kind" else "right")
+        rows = []
         for run in one.runs:
             mean = mean_of(one.within[run.folder]) if run.folder in one.within else None
-            shown.add_row(
-                LABELS[run.kind],
-                f"{run.coefficient:g}",
-                str(run.seed),
-                f"{run.l0:.1f}",
-                f"{run.alive:,}",
-                f"{run.ce_increase:+.3f}",
-                Text("–" if mean is None else f"{mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}]"),
+            rows.append(
+                (
+                    LABELS[run.kind],
+                    f"{run.coefficient:g}",
+                    str(run.seed),
+                    f"{run.l0:.1f}",
+                    f"{run.alive:,}",
+                    f"{run.ce_increase:+.3f}",
+                    "–" if mean is None else f"{mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
+                )
             )
-        console.print(shown)
-        for claim in claims(one):
-            console.print(printable(f"• {claim.verdict}: {claim.claim} ({claim.ours})"), markup=False, highlight=False)
+        headings = ("kind", "λ", "seed", "L0", "alive", "CE increase", "greatest cosine within [95 % over features]")
+        show(Grid(headings, rows, title_of(one.setting)), console)
+        show_remarks(remarks_of(one.runs), console)
+        show_claims(claims(one), console)
 
 
 def write_geometry(
@@ -94,13 +84,18 @@ def write_geometry(
         sections.append(_section(one, charts, map_of_features, rows))
     path = out / "geometry.html"
     runs = sum(len(one.runs) for one in found)
-    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
     lead = (
         f"{runs} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; only dictionaries of one set are "
         "compared. Every number is over alive features: those that fired at least once on the held-out text."
     )
     body = "\n".join(sections)
-    content = page(title="Geometry of dictionaries", eyebrow=escape(models), lead=lead, body=body, interactive=True)
+    content = page(
+        title="Geometry of dictionaries",
+        eyebrow=models_of(one.setting for one in found),
+        lead=lead,
+        body=body,
+        interactive=True,
+    )
     write_atomic(path, content.encode())
     return path
 
@@ -130,7 +125,7 @@ def _charts(found: Geometry, number: int) -> list[Chart]:
 
 def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, rows: Mapping[str, Sequence[Row]]) -> str:
     parts = [
-        f'<h2>{escape(found.setting.site)}</h2><p class="lead">{escape(found.setting)}.</p>',
+        f'<h2>{escape(found.setting.site)}</h2><p class="lead">{escape(found.setting)}.</p>' + remark_list(found.runs),
         claim_list(claims(found)),
         f'<p class="note">{escape(_INTERVALS)} {escape(chosen(found.similar))}</p>',
         *map(div, charts),

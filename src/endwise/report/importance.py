@@ -4,10 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance import (
@@ -22,17 +19,18 @@ from endwise.analysis.importance import (
     run_rows,
     share_intervals,
 )
-from endwise.analysis.run_summary import LABELS
+from endwise.analysis.run_summary import LABELS, remarks_of
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
+from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import escape, page, table
 from endwise.statistics import Interval
 from endwise.tabular import write_table
+from endwise.terminal import Grid, show
 
 MOST_MARKS = 1500
 """Features of a run in a scatter plot."""
@@ -218,24 +216,18 @@ def print_importance(studies: Sequence[ImportanceStudy], console: Console | None
     """One row per run, then what the measurements show."""
     console = console or Console()
     for study in studies:
-        console.print(_runs_table(study))
-        for claim in study.claims:
-            line = f"• {claim.verdict}: {claim.claim} ({claim.ours})"
-            console.print(printable(line), markup=False, highlight=False)
+        show(_runs_table(study), console)
+        show_remarks(remarks_of(run.summary for run in study.runs), console)
+        show_claims(study.claims, console)
 
 
 _HEADINGS = ("kind", "λ", "seed", "CE +", "alive", "half in", f"{_CARRIED} in", "Spearman")
 
 
-def _runs_table(study: ImportanceStudy) -> Table:
-    title = f"{study.setting.site} of {study.setting.model}: {study.setting}"
-    shown = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in _HEADINGS:
-        shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
-    for run in study.runs:
-        *cells, rank = _cells(run)
-        shown.add_row(*map(Text, (*cells, rank.partition(" ")[0])))  # its interval is on the page
-    return shown
+def _runs_table(study: ImportanceStudy) -> Grid:
+    cells = map(_cells, study.runs)
+    rows = [(*others, rank.partition(" ")[0]) for *others, rank in cells]  # its interval is on the page
+    return Grid(_HEADINGS, rows, title_of(study.setting))
 
 
 def _cells(run: ImportantRun) -> tuple[str, ...]:
@@ -277,9 +269,12 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
         sections.append(_section(study, charts))
     runs = sum(len(study.runs) for study in studies)
     lead = f"{runs} sparse autoencoders in {len(studies)} sets; only runs of one set are compared."
-    models = ", ".join(dict.fromkeys(study.setting.model for study in studies))
     content = page(
-        title="Importance of features", eyebrow=escape(models), lead=lead, body="\n".join(sections), interactive=True
+        title="Importance of features",
+        eyebrow=models_of(study.setting for study in studies),
+        lead=lead,
+        body="\n".join(sections),
+        interactive=True,
     )
     path = out / "importance.html"
     write_atomic(path, content.encode())
@@ -288,6 +283,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 
 def _section(study: ImportanceStudy, charts: Sequence[Chart]) -> str:
     head = f'<h2>{escape(study.setting.site)}</h2><p class="lead">{escape(study.setting)}.</p>'
+    head += remark_list(run.summary for run in study.runs)
     numbers = table(_HEADINGS, map(_cells, study.runs))
     note = (
         f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '

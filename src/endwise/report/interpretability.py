@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis.interpretability import (
     AT,
@@ -18,19 +15,20 @@ from endwise.analysis.interpretability import (
     feature_rows,
     mean_rows,
 )
-from endwise.analysis.run_summary import LABELS
+from endwise.analysis.run_summary import LABELS, remarks_of
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.report.charts import Axis, Chart, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
+from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import escape, page, table
 from endwise.report.violins import OUTLINED, violin
 from endwise.statistics import Interval
 from endwise.tabular import write_table
+from endwise.terminal import Grid, show
 
 LONGEST = 240
 """Characters of an explanation in a figure."""
@@ -129,26 +127,15 @@ def print_interpretability(found: Sequence[Interpretability], console: Console |
     """Means of each run, differences of kinds, and what they show, in 80 columns."""
     console = console or Console()
     for one in found:
-        console.print(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"), markup=False)
+        show(title_of(one.setting), console)
         for scorer in one.own_names:
             headings, rows = _scorer_table(one, scorer)
-            console.print(_table(f"{scorer}: balanced accuracy, and that of its controls", headings, rows))
+            show(Grid(headings, rows, f"{scorer}: balanced accuracy, and that of its controls"), console)
         if one.differences:
             differences = [_difference_cells(each) for each in one.differences]
-            title = "Differences of means, seed by seed, over features"
-            console.print(_table(title, _DIFFERENCE_HEADINGS, differences))
-        for claim in one.claims:
-            line = f"• {claim.verdict}: {claim.claim} ({claim.ours})"
-            console.print(printable(line), markup=False, highlight=False)
-
-
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    shown = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for index, heading in enumerate(headings):
-        shown.add_column(Text(printable(heading)), justify="left" if index == 0 else "right")
-    for row in rows:
-        shown.add_row(*(Text(printable(cell)) for cell in row))
-    return shown
+            show(Grid(_DIFFERENCE_HEADINGS, differences, "Differences of means, seed by seed, over features"), console)
+        show_remarks(remarks_of(run.summary for run in one.runs), console)
+        show_claims(one.claims, console)
 
 
 def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path:
@@ -170,10 +157,9 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
         sections.append(_section(one, charts))
     runs = sum(len(one.runs) for one in found)
     features = sum(len(run.explanations.rows) for one in found for run in one.runs)
-    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
     content = page(
         title="Interpretability of features",
-        eyebrow=escape(models),
+        eyebrow=models_of(one.setting for one in found),
         lead=f"{features:,} features of {runs} sparse autoencoders, explained by a language model; only runs of one "
         "set are compared.",
         body="\n".join(sections),
@@ -186,6 +172,7 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
 
 def _section(one: Interpretability, charts: Sequence[Chart]) -> str:
     head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
+    head += remark_list(run.summary for run in one.runs)
     means = table(*_mean_table(one))
     differences = table(_DIFFERENCE_HEADINGS, map(_difference_cells, one.differences), text=(1, 3))
     note = (

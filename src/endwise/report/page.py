@@ -8,8 +8,10 @@ from endwise.analysis.comparison import Summary
 from endwise.analysis.ratios import MEASURES, NAMES, Ratio, times
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, later_mse, layer_label
 from endwise.files import write_atomic
+from endwise.printable import model_title
 from endwise.reading import expanded
 from endwise.report import figures
+from endwise.report.sets import remark_list
 from endwise.report.shell import escape, filled, page
 
 
@@ -27,6 +29,7 @@ def report_html(summary: Summary) -> str:
     content = filled(
         "comparison.html",
         tiles="\n".join(_tiles(summary)),
+        remarks=remark_list(summary.runs),
         verdicts="\n".join(f"<li>{escape(sentence)}</li>" for sentence in summary.verdicts),
         legend=figures.legend(),
         pareto_l0=figures.pareto(summary, "l0", "pareto-l0"),
@@ -50,7 +53,7 @@ def report_html(summary: Summary) -> str:
 
 
 def _eyebrow(summary: Summary) -> str:
-    model = f"{escape(summary.model)} · " if summary.model else ""
+    model = f"{escape(model_title(summary.model))} · " if summary.model else ""
     return f"{model}<code>{escape(summary.site)}</code>"
 
 

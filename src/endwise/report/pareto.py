@@ -4,10 +4,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis.pareto import (
     AXES,
@@ -21,15 +18,16 @@ from endwise.analysis.pareto import (
     ratio_rows,
 )
 from endwise.analysis.ratios import MEASURES, NAMES, percent
-from endwise.analysis.run_summary import KINDS, LABELS, RunSummary
+from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, remarks_of
 from endwise.files import write_atomic
-from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.printed import save
+from endwise.report.sets import models_of, remark_list, show_remarks, title_of
 from endwise.report.shell import Wide, escape, page, table
 from endwise.tabular import write_table
+from endwise.terminal import Grid, show
 
 WAY_OVER_SEEDS = "Student's t"
 AXIS = {
@@ -132,53 +130,51 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
     """The runs and the ratios of every set."""
     console = console or Console()
     for one in found:
-        console.print(_points(one))
+        show(_points(one), console)
+        show_remarks(remarks_of(one.runs), console)
         if not one.is_compared:
-            console.print("Without local SAEs and others of this setting there is nothing to compare.\n")
+            show("Without local SAEs and others of this setting there is nothing to compare.", console)
             continue
-        console.print(_ratios(one))
+        show(_ratios(one), console)
         for sentence in (*one.remarks, *one.summary.verdicts):
-            console.print(printable(f"• {sentence}"), markup=False, highlight=False)
+            show(f"• {sentence}", console)
 
 
-def _points(one: Pareto) -> Table:
-    title = Text(printable(f"{one.setting.site} of {one.setting.model}: {one.setting}"))
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+def _points(one: Pareto) -> Grid:
     rates = any(has_several_rates([run for run in one.runs if run.kind == kind]) for kind in KINDS)
-    for heading in ("kind", "λ", "seed", *["rate"] * rates, "L0", "alive", "CE increase [95 %]", "KL", "front"):
-        shown.add_column(heading, justify="left" if heading in ("kind", "front") else "right", no_wrap=True)
     fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
+    rows = []
     for run in one.runs:
         ends = run.intervals.get("ce_increase")
-        shown.add_row(
-            LABELS[run.kind],
-            f"{run.coefficient:g}",
-            str(run.seed),
-            *[f"{run.learning_rate or 0:g}"] * rates,
-            f"{run.l0:.1f}",
-            f"{run.alive:,}",
-            Text(f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")),
-            f"{run.kl:.3f}",
-            _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]],
+        rows.append(
+            [
+                LABELS[run.kind],
+                f"{run.coefficient:g}",
+                str(run.seed),
+                *[f"{run.learning_rate or 0:g}"] * rates,
+                f"{run.l0:.1f}",
+                f"{run.alive:,}",
+                f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""),
+                f"{run.kl:.3f}",
+                _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]],
+            ]
         )
-    return shown
+    headings = ("kind", "λ", "seed", *["rate"] * rates, "L0", "alive", "CE increase [95 %]", "KL", "front")
+    return Grid(headings, rows, title_of(one.setting), words=("front",))
 
 
 _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (False, False): ""}
 """Whether a run lies on the front of CE increase over L0, and on that over alive features."""
 
 
-def _ratios(one: Pareto) -> Table:
-    shown = Table(title="relative to local [95 %]", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("")
+def _ratios(one: Pareto) -> Grid:
     kinds = [kind for kind in KINDS[1:] if any(run.kind == kind for run in one.runs)]
-    for kind in kinds:
-        shown.add_column(LABELS[kind], justify="right")
+    rows = []
     for measure in MEASURES:
         cells = [one.ratios[measure.key, kind] for kind in kinds]
         words = [percent(ratio) if ratio.at_ends else f"– ({ratio.reason})" for ratio in cells]
-        shown.add_row(f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *(Text(printable(text)) for text in words))
-    return shown
+        rows.append([f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *words])
+    return Grid(("", *(LABELS[kind] for kind in kinds)), rows, "relative to local [95 %]")
 
 
 def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
@@ -198,14 +194,19 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
     runs = sum(len(one.runs) for one in found)
     path = out / "pareto.html"
     lead = f"{runs} sparse autoencoders in {len(found)} sets; only runs of one set are compared."
-    models = ", ".join(dict.fromkeys(one.setting.model for one in found))
-    content = page(title="Pareto curves", eyebrow=escape(models), lead=lead, body="\n".join(sections), interactive=True)
+    content = page(
+        title="Pareto curves",
+        eyebrow=models_of(one.setting for one in found),
+        lead=lead,
+        body="\n".join(sections),
+        interactive=True,
+    )
     write_atomic(path, content.encode())
     return path
 
 
 def _section(one: Pareto, chart: Chart) -> str:
-    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
+    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>' + remark_list(one.runs)
     if not one.is_compared:
         return f"<section>{head}{div(chart)}</section>"
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))

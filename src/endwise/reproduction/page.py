@@ -6,10 +6,12 @@ from typing import Any
 from endwise.analysis import paper
 from endwise.analysis.claims import Claim
 from endwise.analysis.run_summary import LABELS, RunSummary, layer_label
+from endwise.printable import model_title
 from endwise.report.charts import Chart
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.pareto import ratio_table
+from endwise.report.sets import remark_list
 from endwise.report.shell import escape, page, table
 from endwise.reproduction.costs import as_rows
 from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
@@ -18,7 +20,7 @@ from endwise.reproduction.findings import Findings, norm_rows, ratio_rows
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
     sections = [
-        _section("verdicts", "What shows, and what does not", claim_list(made)),
+        _section("verdicts", "What shows, and what does not", _remarks(found) + claim_list(made)),
         _section("tradeoff", "What a feature buys", _figures(charts["tradeoff"]) + ratio_table(ratio_rows(found))),
         _section("similar", "Runs at similar CE increase, and at similar L0", _similar(found)),
         _section("downstream", "What stays of the later layers", _figures(charts["downstream"])),
@@ -28,7 +30,7 @@ def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequenc
         _section("made", "How this was made", _made(found, command)),
     ]
     study = found.made.experiments.study
-    model = study.recipe.get("model", {}).get("name", "embedded")
+    model = model_title(study.recipe.get("model", {}).get("name", "embedded"))
     lead = (
         f"Every quantitative experiment of the paper that needs no reader of features, on {escape(model)}: "
         f"{len({run.summary.folder for runs in found.experiments.values() for run in runs})} sparse autoencoders, "
@@ -36,6 +38,11 @@ def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequenc
     )
     title = "End-to-end sparse dictionary learning, reproduced"
     return page(title=title, eyebrow=escape(model), lead=lead, body="\n".join(sections), interactive=True)
+
+
+def _remarks(found: Findings) -> str:
+    runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
+    return remark_list(runs.values())
 
 
 def _section(name: str, title: str, body: str) -> str:

@@ -21,6 +21,7 @@ from endwise.sweeps.points import Point
 from endwise.sweeps.sweep import sweep_points
 from endwise.sweeps.sweep_config import SearchConfig
 from endwise.sweeps.tasks import folder_of, is_finished
+from endwise.terminal import show
 
 CLOSE = 1.02
 """Of learning rates that need numbers of features within this factor the smallest is taken."""
@@ -57,7 +58,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
     check(experiments)
     if budget is not None:
         parse_budget(budget)
-    console.print("timing each kind of SAE")
+    show("timing each kind of SAE", console)
     measured = costs(experiments, out / "costs.json")
     made = plan(experiments, measured, budget, out / "plan.json")
     experiments = replace(experiments, tokens=made.tokens)
@@ -65,7 +66,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
     rates: Rates = {}
     for name in made.experiments:
         recipes = EXPERIMENTS[name](experiments, rates)
-        console.print(f"{name.replace('_', ' ')}: {len(recipes)} runs of about {made.tokens:,} tokens", highlight=False)
+        show(f"{name.replace('_', ' ')}: {len(recipes)} runs of about {made.tokens:,} tokens", console)
         points = [Point(recipe) for recipe in recipes]
         swept = sweep_points(points, out, engine, SearchConfig(), study.batch_of_runs, display)
         failures |= {folder_of(point.config): why for point, why in swept.failures.items()}

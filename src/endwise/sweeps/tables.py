@@ -6,21 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 from endwise.analysis.run_summary import LABELS
 from endwise.files import write_atomic
-from endwise.printable import printable
+from endwise.remarks import gathered
+from endwise.report.sets import show_remarks
 from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
 from endwise.sweeps.survey import Prospect
 from endwise.tabular import as_csv, as_table, flat, write_table
+from endwise.terminal import Grid, show
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -63,7 +61,7 @@ def measured(point: Point, path: Path) -> dict[str, Any]:
     for name, value in flat(evaluation).items():
         if name in ("kind", "site", "seed", "coefficient") or name.startswith("seeds."):
             continue
-        row[name] = value
+        row[name] = "\n".join(value) if name == "remarks" else value
         if name in intervals:
             row[f"{name}.low"], row[f"{name}.high"] = intervals[name]
     return row
@@ -112,25 +110,19 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     own = [key for key in finished[0] if key in ("site", "seed", *SHOWN) or key in recipe_fields()]
     own = [key for key in own if len({row.get(key) for row in finished}) > 1]
     searched = any(row["target"] for row in finished)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for key in own:
-        table.add_column(Text(key.rpartition(".")[2]), overflow="fold")
-    for heading in ("kind", *(["target"] if searched else []), "λ", "L0", "alive", "CE increase [95 %]"):
-        table.add_column(heading, justify="left" if heading in ("kind", "target") else "right", no_wrap=True)
+    words = [key.rpartition(".")[2] for key in own] + ["kind"] + ["target"] * searched
+    table: list[list[str]] = []
     for row in finished:
         ends = [row.get(f"ce_increase.{end}", math.nan) for end in ("low", "high")]
         cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), LABELS[row["kind"]]]
         cells += [_target(row)] if searched else []
         cells += [f"{row['coefficient']:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
         cells += [f"{row['ce_increase']:+.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    if not console.is_terminal:  # what reads it is not 80 columns wide
-        console.width = max(
-            console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum
-        )
-    console.print(table)
-    console.print(Text("A run is named by the end of its folder's name."))
+        table.append(cells)
+    show(Grid(("run", *words, "λ", "L0", "alive", "CE increase [95 %]"), table, words=words), console)
+    show("A run is named by the end of its folder's name.", console)
+    own_remarks = {row["run"].rpartition("-")[2]: str(row.get("remarks") or "").splitlines() for row in finished}
+    show_remarks(gathered(own_remarks), console)
 
 
 def _target(row: Mapping[str, Any]) -> str:
@@ -150,8 +142,7 @@ def print_prospects(prospects: Sequence[Prospect], console: Console | None = Non
     console = console or Console()
     for each in prospects:
         passes = "–" if each.passes is None else f"pass {each.passes}"
-        text = f"{passes}: {each.point} in {each.folder}: {each.state}"
-        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        show(f"{passes}: {each.point} in {each.folder}: {each.state}", console)
     finished = sum(each.state == "finished" for each in prospects)
     due = {each.passes for each in prospects} - {None}
-    console.print(f"{finished} of {len(prospects)} runs finished. Passes to come next: {len(due)}.", highlight=False)
+    show(f"{finished} of {len(prospects)} runs finished. Passes to come next: {len(due)}.", console)

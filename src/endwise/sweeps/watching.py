@@ -11,10 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from endwise.errors import FormatError
@@ -24,6 +22,7 @@ from endwise.run_config import RunConfig
 from endwise.run_folder import RunFolder
 from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
+from endwise.terminal import Cell, Grid
 
 LOOK_SECONDS = 1.0
 LAST_BYTES = 16_384
@@ -188,25 +187,22 @@ class Watch:
         seconds = seconds_left(runs, time.monotonic() - self._started, self._to_come)
         return f"{said} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
 
-    def _table(self) -> Table:
-        table = Table(title=self._heading(), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("run", overflow="fold")
-        table.add_column("state", no_wrap=True)
-        for heading in ("trained", "L0", "CE increase"):
-            table.add_column(heading, justify="right", no_wrap=heading != "CE increase")
+    def _table(self) -> Grid:
         names = self._names()
         runs = sorted(self._runs.items(), key=lambda item: ORDER.index(item[1].state))
-        for folder, run in runs[:ROWS]:
-            table.add_row(
-                Text(names[folder]),
+        rows: list[tuple[Cell, ...]] = [
+            (
+                names[folder],
                 Text(run.state, style="red" if run.state == "failed" else ""),
                 f"{100 * run.tokens / run.config.training.tokens:.0f} %",
                 "–" if run.l0 is None else f"{run.l0:.1f}",
                 "–" if run.ce_increase is None else f"{run.ce_increase:+.3f}",
             )
+            for folder, run in runs[:ROWS]
+        ]
         if len(runs) > ROWS:
-            table.add_row(f"and {len(runs) - ROWS} more", "", "", "", "")
-        return table
+            rows.append((f"and {len(runs) - ROWS} more", "", "", "", ""))
+        return Grid(("run", "state", "trained", "L0", "CE increase"), rows, self._heading(), words=("state",))
 
     def _names(self) -> dict[Path, str]:
         """Kind and λ of each run, its site and seed where there are several, and the end of its folder's name where
@@ -224,7 +220,7 @@ class Watch:
         ends = {
             folder: f" …{folder.name.rpartition('-')[2]}" if count[name] > 1 else "" for folder, name in names.items()
         }
-        return {folder: printable(name + ends[folder]) for folder, name in names.items()}
+        return {folder: name + ends[folder] for folder, name in names.items()}
 
 
 def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:

@@ -61,9 +61,10 @@ const overview = {
     );
     const name = el("h2", {}, run.swatch(), el("span.name", {}, run.name), el("span.kind", {}, run.kindName));
     const { x, y } = this.axes;
+    const remarks = (run.remarks || []).map((remark) => el("p.remark", { role: "note" }, `! ${remark}`));
     const note = run.measured ? "" : " Importance was not measured: endwise importance, then endwise harvest --again.";
     const caption = el("figcaption", {}, el("span", {}, `↑ ${y.label}`), el("span", {}, `${x.label} →`), note ? el("p", {}, note) : "");
-    return el("article.card", { "data-kind": run.kind }, el("div.about", {}, name, facts), el("figure", {}, scatter.element, caption));
+    return el("article.card", { "data-kind": run.kind }, el("div.about", {}, name, facts, remarks), el("figure", {}, scatter.element, caption));
   },
 
   toolbar() {
