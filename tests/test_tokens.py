@@ -262,7 +262,9 @@ def test_a_folder_is_read_whole_or_says_what_it_left(tmp_path, load, capsys):
         load(folder)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"text": "w1"}\n' * 900)[:-20]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b'{"text": "w1"}\n' * 900)[:-20]], ids=["none", "cut off"]
+)
 def test_a_damaged_gzip_file(tmp_path, load, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match="not a gzip file that can be read"):
