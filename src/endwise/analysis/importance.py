@@ -359,6 +359,11 @@ def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
     return rows
 
 
+def claim_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+    """One row for each claim of each set."""
+    return [{"site": study.setting.site, **vars(claim)} for study in studies for claim in study.claims]
+
+
 def _agreement_columns(run: ImportantRun) -> dict[str, float | None]:
     """`spearman.ce.second.at_random.low` and their like."""
     columns: dict[str, float | None] = {}

@@ -13,6 +13,7 @@ from endwise.analysis.importance import (
     ImportantRun,
     Order,
     ablation_rows,
+    claim_rows,
     curve_of,
     faithfulness_rows,
     feature_rows,
@@ -246,8 +247,8 @@ def _cells(run: ImportantRun) -> tuple[str, ...]:
 
 
 def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
-    """Tables `features`, `ablations`, `faithfulness` and `runs` as CSV and parquet, every figure as PDF and PNG, and
-    `importance.html`, the page.
+    """Tables `features`, `ablations`, `faithfulness`, `runs` and `claims` as CSV and parquet, every figure as PDF and
+    PNG, and `importance.html`, the page.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -258,6 +259,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
         "ablations": ablation_rows(studies),
         "faithfulness": faithfulness_rows(studies),
         "runs": run_rows(studies),
+        "claims": claim_rows(studies),
     }
     for name, rows in tables.items():
         write_table(rows, out / name)
