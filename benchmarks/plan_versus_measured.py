@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import endwise
@@ -22,7 +23,7 @@ from endwise.evaluation import measure
 from endwise.rehearsal import CHECKPOINT, EVALUATION, STEP, Rehearsal
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.step import tail_model, take_step
-from endwise.tokens import TokenBatch
+from endwise.tokens.corpus import Corpus, Documents, Layout
 from endwise.training import new_trainee
 from harness import Side, Worker, cores, machine, resident, serve, worker_environment, write_json
 from shapes import GPT2, OBJECTIVES, TINYSTORIES, Shape, random_model
@@ -62,15 +63,12 @@ def give_back_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-class OneCorpus:
+def corpus_of(tokens: torch.Tensor) -> Corpus:
     """Held-out sequences that need no file."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens, self.context = tokens, tokens.shape[1]
-
-    def batch(self, rows: range) -> TokenBatch:
-        tokens = self.tokens[rows.start : rows.stop]
-        return TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    ids = tokens.reshape(-1).numpy().astype(np.uint32)
+    ends = [np.array([value]) for value in (0, len(ids))]
+    documents = Documents(ids, *ends, hashes=np.zeros(1, np.uint64), comparable=np.zeros(1, bool))
+    return Corpus(documents, Layout(tokens.shape[1]))
 
 
 def recipe(case: Case, folder: str) -> RunConfig:
@@ -135,7 +133,7 @@ class Measured(Side):
         return resident("VmHWM") - self.imported
 
     def evaluate(self, settings: EvaluationConfig) -> None:
-        corpus: Any = OneCorpus(self.tokens[: settings.batch])
+        corpus = corpus_of(self.tokens[: settings.batch])
         measure(self.model, {"sae": (self.trainee.site, self.trainee.sae)}, corpus, settings, baselines=False)
 
 
