@@ -23,7 +23,7 @@ from endwise.evaluation import measure
 from endwise.rehearsal import CHECKPOINT, EVALUATION, STEP, Rehearsal
 from endwise.run_config import EvaluationConfig, RunConfig
 from endwise.step import tail_model, take_step
-from endwise.tokens.corpus import Corpus, Documents, Layout
+from endwise.tokens.corpus import Corpus, Documents, Layout, TokenBatch
 from endwise.training import new_trainee
 from harness import Side, Worker, cores, machine, resident, serve, worker_environment, write_json
 from shapes import GPT2, OBJECTIVES, TINYSTORIES, Shape, random_model
