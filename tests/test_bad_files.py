@@ -172,6 +172,7 @@ def test_weights_that_are_no_saes(run, name, value, says):
 def test_weights_that_overflow_in_use(run):
     file = run / "sae" / "sae_weights.safetensors"
     file.write_bytes(save({key: tensor * 1e38 for key, tensor in load_file(file).items()}))
+    RunFolder(run).note_weights(whole=True)
     message = refused("evaluate", run, code=4)
     assert "NaN or infinite" in message and str(run) in message
     assert not (run / "evaluation.json").exists()

@@ -55,7 +55,7 @@ def accepted(monkeypatch):
     taken = []
 
     class Done:
-        folder = "somewhere"
+        folder, remarks, diverged = "somewhere", (), False
 
     monkeypatch.setattr("endwise.training.train", lambda config, **_: taken.append(config) or Done)
     return taken

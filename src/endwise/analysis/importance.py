@@ -257,9 +257,9 @@ def _ratio_finding(
             claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
         )
     one, local = (run.summary for run in pairs[0])
-    told = ratio.told(lambda share: f"{100 * share:.0f}", " % of local's")
+    told = ratio.told(lambda share: f"{100 * share:.0f}", " %")
     ours = (
-        f"{told} {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
+        f"{told} of local's {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
         f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f} "
         f"and L0s of {one.l0:.1f} and {local.l0:.1f} (seed {one.seed})"
     )
