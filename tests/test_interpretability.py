@@ -112,7 +112,7 @@ def test_what_is_printed_fits_80_columns():
     print_interpretability([study(local=(0.7, 0.5), e2e_ds=(0.8, 0.5))], console)
     told = lines.getvalue()
     assert "…" not in told and all(len(line) <= 80 for line in told.splitlines())
-    assert re.search(r"e2e\+ds +1 +0 +\+0.300 +30.0 +40 0.800 \[0.7\d\d, 0.8\d\d\] +0.50", told)
+    assert re.search(r"e2e\+ds +1 +0 +\+0.300 +30.0 +40 +0.800 \[0.7\d\d, 0.8\d\d\] +0.50", told)
     assert re.search(r"e2e\+ds − local +CE \+ +0 +detection +40 +\+0.10 \[\+0.0\d, \+0.1\d\] +0.0001", told)
 
 

@@ -165,7 +165,7 @@ def test_an_evaluation(model, corpora, bad, monkeypatch):
 
     def with_mask(self, rows):
         batch = plain(self, rows)
-        batch.mask.copy_(mask[: len(batch.mask)])
+        batch.mask.copy_(mask.repeat(-(-len(batch.mask) // len(mask)), 1)[: len(batch.mask)])
         return batch
 
     monkeypatch.setattr(type(corpora.heldout), "batch", with_mask)
