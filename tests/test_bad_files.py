@@ -191,7 +191,7 @@ def test_an_sae_of_another_width(run):
 def test_a_runs_description_of_its_data(run, content):
     (run / "data.json").write_text(content)
     message = refused("train", "--resume", run)
-    assert "data.json" in message or "was started on other text" in message
+    assert "data.json" in message or "was started on other training text" in message
 
 
 @repeated

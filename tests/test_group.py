@@ -219,7 +219,7 @@ def test_when_all_have_failed_it_stops_at_once(model, corpora, tmp_path, monkeyp
     with pytest.raises(SomeFailed, match=r"Of 3 SAEs trained together 3 failed.*None finished") as stopped:
         train_together(three(tmp_path), model=model, corpora=corpora, display=False)
     assert stopped.value.finished == [] and len(stopped.value.failures) == 3
-    assert len(steps) == 5
+    assert len(steps) == 1 + 5  # the first is of the text, which is tried beforehand
     assert [failure.step for failure in stopped.value.failures] == [2, 4, 4]
 
 
@@ -228,7 +228,7 @@ def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path
 
     def fails(self, *arguments, **named):
         calls.append(None)
-        if len(calls) == 6:
+        if len(calls) == 1 + 6:  # the first is of the text, which is tried beforehand
             raise MemoryError("no memory for the clean pass")
         return clean(self, *arguments, **named)
 
@@ -271,7 +271,7 @@ def test_a_failure_is_told_at_once(model, corpora, tmp_path, monkeypatch, capfd)
     fail_at(monkeypatch, "begin_step", "e2e", 4, lambda _: told.append(capfd.readouterr().err))
     with pytest.raises(SomeFailed):
         train_together(three(tmp_path), model=model, corpora=corpora)
-    (line,) = told[0].splitlines()
+    (line,) = [line for line in told[0].splitlines() if not line.startswith("!")]  # remarks on the random model
     assert line.startswith(f"failed: {tmp_path / 'local'}: Out of memory (CUDA out of memory.")
 
 

@@ -217,7 +217,7 @@ def test_downstream_sites_must_come_later(model, tmp_path):
 def test_a_changed_corpus_is_noticed_on_resuming(model, corpora, token_files, tmp_path):
     train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
     other = small_corpora(write_tokens(tmp_path, seed=1))
-    with pytest.raises(RunFolderError, match=r"started on other text.*new run"):
+    with pytest.raises(RunFolderError, match=r"started on other training text.*new run"):
         train(recipe(tmp_path / "run"), model=model, corpora=other, display=False, resume=True)
 
 
