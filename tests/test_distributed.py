@@ -72,7 +72,7 @@ def assert_close(ours, theirs, path=""):
     elif isinstance(theirs, list):
         for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(one, other, f"{path}[{number}]")
-    elif isinstance(theirs, int | str):
+    elif theirs is None or isinstance(theirs, int | str):
         assert ours == theirs, path
     else:
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE), path

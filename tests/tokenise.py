@@ -16,6 +16,7 @@ class Words:
 
     eos_token_id, bos_token_id, unk_token_id, unk_token = 0, None, 1, "?"
     texts = 0
+    added_tokens_decoder: dict = {}  # noqa: RUF012
 
     def __init__(self, slowly: bool) -> None:
         self.slowly = slowly
