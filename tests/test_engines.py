@@ -1,5 +1,6 @@
 """Where the runs of a sweep are carried out makes no difference to what they end as, whatever happens to workers."""
 
+import json
 import os
 import pickle
 import shlex
@@ -105,7 +106,14 @@ def test_a_stopped_ray_sweep_saves_and_goes_on_elsewhere(made, tmp_path, expecte
     assert len(list(run.run.glob("checkpoints/*"))) == 1 and not (run.run / "evaluation.json").exists()
     sweep(config.model_copy(update={"engine": "in_process"}), display=False)
     run.check_went_on()
-    assert list(contents(config.out).values()) == [run for name, run in expected.items() if name.startswith("local")]
+    found = [without_digest(run) for run in contents(config.out).values()]
+    assert found == [without_digest(run) for name, run in expected.items() if name.startswith("local")]
+
+
+def without_digest(run):
+    """The SAE's file names the model, here by a relative path."""
+    measured = json.loads(run["evaluation.json"])
+    return run | {"evaluation.json": {key: value for key, value in measured.items() if key != "weights"}}
 
 
 @pytest.mark.parametrize(

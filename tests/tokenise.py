@@ -24,6 +24,9 @@ class Words:
     def get_vocab(self):
         return {"end": 0, "?": 1}
 
+    def convert_ids_to_tokens(self, number):
+        return {0: "end", 1: "?"}.get(number)
+
     def __call__(self, texts, **_options):
         self.texts += len(texts)
         time.sleep(0.02 * self.slowly)
