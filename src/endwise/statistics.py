@@ -164,6 +164,13 @@ def interpolate_at(x: Numbers, y: Numbers, target: Numbers) -> Floats:
     return np.asarray(np.exp(np.interp(wanted, x, np.log(y))))
 
 
+def log_spaced(low: float, high: float, count: int) -> Floats:
+    """Evenly spread on a logarithmic scale, both ends exactly."""
+    grid = np.geomspace(low, high, count)
+    grid[0], grid[-1] = low, high
+    return grid
+
+
 def monotone_points(x: Numbers, y: Numbers) -> tuple[Floats, Floats]:
     """The points in order of x, once they are known to be fit for interpolation.
 

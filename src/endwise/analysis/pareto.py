@@ -25,7 +25,7 @@ from endwise.errors import RunFolderError
 from endwise.reading import expanded
 from endwise.run_config import PRESETS, TERMS, Kind
 from endwise.run_folder import RunFolder
-from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds
+from endwise.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
 from endwise.tabular import flat
 
 GRID = 40
@@ -323,7 +323,7 @@ def _over_seeds(curves: Sequence[tuple[Floats, Floats]]) -> BandOf | None:
     low, high = max(x.min() for x, _ in curves), min(x.max() for x, _ in curves)
     if low >= high:
         return None
-    grid = _grid(low, high)
+    grid = log_spaced(low, high, GRID)
     values = np.array([interpolate_at(x, y, grid) for x, y in curves])
     intervals = [interval_over_seeds(column) for column in values.T]
     ends = [np.array([getattr(each, name) for each in intervals]) for name in ("estimate", "low", "high")]
@@ -334,7 +334,7 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
     curve = _points(runs, x, y)
     if curve is None or any(run.sums is None or not {x, y} - {"alive"} <= run.sums.keys() for run in runs):
         return None
-    grid = _grid(curve[0].min(), curve[0].max())
+    grid = log_spaced(curve[0].min(), curve[0].max(), GRID)
     drawn = [resampled(run, {x, y}, RESAMPLES, SEED) for run in runs]
     values = np.full((RESAMPLES, GRID), np.nan)
     for index in range(RESAMPLES):
@@ -349,13 +349,6 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
         return None
     low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
     return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over=HELDOUT_TEXT)
-
-
-def _grid(low: float, high: float) -> Floats:
-    """Evenly spread on a logarithmic scale, both ends exactly."""
-    grid = np.geomspace(low, high, GRID)
-    grid[0], grid[-1] = low, high
-    return grid
 
 
 def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from endwise.statistics import (
     interpolate_at,
     interval_over_seeds,
     interval_with_seeds,
+    log_spaced,
     monotone_points,
     percentile_interval,
     text_error,
@@ -381,16 +382,9 @@ def _common_range(curve: _Curve, other: _Curve, at: str) -> Ends:
     return float(low), float(high)
 
 
-def _grid(low: float, high: float, levels: int) -> Floats:
-    """Levels spread evenly on a logarithmic scale, both ends exactly."""
-    grid = np.geomspace(low, high, levels)
-    grid[0], grid[-1] = low, high
-    return grid
-
-
 def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> float:
     """The mean ratio over the common range."""
-    grid = _grid(*_common_range(curve, other, at), levels)
+    grid = log_spaced(*_common_range(curve, other, at), levels)
     return float(np.exp(np.mean(np.log(curve.at(grid)) - np.log(other.at(grid)))))
 
 
