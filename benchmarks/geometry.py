@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from endwise.analysis.cosines import MEMORY, Directions, nearest_across, nearest_within
-from endwise.analysis.matching import CANDIDATES, match
-from endwise.machine import parse_size
+from endwise.analysis.geometry.cosines import MEMORY, Directions, nearest_across, nearest_within
+from endwise.analysis.geometry.matching import CANDIDATES, match
+from endwise.common.machine import parse_size
 from harness import GIB, cores, machine, resident, write_json
 
 TURNS = 3

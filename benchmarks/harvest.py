@@ -42,10 +42,10 @@ class Harvesting(Side):
         import torch
 
         from endwise import ReluSAE, load_model
-        from endwise.features.harvesting.gathering import Gathered, Kept, share_of_tokens
-        from endwise.features.harvesting.run import LONG_TEXT_EVERY
+        from endwise.config.run import DataConfig
+        from endwise.features.harvest.gathering import Gathered, Kept, share_of_tokens
+        from endwise.features.harvest.run import LONG_TEXT_EVERY
         from endwise.features.spliced import spliced_ce
-        from endwise.run_config import DataConfig
         from endwise.tokens import corpora_for
         from ours import bias_shift
 
@@ -100,7 +100,7 @@ class Harvesting(Side):
     def whole(self, tokens: int, site: str) -> dict[str, float]:
         """A whole harvest of the training text, from the run folder to the files."""
         from endwise import harvest
-        from endwise.run_config import RunConfig
+        from endwise.config.run import RunConfig
 
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"

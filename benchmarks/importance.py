@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from endwise.flops import forward_flops, gradient_flops, product_flops
+from endwise.training.planning.flops import forward_flops, gradient_flops, product_flops
 from flops import stretches
 from harness import Side, Worker, cores, machine, serve, time_in_turn, worker_environment, write_json
 from shapes import SHAPES, Shape

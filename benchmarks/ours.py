@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import endwise
-from endwise.language_model import LanguageModel
-from endwise.readout import Readout
-from endwise.run_config import RunConfig
-from endwise.step import tail_model, take_step
+from endwise.config.run import RunConfig
+from endwise.models.language_model import LanguageModel
+from endwise.models.readout import Readout
 from endwise.tokens import TokenBatch
-from endwise.trainee import Trainee
-from endwise.training import new_trainee
+from endwise.training.setup import new_trainee
+from endwise.training.step import tail_model, take_step
+from endwise.training.trainee import Trainee
 from harness import Side, serve
 from shapes import LEARNING_RATE, OBJECTIVES, STEPS, Shape, random_model
 

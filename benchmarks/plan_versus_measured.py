@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 import endwise
-from endwise.checkpoints import write_checkpoint
-from endwise.evaluation import measure
-from endwise.rehearsal import CHECKPOINT, EVALUATION, STEP, Rehearsal
-from endwise.run_config import EvaluationConfig, RunConfig
-from endwise.step import tail_model, take_step
+from endwise.config.run import EvaluationConfig, RunConfig
+from endwise.evaluation.measure import measure
+from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens.corpus import Corpus, Documents, Layout, TokenBatch
-from endwise.training import new_trainee
+from endwise.training.planning.dry_run import CHECKPOINT, EVALUATION, STEP, Rehearsal
+from endwise.training.setup import new_trainee
+from endwise.training.step import tail_model, take_step
 from harness import Side, Worker, cores, machine, resident, serve, worker_environment, write_json
 from shapes import GPT2, OBJECTIVES, TINYSTORIES, Shape, random_model
 

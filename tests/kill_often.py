@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from endwise import train
-from endwise.checkpoints import read_checkpoint
-from endwise.run_folder import RunFolder
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
 from small_gpt2 import recipe, small_corpora, small_model
 
 torch.set_num_threads(1)

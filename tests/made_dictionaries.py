@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from endwise.common.files import write_json, write_tensors
+from endwise.config.run import RunConfig
 from endwise.dictionaries import ReluSAE
-from endwise.files import write_json, write_tensors
-from endwise.run_config import RunConfig
-from endwise.run_evaluation import FIRINGS_FILE, SUMS_FILE
+from endwise.evaluation.evaluate import FIRINGS_FILE, SUMS_FILE
 from small_gpt2 import SITE
 
 WIDTH = 16

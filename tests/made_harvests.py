@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from endwise.embedded import heldout_tokens
 from endwise.features.explanations import Explanation, Score, write_explanations
-from endwise.features.harvest import (
+from endwise.features.harvest.results import (
     CONTEXT_SCHEMA,
     FEATURE_SCHEMA,
     HARVEST_FOLDER,
@@ -19,7 +19,7 @@ from endwise.features.harvest import (
     TOP,
     VOCABULARY_SCHEMA,
 )
-from endwise.features.same_weights import weights_digest
+from endwise.runs.weights import weights_digest
 from made_dictionaries import write_run
 
 LENGTH, BEFORE = 24, 14

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from endwise.analysis.run_summary import RunSummary
+from endwise.evaluation.summary import RunSummary
 
 SITES = ("blocks.4.hook_resid_pre", "blocks.5.hook_resid_pre", "blocks.5.hook_resid_post")
 DOWNSTREAM = {"local": 1.0, "e2e": 6.0, "e2e_ds": 1.5}

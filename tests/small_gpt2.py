@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from endwise import Corpora, LanguageModel, RunConfig, load_corpora
-from endwise.run_config import DataConfig
+from endwise.config.run import DataConfig
 
 VOCAB, CONTEXT, WIDTH, LAYERS = 31, 8, 16, 4
 SITE = "blocks.1.hook_resid_pre"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from endwise.run_config import RunConfig
+from endwise.config.run import RunConfig
 from endwise.sweeps import SweepConfig
 from small_gpt2 import data, recipe
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from endwise.run_folder import RunFolder
+from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
 from small_gpt2 import data, recipe
 

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from endwise import LanguageModel, RunConfig
 from endwise.dictionaries import ReluSAE
-from endwise.step import take_step
 from endwise.tokens import TokenBatch
-from endwise.training import new_trainee
+from endwise.training.setup import new_trainee
+from endwise.training.step import take_step
 
 FOLDER = Path(__file__).parent / "fixtures" / "reference"
 CASES = ("local", "e2e", "e2e_ds", "e2e_attn_out", "e2e_ds_mlp_out")

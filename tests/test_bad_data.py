@@ -14,8 +14,8 @@ from pyarrow import parquet
 from rich.console import Console
 
 from bad_input import HOSTILE, hidden_in
-from endwise.errors import DataError
-from endwise.run_config import DataConfig
+from endwise.common.errors import DataError
+from endwise.config.run import DataConfig
 from endwise.tokens import load_corpora, tokenising
 from test_tokens import VOCAB, make_tokenizer
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save
 
 from bad_input import BAD_SAFETENSORS, DEEP, HOSTILE, LONG_NUMBER, ODD_JSON, refused, told, write_place
 from endwise import SAE, train
-from endwise.checkpoints import Checkpoint, checksum, read_checkpoint, write_checkpoint
-from endwise.errors import FormatError, RunFolderError, SiteError
-from endwise.reading import LARGEST_JSON, read_json, stays_inside
-from endwise.run_config import ModelConfig
-from endwise.run_evaluation import FIRINGS_FILE, SUMS_FILE, read_firings, read_sums
-from endwise.run_folder import RunFolder
-from endwise.training import default_folder
+from endwise.common.errors import FormatError, RunFolderError, SiteError
+from endwise.common.files import LARGEST_JSON, read_json, stays_inside
+from endwise.config.run import ModelConfig
+from endwise.evaluation.evaluate import FIRINGS_FILE, SUMS_FILE, read_firings, read_sums
+from endwise.runs.checkpoints import Checkpoint, checksum, read_checkpoint, write_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.training.setup import default_folder
 from small_gpt2 import recipe
 
 repeated = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -140,7 +140,7 @@ def test_an_saes_configuration_of_wrong_types(run, changed, says):
 @repeated
 @given(metadata=st.dictionaries(st.sampled_from(["endwise", "context_size", "x"]), ODD_JSON | st.just({"step": "x"})))
 def test_whatever_an_saes_metadata_hold_it_can_be_used(place, metadata):
-    from endwise.run_evaluation import unfinished
+    from endwise.evaluation.finished import unfinished
 
     file = place / "run" / "sae" / "cfg.json"
     original = file.read_bytes()
@@ -241,7 +241,7 @@ def test_a_file_that_may_not_be_read_is_told_without_a_traceback(run, monkeypatc
     def fails(*_, **__):
         raise OSError(errno.EIO, "Input/output error", str(run / "\x1b[2J"))
 
-    monkeypatch.setattr("endwise.run_evaluation.evaluate", fails)
+    monkeypatch.setattr("endwise.evaluation.evaluate.evaluate", fails)
     result = told("evaluate", run)
     assert result.exit_code == 1 and "\\x1b[2J: Input/output error. Check that path" in result.stderr
 

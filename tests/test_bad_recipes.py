@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bad_input import HOSTILE, refused, told
-from endwise.config import LARGEST_FILE
-from endwise.errors import ConfigError
-from endwise.run_config import RunConfig
-from endwise.strict_yaml import DEEPEST, LARGEST, parse_yaml
+from endwise.common.errors import ConfigError
+from endwise.config.base import LARGEST_FILE
+from endwise.config.run import RunConfig
+from endwise.config.strict_yaml import DEEPEST, LARGEST, parse_yaml
 from small_gpt2 import data, recipe, small_model, write_tokens
 
 # A file or a folder of the module's is written anew for each example.
@@ -57,7 +57,7 @@ def accepted(monkeypatch):
     class Done:
         folder, remarks, diverged = "somewhere", (), False
 
-    monkeypatch.setattr("endwise.training.train", lambda config, **_: taken.append(config) or Done)
+    monkeypatch.setattr("endwise.training.train.train", lambda config, **_: taken.append(config) or Done)
     return taken
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
-from endwise.flops import forward_flops, gradient_flops, product_flops
+from endwise.training.planning.flops import forward_flops, gradient_flops, product_flops
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("harness", "shapes", "flops", "ours", "reference", "versus_reference", "many_in_one_pass", "sae_step")

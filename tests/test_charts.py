@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
-from endwise.report.interactive import div
-from endwise.report.look import first_of_each_name, limits, log_ticks, tick_text
-from endwise.report.printed import draw, save
+from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
+from endwise.figures.interactive import div
+from endwise.figures.print import draw, save
+from endwise.figures.style import first_of_each_name, limits, log_ticks, tick_text
 
 HOSTILE = '</script><img src=x onerror="alert(1)">&amp;\u202egnp$x$'
 X, Y = Axis("L0: features per token", log=True), Axis("CE increase, nats per token", from_zero=True)

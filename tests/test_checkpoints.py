@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endwise import RunConfig, load_corpora, train, train_together, training
-from endwise.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from endwise.errors import ConfigError, FormatError, Interrupted, RunFolderError
-from endwise.run_config import DataConfig
-from endwise.run_folder import RunFolder
-from endwise.seeds import generator_states, restore_generators
-from endwise.trainee import Trainee
+from endwise import RunConfig, load_corpora, train, train_together
+from endwise.common.errors import ConfigError, FormatError, Interrupted, RunFolderError
+from endwise.common.seeds import generator_states, restore_generators
+from endwise.config.run import DataConfig
+from endwise.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.training import train as training
+from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, VOCAB, recipe
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from endwise.analysis.comparison import summarise
-from endwise.features.norms import BINS, Norms
-from endwise.reproduction.claims import claims
-from endwise.reproduction.costs import Cost
-from endwise.reproduction.experiments import Experiments
-from endwise.reproduction.findings import Findings, Measured
-from endwise.reproduction.mitigations import Variant, mitigations
-from endwise.reproduction.plan import Plan
-from endwise.reproduction.runs import StudyRuns
-from endwise.run_config import EvaluationConfig
-from endwise.statistics import Interval
+from endwise.analysis.comparison.comparison import summarise
+from endwise.analysis.directions.norms import BINS, Norms
+from endwise.common.statistics import Interval
+from endwise.config.run import EvaluationConfig
+from endwise.paper.costs import Cost
+from endwise.paper.experiments import Experiments
+from endwise.paper.findings import Findings, Measured
+from endwise.paper.mitigations import Variant, mitigations
+from endwise.paper.plan import Plan
+from endwise.paper.runs import StudyRuns
+from endwise.paper.study_claims import claims
 from made_runs import make_run, with_mse
 from test_reproduction import OTHER, SITE, study
 

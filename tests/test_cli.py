@@ -72,9 +72,9 @@ def test_train_then_evaluate_then_sites(place, tmp_path):
 
 def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path, monkeypatch):
     from endwise import train
-    from endwise.errors import TrainingStopped
-    from endwise.run_config import RunConfig
-    from endwise.trainee import Trainee
+    from endwise.common.errors import TrainingStopped
+    from endwise.config.run import RunConfig
+    from endwise.training.trainee import Trainee
 
     config = RunConfig.read(place / "recipe.yaml")
     finished, cut = (config.model_copy(update={"out": tmp_path / name}) for name in ("finished", "cut off"))

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from endwise.analysis.comparison import Summary, runs_at_similar, similar_by_seed, summarise
+from endwise.analysis.comparison.comparison import Summary, runs_at_similar, similar_by_seed, summarise
 from endwise.analysis.ratios import downstream_ratio, percent, ratio_to_local
-from endwise.analysis.run_summary import LATER_MSE
-from endwise.errors import ConfigError
-from endwise.seeds import numpy_stream
+from endwise.common.errors import ConfigError
+from endwise.common.seeds import numpy_stream
+from endwise.evaluation.summary import LATER_MSE
 from made_runs import SEQUENCES, SITES, make_run, with_mse
 
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endwise.config import apply_overrides
-from endwise.errors import ConfigError
-from endwise.run_config import RunConfig
+from endwise.common.errors import ConfigError
+from endwise.config.base import apply_overrides
+from endwise.config.run import RunConfig
 
 RECIPE = {
     "site": "blocks.1.hook_resid_pre",

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endwise.analysis.cosines import nearest_across, nearest_within
-from endwise.analysis.matching import CANDIDATES, match
+from endwise.analysis.geometry.cosines import nearest_across, nearest_within
+from endwise.analysis.geometry.matching import CANDIDATES, match
 from made_dictionaries import directions, near
 
 SIDE_7 = 16 * 7 * 7

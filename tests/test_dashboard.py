@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bad_input import HOSTILE, refused, told
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.text import printable
 from endwise.dashboard import write_dashboard
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import SHARD
@@ -22,10 +24,8 @@ from endwise.dashboard.sources import read_sources
 from endwise.dashboard.token_index import ACTIVE, BOOSTED, PEAK, REASONS
 from endwise.dashboard.token_index import SHARD as TOKENS_OF_SHARD
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError, FormatError, RunFolderError
-from endwise.features.harvest import TOP, read_harvest
-from endwise.printable import printable
-from endwise.report.look import COLOURS
+from endwise.features.harvest.results import TOP, read_harvest
+from endwise.figures.style import COLOURS
 from made_dictionaries import directions, write_run
 from made_harvests import write_harvested_run, write_said
 

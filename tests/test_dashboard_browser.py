@@ -10,10 +10,10 @@ import pytest
 
 from bad_input import HOSTILE
 from endwise import load_model
+from endwise.common.text import printable
 from endwise.dashboard import write_dashboard
 from endwise.dashboard.serving import dashboard_server
-from endwise.features.harvest import TOP, read_harvest
-from endwise.printable import printable
+from endwise.features.harvest.results import TOP, read_harvest
 from made_harvests import write_harvested_run, write_said
 from small_gpt2 import SITE
 

@@ -11,13 +11,13 @@ import torch
 
 from bad_input import refused
 from endwise import load_model
+from endwise.common.errors import ConfigError, RunFolderError
+from endwise.config.run import DataConfig
 from endwise.dashboard.server import LARGEST_REQUEST, DashboardServer
 from endwise.dashboard.serving import dashboard_server
 from endwise.dashboard.text import OVER_TEXT, PER_TOKEN, PREDICTED, TextReader
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError, RunFolderError
 from endwise.features.explanations import Explanation, write_explanations
-from endwise.run_config import DataConfig
 from made_harvests import write_harvested_run
 from small_gpt2 import SITE
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endwise import SAE
+from endwise.common.errors import FormatError
 from endwise.dictionaries import DenseLatents, ReluSAE
-from endwise.errors import FormatError
 
 D, F = 6, 20
 

@@ -12,21 +12,21 @@ from typer.testing import CliRunner
 
 from endwise import evaluate, train_together
 from endwise.analysis.correlations import partial_spearman, resampled_points, spearman
-from endwise.analysis.directions import contrast, directions, follows, norm_claim
-from endwise.analysis.run_summary import RunSummary
+from endwise.analysis.directions import measure as stored
+from endwise.analysis.directions.measure import RunDirections, chosen, measure_directions
+from endwise.analysis.directions.norms import Norms
+from endwise.analysis.directions.principal import AlongDirections, Estimates, principal
+from endwise.analysis.directions.reconstruction import downstream
+from endwise.analysis.directions.resample_ablation import other_tokens, resample_ablation
+from endwise.analysis.directions.study import contrast, directions, follows, norm_claim
+from endwise.analysis.directions.text_at_site import TextAtSite
 from endwise.cli import app
+from endwise.common.errors import DataError, RunFolderError
+from endwise.common.statistics import Interval
 from endwise.dictionaries import ReluSAE
-from endwise.errors import DataError, RunFolderError
-from endwise.features import directions as stored
-from endwise.features.directions import RunDirections, chosen, measure_directions
-from endwise.features.norms import Norms
-from endwise.features.principal import AlongDirections, Estimates, principal
-from endwise.features.resample_ablation import other_tokens, resample_ablation
-from endwise.features.text_at_site import TextAtSite
-from endwise.language_model import LanguageModel
-from endwise.report import printed
-from endwise.report.reconstruction import downstream
-from endwise.statistics import Interval
+from endwise.evaluation.summary import RunSummary
+from endwise.figures import print as printed
+from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
@@ -212,7 +212,7 @@ def test_a_run_without_an_sae_is_refused(folder, tmp_path):
 
 def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path, monkeypatch):
     monkeypatch.setattr(printed, "DPI", 30)
-    monkeypatch.setattr("endwise.analysis.directions.are_similar", lambda runs: True)  # which these hardly are
+    monkeypatch.setattr("endwise.analysis.directions.study.are_similar", lambda runs: True)  # which these hardly are
     done = CliRunner().invoke(app, ["directions", str(folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "later MSE" in done.output and "reconstructions are shorter" in " ".join(done.output.split())

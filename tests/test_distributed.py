@@ -10,9 +10,9 @@ import torch
 
 import warm
 from endwise import RunConfig, train_together
-from endwise.checkpoints import read_checkpoint
-from endwise.distributed import ALONE, World
-from endwise.run_folder import RunFolder
+from endwise.common.processes import ALONE, World
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
 from small_gpt2 import data, recipe, small_corpora, small_model
 from together_apart import FAILING_STEP, KINDS, configs
 

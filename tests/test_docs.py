@@ -14,12 +14,12 @@ import yaml
 
 import endwise
 from endwise.cli import app
-from endwise.recipes import find_recipe, find_sweep
-from endwise.reproduction import StudyConfig
-from endwise.reproduction.experiments import Experiments
-from endwise.reproduction.plan import study_tokens
-from endwise.reproduction.runs import check
-from endwise.run_config import RunConfig
+from endwise.config.recipes import find_recipe, find_sweep
+from endwise.config.run import RunConfig
+from endwise.paper import StudyConfig
+from endwise.paper.experiments import Experiments
+from endwise.paper.plan import study_tokens
+from endwise.paper.runs import check
 from endwise.sweeps import SweepConfig
 from endwise.sweeps.points import points_of
 

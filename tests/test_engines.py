@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import warm
-from endwise.errors import ConfigError, Interrupted
-from endwise.stopping import ask_to_stop, polite_stop
+from endwise.common.errors import ConfigError, Interrupted
+from endwise.common.stopping import ask_to_stop, polite_stop
 from endwise.sweeps import engines, remote, sweep
 from endwise.sweeps.remote import Lost, Refused, Remote
 from endwise.sweeps.sweep_config import RayConfig, SlurmConfig

@@ -8,12 +8,12 @@ from torch.nn.functional import layer_norm
 from transformers import GPT2LMHeadModel
 
 from endwise import RunConfig, evaluate, measure, train_together
+from endwise.common.errors import ConfigError, RunFolderError
+from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import ReluSAE
-from endwise.errors import ConfigError, RunFolderError
-from endwise.evaluation import METRICS
-from endwise.run_config import EvaluationConfig
-from endwise.run_evaluation import evaluations_csv, read_firings, read_sums
-from endwise.run_folder import RunFolder
+from endwise.evaluation.evaluate import evaluations_csv, read_firings, read_sums
+from endwise.evaluation.measure import METRICS
+from endwise.runs.folder import RunFolder
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe
 
 SEQUENCES = 6

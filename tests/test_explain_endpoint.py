@@ -18,14 +18,13 @@ from typer.testing import CliRunner
 from bad_input import HOSTILE, hidden_in
 from chat_server import chat_server, completion, perfect, reset, respond
 from endwise.cli import app
-from endwise.errors import ConfigError, EndpointError, FormatError, RunFolderError
+from endwise.common.errors import ConfigError, EndpointError, FormatError, RunFolderError
 from endwise.explaining import client as module
 from endwise.explaining import pacing
 from endwise.explaining.cache import Answer, in_memory, opened, request_key
-from endwise.explaining.client import Patience, connected
+from endwise.explaining.client import Patience, connected, run_async
 from endwise.explaining.endpoint import Endpoint, find_endpoint
 from endwise.explaining.estimating import Estimate
-from endwise.explaining.event_loop import run_async
 from endwise.explaining.explain import estimate_lines, explain, plan
 from endwise.explaining.pacing import Pace, back_off, retry_after
 from endwise.explaining.settings import Settings

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from chat_server import perfect
-from endwise.errors import ConfigError, DataError, FormatError, RunFolderError
+from endwise.common.errors import ConfigError, DataError, FormatError, RunFolderError
 from endwise.explaining.answers import read_choices, read_explanation
 from endwise.explaining.asking import PURPOSES, Asking
 from endwise.explaining.cache import Answer, in_memory
-from endwise.explaining.client import Tally
-from endwise.explaining.event_loop import run_async
+from endwise.explaining.client import Tally, run_async
 from endwise.explaining.preparing import prepare
 from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, marks_of
@@ -20,7 +19,7 @@ from endwise.explaining.scorers import SCORERS, balanced_accuracy, wrong_marks
 from endwise.explaining.selecting import parse_features
 from endwise.explaining.settings import Settings, parse_extra
 from endwise.features.explanations import Explanation, Score, read_explanations, write_explanations
-from endwise.features.harvest import TOP, read_harvest
+from endwise.features.harvest.results import TOP, read_harvest
 from word_harvests import make_run
 
 

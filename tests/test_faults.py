@@ -15,8 +15,8 @@ from rich.console import Console
 
 import warm
 from endwise import RunConfig, train
-from endwise.checkpoints import read_checkpoint
-from endwise.run_folder import RunFolder
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
 from small_gpt2 import data, recipe, small_corpora, small_model
 from victim import FAULTY_STEP
 from warm import Warm

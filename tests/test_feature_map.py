@@ -10,13 +10,19 @@ import torch
 from pyarrow import parquet
 
 import endwise
-from endwise.analysis import feature_map as module
-from endwise.analysis.feature_map import feature_map, feature_maps, map_columns, mapped_runs, region_rows
-from endwise.analysis.top_tokens import top_tokens
-from endwise.errors import ConfigError
-from endwise.report import write_geometry
-from endwise.report.feature_map import map_chart
-from endwise.report.interactive import div, in_words
+from endwise.analysis.geometry import feature_map as module
+from endwise.analysis.geometry.feature_map import (
+    feature_map,
+    feature_maps,
+    map_columns,
+    mapped_runs,
+    region_rows,
+    top_tokens,
+)
+from endwise.analysis.geometry.map_page import map_chart
+from endwise.analysis.geometry.page import write_geometry
+from endwise.common.errors import ConfigError
+from endwise.figures.interactive import div, in_words
 from made_dictionaries import WIDTH, directions, near, write_run
 
 COUNT = 40
@@ -97,11 +103,11 @@ def test_the_page_tells_of_every_feature_as_text(found, flat, tmp_path):
 def test_a_crowd_is_thinned_in_the_figure_and_in_words(found, flat, monkeypatch):
     pytest.importorskip("sklearn")
     made = feature_map(found)
-    monkeypatch.setattr("endwise.report.feature_map.SHOWN", 40)
+    monkeypatch.setattr("endwise.analysis.geometry.map_page.SHOWN", 40)
     chart = map_chart(made, "map")
     assert [len(series.marks) for series in chart.panels[0].series] == [20, 20]
     assert "Every 2. feature is shown" in chart.caption
-    monkeypatch.setattr("endwise.report.interactive.CROWD", 5)
+    monkeypatch.setattr("endwise.figures.interactive.CROWD", 5)
     assert "and 15 more" in in_words(chart.panels[0])
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from endwise.dictionaries import DenseLatents, ReluSAE
-from endwise.flops import (
+from endwise.models.readout import Readout
+from endwise.training.planning.flops import (
     DENSE_FORWARD_PRODUCTS,
     DENSE_GRADIENT_PRODUCTS,
     Stretch,
@@ -13,7 +14,6 @@ from endwise.flops import (
     forward_flops,
     product_flops,
 )
-from endwise.readout import Readout
 
 
 def counted(act) -> int:

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from endwise import LanguageModel
-from endwise.fused_gelu import fuse_gelu
+from endwise.models.fused_gelu import fuse_gelu
 
 
 class Block(nn.Module):

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 import endwise
 from endwise.analysis import over_features
 from endwise.analysis.correlations import spearman
-from endwise.analysis.geometry import Similarity
-from endwise.analysis.geometry_claims import claims, differences
-from endwise.analysis.similarity import (
+from endwise.analysis.geometry.geometry import Similarity
+from endwise.analysis.geometry.geometry_claims import claims, differences
+from endwise.analysis.geometry.page import print_geometry, write_geometry
+from endwise.analysis.geometry.similarity import (
     QUANTILES,
     Measure,
     across_kinds,
@@ -28,12 +29,11 @@ from endwise.analysis.similarity import (
     quantiles,
     within,
 )
-from endwise.analysis.stability import THRESHOLDS, recurrence, stability, stable_function
+from endwise.analysis.geometry.stability import THRESHOLDS, recurrence, stability, stable_function
 from endwise.cli import app
-from endwise.errors import ConfigError, FormatError, RunFolderError
-from endwise.report import print_geometry, write_geometry
-from endwise.run_evaluation import read_firings
-from endwise.statistics import interval_with_seeds
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.statistics import interval_with_seeds
+from endwise.evaluation.evaluate import read_firings
 from made_dictionaries import directions, near, write_run
 from made_runs import make_run
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures for print take most of the time, and are looked at by one test."""
-    monkeypatch.setattr("endwise.report.geometry.save", lambda chart, out: [])
+    monkeypatch.setattr("endwise.analysis.geometry.page.save", lambda chart, out: [])
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def test_importance_reaches_table_and_page(folder, tmp_path, undrawn, monkeypatc
         importance = SimpleNamespace(ce_second=np.linspace(-1, 1, COUNT))
         return SimpleNamespace(importance=importance, settings={}) if "local" in run.name else None
 
-    monkeypatch.setattr("endwise.analysis.geometry.read_measured", measured)
+    monkeypatch.setattr("endwise.analysis.geometry.geometry.read_measured", measured)
     found = endwise.geometry([folder])
     page = write_geometry(found, tmp_path).read_text()
     rows = parquet.read_table(tmp_path / "stable_function.parquet").to_pylist()

@@ -10,10 +10,11 @@ import torch
 import transformers as hf
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from endwise import LanguageModel, Site, gpt_neo_attention, load_model, spliced
-from endwise.errors import ModelError
-from endwise.gpt_neo_attention import FusedSelfAttention, use_sdpa
-from endwise.sites import Part
+from endwise import LanguageModel, Site, load_model, spliced
+from endwise.common.errors import ModelError
+from endwise.models import gpt_neo_attention
+from endwise.models.gpt_neo_attention import FusedSelfAttention, use_sdpa
+from endwise.models.sites import Part
 from tiny_models import (
     CONTEXT,
     FUSED,

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import endwise.training as training
+import endwise.training.train as training
 from endwise import SAE, train, train_together
-from endwise.checkpoints import read_checkpoint
-from endwise.errors import DataError, Interrupted, OutOfMemory, RunFolderError, TrainingStopped
-from endwise.group import Member, SomeFailed
-from endwise.language_model import LanguageModel
-from endwise.run_folder import RunFolder
-from endwise.step import take_step
-from endwise.trainee import Trainee
+from endwise.common.errors import DataError, Interrupted, OutOfMemory, RunFolderError, TrainingStopped
+from endwise.models.language_model import LanguageModel
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.training.members import Member, SomeFailed
+from endwise.training.step import take_step
+from endwise.training.trainee import Trainee
 from small_gpt2 import recipe
 
 EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
@@ -281,7 +281,7 @@ def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypa
     def a_second(_trainee):
         clock[0] += 1.0
 
-    monkeypatch.setattr("endwise.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("endwise.training.display.time.monotonic", lambda: clock[0])
     for step in range(20):
         fail_at(monkeypatch, "begin_step", "e2e", step, a_second)
     fail_at(monkeypatch, "accumulate", "local", 12, out_of_memory)

@@ -15,25 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import endwise.features.harvesting.parts as parts_module
+import endwise.features.harvest.parts as parts_module
 from endwise import Corpora, Corpus, RunConfig, harvest, read_harvest, read_importance, train
+from endwise.analysis.importance.measure import measure_importance
 from endwise.cli import app
+from endwise.common.errors import ConfigError, DataError, FormatError, Interrupted, RunFolderError
+from endwise.common.stopping import ask_to_stop
 from endwise.dictionaries import ReluSAE
 from endwise.dictionaries.latents import DenseLatents, SparseLatents
-from endwise.errors import ConfigError, DataError, FormatError, Interrupted, RunFolderError
 from endwise.features.attribution import Attribution
-from endwise.features.harvest import TOP
-from endwise.features.harvesting.co_firing import TokenSample, co_firing
-from endwise.features.harvesting.firings import Firings
-from endwise.features.harvesting.gathering import BINS, Gathered, Kept, bin_edges, bins_of
-from endwise.features.harvesting.slots import EMPTY, Candidates, Slots
-from endwise.features.harvesting.sums import FixedPointSums, drawn
-from endwise.features.measuring import measure_importance
-from endwise.features.neuronpedia import export
-from endwise.features.top_tokens import written
-from endwise.language_model import LanguageModel
-from endwise.run_folder import RunFolder
-from endwise.stopping import ask_to_stop
+from endwise.features.harvest.co_firing import TokenSample, co_firing
+from endwise.features.harvest.firings import Firings
+from endwise.features.harvest.gathering import BINS, Gathered, Kept, bin_edges, bins_of
+from endwise.features.harvest.neuronpedia import export
+from endwise.features.harvest.results import TOP
+from endwise.features.harvest.slots import EMPTY, Candidates, Slots
+from endwise.features.harvest.sums import FixedPointSums, drawn
+from endwise.features.harvest.top_tokens import written
+from endwise.models.language_model import LanguageModel
+from endwise.runs.folder import RunFolder
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
 from small_gpt2 import CONTEXT, SITE, VOCAB, data, recipe
@@ -220,7 +220,7 @@ def test_importance_is_the_attributions(pair, model):
 def test_of_a_long_text_every_second_batch_is_attributed(run, model, corpora, monkeypatch):
     corpus = corpora.heldout
     whole = harvested(run, model, corpus)
-    monkeypatch.setattr("endwise.features.harvesting.run.LONG_TEXT", 1)
+    monkeypatch.setattr("endwise.features.harvest.run.LONG_TEXT", 1)
     found = harvested(run, model, corpus)
     oracle = Oracle(model, run, corpus)
     chosen = [rows for rows in range(oracle.sequences) if rows // 4 % 2 == 0]

@@ -8,17 +8,17 @@ from safetensors import safe_open
 from transformers import GPT2LMHeadModel
 
 from endwise import evaluate, train
+from endwise.analysis.importance.ablation import AblationSums, choose
+from endwise.analysis.importance.faithfulness import FaithfulnessSums, kept_counts
+from endwise.analysis.importance.measure import measure_importance
+from endwise.common.errors import ConfigError, DataError, FormatError, RunFolderError
 from endwise.dictionaries import ReluSAE
 from endwise.dictionaries.latents import DenseLatents, SparseLatents
-from endwise.errors import ConfigError, DataError, FormatError, RunFolderError
-from endwise.features.ablation import AblationSums, choose
+from endwise.evaluation.evaluate import read_sums
 from endwise.features.attribution import Attribution, contributions
-from endwise.features.faithfulness import FaithfulnessSums, kept_counts
-from endwise.features.importance import IMPORTANCE_FILE, read_importance, read_measured
-from endwise.features.measuring import measure_importance
+from endwise.features.importance_table import IMPORTANCE_FILE, read_importance, read_measured
 from endwise.features.spliced import SplicedBatch
-from endwise.run_evaluation import read_sums
-from endwise.run_folder import RunFolder
+from endwise.runs.folder import RunFolder
 from small_gpt2 import CONTEXT, SITE, WIDTH, data, recipe
 
 SEQUENCES, HALF, FEATURES = 7, 4, 40

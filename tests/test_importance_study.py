@@ -8,8 +8,10 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from endwise import evaluate, importance, train
-from endwise.analysis import concentration
-from endwise.analysis.concentration import (
+from endwise.analysis.comparable import Setting
+from endwise.analysis.correlations import pearson, spearman
+from endwise.analysis.importance import concentration
+from endwise.analysis.importance.concentration import (
     carrying_ratio,
     correlation,
     count_carrying,
@@ -18,14 +20,12 @@ from endwise.analysis.concentration import (
     half_ratio,
     shares,
 )
-from endwise.analysis.correlations import pearson, spearman
-from endwise.analysis.importance import ImportanceStudy, ImportantRun, faithfulness_rows, run_rows
-from endwise.analysis.pareto import Setting
+from endwise.analysis.importance.page import importance_charts
+from endwise.analysis.importance.study import ImportanceStudy, ImportantRun, faithfulness_rows, run_rows
 from endwise.cli import app
-from endwise.features.importance import Ablations, Faithfulness, FeatureImportance, Measured
-from endwise.report import printed
-from endwise.report.importance import importance_charts
-from endwise.statistics import interval_with_seeds, resampling_weights, student_t
+from endwise.common.statistics import interval_with_seeds, resampling_weights, student_t
+from endwise.features.importance_table import Ablations, Faithfulness, FeatureImportance, Measured
+from endwise.figures import print as printed
 from made_runs import make_run
 from small_gpt2 import data, recipe
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
 from endwise import SAE, train, train_together
-from endwise.errors import ConfigError, FormatError, RunFolderError
-from endwise.planning import plan
-from endwise.run_folder import RunFolder
-from endwise.step import take_step
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
-from endwise.training import new_trainee
+from endwise.training.planning.plan import plan
+from endwise.training.setup import new_trainee
+from endwise.training.step import take_step
 from small_gpt2 import SITE, WIDTH, recipe
 from small_sweeps import complete
 

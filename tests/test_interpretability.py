@@ -8,13 +8,19 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from endwise.analysis.interpretability import ExplainedRun, Interpretability, difference_rows, mean_rows
-from endwise.analysis.pareto import Setting
-from endwise.analysis.permutation import equal_samples, permutation_test
+from endwise.analysis.comparable import Setting
+from endwise.analysis.interpretability.page import print_interpretability, write_interpretability
+from endwise.analysis.interpretability.study import (
+    ExplainedRun,
+    Interpretability,
+    difference_rows,
+    equal_samples,
+    mean_rows,
+    permutation_test,
+)
+from endwise.common.statistics import interval_with_seeds
 from endwise.features.explanations import Explanation, Explanations, Score
-from endwise.report import print_interpretability, write_interpretability
-from endwise.report.violins import violin
-from endwise.statistics import interval_with_seeds
+from endwise.figures.violins import violin
 from made_runs import make_run
 
 

@@ -11,8 +11,8 @@ import transformers as hf
 from torch import nn
 
 from endwise import LanguageModel, Site, spliced
-from endwise.errors import ModelError, SiteError
-from endwise.sites import Part
+from endwise.common.errors import ModelError, SiteError
+from endwise.models.sites import Part
 from tiny_models import (
     ALTERNATING,
     CONTEXT,

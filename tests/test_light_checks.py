@@ -8,9 +8,9 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
+from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.kernels.screen import Screen
-from endwise.splice import spliced
-from endwise.statistics import Interval, bootstrap_ratio
+from endwise.models.splicing import spliced
 from light_checks import names_axes
 
 Rows = Float[Tensor, "*rows"]

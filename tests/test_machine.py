@@ -2,8 +2,8 @@
 
 import pytest
 
-from endwise.errors import ConfigError
-from endwise.machine import available_memory, free_disk, parse_size, resident_memory, size_text
+from endwise.common.errors import ConfigError
+from endwise.common.machine import available_memory, free_disk, parse_size, resident_memory, size_text
 
 GIB = 1 << 30
 

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from endwise.analysis.directions.norms import NormCollector
+from endwise.analysis.directions.principal import AlongDirections, Principal
+from endwise.analysis.directions.text_at_site import SiteBatch
+from endwise.config.run import EvaluationConfig, ObjectiveConfig
 from endwise.dictionaries import DenseLatents, ReluSAE, SparseLatents
-from endwise.evaluation import measure
+from endwise.evaluation.measure import measure
 from endwise.features.attribution import contributions
-from endwise.features.harvesting.firings import Firings
-from endwise.features.norms import NormCollector
-from endwise.features.principal import AlongDirections, Principal
-from endwise.features.text_at_site import SiteBatch
+from endwise.features.harvest.firings import Firings
 from endwise.kernels import registered
-from endwise.language_model import Clean, Spliced
-from endwise.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
-from endwise.readout import Readout
-from endwise.run_config import EvaluationConfig, ObjectiveConfig
-from endwise.sites import Site
-from endwise.trainee import Trainee
+from endwise.models.language_model import Clean, Spliced
+from endwise.models.readout import Readout
+from endwise.models.sites import Site
+from endwise.training.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
+from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, WIDTH, recipe
 
 BAD = [float("nan"), float("inf"), -float("inf"), 1e30]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from endwise.analysis.ratios import Ratio, below
-from endwise.reproduction.costs import Cost
-from endwise.reproduction.mitigations import Variant, ce_at_l0, common_l0, mitigations, total_cost
-from endwise.run_config import RunConfig
-from endwise.statistics import InterpolationError, resampling_weights
+from endwise.common.statistics import InterpolationError, resampling_weights
+from endwise.config.run import RunConfig
+from endwise.paper.costs import Cost
+from endwise.paper.mitigations import Variant, ce_at_l0, common_l0, mitigations, total_cost
 from made_runs import make_run
 
 LOW, HIGH = (10.0, 0.8), (40.0, 0.2)

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bad_input import told
 from endwise import LanguageModel, Site, load_model
-from endwise.errors import ConfigError, DataError, ModelError
-from endwise.run_config import DataConfig
-from endwise.sites import Part
+from endwise.common.errors import ConfigError, DataError, ModelError
+from endwise.config.run import DataConfig
+from endwise.models.sites import Part
 from endwise.tokens.loading import corpora_for
 from tiny_models import (
     ALTERNATING,
@@ -452,7 +452,7 @@ def test_the_command_that_lists_sites_says_which_are_not_offered_and_why(tmp_pat
 )
 def test_why_a_model_has_no_tokenizer_is_told(llama, tmp_path, files, cause, monkeypatch):
     if cause == "not installed":  # whatever is installed here
-        monkeypatch.setattr("endwise.model_loading.AutoTokenizer.from_pretrained", needs_sentencepiece)
+        monkeypatch.setattr("endwise.models.loading.AutoTokenizer.from_pretrained", needs_sentencepiece)
     llama.save_pretrained(tmp_path / "model")
     for name, content in files.items():
         (tmp_path / "model" / name).write_text(content if isinstance(content, str) else json.dumps(content))

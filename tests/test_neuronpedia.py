@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from endwise import harvest, read_harvest, train
 from endwise.cli import app
-from endwise.errors import ConfigError, RunFolderError
-from endwise.features.harvest import TOP
-from endwise.features.harvesting.gathering import Kept
-from endwise.features.neuronpedia import BARS, bars, export
-from endwise.features.neuronpedia_rows import Activation
+from endwise.common.errors import ConfigError, RunFolderError
+from endwise.features.harvest.gathering import Kept
+from endwise.features.harvest.neuronpedia import BARS, bars, export
+from endwise.features.harvest.neuronpedia_rows import Activation
+from endwise.features.harvest.results import TOP
 from small_gpt2 import data, recipe
 
 # apps/webapp/prisma/schema.prisma of github.com/hijohnnylin/neuronpedia, relations aside. `!`: neither a default nor

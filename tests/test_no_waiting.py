@@ -11,7 +11,7 @@ from transformers import masking_utils
 
 import endwise.dictionaries.relu as relu
 from endwise import LanguageModel, train_together
-from endwise.trainee import Trainee
+from endwise.training.trainee import Trainee
 from small_gpt2 import recipe, small_corpora, small_model, write_tokens
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}

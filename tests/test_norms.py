@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from endwise.analysis.directions.norms import BINS, Norms, norms
+from endwise.analysis.directions.text_at_site import WHERE, TextAtSite
+from endwise.common.errors import ConfigError, FormatError
 from endwise.dictionaries import ReluSAE
-from endwise.errors import ConfigError, FormatError
-from endwise.features.norms import BINS, Norms, norms
-from endwise.features.text_at_site import WHERE, TextAtSite
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in

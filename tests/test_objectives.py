@@ -7,13 +7,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from endwise import LanguageModel
+from endwise.common.errors import ConfigError, SiteError
+from endwise.config.run import ObjectiveConfig
 from endwise.dictionaries import DenseLatents
-from endwise.errors import ConfigError, SiteError
-from endwise.language_model import Clean, Spliced
-from endwise.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
-from endwise.readout import Readout
-from endwise.run_config import ObjectiveConfig
-from endwise.sites import Site
+from endwise.models.language_model import Clean, Spliced
+from endwise.models.readout import Readout
+from endwise.models.sites import Site
+from endwise.training.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
 
 BATCH, POS, WIDTH, VOCAB, FEATURES, LAYERS = 2, 4, 3, 7, 5, 4
 SITES = tuple(

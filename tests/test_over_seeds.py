@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from endwise.analysis.over_seeds import CORRELATION, PLAIN, RATIO, judged, over, over_seeds, rests_on, with_error
-from endwise.statistics import exp_interval, interval_with_seeds
+from endwise.common.statistics import exp_interval, interval_with_seeds
 from made_runs import make_run
 
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from endwise.analysis.pareto import Setting, band, front, pareto, point_rows, ratio_rows, runs_in
+from endwise.analysis.comparable import Setting, runs_in
+from endwise.analysis.pareto.curves import band, front, pareto, point_rows, ratio_rows
+from endwise.analysis.pareto.page import pareto_chart
 from endwise.analysis.ratios import ratio_to_local
-from endwise.errors import RunFolderError
-from endwise.files import write_json
-from endwise.report.pareto import pareto_chart
-from endwise.run_config import RunConfig
-from endwise.statistics import interpolate_at, resampling_weights
+from endwise.common.errors import RunFolderError
+from endwise.common.files import write_json
+from endwise.common.statistics import interpolate_at, resampling_weights
+from endwise.config.run import RunConfig
 from made_runs import make_run
 
 CURVE = ((1, 0.1, 60.0), (2, 0.2, 30.0), (4, 0.4, 15.0))

@@ -8,13 +8,13 @@ from typer.testing import CliRunner
 
 from endwise import SAE, load_model, read_harvest
 from endwise.cli import app
+from endwise.common.errors import ConfigError, ModelError
+from endwise.common.files import write_atomic
+from endwise.config.recipes import find_recipe, find_sweep
+from endwise.config.run import RunConfig
 from endwise.dashboard import write_dashboard
-from endwise.errors import ConfigError, ModelError
-from endwise.files import write_atomic
-from endwise.recipes import find_recipe, find_sweep
-from endwise.reproduction.study_config import find_study
-from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
+from endwise.paper.study_config import find_study
+from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
 from made_harvests import write_harvested_run
 

@@ -11,16 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from endwise import kernels
-from endwise.checkpoints import write_checkpoint
 from endwise.cli import app
 from endwise.cli.runs import DOES_NOT_FIT
-from endwise.errors import ConfigError, ModelError, SiteError
-from endwise.flops import forward_flops, gradient_flops
+from endwise.common.errors import ConfigError, ModelError, SiteError
+from endwise.config.run import RunConfig
 from endwise.kernels import standing_in
-from endwise.language_model import LanguageModel
-from endwise.memory_trace import MemoryTrace
-from endwise.planning import plan
-from endwise.rehearsal import (
+from endwise.models.language_model import LanguageModel
+from endwise.models.sites import Part
+from endwise.runs.checkpoints import write_checkpoint
+from endwise.tokens import TokenBatch
+from endwise.training.planning.dry_run import (
     ALLOCATOR,
     CHECKPOINT,
     CLEAN,
@@ -33,11 +33,11 @@ from endwise.rehearsal import (
     WEIGHTS,
     Rehearsal,
 )
-from endwise.run_config import RunConfig
-from endwise.sites import Part
-from endwise.step import tail_model, take_step
-from endwise.tokens import TokenBatch
-from endwise.training import new_trainee
+from endwise.training.planning.flops import forward_flops, gradient_flops
+from endwise.training.planning.memory_trace import MemoryTrace
+from endwise.training.planning.plan import plan
+from endwise.training.setup import new_trainee
+from endwise.training.step import tail_model, take_step
 from tiny_models import CONTEXT, FAMILIES, VOCAB, WIDTH, build, tokens
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from endwise import LanguageModel, RunConfig, measure, step, train, train_together
-from endwise.errors import ConfigError
-from endwise.statistics import student_t
-from endwise.step import tail_model, take_step
-from endwise.training import new_trainee
+from endwise import LanguageModel, RunConfig, measure, train, train_together
+from endwise.common.errors import ConfigError
+from endwise.common.statistics import student_t
+from endwise.training import step
+from endwise.training.setup import new_trainee
+from endwise.training.step import tail_model, take_step
 from small_gpt2 import CONTEXT, SITE, VOCAB, recipe, small_corpora, small_model, write_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
@@ -69,7 +70,7 @@ def test_the_tail_is_in_bfloat16_and_the_model_stays_as_it_is():
 
 def test_nothing_is_compared_with_the_other_precision(corpora):
     """The clean side of every term is the tail's own: splicing the identity leaves no KL and no error at all."""
-    from endwise.step import clean_passes
+    from endwise.training.step import clean_passes
 
     model, batch = small_model(), corpora.train.batch(range(4))
     trainee = new_trainee(recipe("run", "e2e_ds"), model, steps=10)

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 
-import endwise.training as training
+import endwise.training.train as training
 from endwise import LanguageModel, train
-from endwise.errors import DataError, TrainingStopped
+from endwise.common.errors import DataError, TrainingStopped
 from endwise.tokens import BatchOrder, Corpus, TokenBatch, read_ahead
-from endwise.trainee import Trainee
+from endwise.training.trainee import Trainee
 from small_gpt2 import recipe, small_model
 
 CPU = torch.device("cpu")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from endwise import progress
-from endwise.progress import Display, counting
+from endwise.common.counting import counting
+from endwise.training import display as progress
+from endwise.training.display import Display
 from small_gpt2 import recipe
 
 LINE = {"loss": 0.71234, "kl": 0.25, "sparsity": 1.5, "l0": 12.3, "alive": 1234}

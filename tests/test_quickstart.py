@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from endwise.analysis.run_summary import KINDS
-from endwise.errors import RunFolderError
-from endwise.quickstart import quickstart, recipes
-from endwise.run_folder import RunFolder
+from endwise.common.errors import RunFolderError
+from endwise.config.run import KINDS
+from endwise.paper.quickstart import quickstart, recipes
+from endwise.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    import endwise.quickstart as module
+    import endwise.paper.quickstart as module
 
     out = tmp_path_factory.mktemp("quickstart") / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from endwise.kernels import interface as module
-from endwise.readout import Readout
+from endwise.models.readout import Readout
 
 VOCAB, D = 37, 8
 VARIANTS = {

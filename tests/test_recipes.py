@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 
 from endwise import LanguageModel, RunConfig, train
-from endwise.errors import ConfigError
-from endwise.recipes import find_recipe, recipe_names
-from endwise.run_folder import RunFolder
+from endwise.common.errors import ConfigError
+from endwise.config.recipes import find_recipe, recipe_names
+from endwise.runs.folder import RunFolder
 
 VOCAB, CONTEXT, WIDTH = 31, 16, 16
 PAPER = {

@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from endwise import LanguageModel, train
-from endwise.analysis.run_summary import remarks_of
-from endwise.evaluation import measure
-from endwise.remarks import gathered, remarks_on
-from endwise.report import print_evaluations, print_summary
-from endwise.report.page import report_html
-from endwise.report.sets import remark_list
-from endwise.run_folder import RunFolder
-from endwise.text_check import facts_of_text, tried_on
+from endwise.analysis.comparison.page import report_html
+from endwise.analysis.comparison.printed import print_evaluations, print_summary
+from endwise.analysis.sets import remark_list
+from endwise.common.remarks import gathered, remarks_on
+from endwise.evaluation.measure import measure
+from endwise.evaluation.summary import remarks_of
+from endwise.evaluation.text_check import facts_of_text, tried_on
+from endwise.runs.folder import RunFolder
 from small_gpt2 import SITE, VOCAB, recipe, small_corpora, small_model, write_tokens
 from test_comparison import compare, three_kinds
 from test_terminal import evaluation

@@ -7,17 +7,16 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-import endwise.files as files
+import endwise.common.files as files
 from endwise import SAE, RunConfig
-from endwise.checkpoints import read_checkpoint
 from endwise.cli import app
+from endwise.common.errors import ConfigError, FormatError, RunFolderError, Unreadable
+from endwise.common.files import read_json, write_atomic
+from endwise.common.remedies import number, remedy, unreadable
 from endwise.dictionaries import ReluSAE
-from endwise.errors import ConfigError, FormatError, RunFolderError, Unreadable
 from endwise.explaining.cache import Answer, in_memory
-from endwise.files import write_atomic
-from endwise.reading import read_json
-from endwise.remedies import number, remedy, unreadable
-from endwise.run_folder import RunFolder
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
 
 NAMES = """ENOSPC EDQUOT EACCES EPERM EROFS ENOLCK ENOTSUP EOPNOTSUPP EMFILE ENFILE ENAMETOOLONG ENOENT ENOTDIR EISDIR
 EIO ESTALE ENODEV ENXIO EBUSY EFBIG ELOOP ETIMEDOUT ENOMEM EINTR EUCLEAN EEXIST""".split()  # noqa: SIM905
@@ -87,8 +86,8 @@ def test_numbers_of_libraries_that_keep_them_in_their_text(given, expected):
 @pytest.mark.parametrize("name", ["EACCES", "EIO", "EMFILE", "ESTALE"])
 def test_a_file_that_the_system_does_not_give_is_not_called_damaged(name, tmp_path, monkeypatch):
     ReluSAE(4, 6).save(tmp_path)
-    monkeypatch.setattr("endwise.dictionaries.saelens.load_file", raising(error(name)))
-    monkeypatch.setattr("endwise.checkpoints.safe_open", raising(error(name)))
+    monkeypatch.setattr("endwise.formats.saelens.load_file", raising(error(name)))
+    monkeypatch.setattr("endwise.runs.checkpoints.safe_open", raising(error(name)))
     for read in (lambda: SAE.load(tmp_path), lambda: read_checkpoint(tmp_path / "step")):
         with pytest.raises(Unreadable) as caught:
             read()
@@ -123,6 +122,6 @@ def test_answers_on_a_full_disk(monkeypatch):
 
 
 def test_at_the_door(monkeypatch, tmp_path):
-    monkeypatch.setattr("endwise.model_loading.load_model", raising(error("EMFILE", "a")))
+    monkeypatch.setattr("endwise.models.loading.load_model", raising(error("EMFILE", "a")))
     result = CliRunner().invoke(app, ["sites"])
     assert result.exit_code == 1 and "a: what EMFILE says. Raise the number of files" in result.stderr

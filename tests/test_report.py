@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from endwise.analysis.comparison import summarise
-from endwise.analysis.run_summary import KINDS
-from endwise.errors import RunFolderError
-from endwise.report import print_summary, write_report
-from endwise.report.page import report_html
+from endwise.analysis.comparison.comparison import summarise
+from endwise.analysis.comparison.page import report_html, write_report
+from endwise.analysis.comparison.printed import print_summary
+from endwise.common.errors import RunFolderError
+from endwise.config.run import KINDS
 from test_comparison import compare, make_run, three_kinds
 
 HOSTILE = """<script>alert(1)</script>"'&${x}$title<img src=http://evil/x onerror=a>"""

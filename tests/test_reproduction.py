@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from endwise.errors import ConfigError, EndwiseError
-from endwise.reproduction.costs import Cost, costs, seconds_per_token
-from endwise.reproduction.experiments import Experiments, inner, middle
-from endwise.reproduction.plan import EXPERIMENTS, parse_budget, plan
-from endwise.reproduction.runs import best_rates, features_needed, make_runs
-from endwise.reproduction.study_config import STUDIES, StudyConfig, find_study
+from endwise.common.errors import ConfigError, EndwiseError
+from endwise.paper.costs import Cost, costs, seconds_per_token
+from endwise.paper.experiments import Experiments, inner, middle
+from endwise.paper.plan import EXPERIMENTS, parse_budget, plan
+from endwise.paper.runs import best_rates, features_needed, make_runs
+from endwise.paper.study_config import STUDIES, StudyConfig, find_study
 from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint
 from made_runs import make_run

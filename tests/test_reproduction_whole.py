@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import warm
-from endwise.errors import ConfigError
-from endwise.reproduction import StudyConfig, report, reproduce
-from endwise.run_folder import RunFolder
+from endwise.common.errors import ConfigError
+from endwise.paper import StudyConfig, report, reproduce
+from endwise.runs.folder import RunFolder
 from warm import Warm
 
 STUDY = {

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from endwise import evaluate, train
-from endwise.run_folder import RunFolder
-from endwise.seeds import numpy_stream, shared_generators, torch_stream
+from endwise.common.seeds import numpy_stream, shared_generators, torch_stream
+from endwise.runs.folder import RunFolder
 from small_gpt2 import recipe
 
 PURPOSES = ("initialisation", "order", "bootstrap", "shared generators")

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bad_input import HOSTILE, hidden_in, refused, told, write_place
-from endwise import progress, quickstart
-from endwise.analysis.comparison import summarise
-from endwise.printable import model_title, printable
-from endwise.report import print_evaluations, print_summary
-from endwise.report.page import report_html
-from endwise.run_config import ModelConfig
+from endwise.analysis.comparison.comparison import summarise
+from endwise.analysis.comparison.page import report_html
+from endwise.analysis.comparison.printed import print_evaluations, print_summary
+from endwise.common.text import model_title, printable
+from endwise.config.run import ModelConfig
+from endwise.paper import quickstart
+from endwise.training import display as progress
 from small_gpt2 import recipe
 from test_comparison import compare, three_kinds
 from test_progress import LINE

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from endwise import Site
-from endwise.errors import ModelError, SiteError
-from endwise.sites import Part
+from endwise.common.errors import ModelError, SiteError
+from endwise.models.sites import Part
 
 ORDER = ["hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
 sites = st.builds(Site, st.integers(0, 999_999), st.sampled_from(Part))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from endwise import LanguageModel, ReluSAE, Site, spliced
-from endwise.errors import EndwiseError, SiteError
-from endwise.sites import Part
+from endwise.common.errors import EndwiseError, SiteError
+from endwise.models.sites import Part
 from tiny_models import CONTEXT, FAMILIES, LAYERS, VOCAB, WIDTH, build, patched_logits, tiny, tokens
 
 PRE, ATTN, POST = "blocks.1.hook_resid_pre", "blocks.2.hook_attn_out", "blocks.3.hook_resid_post"

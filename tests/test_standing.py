@@ -20,18 +20,19 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from endwise import LanguageModel, digests, evaluate, load_model, train
-from endwise.analysis.comparison import summarise
-from endwise.analysis.geometry import geometry
-from endwise.analysis.pareto import pareto
+from endwise import LanguageModel, evaluate, load_model, train
+from endwise.analysis.comparison.comparison import summarise
+from endwise.analysis.directions.measure import measure_directions
+from endwise.analysis.geometry.geometry import geometry
+from endwise.analysis.importance.measure import measure_importance
+from endwise.analysis.pareto.curves import pareto
 from endwise.analysis.ratios import downstream_ratio, l0_ratio, ratio_to_local
-from endwise.analysis.run_summary import RunSummary
-from endwise.errors import ConfigError, EndwiseError, FormatError, RunFolderError, out_of_memory
-from endwise.features.directions import measure_directions
-from endwise.features.harvesting.run import harvest
-from endwise.features.measuring import measure_importance
-from endwise.run_folder import RunFolder
-from endwise.standing import _same_text, model_of
+from endwise.common import digests
+from endwise.common.errors import ConfigError, EndwiseError, FormatError, RunFolderError, out_of_memory
+from endwise.evaluation.provenance import _same_text, model_of
+from endwise.evaluation.summary import RunSummary
+from endwise.features.harvest.run import harvest
+from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
 from endwise.tokens.sources import open_source

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from endwise.errors import DataError
-from endwise.statistics import (
+from endwise.common.errors import DataError
+from endwise.common.statistics import (
     InterpolationError,
     bootstrap_ratio,
     error_of,

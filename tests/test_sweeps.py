@@ -20,17 +20,17 @@ import endwise.sweeps.tasks as tasks_module
 import warm
 from endwise import RunConfig, SweepConfig, sweep, train
 from endwise.cli import app
-from endwise.errors import ConfigError, Interrupted, SiteError
-from endwise.quickstart import recipes as quickstart_recipes
-from endwise.recipes import find_sweep, sweep_names
-from endwise.run_folder import RunFolder
+from endwise.common.errors import ConfigError, Interrupted, SiteError
+from endwise.config.recipes import find_sweep, sweep_names
+from endwise.paper.quickstart import recipes as quickstart_recipes
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import fingerprint, placed, points_of
 from endwise.sweeps.survey import survey
 from endwise.sweeps.sweep_config import read_sweep
 from endwise.sweeps.tables import print_rows, write_table
 from endwise.sweeps.tasks import Outcome, carry_out, is_finished, tasks_of
 from endwise.sweeps.watching import LOG_SECONDS, Standing, Watch, last_record, seconds_left
-from endwise.trainee import Trainee
+from endwise.training.trainee import Trainee
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, complete, small_sweep
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import endwise.sweeps.tasks as tasks_module
 from endwise import sweep
-from endwise.errors import ConfigError, Interrupted
-from endwise.run_folder import RunFolder
+from endwise.common.errors import ConfigError, Interrupted
+from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
 from endwise.sweeps.points import points_of
 from endwise.sweeps.sweep_config import SearchConfig, Target

@@ -13,28 +13,26 @@ from rich.console import Console
 from rich.live import Live
 
 from endwise import Site
-from endwise.analysis.directions import Directions
-from endwise.analysis.geometry import Geometry
-from endwise.analysis.pareto import Pareto, Setting
-from endwise.evaluation import Baselines, Evaluation
-from endwise.planning import plan
-from endwise.printable import model_title
-from endwise.progress import Display
-from endwise.report import (
-    print_directions,
-    print_evaluations,
-    print_geometry,
-    print_importance,
-    print_interpretability,
-    print_pareto,
-    print_plan,
-    print_summary,
-)
-from endwise.run_config import RunConfig
-from endwise.statistics import Interval
+from endwise.analysis.comparable import Setting
+from endwise.analysis.comparison.printed import print_evaluations, print_summary
+from endwise.analysis.directions.page import print_directions
+from endwise.analysis.directions.study import Directions
+from endwise.analysis.geometry.geometry import Geometry
+from endwise.analysis.geometry.page import print_geometry
+from endwise.analysis.importance.page import print_importance
+from endwise.analysis.interpretability.page import print_interpretability
+from endwise.analysis.pareto.curves import Pareto
+from endwise.analysis.pareto.page import print_pareto
+from endwise.common.statistics import Interval
+from endwise.common.terminal import Grid, show
+from endwise.common.text import model_title
+from endwise.config.run import RunConfig
+from endwise.evaluation.measure import Baselines, Evaluation
 from endwise.sweeps.tables import print_rows
 from endwise.sweeps.watching import Watch
-from endwise.terminal import Grid, show
+from endwise.training.display import Display
+from endwise.training.planning.plan import plan
+from endwise.training.planning.printed import print_plan
 from small_gpt2 import SITE, recipe
 from test_comparison import compare, three_kinds
 from test_importance_study import made_study

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from endwise.common.errors import FormatError
+from endwise.common.text import printable
 from endwise.dashboard import write_dashboard
-from endwise.errors import FormatError
 from endwise.explaining.rendering import Writer
 from endwise.explaining.samples import Text
-from endwise.features.harvest import TOKENIZER_FILE, open_harvest
-from endwise.features.neuronpedia import export
+from endwise.features.harvest.neuronpedia import export
+from endwise.features.harvest.results import TOKENIZER_FILE, open_harvest
+from endwise.features.harvest.top_tokens import written, written_text
 from endwise.features.token_texts import REPLACEMENT, named_bytes, pieces
-from endwise.features.top_tokens import written, written_text
-from endwise.language_model import LanguageModel
-from endwise.printable import printable
+from endwise.models.language_model import LanguageModel
 from made_harvests import LENGTH, write_harvested_run
 
 SCRIPTS = {

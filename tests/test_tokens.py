@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from endwise import embedded
-from endwise.errors import DataError
-from endwise.run_config import DataConfig
-from endwise.seeds import numpy_stream
+from endwise.common.errors import DataError
+from endwise.common.seeds import numpy_stream
+from endwise.config.run import DataConfig
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading, tokenising
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in

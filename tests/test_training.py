@@ -14,15 +14,14 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from endwise import SAE, LanguageModel, RunConfig, train
-from endwise.checkpoints import read_checkpoint
-from endwise.errors import ConfigError, DataError, FormatError, RunFolderError, TrainingStopped
-from endwise.evaluation import residuals_after
-from endwise.objectives import later_residuals
-from endwise.run_folder import RunFolder
-from endwise.schedule import rate_factor
-from endwise.step import take_step
-from endwise.trainee import Trainee
-from endwise.training import new_trainee
+from endwise.common.errors import ConfigError, DataError, FormatError, RunFolderError, TrainingStopped
+from endwise.evaluation.measure import residuals_after
+from endwise.models.splicing import later_residuals
+from endwise.runs.checkpoints import read_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.training.setup import new_trainee
+from endwise.training.step import take_step
+from endwise.training.trainee import Trainee, rate_factor
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, write_tokens
 
 
@@ -137,7 +136,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path,
 
 
 def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpora, tmp_path, monkeypatch):
-    import endwise.objectives as objectives
+    import endwise.training.objectives as objectives
 
     plain = objectives.Sparsity.total
 
@@ -241,7 +240,7 @@ def test_too_little_text_to_evaluate_is_refused_before_training(model, corpora, 
 
 
 def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypatch):
-    import endwise.training as module
+    import endwise.training.train as module
 
     def fails(*arguments, **options):
         raise ArithmeticError("no number for the evaluation")
@@ -255,7 +254,7 @@ def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypat
 
 
 def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path, monkeypatch):
-    import endwise.training as module
+    import endwise.training.train as module
 
     plain = module.measure
 

@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from endwise import LanguageModel, Site
-from endwise.sites import Part
+from endwise.models.sites import Part
 
 LAYERS, WIDTH, HEADS, VOCAB, CONTEXT = 4, 16, 4, 48, 16
 WINDOW = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from endwise import SomeFailed, train_together
-from endwise.trainee import Trainee
+from endwise.training.trainee import Trainee
 from small_gpt2 import recipe, small_corpora, small_model
 
 KINDS = ("local", "e2e", "e2e_ds")

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import endwise.tokens.tokenising as tokenising
-from endwise.errors import EndwiseError
-from endwise.run_config import DataConfig
+from endwise.common.errors import EndwiseError
+from endwise.config.run import DataConfig
 from endwise.tokens import load_corpora
 
 

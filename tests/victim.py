@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from endwise.cli import main
-from endwise.trainee import Trainee
+from endwise.training.trainee import Trainee
 
 FAULTY_STEP = 5
 

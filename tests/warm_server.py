@@ -23,10 +23,10 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2",
     "endwise.cli",
-    "endwise.report.pareto",
-    "endwise.reproduction",
+    "endwise.analysis.pareto.page",
+    "endwise.paper",
     "endwise.sweeps",
-    "endwise.training",
+    "endwise.training.train",
 )
 
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
-from endwise.dictionaries.saelens import WEIGHTS_FILE
-from endwise.features.harvest import CONTEXT_SCHEMA, FEATURE_SCHEMA, HARVEST_FORMAT, TOP, VOCABULARY_SCHEMA
-from endwise.features.same_weights import weights_digest
+from endwise.features.harvest.results import CONTEXT_SCHEMA, FEATURE_SCHEMA, HARVEST_FORMAT, TOP, VOCABULARY_SCHEMA
+from endwise.formats.saelens import WEIGHTS_FILE
+from endwise.runs.weights import weights_digest
 
 LENGTH, QUANTILES, PER_GROUP = 12, 4, 10
 FILLERS = 40

@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the definitions of recipes and sweeps: `python tools/config_reference.py`.
 
-Keys, types, rules and defaults come from the pydantic models of `endwise.run_config` and
+Keys, types, rules and defaults come from the pydantic models of `endwise.config.run` and
 `endwise.sweeps.sweep_config`; their meaning from the strings that stand under the fields there. With `--check` nothing
 is written, and the exit code is 1 where the page is stale.
 """
@@ -20,9 +20,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from endwise.config import Config
-from endwise.recipes import find_recipe, find_sweep, recipe_names, sweep_names
-from endwise.run_config import RunConfig
+from endwise.config.base import Config
+from endwise.config.recipes import find_recipe, find_sweep, recipe_names, sweep_names
+from endwise.config.run import RunConfig
 from endwise.sweeps.sweep_config import SweepConfig, Target
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import yaml
 
-from endwise.checkpoints import checksum, read_checkpoint
-from endwise.run_folder import RunFolder
+from endwise.runs.checkpoints import checksum, read_checkpoint
+from endwise.runs.folder import RunFolder
 
 FAULTS_PER_RUN = 6
 DISK = "64m"

@@ -19,9 +19,9 @@ import numpy as np
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
 from endwise.analysis.ratios import percent, ratio_to_local
-from endwise.analysis.run_summary import RunSummary
-from endwise.quickstart import COEFFICIENTS, SITE, recipe
-from endwise.run_folder import RunFolder
+from endwise.evaluation.summary import RunSummary
+from endwise.paper.quickstart import COEFFICIENTS, SITE, recipe
+from endwise.runs.folder import RunFolder
 
 RATES = {"local": (1.6e-2, 3.2e-2), "e2e": (8e-3, 1.6e-2), "e2e_ds": (8e-3, 1.6e-2)}
 HELDOUT_TOKENS = 100_000

@@ -16,28 +16,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from endwise.analysis.directions import Directions, directions
-    from endwise.analysis.geometry import Geometry, geometry
-    from endwise.analysis.importance import ImportanceStudy, importance
-    from endwise.analysis.pareto import Pareto, pareto
+    from endwise.analysis.directions.study import Directions, directions
+    from endwise.analysis.geometry.geometry import Geometry, geometry
+    from endwise.analysis.importance.study import ImportanceStudy, importance
+    from endwise.analysis.pareto.curves import Pareto, pareto
+    from endwise.common.errors import EndwiseError
+    from endwise.config.run import DataConfig, EvaluationConfig, RunConfig
     from endwise.dictionaries import SAE, Latents, ReluSAE
-    from endwise.errors import EndwiseError
-    from endwise.evaluation import Evaluation, measure
-    from endwise.features.harvest import Harvest, read_harvest
-    from endwise.features.harvesting import harvest
-    from endwise.features.importance import FeatureImportance, read_importance
-    from endwise.group import Run, SomeFailed
-    from endwise.language_model import LanguageModel
-    from endwise.model_loading import load_model
-    from endwise.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
-    from endwise.reproduction import Reproduced, reproduce
-    from endwise.run_config import DataConfig, EvaluationConfig, RunConfig
-    from endwise.run_evaluation import evaluate
-    from endwise.sites import Site
-    from endwise.splice import spliced
+    from endwise.evaluation.evaluate import evaluate
+    from endwise.evaluation.measure import Evaluation, measure
+    from endwise.features.harvest.results import Harvest, read_harvest
+    from endwise.features.harvest.run import harvest
+    from endwise.features.importance_table import FeatureImportance, read_importance
+    from endwise.models.language_model import LanguageModel
+    from endwise.models.loading import load_model
+    from endwise.models.sites import Site
+    from endwise.models.splicing import spliced
+    from endwise.paper import Reproduced, reproduce
     from endwise.sweeps import Sweep, SweepConfig, sweep
     from endwise.tokens import Corpora, Corpus, corpora_for, load_corpora
-    from endwise.training import train, train_together
+    from endwise.training.members import Run, SomeFailed
+    from endwise.training.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
+    from endwise.training.train import train, train_together
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from kneser_ney import Floats, KneserNey
 from train_lm import BATCH, CONTEXT, PHASES, WARMUP
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from endwise.statistics import bootstrap_ratio
+from endwise.common.statistics import bootstrap_ratio
 
 ORDERS = {1: "unigram", 2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
 REQUIRED_MARGIN = 0.10

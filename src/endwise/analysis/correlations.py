@@ -7,8 +7,8 @@ often as they were, is Pearson's of their average ranks, and these follow from t
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import DataError
-from endwise.statistics import Interval, percentile_interval, resampling_weights
+from endwise.common.errors import DataError
+from endwise.common.statistics import Interval, percentile_interval, resampling_weights
 
 Floats = NDArray[np.float64]
 

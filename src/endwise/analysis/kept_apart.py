@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from endwise.analysis.run_summary import RunSummary
-from endwise.run_folder import RunFolder
-from endwise.standing import PARTS, tell
+from endwise.evaluation.provenance import PARTS, tell
+from endwise.evaluation.summary import RunSummary
+from endwise.runs.folder import RunFolder
 
 SHOWN = 8
 """Digits of a digest."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis.correlations import spearman
-from endwise.analysis.run_summary import RunSummary
-from endwise.seeds import numpy_stream
+from endwise.common.seeds import numpy_stream
+from endwise.evaluation.summary import RunSummary
 
 RESAMPLES, SEED = 1000, 12345
 _CHUNK = 4 << 20

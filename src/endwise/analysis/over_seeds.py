@@ -11,8 +11,7 @@ import numpy as np
 
 from endwise.analysis.claims import Verdict, shown_if_all
 from endwise.analysis.ratios import DEFINED_SHARE
-from endwise.analysis.run_summary import RunSummary, what_varies
-from endwise.statistics import (
+from endwise.common.statistics import (
     LEAST_SEEDS,
     Floats,
     Interval,
@@ -22,6 +21,7 @@ from endwise.statistics import (
     percentile_interval,
     text_error,
 )
+from endwise.evaluation.summary import RunSummary, what_varies
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,7 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.claims import Verdict, all_shown
-from endwise.analysis.run_summary import (
-    LABELS,
-    LATER_MSE,
-    Floats,
-    RunSummary,
-    estimate,
-    other_text,
-    resampled,
-    unpaired,
-    what_varies,
-)
-from endwise.statistics import (
+from endwise.common.statistics import (
     LEAST_SEEDS,
     InterpolationError,
     Interval,
@@ -44,6 +33,17 @@ from endwise.statistics import (
     monotone_points,
     percentile_interval,
     text_error,
+)
+from endwise.config.run import LABELS
+from endwise.evaluation.summary import (
+    LATER_MSE,
+    Floats,
+    RunSummary,
+    estimate,
+    other_text,
+    resampled,
+    unpaired,
+    what_varies,
 )
 
 LEVELS = 20

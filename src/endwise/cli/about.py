@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.door import app, aside, plainly, say
+from endwise.cli.app import app, aside, plainly, say
 
 
 @app.command()
@@ -17,7 +17,7 @@ def sites(
     ] = False,
 ) -> None:
     """List the sites of a model, where an SAE can be spliced in, with their widths; on stderr, those where none can."""
-    from endwise.model_loading import load_model
+    from endwise.models.loading import load_model
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.door import app, aside, plainly, say
+from endwise.cli.app import app, aside, plainly, say
 
 
 @app.command()
@@ -20,9 +20,9 @@ def pareto(
     ] = None,
 ) -> None:
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
-    from endwise.analysis.pareto import pareto as compare
-    from endwise.report import print_pareto, write_pareto
-    from endwise.run_folder import RunFolder
+    from endwise.analysis.pareto.curves import pareto as compare
+    from endwise.analysis.pareto.page import print_pareto, write_pareto
+    from endwise.runs.folder import RunFolder
 
     found = compare(runs)
     print_pareto(found)
@@ -54,12 +54,12 @@ def geometry(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
-    from endwise.analysis.feature_map import feature_maps
-    from endwise.analysis.geometry import geometry as compare
-    from endwise.errors import ConfigError
-    from endwise.machine import parse_size
-    from endwise.report import print_geometry, write_geometry
-    from endwise.run_folder import RunFolder
+    from endwise.analysis.geometry.feature_map import feature_maps
+    from endwise.analysis.geometry.geometry import geometry as compare
+    from endwise.analysis.geometry.page import print_geometry, write_geometry
+    from endwise.common.errors import ConfigError
+    from endwise.common.machine import parse_size
+    from endwise.runs.folder import RunFolder
 
     pairs = [tuple(text.split(",")) for text in pair or ()]
     for each in pairs:
@@ -88,8 +88,8 @@ def importance(
     ] = None,
 ) -> None:
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
-    from endwise.analysis.importance import importance as measure
-    from endwise.report import print_importance, write_importance
+    from endwise.analysis.importance.page import print_importance, write_importance
+    from endwise.analysis.importance.study import importance as measure
 
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
@@ -116,8 +116,8 @@ def directions(
     ] = None,
 ) -> None:
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
-    from endwise.analysis.directions import directions as compare
-    from endwise.report import print_directions, write_directions
+    from endwise.analysis.directions.page import print_directions, write_directions
+    from endwise.analysis.directions.study import directions as compare
 
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.door import app, aside, plainly, say
+from endwise.cli.app import app, aside, plainly, say
 
 
 @app.command()
@@ -34,10 +34,10 @@ def harvest(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
-    from endwise.distributed import is_first_process
-    from endwise.errors import ConfigError
-    from endwise.features.harvesting import harvest as gather
-    from endwise.features.harvesting.gathering import Kept
+    from endwise.common.errors import ConfigError
+    from endwise.common.processes import is_first_process
+    from endwise.features.harvest.gathering import Kept
+    from endwise.features.harvest.run import harvest as gather
 
     if train and corpus is not None:
         raise ConfigError("Give either --train or --corpus SOURCE, not both: one text is read.")
@@ -78,7 +78,7 @@ def export_neuronpedia(
     ] = None,
 ) -> None:
     """Write a run's harvest as Neuronpedia imports it: OUT/MODEL/SOURCE with features and activations."""
-    from endwise.features.neuronpedia import export
+    from endwise.features.harvest.neuronpedia import export
 
     written = export(
         run, out, model_id=model_id, source_set=source_set, release=release, creator=creator, creator_id=creator_id
@@ -100,8 +100,8 @@ def dashboard(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
+    from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
-    from endwise.machine import parse_size
 
     say(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else aside)}")
 
@@ -214,7 +214,7 @@ def _agreed() -> bool:
     Raises:
         ConfigError: there is nobody to ask.
     """
-    from endwise.errors import ConfigError
+    from endwise.common.errors import ConfigError
 
     if not sys.stdin.isatty():
         raise ConfigError("Calls may cost money. Say --yes to make them, or --dry-run to see this much only.")
@@ -233,8 +233,8 @@ def compare_explanations(
     ] = None,
 ) -> None:
     """Compare how well features can be explained, kind by kind: means, differences with permutation tests, violins."""
-    from endwise.analysis.interpretability import interpretability as compare
-    from endwise.report import print_interpretability, write_interpretability
+    from endwise.analysis.interpretability.page import print_interpretability, write_interpretability
+    from endwise.analysis.interpretability.study import interpretability as compare
 
     found = compare(runs)
     print_interpretability(found)

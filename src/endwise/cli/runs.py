@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.door import app, plainly, say
+from endwise.cli.app import app, plainly, say
 
 Overrides = Annotated[
     list[str] | None,
@@ -28,7 +28,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of every SAE's initialisation.")] = 0,
 ) -> None:
     """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
-    from endwise.quickstart import quickstart as run
+    from endwise.paper.quickstart import quickstart as run
 
     run(out, seed=seed)
 
@@ -52,12 +52,12 @@ def train(
 
     Exit code: 0 if it was trained, 7 if it stopped or diverged, another if the recipe breaks a rule.
     """
-    from endwise.distributed import is_first_process
-    from endwise.errors import ConfigError, TrainingStopped
-    from endwise.recipes import find_recipe
-    from endwise.run_config import RunConfig
-    from endwise.run_folder import RunFolder
-    from endwise.training import train as run
+    from endwise.common.errors import ConfigError, TrainingStopped
+    from endwise.common.processes import is_first_process
+    from endwise.config.recipes import find_recipe
+    from endwise.config.run import RunConfig
+    from endwise.runs.folder import RunFolder
+    from endwise.training.train import train as run
 
     if (recipe is None) == (resume is None):
         raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
@@ -99,11 +99,11 @@ def plan(
     """
     from json import dumps
 
-    from endwise.machine import parse_size
-    from endwise.planning import plan as make
-    from endwise.recipes import find_recipe
-    from endwise.report import print_plan
-    from endwise.run_config import RunConfig
+    from endwise.common.machine import parse_size
+    from endwise.config.recipes import find_recipe
+    from endwise.config.run import RunConfig
+    from endwise.training.planning.plan import plan as make
+    from endwise.training.planning.printed import print_plan
 
     made = make(
         RunConfig.read(find_recipe(recipe), overrides),
@@ -126,12 +126,13 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write all runs as one CSV table.")] = None,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
-    from endwise.distributed import is_first_process
-    from endwise.files import write_atomic
-    from endwise.report import print_evaluations
-    from endwise.run_evaluation import evaluate as run
-    from endwise.run_evaluation import evaluations_csv, unfinished
-    from endwise.run_folder import RunFolder
+    from endwise.analysis.comparison.printed import print_evaluations
+    from endwise.common.files import write_atomic
+    from endwise.common.processes import is_first_process
+    from endwise.evaluation.evaluate import evaluate as run
+    from endwise.evaluation.evaluate import evaluations_csv
+    from endwise.evaluation.finished import unfinished
+    from endwise.runs.folder import RunFolder
 
     evaluations = run(runs, tokens=tokens)
     if not is_first_process():
@@ -165,7 +166,7 @@ def sweep(
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the sweep breaks a rule.
     """
-    from endwise.errors import TrainingStopped
+    from endwise.common.errors import TrainingStopped
     from endwise.sweeps import sweep as run
     from endwise.sweeps.survey import survey
     from endwise.sweeps.sweep_config import read_sweep
@@ -209,8 +210,8 @@ def reproduce(
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the study breaks a rule.
     """
-    from endwise.errors import ConfigError, TrainingStopped
-    from endwise.reproduction import reproduce as run
+    from endwise.common.errors import ConfigError, TrainingStopped
+    from endwise.paper import reproduce as run
 
     if what != "paper":
         raise ConfigError(f"Only the paper can be reproduced (endwise reproduce paper); given {what!r:.80}.")

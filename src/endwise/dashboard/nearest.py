@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from endwise.analysis.cosines import MEMORY, Nearest, nearest_across, nearest_within
+from endwise.analysis.geometry.cosines import MEMORY, Nearest, nearest_across, nearest_within
 
 NEAREST = 5
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from endwise.common.text import printable
 from endwise.dashboard.nearest import Neighbours
 from endwise.dashboard.scripts import Texts, packed, script, short
 from endwise.dashboard.sources import Source
 from endwise.dashboard.token_index import TokenIndex
 from endwise.features.explanations import Explanations
-from endwise.features.harvest import TOP, Context, Harvest
-from endwise.printable import printable
+from endwise.features.harvest.results import TOP, Context, Harvest
 
 SHARD = 128
 """Features of one file."""

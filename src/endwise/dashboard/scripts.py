@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.printable import printable
+from endwise.common.text import printable
 
 
 def script(key: str, value: Any) -> bytes:

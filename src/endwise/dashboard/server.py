@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from endwise.common.errors import ConfigError, EndwiseError
+from endwise.common.remedies import reason, remedy
 from endwise.dashboard.site import check_site
 from endwise.dashboard.text import TextReader
-from endwise.errors import ConfigError, EndwiseError
-from endwise.remedies import reason, remedy
 
 HOST = "127.0.0.1"
 LARGEST_REQUEST = 64 << 10

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from endwise.common.errors import RunFolderError
 from endwise.dashboard.server import DashboardServer
 from endwise.dashboard.site import check_site, default_folder, write_dashboard
 from endwise.dashboard.sources import Source, read_sources
 from endwise.dashboard.text import TextReader
-from endwise.errors import RunFolderError
+from endwise.evaluation.finished import load_sae
+from endwise.evaluation.provenance import model_of
 from endwise.features.explanations import EXPLANATIONS_FOLDER
-from endwise.language_model import LanguageModel
-from endwise.run_evaluation import load_sae
-from endwise.standing import model_of
+from endwise.models.language_model import LanguageModel
 
 
 def dashboard_server(

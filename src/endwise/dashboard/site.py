@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from endwise import __version__
-from endwise.analysis.cosines import MEMORY
+from endwise.analysis.geometry.cosines import MEMORY
+from endwise.common.errors import RunFolderError
+from endwise.common.files import PARTIAL, cannot_write, expanded, write_atomic
+from endwise.common.text import printable
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import write_run_data
 from endwise.dashboard.scripts import script
 from endwise.dashboard.sources import Source, read_sources
-from endwise.errors import RunFolderError
 from endwise.features.explanations import read_explanations
-from endwise.files import PARTIAL, cannot_write, write_atomic
-from endwise.printable import printable
-from endwise.reading import expanded
 
 FOLDER = "dashboard"
 INDEX = "index.html"

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endwise.analysis.run_summary import LABELS
+from endwise.common.errors import ConfigError, FormatError
+from endwise.common.files import expanded
+from endwise.common.remarks import remarks_on
+from endwise.common.text import model_title
+from endwise.config.run import LABELS, RunConfig
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError, FormatError
-from endwise.features.harvest import Harvest, open_harvest
-from endwise.printable import model_title
-from endwise.reading import expanded
-from endwise.remarks import remarks_on
-from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
+from endwise.features.harvest.results import Harvest, open_harvest
+from endwise.runs.folder import RunFolder
 
 LONG_NAME = 32
 """Characters from which on names crowd the bar: a sweep's folders are named after all that they vary."""

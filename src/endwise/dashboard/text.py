@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from endwise.common.errors import ConfigError
+from endwise.common.text import printable, storable
+from endwise.config.run import DataConfig
 from endwise.dashboard.scripts import short
 from endwise.dictionaries import SAE
-from endwise.errors import ConfigError
-from endwise.features.top_tokens import written, written_text
-from endwise.language_model import LanguageModel
-from endwise.printable import printable, storable
-from endwise.run_config import DataConfig
-from endwise.sites import Site
+from endwise.features.harvest.top_tokens import written, written_text
+from endwise.models.language_model import LanguageModel
+from endwise.models.sites import Site
 from endwise.tokens.tokenising import text_ids
 
 MOST_TOKENS = 512

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from endwise.common.text import printable
 from endwise.dashboard.scripts import packed
-from endwise.features.harvest import Context
-from endwise.printable import printable
+from endwise.features.harvest.results import Context
 
 PEAK, ACTIVE, BOOSTED = 1, 2, 4
 REASONS = 8

@@ -3,6 +3,6 @@
 from endwise.dictionaries.base import SAE
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents
 from endwise.dictionaries.relu import ReluSAE
-from endwise.dictionaries.saelens import read_cfg
+from endwise.formats.saelens import read_cfg
 
 __all__ = ["SAE", "DenseLatents", "Latents", "ReluSAE", "SparseLatents", "read_cfg"]

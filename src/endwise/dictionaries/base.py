@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from endwise.common.files import expanded, write_json, write_tensors
 from endwise.dictionaries.latents import Latents
-from endwise.dictionaries.saelens import CFG_FILE, WEIGHTS_FILE, describe
-from endwise.files import write_json, write_tensors
-from endwise.reading import expanded
+from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE, describe
 
 SAELENS_VERSION = "6.0.0"
 """The generation of SAELens whose layout `save` writes; SAELens reads older numbers through a legacy path."""

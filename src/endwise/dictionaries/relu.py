@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from endwise.common.seeds import torch_stream
 from endwise.dictionaries.base import SAE
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, decode_sparse, encode_sparse
-from endwise.seeds import torch_stream
 
 SPARSE_BELOW = 1 / 32
 """Largest share of active features for which sparse latents cost less than dense ones (docs/performance.md)."""

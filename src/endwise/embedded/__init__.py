@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import ModelError
+from endwise.common.errors import ModelError
 
 
 def folder() -> Path:

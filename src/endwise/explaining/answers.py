@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from endwise.printable import storable
+from endwise.common.text import storable
 
 LONGEST = 2000
 """Characters of an explanation that are kept."""

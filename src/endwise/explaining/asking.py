@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from endwise.common.seeds import numpy_stream
 from endwise.explaining.answers import read_explanation
 from endwise.explaining.cache import Answer, Cache
 from endwise.explaining.client import Tally
@@ -17,7 +18,6 @@ from endwise.explaining.samples import Sample
 from endwise.explaining.scorers import SCORERS, Question, Scorer
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import Explanation, Score
-from endwise.seeds import numpy_stream
 
 EXPLAIN = "explain"
 """The prompt that asks for an explanation; the others are called as their scorers."""

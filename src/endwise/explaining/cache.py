@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import FormatError
-from endwise.files import cannot_write, held
+from endwise.common.errors import FormatError
+from endwise.common.files import cannot_write, held
 
 ANSWERS_FILE = "answers.sqlite"
 _FORMAT = 1

@@ -7,18 +7,19 @@ never followed: the key belongs to the host that was named.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 
-from endwise.errors import EndpointError
+from endwise.common.errors import EndpointError
+from endwise.common.text import printable, storable
 from endwise.explaining.cache import Answer, Cache, request_key
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.pacing import Pace, back_off, retry_after
-from endwise.printable import printable, storable
 
 LARGEST_ANSWER = 4 << 20
 """Bytes of a response."""
@@ -267,3 +268,15 @@ def _is_spent(body: bytes) -> bool:
     """OpenAI's 429 of an account without money, which no waiting helps."""
     error = _error(body)
     return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
+
+
+Result = TypeVar("Result")
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

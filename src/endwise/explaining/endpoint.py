@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from endwise.errors import ConfigError
+from endwise.common.errors import ConfigError
 
 _PATH = "/chat/completions"
 

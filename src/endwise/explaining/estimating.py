@@ -11,9 +11,8 @@ from typing import Any
 
 from endwise.explaining.asking import Asking
 from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
-from endwise.explaining.client import Tally
+from endwise.explaining.client import Tally, run_async
 from endwise.explaining.endpoint import Endpoint
-from endwise.explaining.event_loop import run_async
 from endwise.explaining.preparing import Prepared
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER

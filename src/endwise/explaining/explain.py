@@ -8,13 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import Interrupted
+from endwise.common.errors import Interrupted
 from endwise.explaining.asking import PURPOSES, Asking, Explained
 from endwise.explaining.cache import opened
-from endwise.explaining.client import Client, Tally, connected
+from endwise.explaining.client import Client, Tally, connected, run_async
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.estimating import Estimate, estimate
-from endwise.explaining.event_loop import run_async
 from endwise.explaining.preparing import Prepared, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from endwise.errors import DataError, RunFolderError
+from endwise.common.errors import DataError, RunFolderError
+from endwise.common.files import expanded
 from endwise.explaining.rendering import Writer
 from endwise.explaining.samples import Sample, Sizes, Text, pool_features, pool_of, random_sample, sample_of
 from endwise.explaining.selecting import Choice, parse_features
 from endwise.explaining.settings import Settings
-from endwise.features.harvest import Context, Harvest, open_harvest
-from endwise.reading import expanded
-from endwise.run_folder import RunFolder
+from endwise.features.harvest.results import Context, Harvest, open_harvest
+from endwise.runs.folder import RunFolder
 
 Say = Callable[[str], None]
 """Tells the user a sentence."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from endwise.errors import ConfigError
-from endwise.reading import expanded
-from endwise.remedies import reason, remedy
+from endwise.common.errors import ConfigError
+from endwise.common.files import expanded
+from endwise.common.remedies import reason, remedy
 
 PLACE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 LARGEST = 1 << 20

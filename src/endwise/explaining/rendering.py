@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from endwise.common.text import printable
 from endwise.explaining.samples import Text
-from endwise.printable import printable
 
 MARKED_SHARE = 0.3
 """Of the greatest activation in a text, above which a token is marked (as Paulo et al. 2024 have it)."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from endwise.features.harvest import TOP, Context, Harvest
-from endwise.seeds import numpy_stream
+from endwise.common.seeds import numpy_stream
+from endwise.features.harvest.results import TOP, Context, Harvest
 
 LEAST_SHOWN = 3
 """Texts that an explanation is made of, at least."""

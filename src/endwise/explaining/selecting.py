@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from endwise.errors import ConfigError
-from endwise.features.harvest import Harvest
-from endwise.seeds import numpy_stream
+from endwise.common.errors import ConfigError
+from endwise.common.seeds import numpy_stream
+from endwise.features.harvest.results import Harvest
 
 _COUNTED = re.compile(r"(random|top):(\d{1,9})", re.ASCII)
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)

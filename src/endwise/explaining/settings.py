@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import ConfigError
+from endwise.common.errors import ConfigError
 from endwise.explaining.client import Patience
 from endwise.explaining.scorers import SCORERS
 

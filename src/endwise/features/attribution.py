@@ -25,15 +25,15 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from endwise.axes import Activation, TokenMask
+from endwise.common.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
 from endwise.dictionaries.latents import SparseLatents
-from endwise.features.importance import FeatureImportance
+from endwise.features.importance_table import FeatureImportance
 from endwise.features.spliced import microbatches
 from endwise.kernels import kernels_for
-from endwise.language_model import Clean, LanguageModel
-from endwise.readout import Readout, next_tokens
-from endwise.sites import Site
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.readout import Readout, next_tokens
+from endwise.models.sites import Site
 
 Loss = Literal["ce", "kl"]
 Sums = Float[Tensor, " d_sae"]

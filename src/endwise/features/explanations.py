@@ -17,12 +17,11 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from endwise.errors import FormatError
-from endwise.features.same_weights import check_same_weights
-from endwise.files import write_json
-from endwise.reading import expanded, read_format
-from endwise.remedies import unreadable
-from endwise.tabular import write_parquet
+from endwise.common.errors import FormatError
+from endwise.common.files import expanded, read_format, write_json
+from endwise.common.remedies import unreadable
+from endwise.common.tables import write_parquet
+from endwise.runs.weights import check_same_weights
 
 EXPLANATIONS_FOLDER = "explanations"
 EXPLANATIONS_FORMAT = 1

@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from endwise.axes import Activation, TokenMask
+from endwise.common.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
-from endwise.language_model import Clean, LanguageModel
-from endwise.readout import Comparison
-from endwise.sites import Site
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.readout import Comparison
+from endwise.models.sites import Site
 
 CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
 """Tokens at a time in the spliced pass, as in training."""

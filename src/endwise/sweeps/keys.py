@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from endwise.config import Config
-from endwise.errors import ConfigError
-from endwise.run_config import RunConfig
+from endwise.common.errors import ConfigError
+from endwise.config.base import Config
+from endwise.config.run import RunConfig
 
 RANGE, TARGET, OUT = "log_range", "target", "out"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import ConfigError
+from endwise.common.errors import ConfigError
 from endwise.sweeps.remote import Lost, Remote
 from endwise.sweeps.sweep_config import RayConfig
 from endwise.sweeps.tasks import Outcome, Task

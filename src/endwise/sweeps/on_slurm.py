@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endwise.errors import ConfigError
-from endwise.stopping import ask_to_stop
+from endwise.common.errors import ConfigError
+from endwise.common.stopping import ask_to_stop
 from endwise.sweeps.remote import Lost, Refused, Remote
 from endwise.sweeps.sweep_config import SlurmConfig
 from endwise.sweeps.tasks import Outcome, Task

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endwise.errors import EndwiseError, FormatError
-from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
+from endwise.common.errors import EndwiseError, FormatError
+from endwise.config.run import RunConfig
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import Point, placed, with_coefficient, with_tokens
 from endwise.sweeps.sweep_config import SearchConfig, Target
 from endwise.sweeps.targets import SearchError, Trial, miss, next_coefficient, slope_at

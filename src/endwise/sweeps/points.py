@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from endwise.config import read_yaml, with_values
-from endwise.errors import ConfigError, SiteError
-from endwise.recipes import find_recipe
-from endwise.run_config import RunConfig
-from endwise.sites import Site
+from endwise.common.errors import ConfigError, SiteError
+from endwise.config.base import read_yaml, with_values
+from endwise.config.recipes import find_recipe
+from endwise.config.run import RunConfig
+from endwise.models.sites import Site
 from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
 from endwise.sweeps.sweep_config import SweepConfig, Target
 

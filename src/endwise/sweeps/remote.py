@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from endwise.errors import ConfigError, EndwiseError, Interrupted
-from endwise.run_config import RunConfig
-from endwise.stopping import polite_stop
+from endwise.common.errors import ConfigError, EndwiseError, Interrupted
+from endwise.common.stopping import polite_stop
+from endwise.config.run import RunConfig
 from endwise.sweeps.tasks import Outcome, Task, folder_of, is_finished
 from endwise.sweeps.workers import failed
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from endwise.errors import ConfigError, ModelError, SiteError
-from endwise.language_model import LanguageModel
-from endwise.memory_trace import MemoryTrace
-from endwise.model_loading import outline_model
-from endwise.objectives import build_objective
-from endwise.run_config import ModelConfig
-from endwise.run_folder import RunFolder
+from endwise.common.errors import ConfigError, ModelError, SiteError
+from endwise.config.run import ModelConfig
+from endwise.models.language_model import LanguageModel
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.point_progress import PointProgress, runs_of
 from endwise.sweeps.points import Point, points_of
 from endwise.sweeps.sweep_config import SweepConfig, as_sweep
 from endwise.sweeps.tasks import folder_of, is_trained, tasks_of
+from endwise.training.objectives import build_objective
+from endwise.training.planning.memory_trace import MemoryTrace
+from endwise.training.planning.outline import outline_model
 
 
 @dataclass(frozen=True)

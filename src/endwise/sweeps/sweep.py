@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from endwise.distributed import launched
-from endwise.errors import ConfigError, Interrupted
-from endwise.files import write_atomic
-from endwise.run_config import RunConfig
+from endwise.common.errors import ConfigError, Interrupted
+from endwise.common.files import write_atomic
+from endwise.common.processes import launched
+from endwise.config.run import RunConfig
 from endwise.sweeps.engines import Engine, engine_of
 from endwise.sweeps.point_progress import PointProgress, runs_of
 from endwise.sweeps.points import Point, points_of

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from endwise.config import Config, apply_overrides, read_yaml
-from endwise.errors import ConfigError
-from endwise.recipes import find_sweep
-from endwise.run_config import Positive
+from endwise.common.errors import ConfigError
+from endwise.config.base import Config, apply_overrides, read_yaml
+from endwise.config.recipes import find_sweep
+from endwise.config.run import Positive
 from endwise.sweeps.keys import flattened
 
 Share = Annotated[float, Field(gt=0, le=1)]

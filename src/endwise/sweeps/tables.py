@@ -8,17 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from endwise.analysis.run_summary import LABELS
-from endwise.files import write_atomic
-from endwise.remarks import gathered
-from endwise.report.sets import show_remarks
-from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
+from endwise.common.files import write_atomic
+from endwise.common.remarks import gathered, show_remarks
+from endwise.common.tables import as_csv, as_table, flat, write_table
+from endwise.common.terminal import Grid, show
+from endwise.config.run import LABELS, RunConfig
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
 from endwise.sweeps.survey import Prospect
-from endwise.tabular import as_csv, as_table, flat, write_table
-from endwise.terminal import Grid, show
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from endwise.errors import EndwiseError
+from endwise.common.errors import EndwiseError
 from endwise.sweeps.sweep_config import SearchConfig, Target
 
 LARGEST_STEP = math.log(8)

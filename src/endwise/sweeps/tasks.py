@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endwise.dictionaries.saelens import CFG_FILE
-from endwise.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
-from endwise.group import Failure, SomeFailed
-from endwise.language_model import LanguageModel
-from endwise.model_loading import find_device, load_model
-from endwise.run_config import RunConfig
-from endwise.run_evaluation import evaluate, unfinished
-from endwise.run_folder import RunFolder
-from endwise.standing import check_texts, pinned
+from endwise.common.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
+from endwise.config.run import RunConfig
+from endwise.evaluation.evaluate import evaluate
+from endwise.evaluation.finished import unfinished
+from endwise.evaluation.provenance import check_texts, pinned
+from endwise.formats.saelens import CFG_FILE
+from endwise.models.language_model import LanguageModel
+from endwise.models.loading import find_device, load_model
+from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora
-from endwise.training import corpora_of, model_for, train_together
+from endwise.training.members import Failure, SomeFailed
+from endwise.training.setup import corpora_of, model_for
+from endwise.training.train import train_together
 
 MEASURED = ("ce_increase", "l0", "alive")
 """Numbers that every evaluation holds."""

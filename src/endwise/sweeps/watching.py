@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from endwise.errors import FormatError
-from endwise.printable import printable
-from endwise.progress import LOG_SECONDS
-from endwise.run_config import RunConfig
-from endwise.run_folder import RunFolder
+from endwise.common.counting import LOG_SECONDS
+from endwise.common.errors import FormatError
+from endwise.common.terminal import Cell, Grid
+from endwise.common.text import printable
+from endwise.config.run import RunConfig
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
-from endwise.terminal import Cell, Grid
 
 LOOK_SECONDS = 1.0
 LAST_BYTES = 16_384

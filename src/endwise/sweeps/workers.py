@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from endwise.errors import Interrupted, RunFolderError
-from endwise.remedies import reason, remedy
+from endwise.common.errors import Interrupted, RunFolderError
+from endwise.common.remedies import reason, remedy
 from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out, folder_of
 
 _loaded = Loaded()

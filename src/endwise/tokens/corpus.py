@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from endwise.axes import TokenMask, Tokens
-from endwise.errors import DataError
-from endwise.seeds import numpy_stream
+from endwise.common.axes import TokenMask, Tokens
+from endwise.common.errors import DataError
+from endwise.common.seeds import numpy_stream
 
 _AT_ONCE = 256
 """Sequences that a digest is made of at a time."""

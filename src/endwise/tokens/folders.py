@@ -8,10 +8,10 @@ from pathlib import Path, PurePath
 
 from rich.console import Console
 
-from endwise.distributed import is_first_process
-from endwise.errors import DataError
-from endwise.printable import printable
-from endwise.remedies import reason, remedy
+from endwise.common.errors import DataError
+from endwise.common.processes import is_first_process
+from endwise.common.remedies import reason, remedy
+from endwise.common.text import printable
 
 DEFAULT_SPLIT = "train"
 _SPLITS = {

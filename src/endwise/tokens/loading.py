@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.digests import cache_folder
-from endwise.errors import DataError, NoTokenizer
-from endwise.language_model import LanguageModel
-from endwise.reading import expanded
-from endwise.run_config import DataConfig
+from endwise.common.digests import cache_folder
+from endwise.common.errors import DataError, NoTokenizer
+from endwise.common.files import expanded
+from endwise.config.run import DataConfig
+from endwise.models.language_model import LanguageModel
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source, refuse_hub_settings

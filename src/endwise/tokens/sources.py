@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.errors import DataError, FormatError
-from endwise.hub import commit_on_hub
-from endwise.reading import expanded, read_json, stays_inside, there_is
-from endwise.remedies import reason, remedy
+from endwise.common.errors import DataError, FormatError
+from endwise.common.files import expanded, read_json, stays_inside, there_is
+from endwise.common.remedies import reason, remedy
 from endwise.tokens.folders import check_split, files_of_split, no_split
+from endwise.tokens.hub import commit_on_hub
 
 COLUMNS = ("text", "input_ids", "tokens")
 """Looked for in this order where `data.column` is unset."""

@@ -17,10 +17,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from endwise.errors import DataError, RunFolderError
-from endwise.files import PARTIAL
-from endwise.printable import printable
-from endwise.remedies import reason, remedy
+from endwise.common.errors import DataError, RunFolderError
+from endwise.common.files import PARTIAL
+from endwise.common.remedies import reason, remedy
+from endwise.common.text import printable
 from endwise.tokens.corpus import Documents
 from endwise.tokens.sources import Source, SourceLost
 from endwise.tokens.tokenising import (

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from endwise.errors import DataError, NoTokenizer
-from endwise.files import replacing, write_json
-from endwise.printable import printable
+from endwise.common.errors import DataError, NoTokenizer
+from endwise.common.files import replacing, write_json
+from endwise.common.text import printable
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, SourceLost
 

@@ -1,0 +1,178 @@
+"""How long a reconstruction is and which way it points, compared with the activation (paper, figures 10 and 11)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from endwise.analysis.directions.text_at_site import WHERE, SiteBatch, TextAtSite, Where
+from endwise.common.axes import Activation
+from endwise.common.errors import FormatError
+from endwise.common.files import read_json, write_json
+from endwise.common.statistics import Interval, bootstrap_ratio
+from endwise.dictionaries import SAE
+from endwise.models.language_model import LanguageModel
+from endwise.models.sites import Site
+from endwise.tokens import Corpus
+
+SAMPLE = {"others": 1500, "position_0": 100, "starts": 500}
+"""Tokens of each group that are kept one by one, for a scatter plot."""
+BINS = 200
+"""Of the cosine's histogram, from −1 to 1."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of one SAE on held-out text. Position 0 is apart, since models keep an activation of its own there, often many
+    times as long as any other; and so are document starts at other positions, where packed text begins anew.
+
+    Lengths are L2 norms; intervals are 95 % bootstrap ones over sequences.
+    """
+
+    ratio: Interval
+    """Mean over tokens of ‖â‖ / ‖a‖, position 0 and document starts left out (paper, table 5)."""
+    ratio_at_0: Interval | None
+    """The same at position 0; None where that is masked throughout."""
+    ratio_at_starts: Interval | None
+    """The same at document starts; None where the text has none (but at position 0)."""
+    cosine: Interval
+    """Mean over tokens of the cosine between a and â, position 0 and document starts left out."""
+    histogram: tuple[int, ...]
+    """Tokens, without position 0 and document starts, by their cosine, in `BINS` equal bins from −1 to 1."""
+    sample: Mapping[Where, tuple[tuple[float, float], ...]]
+    """‖a‖ and ‖â‖ of `SAMPLE` tokens of each group, spread evenly over the text."""
+    tokens: int
+
+    def to_row(self) -> dict[str, float]:
+        """Every interval that there is, flat, for a table."""
+        row: dict[str, float] = {}
+        for name in _INTERVALS:
+            interval: Interval | None = getattr(self, name)
+            if interval is not None:
+                row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+        return row
+
+    def to_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = dict(vars(self))
+        for name in _INTERVALS:
+            values[name] = None if values[name] is None else vars(values[name])
+        return values
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "Norms":
+        """From what `to_json` gives.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is something else.
+        """
+
+        def interval(name: str) -> Interval | None:
+            return None if values[name] is None else Interval(**values[name])
+
+        return cls(
+            ratio=Interval(**values["ratio"]),
+            ratio_at_0=interval("ratio_at_0"),
+            ratio_at_starts=interval("ratio_at_starts"),
+            cosine=Interval(**values["cosine"]),
+            histogram=_of_length(BINS, values["histogram"]),
+            sample={group: tuple((float(a), float(b)) for a, b in values["sample"][group]) for group in WHERE},
+            tokens=values["tokens"],
+        )
+
+    @classmethod
+    def read(cls, file: Path) -> "Norms":
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+            FormatError: it does not hold norms as `to_json` gives them.
+        """
+        try:
+            return cls.of_json(read_json(file))
+        except (LookupError, TypeError, ValueError) as error:
+            raise FormatError(f"{file} holds no norms as they are written ({error}). Remove it.") from None
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.to_json())
+
+
+_INTERVALS = ("ratio", "ratio_at_0", "ratio_at_starts", "cosine")
+
+
+def norms(
+    model: LanguageModel,
+    sae: SAE,
+    site: Site,
+    corpus: Corpus,
+    *,
+    tokens: int,
+    batch: int = 16,
+    resamples: int = 1000,
+    seed: int = 12345,
+) -> Norms:
+    """Measures lengths and directions on the first `tokens` tokens of a corpus; masked positions do not count.
+
+    Raises:
+        ConfigError: fewer tokens than one sequence has.
+    """
+    collector = NormCollector()
+    for part in TextAtSite.first(model, site, corpus, tokens, batch).batches():
+        collector.add(part, sae(part.activation.float()))
+    return collector.norms(resamples, seed)
+
+
+class NormCollector:
+    """Takes batch after batch of one SAE's reconstructions."""
+
+    def __init__(self) -> None:
+        self._lengths: list[NDArray[np.float64]] = []
+        """‖a‖, ‖â‖ and their cosine: `[3 batch pos]` of each batch."""
+        self._groups: list[NDArray[np.bool_]] = []
+        """In the order of `WHERE`: `[3 batch pos]` of each batch."""
+
+    def add(self, batch: SiteBatch, reconstruction: Activation) -> None:
+        a, b = (x.double().where(batch.mask[..., None], 0.0) for x in (batch.activation, reconstruction))
+        self._lengths.append(_stacked([a.norm(dim=-1), b.norm(dim=-1), cosine_similarity(a, b, -1)]))
+        self._groups.append(_stacked([batch.where(group) for group in WHERE]))
+
+    def norms(self, resamples: int, seed: int) -> Norms:
+        """What all batches together show."""
+        a, b, cosines = np.concatenate(self._lengths, axis=1)
+        groups: dict[Where, NDArray[np.bool_]] = dict(zip(WHERE, np.concatenate(self._groups, axis=1), strict=True))
+        ratios = b / np.maximum(a, np.finfo(np.float32).tiny)
+        others = groups["others"]
+
+        def mean(values: NDArray[np.float64], kept: NDArray[np.bool_]) -> Interval:
+            return bootstrap_ratio(np.where(kept, values, 0.0).sum(1), kept.sum(1).astype(float), resamples, seed)
+
+        at_0, at_starts = (
+            mean(ratios, groups[group]) if groups[group].any() else None for group in ("position_0", "starts")
+        )
+        return Norms(
+            ratio=mean(ratios, others),
+            ratio_at_0=at_0,
+            ratio_at_starts=at_starts,
+            cosine=mean(cosines, others),
+            histogram=tuple(int(n) for n in np.histogram(cosines[others], bins=BINS, range=(-1.0, 1.0))[0]),
+            sample={group: _sample(a[kept], b[kept], SAMPLE[group]) for group, kept in groups.items()},
+            tokens=int(sum(kept.sum() for kept in groups.values())),
+        )
+
+
+def _of_length(count: int, values: Sequence[int]) -> tuple[int, ...]:
+    if len(values) != count:
+        raise ValueError(f"{len(values)} values where {count} are expected")
+    return tuple(values)
+
+
+def _stacked(values: list[Tensor]) -> NDArray[Any]:
+    return np.stack([value.cpu().numpy() for value in values])
+
+
+def _sample(a: NDArray[np.float64], b: NDArray[np.float64], count: int) -> tuple[tuple[float, float], ...]:
+    chosen = np.linspace(0, len(a) - 1, min(count, len(a))).astype(int)
+    return tuple((float(length), float(after)) for length, after in zip(a[chosen], b[chosen], strict=True))

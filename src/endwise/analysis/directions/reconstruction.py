@@ -1,0 +1,119 @@
+"""Figures of what reconstructions keep: at their own site and in the later layers, in length and in direction."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from endwise.analysis.directions.norms import BINS, Norms
+from endwise.analysis.directions.text_at_site import Where
+from endwise.analysis.pareto.page import AXIS, described, mark
+from endwise.config.run import KINDS, LABELS
+from endwise.evaluation.summary import RunSummary, layer_label
+from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
+
+TEXT = "Bars are 95 % intervals over held-out text, each of one run."
+LATER = {
+    "downstream_mse": Axis("mean squared error per dimension", log=True),
+    "downstream_cosine": Axis("cosine, spliced and original"),
+}
+"""What is measured at every later residual stream."""
+
+
+def downstream(similar: Mapping[str, Sequence[RunSummary]], name: str = "downstream") -> Chart:
+    """Figures 2 and 6: for each site the error and the cosine of its runs at similar CE increase."""
+    panels = [panel for site, runs in similar.items() for panel in _later(runs, site)]
+    caption = (
+        "Later residual streams of the runs of each kind, of one seed, whose CE increases are closest to each other, "
+        f"spliced against original. {TEXT}"
+    )
+    return Chart(name, "Error in the later layers, at similar CE increase", caption, tuple(panels))
+
+
+def downstream_of_all(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
+    """The same of every run, whatever its CE increase."""
+    caption = f"Later residual streams, spliced against original, of every SAE at {site}; one line a run. {TEXT}"
+    return Chart(name, "Error in the later layers, of every run", caption, tuple(_later(runs, site)))
+
+
+def _later(runs: Sequence[RunSummary], site: str) -> list[Panel]:
+    later = list(dict.fromkeys(name for run in runs for name in run.downstream_mse))
+    x = Axis("later residual stream, by the block it enters", categories=tuple(map(layer_label, later)))
+    panels = []
+    for metric, y in LATER.items():
+        series = [Series(run.kind, _marks(run, metric, later)) for run in runs]
+        if any(each.marks for each in series):  # cosines are younger than errors
+            panels.append(Panel(site, x, y, tuple(each for each in series if each.marks)))
+    return panels
+
+
+def _marks(run: RunSummary, metric: str, later: Sequence[str]) -> tuple[Mark, ...]:
+    return tuple(
+        Mark(float(later.index(name)), number, described(run), y_ends=run.intervals.get(f"{metric}.{name}"))
+        for name, number in getattr(run, metric).items()
+    )
+
+
+def explained_variance(runs: Sequence[RunSummary], site: str, name: str = "explained_variance") -> Chart:
+    """Figure 12, at the SAE's own site: raw, and after LayerNorm without its affine part."""
+    forms = {"per_token": "raw", "per_token_layernorm": "after LayerNorm"}
+    y = Axis("explained variance, per token")
+    panels = [
+        Panel(words, AXIS["l0"], y, _by_kind(runs, f"explained_variance.{form}")) for form, words in forms.items()
+    ]
+    caption = f"Mean over tokens of 1 − ‖â − a‖² / ‖a − mean‖² at {site}. {TEXT}"
+    return Chart(name, "How much of the activation is reconstructed", caption, tuple(panels))
+
+
+def _by_kind(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
+    series = [Series(kind, tuple(mark(run, "l0", y) for run in of_kind(runs, kind))) for kind in KINDS]
+    return tuple(each for each in series if each.marks)
+
+
+def of_kind(runs: Iterable[RunSummary], kind: str) -> list[RunSummary]:
+    """In the order of L0."""
+    return sorted((run for run in runs if run.kind == kind), key=lambda run: run.l0)
+
+
+def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str, name: str = "norms") -> Chart:
+    """Figure 10: a panel for each kind, and one for its document starts, where there are any."""
+    x, y = Axis("length of the activation, ‖a‖", log=True), Axis("length of the reconstruction, ‖â‖", log=True)
+    drawn = [run for run in similar if run.folder in measured]
+
+    def panel(run: RunSummary, title: str, groups: Mapping[Where, str]) -> Panel:
+        series = [
+            Series(run.kind, _lengths(measured[run.folder], group, words), words, joined=False, rank=rank)
+            for rank, (group, words) in enumerate(groups.items())
+        ]
+        return Panel(title, x, y, tuple(each for each in series if each.marks), diagonal=True)
+
+    panels = [panel(run, LABELS[run.kind], {"others": "other positions", "position_0": "position 0"}) for run in drawn]
+    if any(measured[run.folder].sample["starts"] for run in drawn):
+        starts = "document starts"
+        panels += [panel(run, f"{LABELS[run.kind]}, {starts}", {"starts": starts}) for run in drawn]
+    caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot a held-out token."
+    return Chart(name, "How long reconstructions are", caption, tuple(panels))
+
+
+def _lengths(norms: Norms, group: Where, words: str) -> tuple[Mark, ...]:
+    return tuple(Mark(a, b, words) for a, b in norms.sample[group])
+
+
+def cosines(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str, name: str = "cosines") -> Chart:
+    """Figure 11, from the lowest cosine of any."""
+    centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+    drawn = [run for run in similar if run.folder in measured]
+    counts = {run.kind: np.array(measured[run.folder].histogram, dtype=float) for run in drawn}
+    filled = np.flatnonzero(sum(counts.values(), np.zeros(BINS)))
+    first = max(0, int(filled[0]) - 1) if len(filled) else 0
+    series = []
+    for kind, each in counts.items():
+        shares = 100 * each / max(each.sum(), 1)
+        marks = [Mark(float(x), float(y), f"{LABELS[kind]}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)]
+        series.append(Series(kind, tuple(marks[first:])))
+    y = Axis(f"share of tokens, % per {2 / BINS:g}", from_zero=True)
+    panel = Panel(site, Axis("cosine between a and â"), y, tuple(series))
+    caption = (
+        "Held-out tokens by the cosine between the activation and its reconstruction; position 0 and document starts "
+        "left out."
+    )
+    return Chart(name, "Which way reconstructions point", caption, (panel,))

@@ -1,0 +1,80 @@
+"""The activations of held-out text at one site, batch by batch, with position 0 and document starts told apart."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from endwise.common.axes import Activation, TokenMask
+from endwise.common.errors import ConfigError
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.sites import Site
+from endwise.tokens import Corpus
+
+Where = Literal["position_0", "starts", "others"]
+WHERE: tuple[Where, ...] = ("position_0", "starts", "others")
+"""Every token that counts is in one of: position 0 of a sequence; the first token of a document elsewhere; the rest."""
+
+
+@dataclass(frozen=True)
+class SiteBatch:
+    """Some sequences; everything on the model's device."""
+
+    clean: Clean
+    activation: Activation
+    """At the site, as the model computes it."""
+    mask: TokenMask
+    """True where a position counts (see `TokenBatch.mask`)."""
+    starts: TokenMask
+    """True at the first token of a document."""
+
+    def where(self, group: Where) -> TokenMask:
+        """The positions that count and belong to a group of `WHERE`."""
+        first = torch.zeros_like(self.mask)
+        first[:, 0] = True
+        return (
+            self.mask & {"position_0": first, "starts": self.starts & ~first, "others": ~(self.starts | first)}[group]
+        )
+
+    def counted(self, with_starts: bool) -> TokenMask:
+        """All positions that count, or those besides position 0 and document starts."""
+        return self.mask if with_starts else self.where("others")
+
+
+@dataclass(frozen=True)
+class TextAtSite:
+    """The first sequences of a corpus, and a site at which to read them."""
+
+    model: LanguageModel
+    site: Site
+    corpus: Corpus
+    sequences: int
+    batch: int = 16
+    """Sequences at a time."""
+
+    @classmethod
+    def first(cls, model: LanguageModel, site: Site, corpus: Corpus, tokens: int, batch: int = 16) -> "TextAtSite":
+        """The first `tokens` tokens, in whole sequences.
+
+        Raises:
+            ConfigError: not one whole sequence.
+        """
+        sequences = min(tokens // corpus.context, len(corpus))
+        if not sequences:
+            raise ConfigError(f"{tokens} held-out tokens were asked for, but one sequence alone has {corpus.context}.")
+        return cls(model, site, corpus, sequences, batch)
+
+    def of_at_most(self, tokens: int) -> "TextAtSite":
+        """The same, or its first sequences: no more than `tokens` tokens, but one sequence at least."""
+        return replace(self, sequences=min(self.sequences, max(1, tokens // self.corpus.context)))
+
+    @torch.no_grad()
+    def batches(self, final: bool = False) -> Iterator[SiteBatch]:
+        """One clean pass, as far as the site or, with `final`, to the end."""
+        for start in range(0, self.sequences, self.batch):
+            rows = range(start, min(start + self.batch, self.sequences))
+            text = self.corpus.batch(rows).to(self.model.device)
+            clean = self.model.clean(text.tokens, record={self.site}, final=final)
+            starts = self.corpus.document_starts(rows).to(self.model.device)
+            yield SiteBatch(clean, clean.activations[self.site], text.mask, starts)

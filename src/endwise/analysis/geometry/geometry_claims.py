@@ -1,0 +1,130 @@
+"""The paper's geometric claims against one's own dictionaries: shown, not shown, or not testable here, and why."""
+
+from collections.abc import Sequence
+
+from endwise.analysis.claims import Claim, Verdict
+from endwise.analysis.geometry.geometry import Geometry
+from endwise.analysis.geometry.similarity import Difference, across_kinds, across_seeds, alive_of, difference, within
+from endwise.analysis.over_seeds import judged, over
+from endwise.config.run import LABELS
+from endwise.evaluation.summary import RunSummary
+
+PUBLISHED = {"e2e": "−0.166 [−0.168, −0.163] (layer 6)", "e2e_ds": "−0.040 [−0.043, −0.037] (layer 6)"}
+"""Mean within cosine less local's; GPT2-small."""
+
+WITHIN, SEEDS = "within", "across seeds"
+EQUALLY_MANY = ", among equally many"
+"""The more features there are, the nearer the nearest: a control in which both have as many."""
+
+
+def differences(found: Geometry) -> list[Difference]:
+    """Of every two kinds, within and across seeds; and, towards and from each kind, of the other two."""
+    made = []
+    for a, b in (("e2e", "local"), ("e2e_ds", "local"), ("e2e_ds", "e2e")):
+        for equally_many in (False, True):
+            made.append(_difference(found, WITHIN, a, b, equally_many))
+            made.append(_difference(found, SEEDS, a, b, equally_many))
+    for a, b, to in (("e2e_ds", "e2e", "local"), ("e2e_ds", "local", "e2e"), ("local", "e2e", "e2e_ds")):
+        made.append(_towards(found, a, b, to))
+        made.append(_seen_from(found, to, a, b))
+    return made
+
+
+def claims(found: Geometry) -> list[Claim]:
+    """The verdicts on the dictionaries of one setting."""
+    by_name = {(each.name, each.a, each.b): each for each in differences(found)}
+    made = [
+        _below(
+            f"{LABELS[kind]} dictionaries are more orthogonal than local ones: their features lie further apart",
+            PUBLISHED[kind],
+            by_name[WITHIN, kind, "local"],
+            control=by_name[f"{WITHIN}{EQUALLY_MANY}", kind, "local"],
+        )
+        for kind in ("e2e", "e2e_ds")
+    ]
+    seeds, control = (by_name[f"{SEEDS}{among}", "e2e_ds", "e2e"] for among in ("", EQUALLY_MANY))
+    claim = "e2e+ds features recur across seeds more than e2e's"
+    made.append(_above(claim, "far more (figure 3)", seeds, control=control))
+    local = by_name["nearest in local", "e2e_ds", "e2e"]
+    published = "e2e+ds is nearer to local than e2e is (figure 3)"
+    made.append(_above("e2e+ds dictionaries are partly aligned with local ones, more than e2e's are", published, local))
+    published = "e2e+ds sits between them (figure 3)"
+    e2e = by_name["nearest in e2e", "e2e_ds", "local"]
+    made.append(
+        _above("e2e+ds lies between local and e2e: nearer to either than they are to each other", published, local, e2e)
+    )
+    return made
+
+
+def _difference(found: Geometry, name: str, a: str, b: str, equally_many: bool) -> Difference:
+    """Within, or across seeds; with `equally_many`, as if either had as many alive features as the one with fewer."""
+    measure, similar = (within, found.similar) if name == WITHIN else (across_seeds, found.seeded)
+    runs = {run.kind: run for run in similar}
+    full_name = f"{name}{EQUALLY_MANY if equally_many else ''}"
+    what = "two alive features" if name == WITHIN else "several seeds"
+    if (missing := _missing(runs, (a, b), what)) is not None:
+        return Difference(full_name, a, b, reason=missing)
+    among = min(alive_of(found, runs[kind]) for kind in (a, b)) if equally_many else None
+    of_a, of_b = (measure(found, runs[kind], among) for kind in (a, b))
+    assert of_a is not None and of_b is not None
+    return difference(full_name, of_a, of_b, (a, b))
+
+
+def _towards(found: Geometry, a: str, b: str, to: str) -> Difference:
+    """How much nearer `a`'s features have one of `to` than `b`'s have; of different features, so unpaired."""
+    runs, name = {run.kind: run for run in found.similar}, f"nearest in {LABELS[to]}"
+    if (missing := _missing(runs, (a, b, to), "two alive features")) is not None:
+        return Difference(name, a, b, reason=missing)
+    of_a, of_b = (across_kinds(found, runs[kind], runs[to]) for kind in (a, b))
+    return difference(name, of_a, of_b, (a, b)) if of_a and of_b else Difference(name, a, b, reason="no seed has both")
+
+
+def _seen_from(found: Geometry, of: str, a: str, b: str) -> Difference:
+    """How much nearer the features of `of` have one of `a` than one of `b`; the same features, so paired."""
+    runs, name = {run.kind: run for run in found.similar}, f"{LABELS[of]}'s features, nearest in"
+    if (missing := _missing(runs, (of, a, b), "two alive features")) is not None:
+        return Difference(name, a, b, reason=missing)
+    to_a, to_b = (across_kinds(found, runs[of], runs[kind]) for kind in (a, b))
+    if to_a is None or to_b is None:
+        return Difference(name, a, b, reason="no seed has both")
+    same = to_a.values.keys() == to_b.values.keys()
+    return difference(name, to_a, to_b, (a, b), paired=same)
+
+
+def _missing(runs: dict[str, RunSummary], kinds: Sequence[str], what: str) -> str | None:
+    absent = [LABELS[kind] for kind in kinds if kind not in runs]
+    return f"there is no run of {', '.join(absent)} with {what}, of a seed of the others" if absent else None
+
+
+def _above(claim: str, published: str, *parts: Difference, control: Difference | None = None) -> Claim:
+    return Claim(claim, published, _all_told(parts, control), _verdict(parts, 1))
+
+
+def _below(claim: str, published: str, *parts: Difference, control: Difference | None = None) -> Claim:
+    return Claim(claim, published, _all_told(parts, control), _verdict(parts, -1))
+
+
+def _all_told(parts: Sequence[Difference], control: Difference | None) -> str:
+    """A control is told where there is one, but decides nothing: the claim is the paper's, and so is its measure."""
+    known = [*parts] if control is None or control.interval is None else [*parts, control]
+    return "; ".join(map(told, known))
+
+
+def _verdict(parts: Sequence[Difference], sign: int) -> Verdict:
+    """Shown if the whole interval of every part lies on that side of 0, each holding features and seeds."""
+    intervals = [part.interval for part in parts]
+    if None in intervals:
+        return "not testable here"
+    return judged(*((each, min(sign * each.low, sign * each.high) > 0) for each in intervals if each is not None))
+
+
+def told(part: Difference) -> str:
+    """The difference in words."""
+    what = f"mean greatest cosine {part.name}, {LABELS[part.a]} less {LABELS[part.b]}"
+    if part.interval is None:
+        return f"{what}: not measured ({part.reason})"
+    return f"{what}: {part.interval.told(signed)} {over('features', part.runs)}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")

@@ -1,0 +1,236 @@
+"""Measures the importance of the features of finished runs; those of one model share every clean pass."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from endwise.analysis.importance.ablation import AblationSums, choose
+from endwise.analysis.importance.faithfulness import FaithfulnessSums
+from endwise.common.counting import counting
+from endwise.common.errors import ConfigError, DataError
+from endwise.common.files import expanded
+from endwise.config.run import RunConfig
+from endwise.dictionaries import SAE
+from endwise.evaluation.finished import load_sae, sharing_groups
+from endwise.evaluation.provenance import corpora_of_runs, heldout_fingerprint, model_of
+from endwise.features.attribution import Attribution
+from endwise.features.importance_table import Faithfulness, Measured, read_measured, write_measured
+from endwise.features.spliced import SplicedBatch, spliced_ce
+from endwise.models.language_model import LanguageModel
+from endwise.models.sites import Site
+from endwise.runs.folder import RunFolder
+from endwise.runs.weights import weights_digest
+from endwise.tokens import Corpora, Corpus, TokenBatch
+
+BLOCKS = 20
+"""Runs of neighbouring sequences whose sums are kept apart, for intervals of what is not a sum over tokens."""
+ABLATED = 100
+"""Features that are ablated one by one, unless asked otherwise."""
+
+
+def measure_importance(
+    runs: Sequence[str | Path],
+    *,
+    tokens: int | None = None,
+    ablate: int = ABLATED,
+    kl: bool = False,
+    again: bool = False,
+    model: LanguageModel | None = None,
+    corpora: Corpora | None = None,
+    display: bool = False,
+) -> dict[Path, Measured]:
+    """Measures the importance of every feature of finished runs and writes `importance.safetensors` into each.
+
+    A run that was measured with the same settings is read, not measured again.
+
+    Args:
+        runs: run folders; those of one model and one corpus share every clean pass.
+        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
+        ablate: features of each run to ablate one by one.
+        kl: attribute the KL besides the CE, which needs the whole clean pass and a second backward pass.
+        again: measure whatever was measured before.
+        model, corpora: loaded ones to use instead of the recipes'.
+        display: show progress on stderr.
+
+    Raises:
+        ConfigError: fewer than two sequences, which cannot be halved, or a negative number of features.
+        RunFolderError: a folder is not a run, or holds no trained SAE yet.
+        DataError: the held-out text is too short, or a loss on it is NaN or infinite.
+    """
+    if ablate < 0:
+        raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
+    configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
+    settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
+    text = {path: heldout_fingerprint(path, corpora) for path in configs}
+    found = {} if again else {path: read_measured(path) for path in configs}
+    results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path], text[path])}
+    missing = {path: config for path, config in configs.items() if path not in results}
+    for paths in sharing_groups(missing, tokens):
+        group = _group({path: missing[path] for path in paths}, settings, model, corpora)
+        measured = group.measure(display)
+        for path in paths:
+            results[path] = measured[path]
+            write_measured(path, measured[path])
+    return {path: results[path] for path in configs}
+
+
+def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl: bool) -> dict[str, Any]:
+    return {
+        "tokens": tokens or config.evaluation.tokens,
+        "ablate": ablate,
+        "kl": kl,
+        "blocks": BLOCKS,
+        "seed": config.evaluation.seed,
+        "weights": weights_digest(path),
+    }
+
+
+def _serves(old: Measured, settings: Mapping[str, Any], heldout: str | None) -> bool:
+    """Whether a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
+    do.
+    """
+    if old.settings.get("heldout") != heldout:
+        return False
+    return {**old.settings, "kl": settings["kl"] and old.settings.get("kl")} == {**old.settings, **settings}
+
+
+def _group(
+    configs: Mapping[Path, RunConfig],
+    settings: Mapping[Path, Mapping[str, Any]],
+    model: LanguageModel | None,
+    corpora: Corpora | None,
+) -> "_Group":
+    first = next(iter(configs.values()))
+    wanted = settings[next(iter(configs))]
+    model = model_of(configs, model)
+    corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=wanted["tokens"])
+    corpus, sequences = corpora.heldout, wanted["tokens"] // corpora.heldout.context
+    if sequences < 2:
+        raise ConfigError(
+            f"Importance is measured on two halves of the held-out sequences, so it takes at least two of "
+            f"{corpus.context} tokens: raise tokens from {wanted['tokens']} to {2 * corpus.context} or more."
+        )
+    if len(corpus) < sequences:
+        raise DataError(
+            f"{corpus.name} has {len(corpus)} sequences of {corpus.context} held-out tokens, fewer than the "
+            f"{sequences} asked for. Lower tokens to {corpus.tokens}."
+        )
+    saes = {path: (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
+    return _Group(model, saes, corpus, sequences, first.evaluation.batch, settings)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs of one model and one corpus."""
+
+    model: LanguageModel
+    saes: Mapping[Path, tuple[Site, SAE]]
+    corpus: Corpus
+    sequences: int
+    batch: int
+    settings: Mapping[Path, Mapping[str, Any]]
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted({site for site, _ in self.saes.values()})
+
+    @property
+    def half(self) -> int:
+        """The first sequence of the second half, where the second half of the blocks begins."""
+        return (self.sequences + 1) // 2
+
+    def measure(self, display: bool) -> dict[Path, Measured]:
+        with counting("importance", 2 * self.sequences - self.half, display) as advance:
+            attributions, means = self._attribute(advance)
+            importance = {path: each.result() for path, each in attributions.items()}
+            for path, each in importance.items():
+                if not torch.from_numpy(each.ce_blocks).isfinite().all():
+                    raise DataError(
+                        f"{path}: the CE or its gradient is NaN or infinite on some held-out sequence. Look for a "
+                        "diverged SAE or model."
+                    )
+            seeds = {path: settings["seed"] for path, settings in self.settings.items()}
+            samples = {p: choose(each, self.settings[p]["ablate"], seeds[p]) for p, each in importance.items()}
+            ablations = {path: AblationSums(sae, samples[path]) for path, (_, sae) in self.saes.items()}
+            curves = {p: FaithfulnessSums(sae, importance[p], seeds[p]) for p, (_, sae) in self.saes.items()}
+            bounds = self._second_half(ablations, curves, means, advance)
+        self._in_between(curves, bounds, display)
+        heldout = {"heldout": self.corpus.fingerprint()}
+        return {
+            path: Measured(
+                importance[path],
+                ablations[path].result(importance[path]),
+                self._curve(curves[path], bounds[site]),
+                {**self.settings[path], **heldout},
+            )
+            for path, (site, _) in self.saes.items()
+        }
+
+    def _attribute(self, advance: Callable[[int], None]) -> tuple[dict[Path, Attribution], dict[Site, Tensor]]:
+        """The pass over all sequences; with it the mean activation of each site."""
+        kl = any(self.settings[path]["kl"] for path in self.saes)
+        blocks = min(BLOCKS, self.sequences) // 2 * 2
+        attributions = {p: Attribution(sae, self.sequences, blocks, kl=kl) for p, (_, sae) in self.saes.items()}
+        sums = {site: torch.zeros(self.model.width(site), dtype=torch.float64) for site in self.sites}
+        tokens = 0
+        for batch in self._batches(range(self.sequences)):
+            clean = self.model.clean(batch.tokens, record=self.sites, final=kl)
+            tokens += int(batch.mask.sum())
+            for site, total in sums.items():
+                total += clean.activations[site][batch.mask].double().sum(0).cpu()
+            for path, (site, _) in self.saes.items():
+                attributions[path].add(self.model, clean, site, batch.mask)
+            advance(len(batch.tokens))
+        means = {site: (total / max(1, tokens)).float().to(self.model.device) for site, total in sums.items()}
+        return attributions, means
+
+    def _second_half(
+        self,
+        ablations: Mapping[Path, AblationSums],
+        curves: Mapping[Path, FaithfulnessSums],
+        means: Mapping[Site, Tensor],
+        advance: Callable[[int], None],
+    ) -> dict[Site, list[Tensor]]:
+        """The pass over the second half; per site and batch `[3 batch]`: CE clean and mean-ablated, predictions."""
+        bounds: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        for batch in self._batches(range(self.half, self.sequences)):
+            clean = self.model.clean(batch.tokens, record=self.sites, final=True)
+            whole = {}
+            for path, (site, sae) in self.saes.items():
+                spliced = SplicedBatch.of(self.model, sae, clean, site, batch.mask)
+                ablations[path].add(self.model, spliced)
+                curves[path].add(self.model, spliced)
+                whole[site] = spliced.whole
+            for site, compared in whole.items():
+                constant = means[site].expand_as(clean.activations[site])
+                ablated = spliced_ce(self.model, clean, site, batch.mask, constant)
+                of_clean = compared.ce_clean.sum(1, dtype=torch.float64)
+                bounds[site].append(torch.stack([of_clean, ablated, compared.predicts.sum(1).double()]).cpu())
+            advance(len(batch.tokens))
+        return bounds
+
+    def _in_between(
+        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Site, Sequence[Tensor]], display: bool
+    ) -> None:
+        """Further passes over the second half, for as long as a curve asks for more counts."""
+        bases = {site: float(torch.cat(list(each), dim=1)[1].sum()) for site, each in bounds.items()}
+        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0]])}:
+            sites = sorted({self.saes[path][0] for path in wanted})
+            with counting("features that carry most", self.sequences - self.half, display) as advance:
+                for batch in self._batches(range(self.half, self.sequences)):
+                    clean = self.model.clean(batch.tokens, record=sites)
+                    for path, each in wanted.items():
+                        each.add_between(self.model, clean, self.saes[path][0], batch.mask)
+                    advance(len(batch.tokens))
+
+    def _curve(self, sums: FaithfulnessSums, bounds: Sequence[Tensor]) -> Faithfulness:
+        clean, mean_ablated, predictions = torch.cat(list(bounds), dim=1).numpy()
+        return sums.result(clean, mean_ablated, predictions)
+
+    def _batches(self, sequences: range) -> Iterator[TokenBatch]:
+        for start in range(sequences.start, sequences.stop, self.batch):
+            yield self.corpus.batch(range(start, min(start + self.batch, sequences.stop))).to(self.model.device)

@@ -1,0 +1,215 @@
+"""Pareto curves of any runs: which can be compared, their fronts, their bands, their ratios.
+
+Runs are compared only where all agrees but the kind, the sparsity coefficient, the seeds and the learning rate (which
+is tuned for each kind): one model, one site, the same text, one length of training, one dictionary size, one kind of
+start. Each such set has its own curves and ratios. A kind's curve is of one method: runs whose objective differs in
+more than the coefficient, in a weight say, or in the penalty's power, have a set of their own beside the same local
+runs.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable
+from endwise.analysis.comparison.comparison import Summary, summarise
+from endwise.analysis.ratios import DEFINED_SHARE, Ratio
+from endwise.common.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
+from endwise.config.run import KINDS, LABELS
+from endwise.evaluation.summary import RunSummary, resampled
+from endwise.runs.folder import RunFolder
+
+GRID = 40
+"""Points of a band."""
+RESAMPLES, SEED = 1000, 12345
+AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
+"""What is drawn against what: x, y."""
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """The runs of one setting, compared."""
+
+    setting: Setting
+    runs: tuple[RunSummary, ...]
+    """By kind, coefficient, seed and learning rate."""
+    summary: Summary
+    """Of the runs of one learning rate a kind, where it has several."""
+    remarks: tuple[str, ...] = ()
+    """Which rate that is."""
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there are local SAEs, and others that can be related to them."""
+        kinds = {run.kind for run in self.runs}
+        return "local" in kinds and len(kinds) > 1
+
+    @property
+    def ratios(self) -> dict[tuple[str, str], Ratio]:
+        """By measure and kind; each relative to local."""
+        return {(key, kind): ratio for key, by in self.summary.ratios.items() for kind, ratio in by.items()}
+
+
+@dataclass(frozen=True)
+class BandOf:
+    """A 95 % band of a curve."""
+
+    x: Floats
+    middle: Floats
+    low: Floats
+    high: Floats
+    over: str
+    """`held-out text`, or `3 seeds`."""
+
+
+def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
+    """Compares evaluated runs, in as many sets as can be compared.
+
+    Args:
+        paths: run folders, or folders that hold some at any depth (a sweep's).
+
+    Raises:
+        RunFolderError: there is no run, or one was not measured yet.
+        FormatError: what a run holds cannot be read.
+    """
+    return [_compared(setting, runs) for setting, runs in comparable(paths).items()]
+
+
+def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
+    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds, run.learning_rate or 0.0))
+    rates = {kind: rate for kind in KINDS if (rate := rate_of_most([run for run in runs if run.kind == kind]))}
+    kept = [run for run in runs if run.learning_rate == rates.get(run.kind, run.learning_rate)]
+    remarks = [
+        f"Of {LABELS[kind]} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        for kind, rate in rates.items()
+    ]
+    return Pareto(setting, tuple(runs), _summary(kept), tuple(remarks))
+
+
+def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
+    """Of one kind's runs that were trained at several learning rates with the same coefficient and seed, the rate that
+    has more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
+    runs, or no such rate.
+    """
+    if not has_several_rates(runs):
+        return None
+    counts = Counter(run.learning_rate for run in runs).most_common(2)
+    return None if len(counts) < 2 or counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def has_several_rates(runs: Sequence[RunSummary]) -> bool:
+    """Whether runs of one kind share coefficient and seed."""
+    return len({(run.coefficient, run.seeds) for run in runs}) < len(runs)
+
+
+def _summary(runs: Sequence[RunSummary]) -> Summary:
+    baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
+    return summarise(
+        runs,
+        clean_ce=baselines.get("clean", float("nan")),
+        mean_ablated_ce=baselines.get("mean_ablated"),
+        zero_ablated_ce=baselines.get("zero_ablated"),
+        resamples=RESAMPLES,
+        seed=SEED,
+        model=runs[0].model,
+    )
+
+
+def front(runs: Sequence[RunSummary], x: str, y: str) -> set[str]:
+    """Folders of the runs that no other is at least as good as in both numbers and better in one; less is better."""
+    points = [(run.folder, float(getattr(run, x)), float(getattr(run, y))) for run in runs]
+    return {folder for folder, a, b in points if not any(c <= a and d <= b and (c < a or d < b) for _, c, d in points)}
+
+
+def band(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
+    """The band of one kind's curve: over seeds where three or more have a curve, otherwise over held-out text (of the
+    first seed). None where the points determine no curve, or have no sums to resample.
+    """
+    seeds = sorted({run.seeds for run in runs})
+    by_seed = [[run for run in runs if run.seeds == seed] for seed in seeds]
+    curves = [curve for group in by_seed if (curve := _points(group, x, y)) is not None]
+    if len(curves) >= LEAST_SEEDS:
+        return _over_seeds(curves)
+    return _over_text(by_seed[0], x, y) if by_seed else None
+
+
+def _points(runs: Sequence[RunSummary], x: str, y: str) -> tuple[Floats, Floats] | None:
+    """A curve's points, if they are one."""
+    if len({run.coefficient for run in runs}) < len(runs):
+        return None
+    across, up = (np.array([float(getattr(run, name)) for run in runs]) for name in (x, y))
+    try:
+        interpolate_at(across, up, across[0] if len(across) else 0.0)
+    except InterpolationError:
+        return None
+    return across, up
+
+
+def _over_seeds(curves: Sequence[tuple[Floats, Floats]]) -> BandOf | None:
+    low, high = max(x.min() for x, _ in curves), min(x.max() for x, _ in curves)
+    if low >= high:
+        return None
+    grid = log_spaced(low, high, GRID)
+    values = np.array([interpolate_at(x, y, grid) for x, y in curves])
+    intervals = [interval_over_seeds(column) for column in values.T]
+    ends = [np.array([getattr(each, name) for each in intervals]) for name in ("estimate", "low", "high")]
+    return BandOf(grid, *ends, over=f"{len(curves)} seeds")
+
+
+def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
+    curve = _points(runs, x, y)
+    if curve is None or any(run.sums is None or not {x, y} - {"alive"} <= run.sums.keys() for run in runs):
+        return None
+    grid = log_spaced(curve[0].min(), curve[0].max(), GRID)
+    drawn = [resampled(run, {x, y}, RESAMPLES, SEED) for run in runs]
+    values = np.full((RESAMPLES, GRID), np.nan)
+    for index in range(RESAMPLES):
+        across, up = (np.array([each[name][index] for each in drawn]) for name in (x, y))
+        inside = (grid >= across.min()) & (grid <= across.max())
+        try:
+            values[index, inside] = interpolate_at(across, up, grid[inside])
+        except InterpolationError:
+            continue
+    kept = np.isfinite(values).mean(axis=0) >= DEFINED_SHARE
+    if not kept.any():
+        return None
+    low, high = np.nanquantile(values[:, kept], [0.025, 0.975], axis=0)
+    return BandOf(grid[kept], interpolate_at(*curve, grid[kept]), low, high, over=HELDOUT_TEXT)
+
+
+def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
+    """One row a run, with the fronts that it lies on."""
+    rows = []
+    for one in found:
+        fronts = {f"front.{y}_over_{x}": front(one.runs, x, y) for x, y in AXES}
+        for run in one.runs:
+            row: dict[str, Any] = {
+                **columns_of(one.setting),
+                "kind": run.kind,
+                "coefficient": run.coefficient,
+                "seed": run.seed,
+            }
+            row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
+            row |= {"ce_increase": run.ce_increase, "kl": run.kl}
+            for name in ("l0", "ce_increase", "kl"):
+                if name in run.intervals:
+                    row |= dict(zip((f"{name}.low", f"{name}.high"), run.intervals[name], strict=True))
+            rows.append(row | {name: run.folder in members for name, members in fronts.items()} | {"run": run.folder})
+    return rows
+
+
+def ratio_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
+    """One row for each measure of each kind, relative to local."""
+    return [
+        {**columns_of(one.setting), "measure": measure, "kind": kind, **ratio.to_row()}
+        for one in found
+        for (measure, kind), ratio in one.ratios.items()
+    ]

@@ -1,0 +1,33 @@
+"""What every page and table of runs has in common, set by set: what they are called, and what is claimed of them."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+
+from endwise.analysis.claims import Claim
+from endwise.analysis.comparable import Setting
+from endwise.common.terminal import show
+from endwise.common.text import model_title
+from endwise.evaluation.summary import RunSummary, remarks_of
+from endwise.figures.page import escape
+
+
+def title_of(setting: Setting) -> str:
+    """`<site> of <model>: <what else the runs have in common>`."""
+    return f"{setting.site} of {model_title(setting.model)}: {setting}"
+
+
+def models_of(settings: Iterable[Setting]) -> str:
+    """For the line above a page's title, as HTML."""
+    return escape(", ".join(dict.fromkeys(model_title(setting.model) for setting in settings)))
+
+
+def remark_list(runs: Iterable[RunSummary]) -> str:
+    """The remarks on runs, as HTML; empty where there are none."""
+    items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks_of(runs))
+    return f'<ul class="remarks" role="note">{items}</ul>' if items else ""
+
+
+def show_claims(claims: Iterable[Claim], console: Console) -> None:
+    for claim in claims:
+        show(f"• {claim.verdict}: {claim.claim} ({claim.ours})", console)

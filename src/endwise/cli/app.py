@@ -1,0 +1,71 @@
+"""What all commands share: the application they belong to, how they speak, how they fail."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from endwise.common.errors import EndwiseError
+from endwise.common.files import expanded
+from endwise.common.remedies import reason, remedy
+from endwise.common.text import printable
+
+app = typer.Typer(
+    name="endwise",
+    help="Train sparse autoencoders on what a language model does, and compare them with local ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
+def aside(text: str) -> None:
+    """To stderr: what is being done, while it is."""
+    say(text, err=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    say(f"endwise{process}: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _at_home(value: Any) -> Any:
+    """Paths with `~` resolved, which a shell leaves as it stands in `--out=~/x`."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return expanded(value) if isinstance(value, Path) else value
+
+
+def plainly(command: Callable[P, R]) -> Callable[P, R]:
+    """Turns our own errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
+            return command(*args, **kwargs)
+        except EndwiseError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped", 130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+        except OSError as error:  # of the machine, not of the program: a disk that fails, a file that may not be read
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{reason(error)}. {remedy(error)}", 1)
+
+    return run

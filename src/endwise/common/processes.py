@@ -1,0 +1,195 @@
+"""Several processes that train one run: who they are, and the few things that they do together.
+
+Every process holds the whole SAE and reads its own share of each batch; sums (gradients, loss terms, counts) are added
+up over the processes, so that all of them take the same step. The first process alone writes to disk. Reductions are
+explicit: the backward pass of a step comes in several pieces, and only its end knows the gradient.
+
+Tensors on a CPU travel by gloo, those on a GPU by NCCL. What the hosts agree on (has anyone failed, was a stop asked
+for) lies on the CPU, so that no host waits for its GPU.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from endwise.common.errors import ConfigError, ElsewhereFailed, ProcessLost
+
+TIMEOUT_VARIABLE = "ENDWISE_TIMEOUT"
+TIMEOUT_SECONDS = 600.0
+"""How long a process waits for the others before it gives up; longer than the longest evaluation, checkpoint, or
+tokenising that one does while another has the text already."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them. With one process everything here does nothing."""
+
+    rank: int = 0
+    size: int = 1
+    hosts: Any = field(default=None, repr=False)
+    """The process group for tensors on a CPU; None: the default one, which takes them too."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part: the shares of all, laid end to end, are `items`."""
+        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return items[start:end]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the sum over all processes in place of each tensor.
+
+        Raises:
+            ProcessLost: another process is gone, or does not answer in time.
+        """
+        if self.size > 1:
+            with _noticing_loss():
+                pending = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
+                for each in pending:
+                    assert each is not None
+                    each.wait()
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Element by element, whether it is true in any process."""
+        if self.size == 1:
+            return list(flags)
+        counts = torch.tensor([int(flag) for flag in flags])
+        self.add([counts])
+        return [bool(count) for count in counts.tolist()]
+
+    def total(self, number: int) -> int:
+        """The sum of what every process gives."""
+        if self.size == 1:
+            return number
+        count = torch.tensor(number)
+        self.add([count])
+        return int(count)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gave, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        with _noticing_loss():
+            dist.all_gather_object(gathered, value, group=self.hosts)
+        return gathered
+
+    def from_first(self, value: T) -> T:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        held = [value]
+        with _noticing_loss():
+            dist.broadcast_object_list(held, src=0, group=self.hosts, device=torch.device("cpu"))
+        return held[0]
+
+    def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's tensors, on the CPU; what the others give is ignored."""
+        if self.size == 1:
+            return dict(tensors)
+        shapes = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        received: dict[str, Tensor] = {}
+        for name, (shape, dtype) in shapes.items():
+            received[name] = tensors[name].cpu().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+            with _noticing_loss():
+                dist.broadcast(received[name], src=0, group=self.hosts)
+        return received
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self.hosts if tensor.device.type == "cpu" else None
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """What is done within it fails in all processes or in none.
+
+        Raises:
+            ElsewhereFailed: `what` failed in another process, which tells the reason.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except Exception as error:  # noqa: BLE001  It is raised below, once the others know.
+            failed = error
+        if self.any([failed is not None])[0]:
+            raise failed or ElsewhereFailed(f"Process {self.rank} stopped: another process failed at {what}.")
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world that the launcher (`torchrun`) made this process a part of, joined for as long as the context lasts; or
+    the one that the caller (Ray Train, for one) has joined already.
+
+    Raises:
+        ConfigError: the timeout in the environment is not a number.
+        ProcessLost: the other processes cannot be reached.
+    """
+    if dist.is_available() and dist.is_initialized():
+        only_gpus = dist.get_backend() == dist.Backend.NCCL
+        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if only_gpus else None)
+        return
+    if not launched():
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _noticing_loss():
+        dist.init_process_group(backend, timeout=_timeout())
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def local_rank() -> int:
+    """This process's number on its own machine: the GPU that it uses."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+
+
+def _timeout() -> timedelta:
+    given = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
+    try:
+        return timedelta(seconds=float(given))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{TIMEOUT_VARIABLE} must be a number of seconds, given {given!r}.") from None
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError) as error:  # each backend says it in its own words
+        reason = " ".join(str(error).split())[:200]
+        raise ProcessLost(
+            f"Another process of this run is gone or does not answer ({reason}). Start all of them again, to go on "
+            f"from the last checkpoint; {TIMEOUT_VARIABLE} sets the seconds that a process waits for the others."
+        ) from error

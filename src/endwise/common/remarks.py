@@ -1,0 +1,165 @@
+"""What a reader of measured numbers must be told before he believes them: each remark with its remedy.
+
+Every remark is computed here, from the record that was measured (`evaluation.json`, or as much of it as there is), and
+shown wherever its numbers are: on the terminal, in tables, in JSON and on every page.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from endwise.common.terminal import show
+from endwise.common.text import printable
+
+ROUNDING = 1e-3
+"""Nats per token that are no difference."""
+FAR_BELOW = -1.0
+"""An explained variance under this: the error is more than twice what the site's mean would leave."""
+ENOUGH = 0.95
+"""Of the held-out tokens asked for: what whole sequences and masked first positions leave out is less than the rest."""
+DIVERGED = 2.0
+"""How many times its first loss a run may end with."""
+
+Record = Mapping[str, Any]
+
+
+def remarks_on(record: Record) -> list[str]:
+    """What of a record cannot be, or is not what was asked for; empty where nothing is known against it.
+
+    Args:
+        record: as `evaluation.json`; what it lacks (an older one has fewer keys) is not judged.
+    """
+    return [said for rule in _RULES if (said := rule(record)) is not None]
+
+
+def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
+    """Of several runs' remarks each once, with the names of its runs in front."""
+    names: dict[str, list[str]] = {}
+    for name, own in remarks.items():
+        for remark in own:
+            names.setdefault(remark, []).append(name)
+    return [f"{', '.join(told)}: {remark}" for remark, told in names.items()]
+
+
+def _number(record: Record, *keys: str) -> float:
+    """NaN where there is none, which is neither above nor below anything."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _foreign_text(record: Record) -> str | None:
+    clean, mean, zero = (_number(record, "baselines", name) for name in ("clean", "mean_ablated", "zero_ablated"))
+    vocabulary = _number(record, "vocabulary")
+    guess = math.log(vocabulary) if vocabulary > 0 else math.nan
+    remedy = (
+        "The text is not this model's, so that no number here says anything of it: give text, or ids that this model's "
+        "own tokenizer made (data.source), and check model.name."
+    )
+    if clean > guess + ROUNDING:
+        return (
+            f"The model's own CE is {clean:.3f} nats per token, above ln V = {guess:.3f}, which guessing among its "
+            f"{vocabulary:,.0f} tokens gives. {remedy}"
+        )
+    ablated = min((value for value in (mean, zero) if not math.isnan(value)), default=math.nan)
+    if clean > ablated + ROUNDING:
+        where = "its mean" if ablated == mean else "zero"
+        found = f"The model's own CE is {clean:.3f} nats per token, but {ablated:.3f} with the site at {where}."
+        return f"{found} {remedy}"
+    return None
+
+
+def _left_out_bos(record: Record) -> str | None:
+    token = record.get("bos_left_out")
+    if not isinstance(token, str):
+        return None
+    return (
+        f"The model's tokenizer begins every text with {printable(token)}, and these sequences do not begin with it: "
+        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train anew."
+    )
+
+
+def _few_tokens(record: Record) -> str | None:
+    tokens, asked = _number(record, "tokens"), _number(record, "asked_tokens")
+    if not tokens < ENOUGH * asked:
+        return None
+    return (
+        f"Measured on {tokens:,.0f} held-out tokens of the {asked:,.0f} asked for: padding and masked positions do not "
+        f"count. Set evaluation.tokens to {math.ceil(asked * asked / max(tokens, 1)):,}, or data.packing=stream."
+    )
+
+
+def _alive(record: Record) -> str | None:
+    alive, features, tokens = (_number(record, name) for name in ("alive", "d_sae", "tokens"))
+    if alive == 0 or _number(record, "l0") == 0:
+        return (
+            "No feature fires: the SAE gives one constant, whatever it reads. Train anew with a lower "
+            "training.learning_rate or objective.sparsity.coefficient."
+        )
+    if alive == features:
+        return (
+            f"All {features:,.0f} features fired within {tokens:,.0f} tokens: the dictionary may be too small, or "
+            "hardly trained. Raise dictionary.size or training.tokens, or objective.sparsity.coefficient."
+        )
+    return None
+
+
+def _far_off(record: Record) -> str | None:
+    explained = _number(record, "explained_variance", "per_token")
+    if not explained < FAR_BELOW:
+        return None
+    return (
+        f"The explained variance is {explained:.3g}, far below 0: the site's mean is nearer to the activations than "
+        "the reconstructions are. If that is not meant (end-to-end terms alone do not ask for it), lower "
+        "training.learning_rate, train longer, or check that the SAE belongs to this model and site."
+    )
+
+
+def _worse_than_nothing(record: Record) -> str | None:
+    spliced, mean = _number(record, "ce_spliced"), _number(record, "baselines", "mean_ablated")
+    if not spliced > mean + ROUNDING:
+        return None
+    return (
+        f"With the SAE the model's CE is {spliced:.3f} nats per token, above the {mean:.3f} with the site at its mean: "
+        "it keeps nothing that the model uses. Lower training.learning_rate or objective.sparsity.coefficient, or "
+        "train longer."
+    )
+
+
+def diverged(record: Record) -> str | None:
+    """The remark on a training that ended with a higher loss than it began with."""
+    first, last = _number(record, "loss", "first"), _number(record, "loss", "last")
+    if not last > DIVERGED * first:
+        return None
+    return (
+        f"Training diverged: its loss ended at {last:.4g}, having begun at {first:.4g}. Train anew with a lower "
+        "training.learning_rate or training.gradient_clip."
+    )
+
+
+_RULES: tuple[Callable[[Record], str | None], ...] = (
+    _foreign_text,
+    _left_out_bos,
+    _few_tokens,
+    diverged,
+    _worse_than_nothing,
+    _alive,
+    _far_off,
+)
+
+
+MARKED = ("!",)
+"""The heading of a column that says which runs there is something to be told of."""
+
+
+def mark_of(remarks: Collection[str], marked: Collection[str] = MARKED) -> list[str]:
+    """The cells of a run under `marked`: how many remarks there are on it."""
+    return [f"{len(remarks)} below" if remarks else ""] * len(marked)
+
+
+def show_remarks(remarks: Iterable[str], console: Console) -> None:
+    for remark in remarks:
+        show(f"! {remark}", console)

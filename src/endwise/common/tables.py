@@ -1,0 +1,62 @@
+"""Tables on the disk: rows as parquet and CSV."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from endwise.common.files import replacing, write_atomic
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`<path>.parquet` and `<path>.csv`; a row without a column has nothing there.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    _write(as_table(rows), path)
+
+
+def write_columns(columns: Mapping[str, Any], path: Path) -> None:
+    """As `write_table`, of arrays of one length by name: what has a row for each of very many features.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    _write(pa.table(dict(columns)), path)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    write_parquet(table, path.with_name(f"{path.name}.parquet"))
+    write_atomic(path.with_name(f"{path.name}.csv"), as_csv(table))
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the folder cannot be written; what was there is untouched.
+    """
+    with replacing(path) as partial:
+        parquet.write_table(table, partial, compression="zstd")
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def as_csv(table: pa.Table) -> bytes:
+    text = io.BytesIO()
+    csv.write_csv(table, text, csv.WriteOptions(quoting_style="needed"))
+    return text.getvalue()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result

@@ -1,0 +1,105 @@
+"""What is shown on a terminal, or told to whatever reads the output: no number and no name is ever cut."""
+
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from endwise.common.text import printable
+
+WIDEST = 100_000
+"""Columns of an output that no terminal stands behind: as many as any table takes."""
+Cell = str | Text
+_INDENT = "  "
+_GLUE = "\0"  # which no text holds that is printable
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows under headings, as a table; where a terminal is too narrow for it, each row as lines of its own.
+
+    Rich by itself cuts numbers short and leaves columns out. Shown live it is cropped to the terminal's width, and long
+    names are folded there; `show` keeps them whole. Texts may hold anything: they are made printable here.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    """Each with a cell for every heading."""
+    title: str = ""
+    words: Collection[str] = ()
+    """Headings of columns that are set to the left, besides the first."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        width, fold = options.max_width, options.overflow != "ignore"
+        if self.title:
+            yield _lines(printable(self.title), width, fold, "italic")
+        for table in (self._table(padding=1), self._table(padding=0)):
+            if Measurement.get(console, options.update(max_width=WIDEST), table).maximum <= width:
+                yield table
+                return
+        yield _lines(printable(self.headings[0]), width, fold)
+        for row in self.rows:
+            yield from self._record(row, width, fold)
+
+    def _table(self, padding: int) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, padding))
+        for place, heading in enumerate(self.headings):
+            left = place == 0 or heading in self.words
+            table.add_column(Text(printable(heading)), justify="left" if left else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*map(_text, row))
+        return table
+
+    def _record(self, row: Sequence[Cell], width: int, fold: bool) -> Iterator[Text]:
+        """The first cell, then the others behind their headings, as many on a line as there is room for."""
+        name, *cells = (_text(cell).plain.strip() for cell in row)
+        yield _lines(name.replace(" ", _GLUE), width, fold)
+        pairs = [
+            _glued(printable(heading), cell, width - len(_INDENT))
+            for heading, cell in zip(self.headings[1:], cells, strict=True)
+            if cell
+        ]
+        if pairs:
+            yield _lines("   ".join(pairs), width, fold, indent=_INDENT)
+
+
+def _text(cell: Cell) -> Text:
+    return cell if isinstance(cell, Text) else Text(printable(cell))
+
+
+def _glued(heading: str, cell: str, room: int) -> str:
+    """The two, such that no line ends within them, or at least not within the cell, if there is room."""
+    whole = f"{heading} {cell}".strip()
+    if len(whole) <= room:
+        return whole.replace(" ", _GLUE)
+    return f"{heading} {cell.replace(' ', _GLUE) if len(cell) <= room else cell}".strip()
+
+
+def _lines(text: str, width: int, fold: bool, style: str = "", indent: str = "") -> Text:
+    """The text, broken between words; within a word that no line holds only if it is to be folded."""
+    lines = textwrap.wrap(
+        text,
+        max(width, len(indent) + 1),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=fold,
+        break_on_hyphens=False,
+    )
+    return Text("\n".join(lines).replace(_GLUE, " "), style)
+
+
+def show(what: Grid | str, console: Console) -> None:
+    """A grid, or a sentence; broken into lines only where a terminal shows it, and names not even there."""
+    width = console.width
+    try:
+        if not console.is_terminal:
+            console.width = WIDEST
+        shown = _lines(printable(what), console.width, fold=False) if isinstance(what, str) else what
+        console.print(shown, soft_wrap=True)
+    finally:
+        console.width = width

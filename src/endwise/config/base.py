@@ -1,0 +1,167 @@
+"""The ground of all configuration: frozen pydantic models, read from YAML, changed by dotted overrides."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from endwise.common.errors import ConfigError
+from endwise.common.files import expanded
+from endwise.common.remedies import reason, remedy
+from endwise.config.strict_yaml import parse_yaml
+
+LARGEST_FILE = 100_000
+"""Bytes of a recipe; those that ship have about a thousand."""
+LONGEST = 4096
+"""Characters of a value: what most systems take as a path."""
+LINES = 20
+"""Broken rules that one message lists."""
+
+Section = TypeVar("Section", bound="Config")
+
+
+class Config(BaseModel):
+    """A frozen section of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_named(cls, value: Any) -> Any:
+        """What no file system, hub or tokenizer takes, and each fails of in its own way."""
+        if isinstance(value, str | Path):
+            text = str(value)
+            if not value or len(text) > LONGEST:
+                raise ValueError(f"must have 1 to {LONGEST:,} characters; leave it out for the default")
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        return expanded(value) if isinstance(value, Path) else value
+
+    @classmethod
+    def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:
+        """Validates `values`.
+
+        Raises:
+            ConfigError: one line per broken rule, each with the field, the value and the remedy.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [_describe(cls, detail) for detail in error.errors()[:LINES]]
+            lines += [f"and {error.error_count() - LINES} more"] if error.error_count() > LINES else []
+            raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
+
+    @classmethod
+    def read(cls: type[Section], path: Path, overrides: list[str] | None = None) -> Section:
+        """Reads a YAML file and applies overrides of the form `section.key=value` (the value is YAML)."""
+        return cls.build(apply_overrides(read_yaml(path), overrides or []), source=str(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: there is no such file, or it is no mapping in YAML; see `strict_yaml`.
+    """
+    path = expanded(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(f"{path} has more than {LARGEST_FILE:,} bytes, which no recipe needs. Give a recipe.")
+        values = parse_yaml(content.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}. Give the path of a recipe, for example one of recipes/.") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {reason(error)}. {remedy(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Cannot read {path}: {error}. Give a YAML text file.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML for a recipe: {error}. Correct it there.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings (key: value), not {type(values).__name__}.")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b.c=value` set; sections that are missing are made."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"An override must read section.key=value; given {override!r:.200}.")
+        try:
+            changes[key] = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"The value in the override {override!r:.200} is not valid YAML ({error}); quote it."
+            ) from None
+    return with_values(values, changes)
+
+
+def with_values(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with the value of each dotted key set; sections that are missing are made."""
+    result = _copied(values)
+    for key, value in changes.items():
+        path = key.split(".")
+        if not all(path):
+            raise ConfigError(f"A key must read section.key; given {key!r:.200}.")
+        section = result
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"Cannot set {key!r:.200}: {part!r:.80} is a value, not a section.")
+        section[path[-1]] = value
+    return result
+
+
+def _copied(values: Any) -> Any:
+    return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
+    field = ".".join(f"{part!s:.80}" for part in detail["loc"]) or "the recipe"
+    if detail["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(model, detail["loc"][:-1]))
+        near = difflib.get_close_matches(f"{detail['loc'][-1]!s:.80}", valid, n=1)
+        return f"{field}: there is no such key; " + (
+            f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        )
+    if detail["type"] == "missing":
+        return f"{field}: this key is required"
+    if detail["type"] == "path_type":
+        return f"{field}: must be a path (given {_shown(detail['input'])})"
+    given = "" if isinstance(detail["input"], dict) else f" (given {_shown(detail['input'])})"
+    return f"{field}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list that holds itself
+        return f"a value that cannot be written out, {type(value).__name__}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
+    """The valid keys of the section that `path` leads to."""
+    for part in path:
+        info = model.model_fields.get(str(part))
+        if info is None:
+            return set()
+        candidates = [info.annotation, *get_args(info.annotation)]
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not sections:
+            return set()
+        model = sections[0]
+    return set(model.model_fields)

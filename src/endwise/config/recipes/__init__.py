@@ -1,0 +1,44 @@
+"""Recipes that ship: the paper's published settings, and the embedded model's; and sweeps over them."""
+
+import difflib
+from contextlib import suppress
+from pathlib import Path
+
+from endwise.common.errors import ConfigError
+from endwise.common.files import expanded
+
+FOLDER = Path(__file__).parent
+SWEEPS = FOLDER / "sweeps"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def sweep_names() -> list[str]:
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by its path or by the name of one that ships.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    return _find("recipe", name, FOLDER, recipe_names())
+
+
+def find_sweep(name: str) -> Path:
+    """As `find_recipe`, the file of a sweep."""
+    return _find("sweep", name, SWEEPS, sweep_names())
+
+
+def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
+    with suppress(OSError):  # a name longer than the file system takes
+        if (path := expanded(name)).is_file():
+            return path
+    if name in names:
+        return folder / f"{name}.yaml"
+    near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(names)}"
+    raise ConfigError(f"There is no {kind} {name!r}, neither a file nor one that ships; {hint}")

@@ -1,0 +1,150 @@
+"""Evaluates run folders: reads their SAEs, measures those of one model together, writes the numbers beside them."""
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from endwise.common.errors import DataError, FormatError
+from endwise.common.files import expanded, write_json, write_tensors
+from endwise.common.processes import World, joined
+from endwise.common.remedies import unreadable
+from endwise.config.run import EvaluationConfig, RunConfig
+from endwise.evaluation.finished import _identity, load_sae, sharing_groups
+from endwise.evaluation.measure import Evaluation, Sums, measure
+from endwise.evaluation.provenance import corpora_of_runs, model_of
+from endwise.models.language_model import LanguageModel
+from endwise.runs.folder import RunFolder
+from endwise.tokens import Corpora
+
+SUMS_FILE = "evaluation_sums.safetensors"
+FIRINGS_FILE = "evaluation_firings.safetensors"
+
+
+def evaluate(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    model: LanguageModel | None = None,
+    corpora: Corpora | None = None,
+    tokens: int | None = None,
+) -> dict[Path, Evaluation]:
+    """Measures finished runs on held-out text and writes `evaluation.json` into each; under `torchrun` its processes
+    share the work.
+
+    Args:
+        runs: run folders; those of one model and one corpus share every clean pass.
+        model, corpora: loaded ones to use instead of the recipes'.
+        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
+
+    Raises:
+        RunFolderError: a folder is not a run, holds no trained SAE yet, or stands on other text or another model.
+        FormatError: an SAE is not what its training wrote.
+    """
+    paths = [expanded(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    configs = {path: RunFolder.config_of_trained(path) for path in paths}
+    results: dict[Path, Evaluation] = {}
+    with joined() as world:
+        for group in sharing_groups(configs, tokens):
+            measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens, world)
+            for path, evaluation in measured.items() if world.is_first else ():
+                write_evaluation(RunFolder(path), configs[path], evaluation)
+            results |= measured
+    return {path: results[path] for path in paths}
+
+
+def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
+    """`evaluation.json`, the per-sequence sums that paired comparisons are made of, and each feature's firings."""
+    sums = {name: torch.from_numpy(values) for name, values in evaluation.sums.items()}
+    seeds = {"seeds": config.seeds}
+    firings = {"firings": torch.from_numpy(evaluation.firings)}
+    write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
+    write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
+    weights = {"weights": folder.weights_digest()}
+    write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json(), **weights})
+
+
+def read_sums(path: Path) -> Sums:
+    """The per-sequence sums of an evaluated run.
+
+    Raises:
+        FormatError: it has none, or they cannot be read.
+    """
+    return _read_tensors(path / SUMS_FILE)
+
+
+def read_firings(path: Path) -> NDArray[np.int64]:
+    """On how many held-out tokens (`tokens` in `evaluation.json`) each feature of an evaluated run fired, `[d_sae]`.
+
+    Raises:
+        FormatError: it has none, or they cannot be read.
+    """
+    file = path / FIRINGS_FILE
+    firings = _read_tensors(file).get("firings")
+    if firings is None or firings.ndim != 1 or firings.dtype != np.int64:
+        raise FormatError(f"{file} does not hold one whole number for each feature. {_measure_again(path)}")
+    return firings
+
+
+def _read_tensors(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return {name: tensor.numpy() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError, TypeError) as error:
+        damaged = FormatError(f"{file} cannot be read ({error}). {_measure_again(file.parent)}")
+        raise unreadable(file, error) or damaged from None
+
+
+def _measure_again(run: Path) -> str:
+    return f"Measure the run again: endwise evaluate {shlex.quote(str(run))}"
+
+
+def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Evaluation]) -> str:
+    """One line per run: estimates, and both ends of each 95 % interval."""
+    rows: list[dict[str, Any]] = []
+    for path, evaluation in evaluations.items():
+        row: dict[str, Any] = {"run": str(path), **_identity(configs[path])}
+        row |= {"d_sae": evaluation.d_sae, "alive": evaluation.alive, "tokens": evaluation.tokens}
+        for name, interval in evaluation.metrics.items():
+            row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+        row |= {f"{name}_ce": value for name, value in vars(evaluation.baselines).items()}
+        rows.append(row | {"remarks": " ".join(evaluation.remarks)})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _evaluate_group(
+    configs: dict[Path, RunConfig],
+    model: LanguageModel | None,
+    corpora: Corpora | None,
+    tokens: int | None,
+    world: World,
+) -> dict[Path, Evaluation]:
+    first = next(iter(configs.values()))
+    settings: EvaluationConfig = first.evaluation
+    if tokens is not None:
+        settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
+    with world.together("loading the model and the data"):
+        model = model_of(configs, model)
+        corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=settings.skip + settings.tokens)
+        saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
+    try:
+        measured = measure(model, saes, corpora.heldout, settings, world=world)
+    except DataError as error:
+        raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
+    return {path: _with_course(measured[str(path)], RunFolder(path)) for path in configs}
+
+
+def _with_course(evaluation: Evaluation, folder: RunFolder) -> Evaluation:
+    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course()})

@@ -1,0 +1,66 @@
+"""TODO."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from endwise.common.errors import FormatError
+from endwise.config.run import RunConfig
+from endwise.dictionaries import SAE
+from endwise.evaluation.provenance import pinned
+from endwise.formats.saelens import read_cfg
+from endwise.models.language_model import LanguageModel
+from endwise.runs.folder import RunFolder
+
+
+def unfinished(path: Path, config: RunConfig) -> str | None:
+    """A remark on a run whose SAE has not taken every training step of its recipe, or None."""
+    metadata = read_cfg(path / "sae")["metadata"]
+    own, context = metadata.get("endwise"), metadata.get("context_size")
+    step = own.get("step") if isinstance(own, dict) else None
+    if type(step) is not int or type(context) is not int or context < 1:
+        return None
+    steps = config.training.tokens // (config.training.batch * context)
+    if step >= steps:
+        return None
+    return (
+        f"{path} is not finished: its numbers are those of step {step} of {steps}. "
+        f"Go on with: endwise train --resume {shlex.quote(str(path))}"
+    )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    return {
+        "kind": config.objective.kind,
+        "site": config.site,
+        "coefficient": config.objective.sparsity.coefficient,
+        "seed": config.seed,
+    }
+
+
+def sharing_groups(configs: dict[Path, RunConfig], tokens: int | None) -> list[list[Path]]:
+    """Paths whose recipes agree in model, data and evaluation, so that one pass can measure them all."""
+    groups: dict[str, list[Path]] = {}
+    for path, config in configs.items():
+        config = pinned(path, config)
+        evaluation = config.evaluation if tokens is None else config.evaluation.model_copy(update={"tokens": tokens})
+        key = "".join(part.model_dump_json() for part in (config.model, config.data, evaluation))
+        groups.setdefault(f"{key}{config.training.tokens}", []).append(path)
+    return list(groups.values())
+
+
+def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
+    """A run's SAE, on the model's device.
+
+    Raises:
+        FormatError: it cannot be read, is not what training wrote, or is not as wide as its site.
+    """
+    sae = SAE.load(path, model.device)
+    width = model.width(config.site)
+    if sae.d_in != width:
+        raise FormatError(
+            f"The SAE in {path} has d_in {sae.d_in}, but {config.site} of {model.name} has width {width}. "
+            "Correct site or model.name in its config.yaml, or restore its sae/."
+        )
+    RunFolder(path).weights_digest()
+    return sae

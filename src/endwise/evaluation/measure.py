@@ -1,0 +1,356 @@
+"""Measures finished SAEs on held-out text; several SAEs of one model share every clean pass.
+
+Every metric is a ratio of two sums over tokens. The sums are kept per sequence, which is what the bootstrap resamples
+and what paired comparisons between runs are made of.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, layer_norm
+
+from endwise.common.axes import Activation, TokenMask
+from endwise.common.errors import ConfigError
+from endwise.common.processes import ALONE, World
+from endwise.common.remarks import remarks_on
+from endwise.common.statistics import Interval, bootstrap_ratio
+from endwise.config.run import EvaluationConfig
+from endwise.dictionaries import SAE, Latents
+from endwise.evaluation.text_check import facts_of_text
+from endwise.models.language_model import Clean, LanguageModel, Spliced
+from endwise.models.readout import Comparison
+from endwise.models.sites import Part, Site
+from endwise.models.splicing import later_residuals, squared_error
+from endwise.tokens import Corpus, TokenBatch
+
+Sums = dict[str, NDArray[np.float64]]
+"""Per-sequence sums by name, each `[sequences]`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`offset + sign · Σ numerator / Σ denominator` over tokens."""
+
+    numerator: str
+    denominator: str = "tokens"
+    complement: bool = False
+    """Report 1 − ratio (explained variances)."""
+
+
+METRICS: dict[str, Metric] = {
+    "l0": Metric("l0"),
+    "kl": Metric("kl"),
+    "ce_clean": Metric("ce_clean", "predictions"),
+    "ce_spliced": Metric("ce_spliced", "predictions"),
+    "ce_increase": Metric("ce_increase", "predictions"),
+    "top1_agreement": Metric("top1_agreement"),
+    "statistical_distance": Metric("statistical_distance"),
+    "explained_variance.per_token": Metric("unexplained_share", complement=True),
+    "explained_variance.pooled": Metric("error", "variance", complement=True),
+    "explained_variance.per_token_layernorm": Metric("unexplained_share_layernorm", complement=True),
+    "explained_variance.pooled_layernorm": Metric("error_layernorm", "variance_layernorm", complement=True),
+}
+
+
+DOWNSTREAM = ("downstream_mse", "downstream_cosine")
+"""Metrics that there is one of for each later residual site, as in `downstream_mse.blocks.5.hook_resid_pre`."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Cross-entropies that bound the scale, nats per token: the site untouched, at its mean, at zero."""
+
+    clean: float
+    mean_ablated: float
+    zero_ablated: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One SAE's metrics with 95 % bootstrap intervals over sequences."""
+
+    site: Site
+    d_sae: int
+    firings: NDArray[np.int64] = field(repr=False)
+    """On how many of the `tokens` tokens each feature is non-zero, `[d_sae]`."""
+    tokens: int
+    metrics: dict[str, Interval]
+    """By the names of `METRICS`, and `<metric>.<site>` for the `DOWNSTREAM` ones."""
+    baselines: Baselines
+    sums: Sums = field(repr=False)
+    text: str | None = None
+    """Digest of the sequences that it was measured on (`Corpus.text_digest`)."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of the measurement: `asked_tokens`, those of `facts_of_text`, how training went (`loss`)."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told of these numbers."""
+        return remarks_on(self._record())
+
+    @property
+    def alive(self) -> int:
+        """Features that fired at least once in `tokens` tokens; compare only equal numbers of tokens."""
+        return int((self.firings > 0).sum())
+
+    def __getitem__(self, metric: str) -> float:
+        return self.metrics[metric].estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested as in `explained_variance: {per_token: ...}`, with intervals and remarks under keys of their own."""
+        intervals = {name: [interval.low, interval.high] for name, interval in self.metrics.items()}
+        return {**self._record(), "intervals": intervals, "remarks": self.remarks}
+
+    def _record(self) -> dict[str, Any]:
+        nested: dict[str, Any] = {"site": self.site.name, "d_sae": self.d_sae, "alive": self.alive}
+        nested |= {"alive_tokens": self.tokens, "tokens": self.tokens, "sequences": len(self.sums["tokens"])}
+        nested["text"] = self.text
+        for name, interval in self.metrics.items():
+            group, _, key = name.partition(".")
+            if key:
+                nested.setdefault(group, {})[key] = interval.estimate
+            else:
+                nested[name] = interval.estimate
+        for name in DOWNSTREAM:
+            nested.setdefault(name, {})
+        return {**nested, "baselines": vars(self.baselines), **self.facts}
+
+
+def measure(
+    model: LanguageModel,
+    saes: Mapping[str, tuple[Site, SAE]],
+    corpus: Corpus,
+    config: EvaluationConfig,
+    *,
+    baselines: bool = True,
+    world: World = ALONE,
+) -> dict[str, Evaluation]:
+    """Evaluates every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
+
+    Args:
+        baselines: also measure the site at its mean and at zero; without, those two are NaN.
+        world: the processes that share the work; each of them gets the whole result.
+
+    Raises:
+        ConfigError: fewer tokens are asked for than one sequence has.
+    """
+    sequences = _sequences(corpus, config)
+    sites = sorted({site for site, _ in saes.values()})
+    means = _site_means(model, sites, corpus, config, sequences, world)
+    collected = {name: _Collector() for name in saes}
+    ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
+    later = {site: residuals_after(model, site) for site in sites}
+    recorded = {*sites, *(s for group in later.values() for s in group)}
+    with world.together("evaluating"), torch.no_grad():
+        for batch in _batches(corpus, config.batch, sequences, model.device, world):
+            clean = model.clean(batch.tokens, record=recorded, final=True)
+            passes: dict[str | tuple[Site, str], _SplicedPass] = {}
+            for name, (site, sae) in saes.items():
+                latents = sae.encode(clean.activations[site])
+                estimate = sae.decode(latents)
+                collected[name].add_latents(latents, batch.mask)
+                collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
+                passes[name] = _splice(model, clean, site, estimate, later[site], batch.mask)
+            for site, kind in ablations:
+                constant = means[site].raw if kind == "mean" else torch.zeros_like(means[site].raw)
+                estimate = constant.to(model.dtype).expand_as(clean.activations[site])
+                passes[site, kind] = _splice(model, clean, site, estimate, (), batch.mask)
+            finals = [spliced.final for spliced in passes.values()]
+            compared = model.readout.compare(_final(clean), finals, batch.tokens, batch.mask)
+            for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
+                collector = collected[key] if isinstance(key, str) else ablations[key]
+                collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
+    for collector in (*collected.values(), *ablations.values()):
+        collector.merge(world)
+    known = {
+        "text": corpus.text_digest(sequences),
+        "facts": {"asked_tokens": config.tokens, **facts_of_text(model, corpus)},
+    }
+    return {
+        name: replace(_summarise(site, sae, collected[name], ablations, config), **known)
+        for name, (site, sae) in saes.items()
+    }
+
+
+def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
+    """Every residual site after `site`: each later block's input, and the last block's output."""
+    last = model.readable(Site(model.n_layers - 1, Part.RESID_POST))
+    return later_residuals(model, site) + ((last,) if last != site else ())
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Mean activation over the corpus, before and after LayerNorm without affine, `[d_model]` each."""
+
+    raw: Tensor
+    layernorm: Tensor
+
+
+class _Collector:
+    """Gathers per-sequence sums batch by batch."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+        self._firings: Tensor | None = None
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, values in sums.items():
+            self._parts.setdefault(name, []).append(values.double().cpu())
+
+    def add_latents(self, latents: Latents, mask: TokenMask) -> None:
+        firings = latents.firings(mask).cpu()
+        self._firings = firings if self._firings is None else self._firings + firings
+        self.add({"l0": latents.l0().where(mask, 0.0).sum(-1)})
+
+    def merge(self, world: World) -> None:
+        """Brings together what the processes collected, in the order of the batches, which they took in turns."""
+        if world.size == 1:
+            return
+        gathered = world.gather((self._parts, self._firings))
+        for name in gathered[0][0]:
+            turns = zip_longest(*(parts.get(name, []) for parts, _ in gathered))
+            self._parts[name] = [part for turn in turns for part in turn if part is not None]
+        everywhere = [each for _, each in gathered if each is not None]
+        self._firings = torch.stack(everywhere).sum(0) if everywhere else None
+
+    def firings(self) -> NDArray[np.int64]:
+        return np.zeros(0, np.int64) if self._firings is None else self._firings.numpy()
+
+    def sums(self) -> Sums:
+        return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
+
+
+def _sequences(corpus: Corpus, config: EvaluationConfig) -> range:
+    """The sequences that are measured."""
+    first, count = config.skip // corpus.context, config.tokens // corpus.context
+    if not count:
+        raise ConfigError(f"evaluation.tokens is {config.tokens}; one sequence alone has {corpus.context}.")
+    if first + count > len(corpus):
+        raise ConfigError(
+            f"evaluation.skip {config.skip} and evaluation.tokens {config.tokens} ask for more held-out text than the "
+            f"{corpus.tokens} tokens of {corpus.name}. Lower them, or give more text."
+        )
+    return range(first, first + count)
+
+
+def _batches(corpus: Corpus, size: int, sequences: range, device: torch.device, world: World) -> Iterator[TokenBatch]:
+    """This process's batches: every process takes its turn."""
+    for start in range(world.rank * size, len(sequences), world.size * size):
+        yield corpus.batch(sequences[start : start + size]).to(device)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:])
+
+
+@torch.no_grad()
+def _site_means(
+    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: range, world: World
+) -> dict[Site, _Means]:
+    totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
+    count = torch.zeros((), dtype=torch.int64)
+    with world.together("evaluating"):
+        for batch in _batches(corpus, config.batch, sequences, model.device, world):
+            clean = model.clean(batch.tokens, record=sites)
+            count += batch.mask.sum().cpu()
+            for site, (raw, normed) in totals.items():
+                kept = clean.activations[site][batch.mask].float()
+                raw += kept.sum(0, dtype=torch.float64).cpu()
+                normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
+    world.add([count, *(total for pair in totals.values() for total in pair)])
+    return {
+        site: _Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
+    }
+
+
+def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask: TokenMask) -> dict[str, Tensor]:
+    """What the explained variances are made of: error and variance are squared L2 norms per token."""
+    sums: dict[str, Tensor] = {}
+    x, y = activation.float(), estimate.float()
+    for suffix, truth, guess, mean in (
+        ("", x, y, means.raw),
+        ("_layernorm", _normed(x), _normed(y), means.layernorm),
+    ):
+        error = (truth - guess).square().sum(-1).where(mask, 0.0)
+        variance = (truth - mean).square().sum(-1).where(mask, 0.0)
+        sums[f"error{suffix}"] = error.sum(-1)
+        sums[f"variance{suffix}"] = variance.sum(-1)
+        sums[f"unexplained_share{suffix}"] = torch.where(mask, error / variance.clamp_min(1e-12), 0.0).sum(-1)
+    return sums
+
+
+@dataclass(frozen=True)
+class _SplicedPass:
+    final: Activation
+    downstream: dict[str, Tensor]
+    """Squared error and cosine at each later site, summed per sequence."""
+
+
+def _splice(
+    model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], mask: TokenMask
+) -> _SplicedPass:
+    patched = torch.where(mask[..., None], estimate, clean.activations[site])
+    spliced = model.replay(clean, {site: patched}, record=later, final=True)
+    downstream = {}
+    for s in later:
+        rows = zip(spliced.activations[s], clean.activations[s], mask, strict=True)
+        downstream[f"downstream_mse.{s.name}"] = torch.stack(
+            [squared_error(a[None], b[None], m[None]) for a, b, m in rows]
+        )
+        cosines = cosine_similarity(spliced.activations[s].float(), clean.activations[s].float(), dim=-1)
+        downstream[f"downstream_cosine.{s.name}"] = cosines.where(mask, 0.0).sum(-1)
+    return _SplicedPass(_final(spliced), downstream)
+
+
+def _final(recorded: Clean | Spliced) -> Activation:
+    assert recorded.final is not None
+    return recorded.final
+
+
+def _prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]:
+    return {
+        "tokens": mask.sum(-1),
+        "predictions": compared.predicts.sum(-1),
+        "kl": compared.kl.sum(-1),
+        "ce_clean": compared.ce_clean.sum(-1),
+        "ce_spliced": compared.ce_spliced.sum(-1),
+        "ce_increase": (compared.ce_spliced - compared.ce_clean).sum(-1),
+        "top1_agreement": compared.top1_agreement.sum(-1),
+        "statistical_distance": compared.statistical_distance.sum(-1),
+    }
+
+
+def _mean_ce(sums: Sums, name: str) -> float:
+    return float(sums[name].sum() / sums["predictions"].sum())
+
+
+def _summarise(
+    site: Site,
+    sae: SAE,
+    collector: _Collector,
+    ablations: Mapping[tuple[Site, str], _Collector],
+    config: EvaluationConfig,
+) -> Evaluation:
+    sums = collector.sums()
+    metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
+    intervals = {}
+    for name, metric in metrics.items():
+        ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)
+        intervals[name] = (
+            Interval(low=1 - ratio.high, high=1 - ratio.low, estimate=1 - ratio.estimate)
+            if metric.complement
+            else ratio
+        )
+    ablated = (
+        _mean_ce(ablations[site, kind].sums(), "ce_spliced") if (site, kind) in ablations else math.nan
+        for kind in ("mean", "zero")
+    )
+    baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
+    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums)

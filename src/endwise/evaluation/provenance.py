@@ -1,0 +1,283 @@
+"""What a run stands on: its text, its tokenizer, its model's weights, the SAE it began with. Is it still the same?
+
+When a run starts, digests of all of it are put down in its folder (`digests.json`); whoever reads a run gets model and
+text from here, and is refused what the run does not stand on. What an older run's folder does not tell is said to be
+unknown, in one line, and goes on. The digest of the SAE itself changes while it is trained: `RunFolder` keeps it.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from endwise.common.digests import of_file, of_tokenizer
+from endwise.common.errors import ConfigError, DataError, FormatError, ModelError, RunFolderError
+from endwise.common.files import expanded, there_is
+from endwise.common.processes import is_first_process
+from endwise.common.text import printable
+from endwise.config.run import RunConfig
+from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE
+from endwise.models.language_model import LanguageModel
+from endwise.models.loading import load_model
+from endwise.runs.folder import RunFolder
+from endwise.tokens import Corpora, Corpus, corpora_for
+
+TEXTS = {"train": "training text", "heldout": "held-out text"}
+PARTS = {**TEXTS, "model": "model weights", "tokenizer": "tokenizer", "init_from": "SAE that it started from"}
+"""What a run stands on, as a sentence calls it, by its key in `digests.json`."""
+Side = Literal["train", "heldout"]
+
+Runs = Mapping[Path, RunConfig]
+
+
+def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
+    """What runs that start now have in common in their `digests.json`."""
+    return {
+        **{side: getattr(corpora, side).digests() for side in TEXTS},
+        "model": model.weights_digest(),
+        "tokenizer": of_tokenizer(model.tokenizer),
+        "commits": {"model": model.commit, "data": corpora.commit},
+        "directory": str(Path.cwd()),
+    }
+
+
+def beginning(config: RunConfig) -> dict[str, Any]:
+    """What a run that starts now has of its own there: the SAE in `init_from`, and which of its recipe's names are
+    relative paths.
+
+    Raises:
+        FormatError: `init_from` is a run whose SAE is not what its training wrote, or holds none.
+    """
+    names = {key: name for key, name in _names(config).items() if there_is(Path(name))}
+    relative = {key: name for key, name in names.items() if not Path(name).is_absolute()}
+    return {"init_from": None if config.init_from is None else _start_digest(config.init_from), "relative": relative}
+
+
+def _start_digest(start: Path) -> str:
+    folder = RunFolder(start)
+    if folder.has_run():
+        return folder.weights_digest()
+    return of_file((start if (start / CFG_FILE).exists() else folder.sae) / WEIGHTS_FILE)
+
+
+def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], corpora: Corpora) -> None:
+    """
+    Args:
+        now: what `described` tells and, of a run that is begun anew, `beginning`.
+
+    Raises:
+        RunFolderError: the run was started on something else than it would go on with.
+    """
+    parts = [part for part in PARTS if part in now]
+    _check(folder.path, config, {part: now[part] for part in parts}, corpora, parts)
+    tell_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
+
+
+def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:
+    """The model that runs of one recipe's `model` section were trained with.
+
+    Args:
+        model: a loaded one to use instead.
+
+    Raises:
+        RunFolderError: its weights or its tokenizer are not those that a run was trained with.
+        ModelError, ConfigError: it cannot be loaded.
+    """
+    path, config = next(iter(runs.items()))
+    if model is None:
+        with naming_relative(path, config):
+            model = load_model(**pinned(path, config).model.model_dump())
+    now = {"model": model.weights_digest(), "tokenizer": of_tokenizer(model.tokenizer)}
+    for each in runs:
+        _check(each, runs[each], now, None, list(now))
+    sae = {each: [] if "sae" in RunFolder(each).digests() else ["SAE"] for each in runs}
+    tell_unknown({each: _unknown(RunFolder(each), now) + sae[each] for each in runs})
+    return model
+
+
+def corpora_of_runs(
+    runs: Runs,
+    model: LanguageModel,
+    corpora: Corpora | None = None,
+    *,
+    evaluation_tokens: int,
+    training_tokens: int = 0,
+    side: Side = "heldout",
+) -> Corpora:
+    """The text that runs of one recipe's `data` section stand on.
+
+    Args:
+        model: `model_of` the runs.
+        corpora: loaded ones to use instead; that they are not what a run was started on is said, and what is measured
+            on them tells by their digest.
+        evaluation_tokens, training_tokens: how much is wanted; of the latter, no less than was trained on is there.
+        side: what will be read. That the other one has changed is said.
+
+    Raises:
+        RunFolderError: it is not the text that a run was started on.
+        DataError: it cannot be read, or is too short.
+    """
+    path, config = next(iter(runs.items()))
+    given = corpora is not None
+    if corpora is None:
+        with naming_relative(path, config):
+            corpora = corpora_for(
+                model,
+                pinned(path, config).data,
+                training_tokens=max(training_tokens, config.training.tokens),
+                evaluation_tokens=evaluation_tokens,
+            )
+    check_texts(runs, corpora, [] if given else [side])
+    return corpora
+
+
+def check_texts(runs: Runs, corpora: Corpora, refused: Sequence[Side]) -> None:
+    """
+    Args:
+        refused: sides that must be what the runs were started on; of the others it is said if they are not.
+
+    Raises:
+        RunFolderError: they are not.
+    """
+    for path, config in runs.items():
+        _check(path, config, dict.fromkeys(TEXTS), corpora, refused)
+
+
+def heldout_fingerprint(path: Path, corpora: Corpora | None = None) -> str | None:
+    """Of the held-out text that a run is measured on: its own, or of loaded corpora."""
+    return RunFolder(path).fingerprint("heldout") if corpora is None else corpora.heldout.fingerprint()
+
+
+def pinned(path: Path, config: RunConfig) -> RunConfig:
+    """A run's recipe with the hub's commits as they were when it started, where it names none."""
+    commits = RunFolder(path).digests().get("commits")
+    commits = commits if isinstance(commits, dict) else {}
+    for section in ("model", "data"):
+        part, commit = getattr(config, section), commits.get(section)
+        if isinstance(commit, str) and part.revision is None:
+            config = config.model_copy(update={section: part.model_copy(update={"revision": commit})})
+    return config
+
+
+def _check(
+    path: Path, config: RunConfig, now: Mapping[str, Any], corpora: Corpora | None, refused: Sequence[str]
+) -> None:
+    """Refuses other parts than the run stands on; says so of those that are not `refused`."""
+    record = RunFolder(path).digests()
+    for part in now:
+        corpus = None if corpora is None else getattr(corpora, part, None)
+        if corpus is not None:
+            same = _same_text(RunFolder(path), part, corpus, config.data.streaming)
+        else:
+            same = _same(record.get(part), now[part])
+        if same is not False:
+            continue
+        told = f"{path} was started on other {PARTS[part]} than {_place(part, config, corpus)} now."
+        if part not in refused:
+            tell(told)
+            continue
+        raise RunFolderError(
+            f"{told} Restore what the run was started on, or start a new run.{_relative(path, config, there=True)}"
+        )
+
+
+def _place(part: str, config: RunConfig, corpus: Corpus | None) -> str:
+    if corpus is not None:
+        return f"{corpus.name} holds"
+    return f"{config.init_from} holds" if part == "init_from" else f"{config.model.name} has"
+
+
+def _same(before: object, now: object) -> bool | None:
+    """None where it cannot be told: there is no digest, or they are made of different things (`weights_digest`)."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return None
+    words = [digest.partition(":")[0] for digest in (before, now) if ":" in digest]
+    return None if len(set(words)) > 1 else before == now
+
+
+def _same_text(folder: RunFolder, side: str, corpus: Corpus, grows: bool) -> bool | None:
+    """Whether a corpus is the one that the run was started on; one that is read as far as needed may be longer or
+    shorter.
+    """
+    fingerprint, before = folder.fingerprint(side), folder.digests().get(side)
+    if not isinstance(before, dict) or not before:
+        same = None if fingerprint is None else fingerprint == corpus.fingerprint()
+        return None if grows and not same else same
+    now = corpus.digests()
+    if not grows or before == now:
+        return before == now
+    counts = [int(count) for count in before if count.isdecimal() and int(count) <= len(corpus.documents)]
+    return bool(counts) and corpus.digest_of_first(max(counts)) == before[str(max(counts))]
+
+
+def _unknown(folder: RunFolder, now: Mapping[str, Any]) -> list[str]:
+    """What there is now, and cannot be compared with what there was."""
+    record = folder.digests()
+    return [PARTS[part] for part in now if now[part] is not None and _same(record.get(part), now[part]) is None]
+
+
+def tell_unknown(unknown: Mapping[Path, list[str]]) -> None:
+    """One line for all runs whose folders do not tell what could be compared."""
+    runs = [str(path) for path, parts in unknown.items() if parts]
+    if not runs:
+        return
+    parts = dict.fromkeys(part for found in unknown.values() for part in found)
+    which = f"{len(runs)} runs ({runs[0]}, …)" if len(runs) > 1 else runs[0]
+    tell(
+        f"{which}: no digest to compare of {', '.join(parts)}, so whether that is still what the run was made with "
+        "cannot be checked."
+    )
+
+
+_told: set[str] = set()
+
+
+def tell(line: str) -> None:
+    """A line on stderr, once."""
+    if line not in _told and is_first_process():
+        _told.add(line)
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def _names(config: RunConfig) -> dict[str, str]:
+    """The recipe's names that may be paths."""
+    start = None if config.init_from is None else str(config.init_from)
+    names = {"model.name": config.model.name, "data.source": config.data.source, "data.heldout": config.data.heldout}
+    names |= {"init_from": start}
+    return {key: name for key, name in names.items() if name is not None and name != "embedded"}
+
+
+@contextmanager
+def naming_relative(path: Path, config: RunConfig) -> Iterator[None]:
+    """What is not found within it is said to be relative, where it is, and where the run was started."""
+    try:
+        yield
+    except (ConfigError, DataError, FormatError, ModelError) as error:
+        if not (hint := _relative(path, config, there=False)):
+            raise
+        raise type(error)(f"{error}{hint}") from error
+
+
+def _relative(path: Path, config: RunConfig, *, there: bool) -> str:
+    """A sentence on the recipe's relative paths, if they lead elsewhere from here than where the run was started.
+
+    Args:
+        there: also of those that lead somewhere.
+    """
+    record, here = RunFolder(path).digests(), str(Path.cwd())
+    started, relative = record.get("directory"), record.get("relative")
+    if not isinstance(started, str) or not isinstance(relative, dict):
+        known, relative = False, {n: name for n, name in _names(config).items() if not expanded(name).is_absolute()}
+    else:
+        known = True
+    if started == here or not RunFolder(path).has_run():
+        return ""
+    said = [f"{key} ({name})" for key, name in relative.items() if (there and known) or not there_is(Path(str(name)))]
+    if not said:
+        return ""
+    where = f"The run was started in {started}" if known else "Where the run was started is not known"
+    verb = "is a relative path" if len(said) == 1 else "are relative paths"
+    if not known:
+        verb = "may be a relative path" if len(said) == 1 else "may be relative paths"
+    return f" {' and '.join(said)} {verb}, looked for in {here}. {where}; run the command there."

@@ -1,0 +1,250 @@
+"""One measured run: what it is, what it measured, what it cost."""
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endwise.common.errors import FormatError, RunFolderError
+from endwise.common.remarks import gathered, remarks_on
+from endwise.common.statistics import resampled_ratio
+from endwise.config.run import RunConfig
+from endwise.evaluation.evaluate import read_sums
+from endwise.evaluation.measure import Evaluation
+from endwise.runs.folder import RunFolder
+
+_LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
+Floats = NDArray[np.float64]
+Seeds = tuple[int, int]
+"""Of the SAE's first weights, and of the order of the training text."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One evaluated run: what it is, what it measured, what it cost."""
+
+    kind: str
+    site: str
+    coefficient: float
+    seed: int
+    l0: float
+    alive: int
+    alive_tokens: int
+    """Held-out tokens over which they were counted."""
+    d_sae: int
+    ce_increase: float
+    """Nats per token."""
+    kl: float
+    explained_variance: float
+    """Per token, as the reference code has it: mean of 1 − ‖error‖² / ‖a − mean‖²."""
+    downstream_mse: Mapping[str, float]
+    """By later site, in the order of the model."""
+    tokens: int
+    """Training tokens."""
+    seconds: float
+    """Wall-clock of training."""
+    folder: str
+    explained_variances: Mapping[str, float] = field(default_factory=dict)
+    """Every form of it: per_token, pooled, and both after LayerNorm."""
+    downstream_cosine: Mapping[str, float] = field(default_factory=dict)
+    """By later site; empty for a run that was measured before this was."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap intervals by metric."""
+    data_seed: int = 0
+    """Of the order of the training text."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """What was trained for, but for the coefficient (`ObjectiveConfig.method`): runs of one curve agree in it."""
+    model: str = ""
+    learning_rate: float | None = None
+    remarks: tuple[str, ...] = ()
+    """What a reader must be told of these numbers, computed from the record (`endwise.common.remarks`)."""
+    start: str | None = None
+    """The folder of the SAE that training began with; None: random weights."""
+    text: str | None = None
+    """Digest of the held-out sequences that it was measured on; None: measured by a version that kept none."""
+    heldout: str | None = None
+    """Fingerprint of all its held-out text, where its folder tells it."""
+    sums: Mapping[str, Floats] | None = field(default=None, repr=False, compare=False)
+    """Per-sequence sums `[sequences]` by name: l0, tokens, ce_increase, predictions, downstream_mse.<site>. Without
+    them there are ratios but no intervals."""
+
+    @classmethod
+    def of(cls, config: RunConfig, evaluation: Evaluation, seconds: float, folder: Path | str) -> "RunSummary":
+        """The summary of a trained and measured run."""
+        metrics = evaluation.metrics
+        return cls(
+            kind=config.objective.method_kind,
+            site=config.site,
+            coefficient=config.objective.sparsity.coefficient,
+            seed=config.seed,
+            l0=evaluation["l0"],
+            alive=evaluation.alive,
+            alive_tokens=evaluation.tokens,
+            d_sae=evaluation.d_sae,
+            ce_increase=evaluation["ce_increase"],
+            kl=evaluation["kl"],
+            explained_variance=evaluation["explained_variance.per_token"],
+            downstream_mse=_group(metrics, "downstream_mse."),
+            downstream_cosine=_group(metrics, "downstream_cosine."),
+            tokens=config.training.tokens,
+            seconds=seconds,
+            folder=str(folder),
+            explained_variances=_group(metrics, "explained_variance."),
+            intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
+            **_origin(config),
+            text=evaluation.text,
+            remarks=tuple(evaluation.remarks),
+            sums=evaluation.sums,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "RunSummary":
+        """The summary of an evaluated run folder.
+
+        Raises:
+            RunFolderError: it is none, was not measured yet, or not with the weights that its SAE has now.
+            FormatError: what it holds cannot be read.
+        """
+        folder = RunFolder.open(path)
+        config, measured = folder.config(), folder.measured()
+        if measured is None:
+            raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
+        try:
+            return cls(
+                kind=config.objective.method_kind,
+                site=config.site,
+                coefficient=config.objective.sparsity.coefficient,
+                seed=config.seed,
+                l0=measured["l0"],
+                alive=measured["alive"],
+                alive_tokens=measured["alive_tokens"],
+                d_sae=measured["d_sae"],
+                ce_increase=measured["ce_increase"],
+                kl=measured["kl"],
+                explained_variance=measured["explained_variance"]["per_token"],
+                downstream_mse=measured["downstream_mse"],
+                downstream_cosine=measured.get("downstream_cosine", {}),
+                tokens=config.training.tokens,
+                seconds=folder.seconds(),
+                folder=str(path),
+                explained_variances=measured["explained_variance"],
+                intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
+                **_origin(config),
+                text=measured.get("text"),
+                heldout=folder.fingerprint("heldout"),
+                remarks=tuple(remarks_on(measured)),
+                sums=read_sums(path),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{folder.evaluation_file} is not as it is written ({error!r}). Measure the run again: "
+                f"endwise evaluate {shlex.quote(str(path))}"
+            ) from None
+
+    @property
+    def seeds(self) -> Seeds:
+        """What tells apart the repeats of one setting."""
+        return self.seed, self.data_seed
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field but the per-sequence sums."""
+        record = {name: value for name, value in vars(self).items() if name != "sums"}
+        record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
+        record["remarks"] = list(self.remarks)
+        groups = ("downstream_mse", "downstream_cosine", "explained_variances", "method")
+        return record | {name: dict(getattr(self, name)) for name in groups}
+
+
+def _origin(config: RunConfig) -> dict[str, Any]:
+    start = None if config.init_from is None else str(config.init_from)
+    rate = config.training.learning_rate
+    origin = {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
+    return origin | {"method": config.objective.method}
+
+
+def what_varies(runs: Sequence[RunSummary]) -> str:
+    """What the seeds of runs are of; empty where all have one."""
+    varying = {
+        "initialisation": {run.seed for run in runs},
+        "order of the text": {run.data_seed for run in runs},
+    }
+    return " and ".join(name for name, seeds in varying.items() if len(seeds) > 1)
+
+
+def remarks_of(runs: Iterable[RunSummary]) -> list[str]:
+    """Each remark once, with the runs that it is on."""
+    return gathered({run.folder: run.remarks for run in runs})
+
+
+def later_mse(run: RunSummary) -> float | None:
+    """Mean over the later sites of the downstream MSE."""
+    return float(np.mean(list(run.downstream_mse.values()))) if run.downstream_mse else None
+
+
+def layer_label(site: str) -> str:
+    """`4` for what enters block 4, `5 out` for what leaves block 5; other sites keep their name."""
+    match = _LAYER.fullmatch(site)
+    return site if match is None else match[1] + (" out" if match[2] == "post" else "")
+
+
+_DENOMINATORS = {"ce_increase": "predictions"}
+
+
+LATER_MSE = "later_mse"
+"""Geometric mean over the later sites of the downstream MSE, so that each counts alike, whatever its scale."""
+
+
+def estimate(run: RunSummary, metric: str) -> float:
+    if metric != LATER_MSE:
+        return float(getattr(run, metric))
+    values = list(run.downstream_mse.values())
+    return float(np.exp(np.mean(np.log(values)))) if values and min(values) > 0 else math.nan
+
+
+def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> dict[str, Floats]:
+    """Each metric in each resample, `[resamples]`."""
+    assert run.sums is not None
+    if LATER_MSE in metrics:
+        sites = resampled(run, {f"downstream_mse.{site}" for site in run.downstream_mse}, resamples, seed)
+        mean = np.exp(np.mean(np.log(list(sites.values())), axis=0))
+        return {LATER_MSE: mean, **resampled(run, metrics - {LATER_MSE}, resamples, seed)}
+    return {
+        name: np.full(resamples, float(run.alive))
+        if name == "alive"
+        else resampled_ratio(run.sums[name], run.sums[_DENOMINATORS.get(name, "tokens")], resamples, seed)
+        for name in metrics
+    }
+
+
+def other_text(runs: Sequence[RunSummary]) -> str | None:
+    """Why the runs' numbers say nothing of each other, if they were measured on different text, as far as is told."""
+    for told in ([run.text for run in runs], [run.heldout for run in runs]):
+        if None not in told:
+            return "the runs were measured on different held-out text" if len(set(told)) > 1 else None
+    return None
+
+
+def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str | None:
+    """Why the runs cannot share resamples, if they cannot."""
+    if reason := other_text(runs):
+        return reason
+    wanted = (names or {"l0", "ce_increase", "predictions"}) | {"tokens"}
+    counts: list[Floats] = []
+    for run in runs:
+        if run.sums is None or not wanted <= set(run.sums):
+            return "not every run has its per-sequence sums"
+        counts.append(run.sums["tokens"])
+    if any(not np.array_equal(count, counts[0]) for count in counts):
+        return "the runs were not measured on the same held-out sequences"
+    return "one held-out sequence cannot be resampled" if len(counts[0]) < 2 else None
+
+
+def _group(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): metric.estimate for name, metric in metrics.items() if name.startswith(prefix)}

@@ -1,5 +1,0 @@
-"""What fills a run's `harvest/`: one pass over the text, in parts that can be broken off, gone on with and merged."""
-
-from endwise.features.harvesting.run import harvest
-
-__all__ = ["harvest"]

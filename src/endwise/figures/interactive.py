@@ -1,0 +1,265 @@
+"""Figures for a page: each point tells its run. Drawn by plotly.js, which the page carries, so that it opens from a
+file without a network; colours are the page's own style sheet's, light or dark.
+"""
+
+import hashlib
+import json
+import math
+import textwrap
+from base64 import b64encode
+from collections.abc import Iterator
+from functools import cache
+from html import escape as escape_html
+from importlib.resources import files
+from typing import Any
+
+from endwise.common.text import printable
+from endwise.figures.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
+from endwise.figures.style import (
+    BAND,
+    CROWD,
+    MARKERS,
+    dashes,
+    drawn,
+    drawn_band,
+    first_of_each_name,
+    left_out,
+    limits,
+    log_ticks,
+    name_of,
+    shrink,
+    tick_text,
+)
+
+SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up"}
+HOVER_WIDTH = 46
+"""Characters of a line of what a point tells; longer ones are folded."""
+
+Json = dict[str, Any]
+
+
+def div(chart: Chart) -> str:
+    """The chart as an element of a page that also has `library()`: legend, panels, caption, and what is drawn as JSON.
+
+    Text in a chart stays text: nothing in it is read as a tag, here or by plotly.
+    """
+    panels = "".join(
+        f'<section><h4>{_escape(panel.title)}</h4><div class="plot" role="img" aria-label="{_escape(in_words(panel))}">'
+        f"</div>{_note(panel)}</section>"
+        for panel in chart.panels
+    )
+    described = _json([_figure(panel) for panel in chart.panels])
+    classes = "chart large" if chart.large else "chart"
+    return (
+        f'<figure class="{classes}" id="{_escape(chart.name)}"><h3>{_escape(chart.title)}</h3>{_legend(chart)}'
+        f'<div class="chart-panels">{panels}</div><figcaption>{_escape(chart.caption)}</figcaption>'
+        f'<script type="application/json">{described}</script></figure>'
+    )
+
+
+def library() -> str:
+    """What a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
+    resources = files("endwise.analysis.claims")
+    style = resources.joinpath("interactive.css").read_text(encoding="utf-8")
+    return f"<style>\n{style}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
+
+
+def script_policy() -> str:
+    """The `script-src` of a Content-Security-Policy under which the library's scripts run and no other does."""
+    hashes = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts())
+    return "script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes)
+
+
+def in_words(panel: Panel) -> str:
+    """What the panel shows, for those who do not see it."""
+    parts = []
+    for series in panel.series:
+        points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks[:CROWD])
+        more = f", and {len(series.marks) - CROWD:,} more" if len(series.marks) > CROWD else ""
+        parts.append(f"{name_of(series)}: {points or 'nothing'}{more}")
+    return f"{panel.y.label} over {panel.x.label}. {'; '.join(parts)}."
+
+
+@cache
+def _scripts() -> tuple[str, str]:
+    plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+    own = files("endwise.analysis.claims").joinpath("interactive.js").read_text(encoding="utf-8")
+    assert not any("</script" in script or "<!--" in script for script in (plotly, own))
+    return plotly, own
+
+
+def _figure(panel: Panel) -> Json:
+    """Plotly's description of a panel."""
+    x, y = limits(panel)
+    return {
+        "data": [trace for series in panel.series for trace in _traces(series, panel)],
+        "layout": {
+            "xaxis": _axis(panel.x, x),
+            "yaxis": _axis(panel.y, y),
+            "shapes": [_diagonal(x)] if panel.diagonal else [],
+            "annotations": [_annotation(note) for note in panel.notes],
+        },
+    }
+
+
+def _axis(axis: Axis, ends: Ends) -> Json:
+    described: Json = {"title": {"text": _plain(axis.label)}}
+    if axis.categories:
+        names = [_plain(name) for name in axis.categories]
+        return described | {"range": list(ends), "tickvals": list(range(len(names))), "ticktext": names}
+    if not axis.log:
+        return described | {"range": list(ends)}
+    ticks = log_ticks(*ends)
+    texts = [tick_text(tick) for tick in ticks]
+    return described | {"type": "log", "range": [math.log10(end) for end in ends], "tickvals": ticks, "ticktext": texts}
+
+
+def _diagonal(ends: Ends) -> Json:
+    low, high = ends
+    line = {"color": "var(--muted)", "width": 1, "dash": "4px,3px"}
+    return {"type": "line", "x0": low, "y0": low, "x1": high, "y1": high, "layer": "below", "line": line}
+
+
+def _annotation(note: Note) -> Json:
+    font = {"size": 13, "color": "var(--ink)", "weight": 700}
+    return {"x": note.x, "y": note.y, "text": _plain(note.text), "showarrow": False, "font": font}
+
+
+def _traces(series: Series, panel: Panel) -> Iterator[Json]:
+    marks, name = drawn(series, panel), _plain(name_of(series))
+    quiet: Json = {"type": "scatter", "name": name, "hoverinfo": "skip"}
+    if series.band is not None and (band := drawn_band(series.band, panel)):
+        x, low, high = (list(values) for values in zip(*band, strict=True))
+        yield {
+            **quiet,
+            "x": x + x[::-1],
+            "y": low + high[::-1],
+            "mode": "lines",
+            "line": {"width": 0},
+            "fill": "toself",
+            "fillcolor": f"{_colour(series)} {BAND}",
+        }
+    x, y = [mark.x for mark in marks], [mark.y for mark in marks]
+    yield {
+        "type": "scatter",
+        "name": name,
+        "x": x,
+        "y": y,
+        "mode": "markers" if not series.joined else "lines+markers" if series.marked else "lines",
+        "line": {"color": _colour(series), "width": 1.8, "dash": _dash(series)},
+        "marker": _marker(series),
+        "error_x": _bars(series, [(mark.x, mark.x_ends) for mark in marks]),
+        "error_y": _bars(series, [(mark.y, mark.y_ends) for mark in marks]),
+        "hovertext": [_hover(mark, series, panel) for mark in marks],
+        "hoverinfo": "text" if series.marked else "skip",
+    }
+    if front := [mark for mark in marks if mark.front]:
+        ring = {"symbol": "circle-open", "size": 15, "color": "var(--ink)", "line": {"width": 1.2}}
+        yield {**quiet, "x": [m.x for m in front], "y": [m.y for m in front], "mode": "markers", "marker": ring}
+
+
+def _colour(series: Series) -> str:
+    return f"var(--{series.kind})"
+
+
+def _dash(series: Series) -> str:
+    pattern = dashes(series)
+    return ",".join(f"{1.6 * length:g}px" for length in pattern) if pattern else "solid"
+
+
+def _marker(series: Series) -> Json:
+    hollow, crowded = series.rank > 0, len(series.marks) > CROWD
+    fill, edge = ("var(--card)", _colour(series)) if hollow else (_colour(series), "var(--card)")
+    return {
+        "symbol": SYMBOLS[MARKERS[series.kind]],
+        "size": round(max(4.0, shrink(series) * (10 if MARKERS[series.kind] == "^" else 9)), 1),
+        "color": fill,
+        "opacity": max(0.5, 0.9 * shrink(series)) if crowded else 1,
+        "line": {"color": edge, "width": 0 if crowded else 1.6 if hollow else 1},
+    }
+
+
+def _bars(series: Series, values: list[tuple[float, Ends | None]]) -> Json:
+    if all(ends is None for _, ends in values):
+        return {"visible": False}
+    distances = [(0.0, 0.0) if ends is None else (max(0.0, v - ends[0]), max(0.0, ends[1] - v)) for v, ends in values]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [above for _, above in distances],
+        "arrayminus": [below for below, _ in distances],
+        "color": _colour(series),
+        "thickness": 1.2,
+        "width": 0,
+    }
+
+
+def _hover(mark: Mark, series: Series, panel: Panel) -> str:
+    told = printable(mark.hover or f"{name_of(series)}\n{panel.y.label} {mark.y:.4g}\n{panel.x.label} {mark.x:.4g}")
+    lines = [part for line in told.split("\n") for part in textwrap.wrap(line, HOVER_WIDTH) or [""]]
+    return "<br>".join(_plain(line) for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that plotly shows as it stands: it reads some tags and the entities."""
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
+
+
+def _place(axis: Axis, value: float) -> str:
+    return axis.categories[round(value)] if axis.categories else f"{value:,.4g}"
+
+
+def _note(panel: Panel) -> str:
+    words = left_out(panel)
+    return f'<p class="note">{_escape(words)}</p>' if words else ""
+
+
+def _legend(chart: Chart) -> str:
+    """A button for each name, which hides its series in every panel; and what the other signs mean."""
+    every = [series for panel in chart.panels for series in panel.series]
+    items = [
+        f'<button type="button" aria-pressed="true" data-series="{_escape(_plain(name))}">{_swatch(series)}'
+        f"{_escape(name)}</button>"
+        for name, series in first_of_each_name(chart).items()
+    ]
+    items += [
+        f"<span>{_BAND_SWATCH}95 % band over {_escape(of)}</span>"
+        for of in dict.fromkeys(series.band.of for series in every if series.band is not None)
+    ]
+    if any(mark.x_ends or mark.y_ends for series in every for mark in series.marks):
+        items.append(f"<span>{_BAR_SWATCH}95 % interval</span>")
+    if any(mark.front for series in every for mark in series.marks):
+        items.append(f"<span>{_RING_SWATCH}Pareto front</span>")
+    return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
+
+
+_SWATCH = '<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true"'
+_BAND_SWATCH = f'{_SWATCH}><path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/></svg>'
+_BAR_SWATCH = f'{_SWATCH}><path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/></svg>'
+_RING_SWATCH = f'{_SWATCH}><circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/></svg>'
+_SHAPES = {
+    "o": '<circle cx="14" cy="7" r="4"/>',
+    "s": '<rect x="10.5" y="3.5" width="7" height="7"/>',
+    "^": '<path d="M14 2 18.5 11H9.5z"/>',
+}
+
+
+def _swatch(series: Series) -> str:
+    shape = _SHAPES[MARKERS[series.kind]]
+    hollow = ' style="fill:var(--card);stroke:var(--c);stroke-width:1.6"' if series.rank else ""
+    line = f'<path class="line" d="M1 7H27" stroke-dasharray="{_pattern(series)}"/>' if series.joined else ""
+    return f'{_SWATCH} style="--c:{_colour(series)}">{line}<g{hollow}>{shape}</g></svg>'
+
+
+def _pattern(series: Series) -> str:
+    return " ".join(f"{length:g}" for length in dashes(series)) or "none"
+
+
+def _escape(text: str) -> str:
+    return escape_html(printable(text))
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script that it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

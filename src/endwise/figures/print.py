@@ -1,0 +1,260 @@
+"""Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from endwise.common.files import replacing
+from endwise.common.text import printable
+from endwise.figures.charts import Axis, Chart, Ends, Mark, Panel, Series
+from endwise.figures.style import (
+    BAND,
+    COLOURS,
+    CROWD,
+    MARKERS,
+    dashes,
+    drawn,
+    drawn_band,
+    first_of_each_name,
+    left_out,
+    limits,
+    log_ticks,
+    shrink,
+    tick_text,
+)
+
+INK, MUTED, RULE, PAPER = "#1c2127", "#58616b", "#e1e0dc", "#ffffff"
+WIDTH, HEIGHT = 3.1, 2.75
+"""Inches of a panel; three of them stand in a row."""
+LEGEND_ROW = 0.18
+"""Inches by which each further row of a legend makes a figure higher."""
+COLUMNS = 3
+DPI = 300
+
+_STYLE: dict[Any, Any] = {
+    "pdf.fonttype": 42,  # TrueType: text stays text, which journals ask for
+    "text.parse_math": False,
+    "text.usetex": False,
+    "font.family": "DejaVu Sans",  # which matplotlib brings, so that a figure looks alike everywhere
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+}
+
+
+def save(chart: Chart, folder: Path) -> list[Path]:
+    """Writes `<name>.pdf` and `<name>.png`, each whole or not at all.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    described = {"Title": chart.title, "Subject": chart.caption}
+    metadata = {
+        "pdf": {**described, "CreationDate": None},
+        "png": {"Title": chart.title, "Description": chart.caption, "Software": None},
+    }
+    paths = []
+    with mpl.rc_context(_STYLE):
+        figure = draw(chart)
+        for form, told in metadata.items():
+            path = folder / f"{chart.name}.{form}"
+            with replacing(path) as partial:
+                figure.savefig(partial, format=form, dpi=DPI, metadata=told)
+            figure.set_layout_engine(None)  # where everything stands is found once
+            paths.append(path)
+    return paths
+
+
+def draw(chart: Chart) -> Figure:
+    columns = min(1 if chart.large else COLUMNS, len(chart.panels))
+    rows = -(-len(chart.panels) // columns)
+    scale = 2 if chart.large else 1
+    with mpl.rc_context(_STYLE):
+        figure = Figure(
+            figsize=(scale * WIDTH * columns + 0.2, scale * HEIGHT * rows + 0.7), layout="constrained", facecolor=PAPER
+        )
+        FigureCanvasAgg(figure)
+        figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
+        for number, panel in enumerate(chart.panels, 1):
+            _draw_panel(figure.add_subplot(rows, columns, number), panel)
+        rows_of_legend = _add_legend(figure, chart)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows_of_legend - 1))
+    return figure
+
+
+def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
+    """A log scale from low to high with a few round numbers written out."""
+    set_scale, set_limits, axis = {
+        "x": (axes.set_xscale, axes.set_xlim, axes.xaxis),
+        "y": (axes.set_yscale, axes.set_ylim, axes.yaxis),
+    }[which]
+    set_scale("log")
+    set_limits(low, high)
+    ticks = log_ticks(low, high)
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FixedFormatter([tick_text(tick) for tick in ticks]))
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    axes.set_title(_text(panel.title))
+    axes.grid(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    x, y = limits(panel)
+    _set_axis(axes, "x", panel.x, x)
+    _set_axis(axes, "y", panel.y, y)
+    note = left_out(panel)
+    axes.set_xlabel(_text(f"{panel.x.label}\n{note}" if note else panel.x.label))
+    axes.set_ylabel(_text(panel.y.label))
+    if panel.diagonal:
+        axes.plot(x, y, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
+    for series in panel.series:
+        _draw_series(axes, series, panel)
+    for note in panel.notes:
+        axes.annotate(_text(note.text), (note.x, note.y), ha="center", va="center", fontweight="bold", zorder=3)
+
+
+def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:
+    if axis.log:
+        log_axis(axes, which, *ends)
+        return
+    (axes.set_xlim if which == "x" else axes.set_ylim)(*ends)
+    if axis.categories:
+        names = [_text(name) for name in axis.categories]
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 6 else {}
+        if which == "x":
+            axes.set_xticks(range(len(names)), names, **slanted)
+        else:
+            axes.set_yticks(range(len(names)), names)
+
+
+def _draw_series(axes: Axes, series: Series, panel: Panel) -> None:
+    marks, colour = drawn(series, panel), COLOURS[series.kind]
+    if series.band is not None and (band := drawn_band(series.band, panel)):
+        x, low, high = zip(*band, strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0, zorder=1.8)
+    if not marks:
+        return
+    x, y = [mark.x for mark in marks], [mark.y for mark in marks]
+    y_bars = _distances([(mark.y, mark.y_ends) for mark in marks])
+    x_bars = _distances([(mark.x, mark.x_ends) for mark in marks])
+    axes.errorbar(x, y, y_bars, x_bars, fmt="none", ecolor=colour, elinewidth=0.8, capsize=0, zorder=2.4)
+    axes.plot(x, y, **_look(series), zorder=2.6)
+    if front := [mark for mark in marks if mark.front]:
+        axes.plot([mark.x for mark in front], [mark.y for mark in front], **_RING, zorder=2.8)
+
+
+_RING: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 9,
+    "markerfacecolor": "none",
+    "markeredgecolor": INK,
+    "markeredgewidth": 0.7,
+}
+
+
+def _look(series: Series) -> dict[str, Any]:
+    colour, hollow = COLOURS[series.kind], series.rank > 0
+    pattern, crowded = dashes(series), len(series.marks) > CROWD
+    return {
+        "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
+        "color": colour,
+        "linewidth": 1.2 if series.joined else 0,
+        "linestyle": (0, pattern) if pattern and series.joined else "-",
+        "marker": MARKERS[series.kind] if series.marked else "",
+        "markersize": max(1.8, shrink(series) * (5.5 if MARKERS[series.kind] == "^" else 4.5)),
+        "markerfacecolor": PAPER if hollow else colour,
+        "markeredgecolor": colour if hollow else PAPER,
+        "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
+    }
+
+
+def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | None:
+    """To the ends of the intervals, `[2, marks]`; NaN, which draws nothing, where a mark has none."""
+    if all(ends is None for _, ends in values):
+        return None
+    known = [(value, ends or (np.nan, np.nan)) for value, ends in values]
+    return [
+        [float(np.maximum(0.0, value - low)) for value, (low, _) in known],
+        [float(np.maximum(0.0, high - value)) for value, (_, high) in known],
+    ]
+
+
+def _add_legend(figure: Figure, chart: Chart) -> int:
+    """Under the panels, in as many columns as the figure is wide enough for; its rows."""
+    entries = list(_entries(chart))
+    for columns in range(len(entries), 0, -1):
+        legend = figure.legend(
+            handles=[handle for handle, _ in entries],
+            labels=[_text(label) for _, label in entries],
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=2.6,
+            columnspacing=1.6,
+        )
+        if columns == 1 or _width(legend, figure) <= figure.bbox.width:
+            return -(-len(entries) // columns)
+        legend.remove()
+    return 0
+
+
+def _width(legend: Legend, figure: Figure) -> float:
+    return legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
+
+
+def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
+    every = [series for panel in chart.panels for series in panel.series]
+    for name, series in first_of_each_name(chart).items():
+        yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
+    for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
+        yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
+    if any(_has_interval(mark) for series in every for mark in series.marks):
+        yield Line2D([], [], color=MUTED, linewidth=0.8), "95 % interval"
+    if any(mark.front for series in every for mark in series.marks):
+        yield Line2D([], [], **_RING), "Pareto front"
+
+
+def _has_interval(mark: Mark) -> bool:
+    return mark.x_ends is not None or mark.y_ends is not None
+
+
+def _text(text: str) -> str:
+    """Printable, and written out where the typeface has no such character."""
+    font = get_font(findfont(FontProperties(family=_STYLE["font.family"])))
+    return "".join(
+        character
+        if character == "\n" or font.get_char_index(ord(character))
+        else character.encode("unicode_escape").decode("ascii")
+        for character in printable(text)
+    )

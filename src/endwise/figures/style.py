@@ -1,0 +1,129 @@
+"""How figures look, however they are drawn: colours, markers, dashes, the range of an axis and its round numbers."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from endwise.config.run import LABELS
+from endwise.figures.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
+
+COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
+"""One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
+MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
+DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
+"""By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
+CROWD = 100
+"""A series of more marks than these has them smaller and paler, the more so the more there are."""
+BAND = 0.16
+"""Opacity of a band."""
+
+_LETTER, _GAP = 0.022, 0.03
+"""Width of a letter of an axis' labels, and the least space between two labels, as shares of the axis."""
+_MARGIN = 1.15
+"""By which a logarithmic axis goes beyond what it shows."""
+
+
+def name_of(series: Series) -> str:
+    """What a legend calls it."""
+    kind = LABELS.get(series.kind, series.kind)
+    return f"{kind}, {series.label}" if series.label else kind
+
+
+def first_of_each_name(chart: Chart) -> dict[str, Series]:
+    """What a legend shows: series of one name look alike in all panels, and a line and the marks about it are one."""
+    firsts: dict[str, Series] = {}
+    for panel in chart.panels:
+        for series in panel.series:
+            first = firsts.setdefault(name_of(series), series)
+            joined, marked = first.joined or series.joined, first.marked or series.marked
+            firsts[name_of(series)] = replace(first, joined=joined, marked=marked)
+    return firsts
+
+
+def shrink(series: Series) -> float:
+    """By what factor its marks are smaller than those of a series of few."""
+    return min(1.0, math.sqrt(CROWD / max(1, len(series.marks))))
+
+
+def dashes(series: Series) -> tuple[float, ...]:
+    return DASHES[series.rank % len(DASHES)]
+
+
+def drawn(series: Series, panel: Panel) -> tuple[Mark, ...]:
+    """The marks for which the panel's axes have a place."""
+    return tuple(mark for mark in series.marks if _has_place(mark.x, panel.x) and _has_place(mark.y, panel.y))
+
+
+def drawn_band(band: Band, panel: Panel) -> list[tuple[float, float, float]]:
+    """x, low and high, where the panel's axes have a place for them."""
+    return [
+        (x, low, high)
+        for x, low, high in zip(band.x, band.low, band.high, strict=True)
+        if _has_place(x, panel.x) and _has_place(low, panel.y) and _has_place(high, panel.y)
+    ]
+
+
+def left_out(panel: Panel) -> str:
+    """How many marks an axis has no place for; empty if none."""
+    count = sum(len(series.marks) - len(drawn(series, panel)) for series in panel.series)
+    if not count:
+        return ""
+    return f"{count} {'point is' if count == 1 else 'points are'} at 0 or below and not on the logarithmic axis."
+
+
+def limits(panel: Panel) -> tuple[Ends, Ends]:
+    """The ranges of x and y: every mark with its intervals, and a margin. Bands may leave the frame."""
+    x = _range(panel.x, [value for mark in _marks(panel) for value in (mark.x, *(mark.x_ends or ()))])
+    y = _range(panel.y, [value for mark in _marks(panel) for value in (mark.y, *(mark.y_ends or ()))])
+    if panel.diagonal:
+        x = y = (min(x[0], y[0]), max(x[1], y[1]))
+    return x, y
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis: the coarsest series that puts at least three between low and high, or else
+    the finest.
+    """
+    inside: list[float] = []
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        numbers = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        inside = [number for number in numbers if low <= number <= high]
+        if len(inside) >= 3:
+            break
+    return _apart(inside or [low, high], low, high)
+
+
+def _apart(ticks: list[float], low: float, high: float) -> list[float]:
+    """Those whose labels leave each other room, from the lowest on."""
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        letters = (len(tick_text(kept[-1])) + len(tick_text(tick))) / 2
+        if math.log(tick / kept[-1]) >= (_GAP + letters * _LETTER) * math.log(high / low):
+            kept.append(tick)
+    return kept
+
+
+def tick_text(value: float) -> str:
+    return f"{value:,.10g}"
+
+
+def _marks(panel: Panel) -> Iterator[Mark]:
+    return (mark for series in panel.series for mark in drawn(series, panel))
+
+
+def _has_place(value: float, axis: Axis) -> bool:
+    return math.isfinite(value) and (value > 0 or not axis.log)
+
+
+def _range(axis: Axis, values: list[float]) -> Ends:
+    if axis.categories:
+        return -0.3, len(axis.categories) - 0.7
+    values = [value for value in values if _has_place(value, axis)] or [1.0]
+    low, high = min(values), max(values)
+    if axis.log:
+        return low / _MARGIN, high * _MARGIN
+    if axis.from_zero:
+        low = min(low, 0.0)
+    margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0
+    return (low if axis.from_zero and low == 0 else low - margin), high + margin

@@ -1,0 +1,112 @@
+"""Finds the blocks of a Hugging Face model, and in each the modules whose outputs are added to the residual stream."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from endwise.common.errors import ModelError
+
+ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe")
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""A block that has the second also has the first as a norm of attention's output (Gemma 2 and 3, OLMo 2). In a Llama
+the first stands alone, and is the norm before the MLP."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of a block's two additions to the residual stream."""
+
+    compute: nn.Module
+    """The attention or MLP module, which a replay with a known result does not run."""
+    write: nn.Module
+    """The module whose output is added: `compute` itself, or the norm that follows it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    module: nn.Module
+    attention: Branch | None
+    mlp: Branch | None
+
+    def branches(self) -> Iterator[Branch]:
+        yield from (branch for branch in (self.attention, self.mlp) if branch is not None)
+
+
+def find_blocks(model: nn.Module, n_layers: int | None) -> list[Block]:
+    """The model's blocks, in order.
+
+    Raises:
+        ModelError: no list of equal modules looks like them.
+    """
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    fitting = {
+        name: modules
+        for name, modules in lists.items()
+        if (n_layers is None or len(modules) == n_layers) and len({type(module) for module in modules}) == 1
+    }
+    with_attention = {name: modules for name, modules in fitting.items() if _child(modules[0], ATTENTION_NAMES)}
+    candidates = with_attention or fitting
+    if not candidates:
+        found = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
+        raise ModelError(
+            f"{type(model).__name__} has no list of {n_layers} equal blocks that sites could be named after; "
+            f"its module lists: {found}."
+        )
+    shallowest = min(candidates, key=lambda name: name.count("."))
+    return [_block(module) for module in candidates[shallowest]]
+
+
+def _block(module: nn.Module) -> Block:
+    attention, mlp = _child(module, ATTENTION_NAMES), _child(module, MLP_NAMES)
+    after_attention, after_mlp = (getattr(module, name, None) for name in POST_NORMS)
+    if after_mlp is None:
+        after_attention = None
+    return Block(module, _branch(attention, after_attention), _branch(mlp, after_mlp))
+
+
+def _branch(compute: nn.Module | None, norm: nn.Module | None) -> Branch | None:
+    return None if compute is None else Branch(compute, norm if isinstance(norm, nn.Module) else compute)
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((child for name, child in module.named_children() if name in names), None)
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block is called with.
+
+    Raises:
+        ModelError: neither a positional argument nor one named `hidden_states`.
+    """
+    if args:
+        return args[0]
+    if "hidden_states" not in kwargs:
+        raise ModelError(
+            f"The modules that look like the model's blocks are called with {', '.join(kwargs) or 'nothing'}, "
+            "not with hidden_states, so they are no blocks that endwise knows how to enter."
+        )
+    return kwargs["hidden_states"]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A module's result: the output, or the first of several.
+
+    Raises:
+        ModelError: it is no tensor.
+    """
+    result = output[0] if isinstance(output, tuple) else output
+    if not isinstance(result, Tensor):
+        raise ModelError(
+            f"A module that looks like a block or a part of one returns a {type(result).__name__}, no tensor."
+        )
+    return result
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """The same output with its result replaced."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value

@@ -1,0 +1,170 @@
+"""What a language model must hold to, tried on a short pass before any long work: that it is finite, that it does not
+look ahead, and that what follows a site is computed from the site's value as it is in the whole model.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from endwise.common.axes import Tokens
+from endwise.common.errors import ModelError
+from endwise.models.sites import Part, Site
+
+FIRST = Site(0, Part.RESID_PRE)
+
+
+@runtime_checkable
+class Tried(Protocol):
+    """A model as these checks see it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def n_layers(self) -> int: ...
+    def clean(self, tokens: Tokens, record: Any = (), final: bool = False) -> Any: ...
+    def replay(self, clean: Any, patch: Mapping[Site, Any], record: Any = (), final: bool = True) -> Any: ...
+
+
+def refuse_not_finite(model: Tried, activations: Mapping[Site, Tensor], final: Tensor, logits: Tensor) -> None:
+    """
+    Raises:
+        ModelError: a pass of ordinary tokens gives NaN or infinity; it says where, and whose fault that is.
+    """
+    if _finite(final) and _finite(logits):
+        return
+    where = next((site.name for site in sorted(activations) if not _finite(activations[site])), "the logits")
+    half = model.dtype == torch.float16
+    wider = "Set model.dtype to bfloat16 or float32. " if half else ""
+    weight = next((name for name, value in model.model.named_parameters() if not _finite(value)), None)
+    if weight is not None:
+        reason = f"its weights hold NaN or infinity ({weight}). {wider}The checkpoint may be damaged: restore it."
+    elif half:
+        reason = f"{where} overflows float16, whose largest number is 65,504. {wider}"
+    else:
+        reason = f"{where} is NaN or infinite, though its weights are finite. Does its config.json belong to them?"
+    raise ModelError(f"{model.name} cannot be used: {reason.strip()}")
+
+
+def refuse_lookahead(model: Tried, tokens: Tokens, vocab_size: int) -> None:
+    """Changes the probe's tokens one at a time: the states that earlier predictions are made of must stay.
+
+    Raises:
+        ModelError: an earlier one changes.
+    """
+    length = tokens.shape[1]
+    rows = tokens.repeat(length, 1)
+    for position in range(1, length):
+        rows[position, position] = (rows[position, position] + 1 + vocab_size // 2) % vocab_size
+    final = model.clean(rows, final=True).final
+    for position in range(1, length):
+        if not same(final[position, :position], final[0, :position]):
+            raise ModelError(
+                f"{model.name} looks ahead: what it predicts before position {position} changes with the token at "
+                f"{position}, so it does not predict the next token. endwise needs a causal model; one that can be "
+                "either is causal if its config.json says so (is_causal or is_decoder: true)."
+            )
+
+
+def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activations: Mapping[Site, Tensor]) -> None:
+    """
+    Args:
+        kind: the class of what look like its blocks.
+        runs: how often the busiest of them ran in the pass of `tokens` that gave `activations`.
+
+    Raises:
+        ModelError: they do not pass on a residual stream, once each.
+    """
+    for site in sorted(activations):
+        shape = activations[site].shape
+        if site.part in (Part.RESID_PRE, Part.RESID_POST) and (len(shape) != 3 or shape[:2] != tokens.shape):
+            raise ModelError(
+                f"{model.name}: what its blocks ({kind}) pass on has the shape {[*shape]} at {site.name}, not "
+                "[batch pos d_model], so there is no residual stream to splice into. endwise cannot take this model."
+            )
+    if runs > 1:
+        raise ModelError(
+            f"{model.name} runs its blocks ({kind}) {runs} times in one pass, so that a site has no one value. "
+            "endwise cannot take this model."
+        )
+
+
+def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any) -> dict[Site, str]:
+    """Replays the model from every site with the site's own value, which must change nothing.
+
+    Args:
+        other: tokens of the same shape as those that `clean` read; with their value at the last block's output, the
+            model must end as if it had read them.
+        sites: those with values of shape `[batch pos d_model]`, in the order of computation.
+        clean: the pass in which they all and the final state were recorded.
+
+    Returns:
+        The sites that cannot be spliced at, each with the reason.
+
+    Raises:
+        ModelError: nothing but the first block's input can be replayed: what was taken for blocks are none.
+    """
+    reasons: dict[Site, str] = {}
+    last = Site(model.n_layers - 1, Part.RESID_POST)
+    for site in reversed(sites):
+        reason = _reason(model, other, site, clean, reasons)
+        if reason is not None:
+            reasons[site] = reason
+    residual = [site for site in sites if site.part in (Part.RESID_PRE, Part.RESID_POST) and site != FIRST]
+    if all(site in reasons for site in residual):
+        raise ModelError(
+            f"{model.name}: the modules that look like its blocks are none, or share more than the residual stream: "
+            f"{reasons[last]} endwise cannot take this model."
+        )
+    return reasons
+
+
+def _reason(model: Tried, other: Tokens, site: Site, clean: Any, reasons: Mapping[Site, str]) -> str | None:
+    """Why no SAE can be spliced in at a site; `reasons` has it of all sites after."""
+    value, after = clean.activations[site], Site(site.layer, Part.RESID_POST)
+    if site == FIRST:  # nothing is skipped
+        return None
+    if site.layer == model.n_layers - 1 and site == after:  # nothing is left to run: only a change can show
+        swapped = model.clean(other, [site], final=True)
+        return _replayed(lambda: model.replay(clean, {site: swapped.activations[site]}).final, swapped.final)
+    if site.part is Part.RESID_PRE:
+        return _replayed(lambda: model.replay(clean, {site: value}).final, clean.final)
+    if site.part is Part.RESID_POST:
+        following = Site(site.layer + 1, Part.RESID_PRE)
+        entering = clean.activations[following]
+        if entering.shape == value.shape and torch.equal(value.to(entering.device), entering):
+            return reasons.get(following)
+        return "the model changes it before the next block reads it."
+    if after in reasons:
+        return reasons[after]
+    replayed = partial(model.replay, clean, {site: value}, [after], final=False)
+    return _replayed(lambda: replayed().activations[after], clean.activations[after])
+
+
+def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
+    """Why what a replay gives is not what the whole model gave."""
+    beside = "what comes after it needs more of what comes before than the residual stream"
+    try:
+        found = replay()
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        return f"{beside} (a pass that begins there fails: {told})."
+    return None if same(found, expected) else f"{beside} (a pass that begins there gives other predictions)."
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal, to what rounding may do where the same is computed twice."""
+    tolerance = 2e-2 if theirs.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    return ours.shape == theirs.shape and torch.allclose(
+        ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
+    )
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())

@@ -1,0 +1,133 @@
+"""The files of a language model: which there are, and what is to be refused before transformers reads any of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from endwise.common.errors import ConfigError, FormatError, ModelError
+from endwise.common.files import read_json, stays_inside, there_is
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json")
+MOST_LAYERS = 10_000
+
+
+def refuse_adapter(source: str, name: str, revision: str) -> None:
+    """transformers reads an adapter, or leaves it, depending on whether peft is installed: never here.
+
+    Raises:
+        ModelError: the folder, or the hub's repository, is an adapter or holds one beside a model's weights.
+    """
+    found = find_adapter_config_file(source, revision=revision)
+    if found is None:
+        return
+    try:
+        base = read_json(Path(found)).get("base_model_name_or_path")
+    except FormatError:
+        base = None
+    of = f" of {base!r:.100}" if isinstance(base, str) and base else ""
+    merge = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER)"
+    if _file(source, "config.json", revision) is None:
+        raise ModelError(
+            f"{name} is an adapter{of} (adapter_config.json), not a model. Merge it into its base model first, and "
+            f"give that folder: {merge}."
+        )
+    raise ModelError(
+        f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
+        "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge "
+        f"them, and give that folder: {merge}."
+    )
+
+
+def weight_files(source: str, revision: str, config: Any) -> list[Path]:
+    """The safetensors files that transformers takes the weights from, in a folder or, downloaded, from the hub."""
+    named = getattr(config, "transformers_weights", None)
+    whole = _file(source, named if isinstance(named, str) else SAFE_WEIGHTS_NAME, revision)
+    if whole is not None:
+        return [whole] if whole.suffix == ".safetensors" else []
+    index = _file(source, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [path for shard in shards if (path := _file(source, shard, revision)) is not None]
+
+
+def tokenizer_files(source: str, revision: str) -> list[Path]:
+    return [path for name in TOKENIZERS if (path := _file(source, name, revision)) is not None]
+
+
+def _file(source: str, name: str, revision: str) -> Path | None:
+    found = cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def check_files(source: str, gguf_file: str | None) -> None:
+    """What is to be refused before transformers reads any of it."""
+    if gguf_file is not None and not stays_inside(gguf_file):
+        raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
+    folder = Path(source)
+    if there_is(folder) and folder.is_dir():
+        if not (folder / "adapter_config.json").is_file():  # which is refused with its own reason
+            _refuse_pickles(folder, gguf_file)
+        _check_config(folder)
+
+
+def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            found = ", ".join(path.name for path in sorted(folder.glob("*.gguf"))) or "none"
+            raise ModelError(f"{folder} holds no file {gguf_file}; its GGUF files: {found}.")
+    elif not list(folder.glob("*.safetensors")):
+        pickles = [name for name in PICKLES if (folder / name).exists()]
+        if pickles:
+            raise ModelError(
+                f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when read. "
+                "Convert it to safetensors first: model.save_pretrained(folder)."
+            )
+        raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except FormatError as error:
+        raise ModelError(f"{file.parent} cannot be loaded as a causal language model: {error}") from None
+
+
+def _check_shards(index: Path) -> None:
+    """Transformers joins these names to the folder as they are."""
+    shards = _read(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} must map the weights' names to files (weight_map). Restore it.")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not stays_inside(shard):
+            raise ModelError(f"{index} must name files inside its folder, not {shard!r:.200}. Restore it.")
+
+
+def _check_config(folder: Path) -> None:
+    """What transformers would take at its word: it makes as many blocks as the configuration says."""
+    file = folder / "config.json"
+    if not there_is(file):
+        return
+    config = _read(file)
+    for section in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "num_layers", "n_layer"):
+            layers = section.get(key) if isinstance(section, dict) else None
+            if layers is not None and (type(layers) is not int or not 1 <= layers <= MOST_LAYERS):
+                raise ModelError(
+                    f"{file}: {key} must be a whole number from 1 to {MOST_LAYERS:,}, not {layers!r:.80}. Restore it."
+                )

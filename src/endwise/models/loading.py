@@ -1,0 +1,212 @@
+"""Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
+
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from endwise import embedded
+from endwise.common.digests import of_stored_model
+from endwise.common.errors import ConfigError, ModelError
+from endwise.common.files import at_home, there_is
+from endwise.common.processes import local_rank
+from endwise.models.files import check_files, refuse_adapter, tokenizer_files, weight_files
+from endwise.models.gpt_neo_attention import use_sdpa
+from endwise.models.language_model import LanguageModel
+from endwise.models.plain_weights import refuse_packed_files, refuse_quantised, refuse_quantised_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOADING = Lock()
+"""transformers makes a model under settings of the whole process (its default device and dtype, how weights are
+initialised), so that one made by another thread at the time would stay without weights."""
+
+
+def load_model(
+    name: str = "embedded",
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Loads a causal language model and its tokenizer, frozen and ready to be spliced.
+
+    Args:
+        name: `embedded`, a local folder, or a hub id.
+        gguf_file: the file to read inside `name`, for models stored as GGUF (needs the extra `gguf`).
+        revision: hub commit, branch or tag.
+        dtype: `float32` (where unset, also for checkpoints stored in another one), `bfloat16` or `float16`.
+        device: `auto` takes CUDA if there is one, and of several processes on a machine each its own GPU.
+        attention: implementation; unset: `sdpa`, or `eager` where the model has no other. GPT-Neo has none of
+            transformers', and gets ours.
+        trust_remote_code: run Python code that ships with the model.
+
+    Raises:
+        ModelError: there is no such model, its weights are pickles or quantised, it is an adapter or has one beside
+            it, or it is not one that endwise can splice.
+        ConfigError: the device or the dtype does not exist.
+    """
+    name = at_home(name)
+    place = find_device(device)
+    dtype = "float32" if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
+    source, shared = _where(name, gguf_file, revision, trust_remote_code)
+    with LOADING:
+        model, info = _weighted(source, name, shared, attention, DTYPES[dtype])
+        if info["missing_keys"]:
+            absent = sorted(map(str, info["missing_keys"]))
+            raise ModelError(
+                f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
+                "...), which would stay random. Is it a causal language model, and complete?"
+            )
+        refuse_quantised(model, name)
+        for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
+            parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
+        loaded = _spliceable(model.to(place), _tokenizer(source, shared), name)
+    loaded.commit = getattr(model.config, "_commit_hash", None)
+    folder = _folder_of(source, gguf_file, loaded.commit or shared["revision"])
+    if folder is not None:
+        loaded.stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
+    return loaded
+
+
+def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
+    """Where the files of a model lie that was loaded: the folder given, or the hub's snapshot of it."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        found = try_to_load_from_cache(source, gguf_file or "config.json", revision=revision)
+    except ValueError:  # a name that the hub does not have
+        return None
+    return Path(found).parents[(gguf_file or "").count("/")] if isinstance(found, str) else None
+
+
+def _weighted(
+    source: str, name: str, shared: dict[str, Any], attention: str | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, and what transformers says of them.
+
+    Raises:
+        ModelError: there is none, or what would be loaded is not what its files hold.
+    """
+    weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **shared}
+    try:
+        refuse_adapter(source, name, shared["revision"])
+        config = AutoConfig.from_pretrained(source, **shared)
+        if "gguf_file" in shared:
+            if hasattr(transformers, "GgufConfig"):  # else it may leave weights packed, for kernels of its own
+                weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        else:
+            refuse_quantised_config(config, name)
+            refuse_packed_files(weight_files(source, shared["revision"], config), name)
+            weights |= {"config": config, "use_safetensors": True}
+        return _from_pretrained(source, attention, weights)
+    except ModelError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise ModelError(_explained(name, error)) from error
+
+
+def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str) -> LanguageModel:
+    """
+    Args:
+        tokenizer: or why there is none.
+    """
+    try:
+        if isinstance(tokenizer, str):
+            return LanguageModel(model, None, name, tokenizer)
+        return LanguageModel(model, tokenizer, name)
+    except ModelError:
+        raise
+    except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in
+        raise ModelError(f"{name} is loaded, but a pass fails: {_one_line(error)} Is its config.json right?") from error
+
+
+def _where(
+    name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[str, dict[str, Any]]:
+    """What transformers reads a model from, and with which arguments."""
+    source = str(embedded.folder()) if name == "embedded" else name
+    check_files(source, gguf_file)
+    shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        shared["gguf_file"] = gguf_file
+    return source, shared
+
+
+def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:
+    """The model and what transformers says of its weights."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
+    except ValueError as error:
+        if attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
+            raise
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+        if not use_sdpa(loaded[0]) and attention == "sdpa":
+            raise
+        return loaded
+
+
+def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | str:
+    """The model's tokenizer, or why there is none, which is fine as long as only token ids are read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        return _no_tokenizer(source, shared, error)
+    except Exception as error:  # what the tokenizers library says of a file that is damaged
+        raise ModelError(f"The tokenizer of {source} cannot be read: {_one_line(error)} Restore its files.") from error
+    # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if tokenizer.get_vocab().keys() <= special:
+        return f"{source} names its special tokens alone, and no vocabulary. Save its tokenizer there."
+    return tokenizer
+
+
+def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
+    """Which of the causes it is that no tokenizer could be read."""
+    told = _one_line(error)
+    if "gguf_file" not in shared and not tokenizer_files(source, shared["revision"]):
+        return f"{source} holds no file of one. Save its tokenizer there: tokenizer.save_pretrained(FOLDER)."
+    if "trust_remote_code" in str(error):
+        return f"{source} ships it as Python code, which is not run unless model.trust_remote_code is true."
+    if isinstance(error, ImportError) or "is required to read" in told or "pip install" in told:
+        return f"reading that of {source} needs a package that is not installed ({told}). Install it first."
+    return f"that of {source} cannot be read ({type(error).__name__}: {told}). Restore its files."
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # which "meta" has not
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
+    return device
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _explained(name: str, error: Exception) -> str:
+    reason = _one_line(error)
+    if isinstance(error, ImportError):
+        return f"{name} needs a package that is not installed ({reason}). Install it first."
+    if "trust_remote_code" in str(error):
+        return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
+    if isinstance(error, OSError) and not there_is(Path(name)):
+        return (
+            f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
+            f"Check the spelling and the connection. ({reason})"
+        )
+    return f"{name} cannot be loaded as a causal language model: {reason}"

@@ -1,0 +1,94 @@
+"""Weights that are no plain floats: packed by a quantiser, they mean nothing without its scales and its code.
+
+endwise casts weights, reads the unembedding itself and copies models in bf16, all of which would drop the scales.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from endwise.common.errors import ModelError
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STORED_PLAIN = ("F64", "F32", "BF16", "F16")
+"""The same, as safetensors names them."""
+PACKED = ("W_q", "SCB", "codes", "qzeros", "indices", "Qidxs")
+"""Names of packed weights and scales that do not say so."""
+_REMEDY = (
+    "endwise would cast the weights and lose their scales. Give the checkpoint that it was made from, or unpack it "
+    "first, where its quantiser can: from_pretrained(...).dequantize().save_pretrained(FOLDER)."
+)
+
+
+def refuse_quantised(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        ModelError: the model says that it is quantised, or holds parameters or modules that are.
+    """
+    refuse_quantised_config(getattr(model, "config", None), name)
+    found = next(_quantised_parts(model), None)
+    if found is not None:
+        raise ModelError(f"{name} is quantised: {found}. {_REMEDY}")
+
+
+def refuse_quantised_config(config: Any, name: str) -> None:
+    """
+    Raises:
+        ModelError: a configuration of transformers' names a quantiser.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for section in (config, text):
+        for key in ("quantization_config", "compression_config"):
+            found = getattr(section, key, None)
+            if found is not None:
+                told = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+                method = f" by {getattr(told, 'value', told)!s:.40}" if told else ""
+                raise ModelError(f"{name} is quantised{method} ({key} in its config.json). {_REMEDY}")
+
+
+def refuse_packed_files(files: list[Path], name: str) -> None:
+    """Looks at the headers of the safetensors files that hold the model's weights.
+
+    Whole numbers have their place beside weights (masks, positions), but no weight is made of them.
+
+    Raises:
+        ModelError: a weight is stored in a type that is no plain float.
+        SafetensorError: a file is damaged.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - safetensors' own, and no mapping
+                dtype = stored.get_slice(key).get_dtype()
+                if dtype not in STORED_PLAIN and _is_weight(key):
+                    raise ModelError(f"{name} is quantised: {file.name} stores {key} as {dtype}. {_REMEDY}")
+
+
+def _is_weight(key: str) -> bool:
+    """By the names that quantisers give: `weight`, `weight.absmax`, `qweight`, `weight_packed`, `W_q`, `SCB`, `codes`,
+    `experts.gate_up_proj_blocks`, ...
+    """
+    last = key.split(".")[-2:]
+    return last[-1] in PACKED or any("weight" in part or part.endswith(("_blocks", "_scales")) for part in last)
+
+
+def _quantised_parts(model: nn.Module) -> Iterator[str]:
+    """transformers' mark; parameters of another dtype, or of a class with arithmetic of its own (torchao, quanto); the
+    packed buffers of GPTQ and AWQ; and PyTorch's own quantised modules.
+    """
+    if getattr(model, "is_quantized", False) is True:
+        yield f"{type(model).__name__}.is_quantized is true"
+    for name, value in model.named_parameters():
+        if value.dtype not in PLAIN:
+            yield f"{name} is of {value.dtype}"
+        if type(value.data).__module__.partition(".")[0] != "torch":
+            yield f"{name} is a {type(value.data).__name__}"
+    for name, value in model.named_buffers():
+        if value.dtype not in PLAIN and _is_weight(name):
+            yield f"{name} is of {value.dtype}"
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            yield f"{name} is a {type(module).__module__}.{type(module).__name__}"

@@ -1,0 +1,61 @@
+"""Sites: the places in a language model where an SAE can be spliced in, by the names TransformerLens gives them."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from endwise.common.errors import SiteError
+
+
+class Part(StrEnum):
+    """Where in a block. The order is the order of computation."""
+
+    RESID_PRE = "hook_resid_pre"
+    """The residual stream entering the block."""
+    ATTN_OUT = "hook_attn_out"
+    """What attention adds to the residual stream."""
+    MLP_OUT = "hook_mlp_out"
+    """What the MLP adds to the residual stream."""
+    RESID_POST = "hook_resid_post"
+    """The residual stream leaving the block."""
+
+
+_ORDER = {part: index for index, part in enumerate(Part)}
+
+
+@dataclass(frozen=True)
+class Site:
+    """`blocks.<layer>.<part>`; sorts in the order of computation."""
+
+    layer: int
+    part: Part
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.layer}.{self.part.value}"
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Sorts sites in the order in which a forward pass reaches them."""
+        return self.layer, _ORDER[self.part]
+
+    def __lt__(self, other: "Site") -> bool:
+        return self.depth < other.depth
+
+    def __str__(self) -> str:
+        return self.name
+
+    @staticmethod
+    def parse(name: str) -> "Site":
+        """
+        Raises:
+            SiteError: the name is not of this form.
+        """
+        match = re.fullmatch(r"blocks\.([0-9]{1,6})\.(\w+)", name)
+        parts = [part.value for part in Part]
+        if match is None or match[2] not in parts:
+            near = difflib.get_close_matches(name.rpartition(".")[2], parts, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise SiteError(f"A site is named blocks.<layer>.<{' | '.join(parts)}>; given {name!r}.{hint}")
+        return Site(int(match[1]), Part(match[2]))

@@ -1,0 +1,115 @@
+"""Writes what a study found: tables, figures and the page that joins them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from endwise.analysis.claims import Claim
+from endwise.analysis.directions import reconstruction
+from endwise.analysis.pareto.page import pareto_chart
+from endwise.common.files import write_atomic
+from endwise.common.tables import write_table
+from endwise.evaluation.summary import RunSummary
+from endwise.figures.charts import Chart
+from endwise.figures.print import save
+from endwise.paper import figures
+from endwise.paper.costs import as_rows
+from endwise.paper.findings import Findings, find, norm_rows, ratio_rows, run_rows, variant_rows
+from endwise.paper.mitigations import Way
+from endwise.paper.page import report
+from endwise.paper.runs import StudyRuns
+from endwise.paper.study_claims import claims
+
+Charts = Mapping[str, Sequence[Chart]]
+
+
+def write(made: StudyRuns, out: Path, command: str) -> list[Claim]:
+    """Everything that the finished runs show, in `tables/`, `figures/` and `report.html`; the claims' verdicts."""
+    found = find(made, out)
+    judged = claims(found)
+    for name, rows in tables(found, judged).items():
+        if rows:
+            write_table(rows, out / "tables" / name)
+    drawn = charts(found)
+    for group in drawn.values():
+        for chart in group:
+            save(chart, out / "figures")
+    write_atomic(out / "report.html", report(found, drawn, judged, command).encode())
+    return judged
+
+
+def tables(found: Findings, judged: Sequence[Claim]) -> dict[str, list[dict[str, Any]]]:
+    """By name. All but `costs` and `costs_of_variants` are the same however often a study was broken off: these two
+    hold wall-clock.
+    """
+    points = () if found.mitigations is None else found.mitigations.points
+    return {
+        "runs": run_rows(found),
+        "ratios": ratio_rows(found),
+        "claims": [vars(claim) for claim in judged if not claim.timed],
+        "similar": list(_similar_rows(found)),
+        "norms": norm_rows(found),
+        "variants": [point.to_row() for point in points],
+        "variant_ratios": variant_rows(found),
+        "costs": as_rows(found.made.costs),
+        "costs_of_variants": [{**point.to_row(), "seconds": point.variant.seconds} for point in points],
+    }
+
+
+def _similar_rows(found: Findings) -> Iterator[dict[str, Any]]:
+    for what, by_site in {"ce_increase": found.similar_ce, "l0": found.similar_l0}.items():
+        for site, runs in by_site.items():
+            for run in runs:
+                names = ("kind", "coefficient", "l0", "alive", "ce_increase")
+                yield {"similar": what, "site": site, **{name: getattr(run, name) for name in names}}
+
+
+def charts(found: Findings) -> Charts:
+    """By the report's section."""
+    site = found.made.experiments.study.site
+    curves = [run for run in found.summaries("curves") if run.site == site]
+    similar = found.similar_ce.get(site, ())
+    rates = [(run.config.training.learning_rate, run.summary) for run in found.experiments["learning_rates"]]
+    middles = {kind: found.middle_coefficient(kind) for kind in found.made.experiments.study.kinds}
+    single = [(rate, run) for rate, run in rates if run.coefficient == middles[run.kind]]
+    drawn: dict[str, list[Chart]] = {
+        "tradeoff": [
+            pareto_chart(summary.runs, at, f"pareto-{number}")
+            for number, (at, summary) in enumerate(found.sites.items(), 1)
+        ],
+        "downstream": [reconstruction.downstream(found.similar_ce), reconstruction.explained_variance(curves, site)],
+        "norms": [reconstruction.norms(found.norms, similar, site), reconstruction.cosines(found.norms, similar, site)],
+        "ablations": [figures.learning_rates(single, site), *_ablations(found, site)],
+        "cost": [] if found.mitigations is None else figures.training_cost(found.mitigations, site),
+    }
+    return {
+        section: [chart for chart in group if any(panel.series for panel in chart.panels)]
+        for section, group in drawn.items()
+    }
+
+
+def _ablations(found: Findings, site: str) -> Iterator[Chart]:
+    rates: dict[str, list[RunSummary]] = {}
+    for run in sorted(found.experiments["learning_rates"], key=lambda each: each.config.training.learning_rate):
+        rates.setdefault(f"{run.config.training.learning_rate:g}", []).append(run.summary)
+    if len(rates) > 1:
+        caption = "The inner part of each kind's curve, trained with several learning rates."
+        yield figures.variants("rates", "Curves by learning rate", list(rates.items()), site, caption)
+    captions: dict[Way, tuple[str, str, str]] = {
+        "dictionary": ("sizes", "Dictionary size", "Curves of dictionaries of several sizes."),
+        "tokens": ("lengths", "Training length", "Curves after training on several numbers of tokens."),
+        "start": ("starts", "Start", "Curves of SAEs that began with random weights, and with those of a local SAE."),
+    }
+    for way, (name, title, caption) in captions.items():
+        points = () if found.mitigations is None else found.mitigations.points
+        labelled: dict[str, list[RunSummary]] = {}
+        for point in points:
+            if point.variant.way == way:
+                labelled.setdefault(point.variant.label, []).extend(point.variant.runs)
+        yield figures.variants(name, title, list(labelled.items()), site, caption)
+    seeds: dict[str, list[RunSummary]] = {}
+    for run in [*found.summaries("curves"), *found.summaries("seeds")]:
+        if run.site == site:
+            seeds.setdefault(f"seed {run.seed}", []).append(run)
+    if len(seeds) > 1:
+        yield figures.variants("seeds", "Seeds", list(seeds.items()), site, "The same curves from several seeds.")

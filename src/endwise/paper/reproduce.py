@@ -1,0 +1,51 @@
+"""The paper's experiments from one command: the runs, then everything that they show."""
+
+import shlex
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from endwise.common.files import expanded
+from endwise.paper.report import write
+from endwise.paper.runs import StudyRuns, make_runs
+from endwise.paper.study_claims import Claim
+from endwise.paper.study_config import StudyConfig, find_study
+from endwise.sweeps.engines import engine_of
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    claims: list[Claim]
+    runs: StudyRuns
+    report: Path
+    """The page; `tables/` and `figures/` lie beside it."""
+
+
+def reproduce(
+    study: StudyConfig | str = "embedded",
+    out: Path | str | None = None,
+    *,
+    budget: str | None = None,
+    display: bool = True,
+) -> Reproduced:
+    """Carries out a study's experiments and writes `report.html`, `tables/` and `figures/`.
+
+    Begun again with the same `out` it does nothing twice, and ends with the same tables.
+
+    Args:
+        study: one that ships (embedded, gpt2-small, tinystories-1m), the path of a file like theirs, or an object.
+        out: unset: `runs/paper-<study>`.
+        budget: 90s, 30m or 2h: makes the runs as long as fits. Unset: as long as the study says.
+
+    Raises:
+        ConfigError: the study breaks a rule, or `out` holds another one.
+        Interrupted: the user asked to stop; what runs is saved.
+    """
+    config = study if isinstance(study, StudyConfig) else find_study(study)
+    name = "study" if isinstance(study, StudyConfig) else Path(study).stem
+    folder = Path("runs") / f"paper-{name}" if out is None else expanded(out)
+    with closing(engine_of(config, folder)) as used:
+        runs = make_runs(config, folder, budget, used, display)
+    command = shlex.join(["endwise", *sys.argv[1:]])
+    return Reproduced(write(runs, folder, command), runs, folder / "report.html")

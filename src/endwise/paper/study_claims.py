@@ -1,0 +1,309 @@
+"""The paper's claims against a study's findings: shown, not shown, or not testable here, and why."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from endwise.analysis import published as paper
+from endwise.analysis.claims import Claim, shown_if_all
+from endwise.analysis.comparison.comparison import similar_by_seed
+from endwise.analysis.directions.study import norm_claim
+from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
+from endwise.common.statistics import Interval
+from endwise.config.run import LABELS, Kind
+from endwise.evaluation.summary import layer_label
+from endwise.paper.costs import relative_to_local
+from endwise.paper.findings import Findings
+from endwise.paper.mitigations import WAYS, CostPoint, Way, reaches
+
+END_TO_END: tuple[Kind, ...] = ("e2e", "e2e_ds")
+REACHED = 1.05
+"""A CE increase counts as reached if the whole interval of its ratio to the other lies below this factor."""
+
+
+def claims(found: Findings) -> list[Claim]:
+    """Every quantitative claim that runs alone can bear out, in the paper's order."""
+    made: list[Claim] = []
+    for kind in END_TO_END:
+        if kind in found.made.experiments.study.kinds:
+            made += [
+                _features(found, kind),
+                _alive(found, kind),
+                _ce_at_equal(found, kind, "l0"),
+                _ce_at_equal(found, kind, "alive"),
+            ]
+    made += [_downstream(found), _norms(found), _learning_rate(found), _sizes(found), _lengths(found), _seeds(found)]
+    made += [_cost(found, kind) for kind in END_TO_END if kind in found.made.experiments.study.kinds]
+    made += [_mitigation(found, way) for way in ("tokens", "dictionary", "start")]
+    return [*made, _break_even(found)]
+
+
+def _features(found: Findings, kind: Kind) -> Claim:
+    published = _percents(paper.relative_to_local(paper.SIMILAR_CE, kind, "l0"))
+    claim = f"{LABELS[kind]} needs fewer features per token than local for the same CE increase"
+    return _of_ratios(found, claim, f"{published} of local's L0", "features_at_equal_ce", kind)
+
+
+def _alive(found: Findings, kind: Kind) -> Claim:
+    published = _percents(paper.relative_to_local(paper.SIMILAR_CE, kind, "alive"))
+    claim = f"{LABELS[kind]} needs fewer alive features in all than local for the same CE increase"
+    return _of_ratios(found, claim, f"{published} of local's", "alive_at_equal_ce", kind)
+
+
+def _ce_at_equal(found: Findings, kind: Kind, at: str) -> Claim:
+    words = {"l0": "L0", "alive": "number of alive features"}[at]
+    published = "under 45 % of local's (layer 6)" if at == "l0" else "lower (figure 1)"
+    claim = f"{LABELS[kind]} has a lower CE increase than local at the same {words}"
+    return _of_ratios(found, claim, published, f"ce_increase_at_equal_{at}", kind)
+
+
+def _of_ratios(found: Findings, claim: str, published: str, measure: str, kind: Kind) -> Claim:
+    ratios = {site: summary.ratios[measure][kind] for site, summary in found.sites.items()}
+    return Claim(claim, published, _told(ratios), below(ratios.values()))
+
+
+def _told(ratios: Mapping[str, Ratio]) -> str:
+    return "; ".join(f"{_layer(site)}: {_percent(ratio)}" for site, ratio in ratios.items())
+
+
+def _percent(ratio: Ratio) -> str:
+    if ratio.estimate is None:
+        return (ratio.reason or "") if ratio.crossings else f"not measured ({ratio.reason})"
+    return percent(ratio) if ratio.interval is not None else f"{percent(ratio)} (no interval: {ratio.reason})"
+
+
+def _layer(site: str) -> str:
+    label = layer_label(site)
+    return site if label == site else f"layer {label}"
+
+
+def _downstream(found: Findings) -> Claim:
+    absent = Ratio(None, reason="not both kinds were run")
+    ratios = {site: summary.downstream.get("e2e_ds/e2e", absent) for site, summary in found.sites.items()}
+    told = "; ".join(f"{_layer(site)}: {_times(ratio)}" for site, ratio in ratios.items())
+    return Claim(
+        "e2e+ds keeps the later layers' activations where e2e does not, at the same CE increase",
+        "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
+        f"e2e+ds's downstream MSE relative to e2e's (geometric mean over later layers): {told}",
+        below(ratios.values()),
+    )
+
+
+def _times(ratio: Ratio) -> str:
+    if ratio.estimate is None:
+        return (ratio.reason or "") if ratio.crossings else f"not measured ({ratio.reason})"
+    ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
+    return f"{times(ratio.estimate)}{ends}" + ("" if ratio.holds_seeds else f", {ratio.rests_on}")
+
+
+def _norms(found: Findings) -> Claim:
+    places = {_layer(site): similar_by_seed(summary.runs, "ce_increase") for site, summary in found.sites.items()}
+    return norm_claim({place: list(by_seed.values()) for place, by_seed in places.items()}, found.norms)
+
+
+def _learning_rate(found: Findings) -> Claim:
+    """Of each kind, the chosen rate against the highest, both with the middle coefficient and one seed."""
+    told = []
+    site = found.made.experiments.study.site
+    for kind in found.made.experiments.study.kinds:
+        runs = {
+            r.config.training.learning_rate: r.summary
+            for r in found.experiments["learning_rates"]
+            if (r.summary.kind, r.summary.site) == (kind, site)
+            and r.summary.coefficient == found.middle_coefficient(kind)
+        }
+        rate = found.made.rates.get(site, {}).get(kind)
+        if rate is None or rate not in runs or max(runs) == rate:
+            continue
+        chosen, highest = runs[rate], runs[max(runs)]
+        ratio = l0_ratio(highest, chosen, found.settings.bootstrap, found.settings.seed)
+        told.append(
+            f"{LABELS[kind]} from {rate:g} to {max(runs):g}: alive {chosen.alive:,} to {highest.alive:,}, "
+            f"L0 {chosen.l0:.1f} to {highest.l0:.1f} ({_percent(ratio)})"
+        )
+    return Claim(
+        "A learning rate above the best lowers the number of alive features, and L0 creeps up",
+        "so above 5e-4",
+        "; ".join(told) or "the highest rate tried is the best",
+        "not testable here",
+    )
+
+
+def _sizes(found: Findings) -> Claim:
+    """The largest dictionary against the smallest."""
+    told, ratios = [], []
+    for kind in found.made.experiments.study.kinds:
+        points = sorted(_known(found, kind, "dictionary"), key=lambda point: point.variant.runs[0].d_sae)
+        if len(points) > 1:
+            ratio = points[-1].relative_to(points[0])
+            ratios.append(ratio)
+            told.append(f"{_listed(kind, points)} (last to first: {_percent(ratio)})")
+    return Claim(
+        "A larger dictionary lowers the CE increase at equal L0",
+        "it does, up to about 60 features per dimension",
+        _at_l0(found, told),
+        below(ratios),
+    )
+
+
+def _lengths(found: Findings) -> Claim:
+    """The longest training against the study's own length: what it lowers, and whether that is more than for local."""
+    told, ratios = [], {}
+    for kind in found.made.experiments.study.kinds:
+        points = sorted(_known(found, kind, "tokens"), key=lambda point: point.variant.tokens)
+        base = next((p for p in points if p.variant.tokens == found.made.experiments.tokens), None)
+        if base is not None and points[-1] is not base:
+            ratios[kind] = points[-1].relative_to(base)
+            told.append(f"{_listed(kind, points)} (last to 1 ×: {_percent(ratios[kind])})")
+    compared = [ratios[kind] for kind in END_TO_END if kind in ratios] if "local" in ratios else []
+    verdict = below(compared)
+    if verdict == "shown":
+        verdict = shown_if_all([_gains_more(ratio, ratios["local"]) for ratio in compared])
+    return Claim(
+        "With longer training the end-to-end kinds still improve, and by more than local does",
+        "local flat from 200k samples, e2e improves up to 800k, e2e+ds up to 400k",
+        _at_l0(found, told),
+        verdict,
+    )
+
+
+def _gains_more(ratio: Ratio, local: Ratio) -> bool:
+    """Whether what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
+    apart.
+    """
+    return ratio.interval is not None and local.interval is not None and ratio.interval[1] < local.interval[0]
+
+
+def _seeds(found: Findings) -> Claim:
+    """Whether kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
+    told, holds = [], []
+    for site, summary in found.sites.items():
+        for kind, ratio in summary.ratios["features_at_equal_ce"].items():
+            if ratio.estimate is not None and ratio.over_seeds is not None:
+                low, high = ratio.over_seeds
+                holds.append(high < 1 or low > 1)
+                ends = f"[{100 * low:.0f}, {100 * high:.0f}] over {ratio.rests_on} alone"
+                told.append(f"{_layer(site)}: {LABELS[kind]} {100 * ratio.estimate:.0f} % of local's L0, {ends}")
+    return Claim(
+        "Seeds agree on the Pareto curve: they differ less than the kinds do",
+        "two seeds agree",
+        "; ".join(told) or "no ratio that stays on one side is determined by three seeds",
+        shown_if_all(holds),
+    )
+
+
+def _cost(found: Findings, kind: Kind) -> Claim:
+    published = "/".join(f"{ratio:.1f}" for ratio in paper.cost_relative_to_local(kind))
+    told, holds = [], []
+    for site in found.made.experiments.study.sites:
+        if (ratio := relative_to_local(found.made.costs, kind, site)) is not None:
+            timed = not math.isnan(ratio.low)
+            ends = f" [{times(ratio.low)}, {times(ratio.high)}]" if timed else ""
+            without = "" if timed else " (timed without an interval)"
+            told.append(f"{_layer(site)}: {times(ratio.estimate)}{ends} times per token{without}")
+            holds += [ratio.low > 1] if timed else []
+    return Claim(
+        f"Training {LABELS[kind]} takes longer than local",
+        f"{published} times (layers 2/6/10)",
+        "; ".join(told) or "not both kinds were timed",
+        shown_if_all(holds),
+        timed=True,
+    )
+
+
+def _mitigation(found: Findings, way: Way) -> Claim:
+    """Whether a cheaper variant of an end-to-end kind does as well as its full training."""
+    words = {
+        "tokens": "Training on fewer tokens",
+        "dictionary": "A smaller dictionary",
+        "start": "A start from a local SAE",
+    }[way]
+    told, holds = [], []
+    for kind in END_TO_END:
+        points = _known(found, kind, way)
+        base = next((p for p in points if found.is_base(p)), None)
+        if base is None:
+            continue
+        cheaper = [p for p in points if p.variant.seconds < base.variant.seconds and _is_less(p, base)]
+        if not cheaper:
+            continue
+        good = [p for p in cheaper if reaches(p, base, REACHED)]
+        if any(p.relative_to(base).holds_seeds for p in cheaper):
+            holds.append(bool(good))
+        lowest = min(cheaper, key=lambda p: p.ce_increase.estimate if p.ce_increase else math.inf)
+        best = min(good, key=lambda p: p.variant.seconds, default=lowest)
+        told.append(
+            f"{LABELS[kind]}: {best.variant.label} has {_interval(best.ce_increase)} where full training has "
+            f"{_interval(base.ce_increase)}, {_percent(best.relative_to(base))}, at "
+            f"{100 * best.variant.seconds / base.variant.seconds:.0f} % of its time"
+        )
+    return Claim(
+        f"{words} lowers what end-to-end training costs and raises the CE increase by less than {_MARGIN}",
+        {
+            "tokens": "e2e+ds saturates at 400k samples, e2e at 800k",
+            "dictionary": "5 features per dimension are acceptable on TinyStories-1M",
+            "start": "suggested",
+        }[way],
+        _at_l0(found, told),
+        shown_if_all(holds),
+        timed=True,
+    )
+
+
+def _break_even(found: Findings) -> Claim:
+    """The cheapest end-to-end training that reaches the CE increase of the study's local SAEs."""
+    told, holds = [], []
+    local = next((p for p in _known(found, "local", "tokens") if found.is_base(p)), None)
+    for kind in END_TO_END:
+        if found.mitigations is None or local is None or not any(_known(found, kind, way) for way in WAYS):
+            continue
+        best = found.mitigations.cheapest(kind, local, REACHED)
+        if best is None:
+            told.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {_interval(local.ce_increase)}")
+            holds.append(False)
+            continue
+        ratio = best.variant.seconds / local.variant.seconds
+        holds.append(ratio <= 1)
+        told.append(
+            f"{LABELS[kind]}: {best.variant.label} ({_percent(best.relative_to(local))} of local's), in {times(ratio)} "
+            "times local's time"
+        )
+    return Claim(
+        f"End-to-end training reaches local's CE increase at equal L0 (within {_MARGIN}) in no more time than local",
+        "not claimed; it is what would make local training pointless",
+        _at_l0(found, told),
+        shown_if_all(holds),
+        timed=True,
+    )
+
+
+def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
+    if found.mitigations is None:
+        return []
+    points = [p for p in found.mitigations.points if (p.variant.kind, p.variant.way) == (kind, way)]
+    return [point for point in points if point.ce_increase is not None]
+
+
+def _is_less(point: CostPoint, base: CostPoint) -> bool:
+    """Whether a variant is of a dictionary that is not larger: timings alone may say that a larger one costs less."""
+    return point.variant.runs[0].d_sae <= base.variant.runs[0].d_sae
+
+
+def _at_l0(found: Findings, told: Sequence[str]) -> str:
+    if not told or found.mitigations is None:
+        return "no variants with a curve over one L0"
+    return f"CE increase at L0 {found.mitigations.l0:.0f}: {'; '.join(told)}"
+
+
+_MARGIN = f"{100 * (REACHED - 1):.0f} %"
+
+
+def _listed(kind: Kind, points: Iterable[CostPoint]) -> str:
+    return f"{LABELS[kind]}: " + ", ".join(f"{p.variant.label} {_interval(p.ce_increase)}" for p in points)
+
+
+def _interval(value: Interval | None) -> str:
+    return "–" if value is None else f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _percents(values: Sequence[float]) -> str:
+    return f"{'/'.join(f'{100 * value:.0f}' for value in values)} % (layers 2/6/10)"

@@ -1,6 +1,0 @@
-"""The paper's quantitative experiments on any model, from one command: what is run, what it shows, one report."""
-
-from endwise.reproduction.reproduce import Reproduced, reproduce
-from endwise.reproduction.study_config import StudyConfig
-
-__all__ = ["Reproduced", "StudyConfig", "reproduce"]

@@ -1,0 +1,346 @@
+"""A run folder: everything a run was and became.
+
+config.yaml                     the recipe, every default filled in
+environment.json                versions, platform, command
+data.json                       sources, sizes and fingerprints of both sides of the data
+digests.json                    what tells all that the run stands on, and its SAE, from others (`standing`)
+metrics.jsonl                   numbers of the method: one line per logged step
+timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
+sae/                            the SAE as it is used, in SAELens's layout
+checkpoints/                    what training goes on from (raw weights, optimiser, random generators, counters)
+evaluation.json                 metrics on held-out text
+evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
+evaluation_firings.safetensors  on how many of these tokens each feature fired
+importance.safetensors          what each feature does for the predictions, if that was measured
+explanations/                   what a language model says of features, with scores, once `endwise explain` has asked
+directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
+harvest/                        what each feature fires on, raises and fires with, if `endwise harvest` gathered it
+.harvest.lock                   held by the process that joins a harvest's shards
+dashboard/                      its features as a site, made from `harvest/` by `endwise dashboard`
+.lock                           held by the process that trains here
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from endwise.formats.saelens import WEIGHTS_FILE
+from endwise.common.digests import of_file
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
+from endwise.common.files import expanded, read_json, there_is
+from endwise.common.remedies import reason, remedy
+from endwise.config.run import RunConfig
+
+REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
+
+LAST_BYTES = 1 << 16
+"""More than a line of `metrics.jsonl` takes."""
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path = expanded(path)
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.data_file = path / "data.json"
+        self.digests_file = path / "digests.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.timings_file = path / "timings.jsonl"
+        self.evaluation_file = path / "evaluation.json"
+        self.sae = path / "sae"
+        self.checkpoints = path / "checkpoints"
+        self._lock_file = path / ".lock"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder (`held`), so that no other process trains in it. One in which no run was started is removed
+        again.
+
+        Raises:
+            RunFolderError: another process holds it, or it cannot be written.
+        """
+        is_new = not there_is(self.path)
+        taken = f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."
+        with held(self._lock_file, taken):
+            try:
+                if self.has_run():
+                    for folder in (self.path, self.sae, self.checkpoints):
+                        remove_partials(folder)
+                yield
+            finally:
+                if not self.has_run():
+                    with suppress(OSError):
+                        self._lock_file.unlink()
+                if is_new:
+                    with suppress(OSError):
+                        self.path.rmdir()
+
+    def check_free(self) -> None:
+        """
+        Raises:
+            RunFolderError: the folder holds another run or other files.
+        """
+        if self.has_run():
+            raise RunFolderError(
+                f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
+            )
+        if there_is(self.path) and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
+            raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
+
+    def _is_foreign(self, file: Path) -> bool:
+        """Whether a file is more than what a process that was killed before its run began leaves."""
+        return file != self._lock_file and not file.name.endswith(PARTIAL)
+
+    def create(self, config: RunConfig) -> None:
+        """Starts a new run. From here on it can be resumed, so the recipe comes first.
+
+        Raises:
+            RunFolderError: as `check_free`, or the folder cannot be written.
+        """
+        self.check_free()
+        write_atomic(self.config_file, config.to_yaml().encode())
+
+    def describe(self, config: RunConfig, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
+        """Writes what the run is made of; on resuming, only what was not written before.
+
+        Args:
+            digests: what it stands on (`standing.described`), of a run that starts now.
+        """
+        if not self.environment_file.exists():
+            write_json(self.environment_file, {"seed": config.seed, **environment()})
+        if not self.data_file.exists():
+            write_json(self.data_file, {"seed": config.data.seed, **data})
+        if digests is not None and not self.digests_file.exists():
+            write_json(self.digests_file, {"seed": config.seed, **digests})
+
+    def digests(self) -> dict[str, Any]:
+        """What the run stands on, as far as its folder tells: nothing, of one that an older version started.
+
+        Raises:
+            FormatError: the file is there, but cannot be read.
+        """
+        return read_json(self.digests_file) if self.digests_file.exists() else {}
+
+    def note_weights(self, *, whole: bool) -> None:
+        """Puts down the digest of the SAE's weights; or, before they are written, that nothing can be said of them."""
+        digests = {key: value for key, value in self.digests().items() if key != "sae"}
+        write_json(self.digests_file, digests | ({"sae": of_file(self.sae / WEIGHTS_FILE)} if whole else {}))
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the file that holds the SAE's weights, which are those that training wrote.
+
+        Raises:
+            FormatError: there is no such file, or it holds other weights.
+        """
+        path, again = self.sae / WEIGHTS_FILE, f"endwise train --resume {shlex.quote(str(self.path))}"
+        try:
+            digest = of_file(path)
+        except FileNotFoundError:
+            raise FormatError(f"{path} is not there. Restore it, or train it: {again}") from None
+        if self.digests().get("sae", digest) != digest:
+            raise FormatError(
+                f"{path} does not hold the weights that training wrote there. Restore it, or have those of the last "
+                f"checkpoint written again: {again}; an SAE of another making belongs in a folder of its own."
+            )
+        return digest
+
+    def fingerprint(self, side: str) -> str | None:
+        """Of the training (`train`) or held-out text (`heldout`), as `Corpus.fingerprint` tells it; None: nothing tells
+        it.
+
+        Raises:
+            RunFolderError, FormatError: `data.json` is there, but does not tell it as it is written.
+        """
+        if not self.data_file.exists():
+            return None
+        told = read_json(self.data_file).get(side)
+        found = told.get("fingerprint") if isinstance(told, dict) else None
+        if not isinstance(found, str):
+            raise RunFolderError(
+                f"{self.data_file} names no fingerprint of the run's text ({side}.fingerprint). Restore it from a "
+                "copy, or start a new run."
+            )
+        return found
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """A folder that a run has been started in.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        folder = cls(path)
+        folder.check_exists()
+        return folder
+
+    @classmethod
+    def config_of_trained(cls, path: Path) -> RunConfig:
+        """The recipe of a run that has an SAE to show for it.
+
+        Raises:
+            RunFolderError: as `open`; its recipe cannot be read; or it holds no trained SAE yet.
+        """
+        folder = cls.open(path)
+        config = folder.config()
+        if not folder.sae.exists():
+            again = f"endwise train --resume {shlex.quote(str(path))}"
+            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
+        return config
+
+    def has_run(self) -> bool:
+        """Whether a run has been started here."""
+        return there_is(self.config_file)
+
+    def check_exists(self) -> None:
+        """
+        Raises:
+            RunFolderError: no run has been started here.
+        """
+        if not self.has_run():
+            raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
+
+    def config(self) -> RunConfig:
+        try:
+            return RunConfig.read(self.config_file)
+        except ConfigError as error:
+            raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
+
+    def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Adds a line, the whole of it or nothing."""
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(file, size)
+            raise RunFolderError(f"Cannot write {file} ({reason(error)}). {remedy(error)}") from error
+
+    def position(self) -> int:
+        """Bytes of `metrics.jsonl` so far, all of them on the disk when this returns."""
+        if not self.metrics_file.exists():
+            return 0
+        flush(self.metrics_file)
+        return self.metrics_file.stat().st_size
+
+    def cut(self, step: int, position: int) -> None:
+        """Drops what was written after a checkpoint (later ones too), which a run that goes on from it writes again.
+
+        Args:
+            position: what `position` was at the checkpoint.
+
+        Raises:
+            RunFolderError: `metrics.jsonl` has lost lines of before.
+        """
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        if size < position:
+            raise RunFolderError(
+                f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: lines of before are "
+                "missing. Restore it, or go on from an earlier step (--from-step, 0 for the beginning)."
+            )
+        for later in self.saved_steps():
+            if later > step:
+                self.checkpoint(later).unlink()
+        if size > position:
+            os.truncate(self.metrics_file, position)
+        if self.timings_file.exists():
+            lines = self.timings_file.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if 0 <= _step_of(line) <= step]
+            write_atomic(self.timings_file, "".join(f"{line}\n" for line in kept).encode())
+
+    def seconds(self) -> float:
+        """Wall-clock of training up to the last timed step."""
+        lines = self.timings_file.read_text(errors="replace").splitlines() if self.timings_file.exists() else []
+        for line in reversed(lines):
+            if _step_of(line) >= 0:
+                seconds = json.loads(line).get("seconds")
+                return float(seconds) if isinstance(seconds, int | float) else 0.0
+        return 0.0
+
+    def metrics(self) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
+            advice = remedy(error) if isinstance(error, OSError) else "Restore it from a copy, or remove the line."
+            raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
+
+    def course(self) -> dict[str, float]:
+        """The loss that training began with (`first`), and its latest (`last`); empty where none is known."""
+        try:
+            with self.metrics_file.open("rb") as lines:
+                first = last = lines.readline()
+                lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
+                last = (lines.read().splitlines() or [last])[-1]
+            return {"first": float(json.loads(first)["loss"]), "last": float(json.loads(last)["loss"])}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return {}
+
+    def evaluation(self) -> dict[str, Any] | None:
+        return read_json(self.evaluation_file) if self.evaluation_file.exists() else None
+
+    def measured(self) -> dict[str, Any] | None:
+        """`evaluation`, which is of the weights that the SAE has now. A run that was kept without its SAE has its
+        numbers still.
+
+        Raises:
+            RunFolderError: it was measured with other weights: it was trained on since, or is another.
+        """
+        found = self.evaluation()
+        weights = None if found is None else found.get("weights")
+        if weights is not None and self.sae.exists() and weights != self.weights_digest():
+            raise RunFolderError(
+                f"{self.path} was measured with other weights than its SAE has now. Measure it again: "
+                f"endwise evaluate {shlex.quote(str(self.path))}"
+            )
+        return found
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if there is one."""
+        return self.checkpoints / f"step-{step:09d}.safetensors"
+
+    def saved_steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, the latest last."""
+        names = (file.stem.removeprefix("step-") for file in self.checkpoints.glob("step-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def latest_checkpoint(self) -> Path | None:
+        steps = self.saved_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """All but the latest `keep`."""
+        for step in self.saved_steps()[:-keep]:
+            self.checkpoint(step).unlink()
+
+
+def _step_of(line: str) -> int:
+    """-1 for a line that was cut off while it was written, or is none of ours."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return -1
+    return step if type(step) is int else -1
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, platform, command."""
+    versions: dict[str, str | None] = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }

@@ -1,0 +1,144 @@
+"""What a user sees while training runs: a live table on a terminal, some lines now and then in a log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from endwise.common.counting import LOG_SECONDS
+from endwise.common.terminal import Grid
+from endwise.common.text import printable
+from endwise.config.run import RunConfig
+
+TABLE_SECONDS = 0.2
+
+
+@dataclass
+class _Row:
+    """The latest of one run."""
+
+    config: RunConfig
+    line: dict[str, Any]
+    ce_increase: float | None = None
+    failed: bool = False
+
+
+class Display:
+    """On a terminal one live row per SAE; elsewhere its numbers every `LOG_SECONDS`; nothing when switched off."""
+
+    def __init__(self, steps: int, first: int, tokens_per_step: int, shown: bool) -> None:
+        self._steps, self._first, self._tokens_per_step = steps, first, tokens_per_step
+        self._started = time.monotonic()
+        self._rows: dict[Path, _Row] = {}
+        self._console = Console(stderr=True, quiet=not shown)
+        watched = shown and self._console.is_terminal
+        self._live = Live(console=self._console, auto_refresh=False) if watched else None
+        self._said = self._started
+        self._paused = 0.0
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent within it is not training's."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of training in this process so far, without pauses."""
+        return time.monotonic() - self._started - self._paused
+
+    def timing(self, done: int) -> dict[str, float]:
+        """`seconds`, and tokens per second."""
+        seconds = self.seconds
+        return {
+            "seconds": seconds,
+            "tokens_per_second": (done - self._first) * self._tokens_per_step / max(seconds, 1e-9),
+        }
+
+    def show(self, folder: Path, config: RunConfig, line: dict[str, Any]) -> None:
+        """A run's latest line of metrics; what the last evaluation found stays until the next."""
+        row = self._rows.setdefault(folder, _Row(config, line))
+        row.line = line
+        if "heldout" in line:
+            row.ce_increase = line["heldout"]["ce_increase"]
+
+    def fail(self, folder: Path, message: str) -> None:
+        """Tells at once that a run has ended while others go on."""
+        if folder in self._rows:
+            self._rows[folder].failed = True
+        self._console.print(printable(f"failed: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, done: int) -> None:
+        waited = time.monotonic() - self._said
+        if self._live is not None:
+            if waited >= TABLE_SECONDS or done == self._steps:
+                self._said = time.monotonic()
+                self._live.update(self._table(done), refresh=True)
+        elif waited >= LOG_SECONDS:
+            self._said = time.monotonic()
+            for text in self._log(done):
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _heading(self, done: int) -> str:
+        timing = self.timing(done)
+        left = timing["seconds"] / max(1, done - self._first) * (self._steps - done)
+        return f"step {done}/{self._steps} · {timing['tokens_per_second']:,.0f} tokens/s · {left / 60:.1f} min left"
+
+    def _log(self, done: int) -> list[str]:
+        """One line where one SAE is in training; of several the speed, then a line for each."""
+        if len(self._rows) == 1:
+            return [f"{self._heading(done)} · {_numbers(row)}" for row in self._rows.values()]
+        names = self._names()
+        return [self._heading(done), *(f"  {names[folder]}: {_numbers(row)}" for folder, row in self._rows.items())]
+
+    def _table(self, done: int) -> Grid:
+        names, rows = self._names(), []
+        for folder, row in self._rows.items():
+            line = row.line
+            terms = [name for name in ("kl", "local_mse", "downstream_mse", "sparsity") if name in line]
+            increase = "–" if row.ce_increase is None else f"{row.ce_increase:+.3f}"
+            loss = "  ".join(f"{name} {line[name]:.3g}" for name in terms)
+            rows.append((names[folder], loss, f"{line['l0']:.1f}", f"{line['alive']:,}", increase))
+        headings = ("SAE", "loss terms", "L0", "alive", "CE increase (held out)")
+        return Grid(headings, rows, self._heading(done), words=("loss terms",))
+
+    def _names(self) -> dict[Path, str]:
+        """What tells the runs apart: kind, λ, site and seed, and the folder where these are alike."""
+        described = {folder: _description(row.config) for folder, row in self._rows.items()}
+        names: dict[Path, str] = {}
+        for folder, text in described.items():
+            alike = list(described.values()).count(text) > 1
+            failed = " (failed)" if self._rows[folder].failed else ""
+            names[folder] = printable(text + (f" in {folder}" if alike else "") + failed)
+        return names
+
+
+def _description(config: RunConfig) -> str:
+    return f"{config.objective.kind} {config.objective.sparsity.coefficient:g} {config.site} seed {config.seed}"
+
+
+def _numbers(row: _Row) -> str:
+    known = [f"loss {row.line['loss']:.4g}", f"L0 {row.line['l0']:.1f}"]
+    if row.ce_increase is not None:
+        known.append(f"CE increase {row.ce_increase:+.3f}")
+    return " · ".join(known)

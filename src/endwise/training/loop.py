@@ -1,0 +1,157 @@
+"""TODO."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from endwise.common.errors import DataError, Interrupted, OutOfMemory, ProcessLost, TrainingStopped, out_of_memory
+from endwise.common.processes import World
+from endwise.common.stopping import polite_stop
+from endwise.config.run import EvaluationConfig
+from endwise.evaluation.measure import measure
+from endwise.models.language_model import LanguageModel
+from endwise.tokens import BatchOrder, Corpora, read_ahead
+from endwise.training.display import Display
+from endwise.training.members import Group, Member
+from endwise.training.step import take_step
+
+SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
+
+
+def _run(
+    model: LanguageModel,
+    tail: LanguageModel,
+    group: Group,
+    corpora: Corpora,
+    order: BatchOrder,
+    steps: int,
+    display: bool,
+    world: World,
+) -> None:
+    """Trains every member to its last step and saves it."""
+    config = group.members[0].config.training
+    first = group.members[0].trainee.step
+    remaining = range(first, steps)
+    shares = (world.share(order[step]) for step in remaining)
+    with (
+        Display(steps, first, config.batch * corpora.train.context, display and world.is_first) as shown,
+        polite_stop() as stop_asked,
+        read_ahead(corpora.train, shares, model.device) as batches,
+        _saving(group),
+    ):
+        group.shown = shown
+        if any(member.line is not None for member in group.members):  # what a run that is gone on with owes
+            _record(model, group, corpora, first, shown, world)
+        for step, batch in zip(remaining, batches, strict=True):
+            trainees = [member.trainee for member in group.members]
+            take_step(model, trainees, batch, config.accumulation, group.failed, tail, world)
+            group.agree(world)
+            done = step + 1
+            _record(model, group, corpora, done, shown, world)
+            shown.advance(done)
+            if group.agree(world, stop_asked()) and done < steps:
+                group.each(Member.save)
+                raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
+        group.each(Member.save)
+        group.share_time()
+
+
+@contextmanager
+def _saving(group: Group) -> Iterator[None]:
+    """Whatever ends training, every member's last good state is on the disk after it."""
+    try:
+        yield
+    except ProcessLost as error:
+        # On a GPU a step may be queued behind a sum that never comes: there is nothing to wait for, or to trust.
+        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint is what is left."
+        raise ProcessLost(f"{error} {saved}") from None
+    except DataError as error:
+        raise TrainingStopped(f"{error} {group.save_what_can_be()}") from None
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        saved = group.save_what_can_be()
+        if (named := out_of_memory(error)) is not None:
+            raise OutOfMemory(f"{named} {saved}") from error
+        raise
+
+
+def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, shown: Display, world: World) -> None:
+    """What is due after a step: lines of metrics, evaluations, checkpoints."""
+    group.each(partial(_report, done))
+    evaluated = [member for member in group.members if _evaluation_due(member, done)]
+    if evaluated:
+        with shown.paused():
+            _evaluate_briefly(model, group, evaluated, corpora, world)
+    group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
+
+
+def _evaluation_due(member: Member, done: int) -> bool:
+    return member.line is not None and (member.at_end or _due(member.config.training.evaluate_every, done))
+
+
+def _report(done: int, member: Member) -> None:
+    config = member.config.training
+    intervals = (config.log_every, config.evaluate_every, config.checkpoint_every)
+    if member.line is None and (member.at_end or done == 1 or any(_due(every, done) for every in intervals)):
+        member.line = {**member.trainee.report(), "seed": member.config.seed}
+
+
+def _write_line(shown: Display, done: int, member: Member) -> None:
+    folder, line = member.folder, member.line
+    assert line is not None
+    if member.writes:
+        folder.append(folder.metrics_file, line)
+    member.line, member.heldout = None, line.get("heldout", member.heldout)
+    if not member.writes:
+        return
+    timing = shown.timing(done)
+    timing["seconds"] += member.seconds_before
+    folder.append(folder.timings_file, {"step": done, **timing, "seed": member.config.seed})
+    shown.show(folder.path, member.config, line)
+    if _due(member.config.training.checkpoint_every, done):
+        member.save()
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _evaluate_briefly(
+    model: LanguageModel,
+    group: Group,
+    members: list[Member],
+    corpora: Corpora,
+    world: World,
+) -> None:
+    """Adds the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
+
+    Members with equal settings share its passes. Where that fails each is measured alone, so that the fault (an SAE
+    that is infinite on held-out text) ends its own run only.
+    """
+    groups: dict[EvaluationConfig, list[Member]] = {}
+    for member in members:
+        settings = member.config.evaluation
+        tokens = min(settings.during_training_tokens, settings.tokens)
+        groups.setdefault(settings.model_copy(update={"tokens": tokens, "bootstrap": 1}), []).append(member)
+
+    measured = partial(measure, model, corpus=corpora.heldout, baselines=False, world=world)
+
+    def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
+        saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
+        evaluations = measured(saes=saes, config=brief)
+        for member in sharing:
+            evaluation = evaluations[str(member.folder.path)]
+            assert member.line is not None
+            member.line["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
+
+    for brief, sharing in groups.items():
+        if len(sharing) > 1:
+            try:
+                evaluate(brief, sharing)
+                continue
+            except ProcessLost:
+                raise
+            except Exception:  # noqa: BLE001  Each is measured alone below, and tells what is wrong with it.
+                pass
+        group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)

@@ -1,0 +1,298 @@
+"""SAEs trained side by side: what belongs to each, and how one that cannot go on leaves the others to it."""
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from traceback import format_exception
+from typing import Any
+
+import torch
+
+from endwise.common.errors import (
+    DataError,
+    ElsewhereFailed,
+    EndwiseError,
+    NotFinite,
+    ProcessLost,
+    TrainingStopped,
+    out_of_memory,
+)
+from endwise.common.processes import World
+from endwise.common.remarks import diverged, remarks_on
+from endwise.config.run import RunConfig
+from endwise.dictionaries import SAE
+from endwise.runs.checkpoints import write_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.training.display import Display
+from endwise.training.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained SAE and where everything about it lies."""
+
+    config: RunConfig
+    sae: SAE
+    folder: Path
+    seconds: float
+    """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What is known at the end that remarks are computed from: the loss, the last evaluation, the text."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told of the run."""
+        return remarks_on(self.record)
+
+    @property
+    def diverged(self) -> bool:
+        return diverged(self.record) is not None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended before its last step."""
+
+    config: RunConfig
+    folder: Path
+    error: Exception
+    step: int
+    """Steps that its weights had taken."""
+    checkpoint: Path | None
+    """What it can be looked at or gone on from; None: nothing could be saved."""
+
+    @property
+    def kept(self) -> str:
+        if self.checkpoint is None:
+            return f"No state of it could be saved in {self.folder}."
+        return f"The last good state is saved in {self.folder}."
+
+    def __str__(self) -> str:
+        told = " ".join(str(self.error).split())
+        if not isinstance(self.error, EndwiseError):
+            told = f"after step {self.step}, {type(self.error).__name__}: {told}"
+        return f"{self.folder}: {told} {self.kept}"
+
+
+class SomeFailed(TrainingStopped):
+    """Of SAEs trained together some could not go on; those that could are finished and saved.
+
+    Args:
+        failures: what ended each of them.
+        finished: the others, as `train_together` would have returned them.
+    """
+
+    def __init__(self, failures: Sequence[Failure], finished: Sequence[Run]) -> None:
+        self.failures, self.finished = list(failures), list(finished)
+        saved = ", ".join(str(run.folder) for run in finished)
+        super().__init__(
+            f"Of {len(failures) + len(finished)} SAEs trained together {len(failures)} failed. {_listed(failures)} "
+            + (f"Finished and saved: {saved}." if saved else "None finished.")
+        )
+
+
+@dataclass
+class Member:
+    """One SAE in training, with its recipe and folder."""
+
+    config: RunConfig
+    trainee: Trainee
+    folder: RunFolder
+    metadata: dict[str, Any]
+    writes: bool = True
+    """Of several processes that train it, the first alone writes."""
+    seconds: float = 0.0
+    """Its share of the wall-clock so far."""
+    line: dict[str, Any] | None = None
+    """Of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
+    heldout: dict[str, float] = field(default_factory=dict)
+    """What the latest evaluation on schedule measured."""
+    seconds_before: float = 0.0
+    """Wall-clock of the run before this process took it up."""
+
+    def record(self) -> dict[str, Any]:
+        """See `Run.record`."""
+        known = {"l0": self.heldout["l0"]} if self.heldout else {}
+        explained = {"per_token": self.heldout.get("explained_variance.per_token")}
+        return {**known, "explained_variance": explained, "loss": self.folder.course()}
+
+    @property
+    def at_end(self) -> bool:
+        return self.trainee.step == self.trainee.total_steps
+
+    def save(self) -> None:
+        """Writes the SAE as it is used, and what training goes on from.
+
+        Raises:
+            NotFinite: a number was not finite at some step since the last report; nothing is written.
+            RunFolderError: the folder cannot be written.
+        """
+        self.trainee.report()
+        self.write()
+
+    def save_last_good(self) -> None:
+        """As `save`, but where a number was not finite, the state before that step."""
+        with suppress(NotFinite):
+            self.trainee.report()
+        self.write()
+
+    def write(self) -> None:
+        """As `save`, of a trainee that has just reported."""
+        if not self.writes:
+            return
+        trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
+        metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
+        folder.note_weights(whole=False)
+        trainee.sae.save(folder.sae, metadata)
+        folder.note_weights(whole=True)
+        checkpoint = trainee.checkpoint()
+        state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
+        write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
+        folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
+
+
+class Group:
+    """The members still in training, and what ended the others.
+
+    Args:
+        members: the group is their only owner, so that the memory of one that leaves is free again.
+    """
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self.members = list(members)
+        self._folders = [member.folder.path for member in self.members]
+        self.failures: list[Failure] = []
+        self._alone = len(self.members) == 1
+        self._shared = 0.0
+        self.text: Mapping[str, Any] = {}
+        """What was measured of the text beforehand (`text_check`)."""
+        self.shown: Display | None = None
+        """Tells of failures and has the time; there while training runs."""
+
+    def each(self, act: Callable[[Member], None], members: Iterable[Member] | None = None) -> None:
+        """Does each member's own part of something, for all of them or those given; one that fails at it leaves.
+
+        Raises:
+            TrainingStopped: none is left; of an only member its own error.
+        """
+        for member in tuple(self.members if members is None else members):
+            try:
+                act(member)
+            except ProcessLost:
+                raise
+            except Exception as error:  # noqa: BLE001  Whatever it is, it concerns this member alone.
+                self.end(member, error)
+
+    def failed(self, trainee: Trainee, error: Exception, whole: bool) -> None:
+        """Ends the member of a trainee: what `training.take_step` calls."""
+        self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
+
+    def end(self, member: Member, error: Exception, whole: bool = True) -> None:
+        """Saves a member that cannot go on, tells of it at once, and lets it go.
+
+        Args:
+            whole: its weights are those of a whole step; if not, what was last saved of it stays.
+
+        Raises:
+            TrainingStopped: see `each`.
+        """
+        self.share_time()
+        self.members.remove(member)
+        if (named := out_of_memory(error)) is not None:
+            _release(error)
+            named.__notes__ = error.__notes__
+            error = named
+        elif not self._alone:
+            _release(error)
+        member.trainee.optimizer.zero_grad(set_to_none=True)
+        if whole:
+            with suppress(Exception):  # a full disk, for one, is what it failed of
+                if isinstance(error, NotFinite):  # it comes from a report, which went back to the last good state
+                    member.write()
+                else:
+                    member.save_last_good()
+        folder = member.folder
+        failure = Failure(member.config, folder.path, error, member.trainee.step, folder.latest_checkpoint())
+        self.failures.append(failure)
+        if self.members:
+            if self.shown is not None:
+                self.shown.fail(folder.path, str(failure))
+        elif not self._alone:
+            raise SomeFailed(self.failures, []) from error
+        elif isinstance(error, TrainingStopped | DataError):
+            kind = type(error) if isinstance(error, TrainingStopped) else TrainingStopped
+            raise kind(f"{error} {failure.kept}") from None
+        else:
+            raise error
+
+    def agree(self, world: World, stop: bool = False) -> bool:
+        """Lets go of those that failed in another process, so that all processes go on with the same; whether any
+        process was asked to stop.
+
+        Raises:
+            TrainingStopped: see `each`.
+        """
+        here = {member.folder.path: member for member in self.members}
+        stop, *gone = world.any([stop, *(folder not in here for folder in self._folders)])
+        for folder, is_gone in zip(self._folders, gone, strict=True):
+            if is_gone and folder in here:
+                self.end(here[folder], ElsewhereFailed())
+        return stop
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].trainee.last_fired.device
+
+    def save_what_can_be(self) -> str:
+        """Saves every member's last good state, where it can be written, for when an error ends them all; tells what
+        came of it.
+        """
+        saved: list[str] = []
+        for member in self.members:
+            with suppress(Exception):
+                member.save_last_good()
+                saved.append(str(member.folder.path))
+        if saved and self.members[0].writes:
+            return f"The last good state is saved in {', '.join(saved)}."
+        if saved:
+            return "The first process saves the last good state, unless it is the one that is gone."
+        return "Its state could not be saved; what was saved before is as it was."
+
+    def share_time(self) -> None:
+        """Shares the wall-clock since the last call equally among those who spent it."""
+        if self.shown is not None:
+            now = self.shown.seconds
+            for member in self.members:
+                member.seconds += (now - self._shared) / len(self.members)
+            self._shared = now
+
+    def runs(self) -> list[Run]:
+        """The members as finished runs.
+
+        Raises:
+            SomeFailed: others failed; the error carries these.
+        """
+        runs = [
+            Run(m.config, m.trainee.sae, m.folder.path, m.seconds, {**self.text, **m.record()}) for m in self.members
+        ]
+        if self.failures:
+            raise SomeFailed(self.failures, runs) from self.failures[0].error
+        return runs
+
+    def how_to_go_on(self) -> str:
+        """The commands that take every member up again, and what had ended the others."""
+        commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
+        failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""
+        return f"Go on with: {commands}{failed}"
+
+
+def _release(error: Exception) -> None:
+    """Puts down an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
+    error.add_note("".join(format_exception(error)))
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
+def _listed(failures: Sequence[Failure]) -> str:
+    return " ".join(map(str, failures))

@@ -1,0 +1,344 @@
+"""What a run will need, before it starts: parameters, memory by part, operations per token, and what will not fit.
+
+No weight is read: see `rehearsal` for how memory is found, `flops` for how operations are counted.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endwise.common.errors import ConfigError
+from endwise.common.machine import available_memory, free_disk, resident_memory, size_text
+from endwise.config.run import RunConfig
+from endwise.dictionaries.relu import SPARSE_BELOW
+from endwise.models.loading import find_device
+from endwise.training.planning.dry_run import (
+    CLEAN,
+    EVALUATION,
+    GRADIENTS,
+    LATENTS,
+    MODEL,
+    OPTIMISER,
+    READOUT,
+    SAVING,
+    STEP,
+    TAIL,
+    WEIGHTS,
+    Rehearsal,
+)
+from endwise.training.planning.flops import (
+    DENSE_FORWARD_PRODUCTS,
+    DENSE_GRADIENT_PRODUCTS,
+    OPTIMISER_OPERATIONS,
+    forward_flops,
+    gradient_flops,
+    product_flops,
+    sparse_flops,
+)
+from endwise.training.planning.memory_trace import Held
+from endwise.training.setup import default_folder
+
+PROCESS = "process"
+CUDA_CONTEXT = 1 << 29
+"""What CUDA and its libraries take on a device before the first tensor, about."""
+REMEDIES = {
+    MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed)",
+    **dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMISER, SAVING), "a smaller dictionary.size (or dictionary.ratio)"),
+    **dict.fromkeys((CLEAN, LATENTS), "a larger training.accumulation (or a smaller training.batch)"),
+    **dict.fromkeys((TAIL, READOUT), "a smaller training.microbatch"),
+}
+"""What lowers each part."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    model: int
+    before_site: int
+    """The embeddings, and the part of the blocks that only the clean pass runs."""
+    after_site: int
+    """The rest, which the spliced pass runs too, less the unembedding."""
+    unembedding: int
+    """Where it is tied to the embedding, both."""
+    dictionary: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, at the moment at which it holds most."""
+
+    name: str
+    during: str
+    """The part that is computed then."""
+    parts: Mapping[str, int]
+    """Bytes."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations for each training token: matrix products, and the optimiser's."""
+
+    clean_prefix: float
+    clean_tail: float
+    clean_readout: float
+    sae_forward: float
+    sae_backward: float
+    tail_forward: float
+    tail_backward: float
+    """Gradients of activations alone: the model is frozen."""
+    readout_forward: float
+    readout_backward: float
+    optimiser: float
+    """Of a step, shared among its tokens."""
+
+    @property
+    def per_token(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that the run takes of a machine."""
+
+    what: str
+    bytes: int
+    available: int | None
+    """None: unknown."""
+    advice: str | None = None
+    """Where it does not fit: what takes most, and what to change."""
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.bytes <= self.available
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    site: str
+    kind: str
+    device: str
+    dtype: str
+    processes: int
+    context: int
+    sequences: int
+    """Of each batch in one process."""
+    accumulation: int
+    microbatch: int
+    steps: int
+    d_model: int
+    d_sae: int
+    parameters: Parameters
+    stages: tuple[Stage, ...]
+    checkpoint_bytes: int
+    """Of one file, but for its header."""
+    sae_bytes: int
+    flops: Flops
+    sparse_flops: float | None
+    """Per token, at most, once latents are sparse; None on a GPU, where they stay dense."""
+    total_flops: float
+    """Of the run, all processes together, with dense latents; evaluations are left out."""
+    needs: tuple[Need, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(need.fits for need in self.needs)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the sums."""
+        values = asdict(self)
+        values["flops"]["per_token"] = self.flops.per_token
+        for stage, own in zip(values["stages"], self.stages, strict=True):
+            stage["bytes"] = own.bytes
+        for need, own in zip(values["needs"], self.needs, strict=True):
+            need["fits"] = own.fits
+        return values | {"fits": self.fits}
+
+
+def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
+    """What one of a run's processes will need.
+
+    Args:
+        processes: that share each batch in data-parallel training; each holds model, SAE and optimiser in full.
+        memory: bytes that each process will have, on its device; unset: what this machine has free, which processes on
+            a CPU share.
+
+    Raises:
+        EndwiseError: the recipe cannot be run at all, here or elsewhere.
+    """
+    training = config.training
+    if processes < 1 or training.batch % (processes * training.accumulation):
+        raise ConfigError(
+            f"{processes} processes cannot share batches of {training.batch} sequences in passes of equal size "
+            f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
+        )
+    rehearsal = Rehearsal(config, _device(config, memory), training.batch // processes)
+    per_step = training.batch * rehearsal.context
+    if training.tokens < per_step:
+        raise ConfigError(
+            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
+            f"(training.batch {training.batch} × context {rehearsal.context}). Raise the one or lower the others."
+        )
+    steps = training.tokens // per_step
+    stages = rehearsal.stages(rehearsal.accumulation, rehearsal.microbatch)
+    flops, sparse = _flops(rehearsal, per_step)
+    checkpoint, sae = rehearsal.file_sizes()
+    return Plan(
+        model=config.model.name,
+        site=rehearsal.site.name,
+        kind=config.objective.kind,
+        device=rehearsal.device.type,
+        dtype=str(rehearsal.model.dtype).removeprefix("torch."),
+        processes=processes,
+        context=rehearsal.context,
+        sequences=rehearsal.sequences,
+        accumulation=rehearsal.accumulation,
+        microbatch=rehearsal.microbatch,
+        steps=steps,
+        d_model=rehearsal.sae.d_in,
+        d_sae=rehearsal.sae.d_sae,
+        parameters=_parameters(rehearsal),
+        stages=tuple(Stage(name, held.during, held.parts) for name, held in stages.items()),
+        checkpoint_bytes=checkpoint,
+        sae_bytes=sae,
+        flops=flops,
+        sparse_flops=sparse,
+        total_flops=flops.per_token * steps * per_step,
+        needs=(*_memory_needs(rehearsal, stages, processes, memory), _disk_need(rehearsal, steps)),
+    )
+
+
+def _device(config: RunConfig, memory: int | None) -> torch.device:
+    """The recipe's; if its memory is given, it may be one that this machine has not."""
+    name = config.model.device
+    try:
+        return find_device(name)
+    except ConfigError as error:
+        if memory is not None and name.partition(":")[0] == "cuda":
+            return torch.device("cuda")
+        raise ConfigError(f"{error} To plan for another machine, give its device's memory (--memory 80GiB).") from None
+
+
+def _parameters(rehearsal: Rehearsal) -> Parameters:
+    total = sum(parameter.numel() for parameter in rehearsal.model.model.parameters())
+    head = rehearsal.pieces[: rehearsal.place(rehearsal.site)]
+    before = rehearsal.embedding_parameters() + sum(piece.parameters for piece in head)
+    unembedding = sum(parameter.numel() for parameter in rehearsal.unembedding.parameters())
+    dictionary = sum(parameter.numel() for parameter in rehearsal.sae.parameters())
+    return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
+
+
+def _flops(rehearsal: Rehearsal, per_step: int) -> tuple[Flops, float | None]:
+    """Per token, with dense latents; and the sum once they are sparse."""
+    context, site = rehearsal.context, rehearsal.place(rehearsal.site)
+    head = [piece.stretch for piece in rehearsal.pieces[:site]]
+    tail = [piece.stretch for piece in rehearsal.pieces[site : rehearsal.end]]
+    d_model, d_sae = rehearsal.sae.d_in, rehearsal.sae.d_sae
+    product = product_flops(1, d_model, d_sae)
+    readout = float(2 * rehearsal.model.readout.unembedding.weight.numel() if rehearsal.objective.final else 0)
+    parameters = sum(parameter.numel() for parameter in rehearsal.sae.parameters())
+    flops = Flops(
+        clean_prefix=forward_flops(head, context) / context,
+        clean_tail=forward_flops(tail, context) / context,
+        clean_readout=readout,
+        sae_forward=float(DENSE_FORWARD_PRODUCTS * product),
+        sae_backward=float(DENSE_GRADIENT_PRODUCTS * product),
+        tail_forward=forward_flops(tail, context) / context,
+        tail_backward=gradient_flops(tail, context) / context,
+        readout_forward=readout,
+        readout_backward=readout,
+        optimiser=OPTIMISER_OPERATIONS * parameters / per_step,
+    )
+    if rehearsal.device.type == "cuda":
+        return flops, None
+    sae = product + sparse_flops(1, d_model, SPARSE_BELOW * d_sae)
+    return flops, flops.per_token - flops.sae_forward - flops.sae_backward + sae
+
+
+def _memory_needs(
+    rehearsal: Rehearsal, stages: Mapping[str, Held], processes: int, memory: int | None
+) -> Iterator[Need]:
+    """Of the device; where that is a GPU, of its host too."""
+    own = resident_memory()
+    spare = available_memory()
+    host = None if spare is None else (spare + own) // processes
+    if rehearsal.device.type == "cpu":
+        yield _device_need(rehearsal, stages, "memory", own, memory or host)
+        return
+    available = memory
+    if memory is None:
+        available = torch.cuda.mem_get_info(rehearsal.device)[0] + CUDA_CONTEXT
+    yield _device_need(rehearsal, stages, "GPU memory", CUDA_CONTEXT, available)
+    checkpoint, _ = rehearsal.file_sizes()
+    loaded = max(checkpoint, stages[STEP].parts[MODEL])
+    # What is planned for a GPU elsewhere says nothing of that machine's own memory.
+    need = Need("host memory", own + loaded, host if memory is None else None)
+    yield need if need.fits else replace(need, advice=f"What lowers it: {REMEDIES[SAVING]}.")
+
+
+def _device_need(rehearsal: Rehearsal, stages: Mapping[str, Held], what: str, base: int, available: int | None) -> Need:
+    name, held = max(stages.items(), key=lambda stage: stage[1].bytes)
+    need = Need(what, base + held.bytes, available)
+    if available is None or need.fits:
+        return need
+    return replace(need, advice=_advice(rehearsal, stages, available - base, name))
+
+
+def _advice(rehearsal: Rehearsal, stages: Mapping[str, Held], room: int, worst: str) -> str:
+    held = stages[worst]
+    part = max(held.parts, key=lambda name: held.parts[name])
+    said = f"Most is held in the {worst}: {size_text(held.bytes)}, of which {size_text(held.parts[part])} are {part}."
+    if worst == EVALUATION and part not in (MODEL, WEIGHTS, OPTIMISER):
+        said += " Lower evaluation.batch"
+    else:
+        said += f" What lowers that: {REMEDIES[part]}" if part in REMEDIES else ""
+    others = [name for name, each in stages.items() if each.bytes > room and name != STEP]
+    if stages[STEP].bytes <= room:
+        return said + "."
+    found = _smaller(rehearsal, room)
+    if found is None:
+        return (
+            f"{said}. No training.accumulation and training.microbatch make the training step fit: take a smaller "
+            "dictionary.size, training.batch or data.context, or more processes on as many devices."
+        )
+    accumulation, microbatch = found
+    also = f"; {' and '.join(others)} would still not fit" if others else ""
+    settings = f"training.accumulation={accumulation} training.microbatch={microbatch}"
+    return f"{said}. The training step fits with {settings}{also}."
+
+
+def _smaller(rehearsal: Rehearsal, room: int) -> tuple[int, int] | None:
+    """The fewest passes, and in them the largest microbatch, with which the step fits."""
+
+    def fits(accumulation: int, microbatch: int) -> bool:
+        return rehearsal.stages(accumulation, microbatch, only_step=True)[STEP].bytes <= room
+
+    for accumulation in _divisors(rehearsal.sequences):
+        if accumulation < rehearsal.accumulation or not fits(accumulation, 1):
+            continue
+        sizes = [size for size in _divisors(rehearsal.sequences // accumulation) if size <= rehearsal.microbatch]
+        return accumulation, max((size for size in sizes[1:] if fits(accumulation, size)), default=1)
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _disk_need(rehearsal: Rehearsal, steps: int) -> Need:
+    config = rehearsal.config
+    folder = config.out or default_folder(config)
+    every = config.training.checkpoint_every
+    saves = 1 if every is None else steps // every + (steps % every > 0)
+    checkpoint, sae = rehearsal.file_sizes()
+    kept = config.training.keep_checkpoints + 1  # with the one that is being written
+    size = min(kept, saves) * checkpoint + min(2, saves) * sae
+    free = free_disk(Path(folder))
+    advice = "Free space, set out=FOLDER on another disk, or take a smaller dictionary.size." if size > free else None
+    return Need(f"disk at {folder}", size, free, advice)

@@ -1,0 +1,119 @@
+"""How a run begins: its folder started, or taken up where its last whole checkpoint left it."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from endwise.common.errors import FormatError, RunFolderError, Unreadable
+from endwise.common.processes import World
+from endwise.evaluation.provenance import beginning, check_resumed, described
+from endwise.models.language_model import LanguageModel
+from endwise.runs.checkpoints import Checkpoint, read_checkpoint
+from endwise.runs.folder import RunFolder
+from endwise.tokens import Corpora
+from endwise.training.members import Group, Member
+
+
+def enter(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
+    """Starts every member's folder, or takes up the run that it holds.
+
+    Raises:
+        RunFolderError: the run was started with another recipe, model or text, or has no checkpoint of that step.
+        FormatError: the checkpoint is damaged; the message offers the one before.
+    """
+    data, stands_on = corpora.describe(), described(model, corpora)
+    if from_step is None and len(group.members) > 1:
+        from_step = _latest_of_all(group)
+    started = {
+        member.folder.path: _taken_up(member, stands_on, corpora, from_step)
+        for member in group.members
+        if member.folder.has_run()
+    }
+    for member in group.members:  # only now that all can go on is anything changed
+        if member.folder.path in started:
+            member.folder.cut(member.trainee.step, started[member.folder.path])
+            member.seconds_before = member.folder.seconds()
+        else:
+            member.folder.create(member.config)
+        digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
+        member.folder.describe(member.config, data, digests)
+
+
+def _latest_of_all(group: Group) -> int:
+    """The latest step at which every member was saved: a process killed between two of them leaves one behind.
+
+    Raises:
+        RunFolderError: some have come further, and no step is common to all.
+    """
+    saved = [set(member.folder.saved_steps()) for member in group.members]
+    common = max(set.intersection(*saved), default=0)
+    if not common and any(saved):
+        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
+    return common
+
+
+def spread(group: Group, world: World) -> None:
+    """Gives every process the state that the first one starts from, whatever its own arithmetic made of the seed."""
+    if world.size == 1:
+        return
+    for member in group.members:
+        checkpoint = member.trainee.checkpoint()
+        tensors = world.tensors_from_first(checkpoint.tensors)
+        member.trainee.restore(Checkpoint(tensors, world.from_first(checkpoint.state)))
+        member.line = world.from_first(member.line)
+        member.writes = world.is_first
+
+
+def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
+    """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
+    folder, trainee = member.folder, member.trainee
+    if folder.config().model_copy(update={"out": member.config.out}) != member.config:
+        raise RunFolderError(
+            f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
+        )
+    check_resumed(folder, member.config, stands_on, corpora)
+    checkpoint = _checkpoint_to_go_on_from(folder, from_step)
+    if checkpoint is None:
+        check_resumed(folder, member.config, beginning(member.config), corpora)
+        return 0
+    trainee.restore(checkpoint)
+    position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")
+    if type(position) is not int or position < 0 or not (line is None or isinstance(line, dict)):
+        raise FormatError(f"The checkpoint of step {trainee.step} in {folder.path} names no place in metrics.jsonl.")
+    member.line = line
+    return position
+
+
+def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint | None:
+    """The checkpoint of a step, or the latest; None: the beginning."""
+    steps = folder.saved_steps()
+    if step is None:
+        step = steps[-1] if steps else 0
+    if step == 0:
+        return None
+    if step not in steps:
+        raise RunFolderError(
+            f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}, and 0 is "
+            "the beginning."
+        )
+    try:
+        return read_checkpoint(folder.checkpoint(step))
+    except Unreadable:
+        raise
+    except FormatError as error:
+        before = _latest_whole(folder, step)
+        found = f"The one before it, of step {before}, is whole" if before else "No other one is whole"
+        where = "there" if before else "the beginning"
+        command = f"endwise train --resume {shlex.quote(str(folder.path))} --from-step {before}"
+        raise FormatError(f"{error} {found}; go on from {where} with: {command}") from None
+
+
+def _latest_whole(folder: RunFolder, step: int) -> int:
+    """The latest step before `step` with a whole checkpoint, or 0."""
+    for earlier in reversed([saved for saved in folder.saved_steps() if saved < step]):
+        try:
+            read_checkpoint(folder.checkpoint(earlier))
+        except FormatError:
+            continue
+        return earlier
+    return 0

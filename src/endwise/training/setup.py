@@ -1,0 +1,233 @@
+"""TODO."""
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from endwise.common.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+)
+from endwise.common.machine import available_memory, size_text
+from endwise.common.processes import World
+from endwise.common.remarks import remarks_on
+from endwise.common.terminal import show
+from endwise.config.run import RunConfig
+from endwise.dictionaries import SAE, ReluSAE
+from endwise.evaluation.text_check import tried_on
+from endwise.models.language_model import LanguageModel
+from endwise.models.loading import find_device, load_model
+from endwise.models.sites import Site
+from endwise.runs.folder import RunFolder
+from endwise.tokens import BatchOrder, Corpora, corpora_for
+from endwise.training.objectives import build_objective
+from endwise.training.trainee import Trainee
+
+Resume = bool | Literal["if_started"]
+"""Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
+
+
+def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: World) -> dict[str, Any]:
+    """Measures the model on a little of the text, and says at once what speaks against it."""
+    record: dict[str, Any] = {}
+    with world.together("trying the model on the text"):
+        if world.is_first:
+            record = tried_on(model, corpora.heldout)
+            for remark in remarks_on(record):
+                show(f"! {remark}", Console(stderr=True, quiet=not display))
+    return record
+
+
+def _check_shares(config: RunConfig, world: World) -> None:
+    if world.size > config.training.batch:
+        raise ConfigError(
+            f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
+            "them. Raise it, or start fewer processes."
+        )
+
+
+def _check_same_text(corpora: Corpora, world: World) -> None:
+    described = world.gather({side: getattr(corpora, side).fingerprint() for side in ("train", "heldout")})
+    if any(other != described[0] for other in described):
+        raise DataError(
+            f"The processes hold different text ({', '.join(str(each) for each in described)}). Give all of them the "
+            "same files, or one data.cache, and a data set on the hub its data.revision."
+        )
+
+
+def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume) -> RunFolder:
+    """The recipe's folder, held for this run and found fit for it, before anything long is begun."""
+    folder = RunFolder(config.out or default_folder(config))
+    if world.is_first:
+        if resume is True:
+            folder.check_exists()
+        claims.enter_context(folder.claimed())
+        if resume is False or not folder.has_run():
+            folder.check_free()
+    return folder
+
+
+def corpora_of(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
+    """The sequences that recipes of one `data` section and one length are trained and measured on."""
+    evaluation_tokens = max(each.evaluation.needed for each in configs)
+    training = configs[0].training
+    return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
+
+
+def _order(config: RunConfig, corpora: Corpora, steps: int) -> BatchOrder:
+    order = BatchOrder(corpora.train, config.training.batch, config.data.seed, config.data.epochs)
+    if len(order) < steps:
+        raise DataError(
+            f"training.tokens asks for {steps} steps, but {corpora.train.name} has text for {len(order)}. "
+            "Set data.epochs, or lower training.tokens."
+        )
+    return order
+
+
+def model_for(config: RunConfig) -> LanguageModel:
+    """The language model of a recipe, in the precision that its training asks for."""
+    settings = config.model.model_dump()
+    if config.model.dtype is None and config.training.precision == "mixed":
+        settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
+    return load_model(**settings)
+
+
+def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
+    """The SAE that a recipe's training begins with, with its objective and optimiser.
+
+    Raises:
+        ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
+        FormatError: `init_from` holds no SAE.
+    """
+    site = model.site(config.site)
+    width = model.width(site)
+    objective = build_objective(config.objective, model, site)
+    d_sae = config.dictionary.features(width)
+    _check_memory(width, d_sae)
+    sae = ReluSAE(width, d_sae, seed=config.seed) if config.init_from is None else _taken_over(config, width, d_sae)
+    return Trainee(sae.to(model.device), site, objective, config.training, steps)
+
+
+def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None) -> RunConfig:
+    """The recipe without `init_from`, which may be gone or another by now, where a checkpoint holds the weights."""
+    goes_on = from_step != 0 and bool(folder.saved_steps())
+    return config.model_copy(update={"init_from": None}) if goes_on else config
+
+
+def _taken_over(config: RunConfig, width: int, d_sae: int) -> ReluSAE:
+    """The SAE in `init_from`, made ready for training."""
+    assert config.init_from is not None
+    try:
+        sae = SAE.load(config.init_from)
+    except FormatError as error:
+        raise FormatError(f"init_from: {error}") from None
+    if (sae.d_in, sae.d_sae) != (width, d_sae):
+        raise ConfigError(
+            f"init_from: the SAE in {config.init_from} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
+            f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
+            "site that it was trained at."
+        )
+    if not isinstance(sae, ReluSAE):
+        raise ConfigError(
+            f"init_from: {config.init_from} holds a {sae.architecture} SAE; only ReLU ones can be trained."
+        )
+    return sae.to_train()
+
+
+def _check_memory(width: int, d_sae: int) -> None:
+    """An SAE is made in the machine's memory, wherever it then goes; a system that lends more than it has would be
+    stopped by its kernel, without a word.
+    """
+    needed = 2 * width * d_sae * torch.float32.itemsize
+    memory = available_memory()
+    if memory is not None and needed > memory:
+        raise ConfigError(
+            f"dictionary asks for {d_sae:,} features at a site of width {width:,}, whose weights alone take "
+            f"{size_text(needed)}; this machine has {size_text(memory)} free. Lower dictionary.size or "
+            "dictionary.ratio."
+        )
+
+
+def default_folder(config: RunConfig) -> Path:
+    """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
+    coefficient = f"{config.objective.sparsity.coefficient:g}"
+    site = Site.parse(config.site).name
+    return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
+
+
+def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:
+    if not configs:
+        raise ConfigError("There is no recipe to train.")
+    first = configs[0]
+    for other in configs[1:]:
+        if _common(other) != _common(first):
+            raise ConfigError(
+                "SAEs trained together must agree in model, data, training.tokens, training.batch, "
+                "training.accumulation and training.precision; train the others on their own."
+            )
+    folders = [config.out or default_folder(config) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
+    return first
+
+
+def _common(config: RunConfig) -> tuple[object, ...]:
+    training = config.training
+    return config.model, config.data, training.tokens, training.batch, training.accumulation, training.precision
+
+
+def _steps(configs: Sequence[RunConfig], context: int) -> int:
+    """The number of steps; checks that one step and one evaluation get whole sequences."""
+    training = configs[0].training
+    per_step = training.batch * context
+    if training.tokens < per_step:
+        raise ConfigError(
+            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
+            f"(training.batch {training.batch} × context {context}). Raise the one or lower the others."
+        )
+    for config in configs:
+        for key in ("tokens", "during_training_tokens"):
+            if (tokens := getattr(config.evaluation, key)) < context:
+                raise ConfigError(f"evaluation.{key} is {tokens}, but one sequence alone has {context}. Raise it.")
+    return training.tokens // per_step
+
+
+UNPROCESSED = {
+    "fold_ln": False,
+    "center_writing_weights": False,
+    "center_unembed": False,
+    "fold_value_biases": False,
+    "refactor_factored_attn_matrices": False,
+}
+"""All that TransformerLens may do to a model's weights as it loads them, by its names."""
+
+
+def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[str, Any]:
+    """What SAELens wants to know of an SAE, and under `endwise` how ours was trained.
+
+    With `HookedTransformer` it reads our site names. What the SAE reads are the activations of the model as it is on
+    the hub: SAELens says so when it loads one, and passes on that nothing in the weights is to be processed.
+    """
+    return {
+        "model_name": model.name,
+        "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": UNPROCESSED,
+        "hook_name": config.site,
+        "hook_head_index": None,
+        "context_size": context,
+        "prepend_bos": config.data.prepend_bos,
+        "dataset_path": config.data.source,
+        "endwise": {
+            "kind": config.objective.kind,
+            "sparsity_coefficient": config.objective.sparsity.coefficient,
+            "seed": config.seed,
+            "unit_norm_decoder": True,
+        },
+    }

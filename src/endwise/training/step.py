@@ -1,0 +1,125 @@
+"""One optimiser step of every SAE in training: the clean pass that all share, then each one's own part."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from endwise.common.axes import Tokens
+from endwise.common.errors import ConfigError, ElsewhereFailed
+from endwise.common.processes import ALONE, World
+from endwise.config.run import TrainingConfig
+from endwise.kernels import has_fast_bfloat16
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.sites import Site
+from endwise.tokens import TokenBatch
+from endwise.training.trainee import Trainee
+
+Failed = Callable[[Trainee, Exception, bool], None]
+
+
+def take_step(
+    model: LanguageModel,
+    trainees: Sequence[Trainee],
+    batch: TokenBatch,
+    accumulation: int = 1,
+    failed: Failed | None = None,
+    tail: LanguageModel | None = None,
+    world: World = ALONE,
+) -> None:
+    """One optimiser step of every trainee on one batch, in `accumulation` passes of equal numbers of sequences.
+
+    Args:
+        batch: with several processes, this one's share of it.
+        tail: the model that runs everything after the sites (`tail_model`); unset: `model` itself.
+        failed: told of an error in one trainee's own part, with whether its weights are still those of the step before;
+            that trainee takes no further part in the step. Unset: the error is raised.
+
+    Raises:
+        ProcessLost: another process is gone; every trainee's weights are those of the step before.
+    """
+    tail = tail or model
+    tokens_in_step, positions = batch.mask.sum(), world.total(batch.tokens.numel())
+    world.add([tokens_in_step])
+    left = list(trainees)
+    _each(left, failed, Trainee.begin_step)
+    size = -(-len(batch.tokens) // accumulation)
+    for start in range(0, len(batch.tokens), size):
+        rows = slice(start, start + size)
+        clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows]), batch.mask[rows]
+        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], mask, tokens_in_step))  # noqa: B023
+    if world.size > 1:
+        _let_go_together(left, trainees, failed, world)
+        for each in left:  # all of them before any takes its step, so that a lost process finds them at one step
+            each.add_up(world)
+    _each(left, failed, lambda each: each.finish_step(tokens_in_step, positions), whole=False)
+
+
+def _let_go_together(left: list[Trainee], trainees: Sequence[Trainee], failed: Failed | None, world: World) -> None:
+    """Takes out those that failed in another process, whose share of the gradient is missing."""
+    for trainee, gone in zip(trainees, world.any([each not in left for each in trainees]), strict=True):
+        if gone and trainee in left:
+            left.remove(trainee)
+            error = ElsewhereFailed()
+            if failed is None:
+                raise error
+            failed(trainee, error, True)
+
+
+def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
+    """What runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
+
+    Raises:
+        ConfigError: exact precision is asked of a model in half precision.
+    """
+    if model.dtype in (torch.float32, torch.float64):
+        if config.precision == "exact":
+            return model
+        if model.device.type == "cpu" and not has_fast_bfloat16(model.device):
+            warnings.warn(
+                "training.precision=mixed on a processor that does not multiply bf16 matrices in hardware is many "
+                "times slower than training.precision=exact.",
+                stacklevel=2,
+            )
+        return model.in_bfloat16()
+    if config.precision == "exact":
+        raise ConfigError(
+            f"training.precision is exact, which needs a model in float32, but {model.name} is in {model.dtype}. "
+            "Leave model.dtype unset, or set training.precision=mixed."
+        )
+    return model
+
+
+def clean_passes(
+    model: LanguageModel, tail: LanguageModel, trainees: Sequence[Trainee], tokens: Tokens
+) -> dict[Site, Clean]:
+    """By site, what the trainees there are compared with.
+
+    One pass for all; with another model for the tail, the model up to the last site and the tail from each site on, so
+    that the tail's own rounding is on both sides of every comparison.
+    """
+    sites = {trainee.site for trainee in trainees}
+    needs = {site: [trainee.objective for trainee in trainees if trainee.site == site] for site in sites}
+    later = {site: {s for objective in needs[site] for s in objective.sites} for site in sites}
+    final = {site: any(objective.final for objective in needs[site]) for site in sites}
+    if tail is model:
+        clean = model.clean(tokens, record=sites.union(*later.values()), final=any(final.values()))
+        return dict.fromkeys(sites, clean)
+    head, passes = model.clean(tokens, record=sites), {}
+    for site in sites:
+        with torch.no_grad():
+            after = tail.replay(head, {site: head.activations[site]}, record=later[site], final=final[site])
+        passes[site] = Clean(tokens, head.activations | after.activations, after.final)
+    return passes
+
+
+def _each(left: list[Trainee], failed: Failed | None, act: Callable[[Trainee], None], whole: bool = True) -> None:
+    """Does something with every trainee that is left, and takes out those that fail at it."""
+    for trainee in tuple(left):
+        try:
+            act(trainee)
+        except Exception as error:
+            if failed is None:
+                raise
+            left.remove(trainee)
+            failed(trainee, error, whole)

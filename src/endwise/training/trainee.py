@@ -1,0 +1,232 @@
+"""One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from endwise.common.axes import Activation, TokenMask
+from endwise.common.errors import NotFinite
+from endwise.common.processes import World
+from endwise.common.seeds import generator_states, restore_generators
+from endwise.config.run import TrainingConfig
+from endwise.dictionaries import SAE, Latents
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.sites import Site
+from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
+from endwise.training.objectives import Objective
+
+CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
+"""Tokens at a time in the spliced pass: enough for matrix products at full speed."""
+CLIP_EPSILON = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
+UNCHECKED = ("optimizer.", "random.cuda.")
+"""A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The SAE's pass over a batch, its graph still open."""
+
+    latents: Latents
+    reconstruction: Activation
+
+
+class Trainee:
+    """An SAE at a site, with what trains it.
+
+    Sums over a batch (loss terms, L0) stay on the device until `report` reads them, so that a step never waits for it.
+    """
+
+    def __init__(self, sae: SAE, site: Site, objective: Objective, config: TrainingConfig, total_steps: int) -> None:
+        self.sae, self.site, self.objective, self.config = sae, site, objective, config
+        self.total_steps = total_steps
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
+        self.step, self.tokens = 0, 0
+        device = sae.b_enc.device
+        self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
+        """Training tokens seen when each feature last fired; -1: never."""
+        self._per_token = [*(term.name for term in objective.terms), "l0"]
+        self._watched = [*(term.name for term in objective.terms), "gradient_norm"]
+        self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
+        """Step at which each watched number was first not finite; -1: never."""
+        self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
+        self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+
+    def begin_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate_factor(self.step, self.total_steps, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        for total in self._sums.values():
+            total.zero_()
+        self._fired.zero_()
+
+    def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
+        """Adds the gradient of some of the step's sequences.
+
+        The spliced pass runs on a detached copy of the reconstruction, one microbatch after another; its gradient there
+        then enters the SAE together with the site terms' gradient, in one backward pass. Memory is bounded by one
+        microbatch of the model's tail.
+
+        Args:
+            tail: the model that runs the spliced pass, and that ran the clean pass after the site.
+        """
+        activation = _harmless(clean.activations[self.site], mask)
+        with self._products():
+            latents = self.sae.encode(activation)
+            encoded = Encoded(latents, self.sae.decode(latents))
+        outputs = [self._site_loss(encoded, activation, mask) / tokens_in_step]
+        gradients: list[Tensor | None] = [None]
+        if self.objective.spliced_terms:
+            outputs.append(encoded.reconstruction)
+            gradients.append(self._tail_gradient(tail, clean, encoded.reconstruction, mask) / tokens_in_step)
+        torch.autograd.backward(outputs, gradients)
+        self._sums["l0"] += latents.l0().where(mask, 0.0).sum()
+        self._fired |= latents.fired(mask)
+
+    def _products(self) -> torch.autocast:
+        """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change what is
+        active, and win little: sparse latents leave one product, which is screened in bf16 where that is fast.
+        """
+        device = self.sae.b_enc.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "mixed" and device == "cuda")
+
+    def _site_loss(self, encoded: Encoded, activation: Activation, mask: TokenMask) -> Float[Tensor, ""]:
+        loss = activation.new_zeros(())
+        for term in self.objective.site_terms:
+            total = term.total(activation, encoded.reconstruction, encoded.latents, mask)
+            self._sums[term.name] += total.detach()
+            loss = loss + term.coefficient * total
+        return loss
+
+    def _tail_gradient(
+        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
+    ) -> Activation:
+        """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
+        gradient = torch.empty_like(reconstruction)
+        size = self.config.microbatch or max(1, _tail_tokens(gradient.device) // gradient.shape[1])
+        for start in range(0, len(gradient), size):
+            rows = slice(start, start + size)
+            part, kept = clean.rows(rows), mask[rows]
+            leaf = reconstruction.detach()[rows].requires_grad_()
+            patched = torch.where(kept[..., None], leaf, part.activations[self.site])
+            spliced = tail.replay(part, {self.site: patched}, record=self.objective.sites, final=self.objective.final)
+            loss = torch.zeros((), device=gradient.device)
+            for term in self.objective.spliced_terms:
+                total = term.total(tail.readout, part, spliced, kept)
+                self._sums[term.name] += total.detach()
+                loss = loss + term.coefficient * total
+            loss.backward()
+            assert leaf.grad is not None
+            gradient[rows] = leaf.grad
+        return gradient
+
+    def add_up(self, world: World) -> None:
+        """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
+        names, fired = list(self._per_token), self._fired.int()
+        sums = torch.stack([self._sums[name] for name in names])
+        world.add([*self._gradients(), sums, fired])
+        for name, total in zip(names, sums, strict=True):
+            self._sums[name].copy_(total)
+        self._fired = fired > 0
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+
+    def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
+        """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        self._sums["gradient_norm"] += norm
+        bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
+        self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
+        # Fused optimisers divide by `grad_scale` as they read the gradient, and skip a step on the device when
+        # `found_inf` is 1, without the host having to look.
+        found_inf = (self._first_bad >= 0).any().float()
+        grad_scale = ((norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
+        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        for name in self._per_token:
+            self._sums[name] /= tokens_in_step
+        self.step += 1
+        self.tokens += tokens
+        self.last_fired.masked_fill_(self._fired & (found_inf == 0), self.tokens)
+
+    def alive(self) -> Tensor:
+        """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
+        return ((self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)).sum()
+
+    def report(self) -> dict[str, float | int]:
+        """The latest step's numbers, per token; waits for the device.
+
+        Raises:
+            NotFinite: a number was not finite at some step since the last report.
+        """
+        first_bad = self._first_bad.tolist()
+        failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
+        if failed:
+            step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
+            self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
+            raise NotFinite(
+                f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
+                "were before it. Start anew with a lower training.learning_rate or training.gradient_clip; or check "
+                "the data there."
+            )
+        values = {name: float(total) for name, total in self._sums.items()}
+        loss = sum(term.coefficient * values[term.name] for term in self.objective.terms)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "loss": loss,
+            **values,
+            "alive": int(self.alive()),
+        }
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that training goes on from. The place in the data and in the schedule is the step."""
+        weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        optimizer = optimizer_tensors(self.optimizer, self.sae)
+        state = {
+            "phase": "finished" if self.step == self.total_steps else "training",
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "tokens": self.tokens,
+        }
+        return Checkpoint({**weights, **optimizer, "last_fired": self.last_fired, **generator_states()}, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
+        own = self.checkpoint().tensors
+        check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
+        weights = {
+            key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
+        }
+        self.sae.load_state_dict(weights)
+        restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
+        self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
+        self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
+        restore_generators(checkpoint.tensors)
+
+
+def _harmless(activation: Activation, mask: TokenMask) -> Activation:
+    """The activation, with zeros in those masked rows whose squares are not finite: the gradient that they add to the
+    weights, 0 times what they hold, would be NaN.
+    """
+    largest = torch.finfo(torch.float32).max ** 0.5
+    harmless = mask | (activation.abs().amax(-1) < largest)
+    return activation.where(harmless[..., None], 0.0)
+
+
+def _tail_tokens(device: torch.device) -> int:
+    return CPU_TAIL_TOKENS if device.type == "cpu" else GPU_TAIL_TOKENS
+
+
+def rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """Share of the learning rate at `step` (from 0): linear warm-up to 1, then a cosine down to the floor."""
+    warmup = round(config.warmup * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2
