@@ -1,4 +1,4 @@
-"""TODO."""
+"""Runs that can be compared: those that differ in what is trained alone, gathered by their setting."""
 
 import json
 from collections import Counter

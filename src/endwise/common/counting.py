@@ -1,4 +1,4 @@
-"""TODO."""
+"""A bar, or some lines in a log, that count what is done."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,0 +1,1 @@
+"""Recipes: their fields, their rules, the ones that ship."""

@@ -1,0 +1,1 @@
+"""Measuring an SAE on held-out text, and what a measured run stands on."""

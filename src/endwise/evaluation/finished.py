@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finished runs: which of them can be measured, which share a pass, and their SAEs."""
 
 import shlex
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""Charts and pages, in one style. What they show is decided in `analysis`."""

@@ -59,7 +59,7 @@ def div(chart: Chart) -> str:
 
 def library() -> str:
     """What a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
-    resources = files("endwise.analysis.claims")
+    resources = files("endwise.figures")
     style = resources.joinpath("interactive.css").read_text(encoding="utf-8")
     return f"<style>\n{style}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
 
@@ -83,7 +83,7 @@ def in_words(panel: Panel) -> str:
 @cache
 def _scripts() -> tuple[str, str]:
     plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-    own = files("endwise.analysis.claims").joinpath("interactive.js").read_text(encoding="utf-8")
+    own = files("endwise.figures").joinpath("interactive.js").read_text(encoding="utf-8")
     assert not any("</script" in script or "<!--" in script for script in (plotly, own))
     return plotly, own
 

@@ -21,24 +21,19 @@ def page(*, title: str, eyebrow: str, lead: str, body: str, interactive: bool = 
     """A whole page of parts that are HTML already.
 
     Args:
-        interactive: it has figures of `report.interactive`, whose scripts it then carries.
+        interactive: it has figures of `figures.interactive`, whose scripts it then carries.
     """
     kinds = " ".join(f"--{kind}: {colour};" for kind, colour in COLOURS.items())
-    return _part("shell.html").substitute(
+    return template("endwise.figures", "page.html").substitute(
         version=escape(__version__),
         title=title,
-        style=_part("style.css").substitute(kinds=kinds),
+        style=template("endwise.figures", "style.css").substitute(kinds=kinds),
         scripts_allowed=f"; {script_policy()}; img-src data: blob:" if interactive else "",
         scripts=library() if interactive else "",
         eyebrow=eyebrow,
         lead=lead,
         body=body,
     )
-
-
-def filled(name: str, **parts: str) -> str:
-    """A body that is kept as a file beside this one, its places filled in."""
-    return _part(name).substitute(**parts)
 
 
 @dataclass(frozen=True)
@@ -70,5 +65,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, text: It
     return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
-def _part(name: str) -> Template:
-    return Template(files("endwise.analysis.claims").joinpath(name).read_text(encoding="utf-8"))
+def template(package: str, name: str) -> Template:
+    """Read a page's frame from the files of a package."""
+    return Template(files(package).joinpath(name).read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""SAE files of the field, one format a file."""

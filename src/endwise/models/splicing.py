@@ -9,9 +9,10 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ModelError
-from endwise.dictionaries import SAE
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Part, Site
+
+Scalar = Float[Tensor, ""]
 
 
 @contextmanager
@@ -28,16 +29,13 @@ def spliced(model: LanguageModel, saes: Mapping[str | Site, Callable[[Tensor], T
         ModelError: an SAE is not as wide as its site.
     """
     for site, sae in saes.items():
-        if isinstance(sae, SAE) and sae.d_in != model.width(site):
+        width = getattr(sae, "d_in", model.width(site))
+        if width != model.width(site):
             raise ModelError(
-                f"{model.site(site).name} of {model.name} has width {model.width(site)}; "
-                f"the SAE given for it has {sae.d_in}."
+                f"{model.site(site).name} of {model.name} has width {model.width(site)}; the SAE given for it has {width}."
             )
     with model.patched({model.site(site): sae for site, sae in saes.items()}):
         yield model
-
-
-Scalar = Float[Tensor, ""]
 
 
 def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from endwise.common.digests import cache_folder
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import expanded
 from endwise.config.run import DataConfig
-from endwise.models.language_model import LanguageModel
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source, refuse_hub_settings
@@ -25,7 +24,20 @@ EMBEDDED = "embedded"
 EMBEDDED_EOS = 0
 
 
-def corpora_for(model: LanguageModel, data: DataConfig, *, training_tokens: int, evaluation_tokens: int) -> Corpora:
+class Reader(Protocol):
+    """What reads tokens: as much of a language model as loading text needs."""
+
+    @property
+    def tokenizer(self) -> Any | None: ...
+    @property
+    def no_tokenizer(self) -> str: ...
+    @property
+    def context(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def corpora_for(model: Reader, data: DataConfig, *, training_tokens: int, evaluation_tokens: int) -> Corpora:
     """Training and held-out sequences for a model: `load_corpora` with its tokenizer, context and vocabulary."""
     try:
         return load_corpora(

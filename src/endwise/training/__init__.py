@@ -1,0 +1,1 @@
+"""Training: prepare, then run the loop."""

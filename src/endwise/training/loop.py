@@ -1,53 +1,44 @@
-"""TODO."""
+"""The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, ProcessLost, TrainingStopped, out_of_memory
-from endwise.common.processes import World
 from endwise.common.stopping import polite_stop
 from endwise.config.run import EvaluationConfig
 from endwise.evaluation.measure import measure
-from endwise.models.language_model import LanguageModel
-from endwise.tokens import BatchOrder, Corpora, read_ahead
+from endwise.tokens import read_ahead
 from endwise.training.display import Display
 from endwise.training.members import Group, Member
+from endwise.training.setup import Prepared
 from endwise.training.step import take_step
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
 
 
-def _run(
-    model: LanguageModel,
-    tail: LanguageModel,
-    group: Group,
-    corpora: Corpora,
-    order: BatchOrder,
-    steps: int,
-    display: bool,
-    world: World,
-) -> None:
-    """Trains every member to its last step and saves it."""
+def run_loop(prepared: Prepared) -> None:
+    """Train every member to its last step and save it."""
+    model, group, world, steps = prepared.model, prepared.group, prepared.world, prepared.steps
     config = group.members[0].config.training
     first = group.members[0].trainee.step
-    remaining = range(first, steps)
-    shares = (world.share(order[step]) for step in remaining)
+    train, remaining = prepared.corpora.train, range(first, steps)
+    shares = (world.share(prepared.order[step]) for step in remaining)
     with (
-        Display(steps, first, config.batch * corpora.train.context, display and world.is_first) as shown,
+        Display(steps, first, config.batch * train.context, prepared.display and world.is_first) as shown,
         polite_stop() as stop_asked,
-        read_ahead(corpora.train, shares, model.device) as batches,
+        read_ahead(train, shares, model.device) as batches,
         _saving(group),
     ):
         group.shown = shown
-        if any(member.line is not None for member in group.members):  # what a run that is gone on with owes
-            _record(model, group, corpora, first, shown, world)
+        if any(member.line is not None for member in group.members):  # what a resumed run owes
+            _record(prepared, first, shown)
         for step, batch in zip(remaining, batches, strict=True):
             trainees = [member.trainee for member in group.members]
-            take_step(model, trainees, batch, config.accumulation, group.failed, tail, world)
+            take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
             group.agree(world)
             done = step + 1
-            _record(model, group, corpora, done, shown, world)
+            _record(prepared, done, shown)
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
                 group.each(Member.save)
@@ -76,13 +67,14 @@ def _saving(group: Group) -> Iterator[None]:
         raise
 
 
-def _record(model: LanguageModel, group: Group, corpora: Corpora, done: int, shown: Display, world: World) -> None:
-    """What is due after a step: lines of metrics, evaluations, checkpoints."""
+def _record(prepared: Prepared, done: int, shown: Display) -> None:
+    """Write what is due after a step: lines of metrics, evaluations, checkpoints."""
+    group = prepared.group
     group.each(partial(_report, done))
     evaluated = [member for member in group.members if _evaluation_due(member, done)]
     if evaluated:
         with shown.paused():
-            _evaluate_briefly(model, group, evaluated, corpora, world)
+            _evaluate_briefly(prepared, evaluated)
     group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
 
 
@@ -117,14 +109,8 @@ def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
 
-def _evaluate_briefly(
-    model: LanguageModel,
-    group: Group,
-    members: list[Member],
-    corpora: Corpora,
-    world: World,
-) -> None:
-    """Adds the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
+def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
+    """Add the metrics of `SCHEDULED_METRICS`, on a little held-out text, to the members' lines.
 
     Members with equal settings share its passes. Where that fails each is measured alone, so that the fault (an SAE
     that is infinite on held-out text) ends its own run only.
@@ -135,7 +121,7 @@ def _evaluate_briefly(
         tokens = min(settings.during_training_tokens, settings.tokens)
         groups.setdefault(settings.model_copy(update={"tokens": tokens, "bootstrap": 1}), []).append(member)
 
-    measured = partial(measure, model, corpus=corpora.heldout, baselines=False, world=world)
+    measured = partial(measure, prepared.model, corpus=prepared.corpora.heldout, baselines=False, world=prepared.world)
 
     def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
         saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
@@ -154,4 +140,4 @@ def _evaluate_briefly(
                 raise
             except Exception:  # noqa: BLE001  Each is measured alone below, and tells what is wrong with it.
                 pass
-        group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
+        prepared.group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)

@@ -1,47 +1,142 @@
-"""TODO."""
+"""All that is decided before the first step: model, text, order, steps, and each recipe's SAE and folder."""
 
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from endwise.common.errors import (
-    ConfigError,
-    DataError,
-    FormatError,
-)
+from endwise.common.errors import ConfigError, DataError, FormatError
 from endwise.common.machine import available_memory, size_text
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
 from endwise.common.terminal import show
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE, ReluSAE
+from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.evaluation.text_check import tried_on
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.models.sites import Site
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpora, corpora_for
+from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
+from endwise.training.resume import enter, spread
+from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
 
 Resume = bool | Literal["if_started"]
 """Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
 
 
-def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: World) -> dict[str, Any]:
-    """Measures the model on a little of the text, and says at once what speaks against it."""
-    record: dict[str, Any] = {}
-    with world.together("trying the model on the text"):
+@dataclass(frozen=True)
+class Request:
+    """What a call of `train_together` asks for.
+
+    Args:
+        configs: recipes that agree in all that one pass shares.
+
+    Raises:
+        ConfigError: they do not agree, or two have one folder.
+    """
+
+    configs: Sequence[RunConfig]
+    resume: Resume
+    from_step: int | None
+    display: bool
+
+    def __post_init__(self) -> None:
+        _check_shared(self.configs)
+        if self.from_step is not None and self.resume is False:
+            raise ConfigError("from_step needs resume, since it names a checkpoint of a run that was started before.")
+
+    @property
+    def first(self) -> RunConfig:
+        """The recipe that stands for what all share."""
+        return self.configs[0]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop needs."""
+
+    model: LanguageModel
+    tail: LanguageModel
+    """What runs everything after the sites: `model`, or its copy in bf16."""
+    group: Group
+    corpora: Corpora
+    order: BatchOrder
+    steps: int
+    display: bool
+    world: World
+
+
+def prepare(
+    request: Request, world: World, claims: ExitStack, model: LanguageModel | None, corpora: Corpora | None
+) -> Prepared:
+    """Claims the folders, loads model and text, makes every SAE, and starts or resumes every run.
+
+    Args:
+        claims: holds the folders until it is closed.
+        model: a loaded model to use instead of the recipes'.
+        corpora: loaded token sequences to use instead of the recipes'.
+    """
+    first, configs = request.first, request.configs
+    _check_shares(first, world)
+    with world.together("claiming the run folders"):
+        folders = [_claimed(config, world, claims, request.resume) for config in configs]
+        settings = pinned(folders[0].path, first)
+    settings = world.from_first(settings)
+    with world.together("loading the model and the data"), naming_relative(folders[0].path, first):
+        model = model or model_for(settings)
+        tail = tail_model(model, first.training)
+        context = corpora.train.context if corpora is not None else first.data.context or model.context
+        if context is None:
+            raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
+        steps = _steps(configs, context)
+        group = Group(
+            Member(
+                config,
+                new_trainee(_less_its_start(config, folder, request.from_step), model, steps),
+                folder,
+                sae_metadata(config, model, context),
+            )
+            for config, folder in zip(configs, folders, strict=True)
+        )
+        corpora = corpora or corpora_of([settings, *configs[1:]], model)
+        order = _order(first, corpora, steps)
+    _check_same_text(corpora, world)
+    with world.together("starting the run"):
         if world.is_first:
-            record = tried_on(model, corpora.heldout)
-            for remark in remarks_on(record):
-                show(f"! {remark}", Console(stderr=True, quiet=not display))
-    return record
+            enter(group, model, corpora, request.from_step)
+    spread(group, world)
+    group.text = _text_tried(model, corpora, request.display, world)
+    return Prepared(model, tail, group, corpora, order, steps, request.display, world)
+
+
+def _check_shared(configs: Sequence[RunConfig]) -> None:
+    if not configs:
+        raise ConfigError("There is no recipe to train.")
+    first = configs[0]
+    for other in configs[1:]:
+        if _common(other) != _common(first):
+            raise ConfigError(
+                "SAEs trained together must agree in model, data, training.tokens, training.batch, "
+                "training.accumulation and training.precision; train the others on their own."
+            )
+    folders = [config.out or default_folder(config) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
+
+
+def _common(config: RunConfig) -> tuple[object, ...]:
+    training = config.training
+    return config.model, config.data, training.tokens, training.batch, training.accumulation, training.precision
 
 
 def _check_shares(config: RunConfig, world: World) -> None:
@@ -49,15 +144,6 @@ def _check_shares(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
             "them. Raise it, or start fewer processes."
-        )
-
-
-def _check_same_text(corpora: Corpora, world: World) -> None:
-    described = world.gather({side: getattr(corpora, side).fingerprint() for side in ("train", "heldout")})
-    if any(other != described[0] for other in described):
-        raise DataError(
-            f"The processes hold different text ({', '.join(str(each) for each in described)}). Give all of them the "
-            "same files, or one data.cache, and a data set on the hub its data.revision."
         )
 
 
@@ -71,6 +157,30 @@ def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume)
         if resume is False or not folder.has_run():
             folder.check_free()
     return folder
+
+
+def _steps(configs: Sequence[RunConfig], context: int) -> int:
+    """The number of steps; checks that one step and one evaluation get whole sequences."""
+    training = configs[0].training
+    per_step = training.batch * context
+    if training.tokens < per_step:
+        raise ConfigError(
+            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
+            f"(training.batch {training.batch} × context {context}). Raise the one or lower the others."
+        )
+    for config in configs:
+        for key in ("tokens", "during_training_tokens"):
+            if (tokens := getattr(config.evaluation, key)) < context:
+                raise ConfigError(f"evaluation.{key} is {tokens}, but one sequence alone has {context}. Raise it.")
+    return training.tokens // per_step
+
+
+def model_for(config: RunConfig) -> LanguageModel:
+    """The language model of a recipe, in the precision that its training asks for."""
+    settings = config.model.model_dump()
+    if config.model.dtype is None and config.training.precision == "mixed":
+        settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
+    return load_model(**settings)
 
 
 def corpora_of(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
@@ -90,12 +200,24 @@ def _order(config: RunConfig, corpora: Corpora, steps: int) -> BatchOrder:
     return order
 
 
-def model_for(config: RunConfig) -> LanguageModel:
-    """The language model of a recipe, in the precision that its training asks for."""
-    settings = config.model.model_dump()
-    if config.model.dtype is None and config.training.precision == "mixed":
-        settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
-    return load_model(**settings)
+def _check_same_text(corpora: Corpora, world: World) -> None:
+    described = world.gather({side: getattr(corpora, side).fingerprint() for side in ("train", "heldout")})
+    if any(other != described[0] for other in described):
+        raise DataError(
+            f"The processes hold different text ({', '.join(str(each) for each in described)}). Give all of them the "
+            "same files, or one data.cache, and a data set on the hub its data.revision."
+        )
+
+
+def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: World) -> dict[str, Any]:
+    """Measures the model on a little of the text, and says at once what speaks against it."""
+    record: dict[str, Any] = {}
+    with world.together("trying the model on the text"):
+        if world.is_first:
+            record = tried_on(model, corpora.heldout)
+            for remark in remarks_on(record):
+                show(f"! {remark}", Console(stderr=True, quiet=not display))
+    return record
 
 
 def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
@@ -160,43 +282,6 @@ def default_folder(config: RunConfig) -> Path:
     coefficient = f"{config.objective.sparsity.coefficient:g}"
     site = Site.parse(config.site).name
     return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
-
-
-def _shared_recipe(configs: Sequence[RunConfig]) -> RunConfig:
-    if not configs:
-        raise ConfigError("There is no recipe to train.")
-    first = configs[0]
-    for other in configs[1:]:
-        if _common(other) != _common(first):
-            raise ConfigError(
-                "SAEs trained together must agree in model, data, training.tokens, training.batch, "
-                "training.accumulation and training.precision; train the others on their own."
-            )
-    folders = [config.out or default_folder(config) for config in configs]
-    if len(set(folders)) < len(folders):
-        raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
-    return first
-
-
-def _common(config: RunConfig) -> tuple[object, ...]:
-    training = config.training
-    return config.model, config.data, training.tokens, training.batch, training.accumulation, training.precision
-
-
-def _steps(configs: Sequence[RunConfig], context: int) -> int:
-    """The number of steps; checks that one step and one evaluation get whole sequences."""
-    training = configs[0].training
-    per_step = training.batch * context
-    if training.tokens < per_step:
-        raise ConfigError(
-            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
-            f"(training.batch {training.batch} × context {context}). Raise the one or lower the others."
-        )
-    for config in configs:
-        for key in ("tokens", "during_training_tokens"):
-            if (tokens := getattr(config.evaluation, key)) < context:
-                raise ConfigError(f"evaluation.{key} is {tokens}, but one sequence alone has {context}. Raise it.")
-    return training.tokens // per_step
 
 
 UNPROCESSED = {

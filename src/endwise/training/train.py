@@ -1,41 +1,20 @@
-"""The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
+"""Train SAEs: prepare, then run the loop."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from endwise.common.errors import (
-    ConfigError,
-    TrainingStopped,
-    out_of_memory,
-)
+from endwise.common.errors import TrainingStopped, out_of_memory
 from endwise.common.processes import joined
 from endwise.common.seeds import shared_generators
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
-from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
-from endwise.training.loop import _run
-from endwise.training.members import Group, Member, Run
-from endwise.training.resume import enter, spread
-from endwise.training.setup import (
-    Resume,
-    _check_same_text,
-    _check_shares,
-    _claimed,
-    _less_its_start,
-    _order,
-    _shared_recipe,
-    _steps,
-    _text_tried,
-    corpora_of,
-    model_for,
-    new_trainee,
-    sae_metadata,
-)
-from endwise.training.step import tail_model
+from endwise.training.loop import run_loop
+from endwise.training.members import Run
+from endwise.training.setup import Request, Resume, prepare
 
 
 def train(
@@ -88,41 +67,11 @@ def train_together(
             error is raised).
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
-    first = _shared_recipe(configs)
-    if from_step is not None and resume is False:
-        raise ConfigError("from_step needs resume, since it names a checkpoint of a run that was started before.")
-    with joined() as world, shared_generators(first.seed), _memory_named(), ExitStack() as claims:
-        _check_shares(first, world)
-        with world.together("claiming the run folders"):
-            folders = [_claimed(config, world, claims, resume) for config in configs]
-            settings = pinned(folders[0].path, first)
-        settings = world.from_first(settings)
-        with world.together("loading the model and the data"), naming_relative(folders[0].path, first):
-            model = model or model_for(settings)
-            tail = tail_model(model, first.training)
-            context = corpora.train.context if corpora is not None else first.data.context or model.context
-            if context is None:
-                raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
-            steps = _steps(configs, context)
-            group = Group(
-                Member(
-                    config,
-                    new_trainee(_less_its_start(config, folder, from_step), model, steps),
-                    folder,
-                    sae_metadata(config, model, context),
-                )
-                for config, folder in zip(configs, folders, strict=True)
-            )
-            corpora = corpora or corpora_of([settings, *configs[1:]], model)
-            order = _order(first, corpora, steps)
-        _check_same_text(corpora, world)
-        with world.together("starting the run"):
-            if world.is_first:
-                enter(group, model, corpora, from_step)
-        spread(group, world)
-        group.text = _text_tried(model, corpora, display, world)
-        _run(model, tail, group, corpora, order, steps, display, world)
-        return group.runs()
+    request = Request(configs, resume, from_step, display)
+    with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
+        prepared = prepare(request, world, claims, model, corpora)
+        run_loop(prepared)
+        return prepared.group.runs()
 
 
 @contextmanager

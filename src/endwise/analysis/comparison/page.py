@@ -12,7 +12,7 @@ from endwise.common.files import expanded, write_atomic
 from endwise.common.text import model_title
 from endwise.config.run import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, later_mse, layer_label
-from endwise.figures.page import escape, filled, page
+from endwise.figures.page import escape, page, template
 
 
 def write_report(summary: Summary, path: Path | str) -> None:
@@ -26,8 +26,7 @@ def write_report(summary: Summary, path: Path | str) -> None:
 
 def report_html(summary: Summary) -> str:
     """The page's text. Everything that comes from a run is escaped."""
-    content = filled(
-        "comparison.html",
+    content = template("endwise.analysis.comparison", "page.html").substitute(
         tiles="\n".join(_tiles(summary)),
         remarks=remark_list(summary.runs),
         verdicts="\n".join(f"<li>{escape(sentence)}</li>" for sentence in summary.verdicts),

@@ -1,0 +1,1 @@
+"""Which directions of the activation does a dictionary keep, and which does the model use?"""

@@ -1,0 +1,1 @@
+"""Do methods and seeds find the same features?"""

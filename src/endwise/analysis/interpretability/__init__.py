@@ -1,0 +1,1 @@
+"""How well do explanations predict where features fire?"""

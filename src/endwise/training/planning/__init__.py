@@ -1,0 +1,1 @@
+"""What a run will cost, found before it is run."""

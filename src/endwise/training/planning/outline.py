@@ -1,4 +1,4 @@
-"""TODO."""
+"""A model without its weights: shapes to plan with."""
 
 from functools import partial
 
