@@ -22,7 +22,7 @@ from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.measure import measure
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens.corpus import Corpus, Documents, Layout, TokenBatch
-from endwise.training.planning.dry_run import CHECKPOINT, EVALUATION, STEP, Rehearsal
+from endwise.training.planning.dry_run import CHECKPOINT, EVALUATION, STEP, DryRun
 from endwise.training.setup import new_trainee
 from endwise.training.step import tail_model, take_step
 from harness import Side, Worker, cores, machine, resident, serve, worker_environment, write_json
@@ -143,7 +143,7 @@ def compare(case: Case, threads: int) -> dict[str, Any]:
         folder = str(Path(scratch) / "model")
         random_model(case.shape).save_pretrained(folder)
         config = recipe(case, folder)
-        rehearsal = Rehearsal(config, torch.device("cpu"), config.training.batch)
+        rehearsal = DryRun(config, torch.device("cpu"), config.training.batch)
         planned = rehearsal.stages(rehearsal.accumulation, rehearsal.microbatch)
         worker = Worker(Path(__file__), worker_environment(threads) | {"ENDWISE_PLAN_WORKER": "1"})
         try:

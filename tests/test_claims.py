@@ -12,9 +12,9 @@ from endwise.common.statistics import Interval
 from endwise.config.run import EvaluationConfig
 from endwise.paper.costs import Cost
 from endwise.paper.experiments import Experiments
-from endwise.paper.findings import Findings, Measured
+from endwise.paper.findings import Findings, MeasuredStudy
 from endwise.paper.mitigations import Variant, mitigations
-from endwise.paper.plan import Plan
+from endwise.paper.plan import StudyPlan
 from endwise.paper.runs import StudyRuns
 from endwise.paper.study_claims import claims
 from made_runs import make_run, with_mse
@@ -49,7 +49,7 @@ def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01, **changes
     values = {
         "made": StudyRuns(
             experiments,
-            Plan(TOKENS, (), (), None, {}),
+            StudyPlan(TOKENS, (), (), None, {}),
             {SITE: dict.fromkeys(KINDS, 1e-2)},
             costs,
             {},
@@ -59,11 +59,13 @@ def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01, **changes
         "norms": {},
         "experiments": {
             "learning_rates": tuple(
-                Measured(recipe, make_run(kind, 1, 0.2, 40.0 if rate == 1e-2 else 44.0, 900 if rate == 1e-2 else 700))
+                MeasuredStudy(
+                    recipe, make_run(kind, 1, 0.2, 40.0 if rate == 1e-2 else 44.0, 900 if rate == 1e-2 else 700)
+                )
                 for (kind, rate), recipe in recipes.items()
             ),
-            "curves": tuple(Measured(next(iter(recipes.values())), run) for run in runs if run.seed == 0),
-            "seeds": tuple(Measured(next(iter(recipes.values())), run) for run in runs if run.seed > 0),
+            "curves": tuple(MeasuredStudy(next(iter(recipes.values())), run) for run in runs if run.seed == 0),
+            "seeds": tuple(MeasuredStudy(next(iter(recipes.values())), run) for run in runs if run.seed > 0),
         },
         "mitigations": None,
         "settings": EvaluationConfig(bootstrap=100),

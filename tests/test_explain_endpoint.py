@@ -22,7 +22,7 @@ from endwise.common.errors import ConfigError, EndpointError, FormatError, RunFo
 from endwise.explaining import client as module
 from endwise.explaining import pacing
 from endwise.explaining.cache import Answer, in_memory, opened, request_key
-from endwise.explaining.client import Patience, connected, run_async
+from endwise.explaining.client import RetryPolicy, connected, run_async
 from endwise.explaining.endpoint import Endpoint, find_endpoint
 from endwise.explaining.estimating import Estimate
 from endwise.explaining.explain import estimate_lines, explain, plan
@@ -42,7 +42,7 @@ def _no_long_back_off(monkeypatch):
 def ask(url, *prompts, key=None, cache=None, **patience):
     """The answers to prompts, asked at once, and the tally."""
     endpoint = Endpoint(f"{url}/chat/completions", key, None if key is None else "KEY")
-    patience = Patience(**{"timeout": 5.0, "attempts": 4, **patience})
+    patience = RetryPolicy(**{"timeout": 5.0, "attempts": 4, **patience})
 
     async def work(cache):
         async with connected(endpoint, patience) as client:
@@ -348,7 +348,7 @@ def test_the_key_is_in_no_file_no_log_and_no_message(tmp_path, monkeypatch, capl
 
 
 def planned(run, url, **settings):
-    patience = Patience(timeout=5.0, attempts=2, concurrency=1)
+    patience = RetryPolicy(timeout=5.0, attempts=2, concurrency=1)
     return plan(
         [run],
         Settings(**{"model": "m", "features": "all", "random": 2, "patience": patience, **settings}),

@@ -10,7 +10,7 @@ from endwise.common.errors import ConfigError, DataError, FormatError, RunFolder
 from endwise.explaining.answers import read_choices, read_explanation
 from endwise.explaining.asking import PURPOSES, Asking
 from endwise.explaining.cache import Answer, in_memory
-from endwise.explaining.client import Tally, run_async
+from endwise.explaining.client import CallStats, run_async
 from endwise.explaining.preparing import prepare
 from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, marks_of
@@ -27,7 +27,7 @@ class Oracle:
     """Answers as it is told, without a network."""
 
     def __init__(self, answer=perfect):
-        self.answer, self.tally, self.prompts = answer, Tally(), []
+        self.answer, self.tally, self.prompts = answer, CallStats(), []
 
     async def ask(self, request, cache, stand_in):
         prompt = request["messages"][0]["content"]

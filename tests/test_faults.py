@@ -225,7 +225,7 @@ def test_text_that_vanishes_while_it_is_read(made, tmp_path):
 
 
 def test_text_that_comes_back_is_gone_on_with(made, tmp_path):
-    from endwise.tokens.sources import Document, Source, SourceLost
+    from endwise.tokens.sources import Document, TextSource, SourceLost
     from endwise.tokens.tokenising import lasting
 
     openings = []
@@ -240,7 +240,7 @@ def test_text_that_comes_back_is_gone_on_with(made, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         waited = []
         patch.setattr(time, "sleep", waited.append)
-        given = [document.content for document in lasting(Source("source", [], read), Console(quiet=True))]
+        given = [document.content for document in lasting(TextSource("source", [], read), Console(quiet=True))]
     assert given == list(map(str, range(10)))
     assert len(openings) == 3 and waited == [1.0, 1.0]
 

@@ -24,7 +24,7 @@ from endwise.analysis.importance.page import importance_charts
 from endwise.analysis.importance.study import ImportanceStudy, ImportantRun, faithfulness_rows, run_rows
 from endwise.cli import app
 from endwise.common.statistics import interval_with_seeds, resampling_weights, student_t
-from endwise.features.importance_table import Ablations, Faithfulness, FeatureImportance, Measured
+from endwise.features.importance_table import Ablations, Faithfulness, FeatureImportance, MeasuredImportance
 from endwise.figures import print as printed
 from made_runs import make_run
 from small_gpt2 import data, recipe
@@ -83,7 +83,7 @@ def made_measured(spread, seed=0):
     )
     random_ce = base - (carried / 2)[:, None] * (base - clean)
     curve = Faithfulness(kept, ce, ce, random_ce, clean, base, np.full(SEQUENCES, 10.0))
-    return Measured(found, ablations, curve, {"tokens": 4096, "heldout": "text"})
+    return MeasuredImportance(found, ablations, curve, {"tokens": 4096, "heldout": "text"})
 
 
 def made_study(kinds, seeds=(0,)):

@@ -31,7 +31,7 @@ from endwise.training.planning.dry_run import (
     SAVING,
     STEP,
     WEIGHTS,
-    Rehearsal,
+    DryRun,
 )
 from endwise.training.planning.flops import forward_flops, gradient_flops
 from endwise.training.planning.memory_trace import MemoryTrace
@@ -76,8 +76,8 @@ def stored(tmp_path_factory):
     return folder
 
 
-def rehearse(config: RunConfig, device="cpu") -> Rehearsal:
-    return Rehearsal(config, torch.device(device), config.training.batch)
+def dry(config: RunConfig, device="cpu") -> DryRun:
+    return DryRun(config, torch.device(device), config.training.batch)
 
 
 def held_by(values) -> int:
@@ -126,7 +126,7 @@ def test_parameters_are_those_of_the_model(stored, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_the_model_are_those_of_its_tensors(stored, family):
     model = LanguageModel(build(family)).model
-    held = rehearse(recipe(stored(family))).stages(1, 2, only_step=True)[STEP].parts[MODEL]
+    held = dry(recipe(stored(family))).stages(1, 2, only_step=True)[STEP].parts[MODEL]
     assert held == held_by([*model.parameters(), *model.buffers()])
 
 
@@ -144,8 +144,8 @@ def batch_of(config: RunConfig) -> TokenBatch:
 
 def test_bytes_of_the_sae_and_its_optimiser_and_its_file(stored, tmp_path):
     config = recipe(stored("gpt2"))
-    rehearsal = rehearse(config)
-    held = rehearsal.stages(1, 2)
+    dry_run = dry(config)
+    held = dry_run.stages(1, 2)
     model, trainee = real_trainee(config)
     take_step(model, [trainee], batch_of(config))
     parameters = list(trainee.sae.parameters())
@@ -157,7 +157,7 @@ def test_bytes_of_the_sae_and_its_optimiser_and_its_file(stored, tmp_path):
     assert 0 <= counters - 9 * trainee.sae.d_sae < 200  # last_fired, _fired, and scalars
     write_checkpoint(tmp_path / "checkpoint", trainee.checkpoint())
     trainee.sae.save(tmp_path / "sae")
-    checkpoint, sae = rehearsal.file_sizes()
+    checkpoint, sae = dry_run.file_sizes()
     for planned, path in ((checkpoint, "checkpoint"), (sae, "sae/sae_weights.safetensors")):
         size = (tmp_path / path).stat().st_size
         header = 8 + int.from_bytes((tmp_path / path).read_bytes()[:8], "little")
@@ -180,14 +180,14 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 @pytest.mark.parametrize("case", CASES)
-def test_a_rehearsed_step_holds_what_a_real_one_holds(stored, case):
+def test_a_dry_step_holds_what_a_real_one_holds(stored, case):
     """The same is followed while real tensors go through the training loop's own step."""
     config = recipe(stored("gpt2"), **CASES[case])
     training = config.training
-    rehearsal = rehearse(config)
-    planned = rehearsal.stages(training.accumulation, rehearsal.microbatch, only_step=True)[STEP]
+    dry_run = dry(config)
+    planned = dry_run.stages(training.accumulation, dry_run.microbatch, only_step=True)[STEP]
     trace = MemoryTrace(fake=False)
-    with trace, standing_in("cpu", rehearsal.kernels):
+    with trace, standing_in("cpu", dry_run.kernels):
         model, trainee = real_trainee(config)
         tail = tail_model(model, training)
         take_step(model, [trainee], batch_of(config), training.accumulation, tail=tail)
@@ -204,13 +204,13 @@ def test_a_rehearsed_step_holds_what_a_real_one_holds(stored, case):
 @pytest.mark.parametrize("family", ["gpt2", "pythia", "llama_grouped_tied", "gemma2", "qwen3", "gptj", "phi3"])
 def test_counted_operations_are_those_of_the_passes(stored, family, site):
     """Eager attention multiplies all pairs, and so does the formula when it is told so."""
-    rehearsal = rehearse(recipe(stored(family), site=site))
+    dry_run = dry(recipe(stored(family), site=site))
     hf = build(family)
     hf.set_attn_implementation("eager")
     model, ids, pairs = LanguageModel(hf), tokens(2), CONTEXT**2
-    place = rehearsal.place(rehearsal.site)
-    head = [piece.stretch for piece in rehearsal.pieces[:place]]
-    tail = [piece.stretch for piece in rehearsal.pieces[place:]]
+    place = dry_run.place(dry_run.site)
+    head = [piece.stretch for piece in dry_run.pieces[:place]]
+    tail = [piece.stretch for piece in dry_run.pieces[place:]]
 
     def counted(act) -> tuple[object, int]:
         with FlopCounterMode(display=False) as counter:

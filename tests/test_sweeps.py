@@ -29,7 +29,7 @@ from endwise.sweeps.survey import survey
 from endwise.sweeps.sweep_config import read_sweep
 from endwise.sweeps.tables import print_rows, write_table
 from endwise.sweeps.tasks import Outcome, carry_out, is_finished, tasks_of
-from endwise.sweeps.watching import LOG_SECONDS, Standing, Watch, last_record, seconds_left
+from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, last_record, seconds_left
 from endwise.training.trainee import Trainee
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, complete, small_sweep
@@ -653,7 +653,7 @@ def test_a_sweep_is_one_process(made, tmp_path, monkeypatch):
 def test_mixed_precision_is_measured_as_evaluate_does(made, tmp_path):
     """On a CPU training and measuring use one model, so that it is loaded once."""
     loads = []
-    loaded = tasks_module.Loaded()
+    loaded = tasks_module.ModelCache()
     plain = tasks_module.model_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks_module, "model_for", lambda config: loads.append(config) or plain(config))
@@ -729,7 +729,7 @@ def test_the_table_on_a_terminal(whole):
 
 
 def standing(config, state="training", tokens=0, seconds=0.0, before=0.0):
-    return Standing(config, state, tokens, seconds, None, None, before)
+    return RunStatus(config, state, tokens, seconds, None, None, before)
 
 
 def test_the_time_that_is_left():
@@ -773,7 +773,7 @@ def test_a_file_of_lines_is_read_from_its_end(tmp_path):
 
 def test_a_run_is_watched_by_its_folder(made, tmp_path):
     config = complete(made, tmp_path / "run", {})
-    run = Standing.at_start(config)
+    run = RunStatus.at_start(config)
     assert (run.state, run.tokens, run.left) == ("waiting", 0, 640)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
@@ -794,7 +794,7 @@ def test_a_run_is_watched_by_its_folder(made, tmp_path):
     )
     wrote(10, 2.0, heldout={"ce_increase": 0.5})
     assert (run.left, run.ce_increase) == (320, 0.5)
-    taken_up = Standing.at_start(config)
+    taken_up = RunStatus.at_start(config)
     assert (taken_up.state, taken_up.tokens, taken_up.spent) == ("waiting", 320, 0.0)
     wrote(20, 4.0)
     assert (run.state, run.left, run.ce_increase) == ("measuring", 0, 0.5)

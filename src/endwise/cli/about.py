@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, aside, plainly, say
+from endwise.cli.app import app, status, handle_errors, echo
 
 
 @app.command()
-@plainly
+@handle_errors
 def sites(
     model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
@@ -21,9 +21,9 @@ def sites(
 
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     for site in loaded.sites():
-        say(f"{site.name:<34}{loaded.width(site):>8}")
+        echo(f"{site.name:<34}{loaded.width(site):>8}")
     for site, reason in sorted(loaded.unspliceable.items()):
-        aside(f"{site.name}: not offered: {reason}")
+        status(f"{site.name}: not offered: {reason}")
 
 
 @app.command()

@@ -27,18 +27,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def say(text: str, err: bool = False) -> None:
+def echo(text: str, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def aside(text: str) -> None:
+def status(text: str) -> None:
     """To stderr: what is being done, while it is."""
-    say(text, err=True)
+    echo(text, err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    say(f"endwise{process}: {message}", err=True)
+    echo(f"endwise{process}: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -49,7 +49,7 @@ def _at_home(value: Any) -> Any:
     return expanded(value) if isinstance(value, Path) else value
 
 
-def plainly(command: Callable[P, R]) -> Callable[P, R]:
+def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turns our own errors into one message and an exit code; anything else is a bug and keeps its traceback."""
 
     @wraps(command)

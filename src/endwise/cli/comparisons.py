@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, aside, plainly, say
+from endwise.cli.app import app, status, handle_errors, echo
 
 
 @app.command()
-@plainly
+@handle_errors
 def pareto(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     out: Annotated[
@@ -27,11 +27,11 @@ def pareto(
     found = compare(runs)
     print_pareto(found)
     beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
-    say(f"The page, figures and tables: {write_pareto(found, out or beside / 'pareto')}")
+    echo(f"The page, figures and tables: {write_pareto(found, out or beside / 'pareto')}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def geometry(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     pair: Annotated[
@@ -65,17 +65,17 @@ def geometry(
     for each in pairs:
         if len(each) != 2:
             raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
-    telling = None if quiet else aside
+    telling = None if quiet else status
     found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=telling)
     print_geometry(found)
     maps = feature_maps(found, say=telling) if umap else None
     beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
     path = write_geometry(found, out or beside / "geometry", threshold=threshold, maps=maps)
-    say(f"The page, figures and tables: {path}")
+    echo(f"The page, figures and tables: {path}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def importance(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
@@ -93,11 +93,11 @@ def importance(
 
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
-    say(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
+    echo(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def directions(
     runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
@@ -121,4 +121,4 @@ def directions(
 
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)
-    say(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
+    echo(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")

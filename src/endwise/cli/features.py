@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, aside, plainly, say
+from endwise.cli.app import app, status, handle_errors, echo
 
 
 @app.command()
-@plainly
+@handle_errors
 def harvest(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     tokens: Annotated[
@@ -54,14 +54,14 @@ def harvest(
     )
     for path, each in found.items() if is_first_process() else ():
         if each is None:
-            say(f"{path}: this shard is done; the process that is done last joins all {shards}.")
+            echo(f"{path}: this shard is done; the process that is done last joins all {shards}.")
             continue
         alive = int((each.firings > 0).sum())
-        say(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
+        echo(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
 
 
 @app.command()
-@plainly
+@handle_errors
 def export_neuronpedia(
     run: Annotated[Path, typer.Argument(help="A harvested run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the export.")] = Path("neuronpedia"),
@@ -83,11 +83,11 @@ def export_neuronpedia(
     written = export(
         run, out, model_id=model_id, source_set=source_set, release=release, creator=creator, creator_id=creator_id
     )
-    say(f"{written.features:,} features with {written.activations:,} activations: {written.folder}")
+    echo(f"{written.features:,} features with {written.activations:,} activations: {written.folder}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def dashboard(
     runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, shown side by side.")],
     memory: Annotated[
@@ -103,11 +103,11 @@ def dashboard(
     from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
 
-    say(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else aside)}")
+    echo(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else aside)}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def serve(
     runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
@@ -117,13 +117,13 @@ def serve(
     """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type?"""
     from endwise.dashboard.serving import dashboard_server
 
-    with dashboard_server(runs, port=port, again=again, say=None if quiet else aside) as server:
-        say(f"{server.url} (Ctrl+C ends it)")
+    with dashboard_server(runs, port=port, again=again, say=None if quiet else status) as server:
+        echo(f"{server.url} (Ctrl+C ends it)")
         server.serve_forever()
 
 
 @app.command()
-@plainly
+@handle_errors
 def explain(
     runs: Annotated[list[Path], typer.Argument(help="Harvested run folders.")],
     endpoint: Annotated[
@@ -169,7 +169,7 @@ def explain(
 
     What was answered before is never asked again, so that a call that was broken off goes on where it was.
     """
-    from endwise.explaining.client import Patience
+    from endwise.explaining.client import RetryPolicy
     from endwise.explaining.endpoint import find_endpoint
     from endwise.explaining.explain import estimate_lines
     from endwise.explaining.explain import explain as run
@@ -191,22 +191,22 @@ def explain(
         max_tokens=max_tokens,
         extra=parse_extra(extra),
         prompts=prompts,
-        patience=Patience(timeout, attempts, concurrency, per_minute),
+        retry=RetryPolicy(timeout, attempts, concurrency, per_minute),
     )
-    made = make(runs, settings, find_endpoint(endpoint, key_variable), say)
+    made = make(runs, settings, find_endpoint(endpoint, key_variable), echo)
     for line in estimate_lines(made.estimate, (price_in, price_out)):
-        say(line)
+        echo(line)
     if dry_run:
         return
     if made.estimate.calls and not yes and not _agreed():
         return
-    found, tally = run(made, aside)
+    found, tally = run(made, status)
     for path, explanations in found.items():
-        say(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
-    say(str(tally))
+        echo(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
+    echo(str(tally))
     if tally.failed or tally.unreadable:
-        say("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
-    say(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
+        echo("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
+    echo(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
 
 
 def _agreed() -> bool:
@@ -222,7 +222,7 @@ def _agreed() -> bool:
 
 
 @app.command()
-@plainly
+@handle_errors
 def compare_explanations(
     runs: Annotated[list[Path], typer.Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
     out: Annotated[
@@ -238,4 +238,4 @@ def compare_explanations(
 
     found = compare(runs)
     print_interpretability(found)
-    say(f"The page, figures and tables: {write_interpretability(found, out or runs[0].parent / 'interpretability')}")
+    echo(f"The page, figures and tables: {write_interpretability(found, out or runs[0].parent / 'interpretability')}")

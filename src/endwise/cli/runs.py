@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, plainly, say
+from endwise.cli.app import app, handle_errors, echo
 
 Overrides = Annotated[
     list[str] | None,
@@ -20,7 +20,7 @@ DOES_NOT_FIT = 8
 
 
 @app.command()
-@plainly
+@handle_errors
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path(
         "runs/quickstart"
@@ -34,7 +34,7 @@ def quickstart(
 
 
 @app.command()
-@plainly
+@handle_errors
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
     overrides: Overrides = None,
@@ -71,16 +71,16 @@ def train(
     result = run(config, resume=going_on, from_step=from_step, display=not quiet)
     if is_first_process():
         for remark in result.remarks:
-            say(f"! {remark}", err=True)
+            echo(f"! {remark}", err=True)
         if result.diverged:
-            say(f"Diverged, and of no use: {result.folder}", err=True)
+            echo(f"Diverged, and of no use: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
-        say(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
-        say(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
+        echo(f"Trained {config.objective.kind} at {config.site}: {result.folder}")
+        echo(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 
 @app.command()
-@plainly
+@handle_errors
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of one that ships.")],
     overrides: Overrides = None,
@@ -119,7 +119,7 @@ def plan(
 
 
 @app.command()
-@plainly
+@handle_errors
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
@@ -141,7 +141,7 @@ def evaluate(
     print_evaluations(configs, evaluations)
     for path, config in configs.items():
         if remark := unfinished(path, config):
-            say(remark)
+            echo(remark)
     for path, evaluation in evaluations.items():
         write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
     if csv is not None:
@@ -149,7 +149,7 @@ def evaluate(
 
 
 @app.command()
-@plainly
+@handle_errors
 def sweep(
     sweep: Annotated[str, typer.Argument(help="A sweep's path, or the name of one that ships.")],
     overrides: Annotated[
@@ -179,19 +179,19 @@ def sweep(
     swept = run(config, display=not quiet)
     print_rows(swept.rows)
     for point, why in swept.failures.items():
-        say(f"failed: {point} in {swept.places[point]}: {why}", err=True)
+        echo(f"failed: {point} in {swept.places[point]}: {why}", err=True)
     if missed := swept.missing(config.search.tolerance):
-        say(
+        echo(
             f"Further than {config.search.tolerance:.0%} from their target: {len(missed)}. To come nearer, raise "
             "search.tokens or search.corrections, and start the sweep again."
         )
-    say(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
+    echo(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
     if swept.failures:
         raise typer.Exit(TrainingStopped.exit_code)
 
 
 @app.command()
-@plainly
+@handle_errors
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[
@@ -217,9 +217,9 @@ def reproduce(
         raise ConfigError(f"Only the paper can be reproduced (endwise reproduce paper); given {what!r:.80}.")
     made = run(model, out, budget=budget, display=not quiet)
     for claim in made.claims:
-        say(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+        echo(f"{claim.verdict}: {claim.claim} ({claim.ours})")
     for folder, why in made.runs.failures.items():
-        say(f"failed: {folder}: {why}", err=True)
-    say(f"The report: {made.report}")
+        echo(f"failed: {folder}: {why}", err=True)
+    echo(f"The report: {made.report}")
     if made.runs.failures:
         raise typer.Exit(TrainingStopped.exit_code)

@@ -10,7 +10,7 @@ import numpy as np
 from endwise.common.text import printable
 from endwise.dashboard.nearest import Neighbours
 from endwise.dashboard.scripts import Texts, packed, script, short
-from endwise.dashboard.sources import Source
+from endwise.dashboard.sources import DashboardRun
 from endwise.dashboard.token_index import TokenIndex
 from endwise.features.explanations import Explanations
 from endwise.features.harvest.results import TOP, Context, Harvest
@@ -20,7 +20,11 @@ SHARD = 128
 
 
 def write_run_data(
-    source: Source, folder: Path, key: str, neighbours: Mapping[int, Neighbours], explanations: Explanations | None
+    source: DashboardRun,
+    folder: Path,
+    key: str,
+    neighbours: Mapping[int, Neighbours],
+    explanations: Explanations | None,
 ) -> dict[str, Any]:
     """Writes `overview.js`, `features-<n>.js`, `tokens.js` and `tokens-<n>.js` into a new folder.
 
@@ -44,7 +48,7 @@ def _write(folder: Path, name: str, key: str, value: Any) -> None:
     (folder / f"{name}.js").write_bytes(script(f"{key}/{name}", value))
 
 
-def _overview(source: Source, tops: np.ndarray, explanations: Explanations | None) -> dict[str, Any]:
+def _overview(source: DashboardRun, tops: np.ndarray, explanations: Explanations | None) -> dict[str, Any]:
     """Columns, one entry per feature; texts by their place in `texts`, -1 for none."""
     harvest, texts = source.harvest, Texts()
     vocabulary = harvest.vocabulary
@@ -79,7 +83,7 @@ def _overview(source: Source, tops: np.ndarray, explanations: Explanations | Non
 
 
 def _shards(
-    source: Source, neighbours: Mapping[int, Neighbours], index: TokenIndex, tops: np.ndarray
+    source: DashboardRun, neighbours: Mapping[int, Neighbours], index: TokenIndex, tops: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """The features' pages, `SHARD` at a time; what is seen on the way goes into the index and the top tokens."""
     harvest = source.harvest

@@ -6,7 +6,7 @@ from pathlib import Path
 from endwise.common.errors import RunFolderError
 from endwise.dashboard.server import DashboardServer
 from endwise.dashboard.site import check_site, default_folder, write_dashboard
-from endwise.dashboard.sources import Source, read_sources
+from endwise.dashboard.sources import DashboardRun, read_sources
 from endwise.dashboard.text import TextReader
 from endwise.evaluation.finished import load_sae
 from endwise.evaluation.provenance import model_of
@@ -50,7 +50,7 @@ def dashboard_server(
     return DashboardServer(folder, readers, port)
 
 
-def _written(source: Source) -> float:
+def _written(source: DashboardRun) -> float:
     """When what is shown of a run was written last."""
     files = (source.harvest.folder / "harvest.json", source.path / EXPLANATIONS_FOLDER / "explanations.json")
     return max(file.stat().st_mtime for file in files if file.exists())

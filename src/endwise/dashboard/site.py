@@ -20,7 +20,7 @@ from endwise.common.text import printable
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import write_run_data
 from endwise.dashboard.scripts import script
-from endwise.dashboard.sources import Source, read_sources
+from endwise.dashboard.sources import DashboardRun, read_sources
 from endwise.features.explanations import read_explanations
 
 FOLDER = "dashboard"
@@ -88,7 +88,7 @@ def assets() -> dict[str, bytes]:
 
 
 def _write_runs(
-    sources: Sequence[Source], folder: Path, memory: int, say: Callable[[str], None]
+    sources: Sequence[DashboardRun], folder: Path, memory: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     say("nearest features")
     dictionaries = [

@@ -20,7 +20,7 @@ LONG_NAME = 32
 
 
 @dataclass(frozen=True)
-class Source:
+class DashboardRun:
     """One run with its harvest."""
 
     path: Path
@@ -63,7 +63,7 @@ class Source:
         }
 
 
-def read_sources(runs: Sequence[str | Path]) -> list[Source]:
+def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
     """
     Raises:
         ConfigError: no run, or one twice.
@@ -82,7 +82,8 @@ def read_sources(runs: Sequence[str | Path]) -> list[Source]:
     if max(map(len, names)) > LONG_NAME and len(set(described)) == len(described):
         names = described
     return [
-        Source(path, name, config, open_harvest(path)) for path, name, config in zip(paths, names, configs, strict=True)
+        DashboardRun(path, name, config, open_harvest(path))
+        for path, name, config in zip(paths, names, configs, strict=True)
     ]
 
 

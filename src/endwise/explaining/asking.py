@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from endwise.common.seeds import numpy_stream
 from endwise.explaining.answers import read_explanation
 from endwise.explaining.cache import Answer, Cache
-from endwise.explaining.client import Tally
-from endwise.explaining.preparing import Prepared
+from endwise.explaining.client import CallStats
+from endwise.explaining.preparing import PreparedRun
 from endwise.explaining.prompts import Places, Prompt, read_prompts
 from endwise.explaining.rendering import Writer, numbered
-from endwise.explaining.samples import Sample
+from endwise.explaining.samples import ScoringSample
 from endwise.explaining.scorers import SCORERS, Question, Scorer
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import Explanation, Score
@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 
 @runtime_checkable
 class Asker(Protocol):
-    tally: Tally
+    tally: CallStats
 
     async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
         """
@@ -58,7 +58,7 @@ class Explained:
 class Asking:
     """Asks about one run."""
 
-    prepared: Prepared
+    prepared: PreparedRun
     settings: Settings
     asker: Asker
     cache: Cache
@@ -100,18 +100,18 @@ class Asking:
         order = numpy_stream(self.settings.seed, "shuffled explanations").permutation(sorted(features)).tolist()
         return dict(zip(order, [*order[1:], order[0]], strict=True))
 
-    async def _explanations(self, samples: Sequence[Sample]) -> dict[int, str]:
+    async def _explanations(self, samples: Sequence[ScoringSample]) -> dict[int, str]:
         """Of those for which one could be had, by feature."""
         found = await _together([self._in_turn(self._explanation, sample) for sample in samples])
         return {sample.feature: text for sample, text in zip(samples, found, strict=True) if text is not None}
 
-    async def _explanation(self, sample: Sample) -> str | None:
+    async def _explanation(self, sample: ScoringSample) -> str | None:
         examples = numbered([self._writer.shown(text, sample.greatest) for text in sample.shown])
         prompt = self.prompts[EXPLAIN].filled(examples=examples, count=len(sample.shown))
         stand_in = json.dumps({"explanation": str(sample.feature).rjust(STAND_IN_LENGTH, "x")})
         return await self._answered(self.settings.model, prompt, stand_in, read_explanation)
 
-    async def _scores(self, jobs: Mapping[tuple[str, int], tuple[Sample, str]]) -> dict[int, dict[str, Score]]:
+    async def _scores(self, jobs: Mapping[tuple[str, int], tuple[ScoringSample, str]]) -> dict[int, dict[str, Score]]:
         """By feature, then by scorer and control."""
         keys = [(name, control, feature) for name in self.settings.scorers for control, feature in jobs]
         found = await _together(
@@ -122,7 +122,7 @@ class Asking:
             scores.setdefault(feature, {})[f"{name}.{control}" if control else name] = score
         return scores
 
-    async def _score(self, scorer: Scorer[Any], sample: Sample, explanation: str) -> Score:
+    async def _score(self, scorer: Scorer[Any], sample: ScoringSample, explanation: str) -> Score:
         """Questions depend on the feature and the seed alone, so that each explanation of it is asked the same ones."""
         generator = numpy_stream(self.settings.seed, f"questions of {scorer.name}", sample.feature)
         questions = scorer.questions(sample, self._writer, self.settings.per_call, generator)

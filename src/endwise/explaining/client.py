@@ -1,4 +1,4 @@
-"""Calls of chat completions: kept answers first, then the network, with patience for servers that misbehave.
+"""Calls of chat completions: kept answers first, then the network, with retries for servers that misbehave.
 
 Tried again, after a growing pause: 408, 409, 425, 429, 5xx, no connection, no answer in time, an answer cut off, an
 answer of another shape. Everything else is the caller's to put right and ends the whole work at once. A redirect is
@@ -34,7 +34,7 @@ _TRIED_AGAIN = frozenset({408, 409, 425, 429})
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How calls are made."""
 
     timeout: float = 120.0
@@ -45,7 +45,7 @@ class Patience:
 
 
 @dataclass
-class Tally:
+class CallStats:
     """What was done, for progress and for the record."""
 
     calls: int = 0
@@ -61,8 +61,8 @@ class Tally:
     tokens_out: int = 0
     """As the server counted, of the calls over the network."""
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+    def __add__(self, other: "CallStats") -> "CallStats":
+        return CallStats(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def __str__(self) -> str:
         return (
@@ -72,7 +72,7 @@ class Tally:
         )
 
 
-class _Passing(Exception):
+class Retryable(Exception):
     """What may be gone at another attempt."""
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -83,11 +83,11 @@ class _Passing(Exception):
 class Client:
     """Asks one endpoint, for several runs; each call says where its answer is kept."""
 
-    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, patience: Patience) -> None:
-        self._http, self._endpoint, self._patience = http, endpoint, patience
-        self.tally = Tally()
-        self._pace = Pace(patience.per_minute)
-        self._places = asyncio.Semaphore(patience.concurrency)
+    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, retry: RetryPolicy) -> None:
+        self._http, self._endpoint, self._retry = http, endpoint, retry
+        self.tally = CallStats()
+        self._pace = Pace(retry.per_minute)
+        self._places = asyncio.Semaphore(retry.concurrency)
         self._flying: dict[tuple[int, str], asyncio.Future[Answer | None]] = {}
         self._failed_in_a_row = 0
 
@@ -118,13 +118,13 @@ class Client:
         async with self._places:
             try:
                 answer = await self._patiently(request)
-            except _Passing as error:
+            except Retryable as error:
                 self.tally.failed += 1
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= GIVE_UP:
                     raise EndpointError(
                         f"{self._endpoint.url} does not answer: the last {GIVE_UP} calls failed "
-                        f"{self._patience.attempts} times each, the last one because {error}. See to the server, or "
+                        f"{self._retry.attempts} times each, the last one because {error}. See to the server, or "
                         "raise --timeout or lower --concurrency; then explain again, which goes on from here."
                     ) from None
                 return None
@@ -136,14 +136,14 @@ class Client:
             return answer
 
     async def _patiently(self, request: Mapping[str, Any]) -> Answer:
-        for attempt in range(1, self._patience.attempts + 1):
+        for attempt in range(1, self._retry.attempts + 1):
             await self._pace.wait()
             try:
                 return await self._once(request)
-            except _Passing as error:
+            except Retryable as error:
                 if error.wait is not None:
                     self._pace.pause(error.wait)
-                if attempt == self._patience.attempts:
+                if attempt == self._retry.attempts:
                     raise
                 self.tally.retries += 1
                 await asyncio.sleep(max(back_off(attempt), error.wait or 0.0))
@@ -151,18 +151,18 @@ class Client:
 
     async def _once(self, request: Mapping[str, Any]) -> Answer:
         try:
-            async with asyncio.timeout(self._patience.timeout):
+            async with asyncio.timeout(self._retry.timeout):
                 async with self._http.stream(
                     "POST", self._endpoint.url, json=dict(request), headers=self._endpoint.headers
                 ) as response:
                     body = await _body(response)
         except TimeoutError:
-            raise _Passing(f"no answer came within {self._patience.timeout:g} s (--timeout)") from None
+            raise Retryable(f"no answer came within {self._retry.timeout:g} s (--timeout)") from None
         except httpx.UnsupportedProtocol as error:
             raise EndpointError(f"{self._endpoint.url} cannot be asked ({error}). Correct --endpoint.") from None
         except (httpx.HTTPError, httpx.StreamError) as error:
             told = self._told(str(error)) or "the connection broke"
-            raise _Passing(f"of {type(error).__name__}: {told}") from None
+            raise Retryable(f"of {type(error).__name__}: {told}") from None
         if response.status_code != 200:
             self._refused(response, body)
         return _answer(body)
@@ -179,7 +179,7 @@ class Client:
                     f"{self._endpoint.url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Come back then. "
                     + _GOES_ON
                 )
-            raise _Passing(f"the server said {status}: {told}", wait)
+            raise Retryable(f"the server said {status}: {told}", wait)
         if 300 <= status < 400:
             where = self._told(response.headers.get("Location", "nowhere"))
             raise EndpointError(
@@ -208,13 +208,13 @@ _GOES_ON = "Explaining again goes on from here."
 
 
 @asynccontextmanager
-async def connected(endpoint: Endpoint, patience: Patience) -> AsyncIterator[Client]:
+async def connected(endpoint: Endpoint, retry: RetryPolicy) -> AsyncIterator[Client]:
     """A client with connections of its own. Proxies of the environment serve for other machines only."""
-    limits = httpx.Limits(max_connections=patience.concurrency)
+    limits = httpx.Limits(max_connections=retry.concurrency)
     async with httpx.AsyncClient(
-        timeout=patience.timeout, limits=limits, follow_redirects=False, trust_env=not endpoint.is_local
+        timeout=retry.timeout, limits=limits, follow_redirects=False, trust_env=not endpoint.is_local
     ) as http:
-        yield Client(http, endpoint, patience)
+        yield Client(http, endpoint, retry)
 
 
 async def _body(response: httpx.Response) -> bytes:
@@ -223,7 +223,7 @@ async def _body(response: httpx.Response) -> bytes:
         parts.append(part)
         size += len(part)
         if size > LARGEST_ANSWER:
-            raise _Passing(f"the answer has more than {LARGEST_ANSWER:,} bytes")
+            raise Retryable(f"the answer has more than {LARGEST_ANSWER:,} bytes")
     return b"".join(parts)
 
 
@@ -237,13 +237,13 @@ def _parsed(body: bytes) -> Any:
 def _answer(body: bytes) -> Answer:
     value = _parsed(body)
     if value is None:
-        raise _Passing("the answer is no whole JSON")
+        raise Retryable("the answer is no whole JSON")
     try:
         text = value["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise _Passing("the answer has no text at choices[0].message.content")
+        raise Retryable("the answer has no text at choices[0].message.content")
     usage = value.get("usage")
     counted = usage if isinstance(usage, dict) else {}
     return Answer(storable(text), _count(counted.get("prompt_tokens")), _count(counted.get("completion_tokens")))

@@ -11,9 +11,9 @@ from typing import Any
 
 from endwise.explaining.asking import Asking
 from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
-from endwise.explaining.client import Tally, run_async
+from endwise.explaining.client import CallStats, run_async
 from endwise.explaining.endpoint import Endpoint
-from endwise.explaining.preparing import Prepared
+from endwise.explaining.preparing import PreparedRun
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER
 
@@ -44,7 +44,7 @@ class _Estimator:
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url
         self._counted: set[tuple[int, str]] = set()
-        self.tally = Tally()
+        self.tally = CallStats()
 
     async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
         key = request_key(self._url, request)
@@ -60,7 +60,7 @@ class _Estimator:
         return Answer(stand_in)
 
 
-def estimate(prepared: Sequence[Prepared], settings: Settings, endpoint: Endpoint) -> Estimate:
+def estimate(prepared: Sequence[PreparedRun], settings: Settings, endpoint: Endpoint) -> Estimate:
     """Makes no call and no file.
 
     Raises:
@@ -88,7 +88,7 @@ async def _all(askings: Sequence[Asking]) -> None:
         await asking.all()
 
 
-def _kept(prepared: Prepared) -> AbstractContextManager[Cache]:
+def _kept(prepared: PreparedRun) -> AbstractContextManager[Cache]:
     folder = prepared.run / EXPLANATIONS_FOLDER
     return opened(folder) if (folder / ANSWERS_FILE).exists() else in_memory()
 

@@ -11,10 +11,10 @@ from typing import Any
 from endwise.common.errors import Interrupted
 from endwise.explaining.asking import PURPOSES, Asking, Explained
 from endwise.explaining.cache import opened
-from endwise.explaining.client import Client, Tally, connected, run_async
+from endwise.explaining.client import Client, CallStats, connected, run_async
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.estimating import Estimate, estimate
-from endwise.explaining.preparing import Prepared, Say, prepare, unsaid
+from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER, Explanations, read_explanations, write_explanations
@@ -23,16 +23,16 @@ PROGRESS_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExplainingPlan:
     """What is known before the first call."""
 
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[PreparedRun, ...]
     settings: Settings
     endpoint: Endpoint
     estimate: Estimate
 
 
-def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = unsaid) -> Plan:
+def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = unsaid) -> ExplainingPlan:
     """Chooses features and texts, and counts the calls; nothing is asked.
 
     Raises:
@@ -41,10 +41,10 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
     """
     read_prompts(PURPOSES, settings.prompts)  # which costs least, so that it is told first
     prepared = prepare(list(runs), settings, say)
-    return Plan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
+    return ExplainingPlan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
 
 
-def explain(plan: Plan, say: Say = unsaid) -> tuple[dict[Path, Explanations], Tally]:
+def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explanations], CallStats]:
     """Makes the calls that were planned and writes each run's `explanations/`; what was answered before is not asked
     again. By run folder, and what it took.
 
@@ -61,18 +61,18 @@ def explain(plan: Plan, say: Say = unsaid) -> tuple[dict[Path, Explanations], Ta
     return {run: explanations for run, explanations in found.items() if explanations is not None}, tally
 
 
-async def _explain(plan: Plan, say: Say) -> Tally:
-    tallies = [Tally() for _ in plan.prepared]
+async def _explain(plan: ExplainingPlan, say: Say) -> CallStats:
+    tallies = [CallStats() for _ in plan.prepared]
     expected = plan.estimate.calls + plan.estimate.kept
-    async with connected(plan.endpoint, plan.settings.patience) as client, _telling(tallies, expected, say):
+    async with connected(plan.endpoint, plan.settings.retry) as client, _telling(tallies, expected, say):
         for prepared, client.tally in zip(plan.prepared, tallies, strict=True):
             with opened(prepared.run / EXPLANATIONS_FOLDER) as cache:
                 explained = await Asking(prepared, plan.settings, client, cache).all()
                 write_explanations(prepared.run, explained.rows, _about(plan, prepared, explained, client))
-    return sum(tallies, Tally())
+    return sum(tallies, CallStats())
 
 
-def _about(plan: Plan, prepared: Prepared, explained: Explained, client: Client) -> dict[str, Any]:
+def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, client: Client) -> dict[str, Any]:
     """Never the key, nor the name of its variable."""
     prompts = read_prompts(PURPOSES, plan.settings.prompts)
     harvest = prepared.harvest.about
@@ -89,13 +89,13 @@ def _about(plan: Plan, prepared: Prepared, explained: Explained, client: Client)
 
 
 @asynccontextmanager
-async def _telling(tallies: Sequence[Tally], expected: int, say: Say) -> AsyncIterator[None]:
+async def _telling(tallies: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
     """Says now and then how far it is."""
 
     async def tell() -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
-            tally = sum(tallies, Tally())
+            tally = sum(tallies, CallStats())
             done = tally.calls + tally.kept + tally.failed
             say(f"{done:,} of about {expected:,} answers, {tally.failed:,} calls failed, {tally.retries:,} tried again")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from endwise.common.errors import DataError, RunFolderError
 from endwise.common.files import expanded
 from endwise.explaining.rendering import Writer
-from endwise.explaining.samples import Sample, Sizes, Text, pool_features, pool_of, random_sample, sample_of
+from endwise.explaining.samples import ScoringSample, Sizes, Text, pool_features, pool_of, random_sample, sample_of
 from endwise.explaining.selecting import Choice, parse_features
 from endwise.explaining.settings import Settings
 from endwise.features.harvest.results import Context, Harvest, open_harvest
@@ -26,28 +26,28 @@ SPARE = 2
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """What will be asked about one run."""
 
     run: Path
     harvest: Harvest
     writer: Writer
-    samples: tuple[Sample, ...]
+    samples: tuple[ScoringSample, ...]
     """By feature, ascending."""
-    random: tuple[Sample, ...]
+    random: tuple[ScoringSample, ...]
     """Random texts in the place of some of these features."""
     left_out: dict[int, str]
     """Features that were to be explained and cannot be, with the reason."""
 
-    def first(self, count: int, order: Sequence[int]) -> "Prepared":
+    def first(self, count: int, order: Sequence[int]) -> "PreparedRun":
         """Only the first `count` features of an order."""
         kept = set(order[:count])
         samples = tuple(each for each in self.samples if each.feature in kept)
         random = tuple(each for each in self.random if each.feature in kept)
-        return Prepared(self.run, self.harvest, self.writer, samples, random, self.left_out)
+        return PreparedRun(self.run, self.harvest, self.writer, samples, random, self.left_out)
 
 
-def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[Prepared]:
+def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[PreparedRun]:
     """Every run's features and texts; of `random:N` and `top:N` equally many in each run.
 
     Raises:
@@ -75,7 +75,7 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list
     return [each for each, _ in found]
 
 
-def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[Prepared, list[int]]:
+def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[PreparedRun, list[int]]:
     """With the features that have texts enough, those first that are wanted most."""
     RunFolder.open(run)
     harvest = open_harvest(run)
@@ -83,7 +83,7 @@ def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[Prepared, 
     count = len(candidates) if choice.count is None else choice.count
     sizes = Sizes(settings.shown, settings.scored // 2)
     of_pool = pool_features(harvest, settings.seed)
-    samples: dict[int, Sample] = {}
+    samples: dict[int, ScoringSample] = {}
     left_out: dict[int, str] = {}
     pool: list[Text] = []
     start = 0
@@ -96,12 +96,12 @@ def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[Prepared, 
             if len(samples) == count:
                 break
             sample = sample_of(feature, contexts.get(feature, ()), pool, sizes, settings.seed)
-            if isinstance(sample, Sample):
+            if isinstance(sample, ScoringSample):
                 samples[feature] = sample
             else:
                 left_out[feature] = sample
     random = (random_sample(feature, pool, sizes, settings.seed) for feature in list(samples)[: settings.random])
-    prepared = Prepared(
+    prepared = PreparedRun(
         run,
         harvest,
         Writer(harvest.vocabulary, harvest.written),

@@ -43,7 +43,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ScoringSample:
     """The texts of one feature."""
 
     feature: int
@@ -129,7 +129,9 @@ def pool_of(contexts: Mapping[int, Sequence[Context]], features: Iterable[int], 
     return pool
 
 
-def sample_of(feature: int, contexts: Sequence[Context], pool: Sequence[Text], sizes: Sizes, seed: int) -> Sample | str:
+def sample_of(
+    feature: int, contexts: Sequence[Context], pool: Sequence[Text], sizes: Sizes, seed: int
+) -> ScoringSample | str:
     """A feature's texts, or why it has too few."""
     generator = numpy_stream(seed, "texts of a feature", feature)
     parts = split(contexts, sizes, generator)
@@ -145,14 +147,14 @@ def sample_of(feature: int, contexts: Sequence[Context], pool: Sequence[Text], s
     if len(inactive) < sizes.held:
         return f"there are fewer than {sizes.held} texts of other features from sequences that it has no text of"
     greatest = max(max(text.activations) for text in shown)
-    return Sample(feature, greatest, shown, active, tuple(inactive))
+    return ScoringSample(feature, greatest, shown, active, tuple(inactive))
 
 
 def _is_of_others(text: Text, feature: int, sequences: set[int]) -> bool:
     return text.owner != feature and text.sequence not in sequences
 
 
-def random_sample(feature: int, pool: Sequence[Text], sizes: Sizes, seed: int) -> Sample | None:
+def random_sample(feature: int, pool: Sequence[Text], sizes: Sizes, seed: int) -> ScoringSample | None:
     """Texts drawn at random in the place of a feature's, with activations at random tokens; None if there are too few.
 
     Whichever of them are called active, nothing tells them from the others: every score is 0.5, but for chance.
@@ -167,7 +169,7 @@ def random_sample(feature: int, pool: Sequence[Text], sizes: Sizes, seed: int) -
     )
     if len(shown) < LEAST_SHOWN:
         return None
-    return Sample(feature, max(max(text.activations) for text in shown), shown, active, inactive)
+    return ScoringSample(feature, max(max(text.activations) for text in shown), shown, active, inactive)
 
 
 def pool_features(harvest: Harvest, seed: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from endwise.explaining.answers import read_choices
 from endwise.explaining.prompts import Places
 from endwise.explaining.rendering import Writer, marks_of
-from endwise.explaining.samples import Sample, Text
+from endwise.explaining.samples import ScoringSample, Text
 from endwise.features.explanations import Score
 
 Read = TypeVar("Read")
@@ -37,7 +37,7 @@ class Scorer(Protocol[Read]):
     places: Places
 
     def questions(
-        self, sample: Sample, writer: Writer, per_call: int, generator: np.random.Generator
+        self, sample: ScoringSample, writer: Writer, per_call: int, generator: np.random.Generator
     ) -> list[Question[Read]]:
         """All that is asked about a feature, whatever the explanation."""
         ...
@@ -82,7 +82,7 @@ class Detection(_Choosing):
     name = "detection"
 
     def questions(
-        self, sample: Sample, writer: Writer, per_call: int, generator: np.random.Generator
+        self, sample: ScoringSample, writer: Writer, per_call: int, generator: np.random.Generator
     ) -> list[Question[Choices]]:
         items = [(writer.plain(text), True) for text in sample.active]
         items += [(writer.plain(text), False) for text in sample.inactive]
@@ -97,7 +97,7 @@ class Fuzzing(_Choosing):
     name = "fuzzing"
 
     def questions(
-        self, sample: Sample, writer: Writer, per_call: int, generator: np.random.Generator
+        self, sample: ScoringSample, writer: Writer, per_call: int, generator: np.random.Generator
     ) -> list[Question[Choices]]:
         texts = [sample.active[place] for place in generator.permutation(len(sample.active)).tolist()]
         rightly = [bool(each) for each in generator.permutation(np.arange(len(texts)) % 2 == 0)]

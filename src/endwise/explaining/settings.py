@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import ConfigError
-from endwise.explaining.client import Patience
+from endwise.explaining.client import RetryPolicy
 from endwise.explaining.scorers import SCORERS
 
 OWN = ("model", "messages", "stream", "n")
@@ -41,7 +41,7 @@ class Settings:
     """Further fields of each request; None takes a field out."""
     prompts: Path | None = None
     """A folder with prompts in place of those that ship."""
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -59,15 +59,15 @@ class Settings:
             raise ConfigError(f"--temperature must lie in 0 to 2; given {self.temperature:g}.")
         if owned := [name for name in self.extra if name in OWN]:
             raise ConfigError(f"--extra must not set {owned[0]}, which is decided elsewhere. Leave it out.")
-        self._check_patience()
+        self._check_retry()
 
-    def _check_patience(self) -> None:
-        patience = self.patience
-        rates = {"timeout": patience.timeout, "per-minute": patience.per_minute}
+    def _check_retry(self) -> None:
+        retry = self.retry
+        rates = {"timeout": retry.timeout, "per-minute": retry.per_minute}
         for name, value in rates.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"--{name} must be above 0; given {value:g}.")
-        for name, count in {"attempts": patience.attempts, "concurrency": patience.concurrency}.items():
+        for name, count in {"attempts": retry.attempts, "concurrency": retry.concurrency}.items():
             if count < 1:
                 raise ConfigError(f"--{name} must be at least 1; given {count}.")
 
@@ -88,7 +88,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """What decides on the numbers, for the record; how patiently they were asked for does not."""
-        record = {name: value for name, value in vars(self).items() if name not in ("patience", "prompts")}
+        record = {name: value for name, value in vars(self).items() if name not in ("retry", "prompts")}
         return {**record, "scorers": list(self.scorers), "extra": dict(self.extra), "scorer_model": self.scorer}
 
 

@@ -173,7 +173,7 @@ class Faithfulness:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredImportance:
     """Everything in `importance.safetensors`."""
 
     importance: FeatureImportance
@@ -193,7 +193,7 @@ def read_importance(run: Path) -> FeatureImportance | None:
     return None if measured is None else measured.importance
 
 
-def read_measured(run: Path) -> Measured | None:
+def read_measured(run: Path) -> MeasuredImportance | None:
     """Everything that `endwise importance` measured of a run; None if it did not.
 
     Raises:
@@ -209,7 +209,7 @@ def read_measured(run: Path) -> Measured | None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  It is no mapping.
         if not isinstance(settings, dict):
             raise TypeError("its settings are no object")
-        return Measured(
+        return MeasuredImportance(
             _read_part(FeatureImportance, tensors, tokens=int(settings["tokens_that_count"])),
             _read_part(Ablations, tensors),
             _read_part(Faithfulness, tensors),
@@ -222,7 +222,7 @@ def read_measured(run: Path) -> Measured | None:
         ) from None
 
 
-def write_measured(run: Path, measured: Measured) -> None:
+def write_measured(run: Path, measured: MeasuredImportance) -> None:
     """
     Raises:
         RunFolderError: the folder cannot be written; an older measurement is untouched.

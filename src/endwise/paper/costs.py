@@ -15,7 +15,7 @@ from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import Kind, RunConfig
 from endwise.paper.experiments import Experiments
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.tasks import Loaded
+from endwise.sweeps.tasks import ModelCache
 from endwise.training.train import train
 
 SETTLED = 0.5
@@ -46,7 +46,7 @@ def costs(experiments: Experiments, file: Path) -> list[Cost]:
         return _read(file)
     study = experiments.study
     settings = [(site, None) for site in study.sites] + [(study.site, ratio) for ratio in study.ratios]
-    loaded, measured = Loaded(), []
+    loaded, measured = ModelCache(), []
     with tempfile.TemporaryDirectory() as scratch:
         timed = replace(experiments, folder=Path(scratch))
         for site, ratio in settings:
@@ -60,7 +60,7 @@ def costs(experiments: Experiments, file: Path) -> list[Cost]:
     return measured
 
 
-def _seconds_per_token(config: RunConfig, loaded: Loaded) -> Interval:
+def _seconds_per_token(config: RunConfig, loaded: ModelCache) -> Interval:
     """Over the latter part of a run, with its interval over steps."""
     training = config.training.model_copy(update={"log_every": 1, "checkpoint_every": None})
     config = config.model_copy(update={"training": training})

@@ -18,11 +18,11 @@ from endwise.paper.experiments import inner, middle
 from endwise.paper.mitigations import WAYS, CostPoint, Mitigations, Variant, Way, mitigations, total_cost
 from endwise.paper.runs import StudyRuns
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.tasks import Loaded, folder_of
+from endwise.sweeps.tasks import ModelCache, folder_of
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStudy:
     """A finished run: its recipe, and what it measured."""
 
     config: RunConfig
@@ -38,7 +38,7 @@ class Findings:
     """By site, the run of each kind whose L0s are closest to each other."""
     norms: Mapping[str, Norms]
     """By run folder, of the runs of each seed at similar CE increase."""
-    experiments: Mapping[str, tuple[Measured, ...]]
+    experiments: Mapping[str, tuple[MeasuredStudy, ...]]
     mitigations: Mitigations | None
     settings: EvaluationConfig
     """How its runs were measured, and how intervals are drawn."""
@@ -64,7 +64,7 @@ class Findings:
 def find(made: StudyRuns, out: Path) -> Findings:
     """Reads a study's finished runs and compares them; measures what needs the model once more, and keeps it."""
     read = {
-        name: tuple(Measured(config, RunSummary.read(folder_of(config))) for config in made.finished(name))
+        name: tuple(MeasuredStudy(config, RunSummary.read(folder_of(config))) for config in made.finished(name))
         for name in made.plan.experiments
     }
     study = made.experiments.study
@@ -103,9 +103,9 @@ def _summary(runs: Sequence[RunSummary], settings: EvaluationConfig) -> Summary:
     )
 
 
-def _norms(runs: Sequence[Measured], out: Path) -> dict[str, Norms]:
+def _norms(runs: Sequence[MeasuredStudy], out: Path) -> dict[str, Norms]:
     """Of each run, measured once and kept in the study's folder."""
-    loaded, result = Loaded(), {}
+    loaded, result = ModelCache(), {}
     for run in runs:
         config, file = run.config, out / "norms" / f"{folder_of(run.config).name}.json"
         try:
@@ -122,7 +122,7 @@ def _norms(runs: Sequence[Measured], out: Path) -> dict[str, Norms]:
     return result
 
 
-def _variants(made: StudyRuns, read: Mapping[str, Sequence[Measured]]) -> list[Variant]:
+def _variants(made: StudyRuns, read: Mapping[str, Sequence[MeasuredStudy]]) -> list[Variant]:
     """The study's own curves, and each of their variants, at the first site."""
     study, variants = made.experiments.study, []
     for kind in study.kinds:
@@ -133,7 +133,7 @@ def _variants(made: StudyRuns, read: Mapping[str, Sequence[Measured]]) -> list[V
             if run.summary.kind == kind and run.summary.site == study.site and run.summary.coefficient in coefficients
         ]
         of_kind = {name: [run for run in runs if run.summary.kind == kind] for name, runs in read.items()}
-        ways: dict[Way, list[Measured]] = {
+        ways: dict[Way, list[MeasuredStudy]] = {
             "tokens": [*own, *of_kind.get("lengths", [])],
             "dictionary": [*own, *of_kind.get("sizes", [])],
             "start": [*own, *of_kind.get("starts", [])],
@@ -144,10 +144,10 @@ def _variants(made: StudyRuns, read: Mapping[str, Sequence[Measured]]) -> list[V
     return variants
 
 
-def _grouped(made: StudyRuns, kind: Kind, way: Way, runs: Sequence[Measured]) -> list[Variant]:
+def _grouped(made: StudyRuns, kind: Kind, way: Way, runs: Sequence[MeasuredStudy]) -> list[Variant]:
     """A variant for every length, size and start among the runs."""
 
-    def key(run: Measured) -> tuple[int, float, bool]:
+    def key(run: MeasuredStudy) -> tuple[int, float, bool]:
         config = run.config
         return config.training.tokens, config.dictionary.ratio or 0.0, config.init_from is not None
 

@@ -35,7 +35,7 @@ INDISPENSABLE = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     tokens: int
     """Training tokens of a run."""
     experiments: tuple[str, ...]
@@ -46,7 +46,7 @@ class Plan:
     """As it was when the plan was made."""
 
 
-def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, file: Path) -> Plan:
+def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, file: Path) -> StudyPlan:
     """The plan in `file`, or a new one, which is then written there.
 
     Raises:
@@ -55,14 +55,16 @@ def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, fi
     study = experiments.study.model_dump(mode="json", exclude=set(EngineConfig.model_fields))
     if file.exists():
         kept = read_json(file)
-        made = Plan(kept["tokens"], tuple(kept["experiments"]), tuple(kept["left_out"]), kept["budget"], kept["study"])
+        made = StudyPlan(
+            kept["tokens"], tuple(kept["experiments"]), tuple(kept["left_out"]), kept["budget"], kept["study"]
+        )
         if (made.study, made.budget) != (study, budget):
             what = "another study" if made.study != study else f"the budget {made.budget or 'none'}"
             raise ConfigError(f"{file.parent} holds runs of {what}. Choose another folder with --out, or ask for that.")
         return made
     tokens, names = _fitting(experiments, list(costs), budget)
     left_out = tuple(name for name in EXPERIMENTS if name not in names)
-    made = Plan(tokens, names, left_out, budget, study)
+    made = StudyPlan(tokens, names, left_out, budget, study)
     write_json(file, vars(made))
     return made
 

@@ -15,7 +15,7 @@ from endwise.config.run import Kind, RunConfig
 from endwise.evaluation.summary import RunSummary
 from endwise.paper.costs import Cost, costs
 from endwise.paper.experiments import Experiments, Rates
-from endwise.paper.plan import EXPERIMENTS, Plan, parse_budget, plan, study_tokens
+from endwise.paper.plan import EXPERIMENTS, StudyPlan, parse_budget, plan, study_tokens
 from endwise.paper.study_config import StudyConfig
 from endwise.sweeps.engines import Engine
 from endwise.sweeps.points import Point
@@ -32,7 +32,7 @@ class StudyRuns:
     """A study's runs, made as far as they could be."""
 
     experiments: Experiments
-    plan: Plan
+    plan: StudyPlan
     rates: Rates
     costs: list[Cost]
     failures: Mapping[Path, str]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from endwise.sweeps.sweep_config import EngineConfig
-from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out
+from endwise.sweeps.tasks import ModelCache, Outcome, Task, carry_out
 
 
 @runtime_checkable
@@ -33,14 +33,14 @@ class InProcess:
     """One task after another, here."""
 
     def __init__(self) -> None:
-        self._loaded = Loaded()
+        self._loaded = ModelCache()
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         for task in tasks:
             yield carry_out(task, self._loaded)
 
     def close(self) -> None:
-        self._loaded = Loaded()
+        self._loaded = ModelCache()
 
 
 def engine_of(config: EngineConfig, folder: Path) -> Engine:

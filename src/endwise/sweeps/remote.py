@@ -27,7 +27,7 @@ class Refused(ConfigError):
 
 
 @dataclass(frozen=True)
-class Errand:
+class Job:
     """A task, and how often its worker may still be lost."""
 
     task: Task
@@ -47,14 +47,14 @@ class Remote(ABC):
 
     def __init__(self, retries: int, at_once: int | None = None) -> None:
         self._retries, self._at_once = retries, at_once
-        self._waiting: deque[Errand] = deque()
-        self._given: dict[Any, Errand] = {}
+        self._waiting: deque[Job] = deque()
+        self._given: dict[Any, Job] = {}
         self._full = False
         """The scheduler refused a job, and none has ended since."""
 
     @abstractmethod
     def _submit(self, task: Task) -> Any:
-        """Gives a task to the scheduler; its job, which can be hashed.
+        """Gives a task to the scheduler; its handle, which can be hashed.
 
         Raises:
             Refused: the scheduler does not take it.
@@ -65,7 +65,7 @@ class Remote(ABC):
         """Those that have ended, after waiting for about a second."""
 
     @abstractmethod
-    def _result(self, job: Any, task: Task) -> list[Outcome] | None:
+    def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
         """Of a job that has ended; None: it was told to stop.
 
         Raises:
@@ -87,13 +87,13 @@ class Remote(ABC):
             Interrupted: the user asked to stop, and every worker has saved.
             ConfigError: the scheduler takes none of the tasks.
         """
-        self._waiting = deque(Errand(task, self._retries) for task in tasks)
+        self._waiting = deque(Job(task, self._retries) for task in tasks)
         with polite_stop() as stop_asked, self._killing():
             while self._waiting or self._given:
                 self._give_out()
-                for job in self._ended(list(self._given)):
-                    errand, self._full = self._given.pop(job), False
-                    yield from self._outcomes(job, errand)
+                for handle in self._ended(list(self._given)):
+                    job, self._full = self._given.pop(handle), False
+                    yield from self._outcomes(handle, job)
                 if stop_asked():
                     self._stop()
                     raise Interrupted(
@@ -107,34 +107,34 @@ class Remote(ABC):
 
     def _give_out(self) -> None:
         while self._waiting and not self._full and (self._at_once is None or len(self._given) < self._at_once):
-            errand = self._waiting.popleft()
+            job = self._waiting.popleft()
             try:
-                self._given[self._submit(errand.task)] = errand
+                self._given[self._submit(job.task)] = job
             except Refused:
                 if not self._given:
                     raise
-                self._waiting.appendleft(errand)  # a limit on jobs, perhaps: it is asked again when one has ended
+                self._waiting.appendleft(job)  # a limit on jobs, perhaps: it is asked again when one has ended
                 self._full = True
 
-    def _outcomes(self, job: Any, errand: Errand) -> Iterator[list[Outcome]]:
+    def _outcomes(self, handle: Any, job: Job) -> Iterator[list[Outcome]]:
         """What became of a task, unless it is given out again."""
         try:
-            outcomes = self._result(job, errand.task)
+            outcomes = self._result(handle, job.task)
         except Lost as error:
-            yield from self._again(errand, f"{error}")
+            yield from self._again(job, f"{error}")
             return
         if outcomes is None:  # for another's sake, by the scheduler: no fault of the task's
-            self._waiting.appendleft(errand)
+            self._waiting.appendleft(job)
         else:
-            yield [_seen(outcome, config) for outcome, config in zip(outcomes, errand.task, strict=True)]
+            yield [_seen(outcome, config) for outcome, config in zip(outcomes, job.task, strict=True)]
 
-    def _again(self, errand: Errand, told: str) -> Iterator[list[Outcome]]:
+    def _again(self, job: Job, told: str) -> Iterator[list[Outcome]]:
         """Gives out once more what lost its worker; a group that it happens to each time, one run at a time."""
-        task = errand.task
-        if errand.losses_left:
-            self._waiting.appendleft(Errand(task, errand.losses_left - 1))
+        task = job.task
+        if job.losses_left:
+            self._waiting.appendleft(Job(task, job.losses_left - 1))
         elif len(task) > 1:
-            self._waiting.extendleft(Errand((config,), 0) for config in reversed(task))
+            self._waiting.extendleft(Job((config,), 0) for config in reversed(task))
         else:
             yield failed(task, f"Every worker that it was given to was lost, the last one so: {told}")
 
@@ -144,8 +144,8 @@ class Remote(ABC):
         if self._given:
             self._ask_to_stop(list(self._given))
         while self._given:
-            for job in self._ended(list(self._given)):
-                del self._given[job]
+            for handle in self._ended(list(self._given)):
+                del self._given[handle]
 
     @contextmanager
     def _killing(self) -> Iterator[None]:

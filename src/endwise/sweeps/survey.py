@@ -21,7 +21,7 @@ from endwise.training.planning.outline import outline_model
 
 
 @dataclass(frozen=True)
-class Prospect:
+class PointStatus:
     """What a sweep would do for a point now."""
 
     point: Point
@@ -32,7 +32,7 @@ class Prospect:
     """The number of the pass in which it would be trained or measured; equal numbers share one."""
 
 
-def survey(config: SweepConfig | Mapping[str, Any] | str | Path) -> list[Prospect]:
+def survey(config: SweepConfig | Mapping[str, Any] | str | Path) -> list[PointStatus]:
     """Where every point of a sweep stands; nothing is trained or written.
 
     Raises:
@@ -47,7 +47,7 @@ def survey(config: SweepConfig | Mapping[str, Any] | str | Path) -> list[Prospec
     tasks = [task for one in rounds for task in tasks_of(runs_of(one), config.together)]
     numbers = {folder_of(run): number for number, task in enumerate(tasks, 1) for run in task}
     return [
-        Prospect(each.point, each.folder, _state(each), numbers.get(each.folder) if each.error is None else None)
+        PointStatus(each.point, each.folder, _state(each), numbers.get(each.folder) if each.error is None else None)
         for each in progress
     ]
 

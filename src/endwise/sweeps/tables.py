@@ -16,7 +16,7 @@ from endwise.config.run import LABELS, RunConfig
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
-from endwise.sweeps.survey import Prospect
+from endwise.sweeps.survey import PointStatus
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -135,7 +135,7 @@ def _shown(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def print_prospects(prospects: Sequence[Prospect], console: Console | None = None) -> None:
+def print_prospects(prospects: Sequence[PointStatus], console: Console | None = None) -> None:
     """A line for each point: its pass, what it is, its folder, and where it stands."""
     console = console or Console()
     for each in prospects:

@@ -97,7 +97,7 @@ def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 @dataclass
-class Loaded:
+class ModelCache:
     """The model and the sequences that the latest task used, kept for the next."""
 
     _model: tuple[object, LanguageModel] | None = field(default=None)
@@ -127,7 +127,7 @@ class Loaded:
         return self._corpora[1]
 
 
-def carry_out(task: Task, loaded: Loaded | None = None) -> list[Outcome]:
+def carry_out(task: Task, loaded: ModelCache | None = None) -> list[Outcome]:
     """Trains what is not trained, each run from its last checkpoint, and measures what is not measured.
 
     A run that fails leaves the others to their end; where all of a task fail together, smaller groups of them are
@@ -136,7 +136,7 @@ def carry_out(task: Task, loaded: Loaded | None = None) -> list[Outcome]:
     Raises:
         Interrupted: the user, or the scheduler, asked to stop; the state is saved.
     """
-    loaded = loaded or Loaded()
+    loaded = loaded or ModelCache()
     waiting, errors = _sorted_out(task, is_trained)
     for group in _standing_together(waiting):
         errors |= _train(group, loaded)
@@ -178,7 +178,7 @@ def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     return groups
 
 
-def _train(configs: list[RunConfig], loaded: Loaded) -> _Errors:
+def _train(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
     try:
         first = pinned(folder_of(configs[0]), configs[0])
         shared: dict[str, Any] = {"model": loaded.model(first), "corpora": loaded.corpora(first)}
@@ -197,7 +197,7 @@ def _train(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     return {}
 
 
-def _measure(configs: list[RunConfig], loaded: Loaded) -> _Errors:
+def _measure(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
     try:
         first = pinned(folder_of(configs[0]), configs[0])
         shared: dict[str, Any] = {"corpora": loaded.corpora(first), "model": loaded.exact_model(first)}
@@ -208,7 +208,7 @@ def _measure(configs: list[RunConfig], loaded: Loaded) -> _Errors:
     return {}
 
 
-def _in_halves(act: "_Act", configs: list[RunConfig], loaded: Loaded, error: Exception) -> _Errors:
+def _in_halves(act: "_Act", configs: list[RunConfig], loaded: ModelCache, error: Exception) -> _Errors:
     """What failed for all, tried with each half of them, down to the one whose fault it is."""
     if len(configs) == 1:
         return {folder_of(configs[0]): _told(error)}
@@ -216,7 +216,7 @@ def _in_halves(act: "_Act", configs: list[RunConfig], loaded: Loaded, error: Exc
     return act(configs[:middle], loaded) | act(configs[middle:], loaded)
 
 
-_Act = Callable[[list[RunConfig], Loaded], _Errors]
+_Act = Callable[[list[RunConfig], ModelCache], _Errors]
 
 
 def _told(error: Exception) -> str:

@@ -34,7 +34,7 @@ ORDER = ("training", "measuring", "failed", "waiting", "finished")
 
 
 @dataclass
-class Standing:
+class RunStatus:
     """What a run's folder tells of it."""
 
     config: RunConfig
@@ -48,7 +48,7 @@ class Standing:
     _seconds_before: float = 0.0
 
     @classmethod
-    def at_start(cls, config: RunConfig) -> "Standing":
+    def at_start(cls, config: RunConfig) -> "RunStatus":
         """Of a run that is to be carried out; what earlier sweeps spent on it is set aside."""
         standing = cls(config)
         standing.look()
@@ -116,7 +116,7 @@ class Watch:
         self._console = console or Console(stderr=True, quiet=not shown)
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
-        self._runs: dict[Path, Standing] = {}
+        self._runs: dict[Path, RunStatus] = {}
         self._to_come: Sequence[RunConfig] = ()
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -147,7 +147,7 @@ class Watch:
             to_come: those that are sure to follow them.
         """
         with self._lock:
-            self._runs |= {folder_of(config): Standing.at_start(config) for config in configs}
+            self._runs |= {folder_of(config): RunStatus.at_start(config) for config in configs}
             self._to_come = to_come
 
     def ended(self, outcome: Outcome) -> None:
@@ -223,7 +223,7 @@ class Watch:
         return {folder: name + ends[folder] for folder, name in names.items()}
 
 
-def seconds_left(runs: Sequence[Standing], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
+def seconds_left(runs: Sequence[RunStatus], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
     """Wall-clock to the end, if what is left costs per token what runs of its kind cost so far, and if as many go on
     side by side, with as much time between them, as did in the seconds that have elapsed. None: nothing to go by.
     """

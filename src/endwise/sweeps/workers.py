@@ -8,9 +8,9 @@ import torch
 
 from endwise.common.errors import Interrupted, RunFolderError
 from endwise.common.remedies import reason, remedy
-from endwise.sweeps.tasks import Loaded, Outcome, Task, carry_out, folder_of
+from endwise.sweeps.tasks import ModelCache, Outcome, Task, carry_out, folder_of
 
-_loaded = Loaded()
+_loaded = ModelCache()
 """Of the tasks that this process carried out before."""
 
 

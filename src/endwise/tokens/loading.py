@@ -16,7 +16,7 @@ from endwise.common.files import expanded
 from endwise.config.run import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, open_source, refuse_hub_settings
+from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
 from endwise.tokens.tokenising import Encoding, Quota, documents_in, held_by_hash, outside_vocabulary
 
@@ -217,7 +217,7 @@ class _Loader:
         held = self._open(held_source, Quota(self._layout, heldout))
         return self._open(source, Quota(self._layout, train, excluded=compared(held))), held
 
-    def _source(self, name: str, split: str, side: str) -> Source | Documents:
+    def _source(self, name: str, split: str, side: str) -> TextSource | Documents:
         """Where documents come from; the embedded corpus is there already, for a model of its vocabulary."""
         own = name == self._data.source
         config, revision = (self._data.dataset_config, self._data.revision) if own else (None, None)
@@ -234,12 +234,12 @@ class _Loader:
             return self._checked_embedded(side, int(tokens.max()))
         return _embedded_text(side, tokens)
 
-    def _check_column(self, *sources: Source | Documents) -> None:
-        used = any(isinstance(source, Source) and source.has_columns for source in sources)
+    def _check_column(self, *sources: TextSource | Documents) -> None:
+        used = any(isinstance(source, TextSource) and source.has_columns for source in sources)
         if self._data.column is not None and not used:
             raise DataError(f"data.column is {self._data.column!r}, but {self._data.source} has no columns. Unset it.")
 
-    def _open(self, source: Source | Documents, quota: Quota) -> Documents:
+    def _open(self, source: TextSource | Documents, quota: Quota) -> Documents:
         if isinstance(source, Documents):
             return source
         layout, quota_or_none = self._layout, quota if self._data.streaming else None
@@ -303,7 +303,7 @@ def _embedded_tokenizer() -> Any:
         return Tokenizer.from_file(str(path))
 
 
-def _embedded_text(side: str, tokens: NDArray[np.unsignedinteger]) -> Source:
+def _embedded_text(side: str, tokens: NDArray[np.unsignedinteger]) -> TextSource:
     """The embedded corpus as text, for a model with a tokenizer of its own."""
 
     def read() -> Iterator[Document]:
@@ -315,7 +315,7 @@ def _embedded_text(side: str, tokens: NDArray[np.unsignedinteger]) -> Source:
                 yield Document(text, size=len(own))
 
     name = f"the embedded corpus ({side})"
-    return Source(name, ["embedded", side, _digest(tokens)], read, len(tokens), has_columns=False)
+    return TextSource(name, ["embedded", side, _digest(tokens)], read, len(tokens), has_columns=False)
 
 
 def _digest(tokens: NDArray[np.unsignedinteger]) -> str:

@@ -39,11 +39,11 @@ class Document:
     form: Literal["document", "row", "stream"] = "document"
     """`row` and `stream` are joined documents already (a 2-D or 1-D array): no separator is added to them."""
     size: int = 1
-    """This document's part of `Source.size`."""
+    """This document's part of `TextSource.size`."""
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Documents in a fixed order, with what identifies them."""
 
     name: str
@@ -60,7 +60,7 @@ class Source:
 
 def open_source(
     name: str, column: str | None, config: str | None, split: str, streaming: bool, revision: str | None = None
-) -> Source:
+) -> TextSource:
     """Finds the documents named in a recipe, without reading them.
 
     Args:
@@ -82,7 +82,7 @@ def open_source(
         raise DataError(f"There is no file or folder {name}. Correct data.source or data.heldout.")
     commit = commit_on_hub(name, revision)
     pinned = commit or revision
-    return Source(
+    return TextSource(
         f"{name} ({split})",
         ["hub", name, config, pinned, split, column],
         lambda: _hub_documents(name, column, config, pinned, split, streaming),
@@ -108,7 +108,7 @@ def _kind(file: Path) -> str | None:
     return next((kind for kind in READERS if file.name.lower().endswith(kind)), None)
 
 
-def _files(path: Path, column: str | None, split: str) -> Source:
+def _files(path: Path, column: str | None, split: str) -> TextSource:
     if path.is_dir():
         files = files_of_split(path, split, lambda file: _kind(file) is not None)
     else:
@@ -132,7 +132,7 @@ def _files(path: Path, column: str | None, split: str) -> Source:
                 raise DataError(f"{file} changed while it was read. Start again.")
 
     has_columns = any(kind in WITH_COLUMNS for kind in kinds)
-    return Source(str(path), ["files", identity, column], read, size, has_columns)
+    return TextSource(str(path), ["files", identity, column], read, size, has_columns)
 
 
 def _identity(file: Path) -> list[Any]:
@@ -306,7 +306,7 @@ def choose_column(names: Iterable[str], column: str | None, where: str) -> str:
     )
 
 
-def _saved_dataset(path: Path, column: str | None, split: str) -> Source:
+def _saved_dataset(path: Path, column: str | None, split: str) -> TextSource:
     """A folder written by `save_to_disk`: a dataset, or several by split."""
     folder = path
     if (path / "dataset_dict.json").exists():
@@ -337,7 +337,7 @@ def _saved_dataset(path: Path, column: str | None, split: str) -> Source:
                 f"{folder} is not a dataset that can be loaded: {_one_line(error)}. Save the dataset again."
             ) from error
 
-    return Source(str(folder), ["saved", identity, column], read)
+    return TextSource(str(folder), ["saved", identity, column], read)
 
 
 def _names_in(file: Path, names: Callable[[dict[str, Any]], list[str]]) -> list[str]:

@@ -22,7 +22,7 @@ from endwise.common.files import PARTIAL
 from endwise.common.remedies import reason, remedy
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents
-from endwise.tokens.sources import Source, SourceLost
+from endwise.tokens.sources import TextSource, SourceLost
 from endwise.tokens.tokenising import (
     ENDS,
     HASHES,
@@ -41,7 +41,7 @@ VERSION = 2
 """Raised when the same source would be stored otherwise than before."""
 
 
-def open_store(source: Source, encoding: Encoding, payload: int, cache: Path, quota: Quota | None) -> Documents:
+def open_store(source: TextSource, encoding: Encoding, payload: int, cache: Path, quota: Quota | None) -> Documents:
     """The source's documents, tokenised now or before.
 
     Args:
@@ -110,7 +110,7 @@ def _suffices(info: dict[str, Any], quota: Quota | None) -> bool:
     return quota is None or info["exhausted"] or quota.met(info["train"], info["heldout"])
 
 
-def _build(source: Source, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> _Stored:
+def _build(source: TextSource, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> _Stored:
     """Builds the store; one that holds too little is where it goes on from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     if _load(folder) is not None and not partial.exists():

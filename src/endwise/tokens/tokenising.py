@@ -27,7 +27,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import replacing, write_json
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents, Layout
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, SourceLost
+from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, SourceLost
 
 PEEKED_ROWS = 64
 BLOCK = 1 << 22
@@ -160,7 +160,7 @@ def held_by_hash(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
 class Builder:
     """Reads, tokenises and writes one source, from where an earlier attempt in the same folder came to."""
 
-    def __init__(self, source: Source, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> None:
+    def __init__(self, source: TextSource, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> None:
         self._source, self._encoding, self._payload, self._quota = source, encoding, payload, quota
         self._folder = folder
         self._arrays: dict[str, array[int]] = {name: array(code) for name, code in _CODES.items()}
@@ -359,7 +359,7 @@ class Builder:
         return self._quota.met(**self._counted)
 
 
-def lasting(source: Source, console: Console) -> Iterator[Document]:
+def lasting(source: TextSource, console: Console) -> Iterator[Document]:
     """The source's documents. Where it is lost midway it is opened again, after a pause, and gone on with.
 
     Raises:

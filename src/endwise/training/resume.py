@@ -14,7 +14,7 @@ from endwise.tokens import Corpora
 from endwise.training.members import Group, Member
 
 
-def enter(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
+def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
     """Starts every member's folder, or takes up the run that it holds.
 
     Raises:
@@ -52,7 +52,7 @@ def _latest_of_all(group: Group) -> int:
     return common
 
 
-def spread(group: Group, world: World) -> None:
+def broadcast_state(group: Group, world: World) -> None:
     """Gives every process the state that the first one starts from, whatever its own arithmetic made of the seed."""
     if world.size == 1:
         return

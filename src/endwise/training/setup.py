@@ -26,7 +26,7 @@ from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpora, corpora_for
 from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
-from endwise.training.resume import enter, spread
+from endwise.training.resume import start_or_resume, broadcast_state
 from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
 
@@ -35,7 +35,7 @@ Resume = bool | Literal["if_started"]
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """What a call of `train_together` asks for.
 
     Args:
@@ -77,7 +77,7 @@ class Prepared:
 
 
 def prepare(
-    request: Request, world: World, claims: ExitStack, model: LanguageModel | None, corpora: Corpora | None
+    request: TrainingRequest, world: World, claims: ExitStack, model: LanguageModel | None, corpora: Corpora | None
 ) -> Prepared:
     """Claims the folders, loads model and text, makes every SAE, and starts or resumes every run.
 
@@ -113,8 +113,8 @@ def prepare(
     _check_same_text(corpora, world)
     with world.together("starting the run"):
         if world.is_first:
-            enter(group, model, corpora, request.from_step)
-    spread(group, world)
+            start_or_resume(group, model, corpora, request.from_step)
+    broadcast_state(group, world)
     group.text = _text_tried(model, corpora, request.display, world)
     return Prepared(model, tail, group, corpora, order, steps, request.display, world)
 

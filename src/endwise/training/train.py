@@ -14,7 +14,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
 from endwise.training.loop import run_loop
 from endwise.training.members import Run
-from endwise.training.setup import Request, Resume, prepare
+from endwise.training.setup import TrainingRequest, Resume, prepare
 
 
 def train(
@@ -67,7 +67,7 @@ def train_together(
             error is raised).
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
-    request = Request(configs, resume, from_step, display)
+    request = TrainingRequest(configs, resume, from_step, display)
     with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
         prepared = prepare(request, world, claims, model, corpora)
         run_loop(prepared)

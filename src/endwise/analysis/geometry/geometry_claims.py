@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from endwise.analysis.claims import Claim, Verdict
 from endwise.analysis.geometry.geometry import Geometry
-from endwise.analysis.geometry.similarity import Difference, across_kinds, across_seeds, alive_of, difference, within
+from endwise.analysis.geometry.similarity import (
+    SimilarityDifference,
+    across_kinds,
+    across_seeds,
+    alive_of,
+    difference,
+    within,
+)
 from endwise.analysis.over_seeds import judged, over
 from endwise.config.run import LABELS
 from endwise.evaluation.summary import RunSummary
@@ -17,7 +24,7 @@ EQUALLY_MANY = ", among equally many"
 """The more features there are, the nearer the nearest: a control in which both have as many."""
 
 
-def differences(found: Geometry) -> list[Difference]:
+def differences(found: Geometry) -> list[SimilarityDifference]:
     """Of every two kinds, within and across seeds; and, towards and from each kind, of the other two."""
     made = []
     for a, b in (("e2e", "local"), ("e2e_ds", "local"), ("e2e_ds", "e2e")):
@@ -56,37 +63,41 @@ def claims(found: Geometry) -> list[Claim]:
     return made
 
 
-def _difference(found: Geometry, name: str, a: str, b: str, equally_many: bool) -> Difference:
+def _difference(found: Geometry, name: str, a: str, b: str, equally_many: bool) -> SimilarityDifference:
     """Within, or across seeds; with `equally_many`, as if either had as many alive features as the one with fewer."""
     measure, similar = (within, found.similar) if name == WITHIN else (across_seeds, found.seeded)
     runs = {run.kind: run for run in similar}
     full_name = f"{name}{EQUALLY_MANY if equally_many else ''}"
     what = "two alive features" if name == WITHIN else "several seeds"
     if (missing := _missing(runs, (a, b), what)) is not None:
-        return Difference(full_name, a, b, reason=missing)
+        return SimilarityDifference(full_name, a, b, reason=missing)
     among = min(alive_of(found, runs[kind]) for kind in (a, b)) if equally_many else None
     of_a, of_b = (measure(found, runs[kind], among) for kind in (a, b))
     assert of_a is not None and of_b is not None
     return difference(full_name, of_a, of_b, (a, b))
 
 
-def _towards(found: Geometry, a: str, b: str, to: str) -> Difference:
+def _towards(found: Geometry, a: str, b: str, to: str) -> SimilarityDifference:
     """How much nearer `a`'s features have one of `to` than `b`'s have; of different features, so unpaired."""
     runs, name = {run.kind: run for run in found.similar}, f"nearest in {LABELS[to]}"
     if (missing := _missing(runs, (a, b, to), "two alive features")) is not None:
-        return Difference(name, a, b, reason=missing)
+        return SimilarityDifference(name, a, b, reason=missing)
     of_a, of_b = (across_kinds(found, runs[kind], runs[to]) for kind in (a, b))
-    return difference(name, of_a, of_b, (a, b)) if of_a and of_b else Difference(name, a, b, reason="no seed has both")
+    return (
+        difference(name, of_a, of_b, (a, b))
+        if of_a and of_b
+        else SimilarityDifference(name, a, b, reason="no seed has both")
+    )
 
 
-def _seen_from(found: Geometry, of: str, a: str, b: str) -> Difference:
+def _seen_from(found: Geometry, of: str, a: str, b: str) -> SimilarityDifference:
     """How much nearer the features of `of` have one of `a` than one of `b`; the same features, so paired."""
     runs, name = {run.kind: run for run in found.similar}, f"{LABELS[of]}'s features, nearest in"
     if (missing := _missing(runs, (of, a, b), "two alive features")) is not None:
-        return Difference(name, a, b, reason=missing)
+        return SimilarityDifference(name, a, b, reason=missing)
     to_a, to_b = (across_kinds(found, runs[of], runs[kind]) for kind in (a, b))
     if to_a is None or to_b is None:
-        return Difference(name, a, b, reason="no seed has both")
+        return SimilarityDifference(name, a, b, reason="no seed has both")
     same = to_a.values.keys() == to_b.values.keys()
     return difference(name, to_a, to_b, (a, b), paired=same)
 
@@ -96,21 +107,25 @@ def _missing(runs: dict[str, RunSummary], kinds: Sequence[str], what: str) -> st
     return f"there is no run of {', '.join(absent)} with {what}, of a seed of the others" if absent else None
 
 
-def _above(claim: str, published: str, *parts: Difference, control: Difference | None = None) -> Claim:
+def _above(
+    claim: str, published: str, *parts: SimilarityDifference, control: SimilarityDifference | None = None
+) -> Claim:
     return Claim(claim, published, _all_told(parts, control), _verdict(parts, 1))
 
 
-def _below(claim: str, published: str, *parts: Difference, control: Difference | None = None) -> Claim:
+def _below(
+    claim: str, published: str, *parts: SimilarityDifference, control: SimilarityDifference | None = None
+) -> Claim:
     return Claim(claim, published, _all_told(parts, control), _verdict(parts, -1))
 
 
-def _all_told(parts: Sequence[Difference], control: Difference | None) -> str:
+def _all_told(parts: Sequence[SimilarityDifference], control: SimilarityDifference | None) -> str:
     """A control is told where there is one, but decides nothing: the claim is the paper's, and so is its measure."""
     known = [*parts] if control is None or control.interval is None else [*parts, control]
     return "; ".join(map(told, known))
 
 
-def _verdict(parts: Sequence[Difference], sign: int) -> Verdict:
+def _verdict(parts: Sequence[SimilarityDifference], sign: int) -> Verdict:
     """Shown if the whole interval of every part lies on that side of 0, each holding features and seeds."""
     intervals = [part.interval for part in parts]
     if None in intervals:
@@ -118,7 +133,7 @@ def _verdict(parts: Sequence[Difference], sign: int) -> Verdict:
     return judged(*((each, min(sign * each.low, sign * each.high) > 0) for each in intervals if each is not None))
 
 
-def told(part: Difference) -> str:
+def told(part: SimilarityDifference) -> str:
     """The difference in words."""
     what = f"mean greatest cosine {part.name}, {LABELS[part.a]} less {LABELS[part.b]}"
     if part.interval is None:

@@ -70,7 +70,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Difference:
+class SimilarityDifference:
     """`a − b`, seed by seed; or why that cannot be said."""
 
     name: str
@@ -85,7 +85,9 @@ class Difference:
     reason: str | None = None
 
 
-def difference(name: str, a: Measure, b: Measure, labels: tuple[str, str], *, paired: bool = False) -> Difference:
+def difference(
+    name: str, a: Measure, b: Measure, labels: tuple[str, str], *, paired: bool = False
+) -> SimilarityDifference:
     """Over the seeds that both have.
 
     Args:
@@ -93,11 +95,11 @@ def difference(name: str, a: Measure, b: Measure, labels: tuple[str, str], *, pa
     """
     common = tuple(sorted(a.by_seed.keys() & b.by_seed.keys()))
     if not common:
-        return Difference(name, *labels, reason="no seed has both")
+        return SimilarityDifference(name, *labels, reason="no seed has both")
     by_seed = [a.by_seed[seeds] - b.by_seed[seeds] for seeds in common]
     draws = [a.draws[seeds] - b.draws[seeds] for seeds in common]
     runs = tuple(a.runs[seeds] for seeds in common)
-    return Difference(name, *labels, mean_over_seeds(by_seed, draws, of_pairs=a.of_pairs), runs, paired)
+    return SimilarityDifference(name, *labels, mean_over_seeds(by_seed, draws, of_pairs=a.of_pairs), runs, paired)
 
 
 def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> OverSeeds:

@@ -18,14 +18,14 @@ from endwise.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Sample:
+class AblationSample:
     """Features to ablate: the first `by_rank` for their rank, the others at random."""
 
     features: Counts
     by_rank: int
 
 
-def choose(importance: FeatureImportance, count: int, seed: int) -> Sample:
+def choose(importance: FeatureImportance, count: int, seed: int) -> AblationSample:
     """Half of the sample at ranks spread evenly on a logarithmic scale, from the first on; half at random from the
     other features that fired. All of them, if there are no more than `count`.
     """
@@ -39,13 +39,13 @@ def choose(importance: FeatureImportance, count: int, seed: int) -> Sample:
     by_rank = ranked[list(places)]
     others = np.setdiff1d(ranked, by_rank)
     drawn = numpy_stream(seed, "features to ablate").choice(others, count - len(by_rank), replace=False)
-    return Sample(np.concatenate([by_rank, np.sort(drawn)]).astype(np.int64), len(by_rank))
+    return AblationSample(np.concatenate([by_rank, np.sort(drawn)]).astype(np.int64), len(by_rank))
 
 
 class AblationSums:
     """Collects, batch after batch, what ablating each feature of a sample does."""
 
-    def __init__(self, sae: SAE, sample: Sample) -> None:
+    def __init__(self, sae: SAE, sample: AblationSample) -> None:
         self.sample = sample
         self._W_dec = sae.W_dec.detach()
         self._rises: list[Floats] = []

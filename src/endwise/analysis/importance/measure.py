@@ -18,7 +18,7 @@ from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, heldout_fingerprint, model_of
 from endwise.features.attribution import Attribution
-from endwise.features.importance_table import Faithfulness, Measured, read_measured, write_measured
+from endwise.features.importance_table import Faithfulness, MeasuredImportance, read_measured, write_measured
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Site
@@ -42,7 +42,7 @@ def measure_importance(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
     display: bool = False,
-) -> dict[Path, Measured]:
+) -> dict[Path, MeasuredImportance]:
     """Measures the importance of every feature of finished runs and writes `importance.safetensors` into each.
 
     A run that was measured with the same settings is read, not measured again.
@@ -89,7 +89,7 @@ def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl
     }
 
 
-def _serves(old: Measured, settings: Mapping[str, Any], heldout: str | None) -> bool:
+def _serves(old: MeasuredImportance, settings: Mapping[str, Any], heldout: str | None) -> bool:
     """Whether a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
     do.
     """
@@ -143,7 +143,7 @@ class _Group:
         """The first sequence of the second half, where the second half of the blocks begins."""
         return (self.sequences + 1) // 2
 
-    def measure(self, display: bool) -> dict[Path, Measured]:
+    def measure(self, display: bool) -> dict[Path, MeasuredImportance]:
         with counting("importance", 2 * self.sequences - self.half, display) as advance:
             attributions, means = self._attribute(advance)
             importance = {path: each.result() for path, each in attributions.items()}
@@ -161,7 +161,7 @@ class _Group:
         self._in_between(curves, bounds, display)
         heldout = {"heldout": self.corpus.fingerprint()}
         return {
-            path: Measured(
+            path: MeasuredImportance(
                 importance[path],
                 ablations[path].result(importance[path]),
                 self._curve(curves[path], bounds[site]),

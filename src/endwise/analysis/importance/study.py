@@ -33,7 +33,7 @@ from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, ov
 from endwise.common.statistics import Floats, Interval, percentile_interval
 from endwise.config.run import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary
-from endwise.features.importance_table import Faithfulness, Measured
+from endwise.features.importance_table import Faithfulness, MeasuredImportance
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
 
@@ -52,7 +52,7 @@ class ImportantRun:
     """A run, and the importance of its features."""
 
     summary: RunSummary
-    measured: Measured
+    measured: MeasuredImportance
 
     @cached_property
     def half(self) -> float:

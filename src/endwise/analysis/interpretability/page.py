@@ -9,7 +9,7 @@ from endwise.analysis.claims import claim_list
 from endwise.analysis.interpretability.study import (
     AT,
     At,
-    Difference,
+    ScoreDifference,
     ExplainedRun,
     Interpretability,
     difference_rows,
@@ -113,7 +113,7 @@ def _mean(run: ExplainedRun, name: str) -> str:
 _DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 
 
-def _difference_cells(each: Difference) -> tuple[str, ...]:
+def _difference_cells(each: ScoreDifference) -> tuple[str, ...]:
     kinds = f"{LABELS[each.run.summary.kind]} − {LABELS[each.other.summary.kind]}"
     seed = str(each.run.summary.seed)
     similar = {"ce_increase": "CE +", "l0": "L0"}[each.at]

@@ -65,7 +65,7 @@ class ExplainedRun:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreDifference:
     """One score of two runs, of one seed and of equally many features."""
 
     name: str
@@ -114,7 +114,7 @@ class Interpretability:
         return tuple(by_folder[each.folder] for each in summaries)
 
     @cached_property
-    def differences(self) -> tuple[Difference, ...]:
+    def differences(self) -> tuple[ScoreDifference, ...]:
         """Of every pair of kinds that a seed has, at either similarity, of every score with the features' own
         explanations.
         """
@@ -207,7 +207,7 @@ def _in_order(runs: Sequence[ExplainedRun]) -> tuple[ExplainedRun, ...]:
     return tuple(sorted(runs, key=place))
 
 
-def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> Difference | None:
+def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> ScoreDifference | None:
     """None where either has too few features with this score."""
     generator = numpy_stream(SEED, f"{name} of {run.summary.kind} and {other.summary.kind} at {at}", run.summary.seed)
     a, b = equal_samples(run.scores(name), other.scores(name), generator)
@@ -215,14 +215,14 @@ def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> Di
         return None
     draws = resampled_means(a, stream(run.summary)) - resampled_means(b, stream(other.summary))
     interval = percentile_interval(draws, float(a.mean() - b.mean()))
-    return Difference(name, at, run, other, len(a), interval, draws, permutation_test(a, b, generator))
+    return ScoreDifference(name, at, run, other, len(a), interval, draws, permutation_test(a, b, generator))
 
 
-def _over_seeds(differences: Sequence[Difference]) -> OverSeeds:
+def _over_seeds(differences: Sequence[ScoreDifference]) -> OverSeeds:
     return over_seeds(np.stack([[each.difference.estimate, *each.draws] for each in differences]))
 
 
-def _told(of: Sequence[Difference], mean: OverSeeds) -> str:
+def _told(of: Sequence[ScoreDifference], mean: OverSeeds) -> str:
     """The mean of one score's differences over seeds, and how many features it is of."""
     features = f"{', '.join(map(str, dict.fromkeys(each.features for each in of)))} features each"
     tests = f"p {', '.join(f'{each.p:.2g}' for each in of)}"
@@ -230,11 +230,11 @@ def _told(of: Sequence[Difference], mean: OverSeeds) -> str:
     return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
 
 
-def _kinds(difference: Difference) -> tuple[str, str]:
+def _kinds(difference: ScoreDifference) -> tuple[str, str]:
     return difference.run.summary.kind, difference.other.summary.kind
 
 
-def _untestable(chosen: Sequence[Difference], at: At) -> str | None:
+def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
     """Why differences cannot bear a verdict, if they cannot."""
     if not chosen:
         return f"no seed has both kinds with {LEAST_FEATURES} scored features"

@@ -21,7 +21,7 @@ Text = Literal["heldout", "train"] | Path
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     tokens: int | None
     text: Text
     kept: Kept

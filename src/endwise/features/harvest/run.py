@@ -21,7 +21,7 @@ from endwise.evaluation.provenance import model_of
 from endwise.features.harvest.files import write_harvest
 from endwise.features.harvest.gathering import Gathered, Kept, share_of_tokens
 from endwise.features.harvest.parts import Parts, Saver
-from endwise.features.harvest.request import Text, Wish
+from endwise.features.harvest.request import Text, Request
 from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harvest
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
@@ -80,10 +80,10 @@ def harvest(
             raise ConfigError(f"{world.size} processes under torchrun are as many shards; leave out --shards {shards}.")
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
-        wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
+        request = Request(tokens, text, kept or Kept(), importance, shards, shard)
         configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
-        settings = {path: wish.settings(path, config) for path, config in configs.items()}
-        texts = {path: wish.fingerprint(path, corpora) for path in configs}
+        settings = {path: request.settings(path, config) for path, config in configs.items()}
+        texts = {path: request.fingerprint(path, corpora) for path in configs}
         found = {} if again else {path: read_harvest(path) for path in configs}
         done = {
             path: old for path, old in found.items() if old is not None and _serves(old, settings[path], texts[path])
@@ -91,7 +91,7 @@ def harvest(
         missing = {path: config for path, config in configs.items() if path not in done}
         results: dict[Path, Harvest | None] = dict(done)
         for paths in sharing_groups(missing, tokens):
-            group = _group({path: missing[path] for path in paths}, wish, settings, model, corpora)
+            group = _group({path: missing[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
@@ -121,15 +121,15 @@ class _Harvested:
 
 def _group(
     configs: Mapping[Path, RunConfig],
-    wish: Wish,
+    request: Request,
     settings: Mapping[Path, Mapping[str, Any]],
     model: LanguageModel | None,
     corpora: Corpora | None,
 ) -> "_Group":
     first = next(iter(configs.values()))
     model = model_of(configs, model)
-    corpus = wish.corpus(model, configs, corpora)
-    sequences = wish.sequences(corpus, first)
+    corpus = request.corpus(model, configs, corpora)
+    sequences = request.sequences(corpus, first)
     runs = {}
     for path, config in configs.items():
         of_text = {**settings[path], "fingerprint": corpus.fingerprint(), "sequences": sequences}
@@ -138,10 +138,10 @@ def _group(
             config,
             model.site(config.site),
             load_sae(path, config, model),
-            Parts(path, of_text, wish.shards),
+            Parts(path, of_text, request.shards),
             None if found is None else found.importance,
         )
-    return _Group(model, corpus, sequences, first.evaluation.batch, wish, settings, runs)
+    return _Group(model, corpus, sequences, first.evaluation.batch, request, settings, runs)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class _Group:
     corpus: Corpus
     sequences: int
     batch: int
-    wish: Wish
+    request: Request
     settings: Mapping[Path, Mapping[str, Any]]
     runs: Mapping[Path, _Harvested]
 
     def harvest(self, display: bool) -> dict[Path, Harvest | None]:
-        shard, shards = self.wish.shard, self.wish.shards
+        shard, shards = self.request.shard, self.request.shards
         with ExitStack() as claims:
             for run in self.runs.values():
                 claims.enter_context(run.parts.claimed(shard))
@@ -169,7 +169,7 @@ class _Group:
 
     def _span(self, shard: int) -> range:
         """Of the batches of the text, a shard's."""
-        batches, shards = -(-self.sequences // self.batch), self.wish.shards
+        batches, shards = -(-self.sequences // self.batch), self.request.shards
         return range(batches * shard // shards, batches * (shard + 1) // shards)
 
     @property
@@ -183,14 +183,14 @@ class _Group:
 
     def _empty(self, path: Path) -> Gathered:
         attribute = self.settings[path]["importance"] == "attributed"
-        return Gathered(self.runs[path].sae, self.wish.kept, self._co_firing_share, attribute=attribute)
+        return Gathered(self.runs[path].sae, self.request.kept, self._co_firing_share, attribute=attribute)
 
     def _gather(self, display: bool) -> dict[Path, Gathered]:
         """The pass over this shard's batches; those that a run has gathered already do not count for it again."""
-        gathered, span = {path: self._empty(path) for path in self.runs}, self._span(self.wish.shard)
+        gathered, span = {path: self._empty(path) for path in self.runs}, self._span(self.request.shard)
         starts: dict[Path, int] = {}
         for path, run in self.runs.items():
-            saved = run.parts.load(self.wish.shard, gathered[path])
+            saved = run.parts.load(self.request.shard, gathered[path])
             starts[path] = span.start if saved is None else saved
             if saved is None:
                 gathered[path] = self._empty(path)
@@ -204,7 +204,7 @@ class _Group:
                 if saver.due or asked_to_stop():
                     with saver.saving():
                         for path in behind:
-                            self.runs[path].parts.save(self.wish.shard, gathered[path], number + 1)
+                            self.runs[path].parts.save(self.request.shard, gathered[path], number + 1)
                 if asked_to_stop():
                     again = f"endwise harvest {shlex.join(map(str, self.runs))}"
                     raise Interrupted(f"Stopped; what was gathered is saved. Go on with the same command: {again}")
@@ -226,9 +226,9 @@ class _Group:
 
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
         """Joins the shards, if all are there, and writes the files; of two who come last, the first."""
-        run, shards = self.runs[path], self.wish.shards
+        run, shards = self.runs[path], self.request.shards
         with run.parts.joining():
-            others = [shard for shard in range(shards) if shard != self.wish.shard]
+            others = [shard for shard in range(shards) if shard != self.request.shard]
             if any(run.parts.next_batch(shard) != self._span(shard).stop for shard in others):
                 return None
             for shard in others:

@@ -53,7 +53,7 @@ class Piece:
     stretch: Stretch
 
 
-class Rehearsal:
+class DryRun:
     """A run on tensors without values.
 
     Args:
@@ -86,7 +86,7 @@ class Rehearsal:
         """What each stage of the run (`STEP`, `EVALUATION`, and on a CPU `CHECKPOINT`) holds when it holds most."""
         training = self.config.training.model_copy(update={"microbatch": microbatch})
         with self.trace, standing_in("cpu", self.kernels):
-            trainee = _Rehearsed(self.sae, self.site, self.objective, training, self.trace, self.device)
+            trainee = _DryTrainee(self.sae, self.site, self.objective, training, self.trace, self.device)
             self._settle(trainee)
             found = {STEP: self._step(trainee, self.sequences // accumulation, accumulation)}
             if not only_step:
@@ -209,7 +209,7 @@ class Rehearsal:
         return count
 
 
-class _Rehearsed(Trainee):
+class _DryTrainee(Trainee):
     """A trainee that says which part it is at, and skips microbatches like those before.
 
     Args:

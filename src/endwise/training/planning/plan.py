@@ -1,6 +1,6 @@
 """What a run will need, before it starts: parameters, memory by part, operations per token, and what will not fit.
 
-No weight is read: see `rehearsal` for how memory is found, `flops` for how operations are counted.
+No weight is read: see `dry_run` for how memory is found, `flops` for how operations are counted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from endwise.training.planning.dry_run import (
     STEP,
     TAIL,
     WEIGHTS,
-    Rehearsal,
+    DryRun,
 )
 from endwise.training.planning.flops import (
     DENSE_FORWARD_PRODUCTS,
@@ -119,7 +119,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     model: str
     site: str
     kind: str
@@ -161,7 +161,7 @@ class Plan:
         return values | {"fits": self.fits}
 
 
-def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
+def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> TrainingPlan:
     """What one of a run's processes will need.
 
     Args:
@@ -178,39 +178,39 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
             f"{processes} processes cannot share batches of {training.batch} sequences in passes of equal size "
             f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
         )
-    rehearsal = Rehearsal(config, _device(config, memory), training.batch // processes)
-    per_step = training.batch * rehearsal.context
+    dry_run = DryRun(config, _device(config, memory), training.batch // processes)
+    per_step = training.batch * dry_run.context
     if training.tokens < per_step:
         raise ConfigError(
             f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
-            f"(training.batch {training.batch} × context {rehearsal.context}). Raise the one or lower the others."
+            f"(training.batch {training.batch} × context {dry_run.context}). Raise the one or lower the others."
         )
     steps = training.tokens // per_step
-    stages = rehearsal.stages(rehearsal.accumulation, rehearsal.microbatch)
-    flops, sparse = _flops(rehearsal, per_step)
-    checkpoint, sae = rehearsal.file_sizes()
-    return Plan(
+    stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
+    flops, sparse = _flops(dry_run, per_step)
+    checkpoint, sae = dry_run.file_sizes()
+    return TrainingPlan(
         model=config.model.name,
-        site=rehearsal.site.name,
+        site=dry_run.site.name,
         kind=config.objective.kind,
-        device=rehearsal.device.type,
-        dtype=str(rehearsal.model.dtype).removeprefix("torch."),
+        device=dry_run.device.type,
+        dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
-        context=rehearsal.context,
-        sequences=rehearsal.sequences,
-        accumulation=rehearsal.accumulation,
-        microbatch=rehearsal.microbatch,
+        context=dry_run.context,
+        sequences=dry_run.sequences,
+        accumulation=dry_run.accumulation,
+        microbatch=dry_run.microbatch,
         steps=steps,
-        d_model=rehearsal.sae.d_in,
-        d_sae=rehearsal.sae.d_sae,
-        parameters=_parameters(rehearsal),
+        d_model=dry_run.sae.d_in,
+        d_sae=dry_run.sae.d_sae,
+        parameters=_parameters(dry_run),
         stages=tuple(Stage(name, held.during, held.parts) for name, held in stages.items()),
         checkpoint_bytes=checkpoint,
         sae_bytes=sae,
         flops=flops,
         sparse_flops=sparse,
         total_flops=flops.per_token * steps * per_step,
-        needs=(*_memory_needs(rehearsal, stages, processes, memory), _disk_need(rehearsal, steps)),
+        needs=(*_memory_needs(dry_run, stages, processes, memory), _disk_need(dry_run, steps)),
     )
 
 
@@ -225,24 +225,24 @@ def _device(config: RunConfig, memory: int | None) -> torch.device:
         raise ConfigError(f"{error} To plan for another machine, give its device's memory (--memory 80GiB).") from None
 
 
-def _parameters(rehearsal: Rehearsal) -> Parameters:
-    total = sum(parameter.numel() for parameter in rehearsal.model.model.parameters())
-    head = rehearsal.pieces[: rehearsal.place(rehearsal.site)]
-    before = rehearsal.embedding_parameters() + sum(piece.parameters for piece in head)
-    unembedding = sum(parameter.numel() for parameter in rehearsal.unembedding.parameters())
-    dictionary = sum(parameter.numel() for parameter in rehearsal.sae.parameters())
+def _parameters(dry_run: DryRun) -> Parameters:
+    total = sum(parameter.numel() for parameter in dry_run.model.model.parameters())
+    head = dry_run.pieces[: dry_run.place(dry_run.site)]
+    before = dry_run.embedding_parameters() + sum(piece.parameters for piece in head)
+    unembedding = sum(parameter.numel() for parameter in dry_run.unembedding.parameters())
+    dictionary = sum(parameter.numel() for parameter in dry_run.sae.parameters())
     return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
 
 
-def _flops(rehearsal: Rehearsal, per_step: int) -> tuple[Flops, float | None]:
+def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     """Per token, with dense latents; and the sum once they are sparse."""
-    context, site = rehearsal.context, rehearsal.place(rehearsal.site)
-    head = [piece.stretch for piece in rehearsal.pieces[:site]]
-    tail = [piece.stretch for piece in rehearsal.pieces[site : rehearsal.end]]
-    d_model, d_sae = rehearsal.sae.d_in, rehearsal.sae.d_sae
+    context, site = dry_run.context, dry_run.place(dry_run.site)
+    head = [piece.stretch for piece in dry_run.pieces[:site]]
+    tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
+    d_model, d_sae = dry_run.sae.d_in, dry_run.sae.d_sae
     product = product_flops(1, d_model, d_sae)
-    readout = float(2 * rehearsal.model.readout.unembedding.weight.numel() if rehearsal.objective.final else 0)
-    parameters = sum(parameter.numel() for parameter in rehearsal.sae.parameters())
+    readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.objective.final else 0)
+    parameters = sum(parameter.numel() for parameter in dry_run.sae.parameters())
     flops = Flops(
         clean_prefix=forward_flops(head, context) / context,
         clean_tail=forward_flops(tail, context) / context,
@@ -255,42 +255,40 @@ def _flops(rehearsal: Rehearsal, per_step: int) -> tuple[Flops, float | None]:
         readout_backward=readout,
         optimiser=OPTIMISER_OPERATIONS * parameters / per_step,
     )
-    if rehearsal.device.type == "cuda":
+    if dry_run.device.type == "cuda":
         return flops, None
     sae = product + sparse_flops(1, d_model, SPARSE_BELOW * d_sae)
     return flops, flops.per_token - flops.sae_forward - flops.sae_backward + sae
 
 
-def _memory_needs(
-    rehearsal: Rehearsal, stages: Mapping[str, Held], processes: int, memory: int | None
-) -> Iterator[Need]:
+def _memory_needs(dry_run: DryRun, stages: Mapping[str, Held], processes: int, memory: int | None) -> Iterator[Need]:
     """Of the device; where that is a GPU, of its host too."""
     own = resident_memory()
     spare = available_memory()
     host = None if spare is None else (spare + own) // processes
-    if rehearsal.device.type == "cpu":
-        yield _device_need(rehearsal, stages, "memory", own, memory or host)
+    if dry_run.device.type == "cpu":
+        yield _device_need(dry_run, stages, "memory", own, memory or host)
         return
     available = memory
     if memory is None:
-        available = torch.cuda.mem_get_info(rehearsal.device)[0] + CUDA_CONTEXT
-    yield _device_need(rehearsal, stages, "GPU memory", CUDA_CONTEXT, available)
-    checkpoint, _ = rehearsal.file_sizes()
+        available = torch.cuda.mem_get_info(dry_run.device)[0] + CUDA_CONTEXT
+    yield _device_need(dry_run, stages, "GPU memory", CUDA_CONTEXT, available)
+    checkpoint, _ = dry_run.file_sizes()
     loaded = max(checkpoint, stages[STEP].parts[MODEL])
     # What is planned for a GPU elsewhere says nothing of that machine's own memory.
     need = Need("host memory", own + loaded, host if memory is None else None)
     yield need if need.fits else replace(need, advice=f"What lowers it: {REMEDIES[SAVING]}.")
 
 
-def _device_need(rehearsal: Rehearsal, stages: Mapping[str, Held], what: str, base: int, available: int | None) -> Need:
+def _device_need(dry_run: DryRun, stages: Mapping[str, Held], what: str, base: int, available: int | None) -> Need:
     name, held = max(stages.items(), key=lambda stage: stage[1].bytes)
     need = Need(what, base + held.bytes, available)
     if available is None or need.fits:
         return need
-    return replace(need, advice=_advice(rehearsal, stages, available - base, name))
+    return replace(need, advice=_advice(dry_run, stages, available - base, name))
 
 
-def _advice(rehearsal: Rehearsal, stages: Mapping[str, Held], room: int, worst: str) -> str:
+def _advice(dry_run: DryRun, stages: Mapping[str, Held], room: int, worst: str) -> str:
     held = stages[worst]
     part = max(held.parts, key=lambda name: held.parts[name])
     said = f"Most is held in the {worst}: {size_text(held.bytes)}, of which {size_text(held.parts[part])} are {part}."
@@ -301,7 +299,7 @@ def _advice(rehearsal: Rehearsal, stages: Mapping[str, Held], room: int, worst: 
     others = [name for name, each in stages.items() if each.bytes > room and name != STEP]
     if stages[STEP].bytes <= room:
         return said + "."
-    found = _smaller(rehearsal, room)
+    found = _smaller(dry_run, room)
     if found is None:
         return (
             f"{said}. No training.accumulation and training.microbatch make the training step fit: take a smaller "
@@ -313,16 +311,16 @@ def _advice(rehearsal: Rehearsal, stages: Mapping[str, Held], room: int, worst: 
     return f"{said}. The training step fits with {settings}{also}."
 
 
-def _smaller(rehearsal: Rehearsal, room: int) -> tuple[int, int] | None:
+def _smaller(dry_run: DryRun, room: int) -> tuple[int, int] | None:
     """The fewest passes, and in them the largest microbatch, with which the step fits."""
 
     def fits(accumulation: int, microbatch: int) -> bool:
-        return rehearsal.stages(accumulation, microbatch, only_step=True)[STEP].bytes <= room
+        return dry_run.stages(accumulation, microbatch, only_step=True)[STEP].bytes <= room
 
-    for accumulation in _divisors(rehearsal.sequences):
-        if accumulation < rehearsal.accumulation or not fits(accumulation, 1):
+    for accumulation in _divisors(dry_run.sequences):
+        if accumulation < dry_run.accumulation or not fits(accumulation, 1):
             continue
-        sizes = [size for size in _divisors(rehearsal.sequences // accumulation) if size <= rehearsal.microbatch]
+        sizes = [size for size in _divisors(dry_run.sequences // accumulation) if size <= dry_run.microbatch]
         return accumulation, max((size for size in sizes[1:] if fits(accumulation, size)), default=1)
     return None
 
@@ -331,12 +329,12 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _disk_need(rehearsal: Rehearsal, steps: int) -> Need:
-    config = rehearsal.config
+def _disk_need(dry_run: DryRun, steps: int) -> Need:
+    config = dry_run.config
     folder = config.out or default_folder(config)
     every = config.training.checkpoint_every
     saves = 1 if every is None else steps // every + (steps % every > 0)
-    checkpoint, sae = rehearsal.file_sizes()
+    checkpoint, sae = dry_run.file_sizes()
     kept = config.training.keep_checkpoints + 1  # with the one that is being written
     size = min(kept, saves) * checkpoint + min(2, saves) * sae
     free = free_disk(Path(folder))

@@ -5,7 +5,7 @@ from rich.console import Console
 from endwise.common.machine import size_text
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_title
-from endwise.training.planning.plan import Plan
+from endwise.training.planning.plan import TrainingPlan
 
 LABELS = {
     "clean_prefix": "clean pass, up to the site",
@@ -21,7 +21,7 @@ LABELS = {
 }
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     """Parameters, memory by part and stage, operations, and what does not fit; 80 columns are enough."""
     console = console or Console()
     for line in _heading(plan):
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     show("Everything fits." if plan.fits else "It does not fit.", console)
 
 
-def _heading(plan: Plan) -> tuple[str, ...]:
+def _heading(plan: TrainingPlan) -> tuple[str, ...]:
     passes = f" in {plan.accumulation} passes" if plan.accumulation > 1 else ""
     shared = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
     tail = "" if plan.kind == "local" else f", {plan.microbatch} at a time in the spliced pass"
@@ -45,7 +45,7 @@ def _heading(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _parameters(plan: Plan) -> Grid:
+def _parameters(plan: TrainingPlan) -> Grid:
     own = plan.parameters
     rows = [
         ("language model", f"{own.model:,}"),
@@ -57,7 +57,7 @@ def _parameters(plan: Plan) -> Grid:
     return Grid(("parameters", ""), rows)
 
 
-def _memory(plan: Plan) -> Grid:
+def _memory(plan: TrainingPlan) -> Grid:
     """Parts by stage, each stage at its own peak."""
     rows = []
     for part in dict.fromkeys(part for stage in plan.stages for part in stage.parts):
@@ -68,7 +68,7 @@ def _memory(plan: Plan) -> Grid:
     return Grid(("memory at the peak of", *(stage.name for stage in plan.stages)), rows)
 
 
-def _flops(plan: Plan) -> Grid:
+def _flops(plan: TrainingPlan) -> Grid:
     rows = [(LABELS[name], f"{value / 1e6:,.2f}") for name, value in vars(plan.flops).items() if value]
     rows.append(("together", f"{plan.flops.per_token / 1e6:,.2f}"))
     if plan.sparse_flops is not None:
@@ -77,7 +77,7 @@ def _flops(plan: Plan) -> Grid:
     return Grid(("operations per token", "Mflop"), rows)
 
 
-def _needs(plan: Plan) -> Grid:
+def _needs(plan: TrainingPlan) -> Grid:
     rows = []
     for need in plan.needs:
         available = "?" if need.available is None else size_text(need.available)
