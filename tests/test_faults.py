@@ -225,7 +225,7 @@ def test_text_that_vanishes_while_it_is_read(made, tmp_path):
 
 
 def test_text_that_comes_back_is_gone_on_with(made, tmp_path):
-    from endwise.tokens.sources import Document, TextSource, SourceLost
+    from endwise.tokens.sources import Document, SourceLost, TextSource
     from endwise.tokens.tokenising import lasting
 
     openings = []

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, status, handle_errors, echo
+from endwise.cli.app import app, echo, handle_errors, status
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from endwise.cli.app import app, handle_errors, echo
+from endwise.cli.app import app, echo, handle_errors
 
 Overrides = Annotated[
     list[str] | None,

@@ -13,7 +13,7 @@
     └── TrainingStopped    training cannot go on; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
         ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
-        ├── SomeFailed     some of the SAEs trained together; it carries those that finished (in `group`)
+        ├── SomeFailed     some of the SAEs trained together; it carries those that finished (in `training.members`)
         ├── Interrupted    the user asked to stop; the state is saved
         ├── ProcessLost    of several processes that train one run, another is gone
         └── ElsewhereFailed  another process failed at what all do, and tells why

@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 
 @runtime_checkable
 class Asker(Protocol):
-    tally: CallStats
+    stats: CallStats
 
     async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
         """
@@ -151,7 +151,7 @@ class Asking:
                 return None
             if (value := read(answer.text)) is not None:
                 return value
-        self.asker.tally.unreadable += 1
+        self.asker.stats.unreadable += 1
         return None
 
 

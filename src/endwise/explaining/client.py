@@ -85,7 +85,7 @@ class Client:
 
     def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, retry: RetryPolicy) -> None:
         self._http, self._endpoint, self._retry = http, endpoint, retry
-        self.tally = CallStats()
+        self.stats = CallStats()
         self._pace = Pace(retry.per_minute)
         self._places = asyncio.Semaphore(retry.concurrency)
         self._flying: dict[tuple[int, str], asyncio.Future[Answer | None]] = {}
@@ -105,7 +105,7 @@ class Client:
         if flying is not None:
             return await asyncio.shield(flying)
         if (kept := cache.get(key)) is not None:
-            self.tally.kept += 1
+            self.stats.kept += 1
             return kept
         call = asyncio.ensure_future(self._call(request, cache, key))
         self._flying[id(cache), key] = call
@@ -119,7 +119,7 @@ class Client:
             try:
                 answer = await self._patiently(request)
             except Retryable as error:
-                self.tally.failed += 1
+                self.stats.failed += 1
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= GIVE_UP:
                     raise EndpointError(
@@ -130,9 +130,9 @@ class Client:
                 return None
             self._failed_in_a_row = 0
             cache.put(key, answer)
-            self.tally.calls += 1
-            self.tally.tokens_in += answer.tokens_in or 0
-            self.tally.tokens_out += answer.tokens_out or 0
+            self.stats.calls += 1
+            self.stats.tokens_in += answer.tokens_in or 0
+            self.stats.tokens_out += answer.tokens_out or 0
             return answer
 
     async def _patiently(self, request: Mapping[str, Any]) -> Answer:
@@ -145,7 +145,7 @@ class Client:
                     self._pace.pause(error.wait)
                 if attempt == self._retry.attempts:
                     raise
-                self.tally.retries += 1
+                self.stats.retries += 1
                 await asyncio.sleep(max(back_off(attempt), error.wait or 0.0))
         raise AssertionError  # there is at least one attempt
 

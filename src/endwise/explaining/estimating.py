@@ -44,19 +44,19 @@ class _Estimator:
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url
         self._counted: set[tuple[int, str]] = set()
-        self.tally = CallStats()
+        self.stats = CallStats()
 
     async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
         key = request_key(self._url, request)
         if (id(cache), key) in self._counted:
             return Answer(stand_in)
         if (kept := cache.get(key)) is not None:
-            self.tally.kept += 1
+            self.stats.kept += 1
             return kept
         self._counted.add((id(cache), key))
-        self.tally.calls += 1
-        self.tally.tokens_in += sum(_tokens(message["content"]) for message in request["messages"])
-        self.tally.tokens_out += _tokens(stand_in)
+        self.stats.calls += 1
+        self.stats.tokens_in += sum(_tokens(message["content"]) for message in request["messages"])
+        self.stats.tokens_out += _tokens(stand_in)
         return Answer(stand_in)
 
 
@@ -71,15 +71,15 @@ def estimate(prepared: Sequence[PreparedRun], settings: Settings, endpoint: Endp
         caches = [stack.enter_context(_kept(each)) for each in prepared]
         askings = [Asking(each, settings, estimator, cache) for each, cache in zip(prepared, caches, strict=True)]
         run_async(_all(askings))
-    tally = estimator.tally
+    stats = estimator.stats
     return Estimate(
         runs=len(prepared),
         features=sum(len(each.samples) for each in prepared),
         left_out=sum(len(each.left_out) for each in prepared),
-        calls=tally.calls,
-        kept=tally.kept,
-        tokens_in=tally.tokens_in,
-        tokens_out=tally.tokens_out,
+        calls=stats.calls,
+        kept=stats.kept,
+        tokens_in=stats.tokens_in,
+        tokens_out=stats.tokens_out,
     )
 
 

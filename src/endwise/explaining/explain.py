@@ -11,7 +11,7 @@ from typing import Any
 from endwise.common.errors import Interrupted
 from endwise.explaining.asking import PURPOSES, Asking, Explained
 from endwise.explaining.cache import opened
-from endwise.explaining.client import Client, CallStats, connected, run_async
+from endwise.explaining.client import CallStats, Client, connected, run_async
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.estimating import Estimate, estimate
 from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
@@ -54,22 +54,22 @@ def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explana
         Interrupted: by Ctrl-C; answers so far are kept.
     """
     try:
-        tally = run_async(_explain(plan, say))
+        stats = run_async(_explain(plan, say))
     except KeyboardInterrupt:
         raise Interrupted("Stopped; every answer so far is kept. The same command goes on from here.") from None
     found = {each.run: read_explanations(each.run) for each in plan.prepared}
-    return {run: explanations for run, explanations in found.items() if explanations is not None}, tally
+    return {run: explanations for run, explanations in found.items() if explanations is not None}, stats
 
 
 async def _explain(plan: ExplainingPlan, say: Say) -> CallStats:
-    tallies = [CallStats() for _ in plan.prepared]
+    stats_by_run = [CallStats() for _ in plan.prepared]
     expected = plan.estimate.calls + plan.estimate.kept
-    async with connected(plan.endpoint, plan.settings.retry) as client, _telling(tallies, expected, say):
-        for prepared, client.tally in zip(plan.prepared, tallies, strict=True):
+    async with connected(plan.endpoint, plan.settings.retry) as client, _telling(stats_by_run, expected, say):
+        for prepared, client.stats in zip(plan.prepared, stats_by_run, strict=True):
             with opened(prepared.run / EXPLANATIONS_FOLDER) as cache:
                 explained = await Asking(prepared, plan.settings, client, cache).all()
                 write_explanations(prepared.run, explained.rows, _about(plan, prepared, explained, client))
-    return sum(tallies, CallStats())
+    return sum(stats_by_run, CallStats())
 
 
 def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, client: Client) -> dict[str, Any]:
@@ -84,20 +84,20 @@ def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, cl
         "corpus": harvest.get("corpus"),
         "explained": len(explained.rows),
         "left_out": {str(feature): why for feature, why in sorted(explained.left_out.items())},
-        "tally": asdict(client.tally),
+        "tally": asdict(client.stats),
     }
 
 
 @asynccontextmanager
-async def _telling(tallies: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
+async def _telling(stats_by_run: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
     """Says now and then how far it is."""
 
     async def tell() -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
-            tally = sum(tallies, CallStats())
-            done = tally.calls + tally.kept + tally.failed
-            say(f"{done:,} of about {expected:,} answers, {tally.failed:,} calls failed, {tally.retries:,} tried again")
+            stats = sum(stats_by_run, CallStats())
+            done = stats.calls + stats.kept + stats.failed
+            say(f"{done:,} of about {expected:,} answers, {stats.failed:,} calls failed, {stats.retries:,} tried again")
 
     task = asyncio.create_task(tell())
     try:

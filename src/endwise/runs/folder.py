@@ -3,7 +3,7 @@
 config.yaml                     the recipe, every default filled in
 environment.json                versions, platform, command
 data.json                       sources, sizes and fingerprints of both sides of the data
-digests.json                    what tells all that the run stands on, and its SAE, from others (`standing`)
+digests.json                    what tells all that the run stands on, and its SAE, from others (`evaluation.provenance`)
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
@@ -112,7 +112,7 @@ class RunFolder:
         """Writes what the run is made of; on resuming, only what was not written before.
 
         Args:
-            digests: what it stands on (`standing.described`), of a run that starts now.
+            digests: what it stands on (`provenance.described`), of a run that starts now.
         """
         if not self.environment_file.exists():
             write_json(self.environment_file, {"seed": config.seed, **environment()})

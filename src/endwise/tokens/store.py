@@ -22,7 +22,7 @@ from endwise.common.files import PARTIAL
 from endwise.common.remedies import reason, remedy
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents
-from endwise.tokens.sources import TextSource, SourceLost
+from endwise.tokens.sources import SourceLost, TextSource
 from endwise.tokens.tokenising import (
     ENDS,
     HASHES,

@@ -27,7 +27,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import replacing, write_json
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents, Layout
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, SourceLost
+from endwise.tokens.sources import ROWS_AT_ONCE, Document, SourceLost, TextSource
 
 PEEKED_ROWS = 64
 BLOCK = 1 << 22

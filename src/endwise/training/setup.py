@@ -26,7 +26,7 @@ from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpora, corpora_for
 from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
-from endwise.training.resume import start_or_resume, broadcast_state
+from endwise.training.resume import broadcast_state, start_or_resume
 from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
 

@@ -14,7 +14,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
 from endwise.training.loop import run_loop
 from endwise.training.members import Run
-from endwise.training.setup import TrainingRequest, Resume, prepare
+from endwise.training.setup import Resume, TrainingRequest, prepare
 
 
 def train(

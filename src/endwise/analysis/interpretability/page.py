@@ -9,9 +9,9 @@ from endwise.analysis.claims import claim_list
 from endwise.analysis.interpretability.study import (
     AT,
     At,
-    ScoreDifference,
     ExplainedRun,
     Interpretability,
+    ScoreDifference,
     difference_rows,
     feature_rows,
     mean_rows,

@@ -21,7 +21,7 @@ from endwise.evaluation.provenance import model_of
 from endwise.features.harvest.files import write_harvest
 from endwise.features.harvest.gathering import Gathered, Kept, share_of_tokens
 from endwise.features.harvest.parts import Parts, Saver
-from endwise.features.harvest.request import Text, Request
+from endwise.features.harvest.request import Request, Text
 from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harvest
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
