@@ -1,9 +1,9 @@
 """The least arithmetic that a training step needs, and the rate at which the machine does such arithmetic.
 
-Counted are matrix products alone (`endwise.training.planning.flops`): a bound that no implementation in this arithmetic can pass, since
-norms, softmaxes, the optimiser and all memory traffic come on top. The encoder's forward counts as dense; everything
-else of a sparse dictionary counts at its L0. A step that finds its active features more cheaply than by a dense product
-in fp32 can pass the bound.
+Counted are matrix products alone (`endwise.training.planning.flops`): a bound that no implementation in this
+arithmetic can pass, since norms, softmaxes, the optimiser and all memory traffic come on top. The encoder's forward
+counts as dense; everything else of a sparse dictionary counts at its L0. A step that finds its active features more
+cheaply than by a dense product in fp32 can pass the bound.
 """
 
 from endwise.training.planning.flops import Stretch, forward_flops, gradient_flops, product_flops, sparse_flops

@@ -103,7 +103,7 @@ def dashboard(
     from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
 
-    echo(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else aside)}")
+    echo(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else status)}")
 
 
 @app.command()

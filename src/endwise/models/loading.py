@@ -58,7 +58,7 @@ def load_model(
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
-    source, shared = _where(name, gguf_file, revision, trust_remote_code)
+    source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
     with LOADING:
         model, info = _weighted(source, name, shared, attention, DTYPES[dtype])
         if info["missing_keys"]:
@@ -112,7 +112,7 @@ def _weighted(
     except ModelError:
         raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise ModelError(_explained(name, error)) from error
+        raise ModelError(explained(name, error)) from error
 
 
 def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str) -> LanguageModel:
@@ -130,7 +130,7 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str)
         raise ModelError(f"{name} is loaded, but a pass fails: {_one_line(error)} Is its config.json right?") from error
 
 
-def _where(
+def arguments_for(
     name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
     """What transformers reads a model from, and with which arguments."""
@@ -198,7 +198,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _explained(name: str, error: Exception) -> str:
+def explained(name: str, error: Exception) -> str:
     reason = _one_line(error)
     if isinstance(error, ImportError):
         return f"{name} needs a package that is not installed ({reason}). Install it first."

@@ -32,7 +32,8 @@ def spliced(model: LanguageModel, saes: Mapping[str | Site, Callable[[Tensor], T
         width = getattr(sae, "d_in", model.width(site))
         if width != model.width(site):
             raise ModelError(
-                f"{model.site(site).name} of {model.name} has width {model.width(site)}; the SAE given for it has {width}."
+                f"{model.site(site).name} of {model.name} has width {model.width(site)}; "
+                f"the SAE given for it has {width}."
             )
     with model.patched({model.site(site): sae for site, sae in saes.items()}):
         yield model

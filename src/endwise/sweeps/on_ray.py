@@ -55,9 +55,9 @@ class OnRay(Remote):
     def _ended(self, jobs: Sequence[Any]) -> Sequence[Any]:
         return ray.wait(list(jobs), timeout=WAIT_SECONDS)[0]
 
-    def _result(self, job: Any, task: Task) -> list[Outcome] | None:
+    def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
         try:
-            return ray.get(job)
+            return ray.get(handle)
         except TOLD as error:
             return failed(task, one_line(error.cause if isinstance(error, exceptions.RayTaskError) else error))
         except exceptions.RayError as error:

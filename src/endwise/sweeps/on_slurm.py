@@ -162,14 +162,14 @@ class OnSlurm(Remote):
         lag = 0 if job in self._asked else LAG_SECONDS
         return time.monotonic() - self._unseen.setdefault(job, time.monotonic()) >= lag
 
-    def _result(self, job: Any, task: Task) -> list[Outcome] | None:
-        if not job.paths.result_pickle.exists():
+    def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
+        if not handle.paths.result_pickle.exists():
             if not self._local:
-                self._kill([job])  # it may come back: SLURM itself queues jobs of a lost machine again
-            raise Lost(f"job {job.job_id} ended without a result; its output is in {job.paths.stderr}")
+                self._kill([handle])  # it may come back: SLURM itself queues jobs of a lost machine again
+            raise Lost(f"handle {handle.job_id} ended without a result; its output is in {handle.paths.stderr}")
         try:
-            return job.result()
-        except Exception as error:  # noqa: BLE001  What the job raised before its task began.
+            return handle.result()
+        except Exception as error:  # noqa: BLE001  What the handle raised before its task began.
             return failed(task, one_line(error))
 
     def _ask_to_stop(self, jobs: Sequence[Any]) -> None:

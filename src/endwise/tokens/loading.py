@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ EMBEDDED = "embedded"
 EMBEDDED_EOS = 0
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What reads tokens: as much of a language model as loading text needs."""
 

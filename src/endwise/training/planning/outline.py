@@ -10,7 +10,7 @@ from endwise.config.run import ModelConfig
 from endwise.models.files import refuse_adapter
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.loading import LOADING
+from endwise.models.loading import LOADING, arguments_for, explained
 from endwise.models.plain_weights import refuse_quantised_config
 from endwise.training.planning.memory_trace import MemoryTrace
 
@@ -25,7 +25,7 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
     Raises:
         ModelError: there is no such model, or it cannot be followed without values.
     """
-    source, shared = _where(settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
+    source, shared = arguments_for(settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
     with LOADING:
         try:
             refuse_adapter(source, settings.name, shared["revision"])
@@ -48,4 +48,4 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(_explained(settings.name, error)) from error
+            raise ModelError(explained(settings.name, error)) from error
