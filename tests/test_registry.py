@@ -1,0 +1,42 @@
+"""A registry: filled at the first look-up, told of unknown names."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from endwise.common.errors import ConfigError
+from endwise.common.registry import Registry
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    registry = Registry("animals", "home_of_animals")
+    monkeypatch.setitem(sys.modules, "home_of_animals", ModuleType("home_of_animals"))
+    registry.add("cat", "felis")("built-in cat")
+    return registry
+
+
+def test_a_thing_is_known_by_each_of_its_names(registry):
+    assert registry["cat"] == registry["felis"] == "built-in cat"
+    assert registry.names() == ["cat", "felis"] and "cat" in registry and "dog" not in registry
+
+
+def test_an_unknown_name_is_told_with_the_nearest(registry):
+    with pytest.raises(ConfigError, match=r"no 'cta' among the animals: cat, felis. Did you mean cat"):
+        registry["cta"]
+
+
+def test_what_is_added_later_takes_the_place_of_a_name(registry):
+    registry.add("cat")("another")
+    assert registry["cat"] == "another" and registry["felis"] == "built-in cat"
+
+
+def test_the_home_is_imported_at_the_first_look_up_alone(monkeypatch):
+    imported = []
+    monkeypatch.setattr("endwise.common.registry.import_module", imported.append)
+    registry = Registry("animals", "endwise.nowhere")
+    registry.add("cat")("cat")
+    assert not imported
+    assert registry["cat"] == "cat" and registry.names() == ["cat"]
+    assert imported == ["endwise.nowhere"]
