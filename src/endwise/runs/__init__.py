@@ -1,0 +1,1 @@
+"""Run folders: what is on the disk of a run, its checkpoints, its weights."""
