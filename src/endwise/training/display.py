@@ -17,6 +17,8 @@ from endwise.common.text import printable
 from endwise.config.run import RunConfig
 
 TABLE_SECONDS = 0.2
+NARROW = 100
+"""Columns of a terminal up to which a bar takes what its name and its times leave."""
 
 
 @dataclass
