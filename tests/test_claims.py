@@ -15,6 +15,7 @@ from endwise.paper.experiments import Experiments
 from endwise.paper.findings import Findings, MeasuredStudy
 from endwise.paper.mitigations import Variant, mitigations
 from endwise.paper.plan import StudyPlan
+from endwise.paper.report import charts
 from endwise.paper.runs import StudyRuns
 from endwise.paper.study_claims import claims
 from made_runs import make_run, with_mse
@@ -273,3 +274,15 @@ def test_every_claim_is_told_with_what_was_published():
     found = findings()
     assert all(claim.claim and claim.published and claim.ours for claim in claims(found))
     assert np.isfinite([len(claim.ours) for claim in claims(found)]).all()
+
+
+def test_figures_of_learning_rates_are_of_one_site():
+    found = findings()
+    elsewhere = [Measured(r.config, replace(r.summary, site=OTHER)) for r in found.experiments["learning_rates"]]
+    both = (*found.experiments["learning_rates"], *elsewhere)
+    found = replace(found, experiments={"learning_rates": both, "curves": (), "seeds": ()})
+    rates = len({run.config.training.learning_rate for run in both})
+    of_rates, by_rate = charts(found)["ablations"][:2]
+    assert (of_rates.name, by_rate.name) == ("learning_rates", "rates") and rates > 1
+    assert all(len(series.marks) == rates for panel in of_rates.panels for series in panel.series)
+    assert all(len(series.marks) == 1 for panel in by_rate.panels for series in panel.series)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import endwise
 from endwise.analysis import over_features
 from endwise.analysis.correlations import spearman
+from endwise.analysis.geometry import figures as geometry_figures
 from endwise.analysis.geometry.geometry import Similarity
 from endwise.analysis.geometry.geometry_claims import claims, differences
 from endwise.analysis.geometry.page import print_geometry, write_geometry
@@ -161,6 +163,15 @@ def test_recurrence_is_the_share_of_seeds_at_each_threshold(found):
     assert [each.seed for each in of.runs] == [0, 1, 2]
     assert [share.estimate for share in of.share] == pytest.approx(np.mean(shares, axis=0))
     assert all(share.low <= share.estimate + 1e-12 and share.estimate - 1e-12 <= share.high for share in of.share)
+
+
+def test_a_share_of_features_is_drawn_within_0_and_100_percent(found, monkeypatch):
+    of = recurrence(found, run_of(found, "local"))
+    wide = replace(of, share=tuple(replace(share, low=-0.2, high=1.3) for share in of.share))
+    monkeypatch.setattr(geometry_figures, "recurrences", lambda found: [wide])
+    (panel,) = geometry_figures.threshold_curves(found, "name").panels
+    (series,) = panel.series
+    assert set(series.band.low) == {0.0} and set(series.band.high) == {100.0}
 
 
 def slow_draws(statistic, run, size, resamples=over_features.RESAMPLES):

@@ -90,10 +90,13 @@ def importance(
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
     from endwise.analysis.importance.study import importance as measure
+    from endwise.common.files import check_can_write
 
+    out = out or runs[0].parent / "importance"
+    check_can_write(out)
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
-    echo(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
+    echo(f"The page, figures and tables: {write_importance(found, out)}")
 
 
 @app.command()
@@ -118,7 +121,10 @@ def directions(
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions
     from endwise.analysis.directions.study import directions as compare
+    from endwise.common.files import check_can_write
 
+    out = out or runs[0].parent / "directions"
+    check_can_write(out)
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)
-    echo(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
+    echo(f"The page, figures and tables: {write_directions(found, out)}")

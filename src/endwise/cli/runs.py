@@ -127,13 +127,15 @@ def evaluate(
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
     from endwise.analysis.comparison.printed import print_evaluations
-    from endwise.common.files import write_atomic
+    from endwise.common.files import check_can_write, write_atomic
     from endwise.common.processes import is_first_process
     from endwise.evaluation.evaluate import evaluate as run
     from endwise.evaluation.evaluate import evaluations_csv
     from endwise.evaluation.finished import unfinished
     from endwise.runs.folder import RunFolder
 
+    if csv is not None:
+        check_can_write(csv.parent)
     evaluations = run(runs, tokens=tokens)
     if not is_first_process():
         return
@@ -162,7 +164,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train and measure every run of a sweep: what is finished is skipped, what was broken off gone on with.
+    """Train and measure every run of a sweep: what is finished is skipped, what was interrupted is resumed.
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the sweep breaks a rule.
     """
@@ -202,7 +204,7 @@ def reproduce(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for runs, tables, figures and report.html; begun again, it goes on there."),
+        typer.Option(help="Folder for runs, tables, figures and report.html; the same command resumes there."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:

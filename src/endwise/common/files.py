@@ -102,6 +102,21 @@ def cannot_write(path: Path, error: Exception) -> RunFolderError:
     )
 
 
+def check_can_write(folder: Path) -> None:
+    """To be asked before what takes long is begun whose results go into the folder, which is not made yet.
+
+    Raises:
+        RunFolderError: it is a file or below one, or nothing may be written where it would be made.
+    """
+    place = folder = expanded(folder)
+    while not there_is(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise cannot_write(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def flush(path: Path) -> None:
     """Returns once the disk has what was written to a file, or which names a folder holds."""
     if os.name == "nt" and path.is_dir():  # where a folder cannot be opened, names are flushed with their files
@@ -163,7 +178,7 @@ def read_format(path: Path, version: int) -> dict[str, Any]:
     return value
 
 
-_REMEDY = "Restore it from a copy, or have it written anew."
+_REMEDY = "Restore it from a copy, or have it written again."
 
 
 def there_is(path: Path) -> bool:

@@ -31,13 +31,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from endwise.formats.saelens import WEIGHTS_FILE
 from endwise.common.digests import of_file
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
-from endwise.common.files import PARTIAL, flush, held, remove_partials, write_atomic, write_json
-from endwise.common.files import expanded, read_json, there_is
+from endwise.common.files import (
+    PARTIAL,
+    expanded,
+    flush,
+    held,
+    read_json,
+    remove_partials,
+    there_is,
+    write_atomic,
+    write_json,
+)
 from endwise.common.remedies import reason, remedy
 from endwise.config.run import RunConfig
+from endwise.formats.saelens import WEIGHTS_FILE
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
 

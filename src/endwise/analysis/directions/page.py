@@ -11,7 +11,7 @@ from endwise.analysis.directions import reconstruction
 from endwise.analysis.directions import study as analysis
 from endwise.analysis.directions.study import Directions
 from endwise.analysis.over_seeds import OverSeeds, rests_on
-from endwise.analysis.sets import models_of, remark_list, show_claims, title_of
+from endwise.analysis.sets import counted, models_of, remark_list, show_claims, title_of
 from endwise.common.files import expanded, write_atomic
 from endwise.common.remarks import show_remarks
 from endwise.common.statistics import Interval
@@ -178,8 +178,7 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         sections.append(_section(one, charts))
     path = out / "directions.html"
     runs = sum(len(one.runs) for one in found)
-    sets = f"{len(found)} set{'' if len(found) == 1 else 's'}"
-    lead = f"{runs} sparse autoencoders in {sets}, measured on held-out text; only runs of one set are compared."
+    lead = f"{counted(runs, len(found))}, measured on held-out text; only runs of one set are compared."
     title = "Lengths, directions and later layers"
     content = page(
         title=title,

@@ -6,7 +6,7 @@ import numpy as np
 
 from endwise.analysis.directions.norms import BINS, Norms
 from endwise.analysis.directions.text_at_site import Where
-from endwise.analysis.pareto.page import AXIS, described, mark
+from endwise.analysis.pareto.page import AXIS, OTHER_SEEDS, described, mark
 from endwise.config.run import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
@@ -65,7 +65,14 @@ def explained_variance(runs: Sequence[RunSummary], site: str, name: str = "expla
 
 
 def _by_kind(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
-    series = [Series(kind, tuple(mark(run, "l0", y) for run in of_kind(runs, kind))) for kind in KINDS]
+    """A curve of the first seed of each kind, and the runs of its other seeds as dots."""
+    series = []
+    for kind in KINDS:
+        own = of_kind(runs, kind)
+        first = min((run.seed for run in own), default=0)
+        line = tuple(mark(run, "l0", y) for run in own if run.seed == first)
+        dots = tuple(mark(run, "l0", y) for run in own if run.seed != first)
+        series += [Series(kind, line), Series(kind, dots, OTHER_SEEDS, joined=False, rank=1)]
     return tuple(each for each in series if each.marks)
 
 

@@ -6,6 +6,7 @@ verdict rests on the mean of the seeds' differences, with an interval that holds
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,8 @@ def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
     if missing or not explained:
         which = missing[0] if missing else named[0]
         raise RunFolderError(
-            f"{which} was not explained yet. Explain it: endwise explain RUN --endpoint URL --model NAME."
+            f"{which} was not explained yet. Explain it: endwise explain {shlex.quote(str(which))} --endpoint URL "
+            "--model NAME"
         )
     sets: dict[tuple[Setting, str], list[ExplainedRun]] = {}
     for summary, setting in with_settings(list(explained)):
@@ -327,7 +329,7 @@ _CHUNK = 1 << 21
 def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
     """Two-sided p of mean a − mean b, values `[n]` and `[m]`, if which side a value is on were chance.
 
-    The values are dealt anew to the two sides, `permutations` times; p = (1 + how often the difference is at least as
+    The values are dealt again to the two sides, `permutations` times; p = (1 + how often the difference is at least as
     far from 0 as it was) / (1 + permutations), which is never 0 and valid at any number of them (Phipson and Smyth
     2010).
     """

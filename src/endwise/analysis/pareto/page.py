@@ -18,7 +18,7 @@ from endwise.analysis.pareto.curves import (
     ratio_rows,
 )
 from endwise.analysis.ratios import MEASURES, NAMES, percent
-from endwise.analysis.sets import models_of, remark_list, title_of
+from endwise.analysis.sets import counted, models_of, remark_list, title_of
 from endwise.common.files import expanded, write_atomic
 from endwise.common.remarks import show_remarks
 from endwise.common.tables import write_table
@@ -31,6 +31,8 @@ from endwise.figures.page import Wide, escape, page, table
 from endwise.figures.print import save
 
 WAY_OVER_SEEDS = "Student's t"
+OTHER_SEEDS = "other seeds"
+"""What the runs are called that lie beside the curve of the first seed."""
 AXIS = {
     "l0": Axis("L0: features per token", log=True),
     "alive": Axis("alive features", log=True),
@@ -120,7 +122,8 @@ def _curve(
         return
     yield Series(kind, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
-        yield Series(kind, tuple(others), label, joined=False, rank=max(rank, 1))
+        told = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
+        yield Series(kind, tuple(others), told, joined=False, rank=max(rank, 1))
 
 
 def _listed(values: np.ndarray) -> tuple[float, ...]:
@@ -194,7 +197,7 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
         sections.append(_section(one, chart))
     runs = sum(len(one.runs) for one in found)
     path = out / "pareto.html"
-    lead = f"{runs} sparse autoencoders in {len(found)} sets; only runs of one set are compared."
+    lead = f"{counted(runs, len(found))}; only runs of one set are compared."
     content = page(
         title="Pareto curves",
         eyebrow=models_of(one.setting for one in found),
