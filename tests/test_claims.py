@@ -278,7 +278,7 @@ def test_every_claim_is_told_with_what_was_published():
 
 def test_figures_of_learning_rates_are_of_one_site():
     found = findings()
-    elsewhere = [Measured(r.config, replace(r.summary, site=OTHER)) for r in found.experiments["learning_rates"]]
+    elsewhere = [MeasuredStudy(r.config, replace(r.summary, site=OTHER)) for r in found.experiments["learning_rates"]]
     both = (*found.experiments["learning_rates"], *elsewhere)
     found = replace(found, experiments={"learning_rates": both, "curves": (), "seeds": ()})
     rates = len({run.config.training.learning_rate for run in both})

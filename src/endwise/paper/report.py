@@ -14,7 +14,7 @@ from endwise.figures.charts import Chart
 from endwise.figures.print import save
 from endwise.paper import figures
 from endwise.paper.costs import as_rows
-from endwise.paper.findings import Findings, Measured, find, norm_rows, ratio_rows, run_rows, variant_rows
+from endwise.paper.findings import Findings, MeasuredStudy, find, norm_rows, ratio_rows, run_rows, variant_rows
 from endwise.paper.mitigations import Way
 from endwise.paper.page import report
 from endwise.paper.runs import StudyRuns
@@ -88,7 +88,7 @@ def charts(found: Findings) -> Charts:
     }
 
 
-def _rates_tried(found: Findings, site: str) -> list[Measured]:
+def _rates_tried(found: Findings, site: str) -> list[MeasuredStudy]:
     """Every site has its own: a curve through the runs of several would be of none."""
     return [run for run in found.experiments["learning_rates"] if run.summary.site == site]
 

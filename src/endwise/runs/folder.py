@@ -3,7 +3,7 @@
 config.yaml                     the recipe, every default filled in
 environment.json                versions, platform, command
 data.json                       sources, sizes and fingerprints of both sides of the data
-digests.json                    what tells all that the run stands on, and its SAE, from others (`evaluation.provenance`)
+digests.json                    what tells all that the run stands on, and its SAE, from others (see `provenance`)
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
