@@ -23,9 +23,10 @@ from endwise.analysis.importance.page import print_importance
 from endwise.analysis.interpretability.page import print_interpretability
 from endwise.analysis.pareto.curves import Pareto
 from endwise.analysis.pareto.page import print_pareto
+from endwise.common.counting import counting
 from endwise.common.statistics import Interval
-from endwise.common.terminal import Grid, show
-from endwise.common.text import model_title
+from endwise.common.terminal import Bars, Grid, show
+from endwise.common.text import model_title, model_titles
 from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Baselines, Evaluation
 from endwise.sweeps.tables import print_rows
@@ -211,3 +212,33 @@ def test_a_folder_that_reads_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
     assert model_title("models/tiny") == "models/tiny"
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     assert model_title("models/tiny") == "tiny"
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_a_bars_name_is_never_cut(width):
+    name, file = "Tokenising a folder/of many/parts/corpus-東京.jsonl", io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    with Bars(console=console, auto_refresh=False) as bars:
+        bars.add_task(name, total=10, completed=5)
+        bars.refresh()
+    assert name.replace(" ", "") in re.sub(r"\s|\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert width < 60 or "50%" in file.getvalue()
+
+
+def test_a_line_of_a_log_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("endwise.common.counting.LOG_SECONDS", -1.0)
+    with counting("a pass of a name that is longer than what is left of eighty columns", 400, True) as advance:
+        advance(200)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_models_whose_folders_are_called_alike_are_told_apart():
+    names = ["/x/pythia/step1", "/y/other/step1", "/z/other/step1", "org/step1", "/w/llama"]
+    titles = model_titles(names)
+    assert list(titles) == names and len(set(titles.values())) == len(names)
+    assert titles["/x/pythia/step1"] == "pythia/step1" and titles["/y/other/step1"] == "y/other/step1"
+    assert (titles["org/step1"], titles["/w/llama"]) == ("org/step1", "llama")
+
+
+def test_a_title_takes_a_user_that_is_not_there_as_it_stands():
+    assert model_title("~nobody-of-this-name/models/llama") == "llama"

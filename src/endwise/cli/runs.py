@@ -220,6 +220,8 @@ def reproduce(
     made = run(model, out, budget=budget, display=not quiet)
     for claim in made.claims:
         echo(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+    for remark in made.remarks:
+        echo(f"! {remark}")
     for folder, why in made.runs.failures.items():
         echo(f"failed: {folder}: {why}", err=True)
     echo(f"The report: {made.report}")

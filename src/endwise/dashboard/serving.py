@@ -9,7 +9,7 @@ from endwise.dashboard.site import check_site, default_folder, write_dashboard
 from endwise.dashboard.sources import DashboardRun, read_sources
 from endwise.dashboard.text import TextReader
 from endwise.evaluation.finished import load_sae
-from endwise.evaluation.provenance import model_of
+from endwise.evaluation.provenance import model_of, pinned
 from endwise.features.explanations import EXPLANATIONS_FOLDER
 from endwise.models.language_model import LanguageModel
 
@@ -42,7 +42,7 @@ def dashboard_server(
     models: dict[str, LanguageModel] = {}
     readers = []
     for source in sources:
-        settings = source.config.model.model_dump()
+        settings = pinned(source.path, source.config).model.model_dump()
         own = model_of({source.path: source.config}, model or models.get(repr(settings)))
         models[repr(settings)] = own
         sae = load_sae(source.path, source.config, own)

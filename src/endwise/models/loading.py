@@ -19,6 +19,8 @@ from endwise.common.digests import of_stored_model
 from endwise.common.errors import ConfigError, ModelError
 from endwise.common.files import at_home, there_is
 from endwise.common.processes import local_rank
+from endwise.common.remedies import number, remedy
+from endwise.common.remedies import reason as system_reason
 from endwise.models.files import check_files, refuse_adapter, tokenizer_files, weight_files
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
@@ -221,6 +223,9 @@ def explained(name: str, error: Exception) -> str:
         return f"{name} needs a package that is not installed ({reason}). Install it first."
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
+    lost = isinstance(error, FileNotFoundError) or number(error) is None
+    if not lost and (isinstance(error, OSError) or there_is(Path(name))):
+        return f"{name} cannot be read ({system_reason(error)}). {remedy(error)}"
     if isinstance(error, OSError) and not there_is(Path(name)):
         return (
             f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "

@@ -13,6 +13,7 @@ import numpy as np
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio, with_intervals
 from endwise.common.statistics import InterpolationError, Interval, interpolate_at
 from endwise.config.run import Kind, RunConfig
+from endwise.evaluation.provenance import check_start
 from endwise.evaluation.summary import Floats, RunSummary, Seeds, resampled, what_varies
 from endwise.paper.costs import Cost, seconds_per_token
 from endwise.runs.folder import RunFolder
@@ -180,6 +181,7 @@ def total_cost(config: RunConfig, costs: list[Cost]) -> tuple[int, float]:
     """Training tokens and seconds of a run, and of those that it started from."""
     tokens, seconds = config.training.tokens, config.training.tokens * seconds_per_token(costs, config)
     if config.init_from is not None and (start := RunFolder(config.init_from)).has_run():
+        check_start(config)
         before = total_cost(start.config(), costs)
         return tokens + before[0], seconds + before[1]
     return tokens, seconds

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endwise.common.files import expanded
+from endwise.evaluation.summary import RunSummary, remarks_of
 from endwise.paper.report import write
 from endwise.paper.runs import StudyRuns, make_runs
 from endwise.paper.study_claims import Claim
 from endwise.paper.study_config import StudyConfig, find_study
 from endwise.sweeps.engines import engine_of
+from endwise.sweeps.tasks import folder_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Reproduced:
     runs: StudyRuns
     report: Path
     """The page; `tables/` and `figures/` lie beside it."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What must be told of the runs' numbers (`endwise.common.remarks`)."""
+        folders = (folder_of(each) for name in self.runs.plan.experiments for each in self.runs.finished(name))
+        return remarks_of(map(RunSummary.read, dict.fromkeys(folders)))
 
 
 def reproduce(

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import replacing, write_json
+from endwise.common.terminal import Bars
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, SourceLost, TextSource
@@ -478,7 +479,7 @@ def _progress() -> Progress:
         BarColumn(),
         TextColumn("{task.fields[tokens]:,} tokens"),
     )
-    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
+    return Bars(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
 
 
 def outside_vocabulary(name: str, token: int, encoding: Encoding) -> DataError:

@@ -9,7 +9,7 @@ from endwise.analysis.comparison.comparison import Summary
 from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.common.remarks import MARKED, gathered, mark_of, show_remarks
 from endwise.common.terminal import Grid, show
-from endwise.common.text import model_title
+from endwise.common.text import model_titles
 from endwise.config.run import KINDS, LABELS, RunConfig
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import later_mse, layer_label, remarks_of
@@ -27,7 +27,9 @@ def print_evaluations(
         for path, evaluation in evaluations.items()
     ]
     show(Grid((*headings, *marked), rows, words=("kind",)), console)
-    for line in dict.fromkeys(_baselines(configs[path], evaluation) for path, evaluation in evaluations.items()):
+    models = model_titles(configs[path].model.name for path in evaluations)
+    lines = (_baselines(configs[path], evaluation, models) for path, evaluation in evaluations.items())
+    for line in dict.fromkeys(lines):
         show(line, console)
     show_remarks(gathered({str(path): evaluation.remarks for path, evaluation in evaluations.items()}), console)
 
@@ -58,8 +60,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     show_remarks(remarks_of(summary.runs), console)
 
 
-def _baselines(config: RunConfig, evaluation: Evaluation) -> str:
-    bounds, model = evaluation.baselines, model_title(config.model.name)
+def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, str]) -> str:
+    bounds, model = evaluation.baselines, models[config.model.name]
     return (
         f"{config.site} of {model}, {evaluation.tokens:,} held-out tokens: CE {bounds.clean:.3f} nats per "
         f"token clean, {bounds.mean_ablated:.3f} with the site at its mean, {bounds.zero_ablated:.3f} at zero."
