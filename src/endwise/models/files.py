@@ -10,6 +10,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from endwise.common.errors import ConfigError, FormatError, ModelError
 from endwise.common.files import read_json, stays_inside, there_is
+from endwise.models.adapters import MERGING
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
@@ -31,16 +32,16 @@ def refuse_adapter(source: str, name: str, revision: str) -> None:
     except FormatError:
         base = None
     of = f" of {base!r:.100}" if isinstance(base, str) and base else ""
-    merge = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER)"
+    merge = MERGING.format(".save_pretrained(FOLDER)")
     if _file(source, "config.json", revision) is None:
         raise ModelError(
             f"{name} is an adapter{of} (adapter_config.json), not a model. Merge it into its base model first, and "
-            f"give that folder: {merge}."
+            f"give that folder: {merge}"
         )
     raise ModelError(
         f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
         "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge "
-        f"them, and give that folder: {merge}."
+        f"them, and give that folder: {merge}"
     )
 
 

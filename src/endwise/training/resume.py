@@ -6,7 +6,7 @@ from typing import Any
 
 from endwise.common.errors import FormatError, RunFolderError, Unreadable
 from endwise.common.processes import World
-from endwise.evaluation.provenance import beginning, check_resumed, described
+from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint
 from endwise.runs.folder import RunFolder
@@ -25,7 +25,7 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
     if from_step is None and len(group.members) > 1:
         from_step = _latest_of_all(group)
     started = {
-        member.folder.path: _taken_up(member, stands_on, corpora, from_step)
+        member.folder.path: _taken_up(member, as_recorded(member.folder, model, stands_on), corpora, from_step)
         for member in group.members
         if member.folder.has_run()
     }
