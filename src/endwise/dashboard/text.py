@@ -16,6 +16,7 @@ from endwise.dictionaries import SAE
 from endwise.features.harvest.top_tokens import written, written_text
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Site
+from endwise.models.splicing import SplicedPass
 from endwise.tokens.tokenising import text_ids
 
 MOST_TOKENS = 512
@@ -55,8 +56,7 @@ class TextReader:
         clean = self.model.clean(tokens, record=[self.site], final=True)
         activation = clean.activations[self.site]
         latents = self.sae.encode(activation.float())
-        value = torch.where(mask[..., None], self.sae.decode(latents).to(activation.dtype), activation)
-        spliced = self.model.replay(clean, {self.site: value}).final
+        spliced = SplicedPass(self.model, self.site).run(clean, self.sae.decode(latents), mask).final
         assert clean.final is not None and spliced is not None
         compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
         active = latents.dense()[0].where(mask[0, :, None], 0.0)

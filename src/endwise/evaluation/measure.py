@@ -27,7 +27,7 @@ from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
 from endwise.models.sites import Part, Site
-from endwise.models.splicing import later_residuals, squared_error
+from endwise.models.splicing import SplicedPass, later_residuals, squared_error
 from endwise.tokens import Corpus, TokenBatch
 
 Sums = dict[str, NDArray[np.float64]]
@@ -151,7 +151,7 @@ def measure(
     with world.together("evaluating"), torch.no_grad():
         for batch in _batches(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
-            passes: dict[str | tuple[Site, str], _SplicedPass] = {}
+            passes: dict[str | tuple[Site, str], _Effect] = {}
             for name, (site, sae) in saes.items():
                 latents = sae.encode(clean.activations[site])
                 estimate = sae.decode(latents)
@@ -287,7 +287,9 @@ def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask:
 
 
 @dataclass(frozen=True)
-class _SplicedPass:
+class _Effect:
+    """What a spliced pass leads to."""
+
     final: Activation
     downstream: dict[str, Tensor]
     """Squared error and cosine at each later site, summed per sequence."""
@@ -295,9 +297,8 @@ class _SplicedPass:
 
 def _splice(
     model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], mask: TokenMask
-) -> _SplicedPass:
-    patched = torch.where(mask[..., None], estimate, clean.activations[site])
-    spliced = model.replay(clean, {site: patched}, record=later, final=True)
+) -> _Effect:
+    spliced = SplicedPass(model, site, later).run(clean, estimate, mask)
     downstream = {}
     for s in later:
         rows = zip(spliced.activations[s], clean.activations[s], mask, strict=True)
@@ -306,7 +307,7 @@ def _splice(
         )
         cosines = cosine_similarity(spliced.activations[s].float(), clean.activations[s].float(), dim=-1)
         downstream[f"downstream_cosine.{s.name}"] = cosines.where(mask, 0.0).sum(-1)
-    return _SplicedPass(_final(spliced), downstream)
+    return _Effect(_final(spliced), downstream)
 
 
 def _final(recorded: Clean | Spliced) -> Activation:

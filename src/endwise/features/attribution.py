@@ -16,6 +16,7 @@ The clean pass stops at the site unless the KL is asked for; the backward pass c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -29,11 +30,11 @@ from endwise.common.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
 from endwise.dictionaries.latents import SparseLatents
 from endwise.features.importance_table import FeatureImportance
-from endwise.features.spliced import microbatches
 from endwise.kernels import kernels_for
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout, next_tokens
 from endwise.models.sites import Site
+from endwise.models.splicing import SplicedPass, SplicedRows
 
 Loss = Literal["ce", "kl"]
 Sums = Float[Tensor, " d_sae"]
@@ -55,25 +56,18 @@ def spliced_gradients(
         clean: must have recorded the site and, for the KL, the final hidden state.
         mask: positions outside it keep their own activation.
     """
-    found: dict[Loss, Activation] = {loss: torch.empty_like(reconstruction) for loss in losses}
-    for rows in microbatches(len(mask), mask):
-        part, kept = clean.rows(rows), mask[rows]
-        leaf = reconstruction.detach()[rows].requires_grad_()
-        patched = torch.where(kept[..., None], leaf, part.activations[site].to(leaf.dtype))
-        final = model.replay(part, {site: patched}).final
-        assert final is not None
-        totals: dict[Loss, Tensor] = {loss: _total(model.readout, loss, part, final, kept) for loss in losses}
-        for loss, total in totals.items():
-            (gradient,) = torch.autograd.grad(total, leaf, retain_graph=loss != losses[-1])
-            found[loss][rows] = gradient
-    return found
+    totals = [partial(_total, model.readout, loss) for loss in losses]
+    gradients = SplicedPass(model, site).gradients(clean, reconstruction, mask, totals)
+    return dict(zip(losses, gradients, strict=True))
 
 
-def _total(readout: Readout, loss: Loss, clean: Clean, final: Activation, mask: TokenMask) -> Tensor:
+def _total(readout: Readout, loss: Loss, part: SplicedRows) -> Tensor:
+    final = part.spliced.final
+    assert final is not None
     if loss == "ce":
-        return readout.cross_entropy(final, clean.tokens, mask).sum()
-    assert clean.final is not None
-    return readout.kl(clean.final, final, mask)
+        return readout.cross_entropy(final, part.clean.tokens, part.mask).sum()
+    assert part.clean.final is not None
+    return readout.kl(part.clean.final, final, part.mask)
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,10 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
-from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
 from endwise.models.sites import Site
-
-CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
-"""Tokens at a time in the spliced pass, as in training."""
-
-
-def microbatches(count: int, mask: TokenMask) -> list[slice]:
-    """Of `count` sequences as long as those of the mask, those that go through the tail at a time."""
-    most = CPU_TAIL_TOKENS if mask.device.type == "cpu" else GPU_TAIL_TOKENS
-    size = max(1, most // mask.shape[1])
-    return [slice(start, start + size) for start in range(0, count, size)]
+from endwise.models.splicing import SplicedPass
 
 
 @dataclass(frozen=True)
@@ -43,10 +34,8 @@ class SplicedBatch:
     def of(cls, model: LanguageModel, sae: SAE, clean: Clean, site: Site, mask: TokenMask) -> "SplicedBatch":
         latents = sae.encode(clean.activations[site])
         reconstruction = sae.decode(latents)
-        compared = [
-            _compare(model, clean.rows(rows), site, mask[rows], reconstruction[rows])
-            for rows in microbatches(len(mask), mask)
-        ]
+        parts = SplicedPass(model, site).in_parts(clean, reconstruction, mask)
+        compared = [_compare(model, part.clean, part.spliced, part.mask) for part in parts]
         joined = {name: torch.cat([getattr(each, name) for each in compared]) for name in vars(compared[0])}
         return cls(clean, site, mask, latents, reconstruction, Comparison(**joined))
 
@@ -59,7 +48,8 @@ class SplicedBatch:
             rows: the sequences, one for each of `changed`; any may come several times.
         """
         clean = _picked(self.clean, rows)
-        compared = _compare(model, clean, self.site, self.mask[rows], changed)
+        mask = self.mask[rows]
+        compared = _compare(model, clean, SplicedPass(model, self.site).run(clean, changed, mask), mask)
         ce = (compared.ce_spliced - self.whole.ce_spliced[rows]).sum(1, dtype=torch.float64)
         kl = (compared.kl - self.whole.kl[rows]).sum(1, dtype=torch.float64)
         return torch.stack([ce, kl]).cpu().numpy()
@@ -71,10 +61,10 @@ def spliced_ce(
 ) -> Float[Tensor, " batch"]:
     """CE with a value at the site, summed over each sequence, in float64."""
     sums = []
-    for rows in microbatches(len(mask), mask):
-        part, kept = clean.rows(rows), mask[rows]
-        final = _final(model, part, site, kept, value[rows])
-        sums.append(model.readout.cross_entropy(final, part.tokens, kept).sum(1, dtype=torch.float64))
+    for part in SplicedPass(model, site).in_parts(clean, value, mask):
+        assert part.spliced.final is not None
+        ce = model.readout.cross_entropy(part.spliced.final, part.clean.tokens, part.mask)
+        sums.append(ce.sum(1, dtype=torch.float64))
     return torch.cat(sums)
 
 
@@ -84,14 +74,6 @@ def _picked(clean: Clean, rows: Int[Tensor, " rows"]) -> Clean:
     return Clean(clean.tokens[rows], activations, clean.final[rows])
 
 
-def _final(model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, value: Activation) -> Activation:
-    patched = torch.where(mask[..., None], value, clean.activations[site].to(value.dtype))
-    final = model.replay(clean, {site: patched}).final
-    assert final is not None
-    return final
-
-
-def _compare(model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, value: Activation) -> Comparison:
-    assert clean.final is not None
-    final = _final(model, clean, site, mask, value)
-    return model.readout.compare(clean.final, [final], clean.tokens, mask)[0]
+def _compare(model: LanguageModel, clean: Clean, spliced: Spliced, mask: TokenMask) -> Comparison:
+    assert clean.final is not None and spliced.final is not None
+    return model.readout.compare(clean.final, [spliced.final], clean.tokens, mask)[0]

@@ -1,7 +1,8 @@
-"""Running a model on its SAE's reconstructions."""
+"""Running a model on its SAE's reconstructions: the one place where a value is put at a site and the rest is run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,10 +10,108 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ModelError
-from endwise.models.language_model import LanguageModel
+from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.sites import Part, Site
 
 Scalar = Float[Tensor, ""]
+CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
+"""Tokens at a time in the spliced pass: enough for matrix products at full speed."""
+
+
+def sequences_at_a_time(context: int, device: torch.device) -> int:
+    """Return how many sequences of `context` tokens go through the tail at a time, unless a recipe says."""
+    return max(1, (CPU_TAIL_TOKENS if device.type == "cpu" else GPU_TAIL_TOKENS) // context)
+
+
+def microbatches(count: int, mask: TokenMask, size: int | None = None) -> list[slice]:
+    """Cut `count` sequences, as long as those of the mask, into those that go through the tail at a time.
+
+    Args:
+        size: sequences at a time; None: `sequences_at_a_time`.
+    """
+    size = size or sequences_at_a_time(mask.shape[1], mask.device)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+@dataclass(frozen=True)
+class SplicedRows:
+    """Some sequences of a spliced pass, beside the clean pass of the same."""
+
+    rows: slice
+    clean: Clean
+    mask: TokenMask
+    spliced: Spliced
+
+
+Loss = Callable[[SplicedRows], Scalar]
+"""A sum over the mask's tokens of some sequences."""
+
+
+@dataclass(frozen=True)
+class SplicedPass:
+    """The tail of a model, run with a value in place at a site. Nothing outside `models` calls `LanguageModel.replay`.
+
+    Args:
+        model: runs the tail; it may be that of the clean pass in another precision.
+        site: where the value is put.
+        record: later sites whose activations to keep.
+        final: whether to go on to the hidden state that enters the unembedding.
+        microbatch: sequences at a time in `in_parts` and `gradients`; None: `sequences_at_a_time`.
+    """
+
+    model: LanguageModel
+    site: Site
+    record: Sequence[Site] = ()
+    final: bool = True
+    microbatch: int | None = None
+
+    def run(self, clean: Clean, value: Activation, mask: TokenMask | None = None) -> Spliced:
+        """Run the tail on all sequences at once.
+
+        Args:
+            clean: recorded the site.
+            mask: positions outside it keep their own activation; None: the value is taken as it is.
+        """
+        if mask is not None:
+            value = torch.where(mask[..., None], value, clean.activations[self.site])
+        return self.model.replay(clean, {self.site: value}, record=self.record, final=self.final)
+
+    def in_parts(self, clean: Clean, value: Activation, mask: TokenMask) -> Iterator[SplicedRows]:
+        """Run the tail on a microbatch after another."""
+        for rows in microbatches(len(mask), mask, self.microbatch):
+            yield self._of(rows, clean.rows(rows), value[rows], mask[rows])
+
+    def gradients(self, clean: Clean, value: Activation, mask: TokenMask, losses: Sequence[Loss]) -> list[Activation]:
+        """Return the gradient of each loss's sum at the value, which is `[batch pos width]`; 0 at masked positions.
+
+        One forward pass of the tail, and a backward pass for each loss, microbatch by microbatch: memory is bounded by
+        one of them. The graph that the value comes from is not entered.
+        """
+        found = [torch.empty_like(value) for _ in losses]
+        for rows in microbatches(len(mask), mask, self.microbatch):
+            leaf = value.detach()[rows].requires_grad_()
+            part = self._of(rows, clean.rows(rows), leaf, mask[rows])
+            totals = [loss(part) for loss in losses]
+            for number, (total, gradient) in enumerate(zip(totals, found, strict=True)):
+                total.backward(retain_graph=number + 1 < len(totals))
+                assert leaf.grad is not None
+                gradient[rows] = leaf.grad
+                leaf.grad = None
+        return found
+
+    def _of(self, rows: slice, clean: Clean, value: Activation, mask: TokenMask) -> SplicedRows:
+        return SplicedRows(rows, clean, mask, self.run(clean, value, mask))
+
+
+def clean_by_tail(tail: LanguageModel, head: Clean, site: Site, record: Sequence[Site], final: bool) -> Clean:
+    """Go on from a clean pass with the model that runs the spliced one, so that its rounding is on both sides.
+
+    Args:
+        head: recorded the site, where `tail` takes over.
+    """
+    with torch.no_grad():
+        after = SplicedPass(tail, site, record, final).run(head, head.activations[site])
+    return Clean(head.tokens, head.activations | after.activations, after.final)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from endwise.config.run import TrainingConfig
 from endwise.kernels import has_fast_bfloat16
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Site
+from endwise.models.splicing import clean_by_tail
 from endwise.tokens import TokenBatch
 from endwise.training.trainee import Trainee
 
@@ -105,12 +106,8 @@ def clean_passes(
     if tail is model:
         clean = model.clean(tokens, record=sites.union(*later.values()), final=any(final.values()))
         return dict.fromkeys(sites, clean)
-    head, passes = model.clean(tokens, record=sites), {}
-    for site in sites:
-        with torch.no_grad():
-            after = tail.replay(head, {site: head.activations[site]}, record=later[site], final=final[site])
-        passes[site] = Clean(tokens, head.activations | after.activations, after.final)
-    return passes
+    head = model.clean(tokens, record=sites)
+    return {site: clean_by_tail(tail, head, site, tuple(later[site]), final[site]) for site in sites}
 
 
 def _each(left: list[Trainee], failed: Failed | None, act: Callable[[Trainee], None], whole: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,12 @@ from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries import SAE, Latents
 from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.readout import Readout
 from endwise.models.sites import Site
+from endwise.models.splicing import SplicedPass, SplicedRows
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.training.objectives import Objective
 
-CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
-"""Tokens at a time in the spliced pass: enough for matrix products at full speed."""
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
 UNCHECKED = ("optimizer.", "random.cuda.")
@@ -105,23 +106,18 @@ class Trainee:
         self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
     ) -> Activation:
         """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
-        gradient = torch.empty_like(reconstruction)
-        size = self.config.microbatch or max(1, _tail_tokens(gradient.device) // gradient.shape[1])
-        for start in range(0, len(gradient), size):
-            rows = slice(start, start + size)
-            part, kept = clean.rows(rows), mask[rows]
-            leaf = reconstruction.detach()[rows].requires_grad_()
-            patched = torch.where(kept[..., None], leaf, part.activations[self.site])
-            spliced = tail.replay(part, {self.site: patched}, record=self.objective.sites, final=self.objective.final)
-            loss = torch.zeros((), device=gradient.device)
-            for term in self.objective.spliced_terms:
-                total = term.total(tail.readout, part, spliced, kept)
-                self._sums[term.name] += total.detach()
-                loss = loss + term.coefficient * total
-            loss.backward()
-            assert leaf.grad is not None
-            gradient[rows] = leaf.grad
+        objective = self.objective
+        spliced = SplicedPass(tail, self.site, objective.sites, objective.final, self.config.microbatch)
+        (gradient,) = spliced.gradients(clean, reconstruction, mask, [partial(self._spliced_loss, tail.readout)])
         return gradient
+
+    def _spliced_loss(self, readout: Readout, part: SplicedRows) -> Float[Tensor, ""]:
+        loss = torch.zeros((), device=part.mask.device)
+        for term in self.objective.spliced_terms:
+            total = term.total(readout, part.clean, part.spliced, part.mask)
+            self._sums[term.name] += total.detach()
+            loss = loss + term.coefficient * total
+        return loss
 
     def add_up(self, world: World) -> None:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
@@ -217,10 +213,6 @@ def _harmless(activation: Activation, mask: TokenMask) -> Activation:
     largest = torch.finfo(torch.float32).max ** 0.5
     harmless = mask | (activation.abs().amax(-1) < largest)
     return activation.where(harmless[..., None], 0.0)
-
-
-def _tail_tokens(device: torch.device) -> int:
-    return CPU_TAIL_TOKENS if device.type == "cpu" else GPU_TAIL_TOKENS
 
 
 def rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:

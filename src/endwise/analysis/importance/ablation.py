@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from endwise.common.seeds import numpy_stream
 from endwise.dictionaries import SAE
 from endwise.features.importance_table import Ablations, Counts, FeatureImportance, Floats
-from endwise.features.spliced import SplicedBatch, microbatches
+from endwise.features.spliced import SplicedBatch
 from endwise.models.language_model import LanguageModel
+from endwise.models.splicing import microbatches
 
 
 @dataclass(frozen=True)

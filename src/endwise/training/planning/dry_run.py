@@ -28,11 +28,12 @@ from endwise.models.blocks import Block, find_blocks
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.loading import DTYPES
 from endwise.models.sites import Part, Site
+from endwise.models.splicing import SplicedPass, clean_by_tail, sequences_at_a_time
 from endwise.training.objectives import Objective, build_objective
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
-from endwise.training.trainee import CPU_TAIL_TOKENS, GPU_TAIL_TOKENS, Trainee
+from endwise.training.trainee import Trainee
 
 FOLLOWED = 2
 """Passes, and microbatches of a pass, that are followed: in the second, all that the first leaves behind is there."""
@@ -73,10 +74,8 @@ class DryRun:
         self.site = self.model.site(config.site)
         self.objective = build_objective(config.objective, self.model, self.site)
         self.context = _context(config, self.model)
-        tokens = GPU_TAIL_TOKENS if on_gpu else CPU_TAIL_TOKENS
-        self.microbatch = min(
-            config.training.microbatch or max(1, tokens // self.context), sequences // self.accumulation
-        )
+        at_a_time = config.training.microbatch or sequences_at_a_time(self.context, device)
+        self.microbatch = min(at_a_time, sequences // self.accumulation)
         width = self.model.width(self.site)
         with trace, trace.part(WEIGHTS):
             self.sae = ReluSAE(width, config.dictionary.features(width))
@@ -132,10 +131,7 @@ class DryRun:
             if self.tail is self.model:
                 return self.model.clean(tokens, {self.site, *objective.sites}, final=objective.final)
             head = self.model.clean(tokens, [self.site])
-            with torch.no_grad():
-                here = {self.site: head.activations[self.site]}
-                after = self.tail.replay(head, here, record=objective.sites, final=objective.final)
-            return Clean(tokens, head.activations | after.activations, after.final)
+            return clean_by_tail(self.tail, head, self.site, objective.sites, objective.final)
 
     @torch.no_grad()
     def _evaluation(self) -> Held:
@@ -157,8 +153,7 @@ class DryRun:
             latents.fired(mask)
             latents.l0()
         with trace.part(TAIL):
-            patched = torch.where(mask[..., None], estimate, activation)
-            spliced = self.model.replay(clean, {self.site: patched}, record=later, final=True)
+            spliced = SplicedPass(self.model, self.site, later).run(clean, estimate, mask)
         with trace.part(READOUT):
             assert clean.final is not None and spliced.final is not None
             self.model.readout.compare(clean.final, [spliced.final], tokens, mask)
