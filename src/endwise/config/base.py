@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from endwise.common.errors import ConfigError
@@ -22,6 +22,8 @@ LINES = 20
 """Broken rules that one message lists."""
 
 Section = TypeVar("Section", bound="Config")
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+"""No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
 
 
 class Config(BaseModel):
@@ -47,6 +49,11 @@ class Config(BaseModel):
         return expanded(value) if isinstance(value, Path) else value
 
     @classmethod
+    def chosen(cls, values: Mapping[str, Any]) -> "type[Config]":  # noqa: ARG003  Subclasses read them.
+        """The section whose rules hold for these values: this one, unless a value chooses among several."""
+        return cls
+
+    @classmethod
     def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:
         """Validates `values`.
 
@@ -56,7 +63,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [_describe(cls, detail) for detail in error.errors()[:LINES]]
+            lines = [_describe(cls, values, detail) for detail in error.errors()[:LINES]]
             lines += [f"and {error.error_count() - LINES} more"] if error.error_count() > LINES else []
             raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
@@ -131,10 +138,10 @@ def _copied(values: Any) -> Any:
     return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
-def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
+def _describe(model: type[Config], values: Any, detail: ErrorDetails) -> str:
     field = ".".join(f"{part!s:.80}" for part in detail["loc"]) or "the recipe"
     if detail["type"] == "extra_forbidden":
-        valid = sorted(_fields_at(model, detail["loc"][:-1]))
+        valid = sorted(_fields_at(model, values, detail["loc"][:-1]))
         near = difflib.get_close_matches(f"{detail['loc'][-1]!s:.80}", valid, n=1)
         return f"{field}: there is no such key; " + (
             f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
@@ -157,15 +164,16 @@ def _shown(value: object) -> str:
         return f"a value that cannot be written out, {type(value).__name__}"
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
+def _fields_at(model: type[Config], values: Any, path: tuple[int | str, ...]) -> set[str]:
     """The valid keys of the section that `path` leads to."""
     for part in path:
         info = model.model_fields.get(str(part))
         if info is None:
             return set()
         candidates = [info.annotation, *get_args(info.annotation)]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
         if not sections:
             return set()
-        model = sections[0]
+        values = values.get(part) if isinstance(values, Mapping) else None
+        model = sections[0].chosen(values) if isinstance(values, Mapping) else sections[0]
     return set(model.model_fields)

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from endwise.config.base import Config
+from endwise.config.base import Config, Positive
+from endwise.config.dictionary import DictionaryConfig, of_architecture
 
 Kind = Literal["local", "e2e", "e2e_ds"]
-Positive = Annotated[int, Field(gt=0, le=10**15)]
-"""No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -31,26 +30,6 @@ class ModelConfig(Config):
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Never on unless set here."""
-
-
-class DictionaryConfig(Config):
-    """The sparse autoencoder."""
-
-    architecture: Literal["relu"] = "relu"
-    size: Positive | None = None
-    """Number of features `d_sae`; give this or `ratio`."""
-    ratio: Annotated[float, Field(gt=0, le=10**6)] | None = None
-    """Number of features as a multiple of the site's width."""
-
-    @model_validator(mode="after")
-    def _one_size(self) -> "DictionaryConfig":
-        if (self.size is None) == (self.ratio is None):
-            raise ValueError("give exactly one of size (features) and ratio (features per dimension of the site)")
-        return self
-
-    def features(self, width: int) -> int:
-        """`d_sae` for a site of this width."""
-        return self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
 
 
 class SparsityConfig(Config):
@@ -226,7 +205,7 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     site: str
     """TransformerLens name: blocks.K.hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out."""
-    dictionary: DictionaryConfig
+    dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
     data: DataConfig = DataConfig()
     training: TrainingConfig

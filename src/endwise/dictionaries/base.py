@@ -2,42 +2,84 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from endwise.common.errors import ConfigError
 from endwise.common.files import expanded, write_json, write_tensors
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
-from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE, describe
+from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE, Layout, describe
 
 SAELENS_VERSION = "6.0.0"
 """The generation of SAELens whose layout `save` writes; SAELens reads older numbers through a legacy path."""
+
+
+@contextmanager
+def at_inference(saes: Iterable["SAE"]) -> Iterator[None]:
+    """Within it, dictionaries in training are used as they will be after it."""
+    training = [sae for sae in saes if sae.training]
+    for sae in training:
+        sae.eval()
+    try:
+        yield
+    finally:
+        for sae in training:
+            sae.train()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A dictionary as it is saved: what computes its latents and reconstructions outside training."""
+
+    tensors: Mapping[str, Tensor]
+    """By SAELens's names."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of SAELens's `cfg.json`, beyond those that all architectures have."""
 
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
     `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]` are the field's names for what the
-    function uses; how an architecture stores them is its own matter.
+    function uses; how an architecture stores them is its own matter. An architecture is one file: a subclass that
+    `ARCHITECTURES.add` registers, with the section of its settings. Where training and inference differ,
+    `self.training` tells which; buffers are running statistics, which checkpoints keep.
     """
 
     architecture: ClassVar[str]
-    """SAELens's name of the architecture; subclasses register under it."""
-    _known: ClassVar[dict[str, type["SAE"]]] = {}
+    """SAELens's name of the architecture."""
+    Config: ClassVar[type[DictionaryConfig]] = DictionaryConfig
+    """Its section of a recipe."""
+    layout: ClassVar[Layout] = Layout()
+    """What it keeps in a file."""
+    sparse_below: float = 0.0
+    """Largest share of active features for which `encode` gives sparse latents."""
 
     b_enc: nn.Parameter
     b_dec: nn.Parameter
 
-    def __init_subclass__(cls) -> None:
-        SAE._known[cls.architecture] = cls
-
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, d_in: int, seed: int) -> "SAE":
+        """The dictionary that training starts with.
+
+        Args:
+            config: of the type `Config`.
+            d_in: width of the site.
+            seed: of the first weights.
+        """
 
     @property
     @abstractmethod
@@ -48,10 +90,56 @@ class SAE(nn.Module, ABC):
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]: ...
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents: ...
+    def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
+        """
+        Args:
+            counted: the rows that count, for architectures that choose among all rows of a batch; None: all do.
+        """
 
     @abstractmethod
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_in"]: ...
+
+    @property
+    def auxiliary_weights(self) -> Mapping[str, float]:
+        """Weight of each term that this architecture adds to any objective, by name."""
+        return {}
+
+    def auxiliary(
+        self,
+        x: Float[Tensor, "*rows d_in"],
+        latents: Latents,
+        reconstruction: Float[Tensor, "*rows d_in"],
+        counted: Bool[Tensor, "*rows"],
+        dead: Bool[Tensor, " d_sae"],
+    ) -> Mapping[str, Float[Tensor, ""]]:
+        """Each term of `auxiliary_weights`, unweighted: a sum over the rows that count.
+
+        Args:
+            dead: features that have not fired within the window of latest training tokens (`training.alive_window`).
+        """
+        return {}
+
+    def step_statistics(self) -> Sequence[Tensor]:
+        """What this process's share of a step adds to the running statistics: tensors that are summed over all
+        processes in place, before `after_step`.
+        """
+        return ()
+
+    def after_step(self) -> None:
+        """Follow an optimiser step: renew norms, thresholds, running statistics. A step that was not finite, and so
+        changed no weight, comes here too.
+        """
+
+    def to_train(self, config: DictionaryConfig) -> "SAE":
+        """The same function, in the form that training goes on from.
+
+        Raises:
+            ConfigError: this architecture cannot be trained, or not as the settings say.
+        """
+        raise ConfigError(f"endwise cannot train a {self.architecture} SAE further.")
+
+    def export(self) -> Exported:
+        return Exported({name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
 
     @classmethod
     @abstractmethod
@@ -63,7 +151,7 @@ class SAE(nn.Module, ABC):
 
     def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
         """Writes SAELens's v6 layout (`cfg.json`, `sae_weights.safetensors`), which opens in SAELens as it is."""
-        folder = expanded(folder)
+        folder, exported = expanded(folder), self.export()
         cfg = {
             "architecture": self.architecture,
             "d_in": self.d_in,
@@ -73,10 +161,10 @@ class SAE(nn.Module, ABC):
             "apply_b_dec_to_input": False,
             "normalize_activations": "none",
             "reshape_activations": "none",
+            **exported.settings,
             "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {})},
         }
-        tensors = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        weights = {name: tensor.detach().float() for name, tensor in exported.tensors.items()}
         write_tensors(folder / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
         write_json(folder / CFG_FILE, cfg)
 
@@ -92,5 +180,6 @@ class SAE(nn.Module, ABC):
         folder = expanded(folder)
         if not (folder / CFG_FILE).exists() and (folder / "sae" / CFG_FILE).exists():
             folder = folder / "sae"
-        cfg, tensors = describe(folder, set(SAE._known))
-        return SAE._known[cfg["architecture"]].from_tensors(tensors, cfg).to(device).requires_grad_(False)
+        cfg, tensors = describe(folder, {name: ARCHITECTURES[name].layout for name in ARCHITECTURES.names()})
+        sae: SAE = ARCHITECTURES[cfg["architecture"]].from_tensors(tensors, cfg)
+        return sae.to(device).requires_grad_(False).eval()

@@ -23,6 +23,10 @@ class Latents(ABC):
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         """Every feature's value in every row."""
 
+    def pairs(self) -> "SparseLatents | None":
+        """The active (row, feature) pairs with their values, where these are kept rather than every feature's."""
+        return None
+
     @abstractmethod
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         """Σ over features of |c|^p, per row; rows outside the mask, which may hold NaN or infinity, have 0."""
@@ -87,42 +91,45 @@ class SparseLatents(Latents):
     """None of the values is 0."""
 
     values: PerPair
-    pairs: Pairs
+    places: Pairs
     shape: tuple[int, ...]
     """Of the rows, less the axis of features."""
 
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
-        flat = self.pairs.rows * self.pairs.n_features + self.pairs.features
-        zeros = self.values.new_zeros(self.pairs.n_rows * self.pairs.n_features)
-        return zeros.index_add(0, flat, self.values).view(*self.shape, self.pairs.n_features)
+        flat = self.places.rows * self.places.n_features + self.places.features
+        zeros = self.values.new_zeros(self.places.n_rows * self.places.n_features)
+        return zeros.index_add(0, flat, self.values).view(*self.shape, self.places.n_features)
+
+    def pairs(self) -> "SparseLatents":
+        return self
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
-        sums = self.values.new_zeros(self.pairs.n_rows)
-        magnitudes = _magnitudes(self.values, p, None if mask is None else mask.flatten()[self.pairs.rows])
-        sums = sums.index_add(0, self.pairs.rows, magnitudes).view(self.shape)
+        sums = self.values.new_zeros(self.places.n_rows)
+        magnitudes = _magnitudes(self.values, p, None if mask is None else mask.flatten()[self.places.rows])
+        sums = sums.index_add(0, self.places.rows, magnitudes).view(self.shape)
         return sums if mask is None else sums.where(mask, 0.0)
 
     def l0(self) -> Float[Tensor, "*rows"]:
-        return torch.bincount(self.pairs.rows, minlength=self.pairs.n_rows).float().view(self.shape)
+        return torch.bincount(self.places.rows, minlength=self.places.n_rows).float().view(self.shape)
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         return self.firings(mask) > 0
 
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
-        kept = self.pairs.features[mask.flatten()[self.pairs.rows]]
-        return torch.bincount(kept, minlength=self.pairs.n_features)
+        kept = self.places.features[mask.flatten()[self.places.rows]]
+        return torch.bincount(kept, minlength=self.places.n_features)
 
     def only(self, features: Bool[Tensor, " d_sae"]) -> "SparseLatents":
-        kept = features[self.pairs.features]
-        rows = self.pairs.rows[kept]
-        starts = torch.searchsorted(rows, torch.arange(self.pairs.n_rows, device=rows.device))
-        pairs = Pairs(rows, self.pairs.features[kept], starts, self.pairs.n_features)
+        kept = features[self.places.features]
+        rows = self.places.rows[kept]
+        starts = torch.searchsorted(rows, torch.arange(self.places.n_rows, device=rows.device))
+        pairs = Pairs(rows, self.places.features[kept], starts, self.places.n_features)
         return SparseLatents(self.values[kept], pairs, self.shape)
 
     def of(self, feature: int) -> Float[Tensor, "*rows"]:
-        places = self.pairs.features == feature
-        values = self.values.new_zeros(self.pairs.n_rows)
-        return values.index_put((self.pairs.rows[places],), self.values[places]).view(self.shape)
+        here = self.places.features == feature
+        values = self.values.new_zeros(self.places.n_rows)
+        return values.index_put((self.places.rows[here],), self.values[here]).view(self.shape)
 
 
 def _magnitudes(values: Tensor, p: float, counts: Tensor | None) -> Tensor:
@@ -167,7 +174,7 @@ def decode_sparse(
     Args:
         norms: the L2 norms of the weight's rows, if each is to be used with unit norm; the gradient knows about it.
     """
-    sums: Any = _WeightedRows.apply(latents.values, weight, latents.pairs, norms)
+    sums: Any = _WeightedRows.apply(latents.values, weight, latents.places, norms)
     return (sums + bias).view(*latents.shape, len(bias))
 
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from endwise.common.seeds import torch_stream
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.base import SAE
-from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, decode_sparse, encode_sparse
+from endwise.dictionaries.latents import DenseLatents, Latents, decode_sparse, encode_sparse
 
 SPARSE_BELOW = 1 / 32
 """Largest share of active features for which sparse latents cost less than dense ones (docs/performance.md)."""
@@ -18,6 +19,7 @@ NORM_FLOOR = 1e-12
 """As in `torch.nn.functional.normalize`."""
 
 
+@ARCHITECTURES.add("standard", "relu")
 class ReluSAE(SAE):
     """`c = ReLU(W_eᵀ·x + b_e)`, `x̂ = c·D + b_d`; nothing is subtracted from the input (paper §2, eq. 1-2).
 
@@ -45,6 +47,10 @@ class ReluSAE(SAE):
         nn.init.orthogonal_(self.decoder, generator=generator)
         self.b_dec = uniform(d_in, fan_in=d_sae)
 
+    @classmethod
+    def build(cls, config: DictionaryConfig, d_in: int, seed: int) -> "ReluSAE":
+        return cls(d_in, config.features(d_in), seed=seed)
+
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         return self.encoder.T
@@ -53,7 +59,7 @@ class ReluSAE(SAE):
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
         return normalize(self.decoder, dim=-1) if self.unit_norm else self.decoder
 
-    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents:
+    def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
         """Sparse where few features are active, dense where many are, as early in training; the values are the same.
 
         The choice is made by counting, so that it depends on the input and the weights alone. On a GPU, where counting
@@ -64,12 +70,12 @@ class ReluSAE(SAE):
         return sparse or DenseLatents(torch.relu(linear(x, self.encoder, self.b_enc)))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_in"]:
-        if isinstance(latents, SparseLatents):
+        if (sparse := latents.pairs()) is not None:
             norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
-            return decode_sparse(latents, self.decoder, self.b_dec, norms)
+            return decode_sparse(sparse, self.decoder, self.b_dec, norms)
         return linear(latents.dense(), self.W_dec.T, self.b_dec)
 
-    def to_train(self) -> "ReluSAE":
+    def to_train(self, config: DictionaryConfig) -> "ReluSAE":
         """The same function, with directions that are normalised where they are used: what training can go on from.
 
         A feature's latents are multiplied by the norm that its direction gives up, so that x̂ stays as it is and the

@@ -22,7 +22,7 @@ from endwise.common.processes import ALONE, World
 from endwise.common.remarks import remarks_on
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import EvaluationConfig
-from endwise.dictionaries import SAE, Latents
+from endwise.dictionaries import SAE, Latents, at_inference
 from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
@@ -148,7 +148,7 @@ def measure(
     ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(s for group in later.values() for s in group)}
-    with world.together("evaluating"), torch.no_grad():
+    with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
         for batch in _batches(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
             passes: dict[str | tuple[Site, str], _Effect] = {}

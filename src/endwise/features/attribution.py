@@ -93,15 +93,15 @@ def contributions(
 
     Sparse latents cost one dot product per active pair; dense ones a product of each sequence with the whole decoder.
     """
-    if isinstance(latents, SparseLatents):
-        return _sparse(latents, W_dec, gradients, mask)
+    if (sparse := latents.pairs()) is not None:
+        return _sparse(sparse, W_dec, gradients, mask)
     return _dense(latents.dense(), W_dec, gradients, mask)
 
 
 def _sparse(
     latents: SparseLatents, W_dec: Tensor, gradients: Sequence[Activation], mask: TokenMask
 ) -> list[Contributions]:
-    pairs = latents.pairs
+    pairs = latents.places
     kernels = kernels_for(W_dec.device)
     counts = mask.flatten()[pairs.rows]
     values = latents.values.where(counts, 0.0)

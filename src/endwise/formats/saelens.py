@@ -6,6 +6,7 @@ Before its version 6, SAELens wrote one flat object, in which settings of the tr
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ FIRST_VERSION = 6
 """The generation of SAELens that keeps under `metadata` what says nothing of the function."""
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")
 """The tensor's names in a file and in SAELens itself: what each latent is multiplied by as it is decoded."""
+_TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
 _UNSET = (None, False, "", "none", [], {})
 
 _READ = {"architecture", "d_in", "d_sae", "apply_b_dec_to_input", "metadata", "finetuning_scaling_factor"}
@@ -85,13 +87,24 @@ _NORMALISATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What one architecture keeps in a file, by which anything else in it is noticed."""
+
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Its own tensors, beside the four that all have; the axes of each are `d_in` or `d_sae`."""
+    settings: frozenset[str] = frozenset()
+    """Its own keys of `cfg.json`."""
+
+
 class Described(NamedTuple):
     """What a file says of the function."""
 
     cfg: dict[str, Any]
     """With `architecture`, `d_in`, `d_sae`, `apply_b_dec_to_input`."""
     tensors: dict[str, Tensor]
-    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`, finite, as they are used."""
+    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]` and the architecture's own, finite,
+    as they are used."""
 
 
 def read_cfg(folder: Path) -> dict[str, Any]:
@@ -115,10 +128,10 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     return cfg
 
 
-def describe(folder: Path, architectures: set[str]) -> Described:
+def describe(folder: Path, architectures: Mapping[str, Layout]) -> Described:
     """
     Args:
-        architectures: SAELens's names of those that can be read.
+        architectures: those that can be read, by SAELens's names.
 
     Raises:
         FormatError: the configuration or the weights are missing or not what the format says, or say something of the
@@ -132,9 +145,10 @@ def describe(folder: Path, architectures: set[str]) -> Described:
         if isinstance(architecture, str) and architecture in _OTHERS:
             why = f"{_NO_RELU} {_OTHERS[architecture]}"
         raise FormatError(f"{path}: architecture {told} is not one of {known}; {why}.")
-    _check_function(path, cfg)
+    layout = architectures[architecture]
+    _check_function(path, cfg, layout)
     _warn_of_processing(path, cfg)
-    tensors = _read_weights(folder, cfg)
+    tensors = _read_weights(folder, cfg, layout)
     return Described({**cfg, "architecture": architecture}, tensors)
 
 
@@ -156,7 +170,7 @@ def _is_old(cfg: Mapping[str, Any]) -> bool:
     return not major.isdecimal() or int(major) < FIRST_VERSION
 
 
-def _check_function(path: Path, cfg: Mapping[str, Any]) -> None:
+def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout) -> None:
     """
     Raises:
         FormatError: a field other than those that are read changes the function, or may.
@@ -182,7 +196,7 @@ def _check_function(path: Path, cfg: Mapping[str, Any]) -> None:
             "no site for. Use it with SAELens."
         )
     settled = {"activation_fn", "activation_fn_str", "normalize_activations", "reshape_activations"}
-    known = _READ | set(_NOT_THE_FUNCTION.split()) | settled
+    known = _READ | set(_NOT_THE_FUNCTION.split()) | settled | layout.settings
     if unknown := {key: value for key, value in cfg.items() if key not in known and value not in _UNSET}:
         told = ", ".join(f"{key}={value!r:.40}" for key, value in list(unknown.items())[:5])
         raise FormatError(
@@ -202,7 +216,7 @@ def _warn_of_processing(path: Path, cfg: Mapping[str, Any]) -> None:
         )
 
 
-def _read_weights(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     try:
         tensors = load_file(path)
@@ -211,13 +225,13 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     except (OSError, SafetensorError, ValueError) as error:
         damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
         raise unreadable(path, error) or damaged from None
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    scales = {name: (d_sae,) for name in _SCALES if name in tensors}
+    axes = {**_TENSORS, **layout.tensors}
+    shapes = {name: tuple(cfg[axis] for axis in its) for name, its in axes.items()}
+    scales = {name: (cfg["d_sae"],) for name in _SCALES if name in tensors}
     if others := sorted(set(tensors) - set(shapes) - set(scales)):
         raise FormatError(
-            f"{path} also holds {', '.join(others)[:200]}, which change what the SAE computes, while a ReLU SAE has "
-            f"{', '.join(shapes)} alone. Use it with SAELens, or give the SAE as SAELens saves it for inference."
+            f"{path} also holds {', '.join(others)[:200]}, which change what the SAE computes, while a "
+            f"{cfg['architecture']} SAE has {', '.join(shapes)} alone. Use it with SAELens, or give the SAE as SAELens saves it for inference."
         )
     for name, shape in {**shapes, **scales}.items():
         _check_tensor(path, name, tensors.get(name), shape)

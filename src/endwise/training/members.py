@@ -275,7 +275,8 @@ class Group:
             SomeFailed: others failed; the error carries these.
         """
         runs = [
-            Run(m.config, m.trainee.sae, m.folder.path, m.seconds, {**self.text, **m.record()}) for m in self.members
+            Run(m.config, m.trainee.sae.eval(), m.folder.path, m.seconds, {**self.text, **m.record()})
+            for m in self.members
         ]
         if self.failures:
             raise SomeFailed(self.failures, runs) from self.failures[0].error

@@ -15,8 +15,9 @@ from endwise.common.machine import available_memory, size_text
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
 from endwise.common.terminal import show
+from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.run import RunConfig
-from endwise.dictionaries import SAE, ReluSAE
+from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.evaluation.text_check import tried_on
 from endwise.models.language_model import LanguageModel
@@ -232,7 +233,10 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
     objective = build_objective(config.objective, model, site)
     d_sae = config.dictionary.features(width)
     _check_memory(width, d_sae)
-    sae = ReluSAE(width, d_sae, seed=config.seed) if config.init_from is None else _taken_over(config, width, d_sae)
+    if config.init_from is None:
+        sae = ARCHITECTURES[config.dictionary.architecture].build(config.dictionary, width, config.seed)
+    else:
+        sae = _taken_over(config, width, d_sae)
     return Trainee(sae.to(model.device), site, objective, config.training, steps)
 
 
@@ -242,7 +246,7 @@ def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None)
     return config.model_copy(update={"init_from": None}) if goes_on else config
 
 
-def _taken_over(config: RunConfig, width: int, d_sae: int) -> ReluSAE:
+def _taken_over(config: RunConfig, width: int, d_sae: int) -> SAE:
     """The SAE in `init_from`, made ready for training."""
     assert config.init_from is not None
     try:
@@ -255,11 +259,12 @@ def _taken_over(config: RunConfig, width: int, d_sae: int) -> ReluSAE:
             f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
             "site that it was trained at."
         )
-    if not isinstance(sae, ReluSAE):
+    if sae.architecture != config.dictionary.architecture:
         raise ConfigError(
-            f"init_from: {config.init_from} holds a {sae.architecture} SAE; only ReLU ones can be trained."
+            f"init_from: {config.init_from} holds a {sae.architecture} SAE, but dictionary.architecture is "
+            f"{config.dictionary.architecture}. Set dictionary.architecture={sae.architecture}."
         )
-    return sae.to_train()
+    return sae.to_train(config.dictionary)
 
 
 def _check_memory(width: int, d_sae: int) -> None:

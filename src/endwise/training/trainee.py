@@ -42,15 +42,17 @@ class Trainee:
     """
 
     def __init__(self, sae: SAE, site: Site, objective: Objective, config: TrainingConfig, total_steps: int) -> None:
-        self.sae, self.site, self.objective, self.config = sae, site, objective, config
+        self.sae, self.site, self.objective, self.config = sae.train(), site, objective, config
         self.total_steps = total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
         self.step, self.tokens = 0, 0
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
-        self._per_token = [*(term.name for term in objective.terms), "l0"]
-        self._watched = [*(term.name for term in objective.terms), "gradient_norm"]
+        self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.auxiliary_weights)
+        """Of every term, the dictionary's own included."""
+        self._per_token = [*self._weights, "l0"]
+        self._watched = [*self._weights, "gradient_norm"]
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
         """Step at which each watched number was first not finite; -1: never."""
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
@@ -76,7 +78,7 @@ class Trainee:
         """
         activation = _harmless(clean.activations[self.site], mask)
         with self._products():
-            latents = self.sae.encode(activation)
+            latents = self.sae.encode(activation, mask)
             encoded = Encoded(latents, self.sae.decode(latents))
         outputs = [self._site_loss(encoded, activation, mask) / tokens_in_step]
         gradients: list[Tensor | None] = [None]
@@ -100,6 +102,11 @@ class Trainee:
             total = term.total(activation, encoded.reconstruction, encoded.latents, mask)
             self._sums[term.name] += total.detach()
             loss = loss + term.coefficient * total
+        if weights := self.sae.auxiliary_weights:
+            own = self.sae.auxiliary(activation, encoded.latents, encoded.reconstruction, mask, ~self._alive())
+            for name, weight in weights.items():
+                self._sums[name] += own[name].detach()
+                loss = loss + weight * own[name]
         return loss
 
     def _tail_gradient(
@@ -123,7 +130,7 @@ class Trainee:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
         names, fired = list(self._per_token), self._fired.int()
         sums = torch.stack([self._sums[name] for name in names])
-        world.add([*self._gradients(), sums, fired])
+        world.add([*self._gradients(), *self.sae.step_statistics(), sums, fired])
         for name, total in zip(names, sums, strict=True):
             self._sums[name].copy_(total)
         self._fired = fired > 0
@@ -143,6 +150,7 @@ class Trainee:
         grad_scale = ((norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
+        self.sae.after_step()
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
         self.step += 1
@@ -151,7 +159,10 @@ class Trainee:
 
     def alive(self) -> Tensor:
         """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
-        return ((self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)).sum()
+        return self._alive().sum()
+
+    def _alive(self) -> Tensor:
+        return (self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)
 
     def report(self) -> dict[str, float | int]:
         """The latest step's numbers, per token; waits for the device.
@@ -170,7 +181,7 @@ class Trainee:
                 "the data there."
             )
         values = {name: float(total) for name, total in self._sums.items()}
-        loss = sum(term.coefficient * values[term.name] for term in self.objective.terms)
+        loss = sum(weight * values[name] for name, weight in self._weights.items())
         return {
             "step": self.step,
             "tokens": self.tokens,

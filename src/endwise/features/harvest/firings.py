@@ -10,7 +10,6 @@ from torch import Tensor
 from endwise.common.axes import TokenMask
 from endwise.common.errors import DataError
 from endwise.dictionaries import Latents
-from endwise.dictionaries.latents import SparseLatents
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ class Firings:
             DataError: a latent is NaN, infinite or negative.
         """
         counts = mask.flatten()
-        if isinstance(latents, SparseLatents):
-            kept = counts[latents.pairs.rows]
-            rows, features = latents.pairs.rows[kept], latents.pairs.features[kept]
-            values = latents.values[kept]
+        if (sparse := latents.pairs()) is not None:
+            kept = counts[sparse.places.rows]
+            rows, features = sparse.places.rows[kept], sparse.places.features[kept]
+            values = sparse.values[kept]
         else:
             dense = latents.dense().flatten(0, -2).where(counts[:, None], 0.0)
             rows, features = dense.nonzero().unbind(1)

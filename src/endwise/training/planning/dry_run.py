@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.common.seeds import generator_states
+from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.run import RunConfig, TrainingConfig
-from endwise.dictionaries import ReluSAE
+from endwise.dictionaries import SAE
 from endwise.evaluation.measure import residuals_after
 from endwise.kernels import Divergence, Found, Unembedding, standing_in
 from endwise.kernels.eager import EagerKernels
@@ -78,7 +79,7 @@ class DryRun:
         self.microbatch = min(at_a_time, sequences // self.accumulation)
         width = self.model.width(self.site)
         with trace, trace.part(WEIGHTS):
-            self.sae = ReluSAE(width, config.dictionary.features(width))
+            self.sae: SAE = ARCHITECTURES[config.dictionary.architecture].build(config.dictionary, width, config.seed)
         self.kernels = _DenseKernels(trace, on_gpu)
 
     def stages(self, accumulation: int, microbatch: int, *, only_step: bool = False) -> dict[str, Held]:
@@ -213,7 +214,7 @@ class _DryTrainee(Trainee):
 
     def __init__(
         self,
-        sae: ReluSAE,
+        sae: SAE,
         site: Site,
         objective: Objective,
         config: TrainingConfig,

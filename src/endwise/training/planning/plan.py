@@ -13,7 +13,6 @@ import torch
 from endwise.common.errors import ConfigError
 from endwise.common.machine import available_memory, free_disk, resident_memory, size_text
 from endwise.config.run import RunConfig
-from endwise.dictionaries.relu import SPARSE_BELOW
 from endwise.models.loading import find_device
 from endwise.training.planning.dry_run import (
     CLEAN,
@@ -257,7 +256,7 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     )
     if dry_run.device.type == "cuda":
         return flops, None
-    sae = product + sparse_flops(1, d_model, SPARSE_BELOW * d_sae)
+    sae = product + sparse_flops(1, d_model, dry_run.sae.sparse_below * d_sae)
     return flops, flops.per_token - flops.sae_forward - flops.sae_backward + sae
 
 

@@ -1,0 +1,58 @@
+"""The `dictionary` section of a recipe: what all architectures share, and where each adds its own keys."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from endwise.common.errors import ConfigError
+from endwise.common.registry import Registry
+from endwise.config.base import Config, Positive
+
+ARCHITECTURES: Registry[Any] = Registry("architectures", "endwise.dictionaries")
+"""Sparse dictionaries (`endwise.SAE`), by SAELens's names and by other words for them."""
+
+
+class DictionaryConfig(Config):
+    """The sparse dictionary. Each architecture has these keys and its own."""
+
+    architecture: str = "standard"
+    """SAELens's name of it; `relu` is another word for `standard`."""
+    size: Positive | None = None
+    """Number of features `d_sae`; give this or `ratio`."""
+    ratio: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Number of features as a multiple of the site's width."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "DictionaryConfig":
+        if (self.size is None) == (self.ratio is None):
+            raise ValueError("give exactly one of size (features) and ratio (features per dimension of the site)")
+        return self
+
+    def features(self, width: int) -> int:
+        """`d_sae` for a site of this width."""
+        return self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
+
+    @classmethod
+    def chosen(cls, values: Mapping[str, Any]) -> type[Config]:
+        """The section of the architecture that the values name.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        return ARCHITECTURES[str(values.get("architecture", cls.model_fields["architecture"].default))].Config
+
+
+def of_architecture(value: Any) -> Any:
+    """Validate a dictionary's section by the rules of the architecture that it names."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        section = DictionaryConfig.chosen(value)
+    except ConfigError as error:
+        told = PydanticCustomError("architecture", "{told}", {"told": str(error)})
+        detail = InitErrorDetails(type=told, loc=("architecture",), input=value["architecture"])
+        raise ValidationError.from_exception_data("dictionary", [detail]) from None
+    name = ARCHITECTURES[str(value["architecture"])].architecture if "architecture" in value else None
+    return section.model_validate({**value, "architecture": name} if name else value)
