@@ -19,7 +19,7 @@ from bad_input import told
 from endwise import LanguageModel, Site, load_model
 from endwise.common.errors import ConfigError, DataError, ModelError
 from endwise.config.run import DataConfig
-from endwise.models.loading import _explained
+from endwise.models.loading import explained
 from endwise.models.sites import Part
 from endwise.tokens.loading import corpora_for
 from tiny_models import (
@@ -688,5 +688,5 @@ def test_a_cut_gguf_file_is_refused(llama, tmp_path):
 )
 @pytest.mark.parametrize("there", [True, False], ids=["folder", "hub"])
 def test_what_the_system_refuses_is_told_with_its_own_remedy(tmp_path, code, told, there):
-    said = _explained(str(tmp_path) if there else "org/model", OSError(code, os.strerror(code), "config.json"))
+    said = explained(str(tmp_path) if there else "org/model", OSError(code, os.strerror(code), "config.json"))
     assert told in said and os.strerror(code) in said and "spelling" not in said

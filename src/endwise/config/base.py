@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from endwise.common.errors import ConfigError
@@ -52,6 +53,11 @@ class Config(BaseModel):
     def chosen(cls, values: Mapping[str, Any]) -> "type[Config]":  # noqa: ARG003  Subclasses read them.
         """The section whose rules hold for these values: this one, unless a value chooses among several."""
         return cls
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """Every key that the section may have, whatever its values choose."""
+        return cls.model_fields
 
     @classmethod
     def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:

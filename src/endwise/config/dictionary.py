@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from endwise.common.errors import ConfigError
@@ -42,6 +43,11 @@ class DictionaryConfig(Config):
             ConfigError: there is none of that name.
         """
         return ARCHITECTURES[str(values.get("architecture", cls.model_fields["architecture"].default))].Config
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        sections: list[type[Config]] = [ARCHITECTURES[name].Config for name in ARCHITECTURES.names()]
+        return {name: field for each in (*sections, cls) for name, field in each.model_fields.items()}
 
 
 def of_architecture(value: Any) -> Any:

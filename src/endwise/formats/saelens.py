@@ -231,7 +231,8 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[
     if others := sorted(set(tensors) - set(shapes) - set(scales)):
         raise FormatError(
             f"{path} also holds {', '.join(others)[:200]}, which change what the SAE computes, while a "
-            f"{cfg['architecture']} SAE has {', '.join(shapes)} alone. Use it with SAELens, or give the SAE as SAELens saves it for inference."
+            f"{cfg['architecture']} SAE has {', '.join(shapes)} alone. Use it with SAELens, or give the "
+            "SAE as SAELens saves it for inference."
         )
     for name, shape in {**shapes, **scales}.items():
         _check_tensor(path, name, tensors.get(name), shape)

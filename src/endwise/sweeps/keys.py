@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -14,7 +13,6 @@ from endwise.config.run import RunConfig
 RANGE, TARGET, OUT = "log_range", "target", "out"
 
 
-@cache
 def recipe_fields() -> dict[str, FieldInfo]:
     """Every field of a recipe by its dotted key, `training.tokens` for one, sections aside."""
     return dict(_fields(RunConfig, ""))
@@ -22,7 +20,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
 
 def _fields(section: type[Config], prefix: str) -> list[tuple[str, FieldInfo]]:
     found: list[tuple[str, FieldInfo]] = []
-    for name, field in section.model_fields.items():
+    for name, field in section.all_fields().items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Config):
             found += _fields(inner, f"{prefix}{name}.")
