@@ -3,11 +3,15 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from endwise.cli.app import app, echo, handle_errors, status
+
+if TYPE_CHECKING:
+    from endwise.explaining.endpoint import Endpoint
+    from endwise.explaining.settings import Settings
 
 
 @app.command()
@@ -133,14 +137,9 @@ def explain(
     scorer_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model that is asked with explanations; unset: the same.")
     ] = None,
-    features: Annotated[
-        str, typer.Option(help="all, random:N, top:N (by importance), or numbers and ranges: 1,5,10-20")
-    ] = "random:200",
+    features: Annotated[str, typer.Option(help="all, random:N, top:N (by importance), or 1,5,10-20")] = "random:200",
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of features and texts.")] = 0,
-    key_variable: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Environment variable that holds the key; unset: no key is sent."),
-    ] = None,
+    key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the key.")] = None,
     scorers: Annotated[str, typer.Option(help="Any of detection,fuzzing.")] = "detection,fuzzing",
     shown: Annotated[int, typer.Option(help="Texts from which an explanation is made, at most.")] = 20,
     scored: Annotated[int, typer.Option(help="Items of each scorer, half true and half false.")] = 20,
@@ -153,8 +152,7 @@ def explain(
     temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Of an answer; models that think first need more.")] = 500,
     extra: Annotated[
-        str,
-        typer.Option(metavar="JSON", help='Further fields of each request; null takes one out: {"max_tokens": null}'),
+        str, typer.Option(metavar="JSON", help="Further fields of a request; null: leave one out.")
     ] = "{}",
     timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
     attempts: Annotated[int, typer.Option(help="Of each call, before it counts as failed.")] = 6,
@@ -171,9 +169,6 @@ def explain(
     """
     from endwise.explaining.client import RetryPolicy
     from endwise.explaining.endpoint import find_endpoint
-    from endwise.explaining.explain import estimate_lines
-    from endwise.explaining.explain import explain as run
-    from endwise.explaining.explain import plan as make
     from endwise.explaining.settings import Settings, parse_extra
 
     settings = Settings(
@@ -193,18 +188,34 @@ def explain(
         prompts=prompts,
         retry=RetryPolicy(timeout, attempts, concurrency, per_minute),
     )
-    made = make(runs, settings, find_endpoint(endpoint, key_variable), echo)
-    for line in estimate_lines(made.estimate, (price_in, price_out)):
+    _explain(runs, settings, find_endpoint(endpoint, key_variable), (price_in, price_out), dry_run, yes)
+
+
+def _explain(
+    runs: list[Path],
+    settings: "Settings",
+    endpoint: "Endpoint",
+    prices: tuple[float | None, float | None],
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Say what it will take, ask, explain, and say what came of it."""
+    from endwise.explaining.explain import estimate_lines
+    from endwise.explaining.explain import explain as run
+    from endwise.explaining.explain import plan as make
+
+    made = make(runs, settings, endpoint, echo)
+    for line in estimate_lines(made.estimate, prices):
         echo(line)
     if dry_run:
         return
     if made.estimate.calls and not yes and not _agreed():
         return
-    found, tally = run(made, status)
+    found, stats = run(made, status)
     for path, explanations in found.items():
         echo(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
-    echo(str(tally))
-    if tally.failed or tally.unreadable:
+    echo(str(stats))
+    if stats.failed or stats.unreadable:
         echo("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
     echo(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
 

@@ -17,7 +17,7 @@ from endwise.features.harvest.top_tokens import written, written_text
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Site
 from endwise.models.splicing import SplicedPass
-from endwise.tokens.tokenising import text_ids
+from endwise.tokens.encoding import text_ids
 
 MOST_TOKENS = 512
 PER_TOKEN = 20

@@ -15,10 +15,11 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import expanded
 from endwise.config.run import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
+from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
-from endwise.tokens.tokenising import Encoding, Quota, documents_in, held_by_hash, outside_vocabulary
+from endwise.tokens.tokenising import Quota, documents_in, held_by_hash
 
 EMBEDDED = "embedded"
 EMBEDDED_EOS = 0

@@ -22,20 +22,9 @@ from endwise.common.files import PARTIAL
 from endwise.common.remedies import reason, remedy
 from endwise.common.text import printable
 from endwise.tokens.corpus import Documents
+from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.sources import SourceLost, TextSource
-from endwise.tokens.tokenising import (
-    ENDS,
-    HASHES,
-    INFO,
-    INNER_ENDS,
-    INNER_HASHES,
-    TOKENS,
-    Builder,
-    Encoding,
-    Quota,
-    documents_at,
-    outside_vocabulary,
-)
+from endwise.tokens.tokenising import ENDS, HASHES, INFO, INNER_ENDS, INNER_HASHES, TOKENS, Builder, Quota, documents_at
 
 VERSION = 2
 """Raised when the same source would be stored otherwise than before."""

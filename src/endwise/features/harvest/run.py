@@ -90,11 +90,10 @@ def harvest(
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
         found = {} if again else {path: read_harvest(path) for path in configs}
-        done = {
-            path: old for path, old in found.items() if old is not None and _serves(old, settings[path], texts[path])
+        results: dict[Path, Harvest | None] = {
+            path: old for path, old in found.items() if old and _serves(old, settings[path], texts[path])
         }
-        missing = {path: config for path, config in configs.items() if path not in done}
-        results: dict[Path, Harvest | None] = dict(done)
+        missing = {path: config for path, config in configs.items() if path not in results}
         for paths in sharing_groups(missing, tokens):
             group = _group({path: missing[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(display)
