@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from endwise.common.files import write_json, write_tensors
+from endwise.common.files import write_json
+from endwise.common.tensor_files import write_tensors
 from endwise.config.run import RunConfig
 from endwise.dictionaries import ReluSAE
 from endwise.evaluation.evaluate import FIRINGS_FILE, SUMS_FILE

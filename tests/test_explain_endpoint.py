@@ -39,15 +39,15 @@ def _no_long_back_off(monkeypatch):
     monkeypatch.setattr(pacing, "FIRST_BACK_OFF", 0.01)
 
 
-def ask(url, *prompts, key=None, cache=None, **patience):
+def ask(url, *prompts, key=None, cache=None, **retry):
     """The answers to prompts, asked at once, and the tally."""
     endpoint = Endpoint(f"{url}/chat/completions", key, None if key is None else "KEY")
-    patience = RetryPolicy(**{"timeout": 5.0, "attempts": 4, **patience})
+    retry = RetryPolicy(**{"timeout": 5.0, "attempts": 4, **retry})
 
     async def work(cache):
-        async with connected(endpoint, patience) as client:
+        async with connected(endpoint, retry) as client:
             requests = [Settings(model="m").request("m", prompt) for prompt in prompts]
-            return await asyncio.gather(*(client.ask(request, cache) for request in requests)), client.tally
+            return await asyncio.gather(*(client.ask(request, cache) for request in requests)), client.stats
 
     if cache is not None:
         return asyncio.run(work(cache))
@@ -348,10 +348,10 @@ def test_the_key_is_in_no_file_no_log_and_no_message(tmp_path, monkeypatch, capl
 
 
 def planned(run, url, **settings):
-    patience = RetryPolicy(timeout=5.0, attempts=2, concurrency=1)
+    retry = RetryPolicy(timeout=5.0, attempts=2, concurrency=1)
     return plan(
         [run],
-        Settings(**{"model": "m", "features": "all", "random": 2, "patience": patience, **settings}),
+        Settings(**{"model": "m", "features": "all", "random": 2, "retry": retry, **settings}),
         find_endpoint(url),
     )
 

@@ -27,7 +27,7 @@ class Oracle:
     """Answers as it is told, without a network."""
 
     def __init__(self, answer=perfect):
-        self.answer, self.tally, self.prompts = answer, CallStats(), []
+        self.answer, self.stats, self.prompts = answer, CallStats(), []
 
     async def ask(self, request, cache, stand_in):
         prompt = request["messages"][0]["content"]
@@ -58,7 +58,7 @@ def test_a_perfect_explainer_scores_1_and_its_controls_do_not(run):
         values = [each.value(control) for each in found.rows]
         assert len(values) == 14 and 0.35 < np.mean(values) < 0.6, control
     assert all(score.answered == 20 and not score.failed for each in found.rows for score in each.scores.values())
-    assert oracle.tally.unreadable == 0
+    assert oracle.stats.unreadable == 0
 
 
 def test_texts_that_are_asked_about_are_never_shown(run):
@@ -266,14 +266,14 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more_and_never_scored(r
     assert [each.scores for each in found.rows] == [
         {"detection": Score(None, 0, 20), "fuzzing": Score(None, 0, 20)} for _ in range(2)
     ]
-    assert oracle.tally.unreadable == 16 and len(oracle.prompts) == 2 + 2 * 16
+    assert oracle.stats.unreadable == 16 and len(oracle.prompts) == 2 + 2 * 16
     assert sum("must be the JSON alone" in prompt for prompt in oracle.prompts) == 16
 
     def improves(prompt):
         return perfect(prompt) if "must be the JSON alone" in prompt else "Well …\n\nwell."
 
     found, oracle = asked(run, improves, features="0,1", random=0)
-    assert all(each.detection == 1 for each in found.rows) and oracle.tally.unreadable == 0
+    assert all(each.detection == 1 for each in found.rows) and oracle.stats.unreadable == 0
 
 
 def test_features_without_an_explanation_are_left_out(run):
@@ -281,7 +281,7 @@ def test_features_without_an_explanation_are_left_out(run):
         run, lambda prompt: "{" if " word5x>>" in prompt and "20 texts" in prompt else perfect(prompt)
     )
     assert 5 not in {each.feature for each in found.rows} and found.left_out[5] == "no explanation could be had"
-    assert oracle.tally.unreadable >= 1
+    assert oracle.stats.unreadable >= 1
 
 
 def test_prompts_can_be_replaced_one_by_one(tmp_path, run):

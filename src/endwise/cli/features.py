@@ -144,9 +144,7 @@ def explain(
     shown: Annotated[int, typer.Option(help="Texts from which an explanation is made, at most.")] = 20,
     scored: Annotated[int, typer.Option(help="Items of each scorer, half true and half false.")] = 20,
     per_call: Annotated[int, typer.Option(help="Items of one call.")] = 5,
-    shuffled: Annotated[
-        bool, typer.Option("--shuffled/--no-shuffled", help="Control: also score another feature's explanation.")
-    ] = True,
+    shuffled: Annotated[bool, typer.Option(help="Control: also score another feature's explanation.")] = True,
     random: Annotated[int, typer.Option(help="Control: random texts in the place of so many features.")] = 50,
     prompts: Annotated[Path | None, typer.Option(help="Folder with prompts in place of those that ship.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.0,

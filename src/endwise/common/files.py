@@ -1,17 +1,14 @@
-"""Writing files so that a reader never sees half of one, and a loss of power never costs the old one."""
+"""Files: written so that no reader sees half of one and a loss of power costs none, and read with a word for each fault."""
 
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.remedies import reason, remedy
@@ -76,23 +73,6 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, written straight from the tensors' memory; one that is not contiguous, or not on the CPU, is
-    copied first.
-    """
-    own = laid_out(tensors)
-    with replacing(path) as partial:
-        try:
-            save_file(own, partial, metadata=dict(metadata))
-        except SafetensorError as error:  # of a disk that is full, among others
-            raise OSError(str(error)) from error
-
-
-def laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each in one piece; copied only where they are not."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def cannot_write(path: Path, error: Exception) -> RunFolderError:

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
-from endwise.common.files import expanded, write_json, write_tensors
+from endwise.common.files import expanded, write_json
+from endwise.common.tensor_files import write_tensors
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
 from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE, Layout, describe

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from endwise.common.errors import DataError, FormatError
-from endwise.common.files import expanded, write_json, write_tensors
+from endwise.common.files import expanded, write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
+from endwise.common.tensor_files import write_tensors
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.finished import _identity, load_sae, sharing_groups
 from endwise.evaluation.measure import Evaluation, Sums, measure

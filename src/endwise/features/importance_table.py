@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from endwise.common.errors import FormatError
-from endwise.common.files import expanded, write_tensors
+from endwise.common.files import expanded
 from endwise.common.remedies import unreadable
+from endwise.common.tensor_files import write_tensors
 
 IMPORTANCE_FILE = "importance.safetensors"
 

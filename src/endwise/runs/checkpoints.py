@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from endwise.common.errors import FormatError
-from endwise.common.files import laid_out, write_tensors
 from endwise.common.remedies import unreadable
+from endwise.common.tensor_files import laid_out, write_tensors
 
 STATE, CHECKSUM = "endwise", "sha256"
 """Keys of the header."""

@@ -20,9 +20,10 @@ from endwise.analysis.directions.principal import AlongDirections, Estimates, Fl
 from endwise.analysis.directions.resample_ablation import resample_ablation
 from endwise.analysis.directions.text_at_site import TextAtSite
 from endwise.common.errors import FormatError, RunFolderError
-from endwise.common.files import expanded, read_json, write_tensors
+from endwise.common.files import expanded, read_json
 from endwise.common.remedies import unreadable
 from endwise.common.statistics import resampling_weights
+from endwise.common.tensor_files import write_tensors
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, sharing_groups

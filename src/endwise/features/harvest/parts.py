@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from endwise.common.files import held, remove_partials, write_tensors
+from endwise.common.files import held, remove_partials
+from endwise.common.tensor_files import write_tensors
 from endwise.features.harvest.gathering import Gathered
 from endwise.features.harvest.results import HARVEST_FOLDER
 

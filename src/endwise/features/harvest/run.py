@@ -93,9 +93,8 @@ def harvest(
         results: dict[Path, Harvest | None] = {
             path: old for path, old in found.items() if old and _serves(old, settings[path], texts[path])
         }
-        missing = {path: config for path, config in configs.items() if path not in results}
-        for paths in sharing_groups(missing, tokens):
-            group = _group({path: missing[path] for path in paths}, request, settings, model, corpora)
+        for paths in sharing_groups({path: each for path, each in configs.items() if path not in results}, tokens):
+            group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
