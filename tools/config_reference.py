@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from endwise.config.base import Config
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.config.recipes import find_recipe, find_sweep, recipe_names, sweep_names
 from endwise.config.run import RunConfig
 from endwise.sweeps.sweep_config import SweepConfig, Target
@@ -29,7 +30,7 @@ TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEADING = """\
 # Configuration
 
-<!-- Written by tools/config_reference.py from src/endwise/run_config.py and src/endwise/sweeps/sweep_config.py; edit
+<!-- Written by tools/config_reference.py from src/endwise/config/ and src/endwise/sweeps/sweep_config.py; edit
 there, then run `make docs`. -->
 
 A recipe is a YAML file with the keys below; `endwise train` takes its path, or the name of one that ships, and then any
@@ -67,6 +68,7 @@ A sweep is a YAML file of its own, with the keys below; [sweeps](sweeps.md) says
 """
 
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", Any: "any value"}
+TABLE = ("| key | value | default | meaning |", "|---|---|---|---|")
 BOUNDS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
 
 
@@ -93,12 +95,31 @@ def _sections(section: type[Config], prefix: str, title: str, inner_title: str =
         if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
             inner.append((field.annotation, f"{key}."))
         else:
-            cells = (f"`{key}`", _kind(field), _default(field), meanings.get(name, ""))
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
+            rows.append(_row(key, field, meanings.get(name, "")))
+    table = [*TABLE, *rows]
     yield "\n".join([title, "", inspect.cleandoc(section.__doc__ or ""), "", *table, ""])
     for inner_section, inner_prefix in inner:
         yield from _sections(inner_section, inner_prefix, f"{inner_title} `{inner_prefix.rstrip('.')}`", inner_title)
+        if inner_section is DictionaryConfig:
+            yield from _architectures(inner_prefix)
+
+
+def _architectures(prefix: str) -> Iterator[str]:
+    """A table for the own keys of each architecture that has any."""
+    for name in dict.fromkeys(ARCHITECTURES[name].architecture for name in ARCHITECTURES.names()):
+        section = ARCHITECTURES[name].Config
+        own = {key: field for key, field in section.model_fields.items() if key not in DictionaryConfig.model_fields}
+        if own:
+            meanings = _docstrings(section)
+            rows = [_row(f"{prefix}{key}", field, meanings.get(key, "")) for key, field in own.items()]
+            yield "\n".join(
+                [f"### `architecture: {name}`", "", inspect.cleandoc(section.__doc__ or ""), "", *TABLE, *rows, ""]
+            )
+
+
+def _row(key: str, field: FieldInfo, meaning: str) -> str:
+    cells = (f"`{key}`", _kind(field), _default(field), meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _docstrings(section: type) -> dict[str, str]:

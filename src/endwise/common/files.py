@@ -1,4 +1,4 @@
-"""Files: written so that no reader sees half of one and a loss of power costs none, and read with a word for each fault."""
+"""Files: written so that no reader sees half of one, read with a word for each fault."""
 
 import errno
 import json
