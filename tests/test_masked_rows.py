@@ -7,7 +7,8 @@ import torch
 from endwise.analysis.directions.norms import NormCollector
 from endwise.analysis.directions.principal import AlongDirections, Principal
 from endwise.analysis.directions.text_at_site import SiteBatch
-from endwise.config.run import EvaluationConfig, ObjectiveConfig
+from endwise.config.objective import ObjectiveConfig
+from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import DenseLatents, ReluSAE, SparseLatents
 from endwise.evaluation.measure import measure
 from endwise.features.attribution import contributions

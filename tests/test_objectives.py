@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from endwise import LanguageModel
 from endwise.common.errors import ConfigError, SiteError
-from endwise.config.run import ObjectiveConfig
+from endwise.config.objective import ObjectiveConfig
 from endwise.dictionaries import DenseLatents
 from endwise.models.language_model import Clean, Spliced
 from endwise.models.readout import Readout

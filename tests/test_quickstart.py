@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from endwise.common.errors import RunFolderError
-from endwise.config.run import KINDS
+from endwise.config.objective import KINDS
 from endwise.paper.quickstart import quickstart, recipes
 from endwise.runs.folder import RunFolder
 

@@ -13,7 +13,7 @@ from endwise.analysis.comparison.comparison import summarise
 from endwise.analysis.comparison.page import report_html, write_report
 from endwise.analysis.comparison.printed import print_summary
 from endwise.common.errors import RunFolderError
-from endwise.config.run import KINDS
+from endwise.config.objective import KINDS
 from test_comparison import compare, make_run, three_kinds
 
 HOSTILE = """<script>alert(1)</script>"'&${x}$title<img src=http://evil/x onerror=a>"""

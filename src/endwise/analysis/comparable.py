@@ -12,7 +12,7 @@ from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.tables import flat
 from endwise.common.text import model_title, model_titles
-from endwise.config.run import LABELS, PRESETS, TERMS, Kind
+from endwise.config.objective import LABELS, PRESET_TERMS, PRESETS, Kind
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
 
@@ -136,7 +136,7 @@ class _Methods:
 
 def _main_method(kind: Kind, methods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The preset's where there are such runs, otherwise that of most."""
-    preset = {**dict.fromkeys(set().union(*TERMS.values()) - TERMS[kind], 0.0), **PRESETS[kind]}
+    preset = {**dict.fromkeys(set().union(*PRESET_TERMS.values()) - PRESET_TERMS[kind], 0.0), **PRESETS[kind]}
     preset |= {"downstream_sites": None, "p": 1.0}
 
     def is_preset(method: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from endwise.config.run import Kind
+from endwise.config.objective import Kind
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from endwise.common.statistics import (
     percentile_interval,
     text_error,
 )
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.summary import (
     LATER_MSE,
     Floats,

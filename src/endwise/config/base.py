@@ -50,7 +50,7 @@ class Config(BaseModel):
         return expanded(value) if isinstance(value, Path) else value
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> "type[Config]":  # noqa: ARG003  Subclasses read them.
+    def chosen(cls, values: Mapping[str, Any]) -> "type[Config]":
         """The section whose rules hold for these values: this one, unless a value chooses among several."""
         return cls
 

@@ -1,15 +1,14 @@
 """The recipe of one run: every setting a user can name, with its default, its rule and its meaning."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.config.base import Config, Positive
 from endwise.config.dictionary import DictionaryConfig, of_architecture
+from endwise.config.objective import ObjectiveConfig
 
-Kind = Literal["local", "e2e", "e2e_ds"]
-NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -30,68 +29,6 @@ class ModelConfig(Config):
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Never on unless set here."""
-
-
-class SparsityConfig(Config):
-    coefficient: NonNegative
-    """λ, the weight of the sparsity penalty."""
-    p: Annotated[float, Field(gt=0)] = 1.0
-    """The penalty is the mean over tokens of Σ|c|^p / d_model."""
-
-
-PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
-"""By kind, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which is required.
-"""
-TERMS: dict[Kind, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
-"""By kind, the reconstruction terms that it has."""
-
-
-class ObjectiveConfig(Config):
-    """What the SAE is trained for. `kind` is the paper's preset; the weights below override it term by term."""
-
-    kind: Kind
-    sparsity: SparsityConfig
-    kl: NonNegative | None = None
-    """Weight of KL(original ‖ spliced), nats per token. Preset: 0, 1, 0.5 for local, e2e, e2e_ds."""
-    local_mse: NonNegative | None = None
-    """Weight of the reconstruction's mean squared error at the site. Preset: 1, 0, 0."""
-    downstream_mse: NonNegative | None = None
-    """β, total weight of the later sites' mean squared error, shared equally among them. Preset: 0, 0, required."""
-    downstream_sites: tuple[str, ...] | None = None
-    """Unset: `hook_resid_pre` of every later block, as in the reference code."""
-
-    @model_validator(mode="after")
-    def _resolved(self) -> "ObjectiveConfig":
-        if self.kind == "e2e_ds" and not self.downstream_mse:
-            raise ValueError(
-                "kind e2e_ds needs downstream_mse, the total weight of the later sites' errors (β), above 0"
-            )
-        sites = self.downstream_sites or ()
-        if len(set(sites)) < len(sites):
-            raise ValueError(f"downstream_sites names a site twice: {', '.join(sites)}; name each once")
-        if not any(self.weights.values()):
-            raise ValueError("every weight of the objective but sparsity is 0, so there is nothing to reconstruct")
-        return self
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weight of each reconstruction term after the preset is applied."""
-        given = {"kl": self.kl, "local_mse": self.local_mse, "downstream_mse": self.downstream_mse}
-        preset = PRESETS[self.kind]
-        return {term: preset.get(term, 0.0) if value is None else value for term, value in given.items()}
-
-    @property
-    def method(self) -> dict[str, Any]:
-        """What an SAE is trained for, all but the sparsity coefficient. Runs that differ in it are of two methods."""
-        sites = None if self.downstream_sites is None else list(self.downstream_sites)
-        return {**self.weights, "downstream_sites": sites, "p": self.sparsity.p}
-
-    @property
-    def method_kind(self) -> Kind:
-        """The kind whose terms these weights keep, whatever `kind` says; `kind` where they are no preset's."""
-        terms = {term for term, weight in self.weights.items() if weight}
-        kinds: list[Kind] = [kind for kind, of in TERMS.items() if of == terms]
-        return kinds[0] if kinds else self.kind
 
 
 class DataConfig(Config):
@@ -231,10 +168,3 @@ class RunConfig(Config):
                 "unset, or set training.precision=mixed"
             )
         return self
-
-
-KINDS = ("local", "e2e", "e2e_ds")
-
-
-LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
-"""The kinds as the paper writes them, in the order of every table and legend."""

@@ -10,7 +10,8 @@ from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
 from endwise.common.remarks import remarks_on
 from endwise.common.text import model_title
-from endwise.config.run import LABELS, RunConfig
+from endwise.config.objective import LABELS
+from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.features.harvest.results import Harvest, open_harvest
 from endwise.runs.folder import RunFolder
@@ -49,7 +50,7 @@ class DashboardRun:
         measured = RunFolder(self.path).measured() or {}
         firings = self.harvest.firings
         return {
-            "kind": self.config.objective.kind,
+            "kind": self.config.objective.name,
             "site": self.config.site,
             "model": model_title(self.config.model.name),
             "coefficient": self.config.objective.sparsity.coefficient,
@@ -88,7 +89,8 @@ def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
 
 
 def _described(config: RunConfig) -> str:
-    return f"{LABELS[config.objective.kind]} λ {config.objective.sparsity.coefficient:g} seed {config.seed}"
+    name = config.objective.name
+    return f"{LABELS.get(name, name)} λ {config.objective.sparsity.coefficient:g} seed {config.seed}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -31,7 +31,7 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     return {
-        "kind": config.objective.kind,
+        "kind": config.objective.name,
         "site": config.site,
         "coefficient": config.objective.sparsity.coefficient,
         "seed": config.seed,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.figures.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}

@@ -12,7 +12,8 @@ import numpy as np
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import read_json, write_json
 from endwise.common.statistics import Interval, bootstrap_ratio
-from endwise.config.run import Kind, RunConfig
+from endwise.config.objective import Kind
+from endwise.config.run import RunConfig
 from endwise.paper.experiments import Experiments
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.tasks import ModelCache
@@ -86,7 +87,7 @@ def _read(file: Path) -> list[Cost]:
 
 def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
     """Of a recipe; of a site or size that was not measured, what the kind costs at the first."""
-    of_kind = [cost for cost in costs if cost.kind == config.objective.kind]
+    of_kind = [cost for cost in costs if cost.kind == config.objective.name]
     for cost in of_kind:
         if cost.site == config.site and cost.ratio == config.dictionary.ratio:
             return cost.seconds_per_token

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from endwise.config.base import with_values
-from endwise.config.run import Kind, RunConfig
+from endwise.config.objective import Kind
+from endwise.config.run import RunConfig
 from endwise.paper.study_config import StudyConfig
 from endwise.sweeps.points import placed
 

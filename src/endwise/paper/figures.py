@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from endwise.analysis.directions.reconstruction import TEXT, of_kind
 from endwise.analysis.pareto.page import AXIS, described, mark, value
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.paper.mitigations import WAYS, CostPoint, Mitigations, Way

@@ -11,7 +11,8 @@ import numpy as np
 from endwise.analysis.comparison.comparison import Summary, runs_at_similar, similar_by_seed, summarise
 from endwise.analysis.directions.norms import Norms, norms
 from endwise.common.errors import FormatError
-from endwise.config.run import EvaluationConfig, Kind, RunConfig
+from endwise.config.objective import Kind
+from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.finished import load_sae
 from endwise.evaluation.provenance import check_texts, model_of, pinned
 from endwise.evaluation.summary import RunSummary

@@ -12,7 +12,8 @@ import numpy as np
 
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio, with_intervals
 from endwise.common.statistics import InterpolationError, Interval, interpolate_at
-from endwise.config.run import Kind, RunConfig
+from endwise.config.objective import Kind
+from endwise.config.run import RunConfig
 from endwise.evaluation.provenance import check_start
 from endwise.evaluation.summary import Floats, RunSummary, Seeds, resampled, what_varies
 from endwise.paper.costs import Cost, seconds_per_token

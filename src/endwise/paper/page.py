@@ -8,7 +8,7 @@ from endwise.analysis.claims import Claim, claim_list
 from endwise.analysis.pareto.page import ratio_table
 from endwise.analysis.sets import remark_list
 from endwise.common.text import model_title
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div

@@ -14,7 +14,8 @@ from endwise.analysis.comparison.printed import print_summary
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded, there_is, write_json
 from endwise.common.terminal import show
-from endwise.config.run import LABELS, RunConfig
+from endwise.config.objective import LABELS
+from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import write_evaluation
 from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.summary import RunSummary

@@ -11,7 +11,8 @@ from endwise.analysis.ratios import ratio_between
 from endwise.common.errors import EndwiseError
 from endwise.common.statistics import InterpolationError
 from endwise.common.terminal import show
-from endwise.config.run import Kind, RunConfig
+from endwise.config.objective import Kind
+from endwise.config.run import RunConfig
 from endwise.evaluation.summary import RunSummary
 from endwise.paper.costs import Cost, costs
 from endwise.paper.experiments import Experiments, Rates

@@ -9,7 +9,7 @@ from endwise.analysis.comparison.comparison import similar_by_seed
 from endwise.analysis.directions.study import norm_claim
 from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
 from endwise.common.statistics import Interval
-from endwise.config.run import LABELS, Kind
+from endwise.config.objective import LABELS, Kind
 from endwise.evaluation.summary import layer_label
 from endwise.paper.costs import relative_to_local
 from endwise.paper.findings import Findings

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from endwise.common.errors import ConfigError
 from endwise.common.files import expanded
 from endwise.config.base import Config
-from endwise.config.run import EvaluationConfig, Kind, Positive
+from endwise.config.objective import Kind
+from endwise.config.run import EvaluationConfig, Positive
 from endwise.sweeps.sweep_config import EngineConfig
 
 STUDIES = Path(__file__).parent / "studies"

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -51,7 +51,8 @@ def flattened(values: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
 
 def takes_whole_numbers(key: str) -> bool:
     """Whether a field's numbers have no fractions."""
-    return int in (kinds := _kinds(recipe_fields()[key].annotation)) and float not in kinds
+    field = recipe_fields().get(key)
+    return field is not None and int in (kinds := _kinds(field.annotation)) and float not in kinds
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -65,6 +66,8 @@ def _check_exists(key: str, where: str) -> None:
     if key in fields or key in sections or key == TARGET:
         return
     within = next((name for name in (*fields, TARGET) if key.startswith(f"{name}.")), None)
+    if within in fields and get_origin(fields[within].annotation) is dict:
+        return  # names of the user's own, which the recipe checks
     if within is not None:
         given = key.removeprefix(f"{within}.")
         takes = "{ce_increase: 0.1} or {l0: 40}" if within == TARGET else "a value, a list, or {log_range: [...]}"

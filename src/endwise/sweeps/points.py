@@ -49,7 +49,7 @@ class Point:
     def __str__(self) -> str:
         objective = self.config.objective
         aim = f"{objective.sparsity.coefficient:g}" if self.target is None else str(self.target)
-        return f"{objective.kind} {aim} {self.config.site} seed {self.config.seed}"
+        return f"{objective.name} {aim} {self.config.site} seed {self.config.seed}"
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
@@ -202,7 +202,7 @@ def placed(config: RunConfig, folder: Path) -> RunConfig:
     content = config
     if start is not None and start.parent == folder:
         content = config.model_copy(update={"init_from": Path(start.name)})
-    said = f"{objective.kind}-{objective.sparsity.coefficient:g}-{config.site}-seed{config.seed}"
+    said = f"{objective.name}-{objective.sparsity.coefficient:g}-{config.site}-seed{config.seed}"
     return config.model_copy(update={"out": folder / f"{said}-{fingerprint(content)}"})
 
 

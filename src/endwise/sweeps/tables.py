@@ -12,7 +12,8 @@ from endwise.common.files import write_atomic
 from endwise.common.remarks import gathered, show_remarks
 from endwise.common.tables import as_csv, as_table, flat, write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.run import LABELS, RunConfig
+from endwise.config.objective import LABELS
+from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import COEFFICIENT, KIND, Point
@@ -72,7 +73,7 @@ def _within(path: Path, folder: Path) -> str:
 def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     config = point.config
     named = {
-        "kind": config.objective.kind,
+        "kind": config.objective.name,
         "site": config.site,
         "coefficient": config.objective.sparsity.coefficient if point.target is None else None,
         "target": None if point.target is None else str(point.target),

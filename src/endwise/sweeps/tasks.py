@@ -44,7 +44,7 @@ def tasks_of(configs: Iterable[RunConfig], together: int) -> list[Task]:
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
         training = config.training
-        shared = (config.model.model_dump_json(), config.data.model_dump_json(), config.site, config.objective.kind)
+        shared = (config.model.model_dump_json(), config.data.model_dump_json(), config.site, config.objective.name)
         length = (training.tokens, training.batch, training.accumulation, training.precision)
         groups.setdefault(repr((shared, length, config.evaluation.model_dump_json())), []).append(config)
     return [

@@ -115,7 +115,7 @@ class Display:
         names, rows = self._names(), []
         for folder, row in self._rows.items():
             line = row.line
-            terms = [name for name in ("kl", "local_mse", "downstream_mse", "sparsity") if name in line]
+            terms = [name for name in (*row.config.objective.weights, "sparsity") if name in line]
             increase = "–" if row.ce_increase is None else f"{row.ce_increase:+.3f}"
             loss = "  ".join(f"{name} {line[name]:.3g}" for name in terms)
             rows.append((names[folder], loss, f"{line['l0']:.1f}", f"{line['alive']:,}", increase))
@@ -134,7 +134,7 @@ class Display:
 
 
 def _description(config: RunConfig) -> str:
-    return f"{config.objective.kind} {config.objective.sparsity.coefficient:g} {config.site} seed {config.seed}"
+    return f"{config.objective.name} {config.objective.sparsity.coefficient:g} {config.site} seed {config.seed}"
 
 
 def _numbers(row: _Row) -> str:

@@ -4,19 +4,20 @@ Every term is a sum over tokens of one number per token; the objective divides b
 batch can be cut into microbatches, and masked positions drop out, without any term knowing about either.
 
 Two kinds of term: those that read the *spliced* pass (KL, downstream MSE) and those that need the site alone (local
-MSE, sparsity). The second kind never causes a spliced pass.
+MSE, sparsity). The second kind never causes a spliced pass. A further term is a class of either kind, added to `TERMS`
+by its name, which a recipe then gives a weight under `objective.terms`; it is logged under that name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
-from endwise.config.run import ObjectiveConfig
+from endwise.config.objective import TERMS, ObjectiveConfig, TermConfig
 from endwise.dictionaries import Latents
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Readout
@@ -28,12 +29,24 @@ class Term(ABC):
     """A named, weighted part of an objective."""
 
     name: ClassVar[str]
+    """What it is registered by, and logged under."""
     unit: ClassVar[str]
+    Settings: ClassVar[type[TermConfig]] = TermConfig
+    """What a recipe can say of it."""
     coefficient: float
+
+    @classmethod
+    def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "Term":
+        """Build the term of a recipe for an SAE at `site`.
+
+        Args:
+            settings: the fields of `Settings` but for the weight.
+        """
+        return cls(weight, **settings)  # pyright: ignore[reportCallIssue]  of a term's dataclass, not of `Term`
 
 
 class SplicedTerm(Term):
-    """A term that compares the spliced pass with the clean one."""
+    """A term that compares the spliced pass with the clean one, and says what of them must be recorded."""
 
     sites: tuple[Site, ...] = ()
     """Later sites whose activations it reads, in both passes."""
@@ -53,6 +66,7 @@ class SiteTerm(Term):
         """Unweighted sum over the mask's tokens."""
 
 
+@TERMS.add("kl")
 @dataclass(frozen=True)
 class KL(SplicedTerm):
     """KL(original ‖ spliced) of the next-token distributions (paper eq. 4; direction as in the reference's code)."""
@@ -68,6 +82,7 @@ class KL(SplicedTerm):
         return readout.kl(clean.final, spliced.final, mask)
 
 
+@TERMS.add("downstream_mse")
 @dataclass(frozen=True)
 class DownstreamMSE(SplicedTerm):
     """Squared error of later activations, spliced against clean: mean over dims, mean over sites (paper eq. 5).
@@ -81,11 +96,21 @@ class DownstreamMSE(SplicedTerm):
     coefficient: float
     sites: tuple[Site, ...]
 
+    @classmethod
+    def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "DownstreamMSE":
+        """
+        Raises:
+            ConfigError: a downstream site does not come after the site, or there is none.
+            SiteError: a downstream site does not exist in the model.
+        """
+        return cls(weight, downstream_sites(settings["sites"], model, site))
+
     def total(self, readout: Readout, clean: Clean, spliced: Spliced, mask: TokenMask) -> Scalar:
         errors = [squared_error(spliced.activations[site], clean.activations[site], mask) for site in self.sites]
         return torch.stack(errors).mean()
 
 
+@TERMS.add("local_mse")
 @dataclass(frozen=True)
 class LocalMSE(SiteTerm):
     """Squared error of the reconstruction at the site, mean over dims (paper eq. 3)."""
@@ -98,6 +123,7 @@ class LocalMSE(SiteTerm):
         return squared_error(reconstruction, activation, mask)
 
 
+@TERMS.add("sparsity")
 @dataclass(frozen=True)
 class Sparsity(SiteTerm):
     """Σ over features of |c|^p, divided by d_model (paper: p = 1, where the reference code's norm is the same)."""
@@ -127,36 +153,35 @@ class Objective:
         object.__setattr__(self, "sites", tuple(sorted(sites)))
         object.__setattr__(self, "final", any(term.final for term in self.spliced_terms))
 
+    @classmethod
+    def of(cls, terms: Iterable[Term]) -> "Objective":
+        """Make the objective that is the sum of `terms`, which are added up in their order."""
+        terms = tuple(terms)
+        return cls(
+            tuple(term for term in terms if isinstance(term, SplicedTerm)),
+            tuple(term for term in terms if isinstance(term, SiteTerm)),
+        )
+
     @property
     def terms(self) -> Sequence[Term]:
         return (*self.spliced_terms, *self.site_terms)
 
 
 def build_objective(config: ObjectiveConfig, model: LanguageModel, site: Site) -> Objective:
-    """The terms that a recipe names; a term of weight 0 is left out.
+    """Build the terms that a recipe names; a term of weight 0 is left out.
 
     Raises:
         ConfigError: a downstream site does not come after the site, or there is none.
         SiteError: a downstream site does not exist in the model.
     """
-    weights = config.weights
-    spliced: list[SplicedTerm] = []
-    at_site: list[SiteTerm] = []
-    if weights["kl"]:
-        spliced.append(KL(weights["kl"]))
-    if weights["downstream_mse"]:
-        spliced.append(DownstreamMSE(weights["downstream_mse"], downstream_sites(config, model, site)))
-    if weights["local_mse"]:
-        at_site.append(LocalMSE(weights["local_mse"]))
-    at_site.append(Sparsity(config.sparsity.coefficient, config.sparsity.p))
-    return Objective(tuple(spliced), tuple(at_site))
+    return Objective.of(
+        TERMS[term.name].build(term.weight, term.settings, model, site) for term in config.weighted_terms
+    )
 
 
-def downstream_sites(config: ObjectiveConfig, model: LanguageModel, site: Site) -> tuple[Site, ...]:
-    if config.downstream_sites is None:
-        sites = later_residuals(model, site)
-    else:
-        sites = tuple(model.readable(name) for name in config.downstream_sites)
+def downstream_sites(given: tuple[str, ...] | None, model: LanguageModel, site: Site) -> tuple[Site, ...]:
+    """Find the later sites that are named, or those of the default, in the model."""
+    sites = later_residuals(model, site) if given is None else tuple(model.readable(name) for name in given)
     early = [later.name for later in sites if not site < later]
     if early or not sites:
         found = f"not later: {', '.join(early)}" if early else f"{site.name} has none"

@@ -286,7 +286,7 @@ def default_folder(config: RunConfig) -> Path:
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
     coefficient = f"{config.objective.sparsity.coefficient:g}"
     site = Site.parse(config.site).name
-    return Path("runs") / f"{model}-{site}-{config.objective.kind}-{coefficient}-seed{config.seed}"
+    return Path("runs") / f"{model}-{site}-{config.objective.name}-{coefficient}-seed{config.seed}"
 
 
 UNPROCESSED = {
@@ -315,7 +315,7 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
         "prepend_bos": config.data.prepend_bos,
         "dataset_path": config.data.source,
         "endwise": {
-            "kind": config.objective.kind,
+            "kind": config.objective.name,
             "sparsity_coefficient": config.objective.sparsity.coefficient,
             "seed": config.seed,
             "unit_norm_decoder": True,

@@ -42,8 +42,8 @@ class Trainee:
     """
 
     def __init__(self, sae: SAE, site: Site, objective: Objective, config: TrainingConfig, total_steps: int) -> None:
-        self.sae, self.site, self.objective, self.config = sae.train(), site, objective, config
-        self.total_steps = total_steps
+        self.sae, self.site, self.config = sae.train(), site, config
+        self._objective, self.total_steps = objective, total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
         self.step, self.tokens = 0, 0
         device = sae.b_enc.device
@@ -57,6 +57,15 @@ class Trainee:
         """Step at which each watched number was first not finite; -1: never."""
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+
+    def objective_at(self, step: int) -> Objective:
+        """What the step after `step` others is trained for: one objective from the first to the last."""
+        return self._objective
+
+    @property
+    def objective(self) -> Objective:
+        """What the step that comes, or is being taken, is trained for."""
+        return self.objective_at(self.step)
 
     def begin_step(self) -> None:
         for group in self.optimizer.param_groups:

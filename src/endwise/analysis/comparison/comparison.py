@@ -11,7 +11,7 @@ import numpy as np
 from endwise.analysis.claims import are_similar
 from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_to_local, times
 from endwise.common.errors import ConfigError
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import LATER_MSE, RunSummary, Seeds, estimate, what_varies
 
 

@@ -10,7 +10,7 @@ from endwise.analysis.ratios import MEASURES, NAMES, Ratio, times
 from endwise.analysis.sets import remark_list
 from endwise.common.files import expanded, write_atomic
 from endwise.common.text import model_title
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, later_mse, layer_label
 from endwise.figures.page import escape, page, template
 

@@ -10,7 +10,8 @@ from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.common.remarks import MARKED, gathered, mark_of, show_remarks
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_titles
-from endwise.config.run import KINDS, LABELS, RunConfig
+from endwise.config.objective import KINDS, LABELS
+from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import later_mse, layer_label, remarks_of
 
@@ -39,7 +40,7 @@ def _evaluation_cells(path: Path, config: RunConfig, evaluation: Evaluation) -> 
     later = [value.estimate for name, value in evaluation.metrics.items() if name.startswith("downstream_mse.")]
     return [
         str(path),
-        LABELS[config.objective.kind],
+        LABELS.get(config.objective.name, config.objective.name),
         f"{config.objective.sparsity.coefficient:g}",
         f"{evaluation['l0']:.1f}",
         f"{evaluation.alive:,}",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from endwise.analysis.comparison.comparison import Summary
 from endwise.common.text import printable
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.print import log_axis
 from endwise.figures.style import COLOURS, MARKERS

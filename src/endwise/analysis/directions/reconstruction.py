@@ -7,7 +7,7 @@ import numpy as np
 from endwise.analysis.directions.norms import BINS, Norms
 from endwise.analysis.directions.text_at_site import Where
 from endwise.analysis.pareto.page import AXIS, OTHER_SEEDS, described, mark
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 

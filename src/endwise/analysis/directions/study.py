@@ -26,7 +26,7 @@ from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, ov
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
 from endwise.common.statistics import Interval, error_of
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, Seeds, what_varies
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from endwise.analysis.geometry.cosines import Directions
 from endwise.analysis.geometry.geometry import Alive, Geometry, Said, alive
 from endwise.common.errors import ConfigError, ModelError
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
 from endwise.features.harvest.top_tokens import token_effects, written

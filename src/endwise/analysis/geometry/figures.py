@@ -13,7 +13,7 @@ from endwise.analysis.geometry.stability import THRESHOLDS
 from endwise.analysis.geometry.tables import recurrences
 from endwise.analysis.pareto.page import AXIS, described, value
 from endwise.common.statistics import LEAST_SEEDS
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 

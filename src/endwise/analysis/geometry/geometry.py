@@ -26,7 +26,7 @@ from endwise.analysis.geometry.cosines import MEMORY, Nearest, nearest_across, n
 from endwise.analysis.geometry.matching import CANDIDATES, Matching, match
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
-from endwise.config.run import KINDS
+from endwise.config.objective import KINDS
 from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, other_text

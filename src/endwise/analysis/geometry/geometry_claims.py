@@ -13,7 +13,7 @@ from endwise.analysis.geometry.similarity import (
     within,
 )
 from endwise.analysis.over_seeds import judged, over
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary
 
 PUBLISHED = {"e2e": "−0.166 [−0.168, −0.163] (layer 6)", "e2e_ds": "−0.040 [−0.043, −0.037] (layer 6)"}

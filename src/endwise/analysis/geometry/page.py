@@ -21,7 +21,7 @@ from endwise.common.remarks import show_remarks
 from endwise.common.statistics import LEAST_SEEDS
 from endwise.common.tables import write_columns, write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.summary import remarks_of
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div

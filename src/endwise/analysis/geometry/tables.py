@@ -20,7 +20,7 @@ from endwise.analysis.geometry.stability import (
 )
 from endwise.analysis.over_seeds import OverSeeds
 from endwise.common.statistics import Interval
-from endwise.config.run import LABELS
+from endwise.config.objective import LABELS
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, what_varies
 

@@ -31,7 +31,7 @@ from endwise.analysis.importance.faithfulness import NARROW
 from endwise.analysis.importance.measure import ABLATED, measure_importance
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds
 from endwise.common.statistics import Floats, Interval, percentile_interval
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary
 from endwise.features.importance_table import Faithfulness, MeasuredImportance
 from endwise.models.language_model import LanguageModel

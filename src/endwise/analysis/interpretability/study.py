@@ -24,7 +24,7 @@ from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.seeds import numpy_stream
 from endwise.common.statistics import Floats, Interval, percentile_interval
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, estimate
 from endwise.features.explanations import Explanations, read_explanations
 

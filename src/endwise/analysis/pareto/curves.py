@@ -20,7 +20,7 @@ from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, compa
 from endwise.analysis.comparison.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.common.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, resampled
 from endwise.runs.folder import RunFolder
 

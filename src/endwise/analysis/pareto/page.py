@@ -23,7 +23,7 @@ from endwise.common.files import expanded, write_atomic
 from endwise.common.remarks import show_remarks
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.run import KINDS, LABELS
+from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, remarks_of
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div

@@ -250,7 +250,7 @@ class _Group:
             "format": HARVEST_FORMAT,
             "model": self.model.name,
             "site": run.site.name,
-            "kind": run.config.objective.kind,
+            "kind": run.config.objective.name,
             "seed": run.config.seed,
             "d_sae": run.sae.d_sae,
             "tokens": gathered.tokens,

@@ -191,7 +191,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     return TrainingPlan(
         model=config.model.name,
         site=dry_run.site.name,
-        kind=config.objective.kind,
+        kind=config.objective.name,
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,

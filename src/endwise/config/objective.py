@@ -1,0 +1,164 @@
+"""What an SAE is trained for, as a recipe says it: a list of named, weighted terms, of which the paper's kinds are
+presets.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from endwise.common.errors import ConfigError
+from endwise.common.registry import Registry
+from endwise.config.base import Config
+
+if TYPE_CHECKING:
+    from endwise.training.objectives import Term
+
+Kind = Literal["local", "e2e", "e2e_ds"]
+KINDS: tuple[Kind, ...] = ("local", "e2e", "e2e_ds")
+LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
+"""The kinds as the paper writes them, in the order of every table and legend."""
+PRESETS: dict[Kind, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
+"""By kind, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which is required.
+"""
+PRESET_TERMS: dict[Kind, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
+"""By kind, the reconstruction terms that it has."""
+OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
+"""Terms that have a key of their own in `objective`, in the order in which they are added up."""
+COLUMNS = ("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout")
+"""What a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
+
+TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
+"""Every term that a recipe can name."""
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class SparsityConfig(Config):
+    coefficient: NonNegative
+    """λ, the weight of the sparsity penalty."""
+    p: Annotated[float, Field(gt=0)] = 1.0
+    """The penalty is the mean over tokens of Σ|c|^p / d_model."""
+
+
+class TermConfig(Config):
+    """A registered term's part of a recipe. A term with settings beyond its weight extends it (`Term.Settings`)."""
+
+    weight: NonNegative
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A term that an objective names."""
+
+    name: str
+    weight: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ObjectiveConfig(Config):
+    """What the SAE is trained for: a sum of weighted terms. `kind` is the paper's preset of weights; those below
+    override it term by term, and `terms` adds others.
+    """
+
+    kind: Kind | None = None
+    """Unset: only the terms that have a weight below."""
+    sparsity: SparsityConfig
+    kl: NonNegative | None = None
+    """Weight of KL(original ‖ spliced), nats per token. Preset: 0, 1, 0.5 for local, e2e, e2e_ds."""
+    local_mse: NonNegative | None = None
+    """Weight of the reconstruction's mean squared error at the site. Preset: 1, 0, 0."""
+    downstream_mse: NonNegative | None = None
+    """β, total weight of the later sites' mean squared error, shared equally among them. Preset: 0, 0, required."""
+    downstream_sites: tuple[str, ...] | None = None
+    """Unset: `hook_resid_pre` of every later block, as in the reference code."""
+    terms: dict[str, SerializeAsAny[TermConfig]] = Field(default_factory=dict)
+    """Further terms by the name they are registered by, each with its weight, or with `weight` and its settings."""
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: _term(name, value) for name, value in given.items()}
+
+    @model_validator(mode="after")
+    def _resolved(self) -> "ObjectiveConfig":
+        if self.kind == "e2e_ds" and not self.downstream_mse:
+            raise ValueError(
+                "kind e2e_ds needs downstream_mse, the total weight of the later sites' errors (β), above 0"
+            )
+        sites = self.downstream_sites or ()
+        if len(set(sites)) < len(sites):
+            raise ValueError(f"downstream_sites names a site twice: {', '.join(sites)}; name each once")
+        if not any(self.weights.values()):
+            told = "" if self.kind else f"; give kind ({', '.join(KINDS)}), or a weight"
+            raise ValueError(
+                f"every weight of the objective but sparsity is 0, so there is nothing to reconstruct{told}"
+            )
+        return self
+
+    def __hash__(self) -> int:
+        return hash((*(vars(self)[name] for name in vars(self) if name != "terms"), frozenset(self.terms.items())))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each reconstruction term after the preset is applied."""
+        given = {"kl": self.kl, "local_mse": self.local_mse, "downstream_mse": self.downstream_mse}
+        preset = PRESETS[self.kind] if self.kind else {}
+        own = {term: preset.get(term, 0.0) if value is None else value for term, value in given.items()}
+        return own | {name: term.weight for name, term in self.terms.items()}
+
+    @property
+    def weighted_terms(self) -> list[WeightedTerm]:
+        """Every term with what it is built from; of weight 0 only sparsity is kept."""
+        weights = self.weights
+        settings: dict[str, dict[str, Any]] = {
+            **{name: term.model_dump(exclude={"weight"}) for name, term in self.terms.items()},
+            "downstream_mse": {"sites": self.downstream_sites},
+        }
+        names = ("kl", "downstream_mse", "local_mse", *self.terms)
+        terms = [WeightedTerm(name, weights[name], settings.get(name, {})) for name in names if weights[name]]
+        return [*terms, WeightedTerm("sparsity", self.sparsity.coefficient, {"p": self.sparsity.p})]
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What an SAE is trained for, all but the sparsity coefficient. Runs that differ in it are of two methods."""
+        sites = None if self.downstream_sites is None else list(self.downstream_sites)
+        settings = {name: term.model_dump(mode="json", exclude={"weight"}) for name, term in self.terms.items()}
+        further = {f"terms.{name}": of for name, of in settings.items() if of}
+        return {**self.weights, "downstream_sites": sites, "p": self.sparsity.p, **further}
+
+    @property
+    def name(self) -> str:
+        """The kind, and the terms that are added to it: what folders, lines and tables call the objective."""
+        own = [term for term in ("kl", "local_mse", "downstream_mse") if self.weights[term]]
+        start = [self.kind or self._preset or "+".join(own)]
+        return "+".join(part for part in (*start, *(name for name, term in self.terms.items() if term.weight)) if part)
+
+    @property
+    def method_kind(self) -> str:
+        """The kind whose terms these weights keep, whatever `kind` says; where they are no preset's, `name`."""
+        return self._preset if self._preset and not any(term.weight for term in self.terms.values()) else self.name
+
+    @property
+    def _preset(self) -> Kind | None:
+        """The kind that has just those terms with keys of their own which these weights keep."""
+        kept = {term for term in ("kl", "local_mse", "downstream_mse") if self.weights[term]}
+        return next((kind for kind, terms in PRESET_TERMS.items() if terms == kept), None)
+
+
+def _term(name: Any, value: Any) -> Any:
+    """A registered term's settings, of the class that the term says."""
+    if name in OWN_KEYS:
+        raise ValueError(f"{name} has a key of its own; set objective.{name}")
+    if name in COLUMNS:
+        raise ValueError(f"no term can be called {name}, which metrics.jsonl has a number of")
+    try:
+        settings = TERMS[str(name)].Settings
+        if isinstance(value, settings):
+            return value
+        values = value if isinstance(value, dict) else {"weight": value}
+        return settings.build(values, f"the term {name}")
+    except ConfigError as error:
+        raise ValueError(" ".join(str(error).split())) from None
