@@ -23,7 +23,7 @@ RECIPE = """\
 site: blocks.3.hook_resid_pre
 dictionary: {size: 200}
 objective: {kind: local, sparsity: {coefficient: 1.0}}
-training: {tokens: 16384, batch: 4, learning_rate: 1.0e-2, log_every: 1, checkpoint_every: 4}
+training: {tokens: 16384, batch: 4, learning_rate: 1.0e-2, log_every: 1, checkpoint_every: 4, keep_checkpoints: 9}
 evaluation: {tokens: 8192, during_training_tokens: 2048, bootstrap: 20}
 """
 COMPARED = ("metrics.jsonl", "sae/sae_weights.safetensors", "evaluation_sums.safetensors")
