@@ -18,7 +18,7 @@ from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import DataConfig
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from endwise.runs.folder import RunFolder
-from endwise.training import train as training
+from endwise.training import loop
 from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, VOCAB, recipe
 
@@ -225,7 +225,7 @@ def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
 def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, monkeypatch, step):
     settings = {"evaluate_every": 10, "log_every": 1}
     whole = train(recipe(tmp_path / "whole", **settings), model=model, corpora=corpora, display=False)
-    measure = training.measure
+    measure = loop.measure
 
     def fails(*arguments, **named):
         line = RunFolder(tmp_path / "cut").metrics()[-1]
@@ -233,7 +233,7 @@ def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model
             raise ArithmeticError("no number for the evaluation")
         return measure(*arguments, **named)
 
-    monkeypatch.setattr(training, "measure", fails)
+    monkeypatch.setattr(loop, "measure", fails)
     config = recipe(tmp_path / "cut", **settings)
     with pytest.raises(ArithmeticError):
         train(config, model=model, corpora=corpora, display=False)

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import endwise.training.train as training
 from endwise import SAE, train, train_together
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, RunFolderError, TrainingStopped
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
+from endwise.tokens import BatchOrder
+from endwise.training import loop
 from endwise.training.members import Member, SomeFailed
+from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from small_gpt2 import recipe
@@ -118,8 +120,8 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
     checkpoint = read_checkpoint(failure.checkpoint)
     assert checkpoint.state["step"] == 4 and checkpoint.state["tokens"] == 4 * 32
     config = three(tmp_path / "first steps")[failing]
-    trainee = training.new_trainee(config, model, steps=20)
-    order = training.BatchOrder(corpora.train, 4, 0, 1)
+    trainee = new_trainee(config, model, steps=20)
+    order = BatchOrder(corpora.train, 4, 0, 1)
     for step in range(4):
         take_step(model, [trainee], corpora.train.batch(order[step]))
     for name, tensor in trainee.checkpoint().tensors.items():
@@ -197,14 +199,14 @@ def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, cor
 
 
 def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path, monkeypatch):
-    measure = training.measure
+    measure = loop.measure
 
     def fails(model, saes, *arguments, **named):
         if str(tmp_path / "e2e") in saes:
             raise DataError("A metric is NaN or infinite on some held-out sequence.")
         return measure(model, saes, *arguments, **named)
 
-    monkeypatch.setattr(training, "measure", fails)
+    monkeypatch.setattr(loop, "measure", fails)
     failure, error = together(model, corpora, tmp_path, "e2e")
     assert read_checkpoint(failure.checkpoint).state["step"] == 20
     assert_others_finished(error, alone, "e2e")

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-import endwise.training.train as training
 from endwise import LanguageModel, train
 from endwise.common.errors import DataError, TrainingStopped
+from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpus, TokenBatch, read_ahead
 from endwise.training.trainee import Trainee
 from small_gpt2 import recipe, small_model
@@ -135,7 +135,7 @@ def test_training_leaves_no_thread_and_tells_of_a_corpus_gone_bad(corpora, tmp_p
     monkeypatch.setattr(type(corpora.train), "batch", bad)
     with pytest.raises(TrainingStopped, match=r"the file was cut off\. The last good state is saved in .*bad"):
         train(recipe(tmp_path / "bad", "local"), model=model, corpora=corpora, display=False)
-    assert training.RunFolder(tmp_path / "bad").latest_checkpoint().name == "step-000000006.safetensors"
+    assert RunFolder(tmp_path / "bad").latest_checkpoint().name == "step-000000006.safetensors"
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])

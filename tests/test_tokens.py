@@ -21,6 +21,7 @@ from endwise.common.seeds import numpy_stream
 from endwise.config.run import DataConfig
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading, tokenising
 from endwise.tokens.corpus import Layout
+from endwise.tokens.encoding import text_ids
 from endwise.tokens.tokenising import documents_in
 
 WORDS = 40
@@ -592,7 +593,7 @@ def test_no_tokenizer_makes_a_special_token_of_text():
     unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     byte_level = PreTrainedTokenizerFast(tokenizer_object=loading._embedded_tokenizer(), eos_token="<|endoftext|>")
     for tokenizer, text in ((unigram, "a</s>b"), (byte_level, "Once<|endoftext|>upon"), (unigram, "a"), (unigram, "")):
-        (parsed,), (ids,) = (tokenising.text_ids(tokenizer, [text], specials) for specials in (True, False))
+        (parsed,), (ids,) = (text_ids(tokenizer, [text], specials) for specials in (True, False))
         assert (tokenizer.eos_token_id in parsed) == (len(text) > 1)
         assert tokenizer.eos_token_id not in ids
         assert tokenizer.decode(ids).replace(" ", "") == text

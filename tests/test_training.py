@@ -240,7 +240,7 @@ def test_too_little_text_to_evaluate_is_refused_before_training(model, corpora, 
 
 
 def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypatch):
-    import endwise.training.train as module
+    import endwise.training.loop as module
 
     def fails(*arguments, **options):
         raise ArithmeticError("no number for the evaluation")
@@ -254,7 +254,7 @@ def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypat
 
 
 def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path, monkeypatch):
-    import endwise.training.train as module
+    import endwise.training.loop as module
 
     plain = module.measure
 
