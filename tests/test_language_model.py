@@ -27,20 +27,31 @@ from tiny_models import (
     block,
     build,
     hooked,
+    parts,
     patched_logits,
     randomize,
     tiny,
     tokens,
     values_at,
+    width,
 )
 
 BOUNDARIES = [0, LAYERS // 2, LAYERS - 1]
-PRE, ATTN, MLP, POST = Part.RESID_PRE, Part.ATTN_OUT, Part.MLP_OUT, Part.RESID_POST
+PRE, Z, ATTN, MIDDLE, MLP_IN, MLP, POST = Part
 SITES = [Site(layer, part) for layer in BOUNDARIES for part in Part]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_site = pytest.mark.parametrize("site", SITES, ids=str)
+
+
+def at_sites(sites, families=FAMILIES):
+    """Every family with each of the sites that it has."""
+    pairs = [(family, site) for family in families for site in sites if site.part in parts(family)]
+    return pytest.mark.parametrize(("family", "site"), pairs, ids=str)
+
+
+SOME_FAMILIES = ["gpt2", "gpt_neo", "pythia", "llama", "gemma2", "gptj"]
 # One of each way a block returns its result and orders its parts.
-some_families = pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "pythia", "llama", "gemma2", "gptj"])
+some_families = pytest.mark.parametrize("family", SOME_FAMILIES)
 
 
 def noise_like(value, seed=3):
@@ -56,7 +67,7 @@ def moved(value):
 def reference(family):
     """Every site's value in a plain full pass on `tokens()`, and its logits."""
     hugging, ids = tiny(family).model, tokens()
-    values = values_at(family, hugging, ids, [Site(layer, part) for layer in range(LAYERS) for part in Part])
+    values = values_at(family, hugging, ids, [Site(layer, part) for layer in range(LAYERS) for part in parts(family)])
     with torch.no_grad():
         return values, hugging(input_ids=ids, use_cache=False).logits
 
@@ -69,8 +80,7 @@ def random_patch(family, site):
 # What is recorded
 
 
-@every_family
-@every_site
+@at_sites(SITES)
 def test_recorded_values_are_those_of_a_full_pass(family, site):
     model, ids = tiny(family), tokens()
     expected = reference(family)[0][site]
@@ -78,7 +88,7 @@ def test_recorded_values_are_those_of_a_full_pass(family, site):
     clean = model.clean(ids, [site])
     assert torch.equal(clean.activations[site], expected)
     assert clean.final is None
-    assert model.width(site) == expected.shape[-1] == WIDTH
+    assert model.width(site) == expected.shape[-1] == width(family, site.part)
 
 
 @every_family
@@ -102,7 +112,7 @@ def test_residual_sites_are_the_models_hidden_states(family):
 @pytest.mark.parametrize("layer", BOUNDARIES)
 def test_what_the_branches_add_is_what_the_block_adds(family, layer):
     model = tiny(family)
-    at = model.clean(tokens(), [Site(layer, part) for part in Part], final=True).activations
+    at = model.clean(tokens(), [Site(layer, part) for part in (PRE, ATTN, MLP, POST)], final=True).activations
     added = at[Site(layer, ATTN)].double() + at[Site(layer, MLP)].double()
     post = at[Site(layer, POST)].double()
     torch.testing.assert_close(at[Site(layer, PRE)].double() + added, post, rtol=1e-5, atol=1e-5)
@@ -122,7 +132,7 @@ def test_the_readout_of_the_final_state_gives_the_models_logits(family):
 
 @every_family
 def test_sites_are_listed_in_the_order_of_computation(family):
-    assert tiny(family).sites() == [Site(layer, part) for layer in range(LAYERS) for part in (PRE, ATTN, MLP, POST)]
+    assert tiny(family).sites() == [Site(layer, part) for layer in range(LAYERS) for part in parts(family)]
     assert tiny(family).n_layers == LAYERS
     assert tiny(family).d_model == WIDTH
     assert tiny(family).vocab_size == VOCAB
@@ -132,8 +142,7 @@ def test_sites_are_listed_in_the_order_of_computation(family):
 # Splicing and replaying
 
 
-@every_family
-@every_site
+@at_sites(SITES)
 def test_an_identity_splice_changes_no_bit(family, site):
     model, ids = tiny(family), tokens()
     expected = reference(family)[1]
@@ -149,8 +158,7 @@ def test_an_identity_splice_changes_no_bit(family, site):
         assert torch.equal(model.readout.logits(replayed.final), expected)
 
 
-@every_family
-@every_site
+@at_sites(SITES)
 @torch.no_grad()
 def test_a_replayed_tail_equals_the_patched_full_pass_bit_for_bit(family, site):
     model, ids = tiny(family), tokens()
@@ -172,10 +180,16 @@ def test_a_replayed_tail_equals_the_patched_full_pass_bit_for_bit(family, site):
         (Site(1, MLP), Site(3, POST)),
         (Site(1, POST), Site(2, PRE)),
         (Site(3, MLP), Site(3, POST)),
+        (Site(1, Z), Site(1, MIDDLE)),
+        (Site(1, MIDDLE), Site(1, MLP_IN)),
+        (Site(1, MLP_IN), Site(1, MLP)),
+        (Site(0, MLP), Site(2, Z)),
     ],
     ids=str,
 )
 def test_two_sites_at_once(family, first, later):
+    if not {first.part, later.part} <= {*parts(family)}:
+        return
     model, ids = tiny(family), tokens()
     patch = random_patch(family, first)
     acts = {first: lambda _: patch, later: moved}
@@ -199,7 +213,7 @@ def test_two_sites_at_once(family, first, later):
 def test_later_sites_are_recorded_as_spliced(family):
     model, ids = tiny(family), tokens()
     first = Site(1, MLP)
-    record = [Site(1, POST), *(Site(layer, part) for layer in (2, 3) for part in Part)]
+    record = [Site(1, POST), *(Site(layer, part) for layer in (2, 3) for part in parts(family))]
     patch = random_patch(family, first)
     with hooked(family, model.model, {first: lambda _: patch}):
         expected = values_at(family, model.model, ids, record)
@@ -221,8 +235,7 @@ def test_a_function_at_the_first_site_receives_the_clean_value():
 # Gradients
 
 
-@every_family
-@pytest.mark.parametrize("site", [Site(0, MLP), *(Site(2, part) for part in Part), Site(LAYERS - 1, POST)], ids=str)
+@at_sites([Site(0, MLP), *(Site(2, part) for part in Part), Site(LAYERS - 1, POST)])
 def test_gradients_of_the_replay_are_those_of_the_full_patched_model(family, site):
     model, ids = tiny(family), tokens()
     start = random_patch(family, site)
@@ -267,8 +280,7 @@ def test_a_clean_pass_keeps_no_graph():
 # Rows
 
 
-@some_families
-@pytest.mark.parametrize("site", [Site(1, part) for part in Part], ids=str)
+@at_sites([Site(1, part) for part in Part], SOME_FAMILIES)
 def test_microbatches_give_what_the_whole_batch_gives(family, site):
     model, ids = tiny(family), tokens()
     patch = random_patch(family, site)
@@ -328,12 +340,12 @@ def computing(calls):
 @pytest.mark.parametrize("layer", BOUNDARIES)
 def test_a_clean_pass_stops_at_the_last_recorded_site(family, layer):
     model, ids = tiny(family), tokens()
-    for part in Part:
+    for part in parts(family):
         with counted(family, model.model) as calls:
             model.clean(ids, [Site(0, PRE), Site(layer, part)])
         last = layer - 1 if part is PRE else layer
         assert computing(calls) == set(range(last + 1))
-        if part is ATTN:
+        if part in (Z, ATTN, MIDDLE, MLP_IN):
             assert (layer, "mlp") not in calls
     with counted(family, model.model) as calls:
         model.clean(ids, [Site(layer, PRE)], final=True)
@@ -349,7 +361,8 @@ def test_a_replay_computes_only_what_follows_the_site(family, layer):
         model.clean(ids, [Site(layer, PRE)], final=True)
     children = {child for at, child in calls if at == layer}
     assert {mlp, attention} <= children
-    for part in Part:
+    whole = calls
+    for part in parts(family):
         clean = model.clean(ids, [Site(layer, part)])
         with counted(family, model.model) as calls:
             model.replay(clean, {Site(layer, part): clean.activations[Site(layer, part)]})
@@ -358,7 +371,11 @@ def test_a_replay_computes_only_what_follows_the_site(family, layer):
         assert computing(calls) - {layer} == after
         if part is PRE:
             assert inside == children
-        if part is ATTN:
+        if part is Z:  # the projection alone, and in a block with post-norms attention's norm
+            of_attention = [at for at in whole if at[0] == layer and at[1] in (attention, "self_attn", "attn")]
+            assert 0 < sum(calls[at] for at in of_attention) <= sum(whole[at] for at in of_attention) - 1
+            assert "mlp" in inside
+        if part in (ATTN, MIDDLE, MLP_IN):
             assert not inside & {attention, "self_attn", "attn"}
             assert "mlp" in inside
         if part is MLP:
@@ -393,7 +410,7 @@ def traces(model):
 def test_nothing_is_left_in_the_model(family):
     model, ids = tiny(family), tokens()
     before, weights = traces(model.model), {k: v.clone() for k, v in model.model.state_dict().items()}
-    for site in [Site(0, PRE), *(Site(2, part) for part in Part), Site(LAYERS - 1, POST)]:
+    for site in [Site(0, PRE), *(Site(2, part) for part in parts(family)), Site(LAYERS - 1, POST)]:
         clean = model.clean(ids, [site])
         model.replay(clean, {site: moved}, record=[Site(LAYERS - 1, POST)])
         assert traces(model.model) == before
@@ -412,8 +429,7 @@ def fails(value):
     raise Failure
 
 
-@some_families
-@pytest.mark.parametrize("site", [Site(0, PRE), *(Site(2, part) for part in Part)], ids=str)
+@at_sites([Site(0, PRE), *(Site(2, part) for part in Part)], SOME_FAMILIES)
 def test_nothing_is_left_after_a_patch_that_fails(family, site):
     model, ids = tiny(family), tokens()
     before = traces(model.model)
@@ -469,6 +485,28 @@ def test_an_unknown_site_is_an_error_that_lists_the_sites():
     with pytest.raises(SiteError, match="Did you mean hook_resid_pre"):
         model.site("blocks.1.resid_pre")
     assert model.site("blocks.1.hook_resid_pre") == model.site(Site(1, PRE)) == Site(1, PRE)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family].middle is None])
+def test_a_parallel_block_has_no_stream_between_its_parts_and_says_so(family):
+    with pytest.raises(SiteError, match=r"no site blocks\.1\.hook_resid_mid: its blocks are parallel: .* It has"):
+        tiny(family).clean(tokens(), [Site(1, MIDDLE)])
+
+
+def test_a_block_whose_result_takes_more_than_its_parts_is_not_divided():
+    """Its attention leaves something behind for the end, besides what it adds."""
+
+    class Leaving(UnknownBlock):
+        def forward(self, hidden):
+            added = self.self_attention(hidden)
+            middle = hidden + added
+            return middle + self.feed_forward(middle + hidden)
+
+    hugging = unknown(nn.ModuleList(Leaving() for _ in range(3)), num_hidden_layers=3)
+    model = LanguageModel(hugging, name="mine")
+    with pytest.raises(SiteError, match=r"no site blocks\.1\.hook_resid_mid: a block that is run in two halves"):
+        model.site(Site(1, MIDDLE))
+    assert Site(1, MLP_IN) in model.sites()
 
 
 def test_every_door_checks_the_site():
@@ -602,7 +640,7 @@ def unknown(stack, **config):
 def test_an_unknown_model_is_read_by_structure():
     hugging = unknown(nn.ModuleList(UnknownBlock() for _ in range(3)), num_hidden_layers=3)
     model, ids = LanguageModel(hugging, name="mine"), tokens()
-    assert model.sites() == [Site(layer, part) for layer in range(3) for part in Part]
+    assert model.sites() == [Site(layer, part) for layer in range(3) for part in Part if part is not Z]
     clean = model.clean(ids, [Site(1, MLP)])
     attention = {}
     handle = hugging.stack[1].self_attention.register_forward_hook(lambda *args: attention.update(value=args[2]))
@@ -803,8 +841,8 @@ def test_bfloat16(family):
     hugging = build(family).to(torch.bfloat16)
     model, ids = LanguageModel(hugging), tokens()
     assert model.dtype == torch.bfloat16
-    assert len(model.sites()) == 4 * LAYERS
-    for site in (Site(0, PRE), Site(2, ATTN), Site(2, MLP), Site(LAYERS - 1, POST)):
+    assert len(model.sites()) == 7 * LAYERS
+    for site in (Site(0, PRE), *(Site(2, part) for part in (ATTN, MIDDLE, MLP_IN, MLP)), Site(LAYERS - 1, POST)):
         patch = (2 * noise_like(torch.empty(3, CONTEXT, WIDTH))).bfloat16()
         with torch.no_grad(), hooked(family, hugging, {site: lambda _, patch=patch: patch}):
             states = []

@@ -11,7 +11,15 @@ from endwise import Site
 from endwise.common.errors import ModelError, SiteError
 from endwise.models.sites import Part
 
-ORDER = ["hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
+ORDER = [
+    "hook_resid_pre",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp_in",
+    "hook_mlp_out",
+    "hook_resid_post",
+]
 sites = st.builds(Site, st.integers(0, 999_999), st.sampled_from(Part))
 
 
@@ -53,8 +61,10 @@ def test_order_within_and_between_blocks():
         "blocks.one.hook_resid_pre",
         "blocks.1.0.hook_resid_pre",
         "blocks.1.hook_resid_pre.hook_scale",
-        "blocks.1.hook_resid_mid",
-        "blocks.1.attn.hook_z",
+        "blocks.1.hook_z",
+        "blocks.1.attn",
+        "blocks.1.attn.hook_z.0",
+        "blocks.1.attn.mlp_in",
         "block.1.hook_resid_pre",
         "blocks[1].hook_resid_pre",
         " blocks.1.hook_resid_pre",
@@ -80,11 +90,19 @@ def test_other_names_are_refused_with_the_rule_and_the_name(name):
         ("blocks.1.mlp_out", "hook_mlp_out"),
         ("blocks.1.hook_atn_out", "hook_attn_out"),
         ("blocks.hook_mlp_out", "hook_mlp_out"),
+        ("blocks.1.hook_z", "attn.hook_z"),
+        ("blocks.1.resid_mid", "hook_resid_mid"),
     ],
 )
 def test_the_nearest_part_is_named(given_name, meant):
     with pytest.raises(SiteError, match=rf"Did you mean {meant}\?"):
         Site.parse(given_name)
+
+
+@pytest.mark.parametrize("other", ["hook_mlp_in", "ln2.hook_normalized"])
+def test_what_other_tools_call_the_mlps_input_is_not_taken_for_ours(other):
+    with pytest.raises(SiteError, match=rf"'blocks\.3\.{re.escape(other)}' .* before the norm.* blocks\.3\.mlp_in is"):
+        Site.parse(f"blocks.3.{other}")
 
 
 def test_nothing_is_suggested_for_a_name_like_no_other():
@@ -99,7 +117,7 @@ def test_any_text_is_a_site_or_a_site_error(text):
         site = Site.parse(text)
     except SiteError:
         return
-    assert re.fullmatch(r"blocks\.\d+\.hook_\w+", text)
+    assert re.fullmatch(r"blocks\.\d+\.(attn\.)?\w+", text)
     assert int(text.split(".")[1]) == site.layer
 
 

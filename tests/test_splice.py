@@ -6,7 +6,8 @@ import torch
 from endwise import LanguageModel, ReluSAE, Site, spliced
 from endwise.common.errors import EndwiseError, SiteError
 from endwise.models.sites import Part
-from tiny_models import CONTEXT, FAMILIES, LAYERS, VOCAB, WIDTH, build, patched_logits, tiny, tokens
+from tiny_models import CONTEXT, FAMILIES, LAYERS, VOCAB, WIDTH, build, parts, patched_logits, tiny, tokens
+from tiny_models import width as width_of
 
 PRE, ATTN, POST = "blocks.1.hook_resid_pre", "blocks.2.hook_attn_out", "blocks.3.hook_resid_post"
 SITES = [f"blocks.1.{part}" for part in Part] + ["blocks.0.hook_resid_pre", "blocks.3.hook_resid_post"]
@@ -33,9 +34,11 @@ def by_hand(dictionary):
 def test_the_forward_pass_is_that_of_a_model_patched_by_hand(family):
     model, ids = tiny(family), tokens()
     clean = model.logits(ids)
-    for site in SITES:
-        dictionary = sae()
-        expected = patched_logits(family, model.model, ids, {Site.parse(site): by_hand(dictionary)})
+    for site in map(Site.parse, SITES):
+        if site.part not in parts(family):
+            continue
+        dictionary = sae(width=width_of(family, site.part))
+        expected = patched_logits(family, model.model, ids, {site: by_hand(dictionary)})
         with spliced(model, {site: dictionary}) as inside:
             assert inside is model
             logits = model.model(input_ids=ids).logits

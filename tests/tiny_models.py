@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,17 +47,23 @@ class Family:
     attention: str = "self_attn"
     """The child of a block whose output is added to the residual stream."""
     mlp: str = "mlp"
+    projection: str = "self_attn.o_proj"
+    """Of attention's heads to its output."""
+    middle: str | None = "post_attention_layernorm"
+    """The child of a block that reads the residual stream between attention and MLP; None: a parallel block."""
 
 
 POST_NORM = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-IN_TRANSFORMER = {"blocks": "transformer.h", "final_norm": "transformer.ln_f", "attention": "attn"}
+GEMMA = {"middle": "pre_feedforward_layernorm", **POST_NORM}
+IN_TRANSFORMER = {"blocks": "transformer.h", "final_norm": "transformer.ln_f", "attention": "attn", "middle": "ln_2"}
 NEOX = {"blocks": "gpt_neox.layers", "final_norm": "gpt_neox.final_layer_norm", "attention": "attention"}
+NEOX |= {"projection": "attention.dense"}
 SOFT_CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 
 FAMILIES = {
-    "gpt2": Family(lambda: hf.GPT2Config(**GPT_2_LIKE), **IN_TRANSFORMER),
-    "gpt_neo": Family(lambda: hf.GPTNeoConfig(**GPT_NEO), **IN_TRANSFORMER),
-    "pythia": Family(lambda: hf.GPTNeoXConfig(**LLAMA_LIKE, use_parallel_residual=True), **NEOX),
+    "gpt2": Family(lambda: hf.GPT2Config(**GPT_2_LIKE), **IN_TRANSFORMER, projection="attn.c_proj"),
+    "gpt_neo": Family(lambda: hf.GPTNeoConfig(**GPT_NEO), **IN_TRANSFORMER, projection="attn.attention.out_proj"),
+    "pythia": Family(lambda: hf.GPTNeoXConfig(**LLAMA_LIKE, use_parallel_residual=True), **NEOX, middle=None),
     "neox_sequential": Family(lambda: hf.GPTNeoXConfig(**LLAMA_LIKE, use_parallel_residual=False), **NEOX),
     "llama": Family(lambda: hf.LlamaConfig(**LLAMA_LIKE)),
     "llama_grouped_tied": Family(lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
@@ -64,18 +71,32 @@ FAMILIES = {
     "mistral_sliding": Family(lambda: hf.MistralConfig(**GROUPED, sliding_window=WINDOW)),
     "qwen2": Family(lambda: hf.Qwen2Config(**GROUPED)),
     "qwen3": Family(lambda: hf.Qwen3Config(**GROUPED, head_dim=6)),
-    "gemma2": Family(lambda: hf.Gemma2Config(**GROUPED, **SOFT_CAPS, head_dim=6, sliding_window=WINDOW), **POST_NORM),
+    "gemma2": Family(lambda: hf.Gemma2Config(**GROUPED, **SOFT_CAPS, head_dim=6, sliding_window=WINDOW), **GEMMA),
     "gemma3": Family(
-        lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=6, sliding_window=WINDOW, layer_types=ALTERNATING), **POST_NORM
+        lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=6, sliding_window=WINDOW, layer_types=ALTERNATING), **GEMMA
     ),
-    "olmo2": Family(lambda: hf.Olmo2Config(**GROUPED), **POST_NORM),
+    "olmo2": Family(lambda: hf.Olmo2Config(**GROUPED), **POST_NORM, middle="mlp"),
     "phi3": Family(lambda: hf.Phi3Config(**GROUPED)),
     # Not named in the documentation; found by structure, with their own turns: outputs taken as `outputs[0]` and an
     # unembedding with a bias, logits that are scaled, several experts.
-    "gptj": Family(lambda: hf.GPTJConfig(**GPT_2_LIKE, rotary_dim=2), **IN_TRANSFORMER),
-    "cohere": Family(lambda: hf.CohereConfig(**GROUPED, logit_scale=0.3)),
+    "gptj": Family(
+        lambda: hf.GPTJConfig(**GPT_2_LIKE, rotary_dim=2),
+        **IN_TRANSFORMER | {"middle": None},
+        projection="attn.out_proj",
+    ),
+    "cohere": Family(lambda: hf.CohereConfig(**GROUPED, logit_scale=0.3), middle=None),
     "mixtral": Family(lambda: hf.MixtralConfig(**GROUPED, num_local_experts=3)),
 }
+
+
+def parts(family: str) -> list[Part]:
+    """Those that a family's blocks have, in the order of computation."""
+    return [part for part in Part if part is not Part.RESID_MID or FAMILIES[family].middle]
+
+
+def width(family: str, part: Part) -> int:
+    head_dim = getattr(FAMILIES[family].config(), "head_dim", None) or WIDTH // HEADS
+    return HEADS * head_dim if part is Part.ATTN_Z else WIDTH
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
@@ -143,11 +164,41 @@ def hook(family: str, model: nn.Module, site: Site, act: Callable[[Tensor], Tens
         return None if new is None else (new, *values[1:]) if isinstance(values, tuple) else new
 
     where = block(family, model, site.layer)
-    if site.part is Part.RESID_PRE:
-        return where.register_forward_pre_hook(lambda _module, args: replaced(args))
+    if site.part is Part.RESID_MID:
+        return hook_middle(family, where, act)
+    read = {Part.RESID_PRE: "", Part.ATTN_Z: FAMILIES[family].projection, Part.MLP_IN: "mlp"}.get(site.part)
+    if read is not None:
+        return where.get_submodule(read).register_forward_pre_hook(lambda _module, args: replaced(args))
     child = {Part.ATTN_OUT: FAMILIES[family].attention, Part.MLP_OUT: FAMILIES[family].mlp}.get(site.part)
     module = where if child is None else where.get_submodule(child)
     return module.register_forward_hook(lambda _module, _args, output: replaced(output))
+
+
+def hook_middle(family: str, where: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Any:
+    """As `hook`, between attention and MLP: what reads the stream there is given another, and the block's result made
+    anew of it.
+    """
+    of, kept = FAMILIES[family], {}
+    assert of.middle is not None
+
+    def reading(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        kept["stream"] = act(args[0])
+        return None if kept["stream"] is None else (kept["stream"],)
+
+    def ending(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if kept["stream"] is None:
+            return None
+        result = kept["stream"] + kept["mlp"]
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    handles = [
+        where.get_submodule(of.middle).register_forward_pre_hook(reading),
+        where.get_submodule(of.mlp).register_forward_hook(
+            lambda _module, _args, output: kept.update(mlp=output[0] if isinstance(output, tuple) else output)
+        ),
+        where.register_forward_hook(ending),
+    ]
+    return SimpleNamespace(remove=lambda: [handle.remove() for handle in handles])
 
 
 @contextmanager

@@ -24,3 +24,6 @@ TokenMask = Bool[Tensor, "batch pos"]
 
 Activation = Float[Tensor, "batch pos d_model"]
 """The value at a site, or a hidden state."""
+
+AnyWidth = Float[Tensor, "batch pos _"]
+"""The value at one of several sites, which need not be of one width."""

@@ -141,7 +141,7 @@ class RunConfig(Config):
 
     model: ModelConfig = ModelConfig()
     site: str
-    """TransformerLens name: blocks.K.hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out."""
+    """blocks.K.hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, mlp_in, hook_mlp_out or hook_resid_post."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
     data: DataConfig = DataConfig()

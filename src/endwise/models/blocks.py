@@ -10,6 +10,8 @@ from endwise.common.errors import ModelError
 
 ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe")
+PROJECTION_NAMES = ("c_proj", "out_proj", "o_proj", "dense", "wo")
+"""Attention's output projection, a module of its own in every family; that of queries, keys and values may be fused."""
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 """A block that has the second also has the first as a norm of attention's output (Gemma 2 and 3, OLMo 2). In a Llama
 the first stands alone, and is the norm before the MLP."""
@@ -30,6 +32,8 @@ class Block:
     module: nn.Module
     attention: Branch | None
     mlp: Branch | None
+    projection: nn.Module | None
+    """Attention's output projection."""
 
     def branches(self) -> Iterator[Branch]:
         yield from (branch for branch in (self.attention, self.mlp) if branch is not None)
@@ -66,11 +70,18 @@ def _block(module: nn.Module) -> Block:
     after_attention, after_mlp = (getattr(module, name, None) for name in POST_NORMS)
     if after_mlp is None:
         after_attention = None
-    return Block(module, _branch(attention, after_attention), _branch(mlp, after_mlp))
+    return Block(module, _branch(attention, after_attention), _branch(mlp, after_mlp), _projection(attention))
 
 
 def _branch(compute: nn.Module | None, norm: nn.Module | None) -> Branch | None:
     return None if compute is None else Branch(compute, norm if isinstance(norm, nn.Module) else compute)
+
+
+def _projection(attention: nn.Module | None) -> nn.Module | None:
+    """The one module of such a name within attention; None where there is none, or more than one."""
+    modules = () if attention is None else attention.named_modules()
+    named = [module for name, module in modules if name.rpartition(".")[2] in PROJECTION_NAMES]
+    return named[0] if len(named) == 1 else None
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -91,6 +102,11 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             "not with hidden_states, so they are no blocks that endwise knows how to enter."
         )
     return kwargs["hidden_states"]
+
+
+def with_first_input(args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Return the same arguments with `first_input` replaced."""
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
 
 def first_tensor(output: Any) -> Tensor:

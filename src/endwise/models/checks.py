@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from endwise.common.axes import Tokens
 from endwise.common.errors import ModelError
+from endwise.models.readout import Readout
 from endwise.models.sites import Part, Site
 
 FIRST = Site(0, Part.RESID_PRE)
+FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
+"""What a model may raise that is run otherwise than it expects."""
 
 
 @runtime_checkable
@@ -28,6 +31,11 @@ class Tried(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def n_layers(self) -> int: ...
+    @property
+    def readout(self) -> Readout: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def logits(self, tokens: Tokens) -> Tensor: ...
     def clean(self, tokens: Tokens, record: Any = (), final: bool = False) -> Any: ...
     def replay(self, clean: Any, patch: Mapping[Site, Any], record: Any = (), final: bool = True) -> Any: ...
 
@@ -152,7 +160,7 @@ def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
     beside = "what comes after it needs more of what comes before than the residual stream"
     try:
         found = replay()
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except FAILURES as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         return f"{beside} (a pass that begins there fails: {told})."
     return None if same(found, expected) else f"{beside} (a pass that begins there gives other predictions)."

@@ -5,10 +5,8 @@ the model's. Nothing is left behind in the model: hooks and overrides last for o
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,43 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from endwise.common.axes import Activation, Tokens
+from endwise.common.axes import Activation, AnyWidth, Tokens
 from endwise.common.digests import of_tensors
 from endwise.common.errors import FormatError, ModelError, SiteError
 from endwise.models.adapters import refuse_adapted
-from endwise.models.blocks import Block, Branch, find_blocks, first_input, first_tensor, with_first
-from endwise.models.checks import find_unspliceable, refuse_lookahead, refuse_no_blocks, refuse_not_finite
+from endwise.models.blocks import find_blocks
 from endwise.models.fused_gelu import fuse_gelu
+from endwise.models.hooking import SiteHooks, needed, removed
+from endwise.models.passes import Clean, Patch, Spliced
 from endwise.models.plain_weights import refuse_quantised
+from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sites import Part, Site
 
 PROBE_TOKENS = 8
-Patch = Tensor | Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Clean:
-    """What the original model's pass recorded."""
-
-    tokens: Tokens
-    activations: dict[Site, Activation]
-    """The sites asked for, and what a replay from them needs besides."""
-    final: Activation | None
-    """The hidden state that enters the unembedding."""
-
-    def rows(self, rows: slice) -> "Clean":
-        """The same for some of the sequences; nothing is copied."""
-        activations = {site: value[rows] for site, value in self.activations.items()}
-        return Clean(self.tokens[rows], activations, None if self.final is None else self.final[rows])
-
-
-@dataclass(frozen=True)
-class Spliced:
-    """What a pass with reconstructions in place recorded."""
-
-    activations: dict[Site, Activation]
-    final: Activation | None
 
 
 class _Stop(Exception):
@@ -97,11 +72,11 @@ class LanguageModel:
         self.context: int | None = getattr(text_config, "max_position_embeddings", None) or None
         """Most positions; None: the configuration names no bound."""
         self.readout = _readout(unembedding, text_config)
-        self._returns_tuple: dict[nn.Module, int | None] = {}
-        self._widths: dict[Site, int] = {}
-        self.unspliceable: dict[Site, str] = {}
-        """Sites that have a value but cannot be spliced at, each with the reason (docs/sites.md)."""
-        self._probe()
+        self._known = Known()
+        self._sites = SiteHooks(self._blocks, self._known.returns)
+        length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
+        tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
+        probe(self, tokens, self._blocks, unembedding, self._known)
         self.stored: Callable[[], str] | None = None
         """The digest of the files that its weights were loaded from; None: they were not, or not by `load_model`."""
         self.commit: str | None = None
@@ -115,7 +90,7 @@ class LanguageModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self._widths[Site(0, Part.RESID_PRE)]
+        return self._known.widths[Site(0, Part.RESID_PRE)]
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +134,14 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def unspliceable(self) -> dict[Site, str]:
+        """Sites that have a value but cannot be spliced at, each with the reason (docs/sites.md)."""
+        return self._known.unspliceable
+
     def sites(self) -> list[Site]:
         """Every site that an SAE can be spliced in at, in the order of computation."""
-        return sorted(self._widths.keys() - self.unspliceable.keys())
+        return sorted(self._known.widths.keys() - self.unspliceable.keys())
 
     def site(self, name: str | Site) -> Site:
         """
@@ -184,16 +164,17 @@ class LanguageModel:
             SiteError: the model has no such site; the message lists those it has.
         """
         site = Site.parse(name) if isinstance(name, str) else name
-        if site not in self._widths:
-            parts = sorted({s.part for s in self._widths if s.layer == min(site.layer, self.n_layers - 1)})
+        if site not in self._known.widths:
+            parts = sorted({s.part for s in self._known.widths if s.layer == min(site.layer, self.n_layers - 1)})
+            why = f": {self._known.absent[site]}" if site in self._known.absent else "."
             raise SiteError(
-                f"{self.name} has no site {site.name}. It has blocks.0 to blocks.{self.n_layers - 1}, each with "
+                f"{self.name} has no site {site.name}{why} It has blocks.0 to blocks.{self.n_layers - 1}, each with "
                 f"{', '.join(parts)}. List them with: endwise sites {self.name}"
             )
         return site
 
     def width(self, site: str | Site) -> int:
-        return self._widths[self.readable(site)]
+        return self._known.widths[self.readable(site)]
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
@@ -205,7 +186,7 @@ class LanguageModel:
         """Runs the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
         wanted = {self.readable(site) for site in record}
         for site in record:
-            wanted |= self._replay_needs(site)
+            wanted |= needed(site)
         with ExitStack() as hooks:
             activations, final_state = self._recording(hooks, wanted, final)
             self._forward(tokens)
@@ -228,7 +209,7 @@ class LanguageModel:
         the patches and to nothing else.
         """
         first = min(self.site(site) for site in patch)
-        missing = ({first} | self._replay_needs(first)) - clean.activations.keys()
+        missing = ({first} | needed(first)) - clean.activations.keys()
         if missing:
             raise ModelError(f"A replay from {first} needs a clean pass that recorded it: clean(tokens, [{first}]).")
         skipped = [site.name for site in record if self.readable(site) < first]
@@ -240,10 +221,10 @@ class LanguageModel:
         original = clean.activations[first]
         start = (value if isinstance(value, Tensor) else value(original)).to(self.dtype)
         with ExitStack() as hooks:
-            self._enter_at(hooks, first, start, clean)
+            self._sites.enter_at(hooks, first, start, clean.activations, self.dtype)
             for site, change in patch.items():
                 if site != first:
-                    self._patch(hooks, site, change)
+                    self._sites.patch(hooks, site, change)
             later = set(record) - {first}
             activations, final_state = self._recording(hooks, later, final)
             if later or final:
@@ -256,7 +237,7 @@ class LanguageModel:
         """Within it, every forward pass of the model itself runs with the patches in place."""
         with ExitStack() as hooks:
             for site, change in patch.items():
-                self._patch(hooks, self.site(site), change)
+                self._sites.patch(hooks, self.site(site), change)
             yield
 
     def _forward(self, tokens: Tokens) -> None:
@@ -267,153 +248,16 @@ class LanguageModel:
 
     def _recording(
         self, hooks: ExitStack, sites: set[Site], final: bool
-    ) -> tuple[dict[Site, Activation], dict[str, Activation]]:
+    ) -> tuple[dict[Site, AnyWidth], dict[str, Activation]]:
         """Installs the hooks that fill the two records, and that end the pass when they are full."""
-        activations: dict[Site, Activation] = {}
+        activations: dict[Site, AnyWidth] = {}
         final_state: dict[str, Activation] = {}
 
         for site in sites:
-            self._on(hooks, site, partial(_keep, activations, site, None if final else len(sites)))
+            self._sites.on(hooks, site, partial(_keep, activations, site, None if final else len(sites)))
         at_unembedding = partial(_keep_final, final_state)
-        hooks.enter_context(_removed(self._unembedding.register_forward_pre_hook(at_unembedding)))
+        hooks.enter_context(removed(self._unembedding.register_forward_pre_hook(at_unembedding)))
         return activations, final_state
-
-    def _on(self, hooks: ExitStack, site: Site, act: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `act` with the value at a site whenever a pass gets there; what it returns takes the value's place."""
-        block = self._blocks[site.layer]
-        if site.part is Part.RESID_PRE:
-            handle = block.module.register_forward_pre_hook(partial(_before, act), with_kwargs=True)
-        else:
-            handle = self._source(site).register_forward_hook(partial(_after, act))
-        hooks.enter_context(_removed(handle))
-
-    def _source(self, site: Site) -> nn.Module:
-        """The module whose output is the site's value."""
-        block = self._blocks[site.layer]
-        branch = {Part.ATTN_OUT: block.attention, Part.MLP_OUT: block.mlp}.get(site.part)
-        return block.module if branch is None else branch.write
-
-    def _patch(self, hooks: ExitStack, site: Site, change: Patch) -> None:
-        self._on(hooks, site, partial(_changed, change))
-
-    def _replay_needs(self, site: Site) -> set[Site]:
-        """What besides its own value a replay from a site needs: what its block had computed before it."""
-        needs = {
-            Part.ATTN_OUT: (Part.RESID_PRE,),
-            Part.MLP_OUT: (Part.RESID_PRE, Part.ATTN_OUT),
-        }.get(site.part, ())
-        return {Site(site.layer, part) for part in needs}
-
-    def _enter_at(self, hooks: ExitStack, site: Site, value: Tensor, clean: Clean) -> None:
-        skipped = site.layer + (site.part is Part.RESID_POST)
-        entering = (
-            value
-            if site.part in (Part.RESID_PRE, Part.RESID_POST)
-            else clean.activations[Site(site.layer, Part.RESID_PRE)].to(self.dtype)
-        )
-        if skipped == self.n_layers:  # nothing is left but the final norm
-            skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
-            self._answer(hooks, last.module, entering)
-        else:
-            skipped_blocks = self._blocks[:skipped]
-            self._on(hooks, Site(skipped, Part.RESID_PRE), lambda _: entering)
-        for block in skipped_blocks:
-            self._answer(hooks, block.module, None)
-        block = self._blocks[site.layer]
-        if site.part is Part.ATTN_OUT and block.attention is not None:
-            self._answer_branch(hooks, block.attention, value)
-        if site.part is Part.MLP_OUT and block.attention is not None and block.mlp is not None:
-            attention = clean.activations[Site(site.layer, Part.ATTN_OUT)].to(self.dtype)
-            self._answer_branch(hooks, block.attention, attention)
-            self._answer_branch(hooks, block.mlp, value)
-
-    def _answer_branch(self, hooks: ExitStack, branch: Branch, value: Tensor) -> None:
-        for module in {branch.compute, branch.write}:
-            self._answer(hooks, module, value)
-
-    def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
-        """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
-        own = module.__dict__.get("forward")  # accelerate, for one, puts a forward on the instance
-        module.forward = partial(_answer_with, value, self._returns_tuple[module])
-        if own is None:
-            hooks.callback(module.__dict__.pop, "forward")
-        else:
-            hooks.callback(setattr, module, "forward", own)
-
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """A few short passes that check what `model_checks` asks for and the readout, and learn the sites, their widths
-        and the modules' return types.
-        """
-        length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
-        tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
-        activations, final = self._learn(tokens)
-        logits = self.logits(tokens)
-        refuse_not_finite(self, activations, final, logits)
-        self._check_readout(final, logits)
-        for layer in range(self.n_layers):
-            at = {part: activations.get(Site(layer, part)) for part in Part}
-            parts = [Part.RESID_PRE, Part.RESID_POST]
-            if _adds_up(at):
-                parts += [Part.ATTN_OUT, Part.MLP_OUT]
-            self._widths |= {Site(layer, part): int(at[part].shape[-1]) for part in parts if at[part] is not None}  # pyright: ignore[reportOptionalMemberAccess]
-        if type(final) is not Tensor:  # it has a shape and no values: nothing to compare
-            return
-        refuse_lookahead(self, tokens, self.vocab_size)
-        other = (tokens + 1) % self.vocab_size
-        self.unspliceable = find_unspliceable(self, other, sorted(self._widths), Clean(tokens, activations, final))
-
-    def _learn(self, tokens: Tokens) -> tuple[dict[Site, Activation], Activation]:
-        """Every site's value in one pass, and the final state."""
-        candidates = {Site(layer, part) for layer in range(self.n_layers) for part in self._parts(self._blocks[layer])}
-        runs: Counter[nn.Module] = Counter()
-        with ExitStack() as hooks:
-            for block in self._blocks:
-                for module in {
-                    block.module,
-                    *(m for branch in block.branches() for m in (branch.compute, branch.write)),
-                }:
-                    hooks.enter_context(_removed(module.register_forward_hook(partial(self._learn_return, runs))))
-            activations, final_state = self._recording(hooks, candidates, True)
-            self._forward(tokens)
-        if "final" not in final_state or len(activations) < len(candidates):
-            raise ModelError(f"{self.name}: a pass does not go through its blocks and its unembedding as expected.")
-        kind, most = type(self._blocks[0].module).__name__, max(runs[block.module] for block in self._blocks)
-        refuse_no_blocks(self, kind, most, tokens, activations)
-        for layer, block in enumerate(self._blocks):
-            if any(runs[module] != 1 for branch in block.branches() for module in (branch.compute, branch.write)):
-                activations.pop(Site(layer, Part.ATTN_OUT), None)  # of several blocks, or several times in one
-        return activations, final_state["final"]
-
-    @staticmethod
-    def _parts(block: Block) -> Iterator[Part]:
-        yield from (Part.RESID_PRE, Part.RESID_POST)
-        if block.attention is not None and block.mlp is not None:
-            yield from (Part.ATTN_OUT, Part.MLP_OUT)
-
-    def _learn_return(self, runs: Counter[nn.Module], module: nn.Module, _args: Any, output: Any) -> None:
-        runs[module] += 1
-        self._returns_tuple[module] = len(output) if isinstance(output, tuple) else None
-
-    def _check_readout(self, final: Activation, logits: Tensor) -> None:
-        ours, theirs = self.readout.logits(final), logits.float()
-        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
-        if ours.shape != theirs.shape or not torch.allclose(
-            ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
-        ):
-            raise ModelError(
-                f"{self.name}: its logits are not the unembedding (with bias, scale and soft-cap of its config) of its "
-                "last hidden state, so endwise cannot compare predictions from hidden states and refuses the model."
-            )
-
-
-def _adds_up(at: Mapping[Part, Tensor | None]) -> bool:
-    """Whether resid_pre + attn_out + mlp_out = resid_post, to rounding."""
-    pre, attention, mlp, post = (at[part] for part in (Part.RESID_PRE, Part.ATTN_OUT, Part.MLP_OUT, Part.RESID_POST))
-    if pre is None or attention is None or mlp is None or post is None or not pre.shape == attention.shape == mlp.shape:
-        return False
-    gap = (pre.double() + attention.double() + mlp.double() - post.double()).abs().max()
-    return bool(gap <= (1e-4 if post.dtype == torch.float32 else 3e-2) * post.double().abs().max())
 
 
 def _readout(unembedding: nn.Module, config: Any) -> Readout:
@@ -438,35 +282,3 @@ def _keep(activations: dict[Site, Tensor], site: Site, enough: int | None, value
 def _keep_final(final_state: dict[str, Activation], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
     final_state["final"] = arguments[0]
     raise _Stop
-
-
-def _before(
-    act: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    changed = act(first_input(args, kwargs))
-    if changed is None:
-        return None
-    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-
-def _after(act: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: Any, output: Any) -> Any:
-    changed = act(first_tensor(output))
-    return None if changed is None else with_first(output, changed)
-
-
-def _changed(change: Patch, value: Tensor) -> Tensor:
-    """An SAE is fp32 whatever the model runs in; the model gets its own dtype back."""
-    return (change if isinstance(change, Tensor) else change(value)).to(value.dtype)
-
-
-def _answer_with(value: Tensor | None, size: int | None, *args: Any, **kwargs: Any) -> Any:
-    result = value if value is not None else first_input(args, kwargs)
-    return result if size is None else (result, *[None] * (size - 1))
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -13,8 +13,14 @@ class Part(StrEnum):
 
     RESID_PRE = "hook_resid_pre"
     """The residual stream entering the block."""
+    ATTN_Z = "attn.hook_z"
+    """What attention's output projection receives: the heads' results, one after the other."""
     ATTN_OUT = "hook_attn_out"
     """What attention adds to the residual stream."""
+    RESID_MID = "hook_resid_mid"
+    """The residual stream between attention and the MLP, where the one comes after the other."""
+    MLP_IN = "mlp_in"
+    """The tensor that the MLP module receives: after the norm before it, weight and bias included."""
     MLP_OUT = "hook_mlp_out"
     """What the MLP adds to the residual stream."""
     RESID_POST = "hook_resid_post"
@@ -22,6 +28,8 @@ class Part(StrEnum):
 
 
 _ORDER = {part: index for index, part in enumerate(Part)}
+_BEFORE_THE_MLP = ("hook_mlp_in", "ln2.hook_normalized")
+"""Names that other tools have for what may be another value than `MLP_IN`."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,14 @@ class Site:
         Raises:
             SiteError: the name is not of this form.
         """
-        match = re.fullmatch(r"blocks\.([0-9]{1,6})\.(\w+)", name)
+        match = re.fullmatch(r"blocks\.([0-9]{1,6})\.([\w.]+)", name)
         parts = [part.value for part in Part]
+        if match is not None and match[2] in _BEFORE_THE_MLP:
+            raise SiteError(
+                f"{name!r} is what other tools call the MLP's input, which may be its value before the norm, or before "
+                f"the norm's weight and bias. blocks.{int(match[1])}.{Part.MLP_IN} is what the MLP module receives, "
+                "after all of these: name that if it is meant."
+            )
         if match is None or match[2] not in parts:
             near = difflib.get_close_matches(name.rpartition(".")[2], parts, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""

@@ -37,7 +37,15 @@ CREATOR_ID = "clkht01d40000jv08hvalcvly"
 BATCH = 1024
 """Features a file, as in Neuronpedia's exports."""
 BARS = 50
-_PARTS = {Part.RESID_PRE: "res-pre", Part.RESID_POST: "res", Part.ATTN_OUT: "att", Part.MLP_OUT: "mlp"}
+_PARTS = {
+    Part.RESID_PRE: "res-pre",
+    Part.ATTN_Z: "att-z",
+    Part.ATTN_OUT: "att",
+    Part.RESID_MID: "res-mid",
+    Part.MLP_IN: "mlp-in",
+    Part.MLP_OUT: "mlp",
+    Part.RESID_POST: "res",
+}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 
 

@@ -179,7 +179,7 @@ class DryRun:
 
     def place(self, site: Site) -> int:
         """How many pieces come before a site."""
-        return 2 * site.layer + {Part.RESID_PRE: 0, Part.ATTN_OUT: 1}.get(site.part, 2)
+        return 2 * site.layer + {Part.RESID_PRE: 0, Part.MLP_OUT: 2, Part.RESID_POST: 2}.get(site.part, 1)
 
     @property
     def end(self) -> int:

@@ -1,0 +1,259 @@
+"""Hooks at sites: what reads and replaces the values there, and what starts a pass at one of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from endwise.models.blocks import Block, Branch, first_input, first_tensor, with_first, with_first_input
+from endwise.models.passes import Act, Patch
+from endwise.models.sites import Part, Site
+
+NEEDS: dict[Part, tuple[Part, ...]] = {
+    Part.ATTN_Z: (Part.RESID_PRE,),
+    Part.ATTN_OUT: (Part.RESID_PRE,),
+    Part.MLP_IN: (Part.RESID_PRE, Part.ATTN_OUT),
+    Part.MLP_OUT: (Part.RESID_PRE, Part.ATTN_OUT),
+}
+"""What besides its own value a replay from a part needs: what the block had computed before it and reads again."""
+RESIDUAL = (Part.RESID_PRE, Part.RESID_MID, Part.RESID_POST)
+
+
+def needed(site: Site) -> set[Site]:
+    """Return the sites whose values a replay from one needs besides its own."""
+    return {Site(site.layer, part) for part in NEEDS.get(site.part, ())}
+
+
+class SiteHooks:
+    """Acts on the values at a model's sites while it runs. All that is installed goes when its `ExitStack` closes.
+
+    Args:
+        blocks: the model's, in order.
+        returns: of each block and part of one, the length of the tuple that it returns; None: a bare tensor.
+    """
+
+    def __init__(self, blocks: list[Block], returns: Mapping[nn.Module, int | None]) -> None:
+        self._blocks, self._returns = blocks, returns
+
+    def on(self, hooks: ExitStack, site: Site, act: Act) -> None:
+        """Call `act` with the value at a site whenever a pass gets there."""
+        block = self._blocks[site.layer]
+        if site.part is Part.RESID_MID:
+            hooks.enter_context(self._acting_between(block, act))
+            return
+        module, before = _where(block, site.part)
+        handle = (
+            module.register_forward_pre_hook(partial(_before, act), with_kwargs=True)
+            if before
+            else module.register_forward_hook(partial(_after, act))
+        )
+        hooks.enter_context(removed(handle))
+
+    def patch(self, hooks: ExitStack, site: Site, change: Patch) -> None:
+        """Replace the value at a site."""
+        self.on(hooks, site, partial(_changed, change))
+
+    def enter_at(
+        self, hooks: ExitStack, site: Site, value: Tensor, known: Mapping[Site, Tensor], dtype: torch.dtype
+    ) -> None:
+        """Have the next pass begin at a site with a value: what comes before it is not computed.
+
+        Args:
+            known: the clean values of `needed`.
+            dtype: the model's.
+        """
+        before = {each.part: known[each].to(dtype) for each in needed(site)}
+        entering = value if site.part in RESIDUAL else before[Part.RESID_PRE]
+        skipped = site.layer + (site.part is Part.RESID_POST)
+        if skipped == len(self._blocks):  # nothing is left but the final norm
+            skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
+            self._answer(hooks, last.module, entering)
+        else:
+            skipped_blocks = self._blocks[:skipped]
+            self.on(hooks, Site(skipped, Part.RESID_PRE), partial(_given, entering))
+        for block in skipped_blocks:
+            self._answer(hooks, block.module, None)
+        self._enter_inside(hooks, self._blocks[site.layer], site, value, before.get(Part.ATTN_OUT))
+
+    def _enter_inside(
+        self, hooks: ExitStack, block: Block, site: Site, value: Tensor, attention_out: Tensor | None
+    ) -> None:
+        attention, mlp, part = block.attention, block.mlp, site.part
+        if part in (Part.RESID_PRE, Part.RESID_POST):
+            return
+        assert attention is not None and mlp is not None
+        if part is Part.ATTN_Z:
+            assert block.projection is not None
+            self._answer(hooks, attention.compute, first_tensor(block.projection(value)))
+        elif part is Part.ATTN_OUT:
+            self._answer_branch(hooks, attention, value)
+        elif part is Part.RESID_MID:
+            hooks.enter_context(self._adding_nothing(block, value))
+        else:
+            assert attention_out is not None
+            self._answer_branch(hooks, attention, attention_out)
+            if part is Part.MLP_OUT:
+                self._answer_branch(hooks, mlp, value)
+            else:
+                self.on(hooks, site, partial(_given, value))
+
+    def _answer_branch(self, hooks: ExitStack, branch: Branch, value: Tensor) -> None:
+        for module in {branch.compute, branch.write}:
+            self._answer(hooks, module, value)
+
+    def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
+        """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
+        hooks.enter_context(_forward(module, partial(_answer_with, value, self._returns[module])))
+
+    @contextmanager
+    def _acting_between(self, block: Block, act: Act) -> Iterator[None]:
+        """Call `act` with what lies between a block's attention and its MLP; several are called in turn."""
+        assert block.attention is not None
+        standing = block.module.__dict__.get("forward")
+        if isinstance(standing, _InTwo):
+            standing.acts.append(act)
+            try:
+                yield
+            finally:
+                standing.acts.remove(act)
+            return
+        adding_nothing = partial(self._adding_nothing, block)
+        in_two = _InTwo(block.module.forward, block.attention.write, adding_nothing, [act])
+        with _forward(block.module, in_two):
+            yield
+
+    @contextmanager
+    def _adding_nothing(self, block: Block, stream: Tensor) -> Iterator[None]:
+        """Within it, a block's attention adds zeros to the residual stream, and no hook of its modules is called."""
+        assert block.attention is not None
+        own = {block.attention.compute, block.attention.write}
+        names = {name: module for name, module in block.module.named_children() if module in own}
+        nothing = torch.zeros_like(stream)
+        for name, module in names.items():
+            setattr(block.module, name, _Answering(nothing, self._returns[module]))
+        try:
+            yield
+        finally:
+            for name, module in names.items():
+                setattr(block.module, name, module)
+
+
+class _Reached(Exception):
+    def __init__(self, by: "_InTwo", value: Tensor) -> None:
+        self.by, self.value = by, value
+
+
+class _InTwo:
+    """Stands in for a block's `forward` while somebody acts on what lies between its attention and its MLP.
+
+    No module gives that value. The block is run up to attention's result, whose sum with the block's input is the
+    value; then, with what is made of that for its input and with zeros for attention's result, for the rest. Adding
+    zeros changes no bit.
+
+    Args:
+        forward: the block's own.
+        write: the module whose output is added to the residual stream.
+        adding_nothing: see `SiteHooks`.
+    """
+
+    def __init__(self, forward: Callable[..., Any], write: nn.Module, adding_nothing: Any, acts: list[Act]) -> None:
+        self.forward, self.acts = forward, acts
+        self._write, self._adding_nothing = write, adding_nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with removed(self._write.register_forward_hook(self._stop)):
+                return self.forward(*args, **kwargs)
+        except _Reached as reached:
+            if reached.by is not self:
+                raise
+            value = first_input(args, kwargs) + reached.value
+        for act in tuple(self.acts):
+            changed = act(value)
+            value = value if changed is None else changed
+        args, kwargs = with_first_input(args, kwargs, value)
+        with self._adding_nothing(value):
+            return self.forward(*args, **kwargs)
+
+    def _stop(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        raise _Reached(self, first_tensor(output))
+
+
+class _Answering(nn.Module):
+    """Returns one value, whatever it is called with."""
+
+    def __init__(self, value: Tensor, size: int | None) -> None:
+        super().__init__()
+        self._value, self._size = value, size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _answer_with(self._value, self._size)
+
+
+def _where(block: Block, part: Part) -> tuple[nn.Module, bool]:
+    """Return the module that has the part's value, and whether as its input."""
+    attention, mlp = block.attention, block.mlp
+    found = {
+        Part.RESID_PRE: (block.module, True),
+        Part.ATTN_Z: (block.projection, True),
+        Part.ATTN_OUT: (None if attention is None else attention.write, False),
+        Part.MLP_IN: (None if mlp is None else mlp.compute, True),
+        Part.MLP_OUT: (None if mlp is None else mlp.write, False),
+        Part.RESID_POST: (block.module, False),
+    }
+    module, before = found[part]
+    assert module is not None
+    return module, before
+
+
+# Hooks are partials of functions, not closures: the tests' type checker decorates a closure anew each time it is made.
+
+
+def _before(act: Act, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    changed = act(first_input(args, kwargs))
+    return None if changed is None else with_first_input(args, kwargs, changed)
+
+
+def _after(act: Act, _module: nn.Module, _args: Any, output: Any) -> Any:
+    changed = act(first_tensor(output))
+    return None if changed is None else with_first(output, changed)
+
+
+def _given(value: Tensor, _instead_of: Tensor) -> Tensor:
+    return value
+
+
+def _changed(change: Patch, value: Tensor) -> Tensor:
+    """An SAE is fp32 whatever the model runs in; the model gets its own dtype back."""
+    return (change if isinstance(change, Tensor) else change(value)).to(value.dtype)
+
+
+def _answer_with(value: Tensor | None, size: int | None, *args: Any, **kwargs: Any) -> Any:
+    result = value if value is not None else first_input(args, kwargs)
+    return result if size is None else (result, *[None] * (size - 1))
+
+
+@contextmanager
+def removed(handle: Any) -> Iterator[None]:
+    """Remove a hook at the end."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, the module computes something else."""
+    own = module.__dict__.get("forward")  # accelerate, for one, puts a forward on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            module.__dict__.pop("forward")
+        else:
+            module.forward = own

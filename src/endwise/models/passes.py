@@ -1,0 +1,37 @@
+"""What passes through a model take and give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from endwise.common.axes import Activation, AnyWidth, Tokens
+from endwise.models.sites import Site
+
+Act = Callable[[Tensor], Tensor | None]
+"""Is called with the value at a site; what it returns, unless None, takes the value's place."""
+Patch = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the original model's pass recorded."""
+
+    tokens: Tokens
+    activations: dict[Site, AnyWidth]
+    """The sites asked for, and what a replay from them needs besides."""
+    final: Activation | None
+    """The hidden state that enters the unembedding."""
+
+    def rows(self, rows: slice) -> "Clean":
+        """The same for some of the sequences; nothing is copied."""
+        activations = {site: value[rows] for site, value in self.activations.items()}
+        return Clean(self.tokens[rows], activations, None if self.final is None else self.final[rows])
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """What a pass with reconstructions in place recorded."""
+
+    activations: dict[Site, AnyWidth]
+    final: Activation | None
