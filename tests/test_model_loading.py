@@ -83,7 +83,7 @@ def test_the_embedded_model_is_the_default():
     ids = model.tokenizer("The river was", return_tensors="pt").input_ids
     assert torch.equal(load_model("embedded").logits(ids), model.logits(ids))
     assert model.dtype == torch.float32
-    assert len(model.sites()) == 4 * model.n_layers > 0
+    assert len(model.sites()) == 7 * model.n_layers > 0
     site = Site(model.n_layers // 2, Part.RESID_PRE)
     hidden = model.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(model.clean(ids, [site]).activations[site], hidden[site.layer])
