@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from endwise.config.base import Config
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
+from endwise.config.fields import EXECUTION
 from endwise.config.recipes import find_recipe, find_sweep, recipe_names, sweep_names
 from endwise.config.run import RunConfig
 from endwise.sweeps.sweep_config import SweepConfig, Target
@@ -59,6 +60,10 @@ Unknown keys, values that break a rule and keys that are missing are refused bef
 line that names the key, the value and the remedy. So are a key that is there twice, aliases that unfold into more than
 10,000 values and a file of more than 100,000 bytes; anchors, aliases and merge keys of honest size work. A run folder's
 `config.yaml` is the recipe with every default filled in, and can be trained again with another `out`.
+
+A key says what is computed, or how it is executed. The second kind may be changed when a run is resumed
+(`endwise train --resume RUN training.microbatch=2`), and does not keep runs apart that are compared or swept.
+`out` is where the folder lies: move the folder itself.
 """
 
 SWEEPS = """\
@@ -118,6 +123,8 @@ def _architectures(prefix: str) -> Iterator[str]:
 
 
 def _row(key: str, field: FieldInfo, meaning: str) -> str:
+    if EXECUTION in field.metadata:
+        meaning = f"{meaning} *May change on `--resume`.*"
     cells = (f"`{key}`", _kind(field), _default(field), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 from endwise.analysis.kept_apart import with_digests
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
-from endwise.common.tables import flat
 from endwise.common.text import model_title, model_titles
+from endwise.config.fields import flat, identity
 from endwise.config.objective import LABELS, PRESET_TERMS, PRESETS, Kind
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
@@ -25,12 +25,13 @@ NOT_RUNS = ("trials", "checkpoints", "sae")
 
 
 ASIDE = (
-    *("model.name", "model.device", "site", "seed", "init_from", "out", "dictionary.size", "dictionary.ratio"),
-    *("data.cache", "data.seed", "training.tokens", "training.learning_rate", "training.microbatch"),
-    *("training.alive_window", "training.log_every", "training.evaluate_every", "training.checkpoint_every"),
-    "training.keep_checkpoints",
+    *("model.name", "site", "init_from", "dictionary.size", "dictionary.ratio", "training.tokens"),
+    *("seed", "data.seed", "training.learning_rate"),
+    "training.alive_window",
 )
-"""Keys of a recipe that a setting names itself, that runs of a curve may differ in, or that do not change a run."""
+"""Keys of what a recipe computes that a setting names itself, that runs of a curve may differ in, or of which no number
+that is compared depends.
+"""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _recipe(path: Path) -> dict[str, str]:
     number of tokens is not, since of that it counts what was measured.
     """
     config = RunFolder(path).config()
-    content = flat(config.model_dump(mode="json", exclude={"objective", "evaluation"}))
+    own = identity(config)
+    content = flat({key: value for key, value in own.items() if key not in ("objective", "evaluation")})
     content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 

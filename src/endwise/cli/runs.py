@@ -50,21 +50,24 @@ def train(
 ) -> None:
     """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes.
 
+    With --resume, changes may be given to how the run is executed, e.g. training.microbatch=2, but not to what it is.
+
     Exit code: 0 if it was trained, 7 if it stopped or diverged, another if the recipe breaks a rule.
     """
     from endwise.common.errors import ConfigError, TrainingStopped
     from endwise.common.processes import is_first_process
     from endwise.config.recipes import find_recipe
     from endwise.config.run import RunConfig
-    from endwise.runs.folder import RunFolder
+    from endwise.training.resume import recipe_to_resume
     from endwise.training.train import train as run
 
-    if (recipe is None) == (resume is None):
+    is_recipe = recipe is not None and (resume is None or "=" not in recipe)  # with --resume it may be a change
+    if is_recipe == (resume is not None):
         raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
     if from_step is not None and resume is None:
         raise ConfigError("--from-step needs --resume RUN, the run whose checkpoint it names.")
     if resume is not None:
-        config = RunFolder.open(resume).config().model_copy(update={"out": resume})
+        config = recipe_to_resume(resume, [*([] if recipe is None else [recipe]), *(overrides or [])])
     else:
         config = RunConfig.read(find_recipe(recipe or ""), overrides)
     going_on = resume is not None or ("if_started" if or_resume else False)

@@ -1,4 +1,8 @@
-"""The recipe of one run: every setting a user can name, with its default, its rule and its meaning."""
+"""The recipe of one run: every setting a user can name, with its default, its rule and its meaning.
+
+A field says what is computed unless `EXECUTION` marks it (`config.fields`). What is marked changes no number that is
+written, or only its rounding: where a sum is made in another order, by another kernel, or on another device.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.config.base import Config, Positive
 from endwise.config.dictionary import DictionaryConfig, of_architecture
+from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -23,9 +28,10 @@ class ModelConfig(Config):
     """Hub commit, branch or tag."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Unset: float32, whatever the checkpoint is stored in; for mixed precision on a GPU, bfloat16."""
-    device: str = "auto"
+    device: Annotated[str, EXECUTION] = "auto"
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, ..."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    # One function, whichever kernel computes it; a run that goes on elsewhere may have to do without one of them.
+    attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"] | None, EXECUTION] = None
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Never on unless set here."""
@@ -45,7 +51,7 @@ class DataConfig(Config):
     split: str = "train"
     """Split of a dataset, or of a folder: of its files, those whose path holds the split as a word (`test-0.parquet`,
     `validation/a.txt`); a file that names none is of `train`."""
-    streaming: bool = False
+    streaming: bool = False  # It decides which documents are held out, and how far the corpus goes.
     context: Positive | None = None
     """Tokens per sequence; unset: the model's own context."""
     packing: Literal["stream", "document"] = "stream"
@@ -70,23 +76,25 @@ class DataConfig(Config):
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     heldout_split: str | None = None
     """Split of `heldout` (or of `source`, if `heldout` is unset) to evaluate on."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, EXECUTION] = None
     """Folder for tokenised text; unset: `$ENDWISE_CACHE` or `~/.cache/endwise`."""
 
 
 class TrainingConfig(Config):
     """One optimiser: Adam with linear warm-up, then a cosine to a floor."""
 
-    tokens: Positive
+    tokens: Annotated[Positive, SHARED]
     """Training tokens in all."""
-    batch: Positive = 16
+    batch: Annotated[Positive, SHARED] = 16
     """Sequences per optimiser step."""
-    accumulation: Positive = 1
+    # Sums over a batch are added up in another order, and nothing else. An architecture that chooses among all tokens
+    # of a pass would change with it, and must refuse more than one.
+    accumulation: Annotated[Positive, SHARED, EXECUTION] = 1
     """Passes per optimiser step, each over batch/accumulation sequences. Bounds memory, leaves the numbers alone."""
-    microbatch: Positive | None = None
+    microbatch: Annotated[Positive | None, EXECUTION] = None
     """Sequences at a time in the spliced pass; unset: about 1,024 tokens on a CPU, 16,384 on a GPU. Bounds memory; the
     SAE sees all of the pass's at once."""
-    precision: Literal["exact", "mixed"] = "exact"
+    precision: Annotated[Literal["exact", "mixed"], SHARED] = "exact"
     """`exact`: everything in float32. `mixed`: the tail after the site in bfloat16, on a GPU the SAE's products too;
     the active features (on a CPU), all reductions, and the SAE's weights and optimiser stay in float32."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -98,13 +106,14 @@ class TrainingConfig(Config):
     """Largest L2 norm of the gradient of all SAE weights together."""
     alive_window: Positive = 500_000
     """A feature counts as alive if it fired within this many of the latest training tokens."""
-    log_every: Positive = 10
+    # Which lines there are is execution. What one holds is not: `alive_window`, `evaluation.during_training_tokens`.
+    log_every: Annotated[Positive, EXECUTION] = 10
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: Positive | None = None
+    evaluate_every: Annotated[Positive | None, EXECUTION] = None
     """Steps between evaluations; unset: only at the end."""
-    checkpoint_every: Positive | None = None
+    checkpoint_every: Annotated[Positive | None, EXECUTION] = None
     """Steps between checkpoints; unset: only at the end and on interruption."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, EXECUTION] = 2
     """The latest of them stay; more than one, in case that the last is damaged."""
 
     @model_validator(mode="after")
@@ -122,7 +131,7 @@ class EvaluationConfig(Config):
     skip: Annotated[int, Field(ge=0)] = 0
     """Held-out tokens to leave out before those. Measure the runs that a setting is chosen by with `skip` as large as
     `tokens` of the runs that are reported: then no text is used for both."""
-    batch: Positive = 16
+    batch: Annotated[Positive, EXECUTION] = 16
     bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 1000
     """Bootstrap resamples over sequences."""
     during_training_tokens: Positive = 20_000
@@ -139,12 +148,12 @@ class EvaluationConfig(Config):
 class RunConfig(Config):
     """A recipe: one SAE at one site of one model."""
 
-    model: ModelConfig = ModelConfig()
+    model: Annotated[ModelConfig, SHARED] = ModelConfig()
     site: str
     """blocks.K.hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, mlp_in, hook_mlp_out or hook_resid_post."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
-    data: DataConfig = DataConfig()
+    data: Annotated[DataConfig, SHARED] = DataConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: Seed = 0
@@ -152,7 +161,9 @@ class RunConfig(Config):
     init_from: Path | None = None
     """A run folder, or a folder in SAELens's layout: training starts from the SAE in it rather than from random
     weights. The optimiser and its schedule start from the beginning."""
-    out: Path | None = None
+    trackers: Annotated[tuple[str, ...], EXECUTION] = ()
+    """Names of those who get the run folder's lines as they are written. One that fails does not end the run."""
+    out: Annotated[Path | None, EXECUTION] = None
     """Run folder; unset: runs/<a name made from the recipe>."""
 
     @property

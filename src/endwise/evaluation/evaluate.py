@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from endwise.common.errors import DataError, FormatError
+from endwise.common.errors import ConfigError, DataError, FormatError
 from endwise.common.files import expanded, write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
 from endwise.config.run import EvaluationConfig, RunConfig
-from endwise.evaluation.finished import _identity, load_sae, sharing_groups
+from endwise.evaluation.finished import load_sae, named, sharing_groups
 from endwise.evaluation.measure import Evaluation, Sums, measure
-from endwise.evaluation.provenance import corpora_of_runs, model_of
+from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
+from endwise.runs.trackers import Mirror
 from endwise.tokens import Corpora
 
 SUMS_FILE = "evaluation_sums.safetensors"
@@ -71,7 +72,21 @@ def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluatio
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
     weights = {"weights": folder.weights_digest()}
-    write_json(folder.evaluation_file, {**_identity(config), **seeds, **evaluation.to_json(), **weights})
+    record = {**named(config), **seeds, **evaluation.to_json(), **weights}
+    write_json(folder.evaluation_file, record)
+    _mirror(folder, config, record)
+
+
+def _mirror(folder: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
+    """Sends an evaluation to the run's trackers, as far as they are to be had here."""
+    try:
+        mirror = Mirror.named(config.trackers)
+    except ConfigError as error:
+        tell(str(error))
+        return
+    with mirror:
+        mirror.started(config, folder.path, None)
+        mirror.line("evaluation", record)
 
 
 def read_sums(path: Path) -> Sums:
@@ -112,7 +127,7 @@ def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Eval
     """One line per run: estimates, and both ends of each 95 % interval."""
     rows: list[dict[str, Any]] = []
     for path, evaluation in evaluations.items():
-        row: dict[str, Any] = {"run": str(path), **_identity(configs[path])}
+        row: dict[str, Any] = {"run": str(path), **named(configs[path])}
         row |= {"d_sae": evaluation.d_sae, "alive": evaluation.alive, "tokens": evaluation.tokens}
         for name, interval in evaluation.metrics.items():
             row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}

@@ -29,7 +29,7 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
     )
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def named(config: RunConfig) -> dict[str, Any]:
     return {
         "kind": config.objective.name,
         "site": config.site,

@@ -1,6 +1,7 @@
 """A run folder: everything a run was and became.
 
 config.yaml                     the recipe, every default filled in
+changes.jsonl                   what was changed on resuming of how it is executed: by key, what it was and became
 environment.json                versions, platform, command
 data.json                       sources, sizes and fingerprints of both sides of the data
 digests.json                    what tells all that the run stands on, and its SAE, from others (see `provenance`)
@@ -45,8 +46,10 @@ from endwise.common.files import (
     write_json,
 )
 from endwise.common.remedies import reason, remedy
+from endwise.config.fields import differing
 from endwise.config.run import RunConfig
 from endwise.formats.saelens import WEIGHTS_FILE
+from endwise.runs.trackers import Mirror
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
 
@@ -58,6 +61,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path = expanded(path)
         self.config_file = path / "config.yaml"
+        self.changes_file = path / "changes.jsonl"
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
         self.digests_file = path / "digests.json"
@@ -67,6 +71,8 @@ class RunFolder:
         self.sae = path / "sae"
         self.checkpoints = path / "checkpoints"
         self._lock_file = path / ".lock"
+        self.mirror = Mirror()
+        """Who hears of what is written here."""
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -116,6 +122,17 @@ class RunFolder:
         """
         self.check_free()
         write_atomic(self.config_file, config.to_yaml().encode())
+
+    def take_over(self, config: RunConfig, step: int) -> None:
+        """Takes over a recipe that differs in how the run is executed, from this step on: a line of `changes.jsonl`,
+        then `config.yaml`. Where the folder lies is no change.
+        """
+        kept = self.config()
+        config = config.model_copy(update={"out": kept.out})
+        if changes := differing(kept.model_dump(mode="json"), config.model_dump(mode="json")):
+            told = {key: list(values) for key, values in changes.items()}
+            self.append(self.changes_file, {"step": step, "changes": told, "seed": config.seed})
+            write_atomic(self.config_file, config.to_yaml().encode())
 
     def describe(self, config: RunConfig, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
         """Writes what the run is made of; on resuming, only what was not written before.
@@ -223,7 +240,7 @@ class RunFolder:
             raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
 
     def append(self, file: Path, record: Mapping[str, Any]) -> None:
-        """Adds a line, the whole of it or nothing."""
+        """Adds a line, the whole of it or nothing, and mirrors it."""
         size = file.stat().st_size if file.exists() else 0
         try:
             with file.open("a", encoding="utf-8") as lines:
@@ -232,6 +249,7 @@ class RunFolder:
             with suppress(OSError):
                 os.truncate(file, size)
             raise RunFolderError(f"Cannot write {file} ({reason(error)}). {remedy(error)}") from error
+        self.mirror.line(file.stem, record)
 
     def position(self) -> int:
         """Bytes of `metrics.jsonl` so far, all of them on the disk when this returns."""

@@ -13,9 +13,11 @@ import numpy as np
 
 from endwise.common.errors import ConfigError, SiteError
 from endwise.config.base import read_yaml, with_values
+from endwise.config.fields import identity
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.models.sites import Site
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
 from endwise.sweeps.sweep_config import SweepConfig, Target
 
@@ -186,24 +188,39 @@ def _coefficient(values: Mapping[str, Any]) -> Any:
 
 
 def _content(config: RunConfig) -> str:
-    return json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude={"out"}), sort_keys=True)
+    return json.dumps(identity(config, short=True), sort_keys=True)
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Ten hexadecimal digits of what a recipe holds; its folder, and whether a default is written out, do not count."""
-    return hashlib.sha256(_content(config).encode()).hexdigest()[:10]
+    """Ten hexadecimal digits of what a recipe computes; how it is executed, its folder, and whether a default is
+    written out do not count.
+    """
+    return _digits(_content(config))
+
+
+def _fingerprint_of_0_1(config: RunConfig) -> str:
+    """As version 0.1 made it, for which execution counted too."""
+    new = {"out", "trackers"}
+    return _digits(json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True))
+
+
+def _digits(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
 def placed(config: RunConfig, folder: Path) -> RunConfig:
     """The recipe with a folder of its own in `folder`: `<kind>-<coefficient>-<site>-seed<n>-<fingerprint>`. An SAE that
-    it starts from counts by its name if it lies beside it, so that runs are called alike wherever the folder lies.
+    it starts from counts by its name if it lies beside it, so that runs are called alike wherever the folder lies. A
+    run that version 0.1 made keeps its folder.
     """
     objective, start = config.objective, config.init_from
     content = config
     if start is not None and start.parent == folder:
         content = config.model_copy(update={"init_from": Path(start.name)})
     said = f"{objective.name}-{objective.sparsity.coefficient:g}-{config.site}-seed{config.seed}"
-    return config.model_copy(update={"out": folder / f"{said}-{fingerprint(content)}"})
+    own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
+    out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
+    return config.model_copy(update={"out": out})
 
 
 def with_coefficient(config: RunConfig, coefficient: float) -> RunConfig:

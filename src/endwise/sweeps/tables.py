@@ -10,8 +10,9 @@ from rich.console import Console
 
 from endwise.common.files import write_atomic
 from endwise.common.remarks import gathered, show_remarks
-from endwise.common.tables import as_csv, as_table, flat, write_table
+from endwise.common.tables import as_csv, as_table, write_table
 from endwise.common.terminal import Grid, show
+from endwise.config.fields import flat
 from endwise.config.objective import LABELS
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
+from endwise.config.fields import identity, shared
 from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import evaluate
 from endwise.evaluation.finished import unfinished
@@ -43,10 +44,8 @@ def tasks_of(configs: Iterable[RunConfig], together: int) -> list[Task]:
     """
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        training = config.training
-        shared = (config.model.model_dump_json(), config.data.model_dump_json(), config.site, config.objective.name)
-        length = (training.tokens, training.batch, training.accumulation, training.precision)
-        groups.setdefault(repr((shared, length, config.evaluation.model_dump_json())), []).append(config)
+        alike = (shared(config), config.site, config.objective.name, config.evaluation.model_dump_json())
+        groups.setdefault(repr(alike), []).append(config)
     return [
         tuple(group[start : start + together]) for group in groups.values() for start in range(0, len(group), together)
     ]
@@ -70,7 +69,7 @@ def is_trained(config: RunConfig) -> bool:
     kept, start = folder.config(), config.init_from
     if start is not None and kept.init_from is not None and kept.init_from.name == start.name:
         kept = kept.model_copy(update={"init_from": start})  # the same, as a folder that was moved has it
-    if kept.model_copy(update={"out": config.out}) != config:
+    if identity(kept) != identity(config):
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
     # The file is the last that is written of an SAE: a process that was killed before has saved none.
     return (folder.sae / CFG_FILE).exists() and unfinished(folder.path, config) is None
@@ -183,13 +182,13 @@ def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 def _train(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
     try:
         first = pinned(folder_of(configs[0]), configs[0])
-        shared: dict[str, Any] = {"model": loaded.model(first), "corpora": loaded.corpora(first)}
+        loads: dict[str, Any] = {"model": loaded.model(first), "corpora": loaded.corpora(first)}
     except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
         return {folder_of(config): _told(error) for config in configs}
     try:
         for config in configs:  # what was measured of a run before its end is not what it ended with
             RunFolder(folder_of(config)).evaluation_file.unlink(missing_ok=True)
-        train_together(configs, **shared, resume="if_started", display=False)
+        train_together(configs, **loads, resume="if_started", display=False)
     except SomeFailed as some:
         return {failure.folder: _why(failure) for failure in some.failures}
     except (Interrupted, ProcessLost):
@@ -202,9 +201,9 @@ def _train(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
 def _measure(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
     try:
         first = pinned(folder_of(configs[0]), configs[0])
-        shared: dict[str, Any] = {"corpora": loaded.corpora(first), "model": loaded.exact_model(first)}
-        check_texts({folder_of(config): config for config in configs}, shared["corpora"], ["heldout"])
-        evaluate([folder_of(config) for config in configs], **shared)
+        loads: dict[str, Any] = {"corpora": loaded.corpora(first), "model": loaded.exact_model(first)}
+        check_texts({folder_of(config): config for config in configs}, loads["corpora"], ["heldout"])
+        evaluate([folder_of(config) for config in configs], **loads)
     except Exception as error:  # noqa: BLE001  As above.
         return _in_halves(_measure, configs, loaded, error)
     return {}

@@ -45,6 +45,8 @@ def run_loop(prepared: Prepared) -> None:
                 raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
         group.each(Member.save)
         group.share_time()
+        for member in group.members:
+            member.folder.mirror.ended("finished")
 
 
 @contextmanager
@@ -62,7 +64,8 @@ def _saving(group: Group) -> Iterator[None]:
         raise
     except Exception as error:
         saved = group.save_what_can_be()
-        if (named := out_of_memory(error)) is not None:
+        commands = (member.command_in_less_memory(shared=True) for member in group.members)
+        if (named := out_of_memory(error, "; ".join(filter(None, commands)))) is not None:
             raise OutOfMemory(f"{named} {saved}") from error
         raise
 

@@ -26,6 +26,7 @@ from endwise.dictionaries import SAE
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.training.display import Display
+from endwise.training.memory import command_in_less_memory
 from endwise.training.trainee import Trainee
 
 
@@ -118,6 +119,11 @@ class Member:
         explained = {"per_token": self.heldout.get("explained_variance.per_token")}
         return {**known, "explained_variance": explained, "loss": self.folder.course()}
 
+    def command_in_less_memory(self, *, shared: bool = False) -> str | None:
+        """See `training.memory`."""
+        context = self.metadata["context_size"]
+        return command_in_less_memory(self.trainee, str(self.folder.path), context, shared=shared)
+
     @property
     def at_end(self) -> bool:
         return self.trainee.step == self.trainee.total_steps
@@ -150,6 +156,7 @@ class Member:
         checkpoint = trainee.checkpoint()
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
+        folder.mirror.line("checkpoint", {"step": trainee.step, "file": str(folder.checkpoint(trainee.step))})
         folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
 
 
@@ -200,7 +207,7 @@ class Group:
         """
         self.share_time()
         self.members.remove(member)
-        if (named := out_of_memory(error)) is not None:
+        if (named := out_of_memory(error, member.command_in_less_memory())) is not None:
             _release(error)
             named.__notes__ = error.__notes__
             error = named
@@ -216,6 +223,8 @@ class Group:
         folder = member.folder
         failure = Failure(member.config, folder.path, error, member.trainee.step, folder.latest_checkpoint())
         self.failures.append(failure)
+        folder.mirror.line("failure", {"step": failure.step, "error": str(failure)})
+        folder.mirror.ended("failed")
         if self.members:
             if self.shown is not None:
                 self.shown.fail(folder.path, str(failure))

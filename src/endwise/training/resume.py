@@ -1,17 +1,41 @@
 """How a run begins: its folder started, or taken up where its last whole checkpoint left it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from endwise.common.errors import FormatError, RunFolderError, Unreadable
+from endwise.common.errors import ConfigError, FormatError, RunFolderError, Unreadable
 from endwise.common.processes import World
+from endwise.config.fields import differing, identity
+from endwise.config.run import RunConfig
 from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora
 from endwise.training.members import Group, Member
+
+
+def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe of a run that was started, with changes to how it is executed.
+
+    Raises:
+        RunFolderError: there is no run, or its recipe cannot be read.
+        ConfigError: a change breaks a rule, or is of what the run computes.
+    """
+    folder = RunFolder.open(path)
+    kept = folder.config()
+    config = RunConfig.read(folder.config_file, list(overrides))
+    if apart := differing(identity(kept), identity(config)):
+        raise ConfigError(
+            f"{', '.join(apart)}: what a run computes cannot change while it is trained, since no number of it would "
+            "say what it is of. Start a new run; on --resume only keys of how it is executed may change "
+            "(docs/configuration.md marks them)."
+        )
+    if config.out != kept.out:
+        raise ConfigError("out: a run goes on in its own folder. Move the folder itself, and resume it there.")
+    return config.model_copy(update={"out": path})
 
 
 def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
@@ -35,6 +59,8 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
             member.seconds_before = member.folder.seconds()
         else:
             member.folder.create(member.config)
+        member.folder.mirror.started(member.config, member.folder.path, member.trainee.step)
+        member.folder.take_over(member.config, member.trainee.step)
         digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
         member.folder.describe(member.config, data, digests)
 
@@ -67,9 +93,11 @@ def broadcast_state(group: Group, world: World) -> None:
 def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
     """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
-    if folder.config().model_copy(update={"out": member.config.out}) != member.config:
+    if apart := differing(identity(folder.config()), identity(member.config)):
+        told = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
         raise RunFolderError(
-            f"{folder.path} was started with another recipe than this one. Resume with its own config.yaml."
+            f"{folder.path} was started with another recipe than this one: {told}. Resume with its own config.yaml; "
+            "only how a run is executed may change."
         )
     check_resumed(folder, member.config, stands_on, corpora)
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)

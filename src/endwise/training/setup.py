@@ -16,6 +16,7 @@ from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
 from endwise.common.terminal import show
 from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.fields import differing, shared
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import naming_relative, pinned
@@ -24,6 +25,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.models.sites import Site
 from endwise.runs.folder import RunFolder
+from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
 from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
@@ -125,19 +127,15 @@ def _check_shared(configs: Sequence[RunConfig]) -> None:
         raise ConfigError("There is no recipe to train.")
     first = configs[0]
     for other in configs[1:]:
-        if _common(other) != _common(first):
+        if apart := differing(shared(first), shared(other)):
             raise ConfigError(
                 "SAEs trained together must agree in model, data, training.tokens, training.batch, "
-                "training.accumulation and training.precision; train the others on their own."
+                f"training.accumulation and training.precision, but differ in {', '.join(apart)}; train the others on "
+                "their own."
             )
     folders = [config.out or default_folder(config) for config in configs]
     if len(set(folders)) < len(folders):
         raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
-
-
-def _common(config: RunConfig) -> tuple[object, ...]:
-    training = config.training
-    return config.model, config.data, training.tokens, training.batch, training.accumulation, training.precision
 
 
 def _check_shares(config: RunConfig, world: World) -> None:
@@ -155,6 +153,7 @@ def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume)
         if resume is True:
             folder.check_exists()
         claims.enter_context(folder.claimed())
+        folder.mirror = claims.enter_context(Mirror.named(config.trackers))
         if resume is False or not folder.has_run():
             folder.check_free()
     return folder
