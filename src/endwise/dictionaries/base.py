@@ -1,6 +1,5 @@
 """What every sparse dictionary has in common: its parts, its two maps, and its file."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
-from endwise.common.files import expanded, write_json
-from endwise.common.tensor_files import write_tensors
+from endwise.common.files import expanded
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
-from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE, Layout, describe
-
-SAELENS_VERSION = "6.0.0"
-"""The generation of SAELens whose layout `save` writes; SAELens reads older numbers through a legacy path."""
+from endwise.formats import FORMATS, NATIVE, Layout, Stored, stored_at
 
 
 @contextmanager
@@ -43,7 +38,7 @@ class Exported:
     tensors: Mapping[str, Tensor]
     """By SAELens's names."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of SAELens's `cfg.json`, beyond those that all architectures have."""
+    """The architecture's own, by the names of its `layout`."""
 
 
 class SAE(nn.Module, ABC):
@@ -145,42 +140,36 @@ class SAE(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "SAE":
-        """The dictionary that a SAELens file describes, as a function unchanged."""
+        """The dictionary that a file describes, as a function unchanged.
+
+        Args:
+            tensors: by SAELens's names, in float32; nothing is subtracted from what is encoded.
+            cfg: `d_in`, `d_sae`, and the settings of `layout`.
+        """
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         return self.decode(self.encode(x))
 
-    def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes SAELens's v6 layout (`cfg.json`, `sae_weights.safetensors`), which opens in SAELens as it is."""
-        folder, exported = expanded(folder), self.export()
-        cfg = {
-            "architecture": self.architecture,
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": False,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            **exported.settings,
-            "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {})},
-        }
-        weights = {name: tensor.detach().float() for name, tensor in exported.tensors.items()}
-        write_tensors(folder / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
-        write_json(folder / CFG_FILE, cfg)
+    def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None, *, format_name: str = NATIVE) -> None:
+        """Write it as it is used, by default in SAELens's layout, which opens in SAELens as it is.
+
+        Args:
+            folder: where to; in a format of one file, that file.
+            metadata: what says nothing of the function, for readers.
+            format_name: one of `formats.FORMATS`.
+        """
+        exported = self.export()
+        config = {"d_in": self.d_in, "d_sae": self.d_sae, **exported.settings}
+        stored = Stored(self.architecture, config, exported.tensors, metadata or {})
+        FORMATS[format_name].write(expanded(folder), stored)
 
     @staticmethod
     def load(folder: Path | str, device: str | torch.device = "cpu") -> "SAE":
-        """Reads a folder in SAELens's layout, of any of its versions; a run folder's `sae/` is one, and so the run
-        folder itself will do.
+        """Read an SAE from a folder or a file, in any format that is known (`formats.FORMATS`); a run folder will do.
 
         Raises:
-            FormatError: the folder, its `cfg.json` or its weights are missing or not what the format says, or what they
-                say of the function is none of ours.
+            FormatError: there is none, it is not what its format says, or what it says of the function is none of ours.
         """
-        folder = expanded(folder)
-        if not (folder / CFG_FILE).exists() and (folder / "sae" / CFG_FILE).exists():
-            folder = folder / "sae"
-        cfg, tensors = describe(folder, {name: ARCHITECTURES[name].layout for name in ARCHITECTURES.names()})
-        sae: SAE = ARCHITECTURES[cfg["architecture"]].from_tensors(tensors, cfg)
+        stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].layout for name in ARCHITECTURES.names()})
+        sae: SAE = ARCHITECTURES[stored.architecture].from_tensors(stored.as_used(), stored.config)
         return sae.to(device).requires_grad_(False).eval()

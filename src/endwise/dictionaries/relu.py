@@ -92,13 +92,9 @@ class ReluSAE(SAE):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "ReluSAE":
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        b_enc = tensors["b_enc"]
-        if cfg.get("apply_b_dec_to_input", True):
-            # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
-            b_enc = b_enc - tensors["b_dec"] @ tensors["W_enc"]
-        state = {"encoder": tensors["W_enc"].T, "b_enc": b_enc, "decoder": tensors["W_dec"], "b_dec": tensors["b_dec"]}
-        return cls._of(state, unit_norm=False)
+        names = {"encoder": "W_enc", "b_enc": "b_enc", "decoder": "W_dec", "b_dec": "b_dec"}
+        state = {own: tensors[name] for own, name in names.items()}
+        return cls._of({**state, "encoder": tensors["W_enc"].T}, unit_norm=False)
 
     @classmethod
     def _of(cls, state: Mapping[str, Tensor], unit_norm: bool) -> "ReluSAE":

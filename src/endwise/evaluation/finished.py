@@ -8,14 +8,14 @@ from endwise.common.errors import FormatError
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import pinned
-from endwise.formats.saelens import read_cfg
+from endwise.formats import metadata_at
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
 
 
 def unfinished(path: Path, config: RunConfig) -> str | None:
     """A remark on a run whose SAE has not taken every training step of its recipe, or None."""
-    metadata = read_cfg(path / "sae")["metadata"]
+    metadata = metadata_at(path / "sae")
     own, context = metadata.get("endwise"), metadata.get("context_size")
     step = own.get("step") if isinstance(own, dict) else None
     if type(step) is not int or type(context) is not int or context < 1:

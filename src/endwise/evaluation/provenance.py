@@ -17,7 +17,7 @@ from endwise.common.files import expanded, there_is
 from endwise.common.processes import is_first_process
 from endwise.common.text import printable
 from endwise.config.run import RunConfig
-from endwise.formats.saelens import CFG_FILE, WEIGHTS_FILE
+from endwise.formats import weights_file
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
@@ -58,7 +58,7 @@ def _start_digest(start: Path) -> str:
     folder = RunFolder(start)
     if folder.has_run():
         return folder.weights_digest()
-    return of_file((start if (start / CFG_FILE).exists() else folder.sae) / WEIGHTS_FILE)
+    return of_file(weights_file(start))
 
 
 def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], corpora: Corpora) -> None:
@@ -79,8 +79,8 @@ def check_start(config: RunConfig) -> None:
     was kept without its SAE is none to be compared.
     """
     start, out = config.init_from, config.out
-    if start is not None and out is not None and there_is(RunFolder(start).sae / WEIGHTS_FILE):
-        _check(out, config, {"init_from": of_file(RunFolder(start).sae / WEIGHTS_FILE)}, None, [])
+    if start is not None and out is not None and there_is(weights_file(start)):
+        _check(out, config, {"init_from": of_file(weights_file(start))}, None, [])
 
 
 def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:

@@ -4,11 +4,11 @@ Nothing that changes the function is passed over: every field and tensor is read
 Before its version 6, SAELens wrote one flat object, in which settings of the training stand beside the function's.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,15 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from endwise.common.errors import FormatError
-from endwise.common.files import read_json
+from endwise.common.files import read_json, write_json
 from endwise.common.remedies import unreadable
+from endwise.common.tensor_files import write_tensors
+from endwise.formats.base import TENSORS, Format, Layout, Stored, added, check_tensors
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 FIRST_VERSION = 6
 """The generation of SAELens that keeps under `metadata` what says nothing of the function."""
+WRITTEN_VERSION = "6.0.0"
+"""The generation whose layout is written; SAELens reads older numbers through a legacy path."""
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")
 """The tensor's names in a file and in SAELens itself: what each latent is multiplied by as it is decoded."""
-_TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
 _UNSET = (None, False, "", "none", [], {})
 
 _READ = {"architecture", "d_in", "d_sae", "apply_b_dec_to_input", "metadata", "finetuning_scaling_factor"}
@@ -87,24 +90,55 @@ _NORMALISATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What one architecture keeps in a file, by which anything else in it is noticed."""
+@added
+class SAELens(Format):
+    """A folder with `cfg.json` and `sae_weights.safetensors`. All versions are read, version 6 is written."""
 
-    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own tensors, beside the four that all have; the axes of each are `d_in` or `d_sae`."""
-    settings: frozenset[str] = frozenset()
-    """Its own keys of `cfg.json`."""
+    name = "saelens"
 
+    def detects(self, path: Path) -> bool:
+        """By the configuration, which is written last."""
+        return (path / CFG_FILE).exists()
 
-class Described(NamedTuple):
-    """What a file says of the function."""
+    def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
+        file, cfg = path / CFG_FILE, read_cfg(path)
+        architecture = _architecture(cfg)
+        if not isinstance(architecture, str) or architecture not in layouts:
+            known, told = ", ".join(sorted(layouts)), f"{architecture!r:.80}"
+            why = "endwise does not know it. Give an SAE of another kind"
+            if isinstance(architecture, str) and architecture in _OTHERS:
+                why = f"{_NO_RELU} {_OTHERS[architecture]}"
+            raise FormatError(f"{file}: architecture {told} is not one of {known}; {why}.")
+        layout = layouts[architecture]
+        _check_function(file, cfg, layout)
+        _warn_of_processing(file, cfg)
+        tensors = _read_weights(path, {**cfg, "architecture": architecture}, layout)
+        config = {key: cfg[key] for key in ("d_in", "d_sae", *layout.settings) if key in cfg}
+        return Stored(architecture, config, tensors, cfg["metadata"], cfg.get("apply_b_dec_to_input", True))
 
-    cfg: dict[str, Any]
-    """With `architecture`, `d_in`, `d_sae`, `apply_b_dec_to_input`."""
-    tensors: dict[str, Tensor]
-    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]` and the architecture's own, finite,
-    as they are used."""
+    def write(self, path: Path, stored: Stored) -> None:
+        own = dict(stored.config)
+        cfg = {
+            "architecture": stored.architecture,
+            "d_in": own.pop("d_in"),
+            "d_sae": own.pop("d_sae"),
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": stored.subtracts_b_dec,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            **own,
+            "metadata": {"sae_lens_version": WRITTEN_VERSION, **stored.metadata},
+        }
+        weights = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
+        write_tensors(path / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
+        write_json(path / CFG_FILE, cfg)
+
+    def weights(self, path: Path) -> Path:
+        return path / WEIGHTS_FILE
+
+    def metadata(self, path: Path) -> Mapping[str, Any]:
+        return read_cfg(path)["metadata"]
 
 
 def read_cfg(folder: Path) -> dict[str, Any]:
@@ -126,30 +160,6 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     if not isinstance(cfg.setdefault("metadata", {}), dict):
         raise FormatError(f"{path}: metadata must be an object, not {cfg['metadata']!r:.80}. Correct it.")
     return cfg
-
-
-def describe(folder: Path, architectures: Mapping[str, Layout]) -> Described:
-    """
-    Args:
-        architectures: those that can be read, by SAELens's names.
-
-    Raises:
-        FormatError: the configuration or the weights are missing or not what the format says, or say something of the
-            function that is none of ours.
-    """
-    path, cfg = folder / CFG_FILE, read_cfg(folder)
-    architecture = _architecture(cfg)
-    if not isinstance(architecture, str) or architecture not in architectures:
-        known, told = ", ".join(sorted(architectures)), f"{architecture!r:.80}"
-        why = "endwise does not know it. Give an SAE of another kind"
-        if isinstance(architecture, str) and architecture in _OTHERS:
-            why = f"{_NO_RELU} {_OTHERS[architecture]}"
-        raise FormatError(f"{path}: architecture {told} is not one of {known}; {why}.")
-    layout = architectures[architecture]
-    _check_function(path, cfg, layout)
-    _warn_of_processing(path, cfg)
-    tensors = _read_weights(folder, cfg, layout)
-    return Described({**cfg, "architecture": architecture}, tensors)
 
 
 def _architecture(cfg: Mapping[str, Any]) -> Any:
@@ -225,7 +235,7 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[
     except (OSError, SafetensorError, ValueError) as error:
         damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
         raise unreadable(path, error) or damaged from None
-    axes = {**_TENSORS, **layout.tensors}
+    axes = {**TENSORS, **layout.tensors}
     shapes = {name: tuple(cfg[axis] for axis in its) for name, its in axes.items()}
     scales = {name: (cfg["d_sae"],) for name in _SCALES if name in tensors}
     if others := sorted(set(tensors) - set(shapes) - set(scales)):
@@ -234,21 +244,8 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[
             f"{cfg['architecture']} SAE has {', '.join(shapes)} alone. Use it with SAELens, or give the "
             "SAE as SAELens saves it for inference."
         )
-    for name, shape in {**shapes, **scales}.items():
-        _check_tensor(path, name, tensors.get(name), shape)
+    check_tensors(path, tensors, {**shapes, **scales}, CFG_FILE)
     return _scaled(path, tensors, bool(cfg.get("finetuning_scaling_factor")))
-
-
-def _check_tensor(path: Path, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    found = "no such tensor" if tensor is None else tuple(tensor.shape)
-    if tensor is None or found != shape:
-        raise FormatError(f"{path}: {name} must have the shape {shape} of cfg.json, found {found}.")
-    if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-        raise FormatError(
-            f"{path}: {name} must hold finite floating-point numbers, but it is "
-            f"{tensor.dtype}{' with NaN or infinity' if tensor.is_floating_point() else ''}. "
-            "Restore the file, or train the SAE again."
-        )
 
 
 def _scaled(path: Path, tensors: dict[str, Tensor], scales: bool) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ from endwise.common.files import (
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.run import RunConfig
-from endwise.formats.saelens import WEIGHTS_FILE
+from endwise.formats import weights_file
 from endwise.runs.trackers import Mirror
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -158,7 +158,7 @@ class RunFolder:
     def note_weights(self, *, whole: bool) -> None:
         """Puts down the digest of the SAE's weights; or, before they are written, that nothing can be said of them."""
         digests = {key: value for key, value in self.digests().items() if key != "sae"}
-        write_json(self.digests_file, digests | ({"sae": of_file(self.sae / WEIGHTS_FILE)} if whole else {}))
+        write_json(self.digests_file, digests | ({"sae": of_file(weights_file(self.sae))} if whole else {}))
 
     def weights_digest(self) -> str:
         """SHA-256 of the file that holds the SAE's weights, which are those that training wrote.
@@ -166,7 +166,7 @@ class RunFolder:
         Raises:
             FormatError: there is no such file, or it holds other weights.
         """
-        path, again = self.sae / WEIGHTS_FILE, f"endwise train --resume {shlex.quote(str(self.path))}"
+        path, again = weights_file(self.sae), f"endwise train --resume {shlex.quote(str(self.path))}"
         try:
             digest = of_file(path)
         except FileNotFoundError:

@@ -11,7 +11,7 @@ from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import evaluate
 from endwise.evaluation.finished import unfinished
 from endwise.evaluation.provenance import check_texts, pinned
-from endwise.formats.saelens import CFG_FILE
+from endwise.formats import format_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.runs.folder import RunFolder
@@ -71,8 +71,8 @@ def is_trained(config: RunConfig) -> bool:
         kept = kept.model_copy(update={"init_from": start})  # the same, as a folder that was moved has it
     if identity(kept) != identity(config):
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
-    # The file is the last that is written of an SAE: a process that was killed before has saved none.
-    return (folder.sae / CFG_FILE).exists() and unfinished(folder.path, config) is None
+    # What is detected is whole: a process that was killed before has saved none.
+    return format_at(folder.sae) is not None and unfinished(folder.path, config) is None
 
 
 def is_finished(config: RunConfig) -> bool:

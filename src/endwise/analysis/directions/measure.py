@@ -28,7 +28,7 @@ from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, model_of
-from endwise.formats.saelens import WEIGHTS_FILE
+from endwise.formats import weights_file
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
 from endwise.runs.weights import weights_digest
@@ -158,8 +158,7 @@ def _settings(
     heldout: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that a run's numbers follow from, as far as its folder tells."""
-    weights = path / "sae" / WEIGHTS_FILE
-    if not weights.exists():
+    if not weights_file(path / "sae").exists():
         raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     data_file = RunFolder(path).data_file
     if heldout is None and data_file.exists():

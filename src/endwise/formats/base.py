@@ -1,0 +1,174 @@
+"""What every format of an SAE's file has in common: what a file tells, and how it is detected, read and written.
+
+A format is one file: a subclass of `Format` with a name, an instance of which `FORMATS.add` registers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from endwise.common.errors import FormatError
+from endwise.common.registry import Registry
+
+TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
+"""The tensors that all architectures have, and their axes."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one architecture keeps in a file, by which anything else in it is noticed."""
+
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Its own tensors, beside the four that all have; the axes of each are `d_in` or `d_sae`."""
+    settings: frozenset[str] = frozenset()
+    """Its own keys of the file's configuration."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An SAE as a file tells it, whatever the format."""
+
+    architecture: str
+    """By SAELens's name."""
+    config: Mapping[str, Any]
+    """`d_in`, `d_sae`, and the architecture's own settings by the names of its `Layout`."""
+    tensors: Mapping[str, Tensor]
+    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`, and the architecture's own."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What says nothing of the function: where the SAE belongs, and how it was trained."""
+    subtracts_b_dec: bool = False
+    """The file's rule: whether `b_dec` is subtracted from what is encoded."""
+
+    def as_used(self) -> dict[str, Tensor]:
+        """The tensors in float32, of the same function with nothing subtracted from what is encoded."""
+        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
+        if self.subtracts_b_dec:
+            # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
+            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+        return tensors
+
+
+class Format(ABC):
+    """A way in which SAEs are kept in files."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def detects(self, path: Path) -> bool:
+        """Whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
+
+    @abstractmethod
+    def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
+        """Read an SAE.
+
+        Args:
+            layouts: of the architectures that can be used, by name.
+
+        Raises:
+            FormatError: the file is missing or not what the format says, or says something of the function that none of
+                these architectures computes.
+        """
+
+    @abstractmethod
+    def write(self, path: Path, stored: Stored) -> None:
+        """Write an SAE, so that whoever knows the format reads the same function.
+
+        Raises:
+            FormatError: the format cannot say what this function is.
+            RunFolderError: the disk is full or the folder cannot be written.
+        """
+
+    @abstractmethod
+    def weights(self, path: Path) -> Path:
+        """The file whose content tells the SAE's weights from others."""
+
+    @abstractmethod
+    def metadata(self, path: Path) -> Mapping[str, Any]:
+        """Read what `Stored.metadata` holds, without the tensors.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+
+
+FORMATS: Registry[Format] = Registry("formats", "endwise.formats")
+"""Formats by name; the first one that detects a file reads it."""
+NATIVE = "saelens"
+"""The format that runs write."""
+Kind = TypeVar("Kind", bound=type[Format])
+
+
+def added(kind: Kind) -> Kind:
+    """Decorate a format's class, so that an instance of it is known by its name."""
+    FORMATS.add(kind.name)(kind())
+    return kind
+
+
+def format_at(path: Path) -> tuple[Format, Path] | None:
+    """The format of the SAE at a path and where it lies: there, or in the path's `sae`, as in a run folder."""
+    for place in (path, path / "sae"):
+        for name in FORMATS.names():
+            if FORMATS[name].detects(place):
+                return FORMATS[name], place
+    return None
+
+
+def stored_at(path: Path, layouts: Mapping[str, Layout]) -> Stored:
+    """Read the SAE at a path, in whatever format it is.
+
+    Raises:
+        FormatError: see `Format.read`; of a path at which no format detects one, as the native format tells it.
+    """
+    form, place = _located(path)
+    stored = form.read(place, layouts)
+    if stored.architecture not in layouts:
+        raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
+    return stored
+
+
+def weights_file(path: Path) -> Path:
+    """The file that holds the weights of the SAE at a path; the native format's, where there is none."""
+    form, place = _located(path)
+    return form.weights(place)
+
+
+def metadata_at(path: Path) -> Mapping[str, Any]:
+    """Read what the file at a path says beside the function.
+
+    Raises:
+        FormatError: see `Format.metadata`.
+    """
+    form, place = _located(path)
+    return form.metadata(place)
+
+
+def _located(path: Path) -> tuple[Format, Path]:
+    return format_at(path) or (FORMATS[NATIVE], path)
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], told_by: str = "its configuration"
+) -> None:
+    """Refuse tensors that are missing, of another shape, or not finite.
+
+    Args:
+        told_by: what says the shapes.
+
+    Raises:
+        FormatError: naming the first of them.
+    """
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        found = "no such tensor" if tensor is None else tuple(tensor.shape)
+        if tensor is None or found != shape:
+            raise FormatError(f"{path}: {name} must have the shape {shape} of {told_by}, found {found}.")
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise FormatError(
+                f"{path}: {name} must hold finite floating-point numbers, but it is "
+                f"{tensor.dtype}{' with NaN or infinity' if tensor.is_floating_point() else ''}. "
+                "Restore the file, or train the SAE again."
+            )
