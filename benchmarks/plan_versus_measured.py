@@ -134,7 +134,7 @@ class Measured(Side):
 
     def evaluate(self, settings: EvaluationConfig) -> None:
         corpus = corpus_of(self.tokens[: settings.batch])
-        measure(self.model, {"sae": (self.trainee.site, self.trainee.sae)}, corpus, settings, baselines=False)
+        measure(self.model, {"sae": (self.trainee.place, self.trainee.sae)}, corpus, settings, baselines=False)
 
 
 def compare(case: Case, threads: int) -> dict[str, Any]:

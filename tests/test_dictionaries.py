@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from endwise import SAE
 from endwise.common.errors import FormatError
-from endwise.dictionaries import DenseLatents, ReluSAE
+from endwise.dictionaries import DenseLatents, ReluSAE, read_cfg
 
 D, F = 6, 20
 
@@ -144,8 +144,7 @@ TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
         (OLD | {"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs"),
         (OLD | {"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
         (OLD | {"normalize_activations": True}, "expected_average_only_in.*fold_activation_norm_scaling_factor"),
-        (OLD | {"hook_point": "blocks.6.attn.hook_z"}, "hook_z"),
-        (V6 | {"reshape_activations": "hook_z"}, "hook_z"),
+        (V6 | {"reshape_activations": "by head"}, "'by head', which endwise does not know"),
         (V6 | {"normalize_activations": "layer_norm"}, "cannot be folded"),
         (V6 | {"normalize_activations": "constant_norm_rescale"}, "cannot be folded"),
         (V6 | {"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
@@ -227,3 +226,18 @@ def test_broken_files_are_named(sae, tmp_path):
     (tmp_path / "cfg.json").write_text("[" * 100_000)
     with pytest.raises(FormatError, match="JSON"):
         SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg", [OLD | {"hook_point": "blocks.6.attn.hook_z"}, V6 | {"reshape_activations": "hook_z"}], ids=str
+)
+def test_heads_set_one_after_the_other_are_what_the_site_has(tmp_path, drawn, cfg):
+    """SAELens joins them before it encodes; `attn.hook_z` is where they are joined already."""
+    plain, joined = written(tmp_path, drawn, {**cfg, "reshape_activations": "none"}), tmp_path / "joined"
+    joined.mkdir()
+    x = torch.randn(7, D)
+    torch.testing.assert_close(SAE.load(written(joined, drawn, cfg))(x), SAE.load(plain)(x))
+    SAE.load(plain).save(tmp_path / "saved", {"hook_name": "blocks.6.attn.hook_z"})
+    assert read_cfg(tmp_path / "saved")["reshape_activations"] == "hook_z"
+    SAE.load(plain).save(tmp_path / "saved", {"hook_name": "blocks.6.hook_attn_out"})
+    assert read_cfg(tmp_path / "saved")["reshape_activations"] == "none"

@@ -40,8 +40,8 @@ class OneFile(Format):
         told = self._told(path)
         with np.load(self.weights(path)) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "told"}
-        axes = TENSORS | dict(layouts.get(told["architecture"], layouts["standard"]).tensors)
-        check_tensors(path, tensors, {name: tuple(told["config"][a] for a in its) for name, its in axes.items()})
+        layout = layouts.get(told["architecture"], layouts["standard"])
+        check_tensors(path, tensors, layout.shapes(told["config"]))
         return Stored(told["architecture"], told["config"], tensors, told["metadata"], told["subtracts_b_dec"])
 
     def write(self, path, stored):

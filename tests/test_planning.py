@@ -208,7 +208,7 @@ def test_counted_operations_are_those_of_the_passes(stored, family, site):
     hf = build(family)
     hf.set_attn_implementation("eager")
     model, ids, pairs = LanguageModel(hf), tokens(2), CONTEXT**2
-    place = dry_run.place(dry_run.site)
+    place = dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:place]]
     tail = [piece.stretch for piece in dry_run.pieces[place:]]
 

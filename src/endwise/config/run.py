@@ -151,6 +151,8 @@ class RunConfig(Config):
     model: Annotated[ModelConfig, SHARED] = ModelConfig()
     site: str
     """blocks.K.hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, mlp_in, hook_mlp_out or hook_resid_post."""
+    writes: str | None = None
+    """The site that the reconstruction stands for; unset: `site`, which is read. A transcoder writes a later one."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
     data: Annotated[DataConfig, SHARED] = DataConfig()
@@ -165,6 +167,16 @@ class RunConfig(Config):
     """Names of those who get the run folder's lines as they are written. One that fails does not end the run."""
     out: Annotated[Path | None, EXECUTION] = None
     """Run folder; unset: runs/<a name made from the recipe>."""
+
+    @property
+    def place(self) -> str:
+        """The site, or `<site> -> <writes>` where they are two."""
+        return self.site if self.written == self.site else f"{self.site} -> {self.written}"
+
+    @property
+    def written(self) -> str:
+        """The site that the reconstruction stands for."""
+        return self.site if self.writes is None else self.writes
 
     @property
     def seeds(self) -> dict[str, int]:

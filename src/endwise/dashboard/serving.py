@@ -46,7 +46,7 @@ def dashboard_server(
         own = model_of({source.path: source.config}, model or models.get(repr(settings)))
         models[repr(settings)] = own
         sae = load_sae(source.path, source.config, own)
-        readers.append(TextReader(own, sae, own.site(source.config.site), source.config.data))
+        readers.append(TextReader(own, sae, own.place(source.config.place), source.config.data))
     return DashboardServer(folder, readers, port)
 
 

@@ -92,7 +92,7 @@ def _write_runs(
 ) -> list[dict[str, Any]]:
     say("nearest features")
     dictionaries = [
-        Dictionary.of(each.sae().W_dec, each.harvest.firings, (each.config.model.name, each.config.site))
+        Dictionary.of(each.sae().W_dec, each.harvest.firings, (each.config.model.name, each.config.written))
         for each in sources
     ]
     neighbours = all_neighbours(dictionaries, memory=memory)

@@ -51,7 +51,7 @@ class DashboardRun:
         firings = self.harvest.firings
         return {
             "kind": self.config.objective.name,
-            "site": self.config.site,
+            "site": self.config.place,
             "model": model_title(self.config.model.name),
             "coefficient": self.config.objective.sparsity.coefficient,
             "seed": self.config.seed,

@@ -15,7 +15,7 @@ from endwise.dashboard.scripts import short
 from endwise.dictionaries import SAE
 from endwise.features.harvest.top_tokens import written, written_text
 from endwise.models.language_model import LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass
 from endwise.tokens.encoding import text_ids
 
@@ -30,11 +30,11 @@ PREDICTED = 6
 
 @dataclass(frozen=True)
 class TextReader:
-    """A model with one run's SAE at its site."""
+    """A model with one run's SAE at its place."""
 
     model: LanguageModel
     sae: SAE
-    site: Site
+    place: Place | Site
     data: DataConfig
     """How sequences begin, as in training: with BOS or not, and whether position 0 counts."""
 
@@ -53,10 +53,10 @@ class TextReader:
             ConfigError: the text has no token or too many, or the model has no tokenizer.
         """
         tokens, mask = self._tokens(text)
-        clean = self.model.clean(tokens, record=[self.site], final=True)
-        activation = clean.activations[self.site]
-        latents = self.sae.encode(activation.float())
-        spliced = SplicedPass(self.model, self.site).run(clean, self.sae.decode(latents), mask).final
+        place = Place.of(self.place)
+        clean = self.model.clean(tokens, record=place.sites, final=True)
+        latents = self.sae.encode(clean.activations[place.reads].float())
+        spliced = SplicedPass(self.model, place.writes).run(clean, self.sae.decode(latents), mask).final
         assert clean.final is not None and spliced is not None
         compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
         active = latents.dense()[0].where(mask[0, :, None], 0.0)

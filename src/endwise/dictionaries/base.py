@@ -44,7 +44,8 @@ class Exported:
 class SAE(nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
-    `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]` are the field's names for what the
+    A transcoder's result stands for the activation at another site, and may be of another width, `d_out`.
+    `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]` are the field's names for what the
     function uses; how an architecture stores them is its own matter. An architecture is one file: a subclass that
     `ARCHITECTURES.add` registers, with the section of its settings. Where training and inference differ,
     `self.training` tells which; buffers are running statistics, which checkpoints keep.
@@ -56,15 +57,17 @@ class SAE(nn.Module, ABC):
     """Its section of a recipe."""
     layout: ClassVar[Layout] = Layout()
     """What it keeps in a file."""
+    two_widths: ClassVar[bool] = False
+    """Whether it can be of two widths; then `build` takes `d_out` besides."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
     b_enc: nn.Parameter
     b_dec: nn.Parameter
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
 
     @classmethod
     @abstractmethod
@@ -83,7 +86,7 @@ class SAE(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def W_dec(self) -> Float[Tensor, "d_sae d_in"]: ...
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]: ...
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
@@ -93,7 +96,7 @@ class SAE(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_in"]: ...
+    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]: ...
 
     @property
     def auxiliary_weights(self) -> Mapping[str, float]:
@@ -104,7 +107,7 @@ class SAE(nn.Module, ABC):
         self,
         x: Float[Tensor, "*rows d_in"],
         latents: Latents,
-        reconstruction: Float[Tensor, "*rows d_in"],
+        reconstruction: Float[Tensor, "*rows d_out"],
         counted: Bool[Tensor, "*rows"],
         dead: Bool[Tensor, " d_sae"],
     ) -> Mapping[str, Float[Tensor, ""]]:
@@ -147,7 +150,7 @@ class SAE(nn.Module, ABC):
             cfg: `d_in`, `d_sae`, and the settings of `layout`.
         """
 
-    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         return self.decode(self.encode(x))
 
     def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None, *, format_name: str = NATIVE) -> None:
@@ -159,7 +162,8 @@ class SAE(nn.Module, ABC):
             format_name: one of `formats.FORMATS`.
         """
         exported = self.export()
-        config = {"d_in": self.d_in, "d_sae": self.d_sae, **exported.settings}
+        of_two = {"d_out": self.d_out} if self.d_out != self.d_in else {}
+        config = {"d_in": self.d_in, "d_sae": self.d_sae, **of_two, **exported.settings}
         stored = Stored(self.architecture, config, exported.tensors, metadata or {})
         FORMATS[format_name].write(expanded(folder), stored)
 

@@ -154,7 +154,9 @@ def _evaluate_group(
     with world.together("loading the model and the data"):
         model = model_of(configs, model)
         corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=settings.skip + settings.tokens)
-        saes = {str(path): (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
+        saes = {
+            str(path): (model.place(config.place), load_sae(path, config, model)) for path, config in configs.items()
+        }
     try:
         measured = measure(model, saes, corpora.heldout, settings, world=world)
     except DataError as error:

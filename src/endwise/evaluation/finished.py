@@ -32,7 +32,7 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
 def named(config: RunConfig) -> dict[str, Any]:
     return {
         "kind": config.objective.name,
-        "site": config.site,
+        "site": config.place,
         "coefficient": config.objective.sparsity.coefficient,
         "seed": config.seed,
     }
@@ -56,11 +56,11 @@ def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
         FormatError: it cannot be read, is not what training wrote, or is not as wide as its site.
     """
     sae = SAE.load(path, model.device)
-    width = model.width(config.site)
-    if sae.d_in != width:
-        raise FormatError(
-            f"The SAE in {path} has d_in {sae.d_in}, but {config.site} of {model.name} has width {width}. "
-            "Correct site or model.name in its config.yaml, or restore its sae/."
-        )
+    for key, found, site in (("d_in", sae.d_in, config.site), ("d_out", sae.d_out, config.written)):
+        if found != (width := model.width(site)):
+            raise FormatError(
+                f"The SAE in {path} has {key} {found}, but {site} of {model.name} has width {width}. "
+                "Correct site or model.name in its config.yaml, or restore its sae/."
+            )
     RunFolder(path).weights_digest()
     return sae

@@ -26,7 +26,7 @@ from endwise.dictionaries import SAE, Latents, at_inference
 from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
-from endwise.models.sites import Part, Site
+from endwise.models.sites import Part, Place, Site
 from endwise.models.splicing import SplicedPass, later_residuals, squared_error
 from endwise.tokens import Corpus, TokenBatch
 
@@ -89,6 +89,12 @@ class Evaluation:
     """Digest of the sequences that it was measured on (`Corpus.text_digest`)."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else is known of the measurement: `asked_tokens`, those of `facts_of_text`, how training went (`loss`)."""
+    reads: Site | None = None
+    """The site that the SAE reads, where it is another than `site`, which it writes."""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.site if self.reads is None else self.reads, self.site)
 
     @property
     def remarks(self) -> list[str]:
@@ -109,7 +115,7 @@ class Evaluation:
         return {**self._record(), "intervals": intervals, "remarks": self.remarks}
 
     def _record(self) -> dict[str, Any]:
-        nested: dict[str, Any] = {"site": self.site.name, "d_sae": self.d_sae, "alive": self.alive}
+        nested: dict[str, Any] = {"site": self.place.name, "d_sae": self.d_sae, "alive": self.alive}
         nested |= {"alive_tokens": self.tokens, "tokens": self.tokens, "sequences": len(self.sums["tokens"])}
         nested["text"] = self.text
         for name, interval in self.metrics.items():
@@ -125,7 +131,7 @@ class Evaluation:
 
 def measure(
     model: LanguageModel,
-    saes: Mapping[str, tuple[Site, SAE]],
+    saes: Mapping[str, tuple[Place | Site, SAE]],
     corpus: Corpus,
     config: EvaluationConfig,
     *,
@@ -135,6 +141,7 @@ def measure(
     """Evaluates every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
 
     Args:
+        saes: each with its place; a site is an SAE's. Of a transcoder, what is compared is what it writes.
         baselines: also measure the site at its mean and at zero; without, those two are NaN.
         world: the processes that share the work; each of them gets the whole result.
 
@@ -142,18 +149,20 @@ def measure(
         ConfigError: fewer tokens are asked for than one sequence has.
     """
     sequences = _sequences(corpus, config)
-    sites = sorted({site for site, _ in saes.values()})
+    places = {name: Place.of(place) for name, (place, _) in saes.items()}
+    sites = sorted({place.writes for place in places.values()})
     means = _site_means(model, sites, corpus, config, sequences, world)
     collected = {name: _Collector() for name in saes}
     ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
     later = {site: residuals_after(model, site) for site in sites}
-    recorded = {*sites, *(s for group in later.values() for s in group)}
+    recorded = {*sites, *(place.reads for place in places.values()), *(s for group in later.values() for s in group)}
     with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
         for batch in _batches(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
             passes: dict[str | tuple[Site, str], _Effect] = {}
-            for name, (site, sae) in saes.items():
-                latents = sae.encode(clean.activations[site])
+            for name, (_, sae) in saes.items():
+                site = places[name].writes
+                latents = sae.encode(clean.activations[places[name].reads])
                 estimate = sae.decode(latents)
                 collected[name].add_latents(latents, batch.mask)
                 collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
@@ -174,8 +183,8 @@ def measure(
         "facts": {"asked_tokens": config.tokens, **facts_of_text(model, corpus)},
     }
     return {
-        name: replace(_summarise(site, sae, collected[name], ablations, config), **known)
-        for name, (site, sae) in saes.items()
+        name: replace(_summarise(places[name], sae, collected[name], ablations, config), **known)
+        for name, (_, sae) in saes.items()
     }
 
 
@@ -333,13 +342,13 @@ def _mean_ce(sums: Sums, name: str) -> float:
 
 
 def _summarise(
-    site: Site,
+    place: Place,
     sae: SAE,
     collector: _Collector,
     ablations: Mapping[tuple[Site, str], _Collector],
     config: EvaluationConfig,
 ) -> Evaluation:
-    sums = collector.sums()
+    sums, site = collector.sums(), place.writes
     metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
     intervals = {}
     for name, metric in metrics.items():
@@ -354,4 +363,5 @@ def _summarise(
         for kind in ("mean", "zero")
     )
     baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
-    return Evaluation(site, sae.d_sae, collector.firings(), int(sums["tokens"].sum()), intervals, baselines, sums)
+    tokens, reads = int(sums["tokens"].sum()), None if place.reads == site else place.reads
+    return Evaluation(site, sae.d_sae, collector.firings(), tokens, intervals, baselines, sums, reads=reads)

@@ -81,7 +81,7 @@ class RunSummary:
         metrics = evaluation.metrics
         return cls(
             kind=config.objective.method_kind,
-            site=config.site,
+            site=config.place,
             coefficient=config.objective.sparsity.coefficient,
             seed=config.seed,
             l0=evaluation["l0"],
@@ -119,7 +119,7 @@ class RunSummary:
         try:
             return cls(
                 kind=config.objective.method_kind,
-                site=config.site,
+                site=config.place,
                 coefficient=config.objective.sparsity.coefficient,
                 seed=config.seed,
                 l0=measured["l0"],

@@ -33,7 +33,7 @@ from endwise.features.importance_table import FeatureImportance
 from endwise.kernels import kernels_for
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout, next_tokens
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass, SplicedRows
 
 Loss = Literal["ce", "kl"]
@@ -53,6 +53,7 @@ def spliced_gradients(
     One forward pass of the tail, and a backward pass to the reconstruction for each loss.
 
     Args:
+        site: where the reconstruction is put.
         clean: must have recorded the site and, for the KL, the final hidden state.
         mask: positions outside it keep their own activation.
     """
@@ -85,7 +86,7 @@ class Contributions:
 
 def contributions(
     latents: Latents,
-    W_dec: Float[Tensor, "d_sae d_in"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     gradients: Sequence[Activation],
     mask: TokenMask,
 ) -> list[Contributions]:
@@ -158,13 +159,14 @@ class Attribution:
         self._terms = np.zeros((2, blocks))
         """Predictions and tokens that count, block by block."""
 
-    def add(self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask) -> None:
+    def add(self, model: LanguageModel, clean: Clean, place: Place | Site, mask: TokenMask) -> None:
         """Some sequences, the next in order."""
+        place = Place.of(place)
         with torch.no_grad():
-            latents = self.sae.encode(clean.activations[site])
+            latents = self.sae.encode(clean.activations[place.reads])
             reconstruction = self.sae.decode(latents)
         losses: list[Loss] = ["ce", "kl"] if self.kl else ["ce"]
-        gradients = spliced_gradients(model, clean, site, reconstruction, mask, losses)
+        gradients = spliced_gradients(model, clean, place.writes, reconstruction, mask, losses)
         _, predicts = next_tokens(clean.tokens, mask)
         each = contributions(latents, self._W_dec, [gradients[loss] for loss in losses], mask)
         for found, predictions, tokens in zip(each, predicts.sum(1).tolist(), mask.sum(1).tolist(), strict=True):

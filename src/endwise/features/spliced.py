@@ -12,7 +12,7 @@ from endwise.common.axes import Activation, TokenMask
 from endwise.dictionaries import SAE, Latents
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass
 
 
@@ -23,6 +23,7 @@ class SplicedBatch:
     clean: Clean
     """It recorded the site and the final hidden state."""
     site: Site
+    """Where the reconstruction is put."""
     mask: TokenMask
     latents: Latents
     reconstruction: Activation
@@ -31,8 +32,9 @@ class SplicedBatch:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: LanguageModel, sae: SAE, clean: Clean, site: Site, mask: TokenMask) -> "SplicedBatch":
-        latents = sae.encode(clean.activations[site])
+    def of(cls, model: LanguageModel, sae: SAE, clean: Clean, place: Place | Site, mask: TokenMask) -> "SplicedBatch":
+        reads, site = Place.of(place).reads, Place.of(place).writes
+        latents = sae.encode(clean.activations[reads])
         reconstruction = sae.decode(latents)
         parts = SplicedPass(model, site).in_parts(clean, reconstruction, mask)
         compared = [_compare(model, part.clean, part.spliced, part.mask) for part in parts]

@@ -14,7 +14,7 @@ from torch import Tensor
 from endwise.common.errors import FormatError
 from endwise.common.registry import Registry
 
-TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
+TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 """The tensors that all architectures have, and their axes."""
 
 
@@ -23,9 +23,15 @@ class Layout:
     """What one architecture keeps in a file, by which anything else in it is noticed."""
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own tensors, beside the four that all have; the axes of each are `d_in` or `d_sae`."""
+    """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
     settings: frozenset[str] = frozenset()
-    """Its own keys of the file's configuration."""
+    """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of an SAE with this configuration, by name."""
+        sizes = {"d_out": config["d_in"], **config}
+        axes = {**TENSORS, **self.tensors}
+        return {name: tuple(sizes[axis] for axis in its) for name, its in axes.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Stored:
     config: Mapping[str, Any]
     """`d_in`, `d_sae`, and the architecture's own settings by the names of its `Layout`."""
     tensors: Mapping[str, Tensor]
-    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_in]`, `b_dec [d_in]`, and the architecture's own."""
+    """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]`, and the architecture's own."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What says nothing of the function: where the SAE belongs, and how it was trained."""
     subtracts_b_dec: bool = False

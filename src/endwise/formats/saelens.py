@@ -19,9 +19,11 @@ from endwise.common.errors import FormatError
 from endwise.common.files import read_json, write_json
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
-from endwise.formats.base import TENSORS, Format, Layout, Stored, added, check_tensors
+from endwise.formats.base import Format, Layout, Stored, added, check_tensors
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+HEADS_JOINED = "hook_z"
+"""`reshape_activations`: SAELens sets the heads' results one after the other, as they are at the site `attn.hook_z`."""
 FIRST_VERSION = 6
 """The generation of SAELens that keeps under `metadata` what says nothing of the function."""
 WRITTEN_VERSION = "6.0.0"
@@ -117,7 +119,7 @@ class SAELens(Format):
         return Stored(architecture, config, tensors, cfg["metadata"], cfg.get("apply_b_dec_to_input", True))
 
     def write(self, path: Path, stored: Stored) -> None:
-        own = dict(stored.config)
+        own, of_heads = dict(stored.config), str(stored.metadata.get("hook_name")).endswith("attn.hook_z")
         cfg = {
             "architecture": stored.architecture,
             "d_in": own.pop("d_in"),
@@ -126,7 +128,7 @@ class SAELens(Format):
             "device": "cpu",
             "apply_b_dec_to_input": stored.subtracts_b_dec,
             "normalize_activations": "none",
-            "reshape_activations": "none",
+            "reshape_activations": HEADS_JOINED if of_heads else "none",
             **own,
             "metadata": {"sae_lens_version": WRITTEN_VERSION, **stored.metadata},
         }
@@ -198,12 +200,9 @@ def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout) -> None:
         why = _NORMALISATIONS.get(norm) if isinstance(norm, str) else None
         raise FormatError(f"{path}: normalize_activations is {norm!r:.80}: {why or 'endwise does not know it'}.")
     shape = cfg.get("reshape_activations")
-    if shape is None and _is_old(cfg) and "hook_z" in str(cfg.get("hook_name") or cfg.get("hook_point")):
-        shape = "hook_z"
-    if shape not in (None, "none"):
+    if shape not in (None, "none", HEADS_JOINED):
         raise FormatError(
-            f"{path}: reshape_activations is {shape!r:.80}: it is for the outputs of single heads, which endwise has "
-            "no site for. Use it with SAELens."
+            f"{path}: reshape_activations is {shape!r:.80}, which endwise does not know. Use it with SAELens."
         )
     settled = {"activation_fn", "activation_fn_str", "normalize_activations", "reshape_activations"}
     known = _READ | set(_NOT_THE_FUNCTION.split()) | settled | layout.settings
@@ -235,8 +234,7 @@ def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[
     except (OSError, SafetensorError, ValueError) as error:
         damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
         raise unreadable(path, error) or damaged from None
-    axes = {**TENSORS, **layout.tensors}
-    shapes = {name: tuple(cfg[axis] for axis in its) for name, its in axes.items()}
+    shapes = layout.shapes(cfg)
     scales = {name: (cfg["d_sae"],) for name in _SCALES if name in tensors}
     if others := sorted(set(tensors) - set(shapes) - set(scales)):
         raise FormatError(

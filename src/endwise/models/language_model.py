@@ -25,7 +25,7 @@ from endwise.models.passes import Clean, Patch, Spliced
 from endwise.models.plain_weights import refuse_quantised
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
-from endwise.models.sites import Part, Site
+from endwise.models.sites import Part, Place, Site
 
 PROBE_TOKENS = 8
 
@@ -172,6 +172,18 @@ class LanguageModel:
                 f"{', '.join(parts)}. List them with: endwise sites {self.name}"
             )
         return site
+
+    def place(self, name: str | Site | Place) -> Place:
+        """Return the place of that name, or an SAE's at the site.
+
+        Raises:
+            SiteError: the model has no such site, cannot be spliced where the place writes, or computes that before
+                what the place reads.
+        """
+        place = Place.parse(name) if isinstance(name, str) else Place.of(name)
+        self.site(place.writes)
+        self.readable(place.reads)
+        return place
 
     def width(self, site: str | Site) -> int:
         return self._known.widths[self.readable(site)]

@@ -27,6 +27,7 @@ class Part(StrEnum):
     """The residual stream leaving the block."""
 
 
+ARROW = " -> "
 _ORDER = {part: index for index, part in enumerate(Part)}
 _BEFORE_THE_MLP = ("hook_mlp_in", "ln2.hook_normalized")
 """Names that other tools have for what may be another value than `MLP_IN`."""
@@ -73,3 +74,61 @@ class Site:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SiteError(f"A site is named blocks.<layer>.<{' | '.join(parts)}>; given {name!r}.{hint}")
         return Site(int(match[1]), Part(match[2]))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dictionary stands: an SAE reads and writes one site, a transcoder reads one and writes a later one.
+
+    Written `blocks.3.hook_resid_pre`, or `blocks.3.mlp_in -> blocks.3.hook_mlp_out`.
+
+    Raises:
+        SiteError: what is written comes before what is read.
+    """
+
+    reads: Site
+    """What the dictionary encodes."""
+    writes: Site
+    """Whose activation its reconstruction stands for."""
+
+    def __post_init__(self) -> None:
+        if self.writes < self.reads:
+            raise SiteError(
+                f"A dictionary cannot write {self.writes.name} from what it reads at {self.reads.name}: the model "
+                "computes that later. Write the site that is read, or a later one."
+            )
+
+    @classmethod
+    def at(cls, site: Site) -> "Place":
+        """Return the place of an SAE."""
+        return cls(site, site)
+
+    @classmethod
+    def of(cls, given: "Place | Site") -> "Place":
+        """Return the place, or that of an SAE at the site."""
+        return given if isinstance(given, Place) else cls.at(given)
+
+    @classmethod
+    def parse(cls, name: str) -> "Place":
+        """Read what `name` writes.
+
+        Raises:
+            SiteError: the name is not of this form, or the order is not.
+        """
+        reads, arrow, writes = name.partition(ARROW)
+        return cls(Site.parse(reads), Site.parse(writes if arrow else reads))
+
+    @property
+    def name(self) -> str:
+        return self.reads.name if self.reads == self.writes else f"{self.reads.name}{ARROW}{self.writes.name}"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The one site, or what is read and what is written."""
+        return (self.reads,) if self.reads == self.writes else (self.reads, self.writes)
+
+    def __lt__(self, other: "Place") -> bool:
+        return (self.writes, self.reads) < (other.writes, other.reads)
+
+    def __str__(self) -> str:
+        return self.name

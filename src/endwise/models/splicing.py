@@ -1,8 +1,9 @@
 """Running a model on its SAE's reconstructions: the one place where a value is put at a site and the rest is run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ModelError
 from endwise.models.language_model import Clean, LanguageModel, Spliced
-from endwise.models.sites import Part, Site
+from endwise.models.sites import Part, Place, Site
 
 Scalar = Float[Tensor, ""]
 CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
@@ -115,27 +116,57 @@ def clean_by_tail(tail: LanguageModel, head: Clean, site: Site, record: Sequence
 
 
 @contextmanager
-def spliced(model: LanguageModel, saes: Mapping[str | Site, Callable[[Tensor], Tensor]]) -> Iterator[LanguageModel]:
+def spliced(
+    model: LanguageModel, saes: Mapping[str | Site | Place, Callable[[Tensor], Tensor]]
+) -> Iterator[LanguageModel]:
     """Within it, the Hugging Face model `model.model` computes, and generates, with reconstructions in place.
 
     Args:
         model: the model to run.
-        saes: by site, an SAE or any function of the activation `[batch pos d_model]`. Several sites feed each other in
-            the order of the model.
+        saes: by place (a `Place`, or its name), an SAE or any function of the activation `[batch pos d_model]`. Several
+            feed each other in the order of the model; a transcoder (`blocks.3.mlp_in -> blocks.3.hook_mlp_out`) reads
+            one site and writes another.
 
     Raises:
         SiteError: the model has no such site.
         ModelError: an SAE is not as wide as its site.
     """
-    for site, sae in saes.items():
-        width = getattr(sae, "d_in", model.width(site))
-        if width != model.width(site):
-            raise ModelError(
-                f"{model.site(site).name} of {model.name} has width {model.width(site)}; "
-                f"the SAE given for it has {width}."
-            )
-    with model.patched({model.site(site): sae for site, sae in saes.items()}):
+    placed = {model.place(given): sae for given, sae in saes.items()}
+    for place, sae in placed.items():
+        refuse_width(model, place.reads, getattr(sae, "d_in", None))
+        refuse_width(model, place.writes, getattr(sae, "d_out", getattr(sae, "d_in", None)))
+    with ExitStack() as patches:
+        for place in sorted(placed):
+            patches.enter_context(model.patched(_patch_of(place, placed[place])))
         yield model
+
+
+def refuse_width(model: LanguageModel, site: Site, width: int | None) -> None:
+    """
+    Raises:
+        ModelError: a dictionary of this width is not as wide as the site; None: any will do.
+    """
+    if width is not None and width != model.width(site):
+        raise ModelError(
+            f"{site.name} of {model.name} has width {model.width(site)}; the SAE given for it has {width}."
+        )
+
+
+def _patch_of(place: Place, sae: Callable[[Tensor], Tensor]) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """What a whole pass puts at a place: where two sites are meant, the value is kept at the first for the second."""
+    if place.reads == place.writes:
+        return {place.reads: sae}
+    kept: list[Tensor] = []
+    return {place.reads: partial(_keep, kept), place.writes: partial(_written, kept, sae)}
+
+
+def _keep(kept: list[Tensor], value: Tensor) -> Tensor:
+    kept[:] = [value]
+    return value
+
+
+def _written(kept: list[Tensor], sae: Callable[[Tensor], Tensor], _instead_of: Tensor) -> Tensor:
+    return sae(kept.pop())
 
 
 def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:

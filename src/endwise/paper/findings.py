@@ -119,7 +119,7 @@ def _norms(runs: Sequence[MeasuredStudy], out: Path) -> dict[str, Norms]:
             check_texts({folder: config}, corpora, ["heldout"])
             sae, settings = load_sae(folder, config, model), config.evaluation
             measured = norms(
-                model, sae, model.site(config.site), corpora.heldout, tokens=settings.tokens, batch=settings.batch
+                model, sae, model.place(config.place), corpora.heldout, tokens=settings.tokens, batch=settings.batch
             )
             measured.write(file)
             result[run.summary.folder] = measured

@@ -16,7 +16,7 @@ from endwise.config.base import read_yaml, with_values
 from endwise.config.fields import identity
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
-from endwise.models.sites import Site
+from endwise.models.sites import ARROW, Place
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
 from endwise.sweeps.sweep_config import SweepConfig, Target
@@ -51,7 +51,7 @@ class Point:
     def __str__(self) -> str:
         objective = self.config.objective
         aim = f"{objective.sparsity.coefficient:g}" if self.target is None else str(self.target)
-        return f"{objective.name} {aim} {self.config.site} seed {self.config.seed}"
+        return f"{objective.name} {aim} {self.config.place} seed {self.config.seed}"
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
@@ -161,7 +161,7 @@ def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     if target is not None and not config.objective.sparsity.coefficient:
         raise _no_first_guess(source)
     try:
-        Site.parse(config.site)
+        Place.parse(config.place)
     except SiteError as error:
         raise SiteError(f"{source}: {error}") from None
     return Point(config, target)
@@ -217,7 +217,8 @@ def placed(config: RunConfig, folder: Path) -> RunConfig:
     content = config
     if start is not None and start.parent == folder:
         content = config.model_copy(update={"init_from": Path(start.name)})
-    said = f"{objective.name}-{objective.sparsity.coefficient:g}-{config.site}-seed{config.seed}"
+    place = config.place.replace(ARROW, "-to-")
+    said = f"{objective.name}-{objective.sparsity.coefficient:g}-{place}-seed{config.seed}"
     own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
     out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
     return config.model_copy(update={"out": out})

@@ -79,7 +79,7 @@ def find_faults(due: Iterable[PointProgress]) -> None:
         if model is None:
             continue
         try:
-            build_objective(config.objective, model, model.site(config.site))
+            build_objective(config.objective, model, model.place(config.place).writes)
         except (ConfigError, SiteError) as error:
             each.error = str(error)
 

@@ -75,7 +75,7 @@ def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     config = point.config
     named = {
         "kind": config.objective.name,
-        "site": config.site,
+        "site": config.place,
         "coefficient": config.objective.sparsity.coefficient if point.target is None else None,
         "target": None if point.target is None else str(point.target),
         "target_miss": None,

@@ -44,7 +44,7 @@ def tasks_of(configs: Iterable[RunConfig], together: int) -> list[Task]:
     """
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        alike = (shared(config), config.site, config.objective.name, config.evaluation.model_dump_json())
+        alike = (shared(config), config.place, config.objective.name, config.evaluation.model_dump_json())
         groups.setdefault(repr(alike), []).append(config)
     return [
         tuple(group[start : start + together]) for group in groups.values() for start in range(0, len(group), together)

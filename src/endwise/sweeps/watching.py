@@ -209,11 +209,11 @@ class Watch:
         others are alike.
         """
         configs = {folder: run.config for folder, run in self._runs.items()}
-        sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("site", "seed"))
+        sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("place", "seed"))
         names: dict[Path, str] = {}
         for folder, config in configs.items():
             parts = [config.objective.name, f"{config.objective.sparsity.coefficient:g}"]
-            parts += [config.site] if len(sites) > 1 else []
+            parts += [config.place] if len(sites) > 1 else []
             parts += [f"seed {config.seed}"] if len(seeds) > 1 else []
             names[folder] = " ".join(parts)
         count = Counter(names.values())

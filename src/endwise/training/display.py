@@ -134,7 +134,7 @@ class Display:
 
 
 def _description(config: RunConfig) -> str:
-    return f"{config.objective.name} {config.objective.sparsity.coefficient:g} {config.site} seed {config.seed}"
+    return f"{config.objective.name} {config.objective.sparsity.coefficient:g} {config.place} seed {config.seed}"
 
 
 def _numbers(row: _Row) -> str:

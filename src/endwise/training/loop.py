@@ -127,7 +127,7 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
     measured = partial(measure, prepared.model, corpus=prepared.corpora.heldout, baselines=False, world=prepared.world)
 
     def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
-        saes = {str(m.folder.path): (m.trainee.site, m.trainee.sae) for m in sharing}
+        saes = {str(m.folder.path): (m.trainee.place, m.trainee.sae) for m in sharing}
         evaluations = measured(saes=saes, config=brief)
         for member in sharing:
             evaluation = evaluations[str(member.folder.path)]

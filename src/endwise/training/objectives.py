@@ -59,7 +59,9 @@ class SplicedTerm(Term):
 
 
 class SiteTerm(Term):
-    """A term that reads the SAE's input, output and latents, and nothing of the model."""
+    """A term that reads the SAE's output and latents, and the activation that the output stands for: at the SAE's site,
+    or at the one that a transcoder writes.
+    """
 
     @abstractmethod
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:

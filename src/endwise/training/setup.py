@@ -23,7 +23,7 @@ from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.evaluation.text_check import tried_on
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
-from endwise.models.sites import Site
+from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
@@ -227,16 +227,34 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
         ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
         FormatError: `init_from` holds no SAE.
     """
-    site = model.site(config.site)
-    width = model.width(site)
-    objective = build_objective(config.objective, model, site)
+    place = model.place(config.place)
+    width = model.width(place.reads)
+    objective = build_objective(config.objective, model, place.writes)
     d_sae = config.dictionary.features(width)
     _check_memory(width, d_sae)
     if config.init_from is None:
-        sae = ARCHITECTURES[config.dictionary.architecture].build(config.dictionary, width, config.seed)
+        sae = new_dictionary(config, model, place)
     else:
-        sae = _taken_over(config, width, d_sae)
-    return Trainee(sae.to(model.device), site, objective, config.training, steps)
+        sae = _taken_over(config, width, model.width(place.writes), d_sae)
+    return Trainee(sae.to(model.device), place, objective, config.training, steps)
+
+
+def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE:
+    """Make the dictionary of a recipe, with its first weights.
+
+    Raises:
+        ConfigError: the place's two sites are of two widths, and the architecture writes as wide as it reads.
+    """
+    architecture = ARCHITECTURES[config.dictionary.architecture]
+    d_in, d_out = model.width(place.reads), model.width(place.writes)
+    if architecture.two_widths:
+        return architecture.build(config.dictionary, d_in, config.seed, d_out=d_out)
+    if d_out != d_in:
+        raise ConfigError(
+            f"site {place.reads.name} has width {d_in} and writes {place.writes.name} has width {d_out}, but a "
+            f"{config.dictionary.architecture} dictionary writes as wide as it reads. Choose sites of one width."
+        )
+    return architecture.build(config.dictionary, d_in, config.seed)
 
 
 def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None) -> RunConfig:
@@ -245,7 +263,7 @@ def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None)
     return config.model_copy(update={"init_from": None}) if goes_on else config
 
 
-def _taken_over(config: RunConfig, width: int, d_sae: int) -> SAE:
+def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
     """The SAE in `init_from`, made ready for training."""
     assert config.init_from is not None
     try:
@@ -257,6 +275,11 @@ def _taken_over(config: RunConfig, width: int, d_sae: int) -> SAE:
             f"init_from: the SAE in {config.init_from} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
             f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
             "site that it was trained at."
+        )
+    if sae.d_out != d_out:
+        raise ConfigError(
+            f"init_from: the dictionary in {config.init_from} writes width {sae.d_out:,}, but {config.written} has "
+            f"{d_out:,}. Choose the site that it was trained to write."
         )
     if sae.architecture != config.dictionary.architecture:
         raise ConfigError(
@@ -284,8 +307,8 @@ def default_folder(config: RunConfig) -> Path:
     """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
     coefficient = f"{config.objective.sparsity.coefficient:g}"
-    site = Site.parse(config.site).name
-    return Path("runs") / f"{model}-{site}-{config.objective.name}-{coefficient}-seed{config.seed}"
+    place = "-to-".join(site.name for site in Place.parse(config.place).sites)
+    return Path("runs") / f"{model}-{place}-{config.objective.name}-{coefficient}-seed{config.seed}"
 
 
 UNPROCESSED = {
@@ -309,6 +332,7 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": UNPROCESSED,
         "hook_name": config.site,
+        **({"hook_name_out": config.written} if config.written != config.site else {}),
         "hook_head_index": None,
         "context_size": context,
         "prepend_bos": config.data.prepend_bos,

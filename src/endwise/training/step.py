@@ -94,7 +94,7 @@ def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
 def clean_passes(
     model: LanguageModel, tail: LanguageModel, trainees: Sequence[Trainee], tokens: Tokens
 ) -> dict[Site, Clean]:
-    """By site, what the trainees there are compared with.
+    """By the site that is written, what the trainees there are compared with.
 
     One pass for all; with another model for the tail, the model up to the last site and the tail from each site on, so
     that the tail's own rounding is on both sides of every comparison.
@@ -103,10 +103,11 @@ def clean_passes(
     needs = {site: [trainee.objective for trainee in trainees if trainee.site == site] for site in sites}
     later = {site: {s for objective in needs[site] for s in objective.sites} for site in sites}
     final = {site: any(objective.final for objective in needs[site]) for site in sites}
+    local = {site for trainee in trainees for site in trainee.place.sites}
     if tail is model:
-        clean = model.clean(tokens, record=sites.union(*later.values()), final=any(final.values()))
+        clean = model.clean(tokens, record=local.union(*later.values()), final=any(final.values()))
         return dict.fromkeys(sites, clean)
-    head = model.clean(tokens, record=sites)
+    head = model.clean(tokens, record=local)
     return {site: clean_by_tail(tail, head, site, tuple(later[site]), final[site]) for site in sites}
 
 

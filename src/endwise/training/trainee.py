@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from endwise.common.axes import Activation, TokenMask
+from endwise.common.axes import Activation, AnyWidth, TokenMask
 from endwise.common.errors import NotFinite
 from endwise.common.processes import World
 from endwise.common.seeds import generator_states, restore_generators
@@ -16,7 +16,7 @@ from endwise.config.run import TrainingConfig
 from endwise.dictionaries import SAE, Latents
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass, SplicedRows
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.training.objectives import Objective
@@ -36,13 +36,15 @@ class Encoded:
 
 
 class Trainee:
-    """An SAE at a site, with what trains it.
+    """An SAE at its place, with what trains it.
 
     Sums over a batch (loss terms, L0) stay on the device until `report` reads them, so that a step never waits for it.
     """
 
-    def __init__(self, sae: SAE, site: Site, objective: Objective, config: TrainingConfig, total_steps: int) -> None:
-        self.sae, self.site, self.config = sae.train(), site, config
+    def __init__(
+        self, sae: SAE, place: Place | Site, objective: Objective, config: TrainingConfig, total_steps: int
+    ) -> None:
+        self.sae, self.place, self.config = sae.train(), Place.of(place), config
         self._objective, self.total_steps = objective, total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
         self.step, self.tokens = 0, 0
@@ -57,6 +59,11 @@ class Trainee:
         """Step at which each watched number was first not finite; -1: never."""
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
+
+    @property
+    def site(self) -> Site:
+        """Whose activation the reconstruction stands for."""
+        return self.place.writes
 
     def objective_at(self, step: int) -> Objective:
         """What the step after `step` others is trained for: one objective from the first to the last."""
@@ -85,11 +92,12 @@ class Trainee:
         Args:
             tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
-        activation = _harmless(clean.activations[self.site], mask)
+        activation = _harmless(clean.activations[self.place.reads], mask)
+        target = activation if self.place.reads == self.site else _harmless(clean.activations[self.site], mask)
         with self._products():
             latents = self.sae.encode(activation, mask)
             encoded = Encoded(latents, self.sae.decode(latents))
-        outputs = [self._site_loss(encoded, activation, mask) / tokens_in_step]
+        outputs = [self._site_loss(encoded, activation, target, mask) / tokens_in_step]
         gradients: list[Tensor | None] = [None]
         if self.objective.spliced_terms:
             outputs.append(encoded.reconstruction)
@@ -105,10 +113,12 @@ class Trainee:
         device = self.sae.b_enc.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "mixed" and device == "cuda")
 
-    def _site_loss(self, encoded: Encoded, activation: Activation, mask: TokenMask) -> Float[Tensor, ""]:
+    def _site_loss(
+        self, encoded: Encoded, activation: Activation, target: AnyWidth, mask: TokenMask
+    ) -> Float[Tensor, ""]:
         loss = activation.new_zeros(())
         for term in self.objective.site_terms:
-            total = term.total(activation, encoded.reconstruction, encoded.latents, mask)
+            total = term.total(target, encoded.reconstruction, encoded.latents, mask)
             self._sums[term.name] += total.detach()
             loss = loss + term.coefficient * total
         if weights := self.sae.auxiliary_weights:

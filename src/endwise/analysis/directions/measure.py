@@ -138,9 +138,9 @@ def measure_directions(
         own = {path: missing[path] for path in group}
         loaded, wanted = model_of(own, model), settings[group[0]]["tokens"]
         texts = corpora_of_runs(own, loaded, corpora, evaluation_tokens=wanted)
-        for site in dict.fromkeys(missing[path].site for path in group):
-            here = {path: settings[path] for path in group if missing[path].site == site}
-            text = TextAtSite.first(loaded, loaded.site(site), texts.heldout, wanted, first.evaluation.batch)
+        for place in dict.fromkeys(missing[path].place for path in group):
+            here = {path: settings[path] for path in group if missing[path].place == place}
+            text = TextAtSite.first(loaded, loaded.place(place), texts.heldout, wanted, first.evaluation.batch)
             saes = {path: load_sae(path, missing[path], loaded) for path in here}
             measured = _measure(text, saes, here, list(found.values()))
             for path, each in measured.items():
@@ -166,7 +166,7 @@ def _settings(
     return {
         "version": VERSION,
         "model": config.model.model_dump(mode="json", include={"name", "gguf_file", "revision", "dtype"}),
-        "site": config.site,
+        "site": config.place,
         "data": config.data.model_dump(mode="json", exclude={"cache", "epochs", "seed"}),
         "heldout": heldout,
         "tokens": config.evaluation.tokens if tokens is None else tokens,
@@ -209,7 +209,7 @@ def _measure(
         for batch in text.batches():
             x = found.along(batch.activation)
             for path, sae in saes.items():
-                reconstruction = sae(batch.activation.float())
+                reconstruction = sae(batch.read.float())
                 lengths[path].add(batch, reconstruction)
                 along[path].add(batch, x, reconstruction)
     result = {}

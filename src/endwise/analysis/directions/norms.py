@@ -17,7 +17,7 @@ from endwise.common.files import read_json, write_json
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.dictionaries import SAE
 from endwise.models.language_model import LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.tokens import Corpus
 
 SAMPLE = {"others": 1500, "position_0": 100, "starts": 500}
@@ -106,7 +106,7 @@ _INTERVALS = ("ratio", "ratio_at_0", "ratio_at_starts", "cosine")
 def norms(
     model: LanguageModel,
     sae: SAE,
-    site: Site,
+    site: Place | Site,
     corpus: Corpus,
     *,
     tokens: int,
@@ -121,7 +121,7 @@ def norms(
     """
     collector = NormCollector()
     for part in TextAtSite.first(model, site, corpus, tokens, batch).batches():
-        collector.add(part, sae(part.activation.float()))
+        collector.add(part, sae(part.read.float()))
     return collector.norms(resamples, seed)
 
 

@@ -9,7 +9,7 @@ import torch
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.tokens import Corpus
 
 Where = Literal["position_0", "starts", "others"]
@@ -28,6 +28,13 @@ class SiteBatch:
     """True where a position counts (see `TokenBatch.mask`)."""
     starts: TokenMask
     """True at the first token of a document."""
+    reads: Site | None = None
+    """The site that a transcoder reads which writes this one."""
+
+    @property
+    def read(self) -> Activation:
+        """What the dictionary at the site reads: the activation there, or what a transcoder reads."""
+        return self.activation if self.reads is None else self.clean.activations[self.reads]
 
     def where(self, group: Where) -> TokenMask:
         """The positions that count and belong to a group of `WHERE`."""
@@ -52,10 +59,17 @@ class TextAtSite:
     sequences: int
     batch: int = 16
     """Sequences at a time."""
+    reads: Site | None = None
+    """The site that a transcoder reads which writes `site`."""
 
     @classmethod
-    def first(cls, model: LanguageModel, site: Site, corpus: Corpus, tokens: int, batch: int = 16) -> "TextAtSite":
+    def first(
+        cls, model: LanguageModel, place: Place | Site, corpus: Corpus, tokens: int, batch: int = 16
+    ) -> "TextAtSite":
         """The first `tokens` tokens, in whole sequences.
+
+        Args:
+            place: whose written site is meant.
 
         Raises:
             ConfigError: not one whole sequence.
@@ -63,7 +77,9 @@ class TextAtSite:
         sequences = min(tokens // corpus.context, len(corpus))
         if not sequences:
             raise ConfigError(f"{tokens} held-out tokens were asked for, but one sequence alone has {corpus.context}.")
-        return cls(model, site, corpus, sequences, batch)
+        place = Place.of(place)
+        reads = None if place.reads == place.writes else place.reads
+        return cls(model, place.writes, corpus, sequences, batch, reads)
 
     def of_at_most(self, tokens: int) -> "TextAtSite":
         """The same, or its first sequences: no more than `tokens` tokens, but one sequence at least."""
@@ -75,6 +91,7 @@ class TextAtSite:
         for start in range(0, self.sequences, self.batch):
             rows = range(start, min(start + self.batch, self.sequences))
             text = self.corpus.batch(rows).to(self.model.device)
-            clean = self.model.clean(text.tokens, record={self.site}, final=final)
+            sites = {self.site} if self.reads is None else {self.site, self.reads}
+            clean = self.model.clean(text.tokens, record=sites, final=final)
             starts = self.corpus.document_starts(rows).to(self.model.device)
-            yield SiteBatch(clean, clean.activations[self.site], text.mask, starts)
+            yield SiteBatch(clean, clean.activations[self.site], text.mask, starts, self.reads)

@@ -24,6 +24,7 @@ from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
 from endwise.features.harvest.top_tokens import token_effects, written
 from endwise.models.language_model import LanguageModel
+from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 
 NEIGHBOURS = 15
@@ -218,7 +219,7 @@ def model_tokens(run: RunSummary) -> Tokens | None:
         model = model_of({Path(run.folder): RunFolder.open(Path(run.folder)).config()})
     except ModelError:
         return None
-    if model.width(run.site) != model.d_model:
+    if model.width(Place.parse(run.site).writes) != model.d_model:
         return None
     return partial(top_tokens, model)
 

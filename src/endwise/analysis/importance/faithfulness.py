@@ -17,7 +17,7 @@ from endwise.dictionaries import SAE
 from endwise.features.importance_table import Counts, Faithfulness, FeatureImportance, Floats
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 
 CARRIED = 0.9
 """Share, of what the whole SAE carries, for which features are counted."""
@@ -80,9 +80,9 @@ class FaithfulnessSums:
         return bool(self.between)
 
     @torch.no_grad()
-    def add_between(self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask) -> None:
+    def add_between(self, model: LanguageModel, clean: Clean, place: Place | Site, mask: TokenMask) -> None:
         """As `add`, of the counts that `narrow` took up, by importance alone."""
-        latents = self.sae.encode(clean.activations[site])
+        latents, site = self.sae.encode(clean.activations[Place.of(place).reads]), Place.of(place).writes
         for n in self.between:
             value = self.sae.decode(latents.only(self._places[0] < n))
             self._between.setdefault(n, []).append(spliced_ce(model, clean, site, mask, value).cpu().numpy())

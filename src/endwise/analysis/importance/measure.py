@@ -21,7 +21,7 @@ from endwise.features.attribution import Attribution
 from endwise.features.importance_table import Faithfulness, MeasuredImportance, read_measured, write_measured
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.models.language_model import LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 from endwise.runs.folder import RunFolder
 from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora, Corpus, TokenBatch
@@ -121,7 +121,7 @@ def _group(
             f"{corpus.name} has {len(corpus)} sequences of {corpus.context} held-out tokens, fewer than the "
             f"{sequences} asked for. Lower tokens to {corpus.tokens}."
         )
-    saes = {path: (model.site(config.site), load_sae(path, config, model)) for path, config in configs.items()}
+    saes = {path: (model.place(config.place), load_sae(path, config, model)) for path, config in configs.items()}
     return _Group(model, saes, corpus, sequences, first.evaluation.batch, settings)
 
 
@@ -130,7 +130,7 @@ class _Group:
     """Runs of one model and one corpus."""
 
     model: LanguageModel
-    saes: Mapping[Path, tuple[Site, SAE]]
+    saes: Mapping[Path, tuple[Place, SAE]]
     corpus: Corpus
     sequences: int
     batch: int
@@ -138,7 +138,12 @@ class _Group:
 
     @property
     def sites(self) -> list[Site]:
-        return sorted({site for site, _ in self.saes.values()})
+        """All that are read or written."""
+        return sorted({site for place, _ in self.saes.values() for site in place.sites})
+
+    @property
+    def written(self) -> list[Site]:
+        return sorted({place.writes for place, _ in self.saes.values()})
 
     @property
     def half(self) -> int:
@@ -166,10 +171,10 @@ class _Group:
             path: MeasuredImportance(
                 importance[path],
                 ablations[path].result(importance[path]),
-                self._curve(curves[path], bounds[site]),
+                self._curve(curves[path], bounds[place.writes]),
                 {**heldout, **self.settings[path]},
             )
-            for path, (site, _) in self.saes.items()
+            for path, (place, _) in self.saes.items()
         }
 
     def _attribute(self, advance: Callable[[int], None]) -> tuple[dict[Path, Attribution], dict[Site, Tensor]]:
@@ -177,15 +182,15 @@ class _Group:
         kl = any(self.settings[path]["kl"] for path in self.saes)
         blocks = min(BLOCKS, self.sequences) // 2 * 2
         attributions = {p: Attribution(sae, self.sequences, blocks, kl=kl) for p, (_, sae) in self.saes.items()}
-        sums = {site: torch.zeros(self.model.width(site), dtype=torch.float64) for site in self.sites}
+        sums = {site: torch.zeros(self.model.width(site), dtype=torch.float64) for site in self.written}
         tokens = 0
         for batch in self._batches(range(self.sequences)):
             clean = self.model.clean(batch.tokens, record=self.sites, final=kl)
             tokens += int(batch.mask.sum())
             for site, total in sums.items():
                 total += clean.activations[site][batch.mask].double().sum(0).cpu()
-            for path, (site, _) in self.saes.items():
-                attributions[path].add(self.model, clean, site, batch.mask)
+            for path, (place, _) in self.saes.items():
+                attributions[path].add(self.model, clean, place, batch.mask)
             advance(len(batch.tokens))
         means = {site: (total / max(1, tokens)).float().to(self.model.device) for site, total in sums.items()}
         return attributions, means
@@ -198,15 +203,15 @@ class _Group:
         advance: Callable[[int], None],
     ) -> dict[Site, list[Tensor]]:
         """The pass over the second half; per site and batch `[3 batch]`: CE clean and mean-ablated, predictions."""
-        bounds: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        bounds: dict[Site, list[Tensor]] = {site: [] for site in self.written}
         for batch in self._batches(range(self.half, self.sequences)):
             clean = self.model.clean(batch.tokens, record=self.sites, final=True)
             whole = {}
-            for path, (site, sae) in self.saes.items():
-                spliced = SplicedBatch.of(self.model, sae, clean, site, batch.mask)
+            for path, (place, sae) in self.saes.items():
+                spliced = SplicedBatch.of(self.model, sae, clean, place, batch.mask)
                 ablations[path].add(self.model, spliced)
                 curves[path].add(self.model, spliced)
-                whole[site] = spliced.whole
+                whole[place.writes] = spliced.whole
             for site, compared in whole.items():
                 constant = means[site].expand_as(clean.activations[site])
                 ablated = spliced_ce(self.model, clean, site, batch.mask, constant)
@@ -220,8 +225,8 @@ class _Group:
     ) -> None:
         """Further passes over the second half, for as long as a curve asks for more counts."""
         bases = {site: float(torch.cat(list(each), dim=1)[1].sum()) for site, each in bounds.items()}
-        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0]])}:
-            sites = sorted({self.saes[path][0] for path in wanted})
+        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0].writes])}:
+            sites = sorted({site for path in wanted for site in self.saes[path][0].sites})
             with counting("features that carry most", self.sequences - self.half, display) as advance:
                 for batch in self._batches(range(self.half, self.sequences)):
                     clean = self.model.clean(batch.tokens, record=sites)

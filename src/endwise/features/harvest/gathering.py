@@ -17,7 +17,7 @@ from endwise.features.harvest.slots import Candidates, Slots
 from endwise.features.harvest.sums import FixedPointSums, drawn
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import next_tokens
-from endwise.models.sites import Site
+from endwise.models.sites import Place, Site
 
 BINS, _FIRST_EXPONENT, _STEP_BITS = 160, -20, 21
 """Four bins to an octave, of equal width within it, from 2^-20 to 2^20: a float's exponent and the first two bits of
@@ -99,19 +99,26 @@ class Gathered:
         return int(self.counts[0])
 
     def add(
-        self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, numbers: Tensor, attribute: bool = True
+        self,
+        model: LanguageModel,
+        clean: Clean,
+        place: Place | Site,
+        mask: TokenMask,
+        numbers: Tensor,
+        attribute: bool = True,
     ) -> None:
         """Some sequences, with their numbers in the corpus.
 
         Args:
-            clean: must have recorded the site.
+            clean: must have recorded the place's sites.
             attribute: whether to attribute the CE of these, where it is attributed at all.
 
         Raises:
             DataError: a latent or a gradient is not finite.
         """
+        place = Place.of(place)
         with torch.no_grad():
-            latents = self.sae.encode(clean.activations[site])
+            latents = self.sae.encode(clean.activations[place.reads])
             firings = Firings.of(latents, mask, numbers, self.sae.d_sae)
             self._add_counts(firings)
             self.together.add(firings)
@@ -122,7 +129,7 @@ class Gathered:
         attribute = attribute and self.attribute
         self.counts += torch.tensor([int(mask.sum()), predictions, predictions * attribute])
         if attribute:
-            self._attribute(model, clean, site, mask, latents)
+            self._attribute(model, clean, place.writes, mask, latents)
 
     def _add_counts(self, firings: Firings) -> None:
         places = firings.features * BINS + bins_of(firings.values)

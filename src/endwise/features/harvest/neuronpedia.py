@@ -29,7 +29,7 @@ from endwise.common.errors import ConfigError
 from endwise.common.files import expanded, write_atomic
 from endwise.features.harvest.neuronpedia_rows import Activation, Model, Neuron, Source, SourceRelease, SourceSet
 from endwise.features.harvest.results import TOP, Context, Harvest, open_harvest
-from endwise.models.sites import Part, Site
+from endwise.models.sites import Part, Place
 
 CREATOR_VARIABLE = "DEFAULT_CREATOR_ID"
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -80,14 +80,15 @@ def export(
         FormatError: the harvest is damaged.
     """
     found = open_harvest(run)
-    site = Site.parse(str(found.about["site"]))
+    place = Place.parse(str(found.about["site"]))
+    parts = "-to-".join(_PARTS[site.part] for site in place.sites)
     names = _Names(
         model=_checked("--model-id", model_id or _slug(str(found.about["model"]))),
-        source_set=_checked("--set", source_set or f"{_PARTS[site.part]}-{_slug(found.about['kind'])}-{found.d_sae}"),
+        source_set=_checked("--set", source_set or f"{parts}-{_slug(found.about['kind'])}-{found.d_sae}"),
         release=_checked("--release", release),
         creator=creator,
         creator_id=creator_id or os.environ.get(CREATOR_VARIABLE) or CREATOR_ID,
-        layer=site.layer,
+        layer=place.writes.layer,
     )
     folder = expanded(out) / names.model / names.source
     for old in (*folder.glob("features/*.jsonl.gz"), *folder.glob("activations/*.jsonl.gz")):

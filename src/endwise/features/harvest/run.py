@@ -25,7 +25,7 @@ from endwise.features.harvest.request import Request, Text
 from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harvest
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
-from endwise.models.sites import Site
+from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
 
@@ -118,7 +118,7 @@ class _Harvested:
     """One run of a group."""
 
     config: RunConfig
-    site: Site
+    place: Place
     sae: SAE
     parts: Parts
     measured: FeatureImportance | None
@@ -141,7 +141,7 @@ def _group(
         found = read_measured(path) if settings[path]["importance"] == "measured" else None
         runs[path] = _Harvested(
             config,
-            model.site(config.site),
+            model.place(config.place),
             load_sae(path, config, model),
             Parts(path, of_text, request.shards),
             None if found is None else found.importance,
@@ -221,13 +221,13 @@ class _Group:
     def _read(self, number: int, gathered: Mapping[Path, Gathered]) -> None:
         rows = range(number * self.batch, min((number + 1) * self.batch, self.sequences))
         text = self.corpus.batch(rows).to(self.model.device)
-        sites = {self.runs[path].site for path in gathered}
+        sites = {site for path in gathered for site in self.runs[path].place.sites}
         clean = self.model.clean(text.tokens, record=sites)
         attribute = number % self._attributed_every == 0
         numbers = torch.arange(rows.start, rows.stop, device=self.model.device)
         for path, each in gathered.items():
             with _naming(path):
-                each.add(self.model, clean, self.runs[path].site, text.mask, numbers, attribute)
+                each.add(self.model, clean, self.runs[path].place, text.mask, numbers, attribute)
 
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
         """Joins the shards, if all are there, and writes the files; of two who come last, the first."""
@@ -249,7 +249,7 @@ class _Group:
         return {
             "format": HARVEST_FORMAT,
             "model": self.model.name,
-            "site": run.site.name,
+            "site": run.place.name,
             "kind": run.config.objective.name,
             "seed": run.config.seed,
             "d_sae": run.sae.d_sae,

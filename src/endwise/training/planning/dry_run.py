@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.common.seeds import generator_states
-from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.run import RunConfig, TrainingConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.measure import residuals_after
@@ -28,12 +27,13 @@ from endwise.kernels.interface import rows_per_chunk
 from endwise.models.blocks import Block, find_blocks
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.loading import DTYPES
-from endwise.models.sites import Part, Site
+from endwise.models.sites import Part, Place, Site
 from endwise.models.splicing import SplicedPass, clean_by_tail, sequences_at_a_time
 from endwise.training.objectives import Objective, build_objective
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
+from endwise.training.setup import new_dictionary
 from endwise.training.trainee import Trainee
 
 FOLLOWED = 2
@@ -72,21 +72,22 @@ class DryRun:
             self.model = outline_model(config.model, dtype, trace)
             copied = mixed and dtype == torch.float32
             self.tail = outline_model(config.model, torch.bfloat16, trace) if copied else self.model
-        self.site = self.model.site(config.site)
+        self.place = self.model.place(config.place)
+        self.site = self.place.writes
+        """Where the spliced pass begins."""
         self.objective = build_objective(config.objective, self.model, self.site)
         self.context = _context(config, self.model)
         at_a_time = config.training.microbatch or sequences_at_a_time(self.context, device)
         self.microbatch = min(at_a_time, sequences // self.accumulation)
-        width = self.model.width(self.site)
         with trace, trace.part(WEIGHTS):
-            self.sae: SAE = ARCHITECTURES[config.dictionary.architecture].build(config.dictionary, width, config.seed)
+            self.sae = new_dictionary(config, self.model, self.place)
         self.kernels = _DenseKernels(trace, on_gpu)
 
     def stages(self, accumulation: int, microbatch: int, *, only_step: bool = False) -> dict[str, Held]:
         """What each stage of the run (`STEP`, `EVALUATION`, and on a CPU `CHECKPOINT`) holds when it holds most."""
         training = self.config.training.model_copy(update={"microbatch": microbatch})
         with self.trace, standing_in("cpu", self.kernels):
-            trainee = _DryTrainee(self.sae, self.site, self.objective, training, self.trace, self.device)
+            trainee = _DryTrainee(self.sae, self.place, self.objective, training, self.trace, self.device)
             self._settle(trainee)
             found = {STEP: self._step(trainee, self.sequences // accumulation, accumulation)}
             if not only_step:
@@ -130,8 +131,8 @@ class DryRun:
         objective = self.objective
         with self.trace.part(CLEAN):
             if self.tail is self.model:
-                return self.model.clean(tokens, {self.site, *objective.sites}, final=objective.final)
-            head = self.model.clean(tokens, [self.site])
+                return self.model.clean(tokens, {*self.place.sites, *objective.sites}, final=objective.final)
+            head = self.model.clean(tokens, self.place.sites)
             return clean_by_tail(self.tail, head, self.site, objective.sites, objective.final)
 
     @torch.no_grad()
@@ -146,10 +147,9 @@ class DryRun:
             mask = torch.ones(sequences, self.context, dtype=torch.bool)
         trace.start()
         with trace.part(CLEAN):
-            clean = self.model.clean(tokens, {self.site, *later}, final=True)
+            clean = self.model.clean(tokens, {*self.place.sites, *later}, final=True)
         with trace.part(LATENTS):
-            activation = clean.activations[self.site]
-            latents = self.sae.encode(activation)
+            latents = self.sae.encode(clean.activations[self.place.reads])
             estimate = self.sae.decode(latents)
             latents.fired(mask)
             latents.l0()
@@ -177,14 +177,18 @@ class DryRun:
             for piece in _pieces(block, layer, config)
         ]
 
-    def place(self, site: Site) -> int:
+    def pieces_before(self, site: Site) -> int:
         """How many pieces come before a site."""
         return 2 * site.layer + {Part.RESID_PRE: 0, Part.MLP_OUT: 2, Part.RESID_POST: 2}.get(site.part, 1)
 
     @property
     def end(self) -> int:
         """How many pieces the clean pass runs."""
-        return len(self.pieces) if self.objective.final else max(map(self.place, [self.site, *self.objective.sites]))
+        return (
+            len(self.pieces)
+            if self.objective.final
+            else max(map(self.pieces_before, [self.site, *self.objective.sites]))
+        )
 
     @property
     def unembedding(self) -> nn.Module:
@@ -215,14 +219,14 @@ class _DryTrainee(Trainee):
     def __init__(
         self,
         sae: SAE,
-        site: Site,
+        place: Place,
         objective: Objective,
         config: TrainingConfig,
         trace: MemoryTrace,
         device: torch.device,
     ) -> None:
         with trace.part(OPTIMISER):
-            super().__init__(sae, site, objective, config, 1)
+            super().__init__(sae, place, objective, config, 1)
         self._trace, self._planned = trace, device
         self._hooks = [each.register_post_accumulate_grad_hook(self._claim) for each in sae.parameters()]
 

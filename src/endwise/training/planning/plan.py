@@ -190,7 +190,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     checkpoint, sae = dry_run.file_sizes()
     return TrainingPlan(
         model=config.model.name,
-        site=dry_run.site.name,
+        site=dry_run.place.name,
         kind=config.objective.name,
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
@@ -226,7 +226,7 @@ def _device(config: RunConfig, memory: int | None) -> torch.device:
 
 def _parameters(dry_run: DryRun) -> Parameters:
     total = sum(parameter.numel() for parameter in dry_run.model.model.parameters())
-    head = dry_run.pieces[: dry_run.place(dry_run.site)]
+    head = dry_run.pieces[: dry_run.pieces_before(dry_run.site)]
     before = dry_run.embedding_parameters() + sum(piece.parameters for piece in head)
     unembedding = sum(parameter.numel() for parameter in dry_run.unembedding.parameters())
     dictionary = sum(parameter.numel() for parameter in dry_run.sae.parameters())
@@ -235,7 +235,7 @@ def _parameters(dry_run: DryRun) -> Parameters:
 
 def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     """Per token, with dense latents; and the sum once they are sparse."""
-    context, site = dry_run.context, dry_run.place(dry_run.site)
+    context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
     d_model, d_sae = dry_run.sae.d_in, dry_run.sae.d_sae
