@@ -1,7 +1,11 @@
 """What the plan of the house asks of the source as text."""
 
+import ast
 import re
+import tomllib
 from pathlib import Path
+
+import pytest
 
 import endwise
 
@@ -20,3 +24,35 @@ def test_one_spliced_pass():
 
 def test_the_size_of_a_microbatch_is_decided_once():
     assert [path.name for path in SOURCE.rglob("*.py") if "TAIL_TOKENS =" in path.read_text()] == ["splicing.py"]
+
+
+def sources():
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def test_the_top_folder_reads_like_a_table_of_contents():
+    entries = [path for path in SOURCE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 26, f"{len(entries)} entries"
+
+
+@pytest.mark.parametrize(("what", "most"), [("file", 450), ("class", 300), ("function", 60)])
+def test_nothing_is_longer_than_can_be_read_at_once(what, most):
+    """Lines of a file, a class and a function, docstrings included."""
+    kinds = {"class": ast.ClassDef, "function": ast.FunctionDef | ast.AsyncFunctionDef}
+    long = []
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        nodes = [node for node in ast.walk(ast.parse(text)) if what in kinds and isinstance(node, kinds[what])]
+        lengths = {f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1 for node in nodes}
+        lengths |= {path.name: len(text.splitlines())} if what == "file" else {}
+        long += [f"{name} {length}" for name, length in lengths.items() if length > most]
+    assert not long
+
+
+def test_every_room_is_on_a_floor():
+    """The contract of import-linter (pyproject.toml) has nine floors, and every room of the package on one of them."""
+    contracts = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = contracts[0]["layers"]
+    rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert len(layers) <= 9
+    assert rooms - {"__init__"} == {room.strip() for layer in layers for room in layer.split("|")}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from endwise.training.objectives import KL, DownstreamMSE, LocalMSE, Objective, Sparsity
     from endwise.training.train import train, train_together
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "Directions": "analysis.directions.study",
