@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from endwise.config.method import PRESET_METHODS, Knob, Method
 from endwise.evaluation.summary import RunSummary
 
 SITES = ("blocks.4.hook_resid_pre", "blocks.5.hook_resid_pre", "blocks.5.hook_resid_post")
@@ -16,16 +17,16 @@ def make_run(kind, coefficient, ce_increase, l0, alive=None, *, seed=0, noise=0.
     random = np.random.default_rng(data_seed)
     shared = random.normal(0, noise, SEQUENCES)
     wobble = 1 + shared - shared.mean()
-    mse = {site: DOWNSTREAM[kind] * (1 + i) for i, site in enumerate(SITES)}
+    mse = {site: DOWNSTREAM.get(kind, 4.0) * (1 + i) for i, site in enumerate(SITES)}
     counts = np.full(SEQUENCES, float(TOKENS))
     sums = {"tokens": counts, "predictions": counts - 1, "l0": l0 * wobble * counts}
     sums["ce_increase"] = ce_increase * wobble * (counts - 1)
     sums["kl"] = 0.9 * ce_increase * wobble * counts
     sums |= {f"downstream_mse.{site}": value * wobble * counts for site, value in mse.items()}
     return RunSummary(
-        kind=kind,
+        method=PRESET_METHODS.get(kind) or Method(kind, kind, {"name": kind}),
         site="blocks.3.hook_resid_pre",
-        coefficient=float(coefficient),
+        knob=Knob(float(coefficient)),
         seed=seed,
         l0=float(l0),
         alive=alive or round(10 * l0),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from endwise.analysis.directions.reconstruction import explained_variance
+from endwise.config.method import PRESET_METHODS
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.print import draw, save
@@ -24,7 +25,7 @@ def chart(*series, title="a title", x=X, y=Y):
 
 
 def line(kind="e2e", **changes):
-    return Series(kind, (Mark(10.0, 0.5, "first"), Mark(100.0, 0.1, "second")), **changes)
+    return Series(PRESET_METHODS[kind], (Mark(10.0, 0.5, "first"), Mark(100.0, 0.1, "second")), **changes)
 
 
 def described(text):
@@ -50,7 +51,7 @@ def test_a_legend_joins_a_line_and_the_marks_about_it():
 
 
 def test_a_printed_legend_has_marks_to_be_seen_though_they_are_a_crowd():
-    crowd = Series("local", tuple(Mark(1.0 + n, 1.0) for n in range(200)), "all", joined=False)
+    crowd = Series(PRESET_METHODS["local"], tuple(Mark(1.0 + n, 1.0) for n in range(200)), "all", joined=False)
     figure = draw(chart(crowd))
     handle = figure.legends[0].legend_handles[0]
     assert handle.get_markersize() > 4 and handle.get_alpha() == 1
@@ -67,7 +68,7 @@ def test_panels_keep_their_height_under_a_legend_of_many_rows():
 
 def test_a_point_tells_its_run_and_every_interval_is_drawn():
     mark = Mark(10.0, 0.5, "e2e, λ 1\nruns/e2e-1", x_ends=(9.0, 12.0), y_ends=(0.4, 0.7), front=True)
-    bars = described(div(chart(Series("e2e", (mark,)))))[0]["data"]
+    bars = described(div(chart(Series(PRESET_METHODS["e2e"], (mark,)))))[0]["data"]
     assert bars[0]["hovertext"] == ["e2e, λ 1<br>runs/e2e-1"]
     ends = {axis: bars[0][f"error_{axis}"][side] for axis, side in (("x", "array"), ("y", "arrayminus"))}
     assert ends == {"x": [2], "y": pytest.approx([0.1])}
@@ -77,7 +78,7 @@ def test_a_point_tells_its_run_and_every_interval_is_drawn():
 def test_hostile_text_is_text_on_a_page_and_in_print(tmp_path):
     mark = Mark(1.0, 0.5, HOSTILE)
     names = Axis(HOSTILE, categories=(HOSTILE, "b"))
-    panels = (Panel(HOSTILE, names, Y, (Series("e2e", (mark,), HOSTILE),)), Panel("", X, Y, (line(),)))
+    panels = (Panel(HOSTILE, names, Y, (Series(PRESET_METHODS["e2e"], (mark,), HOSTILE),)), Panel("", X, Y, (line(),)))
     made = Chart("name", HOSTILE, HOSTILE, panels)
     text = div(made)
     assert text.count("<script") == text.count("</script>") == 1 and "<img" not in text and "\u202e" not in text
@@ -101,7 +102,7 @@ def test_a_printed_figure_is_the_same_bytes_each_time(tmp_path):
 
 
 def test_what_an_axis_has_no_place_for_is_said():
-    made = chart(Series("e2e", (Mark(0.0, 0.5), Mark(10.0, 0.5), Mark(20.0, math.nan))))
+    made = chart(Series(PRESET_METHODS["e2e"], (Mark(0.0, 0.5), Mark(10.0, 0.5), Mark(20.0, math.nan))))
     assert "2 points are at 0 or below" in div(made)
     assert limits(made.panels[0])[0] == pytest.approx((10 / 1.15, 10 * 1.15))
 
@@ -122,7 +123,7 @@ def test_small_numbers_are_written_as_powers():
 
 
 def test_the_marks_at_the_ends_of_a_long_axis_are_whole():
-    made = chart(Series("e2e", (Mark(1e-6, 0.5), Mark(1.0, 0.1)), joined=False))
+    made = chart(Series(PRESET_METHODS["e2e"], (Mark(1e-6, 0.5), Mark(1.0, 0.1)), joined=False))
     (low, high), _ = limits(made.panels[0])
     length = math.log(high / low)
     half = 0.5 * 5.5 / 72 / 2.4  # of a marker, as a share of an axis of 2.4 inches

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bad_input import HOSTILE, refused, told
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.common.text import printable
+from endwise.config.objective import KINDS
 from endwise.dashboard import write_dashboard
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import SHARD
@@ -271,8 +272,8 @@ def test_a_site_stays_as_it_was_when_a_new_one_fails(tmp_path):
 
 def test_the_pages_colours_are_those_of_all_figures():
     css = assets()["dashboard.css"].decode()
-    for kind, colour in COLOURS.items():
-        assert f"--{kind}: {colour.lower()};" in css
+    for kind in KINDS:
+        assert f"--{kind}: {COLOURS[kind].lower()};" in css
 
 
 def test_the_page_makes_no_markup_of_text():

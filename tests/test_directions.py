@@ -23,6 +23,7 @@ from endwise.analysis.directions.text_at_site import TextAtSite
 from endwise.cli import app
 from endwise.common.errors import DataError, RunFolderError
 from endwise.common.statistics import Interval
+from endwise.config.method import PRESET_METHODS
 from endwise.dictionaries import ReluSAE
 from endwise.evaluation.summary import RunSummary
 from endwise.figures import print as printed
@@ -314,7 +315,7 @@ def contrasted(pairs):
     measured = {
         run.folder: of for two, both in zip(runs, pairs, strict=True) for run, of in zip(two, both, strict=True)
     }
-    return contrast("e2e", "local", runs, measured)
+    return contrast(PRESET_METHODS["e2e"], PRESET_METHODS["local"], runs, measured)
 
 
 def test_kinds_are_contrasted_seed_by_seed_over_directions_and_seeds():

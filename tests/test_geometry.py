@@ -265,7 +265,7 @@ def test_thinning_is_the_mean_over_random_subsets():
 
 
 def test_differences_are_paired_only_for_the_same_features(found):
-    by_name = {(each.name, each.a, each.b): each for each in differences(found)}
+    by_name = {(each.name, each.a.key, each.b.key): each for each in differences(found)}
     paired = by_name["local's features, nearest in", "e2e_ds", "e2e"]
     assert paired.paired and not by_name["nearest in local", "e2e_ds", "e2e"].paired
     values = []
@@ -300,7 +300,9 @@ def test_kinds_are_compared_seed_by_seed(folder, tmp_path):
         for seed in seeds:
             write_run(tmp_path / f"{kind}-{seed}", directions(20, seed=40 + seed), kind=kind, seed=seed)
     (one,) = endwise.geometry([tmp_path])
-    within_kinds = next(each for each in differences(one) if (each.name, each.a, each.b) == ("within", "e2e", "local"))
+    within_kinds = next(
+        each for each in differences(one) if (each.name, each.a.key, each.b.key) == ("within", "e2e", "local")
+    )
     expected = [
         within(one, run_of(one, "e2e", seed)).by_seed[seed, 0] - within(one, run_of(one, "local", 1)).by_seed[seed, 0]
         for seed in (1, 2)

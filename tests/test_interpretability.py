@@ -19,6 +19,7 @@ from endwise.analysis.interpretability.study import (
     permutation_test,
 )
 from endwise.common.statistics import interval_with_seeds
+from endwise.config.method import PRESET_METHODS
 from endwise.features.explanations import Explanation, Explanations, Score
 from endwise.figures.violins import violin
 from made_runs import make_run
@@ -125,7 +126,7 @@ def test_what_is_printed_fits_80_columns():
 @pytest.mark.parametrize(("count", "outlines"), [(14, 0), (15, 1)])
 def test_few_values_have_no_outline(count, outlines):
     values = np.linspace(0.4, 0.9, count)
-    series = violin("e2e", 0.0, values, [""] * count)
+    series = violin(PRESET_METHODS["e2e"], 0.0, values, [""] * count)
     assert sum(not each.marked for each in series) == outlines
     assert [mark.y for mark in series[-1].marks] == values.tolist()
 

@@ -7,10 +7,11 @@ from safetensors.numpy import save_file
 from endwise.analysis.comparable import Setting, runs_in
 from endwise.analysis.pareto.curves import band, front, pareto, point_rows, ratio_rows
 from endwise.analysis.pareto.page import pareto_chart
-from endwise.analysis.ratios import ratio_to_local
+from endwise.analysis.ratios import ratio_of
 from endwise.common.errors import RunFolderError
 from endwise.common.files import write_json
 from endwise.common.statistics import interpolate_at, resampling_weights
+from endwise.config.method import PRESET_METHODS
 from endwise.config.run import RunConfig
 from made_runs import make_run
 
@@ -90,16 +91,16 @@ def test_what_is_no_curve_has_no_band(runs):
 
 def test_runs_of_two_learning_rates_are_not_averaged():
     runs = [*curve("local", 2.0), *(with_rate(run, rate) for rate in (1e-3, 1e-2) for run in curve())]
-    ratio = ratio_to_local(runs, "e2e", "l0", "ce_increase", 50, 0)
+    ratio = ratio_of(runs, PRESET_METHODS["e2e"], "l0", "ce_increase", 50, 0)
     assert ratio.estimate is None
     assert "e2e has 2 runs of λ 1 and seed 0, of the learning rates 0.001, 0.01" in ratio.reason
-    drawn = [s for s in pareto_chart(runs, "here", "name").panels[0].series if s.kind == "e2e"]
+    drawn = [s for s in pareto_chart(runs, "here", "name").panels[0].series if s.method.key == "e2e"]
     assert [(s.label, len(s.marks)) for s in drawn] == [("learning rate 0.001", 3), ("learning rate 0.01", 3)]
 
 
 def test_a_learning_rate_of_its_own_for_each_coefficient_is_a_curve():
     runs = [*curve("local", 2.0), *(with_rate(run, 1e-3 * run.coefficient) for run in curve())]
-    assert ratio_to_local(runs, "e2e", "l0", "ce_increase", 50, 0).estimate == pytest.approx(0.5)
+    assert ratio_of(runs, PRESET_METHODS["e2e"], "l0", "ce_increase", 50, 0).estimate == pytest.approx(0.5)
 
 
 def measured(folder, kind, coefficient, l0, **changes):
@@ -144,11 +145,12 @@ def test_only_what_agrees_is_compared(tmp_path):
     assert compared.ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.6)
     told = [str(one.setting) for one in found]
     assert len(set(told)) == 5 and any("data.source other.txt" in text for text in told)
-    assert "training.batch" in point_rows(found)[0] and len(ratio_rows(found)) == 5 * 4 * 2
+    assert "training.batch" in point_rows(found)[0] and len(ratio_rows(found)) == 4 * 2  # of one set
 
 
-def by_method(found):
-    return {one.setting.further: one for one in found}
+def needed(one):
+    """By label, L0 at equal CE increase relative to the baseline's."""
+    return {method.label: one.ratios["features_at_equal_ce", method.key].estimate for method in one.summary.compared}
 
 
 def test_methods_are_not_pooled(tmp_path):
@@ -158,15 +160,17 @@ def test_methods_are_not_pooled(tmp_path):
     for coefficient in (1, 2, 4):
         mixed = {"weights": {"local_mse": 1.0}, "p": 0.5}
         measured(tmp_path / f"mixed-{coefficient}", "e2e", coefficient, 24 / coefficient, **mixed)
-    found = by_method(pareto([tmp_path]))
-    mixed = (("e2e", "local_mse 1.0, p 0.5"),)
-    assert set(found) == {(), mixed}
-    assert found[()].ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.5)
-    assert found[mixed].ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.4)  # beside the same local
-    assert [len(one.runs) for one in found.values()] == [6, 6]
+    (one,) = pareto([tmp_path])
+    found = needed(one)
+    assert found.pop("e2e+ds") is None  # of which there are no runs
+    assert found == {
+        "e2e": pytest.approx(0.5),
+        "e2e, local_mse 1.0, p 0.5": pytest.approx(0.4),
+    }
+    assert [len([run for run in one.runs if run.method == method]) for method in one.methods] == [3, 3, 3]
 
 
-def test_a_method_is_compared_with_local_runs_of_its_penalty(tmp_path):
+def test_of_methods_with_one_name_the_presets_own_keeps_it(tmp_path):
     for coefficient in (1, 2, 4):
         for p, l0 in ((1.0, 60), (0.5, 48)):
             measured(tmp_path / f"local-{p}-{coefficient}", "local", coefficient, l0 / coefficient, p=p)
@@ -174,12 +178,14 @@ def test_a_method_is_compared_with_local_runs_of_its_penalty(tmp_path):
             weights = {"downstream_mse": beta}
             measured(tmp_path / f"ds-{beta}-{coefficient}", "e2e_ds", coefficient, l0 / coefficient, weights=weights)
         measured(tmp_path / f"half-{coefficient}", "e2e", coefficient, 24 / coefficient, p=0.5)
-    found = by_method(pareto([tmp_path]))
-    ratios = {further: one.ratios for further, one in found.items()}
-    assert ratios[()]["features_at_equal_ce", "e2e_ds"].estimate == pytest.approx(0.5)
-    assert ratios[()]["features_at_equal_ce", "e2e"].estimate == pytest.approx(24 / 60)  # all of e2e's runs are of one
-    assert ratios[("e2e+ds", "downstream_mse 2.0"),]["features_at_equal_ce", "e2e_ds"].estimate == pytest.approx(0.25)
-    assert {run.kind for run in found[("local", "p 0.5"),].runs} == {"local"}
+    (one,) = pareto([tmp_path])
+    assert one.summary.baseline.label == "local"
+    assert needed(one) == {
+        "e2e": pytest.approx(24 / 60),  # all of e2e's runs are of one
+        "e2e+ds": pytest.approx(0.5),
+        "e2e+ds, downstream_mse 2.0": pytest.approx(0.25),
+        "local, p 0.5": pytest.approx(48 / 60),
+    }
 
 
 def test_an_objective_is_the_kind_whose_terms_its_weights_keep(tmp_path):

@@ -26,9 +26,10 @@ from endwise.analysis.directions.measure import measure_directions
 from endwise.analysis.geometry.geometry import geometry
 from endwise.analysis.importance.measure import measure_importance
 from endwise.analysis.pareto.curves import pareto
-from endwise.analysis.ratios import downstream_ratio, l0_ratio, ratio_to_local
+from endwise.analysis.ratios import downstream_ratio, l0_ratio, ratio_of
 from endwise.common import digests
 from endwise.common.errors import ConfigError, EndwiseError, FormatError, RunFolderError, out_of_memory
+from endwise.config.method import PRESET_METHODS
 from endwise.config.run import DataConfig
 from endwise.evaluation.provenance import _same_text, check_start, model_of
 from endwise.evaluation.summary import RunSummary
@@ -333,8 +334,8 @@ def curves(text: str) -> list[RunSummary]:
 
 
 def test_curves_measured_on_other_text_are_not_compared():
-    assert ratio_to_local(curves("a"), "e2e", "l0", "ce_increase", 10, 0).estimate == pytest.approx(0.5)
-    found = ratio_to_local(curves("b"), "e2e", "l0", "ce_increase", 10, 0)
+    assert ratio_of(curves("a"), PRESET_METHODS["e2e"], "l0", "ce_increase", 10, 0).estimate == pytest.approx(0.5)
+    found = ratio_of(curves("b"), PRESET_METHODS["e2e"], "l0", "ce_increase", 10, 0)
     assert (found.estimate, found.interval) == (None, None) and "different held-out text" in str(found.reason)
     summary = summarise(curves("b"), clean_ce=1.0)
     assert all(each.estimate is None for group in summary.ratios.values() for each in group.values())

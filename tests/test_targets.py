@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 import endwise.sweeps.tasks as tasks_module
 from endwise import sweep
 from endwise.common.errors import ConfigError, Interrupted
+from endwise.config.method import Knob
 from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
 from endwise.sweeps.points import points_of
 from endwise.sweeps.sweep_config import SearchConfig, Target
-from endwise.sweeps.targets import SearchError, Trial, miss, next_coefficient, slope_at
+from endwise.sweeps.targets import SearchError, Trial, miss, next_value, slope_at
 from small_sweeps import COEFFICIENT, small_sweep
 
 pytestmark = pytest.mark.usefixtures("models_outlined_once")
@@ -26,12 +27,12 @@ def searched(curve, target, search, first):
     """The trials that a search makes, and where it ends."""
     trials = []
     while True:
-        step = next_coefficient(trials, first, target, search)
+        step = next_value(trials, Knob(first), target, search)
         if step.found:
-            return trials, step.coefficient
+            return trials, step.at
         assert len(trials) < search.trials, "one more than asked for"
-        assert step.coefficient > 0 and math.isfinite(step.coefficient)
-        trials.append(Trial(step.coefficient, curve(step.coefficient)))
+        assert step.at > 0 and math.isfinite(step.at)
+        trials.append(Trial(step.at, curve(step.at)))
 
 
 def power(target, exponent, root):
@@ -52,7 +53,7 @@ def test_a_power_law_is_met_from_fifty_times_off(target, exponent, root, factor)
     trials, found = searched(curve, target, search, root * factor)
     assert abs(curve(found) / target.value - 1) <= search.tolerance
     assert len(trials) <= search.trials
-    assert trials[0].coefficient == root * factor
+    assert trials[0].at == root * factor
 
 
 @given(targets, exponents, factors, st.floats(-0.3, 0.3), st.floats(0.001, 0.1))
@@ -67,7 +68,7 @@ def test_a_bent_curve_is_met_between_two_of_its_trials(target, exponent, factor,
     trials, found = searched(curve, target, SearchConfig(trials=12, tolerance=tolerance), factor)
     assert abs(curve(found) / target.value - 1) <= tolerance
     for earlier, later in itertools.pairwise(trials):
-        assert abs(math.log(later.coefficient / earlier.coefficient)) <= math.log(8) + 1e-9 or crossed(trials, target)
+        assert abs(math.log(later.at / earlier.at)) <= math.log(8) + 1e-9 or crossed(trials, target)
 
 
 def crossed(trials, target):
@@ -93,7 +94,7 @@ def test_whatever_the_curve_no_more_trials_are_made_than_asked_for(target, expon
         assert all(f"{coefficient:.4g}" in refused for coefficient in made) and "search." in refused
     else:
         near = min(trials, key=lambda trial: miss(trial, target))
-        assert found == near.coefficient or min(made) < found < max(made)
+        assert found == near.at or min(made) < found < max(made)
 
 
 @given(targets, exponents, factors, st.integers(7, 9), st.integers(0, 9), st.randoms())
@@ -103,9 +104,9 @@ def test_a_search_goes_on_from_the_trials_that_are_there(target, exponent, facto
     trials, found = searched(power(target, exponent, 1.0), target, search, factor)
     there = trials[:length]
     random.shuffle(there)
-    step = next_coefficient(there, factor, target, search)
-    expected = trials[length].coefficient if length < len(trials) else found
-    assert step.coefficient == pytest.approx(expected, rel=1e-12)
+    step = next_value(there, Knob(factor), target, search)
+    expected = trials[length].at if length < len(trials) else found
+    assert step.at == pytest.approx(expected, rel=1e-12)
     assert step.found == (length >= len(trials))
 
 
@@ -116,54 +117,54 @@ def test_a_search_goes_on_from_the_trials_that_are_there(target, exponent, facto
 def test_a_curve_that_turns_is_refused(target, values, word):
     trials = [Trial(2.0**k, value) for k, value in enumerate(values)]
     with pytest.raises(SearchError, match=f"{target.metric} should {word} as the coefficient grows") as refused:
-        next_coefficient(trials, 1.0, target, SearchConfig())
+        next_value(trials, Knob(1.0), target, SearchConfig())
     for trial in trials:
-        assert f"{trial.value:.4g} at {trial.coefficient:.4g}" in str(refused.value)
+        assert f"{trial.value:.4g} at {trial.at:.4g}" in str(refused.value)
     assert "search.tokens" in str(refused.value)
 
 
 def test_a_little_noise_is_no_turn():
     trials = [Trial(1.0, 60.0), Trial(2.0, 60.0 * 1.019), Trial(4.0, 50.0)]
-    assert not next_coefficient(trials, 1.0, L0, SearchConfig()).found
+    assert not next_value(trials, Knob(1.0), L0, SearchConfig()).found
 
 
 def test_steps_by_hand():
     search = SearchConfig(trials=6, tolerance=0.01)
-    assert next_coefficient([], 3.0, L0, search).coefficient == 3.0
+    assert next_value([], Knob(3.0), L0, search).at == 3.0
     # L0 is twice too high: as if it fell by one power, twice the coefficient.
-    assert next_coefficient([Trial(3.0, 80.0)], 3.0, L0, search).coefficient == pytest.approx(6.0)
+    assert next_value([Trial(3.0, 80.0)], Knob(3.0), L0, search).at == pytest.approx(6.0)
     # It fell by a half for four times the coefficient: to halve it once more takes four times as much.
     curve = [Trial(1.0, 160.0), Trial(4.0, 80.0)]
-    assert next_coefficient(curve, 1.0, L0, search).coefficient == pytest.approx(16.0)
+    assert next_value(curve, Knob(1.0), L0, search).at == pytest.approx(16.0)
     # Between two, the root of the line through both, and no nearer to either than a tenth.
     between = [Trial(1.0, 80.0), Trial(16.0, 20.0)]
-    assert next_coefficient(between, 1.0, L0, search).coefficient == pytest.approx(4.0)
+    assert next_value(between, Knob(1.0), L0, search).at == pytest.approx(4.0)
     steep = [Trial(1.0, 40.5), Trial(math.e, 1e-9)]
-    assert next_coefficient(steep, 1.0, L0, search).coefficient == pytest.approx(math.exp(0.1))
+    assert next_value(steep, Knob(1.0), L0, search).at == pytest.approx(math.exp(0.1))
     # A slope that is known from shorter runs.
-    assert next_coefficient([Trial(1.0, 80.0)], 1.0, L0, search, slope=-0.5).coefficient == pytest.approx(4.0)
+    assert next_value([Trial(1.0, 80.0)], Knob(1.0), L0, search, slope=-0.5).at == pytest.approx(4.0)
     assert slope_at(curve, L0) == pytest.approx(-0.5)
     assert slope_at(curve[:1], L0) is None
     # Far off, or going nowhere, a step is bounded; a CE increase below 0 counts as a small one.
     for trials in ([Trial(1.0, 1e9)], [Trial(1.0, 80.0), Trial(2.0, 80.0)]):
-        step = next_coefficient(trials, 1.0, L0, search).coefficient
+        step = next_value(trials, Knob(1.0), L0, search).at
         assert 1 < step <= 16
-    assert next_coefficient([Trial(1.0, -0.3)], 1.0, CE, search).coefficient == pytest.approx(8.0)
+    assert next_value([Trial(1.0, -0.3)], Knob(1.0), CE, search).at == pytest.approx(8.0)
     # A run may be repeated, as where a coefficient is rounded to one tried before.
-    assert next_coefficient([Trial(1.0, 80.0), Trial(1.0, 80.0)], 1.0, L0, search).coefficient == pytest.approx(2.0)
+    assert next_value([Trial(1.0, 80.0), Trial(1.0, 80.0)], Knob(1.0), L0, search).at == pytest.approx(2.0)
 
 
 def test_the_last_trial_leads_to_the_root_or_to_a_refusal():
     search = SearchConfig(trials=2, tolerance=0.01)
-    between = next_coefficient([Trial(1.0, 80.0), Trial(16.0, 20.0)], 1.0, L0, search)
-    assert between.found and between.coefficient == pytest.approx(4.0)
+    between = next_value([Trial(1.0, 80.0), Trial(16.0, 20.0)], Knob(1.0), L0, search)
+    assert between.found and between.at == pytest.approx(4.0)
     with pytest.raises(SearchError, match=r"2 trials do not reach l0=40: l0 80 at 1, l0 60 at 2\. .*search\.trials"):
-        next_coefficient([Trial(2.0, 60.0), Trial(1.0, 80.0)], 1.0, L0, search)
+        next_value([Trial(2.0, 60.0), Trial(1.0, 80.0)], Knob(1.0), L0, search)
 
 
 def test_what_is_within_the_tolerance_is_found_at_once():
-    step = next_coefficient([Trial(3.0, 41.0)], 3.0, L0, SearchConfig())
-    assert step.found and step.coefficient == 3.0
+    step = next_value([Trial(3.0, 41.0)], Knob(3.0), L0, SearchConfig())
+    assert step.found and step.at == 3.0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import own_terms
-from endwise import RunConfig, evaluate, train
+from endwise import RunConfig, evaluate, pareto, train
+from endwise.analysis.pareto.page import write_pareto
 from endwise.common.errors import ConfigError
 from endwise.config.objective import TERMS, ObjectiveConfig
 from endwise.sweeps import sweep
@@ -107,7 +108,7 @@ def test_it_is_resumed_to_the_same_bits(trained, model, corpora, tmp_path):
         assert torch.equal(getattr(again.sae, name), getattr(trained.sae, name))
 
 
-def test_it_is_swept_and_measured(made, models_outlined_once, tmp_path):
+def test_it_is_swept_measured_and_drawn(made, models_outlined_once, tmp_path):
     grids = (
         {"objective.kind": "e2e", "objective.sparsity.coefficient": [0.1, 0.3]},
         {
@@ -122,3 +123,8 @@ def test_it_is_swept_and_measured(made, models_outlined_once, tmp_path):
     assert names == ["e2e"] * 2 + ["e2e+next_cosine"] * 4
     (measured,) = evaluate(next((tmp_path / "sweep" / "runs").glob("e2e+*"))).values()
     assert measured["kl"] > 0
+    (one,) = pareto([tmp_path / "sweep"])
+    first, second, third = (method.label for method in one.methods)
+    assert (first, second) == ("e2e", "e2e+next_cosine")
+    assert third.startswith('e2e+next_cosine, terms.next_cosine {"ahead": ')
+    assert write_pareto([one], tmp_path / "page").exists()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
-from endwise.analysis.ratios import percent, ratio_to_local
+from endwise.analysis.ratios import percent, ratio_of
 from endwise.evaluation.summary import RunSummary
 from endwise.paper.quickstart import COEFFICIENTS, SITE, recipe
 from endwise.runs.folder import RunFolder
@@ -82,11 +82,9 @@ def rows(configs: list[RunConfig]) -> Iterator[str]:
         local = min((each for each in whole if each[:2] == (tokens, 0)), key=lambda each: costs[each], default=None)
         ratio = ""
         if kind and local is not None:
-            ratio = percent(ratio_to_local([*whole[local], *curve], curve[0].kind, "l0", "ce_increase", 1000, 12345))
-        points = " | ".join(
-            f"{run.l0:.1f} → {run.ce_increase:+.3f}" for run in sorted(curve, key=lambda run: run.coefficient)
-        )
-        yield f"| {tokens:,} | {curve[0].kind} | {mark}{rate:g}{mark} | {points} | {costs[key]:.1f} | {ratio} |"
+            ratio = percent(ratio_of([*whole[local], *curve], curve[0].method, "l0", "ce_increase", 1000, 12345))
+        points = " | ".join(f"{run.l0:.1f} → {run.ce_increase:+.3f}" for run in sorted(curve, key=lambda run: run.knob))
+        yield f"| {tokens:,} | {curve[0].method.key} | {mark}{rate:g}{mark} | {points} | {costs[key]:.1f} | {ratio} |"
 
 
 def whole_curves(runs: list[tuple[RunConfig, RunSummary]]) -> dict[tuple[int, int, float], list[RunSummary]]:
@@ -94,7 +92,7 @@ def whole_curves(runs: list[tuple[RunConfig, RunSummary]]) -> dict[tuple[int, in
 
     def settings(run: tuple[RunConfig, RunSummary]) -> tuple[int, int, float]:
         config = run[0]
-        return config.training.tokens, list(RATES).index(config.objective.kind), config.training.learning_rate
+        return config.training.tokens, list(RATES).index(config.objective.name), config.training.learning_rate
 
     curves = {key: [run for _, run in group] for key, group in groupby(sorted(runs, key=settings), key=settings)}
     return {key: curve for key, curve in curves.items() if len(curve) == 3}

@@ -2,17 +2,18 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from endwise.analysis.kept_apart import with_digests
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.text import model_title, model_titles
 from endwise.config.fields import flat, identity
-from endwise.config.objective import LABELS, PRESET_TERMS, PRESETS, Kind
+from endwise.config.method import LOCAL, PRESET_METHODS, Method
+from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
 
@@ -25,7 +26,7 @@ NOT_RUNS = ("trials", "checkpoints", "sae")
 
 
 ASIDE = (
-    *("model.name", "site", "init_from", "dictionary.size", "dictionary.ratio", "training.tokens"),
+    *("model.name", "site", "init_from", "training.tokens"),
     *("seed", "data.seed", "training.learning_rate"),
     "training.alive_window",
 )
@@ -66,12 +67,9 @@ def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    found, methods = _with_methods(runs_in(paths))
     sets: dict[Setting, list[RunSummary]] = {}
-    for run, setting in found:
+    for run, setting in with_settings(runs_in(paths)):
         sets.setdefault(setting, []).append(run)
-    for setting, local in methods.local_of(found).items():
-        sets[setting] += local
     ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
     return {setting: sets[setting] for setting in ordered}
 
@@ -83,10 +81,6 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
         RunFolderError: a folder is no run, or was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    return _with_methods(folders)[0]
-
-
-def _with_methods(folders: Iterable[Path]) -> tuple[list[tuple[RunSummary, Setting]], "_Methods"]:
     runs = with_digests([(RunSummary.read(path), _recipe(path)) for path in folders])
     keys = sorted({key for _, recipe in runs for key in recipe})
     differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
@@ -96,55 +90,75 @@ def _with_methods(folders: Iterable[Path]) -> tuple[list[tuple[RunSummary, Setti
         model = titles[run.model]
         alike = [("model.name", model)] if model != model_title(run.model) else []
         settings.append((run, Setting.of(run, [*alike, *((key, recipe.get(key, "")) for key in differing)])))
-    methods = _Methods(settings)
-    return [(run, methods.setting(run, setting)) for run, setting in settings], methods
+    apart = {}
+    for setting in {setting for _, setting in settings}:
+        apart |= {run.folder: run for run in told_apart([run for run, of in settings if of == setting])}
+    return [(apart[run.folder], setting) for run, setting in settings]
 
 
-class _Methods:
-    """Of each setting and kind, the method that its curve is of; runs of others have settings of their own."""
+def told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
+    """Give each method of a set of runs a key and a label of its own.
 
-    def __init__(self, runs: Sequence[tuple[RunSummary, Setting]]) -> None:
-        self._runs = runs
-        groups: dict[tuple[Setting, str], list[Mapping[str, Any]]] = {}
-        for run, setting in runs:
-            groups.setdefault((setting, run.kind), []).append(run.method)
-        self._main = {place: _main_method(cast("Kind", place[1]), methods) for place, methods in groups.items()}
-
-    def setting(self, run: RunSummary, setting: Setting) -> Setting:
-        """That of the run's own method."""
-        main = self._main[setting, run.kind]
-        differing = [key for key in run.method if run.method[key] != main.get(key)]
-        if not differing:
-            return setting
-        words = ", ".join(f"{key} {json.dumps(run.method[key])}" for key in differing)
-        return replace(setting, further=(*setting.further, (LABELS[run.kind], words)))
-
-    def local_of(self, found: Sequence[tuple[RunSummary, Setting]]) -> dict[Setting, list[RunSummary]]:
-        """For each setting of a further method the local runs that it is compared with: of the same penalty, if there
-        are such, otherwise those of the main method.
-        """
-        local: dict[Setting, list[RunSummary]] = {}
-        for (run, common), (_, own) in zip(self._runs, found, strict=True):
-            if own != common and run.kind != "local" and own not in local:
-                of_setting = [each for each, setting in self._runs if (setting, each.kind) == (common, "local")]
-                main = self._main.get((common, "local"), {})
-                for wanted in ({**main, "p": run.method.get("p")}, main):
-                    local[own] = [each for each in of_setting if each.method == wanted]
-                    if local[own]:
-                        break
-        return local
+    Of several methods with one name the preset's own keeps it, or that of most runs; the label of another says what is
+    different. Methods that are no presets are numbered, for their colours.
+    """
+    named: dict[str, list[Method]] = {}
+    for run in runs:
+        named.setdefault(run.method.key, []).append(run.method)
+    found: dict[tuple[str, str], Method] = {}
+    for key, methods in named.items():
+        main = _main_method(methods)
+        for method in methods:
+            if method.digest != main.digest:
+                label = f"{method.label}, {_difference(method, main)}"
+                method = replace(method, key=f"{key}-{method.digest}", label=label)
+            found[key, method.digest] = method
+    further = sorted({m.key: m for m in found.values() if not m.is_preset}.values(), key=lambda m: m.place)
+    numbers = {method.key: number for number, method in enumerate(further)}
+    found = {name: replace(method, number=numbers.get(method.key, 0)) for name, method in found.items()}
+    return [replace(run, method=found[run.method.key, run.method.digest]) for run in runs]
 
 
-def _main_method(kind: Kind, methods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def methods_of(runs: Iterable[RunSummary]) -> list[Method]:
+    """List the methods of runs that were told apart: the presets first, as everywhere."""
+    return sorted({run.method.key: run.method for run in runs}.values(), key=lambda method: method.place)
+
+
+def in_order(run: RunSummary) -> tuple[Any, ...]:
+    """Sort runs by method, then along its curve, then by seed."""
+    return run.method.place, run.knob, run.seeds
+
+
+def baseline_of(methods: Sequence[Method]) -> Method:
+    """Choose what the others are related to: local where it is there, otherwise the first method."""
+    return next((method for method in methods if method == LOCAL), methods[0])
+
+
+def pairs_of(presets: Iterable[tuple[str, str]], methods: Sequence[Method]) -> list[tuple[Method, Method]]:
+    """List what claims compare: these pairs of presets, and each further method with the baseline."""
+    base = baseline_of(methods)
+    pairs = [(PRESET_METHODS[one], PRESET_METHODS[other]) for one, other in presets]
+    return [*pairs, *((method, base) for method in methods if not method.is_preset and method != base)]
+
+
+def _difference(method: Method, main: Method) -> str:
+    content, of_main = method.content, main.content
+    keys = [key for key in {**content, **of_main} if content.get(key) != of_main.get(key)]
+    return ", ".join(f"{key} {json.dumps(content.get(key))}" for key in keys)
+
+
+def _main_method(methods: Sequence[Method]) -> Method:
     """The preset's where there are such runs, otherwise that of most."""
-    preset = {**dict.fromkeys(set().union(*PRESET_TERMS.values()) - PRESET_TERMS[kind], 0.0), **PRESETS[kind]}
-    preset |= {"downstream_sites": None, "p": 1.0}
+    key, counts = methods[0].key, Counter(method.digest for method in methods)
+    preset: dict[str, Any] = {}
+    if key in PRESETS:
+        others = set().union(*PRESET_TERMS.values()) - PRESET_TERMS[key]
+        preset = {**dict.fromkeys(others, 0.0), **PRESETS[key], "downstream_sites": None, "p": 1.0}
 
-    def is_preset(method: Mapping[str, Any]) -> bool:
-        return all(method.get(key) == value for key, value in preset.items())
+    def is_preset(method: Method) -> bool:
+        return all(method.content.get(key) == value for key, value in preset.items())
 
-    counts = Counter(json.dumps(method, sort_keys=True) for method in methods)
-    return max(methods, key=lambda method: (is_preset(method), counts[json.dumps(method, sort_keys=True)]))
+    return max(methods, key=lambda method: (is_preset(method), counts[method.digest]))
 
 
 def _recipe(path: Path) -> dict[str, str]:
@@ -152,8 +166,8 @@ def _recipe(path: Path) -> dict[str, str]:
     number of tokens is not, since of that it counts what was measured.
     """
     config = RunFolder(path).config()
-    own = identity(config)
-    content = flat({key: value for key, value in own.items() if key not in ("objective", "evaluation")})
+    own, elsewhere = identity(config), ("objective", "dictionary", "evaluation")
+    content = flat({key: value for key, value in own.items() if key not in elsewhere})
     content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 def stream(run: RunSummary) -> np.random.Generator:
     """The run's own, wherever its folder lies and whichever runs it is compared with."""
-    name = f"features of {run.kind} {run.coefficient!r} {run.learning_rate!r} {run.data_seed}"
+    name = f"features of {run.method.key} {run.knob.value!r} {run.learning_rate!r} {run.data_seed}"
     return numpy_stream(SEED, name, run.seed)
 
 

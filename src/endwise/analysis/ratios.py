@@ -1,13 +1,13 @@
-"""How much of one thing a kind has or needs relative to another: ratios of curves, with paired intervals.
+"""How much of one thing a method has or needs relative to another: ratios of curves, with paired intervals.
 
-A kind's runs, one per sparsity coefficient, are points of a curve. Two curves are compared only where both were
-measured. Where the ratio stays on one side of 1 over that whole range, one figure is given: at 20 levels spread evenly
-on a logarithmic scale the logarithms of the interpolated values are subtracted, and the figure is the exponential of
-the mean difference. Where the curves cross, no one figure is true of them; then the ratio at both ends and where it is
-1 are given. Where the runs do not determine a ratio, a reason stands in its place.
+A method's runs, one per value of its knob (its sparsity coefficient, say), are points of a curve. Two curves are
+compared only where both were measured. Where the ratio stays on one side of 1 over that whole range, one figure is
+given: at 20 levels spread evenly on a logarithmic scale the logarithms of the interpolated values are subtracted, and
+the figure is the exponential of the mean difference. Where the curves cross, no one figure is true of them; then the
+ratio at both ends and where it is 1 are given. Where the runs do not determine a ratio, a reason stands in its place.
 
-An interval repeats all of this on resampled held-out sequences, the same ones for both kinds. Where both kinds have
-three seeds or more, it holds the seeds too: the variance of their ratios is added to that over text. With fewer it
+An interval repeats all of this on resampled held-out sequences, the same ones for both methods. Where both
+have three seeds or more, it holds the seeds too: the variance of their ratios is added to that over text. With fewer it
 covers the choice of held-out text alone, and a ratio then bears out no claim (`Ratio.below`). The number of alive
 features, being counted over the whole text, is kept fixed in resamples.
 """
@@ -34,7 +34,7 @@ from endwise.common.statistics import (
     percentile_interval,
     text_error,
 )
-from endwise.config.objective import LABELS
+from endwise.config.method import LOCAL, Knob, Method
 from endwise.evaluation.summary import (
     LATER_MSE,
     Floats,
@@ -56,7 +56,7 @@ Ends = tuple[float, float]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much of one thing a kind has or needs relative to another kind; or why that cannot be said."""
+    """How much of one thing a method has or needs relative to another; or why that cannot be said."""
 
     estimate: float | None
     """None where the curves cross, or determine no ratio."""
@@ -69,7 +69,7 @@ class Ratio:
     crossings: tuple[float, ...] = ()
     """Where in that range it is 1, in passing from one side to the other."""
     seeds: int = 1
-    """That both kinds have, and that determine a ratio each."""
+    """That both methods have, and that determine a ratio each."""
     varied: str = ""
     """What these seeds are of."""
     over_text: Ends | None = None
@@ -96,7 +96,7 @@ class Ratio:
     @property
     def rests_on(self) -> str:
         """`one seed`, or `3 seeds (initialisation)`."""
-        few = {0: "no one seed of both kinds", 1: "one seed"}
+        few = {0: "no one seed of both", 1: "one seed"}
         return few.get(self.seeds, f"{self.seeds} seeds ({self.varied})")
 
     def to_row(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measure:
-    """A question that `ratio_to_local` answers: how much of `of` at equal `at`."""
+    """A question that `ratio_of` answers: how much of `of` at equal `at`."""
 
     key: str
     of: str
@@ -141,40 +141,40 @@ MEASURES = (
 NAMES = {"l0": "L0", "alive": "alive features", "ce_increase": "CE increase", LATER_MSE: "downstream MSE"}
 
 
-def ratio_to_local(
+def ratio_of(
     runs: Sequence[RunSummary],
-    kind: str,
+    method: Method,
     of: str,
     at: str,
     resamples: int,
     seed: int,
     levels: int = LEVELS,
     *,
-    reference: str = "local",
+    reference: Method = LOCAL,
 ) -> Ratio:
-    """How much of `of` the runs of `kind` have relative to local's (or another kind's, `reference`) at equal `at`. Both
-    are of l0, alive, ce_increase and `LATER_MSE`.
+    """Relate how much of `of` the runs of a method have to how much the reference's have, at equal `at`. Both are of
+    l0, alive, ce_increase and `LATER_MSE`.
 
     See the module for how. Runs that differ in their seeds alone are one point, their mean.
     """
-    groups = {name: [run for run in runs if run.kind == name] for name in (kind, reference)}
+    groups = {each: [run for run in runs if run.method == each] for each in (method, reference)}
     if reason := _incomparable(groups):
         return Ratio(None, reason=reason)
 
     def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
-        return [_curve(group, LABELS[name], of, at, metric) for name, group in groups.items()]
+        return [_curve(group, each.label, of, at, metric) for each, group in groups.items()]
 
     members = [run for group in groups.values() for run in group]
-    by_seed = _by_seed(groups, kind, reference, of, at, levels)
+    by_seed = _by_seed(groups, of, at, levels)
     try:
-        curve, local = curves(estimate)
-        over = _common_range(curve, local, at)
-        mean, crossings = _ratio_of_curves(curve, local, at, levels), _crossings(curve, local, over)
+        curve, other = curves(estimate)
+        over = _common_range(curve, other, at)
+        mean, crossings = _ratio_of_curves(curve, other, at, levels), _crossings(curve, other, over)
     except InterpolationError as error:
         return Ratio(None, reason=str(error))
     if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
         return Ratio(None, reason="alive features were counted over different numbers of tokens")
-    low, high = (_ratio_at(curve, local, end) for end in over)
+    low, high = (_ratio_at(curve, other, end) for end in over)
     result = Ratio(mean, over=over, at_ends=(low, high), seeds=len(by_seed), varied=what_varies(members))
     if crossings:
         return replace(result, estimate=None, crossings=crossings, reason=_crossing_told(result, crossings, of, at))
@@ -187,15 +187,15 @@ def ratio_to_local(
     draws = np.full(resamples, np.nan)
     for index in range(resamples):
         try:
-            curve, local = curves(lambda run, name, index=index: drawn[id(run)][name][index])
-            draws[index] = _ratio_of_curves(curve, local, at, levels)
+            curve, other = curves(lambda run, name, index=index: drawn[id(run)][name][index])
+            draws[index] = _ratio_of_curves(curve, other, at, levels)
         except InterpolationError:
             continue
     return with_intervals(result, draws, by_seed)
 
 
-def _incomparable(groups: Mapping[str, Sequence[RunSummary]]) -> str | None:
-    if absent := [LABELS[name] for name, group in groups.items() if not group]:
+def _incomparable(groups: Mapping[Method, Sequence[RunSummary]]) -> str | None:
+    if absent := [method.label for method, group in groups.items() if not group]:
         return f"there are no runs of {absent[0]}"
     return other_text([run for group in groups.values() for run in group])
 
@@ -217,7 +217,7 @@ def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -
 def ratio_between(
     runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str, levels: int = LEVELS
 ) -> float:
-    """As `ratio_to_local`, of any two curves, and the estimate alone.
+    """As `ratio_of`, of any two curves, and the estimate alone.
 
     Raises:
         InterpolationError: the runs do not determine it.
@@ -226,18 +226,16 @@ def ratio_between(
     return _ratio_of_curves(curve, other, at, levels)
 
 
-def _by_seed(
-    groups: Mapping[str, Sequence[RunSummary]], kind: str, reference: str, of: str, at: str, levels: int
-) -> list[float]:
-    """The ratio of curves of each seed that both kinds have and that determines one."""
+def _by_seed(groups: Mapping[Method, Sequence[RunSummary]], of: str, at: str, levels: int) -> list[float]:
+    """The ratio of curves of each seed that both methods have and that determines one."""
     ratios = []
     for seeds in sorted(set.intersection(*({run.seeds for run in group} for group in groups.values()))):
         try:
-            own, local = (
-                _curve([run for run in groups[name] if run.seeds == seeds], LABELS[name], of, at, estimate)
-                for name in (kind, reference)
+            own, other = (
+                _curve([run for run in group if run.seeds == seeds], method.label, of, at, estimate)
+                for method, group in groups.items()
             )
-            ratios.append(_ratio_of_curves(own, local, at, levels))
+            ratios.append(_ratio_of_curves(own, other, at, levels))
         except InterpolationError:
             continue
     return ratios
@@ -326,7 +324,7 @@ def times(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Curve:
-    """One kind's points in order of x, the quantity held equal."""
+    """One method's points in order of x, the quantity held equal."""
 
     name: str
     x: Floats
@@ -339,15 +337,15 @@ class _Curve:
 def _curve(
     runs: Sequence[RunSummary], name: str, of: str, at: str, metric: Callable[[RunSummary, str], float]
 ) -> _Curve:
-    """One point per coefficient, the mean of its seeds.
+    """One point per value of the knob, the mean of its seeds.
 
     Raises:
-        InterpolationError: there are several runs of one coefficient and seed; or the points are no trade-off.
+        InterpolationError: there are several runs of one value and seed; or the points are no trade-off.
     """
     _check_one_each(runs, name)
-    points: dict[float, list[tuple[float, float]]] = {}
+    points: dict[Knob, list[tuple[float, float]]] = {}
     for run in runs:
-        points.setdefault(run.coefficient, []).append((metric(run, at), metric(run, of)))
+        points.setdefault(run.knob, []).append((metric(run, at), metric(run, of)))
     means = [np.mean(group, axis=0) for group in points.values()]
     try:
         x, y = monotone_points([point[0] for point in means], [point[1] for point in means])
@@ -362,13 +360,12 @@ def _curve(
 
 def _check_one_each(runs: Sequence[RunSummary], name: str) -> None:
     """Runs that differ in more than their seed are no points of one curve, and have no mean."""
-    for (coefficient, seeds), count in Counter((run.coefficient, run.seeds) for run in runs).items():
+    for (knob, seeds), count in Counter((run.knob, run.seeds) for run in runs).items():
         if count > 1:
-            rates = sorted({run.learning_rate or 0.0 for run in runs if run.coefficient == coefficient})
+            rates = sorted({run.learning_rate or 0.0 for run in runs if run.knob == knob})
             which = f", of the learning rates {', '.join(f'{rate:g}' for rate in rates)}" if len(rates) > 1 else ""
             raise InterpolationError(
-                f"{name} has {count} runs of λ {coefficient:g} and seed {seeds[0]}{which}; "
-                "compare one of each at a time"
+                f"{name} has {count} runs of {knob} and seed {seeds[0]}{which}; compare one of each at a time"
             )
 
 

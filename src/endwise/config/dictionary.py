@@ -1,7 +1,7 @@
 """The `dictionary` section of a recipe: what all architectures share, and where each adds its own keys."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -15,9 +15,19 @@ ARCHITECTURES: Registry[Any] = Registry("architectures", "endwise.dictionaries")
 """Sparse dictionaries (`endwise.SAE`), by SAELens's names and by other words for them."""
 
 
+class KnobRule(NamedTuple):
+    """How a key is told that is varied along a curve."""
+
+    label: str
+    sparser: bool = False
+    """Whether more of it means fewer active features."""
+
+
 class DictionaryConfig(Config):
     """The sparse dictionary. Each architecture has these keys and its own."""
 
+    knobs: ClassVar[Mapping[str, KnobRule]] = {}
+    """Keys that are varied along a curve in place of the sparsity coefficient where they are set."""
     architecture: str = "standard"
     """SAELens's name of it; `relu` is another word for `standard`."""
     size: Positive | None = None

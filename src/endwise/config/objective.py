@@ -19,10 +19,10 @@ Kind = Literal["local", "e2e", "e2e_ds"]
 KINDS: tuple[Kind, ...] = ("local", "e2e", "e2e_ds")
 LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
 """The kinds as the paper writes them, in the order of every table and legend."""
-PRESETS: dict[Kind, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
+PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
 """By kind, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which is required.
 """
-PRESET_TERMS: dict[Kind, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
+PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
 """By kind, the reconstruction terms that it has."""
 OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
 """Terms that have a key of their own in `objective`, in the order in which they are added up."""
@@ -142,7 +142,7 @@ class ObjectiveConfig(Config):
         return self._preset if self._preset and not any(term.weight for term in self.terms.values()) else self.name
 
     @property
-    def _preset(self) -> Kind | None:
+    def _preset(self) -> str | None:
         """The kind that has just those terms with keys of their own which these weights keep."""
         kept = {term for term in ("kl", "local_mse", "downstream_mse") if self.weights[term]}
         return next((kind for kind, terms in PRESET_TERMS.items() if terms == kept), None)

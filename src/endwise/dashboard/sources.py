@@ -10,7 +10,7 @@ from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
 from endwise.common.remarks import remarks_on
 from endwise.common.text import model_title
-from endwise.config.objective import LABELS
+from endwise.config.method import Knob, Method
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.features.harvest.results import Harvest, open_harvest
@@ -27,7 +27,7 @@ class DashboardRun:
     path: Path
     name: str
     """Its folder's, with as much of the path as tells it from the others; or, where such names are long and that is
-    enough to tell the runs apart, kind, coefficient and seed.
+    enough to tell the runs apart, method, knob and seed.
     """
     config: RunConfig
     harvest: Harvest
@@ -51,9 +51,12 @@ class DashboardRun:
         firings = self.harvest.firings
         return {
             "kind": self.config.objective.name,
+            "label": Method.of(self.config).label,
             "site": self.config.place,
             "model": model_title(self.config.model.name),
             "coefficient": self.config.objective.sparsity.coefficient,
+            "knob": Knob.of(self.config).label,
+            "knob_value": Knob.of(self.config).value,
             "seed": self.config.seed,
             "d_sae": self.harvest.d_sae,
             "alive": int((firings > 0).sum()),
@@ -89,8 +92,7 @@ def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
 
 
 def _described(config: RunConfig) -> str:
-    name = config.objective.name
-    return f"{LABELS.get(name, name)} λ {config.objective.sparsity.coefficient:g} seed {config.seed}"
+    return f"{Method.of(config).label} {Knob.of(config)} seed {config.seed}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

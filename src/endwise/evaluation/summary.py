@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.remarks import gathered, remarks_on
 from endwise.common.statistics import resampled_ratio
+from endwise.config.method import Knob, Method
 from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import read_sums
 from endwise.evaluation.measure import Evaluation
@@ -30,9 +31,11 @@ Seeds = tuple[int, int]
 class RunSummary:
     """One evaluated run: what it is, what it measured, what it cost."""
 
-    kind: str
+    method: Method
+    """What was trained: runs of one curve agree in it."""
     site: str
-    coefficient: float
+    knob: Knob
+    """Where it stands on the curve."""
     seed: int
     l0: float
     alive: int
@@ -59,8 +62,6 @@ class RunSummary:
     """95 % bootstrap intervals by metric."""
     data_seed: int = 0
     """Of the order of the training text."""
-    method: Mapping[str, Any] = field(default_factory=dict)
-    """What was trained for, but for the coefficient (`ObjectiveConfig.method`): runs of one curve agree in it."""
     model: str = ""
     learning_rate: float | None = None
     remarks: tuple[str, ...] = ()
@@ -80,9 +81,9 @@ class RunSummary:
         """The summary of a trained and measured run."""
         metrics = evaluation.metrics
         return cls(
-            kind=config.objective.method_kind,
+            method=Method.of(config),
             site=config.place,
-            coefficient=config.objective.sparsity.coefficient,
+            knob=Knob.of(config),
             seed=config.seed,
             l0=evaluation["l0"],
             alive=evaluation.alive,
@@ -118,9 +119,9 @@ class RunSummary:
             raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
         try:
             return cls(
-                kind=config.objective.method_kind,
+                method=Method.of(config),
                 site=config.place,
-                coefficient=config.objective.sparsity.coefficient,
+                knob=Knob.of(config),
                 seed=config.seed,
                 l0=measured["l0"],
                 alive=measured["alive"],
@@ -149,24 +150,40 @@ class RunSummary:
             ) from None
 
     @property
+    def kind(self) -> str:
+        """The method by the name that tables, `summary.json` and versions up to 0.1 call it."""
+        return self.method.key
+
+    @property
+    def coefficient(self) -> float:
+        """The knob's value, by its old name."""
+        return self.knob.value
+
+    @property
     def seeds(self) -> Seeds:
         """What tells apart the repeats of one setting."""
         return self.seed, self.data_seed
 
     def to_json(self) -> dict[str, Any]:
         """Every field but the per-sequence sums."""
-        record = {name: value for name, value in vars(self).items() if name != "sums"}
+        told = {"kind": self.method.key, "label": self.method.label, "site": self.site, **self.knob.columns}
+        record = told | {name: value for name, value in vars(self).items() if name not in ("sums", "knob")}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         record["remarks"] = list(self.remarks)
-        groups = ("downstream_mse", "downstream_cosine", "explained_variances", "method")
+        record["method"] = dict(self.method.content)
+        groups = ("downstream_mse", "downstream_cosine", "explained_variances")
         return record | {name: dict(getattr(self, name)) for name in groups}
 
 
 def _origin(config: RunConfig) -> dict[str, Any]:
     start = None if config.init_from is None else str(config.init_from)
     rate = config.training.learning_rate
-    origin = {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
-    return origin | {"method": config.objective.method}
+    return {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
+
+
+def knob_labels(runs: Iterable[RunSummary]) -> str:
+    """Name what runs of one method differ in, as the head of a column: `λ`, or `λ, k` where there are several."""
+    return ", ".join(dict.fromkeys(run.knob.label for run in runs))
 
 
 def what_varies(runs: Sequence[RunSummary]) -> str:

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from endwise.config.method import Method
+
 Ends = tuple[float, float]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -47,19 +49,18 @@ class Band:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks that belong together; the kind decides on colour and marker."""
+    """Marks that belong together; the method decides on colour and marker."""
 
-    kind: str
-    """local, e2e or e2e_ds."""
+    method: Method
     marks: tuple[Mark, ...]
     label: str = ""
-    """What tells it from others of its kind in the panel; unset where it is the only one."""
+    """What tells it from others of its method in the panel; unset where it is the only one."""
     joined: bool = True
     """A line joins the marks in the order they are given."""
     marked: bool = True
     """The marks are drawn, and not only the line through them."""
     rank: int = 0
-    """Of several series of one kind in a panel: 0, 1, 2, ... from the first to the last, told apart by their dashes,
+    """Of several series of one method in a panel: 0, 1, 2, ... from the first to the last, told apart by their dashes,
     and all but the first by hollow markers."""
     band: Band | None = None
 

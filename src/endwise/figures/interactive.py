@@ -18,7 +18,7 @@ from endwise.figures.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
 from endwise.figures.style import (
     BAND,
     CROWD,
-    MARKERS,
+    SHAPES,
     bands_of,
     dashes,
     drawn,
@@ -27,12 +27,15 @@ from endwise.figures.style import (
     left_out,
     limits,
     log_ticks,
+    marker_of,
     name_of,
     shrink,
+    style_of,
     tick_text,
 )
 
-SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up"}
+SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
+SYMBOLS |= {"P": "cross", "X": "x", "<": "triangle-left", ">": "triangle-right"}
 HOVER_WIDTH = 46
 """Characters of a line of what a point tells; longer ones are folded."""
 
@@ -162,7 +165,7 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
 
 
 def _colour(series: Series) -> str:
-    return f"var(--{series.kind})"
+    return f"var(--{style_of(series.method)})"
 
 
 def _hatching(series: Series) -> Json:
@@ -179,8 +182,8 @@ def _marker(series: Series) -> Json:
     hollow, crowded = series.rank > 0, len(series.marks) > CROWD
     fill, edge = ("var(--card)", _colour(series)) if hollow else (_colour(series), "var(--card)")
     return {
-        "symbol": SYMBOLS[MARKERS[series.kind]],
-        "size": round(max(4.0, shrink(series) * (10 if MARKERS[series.kind] == "^" else 9)), 1),
+        "symbol": SYMBOLS[marker_of(series.method)],
+        "size": round(max(4.0, shrink(series) * (10 if marker_of(series.method) == "^" else 9)), 1),
         "color": fill,
         "opacity": max(0.5, 0.9 * shrink(series)) if crowded else 1,
         "line": {"color": edge, "width": 0 if crowded else 1.6 if hollow else 1},
@@ -249,15 +252,10 @@ _HATCHED_SWATCH = (
 )
 _BAR_SWATCH = f'{_SWATCH}><path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/></svg>'
 _RING_SWATCH = f'{_SWATCH}><circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/></svg>'
-_SHAPES = {
-    "o": '<circle cx="14" cy="7" r="4"/>',
-    "s": '<rect x="10.5" y="3.5" width="7" height="7"/>',
-    "^": '<path d="M14 2 18.5 11H9.5z"/>',
-}
 
 
 def _swatch(series: Series) -> str:
-    shape = _SHAPES[MARKERS[series.kind]]
+    shape = SHAPES[marker_of(series.method)]
     hollow = ' style="fill:var(--card);stroke:var(--c);stroke-width:1.6"' if series.rank else ""
     line = f'<path class="line" d="M1 7H27" stroke-dasharray="{_pattern(series)}"/>' if series.joined else ""
     return f'{_SWATCH} style="--c:{_colour(series)}">{line}<g{hollow}>{shape}</g></svg>'

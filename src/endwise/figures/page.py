@@ -23,11 +23,11 @@ def page(*, title: str, eyebrow: str, lead: str, body: str, interactive: bool = 
     Args:
         interactive: it has figures of `figures.interactive`, whose scripts it then carries.
     """
-    kinds = " ".join(f"--{kind}: {colour};" for kind, colour in COLOURS.items())
+    colours = " ".join(f"--{style}: {colour};" for style, colour in COLOURS.items())
     return template("endwise.figures", "page.html").substitute(
         version=escape(__version__),
         title=title,
-        style=template("endwise.figures", "style.css").substitute(kinds=kinds),
+        style=template("endwise.figures", "style.css").substitute(colours=colours),
         scripts_allowed=f"; {script_policy()}; img-src data: blob:" if interactive else "",
         scripts=library() if interactive else "",
         eyebrow=eyebrow,

@@ -23,10 +23,9 @@ from endwise.common.text import printable
 from endwise.figures.charts import Axis, Chart, Ends, Mark, Panel, Series
 from endwise.figures.style import (
     BAND,
-    COLOURS,
     CROWD,
-    MARKERS,
     bands_of,
+    colour_of,
     dashes,
     drawn,
     drawn_band,
@@ -34,6 +33,7 @@ from endwise.figures.style import (
     left_out,
     limits,
     log_ticks,
+    marker_of,
     shrink,
     tick_text,
 )
@@ -166,7 +166,7 @@ def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:
 
 
 def _draw_series(axes: Axes, series: Series, panel: Panel, hatched: Sequence[str]) -> None:
-    marks, colour = drawn(series, panel), COLOURS[series.kind]
+    marks, colour = drawn(series, panel), colour_of(series.method)
     if series.band is not None and (band := drawn_band(series.band, panel)):
         x, low, high = zip(*band, strict=True)
         look = _band_look(colour, BAND, series.band.of in hatched)
@@ -202,15 +202,15 @@ def _band_look(colour: str, opacity: float, hatched: bool) -> dict[str, Any]:
 
 
 def _look(series: Series) -> dict[str, Any]:
-    colour, hollow = COLOURS[series.kind], series.rank > 0
+    colour, hollow = colour_of(series.method), series.rank > 0
     pattern, crowded = dashes(series), len(series.marks) > CROWD
     return {
         "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
-        "marker": MARKERS[series.kind] if series.marked else "",
-        "markersize": max(1.8, shrink(series) * (5.5 if MARKERS[series.kind] == "^" else 4.5)),
+        "marker": marker_of(series.method) if series.marked else "",
+        "markersize": max(1.8, shrink(series) * (5.5 if marker_of(series.method) == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
         "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
@@ -229,12 +229,12 @@ def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | N
 
 
 def _add_legend(figure: Figure, chart: Chart) -> int:
-    """Under the panels, in as many columns as the figure is wide enough for, or in one column a kind where each has
+    """Under the panels, in as many columns as the figure is wide enough for, or in one column a method where each has
     several names; its rows.
     """
     entries = list(_entries(chart))
     names = first_of_each_name(chart).values()
-    (rows, *others) = set(Counter(series.kind for series in names).values()) or {0}
+    (rows, *others) = set(Counter(series.method for series in names).values()) or {0}
     most = len(entries)
     if rows > 1 and not others and most > rows:
         entries += [(Line2D([], [], linestyle="none"), "")] * (-most % rows)

@@ -4,12 +4,33 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Method
 from endwise.figures.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
-COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
-"""One colour a kind in every figure, from the palette of Okabe and Ito that colour-blind readers can tell apart."""
-MARKERS = {"local": "o", "e2e": "s", "e2e_ds": "^"}
+_PRESETS = {"local": ("#0072B2", "o"), "e2e": ("#D55E00", "s"), "e2e_ds": ("#009E73", "^")}
+_FURTHER = (("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#7B3294", "X"), ("#8C6D31", "<"), ("#4D4D4D", ">"))
+COLOURS = {
+    **{key: colour for key, (colour, _) in _PRESETS.items()},
+    **{f"method-{number}": colour for number, (colour, _) in enumerate(_FURTHER)},
+}
+"""One colour a method in every figure, by the name of its style: of the paper's kinds, and of further methods in turn.
+From the palette of Okabe and Ito, which colour-blind readers can tell apart; each has a marker of its own too."""
+_MARKERS = {
+    **{key: marker for key, (_, marker) in _PRESETS.items()},
+    **{f"method-{number}": marker for number, (_, marker) in enumerate(_FURTHER)},
+}
+SHAPES = {
+    "o": '<circle cx="14" cy="7" r="4"/>',
+    "s": '<rect x="10.5" y="3.5" width="7" height="7"/>',
+    "^": '<path d="M14 2 18.5 11H9.5z"/>',
+    "D": '<path d="M14 1.5 19.5 7 14 12.5 8.5 7z"/>',
+    "v": '<path d="M14 12 18.5 3H9.5z"/>',
+    "P": '<path d="M12 2h4v3h3v4h-3v3h-4V9H9V5h3z"/>',
+    "X": '<path d="M11 2l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z"/>',
+    "<": '<path d="M9 7 18 2.5V11.5z"/>',
+    ">": '<path d="M19 7 10 2.5V11.5z"/>',
+}
+"""Markers in a legend, in a box of 28 × 14."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
 """By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100
@@ -25,15 +46,27 @@ _MARGIN, _MARGIN_SHARE = 1.15, 0.04
 """By which a logarithmic axis goes beyond what it shows: at least this factor, and this share of its length."""
 
 
+def style_of(method: Method) -> str:
+    """Name the style of a method, which is a CSS variable too (`var(--local)`)."""
+    return method.key if method.key in _PRESETS else f"method-{method.number % len(_FURTHER)}"
+
+
+def colour_of(method: Method) -> str:
+    return COLOURS[style_of(method)]
+
+
+def marker_of(method: Method) -> str:
+    return _MARKERS[style_of(method)]
+
+
 def name_of(series: Series) -> str:
     """What a legend calls it."""
-    kind = LABELS.get(series.kind, series.kind)
-    return f"{kind}, {series.label}" if series.label else kind
+    return f"{series.method.label}, {series.label}" if series.label else series.method.label
 
 
 def first_of_each_name(chart: Chart) -> dict[str, Series]:
-    """What a legend shows, kind by kind: series of one name look alike in all panels, and a line and the marks about it
-    are one.
+    """What a legend shows, method by method: series of one name look alike in all panels, and a line and the marks
+    about it are one.
     """
     firsts: dict[str, Series] = {}
     for panel in chart.panels:
@@ -41,7 +74,7 @@ def first_of_each_name(chart: Chart) -> dict[str, Series]:
             first = firsts.setdefault(name_of(series), series)
             joined, marked = first.joined or series.joined, first.marked or series.marked
             firsts[name_of(series)] = replace(first, joined=joined, marked=marked)
-    return dict(sorted(firsts.items(), key=lambda item: KINDS.index(item[1].kind)))
+    return dict(sorted(firsts.items(), key=lambda item: item[1].method.place))
 
 
 def bands_of(chart: Chart) -> list[str]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from endwise.common.seeds import numpy_stream
 from endwise.common.statistics import Floats, Interval
+from endwise.config.method import Method
 from endwise.figures.charts import Mark, Series
 
 HALF_WIDTH = 0.26
@@ -25,7 +26,7 @@ def density(values: Floats, at: Floats) -> Floats:
 
 
 def violin(
-    kind: str, place: float, values: Floats, hovers: Sequence[str], mean: Interval | None = None, told: str = ""
+    method: Method, place: float, values: Floats, hovers: Sequence[str], mean: Interval | None = None, told: str = ""
 ) -> list[Series]:
     """A violin about x = `place` from the least value to the greatest, its values, and their mean with its interval;
     of few values without its outline.
@@ -41,14 +42,14 @@ def violin(
     halves = scale * density(values, ys)
     right = [Mark(place + float(half), float(y)) for half, y in zip(halves, ys, strict=True)]
     left = [Mark(place - float(half), float(y)) for half, y in zip(halves[::-1], ys[::-1], strict=True)]
-    outline = [Series(kind, (*right, *left, right[0]), marked=False)] if len(values) >= OUTLINED else []
+    outline = [Series(method, (*right, *left, right[0]), marked=False)] if len(values) >= OUTLINED else []
     offsets = numpy_stream(0, "violin").uniform(-0.8, 0.8, len(values)) * scale * density(values, values)
     points = tuple(
         Mark(place + float(offset), float(value), hover)
         for offset, value, hover in zip(offsets, values, hovers, strict=True)
     )
-    series = [*outline, Series(kind, points, joined=False)]
+    series = [*outline, Series(method, points, joined=False)]
     if mean is not None:
         ends = (mean.low, mean.high)
-        series.append(Series(kind, (Mark(place, mean.estimate, told, y_ends=ends),), "mean", joined=False, rank=1))
+        series.append(Series(method, (Mark(place, mean.estimate, told, y_ends=ends),), "mean", joined=False, rank=1))
     return series

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, shown_if_all
-from endwise.analysis.comparison.comparison import similar_by_seed
+from endwise.analysis.comparison.comparison import Summary, similar_by_seed
 from endwise.analysis.directions.study import norm_claim
 from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
 from endwise.common.statistics import Interval
+from endwise.config.method import LOCAL
 from endwise.config.objective import LABELS, Kind
 from endwise.evaluation.summary import layer_label
 from endwise.paper.costs import relative_to_local
@@ -57,8 +58,16 @@ def _ce_at_equal(found: Findings, kind: Kind, at: str) -> Claim:
 
 
 def _of_ratios(found: Findings, claim: str, published: str, measure: str, kind: Kind) -> Claim:
-    ratios = {site: summary.ratios[measure][kind] for site, summary in found.sites.items()}
+    ratios = {site: to_local(summary, measure).get(kind, NO_LOCAL) for site, summary in found.sites.items()}
     return Claim(claim, published, _told(ratios), below(ratios.values()))
+
+
+def to_local(summary: Summary, measure: str) -> Mapping[str, Ratio]:
+    """The ratios of one measure by kind, where there are local runs that they are relative to."""
+    return summary.ratios[measure] if summary.baseline == LOCAL else {}
+
+
+NO_LOCAL = Ratio(None, reason="there are no runs of local")
 
 
 def _told(ratios: Mapping[str, Ratio]) -> str:
@@ -177,7 +186,7 @@ def _seeds(found: Findings) -> Claim:
     """Whether kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
     told, holds = [], []
     for site, summary in found.sites.items():
-        for kind, ratio in summary.ratios["features_at_equal_ce"].items():
+        for kind, ratio in to_local(summary, "features_at_equal_ce").items():
             if ratio.estimate is not None and ratio.over_seeds is not None:
                 low, high = ratio.over_seeds
                 holds.append(high < 1 or low > 1)

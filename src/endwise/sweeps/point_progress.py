@@ -1,20 +1,21 @@
 """Where a point of a sweep stands, and the run that it needs next; read from its run folders alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from endwise.common.errors import EndwiseError, FormatError
+from endwise.config.method import Knob
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.points import Point, placed, with_coefficient, with_tokens
+from endwise.sweeps.points import Point, placed, with_tokens
 from endwise.sweeps.sweep_config import SearchConfig, Target
-from endwise.sweeps.targets import SearchError, Trial, miss, next_coefficient, slope_at
+from endwise.sweeps.targets import SearchError, Trial, miss, next_value, slope_at
 from endwise.sweeps.tasks import Outcome, evaluation_of, folder_of, is_finished
 
 RUNS, TRIALS = "runs", "trials"
 SIGNIFICANT = 6
-"""Digits of a coefficient that a search finds."""
+"""Digits of a value that a search finds."""
 
 
 @dataclass
@@ -78,23 +79,24 @@ class PointProgress:
         if target is None:
             return self._placed(config, RUNS)
         trials: list[Trial] = []
+        knob = Knob.of(config)
         length = max(1, round(config.training.tokens * self.search.tokens))
         folder = RUNS if self.search.tokens == 1 else TRIALS
         while True:
-            step = next_coefficient(trials, config.objective.sparsity.coefficient, target, self.search)
+            step = next_value(trials, knob, target, self.search)
             if step.found:
-                return self._full_run(target, step.coefficient, slope_at(trials, target))
-            changed = with_tokens(with_coefficient(config, _rounded(step.coefficient)), length)
+                return self._full_run(target, replace(knob, value=step.at), slope_at(trials, target))
+            changed = with_tokens(knob.set_in(config, _rounded(step.at)), length)
             trial = self._placed(changed, folder, on_trial=True)
             if not is_finished(trial):
                 return trial
             trials.append(_trial(trial, target))
 
-    def _full_run(self, target: Target, coefficient: float, slope: float | None) -> RunConfig:
-        """The run at full length with the coefficient found, or with one corrected by what that reached."""
+    def _full_run(self, target: Target, knob: Knob, slope: float | None) -> RunConfig:
+        """The run at full length with the knob where it was found, or with one corrected by what that reached."""
         runs: list[tuple[Trial, RunConfig]] = []
         while True:
-            run = self._placed(with_coefficient(self.point.config, _rounded(coefficient)), RUNS)
+            run = self._placed(knob.set_in(self.point.config, _rounded(knob.value)), RUNS)
             if not is_finished(run):
                 return run
             runs.append((_trial(run, target), run))
@@ -103,10 +105,10 @@ class PointProgress:
             if len(runs) > self.search.corrections or miss(closest[0], target) <= self.search.tolerance:
                 return closest[1]
             try:
-                step = next_coefficient([trial for trial, _ in runs], coefficient, target, self.search, slope)
+                step = next_value([trial for trial, _ in runs], knob, target, self.search, slope)
             except SearchError:
                 return closest[1]
-            coefficient = step.coefficient
+            knob = replace(knob, value=step.at)
 
 
 def runs_of(points: Iterable[PointProgress]) -> list[RunConfig]:
@@ -114,8 +116,8 @@ def runs_of(points: Iterable[PointProgress]) -> list[RunConfig]:
     return list({each.folder: each.run for each in points if each.run is not None}.values())
 
 
-def _rounded(coefficient: float) -> float:
-    return float(f"{coefficient:.{SIGNIFICANT}g}")
+def _rounded(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT}g}")
 
 
 def _trial(config: RunConfig, target: Target) -> Trial:
@@ -123,4 +125,4 @@ def _trial(config: RunConfig, target: Target) -> Trial:
     if evaluation is None:
         file = RunFolder(folder_of(config)).evaluation_file
         raise FormatError(f"{file} is gone. Start the sweep again, which measures the run again.")
-    return Trial(config.objective.sparsity.coefficient, float(evaluation[target.metric]))
+    return Trial(Knob.of(config).value, float(evaluation[target.metric]))

@@ -14,6 +14,7 @@ import numpy as np
 from endwise.common.errors import ConfigError, SiteError
 from endwise.config.base import read_yaml, with_values
 from endwise.config.fields import identity
+from endwise.config.method import COEFFICIENT, Knob
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.models.sites import ARROW, Place
@@ -21,7 +22,7 @@ from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
 from endwise.sweeps.sweep_config import SweepConfig, Target
 
-KIND, COEFFICIENT = "objective.kind", "objective.sparsity.coefficient"
+KIND = "objective.kind"
 LARGEST = 100_000
 """Points of a sweep."""
 
@@ -35,23 +36,22 @@ UNUSED_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Point:
-    """A recipe, complete but for its coefficient where a target is to be met."""
+    """A recipe, complete but for its knob (`config.method`) where a target is to be met."""
 
     config: RunConfig
     target: Target | None = None
 
     @property
     def key(self) -> str:
-        """Equal for equal points, whatever file they come from. The first guess of a coefficient that is searched for
-        makes no other point.
+        """Equal for equal points, whatever file they come from. The first guess of a knob that is searched for makes
+        no other point.
         """
-        config = self.config if self.target is None else with_coefficient(self.config, 0.0)
+        config = self.config if self.target is None else Knob.of(self.config).set_in(self.config, 0.0)
         return f"{_content(config)} {self.target or ''}"
 
     def __str__(self) -> str:
-        objective = self.config.objective
-        aim = f"{objective.sparsity.coefficient:g}" if self.target is None else str(self.target)
-        return f"{objective.name} {aim} {self.config.place} seed {self.config.seed}"
+        aim = Knob.of(self.config).tag if self.target is None else str(self.target)
+        return f"{self.config.objective.name} {aim} {self.config.place} seed {self.config.seed}"
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
@@ -152,14 +152,15 @@ def _without(base: dict[str, Any], unused: Sequence[str]) -> dict[str, Any]:
 def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
     target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
-    if target is not None and COEFFICIENT in choice:
-        raise ConfigError(f"{source}: target and {COEFFICIENT} exclude each other. Leave one out.")
     values = with_values(base, choice)
     if target is not None and _coefficient(values) is None:
-        raise _no_first_guess(source)
+        raise _no_first_guess(source, COEFFICIENT)
     config = RunConfig.build(values, source)
-    if target is not None and not config.objective.sparsity.coefficient:
-        raise _no_first_guess(source)
+    knob = Knob.of(config)
+    if target is not None and knob.name in choice:
+        raise ConfigError(f"{source}: target and {knob.name} exclude each other. Leave one out.")
+    if target is not None and not knob.value:
+        raise _no_first_guess(source, knob.name)
     try:
         Place.parse(config.place)
     except SiteError as error:
@@ -173,10 +174,10 @@ def _mapping(given: Any, source: str) -> dict[str, Any]:
     return given
 
 
-def _no_first_guess(source: str) -> ConfigError:
+def _no_first_guess(source: str, name: str) -> ConfigError:
     return ConfigError(
-        f"{source}: a target needs a coefficient above 0 to start its search from. Set {COEFFICIENT} in the recipe or "
-        "in the sweep's settings."
+        f"{source}: a target needs a {name.rpartition('.')[2]} above 0 to start its search from. Set {name} in the "
+        "recipe or in the sweep's settings."
     )
 
 
@@ -209,24 +210,19 @@ def _digits(content: str) -> str:
 
 
 def placed(config: RunConfig, folder: Path) -> RunConfig:
-    """The recipe with a folder of its own in `folder`: `<kind>-<coefficient>-<site>-seed<n>-<fingerprint>`. An SAE that
+    """The recipe with a folder of its own in `folder`: `<kind>-<knob>-<site>-seed<n>-<fingerprint>`. An SAE that
     it starts from counts by its name if it lies beside it, so that runs are called alike wherever the folder lies. A
     run that version 0.1 made keeps its folder.
     """
-    objective, start = config.objective, config.init_from
+    start = config.init_from
     content = config
     if start is not None and start.parent == folder:
         content = config.model_copy(update={"init_from": Path(start.name)})
     place = config.place.replace(ARROW, "-to-")
-    said = f"{objective.name}-{objective.sparsity.coefficient:g}-{place}-seed{config.seed}"
+    said = f"{config.objective.name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
     own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
     out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
     return config.model_copy(update={"out": out})
-
-
-def with_coefficient(config: RunConfig, coefficient: float) -> RunConfig:
-    sparsity = config.objective.sparsity.model_copy(update={"coefficient": coefficient})
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"sparsity": sparsity})})
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:

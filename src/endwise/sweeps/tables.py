@@ -13,11 +13,11 @@ from endwise.common.remarks import gathered, show_remarks
 from endwise.common.tables import as_csv, as_table, write_table
 from endwise.common.terminal import Grid, show
 from endwise.config.fields import flat
-from endwise.config.objective import LABELS
+from endwise.config.method import COEFFICIENT, Knob, Method
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.keys import recipe_fields
-from endwise.sweeps.points import COEFFICIENT, KIND, Point
+from endwise.sweeps.points import KIND, Point
 from endwise.sweeps.survey import PointStatus
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
@@ -50,12 +50,13 @@ def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], f
 
 def measured(point: Point, path: Path) -> dict[str, Any]:
     """What a finished run measured, flat: nested names joined by dots, ends of intervals as `.low` and `.high`. With it
-    the coefficient that it was trained with, and how far from its target it is, as a share of it.
+    where its knob stood, and how far from its target it is, as a share of it.
     """
     folder = RunFolder(path)
     evaluation = folder.evaluation() or {}
     intervals = evaluation.pop("intervals", {})
-    row: dict[str, Any] = {"coefficient": folder.config().objective.sparsity.coefficient}
+    config = folder.config()
+    row: dict[str, Any] = {**Knob.of(config).columns, "method": Method.of(config).label}
     if point.target is not None:
         row["target_miss"] = evaluation[point.target.metric] / point.target.value - 1
     for name, value in flat(evaluation).items():
@@ -76,7 +77,8 @@ def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     named = {
         "kind": config.objective.name,
         "site": config.place,
-        "coefficient": config.objective.sparsity.coefficient if point.target is None else None,
+        "coefficient": None,
+        **(Knob.of(config).columns if point.target is None else {}),
         "target": None if point.target is None else str(point.target),
         "target_miss": None,
         "seed": config.seed,
@@ -114,12 +116,14 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     table: list[list[str]] = []
     for row in finished:
         ends = [row.get(f"ce_increase.{end}", math.nan) for end in ("low", "high")]
-        cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), LABELS[row["kind"]]]
+        cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), row["method"]]
         cells += [_target(row)] if searched else []
-        cells += [f"{row['coefficient']:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
+        knob = row["knob.value"] if row["coefficient"] is None else row["coefficient"]
+        cells += [f"{knob:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
         cells += [f"{row['ce_increase']:+.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"]
         table.append(cells)
-    show(Grid(("run", *words, "λ", "L0", "alive", "CE increase [95 %]"), table, words=words), console)
+    knobs = ", ".join(dict.fromkeys(row.get("knob") or "λ" for row in finished))
+    show(Grid(("run", *words, knobs, "L0", "alive", "CE increase [95 %]"), table, words=words), console)
     show("A run is named by the end of its folder's name.", console)
     own_remarks = {row["run"].rpartition("-")[2]: str(row.get("remarks") or "").splitlines() for row in finished}
     show_remarks(gathered(own_remarks), console)

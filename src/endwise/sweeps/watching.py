@@ -19,6 +19,7 @@ from endwise.common.counting import LOG_SECONDS
 from endwise.common.errors import FormatError
 from endwise.common.terminal import Cell, Grid
 from endwise.common.text import printable
+from endwise.config.method import Knob
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import Point
@@ -205,14 +206,14 @@ class Watch:
         return Grid(("run", "state", "trained", "L0", "CE increase"), rows, self._heading(), words=("state",))
 
     def _names(self) -> dict[Path, str]:
-        """Kind and λ of each run, its site and seed where there are several, and the end of its folder's name where
-        others are alike.
+        """Objective and knob of each run, its site and seed where there are several, and the end of its folder's name
+        where others are alike.
         """
         configs = {folder: run.config for folder, run in self._runs.items()}
         sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("place", "seed"))
         names: dict[Path, str] = {}
         for folder, config in configs.items():
-            parts = [config.objective.name, f"{config.objective.sparsity.coefficient:g}"]
+            parts = [config.objective.name, Knob.of(config).tag]
             parts += [config.place] if len(sites) > 1 else []
             parts += [f"seed {config.seed}"] if len(seeds) > 1 else []
             names[folder] = " ".join(parts)

@@ -14,6 +14,7 @@ from rich.live import Live
 from endwise.common.counting import LOG_SECONDS
 from endwise.common.terminal import Grid
 from endwise.common.text import printable
+from endwise.config.method import Knob
 from endwise.config.run import RunConfig
 
 TABLE_SECONDS = 0.2
@@ -123,7 +124,7 @@ class Display:
         return Grid(headings, rows, self._heading(done), words=("loss terms",))
 
     def _names(self) -> dict[Path, str]:
-        """What tells the runs apart: kind, λ, site and seed, and the folder where these are alike."""
+        """What tells the runs apart: objective, knob, site and seed, and the folder where these are alike."""
         described = {folder: _description(row.config) for folder, row in self._rows.items()}
         names: dict[Path, str] = {}
         for folder, text in described.items():
@@ -134,7 +135,7 @@ class Display:
 
 
 def _description(config: RunConfig) -> str:
-    return f"{config.objective.name} {config.objective.sparsity.coefficient:g} {config.place} seed {config.seed}"
+    return f"{config.objective.name} {Knob.of(config).tag} {config.place} seed {config.seed}"
 
 
 def _numbers(row: _Row) -> str:

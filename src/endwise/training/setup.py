@@ -17,6 +17,7 @@ from endwise.common.remarks import remarks_on
 from endwise.common.terminal import show
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.fields import differing, shared
+from endwise.config.method import Knob
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import naming_relative, pinned
@@ -304,11 +305,11 @@ def _check_memory(width: int, d_sae: int) -> None:
 
 
 def default_folder(config: RunConfig) -> Path:
-    """`runs/<model>-<site>-<kind>-<coefficient>-seed<n>`."""
+    """`runs/<model>-<site>-<kind>-<knob>-seed<n>`."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
-    coefficient = f"{config.objective.sparsity.coefficient:g}"
+    knob = Knob.of(config).tag
     place = "-to-".join(site.name for site in Place.parse(config.place).sites)
-    return Path("runs") / f"{model}-{place}-{config.objective.name}-{coefficient}-seed{config.seed}"
+    return Path("runs") / f"{model}-{place}-{config.objective.name}-{knob}-seed{config.seed}"
 
 
 UNPROCESSED = {

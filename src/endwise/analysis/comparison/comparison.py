@@ -1,4 +1,4 @@
-"""A comparison of the kinds at one site: every ratio, the runs that are most alike, and what they show in sentences."""
+"""A comparison of the methods at one site: every ratio, the runs that are most alike, and what they show in words."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.claims import are_similar
-from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_to_local, times
+from endwise.analysis.comparable import baseline_of, in_order, methods_of, told_apart
+from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_of, times
 from endwise.common.errors import ConfigError
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import LATER_MSE, RunSummary, Seeds, estimate, what_varies
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A comparison of the kinds at one site: what `summary.json` and the report are made of."""
+    """A comparison of the methods at one site: what `summary.json` and the report are made of."""
 
     site: str
     clean_ce: float
@@ -25,16 +26,35 @@ class Summary:
     zero_ablated_ce: float | None
     runs: tuple[RunSummary, ...]
     ratios: Mapping[str, Mapping[str, Ratio]]
-    """By the key of `MEASURES`, then by kind; each relative to local."""
+    """By the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
+    """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     downstream: Mapping[str, Ratio]
-    """Ratio of downstream MSE at equal CE increase, by `<kind>/<kind>`; geometric mean over the later sites."""
+    """Ratio of downstream MSE at equal CE increase, by `<key>/<key>`; geometric mean over the later sites."""
     resamples: int
     model: str = ""
     command: str = ""
     seconds: float | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[Method]:
+        """Those that have runs."""
+        return methods_of(self.runs)
+
+    @property
+    def baseline(self) -> Method:
+        """What the others are related to: local where it is there, otherwise the first."""
+        return baseline_of(self.methods)
+
+    @property
+    def compared(self) -> list[Method]:
+        """Those that are related to the baseline; where that is local, all presets, whether they have runs or not."""
+        return _compared(self.runs)
+
+    def method(self, key: str) -> Method:
+        """Find a method by its key."""
+        return next(each for each in (*self.methods, *PRESET_METHODS.values()) if each.key == key)
 
     @property
     def features_at_equal_ce(self) -> Mapping[str, Ratio]:
@@ -47,7 +67,7 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`; JSON types only."""
-        ratios = {key: {kind: ratio.to_json() for kind, ratio in group.items()} for key, group in self.ratios.items()}
+        ratios = {key: {of: ratio.to_json() for of, ratio in group.items()} for key, group in self.ratios.items()}
         return {
             "clean_ce": self.clean_ce,
             "mean_ablated_ce": self.mean_ablated_ce,
@@ -55,6 +75,7 @@ class Summary:
             "site": self.site,
             "model": self.model,
             "runs": [run.to_json() for run in self.runs],
+            "baseline": self.baseline.key,
             **ratios,
             "downstream_mse_ratio": {pair: ratio.to_json() for pair, ratio in self.downstream.items()},
             "runs_at_similar_ce": [run.folder for run in self.similar],
@@ -79,25 +100,20 @@ def summarise(
     seconds: float | None = None,
     environment: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Compares runs of one site. Runs of one kind and coefficient that differ in seed count as one point, their mean.
+    """Compare runs of one site. Runs of one method and knob that differ in seed count as one point, their mean.
 
     Raises:
-        ConfigError: no runs, a kind that endwise does not know, or more than one site.
+        ConfigError: no runs, or more than one site.
     """
     sites = sorted({run.site for run in runs})
     if len(sites) != 1:
         raise ConfigError(f"A comparison is of runs at one site; given {', '.join(sites) or 'no runs'}.")
-    unknown = sorted({run.kind for run in runs} - set(KINDS))
-    if unknown:
-        raise ConfigError(f"A run's kind is one of {', '.join(KINDS)}; given {', '.join(unknown)}.")
-    ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds)))
-    ratios = {
-        m.key: {kind: ratio_to_local(ordered, kind, m.of, m.at, resamples, seed) for kind in KINDS[1:]}
-        for m in MEASURES
-    }
+    ordered = tuple(sorted(told_apart(runs), key=in_order))
+    related = partial(ratio_of, ordered, resamples=resamples, seed=seed, reference=baseline_of(methods_of(ordered)))
+    ratios = {m.key: {each.key: related(each, of=m.of, at=m.at) for each in _compared(ordered)} for m in MEASURES}
     similar = runs_at_similar(ordered, "ce_increase")
-    pairs = [(a.kind, b.kind) for b, a in itertools.combinations(similar, 2)]
-    downstream = {f"{a}/{b}": later_error(ordered, a, b, resamples, seed) for a, b in pairs}
+    pairs = [(a.method, b.method) for b, a in itertools.combinations(similar, 2)]
+    downstream = {f"{a.key}/{b.key}": later_error(ordered, a, b, resamples, seed) for a, b in pairs}
     return Summary(
         site=sites[0],
         clean_ce=clean_ce,
@@ -115,26 +131,33 @@ def summarise(
     )
 
 
-def later_error(runs: Sequence[RunSummary], kind: str, reference: str, resamples: int, seed: int) -> Ratio:
-    """A kind's downstream MSE relative to another's at equal CE increase, as ratios of curves are. Where a curve
+def _compared(runs: Sequence[RunSummary]) -> list[Method]:
+    methods = methods_of(runs)
+    baseline = baseline_of(methods)
+    presets = PRESET_METHODS.values() if baseline == LOCAL else ()
+    return [method for method in dict.fromkeys((*presets, *methods)) if method != baseline]
+
+
+def later_error(runs: Sequence[RunSummary], method: Method, reference: Method, resamples: int, seed: int) -> Ratio:
+    """Relate a method's downstream MSE to another's at equal CE increase, as ratios of curves are. Where a curve
     determines none, of each seed the two runs whose CE increases are closest to each other (as in the paper's figure
     2), if these are similar.
     """
-    of_curves = ratio_to_local(runs, kind, LATER_MSE, "ce_increase", resamples, seed, reference=reference)
+    of_curves = ratio_of(runs, method, LATER_MSE, "ce_increase", resamples, seed, reference=reference)
     if of_curves.at_ends is not None:
         return of_curves
-    two = [run for run in runs if run.kind in (kind, reference)]
-    pairs = [{run.kind: run for run in pair} for pair in similar_by_seed(two, "ce_increase").values()]
+    two = [run for run in runs if run.method in (method, reference)]
+    pairs = [{run.method: run for run in pair} for pair in similar_by_seed(two, "ce_increase").values()]
     alike = [pair for pair in pairs if len(pair) == 2 and are_similar(pair.values())]
     if not alike:
         return of_curves
-    ratios = [downstream_ratio(pair[kind], pair[reference], resamples, seed) for pair in alike]
+    ratios = [downstream_ratio(pair[method], pair[reference], resamples, seed) for pair in alike]
     return over_pairs(ratios, what_varies([run for pair in alike for run in pair.values()]))
 
 
 def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary, ...]:
-    """One run of each kind, all of one seed: the choice whose ce_increase or l0 (`metric`) differs least, relative to
-    its mean. Of the seeds that have the most kinds.
+    """One run of each method, all of one seed: the choice whose ce_increase or l0 (`metric`) differs least, relative to
+    its mean. Of the seeds that have the most methods.
     """
     by_seed = similar_by_seed(runs, metric).values()
     most = max(len(choice) for choice in by_seed)
@@ -143,9 +166,9 @@ def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary
 
 def similar_by_seed(runs: Sequence[RunSummary], metric: str) -> dict[Seeds, tuple[RunSummary, ...]]:
     """As `runs_at_similar`, of every seed."""
-    chosen = {}
+    chosen, methods = {}, methods_of(runs)
     for seeds in sorted({run.seeds for run in runs}):
-        groups = [[run for run in runs if (run.seeds, run.kind) == (seeds, kind)] for kind in KINDS]
+        groups = [[run for run in runs if (run.seeds, run.method) == (seeds, method)] for method in methods]
         choices = itertools.product(*(group for group in groups if group))
         chosen[seeds] = min(choices, key=partial(_spread, metric=metric))
     return chosen
@@ -158,36 +181,35 @@ def _spread(choice: Sequence[RunSummary], metric: str) -> float:
 
 def verdicts(summary: Summary) -> tuple[str, ...]:
     """What the numbers show, and what they do not, in plain sentences."""
-    sentences = [_features_verdict(kind, ratio) for kind, ratio in summary.features_at_equal_ce.items()]
+    base, ratios = summary.baseline.label, summary.features_at_equal_ce
+    sentences = [_features_verdict(method.label, base, ratios[method.key]) for method in summary.compared]
     for pair, ratio in summary.downstream.items():
         if pair != "e2e_ds/local":
-            kind, reference = pair.split("/")
-            sentences.append(_downstream_verdict(kind, reference, ratio))
+            method, reference = map(summary.method, pair.split("/"))
+            sentences.append(_downstream_verdict(method.label, reference.label, ratio))
     return tuple(sentences)
 
 
-def _features_verdict(kind: str, ratio: Ratio) -> str:
-    name = LABELS[kind]
+def _features_verdict(name: str, base: str, ratio: Ratio) -> str:
     if ratio.crossings:
-        return f"No one figure says how many of local's features {name} needs at local's CE increase: {ratio.reason}."
+        return f"No one figure says how many of {base}'s features {name} needs at {base}'s CE increase: {ratio.reason}."
     if ratio.estimate is None:
-        return f"How many features {name} needs at local's CE increase cannot be said from these runs: {ratio.reason}."
-    fact = f"{percent(ratio, seeds=False)} of local's features per token at the same CE increase"
+        return f"How many features {name} needs at {base}'s CE increase cannot be said from these runs: {ratio.reason}."
+    fact = f"{percent(ratio, seeds=False)} of {base}'s features per token at the same CE increase"
     if ratio.interval is None:
         return f"{name} needs {fact}; how sure that is, is not known: {ratio.reason}."
     if not ratio.holds_seeds:
         return f"{name} needs {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
-        return f"That {name} needs fewer features than local is not shown: {fact}, and the interval includes 100 %."
-    more = "" if ratio.interval[1] < 1 else " more features than local, not fewer:"
+        return f"That {name} needs fewer features than {base} is not shown: {fact}, and the interval includes 100 %."
+    more = "" if ratio.interval[1] < 1 else f" more features than {base}, not fewer:"
     return f"{name} needs{more} {fact}, over {ratio.rests_on}."
 
 
 _OTHER_SEEDS = "the interval is over held-out text alone, and what other seeds would give is not in it"
 
 
-def _downstream_verdict(kind: str, reference: str, ratio: Ratio) -> str:
-    name, other = LABELS[kind], LABELS[reference]
+def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     if ratio.crossings:
         return f"No one figure says how {name} and {other} compare downstream: {ratio.reason}."
     if ratio.estimate is None:

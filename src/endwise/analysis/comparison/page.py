@@ -10,9 +10,10 @@ from endwise.analysis.ratios import MEASURES, NAMES, Ratio, times
 from endwise.analysis.sets import remark_list
 from endwise.common.files import expanded, write_atomic
 from endwise.common.text import model_title
-from endwise.config.objective import KINDS, LABELS
-from endwise.evaluation.summary import RunSummary, later_mse, layer_label
+from endwise.config.method import LOCAL, PRESET_METHODS, Method
+from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, layer_label
 from endwise.figures.page import escape, page, template
+from endwise.figures.style import style_of
 
 
 def write_report(summary: Summary, path: Path | str) -> None:
@@ -30,7 +31,7 @@ def report_html(summary: Summary) -> str:
         tiles="\n".join(_tiles(summary)),
         remarks=remark_list(summary.runs),
         verdicts="\n".join(f"<li>{escape(sentence)}</li>" for sentence in summary.verdicts),
-        legend=figures.legend(),
+        legend=figures.legend(_shown(summary)),
         pareto_l0=figures.pareto(summary, "l0", "pareto-l0"),
         pareto_l0_words=escape(_pareto_words(summary, "l0")),
         pareto_alive=figures.pareto(summary, "alive", "pareto-alive"),
@@ -47,7 +48,8 @@ def report_html(summary: Summary) -> str:
         resamples=f"{summary.resamples:,}",
         made="\n".join(f"<dt>{escape(term)}</dt><dd>{words}</dd>" for term, words in _made(summary)),
     )
-    title = "End-to-end and local sparse autoencoders, compared"
+    local = summary.baseline == LOCAL
+    title = f"{'End-to-end and local s' if local else 'S'}parse autoencoders, compared"
     return page(title=title, eyebrow=_eyebrow(summary), lead=_lead(summary), body=content)
 
 
@@ -58,25 +60,38 @@ def _eyebrow(summary: Summary) -> str:
 
 def _lead(summary: Summary) -> str:
     count, tokens = len(summary.runs), _span([run.tokens for run in summary.runs])
-    kinds = len({run.kind for run in summary.runs})
     return (
-        f"{count} sparse autoencoders of {_span([run.d_sae for run in summary.runs])} features and {kinds} kinds, each "
+        f"{count} sparse autoencoders of {_span([run.d_sae for run in summary.runs])} features and "
+        f"{len(summary.methods)} kinds, each "
         f"trained on {tokens} tokens, then spliced into the model and measured on text that none of them has seen."
     )
 
 
 def _tiles(summary: Summary) -> Iterable[str]:
-    for kind in KINDS[1:]:
-        ratio = summary.features_at_equal_ce[kind]
-        yield _tile(kind, "local", ratio, "of local’s features per token, at the same CE increase")
-    ratio = summary.downstream.get("e2e_ds/e2e", Ratio(None, reason="not both kinds were run"))
-    yield _tile("e2e_ds", "e2e", ratio, "of e2e’s error in the later layers, at the same CE increase")
+    base = summary.baseline
+    for method in summary.compared:
+        ratio = summary.features_at_equal_ce[method.key]
+        yield _tile(method, base, ratio, f"of {escape(base.label)}’s features per token, at the same CE increase")
+    e2e, e2e_ds = PRESET_METHODS["e2e"], PRESET_METHODS["e2e_ds"]
+    if base == LOCAL:
+        ratio = summary.downstream.get("e2e_ds/e2e", Ratio(None, reason="not both kinds were run"))
+        yield _tile(e2e_ds, e2e, ratio, "of e2e’s error in the later layers, at the same CE increase")
 
 
-def _tile(kind: str, reference: str, ratio: Ratio, what: str) -> str:
+def _shown(summary: Summary) -> list[Method]:
+    """What legends list: the baseline and what is related to it."""
+    return sorted([summary.baseline, *summary.compared], key=lambda method: method.place)
+
+
+def _knobs(summary: Summary) -> str:
+    """What runs of one method differ in, as the head of a column."""
+    return escape(knob_labels(summary.runs))
+
+
+def _tile(method: Method, reference: Method, ratio: Ratio, what: str) -> str:
     return (
-        f'<div class="tile" style="--c:var(--{kind})"><div class="who">{figures.swatch(kind)}'
-        f"<span>{LABELS[kind]} <span>against {LABELS[reference]}</span></span></div>"
+        f'<div class="tile" style="--c:var(--{style_of(method)})"><div class="who">{figures.swatch(method)}'
+        f"<span>{escape(method.label)} <span>against {escape(reference.label)}</span></span></div>"
         f'<p class="number">{_number(ratio)}</p>'
         f'<p class="range">{_range_words(ratio)}</p><p class="what">{what}</p></div>'
     )
@@ -101,9 +116,9 @@ def _range_words(ratio: Ratio) -> str:
 
 def _pareto_words(summary: Summary, against: str) -> str:
     parts = []
-    for kind, runs in groupby(summary.runs, key=lambda run: run.kind):
+    for method, runs in groupby(summary.runs, key=lambda run: run.method):
         points = ", ".join(f"{run.ce_increase:+.3f} at {getattr(run, against):,.4g}" for run in runs)
-        parts.append(f"{LABELS[kind]}: {points}")
+        parts.append(f"{method.label}: {points}")
     return f"CE increase in nats per token against {NAMES[against]}. " + "; ".join(parts) + "."
 
 
@@ -111,7 +126,7 @@ def _downstream_words(summary: Summary) -> str:
     parts = []
     for run in summary.similar:
         points = ", ".join(f"{mse:.3g} at {layer_label(site)}" for site, mse in run.downstream_mse.items())
-        parts.append(f"{LABELS[run.kind]} (CE increase {run.ce_increase:+.3f}): {points or 'no later layer'}")
+        parts.append(f"{run.method.label} (CE increase {run.ce_increase:+.3f}): {points or 'no later layer'}")
     return "Downstream mean squared error by later layer. " + "; ".join(parts) + "."
 
 
@@ -120,16 +135,16 @@ def _similar_table(summary: Summary) -> str:
     for run in summary.similar:
         mse = later_mse(run)
         rows.append(
-            f'<tr><th scope="row">{_kind(run.kind)}</th><td>{run.coefficient:g}</td><td>{run.ce_increase:+.3f}</td>'
+            f'<tr><th scope="row">{_named(run.method)}</th><td>{run.knob.value:g}</td><td>{run.ce_increase:+.3f}</td>'
             f"<td>{run.l0:.1f}</td><td>{'–' if mse is None else f'{mse:.3g}'}</td></tr>"
         )
     ratios = [
-        f"<dt>{LABELS[pair.split('/')[0]]} : {LABELS[pair.split('/')[1]]}</dt><dd>{_factor(ratio)}</dd>"
+        f"<dt>{' : '.join(escape(summary.method(key).label) for key in pair.split('/'))}</dt><dd>{_factor(ratio)}</dd>"
         for pair, ratio in summary.downstream.items()
     ]
     return (
         '<div class="inner" tabindex="0" role="region" aria-label="The runs compared downstream"><table>'
-        f"{_head('kind', 'λ', 'CE increase', 'L0', 'mean MSE')}<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_head('kind', _knobs(summary), 'CE increase', 'L0', 'mean MSE')}<tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="note">Ratio of downstream MSE, geometric mean over later layers, with its 95&nbsp;% interval:</p>'
         f'<dl class="ratios">{"".join(ratios)}</dl>'
     )
@@ -138,11 +153,18 @@ def _similar_table(summary: Summary) -> str:
 def _ratios_table(summary: Summary) -> str:
     rows = []
     for measure in MEASURES:
-        for index, (kind, ratio) in enumerate(summary.ratios[measure.key].items()):
+        for index, method in enumerate(summary.compared):
+            ratio = summary.ratios[measure.key][method.key]
             what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}" if index == 0 else ""
-            start = f'<tr class="first"><th scope="rowgroup" rowspan="{len(KINDS) - 1}">{what}</th>' if what else "<tr>"
-            rows.append(f'{start}<td class="text">{_kind(kind)}</td>{_ratio_cells(ratio)}</tr>')
-    head = _head("", "kind", "of local’s", "at both ends", "compared over", "seeds", text=(1,))
+            start = (
+                f'<tr class="first"><th scope="rowgroup" rowspan="{len(summary.compared)}">{what}</th>'
+                if what
+                else "<tr>"
+            )
+            rows.append(f'{start}<td class="text">{_named(method)}</td>{_ratio_cells(ratio)}</tr>')
+    head = _head(
+        "", "kind", f"of {escape(summary.baseline.label)}’s", "at both ends", "compared over", "seeds", text=(1,)
+    )
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -165,7 +187,7 @@ def _ratio_cells(ratio: Ratio) -> str:
 def _ratios_note() -> str:
     return (
         "Each ratio is the exponential of the mean difference of two curves, logarithms interpolated linearly "
-        "between neighbouring runs, at 20 levels spread evenly on a logarithmic scale over the range that both kinds "
+        "between neighbouring runs, at 20 levels spread evenly on a logarithmic scale over the range that both "
         "cover. Nothing is extrapolated. Where the curves cross there is no one number. Intervals hold held-out text, "
         "and seeds where there are three or more. Alive "
         "features are counted over the whole held-out text, so resampling keeps their number fixed."
@@ -173,16 +195,17 @@ def _ratios_note() -> str:
 
 
 def _runs_table(summary: Summary) -> str:
-    local_cost = [run.seconds / run.tokens for run in summary.runs if run.kind == "local" and run.seconds > 0]
-    reference = sum(local_cost) / len(local_cost) if local_cost else None
+    base = summary.baseline
+    costs = [run.seconds / run.tokens for run in summary.runs if run.method == base and run.seconds > 0]
+    reference = (sum(costs) / len(costs), base.label) if costs else None
     seeds = len({run.seed for run in summary.runs}) > 1
     groups = []
-    for _, runs in groupby(summary.runs, key=lambda run: run.kind):
+    for _, runs in groupby(summary.runs, key=lambda run: run.method):
         rows = [_run_row(run, reference, seeds, first=index == 0) for index, run in enumerate(runs)]
         groups.append(f"<tbody>{''.join(rows)}</tbody>")
     head = _head(
         "kind",
-        "λ",
+        _knobs(summary),
         *["seed"] * seeds,
         "L0",
         "alive",
@@ -198,12 +221,14 @@ def _runs_table(summary: Summary) -> str:
     return f"<table>{head}{''.join(groups)}</table>"
 
 
-def _run_row(run: RunSummary, local_cost: float | None, seeds: bool, first: bool) -> str:
+def _run_row(run: RunSummary, reference: tuple[float, str] | None, seeds: bool, first: bool) -> str:
     pooled = run.explained_variances.get("pooled")
     mse = later_mse(run)
-    cost = f"<small>{run.seconds / run.tokens / local_cost:.1f} × local</small>" if local_cost else ""
+    cost = ""
+    if reference is not None:
+        cost = f"<small>{run.seconds / run.tokens / reference[0]:.1f} × {escape(reference[1])}</small>"
     cells = [
-        f"{run.coefficient:g}",
+        f"{run.knob.value:g}",
         *[str(run.seed)] * seeds,
         f"{run.l0:.1f}{_ends(run, 'l0', '.1f')}",
         f"{run.alive:,}<small>{100 * run.alive / run.d_sae:.0f}&nbsp;%</small>",
@@ -217,7 +242,7 @@ def _run_row(run: RunSummary, local_cost: float | None, seeds: bool, first: bool
     body = "".join(f"<td>{cell}</td>" for cell in cells)
     start = '<tr class="first">' if first else "<tr>"
     folder = f'<td class="text"><code>{escape(run.folder)}</code></td>'
-    return f'{start}<th scope="row">{_kind(run.kind)}</th>{body}{folder}</tr>'
+    return f'{start}<th scope="row">{_named(run.method)}</th>{body}{folder}</tr>'
 
 
 def _scale(summary: Summary) -> str:
@@ -255,8 +280,8 @@ def _head(*headings: str, text: tuple[int, ...] = ()) -> str:
     return f"<thead><tr>{''.join(cells)}</tr></thead>"
 
 
-def _kind(kind: str) -> str:
-    return f'<span class="kind">{figures.swatch(kind)}{LABELS[kind]}</span>'
+def _named(method: Method) -> str:
+    return f'<span class="kind">{figures.swatch(method)}{escape(method.label)}</span>'
 
 
 def _ends(run: RunSummary, metric: str, form: str) -> str:

@@ -10,10 +10,10 @@ from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.common.remarks import MARKED, gathered, mark_of, show_remarks
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_titles
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Knob, Method
 from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Evaluation
-from endwise.evaluation.summary import later_mse, layer_label, remarks_of
+from endwise.evaluation.summary import knob_labels, later_mse, layer_label, remarks_of
 
 
 def print_evaluations(
@@ -21,7 +21,8 @@ def print_evaluations(
 ) -> None:
     """One row per run, then the baselines of each site; 95 % intervals over held-out sequences."""
     console = console or Console()
-    headings = ("run", "kind", "λ", "L0", "alive", "CE increase [95 %]", "KL", "EV", "later MSE")
+    knobs = ", ".join(dict.fromkeys(Knob.of(config).label for config in configs.values()))
+    headings = ("run", "kind", knobs, "L0", "alive", "CE increase [95 %]", "KL", "EV", "later MSE")
     marked = MARKED if any(evaluation.remarks for evaluation in evaluations.values()) else ()
     rows = [
         [*_evaluation_cells(path, configs[path], evaluation), *mark_of(evaluation.remarks, marked)]
@@ -40,8 +41,8 @@ def _evaluation_cells(path: Path, config: RunConfig, evaluation: Evaluation) -> 
     later = [value.estimate for name, value in evaluation.metrics.items() if name.startswith("downstream_mse.")]
     return [
         str(path),
-        LABELS.get(config.objective.name, config.objective.name),
-        f"{config.objective.sparsity.coefficient:g}",
+        Method.of(config).label,
+        f"{Knob.of(config).value:g}",
         f"{evaluation['l0']:.1f}",
         f"{evaluation.alive:,}",
         f"{increase.estimate:+.3f} [{increase.low:.3f}, {increase.high:.3f}]",
@@ -76,8 +77,8 @@ def _runs_table(summary: Summary) -> Grid:
         ends, mse = run.intervals.get("ce_increase"), later_mse(run)
         rows.append(
             (
-                LABELS[run.kind],
-                f"{run.coefficient:g}",
+                run.method.label,
+                f"{run.knob.value:g}",
                 f"{run.l0:.1f}",
                 f"{run.alive:,}",
                 f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""),
@@ -86,7 +87,9 @@ def _runs_table(summary: Summary) -> Grid:
                 f"{run.seconds:.0f}",
             )
         )
-    return Grid(("kind", "λ", "L0", "alive", "CE increase [95 %]", "EV", "later MSE", "s"), rows, title)
+    return Grid(
+        ("kind", knob_labels(summary.runs), "L0", "alive", "CE increase [95 %]", "EV", "later MSE", "s"), rows, title
+    )
 
 
 def _downstream_table(summary: Summary) -> Grid:
@@ -94,15 +97,17 @@ def _downstream_table(summary: Summary) -> Grid:
     rows = []
     for run in summary.runs:
         values = [f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–" for site in sites]
-        rows.append([LABELS[run.kind], f"{run.coefficient:g}", *values])
+        rows.append([run.method.label, f"{run.knob.value:g}", *values])
     title = "MSE of later residual streams, by the block they enter"
-    return Grid(("kind", "λ", *map(layer_label, sites)), rows, title)
+    return Grid(("kind", knob_labels(summary.runs), *map(layer_label, sites)), rows, title)
 
 
 def _ratios_table(summary: Summary) -> Grid:
     rows = [
         [f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"]
-        + [percent(summary.ratios[measure.key][kind]) for kind in KINDS[1:]]
+        + [percent(summary.ratios[measure.key][method.key]) for method in summary.compared]
         for measure in MEASURES
     ]
-    return Grid(("", *(LABELS[kind] for kind in KINDS[1:])), rows, "relative to local [95 %]")
+    return Grid(
+        ("", *(method.label for method in summary.compared)), rows, f"relative to {summary.baseline.label} [95 %]"
+    )

@@ -5,7 +5,7 @@ matplotlib draws with placeholder colours; these become CSS variables, so that o
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib as mpl
@@ -15,17 +15,18 @@ from matplotlib.figure import Figure
 
 from endwise.analysis.comparison.comparison import Summary
 from endwise.common.text import printable
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, layer_label
+from endwise.figures.page import escape
 from endwise.figures.print import log_axis
-from endwise.figures.style import COLOURS, MARKERS
+from endwise.figures.style import COLOURS, SHAPES, colour_of, marker_of, style_of
 
 _INK, _GRID, _PAPER = "#010101", "#020202", "#030303"
 _VARIABLES = {
     _INK: "var(--muted)",
     _GRID: "var(--rule)",
     _PAPER: "var(--card)",
-    **{colour.lower(): f"var(--{kind})" for kind, colour in COLOURS.items()},
+    **{colour.lower(): f"var(--{style})" for style, colour in COLOURS.items()},
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -46,17 +47,17 @@ _SIZE = (4.9, 3.7)
 
 
 def pareto(summary: Summary, against: str, name: str) -> str:
-    """CE increase over `l0` or `alive` (log scale), one curve a kind, with the intervals of both.
+    """CE increase over `l0` or `alive` (log scale), one curve a method, with the intervals of both.
 
     Args:
         name: prefix of every id in the drawing; one page must not use it twice.
     """
 
     def draw(axes: Axes) -> None:
-        for kind in KINDS:
-            runs = sorted((run for run in summary.runs if run.kind == kind), key=lambda run: getattr(run, against))
+        for method in summary.methods:
+            runs = sorted((run for run in summary.runs if run.method == method), key=lambda run: getattr(run, against))
             x, y = [float(getattr(run, against)) for run in runs], [run.ce_increase for run in runs]
-            axes.errorbar(x, y, _errors(runs, "ce_increase"), _errors(runs, against), **_look(kind))
+            axes.errorbar(x, y, _errors(runs, "ce_increase"), _errors(runs, against), **_look(method))
         _log_scale(axes, "x", [float(getattr(run, against)) for run in summary.runs])
         axes.set_ylim(bottom=min(0.0, *(run.ce_increase for run in summary.runs)))
         axes.set_xlabel({"l0": "L0: features per token", "alive": "alive features"}[against])
@@ -66,7 +67,7 @@ def pareto(summary: Summary, against: str, name: str) -> str:
 
 
 def downstream(summary: Summary, name: str) -> str:
-    """Downstream MSE (log scale) at each later site, one line a kind, of the runs at similar CE increase."""
+    """Downstream MSE (log scale) at each later site, one line a method, of the runs at similar CE increase."""
     runs = [run for run in summary.similar if run.downstream_mse]
     sites = list(dict.fromkeys(site for run in runs for site in run.downstream_mse))
 
@@ -75,7 +76,7 @@ def downstream(summary: Summary, name: str) -> str:
             kept = [site for site in sites if run.downstream_mse.get(site, 0) > 0]
             values = [run.downstream_mse[site] for site in kept]
             errors = _errors([run] * len(kept), [f"downstream_mse.{site}" for site in kept], values)
-            axes.errorbar([sites.index(site) for site in kept], values, errors, **_look(run.kind))
+            axes.errorbar([sites.index(site) for site in kept], values, errors, **_look(run.method))
         axes.set_xticks(range(len(sites)), [printable(layer_label(site)) for site in sites])
         axes.set_xlim(-0.3, len(sites) - 0.7)
         _log_scale(axes, "y", [value for run in runs for value in run.downstream_mse.values()])
@@ -85,29 +86,25 @@ def downstream(summary: Summary, name: str) -> str:
     return _svg(draw, name)
 
 
-def swatch(kind: str) -> str:
-    """The kind's marker and line, small, for legends and tables; decoration only, the word stands beside it."""
-    shape = {
-        "o": '<circle cx="14" cy="7" r="4.5"/>',
-        "s": '<rect x="10" y="3" width="8" height="8"/>',
-        "^": '<path d="M14 2 19 11.5H9z"/>',
-    }[MARKERS[kind]]
+def swatch(method: Method) -> str:
+    """The method's marker and line, small, for legends and tables; decoration only, the word stands beside it."""
     return (
-        f'<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true" style="--c:var(--{kind})">'
-        f'<path class="line" d="M1 7H27"/>{shape}</svg>'
+        f'<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true" style="--c:var(--{style_of(method)})">'
+        f'<path class="line" d="M1 7H27"/>{SHAPES[marker_of(method)]}</svg>'
     )
 
 
-def legend() -> str:
-    items = "".join(f"<li>{swatch(kind)}{LABELS[kind]}</li>" for kind in KINDS)
+def legend(methods: Iterable[Method]) -> str:
+    items = "".join(f"<li>{swatch(method)}{escape(method.label)}</li>" for method in methods)
     return f'<ul class="legend">{items}</ul>'
 
 
-def _look(kind: str) -> dict[str, Any]:
+def _look(method: Method) -> dict[str, Any]:
+    marker = marker_of(method)
     return {
-        "color": COLOURS[kind],
-        "marker": MARKERS[kind],
-        "markersize": 8.5 if MARKERS[kind] == "^" else 7,
+        "color": colour_of(method),
+        "marker": marker,
+        "markersize": 8.5 if marker == "^" else 7,
         "markeredgecolor": _PAPER,
         "markeredgewidth": 1.0,
         "linewidth": 1.8,

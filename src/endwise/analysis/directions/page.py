@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from endwise.analysis.claims import claim_list
+from endwise.analysis.comparable import baseline_of, methods_of
 from endwise.analysis.directions import reconstruction
 from endwise.analysis.directions import study as analysis
 from endwise.analysis.directions.study import Directions
@@ -17,8 +18,7 @@ from endwise.common.remarks import show_remarks
 from endwise.common.statistics import Interval
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.objective import LABELS
-from endwise.evaluation.summary import RunSummary, later_mse, layer_label, remarks_of
+from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, layer_label, remarks_of
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.page import escape, page, table
@@ -26,7 +26,6 @@ from endwise.figures.print import save
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
 UNEXPLAINED = Axis("unexplained share of the variance along v", log=True)
-DROPPED = Axis("local's correlation − the kind's")
 KL_PER_VARIANCE = Axis("the same KL / variance along v", log=True)
 KL = Axis("KL(original ‖ resample-ablated), nats per token", log=True)
 
@@ -56,40 +55,40 @@ def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
     marks = [
         Mark(float(index + 1), float(y), _told(found, run, index)) for index, y in enumerate(values) if np.isfinite(y)
     ]
-    return Series(run.kind, tuple(marks), joined=False)
+    return Series(run.method, tuple(marks), joined=False)
 
 
 def used_directions(found: Directions, name: str) -> Chart:
-    """Figures 22 and 23: what is reconstructed, and what is dropped beyond local, over what the model uses."""
-    by_kind = {run.kind: run for run in found.similar}
+    """Figures 22 and 23: what is reconstructed, and what is dropped beyond the baseline, over what the model uses."""
+    base = next(run for run in found.similar if run.method == baseline_of(methods_of(found.similar)))
     panels = [Panel("", KL, CORRELATION, tuple(_by_use(found, run) for run in found.similar))]
-    if "local" in by_kind:
-        others = [run for kind, run in by_kind.items() if kind != "local"]
+    if others := [run for run in found.similar if run.method != base.method]:
+        dropped = Axis(f"{base.method.label}'s correlation − the kind's")
         for x in (KL, KL_PER_VARIANCE):
-            series = tuple(_by_use(found, run, by_kind["local"], x is KL_PER_VARIANCE) for run in others)
-            panels.append(Panel("", x, DROPPED, series))
+            series = tuple(_by_use(found, run, base, x is KL_PER_VARIANCE) for run in others)
+            panels.append(Panel("", x, dropped, series))
     caption = (
         f"One dot a principal direction of the activations at {found.setting.site}. Across: the KL when every token's "
         "component along it is replaced by another token's, as it is and by the direction's variance. Up: how well an "
-        f"SAE reconstructs that component, and how much less well than local. {_seed(found)}"
+        f"SAE reconstructs that component, and how much less well than {base.method.label}. {_seed(found)}"
     )
     shown = tuple(panel for panel in panels if any(series.marks for series in panel.series))
     return Chart(name, "What is reconstructed, and what the model uses", caption, shown)
 
 
-def _by_use(found: Directions, run: RunSummary, local: RunSummary | None = None, by_variance: bool = False) -> Series:
-    """A run's correlations, or by how much they are below local's."""
+def _by_use(found: Directions, run: RunSummary, base: RunSummary | None = None, by_variance: bool = False) -> Series:
+    """A run's correlations, or by how much they are below the baseline's."""
     of = found.measured[run.folder]
     across = of.kl.estimate / np.maximum(of.variance, np.finfo(float).tiny) if by_variance else of.kl.estimate
     up = of.correlation.estimate
-    if local is not None:
-        up = found.measured[local.folder].correlation.estimate - up
+    if base is not None:
+        up = found.measured[base.folder].correlation.estimate - up
     marks = tuple(
         Mark(float(x), float(y), _told(found, run, index))
         for index, (x, y) in enumerate(zip(across, up, strict=True))
         if np.isfinite(x) and np.isfinite(y)
     )
-    return Series(run.kind, marks, joined=False)
+    return Series(run.method, marks, joined=False)
 
 
 def _told(found: Directions, run: RunSummary, index: int) -> str:
@@ -101,7 +100,7 @@ def _told(found: Directions, run: RunSummary, index: int) -> str:
         else ""
     )
     return (
-        f"{LABELS[run.kind]}, λ {run.coefficient:g}, direction {index + 1}\n"
+        f"{run.method.label}, {run.knob}, direction {index + 1}\n"
         f"{of.variance_share[index]:.3%} of the variance\n"
         f"correlation {of.correlation.estimate[index]:.3f}, explained {of.explained_variance.estimate[index]:.3f}{used}"
     )
@@ -137,8 +136,8 @@ def _runs(one: Directions) -> Grid:
         norms, of, mse = one.norms[run.folder], one.follows.get(run.folder), later_mse(run)
         rows.append(
             (
-                LABELS[run.kind],
-                f"{run.coefficient:g}",
+                run.method.label,
+                f"{run.knob.value:g}",
                 str(run.seed),
                 f"{run.ce_increase:+.3f}",
                 f"{norms.ratio.estimate:.3f}",
@@ -147,7 +146,7 @@ def _runs(one: Directions) -> Grid:
                 "–" if mse is None else f"{mse:.3g}",
             )
         )
-    headings = ("kind", "λ", "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE")
+    headings = ("kind", knob_labels(one.runs), "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE")
     return Grid(headings, rows, title_of(one.setting))
 
 
@@ -207,7 +206,7 @@ def _norm_table(one: Directions) -> str:
         rows.append((*_named(one, run), f"{run.ce_increase:+.3f}", *map(_interval, lengths)))
     headings = (
         "kind",
-        "λ",
+        knob_labels(one.runs),
         "seed",
         "CE increase",
         "‖â‖/‖a‖",
@@ -230,7 +229,7 @@ def _use_table(one: Directions) -> str:
     ]
     pairs = [
         (
-            f"{LABELS[each.kind]} − {LABELS[each.reference]}",
+            f"{each.method.label} − {each.reference.label}",
             rests_on(each.runs),
             *map(_interval, (each.rank, each.given_variance, each.dropped, each.dropped_given_variance)),
         )
@@ -238,7 +237,7 @@ def _use_table(one: Directions) -> str:
     ]
     if not rows:
         return ""
-    headings = ("kind", "λ", "seed", "directions", "rank correlation with use", "given variance")
+    headings = ("kind", knob_labels(one.runs), "seed", "directions", "rank correlation with use", "given variance")
     differences = (
         "at similar CE, seed by seed",
         "seeds",
@@ -262,7 +261,7 @@ def _use_table(one: Directions) -> str:
 def _later_table(one: Directions) -> str:
     later = list(dict.fromkeys(site for run in one.similar for site in run.downstream_mse))
     rows = [
-        (LABELS[run.kind], f"{run.ce_increase:+.3f}", *(_later_cell(run, site) for site in later))
+        (run.method.label, f"{run.ce_increase:+.3f}", *(_later_cell(run, site) for site in later))
         for run in one.similar
     ]
     if not later:
@@ -281,7 +280,7 @@ def _later_cell(run: RunSummary, site: str) -> str:
 
 def _named(one: Directions, run: RunSummary) -> tuple[str, str, str]:
     marked = "*" if any(run in runs for runs in one.by_seed.values()) else ""
-    return f"{LABELS[run.kind]}{marked}", f"{run.coefficient:g}", str(run.seed)
+    return f"{run.method.label}{marked}", f"{run.knob.value:g}", str(run.seed)
 
 
 def _interval(interval: Interval | OverSeeds | None) -> str:

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from endwise.analysis.comparable import methods_of
 from endwise.analysis.directions.norms import BINS, Norms
 from endwise.analysis.directions.text_at_site import Where
 from endwise.analysis.pareto.page import AXIS, OTHER_SEEDS, described, mark
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 
@@ -40,7 +41,7 @@ def _later(runs: Sequence[RunSummary], site: str) -> list[Panel]:
     x = Axis("later residual stream, by the block it enters", categories=tuple(map(layer_label, later)))
     panels = []
     for metric, y in LATER.items():
-        series = [Series(run.kind, _marks(run, metric, later)) for run in runs]
+        series = [Series(run.method, _marks(run, metric, later)) for run in runs]
         if any(each.marks for each in series):  # cosines are younger than errors
             panels.append(Panel(site, x, y, tuple(each for each in series if each.marks)))
     return panels
@@ -58,45 +59,45 @@ def explained_variance(runs: Sequence[RunSummary], site: str, name: str = "expla
     forms = {"per_token": "raw", "per_token_layernorm": "after LayerNorm"}
     y = Axis("explained variance, per token")
     panels = [
-        Panel(words, AXIS["l0"], y, _by_kind(runs, f"explained_variance.{form}")) for form, words in forms.items()
+        Panel(words, AXIS["l0"], y, _by_method(runs, f"explained_variance.{form}")) for form, words in forms.items()
     ]
     caption = f"Mean over tokens of 1 − ‖â − a‖² / ‖a − mean‖² at {site}. {TEXT}"
     return Chart(name, "How much of the activation is reconstructed", caption, tuple(panels))
 
 
-def _by_kind(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
-    """A curve of the first seed of each kind, and the runs of its other seeds as dots."""
+def _by_method(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
+    """A curve of the first seed of each method, and the runs of its other seeds as dots."""
     series = []
-    for kind in KINDS:
-        own = of_kind(runs, kind)
+    for method in methods_of(runs):
+        own = of_method(runs, method)
         first = min((run.seed for run in own), default=0)
         line = tuple(mark(run, "l0", y) for run in own if run.seed == first)
         dots = tuple(mark(run, "l0", y) for run in own if run.seed != first)
-        series += [Series(kind, line), Series(kind, dots, OTHER_SEEDS, joined=False, rank=1)]
+        series += [Series(method, line), Series(method, dots, OTHER_SEEDS, joined=False, rank=1)]
     return tuple(each for each in series if each.marks)
 
 
-def of_kind(runs: Iterable[RunSummary], kind: str) -> list[RunSummary]:
+def of_method(runs: Iterable[RunSummary], method: Method) -> list[RunSummary]:
     """In the order of L0."""
-    return sorted((run for run in runs if run.kind == kind), key=lambda run: run.l0)
+    return sorted((run for run in runs if run.method == method), key=lambda run: run.l0)
 
 
 def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: str, name: str = "norms") -> Chart:
-    """Figure 10: a panel for each kind, and one for its document starts, where there are any."""
+    """Figure 10: a panel for each method, and one for its document starts, where there are any."""
     x, y = Axis("length of the activation, ‖a‖", log=True), Axis("length of the reconstruction, ‖â‖", log=True)
     drawn = [run for run in similar if run.folder in measured]
 
     def panel(run: RunSummary, title: str, groups: Mapping[Where, str]) -> Panel:
         series = [
-            Series(run.kind, _lengths(measured[run.folder], group, words), words, joined=False, rank=rank)
+            Series(run.method, _lengths(measured[run.folder], group, words), words, joined=False, rank=rank)
             for rank, (group, words) in enumerate(groups.items())
         ]
         return Panel(title, x, y, tuple(each for each in series if each.marks), diagonal=True)
 
-    panels = [panel(run, LABELS[run.kind], {"others": "other positions", "position_0": "position 0"}) for run in drawn]
+    panels = [panel(run, run.method.label, {"others": "other positions", "position_0": "position 0"}) for run in drawn]
     if any(measured[run.folder].sample["starts"] for run in drawn):
         starts = "document starts"
-        panels += [panel(run, f"{LABELS[run.kind]}, {starts}", {"starts": starts}) for run in drawn]
+        panels += [panel(run, f"{run.method.label}, {starts}", {"starts": starts}) for run in drawn]
     caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot a held-out token."
     return Chart(name, "How long reconstructions are", caption, tuple(panels))
 
@@ -109,14 +110,14 @@ def cosines(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: 
     """Figure 11, from the lowest cosine of any."""
     centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
     drawn = [run for run in similar if run.folder in measured]
-    counts = {run.kind: np.array(measured[run.folder].histogram, dtype=float) for run in drawn}
+    counts = {run.method: np.array(measured[run.folder].histogram, dtype=float) for run in drawn}
     filled = np.flatnonzero(sum(counts.values(), np.zeros(BINS)))
     first = max(0, int(filled[0]) - 1) if len(filled) else 0
     series = []
-    for kind, each in counts.items():
+    for method, each in counts.items():
         shares = 100 * each / max(each.sum(), 1)
-        marks = [Mark(float(x), float(y), f"{LABELS[kind]}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)]
-        series.append(Series(kind, tuple(marks[first:])))
+        marks = [Mark(float(x), float(y), f"{method.label}: {y:.1f} %") for x, y in zip(centres, shares, strict=True)]
+        series.append(Series(method, tuple(marks[first:])))
     y = Axis(f"share of tokens, % per {2 / BINS:g}", from_zero=True)
     panel = Panel(site, Axis("cosine between a and â"), y, tuple(series))
     caption = (

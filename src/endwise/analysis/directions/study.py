@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, Verdict, all_shown, are_similar
-from endwise.analysis.comparable import Setting, columns_of, comparable
+from endwise.analysis.comparable import Setting, columns_of, comparable, in_order, methods_of, pairs_of
 from endwise.analysis.comparison.comparison import later_error, runs_at_similar, similar_by_seed
 from endwise.analysis.correlations import LEAST, interval_of, partial_spearman, resampled_points, spearman
 from endwise.analysis.directions.measure import RunDirections, measure_directions
@@ -26,7 +26,7 @@ from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, ov
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
 from endwise.common.statistics import Interval, error_of
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary, Seeds, what_varies
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
@@ -50,15 +50,15 @@ class Follows:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two kinds, of each seed two runs at a similar CE increase; everything paired over directions, within the seed."""
+    """Two methods, of each seed two runs at a similar CE increase; all is paired over directions, within the seed."""
 
-    kind: str
-    reference: str
+    method: Method
+    reference: Method
     runs: tuple[RunSummary, ...]
-    """Of both kinds."""
+    """Of both."""
     directions: int
     own: OverSeeds
-    """`Follows.rank` of `kind`."""
+    """`Follows.rank` of `method`."""
     own_given_variance: OverSeeds
     of_reference: OverSeeds
     of_reference_given_variance: OverSeeds
@@ -66,7 +66,7 @@ class Contrast:
     """Difference of their `Follows.rank`."""
     given_variance: OverSeeds
     dropped: OverSeeds
-    """Rank correlation of the KL with how much worse `kind` reconstructs a direction than `reference` (difference of
+    """Rank correlation of the KL with how much worse `method` reconstructs a direction than `reference` (difference of
     correlations). Below 0: what it drops is what the model uses less."""
     dropped_given_variance: OverSeeds
     """The same given the directions' variance: whether, of directions of like variance, it drops those less used."""
@@ -81,7 +81,7 @@ class Directions:
     measured: Mapping[str, RunDirections]
     """By run folder."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
+    """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     by_seed: Mapping[Seeds, tuple[RunSummary, ...]]
     """The same of every seed."""
     follows: Mapping[str, Follows]
@@ -97,12 +97,16 @@ class Directions:
         return {folder: each.norms for folder, each in self.measured.items()}
 
     @property
+    def _against_baseline(self) -> list[tuple[Method, Method]]:
+        return pairs_of([("e2e", "local"), ("e2e_ds", "local")], methods_of(self.runs))
+
+    @property
     def claims(self) -> list[Claim]:
         """What the paper says of lengths, later layers and dropped directions, held against the runs."""
         return [
             norm_claim({self.setting.site: list(self.by_seed.values())}, self.norms),
             _downstream_claim(self),
-            *(claim for kind in ("e2e", "e2e_ds") for claim in _dropped_claims(self, kind)),
+            *(claim for pair in self._against_baseline for claim in _dropped_claims(self, *pair)),
         ]
 
 
@@ -152,15 +156,16 @@ def directions(
 
 
 def _compare(setting: Setting, runs: Sequence[RunSummary], by_folder: Mapping[str, RunDirections]) -> Directions:
-    ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seed)))
+    ordered = tuple(sorted(runs, key=lambda run: (*in_order(run)[:2], run.seed)))
     measured = {run.folder: by_folder[run.folder] for run in ordered}
     similar, by_seed = runs_at_similar(ordered, "ce_increase"), similar_by_seed(ordered, "ce_increase")
     enough = len(_ablated(measured.values())) >= LEAST
     contrasts = []
-    for kind, reference in PAIRS if enough else ():
-        if pairs := _pairs(by_seed, kind, reference):
-            contrasts.append(contrast(kind, reference, pairs, measured))
-    both = {"e2e", "e2e_ds"} <= {run.kind for run in similar}
+    for method, reference in pairs_of(PAIRS, methods_of(ordered)) if enough else ():
+        if pairs := _pairs(by_seed, method, reference):
+            contrasts.append(contrast(method, reference, pairs, measured))
+    e2e, e2e_ds = PRESET_METHODS["e2e"], PRESET_METHODS["e2e_ds"]
+    both = {e2e, e2e_ds} <= {run.method for run in similar}
     return Directions(
         setting=setting,
         runs=ordered,
@@ -169,17 +174,17 @@ def _compare(setting: Setting, runs: Sequence[RunSummary], by_folder: Mapping[st
         by_seed=by_seed,
         follows={folder: follows(each) for folder, each in measured.items()} if enough else {},
         contrasts=tuple(contrasts),
-        downstream=later_error(ordered, "e2e_ds", "e2e", RESAMPLES, SEED) if both else None,
+        downstream=later_error(ordered, e2e_ds, e2e, RESAMPLES, SEED) if both else None,
     )
 
 
 Pair = tuple[RunSummary, RunSummary]
 
 
-def _pairs(by_seed: Mapping[Seeds, Sequence[RunSummary]], kind: str, reference: str) -> list[Pair]:
-    """Of each seed that has runs of both kinds at a similar CE increase, these."""
-    chosen = [{run.kind: run for run in runs} for runs in by_seed.values()]
-    pairs = [(of[kind], of[reference]) for of in chosen if {kind, reference} <= set(of)]
+def _pairs(by_seed: Mapping[Seeds, Sequence[RunSummary]], method: Method, reference: Method) -> list[Pair]:
+    """Of each seed that has runs of both methods at a similar CE increase, these."""
+    chosen = [{run.method: run for run in runs} for runs in by_seed.values()]
+    pairs = [(of[method], of[reference]) for of in chosen if {method, reference} <= set(of)]
     return [pair for pair in pairs if are_similar(pair)]
 
 
@@ -202,8 +207,8 @@ def follows(run: RunDirections, resamples: int = RESAMPLES, seed: int = SEED) ->
 
 
 def contrast(
-    kind: str,
-    reference: str,
+    method: Method,
+    reference: Method,
     pairs: Sequence[Pair],
     measured: Mapping[str, RunDirections],
     resamples: int = RESAMPLES,
@@ -211,7 +216,7 @@ def contrast(
 ) -> Contrast:
     """
     Args:
-        pairs: of each seed a run of either kind.
+        pairs: of each seed a run of either method.
         measured: by run folder.
 
     Raises:
@@ -223,7 +228,7 @@ def contrast(
     every = [_of_seed(run, other, at, weights) for run, other in of]
     own, own_given, others, others_given, dropped, dropped_given = (np.stack(each) for each in zip(*every, strict=True))
     return Contrast(
-        kind,
+        method,
         reference,
         tuple(run for pair in pairs for run in pair),
         len(at),
@@ -262,16 +267,17 @@ def norm_claim(places: Mapping[str, Sequence[Sequence[RunSummary]]], measured: M
             similar is anything said of their order.
         measured: by run folder.
     """
-    told, verdicts = [], []
+    told, verdicts, presets = [], [], set(PRESET_METHODS.values())
     for place, choices in places.items():
         kept = [[run for run in runs if run.folder in measured] for runs in choices]
-        whole = [runs for runs in kept if {run.kind for run in runs} >= set(KINDS) and are_similar(runs)]
+        whole = [runs for runs in kept if {run.method for run in runs} >= presets and are_similar(runs)]
         apart = "" if whole else ", no seed has all kinds at a similar CE increase"
         told.append(f"{place}: {_lengths(whole or kept[:1], measured)}{apart}")
         if whole:
             verdicts.append(_in_order(whole, measured))
     published = ", ".join(
-        f"{LABELS[kind]} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in paper.NORM_RATIO.items()
+        f"{PRESET_METHODS[kind].label} {'/'.join(f'{value:.2f}' for value in values)}"
+        for kind, values in paper.NORM_RATIO.items()
     )
     return Claim(
         "At a similar CE increase reconstructions are shorter than activations (‖â‖/‖a‖), e2e's most, e2e+ds's less, "
@@ -283,18 +289,18 @@ def norm_claim(places: Mapping[str, Sequence[Sequence[RunSummary]]], measured: M
 
 
 def _lengths(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Norms]) -> str:
-    """The ratio of each kind, over the seeds."""
+    """The ratio of each method, over the seeds."""
     runs = [run for choice in choices for run in choice]
-    of_kind = {kind: [measured[run.folder].ratio for run in runs if run.kind == kind] for kind in KINDS}
-    each = [f"{LABELS[kind]} {_mean(ratios).told()}" for kind, ratios in of_kind.items() if ratios]
+    by_method = {of: [measured[run.folder].ratio for run in runs if run.method == of] for of in methods_of(runs)}
+    each = [f"{method.label} {_mean(ratios).told()}" for method, ratios in by_method.items()]
     return f"{', '.join(each)} {over('held-out text', runs)}" if each else "no runs of all kinds"
 
 
 def _in_order(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Norms]) -> Verdict:
     """Whether e2e's reconstructions are shorter than e2e+ds's, these than local's, and these than the activations."""
     e2e, e2e_ds, local = (
-        [measured[run.folder].ratio for runs in choices for run in runs if run.kind == kind]
-        for kind in ("e2e", "e2e_ds", "local")
+        [measured[run.folder].ratio for runs in choices for run in runs if run.method == PRESET_METHODS[of]]
+        for of in ("e2e", "e2e_ds", "local")
     )
     steps = [_mean(e2e_ds, less=e2e), _mean(local, less=e2e_ds)]
     shorter = _mean(local)
@@ -341,45 +347,46 @@ def _later_told(ratio: Ratio) -> str:
     return f"e2e+ds's downstream MSE {where} is {times(ratio.estimate)}{ends} times e2e's"
 
 
-def _missing(found: Directions, kind: str, other: str) -> str:
-    """Why two kinds cannot be compared at a similar CE increase."""
-    if any({kind, other} <= {run.kind for run in runs} for runs in found.by_seed.values()):
-        similar = bool(_pairs(found.by_seed, kind, other))
+def _missing(found: Directions, method: Method, other: Method) -> str:
+    """Why two methods cannot be compared at a similar CE increase."""
+    if any({method, other} <= {run.method for run in runs} for runs in found.by_seed.values()):
+        similar = bool(_pairs(found.by_seed, method, other))
         return "too few directions were ablated" if similar else "no two runs of a seed have a similar CE increase"
-    return f"no seed has both {LABELS[kind]} and {LABELS[other]}"
+    return f"no seed has both {method.label} and {other.label}"
 
 
 def _later_cosines(found: Directions) -> list[str]:
     """The mean over later layers, where it was measured."""
     return [
-        f"{LABELS[run.kind]}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f} "
+        f"{run.method.label}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f} "
         f"(CE {run.ce_increase:+.3f}, seed {run.seed})"
         for run in found.similar
         if run.downstream_cosine
     ]
 
 
-def _dropped_claims(found: Directions, kind: str) -> list[Claim]:
-    """Whether what a kind drops is used less, and whether that is more than a matter of variance."""
-    name = LABELS[kind]
+def _dropped_claims(found: Directions, method: Method, base: Method) -> list[Claim]:
+    """Whether what a method drops is used less, and whether that is more than a matter of variance."""
+    name, other = method.label, base.label
     words = [
         f"What {name} drops is what the model uses least: over directions, its reconstruction follows their use",
         f"Of directions of like variance, {name} drops those that the model uses less",
     ]
-    published = ["directions that are not reconstructed have little effect (figures 21 to 23)", None]
-    against = next((each for each in found.contrasts if (each.kind, each.reference) == (kind, "local")), None)
+    paper_says = "directions that are not reconstructed have little effect (figures 21 to 23)"
+    published = [paper_says if method.is_preset else None, None]
+    against = next((each for each in found.contrasts if (each.method, each.reference) == (method, base)), None)
     if against is None:
-        missing = _missing(found, kind, "local")
+        missing = _missing(found, method, base)
         return [Claim(*pair, missing, "not testable here") for pair in zip(words, published, strict=True)]
     use = (
         f"rank correlation of reconstruction and resample-ablation KL over {against.directions} directions: {name} "
-        f"{against.own.told()}, local {against.of_reference.told()}, difference {against.rank.told()}; "
-        f"of the KL with how much worse {name} reconstructs than local: {against.dropped.told()}"
+        f"{against.own.told()}, {other} {against.of_reference.told()}, difference {against.rank.told()}; "
+        f"of the KL with how much worse {name} reconstructs than {other}: {against.dropped.told()}"
     )
     alike = (
-        f"given the variance, the KL with how much worse {name} reconstructs than local: "
+        f"given the variance, the KL with how much worse {name} reconstructs than {other}: "
         f"{against.dropped_given_variance.told()}; reconstruction and KL: {name} {against.own_given_variance.told()}, "
-        f"local {against.of_reference_given_variance.told()}, difference {against.given_variance.told()}"
+        f"{other} {against.of_reference_given_variance.told()}, difference {against.given_variance.told()}"
     )
     where = f"intervals {over('directions', against.runs)}"
     dropped, alone = against.dropped, against.dropped_given_variance
@@ -443,12 +450,12 @@ def use_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
 
 
 def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
-    """One row for each pair of kinds, of their runs at similar CE increase: means over seeds."""
+    """One row for each pair of methods, of their runs at similar CE increase: means over seeds."""
     return [
         {
             **columns_of(one.setting),
-            "kind": each.kind,
-            "reference": each.reference,
+            "kind": each.method.key,
+            "reference": each.reference.key,
             "seeds": each.rank.seeds,
             "seeds_vary": what_varies(each.runs) or None,
             **_ends("rank", each.rank),
@@ -468,7 +475,7 @@ def _ends(name: str, interval: Interval | OverSeeds) -> dict[str, float | None]:
 
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
     similar = any(run in runs for runs in one.by_seed.values())
-    own = {"kind": run.kind, "coefficient": run.coefficient, "seed": run.seed, "data_seed": run.data_seed}
+    own = {"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed}
     own |= {"at_similar_ce": similar}
     return {**columns_of(one.setting), **own, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
 

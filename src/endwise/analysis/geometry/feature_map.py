@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from endwise.analysis.geometry.cosines import Directions
 from endwise.analysis.geometry.geometry import Alive, Geometry, Said, alive
 from endwise.common.errors import ConfigError, ModelError
-from endwise.config.objective import LABELS
 from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
 from endwise.features.harvest.top_tokens import token_effects, written
@@ -145,7 +144,7 @@ def map_columns(of: FeatureMap) -> Mapping[str, NDArray[Any]]:
     """One row a feature."""
     columns: dict[str, NDArray[Any]] = {
         "run": np.array([run.folder for run in of.runs], dtype=object)[of.run],
-        "kind": np.array([LABELS[run.kind] for run in of.runs], dtype=object)[of.run],
+        "kind": np.array([run.method.label for run in of.runs], dtype=object)[of.run],
         "feature": of.features,
         "x": of.places[:, 0],
         "y": of.places[:, 1],
@@ -175,12 +174,10 @@ def region_rows(of: FeatureMap) -> list[dict[str, Any]]:
 
 
 def run_names(runs: Sequence[RunSummary]) -> list[str]:
-    """What tells the runs of a map apart: their kind, and the coefficient and the seed where there are several."""
-    kinds = [run.kind for run in runs]
+    """What tells the runs of a map apart: their method, and the knob and the seed where there are several."""
+    methods = [run.method for run in runs]
     return [
-        LABELS[run.kind]
-        if kinds.count(run.kind) == 1
-        else f"{LABELS[run.kind]}, λ {run.coefficient:g}, seed {run.seed}"
+        run.method.label if methods.count(run.method) == 1 else f"{run.method.label}, {run.knob}, seed {run.seed}"
         for run in runs
     ]
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from endwise.analysis.comparable import methods_of
 from endwise.analysis.geometry.geometry import Geometry
 from endwise.analysis.geometry.similarity import Measure, across_kinds, across_seeds, mean_of, within
 from endwise.analysis.geometry.stability import THRESHOLDS
 from endwise.analysis.geometry.tables import recurrences
 from endwise.analysis.pareto.page import AXIS, described, value
 from endwise.common.statistics import LEAST_SEEDS
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 
@@ -43,7 +44,7 @@ def own_cosines(found: Geometry, name: str) -> Chart:
 def kind_cosines(found: Geometry, name: str) -> Chart:
     """Figure 3, right: between kinds."""
     parts = {
-        f"nearest in {LABELS[to.kind]}": [(run, across_kinds(found, run, to)) for run in found.similar if run is not to]
+        f"nearest in {to.method.label}": [(run, across_kinds(found, run, to)) for run in found.similar if run is not to]
         for to in found.similar
     }
     caption = (
@@ -57,9 +58,7 @@ def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
     """Which runs a comparison at similar CE increase is of."""
     if not runs:
         return ""
-    listed = ", ".join(
-        f"{LABELS[run.kind]} λ {run.coefficient:g} ({run.ce_increase:+.3f}, {run.alive:,} alive)" for run in runs
-    )
+    listed = ", ".join(f"{run.method.label} {run.knob} ({run.ce_increase:+.3f}, {run.alive:,} alive)" for run in runs)
     increases = [run.ce_increase for run in runs]
     spread = (max(increases) - min(increases)) / max(abs(float(np.mean(increases))), 1e-9)
     warning = "" if spread <= SIMILAR else f"These differ by {100 * spread:.0f} %: part of a difference may be theirs. "
@@ -71,7 +70,7 @@ def trade_offs(found: Geometry, name: str) -> Chart:
     y = Axis("mean greatest cosine within")
     panels = []
     for metric in ("l0", "ce_increase", "alive"):
-        series = [Series(kind, tuple(_marks(found, kind, metric)), joined=False) for kind in KINDS]
+        series = [Series(of, tuple(_marks(found, of, metric)), joined=False) for of in methods_of(found.runs)]
         panels.append(Panel("", AXIS[metric], y, tuple(each for each in series if each.marks)))
     caption = "Each mark is one SAE; lower is more orthogonal. Bars, of one run each: 95 % over features, and for CE "
     caption += "and L0 over text."
@@ -81,18 +80,18 @@ def trade_offs(found: Geometry, name: str) -> Chart:
 def threshold_curves(found: Geometry, name: str) -> Chart | None:
     """How much of a dictionary is found again with another seed, over what counts as found; None without twins."""
     every = recurrences(found)
-    of_kind = {run.kind: of for run in found.seeded for of in every if run in found.twins(of.run)}
+    by_method = {run.method: of for run in found.seeded for of in every if run in found.twins(of.run)}
     series = []
-    for kind, of in of_kind.items():
+    for method, of in by_method.items():
         # Student's t knows neither 0 nor 100 %.
         ends = [(100 * max(0.0, share.low), 100 * min(1.0, share.high)) for share in of.share]
         low, high = zip(*ends, strict=True)
         marks = tuple(Mark(at, 100 * share.estimate) for at, share in zip(THRESHOLDS, of.share, strict=True))
         held = "features and seeds" if len(of.runs) >= LEAST_SEEDS else "features"
-        series.append(Series(kind, marks, marked=False, band=Band(THRESHOLDS, low, high, held)))
+        series.append(Series(method, marks, marked=False, band=Band(THRESHOLDS, low, high, held)))
     if not series:
         return None
-    seeds = ", ".join(f"{LABELS[kind]} {len(of.runs)}" for kind, of in of_kind.items())
+    seeds = ", ".join(f"{method.label} {len(of.runs)}" for method, of in by_method.items())
     caption = (
         "Mean over features, seeds and other seeds of whether the greatest cosine there reaches the threshold. "
         f"Seeds: {seeds}. {chosen(found.seeded)}"
@@ -112,7 +111,9 @@ def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, Measure | None]]]) ->
     lowest = min(float(values.min()) for each in known.values() for _, values in each)
     edges = np.linspace(min(0.0, lowest), 1.0, int(np.clip(np.sqrt(min(sizes)), *BINS)) + 1)
     return tuple(
-        Panel(title, COSINE, SHARE, tuple(Series(run.kind, _histogram(run, v, edges), marked=False) for run, v in each))
+        Panel(
+            title, COSINE, SHARE, tuple(Series(run.method, _histogram(run, v, edges), marked=False) for run, v in each)
+        )
         for title, each in known.items()
         if each
     )
@@ -124,15 +125,15 @@ def _histogram(run: RunSummary, values: NDArray, edges: NDArray) -> tuple[Mark, 
         Mark(
             float((low + high) / 2),
             float(share),
-            f"{LABELS[run.kind]}\n{share:.1f} % from {low:.2f} to {high:.2f}",
+            f"{run.method.label}\n{share:.1f} % from {low:.2f} to {high:.2f}",
         )
         for share, low, high in zip(shares, edges[:-1], edges[1:], strict=True)
     )
 
 
-def _marks(found: Geometry, kind: str, metric: str) -> Iterator[Mark]:
+def _marks(found: Geometry, method: Method, metric: str) -> Iterator[Mark]:
     for run in found.runs:
-        if run.kind == kind and run.folder in found.within:
+        if run.method == method and run.folder in found.within:
             mean = mean_of(found.within[run.folder])
             words = f"{described(run)}\nmean greatest cosine within {mean.estimate:.3f}"
             x_ends = run.intervals.get(metric)

@@ -20,13 +20,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from endwise.analysis.comparable import Setting, comparable
+from endwise.analysis.comparable import Setting, comparable, in_order, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar
 from endwise.analysis.geometry.cosines import MEMORY, Nearest, nearest_across, nearest_within
 from endwise.analysis.geometry.matching import CANDIDATES, Matching, match
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
-from endwise.config.objective import KINDS
 from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, other_text
@@ -107,7 +106,7 @@ class Geometry:
     pairs: Mapping[tuple[str, str], Pair]
     """By run folders, each pair once."""
     similar: tuple[RunSummary, ...]
-    """One run of each kind, all of one seed, those whose CE increases are closest to each other."""
+    """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     seeded: tuple[RunSummary, ...]
     """As `similar`, among the runs that were trained with several seeds."""
     given: tuple[tuple[str, str], ...]
@@ -130,7 +129,7 @@ def twins(run: RunSummary, runs: Iterable[RunSummary]) -> tuple[RunSummary, ...]
     """The runs that differ from it in their seeds alone, and itself; one of each, in their order."""
     alike = {run.seeds: run}
     for other in runs:
-        if (other.kind, other.coefficient, other.learning_rate) == (run.kind, run.coefficient, run.learning_rate):
+        if (other.method, other.knob, other.learning_rate) == (run.method, run.knob, run.learning_rate):
             alike.setdefault(other.seeds, other)
     return tuple(alike[seeds] for seeds in sorted(alike))
 
@@ -237,7 +236,7 @@ class _Look:
     def at(
         self, setting: Setting, runs: Sequence[RunSummary], given: Sequence[tuple[RunSummary, RunSummary]]
     ) -> Geometry:
-        ordered = tuple(sorted(runs, key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds, run.folder)))
+        ordered = tuple(sorted(runs, key=lambda run: (*in_order(run), run.folder)))
         within = {run.folder: self.within(run) for run in ordered if run.alive > 1}
         living = [run for run in ordered if run.folder in within]
         several = [run for run in living if len(twins(run, living)) > 1]
@@ -287,15 +286,15 @@ def _similarity(run: RunSummary, other: RunSummary | None, of: Alive, to: Alive,
 
 
 def _at_similar_ce(runs: Sequence[RunSummary], beside: Sequence[RunSummary] = ()) -> tuple[RunSummary, ...]:
-    """One run of each kind, all of the learning rate that most of its kind's runs have: where one was tuned, the others
-    are of dictionaries that nobody would use. Of a single kind, the run nearest to those `beside`.
+    """One run of each method, all of the learning rate that most of its runs have: where one was tuned, the others
+    are of dictionaries that nobody would use. Of a single method, the run nearest to those `beside`.
     """
     kept = []
-    for kind in KINDS:
-        own = [run for run in runs if run.kind == kind]
+    for method in methods_of(runs):
+        own = [run for run in runs if run.method == method]
         usual = Counter(run.learning_rate for run in own).most_common(1)
         kept += [run for run in own if run.learning_rate == usual[0][0]]
-    if beside and len({run.kind for run in kept}) == 1:
+    if beside and len({run.method for run in kept}) == 1:
         middle = float(np.mean([run.ce_increase for run in beside]))
         return (min(kept, key=lambda run: abs(run.ce_increase - middle)),)
     return runs_at_similar(kept, "ce_increase") if kept else ()

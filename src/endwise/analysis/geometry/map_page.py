@@ -7,6 +7,7 @@ import numpy as np
 
 from endwise.analysis.geometry.feature_map import FeatureMap, map_columns, region_rows, run_names
 from endwise.common.tables import write_columns, write_table
+from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Note, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.page import escape, table
@@ -34,13 +35,13 @@ def write_feature_map(of: FeatureMap, out: Path, name: str) -> str:
 def map_chart(of: FeatureMap, name: str) -> Chart:
     """Figures 19 and 20; every feature tells what is known of it."""
     step = -(-len(of.run) // SHOWN)
-    ranks: dict[str, int] = {}
+    ranks: dict[Method, int] = {}
     series = []
     for number, run in enumerate(of.runs):
-        rank = ranks[run.kind] = ranks.get(run.kind, -1) + 1
-        label = f"λ {run.coefficient:g}, seed {run.seed}" if sum(run.kind == one.kind for one in of.runs) > 1 else ""
+        rank = ranks[run.method] = ranks.get(run.method, -1) + 1
+        label = f"{run.knob}, seed {run.seed}" if sum(run.method == one.method for one in of.runs) > 1 else ""
         marks = tuple(_marks(of, number, step))
-        series.append(Series(run.kind, marks, label, joined=False, rank=rank))
+        series.append(Series(run.method, marks, label, joined=False, rank=rank))
     centres = [np.median(of.places[of.region == region], axis=0) for region in range(1, of.regions + 1)]
     notes = tuple(Note(float(x), float(y), str(region)) for region, (x, y) in enumerate(centres, 1))
     every = "" if step == 1 else f" Every {step}. feature is shown; the table has all."

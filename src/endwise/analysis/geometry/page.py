@@ -21,8 +21,7 @@ from endwise.common.remarks import show_remarks
 from endwise.common.statistics import LEAST_SEEDS
 from endwise.common.tables import write_columns, write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.objective import LABELS
-from endwise.evaluation.summary import remarks_of
+from endwise.evaluation.summary import knob_labels, remarks_of
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
 from endwise.figures.page import Wide, escape, page, table
@@ -40,8 +39,8 @@ def print_geometry(found: Sequence[Geometry], console: Console | None = None) ->
             mean = mean_of(one.within[run.folder]) if run.folder in one.within else None
             rows.append(
                 (
-                    LABELS[run.kind],
-                    f"{run.coefficient:g}",
+                    run.method.label,
+                    f"{run.knob.value:g}",
                     str(run.seed),
                     f"{run.l0:.1f}",
                     f"{run.alive:,}",
@@ -49,7 +48,15 @@ def print_geometry(found: Sequence[Geometry], console: Console | None = None) ->
                     "–" if mean is None else f"{mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
                 )
             )
-        headings = ("kind", "λ", "seed", "L0", "alive", "CE increase", "greatest cosine within [95 % over features]")
+        headings = (
+            "kind",
+            knob_labels(one.runs),
+            "seed",
+            "L0",
+            "alive",
+            "CE increase",
+            "greatest cosine within [95 % over features]",
+        )
         show(Grid(headings, rows, title_of(one.setting)), console)
         show_remarks(remarks_of(one.runs), console)
         show_claims(claims(one), console)
@@ -194,6 +201,10 @@ def _signed(row: Row, name: str) -> str:
     return "–" if low is None else f"[{signed(low)}, {signed(high)}]"
 
 
+def _named(row: Row) -> str:
+    return f"{row['kind']}, {row['knob']}"
+
+
 _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
     ("less", lambda row: f"{row['a']} − {row['b']}"),
@@ -203,7 +214,7 @@ _DIFFERENCES: Sequence[Column] = (
     ("", lambda row: "paired" if row["paired"] else ""),
 )
 _PAIRS: Sequence[Column] = (
-    ("features of", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
+    ("features of", lambda row: f"{_named(row)}, seed {row['seed']}"),
     ("nearest in", lambda row: row["nearest_in.kind"]),
     ("", lambda row: row["relation"]),
     ("greatest cosine [95 % over features]", _mean),
@@ -212,19 +223,19 @@ _PAIRS: Sequence[Column] = (
     ("of these above threshold", lambda row: f"{100 * row['matched.share']:.0f} %"),
 )
 _SEEDS: Sequence[Column] = (
-    ("kind", lambda row: f"{row['kind']}, λ {row['coefficient']:g}"),
+    ("kind", _named),
     ("seeds", _seeds),
     ("within [95 % over features and seeds]", lambda row: _with_ends(row, "within")),
     ("across seeds [the same]", lambda row: _with_ends(row, "across_seeds")),
 )
 _FUNCTION: Sequence[Column] = (
-    ("run", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
+    ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
     ("stable features [95 % over features]", lambda row: _percents(row, "stable_features")),
     ("their share of importance [95 %]", lambda row: _percents(row, "importance_of_stable")),
     ("Spearman of cosine and importance [95 %]", lambda row: _with_ends(row, "spearman")),
 )
 _WITHIN: Sequence[Column] = (
-    ("run", lambda row: f"{row['kind']}, λ {row['coefficient']:g}, seed {row['seed']}"),
+    ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
     ("L0", lambda row: f"{row['l0']:.1f}"),
     ("alive", lambda row: f"{row['alive']:,}"),
     ("CE increase", lambda row: f"{row['ce_increase']:+.3f}"),

@@ -20,6 +20,7 @@ from endwise.analysis.geometry.geometry import Geometry, Similarity, at_common_s
 from endwise.analysis.over_features import RESAMPLES, resampled_means, resampled_quantiles, stream
 from endwise.analysis.over_seeds import OverSeeds, with_error
 from endwise.common.statistics import Interval, Numbers, percentile_interval, text_error
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, Seeds
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -74,8 +75,8 @@ class SimilarityDifference:
     """`a − b`, seed by seed; or why that cannot be said."""
 
     name: str
-    a: str
-    b: str
+    a: Method
+    b: Method
     interval: OverSeeds | None = None
     """Over features, and over seeds where there are enough."""
     runs: tuple[RunSummary, ...] = ()
@@ -86,7 +87,7 @@ class SimilarityDifference:
 
 
 def difference(
-    name: str, a: Measure, b: Measure, labels: tuple[str, str], *, paired: bool = False
+    name: str, a: Measure, b: Measure, methods: tuple[Method, Method], *, paired: bool = False
 ) -> SimilarityDifference:
     """Over the seeds that both have.
 
@@ -95,11 +96,11 @@ def difference(
     """
     common = tuple(sorted(a.by_seed.keys() & b.by_seed.keys()))
     if not common:
-        return SimilarityDifference(name, *labels, reason="no seed has both")
+        return SimilarityDifference(name, *methods, reason="no seed has both")
     by_seed = [a.by_seed[seeds] - b.by_seed[seeds] for seeds in common]
     draws = [a.draws[seeds] - b.draws[seeds] for seeds in common]
     runs = tuple(a.runs[seeds] for seeds in common)
-    return SimilarityDifference(name, *labels, mean_over_seeds(by_seed, draws, of_pairs=a.of_pairs), runs, paired)
+    return SimilarityDifference(name, *methods, mean_over_seeds(by_seed, draws, of_pairs=a.of_pairs), runs, paired)
 
 
 def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> OverSeeds:

@@ -1,4 +1,4 @@
-"""The geometry of dictionaries as rows: by run, by pair, by kind, and by feature."""
+"""The geometry of dictionaries as rows: by run, by pair, by method, and by feature."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,6 @@ from endwise.analysis.geometry.stability import (
 )
 from endwise.analysis.over_seeds import OverSeeds
 from endwise.common.statistics import Interval
-from endwise.config.objective import LABELS
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, what_varies
 
@@ -43,10 +42,10 @@ def pair_rows(found: Geometry, threshold: float = THRESHOLD) -> list[Row]:
 
 
 def difference_rows(found: Geometry) -> list[Row]:
-    """What the kinds differ by."""
+    """What the methods differ by."""
     rows = []
     for each in differences(found):
-        row = {**_setting(found), "measure": each.name, "a": LABELS[each.a], "b": LABELS[each.b]}
+        row = {**_setting(found), "measure": each.name, "a": each.a.label, "b": each.b.label}
         row |= {**_interval("difference", each.interval), **_seeds(each.runs), "paired": each.paired}
         rows.append(row | {"reason": each.reason})
     return rows
@@ -110,7 +109,7 @@ def _features(found: Geometry, run: RunSummary, threshold: float) -> dict[str, N
     unknown = np.full(n, np.nan)
     return {
         "run": np.full(n, run.folder, dtype=object),
-        "kind": np.full(n, LABELS[run.kind], dtype=object),
+        "kind": np.full(n, run.method.label, dtype=object),
         "seed": np.full(n, run.seed),
         "data_seed": np.full(n, run.data_seed),
         "feature": similarity.features,
@@ -135,7 +134,7 @@ def _pair(found: Geometry, pair: Pair, threshold: float) -> Iterator[Row]:
     }
     relation = _relation(found, run, other)
     for a, b, similarity in ((run, other, pair.there), (other, run, pair.back)):
-        ends = {"relation": relation, **_run(a), "nearest_in": b.folder, "nearest_in.kind": LABELS[b.kind]}
+        ends = {"relation": relation, **_run(a), "nearest_in": b.folder, "nearest_in.kind": b.method.label}
         yield {**_setting(found), **ends, **_summary(similarity), **matched}
 
 
@@ -162,7 +161,7 @@ def _run(run: RunSummary) -> Row:
 
 
 def _kind(run: RunSummary) -> Row:
-    return {"kind": LABELS[run.kind], "coefficient": run.coefficient, "learning_rate": run.learning_rate}
+    return {"kind": run.method.label, **run.knob.columns, "learning_rate": run.learning_rate, "knob": str(run.knob)}
 
 
 def _seeds(runs: Sequence[RunSummary]) -> Row:

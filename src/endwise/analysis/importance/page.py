@@ -27,8 +27,7 @@ from endwise.common.remarks import show_remarks
 from endwise.common.statistics import Interval
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.objective import LABELS
-from endwise.evaluation.summary import remarks_of
+from endwise.evaluation.summary import knob_labels, remarks_of
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.page import escape, page, table
@@ -80,7 +79,7 @@ def _faithfulness(run: ImportantRun, order: str) -> Series:
         if n > 0
     )
     band = Band(tuple(map(float, kept)), tuple(e.low for e in ends), tuple(e.high for e in ends), "held-out text")
-    return Series(run.summary.kind, marks, band=band)
+    return Series(run.summary.method, marks, band=band)
 
 
 def concentration_chart(study: ImportanceStudy, name: str) -> Chart:
@@ -88,11 +87,11 @@ def concentration_chart(study: ImportanceStudy, name: str) -> Chart:
 
     def panel(label: str, count: Callable[[ImportantRun], Interval]) -> Panel:
         series = []
-        for kind in dict.fromkeys(run.summary.kind for run in study.runs):
-            own = sorted((r for r in study.runs if r.summary.kind == kind), key=lambda r: r.summary.ce_increase)
+        for method in dict.fromkeys(run.summary.method for run in study.runs):
+            own = sorted((r for r in study.runs if r.summary.method == method), key=lambda r: r.summary.ce_increase)
             marks = tuple(_run_mark(run, count(run)) for run in own if count(run).estimate > 0)
             seeds = len({run.summary.seeds for run in own})
-            series.append(Series(kind, marks, joined=seeds == 1))
+            series.append(Series(method, marks, joined=seeds == 1))
         return Panel("", Axis("CE increase, nats per token", from_zero=True), Axis(label, log=True), tuple(series))
 
     panels = (
@@ -114,7 +113,7 @@ def cumulative_chart(study: ImportanceStudy, name: str) -> Chart:
         held = cumulative_share(run.measured.importance.ce_second)[: max(1, run.measured.importance.alive)]
         ranks = np.unique(np.geomspace(1, len(held), min(MOST_POINTS, len(held))).round().astype(int))
         marks = tuple(Mark(float(rank), float(held[rank - 1])) for rank in ranks)
-        series.append(Series(run.summary.kind, marks, marked=False))
+        series.append(Series(run.summary.method, marks, marked=False))
     panel = Panel(
         "", Axis("features, by rank", log=True), Axis("share of summed importance", from_zero=True), tuple(series)
     )
@@ -125,7 +124,7 @@ def density_chart(study: ImportanceStudy, name: str) -> Chart:
     """Importance against how often a feature fires, one panel a kind."""
     x, y = Axis("density: share of tokens", log=True), Axis("importance, nats per token", log=True)
     panels = tuple(
-        Panel(LABELS[run.summary.kind], x, y, (Series(run.summary.kind, _densities(run), joined=False),))
+        Panel(run.summary.method.label, x, y, (Series(run.summary.method, _densities(run), joined=False),))
         for run in study.similar
     )
     caption = (
@@ -160,12 +159,12 @@ def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
         for run in study.similar:
             groups = _agreements(run, order)
             series = tuple(
-                Series(run.summary.kind, marks, label, joined=False, rank=rank)
+                Series(run.summary.method, marks, label, joined=False, rank=rank)
                 for rank, (label, marks) in enumerate(groups.items())
             )
-            panels.append(Panel(LABELS[run.summary.kind], x, y, series, diagonal=True))
+            panels.append(Panel(run.summary.method.label, x, y, series, diagonal=True))
     hidden = ", ".join(
-        f"{LABELS[run.summary.kind]} {order} order "
+        f"{run.summary.method.label} {order} order "
         f"{len(run.measured.ablations.features) - sum(map(len, _agreements(run, order).values()))}"
         for order in ESTIMATES
         for run in study.similar
@@ -200,15 +199,14 @@ def _run_mark(run: ImportantRun, count: Interval) -> Mark:
 def _where(study: ImportanceStudy) -> str:
     """What the figures of single runs show."""
     chosen = ", ".join(
-        f"{LABELS[run.summary.kind]} λ {run.summary.coefficient:g} (CE {run.summary.ce_increase:+.3f})"
-        for run in study.similar
+        f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f})" for run in study.similar
     )
     seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
     return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."
 
 
 def _named(run: ImportantRun) -> str:
-    return f"{LABELS[run.summary.kind]}, λ {run.summary.coefficient:g}, seed {run.summary.seed}"
+    return f"{run.summary.method.label}, {run.summary.knob}, seed {run.summary.seed}"
 
 
 def _share(each: Interval) -> str:
@@ -224,21 +222,23 @@ def print_importance(studies: Sequence[ImportanceStudy], console: Console | None
         show_claims(study.claims, console)
 
 
-_HEADINGS = ("kind", "λ", "seed", "CE +", "alive", "half in", f"{_CARRIED} in", "Spearman")
+def _headings(study: ImportanceStudy) -> tuple[str, ...]:
+    knob = knob_labels(run.summary for run in study.runs)
+    return "kind", knob, "seed", "CE +", "alive", "half in", f"{_CARRIED} in", "Spearman"
 
 
 def _runs_table(study: ImportanceStudy) -> Grid:
     cells = map(_cells, study.runs)
     rows = [(*others, rank.partition(" ")[0]) for *others, rank in cells]  # its interval is on the page
-    return Grid(_HEADINGS, rows, title_of(study.setting))
+    return Grid(_headings(study), rows, title_of(study.setting))
 
 
 def _cells(run: ImportantRun) -> tuple[str, ...]:
     summary, rank = run.summary, run.agreement("second")["spearman"]
     carrying = run.carrying
     return (
-        LABELS[summary.kind],
-        f"{summary.coefficient:g}",
+        summary.method.label,
+        f"{summary.knob.value:g}",
         str(summary.seed),
         f"{summary.ce_increase:+.3f}",
         f"{run.measured.importance.alive:,}",
@@ -288,7 +288,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 def _section(study: ImportanceStudy, charts: Sequence[Chart]) -> str:
     head = f'<h2>{escape(study.setting.site)}</h2><p class="lead">{escape(study.setting)}.</p>'
     head += remark_list(run.summary for run in study.runs)
-    numbers = table(_HEADINGS, map(_cells, study.runs))
+    numbers = table(_headings(study), map(_cells, study.runs))
     note = (
         f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '
         "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold "

@@ -1,4 +1,4 @@
-"""Which features matter, and on how few the model's behaviour rests: measured runs, compared kind by kind."""
+"""Which features matter, and on how few the model's behaviour rests: measured runs, compared method by method."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from endwise.analysis.claims import Claim, are_similar
-from endwise.analysis.comparable import Setting, runs_in, with_settings
+from endwise.analysis.comparable import Setting, baseline_of, methods_of, runs_in, with_settings
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.analysis.correlations import pearson, spearman
 from endwise.analysis.importance.concentration import (
@@ -31,8 +31,8 @@ from endwise.analysis.importance.faithfulness import NARROW
 from endwise.analysis.importance.measure import ABLATED, measure_importance
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds
 from endwise.common.statistics import Floats, Interval, percentile_interval
-from endwise.config.objective import KINDS, LABELS
-from endwise.evaluation.summary import RunSummary
+from endwise.config.method import Method
+from endwise.evaluation.summary import RunSummary, knob_labels
 from endwise.features.importance_table import Faithfulness, MeasuredImportance
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpora
@@ -117,7 +117,7 @@ class ImportanceStudy:
 
     @cached_property
     def similar(self) -> tuple[ImportantRun, ...]:
-        """One run of each kind, all of one seed, those whose CE increases are closest."""
+        """One run of each method, all of one seed, those whose CE increases are closest."""
         return self._of(runs_at_similar([run.summary for run in self.runs], "ce_increase"))
 
     @cached_property
@@ -132,47 +132,54 @@ class ImportanceStudy:
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        kinds = [kind for kind in KINDS[1:] if any(run.summary.kind == kind for run in self.runs)]
-        compared = [claim for kind in kinds for claim in (self._carrying(kind), self._half(kind))]
-        present = dict.fromkeys(run.summary.kind for run in self.similar)
-        return (*compared, *(self._follows(kind, order) for order in ESTIMATES for kind in present))
+        others = [method for method in methods_of(run.summary for run in self.runs) if method != self.baseline]
+        compared = [claim for method in others for claim in (self._carrying(method), self._half(method))]
+        present = dict.fromkeys(run.summary.method for run in self.similar)
+        return (*compared, *(self._follows(method, order) for order in ESTIMATES for method in present))
 
-    def _carrying(self, kind: str) -> Claim:
-        claim = f"{LABELS[kind]} needs fewer features than local to carry {100 * CARRIED:.0f} % of what its SAE carries"
-        pairs = self._pairs(kind)
+    @cached_property
+    def baseline(self) -> Method:
+        """What the others are related to."""
+        return baseline_of(methods_of(run.summary for run in self.runs))
+
+    def _carrying(self, method: Method) -> Claim:
+        claim = (
+            f"{method.label} needs fewer features than {self.baseline.label} to carry {100 * CARRIED:.0f} % of what "
+            "its SAE carries"
+        )
+        pairs = self._pairs(method)
         if not pairs:
-            return Claim(claim, None, self._unpaired(kind), "not testable here")
-        ratio = carrying_ratio([(one.measured.faithfulness, local.measured.faithfulness) for one, local in pairs])
+            return Claim(claim, None, self._unpaired(method), "not testable here")
+        ratio = carrying_ratio([(one.measured.faithfulness, base.measured.faithfulness) for one, base in pairs])
         return _ratio_finding(claim, pairs, ratio, [_counted(run) for run in pairs[0]])
 
-    def _half(self, kind: str) -> Claim:
-        claim = f"Half of the importance lies in fewer features of {LABELS[kind]} than of local"
-        pairs = self._pairs(kind)
+    def _half(self, method: Method) -> Claim:
+        claim = f"Half of the importance lies in fewer features of {method.label} than of {self.baseline.label}"
+        pairs = self._pairs(method)
         if not pairs:
-            return Claim(claim, None, self._unpaired(kind), "not testable here")
-        ratio = half_ratio([(one.measured.importance, local.measured.importance) for one, local in pairs])
+            return Claim(claim, None, self._unpaired(method), "not testable here")
+        ratio = half_ratio([(one.measured.importance, base.measured.importance) for one, base in pairs])
         return _ratio_finding(claim, pairs, ratio, [f"{run.half:,.0f}" for run in pairs[0]])
 
-    def _with_local(self, kind: str) -> list[tuple[ImportantRun, ImportantRun]]:
-        """Of each seed that has both, a run of the kind and a local one."""
-        chosen = [{run.summary.kind: run for run in runs} for runs in self.by_seed]
-        return [(of[kind], of["local"]) for of in chosen if {kind, "local"} <= set(of)]
+    def _with_baseline(self, method: Method) -> list[tuple[ImportantRun, ImportantRun]]:
+        """Of each seed that has both, a run of the method and one of the baseline."""
+        chosen = [{run.summary.method: run for run in runs} for runs in self.by_seed]
+        return [(of[method], of[self.baseline]) for of in chosen if {method, self.baseline} <= set(of)]
 
-    def _pairs(self, kind: str) -> list[tuple[ImportantRun, ImportantRun]]:
+    def _pairs(self, method: Method) -> list[tuple[ImportantRun, ImportantRun]]:
         """Those at a similar CE increase."""
-        return [pair for pair in self._with_local(kind) if are_similar(run.summary for run in pair)]
+        return [pair for pair in self._with_baseline(method) if are_similar(run.summary for run in pair)]
 
-    def _unpaired(self, kind: str) -> str:
-        return (
-            "no two runs of a seed have a similar CE increase" if self._with_local(kind) else "no seed has both kinds"
-        )
+    def _unpaired(self, method: Method) -> str:
+        both = self._with_baseline(method)
+        return "no two runs of a seed have a similar CE increase" if both else "no seed has both kinds"
 
-    def _follows(self, kind: str, order: Order) -> Claim:
+    def _follows(self, method: Method, order: Order) -> Claim:
         claim = (
-            f"The {order}-order estimate ranks {LABELS[kind]}'s features as exact ablation does "
+            f"The {order}-order estimate ranks {method.label}'s features as exact ablation does "
             f"(Spearman above {FOLLOWS:g})"
         )
-        runs = [run for each in self.by_seed for run in each if run.summary.kind == kind]
+        runs = [run for each in self.by_seed for run in each if run.summary.method == method]
         # Other features are ablated in each run, so each is resampled apart.
         draws = [run.ranks_as_exact(order, SEED + place) for place, run in enumerate(runs)]
         known = [(run, each) for run, each in zip(runs, draws, strict=True) if each is not None]
@@ -186,7 +193,8 @@ class ImportanceStudy:
         ours = (
             f"Spearman {rank.told('{:.2f}'.format)} {over('features', summaries)}, Pearson "
             f"{', '.join('–' if each is None else f'{each.estimate:.2f}' for each in linear)}, {features} features, "
-            f"λ {', '.join(f'{each:g}' for each in dict.fromkeys(run.coefficient for run in summaries))}"
+            f"{knob_labels(summaries)} "
+            f"{', '.join(f'{each:g}' for each in dict.fromkeys(run.knob.value for run in summaries))}"
         )
         return Claim(claim, None, ours, judged((rank, rank.low > FOLLOWS)))
 
@@ -231,8 +239,8 @@ def _place(same: tuple[Setting, int, str]) -> tuple[str, str, bool, int, int, tu
 
 
 def _in_order(runs: Sequence[ImportantRun]) -> tuple[ImportantRun, ...]:
-    def place(run: ImportantRun) -> tuple[int, int, float]:
-        return KINDS.index(run.summary.kind), run.summary.seed, run.summary.coefficient
+    def place(run: ImportantRun) -> tuple[Any, ...]:
+        return run.summary.method.place, run.summary.seed, run.summary.knob
 
     return tuple(sorted(runs, key=place))
 
@@ -257,12 +265,12 @@ def _ratio_finding(
         return Claim(
             claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
         )
-    one, local = (run.summary for run in pairs[0])
+    one, base = (run.summary for run in pairs[0])
     told = ratio.told(lambda share: f"{100 * share:.0f}", " %")
     ours = (
-        f"{told} of local's {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
-        f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {local.ce_increase:+.3f} "
-        f"and L0s of {one.l0:.1f} and {local.l0:.1f} (seed {one.seed})"
+        f"{told} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
+        f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {base.ce_increase:+.3f} "
+        f"and L0s of {one.l0:.1f} and {base.l0:.1f} (seed {one.seed})"
     )
     return Claim(claim, None, ours, judged((ratio, ratio.high < 1)))
 
@@ -278,7 +286,7 @@ def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
         places = np.empty(len(order), np.int64)
         places[order] = np.arange(1, len(order) + 1)
         for f in range(len(places)):
-            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": f}
+            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.method.key, "feature": f}
             row |= {"firings": int(found.firings[f]), "density": found.firings[f] / found.tokens}
             row |= {"mean_active": found.mean_active[f], "ce": found.ce[f], "ce.se": found.ce_se[f]}
             row |= {
@@ -298,7 +306,7 @@ def ablation_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
     for run in _runs(studies):
         found = run.measured.ablations
         for i, feature in enumerate(found.features):
-            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.kind, "feature": int(feature)}
+            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.method.key, "feature": int(feature)}
             row |= {"chosen": "by rank" if found.by_rank[i] else "at random", "sequences": int(found.sequences[i])}
             for loss in LOSSES:
                 row |= {loss: getattr(found, loss)[i], f"{loss}.se": getattr(found, f"{loss}_se")[i]}
@@ -318,7 +326,7 @@ def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]
             from_zeroed = _share_from_zeroed(curve, sums)
             for point, interval in enumerate(share_intervals(curve, sums)):
                 ce = sums[point].sum()
-                row = {"run": run.summary.folder, "kind": run.summary.kind, "order": order}
+                row = {"run": run.summary.folder, "kind": run.summary.method.key, "order": order}
                 row |= {
                     "kept": int(kept[point]),
                     "ce": ce / predictions,
@@ -348,7 +356,7 @@ def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
         for run in study.runs:
             summary, found = run.summary, run.measured.importance
             row: dict[str, Any] = {"run": summary.folder, "model": summary.model, "site": summary.site}
-            row |= {"kind": summary.kind, "coefficient": summary.coefficient, "seed": summary.seed}
+            row |= {"kind": summary.method.key, **summary.knob.columns, "seed": summary.seed}
             row |= {"data_seed": summary.data_seed}
             row |= {"l0": summary.l0, "ce_increase": summary.ce_increase, "tokens": found.tokens}
             row |= {"alive": found.alive, "half_of_importance": run.half, "share": run.share}

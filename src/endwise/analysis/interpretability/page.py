@@ -22,8 +22,7 @@ from endwise.common.remarks import show_remarks
 from endwise.common.statistics import Interval
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.objective import LABELS
-from endwise.evaluation.summary import remarks_of
+from endwise.evaluation.summary import knob_labels, remarks_of
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Axis, Chart, Panel, Series
 from endwise.figures.interactive import div
@@ -39,7 +38,7 @@ _TITLES = {"": "own explanation", "shuffled": "another feature's", "random": "of
 def score_chart(found: Interpretability, at: At, name: str) -> Chart:
     """Figure 9: the scores of each kind's features, of the runs that are closest; beside them their controls."""
     chosen = found.similar(at)
-    kinds = tuple(LABELS[run.summary.kind] for run in chosen)
+    kinds = tuple(run.summary.method.label for run in chosen)
     panels = []
     for scorer in found.own_names:
         for control in CONTROLS:
@@ -49,7 +48,7 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
                 axis = Axis(f"{scorer}: balanced accuracy")
                 panels.append(Panel(_TITLES[control], Axis("", categories=kinds), axis, tuple(series)))
     told = ", ".join(
-        f"{LABELS[run.summary.kind]} λ {run.summary.coefficient:g} (CE {run.summary.ce_increase:+.3f}, "
+        f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f}, "
         f"L0 {run.summary.l0:.1f}, {len(run.explanations.rows)} features)"
         for run in chosen
     )
@@ -66,8 +65,8 @@ def _violin(run: ExplainedRun, score: str, place: int) -> list[Series]:
     rows = [each for each in run.explanations.rows if each.value(score) is not None]
     hovers = [f"feature {each.feature}: {each.value(score):.2f}\n{_text(each, score)}" for each in rows]
     mean = run.mean(score)
-    told = "" if mean is None else f"{LABELS[run.summary.kind]}, mean {_interval(mean)}"
-    return violin(run.summary.kind, float(place), run.scores(score), hovers, mean, told)
+    told = "" if mean is None else f"{run.summary.method.label}, mean {_interval(mean)}"
+    return violin(run.summary.method, float(place), run.scores(score), hovers, mean, told)
 
 
 def _text(each: Explanation, score: str) -> str:
@@ -78,13 +77,14 @@ def _text(each: Explanation, score: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-_HEADINGS = ("kind", "λ", "seed", "CE +", "L0", "features")
+def _headings(found: Interpretability) -> tuple[str, ...]:
+    return "kind", knob_labels(run.summary for run in found.runs), "seed", "CE +", "L0", "features"
 
 
 def _mean_table(found: Interpretability) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Every score with its interval."""
     rows = [(*_run_cells(run), *(_mean(run, name) for name in found.names)) for run in found.runs]
-    return (*_HEADINGS, *found.names), rows
+    return (*_headings(found), *found.names), rows
 
 
 def _scorer_table(found: Interpretability, scorer: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -96,12 +96,12 @@ def _scorer_table(found: Interpretability, scorer: str) -> tuple[tuple[str, ...]
         rows.append(
             (*_run_cells(run), _mean(run, scorer), *("–" if each is None else f"{each.estimate:.2f}" for each in means))
         )
-    return (*_HEADINGS, scorer, *controls), rows
+    return (*_headings(found), scorer, *controls), rows
 
 
 def _run_cells(run: ExplainedRun) -> tuple[str, ...]:
     s = run.summary
-    head = (LABELS[s.kind], f"{s.coefficient:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
+    head = (s.method.label, f"{s.knob.value:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
     return (*head, str(len(run.explanations.rows)))
 
 
@@ -114,7 +114,7 @@ _DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "differ
 
 
 def _difference_cells(each: ScoreDifference) -> tuple[str, ...]:
-    kinds = f"{LABELS[each.run.summary.kind]} − {LABELS[each.other.summary.kind]}"
+    kinds = f"{each.run.summary.method.label} − {each.other.summary.method.label}"
     seed = str(each.run.summary.seed)
     similar = {"ce_increase": "CE +", "l0": "L0"}[each.at]
     return kinds, similar, seed, each.name, str(each.features), _interval(each.difference, "+.2f"), f"{each.p:.2g}"

@@ -1,7 +1,7 @@
-"""How interpretable features are, kind by kind: means with intervals, differences with permutation tests, verdicts.
+"""How interpretable features are, method by method: means with intervals, differences with permutation tests, verdicts.
 
 Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike. Of each
-seed one run a kind is compared, those of the most similar CE increase or L0; of two runs equally many features. A
+seed one run a method is compared, those of the most similar CE increase or L0; of two runs equally many features. A
 verdict rests on the mean of the seeds' differences, with an interval that holds features and seeds.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from endwise.analysis.claims import SIMILAR, Claim
-from endwise.analysis.comparable import Setting, runs_in, with_settings
+from endwise.analysis.comparable import Setting, methods_of, pairs_of, runs_in, with_settings
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.analysis.over_features import SEED, resampled_means, stream
 from endwise.analysis.over_seeds import OverSeeds, judged, over, over_seeds
@@ -24,7 +24,6 @@ from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.seeds import numpy_stream
 from endwise.common.statistics import Floats, Interval, percentile_interval
-from endwise.config.objective import KINDS, LABELS
 from endwise.evaluation.summary import RunSummary, estimate
 from endwise.features.explanations import Explanations, read_explanations
 
@@ -89,7 +88,7 @@ class Interpretability:
 
     setting: Setting
     runs: tuple[ExplainedRun, ...]
-    """By kind, seed and coefficient."""
+    """By method, seed and knob."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -107,7 +106,7 @@ class Interpretability:
         return tuple(name for name in self.names if "." not in name)
 
     def similar(self, at: At) -> tuple[ExplainedRun, ...]:
-        """Of one seed, one run of each kind."""
+        """Of one seed, one run of each method."""
         return self._of(runs_at_similar([run.summary for run in self.runs], at))
 
     def _of(self, summaries: Iterable[RunSummary]) -> tuple[ExplainedRun, ...]:
@@ -116,16 +115,16 @@ class Interpretability:
 
     @cached_property
     def differences(self) -> tuple[ScoreDifference, ...]:
-        """Of every pair of kinds that a seed has, at either similarity, of every score with the features' own
+        """Of every pair of methods that a seed has, at either similarity, of every score with the features' own
         explanations.
         """
-        found = []
+        found, compared = [], pairs_of(PAIRS, methods_of(run.summary for run in self.runs))
         for at in AT:
             for runs in similar_by_seed([run.summary for run in self.runs], at).values():
-                by_kind = {run.summary.kind: run for run in self._of(runs)}
-                for kind, other in PAIRS:
-                    if kind in by_kind and other in by_kind:
-                        found += [_difference(name, at, by_kind[kind], by_kind[other]) for name in self.own_names]
+                of = {run.summary.method: run for run in self._of(runs)}
+                for method, other in compared:
+                    if method in of and other in of:
+                        found += [_difference(name, at, of[method], of[other]) for name in self.own_names]
         return tuple(each for each in found if each is not None)
 
     @cached_property
@@ -153,7 +152,7 @@ class Interpretability:
         )
 
     def _claim(self, claim: str, published: str, at: At, holds: Any) -> Claim:
-        chosen = [each for each in self.differences if each.at == at and _kinds(each) == ("e2e_ds", "local")]
+        chosen = [each for each in self.differences if each.at == at and _keys(each) == ("e2e_ds", "local")]
         if why := _untestable(chosen, at):
             return Claim(claim, published, why, "not testable here")
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
@@ -203,15 +202,16 @@ def _place(item: tuple[tuple[Setting, str], list[ExplainedRun]]) -> tuple[Any, .
 
 
 def _in_order(runs: Sequence[ExplainedRun]) -> tuple[ExplainedRun, ...]:
-    def place(run: ExplainedRun) -> tuple[int, int, float]:
-        return KINDS.index(run.summary.kind), run.summary.seed, run.summary.coefficient
+    def place(run: ExplainedRun) -> tuple[Any, ...]:
+        return run.summary.method.place, run.summary.seed, run.summary.knob
 
     return tuple(sorted(runs, key=place))
 
 
 def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> ScoreDifference | None:
     """None where either has too few features with this score."""
-    generator = numpy_stream(SEED, f"{name} of {run.summary.kind} and {other.summary.kind} at {at}", run.summary.seed)
+    one, two = run.summary.method, other.summary.method
+    generator = numpy_stream(SEED, f"{name} of {one.key} and {two.key} at {at}", run.summary.seed)
     a, b = equal_samples(run.scores(name), other.scores(name), generator)
     if len(a) < LEAST_FEATURES:
         return None
@@ -232,8 +232,8 @@ def _told(of: Sequence[ScoreDifference], mean: OverSeeds) -> str:
     return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
 
 
-def _kinds(difference: ScoreDifference) -> tuple[str, str]:
-    return difference.run.summary.kind, difference.other.summary.kind
+def _keys(difference: ScoreDifference) -> tuple[str, str]:
+    return difference.run.summary.method.key, difference.other.summary.method.key
 
 
 def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
@@ -248,7 +248,7 @@ def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
             beyond = side.beyond(each.name, "shuffled")
             if beyond is not None and beyond.low <= 0:
                 return (
-                    f"explanations of {LABELS[side.summary.kind]} score no better than another feature's "
+                    f"explanations of {side.summary.method.label} score no better than another feature's "
                     f"({each.name} {beyond.estimate:+.3f} [{beyond.low:+.3f}, {beyond.high:+.3f}]): they tell nothing "
                     "that could be compared"
                 )
@@ -285,15 +285,15 @@ def mean_rows(found: Sequence[Interpretability]) -> list[dict[str, Any]]:
 
 
 def difference_rows(found: Sequence[Interpretability]) -> list[dict[str, Any]]:
-    """Table 4: one row per pair of kinds, seed, similarity and score."""
+    """Table 4: one row per pair of methods, seed, similarity and score."""
     return [
         {
             "site": one.setting.site,
             "at": each.at,
             "seed": each.run.summary.seed,
             "data_seed": each.run.summary.data_seed,
-            "kind": each.run.summary.kind,
-            "other": each.other.summary.kind,
+            "kind": each.run.summary.method.key,
+            "other": each.other.summary.method.key,
             "score": each.name,
             "features": each.features,
             **_ends("difference", each.difference),
@@ -312,9 +312,9 @@ def _runs(found: Sequence[Interpretability]) -> list[ExplainedRun]:
 
 def _columns(run: ExplainedRun) -> dict[str, Any]:
     summary = run.summary
-    row = {"run": summary.folder, "site": summary.site, "kind": summary.kind, "seed": summary.seed}
+    row = {"run": summary.folder, "site": summary.site, "kind": summary.method.key, "seed": summary.seed}
     row |= {"data_seed": summary.data_seed}
-    return {**row, "coefficient": summary.coefficient, "ce_increase": summary.ce_increase, "l0": summary.l0}
+    return {**row, **summary.knob.columns, "ce_increase": summary.ce_increase, "l0": summary.l0}
 
 
 def _ends(name: str, interval: Interval) -> dict[str, float]:

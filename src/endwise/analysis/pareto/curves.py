@@ -1,10 +1,9 @@
 """Pareto curves of any runs: which can be compared, their fronts, their bands, their ratios.
 
-Runs are compared only where all agrees but the kind, the sparsity coefficient, the seeds and the learning rate (which
-is tuned for each kind): one model, one site, the same text, one length of training, one dictionary size, one kind of
-start. Each such set has its own curves and ratios. A kind's curve is of one method: runs whose objective differs in
-more than the coefficient, in a weight say, or in the penalty's power, have a set of their own beside the same local
-runs.
+Runs are compared only where all agrees but the method, its knob (the sparsity coefficient, say), the seeds and the
+learning rate (which is tuned for each method): one model, one site, the same text, one length of training, one
+dictionary size, one kind of start. Each such set has its own curves and ratios. A curve is of one method: runs whose
+objective differs in more than the knob, in a weight say, or in the penalty's power, have another curve.
 """
 
 from collections import Counter
@@ -16,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable
+from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable, in_order, methods_of
 from endwise.analysis.comparison.comparison import Summary, summarise
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.common.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
-from endwise.config.objective import KINDS, LABELS
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, resampled
 from endwise.runs.folder import RunFolder
 
@@ -40,22 +39,25 @@ class Pareto:
 
     setting: Setting
     runs: tuple[RunSummary, ...]
-    """By kind, coefficient, seed and learning rate."""
+    """By method, knob, seed and learning rate."""
     summary: Summary
-    """Of the runs of one learning rate a kind, where it has several."""
+    """Of the runs of one learning rate a method, where it has several."""
     remarks: tuple[str, ...] = ()
     """Which rate that is."""
 
     @property
+    def methods(self) -> list[Method]:
+        return methods_of(self.runs)
+
+    @property
     def is_compared(self) -> bool:
-        """Whether there are local SAEs, and others that can be related to them."""
-        kinds = {run.kind for run in self.runs}
-        return "local" in kinds and len(kinds) > 1
+        """Whether there are several methods, so that one can be related to another."""
+        return len(self.methods) > 1
 
     @property
     def ratios(self) -> dict[tuple[str, str], Ratio]:
-        """By measure and kind; each relative to local."""
-        return {(key, kind): ratio for key, by in self.summary.ratios.items() for kind, ratio in by.items()}
+        """By measure and the method's key; each relative to the baseline."""
+        return {(key, of): ratio for key, by in self.summary.ratios.items() for of, ratio in by.items()}
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,19 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
 
 
 def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
-    runs.sort(key=lambda run: (KINDS.index(run.kind), run.coefficient, run.seeds, run.learning_rate or 0.0))
-    rates = {kind: rate for kind in KINDS if (rate := rate_of_most([run for run in runs if run.kind == kind]))}
-    kept = [run for run in runs if run.learning_rate == rates.get(run.kind, run.learning_rate)]
+    runs.sort(key=lambda run: (*in_order(run), run.learning_rate or 0.0))
+    rates = {of: rate for of in methods_of(runs) if (rate := rate_of_most([run for run in runs if run.method == of]))}
+    kept = [run for run in runs if run.learning_rate == rates.get(run.method, run.learning_rate)]
     remarks = [
-        f"Of {LABELS[kind]} the learning rate {rate:g} is compared, which most runs have; others are only shown."
-        for kind, rate in rates.items()
+        f"Of {method.label} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        for method, rate in rates.items()
     ]
     return Pareto(setting, tuple(runs), _summary(kept), tuple(remarks))
 
 
 def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
-    """Of one kind's runs that were trained at several learning rates with the same coefficient and seed, the rate that
-    has more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
+    """Of one method's runs that were trained at several learning rates with the same knob and seed, the rate that has
+    more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
     runs, or no such rate.
     """
     if not has_several_rates(runs):
@@ -106,8 +108,8 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 
 
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
-    """Whether runs of one kind share coefficient and seed."""
-    return len({(run.coefficient, run.seeds) for run in runs}) < len(runs)
+    """Whether runs of one method share knob and seed."""
+    return len({(run.knob, run.seeds) for run in runs}) < len(runs)
 
 
 def _summary(runs: Sequence[RunSummary]) -> Summary:
@@ -130,7 +132,7 @@ def front(runs: Sequence[RunSummary], x: str, y: str) -> set[str]:
 
 
 def band(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
-    """The band of one kind's curve: over seeds where three or more have a curve, otherwise over held-out text (of the
+    """The band of one method's curve: over seeds where three or more have a curve, otherwise over held-out text (of the
     first seed). None where the points determine no curve, or have no sums to resample.
     """
     seeds = sorted({run.seeds for run in runs})
@@ -143,7 +145,7 @@ def band(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
 
 def _points(runs: Sequence[RunSummary], x: str, y: str) -> tuple[Floats, Floats] | None:
     """A curve's points, if they are one."""
-    if len({run.coefficient for run in runs}) < len(runs):
+    if len({run.knob for run in runs}) < len(runs):
         return None
     across, up = (np.array([float(getattr(run, name)) for run in runs]) for name in (x, y))
     try:
@@ -193,8 +195,9 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
         for run in one.runs:
             row: dict[str, Any] = {
                 **columns_of(one.setting),
-                "kind": run.kind,
-                "coefficient": run.coefficient,
+                "kind": run.method.key,
+                "method": run.method.label,
+                **run.knob.columns,
                 "seed": run.seed,
             }
             row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
@@ -207,9 +210,16 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
 
 
 def ratio_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
-    """One row for each measure of each kind, relative to local."""
+    """One row for each measure of each method, relative to the set's baseline."""
     return [
-        {**columns_of(one.setting), "measure": measure, "kind": kind, **ratio.to_row()}
+        {
+            **columns_of(one.setting),
+            "measure": measure,
+            "kind": key,
+            **ratio.to_row(),
+            "method": one.summary.method(key).label,
+            "relative_to": one.summary.baseline.label,
+        }
         for one in found
-        for (measure, kind), ratio in one.ratios.items()
+        for (measure, key), ratio in one.ratios.items()
     ]

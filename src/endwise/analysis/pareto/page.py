@@ -1,12 +1,12 @@
 """Pareto curves as figures, as tables on a terminal, and as a page."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from endwise.analysis.comparable import HELDOUT_TEXT
+from endwise.analysis.comparable import HELDOUT_TEXT, methods_of
 from endwise.analysis.pareto.curves import (
     AXES,
     Pareto,
@@ -23,8 +23,9 @@ from endwise.common.files import expanded, write_atomic
 from endwise.common.remarks import show_remarks
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
-from endwise.config.objective import KINDS, LABELS
-from endwise.evaluation.summary import RunSummary, remarks_of
+from endwise.config.method import Method
+from endwise.config.objective import LABELS
+from endwise.evaluation.summary import RunSummary, knob_labels, remarks_of
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.page import Wide, escape, page, table
@@ -45,7 +46,7 @@ def described(run: RunSummary) -> str:
     """What a run is and what it measured, line by line."""
     return "\n".join(
         [
-            f"{LABELS[run.kind]}, λ {run.coefficient:g}, seed {run.seed}",
+            f"{run.method.label}, {run.knob}, seed {run.seed}",
             run.site,
             f"{run.tokens:,} training tokens, {run.d_sae:,} features",
             *([] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]),
@@ -69,8 +70,9 @@ def value(run: RunSummary, metric: str) -> float:
 
 def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
     """Figures 1, 4 and 5: CE increase against L0 and against alive features, KL against L0."""
+    methods = methods_of(runs)
     panels = [
-        Panel("", AXIS[x], AXIS[y], tuple(each for kind in KINDS for each in _series(runs, kind, x, y)))
+        Panel("", AXIS[x], AXIS[y], tuple(each for method in methods for each in _series(runs, method, x, y)))
         for x, y in AXES
     ]
     over = dict.fromkeys(each.band.of for panel in panels for each in panel.series if each.band is not None)
@@ -83,28 +85,28 @@ def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
     return Chart(name, f"At {site}", caption, tuple(panels))
 
 
-def _series(runs: Sequence[RunSummary], kind: str, x: str, y: str) -> Iterable[Series]:
-    """A curve; where the kind was trained at several learning rates, that of most of its runs, and the others as dots,
-    or a curve for each rate if none has most.
+def _series(runs: Sequence[RunSummary], method: Method, x: str, y: str) -> Iterable[Series]:
+    """A curve; where the method was trained at several learning rates, that of most of its runs, and the others as
+    dots, or a curve for each rate if none has most.
     """
-    own = sorted((run for run in runs if run.kind == kind), key=lambda run: value(run, x))
+    own = sorted((run for run in runs if run.method == method), key=lambda run: value(run, x))
     best = front(runs, x, y)
     if not has_several_rates(own):
-        yield from _curve(own, kind, x, y, best, "", 0)
+        yield from _curve(own, method, x, y, best, "", 0)
         return
     most = rate_of_most(own)
     rates = sorted({run.learning_rate or 0.0 for run in own}) if most is None else [most]
     for number, rate in enumerate(rates):
         of_rate = [run for run in own if (run.learning_rate or 0.0) == rate]
-        yield from _curve(of_rate, kind, x, y, best, f"learning rate {rate:g}", number)
+        yield from _curve(of_rate, method, x, y, best, f"learning rate {rate:g}", number)
     others = [run for run in own if (run.learning_rate or 0.0) not in rates]
     if others:
         marks = tuple(mark(run, x, y, front=run.folder in best) for run in others)
-        yield Series(kind, marks, "other learning rates", joined=False, rank=1)
+        yield Series(method, marks, "other learning rates", joined=False, rank=1)
 
 
 def _curve(
-    own: Sequence[RunSummary], kind: str, x: str, y: str, best: Container[str], label: str, rank: int
+    own: Sequence[RunSummary], method: Method, x: str, y: str, best: Container[str], label: str, rank: int
 ) -> Iterable[Series]:
     """With three seeds or more the curve of their means, with its band, and all runs as dots; otherwise the first
     seed's curve with its band, and the others as dots.
@@ -117,13 +119,13 @@ def _curve(
     marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
     if around is not None and around.over != HELDOUT_TEXT:
         middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
-        yield Series(kind, middle, label, band=drawn, marked=False, rank=rank)
-        yield Series(kind, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
+        yield Series(method, middle, label, band=drawn, marked=False, rank=rank)
+        yield Series(method, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
         return
-    yield Series(kind, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
+    yield Series(method, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
         told = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
-        yield Series(kind, tuple(others), told, joined=False, rank=max(rank, 1))
+        yield Series(method, tuple(others), told, joined=False, rank=max(rank, 1))
 
 
 def _listed(values: np.ndarray) -> tuple[float, ...]:
@@ -137,7 +139,7 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
         show(_points(one), console)
         show_remarks(remarks_of(one.runs), console)
         if not one.is_compared:
-            show("Without local SAEs and others of this setting there is nothing to compare.", console)
+            show("All SAEs of this setting are of one method: there is nothing to compare them with.", console)
             continue
         show(_ratios(one), console)
         for sentence in (*one.remarks, *one.summary.verdicts):
@@ -145,15 +147,15 @@ def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> Non
 
 
 def _points(one: Pareto) -> Grid:
-    rates = any(has_several_rates([run for run in one.runs if run.kind == kind]) for kind in KINDS)
+    rates = any(has_several_rates([run for run in one.runs if run.method == method]) for method in one.methods)
     fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
     rows = []
     for run in one.runs:
         ends = run.intervals.get("ce_increase")
         rows.append(
             [
-                LABELS[run.kind],
-                f"{run.coefficient:g}",
+                run.method.label,
+                f"{run.knob.value:g}",
                 str(run.seed),
                 *[f"{run.learning_rate or 0:g}"] * rates,
                 f"{run.l0:.1f}",
@@ -163,7 +165,17 @@ def _points(one: Pareto) -> Grid:
                 _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]],
             ]
         )
-    headings = ("kind", "λ", "seed", *["rate"] * rates, "L0", "alive", "CE increase [95 %]", "KL", "front")
+    headings = (
+        "kind",
+        knob_labels(one.runs),
+        "seed",
+        *["rate"] * rates,
+        "L0",
+        "alive",
+        "CE increase [95 %]",
+        "KL",
+        "front",
+    )
     return Grid(headings, rows, title_of(one.setting), words=("front",))
 
 
@@ -172,13 +184,13 @@ _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (F
 
 
 def _ratios(one: Pareto) -> Grid:
-    kinds = [kind for kind in KINDS[1:] if any(run.kind == kind for run in one.runs)]
+    methods = [method for method in one.methods if method != one.summary.baseline]
     rows = []
     for measure in MEASURES:
-        cells = [one.ratios[measure.key, kind] for kind in kinds]
+        cells = [one.ratios[measure.key, method.key] for method in methods]
         words = [percent(ratio) if ratio.at_ends else f"– ({ratio.reason})" for ratio in cells]
         rows.append([f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *words])
-    return Grid(("", *(LABELS[kind] for kind in kinds)), rows, "relative to local [95 %]")
+    return Grid(("", *(method.label for method in methods)), rows, f"relative to {one.summary.baseline.label} [95 %]")
 
 
 def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
@@ -218,11 +230,12 @@ def _section(one: Pareto, chart: Chart) -> str:
     return f'<section>{head}<ul class="verdicts">{sentences}</ul>{div(chart)}{table_of_ratios}</section>'
 
 
-def ratio_table(rows: Iterable[dict[str, object]]) -> str:
+def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
     """Of `ratio_rows`: the figure with its interval, or why there is none; both ends of the range; the intervals over
     text and over seeds alone.
     """
-    cells = []
+    cells, rows = [], list(rows)
+    base = ", ".join(dict.fromkeys(str(row.get("relative_to", "local")) for row in rows)) or "local"
     for row in rows:
         ratio, reason = row["ratio"], row["reason"]
         whole, text, seeds, at_ends = (
@@ -232,9 +245,9 @@ def ratio_table(rows: Iterable[dict[str, object]]) -> str:
         what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
         said = f"{100 * ratio:.0f} %" if isinstance(ratio, float) else "–"
         numbers = (said, whole, at_ends, text, seeds, row["seeds"]) if not reason else (said, Wide(str(reason), 5))
-        cells.append((what, str(row["site"]), LABELS[str(row["kind"])], *numbers))
+        cells.append((what, str(row["site"]), row.get("method", LABELS.get(str(row["kind"]))), *numbers))
     headings = (
-        *("relative to local", "site", "kind", "ratio", "95 %", "at both ends"),
+        *(f"relative to {base}", "site", "kind", "ratio", "95 %", "at both ends"),
         *("95 % over text", "95 % over seeds", "seeds"),
     )
     return table(headings, cells, text=(1, 2))

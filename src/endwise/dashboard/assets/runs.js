@@ -6,7 +6,7 @@ class Run {
     Object.assign(this, facts);
     this.place = place;
     this.data = `${folder}/${place}`;
-    this.kindName = { e2e_ds: "e2e+ds" }[this.kind] || this.kind;
+    this.kindName = this.label || { e2e_ds: "e2e+ds" }[this.kind] || this.kind;
   }
 
   async overview() {

@@ -1,0 +1,112 @@
+"""What a curve is: a method, all that SAEs are trained with, and a knob, the one setting that varies along it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from endwise.config.base import Config
+from endwise.config.dictionary import DictionaryConfig
+from endwise.config.objective import KINDS, LABELS
+from endwise.config.run import RunConfig
+
+COEFFICIENT = "objective.sparsity.coefficient"
+
+
+@dataclass(frozen=True, order=True)
+class Knob:
+    """A setting that is varied along a curve, and where it stands for one run."""
+
+    value: float
+    name: str = COEFFICIENT
+    """The recipe's key."""
+    label: str = "λ"
+    sparser: bool = True
+    """Whether more of it means fewer active features."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Knob":
+        """Find the knob of a recipe: the one that its dictionary has, where it is set, otherwise the sparsity
+        coefficient.
+        """
+        for name, rule in config.dictionary.knobs.items():
+            if (value := getattr(config.dictionary, name)) is not None:
+                return cls(float(value), f"dictionary.{name}", *rule)
+        return cls(config.objective.sparsity.coefficient)
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.value:g}"
+
+    @property
+    def tag(self) -> str:
+        """Name it in folders and lines: the sparsity coefficient by its value alone."""
+        return f"{self.value:g}" if self.name == COEFFICIENT else f"{self.name.rpartition('.')[2]}{self.value:g}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Name it as tables do: in `coefficient` if it is the sparsity coefficient, otherwise beside that."""
+        if self.name == COEFFICIENT:
+            return {"coefficient": self.value}
+        return {"coefficient": None, "knob": self.label, "knob.value": self.value}
+
+    def set_in(self, config: RunConfig, value: float) -> RunConfig:
+        """Copy a recipe with another value; of a knob that counts, the nearest whole number from 1 on."""
+        first, *path = self.name.split(".")
+        section = getattr(config, first)
+        return config.model_copy(update={first: _with(section, path, value)})
+
+
+def _with(section: Config, path: list[str], value: float) -> Config:
+    key, *rest = path
+    if rest:
+        return section.model_copy(update={key: _with(getattr(section, key), rest, value)})
+    counts = isinstance(getattr(section, key), int)
+    return section.model_copy(update={key: max(1, round(value)) if counts else value})
+
+
+@dataclass(frozen=True)
+class Method:
+    """What runs of one curve have in common: objective and dictionary, less the knob and the dictionary's size."""
+
+    key: str
+    """A preset's name (`e2e_ds`), or what stands in its place; of one set of runs, no two methods have one key."""
+    label: str
+    """What legends and tables call it."""
+    content: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The settings that make it, by key."""
+    number: int = field(default=0, compare=False, repr=False)
+    """Of those of a set of runs that are no presets, from 0 on: picks its colour."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Method":
+        """Name the method of a recipe by its preset, its further terms and its architecture."""
+        dictionary = config.dictionary
+        aside = {"architecture", "size", "ratio", Knob.of(config).name.removeprefix("dictionary.")}
+        own = dictionary.model_dump(mode="json", exclude=aside, exclude_defaults=True)
+        content = config.objective.method | {f"dictionary.{name}": value for name, value in own.items()}
+        key = config.objective.method_kind
+        label = LABELS.get(key, key)
+        if dictionary.architecture == DictionaryConfig.model_fields["architecture"].default:
+            return cls(key, label, content)
+        content["dictionary.architecture"] = dictionary.architecture
+        return cls(f"{key}-{dictionary.architecture}", f"{label} {dictionary.architecture}", content)
+
+    @property
+    def digest(self) -> str:
+        """Hash the settings that make it."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Order methods: the presets as everywhere, then the others by label."""
+        return (KINDS.index(self.key) if self.is_preset else len(KINDS), self.label)
+
+    @property
+    def is_preset(self) -> bool:
+        return self.key in LABELS
+
+
+PRESET_METHODS = {kind: Method(kind, label) for kind, label in LABELS.items()}
+"""The paper's three."""
+LOCAL = PRESET_METHODS["local"]
