@@ -8,8 +8,7 @@ from rich.console import Console
 
 from endwise.analysis.claims import claim_list
 from endwise.analysis.comparable import baseline_of, methods_of
-from endwise.analysis.directions import reconstruction
-from endwise.analysis.directions import study as analysis
+from endwise.analysis.directions import reconstruction, tables
 from endwise.analysis.directions.study import Directions
 from endwise.analysis.over_seeds import OverSeeds, rests_on
 from endwise.analysis.sets import counted, models_of, remark_list, show_claims, title_of
@@ -158,15 +157,15 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         RunFolderError: the folder cannot be written.
     """
     out = expanded(out)
-    tables = {
-        "norms": analysis.norm_rows(found),
-        "directions": analysis.direction_rows(found),
-        "downstream": analysis.downstream_rows(found),
-        "use": analysis.use_rows(found),
-        "contrasts": analysis.contrast_rows(found),
-        "claims": analysis.claim_rows(found),
+    rows_of = {
+        "norms": tables.norm_rows(found),
+        "directions": tables.direction_rows(found),
+        "downstream": tables.downstream_rows(found),
+        "use": tables.use_rows(found),
+        "contrasts": tables.contrast_rows(found),
+        "claims": tables.claim_rows(found),
     }
-    for name, rows in tables.items():
+    for name, rows in rows_of.items():
         if rows:
             write_table(rows, out / name)
     sections = []
