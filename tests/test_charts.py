@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,8 @@ from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.look import first_of_each_name, limits, log_ticks, tick_text
 from endwise.report.printed import draw, save
+from endwise.report.reconstruction import explained_variance
+from made_runs import make_run
 
 HOSTILE = '</script><img src=x onerror="alert(1)">&amp;\u202egnp$x$'
 X, Y = Axis("L0: features per token", log=True), Axis("CE increase, nats per token", from_zero=True)
@@ -101,3 +104,71 @@ def test_what_an_axis_has_no_place_for_is_said():
     made = chart(Series("e2e", (Mark(0.0, 0.5), Mark(10.0, 0.5), Mark(20.0, math.nan))))
     assert "2 points are at 0 or below" in div(made)
     assert limits(made.panels[0])[0] == pytest.approx((10 / 1.15, 10 * 1.15))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("low", [3e-9, 2e-6, 0.0004, 3.0])
+@pytest.mark.parametrize("decades", [3, 5, 7, 9])
+def test_powers_of_ten_stand_at_one_distance(low, decades, upright):
+    ticks = log_ticks(low, low * 10**decades, upright)
+    assert len(ticks) >= 3
+    assert len({round(math.log10(b / a)) for a, b in itertools.pairwise(ticks)}) == 1
+
+
+def test_small_numbers_are_written_as_powers():
+    assert [tick_text(value) for value in (1e-8, 2e-5, 1e-4, 0.001, 1000.0)] == [
+        *("10⁻⁸", "2×10⁻⁵", "0.0001", "0.001", "1,000")
+    ]
+
+
+def test_the_marks_at_the_ends_of_a_long_axis_are_whole():
+    made = chart(Series("e2e", (Mark(1e-6, 0.5), Mark(1.0, 0.1)), joined=False))
+    (low, high), _ = limits(made.panels[0])
+    length = math.log(high / low)
+    half = 0.5 * 5.5 / 72 / 2.4  # of a marker, as a share of an axis of 2.4 inches
+    assert math.log(1e-6 / low) / length > half and math.log(high / 1.0) / length > half
+
+
+def test_a_legend_names_the_kinds_in_one_order():
+    names = first_of_each_name(chart(line("e2e_ds"), line("local", label="a"), line("e2e"), line("local", label="b")))
+    assert list(names) == ["local, a", "local, b", "e2e", "e2e+ds"]
+
+
+def test_bands_over_different_things_look_different():
+    def hatched(*over):
+        bands = [Band((10.0, 100.0), (0.4, 0.05), (0.6, 0.2), of) for of in over]
+        made = chart(*(line(kind, band=band) for kind, band in zip(("local", "e2e"), bands, strict=True)))
+        figure = draw(made)
+        printed = [each.get_hatch() for each in figure.axes[0].collections if each.get_facecolor().size == 4]
+        legend = [h.get_hatch() for h in figure.legends[0].legend_handles if hasattr(h, "get_hatch")]
+        on_page = ["fillpattern" in trace for trace in described(div(made))[0]["data"] if "fill" in trace]
+        return [bool(each) for each in printed], [bool(each) for each in legend], on_page
+
+    assert hatched("3 seeds", "held-out text") == ([False, True], [False, True], [False, True])
+    assert hatched("3 seeds", "3 seeds") == ([False, False], [False], [False, False])
+
+
+def test_a_legend_has_a_column_for_each_kind_of_several_names():
+    figure = draw(chart(*(line(kind, label=f"seed {n}", rank=n) for kind in ("local", "e2e") for n in range(3))))
+    figure.draw_without_rendering()
+    places = {}
+    for text in figure.legends[0].get_texts():
+        if text.get_text():
+            places.setdefault(text.get_text().partition(",")[0], set()).add(round(text.get_window_extent().x0))
+    assert {kind: len(at) for kind, at in places.items()} == {"local": 1, "e2e": 1}
+
+
+def test_four_panels_stand_two_by_two():
+    panel = Panel("", X, Y, (line(),))
+    figure = draw(Chart("name", "t", "c", (panel,) * 4))
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
+
+
+def test_a_curve_joins_the_runs_of_one_seed_and_no_others():
+    runs = [make_run("e2e", c, ce, l0, seed=seed) for seed in (1, 0) for c, ce, l0 in ((1, 0.3, 20.0), (2, 0.5, 10.0))]
+    runs = [replace(run, explained_variances={"per_token": 0.5, "per_token_layernorm": 0.6}) for run in runs]
+    for panel in explained_variance(runs, "here").panels:
+        curve, others = panel.series
+        assert curve.joined and not others.joined and others.label == "other seeds"
+        assert all("seed 0" in mark.hover for mark in curve.marks)
+        assert all("seed 1" in mark.hover for mark in others.marks) and len(others.marks) == 2

@@ -14,6 +14,7 @@ from endwise.reproduction.experiments import Experiments
 from endwise.reproduction.findings import Findings, Measured
 from endwise.reproduction.mitigations import Variant, mitigations
 from endwise.reproduction.plan import Plan
+from endwise.reproduction.report import charts
 from endwise.reproduction.runs import StudyRuns
 from endwise.run_config import EvaluationConfig
 from endwise.statistics import Interval
@@ -271,3 +272,15 @@ def test_every_claim_is_told_with_what_was_published():
     found = findings()
     assert all(claim.claim and claim.published and claim.ours for claim in claims(found))
     assert np.isfinite([len(claim.ours) for claim in claims(found)]).all()
+
+
+def test_figures_of_learning_rates_are_of_one_site():
+    found = findings()
+    elsewhere = [Measured(r.config, replace(r.summary, site=OTHER)) for r in found.experiments["learning_rates"]]
+    both = (*found.experiments["learning_rates"], *elsewhere)
+    found = replace(found, experiments={"learning_rates": both, "curves": (), "seeds": ()})
+    rates = len({run.config.training.learning_rate for run in both})
+    of_rates, by_rate = charts(found)["ablations"][:2]
+    assert (of_rates.name, by_rate.name) == ("learning_rates", "rates") and rates > 1
+    assert all(len(series.marks) == rates for panel in of_rates.panels for series in panel.series)
+    assert all(len(series.marks) == 1 for panel in by_rate.panels for series in panel.series)

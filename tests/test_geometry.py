@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from endwise.analysis.similarity import (
 from endwise.analysis.stability import THRESHOLDS, recurrence, stability, stable_function
 from endwise.cli import app
 from endwise.errors import ConfigError, FormatError, RunFolderError
-from endwise.report import print_geometry, write_geometry
+from endwise.report import geometry_figures, print_geometry, write_geometry
 from endwise.run_evaluation import read_firings
 from endwise.statistics import interval_with_seeds
 from made_dictionaries import directions, near, write_run
@@ -161,6 +162,15 @@ def test_recurrence_is_the_share_of_seeds_at_each_threshold(found):
     assert [each.seed for each in of.runs] == [0, 1, 2]
     assert [share.estimate for share in of.share] == pytest.approx(np.mean(shares, axis=0))
     assert all(share.low <= share.estimate + 1e-12 and share.estimate - 1e-12 <= share.high for share in of.share)
+
+
+def test_a_share_of_features_is_drawn_within_0_and_100_percent(found, monkeypatch):
+    of = recurrence(found, run_of(found, "local"))
+    wide = replace(of, share=tuple(replace(share, low=-0.2, high=1.3) for share in of.share))
+    monkeypatch.setattr(geometry_figures, "recurrences", lambda found: [wide])
+    (panel,) = geometry_figures.threshold_curves(found, "name").panels
+    (series,) = panel.series
+    assert set(series.band.low) == {0.0} and set(series.band.high) == {100.0}
 
 
 def slow_draws(statistic, run, size, resamples=over_features.RESAMPLES):

@@ -17,7 +17,7 @@ from endwise.report.charts import Axis, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
+from endwise.report.sets import counted, models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import escape, page, table
 from endwise.statistics import Interval
 from endwise.tabular import write_table
@@ -177,8 +177,7 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         sections.append(_section(one, charts))
     path = out / "directions.html"
     runs = sum(len(one.runs) for one in found)
-    sets = f"{len(found)} set{'' if len(found) == 1 else 's'}"
-    lead = f"{runs} sparse autoencoders in {sets}, measured on held-out text; only runs of one set are compared."
+    lead = f"{counted(runs, len(found))}, measured on held-out text; only runs of one set are compared."
     title = "Lengths, directions and later layers"
     content = page(
         title=title,

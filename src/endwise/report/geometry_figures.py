@@ -83,7 +83,9 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
     of_kind = {run.kind: of for run in found.seeded for of in every if run in found.twins(of.run)}
     series = []
     for kind, of in of_kind.items():
-        low, high = (tuple(100 * getattr(share, end) for share in of.share) for end in ("low", "high"))
+        # Student's t knows neither 0 nor 100 %.
+        ends = [(100 * max(0.0, share.low), 100 * min(1.0, share.high)) for share in of.share]
+        low, high = zip(*ends, strict=True)
         marks = tuple(Mark(at, 100 * share.estimate) for at, share in zip(THRESHOLDS, of.share, strict=True))
         held = "features and seeds" if len(of.runs) >= LEAST_SEEDS else "features"
         series.append(Series(kind, marks, marked=False, band=Band(THRESHOLDS, low, high, held)))

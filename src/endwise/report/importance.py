@@ -27,7 +27,7 @@ from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.claims import claim_list
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.sets import models_of, remark_list, show_claims, show_remarks, title_of
+from endwise.report.sets import counted, models_of, remark_list, show_claims, show_remarks, title_of
 from endwise.report.shell import escape, page, table
 from endwise.statistics import Interval
 from endwise.tabular import write_table
@@ -154,14 +154,15 @@ def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
     """Both estimates against exact ablation, on a diagonal, one panel a kind."""
     panels = []
     for order in ESTIMATES:
-        axes = (Axis(f"{order}-order estimate", log=True), Axis("exact CE rise, nats per token", log=True))
+        x = Axis(f"{order}-order estimate, nats per token", log=True)
+        y = Axis("exact CE rise, nats per token", log=True)
         for run in study.similar:
             groups = _agreements(run, order)
             series = tuple(
                 Series(run.summary.kind, marks, label, joined=False, rank=rank)
                 for rank, (label, marks) in enumerate(groups.items())
             )
-            panels.append(Panel(LABELS[run.summary.kind], *axes, series, diagonal=True))
+            panels.append(Panel(LABELS[run.summary.kind], x, y, series, diagonal=True))
     hidden = ", ".join(
         f"{LABELS[run.summary.kind]} {order} order "
         f"{len(run.measured.ablations.features) - sum(map(len, _agreements(run, order).values()))}"
@@ -270,7 +271,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
             save(chart, out)
         sections.append(_section(study, charts))
     runs = sum(len(study.runs) for study in studies)
-    lead = f"{runs} sparse autoencoders in {len(studies)} sets; only runs of one set are compared."
+    lead = f"{counted(runs, len(studies))}; only runs of one set are compared."
     content = page(
         title="Importance of features",
         eyebrow=models_of(study.setting for study in studies),

@@ -7,7 +7,7 @@ import json
 import math
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from html import escape as escape_html
 from importlib.resources import files
@@ -19,6 +19,7 @@ from endwise.report.look import (
     BAND,
     CROWD,
     MARKERS,
+    bands_of,
     dashes,
     drawn,
     drawn_band,
@@ -48,7 +49,8 @@ def div(chart: Chart) -> str:
         f"</div>{_note(panel)}</section>"
         for panel in chart.panels
     )
-    described = _json([_figure(panel) for panel in chart.panels])
+    hatched = bands_of(chart)[1:]
+    described = _json([_figure(panel, hatched) for panel in chart.panels])
     classes = "chart large" if chart.large else "chart"
     return (
         f'<figure class="{classes}" id="{_escape(chart.name)}"><h3>{_escape(chart.title)}</h3>{_legend(chart)}'
@@ -88,28 +90,28 @@ def _scripts() -> tuple[str, str]:
     return plotly, own
 
 
-def _figure(panel: Panel) -> Json:
+def _figure(panel: Panel, hatched: Sequence[str]) -> Json:
     """Plotly's description of a panel."""
     x, y = limits(panel)
     return {
-        "data": [trace for series in panel.series for trace in _traces(series, panel)],
+        "data": [trace for series in panel.series for trace in _traces(series, panel, hatched)],
         "layout": {
             "xaxis": _axis(panel.x, x),
-            "yaxis": _axis(panel.y, y),
+            "yaxis": _axis(panel.y, y, upright=True),
             "shapes": [_diagonal(x)] if panel.diagonal else [],
             "annotations": [_annotation(note) for note in panel.notes],
         },
     }
 
 
-def _axis(axis: Axis, ends: Ends) -> Json:
+def _axis(axis: Axis, ends: Ends, upright: bool = False) -> Json:
     described: Json = {"title": {"text": _plain(axis.label)}}
     if axis.categories:
         names = [_plain(name) for name in axis.categories]
         return described | {"range": list(ends), "tickvals": list(range(len(names))), "ticktext": names}
     if not axis.log:
         return described | {"range": list(ends)}
-    ticks = log_ticks(*ends)
+    ticks = log_ticks(*ends, upright=upright)
     texts = [tick_text(tick) for tick in ticks]
     return described | {"type": "log", "range": [math.log10(end) for end in ends], "tickvals": ticks, "ticktext": texts}
 
@@ -125,7 +127,7 @@ def _annotation(note: Note) -> Json:
     return {"x": note.x, "y": note.y, "text": _plain(note.text), "showarrow": False, "font": font}
 
 
-def _traces(series: Series, panel: Panel) -> Iterator[Json]:
+def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Json]:
     marks, name = drawn(series, panel), _plain(name_of(series))
     quiet: Json = {"type": "scatter", "name": name, "hoverinfo": "skip"}
     if series.band is not None and (band := drawn_band(series.band, panel)):
@@ -138,6 +140,7 @@ def _traces(series: Series, panel: Panel) -> Iterator[Json]:
             "line": {"width": 0},
             "fill": "toself",
             "fillcolor": f"{_colour(series)} {BAND}",
+            **({"fillpattern": _hatching(series)} if series.band.of in hatched else {}),
         }
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
     yield {
@@ -160,6 +163,11 @@ def _traces(series: Series, panel: Panel) -> Iterator[Json]:
 
 def _colour(series: Series) -> str:
     return f"var(--{series.kind})"
+
+
+def _hatching(series: Series) -> Json:
+    """Of a band that is over something else than the chart's first."""
+    return {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": f"{_colour(series)} {3 * BAND:g}"}
 
 
 def _dash(series: Series) -> str:
@@ -223,8 +231,8 @@ def _legend(chart: Chart) -> str:
         for name, series in first_of_each_name(chart).items()
     ]
     items += [
-        f"<span>{_BAND_SWATCH}95 % band over {_escape(of)}</span>"
-        for of in dict.fromkeys(series.band.of for series in every if series.band is not None)
+        f"<span>{_HATCHED_SWATCH if number else _BAND_SWATCH}95 % band over {_escape(of)}</span>"
+        for number, of in enumerate(bands_of(chart))
     ]
     if any(mark.x_ends or mark.y_ends for series in every for mark in series.marks):
         items.append(f"<span>{_BAR_SWATCH}95 % interval</span>")
@@ -235,6 +243,10 @@ def _legend(chart: Chart) -> str:
 
 _SWATCH = '<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true"'
 _BAND_SWATCH = f'{_SWATCH}><path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/></svg>'
+_HATCHED_SWATCH = (
+    f'{_SWATCH}><path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/>'
+    '<path d="M3 12 13 2M11 12 21 2M19 12 27 4" style="stroke:var(--muted);stroke-width:1.2"/></svg>'
+)
 _BAR_SWATCH = f'{_SWATCH}><path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/></svg>'
 _RING_SWATCH = f'{_SWATCH}><circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/></svg>'
 _SHAPES = {

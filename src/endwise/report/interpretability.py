@@ -58,7 +58,7 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
         "more) is a Gaussian kernel density, the hollow mark the mean. Explained by "
         f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
     )
-    return Chart(name, f"How well explanations foretell features, at similar {AT[at]}", caption, tuple(panels))
+    return Chart(name, f"How well explanations predict features, at similar {AT[at]}", caption, tuple(panels))
 
 
 def _violin(run: ExplainedRun, score: str, place: int) -> list[Series]:

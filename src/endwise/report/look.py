@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endwise.analysis.run_summary import LABELS
+from endwise.analysis.run_summary import KINDS, LABELS
 from endwise.report.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
 COLOURS = {"local": "#0072B2", "e2e": "#D55E00", "e2e_ds": "#009E73"}
@@ -19,8 +19,10 @@ BAND = 0.16
 
 _LETTER, _GAP = 0.022, 0.03
 """Width of a letter of an axis' labels, and the least space between two labels, as shares of the axis."""
-_MARGIN = 1.15
-"""By which a logarithmic axis goes beyond what it shows."""
+_LINE = 0.05
+"""Height of a label, as a share of an upright axis."""
+_MARGIN, _MARGIN_SHARE = 1.15, 0.04
+"""By which a logarithmic axis goes beyond what it shows: at least this factor, and this share of its length."""
 
 
 def name_of(series: Series) -> str:
@@ -30,14 +32,21 @@ def name_of(series: Series) -> str:
 
 
 def first_of_each_name(chart: Chart) -> dict[str, Series]:
-    """What a legend shows: series of one name look alike in all panels, and a line and the marks about it are one."""
+    """What a legend shows, kind by kind: series of one name look alike in all panels, and a line and the marks about it
+    are one.
+    """
     firsts: dict[str, Series] = {}
     for panel in chart.panels:
         for series in panel.series:
             first = firsts.setdefault(name_of(series), series)
             joined, marked = first.joined or series.joined, first.marked or series.marked
             firsts[name_of(series)] = replace(first, joined=joined, marked=marked)
-    return firsts
+    return dict(sorted(firsts.items(), key=lambda item: KINDS.index(item[1].kind)))
+
+
+def bands_of(chart: Chart) -> list[str]:
+    """What its bands are over, each once; all but the first are hatched."""
+    return list(dict.fromkeys(s.band.of for panel in chart.panels for s in panel.series if s.band is not None))
 
 
 def shrink(series: Series) -> float:
@@ -80,32 +89,47 @@ def limits(panel: Panel) -> tuple[Ends, Ends]:
     return x, y
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a logarithmic axis: the coarsest series that puts at least three between low and high, or else
-    the finest.
+def log_ticks(low: float, high: float, upright: bool = False) -> list[float]:
+    """Round numbers for a logarithmic axis: powers of ten at one distance, where three or more have room; otherwise the
+    coarsest series that puts at least three between low and high, or else the finest.
     """
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for stride in range(1, len(powers)):
+        tens = [ten for power in powers if power % stride == 0 and low <= (ten := float(f"1e{power}")) <= high]
+        if len(tens) < 3:
+            break
+        if _apart(tens, low, high, upright) == tens:
+            return tens
     inside: list[float] = []
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
-        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         numbers = [float(f"{digit}e{power}") for power in powers for digit in digits]
         inside = [number for number in numbers if low <= number <= high]
         if len(inside) >= 3:
             break
-    return _apart(inside or [low, high], low, high)
+    return _apart(inside or [low, high], low, high, upright)
 
 
-def _apart(ticks: list[float], low: float, high: float) -> list[float]:
+def _apart(ticks: list[float], low: float, high: float, upright: bool) -> list[float]:
     """Those whose labels leave each other room, from the lowest on."""
     kept = ticks[:1]
     for tick in ticks[1:]:
         letters = (len(tick_text(kept[-1])) + len(tick_text(tick))) / 2
-        if math.log(tick / kept[-1]) >= (_GAP + letters * _LETTER) * math.log(high / low):
+        room = _LINE if upright else letters * _LETTER
+        if math.log(tick / kept[-1]) >= (_GAP + room) * math.log(high / low):
             kept.append(tick)
     return kept
 
 
 def tick_text(value: float) -> str:
-    return f"{value:,.10g}"
+    """`1,000`, `0.001`, `2×10⁻⁵`."""
+    digits, _, power = f"{value:,.10g}".partition("e")
+    if not power:
+        return digits
+    ten = "10" + str(int(power)).translate(_RAISED)
+    return ten if digits == "1" else f"{digits}×{ten}"
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _marks(panel: Panel) -> Iterator[Mark]:
@@ -122,7 +146,8 @@ def _range(axis: Axis, values: list[float]) -> Ends:
     values = [value for value in values if _has_place(value, axis)] or [1.0]
     low, high = min(values), max(values)
     if axis.log:
-        return low / _MARGIN, high * _MARGIN
+        margin = max(_MARGIN, (high / low) ** _MARGIN_SHARE)
+        return low / margin, high * margin
     if axis.from_zero:
         low = min(low, 0.0)
     margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0

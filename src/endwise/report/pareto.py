@@ -24,12 +24,14 @@ from endwise.reading import expanded
 from endwise.report.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.report.interactive import div
 from endwise.report.printed import save
-from endwise.report.sets import models_of, remark_list, show_remarks, title_of
+from endwise.report.sets import counted, models_of, remark_list, show_remarks, title_of
 from endwise.report.shell import Wide, escape, page, table
 from endwise.tabular import write_table
 from endwise.terminal import Grid, show
 
 WAY_OVER_SEEDS = "Student's t"
+OTHER_SEEDS = "other seeds"
+"""What the runs are called that lie beside the curve of the first seed."""
 AXIS = {
     "l0": Axis("L0: features per token", log=True),
     "alive": Axis("alive features", log=True),
@@ -119,7 +121,8 @@ def _curve(
         return
     yield Series(kind, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
-        yield Series(kind, tuple(others), label, joined=False, rank=max(rank, 1))
+        told = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
+        yield Series(kind, tuple(others), told, joined=False, rank=max(rank, 1))
 
 
 def _listed(values: np.ndarray) -> tuple[float, ...]:
@@ -193,7 +196,7 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
         sections.append(_section(one, chart))
     runs = sum(len(one.runs) for one in found)
     path = out / "pareto.html"
-    lead = f"{runs} sparse autoencoders in {len(found)} sets; only runs of one set are compared."
+    lead = f"{counted(runs, len(found))}; only runs of one set are compared."
     content = page(
         title="Pareto curves",
         eyebrow=models_of(one.setting for one in found),

@@ -1,6 +1,7 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, StrMethodFormatter
 
 from endwise.files import replacing
 from endwise.printable import printable
@@ -25,6 +26,7 @@ from endwise.report.look import (
     COLOURS,
     CROWD,
     MARKERS,
+    bands_of,
     dashes,
     drawn,
     drawn_band,
@@ -43,6 +45,8 @@ LEGEND_ROW = 0.18
 """Inches by which each further row of a legend makes a figure higher."""
 COLUMNS = 3
 DPI = 300
+HATCH = "/////"
+"""Of every band that is over something else than the chart's first."""
 
 _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType: text stays text, which journals ask for
@@ -96,7 +100,7 @@ def save(chart: Chart, folder: Path) -> list[Path]:
 
 
 def draw(chart: Chart) -> Figure:
-    columns = min(1 if chart.large else COLUMNS, len(chart.panels))
+    columns = min(1 if chart.large else 2 if len(chart.panels) == 4 else COLUMNS, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     scale = 2 if chart.large else 1
     with mpl.rc_context(_STYLE):
@@ -105,8 +109,9 @@ def draw(chart: Chart) -> Figure:
         )
         FigureCanvasAgg(figure)
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
+        hatched = bands_of(chart)[1:]
         for number, panel in enumerate(chart.panels, 1):
-            _draw_panel(figure.add_subplot(rows, columns, number), panel)
+            _draw_panel(figure.add_subplot(rows, columns, number), panel, hatched)
         rows_of_legend = _add_legend(figure, chart)
         figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows_of_legend - 1))
     return figure
@@ -120,13 +125,13 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
     }[which]
     set_scale("log")
     set_limits(low, high)
-    ticks = log_ticks(low, high)
+    ticks = log_ticks(low, high, upright=which == "y")
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FixedFormatter([tick_text(tick) for tick in ticks]))
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
+def _draw_panel(axes: Axes, panel: Panel, hatched: Sequence[str]) -> None:
     axes.set_title(_text(panel.title))
     axes.grid(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -139,7 +144,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.diagonal:
         axes.plot(x, y, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
     for series in panel.series:
-        _draw_series(axes, series, panel)
+        _draw_series(axes, series, panel, hatched)
     for note in panel.notes:
         axes.annotate(_text(note.text), (note.x, note.y), ha="center", va="center", fontweight="bold", zorder=3)
 
@@ -156,13 +161,16 @@ def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:
             axes.set_xticks(range(len(names)), names, **slanted)
         else:
             axes.set_yticks(range(len(names)), names)
+    elif max(map(abs, ends)) >= 1000:
+        (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
-def _draw_series(axes: Axes, series: Series, panel: Panel) -> None:
+def _draw_series(axes: Axes, series: Series, panel: Panel, hatched: Sequence[str]) -> None:
     marks, colour = drawn(series, panel), COLOURS[series.kind]
     if series.band is not None and (band := drawn_band(series.band, panel)):
         x, low, high = zip(*band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0, zorder=1.8)
+        look = _band_look(colour, BAND, series.band.of in hatched)
+        axes.fill_between(x, low, high, zorder=1.8, **look)
     if not marks:
         return
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
@@ -182,6 +190,15 @@ _RING: dict[str, Any] = {
     "markeredgecolor": INK,
     "markeredgewidth": 0.7,
 }
+
+
+def _band_look(colour: str, opacity: float, hatched: bool) -> dict[str, Any]:
+    return {
+        "facecolor": (colour, opacity),
+        "edgecolor": (colour, 3 * opacity),  # of the hatching alone
+        "hatch": HATCH if hatched else "",
+        "linewidth": 0,
+    }
 
 
 def _look(series: Series) -> dict[str, Any]:
@@ -212,15 +229,24 @@ def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | N
 
 
 def _add_legend(figure: Figure, chart: Chart) -> int:
-    """Under the panels, in as many columns as the figure is wide enough for; its rows."""
+    """Under the panels, in as many columns as the figure is wide enough for, or in one column a kind where each has
+    several names; its rows.
+    """
     entries = list(_entries(chart))
-    for columns in range(len(entries), 0, -1):
+    names = first_of_each_name(chart).values()
+    (rows, *others) = set(Counter(series.kind for series in names).values()) or {0}
+    most = len(entries)
+    if rows > 1 and not others and most > rows:
+        entries += [(Line2D([], [], linestyle="none"), "")] * (-most % rows)
+        most = len(entries) // rows
+    length = 4.0 if any(series.joined and dashes(series) for series in names) else 2.6  # that a dash is seen whole
+    for columns in range(most, 0, -1):
         legend = figure.legend(
             handles=[handle for handle, _ in entries],
             labels=[_text(label) for _, label in entries],
             loc="outside lower center",
             ncols=columns,
-            handlelength=2.6,
+            handlelength=length,
             columnspacing=1.6,
         )
         if columns == 1 or _width(legend, figure) <= figure.bbox.width:
@@ -237,8 +263,8 @@ def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
     every = [series for panel in chart.panels for series in panel.series]
     for name, series in first_of_each_name(chart).items():
         yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
-    for of in dict.fromkeys(series.band.of for series in every if series.band is not None):
-        yield Patch(color=MUTED, alpha=2 * BAND, linewidth=0), f"95 % band over {of}"
+    for number, of in enumerate(bands_of(chart)):
+        yield Patch(**_band_look(MUTED, 2 * BAND, number > 0)), f"95 % band over {of}"
     if any(_has_interval(mark) for series in every for mark in series.marks):
         yield Line2D([], [], color=MUTED, linewidth=0.8), "95 % interval"
     if any(mark.front for series in every for mark in series.marks):

@@ -8,7 +8,7 @@ from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, layer_label
 from endwise.features.norms import BINS, Norms
 from endwise.features.text_at_site import Where
 from endwise.report.charts import Axis, Chart, Mark, Panel, Series
-from endwise.report.pareto import AXIS, described, mark
+from endwise.report.pareto import AXIS, OTHER_SEEDS, described, mark
 
 TEXT = "Bars are 95 % intervals over held-out text, each of one run."
 LATER = {
@@ -64,7 +64,14 @@ def explained_variance(runs: Sequence[RunSummary], site: str, name: str = "expla
 
 
 def _by_kind(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
-    series = [Series(kind, tuple(mark(run, "l0", y) for run in of_kind(runs, kind))) for kind in KINDS]
+    """A curve of the first seed of each kind, and the runs of its other seeds as dots."""
+    series = []
+    for kind in KINDS:
+        own = of_kind(runs, kind)
+        first = min((run.seed for run in own), default=0)
+        line = tuple(mark(run, "l0", y) for run in own if run.seed == first)
+        dots = tuple(mark(run, "l0", y) for run in own if run.seed != first)
+        series += [Series(kind, line), Series(kind, dots, OTHER_SEEDS, joined=False, rank=1)]
     return tuple(each for each in series if each.marks)
 
 

@@ -22,6 +22,11 @@ def models_of(settings: Iterable[Setting]) -> str:
     return escape(", ".join(dict.fromkeys(model_title(setting.model) for setting in settings)))
 
 
+def counted(runs: int, sets: int) -> str:
+    """`3 sparse autoencoders in 1 set`."""
+    return f"{runs} sparse autoencoder{'' if runs == 1 else 's'} in {sets} set{'' if sets == 1 else 's'}"
+
+
 MARKED = ("!",)
 """The heading of a column that says which runs there is something to be told of."""
 

@@ -14,7 +14,7 @@ from endwise.report.printed import save
 from endwise.reproduction import figures
 from endwise.reproduction.claims import claims
 from endwise.reproduction.costs import as_rows
-from endwise.reproduction.findings import Findings, find, norm_rows, ratio_rows, run_rows, variant_rows
+from endwise.reproduction.findings import Findings, Measured, find, norm_rows, ratio_rows, run_rows, variant_rows
 from endwise.reproduction.mitigations import Way
 from endwise.reproduction.page import report
 from endwise.reproduction.runs import StudyRuns
@@ -39,7 +39,7 @@ def write(made: StudyRuns, out: Path, command: str) -> list[Claim]:
 
 
 def tables(found: Findings, judged: Sequence[Claim]) -> dict[str, list[dict[str, Any]]]:
-    """By name. All but `costs` and `costs_of_variants` are the same however often a study was broken off: these two
+    """By name. All but `costs` and `costs_of_variants` are the same however often a study was interrupted: these two
     hold wall-clock.
     """
     points = () if found.mitigations is None else found.mitigations.points
@@ -69,7 +69,7 @@ def charts(found: Findings) -> Charts:
     site = found.made.experiments.study.site
     curves = [run for run in found.summaries("curves") if run.site == site]
     similar = found.similar_ce.get(site, ())
-    rates = [(run.config.training.learning_rate, run.summary) for run in found.experiments["learning_rates"]]
+    rates = [(run.config.training.learning_rate, run.summary) for run in _rates_tried(found, site)]
     middles = {kind: found.middle_coefficient(kind) for kind in found.made.experiments.study.kinds}
     single = [(rate, run) for rate, run in rates if run.coefficient == middles[run.kind]]
     drawn: dict[str, list[Chart]] = {
@@ -88,9 +88,14 @@ def charts(found: Findings) -> Charts:
     }
 
 
+def _rates_tried(found: Findings, site: str) -> list[Measured]:
+    """Every site has its own: a curve through the runs of several would be of none."""
+    return [run for run in found.experiments["learning_rates"] if run.summary.site == site]
+
+
 def _ablations(found: Findings, site: str) -> Iterator[Chart]:
     rates: dict[str, list[RunSummary]] = {}
-    for run in sorted(found.experiments["learning_rates"], key=lambda each: each.config.training.learning_rate):
+    for run in sorted(_rates_tried(found, site), key=lambda each: each.config.training.learning_rate):
         rates.setdefault(f"{run.config.training.learning_rate:g}", []).append(run.summary)
     if len(rates) > 1:
         caption = "The inner part of each kind's curve, trained with several learning rates."
