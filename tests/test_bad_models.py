@@ -120,3 +120,15 @@ def test_a_gguf_file_that_is_none(model, content):
     assert str(model) in refused("sites", model, "--gguf-file", "a.gguf", code=3)
     for name in ("../a.gguf", str(model / "a.gguf"), "..\\a.gguf"):
         assert "model.gguf_file must name a file inside" in refused("sites", model, "--gguf-file", name, code=2)
+
+
+def test_what_is_no_folder_of_a_model_is_said_to_be_what_it_is(tmp_path):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "run" / "sae").mkdir(parents=True)
+    assert "is a file, and a model is a folder" in refused("sites", tmp_path / "file", code=3)
+    assert "is the folder of a run, not of a model" in refused("sites", tmp_path / "run", code=3)
+
+
+def test_a_log_holds_no_bars_of_the_loading(model):
+    result = told("sites", model)
+    assert result.exit_code == 0 and "Loading weights" not in result.stderr

@@ -1,5 +1,7 @@
 """What a user sees while training runs."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,14 @@ def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys)
             if shown
             else []
         )
+
+
+@pytest.mark.parametrize("columns", [30, 60, 80, 200])
+def test_a_bar_gives_way_and_never_its_name(monkeypatch, columns):
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=out, force_terminal=True, width=columns))
+    with counting("features that carry most", 4, True) as advance:
+        advance(1)
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "features that carry most" in said and "…" not in said
+    assert columns < 60 or "25%" in said

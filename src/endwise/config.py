@@ -90,7 +90,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML for a recipe: {error}. Correct it there.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings (key: value), not {type(values).__name__}.")
+        held = {"NoneType": "is empty", "list": "holds a list"}.get(type(values).__name__, "holds a single value")
+        raise ConfigError(f"{path} must hold a mapping of settings (key: value); it {held}. Write its keys into it.")
     return values
 
 
@@ -142,6 +143,9 @@ def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
         return f"{field}: this key is required"
     if detail["type"] == "path_type":
         return f"{field}: must be a path (given {_shown(detail['input'])})"
+    if detail["type"] == "too_short":
+        least = detail.get("ctx", {}).get("min_length", 1)
+        return f"{field}: must hold at least {least} (given {_shown(detail['input'])})"
     given = "" if isinstance(detail["input"], dict) else f" (given {_shown(detail['input'])})"
     return f"{field}: {detail['msg'].removeprefix('Value error, ')}{given}"
 

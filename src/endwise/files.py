@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from endwise.errors import RunFolderError
-from endwise.reading import expanded
+from endwise.reading import expanded, there_is
 from endwise.remedies import reason, remedy
 
 PARTIAL = ".partial"
@@ -101,6 +101,21 @@ def cannot_write(path: Path, error: Exception) -> RunFolderError:
         f"Cannot write {path} ({reason(error)}). {remedy(error, 'choose another folder')} Files already there are "
         "untouched."
     )
+
+
+def check_can_write(folder: Path) -> None:
+    """To be asked before what takes long is begun whose results go into the folder, which is not made yet.
+
+    Raises:
+        RunFolderError: it is a file or below one, or nothing may be written where it would be made.
+    """
+    place = folder = expanded(folder)
+    while not there_is(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise cannot_write(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def flush(path: Path) -> None:

@@ -78,7 +78,16 @@ def check_files(source: str, gguf_file: str | None) -> None:
     if gguf_file is not None and not stays_inside(gguf_file):
         raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
     folder = Path(source)
+    if there_is(folder) and not folder.is_dir():
+        raise ModelError(
+            f"{source} is a file, and a model is a folder. Give the folder that it lies in; of GGUF files in one, name "
+            "yours with gguf_file."
+        )
     if there_is(folder) and folder.is_dir():
+        if (folder / "sae").is_dir() and not (folder / "config.json").exists():
+            raise ModelError(
+                f"{source} is the folder of a run, not of a model. Give the model: model.name in {source}/config.yaml."
+            )
         if not (folder / "adapter_config.json").is_file():  # which is refused with its own reason
             _refuse_pickles(folder, gguf_file)
         _check_config(folder)

@@ -1,5 +1,8 @@
 """Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -9,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as bars
 
 from endwise import embedded
 from endwise.digests import of_stored_model
@@ -61,7 +65,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared = _where(name, gguf_file, revision, trust_remote_code)
-    with LOADING:
+    with LOADING, _bars_on_a_terminal():
         model, info = _weighted(source, name, shared, attention, DTYPES[dtype])
         if info["missing_keys"]:
             absent = sorted(map(str, info["missing_keys"]))
@@ -78,6 +82,19 @@ def load_model(
     if folder is not None:
         loaded.stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
     return loaded
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """transformers' progress bars are left out of logs and pipes, which they would fill."""
+    hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            bars.enable_progress_bar()
 
 
 def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:

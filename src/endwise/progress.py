@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from endwise.printable import printable
 from endwise.run_config import RunConfig
@@ -18,6 +19,8 @@ from endwise.terminal import Grid
 
 LOG_SECONDS = 30.0
 TABLE_SECONDS = 0.2
+NARROW = 100
+"""Columns of a terminal up to which a bar takes what its name and its times leave."""
 
 
 @dataclass
@@ -151,7 +154,15 @@ def counting(what: str, total: int, display: bool, unit: str = "sequences") -> I
     time that is left.
     """
     console = Console(stderr=True, quiet=not display)
-    with Progress(console=console, disable=not (display and console.is_terminal)) as progress:
+    whole = Column(no_wrap=True, min_width=len(what))  # the bar gives way in a narrow window, never the name
+    columns = (
+        TextColumn("{task.description}", table_column=whole, markup=False),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+    )
+    shown = display and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, expand=console.width < NARROW) as progress:
         task = progress.add_task(what, total=total)
         started = said = time.monotonic()
         done = 0

@@ -6,6 +6,7 @@ verdict rests on the mean of the seeds' differences, with an interval that holds
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,8 @@ def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
     if missing or not explained:
         which = missing[0] if missing else named[0]
         raise RunFolderError(
-            f"{which} was not explained yet. Explain it: endwise explain RUN --endpoint URL --model NAME."
+            f"{which} was not explained yet. Explain it: endwise explain {shlex.quote(str(which))} --endpoint URL "
+            "--model NAME"
         )
     sets: dict[tuple[Setting, str], list[ExplainedRun]] = {}
     for summary, setting in with_settings(list(explained)):

@@ -89,11 +89,14 @@ def importance(
 ) -> None:
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
     from endwise.analysis.importance import importance as measure
+    from endwise.files import check_can_write
     from endwise.report import print_importance, write_importance
 
+    out = out or runs[0].parent / "importance"
+    check_can_write(out)
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
-    say(f"The page, figures and tables: {write_importance(found, out or runs[0].parent / 'importance')}")
+    say(f"The page, figures and tables: {write_importance(found, out)}")
 
 
 @app.command()
@@ -117,8 +120,11 @@ def directions(
 ) -> None:
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
     from endwise.analysis.directions import directions as compare
+    from endwise.files import check_can_write
     from endwise.report import print_directions, write_directions
 
+    out = out or runs[0].parent / "directions"
+    check_can_write(out)
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)
-    say(f"The page, figures and tables: {write_directions(found, out or runs[0].parent / 'directions')}")
+    say(f"The page, figures and tables: {write_directions(found, out)}")

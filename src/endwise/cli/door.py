@@ -8,14 +8,30 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from endwise.errors import EndwiseError
 from endwise.printable import printable
 from endwise.reading import expanded
 from endwise.remedies import reason, remedy
 
+LONGEST = 1000
+"""Characters of a command's first sentence: all of it."""
+
+
+class Commands(TyperGroup):
+    """Lists the commands with their first sentences whole, over as many lines as they take."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, each.get_short_help_str(LONGEST)) for name, each in commands if each is not None]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="endwise",
+    cls=Commands,
     help="Train sparse autoencoders on what a language model does, and compare them with local ones.",
     no_args_is_help=True,
     add_completion=False,

@@ -26,7 +26,7 @@ from pyarrow import parquet
 from endwise.errors import FormatError, RunFolderError
 from endwise.features.same_weights import check_same_weights
 from endwise.features.token_texts import Decode, pieces
-from endwise.reading import expanded, read_format
+from endwise.reading import expanded, read_format, there_is
 from endwise.remedies import unreadable
 
 HARVEST_FOLDER = "harvest"
@@ -197,6 +197,8 @@ def open_harvest(run: Path) -> Harvest:
     harvest = read_harvest(run)
     name = shlex.quote(str(run))
     if harvest is None:
+        if not there_is(expanded(run)):
+            raise RunFolderError(f"There is no run folder {run}. Correct the path.")
         raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {name}")
     again = f"Harvest again: endwise harvest --again {name}"
     check_same_weights(run, harvest.about.get("weights"), "harvested", again)

@@ -71,7 +71,7 @@ def _check_exists(key: str, where: str) -> None:
         given = key.removeprefix(f"{within}.")
         takes = "{ce_increase: 0.1} or {l0: 40}" if within == TARGET else "a value, a list, or {log_range: [...]}"
         raise ConfigError(f"{where}: {within:.200} takes {takes}, and has no part {given!r:.80}.")
-    raise ConfigError(f"{where}: a recipe has no key {key!r:.200}; {_nearest(key)}.")
+    raise ConfigError(f"{where}: a recipe has no key {key!r:.200}; {_nearest(key)}")
 
 
 def _nearest(key: str) -> str:
@@ -84,7 +84,7 @@ def _nearest(key: str) -> str:
         near = [ends[end] for end in difflib.get_close_matches(last[:80], list(ends), n=1)]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"it has for example {', '.join(EXAMPLES)}, and docs/configuration.md lists all"
+    return f"it has for example {', '.join(EXAMPLES)}, and docs/configuration.md lists all."
 
 
 EXAMPLES = ("site", "seed", "objective.kind", "objective.sparsity.coefficient", "dictionary.ratio", "training.tokens")

@@ -21,6 +21,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """What `datasets` looks for in the names of files and folders."""
+_READ = "Give one with .txt, .jsonl, .parquet or .npy files."
 _NAMED = 3
 """Left-out files that a line names."""
 
@@ -54,7 +55,7 @@ def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> 
     """
     found = _find(path, readable)
     if not found.files:
-        raise DataError(f"The folder {path} holds no file that can be read{_named(found.left)}.")
+        raise DataError(f"The folder {path} holds no file that can be read{_named(found.left)}. {_READ}")
     splits = [split_of(file.relative_to(path)) for file in found.files]
     if split not in splits:
         raise no_split(path, split, sorted(set(splits)))

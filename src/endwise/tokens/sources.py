@@ -117,7 +117,9 @@ def _files(path: Path, column: str | None, split: str) -> Source:
     kinds = [_kind(file) for file in files]
     for file, kind in zip(files, kinds, strict=True):
         if kind is None:
-            raise DataError(f"{file} cannot be read: the extension {file.suffix!r} is none of {', '.join(READERS)}.")
+            raise DataError(
+                f"{file} cannot be read: the extension {file.suffix!r} is none of {', '.join(READERS)}. Convert it."
+            )
     identity = [_identity(file) for file in files]
     for file, (_, size, _) in zip(files, identity, strict=True):
         if size == 0:
@@ -372,9 +374,11 @@ def _hub_documents(
                 "Data that a script makes cannot be read. Where the hub has converted it, set "
                 "data.revision=refs/convert/parquet; or give it as files."
             )
+        asked = {"configuration": config, "revision": revision, "split": split}
+        told = ", ".join(f"{what} {value!r}" for what, value in asked.items() if value is not None)
+        why = (_one_line(error) or type(error).__name__).rstrip(".")
         raise kind(
-            f"Cannot load the Hugging Face dataset {name!r} (configuration {config!r}, revision {revision!r}, "
-            f"split {split!r}): {_one_line(error) or type(error).__name__} {remedy}"
+            f"Cannot load the Hugging Face dataset {name!r}{f' ({told})' if told else ''}: {why}. {remedy}"
         ) from None
 
 

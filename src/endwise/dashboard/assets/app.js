@@ -18,7 +18,7 @@ const app = {
   },
 
   navigation() {
-    const links = this.runs.length < 2 ? [] : this.runs.map((run) => el("a", { href: `#/run/${run.place}`, "data-kind": run.kind }, run.swatch(), run.name));
+    const links = this.runs.length < 2 ? [] : this.runs.map((run) => el("a", { href: `#/run/${run.place}`, "data-kind": run.kind, title: run.name }, run.swatch(), run.name));
     document.getElementById("runs").replaceChildren(...links);
   },
 

@@ -138,7 +138,7 @@ const overview = {
 
   fillFeature(cell, row) {
     const { run, feature } = this.collection.at(row);
-    const name = this.runs.length > 1 ? el("span.of", {}, run.name) : "";
+    const name = this.runs.length > 1 ? el("span.of", { title: run.name }, run.name) : "";
     const link = el("a", { href: run.link(feature), tabindex: -1 }, String(feature));
     cell.replaceChildren(run.swatch(), link, name, run.isAlive(feature) ? "" : el("span.dead", {}, "dead"));
   },
