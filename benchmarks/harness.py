@@ -35,7 +35,7 @@ LEAST_SAMPLES = 2
 PATIENCE = 3
 """A side whose samples are disturbed is given up to this many times its seconds."""
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(16 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""With these glibc keeps freed memory, so that large tensors are not faulted in anew at every step."""
+"""With these glibc keeps freed memory, so that large tensors are not faulted in again at every step."""
 GIB = 1 << 30
 
 
@@ -203,7 +203,7 @@ class Side(ABC):
         return Sample(steps, wall, cpu, max(0.0, busy - cpu))
 
     def begin_memory(self) -> dict[str, Any]:
-        """What the process holds now, in GiB; from here on its peak is counted anew, where the kernel lets us."""
+        """What the process holds now, in GiB; from here on its peak is counted again, where the kernel lets us."""
         try:
             Path("/proc/self/clear_refs").write_text("5")
             anew = True

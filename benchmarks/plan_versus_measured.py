@@ -1,8 +1,8 @@
-"""How well `endwise plan` foretells memory: `python benchmarks/plan_versus_measured.py --out plan.json`.
+"""How well `endwise plan` predicts memory: `python benchmarks/plan_versus_measured.py --out plan.json`.
 
 For each case a process of its own loads a model of random weights, trains a new SAE for a few steps, measures it on
 held-out tokens and saves it, on the CPU. What each of these stages holds at most beyond what the process held after its
-imports (resident memory, whose peak the kernel is asked to count anew) stands beside what was planned from the same
+imports (resident memory, whose peak the kernel is asked to count again) stands beside what was planned from the same
 recipe. The SAE is new, so that its latents are dense, as is planned for.
 """
 

@@ -100,7 +100,7 @@ def test_a_stopped_ray_sweep_saves_and_goes_on_elsewhere(made, tmp_path, expecte
     config = a_sweep(Path(), tmp_path / "sweep", LOCAL, engine="ray")
     with (
         disturbed(config.out, "local", interrupt_while_it_waits) as run,
-        pytest.raises(Interrupted, match="the same command goes on"),
+        pytest.raises(Interrupted, match="the same command resumes"),
     ):
         sweep(config, display=False)
     assert len(list(run.run.glob("checkpoints/*"))) == 1 and not (run.run / "evaluation.json").exists()

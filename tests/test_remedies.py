@@ -32,7 +32,7 @@ TELLS = {
     "ENAMETOOLONG": "Shorten",
     "ENOENT": "no such",
     "EIO": "fails",
-    "ESTALE": "anew",
+    "ESTALE": "again",
     "ENODEV": "mounted",
     "EDQUOT": "quota",
     "ENOSPC": "Free space on that disk",

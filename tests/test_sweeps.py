@@ -480,7 +480,7 @@ def test_ctrl_c_in_training_and_in_measuring_and_the_same_command_again(two, tmp
     config, _, _, table = two
     config = config.model_copy(update={"out": tmp_path / "stopped"})
     stop_at(monkeypatch, 6)
-    with pytest.raises(Interrupted, match=r"Stopped as asked.*stopped; the same command goes on"):
+    with pytest.raises(Interrupted, match=r"Stopped as asked.*stopped; the same command resumes"):
         sweep(config, display=False)
     monkeypatch.undo()
     assert [each.state for each in survey(config)] == ["saved at step 7", "saved at step 7"]
@@ -489,7 +489,7 @@ def test_ctrl_c_in_training_and_in_measuring_and_the_same_command_again(two, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tasks_module, "evaluate", stopped)
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command resumes"):
         sweep(config, display=False)
     monkeypatch.undo()
     assert [each.state for each in survey(config)] == ["to be measured", "to be measured"]
@@ -906,7 +906,7 @@ def test_the_command_is_stopped_and_says_how_to_go_on(made, tmp_path, monkeypatc
     stop_at(monkeypatch, 3)
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml")])
     assert result.exit_code == 130
-    assert "Traceback" not in result.output and "the same command goes on" in result.stderr
+    assert "Traceback" not in result.output and "the same command resumes" in result.stderr
     monkeypatch.undo()
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml"), "--quiet"])
     assert result.exit_code == 0 and "2 of 2 runs finished" in result.stdout

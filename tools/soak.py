@@ -4,7 +4,7 @@
 
 One run after another is trained by the command line itself, on the embedded model and on a small disk of its own where
 one may be mounted. While it trains, a fault is drawn at random: SIGKILL, SIGTERM, SIGINT, a checkpoint with a byte
-flipped, one that is cut short, a disk that fills up, a second process in the same folder. Then the run is gone on with
+flipped, one that is cut short, a disk that fills up, a second process in the same folder. Then the run is resumed
 as its own messages say, until it ends; and what it ended as, weights, optimiser and metrics.jsonl, is compared bit by
 bit with a run that was left alone. Anything else is data lost.
 """
@@ -242,7 +242,7 @@ class Soak:
                 return
             if offered := re.search(r"--from-step (\d+)", errors):
                 start = ["train", "--resume", str(folder), "--from-step", offered[1], "--quiet"]
-        self.tally.lost.append(f"{folder.name} cannot be gone on with: {errors}")
+        self.tally.lost.append(f"{folder.name} cannot be resumed: {errors}")
 
 
 def _lines(folder: RunFolder) -> int:

@@ -419,7 +419,7 @@ def _readout(unembedding: nn.Module, config: Any) -> Readout:
     return Readout(weight, bias, scale, None if softcap is None else float(softcap))
 
 
-# Hooks are partials of functions, not closures: the tests' type checker decorates a closure anew each time it is made.
+# Hooks are partials of functions, not closures: the tests' type checker decorates a closure again each time it is made.
 
 
 def _keep(activations: dict[Site, Tensor], site: Site, enough: int | None, value: Tensor) -> None:

@@ -51,7 +51,7 @@ def read_format(path: Path, version: int) -> dict[str, Any]:
     return value
 
 
-_REMEDY = "Restore it from a copy, or have it written anew."
+_REMEDY = "Restore it from a copy, or have it written again."
 
 
 def there_is(path: Path) -> bool:

@@ -75,7 +75,7 @@ def _left_out_bos(record: Record) -> str | None:
         return None
     return (
         f"The model's tokenizer begins every text with {printable(token)}, and these sequences do not begin with it: "
-        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train anew."
+        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train again."
     )
 
 
@@ -93,7 +93,7 @@ def _alive(record: Record) -> str | None:
     alive, features, tokens = (_number(record, name) for name in ("alive", "d_sae", "tokens"))
     if alive == 0 or _number(record, "l0") == 0:
         return (
-            "No feature fires: the SAE gives one constant, whatever it reads. Train anew with a lower "
+            "No feature fires: the SAE gives one constant, whatever it reads. Train again with a lower "
             "training.learning_rate or objective.sparsity.coefficient."
         )
     if alive == features:
@@ -132,7 +132,7 @@ def diverged(record: Record) -> str | None:
     if not last > DIVERGED * first:
         return None
     return (
-        f"Training diverged: its loss ended at {last:.4g}, having begun at {first:.4g}. Train anew with a lower "
+        f"Training diverged: its loss ended at {last:.4g}, having begun at {first:.4g}. Train again with a lower "
         "training.learning_rate or training.gradient_clip."
     )
 

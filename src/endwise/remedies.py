@@ -22,7 +22,7 @@ _ELSEWHERE_TOO = {
     ("ELOOP",): "Correct the symbolic links on that path, which lead in a circle",
     ("EIO", "EREMOTEIO"): "Check that path's disk, which fails (the system's log, dmesg, says more)",
     ("EUCLEAN", "EBADMSG"): "Have that file system, which is damaged, checked (fsck)",
-    ("ESTALE",): "Mount that network disk anew, which no longer knows the file, and start again",
+    ("ESTALE",): "Mount that network disk again, which no longer knows the file, and start again",
     ("ENODEV", "ENXIO", "ENOMEDIUM"): "Check that the disk is connected and mounted",
     ("ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENOTCONN", "ECONNREFUSED", "ECONNRESET"): (
         "Check the connection to that disk or machine, which does not answer"
@@ -74,7 +74,7 @@ def number(error: BaseException) -> int | None:
 
 
 _OF_THE_FILE = (None, errno.ENOENT, errno.EINVAL)
-"""What is gone can be made anew; the last is that of a file too short to map."""
+"""What is gone can be made again; the last is that of a file too short to map."""
 
 
 def unreadable(path: Path, error: BaseException) -> Unreadable | None:

@@ -235,7 +235,7 @@ class RunConfig(Config):
     """Initialisation of the SAE."""
     init_from: Path | None = None
     """A run folder, or a folder in SAELens's layout: training starts from the SAE in it rather than from random
-    weights. The optimiser and its schedule begin anew."""
+    weights. The optimiser and its schedule start from the beginning."""
     out: Path | None = None
     """Run folder; unset: runs/<a name made from the recipe>."""
 

@@ -64,7 +64,7 @@ def _start_digest(start: Path) -> str:
 def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], corpora: Corpora) -> None:
     """
     Args:
-        now: what `described` tells and, of a run that is begun anew, `beginning`.
+        now: what `described` tells and, of a run that starts from the beginning, `beginning`.
 
     Raises:
         RunFolderError: the run was started on something else than it would go on with.

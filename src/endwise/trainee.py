@@ -170,7 +170,7 @@ class Trainee:
             self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
             raise NotFinite(
                 f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
-                "were before it. Start anew with a lower training.learning_rate or training.gradient_clip; or check "
+                "were before it. Start again with a lower training.learning_rate or training.gradient_clip; or check "
                 "the data there."
             )
         values = {name: float(total) for name, total in self._sums.items()}

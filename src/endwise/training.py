@@ -325,7 +325,7 @@ def _run(
         _saving(group),
     ):
         group.shown = shown
-        if any(member.line is not None for member in group.members):  # what a run that is gone on with owes
+        if any(member.line is not None for member in group.members):  # what a resumed run owes
             _record(model, group, corpora, first, shown, world)
         for step, batch in zip(remaining, batches, strict=True):
             trainees = [member.trainee for member in group.members]

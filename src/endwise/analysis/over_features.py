@@ -61,5 +61,5 @@ def resampled_quantiles(
 
 
 def resampled_spearman(x: Floats, y: Floats, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:
-    """Spearman's correlation in each resample, ranked anew; NaN where one does not vary."""
+    """Spearman's correlation in each resample, ranked again; NaN where one does not vary."""
     return np.concatenate([spearman(x, y, drawn) for drawn in counts(len(x), generator, resamples)])

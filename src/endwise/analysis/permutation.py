@@ -12,7 +12,7 @@ _CHUNK = 1 << 21
 def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
     """Two-sided p of mean a − mean b, values `[n]` and `[m]`, if which side a value is on were chance.
 
-    The values are dealt anew to the two sides, `permutations` times; p = (1 + how often the difference is at least as
+    The values are dealt again to the two sides, `permutations` times; p = (1 + how often the difference is at least as
     far from 0 as it was) / (1 + permutations), which is never 0 and valid at any number of them (Phipson and Smyth
     2010).
     """

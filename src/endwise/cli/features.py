@@ -111,7 +111,7 @@ def dashboard(
 def serve(
     runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
-    again: Annotated[bool, typer.Option("--again", help="Write the dashboard anew, though it is there.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Write the dashboard again, though it is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type?"""
@@ -165,9 +165,9 @@ def explain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take; make no call.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking.")] = False,
 ) -> None:
-    """Have features explained by a language model, and score how well the explanations foretell them.
+    """Have features explained by a language model, and score how well the explanations predict them.
 
-    What was answered before is never asked again, so that a call that was broken off goes on where it was.
+    What was answered before is never asked again, so that a call that was interrupted resumes where it was.
     """
     from endwise.explaining.client import Patience
     from endwise.explaining.endpoint import find_endpoint

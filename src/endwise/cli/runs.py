@@ -127,12 +127,14 @@ def evaluate(
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
     from endwise.distributed import is_first_process
-    from endwise.files import write_atomic
+    from endwise.files import check_can_write, write_atomic
     from endwise.report import print_evaluations
     from endwise.run_evaluation import evaluate as run
     from endwise.run_evaluation import evaluations_csv, unfinished
     from endwise.run_folder import RunFolder
 
+    if csv is not None:
+        check_can_write(csv.parent)
     evaluations = run(runs, tokens=tokens)
     if not is_first_process():
         return
@@ -161,7 +163,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train and measure every run of a sweep: what is finished is skipped, what was broken off gone on with.
+    """Train and measure every run of a sweep: what is finished is skipped, what was interrupted is resumed.
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the sweep breaks a rule.
     """
@@ -201,7 +203,7 @@ def reproduce(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for runs, tables, figures and report.html; begun again, it goes on there."),
+        typer.Option(help="Folder for runs, tables, figures and report.html; the same command resumes there."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:

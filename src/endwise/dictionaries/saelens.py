@@ -218,7 +218,7 @@ def _check_tensor(path: Path, name: str, tensor: Tensor | None, shape: tuple[int
         raise FormatError(
             f"{path}: {name} must hold finite floating-point numbers, but it is "
             f"{tensor.dtype}{' with NaN or infinity' if tensor.is_floating_point() else ''}. "
-            "Restore the file, or train the SAE anew."
+            "Restore the file, or train the SAE again."
         )
 
 

@@ -124,7 +124,7 @@ class Client:
                     raise EndpointError(
                         f"{self._endpoint.url} does not answer: the last {GIVE_UP} calls failed "
                         f"{self._patience.attempts} times each, the last one because {error}. See to the server, or "
-                        "raise --timeout or lower --concurrency; then explain again, which goes on from here."
+                        "raise --timeout or lower --concurrency; then explain again, which resumes from here."
                     ) from None
                 return None
             self._failed_in_a_row = 0
@@ -203,7 +203,7 @@ class Client:
         return printable(" ".join(self._endpoint.hidden(text).split()))[:TOLD]
 
 
-_GOES_ON = "Explaining again goes on from here."
+_GOES_ON = "Explaining again resumes from here."
 
 
 @asynccontextmanager

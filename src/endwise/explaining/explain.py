@@ -57,7 +57,7 @@ def explain(plan: Plan, say: Say = unsaid) -> tuple[dict[Path, Explanations], Ta
     try:
         tally = run_async(_explain(plan, say))
     except KeyboardInterrupt:
-        raise Interrupted("Stopped; every answer so far is kept. The same command goes on from here.") from None
+        raise Interrupted("Stopped; every answer so far is kept. The same command resumes from here.") from None
     found = {each.run: read_explanations(each.run) for each in plan.prepared}
     return {run: explanations for run, explanations in found.items() if explanations is not None}, tally
 

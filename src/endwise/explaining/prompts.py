@@ -68,7 +68,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"The prompt {path} cannot be read: {reason(error)}. {remedy(error)}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"The prompt {path} cannot be read as UTF-8 ({error}). Write it anew.") from None
+        raise ConfigError(f"The prompt {path} cannot be read as UTF-8 ({error}). Save it as UTF-8.") from None
 
 
 def _check(path: Path, text: str, places: Places) -> None:

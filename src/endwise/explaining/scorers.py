@@ -1,4 +1,4 @@
-"""How well an explanation foretells a feature, each way a class: what is asked, how it is read, what it comes to.
+"""How well an explanation predicts a feature, each way a class: what is asked, how it is read, what it comes to.
 
 Detection and fuzzing are those of Paulo et al. 2024 (arXiv 2410.13928; EleutherAI's delphi). A scorer of another kind,
 simulation say, is one more class and one more line in `SCORERS`: it asks for numbers, reads them, correlates them.

@@ -30,7 +30,7 @@ BINS = 200
 @dataclass(frozen=True)
 class Norms:
     """Of one SAE on held-out text. Position 0 is apart, since models keep an activation of its own there, often many
-    times as long as any other; and so are document starts at other positions, where packed text begins anew.
+    times as long as any other; and so are document starts at other positions, where packed text starts again.
 
     Lengths are L2 norms; intervals are 95 % bootstrap ones over sequences.
     """

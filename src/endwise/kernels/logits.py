@@ -12,7 +12,7 @@ from endwise.kernels.interface import Unembedding
 
 @dataclass(frozen=True)
 class Buffers:
-    """Fresh blocks of this size would be mapped by the operating system, and paged in anew, chunk after chunk."""
+    """Fresh blocks of this size would be mapped by the operating system, and paged in again, chunk after chunk."""
 
     logits: tuple[Float[Tensor, " elements"], ...]
     """In at least fp32."""

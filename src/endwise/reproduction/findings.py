@@ -1,4 +1,4 @@
-"""What a study's runs show: read from their folders, joined into tables, the same however often it was broken off."""
+"""What a study's runs show: read from their folders, joined into tables, the same however often it was interrupted."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -31,7 +31,7 @@ def reproduce(
 ) -> Reproduced:
     """Carries out a study's experiments and writes `report.html`, `tables/` and `figures/`.
 
-    Begun again with the same `out` it does nothing twice, and ends with the same tables.
+    Started again with the same `out` it does nothing twice, and ends with the same tables.
 
     Args:
         study: one that ships (embedded, gpt2-small, tinystories-1m), the path of a file like theirs, or an object.

@@ -62,7 +62,7 @@ class Assignment:
         with _handled({near_the_end: at_the_end, signal.SIGTERM: at_once}):
             outcomes = work(self.task, self.directory, self.threads)
         if outcomes is None and time_is_over:
-            with suppress(Exception):  # SLURM may refuse; the sweep then submits it anew
+            with suppress(Exception):  # SLURM may refuse; the sweep then submits it again
                 requeue(near_the_end, None)
         return outcomes
 
@@ -209,7 +209,7 @@ class _Queue:
         return self._ids is None or job_id in self._ids
 
     def forget(self) -> None:
-        """Has the next question asked anew."""
+        """Has the next question asked again."""
         self._looked = -math.inf
 
 

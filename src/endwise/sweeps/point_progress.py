@@ -122,5 +122,5 @@ def _trial(config: RunConfig, target: Target) -> Trial:
     evaluation = evaluation_of(config)
     if evaluation is None:
         file = RunFolder(folder_of(config)).evaluation_file
-        raise FormatError(f"{file} is gone. Start the sweep again, which has the run measured anew.")
+        raise FormatError(f"{file} is gone. Start the sweep again, which measures the run again.")
     return Trial(config.objective.sparsity.coefficient, float(evaluation[target.metric]))

@@ -1,4 +1,4 @@
-"""A sweep from its file to its table: skips what is finished, takes up what was broken off, reports what failed."""
+"""A sweep from its file to its table: skips what is finished, resumes what was interrupted, reports what failed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -51,7 +51,7 @@ class Sweep:
 def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool = True) -> Sweep:
     """Trains and measures every point of a sweep, and writes the table of them (`summary.parquet`, `summary.csv`).
 
-    Run again, it skips what is finished and goes on with what was broken off.
+    Run again, it skips what is finished and resumes what was interrupted.
 
     Args:
         config: a sweep: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
@@ -69,7 +69,7 @@ def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool
             result = sweep_points(points, config.out, engine, config.search, config.together, display)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
-            f"Stopped as asked. What was done is in {config.out}; the same command goes on from there."
+            f"Stopped as asked. What was done is in {config.out}; the same command resumes from there."
         ) from None
     return replace(result, rows=write_summary(result.places, result.failures, config.out))
 

@@ -65,7 +65,7 @@ class RayConfig(Config):
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs that a task asks for; 0.25 lets four tasks share one. Above 1 a whole number."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a task is begun again whose worker or machine was lost; it goes on from its last checkpoints."""
+    """How often a task is started again whose worker or machine was lost; it resumes from its last checkpoints."""
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "RayConfig":
@@ -82,7 +82,7 @@ class SlurmConfig(Config):
     partition: str | None = None
     """Of the cluster; unset: its default one."""
     minutes: Positive = 240
-    """Time limit of a job. One that comes near it saves, is queued again, and goes on from there."""
+    """Time limit of a job. One that comes near it saves, is queued again, and resumes from there."""
     save_seconds: Annotated[int, Field(gt=0, le=65535)] = 120
     """How long before its time limit a job begins to save: longer than a step, a checkpoint and an evaluation."""
     cpus: Positive = 4
@@ -94,7 +94,7 @@ class SlurmConfig(Config):
     at_once: Positive = 16
     """Jobs in the queue at a time."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a job is submitted again that ended without a result; it goes on from its last checkpoints."""
+    """How often a job is submitted again that ended without a result; it resumes from its last checkpoints."""
     options: dict[str, bool | int | str] = Field(default_factory=dict)
     """Further options of `sbatch`, by their names with underscores, e.g. `account: mine` or `exclusive: true`."""
 

@@ -3,7 +3,7 @@
 Along one curve L0 falls and the CE increase rises as the coefficient λ grows, both roughly as powers of it. So the
 search is for the root of log(metric / target) over log λ, by secants: outside the coefficients tried a step is bounded,
 between two of them it stays inside. Each next coefficient depends on the runs made so far and on nothing else, so that
-a search that was broken off goes on from the runs that are there.
+a search that was interrupted resumes from the runs that are there.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Tokenised documents on disk: written once per source and tokenizer, memory-mapped ever after.
 
 A store is a folder of the cache (`tokenising` says what is in it). It is built under another name, which a later
-attempt goes on with if this one is cut off, and renamed when complete. One process builds it, others wait.
+attempt resumes from if this one is cut off, and renamed when complete. One process builds it, others wait.
 """
 
 import hashlib

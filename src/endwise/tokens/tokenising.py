@@ -222,13 +222,13 @@ class Builder:
         self._begun = (lengths, self._written, self._largest, self._joined)
 
     def _roll_back(self) -> None:
-        """Takes back a batch that was broken off, whose documents do not count as consumed."""
+        """Takes back a batch that was interrupted, whose documents do not count as consumed."""
         lengths, self._written, self._largest, self._joined = self._begun
         for name, length in lengths.items():
             del self._arrays[name][length:]
 
     def _take_up(self) -> None:
-        """Goes on with what the folder holds, if it is whole as far as its `info.json` says."""
+        """Resumes from what the folder holds, if it is whole as far as its `info.json` says."""
         try:
             info = json.loads((self._folder / INFO).read_text())
             arrays = {name: np.load(self._folder / name) for name in self._arrays}
@@ -251,7 +251,7 @@ class Builder:
         self._joined, self._counted = joined, counted
 
     def _keep(self, file: BinaryIO, exhausted: bool) -> None:
-        """Puts down what is done so far, so that it can be used, or gone on with."""
+        """Puts down what is done so far, so that it can be used, or resumed."""
         file.seek(0)
         _write_header(file, self._encoding.dtype, self._written)
         file.seek(0, os.SEEK_END)
@@ -360,7 +360,7 @@ class Builder:
 
 
 def lasting(source: Source, console: Console) -> Iterator[Document]:
-    """The source's documents. Where it is lost midway it is opened again, after a pause, and gone on with.
+    """The source's documents. Where it is lost midway it is opened again, after a pause, and read on.
 
     Raises:
         SourceLost: it did not come back after the last of `PAUSES`, or was not there from the start.

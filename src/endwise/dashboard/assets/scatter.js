@@ -160,7 +160,7 @@ class Scatter {
   }
 }
 
-// Canvases know nothing of style sheets: they are drawn anew when the colours change.
+// Canvases know nothing of style sheets: they are drawn again when the colours change.
 Scatter.all = new Set();
 Scatter.redraw = () => {
   for (const reference of Scatter.all) {

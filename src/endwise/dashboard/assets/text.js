@@ -157,7 +157,7 @@ const textView = {
       el(`li${text === next ? ".true" : ""}`, {}, token(text), el("span.meter", { "--share": `${(100 * share).toFixed(1)}%` }), el("span.value", {}, write.percent(share, true))))),
       ce === null ? null : el("p.note", {}, `CE ${write.number(ce)}`));
     const ce = read.ce[at] || [null, null];
-    const words = next === undefined ? "The text ends here." : ["The text goes on with ", token(next), "."];
+    const words = next === undefined ? "The text ends here." : ["The next token is ", token(next), "."];
     return el("section.card", { "data-kind": this.run.kind }, el("h2", {}, "Predicted after ", token(read.tokens[at])),
       el("div.two", {}, list("Clean", read.clean[at], ce[0]), list("Spliced", read.spliced[at], ce[1])), el("p.note", {}, words, ` KL ${write.number(read.kl[at])}.`));
   },

@@ -1,4 +1,4 @@
-"""What fills a run's `harvest/`: one pass over the text, in parts that can be broken off, gone on with and merged."""
+"""What fills a run's `harvest/`: one pass over the text, in parts that can be interrupted, resumed and merged."""
 
 from endwise.features.harvesting.run import harvest
 

@@ -1,4 +1,4 @@
-"""`harvest`: one pass over the text for all runs of a model, from wherever each was broken off."""
+"""`harvest`: one pass over the text for all runs of a model, from wherever each was interrupted."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +49,8 @@ def harvest(
 ) -> dict[Path, Harvest | None]:
     """Gathers what every feature of finished runs does on a text, and writes `harvest/` into each run's folder.
 
-    A run that was harvested with the same settings is read, not harvested again; one that was broken off is gone on
-    with, and ends in the same files.
+    A run that was harvested with the same settings is read, not harvested again; one that was interrupted is resumed
+    and ends in the same files.
 
     Args:
         runs: run folders; those of one model and one corpus share every clean pass.
