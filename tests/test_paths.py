@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from endwise import SAE, load_model, read_harvest
 from endwise.cli import app
 from endwise.dashboard import write_dashboard
-from endwise.errors import ConfigError, ModelError
-from endwise.files import write_atomic
+from endwise.errors import ConfigError, ModelError, RunFolderError
+from endwise.files import check_can_write, write_atomic
 from endwise.recipes import find_recipe, find_sweep
 from endwise.reproduction.study_config import find_study
 from endwise.run_config import RunConfig
@@ -59,3 +59,13 @@ def test_every_path_may_begin_at_home(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert all((home / name).exists() for name in ("file", "site", "again"))
     assert not list(here.iterdir())
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("text")
+    check_can_write(tmp_path)
+    check_can_write(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RunFolderError, match=r"Cannot write .*file.*Not a directory.*choose another folder"):
+            check_can_write(folder)

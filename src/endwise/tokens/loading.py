@@ -323,5 +323,5 @@ def _check_lengths(corpora: Corpora, data: DataConfig, wanted: int, wanted_heldo
         raise DataError(
             f"{heldout.name} has {heldout.tokens:,} held-out tokens (whole sequences of {context}), fewer than the "
             f"{wanted_heldout * context:,} asked for. "
-            "Lower evaluation.tokens, raise data.heldout_share, or set data.heldout."
+            "Lower evaluation.tokens (or --tokens, where it is given), raise data.heldout_share, or set data.heldout."
         )
