@@ -120,7 +120,7 @@ class SweepConfig(EngineConfig):
     """Runs that differ in some fields of one recipe."""
 
     recipe: str | dict[str, Any]
-    """A recipe's path, the name of one that ships, or its content. Its `out` is not looked at."""
+    """A recipe's path, the name of one that ships, or its content. Its `out` is ignored."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe, by dotted key, that all runs share."""
     grids: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
