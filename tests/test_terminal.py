@@ -18,8 +18,8 @@ from endwise.analysis.geometry import Geometry
 from endwise.analysis.pareto import Pareto, Setting
 from endwise.evaluation import Baselines, Evaluation
 from endwise.planning import plan
-from endwise.printable import model_title
-from endwise.progress import Display
+from endwise.printable import model_title, model_titles
+from endwise.progress import Display, counting
 from endwise.report import (
     print_directions,
     print_evaluations,
@@ -34,7 +34,7 @@ from endwise.run_config import RunConfig
 from endwise.statistics import Interval
 from endwise.sweeps.tables import print_rows
 from endwise.sweeps.watching import Watch
-from endwise.terminal import Grid, show
+from endwise.terminal import Bars, Grid, show
 from small_gpt2 import SITE, recipe
 from test_comparison import compare, three_kinds
 from test_importance_study import made_study
@@ -213,3 +213,33 @@ def test_a_folder_that_reads_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
     assert model_title("models/tiny") == "models/tiny"
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     assert model_title("models/tiny") == "tiny"
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_a_bars_name_is_never_cut(width):
+    name, file = "Tokenising a folder/of many/parts/corpus-東京.jsonl", io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    with Bars(console=console, auto_refresh=False) as bars:
+        bars.add_task(name, total=10, completed=5)
+        bars.refresh()
+    assert name.replace(" ", "") in re.sub(r"\s|\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert width < 60 or "50%" in file.getvalue()
+
+
+def test_a_line_of_a_log_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("endwise.progress.LOG_SECONDS", -1.0)
+    with counting("a pass of a name that is longer than what is left of eighty columns", 400, True) as advance:
+        advance(200)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_models_whose_folders_are_called_alike_are_told_apart():
+    names = ["/x/pythia/step1", "/y/other/step1", "/z/other/step1", "org/step1", "/w/llama"]
+    titles = model_titles(names)
+    assert list(titles) == names and len(set(titles.values())) == len(names)
+    assert titles["/x/pythia/step1"] == "pythia/step1" and titles["/y/other/step1"] == "y/other/step1"
+    assert (titles["org/step1"], titles["/w/llama"]) == ("org/step1", "llama")
+
+
+def test_a_title_takes_a_user_that_is_not_there_as_it_stands():
+    assert model_title("~nobody-of-this-name/models/llama") == "llama"

@@ -1,7 +1,9 @@
 """Text from files and recipes, made safe to show: on a terminal it could otherwise move the cursor or hide itself."""
 
+import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -27,12 +29,27 @@ def model_title(name: str) -> str:
     Args:
         name: as a recipe has it: `embedded`, a local folder, or a hub id, which stays whole.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  Of a user that is not there, as it stands.
     if not name or (_HUB_ID.fullmatch(name) and not path.exists()):
         return name
     parts = path.resolve().parts if path.name in ("", "..") else path.parts
     cached = [part for part in parts if part.startswith(_CACHED)]  # <cache>/models--<owner>--<name>/snapshots/<commit>
     return cached[-1].removeprefix(_CACHED).replace("--", "/") if cached else parts[-1] if parts else name
+
+
+def model_titles(names: Iterable[str]) -> dict[str, str]:
+    """`model_title` of each name; of different folders that would be called alike, as much of the path as tells them
+    apart.
+    """
+    titles = {name: model_title(name) for name in names}
+    for title in set(titles.values()):
+        alike = [name for name, own in titles.items() if own == title]
+        ends = [list(reversed(Path(name).parts)) for name in alike]
+        for name, parts in zip(alike, ends, strict=True) if len(alike) > 1 else ():
+            others = [other for other in ends if other is not parts]
+            common = max(len(os.path.commonprefix([parts, other])) for other in others)  # noqa: RUF071  of parts
+            titles[name] = str(Path(*reversed(parts[: common + 1])))
+    return titles
 
 
 def storable(text: str) -> str:

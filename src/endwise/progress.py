@@ -174,7 +174,8 @@ def counting(what: str, total: int, display: bool, unit: str = "sequences") -> I
             now = time.monotonic()
             if not console.is_terminal and now - said > LOG_SECONDS and done:
                 left = (now - started) / done * (total - done)
-                console.print(f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left", highlight=False)
+                told = f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left"
+                console.print(told, highlight=False, soft_wrap=True)
                 said = now
 
         yield advance

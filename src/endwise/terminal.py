@@ -2,11 +2,13 @@
 
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -66,6 +68,22 @@ class Grid:
         ]
         if pairs:
             yield _lines("   ".join(pairs), width, fold, indent=_INDENT)
+
+
+class Bars(Progress):
+    """Bars behind their names; where a terminal is too narrow for both, under them, so that no name is cut."""
+
+    def get_renderables(self) -> Iterator[Table | Text]:
+        for task in self.tasks:  # none, while rich makes the object, which has no console yet
+            options = self.console.options.update(max_width=WIDEST)
+            table = self.make_tasks_table([task])
+            if Measurement.get(self.console, options, table).maximum <= self.console.width:
+                yield table
+                continue
+            yield _lines(printable(task.description), self.console.width, fold=True)
+            unnamed = copy(task)
+            unnamed.description = ""
+            yield self.make_tasks_table([unnamed])
 
 
 def _text(cell: Cell) -> Text:

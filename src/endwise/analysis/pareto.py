@@ -22,6 +22,7 @@ from endwise.analysis.kept_apart import with_digests
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.analysis.run_summary import KINDS, LABELS, RunSummary, resampled
 from endwise.errors import RunFolderError
+from endwise.printable import model_title, model_titles
 from endwise.reading import expanded
 from endwise.run_config import PRESETS, TERMS, Kind
 from endwise.run_folder import RunFolder
@@ -181,7 +182,12 @@ def _with_methods(folders: Iterable[Path]) -> tuple[list[tuple[RunSummary, Setti
     runs = with_digests([(RunSummary.read(path), _recipe(path)) for path in folders])
     keys = sorted({key for _, recipe in runs for key in recipe})
     differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
-    settings = [(run, Setting.of(run, ((key, recipe.get(key, "")) for key in differing))) for run, recipe in runs]
+    titles = model_titles(run.model for run, _ in runs)
+    settings = []
+    for run, recipe in runs:
+        model = titles[run.model]
+        alike = [("model.name", model)] if model != model_title(run.model) else []
+        settings.append((run, Setting.of(run, [*alike, *((key, recipe.get(key, "")) for key in differing)])))
     methods = _Methods(settings)
     return [(run, methods.setting(run, setting)) for run, setting in settings], methods
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from endwise.analysis.claims import Claim
 from endwise.analysis.pareto import Setting
 from endwise.analysis.run_summary import RunSummary, remarks_of
-from endwise.printable import model_title
+from endwise.printable import model_title, model_titles
 from endwise.report.shell import escape
 from endwise.terminal import show
 
@@ -19,7 +19,7 @@ def title_of(setting: Setting) -> str:
 
 def models_of(settings: Iterable[Setting]) -> str:
     """For the line above a page's title, as HTML."""
-    return escape(", ".join(dict.fromkeys(model_title(setting.model) for setting in settings)))
+    return escape(", ".join(model_titles(setting.model for setting in settings).values()))
 
 
 def counted(runs: int, sets: int) -> str:

@@ -9,7 +9,7 @@ from endwise.analysis.comparison import Summary
 from endwise.analysis.ratios import MEASURES, NAMES, percent
 from endwise.analysis.run_summary import KINDS, LABELS, later_mse, layer_label, remarks_of
 from endwise.evaluation import Evaluation
-from endwise.printable import model_title
+from endwise.printable import model_titles
 from endwise.remarks import gathered
 from endwise.report.sets import MARKED, mark_of, show_remarks
 from endwise.run_config import RunConfig
@@ -28,7 +28,9 @@ def print_evaluations(
         for path, evaluation in evaluations.items()
     ]
     show(Grid((*headings, *marked), rows, words=("kind",)), console)
-    for line in dict.fromkeys(_baselines(configs[path], evaluation) for path, evaluation in evaluations.items()):
+    models = model_titles(configs[path].model.name for path in evaluations)
+    lines = (_baselines(configs[path], evaluation, models) for path, evaluation in evaluations.items())
+    for line in dict.fromkeys(lines):
         show(line, console)
     show_remarks(gathered({str(path): evaluation.remarks for path, evaluation in evaluations.items()}), console)
 
@@ -59,8 +61,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     show_remarks(remarks_of(summary.runs), console)
 
 
-def _baselines(config: RunConfig, evaluation: Evaluation) -> str:
-    bounds, model = evaluation.baselines, model_title(config.model.name)
+def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, str]) -> str:
+    bounds, model = evaluation.baselines, models[config.model.name]
     return (
         f"{config.site} of {model}, {evaluation.tokens:,} held-out tokens: CE {bounds.clean:.3f} nats per "
         f"token clean, {bounds.mean_ablated:.3f} with the site at its mean, {bounds.zero_ablated:.3f} at zero."

@@ -145,7 +145,7 @@ def _building(folder: Path, name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         waiting = printable(f"Waiting for another process that tokenises {name}.")
-        Console(stderr=True).print(waiting, markup=False, highlight=False)
+        Console(stderr=True).print(waiting, markup=False, highlight=False, soft_wrap=True)
         lock.acquire()
     try:
         yield

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from endwise.errors import DataError, NoTokenizer
 from endwise.files import replacing, write_json
 from endwise.printable import printable
+from endwise.terminal import Bars
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, Source, SourceLost
 
@@ -478,7 +479,7 @@ def _progress() -> Progress:
         BarColumn(),
         TextColumn("{task.fields[tokens]:,} tokens"),
     )
-    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
+    return Bars(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
 
 
 def outside_vocabulary(name: str, token: int, encoding: Encoding) -> DataError:
