@@ -1,6 +1,8 @@
 """Every way to name a model, every option, and every refusal; nothing here has a network."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from bad_input import told
 from endwise import LanguageModel, Site, load_model
 from endwise.errors import ConfigError, DataError, ModelError
+from endwise.model_loading import _explained
 from endwise.run_config import DataConfig
 from endwise.sites import Part
 from endwise.tokens.loading import corpora_for
@@ -637,3 +640,13 @@ def test_a_cut_gguf_file_is_refused(llama, tmp_path):
     cut(tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
         load_model(str(tmp_path), gguf_file="tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(errno.EACCES, "Give this user the right"), (errno.EIO, "disk, which fails"), (errno.ENOSPC, "Free space")],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["folder", "hub"])
+def test_what_the_system_refuses_is_told_with_its_own_remedy(tmp_path, code, told, there):
+    said = _explained(str(tmp_path) if there else "org/model", OSError(code, os.strerror(code), "config.json"))
+    assert told in said and os.strerror(code) in said and "spelling" not in said

@@ -24,6 +24,8 @@ from endwise.memory_trace import MemoryTrace
 from endwise.model_files import check_files, refuse_adapter, tokenizer_files, weight_files
 from endwise.plain_weights import refuse_packed_files, refuse_quantised, refuse_quantised_config
 from endwise.reading import at_home, there_is
+from endwise.remedies import number, remedy
+from endwise.remedies import reason as system_reason
 from endwise.run_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -259,6 +261,9 @@ def _explained(name: str, error: Exception) -> str:
         return f"{name} needs a package that is not installed ({reason}). Install it first."
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
+    lost = isinstance(error, FileNotFoundError) or number(error) is None
+    if not lost and (isinstance(error, OSError) or there_is(Path(name))):
+        return f"{name} cannot be read ({system_reason(error)}). {remedy(error)}"
     if isinstance(error, OSError) and not there_is(Path(name)):
         return (
             f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
