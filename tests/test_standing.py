@@ -28,10 +28,13 @@ from endwise.analysis.ratios import downstream_ratio, l0_ratio, ratio_to_local
 from endwise.analysis.run_summary import RunSummary
 from endwise.errors import ConfigError, EndwiseError, FormatError, RunFolderError, out_of_memory
 from endwise.features.directions import measure_directions
+from endwise.features.harvesting import wish
 from endwise.features.harvesting.run import harvest
 from endwise.features.measuring import measure_importance
+from endwise.run_config import DataConfig
 from endwise.run_folder import RunFolder
-from endwise.standing import _same_text, model_of
+from endwise.standing import _same_text, check_start, model_of
+from endwise.sweeps.tasks import evaluation_of
 from endwise.tokens import Corpus
 from endwise.tokens.corpus import Layout
 from endwise.tokens.sources import open_source
@@ -219,6 +222,68 @@ def test_a_text_of_ones_own_that_was_changed_is_harvested_again(place):
     second = harvest([Path("run")], text=own)[Path("run")]
     assert first is not None and second is not None
     assert first.about["corpus"]["fingerprint"] != second.about["corpus"]["fingerprint"]
+
+
+def test_what_was_measured_of_streamed_text_is_not_measured_again(place):
+    config = one_recipe(Path("on"), Path("streamed"))
+    streamed = config.data.model_copy(update={"streaming": True})
+    train(config.model_copy(update={"data": streamed}), display=False)
+    for tokens in (128, 384):  # less and more than the recipe's
+        first = measure_importance([Path("streamed")], ablate=2, tokens=tokens)[Path("streamed")]
+        found = harvest([Path("streamed")], tokens=tokens)[Path("streamed")]
+        written = [Path("streamed", name).stat().st_mtime_ns for name in KEPT]
+        again = measure_importance([Path("streamed")], ablate=2, tokens=tokens)[Path("streamed")]
+        harvest([Path("streamed")], tokens=tokens)
+        assert found is not None and again.settings["heldout"] == first.settings["heldout"]
+        assert [Path("streamed", name).stat().st_mtime_ns for name in KEPT] == written
+        assert found.about["settings"]["importance"] == "measured"
+
+
+KEPT = ("importance.safetensors", "harvest/harvest.json")
+
+
+def test_a_change_behind_a_link_in_a_text_of_ones_own_is_noticed(place):
+    (place / "own").mkdir()
+    (place / "elsewhere").mkdir()
+    (place / "own" / "linked").symlink_to(place / "elsewhere")
+    text = place / "elsewhere" / "a.npy"
+    np.save(text, np.load(place / "on" / "heldout.npy"))
+    first = harvest([Path("run")], text=place / "own")[Path("run")]
+    np.save(text, np.load(text)[::-1].copy())
+    second = harvest([Path("run")], text=place / "own")[Path("run")]
+    assert first is not None and second is not None
+    assert first.about["corpus"]["fingerprint"] != second.about["corpus"]["fingerprint"]
+
+
+def test_the_commit_of_a_data_set_of_ones_own_is_a_part_of_what_was_harvested(place, monkeypatch):
+    commits = {("org/set", None): "a" * 40, ("org/set", "b" * 40): "b" * 40}
+    monkeypatch.setattr(wish, "commit_on_hub", lambda name, revision: commits[name, revision])
+    recipes = DataConfig(source="org/set", revision="b" * 40)
+    assert wish._content(Path("org/set"), DataConfig()) == "a" * 40
+    assert wish._content(Path("org/set"), recipes) == "b" * 40
+    assert wish._content(Path("embedded"), recipes) is None
+
+
+def test_that_a_run_began_with_another_sae_is_said_where_its_cost_is_counted(place, capsys):
+    started = one_recipe(Path("on"), Path("second")).model_copy(update={"init_from": Path("run")})
+    train(started, display=False)
+    check_start(started)
+    assert "other SAE" not in capsys.readouterr().err
+    train(one_recipe(Path("on"), Path("again"), learning_rate=1e-3), display=False)
+    shutil.rmtree("run")
+    shutil.copytree("again", "run")
+    check_start(started)
+    assert "second was started on other SAE that it started from than run holds now." in capsys.readouterr().err
+    shutil.rmtree("run/sae")  # a run may be kept without it
+    check_start(started)
+
+
+def test_a_sweep_does_not_take_the_numbers_of_other_weights(place):
+    evaluate(Path("run"))
+    config = RunFolder(Path("run")).config()
+    assert evaluation_of(config) is not None
+    other_sae(place)
+    assert evaluation_of(config) is None
 
 
 def measured_on(run: RunSummary, text: str | None) -> RunSummary:

@@ -79,15 +79,6 @@ def of_files(files: Iterable[Path], folder: Path) -> str:
     return of_text(*(f"{file.relative_to(folder).as_posix()} {of_file(file)}" for file in sorted(set(files))))
 
 
-def of_path(path: Path) -> str:
-    """Of a file, or of all files in a folder.
-
-    Raises:
-        OSError: one cannot be read.
-    """
-    return of_file(path) if path.is_file() else of_files((file for file in path.rglob("*") if file.is_file()), path)
-
-
 _PASSING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
 """Of a `config.json`: what changes by saving it again, or is said elsewhere."""
 

@@ -74,6 +74,15 @@ def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], 
     tell_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
 
 
+def check_start(config: RunConfig) -> None:
+    """Says so where `init_from` holds another SAE by now than the run in the recipe's folder began with. A start that
+    was kept without its SAE is none to be compared.
+    """
+    start, out = config.init_from, config.out
+    if start is not None and out is not None and there_is(RunFolder(start).sae / WEIGHTS_FILE):
+        _check(out, config, {"init_from": of_file(RunFolder(start).sae / WEIGHTS_FILE)}, None, [])
+
+
 def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:
     """The model that runs of one recipe's `model` section were trained with.
 

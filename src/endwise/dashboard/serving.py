@@ -11,7 +11,7 @@ from endwise.errors import RunFolderError
 from endwise.features.explanations import EXPLANATIONS_FOLDER
 from endwise.language_model import LanguageModel
 from endwise.run_evaluation import load_sae
-from endwise.standing import model_of
+from endwise.standing import model_of, pinned
 
 
 def dashboard_server(
@@ -42,7 +42,7 @@ def dashboard_server(
     models: dict[str, LanguageModel] = {}
     readers = []
     for source in sources:
-        settings = source.config.model.model_dump()
+        settings = pinned(source.path, source.config).model.model_dump()
         own = model_of({source.path: source.config}, model or models.get(repr(settings)))
         models[repr(settings)] = own
         sae = load_sae(source.path, source.config, own)

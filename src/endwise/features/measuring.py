@@ -66,6 +66,8 @@ def measure_importance(
     configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
     settings = {path: _settings(path, config, tokens, ablate, kl) for path, config in configs.items()}
     text = {path: heldout_fingerprint(path, corpora) for path in configs}
+    for path, fingerprint in text.items():
+        settings[path] |= {} if fingerprint is None else {"heldout": fingerprint}
     found = {} if again else {path: read_measured(path) for path in configs}
     results = {path: old for path, old in found.items() if old is not None and _serves(old, settings[path], text[path])}
     missing = {path: config for path, config in configs.items() if path not in results}
@@ -165,7 +167,7 @@ class _Group:
                 importance[path],
                 ablations[path].result(importance[path]),
                 self._curve(curves[path], bounds[site]),
-                {**self.settings[path], **heldout},
+                {**heldout, **self.settings[path]},
             )
             for path, (site, _) in self.saes.items()
         }

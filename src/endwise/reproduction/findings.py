@@ -10,14 +10,15 @@ import numpy as np
 
 from endwise.analysis.comparison import Summary, runs_at_similar, similar_by_seed, summarise
 from endwise.analysis.run_summary import RunSummary
-from endwise.dictionaries import SAE
 from endwise.errors import FormatError
 from endwise.features.norms import Norms, norms
 from endwise.reproduction.experiments import inner, middle
 from endwise.reproduction.mitigations import WAYS, CostPoint, Mitigations, Variant, Way, mitigations, total_cost
 from endwise.reproduction.runs import StudyRuns
 from endwise.run_config import EvaluationConfig, Kind, RunConfig
+from endwise.run_evaluation import load_sae
 from endwise.run_folder import RunFolder
+from endwise.standing import check_texts, model_of, pinned
 from endwise.sweeps.tasks import Loaded, folder_of
 
 
@@ -107,13 +108,15 @@ def _norms(runs: Sequence[Measured], out: Path) -> dict[str, Norms]:
     """Of each run, measured once and kept in the study's folder."""
     loaded, result = Loaded(), {}
     for run in runs:
-        config, file = run.config, out / "norms" / f"{folder_of(run.config).name}.json"
+        config, folder = run.config, folder_of(run.config)
+        file = out / "norms" / f"{folder.name}.json"
         try:
             result[run.summary.folder] = Norms.read(file)
         except (FileNotFoundError, FormatError):  # the latter as an older version wrote it, or damaged
-            model, corpora = loaded.model(config), loaded.corpora(config)
-            sae = SAE.load(folder_of(config), model.device)
-            settings = config.evaluation
+            first = pinned(folder, config)
+            model, corpora = model_of({folder: config}, loaded.model(first)), loaded.corpora(first)
+            check_texts({folder: config}, corpora, ["heldout"])
+            sae, settings = load_sae(folder, config, model), config.evaluation
             measured = norms(
                 model, sae, model.site(config.site), corpora.heldout, tokens=settings.tokens, batch=settings.batch
             )
@@ -203,6 +206,7 @@ def run_rows(found: Findings) -> list[dict[str, Any]]:
                 "ce_increase": summary.ce_increase,
                 "kl": summary.kl,
             }
+            row |= {"remarks": " ".join(summary.remarks)} if summary.remarks else {}
             row |= {f"explained_variance.{form}": value for form, value in summary.explained_variances.items()}
             row |= {f"downstream_mse.{site}": value for site, value in summary.downstream_mse.items()}
             for metric, (low, high) in summary.intervals.items():

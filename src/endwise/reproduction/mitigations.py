@@ -15,6 +15,7 @@ from endwise.analysis.run_summary import Floats, RunSummary, Seeds, resampled, w
 from endwise.reproduction.costs import Cost, seconds_per_token
 from endwise.run_config import Kind, RunConfig
 from endwise.run_folder import RunFolder
+from endwise.standing import check_start
 from endwise.statistics import InterpolationError, Interval, interpolate_at
 
 Way = Literal["tokens", "dictionary", "start"]
@@ -180,6 +181,7 @@ def total_cost(config: RunConfig, costs: list[Cost]) -> tuple[int, float]:
     """Training tokens and seconds of a run, and of those that it started from."""
     tokens, seconds = config.training.tokens, config.training.tokens * seconds_per_token(costs, config)
     if config.init_from is not None and (start := RunFolder(config.init_from)).has_run():
+        check_start(config)
         before = total_cost(start.config(), costs)
         return tokens + before[0], seconds + before[1]
     return tokens, seconds

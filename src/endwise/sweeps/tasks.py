@@ -84,10 +84,12 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
-    """What the run measured; None where that is not there, or is damaged, since it can be measured again."""
+    """What the run measured; None where that is not there, is damaged, or is of other weights than its SAE has now,
+    since it can be measured again.
+    """
     try:
-        evaluation = RunFolder(folder_of(config)).evaluation() or {}
-    except FormatError:
+        evaluation = RunFolder(folder_of(config)).measured() or {}
+    except (FormatError, RunFolderError):
         return None
     numbers, intervals = [evaluation.get(name) for name in MEASURED], evaluation.get("intervals")
     whole = all(isinstance(number, int | float) for number in numbers)

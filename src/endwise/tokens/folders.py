@@ -84,6 +84,15 @@ def no_split(name: object, split: str, there: Sequence[str]) -> DataError:
     )
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder that may be read as data, those that links lead to included.
+
+    Raises:
+        DataError: a folder in it may not be read.
+    """
+    return sorted(path for path in _walk(folder) if not path.name.startswith(".") and path.is_file())
+
+
 def _find(folder: Path, readable: Callable[[Path], bool]) -> Found:
     files, left = [], []
     for path in _walk(folder):

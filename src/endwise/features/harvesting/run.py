@@ -32,6 +32,11 @@ from endwise.tokens import Corpora, Corpus
 LONG_TEXT, LONG_TEXT_EVERY = 64, 2
 """Of a text of more batches than this, the CE is attributed in every second one: it takes longer than all else."""
 
+OF_RUN = "text_of_run"
+"""The setting that holds the fingerprint of the run's own text: of one that is streamed, what is read may be more or
+less than that, with a fingerprint of its own.
+"""
+
 
 def harvest(
     runs: Sequence[str | Path],
@@ -82,8 +87,8 @@ def harvest(
             shards, shard, display = world.size, world.rank, display and world.is_first
         wish = Wish(tokens, text, kept or Kept(), importance, shards, shard)
         configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
-        settings = {path: wish.settings(path, config) for path, config in configs.items()}
         texts = {path: wish.fingerprint(path, corpora) for path in configs}
+        settings = {path: {**wish.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
         found = {} if again else {path: read_harvest(path) for path in configs}
         done = {
             path: old for path, old in found.items() if old is not None and _serves(old, settings[path], texts[path])
@@ -101,10 +106,12 @@ def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) 
     """Whether a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
     wherever from, has what is asked.
     """
-    if fingerprint is not None and old.about.get("corpus", {}).get("fingerprint") != fingerprint:
-        return False
     before: Mapping[str, Any] = old.about.get("settings", {})
-    same = {**before, "importance": None} == {**settings, "importance": None}
+    read = old.about.get("corpus", {}).get("fingerprint")
+    if fingerprint is not None and fingerprint not in (before.get(OF_RUN), read):
+        return False
+    aside = {"importance": None, OF_RUN: None}
+    same = {**before, **aside} == {**settings, **aside}
     return same and (before.get("importance") != "none" or settings["importance"] == "none")
 
 

@@ -5,17 +5,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from endwise.digests import of_path
+from endwise.digests import of_file, of_files
 from endwise.errors import ConfigError, DataError
 from endwise.features.harvesting.gathering import Kept
 from endwise.features.importance import read_measured
 from endwise.features.same_weights import weights_digest
+from endwise.hub import commit_on_hub
 from endwise.language_model import LanguageModel
 from endwise.reading import expanded, there_is
+from endwise.remedies import reason, remedy
 from endwise.run_config import DataConfig, RunConfig
 from endwise.run_folder import RunFolder
 from endwise.standing import corpora_of_runs
 from endwise.tokens import Corpora, Corpus, corpora_for
+from endwise.tokens.folders import files_below
+from endwise.tokens.loading import EMBEDDED
 
 Text = Literal["heldout", "train"] | Path
 
@@ -42,7 +46,7 @@ class Wish:
             DataError: a text of one's own cannot be read.
         """
         digest = weights_digest(path)
-        own = {"content": _content(self.text)} if isinstance(self.text, Path) else {}
+        own = {"content": _content(self.text, config.data)} if isinstance(self.text, Path) else {}
         return {
             **own,
             "tokens": self.tokens if isinstance(self.text, Path) else self.tokens or config.evaluation.tokens,
@@ -95,13 +99,17 @@ class Wish:
         return sequences
 
 
-def _content(text: Path) -> str | None:
-    """The digest of a file or a folder; None for a data set on the hub."""
-    text = expanded(str(text))
+def _content(text: Path, data: DataConfig) -> str | None:
+    """The digest of a file or a folder; of a data set on the hub its commit, None where that cannot be learnt."""
+    place, name = expanded(str(text)), str(text)
+    if name == EMBEDDED:
+        return None
     try:
-        return of_path(text) if there_is(text) else None
+        if there_is(place):
+            return of_file(place) if place.is_file() else of_files(files_below(place), place)
     except OSError as error:
-        raise DataError(f"Cannot read {text}: {error.strerror or error}.") from None
+        raise DataError(f"Cannot read {place}: {reason(error)}. {remedy(error)}") from None
+    return commit_on_hub(name, data.revision if name == data.source else None)
 
 
 def _source_of_importance(path: Path, digest: str, wanted: bool) -> str:
