@@ -219,6 +219,8 @@ def reproduce(
     made = run(model, out, budget=budget, display=not quiet)
     for claim in made.claims:
         say(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+    for remark in made.remarks:
+        say(f"! {remark}")
     for folder, why in made.runs.failures.items():
         say(f"failed: {folder}: {why}", err=True)
     say(f"The report: {made.report}")

@@ -6,12 +6,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from endwise.analysis.run_summary import RunSummary, remarks_of
 from endwise.reading import expanded
 from endwise.reproduction.claims import Claim
 from endwise.reproduction.report import write
 from endwise.reproduction.runs import StudyRuns, make_runs
 from endwise.reproduction.study_config import StudyConfig, find_study
 from endwise.sweeps.engines import engine_of
+from endwise.sweeps.tasks import folder_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Reproduced:
     runs: StudyRuns
     report: Path
     """The page; `tables/` and `figures/` lie beside it."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What must be told of the runs' numbers (`endwise.remarks`)."""
+        folders = (folder_of(each) for name in self.runs.plan.experiments for each in self.runs.finished(name))
+        return remarks_of(map(RunSummary.read, dict.fromkeys(folders)))
 
 
 def reproduce(
