@@ -140,7 +140,7 @@ TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
         (OLD | TOPK | {"architecture": "standard"}, "architecture 'topk'"),
         (OLD | {"activation_fn": "topk", "activation_fn_str": None}, "architecture 'topk'"),
         (V6 | TOPK, "architecture 'topk'"),
-        (OLD | {"activation_fn_str": "tanh-relu"}, "activation_fn_str is 'tanh-relu'"),
+        (OLD | {"activation_fn_str": "tanh-relu"}, "'tanh-relu'.*version that wrote it: since 6, .* for ReLU"),
         (OLD | {"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs"),
         (OLD | {"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
         (OLD | {"normalize_activations": True}, "expected_average_only_in.*fold_activation_norm_scaling_factor"),
@@ -154,6 +154,11 @@ TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
             (V6 | {"architecture": other}, "no conversion helps")
             for other in ("jumprelu", "topk", "gated", "transcoder")
         ),
+        *(
+            (V6 | {"architecture": other}, r"no conversion helps.*TrainingSAE\.load_from_disk")
+            for other in ("batchtopk", "matryoshka_batchtopk")
+        ),
+        (V6 | {"architecture": ["standard"]}, "does not know it"),
         (V6 | {"architecture": "quantum"}, "'quantum' is not one of standard"),
         ({key: value for key, value in V6.items() if key != "architecture"}, "architecture None"),
         (V6 | {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True"),

@@ -50,12 +50,21 @@ n_batches_for_norm_estimate sparsity
 """
 """Where the SAE belongs, and how it was trained, in the words of all of SAELens's versions."""
 
-_SAELENS_ALONE = "no ReLU SAE computes the same, so that no conversion helps. Use it with SAELens"
-_OTHERS = (
-    *("topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated", "temporal", "matching_pursuit"),
-    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
-)
-"""What else SAELens knows."""
+_NO_RELU = "no ReLU SAE computes the same, so that no conversion helps."
+_OTHERS = {
+    **dict.fromkeys(
+        (
+            *("topk", "abstopk", "jumprelu", "gated", "temporal", "matching_pursuit"),
+            *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+        ),
+        "Use it with SAELens",
+    ),
+    **dict.fromkeys(
+        ("batchtopk", "matryoshka_batchtopk"),
+        "It is as its training left it: use it with SAELens, whose TrainingSAE.load_from_disk alone opens it",
+    ),
+}
+"""What else SAELens knows, and how each can be used."""
 _NORMALISATIONS = {
     "layer_norm": (
         "each activation is centred and divided by its own standard deviation, which no weights can do, so that it "
@@ -119,7 +128,9 @@ def describe(folder: Path, architectures: set[str]) -> Described:
     architecture = _architecture(cfg)
     if not isinstance(architecture, str) or architecture not in architectures:
         known, told = ", ".join(sorted(architectures)), f"{architecture!r:.80}"
-        why = _SAELENS_ALONE if architecture in _OTHERS else "endwise does not know it. Give an SAE of another kind"
+        why = "endwise does not know it. Give an SAE of another kind"
+        if isinstance(architecture, str) and architecture in _OTHERS:
+            why = f"{_NO_RELU} {_OTHERS[architecture]}"
         raise FormatError(f"{path}: architecture {told} is not one of {known}; {why}.")
     _check_function(path, cfg)
     _warn_of_processing(path, cfg)
@@ -153,7 +164,10 @@ def _check_function(path: Path, cfg: Mapping[str, Any]) -> None:
     for key in ("activation_fn", "activation_fn_str"):
         given = cfg.get(key)
         if given not in _UNSET and str(given).lower() != "relu":
-            raise FormatError(f"{path}: {key} is {given!r:.80} rather than 'relu'; {_SAELENS_ALONE}.")
+            raise FormatError(
+                f"{path}: {key} is {given!r:.80} rather than 'relu'; {_NO_RELU} Use it with a SAELens of the version "
+                f"that wrote it: since {FIRST_VERSION}, it takes all but topk for ReLU, and does not say so."
+            )
     norm = cfg.get("normalize_activations")
     norm = "expected_average_only_in" if norm is True else norm
     if norm not in (None, False, "none"):
