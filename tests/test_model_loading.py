@@ -330,6 +330,11 @@ LAYOUTS = {
         "weight_scale": torch.ones(weight.shape[0], 1),
     },
     "hqq": lambda weight: {"W_q": weight.to(torch.uint8), "scale": torch.ones(1), "zero": torch.ones(1)},
+    "quanto 4-bit": lambda weight: {
+        "weight._data._data": torch.zeros(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8),
+        "weight._scale": torch.ones(weight.shape[0], 1),
+        "weight._shift": torch.zeros(weight.shape[0], 1),
+    },
     "quanto": lambda weight: {"weight._data": weight.to(torch.int8), "weight._scale": torch.ones(1)},
     "mxfp4": lambda weight: {
         "weight_blocks": torch.zeros(weight.shape[0], 1, 16, dtype=torch.uint8),
@@ -398,6 +403,20 @@ def test_a_model_in_memory_with_quantised_weights_is_refused_and_left_alone(chan
     }
 
 
+def of_package(base, module):
+    """A class as that package makes them, which need not be installed."""
+    return type(base.__name__, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize("package", ["optimum.quanto.nn.qlinear", "bitsandbytes.nn.modules", "torch.ao.nn.quantized"])
+def test_modules_that_quantise_as_they_compute_are_refused(package):
+    """Such as quanto's before they are frozen, whose parameters still are plain floats."""
+    hugging = build("llama")
+    hugging.get_submodule(PACKED).__class__ = of_package(torch.nn.Linear, package)
+    with pytest.raises(ModelError, match=rf"mine is quantised: {PACKED} is a {package}\.Linear"):
+        LanguageModel(hugging, name="mine")
+
+
 def test_a_model_that_says_it_is_quantised_is_refused():
     hugging = build("llama")
     hugging.is_quantized = True
@@ -425,6 +444,27 @@ def test_an_adapter_alone_is_called_one(tmp_path, config):
         (tmp_path / weights).touch()
         with pytest.raises(ModelError, match=r"is an adapter.*not a model\. Merge it into its base model"):
             load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("package", ["peft.tuners.lora.layer", "adapters.methods.lora"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_model_in_memory_with_an_adapter_in_it_is_refused(package, derived):
+    """peft puts a module of its own in the place of each that it adapts, whether one is switched on or not."""
+    hugging = build("llama")
+    kind = of_package(torch.nn.Linear, package)
+    hugging.get_submodule(PACKED).__class__ = of_package(kind, "somebody.elses") if derived else kind
+    with pytest.raises(
+        ModelError, match=rf"mine holds an adapter.*Linear at {PACKED}\).*load it anew.*merge_and_unload"
+    ):
+        LanguageModel(hugging, name="mine")
+
+
+def test_a_model_in_memory_that_an_adapter_wraps_is_refused():
+    """peft wraps the whole model for adapters of prompts and prefixes, and leaves its modules as they are."""
+    hugging = build("llama")
+    hugging.__class__ = of_package(type(hugging), "peft.peft_model")
+    with pytest.raises(ModelError, match=r"mine holds an adapter.*\(peft\.peft_model\.\w+\).*prompts or prefixes"):
+        LanguageModel(hugging, name="mine")
 
 
 # Sites that are not offered

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from endwise.adapters import refuse_adapted
 from endwise.axes import Activation, Tokens
 from endwise.digests import of_tensors
 from endwise.errors import FormatError, ModelError, SiteError
@@ -68,9 +69,9 @@ class LanguageModel:
         no_tokenizer: what goes on from "it has no tokenizer because", where it has none.
 
     Raises:
-        ModelError: its weights are quantised; its blocks cannot be found, or are none; it looks ahead; a pass gives NaN
-            or infinity; or its logits are not what its unembedding makes of its last hidden state, so that
-            predictions could not be compared from hidden states.
+        ModelError: it holds an adapter; its weights are quantised; its blocks cannot be found, or are none; it looks
+            ahead; a pass gives NaN or infinity; or its logits are not what its unembedding makes of its last hidden
+            state, so that predictions could not be compared from hidden states.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LanguageModel:
         no_tokenizer: str = "LanguageModel was given none.",
     ) -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
+        refuse_adapted(model, self.name)
         refuse_quantised(model, self.name)
         self.model = model.eval().requires_grad_(False)
         fuse_gelu(self.model)
@@ -128,15 +130,19 @@ class LanguageModel:
                 tensor.data = tensor.data.to(torch.bfloat16)
         return LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
 
-    def weights_digest(self) -> str:
+    def weights_digest(self, like: object = None) -> str:
         """What tells the weights from others, after a word for what it was made of: `files` for a model as it was
         loaded, otherwise `tensors`, with their type. Only digests of one word can be compared.
+
+        Args:
+            like: an earlier digest, whose word is taken if it is `tensors` of this model's type.
 
         Raises:
             ModelError: the files are not there any more.
         """
-        if self.stored is None:
-            return f"tensors-{self.dtype}:{of_tensors(self.model.state_dict())}"
+        word = f"tensors-{self.dtype}:"
+        if self.stored is None or (isinstance(like, str) and like.startswith(word)):
+            return word + of_tensors(self.model.state_dict())
         if self._changes() != self._loaded:
             return f"files:changed since, {of_tensors(self.model.state_dict())}"
         try:

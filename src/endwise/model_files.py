@@ -8,6 +8,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from endwise.adapters import MERGING
 from endwise.errors import ConfigError, FormatError, ModelError
 from endwise.reading import read_json, stays_inside, there_is
 
@@ -31,16 +32,16 @@ def refuse_adapter(source: str, name: str, revision: str) -> None:
     except FormatError:
         base = None
     of = f" of {base!r:.100}" if isinstance(base, str) and base else ""
-    merge = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER)"
+    merge = MERGING.format(".save_pretrained(FOLDER)")
     if _file(source, "config.json", revision) is None:
         raise ModelError(
             f"{name} is an adapter{of} (adapter_config.json), not a model. Merge it into its base model first, and "
-            f"give that folder: {merge}."
+            f"give that folder: {merge}"
         )
     raise ModelError(
         f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
         "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge "
-        f"them, and give that folder: {merge}."
+        f"them, and give that folder: {merge}"
     )
 
 

@@ -18,6 +18,8 @@ STORED_PLAIN = ("F64", "F32", "BF16", "F16")
 """The same, as safetensors names them."""
 PACKED = ("W_q", "SCB", "codes", "qzeros", "indices", "Qidxs")
 """Names of packed weights and scales that do not say so."""
+QUANTISERS = ("bitsandbytes", "optimum.quanto", "torchao", "compressed_tensors", "gptqmodel", "auto_gptq", "awq", "hqq")
+"""Packages whose modules compute with weights that are none of the model's own."""
 _REMEDY = (
     "endwise would cast the weights and lose their scales. Give the checkpoint that it was made from, or unpack it "
     "first, where its quantiser can: from_pretrained(...).dequantize().save_pretrained(FOLDER)."
@@ -68,16 +70,18 @@ def refuse_packed_files(files: list[Path], name: str) -> None:
 
 
 def _is_weight(key: str) -> bool:
-    """By the names that quantisers give: `weight`, `weight.absmax`, `qweight`, `weight_packed`, `W_q`, `SCB`, `codes`,
-    `experts.gate_up_proj_blocks`, ...
+    """By the names that quantisers give: `weight`, `weight.absmax`, `weight._data._data`, `qweight`, `weight_packed`,
+    `W_q`, `SCB`, `codes`, `experts.gate_up_proj_blocks`, ...
     """
-    last = key.split(".")[-2:]
-    return last[-1] in PACKED or any("weight" in part or part.endswith(("_blocks", "_scales")) for part in last)
+    parts = key.split(".")
+    last = parts[-2:]
+    named = any("weight" in part or part.endswith(("_blocks", "_scales")) for part in last)
+    return named or "weight" in parts or last[-1] in PACKED
 
 
 def _quantised_parts(model: nn.Module) -> Iterator[str]:
     """transformers' mark; parameters of another dtype, or of a class with arithmetic of its own (torchao, quanto); the
-    packed buffers of GPTQ and AWQ; and PyTorch's own quantised modules.
+    packed buffers of GPTQ and AWQ; and modules of a quantiser's, PyTorch's own among them.
     """
     if getattr(model, "is_quantized", False) is True:
         yield f"{type(model).__name__}.is_quantized is true"
@@ -90,5 +94,8 @@ def _quantised_parts(model: nn.Module) -> Iterator[str]:
         if value.dtype not in PLAIN and _is_weight(name):
             yield f"{name} is of {value.dtype}"
     for name, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
-            yield f"{name} is a {type(module).__module__}.{type(module).__name__}"
+        kind = type(module)
+        if ".quantized" in kind.__module__ or f"{kind.__module__}.".startswith(
+            tuple(f"{each}." for each in QUANTISERS)
+        ):
+            yield f"{name} is a {kind.__module__}.{kind.__name__}"
