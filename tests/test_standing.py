@@ -139,6 +139,24 @@ def test_weights_given_in_memory_are_recognised_too(corpora, tmp_path, model):
         evaluate(run.folder, model=LanguageModel(other), corpora=corpora)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_given_in_memory_are_compared_with_those_that_their_name_gives_later(place, capsys, same):
+    """As of a model that an adapter was merged into, which still has the name of the one without."""
+    given = load_model("on/model").model
+    if not same:
+        with torch.no_grad():
+            next(given.parameters()).mul_(1.001)
+    config = one_recipe(Path("on"), Path("given"))
+    train(config, model=LanguageModel(given, name="on/model"), display=False)
+    for read in (evaluate, lambda run: train(RunFolder(run).config(), resume=True, display=False)):
+        if same:
+            read(Path("given"))
+        else:
+            with pytest.raises(RunFolderError, match="other model weights than on/model has now"):
+                read(Path("given"))
+    assert "no digest to compare" not in capsys.readouterr().err
+
+
 def test_weights_that_were_changed_after_loading_are_recognised(place):
     loaded = load_model("on/model")
     with torch.no_grad():

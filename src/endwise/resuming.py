@@ -10,7 +10,7 @@ from endwise.errors import FormatError, RunFolderError, Unreadable
 from endwise.group import Group, Member
 from endwise.language_model import LanguageModel
 from endwise.run_folder import RunFolder
-from endwise.standing import beginning, check_resumed, described
+from endwise.standing import as_recorded, beginning, check_resumed, described
 from endwise.tokens import Corpora
 
 
@@ -25,7 +25,7 @@ def enter(group: Group, model: LanguageModel, corpora: Corpora, from_step: int |
     if from_step is None and len(group.members) > 1:
         from_step = _latest_of_all(group)
     started = {
-        member.folder.path: _taken_up(member, stands_on, corpora, from_step)
+        member.folder.path: _taken_up(member, as_recorded(member.folder, model, stands_on), corpora, from_step)
         for member in group.members
         if member.folder.has_run()
     }

@@ -97,12 +97,23 @@ def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:
     if model is None:
         with naming_relative(path, config):
             model = load_model(**pinned(path, config).model.model_dump())
-    now = {"model": model.weights_digest(), "tokenizer": of_tokenizer(model.tokenizer)}
+    stands_on = {"model": model.weights_digest(), "tokenizer": of_tokenizer(model.tokenizer)}
+    unknown = {}
     for each in runs:
+        folder = RunFolder(each)
+        now = as_recorded(folder, model, stands_on)
         _check(each, runs[each], now, None, list(now))
-    sae = {each: [] if "sae" in RunFolder(each).digests() else ["SAE"] for each in runs}
-    tell_unknown({each: _unknown(RunFolder(each), now) + sae[each] for each in runs})
+        unknown[each] = _unknown(folder, now) + ([] if "sae" in folder.digests() else ["SAE"])
+    tell_unknown(unknown)
     return model
+
+
+def as_recorded(folder: RunFolder, model: LanguageModel, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is now, with the weights digested as the run's folder has them, where they can be: those of a model
+    made in Python are compared with those of the model that its name gives.
+    """
+    before = folder.digests().get("model")
+    return {**now} if _same(before, now["model"]) is not None else {**now, "model": model.weights_digest(before)}
 
 
 def corpora_of_runs(
