@@ -454,7 +454,7 @@ def test_a_model_in_memory_with_an_adapter_in_it_is_refused(package, derived):
     kind = of_package(torch.nn.Linear, package)
     hugging.get_submodule(PACKED).__class__ = of_package(kind, "somebody.elses") if derived else kind
     with pytest.raises(
-        ModelError, match=rf"mine holds an adapter.*Linear at {PACKED}\).*load it anew.*merge_and_unload"
+        ModelError, match=rf"mine holds an adapter.*Linear at {PACKED}\).*load it again.*merge_and_unload"
     ):
         LanguageModel(hugging, name="mine")
 

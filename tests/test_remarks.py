@@ -46,7 +46,11 @@ FAULTS = {
         "ids",
     ),
     "zero does better": ({"baselines": {"clean": 5.2, "zero_ablated": 4.9}}, "4.900 with the site at zero", "ids"),
-    "no BOS": ({"bos_left_out": "<s>"}, "begins every text with <s>", "data.prepend_bos=true"),
+    "no BOS": (
+        {"bos_left_out": "<s>"},
+        "begins every text with <s>",
+        "data.prepend_bos=true and train again; if its CE rises",
+    ),
     "fewer tokens": ({"tokens": 15_050}, "15,050 held-out tokens of the 20,000 asked", "evaluation.tokens to 26,579"),
     "none alive": ({"alive": 0}, "No feature fires", "learning_rate"),
     "nothing active": ({"l0": 0.0}, "No feature fires", "sparsity.coefficient"),

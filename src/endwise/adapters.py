@@ -25,6 +25,6 @@ def refuse_adapted(model: nn.Module, name: str) -> None:
             at = f" at {place}" if place else ""
             raise ModelError(
                 f"{name} holds an adapter that is not merged ({kind.__module__}.{kind.__name__}{at}); with and without "
-                "it, that is not the same model. For the model alone, load it anew; for both, give what merging them "
+                "it, that is not the same model. For the model alone, load it again; for both, give what merging them "
                 f"returns: {MERGING.format('')}"
             )

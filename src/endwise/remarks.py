@@ -75,7 +75,8 @@ def _left_out_bos(record: Record) -> str | None:
         return None
     return (
         f"The model's tokenizer begins every text with {printable(token)}, and these sequences do not begin with it: "
-        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train again."
+        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train again; "
+        "if its CE rises by that, it knows the token before whole documents alone: set data.packing=document as well."
     )
 
 
