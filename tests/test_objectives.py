@@ -293,7 +293,7 @@ def test_nothing_downstream_is_refused(model, fields):
         built(model, "e2e_ds", "blocks.3.hook_resid_pre", downstream_mse=1, **fields)
 
 
-@pytest.mark.parametrize("later", ["blocks.4.hook_resid_pre", "blocks.2.hook_resid_mid", "blocks.2.hook_resid_prr"])
+@pytest.mark.parametrize("later", ["blocks.4.hook_resid_pre", "blocks.2.hook_nowhere", "blocks.2.hook_resid_prr"])
 def test_unknown_downstream_sites_are_refused(model, later):
     with pytest.raises(SiteError) as refused:
         built(model, "e2e_ds", downstream_mse=1, downstream_sites=[later])
