@@ -122,6 +122,8 @@ class TrainingPlan:
     model: str
     site: str
     kind: str
+    splices: bool
+    """Whether the objective has terms that read the spliced pass."""
     device: str
     dtype: str
     processes: int
@@ -192,6 +194,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
         model=config.model.name,
         site=dry_run.place.name,
         kind=config.objective.name,
+        splices=bool(dry_run.objective.spliced_terms),
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,

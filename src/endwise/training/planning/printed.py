@@ -37,7 +37,7 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
 def _heading(plan: TrainingPlan) -> tuple[str, ...]:
     passes = f" in {plan.accumulation} passes" if plan.accumulation > 1 else ""
     shared = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
-    tail = "" if plan.kind == "local" else f", {plan.microbatch} at a time in the spliced pass"
+    tail = f", {plan.microbatch} at a time in the spliced pass" if plan.splices else ""
     return (
         f"{plan.kind} at {plan.site} of {model_title(plan.model)} ({plan.dtype})",
         f"{plan.d_sae:,} features of width {plan.d_model:,}",
