@@ -66,8 +66,8 @@ def test_train_then_evaluate_then_sites(place, tmp_path):
         assert float(row["ce_increase"]) == evaluation["ce_increase"]
     code, said, _ = run_warm("sites", place / "model")
     lines = [line.split() for line in said.splitlines()]
-    assert lines[:2] == [["blocks.0.hook_resid_pre", "16"], ["blocks.0.hook_attn_out", "16"]]
-    assert len(lines) == 16
+    assert lines[:2] == [["blocks.0.hook_resid_pre", "16"], ["blocks.0.attn.hook_z", "16"]]
+    assert len(lines) == 28
 
 
 def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ class OnSlurm(Remote):
         if not handle.paths.result_pickle.exists():
             if not self._local:
                 self._kill([handle])  # it may come back: SLURM itself queues jobs of a lost machine again
-            raise Lost(f"handle {handle.job_id} ended without a result; its output is in {handle.paths.stderr}")
+            raise Lost(f"job {handle.job_id} ended without a result; its output is in {handle.paths.stderr}")
         try:
             return handle.result()
         except Exception as error:  # noqa: BLE001  What the handle raised before its task began.
