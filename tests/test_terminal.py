@@ -98,7 +98,14 @@ def the_plan():
 
 
 def a_sweep(console):
-    row = {"status": "finished", "site": SITE, "kind": "e2e", "target": "ce_increase=0.125", "target_miss": 0.07}
+    row = {
+        "status": "finished",
+        "site": SITE,
+        "kind": "e2e",
+        "method": "e2e",
+        "target": "ce_increase=0.125",
+        "target_miss": 0.07,
+    }
     numbers = {"coefficient": 0.123, "l0": 35.25, "alive": 1234, "ce_increase": 0.123, "ce_increase.low": 0.121}
     rows = [
         {**row, **numbers, "ce_increase.high": 0.125, "seed": seed, "run": f"runs/llama-{0xABCDEF012 + seed:x}"}
