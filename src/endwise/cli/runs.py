@@ -38,17 +38,17 @@ def quickstart(
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder.")] = None,
     from_step: Annotated[
         int | None,
         typer.Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning."),
     ] = None,
     or_resume: Annotated[
-        bool, typer.Option("--or-resume", help="Go on with the recipe's run if it was started before.")
+        bool, typer.Option("--or-resume", help="Resume the recipe's run if it was started before.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train one SAE as a recipe says, or go on with an interrupted run; under torchrun, with all its processes.
+    """Train one SAE as a recipe says, or resume an interrupted run; under torchrun, with all its processes.
 
     With --resume, changes may be given to how the run is executed, e.g. training.microbatch=2, but not to what it is.
 
@@ -63,7 +63,7 @@ def train(
 
     is_recipe = recipe is not None and (resume is None or "=" not in recipe)  # with --resume it may be a change
     if is_recipe == (resume is not None):
-        raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to go on with (--resume RUN).")
+        raise ConfigError("Give either a recipe to start (endwise train RECIPE) or a run to resume (--resume RUN).")
     if from_step is not None and resume is None:
         raise ConfigError("--from-step needs --resume RUN, the run whose checkpoint it names.")
     if resume is not None:

@@ -67,7 +67,7 @@ def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], 
         now: what `described` tells and, of a run that starts from the beginning, `beginning`.
 
     Raises:
-        RunFolderError: the run was started on something else than it would go on with.
+        RunFolderError: the run was started on something else than it would resume on.
     """
     parts = [part for part in PARTS if part in now]
     _check(folder.path, config, {part: now[part] for part in parts}, corpora, parts)

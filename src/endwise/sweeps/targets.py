@@ -41,7 +41,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Next:
-    """The value to go on with, and whether what was tried meets the target there."""
+    """The value to try next, and whether what was tried meets the target there."""
 
     at: float
     found: bool

@@ -35,7 +35,7 @@ from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
 
 Resume = bool | Literal["if_started"]
-"""Whether to go on with the run in the recipe's folder; `if_started`: start it, unless it is there already."""
+"""Whether to resume the run in the recipe's folder; `if_started`: start it, unless it is there already."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Parts:
         """Fills `into` with what the shard has gathered.
 
         Returns:
-            The number of the batch to go on with; None if nothing is there that was gathered with these settings.
+            The number of the batch to resume at; None if nothing is there that was gathered with these settings.
         """
         next_batch = self.next_batch(shard)
         if next_batch is None:
