@@ -27,9 +27,26 @@ def test_an_unknown_name_is_told_with_the_nearest(registry):
         registry["cta"]
 
 
-def test_what_is_added_later_takes_the_place_of_a_name(registry):
-    registry.add("cat")("another")
-    assert registry["cat"] == "another" and registry["felis"] == "built-in cat"
+def test_a_name_stands_for_one_thing(registry):
+    @registry.add("ox")
+    class Ox:
+        pass
+
+    again = type("Ox", (), {"__module__": Ox.__module__, "__qualname__": Ox.__qualname__})
+    registry.add("ox")(again)  # a notebook's cell, run again
+    assert registry["ox"] is again
+    with pytest.raises(ConfigError, match=r"'ox' is the name of one of the animals already .*Ox.*Registry"):
+        registry.add("ox")(Registry)
+    assert registry["ox"] is again
+
+
+def test_a_built_in_name_cannot_be_taken_before_it_is_read(monkeypatch):
+    home = ModuleType("home_of_animals")
+    registry = Registry("animals", "home_of_animals")
+    monkeypatch.setattr("endwise.common.registry.import_module", lambda _: registry.add("cat")(ModuleType) and home)
+    registry.add("cat")(Registry)
+    with pytest.raises(ConfigError, match=r"'cat' is the name of one of the animals already"):
+        registry.names()
 
 
 def test_the_home_is_imported_at_the_first_look_up_alone(monkeypatch):

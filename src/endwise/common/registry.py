@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from endwise.common.errors import ConfigError
 
@@ -29,10 +29,16 @@ class Registry(Generic[T]):
         self._filled = False
 
     def add(self, *names: str) -> Callable[[Added], Added]:
-        """Decorate what is to be known by these names; a name that is there already is replaced."""
+        """Decorate what is to be known by these names.
+
+        Raises:
+            ConfigError: a name stands for something else already. The same definition, run again as in a notebook,
+                replaces itself.
+        """
 
         def added(thing: Added) -> Added:
-            self._things.update(dict.fromkeys(names, thing))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for name in names:
+                self._put(name, thing)
             return thing
 
         return added
@@ -66,4 +72,20 @@ class Registry(Generic[T]):
         import_module(self._home)
         for point in entry_points(group=f"endwise.{self._what}"):
             point.load()
-        self._things |= own  # what was added before the built-in ones keeps its name
+        for name, thing in own.items():
+            self._put(name, thing)
+
+    def _put(self, name: str, thing: Any) -> None:
+        known = self._things.get(name, thing)
+        if _definition(known) != _definition(thing):
+            raise ConfigError(
+                f"{name!r:.80} is the name of one of the {self._what} already ({_definition(known)}), so that "
+                f"{_definition(thing)} cannot have it. Register it by another name."
+            )
+        self._things[name] = thing
+
+
+def _definition(thing: Any) -> str:
+    """Say where a thing, or what it is an instance of, is defined."""
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
