@@ -12,10 +12,13 @@
 Names are imported on first use, so that `import endwise` costs nothing.
 """
 
+import ast
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the one list of what is where: checkers of types follow it, and `_homes` reads it
     from endwise.analysis.directions.study import Directions, directions
     from endwise.analysis.geometry.geometry import Geometry, geometry
     from endwise.analysis.importance.study import ImportanceStudy, importance
@@ -41,107 +44,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0.dev0"
 
-_HOMES = {
-    "Directions": "analysis.directions.study",
-    "directions": "analysis.directions.study",
-    "Geometry": "analysis.geometry.geometry",
-    "geometry": "analysis.geometry.geometry",
-    "ImportanceStudy": "analysis.importance.study",
-    "importance": "analysis.importance.study",
-    "Pareto": "analysis.pareto.curves",
-    "pareto": "analysis.pareto.curves",
-    "EndwiseError": "common.errors",
-    "DataConfig": "config.run",
-    "EvaluationConfig": "config.run",
-    "RunConfig": "config.run",
-    "Latents": "dictionaries",
-    "ReluSAE": "dictionaries",
-    "SAE": "dictionaries",
-    "evaluate": "evaluation.evaluate",
-    "Evaluation": "evaluation.measure",
-    "measure": "evaluation.measure",
-    "Harvest": "features.harvest.results",
-    "read_harvest": "features.harvest.results",
-    "harvest": "features.harvest.run",
-    "FeatureImportance": "features.importance_table",
-    "read_importance": "features.importance_table",
-    "LanguageModel": "models.language_model",
-    "load_model": "models.loading",
-    "Site": "models.sites",
-    "spliced": "models.splicing",
-    "Reproduced": "paper",
-    "reproduce": "paper",
-    "Sweep": "sweeps",
-    "SweepConfig": "sweeps",
-    "sweep": "sweeps",
-    "Corpora": "tokens",
-    "Corpus": "tokens",
-    "corpora_for": "tokens",
-    "load_corpora": "tokens",
-    "Run": "training.members",
-    "SomeFailed": "training.members",
-    "DownstreamMSE": "training.objectives",
-    "KL": "training.objectives",
-    "LocalMSE": "training.objectives",
-    "Objective": "training.objectives",
-    "Sparsity": "training.objectives",
-    "train": "training.train",
-    "train_together": "training.train",
-}
+__all__ = ["KL", "SAE", "Corpora", "Corpus", "DataConfig", "Directions", "DownstreamMSE", "EndwiseError"]
+__all__ += ["Evaluation", "EvaluationConfig", "FeatureImportance", "Geometry", "Harvest", "ImportanceStudy"]
+__all__ += ["LanguageModel", "Latents", "LocalMSE", "Objective", "Pareto", "ReluSAE", "Reproduced", "Run"]
+__all__ += ["RunConfig", "Site", "SomeFailed", "Sparsity", "Sweep", "SweepConfig", "corpora_for", "directions"]
+__all__ += ["evaluate", "geometry", "harvest", "importance", "load_corpora", "load_model", "measure", "pareto"]
+__all__ += ["read_harvest", "read_importance", "reproduce", "spliced", "sweep", "train", "train_together"]
 
-__all__ = [
-    "KL",
-    "SAE",
-    "Corpora",
-    "Corpus",
-    "DataConfig",
-    "Directions",
-    "DownstreamMSE",
-    "EndwiseError",
-    "Evaluation",
-    "EvaluationConfig",
-    "FeatureImportance",
-    "Geometry",
-    "Harvest",
-    "ImportanceStudy",
-    "LanguageModel",
-    "Latents",
-    "LocalMSE",
-    "Objective",
-    "Pareto",
-    "ReluSAE",
-    "Reproduced",
-    "Run",
-    "RunConfig",
-    "Site",
-    "SomeFailed",
-    "Sparsity",
-    "Sweep",
-    "SweepConfig",
-    "corpora_for",
-    "directions",
-    "evaluate",
-    "geometry",
-    "harvest",
-    "importance",
-    "load_corpora",
-    "load_model",
-    "measure",
-    "pareto",
-    "read_harvest",
-    "read_importance",
-    "reproduce",
-    "spliced",
-    "sweep",
-    "train",
-    "train_together",
-]
+
+@cache
+def _homes() -> dict[str, str]:
+    """Each public name's module, as the imports above have it."""
+    nodes = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    return {each.name: str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'endwise' has no attribute {name!r}")
-    return getattr(import_module(f"endwise.{_HOMES[name]}"), name)
+    return getattr(import_module(_homes()[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -7,9 +7,10 @@
 
 The folders are documented at docs.neuronpedia.org/api-and-data/exports. What a line holds is a row of a table of
 Neuronpedia's database (apps/webapp/prisma/schema.prisma of github.com/hijohnnylin/neuronpedia) and is imported as such
-(apps/webapp/lib/db/import.ts): each line of a file has the same columns, and what has a default may be left out. Which
-numbers belong into them is read off SAEDashboard's own export (sae_dashboard/neuronpedia/neuronpedia_export.py and
-neuronpedia_converter.py of github.com/jbloomAus/SAEDashboard). `neuronpedia_rows` has the columns, with their types.
+(apps/webapp/lib/db/import.ts): each line of a file has the same columns, one that it does not know is refused, and what
+has a default (the time of creation, for one) may be left out. Which numbers belong into them is read off SAEDashboard's
+own export (sae_dashboard/neuronpedia/neuronpedia_export.py and neuronpedia_converter.py of
+github.com/jbloomAus/SAEDashboard).
 """
 
 import gzip
@@ -23,11 +24,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from endwise.common.errors import ConfigError
 from endwise.common.files import expanded, write_atomic
-from endwise.features.harvest.neuronpedia_rows import Activation, Model, Neuron, Source, SourceRelease, SourceSet
 from endwise.features.harvest.results import TOP, Context, Harvest, open_harvest
 from endwise.models.sites import Part, Place
 
@@ -46,6 +45,7 @@ _PARTS = {
     Part.MLP_OUT: "mlp",
     Part.RESID_POST: "res",
 }
+Row = dict[str, Any]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 
 
@@ -129,38 +129,29 @@ def _checked(option: str, name: str) -> str:
     return name
 
 
-def _descriptions(found: Harvest, names: _Names) -> dict[str, BaseModel]:
+def _descriptions(found: Harvest, names: _Names) -> dict[str, Row]:
     about = found.about
+    creator = {"creatorName": names.creator, "creatorId": names.creator_id}
+    model = {"id": names.model, "displayNameShort": names.model, "displayName": names.model}
+    # Of the model's own layers and neurons nothing is exported.
+    model |= {"creatorId": names.creator_id, "instruct": False, "layers": 0, "neuronsPerLayer": 0, "owner": ""}
+    release = {"name": names.release, "description": names.release, **creator, "urls": []}
     described = f"{about['kind']} SAE at {about['site']}, {found.d_sae} features"
-    return {
-        "model": Model(
-            id=names.model, displayNameShort=names.model, displayName=names.model, creatorId=names.creator_id
-        ),
-        "release": SourceRelease(
-            name=names.release,
-            description=names.release,
-            creatorName=names.creator,
-            creatorId=names.creator_id,
-        ),
-        "sourceset": SourceSet(
-            modelId=names.model,
-            name=names.source_set,
-            description=described,
-            creatorName=names.creator,
-            creatorId=names.creator_id,
-            releaseName=names.release,
-        ),
-        "source": Source(
-            id=names.source,
-            modelId=names.model,
-            setName=names.source_set,
-            creatorId=names.creator_id,
-            num_prompts=about["sequences"],
-            num_tokens_in_prompt=about["context"],
-            dataset=str(about["corpus"]["source"]),
-            notes=described,
-        ),
+    source_set = {"modelId": names.model, "name": names.source_set, "description": described, **creator}
+    source_set |= {"releaseName": names.release, "urls": []}
+    source = {
+        "id": names.source,
+        "modelId": names.model,
+        "setName": names.source_set,
+        "creatorId": names.creator_id,
+        "num_prompts": about["sequences"],
+        "num_tokens_in_prompt": about["context"],
+        "dataset": str(about["corpus"]["source"]),
+        "notes": described,
+        "hasDashboards": True,
     }
+    rows = {"model": model, "release": release, "sourceset": source_set, "source": source}
+    return {name: {**row, "visibility": "PUBLIC"} for name, row in rows.items()}
 
 
 def _write_batch(folder: Path, number: int, found: Harvest, names: _Names, features: range) -> int:
@@ -176,25 +167,24 @@ def _write_batch(folder: Path, number: int, found: Harvest, names: _Names, featu
     return len(contexts)
 
 
-def _neuron(row: dict[str, Any], words: Sequence[str], names: _Names) -> Neuron:
-    values, heights = bars(
-        np.array(row["histogram_edges"]), np.array(row["histogram"], np.int64), row["max_active"] or 0.0
-    )
-    return Neuron(
-        modelId=names.model,
-        layer=names.source,
-        index=str(row["feature"]),
-        creatorId=names.creator_id,
-        sourceSetName=names.source_set,
-        maxActApprox=_short(row["max_active"] or 0.0),
-        frac_nonzero=row["density"],
-        freq_hist_data_bar_values=_shorts(values),
-        freq_hist_data_bar_heights=_shorts(heights),
-        pos_str=_written(row["boosted"], words),
-        pos_values=_shorts(row["boosted_logits"]),
-        neg_str=_written(row["suppressed"], words),
-        neg_values=_shorts(row["suppressed_logits"]),
-    )
+def _neuron(row: Row, words: Sequence[str], names: _Names) -> Row:
+    counts = np.array(row["histogram"], np.int64)
+    values, heights = bars(np.array(row["histogram_edges"]), counts, row["max_active"] or 0.0)
+    return {
+        "modelId": names.model,
+        "layer": names.source,
+        "index": str(row["feature"]),
+        "creatorId": names.creator_id,
+        "sourceSetName": names.source_set,
+        "maxActApprox": _short(row["max_active"] or 0.0),
+        "frac_nonzero": row["density"],
+        "freq_hist_data_bar_values": _shorts(values),  # the middles of the bars
+        "freq_hist_data_bar_heights": _shorts(heights),
+        "pos_str": _written(row["boosted"], words),
+        "pos_values": _shorts(row["boosted_logits"]),
+        "neg_str": _written(row["suppressed"], words),
+        "neg_values": _shorts(row["suppressed_logits"]),
+    }
 
 
 def bars(
@@ -214,32 +204,34 @@ def bars(
     return (limits[1:] + limits[:-1]) / 2, np.diff(below)
 
 
-def _activations(contexts: Sequence[Context], found: Harvest, names: _Names) -> Iterable[Activation]:
-    """Neuronpedia marks the contexts of the greatest activations by −1 in `binMin` and `binContains`."""
+def _activations(contexts: Sequence[Context], found: Harvest, names: _Names) -> Iterable[Row]:
+    """Neuronpedia marks the contexts of the greatest activations by −1 in `binMin` and `binContains`; for others these
+    are the least of the interval that they were drawn from, and the share of all activations that it holds.
+    """
     groups = {context.group for context in contexts if context.group != TOP}
     spans = {group: [c.activation for c in contexts if c.group == group] for group in groups}
     share = 1 / max(1, found.about["settings"]["kept"]["groups"])
     for context in contexts:
         peak = max(context.activations)
         low, high = (-1.0, peak) if context.group == TOP else (min(spans[context.group]), max(spans[context.group]))
-        yield Activation(
-            id=f"{names.model}-{names.source}-{context.feature}-{context.group + 1}-{context.rank}",
-            modelId=names.model,
-            layer=names.source,
-            index=str(context.feature),
-            creatorId=names.creator_id,
-            tokens=_without_nul(found.written(context.tokens)),
-            values=_shorts(context.activations),
-            maxValue=_short(peak),
-            maxValueTokenIndex=context.activations.index(peak),
-            minValue=_short(min(context.activations)),
-            dataIndex=f"{context.sequence}:{context.start}",
-            dataSource=str(found.about["corpus"]["source"]),
-            binMin=_short(low),
-            binMax=_short(high),
-            binContains=-1.0 if context.group == TOP else share,
-            qualifyingTokenIndex=context.peak,
-        )
+        yield {
+            "id": f"{names.model}-{names.source}-{context.feature}-{context.group + 1}-{context.rank}",
+            "modelId": names.model,
+            "layer": names.source,
+            "index": str(context.feature),
+            "creatorId": names.creator_id,
+            "tokens": _without_nul(found.written(context.tokens)),
+            "values": _shorts(context.activations),
+            "maxValue": _short(peak),
+            "maxValueTokenIndex": context.activations.index(peak),
+            "minValue": _short(min(context.activations)),
+            "dataIndex": f"{context.sequence}:{context.start}",
+            "dataSource": str(found.about["corpus"]["source"]),
+            "binMin": _short(low),
+            "binMax": _short(high),
+            "binContains": -1.0 if context.group == TOP else share,
+            "qualifyingTokenIndex": context.peak,  # which may be another than the greatest value's
+        }
 
 
 def _written(tokens: Iterable[int], words: Sequence[str]) -> list[str]:
@@ -260,5 +252,5 @@ def _shorts(numbers: Iterable[float]) -> list[float]:
     return [_short(number) for number in numbers]
 
 
-def _lines(rows: Iterable[BaseModel]) -> bytes:
-    return b"".join(json.dumps(row.model_dump(), ensure_ascii=True, allow_nan=False).encode() + b"\n" for row in rows)
+def _lines(rows: Iterable[Row]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=True, allow_nan=False).encode() + b"\n" for row in rows)
