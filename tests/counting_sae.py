@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
-from endwise.dictionaries import SAE, DenseLatents, Exported, Latents
+from endwise.dictionaries import SAE, DenseLatents, Exported, Latents, TrainingPass
 from endwise.formats.saelens import Layout
 
 
@@ -72,9 +72,9 @@ class CountingSAE(SAE):
     def auxiliary_weights(self):
         return {"wake": self.wake}
 
-    def auxiliary(self, x, latents, reconstruction, counted, dead):
-        before = x.float() @ self.encoder + self.b_enc
-        return {"wake": (torch.relu(1 - before) * dead).mean(-1).where(counted, 0.0).sum()}
+    def auxiliary(self, seen: TrainingPass):
+        before = seen.x.float() @ self.encoder + self.b_enc
+        return {"wake": (torch.relu(1 - before) * seen.dead).mean(-1).where(seen.counted, 0.0).sum()}
 
     def step_statistics(self):
         return (self.seen,)

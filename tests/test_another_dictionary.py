@@ -96,7 +96,7 @@ def test_training_starts_from_a_saved_one(runs, model, tmp_path):
 
 def test_another_architecture_is_refused_as_a_start(runs, model, tmp_path):
     config = {**recipe(tmp_path / "run"), "init_from": str(runs["local"].folder), "dictionary": {"size": 24}}
-    with pytest.raises(ConfigError, match=r"holds a counting SAE.*Set dictionary\.architecture=counting"):
+    with pytest.raises(ConfigError, match=r"counting SAE cannot be trained on as standard.*architecture=counting"):
         endwise.train(config, model=model, display=False)
 
 

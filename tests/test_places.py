@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import counting_sae  # noqa: F401  registers an architecture of one width
 import endwise
 from endwise import Site, spliced
 from endwise.analysis.directions.measure import measure_directions
@@ -261,7 +262,7 @@ def test_it_is_saved_with_both_widths(tmp_path):
 
 def test_an_architecture_of_one_width_says_so():
     with pytest.raises(ConfigError, match=r"attn\.hook_z has width 24 and writes .* has width 16"):
-        new_trainee(wide_recipe(dictionary={"size": 20}), tiny("qwen3"), 4)
+        new_trainee(wide_recipe(dictionary={"size": 20, "architecture": "counting"}), tiny("qwen3"), 4)
 
 
 @torch.no_grad()

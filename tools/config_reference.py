@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from endwise.config.base import Config
+from endwise.config.base import Config, section_of
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.config.fields import EXECUTION
 from endwise.config.recipes import find_recipe, find_sweep, recipe_names, sweep_names
@@ -97,8 +97,8 @@ def _sections(section: type[Config], prefix: str, title: str, inner_title: str =
     rows, inner = [], []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            inner.append((field.annotation, f"{key}."))
+        if (below := section_of(field)) is not None:
+            inner.append((below, f"{key}."))
         else:
             rows.append(_row(key, field, meanings.get(name, "")))
     table = [*TABLE, *rows]

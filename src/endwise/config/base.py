@@ -82,6 +82,12 @@ class Config(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def section_of(field: FieldInfo) -> type[Config] | None:
+    """Return the section that a field holds, or may hold; None: it holds a value."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Config)), None)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """
     Raises:
@@ -176,10 +182,9 @@ def _fields_at(model: type[Config], values: Any, path: tuple[int | str, ...]) ->
         info = model.model_fields.get(str(part))
         if info is None:
             return set()
-        candidates = [info.annotation, *get_args(info.annotation)]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
-        if not sections:
+        section = section_of(info)
+        if section is None:
             return set()
         values = values.get(part) if isinstance(values, Mapping) else None
-        model = sections[0].chosen(values) if isinstance(values, Mapping) else sections[0]
+        model = section.chosen(values) if isinstance(values, Mapping) else section
     return set(model.model_fields)

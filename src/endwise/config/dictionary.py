@@ -28,6 +28,11 @@ class DictionaryConfig(Config):
 
     knobs: ClassVar[Mapping[str, KnobRule]] = {}
     """Keys that are varied along a curve in place of the sparsity coefficient where they are set."""
+    batchwise: ClassVar[bool] = False
+    """Whether a token's latents in training, or a term, depend on the other tokens of a pass: more than one pass a step
+    (`training.accumulation`) would be another training, and is refused."""
+    penalised: ClassVar[bool] = True
+    """Whether a sparsity coefficient sets how many features are active; if not, a recipe needs none."""
     architecture: str = "standard"
     """SAELens's name of it; `relu` is another word for `standard`."""
     size: Positive | None = None
@@ -46,7 +51,7 @@ class DictionaryConfig(Config):
         return self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> type[Config]:
+    def chosen(cls, values: Mapping[str, Any]) -> "type[DictionaryConfig]":
         """The section of the architecture that the values name.
 
         Raises:

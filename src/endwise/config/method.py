@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from endwise.common.errors import ConfigError
 from endwise.config.base import Config
 from endwise.config.dictionary import DictionaryConfig
 from endwise.config.objective import KINDS, LABELS
@@ -33,7 +34,9 @@ class Knob:
         for name, rule in config.dictionary.knobs.items():
             if (value := getattr(config.dictionary, name)) is not None:
                 return cls(float(value), f"dictionary.{name}", *rule)
-        return cls(config.objective.sparsity.coefficient)
+        if (coefficient := config.objective.coefficient) is None:
+            raise ConfigError(f"Nothing in the recipe says how sparse its {config.dictionary.architecture} SAE is.")
+        return cls(coefficient)
 
     def __str__(self) -> str:
         return f"{self.label} {self.value:g}"

@@ -63,7 +63,8 @@ class ObjectiveConfig(Config):
 
     kind: Kind | None = None
     """Unset: only the terms that have a weight below."""
-    sparsity: SparsityConfig
+    sparsity: SparsityConfig | None = None
+    """Required, but for dictionaries that set the number of active features otherwise: these have no penalty."""
     kl: NonNegative | None = None
     """Weight of KL(original ‖ spliced), nats per token. Preset: 0, 1, 0.5 for local, e2e, e2e_ds."""
     local_mse: NonNegative | None = None
@@ -110,6 +111,11 @@ class ObjectiveConfig(Config):
         return own | {name: term.weight for name, term in self.terms.items()}
 
     @property
+    def coefficient(self) -> float | None:
+        """λ, where there is a penalty."""
+        return None if self.sparsity is None else self.sparsity.coefficient
+
+    @property
     def weighted_terms(self) -> list[WeightedTerm]:
         """Every term with what it is built from; of weight 0 only sparsity is kept."""
         weights = self.weights
@@ -119,6 +125,8 @@ class ObjectiveConfig(Config):
         }
         names = ("kl", "downstream_mse", "local_mse", *self.terms)
         terms = [WeightedTerm(name, weights[name], settings.get(name, {})) for name in names if weights[name]]
+        if self.sparsity is None:
+            return terms
         return [*terms, WeightedTerm("sparsity", self.sparsity.coefficient, {"p": self.sparsity.p})]
 
     @property
@@ -127,7 +135,8 @@ class ObjectiveConfig(Config):
         sites = None if self.downstream_sites is None else list(self.downstream_sites)
         settings = {name: term.model_dump(mode="json", exclude={"weight"}) for name, term in self.terms.items()}
         further = {f"terms.{name}": of for name, of in settings.items() if of}
-        return {**self.weights, "downstream_sites": sites, "p": self.sparsity.p, **further}
+        penalty = {} if self.sparsity is None else {"p": self.sparsity.p}
+        return {**self.weights, "downstream_sites": sites, **penalty, **further}
 
     @property
     def name(self) -> str:

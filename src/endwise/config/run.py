@@ -4,6 +4,7 @@ A field says what is computed unless `EXECUTION` marks it (`config.fields`). Wha
 written, or only its rounding: where a sum is made in another order, by another kernel, or on another device.
 """
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -182,6 +183,30 @@ class RunConfig(Config):
     def seeds(self) -> dict[str, int]:
         """Every seed that the run's numbers depend on, by purpose."""
         return {"initialisation": self.seed, "data": self.data.seed, "evaluation": self.evaluation.seed}
+
+    @model_validator(mode="after")
+    def _penalty_as_needed(self) -> "RunConfig":
+        """Leave out a coefficient that the dictionary cannot use, and ask for one that it needs."""
+        architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
+        if self.dictionary.penalised and sparsity is None:
+            raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
+        if sparsity is not None and not self.dictionary.penalised:
+            warnings.warn(
+                f"objective.sparsity is left out: how many features of a {architecture} dictionary are active is set "
+                "by the dictionary itself.",
+                stacklevel=2,
+            )
+            object.__setattr__(self, "objective", self.objective.model_copy(update={"sparsity": None}))
+        return self
+
+    @model_validator(mode="after")
+    def _one_pass(self) -> "RunConfig":
+        if self.dictionary.batchwise and self.training.accumulation > 1:
+            raise ValueError(
+                f"training.accumulation is {self.training.accumulation}, but a {self.dictionary.architecture} "
+                "dictionary chooses among all tokens of a step: set it to 1, and training.microbatch to bound memory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _exact_is_float32(self) -> "RunConfig":

@@ -54,7 +54,7 @@ class DashboardRun:
             "label": Method.of(self.config).label,
             "site": self.config.place,
             "model": model_title(self.config.model.name),
-            "coefficient": self.config.objective.sparsity.coefficient,
+            "coefficient": self.config.objective.coefficient,
             "knob": Knob.of(self.config).label,
             "knob_value": Knob.of(self.config).value,
             "seed": self.config.seed,

@@ -55,8 +55,9 @@ class TextReader:
         tokens, mask = self._tokens(text)
         place = Place.of(self.place)
         clean = self.model.clean(tokens, record=place.sites, final=True)
-        latents = self.sae.encode(clean.activations[place.reads].float())
-        spliced = SplicedPass(self.model, place.writes).run(clean, self.sae.decode(latents), mask).final
+        read = clean.activations[place.reads].float()
+        latents = self.sae.encode(read)
+        spliced = SplicedPass(self.model, place.writes).run(clean, self.sae.reconstruct(latents, read), mask).final
         assert clean.final is not None and spliced is not None
         compared = self.model.readout.compare(clean.final, [spliced], tokens, mask)[0]
         active = latents.dense()[0].where(mask[0, :, None], 0.0)

@@ -1,8 +1,21 @@
 """Sparse dictionaries, one architecture a file; importing one registers it."""
 
-from endwise.dictionaries.base import SAE, Exported, at_inference
+from endwise.dictionaries.base import SAE, Exported, TrainingPass, at_inference
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents
+from endwise.dictionaries.linear import LinearConfig, LinearSAE
 from endwise.dictionaries.relu import ReluSAE
 from endwise.formats.saelens import read_cfg
 
-__all__ = ["SAE", "DenseLatents", "Exported", "Latents", "ReluSAE", "SparseLatents", "at_inference", "read_cfg"]
+__all__ = [
+    "SAE",
+    "DenseLatents",
+    "Exported",
+    "Latents",
+    "LinearConfig",
+    "LinearSAE",
+    "ReluSAE",
+    "SparseLatents",
+    "TrainingPass",
+    "at_inference",
+    "read_cfg",
+]

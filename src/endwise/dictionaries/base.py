@@ -39,6 +39,25 @@ class Exported:
     """By SAELens's names."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The architecture's own, by the names of its `layout`."""
+    architecture: str | None = None
+    """What computes this function outside training, where that is another architecture; None: this one."""
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """A pass over some of a step's rows, as an architecture's own terms see it."""
+
+    x: Float[Tensor, "*rows d_in"]
+    """What was encoded."""
+    target: Float[Tensor, "*rows d_out"]
+    """What the reconstruction stands for: `x`, or of a transcoder the activation that it writes."""
+    latents: Latents
+    reconstruction: Float[Tensor, "*rows d_out"]
+    counted: Bool[Tensor, "*rows"]
+    dead: Bool[Tensor, " d_sae"]
+    """Features that have not fired within the window of latest training tokens (`training.alive_window`)."""
+    gradient: Float[Tensor, "*rows d_out"] | None = None
+    """Of the objective's spliced terms, weighted and summed over tokens, at the reconstruction; None: it has none."""
 
 
 class SAE(nn.Module, ABC):
@@ -59,6 +78,10 @@ class SAE(nn.Module, ABC):
     """What it keeps in a file."""
     two_widths: ClassVar[bool] = False
     """Whether it can be of two widths; then `build` takes `d_out` besides."""
+    first_tokens: int = 0
+    """Tokens whose activations `see_first` wants before the first step of a training that starts."""
+    last_tokens: int = 0
+    """Tokens whose activations `see_last` wants after the last step."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
@@ -96,27 +119,46 @@ class SAE(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]: ...
+    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
+        """Sum the features' directions, each times its latent, and the bias."""
+
+    def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Return x̂: what is decoded, and whatever the architecture makes of the input beside its features.
+
+        Args:
+            latents: of `x`, or what an analysis has made of them.
+        """
+        return self.decode(latents)
+
+    def nested(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Sequence[Float[Tensor, "*rows d_out"]]:
+        """Return the reconstructions over which terms at the site are averaged in training, beside the spliced one;
+        empty: that one alone.
+        """
+        return ()
+
+    def begin_step(self, done: float) -> None:
+        """Prepare a training step: move what is annealed.
+
+        Args:
+            done: share of the steps that are done, from 0 to below 1.
+        """
 
     @property
     def auxiliary_weights(self) -> Mapping[str, float]:
         """Weight of each term that this architecture adds to any objective, by name."""
         return {}
 
-    def auxiliary(
-        self,
-        x: Float[Tensor, "*rows d_in"],
-        latents: Latents,
-        reconstruction: Float[Tensor, "*rows d_out"],
-        counted: Bool[Tensor, "*rows"],
-        dead: Bool[Tensor, " d_sae"],
-    ) -> Mapping[str, Float[Tensor, ""]]:
-        """Each term of `auxiliary_weights`, unweighted: a sum over the rows that count.
-
-        Args:
-            dead: features that have not fired within the window of latest training tokens (`training.alive_window`).
-        """
+    def auxiliary(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
+        """Each term of `auxiliary_weights`, unweighted: a sum over the rows that count."""
         return {}
+
+    def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        """Fit what is fitted before training to `first_tokens` activations of training text: an input's scale or
+        whitening, the first `b_dec`.
+        """
+
+    def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        """Fit what is fitted after training to `last_tokens` activations of the latest training text: thresholds."""
 
     def step_statistics(self) -> Sequence[Tensor]:
         """What this process's share of a step adds to the running statistics: tensors that are summed over all
@@ -137,7 +179,22 @@ class SAE(nn.Module, ABC):
         """
         raise ConfigError(f"endwise cannot train a {self.architecture} SAE further.")
 
+    @classmethod
+    def continuing(cls, sae: "SAE", config: DictionaryConfig) -> "SAE":
+        """Make of a finished dictionary, of this architecture or of one that it can take over, what trains on.
+
+        Raises:
+            ConfigError: it can be none of this architecture.
+        """
+        if sae.architecture != cls.architecture:
+            raise ConfigError(
+                f"a {sae.architecture} SAE cannot be trained on as {cls.architecture}. "
+                f"Set dictionary.architecture={sae.architecture}."
+            )
+        return sae.to_train(config)
+
     def export(self) -> Exported:
+        """Return what computes its latents and reconstructions outside training."""
         return Exported({name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
 
     @classmethod
@@ -151,7 +208,7 @@ class SAE(nn.Module, ABC):
         """
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        return self.decode(self.encode(x))
+        return self.reconstruct(self.encode(x), x)
 
     def save(self, folder: Path | str, metadata: Mapping[str, Any] | None = None, *, format_name: str = NATIVE) -> None:
         """Write it as it is used, by default in SAELens's layout, which opens in SAELens as it is.
@@ -164,7 +221,7 @@ class SAE(nn.Module, ABC):
         exported = self.export()
         of_two = {"d_out": self.d_out} if self.d_out != self.d_in else {}
         config = {"d_in": self.d_in, "d_sae": self.d_sae, **of_two, **exported.settings}
-        stored = Stored(self.architecture, config, exported.tensors, metadata or {})
+        stored = Stored(exported.architecture or self.architecture, config, exported.tensors, metadata or {})
         FORMATS[format_name].write(expanded(folder), stored)
 
     @staticmethod

@@ -33,7 +33,7 @@ def named(config: RunConfig) -> dict[str, Any]:
     return {
         "kind": config.objective.name,
         "site": config.place,
-        "coefficient": config.objective.sparsity.coefficient,
+        "coefficient": config.objective.coefficient,
         "seed": config.seed,
     }
 

@@ -163,7 +163,7 @@ def measure(
             for name, (_, sae) in saes.items():
                 site = places[name].writes
                 latents = sae.encode(clean.activations[places[name].reads])
-                estimate = sae.decode(latents)
+                estimate = sae.reconstruct(latents, clean.activations[places[name].reads])
                 collected[name].add_latents(latents, batch.mask)
                 collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
                 passes[name] = _splice(model, clean, site, estimate, later[site], batch.mask)

@@ -163,8 +163,9 @@ class Attribution:
         """Some sequences, the next in order."""
         place = Place.of(place)
         with torch.no_grad():
-            latents = self.sae.encode(clean.activations[place.reads])
-            reconstruction = self.sae.decode(latents)
+            read = clean.activations[place.reads]
+            latents = self.sae.encode(read)
+            reconstruction = self.sae.reconstruct(latents, read)
         losses: list[Loss] = ["ce", "kl"] if self.kl else ["ce"]
         gradients = spliced_gradients(model, clean, place.writes, reconstruction, mask, losses)
         _, predicts = next_tokens(clean.tokens, mask)

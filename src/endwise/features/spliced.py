@@ -25,6 +25,8 @@ class SplicedBatch:
     site: Site
     """Where the reconstruction is put."""
     mask: TokenMask
+    read: Activation
+    """What the SAE encoded."""
     latents: Latents
     reconstruction: Activation
     whole: Comparison
@@ -34,12 +36,13 @@ class SplicedBatch:
     @torch.no_grad()
     def of(cls, model: LanguageModel, sae: SAE, clean: Clean, place: Place | Site, mask: TokenMask) -> "SplicedBatch":
         reads, site = Place.of(place).reads, Place.of(place).writes
-        latents = sae.encode(clean.activations[reads])
-        reconstruction = sae.decode(latents)
+        read = clean.activations[reads]
+        latents = sae.encode(read)
+        reconstruction = sae.reconstruct(latents, read)
         parts = SplicedPass(model, site).in_parts(clean, reconstruction, mask)
         compared = [_compare(model, part.clean, part.spliced, part.mask) for part in parts]
         joined = {name: torch.cat([getattr(each, name) for each in compared]) for name in vars(compared[0])}
-        return cls(clean, site, mask, latents, reconstruction, Comparison(**joined))
+        return cls(clean, site, mask, read, latents, reconstruction, Comparison(**joined))
 
     @torch.no_grad()
     def rises(self, model: LanguageModel, changed: Activation, rows: Int[Tensor, " rows"]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from endwise.common.errors import ConfigError
-from endwise.config.base import Config
+from endwise.config.base import Config, section_of
 from endwise.config.run import RunConfig
 
 RANGE, TARGET, OUT = "log_range", "target", "out"
@@ -21,8 +21,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
 def _fields(section: type[Config], prefix: str) -> list[tuple[str, FieldInfo]]:
     found: list[tuple[str, FieldInfo]] = []
     for name, field in section.all_fields().items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Config):
+        if (inner := section_of(field)) is not None:
             found += _fields(inner, f"{prefix}{name}.")
         else:
             found.append((f"{prefix}{name}", field))

@@ -13,6 +13,7 @@ import numpy as np
 
 from endwise.common.errors import ConfigError, SiteError
 from endwise.config.base import read_yaml, with_values
+from endwise.config.dictionary import DictionaryConfig
 from endwise.config.fields import identity
 from endwise.config.method import COEFFICIENT, Knob
 from endwise.config.recipes import find_recipe
@@ -153,7 +154,7 @@ def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
     target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
     values = with_values(base, choice)
-    if target is not None and _coefficient(values) is None:
+    if target is not None and _needs_coefficient(values) and _coefficient(values) is None:
         raise _no_first_guess(source, COEFFICIENT)
     config = RunConfig.build(values, source)
     knob = Knob.of(config)
@@ -179,6 +180,11 @@ def _no_first_guess(source: str, name: str) -> ConfigError:
         f"{source}: a target needs a {name.rpartition('.')[2]} above 0 to start its search from. Set {name} in the "
         "recipe or in the sweep's settings."
     )
+
+
+def _needs_coefficient(values: Mapping[str, Any]) -> bool:
+    section = values.get("dictionary")
+    return not isinstance(section, dict) or DictionaryConfig.chosen(section).penalised
 
 
 def _coefficient(values: Mapping[str, Any]) -> Any:

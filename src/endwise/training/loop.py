@@ -10,7 +10,9 @@ from endwise.config.run import EvaluationConfig
 from endwise.evaluation.measure import measure
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
+from endwise.training.fitting import fit_last
 from endwise.training.members import Group, Member
+from endwise.training.resume import broadcast_state
 from endwise.training.setup import Prepared
 from endwise.training.step import take_step
 
@@ -38,6 +40,8 @@ def run_loop(prepared: Prepared) -> None:
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
             group.agree(world)
             done = step + 1
+            if done == steps:
+                _fit_last(prepared)
             _record(prepared, done, shown)
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
@@ -47,6 +51,17 @@ def run_loop(prepared: Prepared) -> None:
         group.share_time()
         for member in group.members:
             member.folder.mirror.ended("finished")
+
+
+def _fit_last(prepared: Prepared) -> None:
+    """Fit what is fitted after the last step, in one process for all."""
+    group, world = prepared.group, prepared.world
+    if not any(member.trainee.sae.last_tokens for member in group.members):
+        return
+    with world.together("fitting thresholds"):
+        if world.is_first:
+            group.each(partial(fit_last, (prepared.model, prepared.corpora.train, prepared.order)))
+    broadcast_state(group, world)
 
 
 @contextmanager

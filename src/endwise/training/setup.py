@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
+from endwise.training.fitting import fit_first
 from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
 from endwise.training.resume import broadcast_state, start_or_resume
@@ -118,6 +120,8 @@ def prepare(
     with world.together("starting the run"):
         if world.is_first:
             start_or_resume(group, model, corpora, request.from_step)
+            text = (model, corpora.train, order)
+            group.each(partial(fit_first, text), [m for m in group.members if m.trainee.step == 0])
     broadcast_state(group, world)
     group.text = _text_tried(model, corpora, request.display, world)
     return Prepared(model, tail, group, corpora, order, steps, request.display, world)
@@ -282,12 +286,10 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
             f"init_from: the dictionary in {config.init_from} writes width {sae.d_out:,}, but {config.written} has "
             f"{d_out:,}. Choose the site that it was trained to write."
         )
-    if sae.architecture != config.dictionary.architecture:
-        raise ConfigError(
-            f"init_from: {config.init_from} holds a {sae.architecture} SAE, but dictionary.architecture is "
-            f"{config.dictionary.architecture}. Set dictionary.architecture={sae.architecture}."
-        )
-    return sae.to_train(config.dictionary)
+    try:
+        return ARCHITECTURES[config.dictionary.architecture].continuing(sae, config.dictionary)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {config.init_from}: {error}") from None
 
 
 def _check_memory(width: int, d_sae: int) -> None:
@@ -340,7 +342,7 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
         "dataset_path": config.data.source,
         "endwise": {
             "kind": config.objective.name,
-            "sparsity_coefficient": config.objective.sparsity.coefficient,
+            "sparsity_coefficient": config.objective.coefficient,
             "seed": config.seed,
             "unit_norm_decoder": True,
         },

@@ -1,6 +1,7 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from endwise.common.errors import NotFinite
 from endwise.common.processes import World
 from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
-from endwise.dictionaries import SAE, Latents
+from endwise.dictionaries import SAE, Latents, TrainingPass
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout
 from endwise.models.sites import Place, Site
@@ -33,6 +34,8 @@ class Encoded:
 
     latents: Latents
     reconstruction: Activation
+    nested: Sequence[Activation]
+    """See `SAE.nested`; `reconstruction` alone where it has none."""
 
 
 class Trainee:
@@ -78,6 +81,7 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_factor(self.step, self.total_steps, self.config)
         self.optimizer.zero_grad(set_to_none=True)
+        self.sae.begin_step(self.step / self.total_steps)
         for total in self._sums.values():
             total.zero_()
         self._fired.zero_()
@@ -96,12 +100,19 @@ class Trainee:
         target = activation if self.place.reads == self.site else _harmless(clean.activations[self.site], mask)
         with self._products():
             latents = self.sae.encode(activation, mask)
-            encoded = Encoded(latents, self.sae.decode(latents))
-        outputs = [self._site_loss(encoded, activation, target, mask) / tokens_in_step]
-        gradients: list[Tensor | None] = [None]
+            reconstruction = self.sae.reconstruct(latents, activation)
+            encoded = Encoded(latents, reconstruction, self.sae.nested(latents, activation) or [reconstruction])
+        loss, gradient = self._site_loss(encoded, target, mask), None
         if self.objective.spliced_terms:
-            outputs.append(encoded.reconstruction)
-            gradients.append(self._tail_gradient(tail, clean, encoded.reconstruction, mask) / tokens_in_step)
+            gradient = self._tail_gradient(tail, clean, reconstruction, mask)
+        if self.sae.auxiliary_weights:
+            seen = TrainingPass(activation, target, latents, reconstruction, mask, ~self._alive(), gradient)
+            loss = loss + self._own_loss(seen)
+        outputs = [loss / tokens_in_step] if loss.requires_grad else []
+        gradients: list[Tensor | None] = [None] * len(outputs)
+        if gradient is not None:
+            outputs.append(reconstruction)
+            gradients.append(gradient / tokens_in_step)
         torch.autograd.backward(outputs, gradients)
         self._sums["l0"] += latents.l0().where(mask, 0.0).sum()
         self._fired |= latents.fired(mask)
@@ -113,19 +124,21 @@ class Trainee:
         device = self.sae.b_enc.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "mixed" and device == "cuda")
 
-    def _site_loss(
-        self, encoded: Encoded, activation: Activation, target: AnyWidth, mask: TokenMask
-    ) -> Float[Tensor, ""]:
-        loss = activation.new_zeros(())
+    def _site_loss(self, encoded: Encoded, target: AnyWidth, mask: TokenMask) -> Float[Tensor, ""]:
+        loss = target.new_zeros(())
         for term in self.objective.site_terms:
-            total = term.total(target, encoded.reconstruction, encoded.latents, mask)
+            totals = [term.total(target, each, encoded.latents, mask) for each in encoded.nested]
+            total = totals[0] if len(totals) == 1 else torch.stack(totals).mean()
             self._sums[term.name] += total.detach()
             loss = loss + term.coefficient * total
-        if weights := self.sae.auxiliary_weights:
-            own = self.sae.auxiliary(activation, encoded.latents, encoded.reconstruction, mask, ~self._alive())
-            for name, weight in weights.items():
-                self._sums[name] += own[name].detach()
-                loss = loss + weight * own[name]
+        return loss
+
+    def _own_loss(self, seen: TrainingPass) -> Float[Tensor, ""]:
+        """The dictionary's own terms, which see the spliced terms' gradient where there is one."""
+        loss, own = seen.target.new_zeros(()), self.sae.auxiliary(seen)
+        for name, weight in self.sae.auxiliary_weights.items():
+            self._sums[name] += own[name].detach()
+            loss = loss + weight * own[name]
         return loss
 
     def _tail_gradient(

@@ -82,13 +82,14 @@ class FaithfulnessSums:
     @torch.no_grad()
     def add_between(self, model: LanguageModel, clean: Clean, place: Place | Site, mask: TokenMask) -> None:
         """As `add`, of the counts that `narrow` took up, by importance alone."""
-        latents, site = self.sae.encode(clean.activations[Place.of(place).reads]), Place.of(place).writes
+        read, site = clean.activations[Place.of(place).reads], Place.of(place).writes
+        latents = self.sae.encode(read)
         for n in self.between:
-            value = self.sae.decode(latents.only(self._places[0] < n))
+            value = self.sae.reconstruct(latents.only(self._places[0] < n), read)
             self._between.setdefault(n, []).append(spliced_ce(model, clean, site, mask, value).cpu().numpy())
 
     def _with_first(self, n: int, places: Tensor, model: LanguageModel, batch: SplicedBatch) -> Tensor:
-        value = self.sae.decode(batch.latents.only(places < n))
+        value = self.sae.reconstruct(batch.latents.only(places < n), batch.read)
         return spliced_ce(model, batch.clean, batch.site, batch.mask, value)
 
     def result(self, clean: Floats, mean_ablated: Floats, predictions: Floats) -> Faithfulness:

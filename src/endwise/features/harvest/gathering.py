@@ -129,7 +129,7 @@ class Gathered:
         attribute = attribute and self.attribute
         self.counts += torch.tensor([int(mask.sum()), predictions, predictions * attribute])
         if attribute:
-            self._attribute(model, clean, place.writes, mask, latents)
+            self._attribute(model, clean, place, mask, latents)
 
     def _add_counts(self, firings: Firings) -> None:
         places = firings.features * BINS + bins_of(firings.values)
@@ -163,10 +163,10 @@ class Gathered:
             )
         )
 
-    def _attribute(self, model: LanguageModel, clean: Clean, site: Site, mask: TokenMask, latents: Latents) -> None:
+    def _attribute(self, model: LanguageModel, clean: Clean, place: Place, mask: TokenMask, latents: Latents) -> None:
         with torch.no_grad():
-            reconstruction = self.sae.decode(latents)
-        gradients = spliced_gradients(model, clean, site, reconstruction, mask)
+            reconstruction = self.sae.reconstruct(latents, clean.activations[place.reads])
+        gradients = spliced_gradients(model, clean, place.writes, reconstruction, mask)
         if not gradients["ce"].isfinite().all():
             raise DataError("A gradient of the CE is NaN or infinite; look for a diverged SAE or model.")
         for each in contributions(latents, self._W_dec, [gradients["ce"]], mask):

@@ -149,8 +149,9 @@ class DryRun:
         with trace.part(CLEAN):
             clean = self.model.clean(tokens, {*self.place.sites, *later}, final=True)
         with trace.part(LATENTS):
-            latents = self.sae.encode(clean.activations[self.place.reads])
-            estimate = self.sae.decode(latents)
+            read = clean.activations[self.place.reads]
+            latents = self.sae.encode(read)
+            estimate = self.sae.reconstruct(latents, read)
             latents.fired(mask)
             latents.l0()
         with trace.part(TAIL):

@@ -1,0 +1,198 @@
+"""What dictionaries of two matrices share: their weights, first values, unit norms, skip connection, and file."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from endwise.common.seeds import torch_stream
+from endwise.config.dictionary import DictionaryConfig
+from endwise.dictionaries.base import SAE, Exported
+from endwise.dictionaries.latents import Latents, decode_sparse
+
+NORM_FLOOR = 1e-12
+"""As in `torch.nn.functional.normalize`."""
+Initialisation = Literal["reference", "transposed"]
+
+
+class LinearConfig(DictionaryConfig):
+    """What every dictionary of two matrices can be told."""
+
+    initialisation: Initialisation = "reference"
+    """`reference`: encoder and biases uniform in ±1/√fan_in, decoder orthogonal (paper's code). `transposed`: decoder
+    directions uniform on the sphere, encoder their transpose, biases 0 (Anthropic 2024, SAELens, sparsify)."""
+    decoder_init_norm: Annotated[float, Field(gt=0)] | None = None
+    """Norm of each decoder row at the start, also of the raw rows under unit norm, whose relative step it sets; unset:
+    as the initialisation leaves it, which is 1 for `transposed`."""
+    encoder_scale: Annotated[float, Field(gt=0)] = 1.0
+    """The encoder at the start is this times what `initialisation` says."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is."""
+    skip: bool = False
+    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders."""
+
+
+class LinearSAE(SAE):
+    """`c = σ(W_eᵀ·x + b_e)`, `x̂ = c·D + b_d (+ x·W_skipᵀ)`, where a subclass says what σ is (`encode`).
+
+    Both matrices are stored feature-major, `encoder [d_sae d_in]` and `decoder [d_sae d_out]`. Under unit norm,
+    `decoder` is raw and each feature's direction is normalised where it is used, as in the reference code; a dictionary
+    read from a file is used as it is.
+
+    Args:
+        initialisation: see `LinearConfig`; None: zeros, for weights that are filled in afterwards.
+    """
+
+    Config = LinearConfig
+    two_widths = True
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        seed: int = 0,
+        unit_norm: bool = True,
+        skip: bool = False,
+        initialisation: Initialisation | None = "reference",
+        decoder_init_norm: float | None = None,
+        encoder_scale: float = 1.0,
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out)
+        self.unit_norm = unit_norm
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.decoder = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None
+        if initialisation is not None:
+            with torch.no_grad():
+                _FIRST_WEIGHTS[initialisation](self, torch_stream(seed, "initialisation"))
+                self.encoder *= encoder_scale
+                if decoder_init_norm is not None:
+                    self.decoder.copy_(normalize(self.decoder, dim=-1) * decoder_init_norm)
+
+    @classmethod
+    def build(cls, config: Any, d_in: int, seed: int, d_out: int | None = None) -> "LinearSAE":
+        return cls(
+            d_in,
+            config.features(d_in),
+            d_out,
+            seed=seed,
+            unit_norm=config.decoder_norm == "unit",
+            skip=config.skip,
+            initialisation=config.initialisation,
+            decoder_init_norm=config.decoder_init_norm,
+            encoder_scale=config.encoder_scale,
+            **cls.own(config.model_dump()),
+        )
+
+    @classmethod
+    def own(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Pick an architecture's own arguments out of a recipe's section, or of a file's settings."""
+        return {}
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.encoder.T
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
+        return normalize(self.decoder, dim=-1) if self.unit_norm else self.decoder
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """L2 norm of each direction as it is used: a factor of latents whose size is to mean the same for all."""
+        return torch.ones_like(self.b_enc) if self.unit_norm else self.decoder.norm(dim=-1)
+
+    def before(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Pre-activations of every feature."""
+        return linear(x.to(self.encoder.dtype), self.encoder, self.b_enc)
+
+    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
+        if (sparse := latents.pairs()) is not None:
+            norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
+            return decode_sparse(sparse, self.decoder, self.b_dec, norms)
+        return linear(latents.dense(), self.W_dec.T, self.b_dec)
+
+    def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        decoded = self.decode(latents)
+        return decoded if self.W_skip is None else decoded + linear(x.to(self.W_skip.dtype), self.W_skip)
+
+    def to_train(self, config: DictionaryConfig) -> "LinearSAE":
+        """The same function, in the form that training goes on from: under unit norm, with directions that are
+        normalised where they are used.
+
+        A feature's latents are multiplied by the norm that its direction gives up (`rescale`), so that x̂ stays as it
+        is, and a sparsity penalty counts them as it counts those of any SAE in training.
+        """
+        unit = getattr(config, "decoder_norm", "unit") == "unit"
+        sae = deepcopy(self)
+        with torch.no_grad():
+            if unit and not sae.unit_norm:
+                sae.rescale(sae.decoder_norms())
+            elif not unit:
+                sae.decoder.copy_(sae.W_dec)
+        sae.unit_norm = unit
+        return sae.requires_grad_(True)
+
+    def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
+        """Multiply every feature's latents by a positive factor, and divide its direction by it."""
+        self.encoder *= factors[:, None]
+        self.b_enc.mul_(factors)
+        self.decoder /= factors.clamp_min(NORM_FLOOR)[:, None]
+
+    def export(self) -> Exported:
+        own = super().export().tensors
+        return Exported({**own, "W_skip": self.W_skip} if self.W_skip is not None else own)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "LinearSAE":
+        sae = cls(
+            *(cfg["d_in"], cfg["d_sae"], cfg.get("d_out")),
+            unit_norm=False,
+            skip="W_skip" in tensors,
+            initialisation=None,
+            **cls.own(cfg),
+        )
+        sae.fill(tensors)
+        return sae
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over weights by SAELens's names; an architecture adds its own."""
+        self.encoder.copy_(tensors["W_enc"].T)
+        self.decoder.copy_(tensors["W_dec"])
+        for name in ("b_enc", "b_dec", "W_skip"):
+            if name in tensors:
+                getattr(self, name).copy_(tensors[name])
+
+
+def _reference(sae: LinearSAE, generator: torch.Generator) -> None:
+    """Encoder and biases as PyTorch's Linear has them; decoder orthogonal (orthonormal over `d_out`, so that a raw
+    row's norm is about √(d_out/d_sae)).
+    """
+
+    def uniform(parameter: Tensor, fan_in: int) -> None:
+        parameter.copy_((torch.rand(*parameter.shape, generator=generator) * 2 - 1) / fan_in**0.5)
+
+    uniform(sae.encoder, sae.d_in)
+    uniform(sae.b_enc, sae.d_in)
+    nn.init.orthogonal_(sae.decoder, generator=generator)
+    uniform(sae.b_dec, sae.d_sae)
+
+
+def _transposed(sae: LinearSAE, generator: torch.Generator) -> None:
+    sae.decoder.copy_(normalize(torch.randn(sae.decoder.shape, generator=generator), dim=-1))
+    if sae.d_in == sae.d_out:
+        sae.encoder.copy_(sae.decoder)
+    else:  # there is no transpose of another width
+        sae.encoder.copy_(normalize(torch.randn(sae.encoder.shape, generator=generator), dim=-1))
+
+
+_FIRST_WEIGHTS = {"reference": _reference, "transposed": _transposed}

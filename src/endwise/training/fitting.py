@@ -1,0 +1,56 @@
+"""What is fitted to activations rather than trained: scales before the first step, thresholds after the last."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from endwise.common.axes import TokenMask
+from endwise.models.language_model import Clean, LanguageModel
+from endwise.models.sites import Place, Site
+from endwise.tokens import BatchOrder, Corpus
+from endwise.training.members import Member
+
+Text = tuple[LanguageModel, Corpus, BatchOrder]
+"""A model, and the training text in the order in which it is read."""
+
+
+def fit_first(text: Text, member: Member) -> None:
+    """Show a dictionary whose training starts the first of its training text (`SAE.see_first`)."""
+    sae, order = member.trainee.sae, text[-1]
+    _show(text, member, sae.first_tokens, range(len(order)), sae.see_first)
+
+
+def fit_last(text: Text, member: Member) -> None:
+    """Show a dictionary that is trained the latest of its training text (`SAE.see_last`)."""
+    trainee = member.trainee
+    sae, steps = trainee.sae, range(trainee.total_steps - 1, -1, -1)
+    _show(text, member, sae.last_tokens, steps, sae.see_last)
+
+
+def _show(text: Text, member: Member, tokens: int, steps: Iterable[int], see: Callable[[Tensor, Tensor], None]) -> None:
+    if tokens:
+        with torch.no_grad():
+            see(*_activations(text, member.trainee.place, tokens, steps))
+
+
+def _activations(text: Text, place: Place, tokens: int, steps: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Collect what is read and what is written, `[tokens width]`, of the tokens that count in the batches of `steps`,
+    as many as there are up to `tokens`.
+    """
+    model, corpus, order = text
+    found: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for step in steps:
+        batch = corpus.batch(order[step]).to(model.device)
+        clean = model.clean(batch.tokens, record=place.sites)
+        found.append((_counted(clean, place.reads, batch.mask), _counted(clean, place.writes, batch.mask)))
+        count += len(found[-1][0])
+        if count >= tokens:
+            break
+    read, written = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
+    return read, written
+
+
+def _counted(clean: Clean, site: Site, mask: TokenMask) -> Tensor:
+    return clean.activations[site][mask].float()
