@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parent / "fixtures" / "rivals"
-PACKAGES = ("sae_lens", "dictionary_learning")
+PACKAGES = ("sae_lens", "dictionary_learning", "eai_sparsify")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ One rival is run at a time, each in an environment of its own, with the CPU buil
     python -m venv rival && export PIP_CONSTRAINT=constraints.txt
     rival/bin/pip install sae-lens==6.54.12             # brings transformer-lens 3
     rival/bin/pip install dictionary-learning==0.1.0
-    rival/bin/python tools/rival_fixtures.py sae-lens   # or dictionary-learning
+    rival/bin/pip install eai-sparsify==1.3.3
+    rival/bin/python tools/rival_fixtures.py sae-lens   # or dictionary-learning, or eai-sparsify
 
 Everything is drawn from a fixed seed and computed in float32 on one thread: run twice in one environment, it writes the
 same bytes. tests/fixtures/rivals/README.md says what each file holds, with the formulas that the rivals compute.
@@ -26,6 +27,7 @@ import torch
 RIVALS = {
     "sae-lens": "rival_packages.of_sae_lens",
     "dictionary-learning": "rival_packages.of_dictionary_learning",
+    "eai-sparsify": "rival_packages.of_sparsify",
 }
 """The module that drives each package."""
 

@@ -36,6 +36,11 @@ class Case:
     """`dead_feature_threshold`, in tokens."""
 
     @property
+    def variant(self) -> bool:
+        """Whether another case has the same start and the same single pass but for a setting."""
+        return self.name.endswith(("_warm", "_window", "_power", "_april"))
+
+    @property
     def top(self) -> bool:
         """Whether it is of the top-k family."""
         return "k" in self.settings
@@ -138,8 +143,8 @@ def few(case: Case, x: Tensor) -> dict[str, Tensor]:
 def one_pass(case: Case, x: Tensor) -> dict[str, Tensor]:
     """Latents, reconstruction, losses and gradients on the first batch, in step 0."""
     trainer = new_trainer(case)
-    tensors = {"x": x} | under("init", new_trainer(case, start=False).ae.state_dict())
-    tensors |= under("start", trainer.ae.state_dict())
+    tensors = {"x": x} | under("start", trainer.ae.state_dict())
+    tensors |= {} if case.variant else under("init", new_trainer(case, start=False).ae.state_dict())
     latents = training_latents(case, trainer.ae, x)
     tensors |= {"latents": latents, "out": trainer.ae.decode(latents)}
     logged = copy.deepcopy(trainer).loss(x, step=0, logging=True)
@@ -153,7 +158,7 @@ def one_pass(case: Case, x: Tensor) -> dict[str, Tensor]:
         trainer.l1_penalty = trainer.sparsity_coefficient = 0.0
         without = making.gradients(trainer.loss(x, step=0), dict(trainer.ae.named_parameters()))
         tensors |= under("grad_without_sparsity", without)
-    if case.top:
+    if case.top and not case.variant:
         tensors |= auxiliary(case, x) | few(case, x)
     return tensors
 

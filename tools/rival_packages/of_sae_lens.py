@@ -14,6 +14,7 @@ from rival_packages import making
 from rival_packages.making import BETAS, FEATURES, LEARNING_RATE, ROWS, STEPS, WIDTH, Stored, under
 
 GROUPS = [6, 12, FEATURES]
+TOP = {"k": 4, "aux_loss_coefficient": 0.5}
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ def jumprelu(mode: str, to_input: bool) -> Case:
 
 def top(name: str, architecture: str, rescale: bool, **more: Any) -> Case:
     """The top-k family, with selection by the pre-activation or by it times the decoder's norm."""
-    window = more.pop("window", 1000)
-    settings = {"k": 4, "aux_loss_coefficient": 0.5, "rescale_acts_by_decoder_norm": rescale} | more
-    return Case(name, architecture, settings, dead=True, few=True, window=window)
+    return Case(name, architecture, TOP | {"rescale_acts_by_decoder_norm": rescale} | more, dead=True, few=True)
 
 
 CASES = (
@@ -54,7 +53,7 @@ CASES = (
     Case("gated", "gated", {"l1_coefficient": 0.3}),
     top("topk", "topk", rescale=False),
     top("topk_rescaled", "topk", rescale=True),
-    top("topk_window", "topk", rescale=False, window=2),
+    Case("topk_window", "topk", TOP | {"rescale_acts_by_decoder_norm": False}, window=2),
     top("batchtopk", "batchtopk", rescale=False),
     top("batchtopk_rescaled", "batchtopk", rescale=True),
     top("matryoshka", "matryoshka_batchtopk", rescale=False, matryoshka_widths=GROUPS),
