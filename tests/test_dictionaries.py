@@ -149,10 +149,7 @@ TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
         (V6 | {"normalize_activations": "constant_norm_rescale"}, "cannot be folded"),
         (V6 | {"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
         (V6 | {"normalize_activations": "quantum"}, "does not know"),
-        *(
-            (V6 | {"architecture": other}, "no conversion helps")
-            for other in ("jumprelu", "topk", "gated", "transcoder")
-        ),
+        *((V6 | {"architecture": other}, "no conversion helps") for other in ("abstopk", "temporal", "transcoder")),
         *(
             (V6 | {"architecture": other}, r"no conversion helps.*TrainingSAE\.load_from_disk")
             for other in ("batchtopk", "matryoshka_batchtopk")

@@ -242,8 +242,8 @@ def test_what_holds_no_sae_is_refused_by_the_keys_name(model, corpora, tmp_path,
 
 
 def test_an_architecture_that_cannot_be_trained(model, corpora, tmp_path):
-    folder = write_foreign(tmp_path / "foreign", architecture="jumprelu")
-    with pytest.raises(FormatError, match=r"init_from: .*'jumprelu' is not one of .*standard"):
+    folder = write_foreign(tmp_path / "foreign", architecture="temporal")
+    with pytest.raises(FormatError, match=r"init_from: .*'temporal' is not one of .*standard"):
         train(starting_from(folder, tmp_path / "run"), model=model, corpora=corpora, display=False)
 
 

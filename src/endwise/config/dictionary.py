@@ -33,6 +33,8 @@ class DictionaryConfig(Config):
     (`training.accumulation`) would be another training, and is refused."""
     penalised: ClassVar[bool] = True
     """Whether a sparsity coefficient sets how many features are active; if not, a recipe needs none."""
+    powers: ClassVar[bool] = True
+    """Whether the penalty is one of |c|^p, so that `objective.sparsity.p` says something of it."""
     architecture: str = "standard"
     """SAELens's name of it; `relu` is another word for `standard`."""
     size: Positive | None = None

@@ -190,6 +190,11 @@ class RunConfig(Config):
         architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
+        if sparsity is not None and sparsity.p != 1 and self.dictionary.penalised and not self.dictionary.powers:
+            raise ValueError(
+                f"objective.sparsity.p is {sparsity.p:g}, but the penalty of a {architecture} dictionary is of its "
+                "own kind and has no power; leave p out"
+            )
         if sparsity is not None and not self.dictionary.penalised:
             warnings.warn(
                 f"objective.sparsity is left out: how many features of a {architecture} dictionary are active is set "
