@@ -3,18 +3,16 @@
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from endwise.cli.app import app, echo, handle_errors, status
+from endwise.cli.app import command, echo, status
 
 
-@app.command()
-@handle_errors
+@command
 def sites(
-    model: Annotated[str, typer.Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code the model ships with.")
-    ] = False,
+    model: Annotated[str, Argument(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
+    gguf_file: Annotated[str | None, Option(help="GGUF file inside the folder or repository.")] = None,
+    trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code the model ships with.")] = False,
 ) -> None:
     """List the sites of a model, where an SAE can be spliced in, with their widths; on stderr, those where none can."""
     from endwise.models.loading import load_model
@@ -26,7 +24,7 @@ def sites(
         status(f"{site.name}: not offered: {reason}")
 
 
-@app.command()
+@command
 def version() -> None:
     """Print the version."""
     from endwise import __version__

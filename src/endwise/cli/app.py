@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from endwise.common.errors import EndwiseError
@@ -39,6 +40,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Measured = Annotated[list[Path], Argument(help="Measured run folders, or folders that hold some (a sweep's).")]
+Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
+Tokens = Annotated[int | None, Option(min=1, help="Held-out tokens, instead of each recipe's.")]
+
+
+def results_folder(name: str, where: str = "beside the first") -> Any:
+    """The option `--out` of a command that compares runs."""
+    return Option(help=f"Folder for tables, figures and {name}.html; unset: {name}/ {where}.")
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -65,14 +76,16 @@ def _at_home(value: Any) -> Any:
     return expanded(value) if isinstance(value, Path) else value
 
 
-def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turns our own errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Adds a command. Our own errors end it with one message and an exit code; anything else is a bug and keeps its
+    traceback.
+    """
 
-    @wraps(command)
+    @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
-            return command(*args, **kwargs)
+            return function(*args, **kwargs)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
@@ -84,4 +97,4 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{reason(error)}. {remedy(error)}", 1)
 
-    return run
+    return app.command()(run)

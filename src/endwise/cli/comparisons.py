@@ -3,21 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from endwise.cli.app import app, echo, handle_errors, status
+from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_folder, status
 
 
-@app.command()
-@handle_errors
+@command
 def pareto(
-    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for tables, figures and pareto.html; unset: pareto/ in the first, or beside it if it is a run."
-        ),
-    ] = None,
+    runs: Measured,
+    out: Annotated[Path | None, results_folder("pareto", "in the first, or beside it if it is a run")] = None,
 ) -> None:
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
     from endwise.analysis.pareto.curves import pareto as compare
@@ -30,28 +24,21 @@ def pareto(
     echo(f"The page, figures and tables: {write_pareto(found, out or beside / 'pareto')}")
 
 
-@app.command()
-@handle_errors
+@command
 def geometry(
-    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
+    runs: Measured,
     pair: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN,RUN", help="Also compare these two; may be given several times."),
+        list[str] | None, Option(metavar="RUN,RUN", help="Also compare these two; may be given several times.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
+        float, Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
     ] = 0.7,
-    umap: Annotated[
-        bool, typer.Option("--umap", help="Also lay the features out on a map (needs the extra umap).")
-    ] = False,
+    umap: Annotated[bool, Option("--umap", help="Also lay the features out on a map (needs the extra umap).")] = False,
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
+        str, Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
     ] = "512MiB",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for tables, figures and geometry.html; unset: geometry/ beside the first run."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    out: Annotated[Path | None, results_folder("geometry", "beside the first run")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
     from endwise.analysis.geometry.feature_map import feature_maps
@@ -74,18 +61,14 @@ def geometry(
     echo(f"The page, figures and tables: {path}")
 
 
-@app.command()
-@handle_errors
+@command
 def importance(
-    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
-    ablate: Annotated[int, typer.Option(min=0, help="Features of each run to ablate one by one.")] = 100,
-    kl: Annotated[bool, typer.Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for tables, figures and importance.html; unset: importance/ beside the first."),
-    ] = None,
+    runs: Measured,
+    tokens: Tokens = None,
+    ablate: Annotated[int, Option(min=0, help="Features of each run to ablate one by one.")] = 100,
+    kl: Annotated[bool, Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
+    again: Annotated[bool, Option("--again", help="Measure again what was measured before.")] = False,
+    out: Annotated[Path | None, results_folder("importance")] = None,
 ) -> None:
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
@@ -99,24 +82,20 @@ def importance(
     echo(f"The page, figures and tables: {write_importance(found, out)}")
 
 
-@app.command()
-@handle_errors
+@command
 def directions(
-    runs: Annotated[list[Path], typer.Argument(help="Measured run folders, or folders that hold some (a sweep's).")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
+    runs: Measured,
+    tokens: Tokens = None,
     directions: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1, help="Ablate this many principal directions and as many of the others; unset: all at a narrow site."
         ),
     ] = None,
     with_starts: Annotated[
-        bool, typer.Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+        bool, Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for tables, figures and directions.html; unset: directions/ beside the first."),
-    ] = None,
+    out: Annotated[Path | None, results_folder("directions")] = None,
 ) -> None:
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions

@@ -6,36 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from endwise.cli.app import app, echo, handle_errors, status
+from endwise.cli.app import Quiet, command, echo, results_folder, status
 
 if TYPE_CHECKING:
     from endwise.explaining.endpoint import Endpoint
     from endwise.explaining.settings import Settings
 
 
-@app.command()
-@handle_errors
+@command
 def harvest(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], Argument(help="Run folders.")],
     tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens to read; unset: the recipe's evaluation.tokens, or all of --corpus."),
+        int | None, Option(min=1, help="Tokens to read; unset: the recipe's evaluation.tokens, or all of --corpus.")
     ] = None,
-    train: Annotated[bool, typer.Option("--train", help="Read the recipe's training text instead.")] = False,
+    train: Annotated[bool, Option("--train", help="Read the recipe's training text instead.")] = False,
     corpus: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="Read this text instead: a file or folder, as data.source.")
+        Path | None, Option(metavar="SOURCE", help="Read this text instead: a file or folder, as data.source.")
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Contexts of each feature's greatest activations.")] = 24,
-    quantiles: Annotated[int, typer.Option(min=0, help="Groups of contexts from low activations to high.")] = 5,
-    per_quantile: Annotated[int, typer.Option(min=0, help="Contexts from each of these.")] = 8,
+    top: Annotated[int, Option(min=0, help="Contexts of each feature's greatest activations.")] = 24,
+    quantiles: Annotated[int, Option(min=0, help="Groups of contexts from low activations to high.")] = 5,
+    per_quantile: Annotated[int, Option(min=0, help="Contexts from each of these.")] = 8,
     no_importance: Annotated[
-        bool, typer.Option("--no-importance", help="Do not attribute the CE where importance was not measured.")
+        bool, Option("--no-importance", help="Do not attribute the CE where importance was not measured.")
     ] = False,
-    shards: Annotated[int, typer.Option(min=1, help="Parts of the text, each read by a process of its own.")] = 1,
-    shard: Annotated[int, typer.Option(min=0, help="Which of them this process reads, from 0.")] = 0,
-    again: Annotated[bool, typer.Option("--again", help="Harvest again what was harvested before.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    shards: Annotated[int, Option(min=1, help="Parts of the text, each read by a process of its own.")] = 1,
+    shard: Annotated[int, Option(min=0, help="Which of them this process reads, from 0.")] = 0,
+    again: Annotated[bool, Option("--again", help="Harvest again what was harvested before.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
     from endwise.common.errors import ConfigError
@@ -64,21 +63,20 @@ def harvest(
         echo(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
 
 
-@app.command()
-@handle_errors
+@command
 def export_neuronpedia(
-    run: Annotated[Path, typer.Argument(help="A harvested run folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the export.")] = Path("neuronpedia"),
+    run: Annotated[Path, Argument(help="A harvested run folder.")],
+    out: Annotated[Path, Option(help="Folder for the export.")] = Path("neuronpedia"),
     model_id: Annotated[
-        str | None, typer.Option(help="Neuronpedia's id of the model; unset: made from the model's name.")
+        str | None, Option(help="Neuronpedia's id of the model; unset: made from the model's name.")
     ] = None,
     source_set: Annotated[
-        str | None, typer.Option("--set", help="Name of the source set; unset: made from site, kind and size.")
+        str | None, Option("--set", help="Name of the source set; unset: made from site, kind and size.")
     ] = None,
-    release: Annotated[str, typer.Option(help="Name of the release.")] = "endwise",
-    creator: Annotated[str, typer.Option(help="Who made the SAE.")] = "endwise",
+    release: Annotated[str, Option(help="Name of the release.")] = "endwise",
+    creator: Annotated[str, Option(help="Who made the SAE.")] = "endwise",
     creator_id: Annotated[
-        str | None, typer.Option(help="The importing server's user; unset: $DEFAULT_CREATOR_ID, or Neuronpedia's own.")
+        str | None, Option(help="The importing server's user; unset: $DEFAULT_CREATOR_ID, or Neuronpedia's own.")
     ] = None,
 ) -> None:
     """Write a run's harvest as Neuronpedia imports it: OUT/MODEL/SOURCE with features and activations."""
@@ -90,18 +88,16 @@ def export_neuronpedia(
     echo(f"{written.features:,} features with {written.activations:,} activations: {written.folder}")
 
 
-@app.command()
-@handle_errors
+@command
 def dashboard(
-    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, shown side by side.")],
+    runs: Annotated[list[Path], Argument(help="Harvested run folders, shown side by side.")],
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
+        str, Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
     ] = "512MiB",
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the site; unset: dashboard/ in the run, or beside the first of several."),
+        Path | None, Option(help="Folder for the site; unset: dashboard/ in the run, or beside the first of several.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
     from endwise.common.machine import parse_size
@@ -110,13 +106,12 @@ def dashboard(
     echo(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else status)}")
 
 
-@app.command()
-@handle_errors
+@command
 def serve(
-    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders, as for endwise dashboard.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
-    again: Annotated[bool, typer.Option("--again", help="Write the dashboard again, though it is there.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    runs: Annotated[list[Path], Argument(help="Harvested run folders, as for endwise dashboard.")],
+    port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
+    again: Annotated[bool, Option("--again", help="Write the dashboard again, though it is there.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type?"""
     from endwise.dashboard.serving import dashboard_server
@@ -126,40 +121,37 @@ def serve(
         server.serve_forever()
 
 
-@app.command()
-@handle_errors
+@command
 def explain(
-    runs: Annotated[list[Path], typer.Argument(help="Harvested run folders.")],
+    runs: Annotated[list[Path], Argument(help="Harvested run folders.")],
     endpoint: Annotated[
-        str, typer.Option(metavar="URL", help="Base of an OpenAI-compatible API, e.g. http://127.0.0.1:8080/v1")
+        str, Option(metavar="URL", help="Base of an OpenAI-compatible API, e.g. http://127.0.0.1:8080/v1")
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="The model that explains, as the endpoint calls it.")],
+    model: Annotated[str, Option(metavar="NAME", help="The model that explains, as the endpoint calls it.")],
     scorer_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model that is asked with explanations; unset: the same.")
+        str | None, Option(metavar="NAME", help="The model that is asked with explanations; unset: the same.")
     ] = None,
-    features: Annotated[str, typer.Option(help="all, random:N, top:N (by importance), or 1,5,10-20")] = "random:200",
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of features and texts.")] = 0,
-    key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the key.")] = None,
-    scorers: Annotated[str, typer.Option(help="Any of detection,fuzzing.")] = "detection,fuzzing",
-    shown: Annotated[int, typer.Option(help="Texts from which an explanation is made, at most.")] = 20,
-    scored: Annotated[int, typer.Option(help="Items of each scorer, half true and half false.")] = 20,
-    per_call: Annotated[int, typer.Option(help="Items of one call.")] = 5,
-    shuffled: Annotated[bool, typer.Option(help="Control: also score another feature's explanation.")] = True,
-    random: Annotated[int, typer.Option(help="Control: random texts in the place of so many features.")] = 50,
-    prompts: Annotated[Path | None, typer.Option(help="Folder with prompts in place of those that ship.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer; models that think first need more.")] = 500,
-    extra: Annotated[
-        str, typer.Option(metavar="JSON", help="Further fields of a request; null: leave one out.")
-    ] = "{}",
-    timeout: Annotated[float, typer.Option(help="Seconds for one attempt.")] = 120.0,
-    attempts: Annotated[int, typer.Option(help="Of each call, before it counts as failed.")] = 6,
-    concurrency: Annotated[int, typer.Option(help="Calls at a time.")] = 4,
-    per_minute: Annotated[float | None, typer.Option(help="Calls a minute, at most; unset: no limit.")] = None,
-    price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens read.")] = None,
-    price_out: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens written.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take; make no call.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Start without asking.")] = False,
+    features: Annotated[str, Option(help="all, random:N, top:N (by importance), or 1,5,10-20")] = "random:200",
+    seed: Annotated[int, Option(min=0, help="Of the choice of features and texts.")] = 0,
+    key_variable: Annotated[str | None, Option(metavar="NAME", help="Environment variable with the key.")] = None,
+    scorers: Annotated[str, Option(help="Any of detection,fuzzing.")] = "detection,fuzzing",
+    shown: Annotated[int, Option(help="Texts from which an explanation is made, at most.")] = 20,
+    scored: Annotated[int, Option(help="Items of each scorer, half true and half false.")] = 20,
+    per_call: Annotated[int, Option(help="Items of one call.")] = 5,
+    shuffled: Annotated[bool, Option(help="Control: also score another feature's explanation.")] = True,
+    random: Annotated[int, Option(help="Control: random texts in the place of so many features.")] = 50,
+    prompts: Annotated[Path | None, Option(help="Folder with prompts in place of those that ship.")] = None,
+    temperature: Annotated[float, Option(help="Of the model's answers.")] = 0.0,
+    max_tokens: Annotated[int, Option(help="Of an answer; models that think first need more.")] = 500,
+    extra: Annotated[str, Option(metavar="JSON", help="Further fields of a request; null: leave one out.")] = "{}",
+    timeout: Annotated[float, Option(help="Seconds for one attempt.")] = 120.0,
+    attempts: Annotated[int, Option(help="Of each call, before it counts as failed.")] = 6,
+    concurrency: Annotated[int, Option(help="Calls at a time.")] = 4,
+    per_minute: Annotated[float | None, Option(help="Calls a minute, at most; unset: no limit.")] = None,
+    price_in: Annotated[float | None, Option(min=0, help="Price of a million tokens read.")] = None,
+    price_out: Annotated[float | None, Option(min=0, help="Price of a million tokens written.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it will take; make no call.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Start without asking.")] = False,
 ) -> None:
     """Have features explained by a language model, and score how well the explanations predict them.
 
@@ -230,16 +222,10 @@ def _agreed() -> bool:
     return typer.confirm("Make these calls?")
 
 
-@app.command()
-@handle_errors
+@command
 def compare_explanations(
-    runs: Annotated[list[Path], typer.Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for tables, figures and interpretability.html; unset: interpretability/ beside the first."
-        ),
-    ] = None,
+    runs: Annotated[list[Path], Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
+    out: Annotated[Path | None, results_folder("interpretability")] = None,
 ) -> None:
     """Compare how well features can be explained, kind by kind: means, differences with permutation tests, violins."""
     from endwise.analysis.interpretability.page import print_interpretability, write_interpretability

@@ -5,27 +5,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from endwise.cli.app import app, echo, handle_errors
+from endwise.cli.app import Quiet, Tokens, command, echo
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"
-    ),
+    Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
 ]
 
 DOES_NOT_FIT = 8
 """The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""
 
 
-@app.command()
-@handle_errors
+@command
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the runs, summary.json and report.html.")] = Path(
-        "runs/quickstart"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of every SAE's initialisation.")] = 0,
+    out: Annotated[Path, Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
+    seed: Annotated[int, Option(help="Seed of every SAE's initialisation.")] = 0,
 ) -> None:
     """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
     from endwise.paper.quickstart import quickstart as run
@@ -33,20 +29,16 @@ def quickstart(
     run(out, seed=seed)
 
 
-@app.command()
-@handle_errors
+@command
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of one that ships.")] = None,
+    recipe: Annotated[str | None, Argument(help="A recipe's path, or the name of one that ships.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder.")] = None,
+    resume: Annotated[Path | None, Option(metavar="RUN", help="Resume the run in this folder.")] = None,
     from_step: Annotated[
-        int | None,
-        typer.Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning."),
+        int | None, Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning.")
     ] = None,
-    or_resume: Annotated[
-        bool, typer.Option("--or-resume", help="Resume the recipe's run if it was started before.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    or_resume: Annotated[bool, Option("--or-resume", help="Resume the recipe's run if it was started before.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train one SAE as a recipe says, or resume an interrupted run; under torchrun, with all its processes.
 
@@ -82,19 +74,16 @@ def train(
         echo(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 
-@app.command()
-@handle_errors
+@command
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of one that ships.")],
+    recipe: Annotated[str, Argument(help="A recipe's path, or the name of one that ships.")],
     overrides: Overrides = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE", help="Plan for a device with this much memory, e.g. 80GiB, instead of this one's."
-        ),
+        Option(metavar="SIZE", help="Plan for a device with this much memory, e.g. 80GiB, instead of this one's."),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Plan one of this many processes that share each batch.")] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    processes: Annotated[int, Option(min=1, help="Plan one of this many processes that share each batch.")] = 1,
+    json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a run will need, before it starts: parameters, memory, operations, and what will not fit.
 
@@ -121,12 +110,11 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-@app.command()
-@handle_errors
+@command
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens, instead of each recipe's.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Also write all runs as one CSV table.")] = None,
+    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    tokens: Tokens = None,
+    csv: Annotated[Path | None, Option(help="Also write all runs as one CSV table.")] = None,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
     from endwise.analysis.comparison.printed import print_evaluations
@@ -153,19 +141,18 @@ def evaluate(
         write_atomic(csv, evaluations_csv(configs, evaluations).encode())
 
 
-@app.command()
-@handle_errors
+@command
 def sweep(
-    sweep: Annotated[str, typer.Argument(help="A sweep's path, or the name of one that ships.")],
+    sweep: Annotated[str, Argument(help="A sweep's path, or the name of one that ships.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[KEY=VALUE]...",
             help="Changes to the sweep (out=..., together=4) or its recipe (training.tokens=...)",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train and measure every run of a sweep: what is finished is skipped, what was interrupted is resumed.
 
@@ -195,21 +182,19 @@ def sweep(
         raise typer.Exit(TrainingStopped.exit_code)
 
 
-@app.command()
-@handle_errors
+@command
 def reproduce(
-    what: Annotated[str, typer.Argument(metavar="paper", help="Whose experiments: those of the paper.")],
+    what: Annotated[str, Argument(metavar="paper", help="Whose experiments: those of the paper.")],
     model: Annotated[
-        str, typer.Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
+        str, Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
     ] = "embedded",
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
+        str | None, Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for runs, tables, figures and report.html; the same command resumes there."),
+        Path | None, Option(help="Folder for runs, tables, figures and report.html; the same command resumes there.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
 
