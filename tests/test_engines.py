@@ -16,11 +16,10 @@ import torch
 import warm
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.stopping import ask_to_stop, polite_stop
-from endwise.sweeps import engines, remote, sweep
-from endwise.sweeps.remote import Lost, Refused, Remote
+from endwise.sweeps import engines, sweep
+from endwise.sweeps.remote import Lost, Refused, Remote, work
 from endwise.sweeps.sweep_config import RayConfig, SlurmConfig
 from endwise.sweeps.tasks import Outcome
-from endwise.sweeps.workers import work
 from small_gpt2 import recipe
 from sweeps_of_small_gpt2 import LOCAL, PAIR, a_sweep, contents, disturbed
 
@@ -196,8 +195,6 @@ echo "Submitted batch job $number"
 def cluster(tmp_path, monkeypatch):
     """The commands of a SLURM whose jobs do nothing, in a folder that tells what they were given."""
     submitit = pytest.importorskip("submitit")
-    from endwise.sweeps import on_slurm
-
     folder = tmp_path / "cluster"
     folder.mkdir()
     (folder / "queue").touch()
@@ -207,8 +204,6 @@ def cluster(tmp_path, monkeypatch):
         (folder / name).write_text(script.format(folder=folder))
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    for name in ("LOOK_SECONDS", "QUEUE_SECONDS", "LAG_SECONDS"):
-        monkeypatch.setattr(on_slurm, name, 0.01)
     yield folder
     submitit.SlurmJob.watcher.clear()
 
@@ -216,7 +211,13 @@ def cluster(tmp_path, monkeypatch):
 def on_cluster(tmp_path, **settings):
     from endwise.sweeps.on_slurm import OnSlurm
 
-    return OnSlurm(SlurmConfig(**settings), tmp_path / "slurm")
+    class Hasty(OnSlurm):
+        look_seconds = queue_seconds = lag_seconds = 0.01
+
+        def _shows_finished(self, config):
+            return True
+
+    return Hasty(SlurmConfig(**settings), tmp_path / "slurm")
 
 
 def finish(tmp_path, number, task):
@@ -287,6 +288,10 @@ def test_an_engine_that_is_not_installed(made, tmp_path, monkeypatch, engine, mi
 class Scripted(Remote):
     """Workers that do what they are told: each attempt at a task takes the next of its ends."""
 
+    visible_seconds = 0.0
+    hidden = ()
+    """Runs that nothing shows to be finished."""
+
     def __init__(self, ends, retries=1, at_once=None, room=None):
         super().__init__(retries, at_once)
         self.ends, self.room = {key: list(value) for key, value in ends.items()}, room
@@ -315,11 +320,13 @@ class Scripted(Remote):
     def _kill(self, jobs):
         self.killed += jobs
 
+    def _shows_finished(self, config):
+        return config.out.name not in self.hidden
+
 
 @pytest.fixture
-def tasks(tmp_path, monkeypatch):
-    """Tasks by their names, of runs that count as finished; a task of the runs a and b is `ab`."""
-    monkeypatch.setattr(remote, "is_finished", lambda config: True)
+def tasks(tmp_path):
+    """Tasks by their names; a task of the runs a and b is `ab`."""
     return lambda *names: [tuple(recipe(tmp_path / run) for run in name) for name in names]
 
 
@@ -353,10 +360,10 @@ def test_no_more_jobs_than_allowed_or_taken(tasks):
         ends_of(Scripted(ends, room=0), tasks("a"))
 
 
-def test_a_run_that_is_finished_where_it_cannot_be_seen(tasks, monkeypatch):
-    monkeypatch.setattr(remote, "VISIBLE_SECONDS", 0)
-    monkeypatch.setattr(remote, "is_finished", lambda config: config.out.name == "b")
-    found = ends_of(Scripted({("a", "b"): ["done"]}), tasks("ab"))
+def test_a_run_that_is_finished_where_it_cannot_be_seen(tasks):
+    engine = Scripted({("a", "b"): ["done"]})
+    engine.hidden = ("a",)
+    found = ends_of(engine, tasks("ab"))
     assert found["b"] is None and "a disk that this machine and all workers share" in found["a"]
 
 

@@ -16,20 +16,23 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-import endwise.sweeps.tasks as tasks_module
 import warm
 from endwise import RunConfig, SweepConfig, sweep, train
 from endwise.cli import app
 from endwise.common.errors import ConfigError, Interrupted, SiteError
 from endwise.config.recipes import find_sweep, sweep_names
+from endwise.evaluation.evaluate import evaluate
 from endwise.paper.quickstart import recipes as quickstart_recipes
 from endwise.runs.folder import RunFolder
+from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint, placed, points_of
 from endwise.sweeps.survey import survey
 from endwise.sweeps.sweep_config import read_sweep
 from endwise.sweeps.tables import print_rows, write_table
-from endwise.sweeps.tasks import Outcome, carry_out, is_finished, tasks_of
+from endwise.sweeps.tasks import ModelCache, Outcome, Worker, is_finished, tasks_of
 from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, last_record, seconds_left
+from endwise.training.setup import model_for
+from endwise.training.train import train_together
 from endwise.training.trainee import Trainee
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, complete, small_sweep
@@ -341,19 +344,20 @@ def never(*arguments, **options):
     raise AssertionError("nothing should be trained or measured")
 
 
-def test_what_is_finished_is_skipped_and_a_second_file_adds_to_it(made, whole, tmp_path, monkeypatch):
+def here(**acts):
+    """An engine whose worker trains, or measures, as it is told."""
+    return InProcess(Worker(**acts))
+
+
+def test_what_is_finished_is_skipped_and_a_second_file_adds_to_it(made, whole, tmp_path):
     before = (whole.folder / "summary.csv").read_bytes()
     trained = []
-    plain = tasks_module.train_together
-    monkeypatch.setattr(tasks_module, "train_together", never)
-    monkeypatch.setattr(tasks_module, "evaluate", never)
-    again = sweep(small_sweep(made, whole.folder, *GRIDS, training=OFTEN), display=False)
+    idle = here(train=never, measure=never)
+    again = sweep(small_sweep(made, whole.folder, *GRIDS, training=OFTEN), display=False, engine=idle)
     assert again.runs == whole.runs and (whole.folder / "summary.csv").read_bytes() == before
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        tasks_module, "train_together", lambda configs, **options: trained.extend(configs) or plain(configs, **options)
-    )
-    more = sweep(small_sweep(made, whole.folder, {"seed": [0, 1, 2, 3]}, training=OFTEN), display=False)
+    noting = here(train=lambda configs, **options: trained.extend(configs) or train_together(configs, **options))
+    grid = {"seed": [0, 1, 2, 3]}
+    more = sweep(small_sweep(made, whole.folder, grid, training=OFTEN), display=False, engine=noting)
     assert [config.seed for config in trained] == [2, 3]
     assert len(more.runs) == 4 and len(list((whole.folder / "runs").iterdir())) == 8
     assert [row["seed"] for row in rows_of(whole.folder / "summary.csv")] == ["0", "1", "2", "3"]
@@ -363,12 +367,11 @@ def test_what_is_finished_is_skipped_and_a_second_file_adds_to_it(made, whole, t
 
 def test_the_folder_may_be_moved_and_have_any_name(made, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks_module, "train_together", never)
     moved = Path("a 'folder' of mine, 50 %")
     Path("runs").symlink_to(whole.folder / "runs")
     moved.mkdir()
     Path("runs").rename(moved / "runs")
-    again = sweep(small_sweep(made, moved, *GRIDS, training=OFTEN), display=False)
+    again = sweep(small_sweep(made, moved, *GRIDS, training=OFTEN), display=False, engine=here(train=never))
     assert again.summary.read_bytes() == whole.summary.read_bytes()
     assert all(folder.parts[0] == str(moved) for folder in again.folders)
 
@@ -392,17 +395,7 @@ def two(made, two_left_alone, tmp_path):
     return config, *folders, (out / "summary.csv").read_bytes()
 
 
-def evaluations_of(monkeypatch):
-    """The folders that are measured from now on; nothing may be trained."""
-    measured = []
-    plain = tasks_module.evaluate
-    monkeypatch.setattr(
-        tasks_module, "evaluate", lambda runs, **options: measured.extend(runs) or plain(runs, **options)
-    )
-    return measured
-
-
-def test_a_trained_run_without_a_whole_evaluation_is_measured_only(two, monkeypatch):
+def test_a_trained_run_without_a_whole_evaluation_is_measured_only(two):
     config, _, second, table = two
     file = RunFolder(second).evaluation_file
     for left in (b"", b'{"l0": 1', b"{}", b'{"l0": "many", "ce_increase": 1, "alive": 2}', None):
@@ -410,10 +403,10 @@ def test_a_trained_run_without_a_whole_evaluation_is_measured_only(two, monkeypa
         if left is not None:
             file.write_bytes(left)
         assert [each.state for each in survey(config)] == ["finished", "to be measured"]
-    monkeypatch.setattr(tasks_module, "train_together", never)
-    measured = evaluations_of(monkeypatch)
+    measured = []
+    noting = here(train=never, measure=lambda runs, **options: measured.extend(runs) or evaluate(runs, **options))
     file.write_bytes(b"damaged")
-    assert sweep(config, display=False).summary.read_bytes() == table
+    assert sweep(config, display=False, engine=noting).summary.read_bytes() == table
     assert measured == [second]
 
 
@@ -488,10 +481,8 @@ def test_ctrl_c_in_training_and_in_measuring_and_the_same_command_again(two, tmp
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks_module, "evaluate", stopped)
     with pytest.raises(Interrupted, match="the same command resumes"):
-        sweep(config, display=False)
-    monkeypatch.undo()
+        sweep(config, display=False, engine=here(measure=stopped))
     assert [each.state for each in survey(config)] == ["to be measured", "to be measured"]
     assert not (config.out / "summary.csv").exists()
     assert sweep(config, display=False).summary.read_bytes() == table
@@ -548,39 +539,33 @@ def test_one_that_fails_leaves_the_others_to_their_end(made, whole, tmp_path):
     assert len(rows_of(tmp_path / "timings.csv")) == 4
 
 
-def test_a_fault_is_told_before_anything_is_trained(made, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(tasks_module, "train_together", never)
-    monkeypatch.setattr(tasks_module, "model_for", never)
+def test_a_fault_is_told_before_anything_is_trained(made, tmp_path, capfd):
+    idle = here(train=never, loaded=ModelCache(never))
     bad = (
         {"site": "blocks.9.hook_resid_pre"},
         {"objective.kind": "e2e_ds", "objective.downstream_mse": 1, "objective.downstream_sites": [[SITE]]},
     )
-    swept = sweep(small_sweep(made, tmp_path, *bad), display=True)
+    swept = sweep(small_sweep(made, tmp_path, *bad), display=True, engine=idle)
     told = capfd.readouterr().err
     assert len(swept.failures) == 2
     assert told.count("failed: ") == 2 and "blocks.0 to blocks.3" in told and "must come after" in told
 
 
-def test_what_all_share_is_tried_once(made, tmp_path, monkeypatch):
+def test_what_all_share_is_tried_once(made, tmp_path):
     attempts = []
-    plain = tasks_module.model_for
-    monkeypatch.setattr(tasks_module, "model_for", lambda config: attempts.append(config) or plain(config))
-    swept = sweep(small_sweep(made, tmp_path, {"seed": [*range(5)], "model.name": "/no/model"}), display=False)
+    noting = here(loaded=ModelCache(lambda config: attempts.append(config) or model_for(config)))
+    config = small_sweep(made, tmp_path, {"seed": [*range(5)], "model.name": "/no/model"})
+    swept = sweep(config, display=False, engine=noting)
     assert len(swept.failures) == 5 and len(attempts) == 1
     assert all("/no/model" in why for why in swept.failures.values())
 
 
-def test_the_fault_of_one_is_found_in_halves(made, tmp_path, monkeypatch):
+def test_the_fault_of_one_is_found_in_halves(made, tmp_path):
     """What fails before the first step fails for all; the others then still train side by side."""
     groups = []
-    plain = tasks_module.train_together
-    monkeypatch.setattr(
-        tasks_module,
-        "train_together",
-        lambda configs, **options: groups.append(len(configs)) or plain(configs, **options),
-    )
+    noting = here(train=lambda configs, **options: groups.append(len(configs)) or train_together(configs, **options))
     grids = ({"seed": [0, 1, 2]}, {"init_from": "nowhere"}, {"seed": 4})
-    swept = sweep(small_sweep(made, tmp_path, *grids, training=SHORT), display=False)
+    swept = sweep(small_sweep(made, tmp_path, *grids, training=SHORT), display=False, engine=noting)
     assert groups == [5, 2, 3, 1, 2, 1, 1]
     assert len(swept.runs) == 4 and len(swept.failures) == 1
 
@@ -625,19 +610,20 @@ def test_a_folder_that_holds_something_else(made, whole, tmp_path):
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
-def test_a_run_that_ends_without_an_sae_is_not_begun_for_ever(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks_module, "train_together", lambda *arguments, **options: None)
-    monkeypatch.setattr(tasks_module, "evaluate", lambda *arguments, **options: None)
-    swept = sweep(small_sweep(made, tmp_path, {}), display=False)
+def test_a_run_that_ends_without_an_sae_is_not_begun_for_ever(made, tmp_path):
+    def nothing(*arguments, **options):
+        pass
+
+    swept = sweep(small_sweep(made, tmp_path, {}), display=False, engine=here(train=nothing, measure=nothing))
     assert "its SAE is not there" in next(iter(swept.failures.values()))
 
 
-def test_an_unforeseen_error_is_told_by_its_name(made, tmp_path, monkeypatch):
+def test_an_unforeseen_error_is_told_by_its_name(made, tmp_path):
     def fails(*arguments, **options):
         raise ArithmeticError("no number\nfor it")
 
-    monkeypatch.setattr(tasks_module, "evaluate", fails)
-    swept = sweep(small_sweep(made, tmp_path, {"seed": [0, 1]}, training=SHORT), display=False)
+    config = small_sweep(made, tmp_path, {"seed": [0, 1]}, training=SHORT)
+    swept = sweep(config, display=False, engine=here(measure=fails))
     assert list(swept.failures.values()) == ["ArithmeticError: no number for it"] * 2
 
 
@@ -653,12 +639,9 @@ def test_a_sweep_is_one_process(made, tmp_path, monkeypatch):
 def test_mixed_precision_is_measured_as_evaluate_does(made, tmp_path):
     """On a CPU training and measuring use one model, so that it is loaded once."""
     loads = []
-    loaded = tasks_module.ModelCache()
-    plain = tasks_module.model_for
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks_module, "model_for", lambda config: loads.append(config) or plain(config))
-        config = placed(complete(made, tmp_path, {"training.precision": "mixed"}, **SHORT), tmp_path)
-        assert carry_out((config,), loaded) == [Outcome(config.out)]
+    worker = Worker(loaded=ModelCache(lambda config: loads.append(config) or model_for(config)))
+    config = placed(complete(made, tmp_path, {"training.precision": "mixed"}, **SHORT), tmp_path)
+    assert worker.carry_out((config,)) == [Outcome(config.out)]
     assert len(loads) == 1 and is_finished(config)
 
 

@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import endwise.sweeps.tasks as tasks_module
 from endwise import sweep
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.config.method import Knob
 from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
+from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import points_of
 from endwise.sweeps.sweep_config import SearchConfig, Target
 from endwise.sweeps.targets import SearchError, Trial, miss, next_value, slope_at
+from endwise.sweeps.tasks import Worker
+from endwise.training.train import train_together
 from small_sweeps import COEFFICIENT, small_sweep
 
 pytestmark = pytest.mark.usefixtures("models_outlined_once")
@@ -237,23 +239,22 @@ def test_trials_are_short_and_their_number_bounded(similar):
     assert full <= 1 + 2 * 5
 
 
-def test_broken_off_anywhere_the_search_takes_the_same_way(made, similar, tmp_path, monkeypatch):
+def test_broken_off_anywhere_the_search_takes_the_same_way(made, similar, tmp_path):
     """Stopped before each of its passes in turn, it makes the same runs as when left alone."""
     config = small_sweep(made, tmp_path, GRID, {COEFFICIENT: 0.2}, search=SEARCH)
-    plain, stops = tasks_module.train_together, 0
+    stops = 0
 
     def one_pass_only(*arguments, **options):
         nonlocal passes
         passes += 1
         if passes > 1:
             raise KeyboardInterrupt
-        return plain(*arguments, **options)
+        return train_together(*arguments, **options)
 
-    monkeypatch.setattr(tasks_module, "train_together", one_pass_only)
     while True:
         passes = 0
         try:
-            again = sweep(config, display=False)
+            again = sweep(config, display=False, engine=InProcess(Worker(train=one_pass_only)))
             break
         except Interrupted:
             stops += 1

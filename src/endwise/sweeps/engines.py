@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from endwise.sweeps.sweep_config import EngineConfig
-from endwise.sweeps.tasks import ModelCache, Outcome, Task, carry_out
+from endwise.sweeps.tasks import Outcome, Task, Worker
 
 
 @runtime_checkable
@@ -32,15 +32,15 @@ class Engine(Protocol):
 class InProcess:
     """One task after another, here."""
 
-    def __init__(self) -> None:
-        self._loaded = ModelCache()
+    def __init__(self, worker: Worker | None = None) -> None:
+        self._worker = worker or Worker()
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         for task in tasks:
-            yield carry_out(task, self._loaded)
+            yield self._worker.carry_out(task)
 
     def close(self) -> None:
-        self._loaded = ModelCache()
+        self._worker.loaded.clear()
 
 
 def engine_of(config: EngineConfig, folder: Path) -> Engine:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import ConfigError
-from endwise.sweeps.remote import Lost, Remote
+from endwise.sweeps.remote import Lost, Remote, failed, one_line, work
 from endwise.sweeps.sweep_config import RayConfig
 from endwise.sweeps.tasks import Outcome, Task
-from endwise.sweeps.workers import failed, one_line, work
 
 try:
     import ray

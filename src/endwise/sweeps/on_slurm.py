@@ -14,10 +14,9 @@ from typing import Any
 
 from endwise.common.errors import ConfigError
 from endwise.common.stopping import ask_to_stop
-from endwise.sweeps.remote import Lost, Refused, Remote
+from endwise.sweeps.remote import Lost, Refused, Remote, failed, one_line, work
 from endwise.sweeps.sweep_config import SlurmConfig
 from endwise.sweeps.tasks import Outcome, Task
-from endwise.sweeps.workers import failed, one_line, work
 
 try:
     import submitit
@@ -25,11 +24,6 @@ try:
 except ImportError as error:
     raise ConfigError(f"engine: slurm needs submitit ({error}). Install it: pip install 'endwise[slurm]'") from None
 
-LOOK_SECONDS = 1.0
-QUEUE_SECONDS = 15.0
-"""Between two looks at the queue, which all of a cluster's users share; results are files, looked for more often."""
-LAG_SECONDS = 30.0
-"""How long a result may take to be seen here once its job has left the queue."""
 TIMEOUTS = 10_000
 """How often a job may reach its time limit: always, but submitit wants a number."""
 
@@ -46,7 +40,7 @@ class Assignment:
         """Carries out the task. Told that its time is nearly over (or that it is preempted, where SLURM tells so by the
         same signal), it saves before submitit queues it again.
         """
-        near_the_end = _signal_near_the_end()
+        near_the_end = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
         requeue: Any = signal.getsignal(near_the_end)
         time_is_over = False
 
@@ -71,10 +65,6 @@ class Assignment:
         return DelayedSubmission(self)
 
 
-def _signal_near_the_end() -> signal.Signals:
-    return signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
-
-
 @contextmanager
 def _handled(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -95,12 +85,18 @@ class OnSlurm(Remote):
         ConfigError: there is no SLURM here, or it does not know an option.
     """
 
+    look_seconds = 1.0
+    queue_seconds = 15.0
+    """Between two looks at the queue, which a cluster's users share; results are files, looked for more often."""
+    lag_seconds = 30.0
+    """How long a result may take to be seen here once its job has left the queue."""
+
     def __init__(self, config: SlurmConfig, folder: Path) -> None:
         super().__init__(config.retries, config.at_once)
         self._config, self._folder = config, folder.absolute()
         self._local = config.cluster == "local"
         self._executor = _executor(config, self._folder)
-        self._queue = _Queue()
+        self._queue = _Queue(self.queue_seconds)
         self._left_behind = [] if self._local else self._find_left_behind()
         self._unseen: dict[Any, float] = {}
         """Since when a job has been out of the queue, by the clock, with no result to be seen."""
@@ -125,7 +121,7 @@ class OnSlurm(Remote):
         self._left_behind = [(job, task) for job, task in self._left_behind if task in tasks]
         self._ask_to_stop(strangers)  # each may hold a run folder that another task needs now
         while any(not self._is_over(job) for job in strangers):
-            time.sleep(LOOK_SECONDS)
+            time.sleep(self.look_seconds)
         yield from super().carry_out(tasks)
 
     def _submit(self, task: Task) -> Any:
@@ -146,7 +142,7 @@ class OnSlurm(Remote):
     def _ended(self, jobs: Sequence[Any]) -> Sequence[Any]:
         ended = [job for job in jobs if self._is_over(job)]
         if not ended:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(self.look_seconds)
         return ended
 
     def _is_over(self, job: Any) -> bool:
@@ -159,7 +155,7 @@ class OnSlurm(Remote):
         if self._queue.holds(job.job_id):
             self._unseen.pop(job, None)
             return False
-        lag = 0 if job in self._asked else LAG_SECONDS
+        lag = 0 if job in self._asked else self.lag_seconds
         return time.monotonic() - self._unseen.setdefault(job, time.monotonic()) >= lag
 
     def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
@@ -196,14 +192,15 @@ class _Queue:
     keeps no accounts.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._ids: set[str] | None = None
         """None: SLURM does not answer."""
         self._looked = -math.inf
 
     def holds(self, job_id: str) -> bool:
         """Also true as long as SLURM does not answer."""
-        if time.monotonic() - self._looked >= QUEUE_SECONDS:
+        if time.monotonic() - self._looked >= self._seconds:
             listed = _run("squeue", "--noheader", "--format=%i", f"--user={getpass.getuser()}")
             self._ids, self._looked = None if listed is None else set(listed.split()), time.monotonic()
         return self._ids is None or job_id in self._ids
@@ -223,32 +220,26 @@ def _run(*command: str) -> str | None:
 
 
 def _executor(config: SlurmConfig, folder: Path) -> submitit.AutoExecutor:
+    timeouts: dict[str, Any] = {"slurm_max_num_timeout": TIMEOUTS, "local_max_num_timeout": TIMEOUTS}
+    options = {key: value for key, value in {"requeue": True, **config.options}.items() if value is not False}
     try:
-        timeouts: dict[str, Any] = {"slurm_max_num_timeout": TIMEOUTS, "local_max_num_timeout": TIMEOUTS}
         executor = submitit.AutoExecutor(folder, cluster=config.cluster, **timeouts)
-        executor.update_parameters(**parameters_of(config))
+        executor.update_parameters(
+            name="endwise",
+            timeout_min=config.minutes,
+            cpus_per_task=config.cpus,
+            gpus_per_node=config.gpus or None,
+            mem_gb=config.memory_gb,
+            slurm_partition=config.partition,
+            slurm_signal_delay_s=config.save_seconds,
+            slurm_additional_parameters=options,
+        )
     except Exception as error:
         raise ConfigError(
             f"SLURM cannot be used here ({one_line(error)}). Start the sweep where jobs are submitted (sbatch, srun), "
             "or set slurm.cluster=local to run its jobs as processes of this machine."
         ) from error
     return executor
-
-
-def parameters_of(config: SlurmConfig) -> dict[str, Any]:
-    """Of submitit's executor."""
-    return {
-        "name": "endwise",
-        "timeout_min": config.minutes,
-        "cpus_per_task": config.cpus,
-        "gpus_per_node": config.gpus or None,
-        "mem_gb": config.memory_gb,
-        "slurm_partition": config.partition,
-        "slurm_signal_delay_s": config.save_seconds,
-        "slurm_additional_parameters": {
-            key: value for key, value in {"requeue": True, **config.options}.items() if value is not False
-        },
-    }
 
 
 @contextmanager

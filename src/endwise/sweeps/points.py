@@ -20,8 +20,7 @@ from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.models.sites import ARROW, Place
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.keys import OUT, RANGE, TARGET, flattened, takes_whole_numbers
-from endwise.sweeps.sweep_config import SweepConfig, Target
+from endwise.sweeps.sweep_config import OUT, RANGE, TARGET, SweepConfig, Target, flattened, takes_whole_numbers
 
 KIND = "objective.kind"
 LARGEST = 100_000

@@ -1,21 +1,26 @@
-"""What engines with workers elsewhere share: who carries out what, what is given out again, how all is stopped."""
+"""What engines with workers elsewhere share: who carries out what, what is given out again, how all is stopped.
 
+A worker carries out a task in the directory of the sweep, and whatever happens comes back as text.
+"""
+
+import os
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from endwise.common.errors import ConfigError, EndwiseError, Interrupted
+import torch
+
+from endwise.common.errors import ConfigError, EndwiseError, Interrupted, RunFolderError
+from endwise.common.remedies import reason, remedy
 from endwise.common.stopping import polite_stop
 from endwise.config.run import RunConfig
-from endwise.sweeps.tasks import Outcome, Task, folder_of, is_finished
-from endwise.sweeps.workers import failed
-
-VISIBLE_SECONDS = 60.0
-"""How long a file that another machine wrote may take to be seen here: what NFS keeps in mind by default."""
+from endwise.sweeps.tasks import Outcome, Task, Worker, folder_of, is_finished
 
 
 class Lost(Exception):
@@ -44,6 +49,9 @@ class Remote(ABC):
         retries: how often, for each task.
         at_once: most jobs that the scheduler is given at a time; None: all.
     """
+
+    visible_seconds = 60.0
+    """How long a file that another machine wrote may take to be seen here: what NFS keeps in mind by default."""
 
     def __init__(self, retries: int, at_once: int | None = None) -> None:
         self._retries, self._at_once = retries, at_once
@@ -126,7 +134,7 @@ class Remote(ABC):
         if outcomes is None:  # for another's sake, by the scheduler: no fault of the task's
             self._waiting.appendleft(job)
         else:
-            yield [_seen(outcome, config) for outcome, config in zip(outcomes, job.task, strict=True)]
+            yield [self._seen(outcome, config) for outcome, config in zip(outcomes, job.task, strict=True)]
 
     def _again(self, job: Job, told: str) -> Iterator[list[Outcome]]:
         """Gives out once more what lost its worker; a group that it happens to each time, one run at a time."""
@@ -137,6 +145,27 @@ class Remote(ABC):
             self._waiting.extendleft(Job((config,), 0) for config in reversed(task))
         else:
             yield failed(task, f"Every worker that it was given to was lost, the last one so: {told}")
+
+    def _seen(self, outcome: Outcome, config: RunConfig) -> Outcome:
+        """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would
+        be finished again, and so without end.
+        """
+        folder, give_up = folder_of(config), time.monotonic() + self.visible_seconds
+        while outcome.error is None:
+            with suppress(EndwiseError):
+                if self._shows_finished(config):
+                    break
+            if time.monotonic() >= give_up:
+                return Outcome(
+                    folder,
+                    f"A worker has finished it, but {folder} does not show that here. Give the sweep an `out` on a "
+                    "disk that this machine and all workers share.",
+                )
+            time.sleep(1)
+        return Outcome(folder, outcome.error)
+
+    def _shows_finished(self, config: RunConfig) -> bool:
+        return is_finished(config)
 
     def _stop(self) -> None:
         """Returns when no job is left."""
@@ -159,24 +188,52 @@ class Remote(ABC):
             raise
 
 
-def _seen(outcome: Outcome, config: RunConfig) -> Outcome:
-    """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would be
-    finished again, and so without end.
+_worker = Worker()
+"""With what the tasks need that this process carried out before."""
+
+
+def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:
+    """Carries out a task; None: it was told to stop, and what it had done is saved.
+
+    Args:
+        directory: the sweep's working directory. Paths in recipes mean the same there as they did to the sweep, and run
+            folders hold the recipes as they were given, whoever writes them.
+        threads: to compute with.
     """
-    if outcome.error is not None:
-        return Outcome(folder_of(config), outcome.error)
-    give_up = time.monotonic() + VISIBLE_SECONDS
-    while True:
-        try:
-            if is_finished(config):
-                return Outcome(folder_of(config))
-        except EndwiseError:
-            pass
-        if time.monotonic() >= give_up:
-            break
-        time.sleep(1)
-    return Outcome(
-        folder_of(config),
-        f"A worker has finished it, but {folder_of(config)} does not show that here. Give the sweep an `out` on a disk "
-        "that this machine and all workers share.",
-    )
+    try:
+        _enter(directory, task)
+        torch.set_num_threads(threads)
+        return _worker.carry_out(task)
+    except (Interrupted, KeyboardInterrupt):
+        return None
+    except Exception as error:  # noqa: BLE001  Another process may not know its class.
+        return failed(task, one_line(error))
+
+
+def failed(task: Task, told: str) -> list[Outcome]:
+    return [Outcome(folder_of(config), told) for config in task]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's name and the end of what it says, where a traceback has its reason."""
+    told = " ".join(str(error).split())
+    return f"{type(error).__name__}: {told if len(told) <= 600 else f'... {told[-600:]}'}"
+
+
+_SHARED = "start the sweep in a directory that all machines share, or give it an absolute `out` that they share"
+
+
+def _enter(directory: Path, task: Task) -> None:
+    """
+    Raises:
+        RunFolderError: this machine has no such directory, and a run folder is given relative to it.
+    """
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        relative = [folder_of(config) for config in task if not folder_of(config).is_absolute()]
+        if relative:
+            raise RunFolderError(
+                f"{socket.gethostname()} does not have the directory that the sweep was started in, {directory} "
+                f"({reason(error)}), and so not {relative[0]} within it. {remedy(error, _SHARED)}"
+            ) from None

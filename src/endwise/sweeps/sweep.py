@@ -48,13 +48,16 @@ class Sweep:
         return self.folder / "summary.csv"
 
 
-def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool = True) -> Sweep:
+def sweep(
+    config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool = True, engine: Engine | None = None
+) -> Sweep:
     """Trains and measures every point of a sweep, and writes the table of them (`summary.parquet`, `summary.csv`).
 
     Run again, it skips what is finished and resumes what was interrupted.
 
     Args:
         config: a sweep: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
+        engine: carries out the runs instead of the one that the sweep names, and is closed at the end.
 
     Raises:
         ConfigError: the sweep or one of its recipes breaks a rule, before anything is trained.
@@ -65,8 +68,8 @@ def sweep(config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool
     _check_alone()
     write_atomic(config.out / "sweep.yaml", config.to_yaml().encode())
     try:
-        with closing(engine_of(config, config.out)) as engine:
-            result = sweep_points(points, config.out, engine, config.search, config.together, display)
+        with closing(engine or engine_of(config, config.out)) as used:
+            result = sweep_points(points, config.out, used, config.search, config.together, display)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
             f"Stopped as asked. What was done is in {config.out}; the same command resumes from there."

@@ -16,9 +16,9 @@ from endwise.config.fields import flat
 from endwise.config.method import COEFFICIENT, Knob, Method
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.keys import recipe_fields
 from endwise.sweeps.points import KIND, Point
 from endwise.sweeps.survey import PointStatus
+from endwise.sweeps.sweep_config import recipe_fields
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""

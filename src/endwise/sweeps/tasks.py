@@ -16,7 +16,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora
-from endwise.training.members import Failure, SomeFailed
+from endwise.training.members import SomeFailed
 from endwise.training.setup import corpora_of, model_for
 from endwise.training.train import train_together
 
@@ -101,12 +101,16 @@ def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
 class ModelCache:
     """The model and the sequences that the latest task used, kept for the next."""
 
+    load_for_training: Callable[[RunConfig], LanguageModel] = model_for
     _model: tuple[object, LanguageModel] | None = field(default=None)
     _corpora: tuple[object, Corpora] | None = field(default=None)
 
+    def clear(self) -> None:
+        self._model = self._corpora = None
+
     def model(self, config: RunConfig) -> LanguageModel:
         """As training asks for it."""
-        return self._load((config.model, config.training.precision), lambda: model_for(config))
+        return self._load((config.model, config.training.precision), lambda: self.load_for_training(config))
 
     def exact_model(self, config: RunConfig) -> LanguageModel:
         """As `evaluate` loads it, whatever the precision of training."""
@@ -128,27 +132,77 @@ class ModelCache:
         return self._corpora[1]
 
 
-def carry_out(task: Task, loaded: ModelCache | None = None) -> list[Outcome]:
-    """Trains what is not trained, each run from its last checkpoint, and measures what is not measured.
-
-    A run that fails leaves the others to their end; where all of a task fail together, smaller groups of them are
-    tried, so that what is wrong with one ends its own run only.
-
-    Raises:
-        Interrupted: the user, or the scheduler, asked to stop; the state is saved.
-    """
-    loaded = loaded or ModelCache()
-    waiting, errors = _sorted_out(task, is_trained)
-    for group in _standing_together(waiting):
-        errors |= _train(group, loaded)
-    unmeasured, unreadable = _sorted_out([config for config in task if folder_of(config) not in errors], is_finished)
-    errors |= unreadable
-    errors |= _measure(unmeasured, loaded) if unmeasured else {}
-    return [Outcome(folder_of(config), errors.get(folder_of(config))) for config in task]
-
-
 _Errors = dict[Path, str]
 """Why each run failed that did."""
+
+
+@dataclass
+class Worker:
+    """Carries out tasks one after another, each with what the one before it left loaded.
+
+    Args:
+        train: as `train_together`.
+        measure: as `evaluate`.
+    """
+
+    train: Callable[..., object] = train_together
+    measure: Callable[..., object] = evaluate
+    loaded: ModelCache = field(default_factory=ModelCache)
+
+    def carry_out(self, task: Task) -> list[Outcome]:
+        """Trains what is not trained, each run from its last checkpoint, and measures what is not measured.
+
+        A run that fails leaves the others to their end; where all of a task fail together, smaller groups of them are
+        tried, so that what is wrong with one ends its own run only.
+
+        Raises:
+            Interrupted: the user, or the scheduler, asked to stop; the state is saved.
+        """
+        waiting, errors = _sorted_out(task, is_trained)
+        for group in _standing_together(waiting):
+            errors |= self._train(group)
+        trained = [config for config in task if folder_of(config) not in errors]
+        unmeasured, unreadable = _sorted_out(trained, is_finished)
+        errors |= unreadable
+        errors |= self._measure(unmeasured) if unmeasured else {}
+        return [Outcome(folder_of(config), errors.get(folder_of(config))) for config in task]
+
+    def _train(self, configs: list[RunConfig]) -> _Errors:
+        try:
+            first = pinned(folder_of(configs[0]), configs[0])
+            loads: dict[str, Any] = {"model": self.loaded.model(first), "corpora": self.loaded.corpora(first)}
+        except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
+            return {folder_of(config): _told(error) for config in configs}
+        try:
+            for config in configs:  # what was measured of a run before its end is not what it ended with
+                RunFolder(folder_of(config)).evaluation_file.unlink(missing_ok=True)
+            self.train(configs, **loads, resume="if_started", display=False)
+        except SomeFailed as some:  # each failure as its run would tell it alone
+            return {failure.folder: f"{_told(failure.error)} {failure.kept}" for failure in some.failures}
+        except (Interrupted, ProcessLost):
+            raise
+        except Exception as error:  # noqa: BLE001  As above.
+            return _in_halves(self._train, configs, error)
+        return {}
+
+    def _measure(self, configs: list[RunConfig]) -> _Errors:
+        try:
+            first = pinned(folder_of(configs[0]), configs[0])
+            corpora = self.loaded.corpora(first)
+            check_texts({folder_of(config): config for config in configs}, corpora, ["heldout"])
+            folders = [folder_of(config) for config in configs]
+            self.measure(folders, corpora=corpora, model=self.loaded.exact_model(first))
+        except Exception as error:  # noqa: BLE001  As above.
+            return _in_halves(self._measure, configs, error)
+        return {}
+
+
+def _in_halves(act: Callable[[list[RunConfig]], _Errors], configs: list[RunConfig], error: Exception) -> _Errors:
+    """What failed for all, tried with each half of them, down to the one whose fault it is."""
+    if len(configs) == 1:
+        return {folder_of(configs[0]): _told(error)}
+    middle = len(configs) // 2
+    return act(configs[:middle]) | act(configs[middle:])
 
 
 def _sorted_out(configs: Iterable[RunConfig], done: Callable[[RunConfig], bool]) -> tuple[list[RunConfig], _Errors]:
@@ -179,52 +233,6 @@ def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     return groups
 
 
-def _train(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
-    try:
-        first = pinned(folder_of(configs[0]), configs[0])
-        loads: dict[str, Any] = {"model": loaded.model(first), "corpora": loaded.corpora(first)}
-    except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
-        return {folder_of(config): _told(error) for config in configs}
-    try:
-        for config in configs:  # what was measured of a run before its end is not what it ended with
-            RunFolder(folder_of(config)).evaluation_file.unlink(missing_ok=True)
-        train_together(configs, **loads, resume="if_started", display=False)
-    except SomeFailed as some:
-        return {failure.folder: _why(failure) for failure in some.failures}
-    except (Interrupted, ProcessLost):
-        raise
-    except Exception as error:  # noqa: BLE001  As above.
-        return _in_halves(_train, configs, loaded, error)
-    return {}
-
-
-def _measure(configs: list[RunConfig], loaded: ModelCache) -> _Errors:
-    try:
-        first = pinned(folder_of(configs[0]), configs[0])
-        loads: dict[str, Any] = {"corpora": loaded.corpora(first), "model": loaded.exact_model(first)}
-        check_texts({folder_of(config): config for config in configs}, loads["corpora"], ["heldout"])
-        evaluate([folder_of(config) for config in configs], **loads)
-    except Exception as error:  # noqa: BLE001  As above.
-        return _in_halves(_measure, configs, loaded, error)
-    return {}
-
-
-def _in_halves(act: "_Act", configs: list[RunConfig], loaded: ModelCache, error: Exception) -> _Errors:
-    """What failed for all, tried with each half of them, down to the one whose fault it is."""
-    if len(configs) == 1:
-        return {folder_of(configs[0]): _told(error)}
-    middle = len(configs) // 2
-    return act(configs[:middle], loaded) | act(configs[middle:], loaded)
-
-
-_Act = Callable[[list[RunConfig], ModelCache], _Errors]
-
-
 def _told(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, EndwiseError) else f"{type(error).__name__}: {text}"
-
-
-def _why(failure: Failure) -> str:
-    """As the run would tell it alone."""
-    return f"{_told(failure.error)} {failure.kept}"
