@@ -19,13 +19,10 @@ from bad_input import HOSTILE, hidden_in
 from chat_server import chat_server, completion, perfect, reset, respond
 from endwise.cli import app
 from endwise.common.errors import ConfigError, EndpointError, FormatError, RunFolderError
-from endwise.explaining import client as module
-from endwise.explaining import pacing
 from endwise.explaining.cache import Answer, in_memory, opened, request_key
-from endwise.explaining.client import RetryPolicy, connected, run_async
+from endwise.explaining.client import CallStats, RetryPolicy, connected, run_async
 from endwise.explaining.endpoint import Endpoint, find_endpoint
-from endwise.explaining.estimating import Estimate
-from endwise.explaining.explain import estimate_lines, explain, plan
+from endwise.explaining.explain import Estimate, estimate_lines, explain, plan
 from endwise.explaining.pacing import Pace, back_off, retry_after
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import read_explanations
@@ -34,18 +31,13 @@ from word_harvests import make_run
 KEY = "sk-very-secret-0123456789"
 
 
-@pytest.fixture(autouse=True)
-def _no_long_back_off(monkeypatch):
-    monkeypatch.setattr(pacing, "FIRST_BACK_OFF", 0.01)
-
-
-def ask(url, *prompts, key=None, cache=None, **retry):
+def ask(url, *prompts, key=None, cache=None, pace=None, **retry):
     """The answers to prompts, asked at once, and the tally."""
     endpoint = Endpoint(f"{url}/chat/completions", key, None if key is None else "KEY")
-    retry = RetryPolicy(**{"timeout": 5.0, "attempts": 4, **retry})
+    retry = RetryPolicy(**{"timeout": 5.0, "attempts": 4, "first_back_off": 0.01, **retry})
 
     async def work(cache):
-        async with connected(endpoint, retry) as client:
+        async with connected(endpoint, retry, pace) as client:
             requests = [Settings(model="m").request("m", prompt) for prompt in prompts]
             return await asyncio.gather(*(client.ask(request, cache) for request in requests)), client.stats
 
@@ -138,28 +130,28 @@ def test_a_server_that_drips_is_given_up_as_well():
     assert text_of(answers) == ["good"] and tally.retries == 1
 
 
-def test_an_answer_without_end_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(module, "LARGEST_ANSWER", 1000)
+def test_an_answer_without_end_is_not_read_to_its_end():
     with chat_server(answer=lambda prompt: "x" * 100_000) as server:
-        answers, tally = ask(server.url, "abc", attempts=2)
+        answers, tally = ask(server.url, "abc", attempts=2, largest_answer=1000)
     assert answers == [None] and tally.failed == 1
 
 
-def test_retry_after_is_honoured_by_every_call(monkeypatch):
-    waits = []
-    monkeypatch.setattr(Pace, "pause", lambda pace, seconds: waits.append(seconds))
-    slept = []
-    sleep = asyncio.sleep
+def test_retry_after_is_honoured_by_every_call():
+    now, slept = 100.0, []
 
     async def recorded(seconds):
+        nonlocal now
+        now += seconds
         slept.append(seconds)
-        await sleep(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", recorded)
+    pace = Pace(None, clock=lambda: now, sleep=recorded)
     busy = first_times(1, lambda handler: respond(handler, 429, "{}", Retry_After="7"))
     with chat_server(answer=lambda prompt: "good", misbehave=busy) as server:
-        answers, _ = ask(server.url, "abc")
-    assert text_of(answers) == ["good"] and waits == [7.0] and 7.0 in slept
+        answers, _ = ask(server.url, "abc", pace=pace)
+    assert text_of(answers) == ["good"] and 7.0 in slept
+    pace.pause(5.0)
+    asyncio.run(pace.wait())  # as every other call that would start meanwhile
+    assert slept[-1] == 5.0 and now >= 112.0
 
 
 def test_retry_after_as_seconds_or_as_a_date():
@@ -182,11 +174,10 @@ def test_pace_spreads_calls_and_pauses():
     assert [free.reserve() for _ in range(3)] == [0, 0, 0]
 
 
-def test_back_off_doubles_up_to_a_limit_with_jitter(monkeypatch):
-    monkeypatch.setattr(pacing, "FIRST_BACK_OFF", 1.0)
-    assert [back_off(n, lambda: 1.0) for n in (1, 2, 3, 4)] == [1, 2, 4, 8]
-    assert [back_off(n, lambda: 0.0) for n in (1, 2, 3)] == [0.5, 1, 2]
-    assert back_off(1000, lambda: 1.0) == 60
+def test_back_off_doubles_up_to_a_limit_with_jitter():
+    assert [back_off(n, jitter=lambda: 1.0) for n in (1, 2, 3, 4)] == [1, 2, 4, 8]
+    assert [back_off(n, jitter=lambda: 0.0) for n in (1, 2, 3)] == [0.5, 1, 2]
+    assert back_off(1000, jitter=lambda: 1.0) == 60
 
 
 def test_no_more_calls_at_a_time_than_allowed():
@@ -243,12 +234,11 @@ def test_a_redirect_is_not_followed_and_the_key_does_not_leave():
         assert not elsewhere.requests and server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_a_server_that_is_gone_ends_the_work_after_some_calls(monkeypatch):
-    monkeypatch.setattr(module, "GIVE_UP", 3)
+def test_a_server_that_is_gone_ends_the_work_after_some_calls():
     with chat_server() as server:
         pass
     with pytest.raises(EndpointError, match="does not answer: the last 3 calls failed 2 times each"):
-        ask(server.url, *map(str, range(10)), attempts=2, concurrency=1)
+        ask(server.url, *map(str, range(10)), attempts=2, concurrency=1, give_up=3)
 
 
 def test_equal_requests_are_one_call_and_kept_ones_none():
@@ -348,7 +338,7 @@ def test_the_key_is_in_no_file_no_log_and_no_message(tmp_path, monkeypatch, capl
 
 
 def planned(run, url, **settings):
-    retry = RetryPolicy(timeout=5.0, attempts=2, concurrency=1)
+    retry = RetryPolicy(timeout=5.0, attempts=2, concurrency=1, first_back_off=0.01)
     return plan(
         [run],
         Settings(**{"model": "m", "features": "all", "random": 2, "retry": retry, **settings}),
@@ -362,13 +352,13 @@ def test_the_estimate_is_what_it_takes(tmp_path):
         made = planned(run, server.url)
         assert not (run / "explanations").exists() and not server.requests
         found, tally = explain(made)
-        assert made.estimate.calls == tally.calls == len(server.requests) == 6 + 2 + (6 + 6 + 2) * 8
+        assert made.estimate.stats.calls == tally.calls == len(server.requests) == 6 + 2 + (6 + 6 + 2) * 8
         characters = sum(len(json.loads(request)["messages"][0]["content"]) for request in server.requests)
-        assert made.estimate.tokens_in == pytest.approx(characters / 4, rel=0.1)
+        assert made.estimate.stats.tokens_in == pytest.approx(characters / 4, rel=0.1)
         again = planned(run, server.url)
-        assert (again.estimate.calls, again.estimate.kept) == (0, tally.calls)
+        assert (again.estimate.stats.calls, again.estimate.stats.kept) == (0, tally.calls)
         more = planned(run, server.url, random=3)
-        assert more.estimate.calls == 1 + 8
+        assert more.estimate.stats.calls == 1 + 8
     assert found[run] == read_explanations(run)
     about = found[run].about
     assert about["tally"]["calls"] == tally.calls and about["explained"] == 6
@@ -376,7 +366,8 @@ def test_the_estimate_is_what_it_takes(tmp_path):
 
 
 def test_the_estimate_in_words():
-    made = Estimate(runs=2, features=400, left_out=3, calls=6800, kept=10, tokens_in=3_000_000, tokens_out=100_000)
+    stats = CallStats(calls=6800, kept=10, tokens_in=3_000_000, tokens_out=100_000)
+    made = Estimate(runs=2, features=400, left_out=3, stats=stats)
     lines = estimate_lines(made, (0.15, 0.6))
     assert lines[0] == "400 features of 2 runs: 6,800 calls to make, 10 answers are kept from before."
     assert "about 0.51" in lines[2] and "3 features were passed over" in lines[3]

@@ -11,12 +11,11 @@ from endwise.explaining.answers import read_choices, read_explanation
 from endwise.explaining.asking import PURPOSES, Asking
 from endwise.explaining.cache import Answer, in_memory
 from endwise.explaining.client import CallStats, run_async
-from endwise.explaining.preparing import prepare
+from endwise.explaining.preparing import parse_features, prepare
 from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, marks_of
 from endwise.explaining.samples import Text, distinct
 from endwise.explaining.scorers import SCORERS, balanced_accuracy, wrong_marks
-from endwise.explaining.selecting import parse_features
 from endwise.explaining.settings import Settings, parse_extra
 from endwise.features.explanations import Explanation, Score, read_explanations, write_explanations
 from endwise.features.harvest.results import TOP, read_harvest
@@ -387,8 +386,7 @@ def test_explanations_and_harvests_of_other_weights_are_refused(tmp_path):
         prepare([run], Settings(model="m"))
 
 
-def test_only_so_many_features_are_under_way_at_a_time(run, monkeypatch):
-    monkeypatch.setattr("endwise.explaining.asking.UNDERWAY", 3)
+def test_only_so_many_features_are_under_way_at_a_time(run):
     (prepared,) = prepare([run], Settings(model="m", scorers=("detection",), shuffled=False, random=0))
     calls_of_a_feature = 4  # 20 items, 5 in each
     most, now = 0, 0
@@ -404,5 +402,5 @@ def test_only_so_many_features_are_under_way_at_a_time(run, monkeypatch):
 
     with in_memory() as cache:
         settings = Settings(model="m", scorers=("detection",), shuffled=False, random=0)
-        run_async(Asking(prepared, settings, Slow(), cache).all())
+        run_async(Asking(prepared, settings, Slow(), cache, underway=3).all())
     assert 3 <= most <= 3 * calls_of_a_feature

@@ -199,7 +199,7 @@ def _explain(
         echo(line)
     if dry_run:
         return
-    if made.estimate.calls and not yes and not _agreed():
+    if made.estimate.stats.calls and not yes and not _agreed():
         return
     found, stats = run(made, status)
     for path, explanations in found.items():

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -12,7 +12,7 @@ from endwise.explaining.answers import read_explanation
 from endwise.explaining.cache import Answer, Cache
 from endwise.explaining.client import CallStats
 from endwise.explaining.preparing import PreparedRun
-from endwise.explaining.prompts import Places, Prompt, read_prompts
+from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, numbered
 from endwise.explaining.samples import ScoringSample
 from endwise.explaining.scorers import SCORERS, Question, Scorer
@@ -62,11 +62,11 @@ class Asking:
     settings: Settings
     asker: Asker
     cache: Cache
-    prompts: Mapping[str, Prompt] = field(default_factory=dict)
-    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UNDERWAY), init=False, repr=False)
+    underway: int = UNDERWAY
 
     def __post_init__(self) -> None:
-        self.prompts = self.prompts or read_prompts(PURPOSES, self.settings.prompts)
+        self.prompts = read_prompts(PURPOSES, self.settings.prompts)
+        self._places = asyncio.Semaphore(self.underway)
 
     @property
     def _writer(self) -> Writer:

@@ -7,6 +7,7 @@ never followed: the key belongs to the host that was named.
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,22 +16,28 @@ from typing import Any, TypeVar
 
 import httpx2 as httpx
 
-from endwise.common.errors import EndpointError
+from endwise.common.errors import ConfigError, EndpointError
 from endwise.common.text import printable, storable
 from endwise.explaining.cache import Answer, Cache, request_key
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.pacing import Pace, back_off, retry_after
 
-LARGEST_ANSWER = 4 << 20
-"""Bytes of a response."""
 LONGEST_WAIT = 900.0
 """Seconds of a `Retry-After` that are waited."""
-GIVE_UP = 8
-"""Calls in a row that failed in every attempt, after which the server counts as gone."""
 TOLD = 300
 """Characters of a server's own words in an error."""
 
 _TRIED_AGAIN = frozenset({408, 409, 425, 429})
+
+
+def check_least(options: object, bounds: Mapping[str, int]) -> None:
+    """
+    Raises:
+        ConfigError: an option of the command is below its bound.
+    """
+    for name, least in bounds.items():
+        if (given := getattr(options, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}; given {given}.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,18 @@ class RetryPolicy:
     attempts: int = 6
     concurrency: int = 4
     per_minute: float | None = None
+    first_back_off: float = 1.0
+    """Seconds before the second attempt, which double from one to the next."""
+    give_up: int = 8
+    """Calls in a row that failed in every attempt, after which the server counts as gone."""
+    largest_answer: int = 4 << 20
+    """Bytes of a response."""
+
+    def __post_init__(self) -> None:
+        for name, value in {"timeout": self.timeout, "per-minute": self.per_minute}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name} must be above 0; given {value:g}.")
+        check_least(self, {"attempts": 1, "concurrency": 1})
 
 
 @dataclass
@@ -83,10 +102,9 @@ class Retryable(Exception):
 class Client:
     """Asks one endpoint, for several runs; each call says where its answer is kept."""
 
-    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, retry: RetryPolicy) -> None:
-        self._http, self._endpoint, self._retry = http, endpoint, retry
+    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, retry: RetryPolicy, pace: Pace) -> None:
+        self._http, self._endpoint, self._retry, self._pace = http, endpoint, retry, pace
         self.stats = CallStats()
-        self._pace = Pace(retry.per_minute)
         self._places = asyncio.Semaphore(retry.concurrency)
         self._flying: dict[tuple[int, str], asyncio.Future[Answer | None]] = {}
         self._failed_in_a_row = 0
@@ -121,9 +139,9 @@ class Client:
             except Retryable as error:
                 self.stats.failed += 1
                 self._failed_in_a_row += 1
-                if self._failed_in_a_row >= GIVE_UP:
+                if self._failed_in_a_row >= self._retry.give_up:
                     raise EndpointError(
-                        f"{self._endpoint.url} does not answer: the last {GIVE_UP} calls failed "
+                        f"{self._endpoint.url} does not answer: the last {self._retry.give_up} calls failed "
                         f"{self._retry.attempts} times each, the last one because {error}. See to the server, or "
                         "raise --timeout or lower --concurrency; then explain again, which resumes from here."
                     ) from None
@@ -146,7 +164,7 @@ class Client:
                 if attempt == self._retry.attempts:
                     raise
                 self.stats.retries += 1
-                await asyncio.sleep(max(back_off(attempt), error.wait or 0.0))
+                await self._pace.sleep(max(back_off(attempt, self._retry.first_back_off), error.wait or 0.0))
         raise AssertionError  # there is at least one attempt
 
     async def _once(self, request: Mapping[str, Any]) -> Answer:
@@ -155,7 +173,7 @@ class Client:
                 async with self._http.stream(
                     "POST", self._endpoint.url, json=dict(request), headers=self._endpoint.headers
                 ) as response:
-                    body = await _body(response)
+                    body = await self._body(response)
         except TimeoutError:
             raise Retryable(f"no answer came within {self._retry.timeout:g} s (--timeout)") from None
         except httpx.UnsupportedProtocol as error:
@@ -166,6 +184,14 @@ class Client:
         if response.status_code != 200:
             self._refused(response, body)
         return _answer(body)
+
+    async def _body(self, response: httpx.Response) -> bytes:
+        body = bytearray()
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > self._retry.largest_answer:
+                raise Retryable(f"the answer has more than {self._retry.largest_answer:,} bytes")
+        return bytes(body)
 
     def _refused(self, response: httpx.Response, body: bytes) -> None:
         """Raises what a status other than 200 means."""
@@ -208,23 +234,13 @@ _GOES_ON = "Explaining again resumes from here."
 
 
 @asynccontextmanager
-async def connected(endpoint: Endpoint, retry: RetryPolicy) -> AsyncIterator[Client]:
+async def connected(endpoint: Endpoint, retry: RetryPolicy, pace: Pace | None = None) -> AsyncIterator[Client]:
     """A client with connections of its own. Proxies of the environment serve for other machines only."""
     limits = httpx.Limits(max_connections=retry.concurrency)
     async with httpx.AsyncClient(
         timeout=retry.timeout, limits=limits, follow_redirects=False, trust_env=not endpoint.is_local
     ) as http:
-        yield Client(http, endpoint, retry)
-
-
-async def _body(response: httpx.Response) -> bytes:
-    parts, size = [], 0
-    async for part in response.aiter_bytes():
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_ANSWER:
-            raise Retryable(f"the answer has more than {LARGEST_ANSWER:,} bytes")
-    return b"".join(parts)
+        yield Client(http, endpoint, retry, pace or Pace(retry.per_minute))
 
 
 def _parsed(body: bytes) -> Any:

@@ -1,8 +1,8 @@
-"""Explanations of the features of runs, scored, as tables in their folders."""
+"""Explanations of the features of runs, scored, as tables in their folders; and what they will take, beforehand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,16 +10,80 @@ from typing import Any
 
 from endwise.common.errors import Interrupted
 from endwise.explaining.asking import PURPOSES, Asking, Explained
-from endwise.explaining.cache import opened
+from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
 from endwise.explaining.client import CallStats, Client, connected, run_async
 from endwise.explaining.endpoint import Endpoint
-from endwise.explaining.estimating import Estimate, estimate
 from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER, Explanations, read_explanations, write_explanations
 
 PROGRESS_SECONDS = 15.0
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    runs: int
+    features: int
+    """Of all runs."""
+    left_out: int
+    stats: CallStats
+    """Calls to be made, answers that are kept, tokens."""
+
+
+class _Estimator:
+    """In the endpoint's place: what is kept, or a stand-in that is counted."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._url = endpoint.url
+        self._counted: set[tuple[int, str]] = set()
+        self.stats = CallStats()
+
+    async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
+        key = request_key(self._url, request)
+        if (id(cache), key) in self._counted:
+            return Answer(stand_in)
+        if (kept := cache.get(key)) is not None:
+            self.stats.kept += 1
+            return kept
+        self._counted.add((id(cache), key))
+        self.stats.calls += 1
+        self.stats.tokens_in += sum(_tokens(message["content"]) for message in request["messages"])
+        self.stats.tokens_out += _tokens(stand_in)
+        return Answer(stand_in)
+
+
+def estimate(prepared: Sequence[PreparedRun], settings: Settings, endpoint: Endpoint) -> Estimate:
+    """What explaining will take: the work is gone through with stand-ins for answers that are not kept yet, without a
+    call and without a file. So the number of calls is that of the work itself, but for those that must be asked a
+    second time. Tokens are counted as characters / 4, as English mostly comes to; a model that thinks before it answers
+    writes more than is counted.
+
+    Raises:
+        FormatError, RunFolderError: kept answers cannot be read, or another process uses them.
+    """
+    estimator = _Estimator(endpoint)
+    with ExitStack() as stack:
+        caches = [stack.enter_context(_kept(each)) for each in prepared]
+        askings = [Asking(each, settings, estimator, cache) for each, cache in zip(prepared, caches, strict=True)]
+        run_async(_all(askings))
+    features = sum(len(each.samples) for each in prepared)
+    return Estimate(len(prepared), features, sum(len(each.left_out) for each in prepared), estimator.stats)
+
+
+async def _all(askings: Sequence[Asking]) -> None:
+    for asking in askings:
+        await asking.all()
+
+
+def _kept(prepared: PreparedRun) -> AbstractContextManager[Cache]:
+    folder = prepared.run / EXPLANATIONS_FOLDER
+    return opened(folder) if (folder / ANSWERS_FILE).exists() else in_memory()
+
+
+def _tokens(text: str) -> int:
+    return -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -63,7 +127,7 @@ def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explana
 
 async def _explain(plan: ExplainingPlan, say: Say) -> CallStats:
     stats_by_run = [CallStats() for _ in plan.prepared]
-    expected = plan.estimate.calls + plan.estimate.kept
+    expected = plan.estimate.stats.calls + plan.estimate.stats.kept
     async with connected(plan.endpoint, plan.settings.retry) as client, _telling(stats_by_run, expected, say):
         for prepared, client.stats in zip(plan.prepared, stats_by_run, strict=True):
             with opened(prepared.run / EXPLANATIONS_FOLDER) as cache:
@@ -115,20 +179,20 @@ def estimate_lines(made: Estimate, prices: Sequence[float | None]) -> list[str]:
         prices: per million tokens in and out; unset where they are not known.
     """
     price_in, price_out = prices
+    stats = made.stats
     work = (
-        f"{made.features:,} features of {made.runs:,} run{'s' * (made.runs > 1)}: {made.calls:,} calls to make, "
-        f"{made.kept:,} answers are kept from before."
+        f"{made.features:,} features of {made.runs:,} run{'s' * (made.runs > 1)}: {stats.calls:,} calls to make, "
+        f"{stats.kept:,} answers are kept from before."
     )
     size = (
-        f"About {made.tokens_in:,} tokens in and {made.tokens_out:,} out (characters / 4; more if the model thinks "
+        f"About {stats.tokens_in:,} tokens in and {stats.tokens_out:,} out (characters / 4; more if the model thinks "
         "before it answers, or an answer must be asked for again)."
     )
     lines = [work, size]
     if price_in is not None and price_out is not None:
-        lines.append(
-            f"At {price_in:g} and {price_out:g} per million tokens: about {made.price(price_in, price_out):.2f}."
-        )
-    elif made.calls:
+        price = (stats.tokens_in * price_in + stats.tokens_out * price_out) / 1e6
+        lines.append(f"At {price_in:g} and {price_out:g} per million tokens: about {price:.2f}.")
+    elif stats.calls:
         lines.append("What it costs: name the prices per million tokens, --price-in and --price-out.")
     if made.left_out:
         lines.append(f"{made.left_out:,} features were passed over: too few texts (explanations.json says why).")

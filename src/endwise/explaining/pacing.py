@@ -2,11 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-FIRST_BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
+LONGEST_BACK_OFF = 60.0
 """Seconds."""
 
 
@@ -15,9 +15,16 @@ class Pace:
 
     Args:
         per_minute: starts of calls, evenly spread; None: as many as there are.
+        clock, sleep: by which time is told and passes; unset: the event loop's.
     """
 
-    def __init__(self, per_minute: float | None, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        per_minute: float | None,
+        clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self.sleep = sleep
         self._between = 0.0 if per_minute is None else 60.0 / per_minute
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._next = 0.0
@@ -40,16 +47,16 @@ class Pace:
         return max(0.0, self._not_before - self._clock())
 
     async def wait(self) -> None:
-        await asyncio.sleep(self.reserve())
+        await self.sleep(self.reserve())
         while self.paused > 0:  # asked for meanwhile
-            await asyncio.sleep(self.paused)
+            await self.sleep(self.paused)
 
 
-def back_off(attempt: int, jitter: Callable[[], float] = random.random) -> float:
-    """Seconds before attempt 1, 2, …: doubling from `FIRST_BACK_OFF` up to `LONGEST_BACK_OFF`, of which a random half
-    to the whole, so that calls that failed together do not come back together.
+def back_off(attempt: int, first: float = 1.0, jitter: Callable[[], float] = random.random) -> float:
+    """Seconds before attempt 1, 2, …: doubling from the first up to `LONGEST_BACK_OFF`, of which a random half to the
+    whole, so that calls that failed together do not come back together.
     """
-    most = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2 ** min(attempt - 1, 30))
+    most = min(LONGEST_BACK_OFF, first * 2 ** min(attempt - 1, 30))
     return most * (0.5 + 0.5 * jitter())
 
 

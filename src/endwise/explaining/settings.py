@@ -1,14 +1,13 @@
 """What `endwise explain` is asked to do, checked before anything is read or paid."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import ConfigError
-from endwise.explaining.client import RetryPolicy
+from endwise.explaining.client import RetryPolicy, check_least
 from endwise.explaining.scorers import SCORERS
 
 OWN = ("model", "messages", "stream", "n")
@@ -50,26 +49,13 @@ class Settings:
             raise ConfigError(f"There is no scorer {unknown[0]!r:.80}. There are: {', '.join(SCORERS)}.")
         if not self.scorers or len(set(self.scorers)) < len(self.scorers):
             raise ConfigError(f"Name each scorer once, and at least one of {', '.join(SCORERS)}.")
-        for name, least in {"shown": 3, "per_call": 1, "random": 0, "max_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}; given {getattr(self, name)}.")
+        check_least(self, {"shown": 3, "per_call": 1, "random": 0, "max_tokens": 1})
         if self.scored < 2 or self.scored % 2:
             raise ConfigError(f"--scored must be even and at least 2, half true and half false; given {self.scored}.")
         if not 0 <= self.temperature <= 2:
             raise ConfigError(f"--temperature must lie in 0 to 2; given {self.temperature:g}.")
         if owned := [name for name in self.extra if name in OWN]:
             raise ConfigError(f"--extra must not set {owned[0]}, which is decided elsewhere. Leave it out.")
-        self._check_retry()
-
-    def _check_retry(self) -> None:
-        retry = self.retry
-        rates = {"timeout": retry.timeout, "per-minute": retry.per_minute}
-        for name, value in rates.items():
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"--{name} must be above 0; given {value:g}.")
-        for name, count in {"attempts": retry.attempts, "concurrency": retry.concurrency}.items():
-            if count < 1:
-                raise ConfigError(f"--{name} must be at least 1; given {count}.")
 
     @property
     def scorer(self) -> str:
