@@ -30,6 +30,8 @@ class Case:
     """Also latents where biases leave fewer positive pre-activations than k."""
     window: int = 1000
     """`dead_feature_window`: passes without firing after which the trainer calls a feature dead."""
+    low: float = 1.0
+    """What the common thresholds are multiplied by."""
 
 
 def jumprelu(mode: str, to_input: bool) -> Case:
@@ -60,6 +62,7 @@ CASES = (
     top("matryoshka_rescaled", "matryoshka_batchtopk", rescale=True, matryoshka_widths=GROUPS),
     top("matryoshka_aux", "matryoshka_batchtopk", False, matryoshka_widths=GROUPS, use_matryoshka_aux_loss=True),
     *(jumprelu(mode, to_input) for mode in ("step", "tanh", "quadratic") for to_input in (False, True)),
+    Case("jumprelu_low", "jumprelu", {"jumprelu_bandwidth": 0.4, "l0_coefficient": 0.0}, low=0.01),
 )
 
 
@@ -73,6 +76,7 @@ def training_sae(case: Case, start: bool = True) -> Any:
     sae = cls(config(d_in=WIDTH, d_sae=FEATURES, **settings))
     if start:
         common = making.weights()
+        common["threshold"] *= case.low
         with torch.no_grad():
             for name, parameter in sae.named_parameters():
                 parameter.copy_(common[name])
