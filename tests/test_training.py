@@ -96,6 +96,34 @@ def test_schedule_warms_up_and_falls_to_the_floor():
     assert rates[-1] == pytest.approx(0.1, abs=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_rate_falls_over_the_last_steps_alone(schedule):
+    """A fifth of 1,000 steps: constant to step 800, then by definition."""
+    settings = recipe(Path("unused"), warmup=0.1, floor=0.25, decay=0.2, schedule=schedule).training
+    rates = torch.tensor([rate_factor(step, 1000, settings) for step in range(1000)], dtype=torch.float64)
+    assert rates[:100].tolist() == pytest.approx([(step + 1) / 101 for step in range(100)])
+    assert (rates[100:801] == 1).all()
+    done = torch.arange(200, dtype=torch.float64) / 200
+    fall = {"cosine": (1 + torch.cos(torch.pi * done)) / 2, "linear": 1 - done}[schedule]
+    torch.testing.assert_close(rates[800:], 0.25 + 0.75 * fall)
+
+
+def test_a_constant_rate_and_a_decay_that_has_no_place():
+    settings = recipe(Path("unused"), warmup=0.1, schedule="constant").training
+    assert all(rate_factor(step, 1000, settings) == 1 for step in range(100, 1000))
+    with pytest.raises(ConfigError, match=r"decay is 0\.2, but schedule constant has none"):
+        recipe(Path("unused"), decay=0.2, schedule="constant")
+    with pytest.raises(ConfigError, match=r"warmup \(0\.3\) and decay \(0\.8\) are more than all steps"):
+        recipe(Path("unused"), warmup=0.3, decay=0.8)
+
+
+def test_betas_are_adams(model, tmp_path):
+    settings = recipe(tmp_path, betas=[0.0, 0.9])
+    trainee = new_trainee(settings, model, 10)
+    assert trainee.optimizer.param_groups[0]["betas"] == (0.0, 0.9)
+    assert new_trainee(recipe(tmp_path), model, 10).optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
     run = train(recipe(tmp_path / "run", "e2e_ds", checkpoint_every=7), model=model, corpora=corpora, display=False)
     folder = RunFolder(run.folder)

@@ -161,7 +161,8 @@ def _describe(annotation: Any, rules: list[Any]) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
-        return f"list of {_describe(arguments[0], [])}s"
+        each = _describe(arguments[0], [])
+        return f"list of {each}s" if each.isalpha() else f"list, each a {each}"
     if origin is dict:
         return "mapping"
     words = TYPES[annotation]
@@ -179,7 +180,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if default is None:
         return "unset"
-    text = yaml.safe_dump(str(default) if isinstance(default, Path) else default).removesuffix("...\n").strip()
+    plain = str(default) if isinstance(default, Path) else list(default) if isinstance(default, tuple) else default
+    text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
     return f"`{text}`"
 
 

@@ -16,6 +16,7 @@ from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Config):
@@ -82,7 +83,7 @@ class DataConfig(Config):
 
 
 class TrainingConfig(Config):
-    """One optimiser: Adam with linear warm-up, then a cosine to a floor."""
+    """One optimiser: Adam with linear warm-up, then a cosine (or what `schedule` says) to a floor."""
 
     tokens: Annotated[Positive, SHARED]
     """Training tokens in all."""
@@ -101,8 +102,15 @@ class TrainingConfig(Config):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls to the floor after the warm-up; `constant`: not at all."""
+    decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the steps, the last, over which the rate falls; before them it is constant. Unset: all after the
+    warm-up."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The cosine ends at this share of the learning rate."""
+    """The rate ends at this share of `learning_rate`."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates of the moving averages of the gradient and of its square."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest L2 norm of the gradient of all SAE weights together."""
     alive_window: Positive = 500_000
@@ -121,6 +129,16 @@ class TrainingConfig(Config):
     def _passes_of_equal_size(self) -> "TrainingConfig":
         if self.batch % self.accumulation:
             raise ValueError(f"accumulation ({self.accumulation}) must divide batch ({self.batch})")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_has_a_place(self) -> "TrainingConfig":
+        if self.decay is None:
+            return self
+        if self.schedule == "constant":
+            raise ValueError(f"decay is {self.decay:g}, but schedule constant has none; unset it, or choose linear")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup ({self.warmup:g}) and decay ({self.decay:g}) are more than all steps; lower one")
         return self
 
 

@@ -49,7 +49,7 @@ class Trainee:
     ) -> None:
         self.sae, self.place, self.config = sae.train(), Place.of(place), config
         self._objective, self.total_steps = objective, total_steps
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.step, self.tokens = 0, 0
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
@@ -259,9 +259,16 @@ def _harmless(activation: Activation, mask: TokenMask) -> Activation:
 
 
 def rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Share of the learning rate at `step` (from 0): linear warm-up to 1, then a cosine down to the floor."""
+    """Share of the learning rate at `step` (from 0): linear warm-up to 1, then down to the floor on a cosine or a line,
+    over the last steps that `decay` says, or over all that are left.
+    """
     warmup = round(config.warmup * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    start = warmup if config.decay is None else max(warmup, total_steps - round(config.decay * total_steps))
+    if config.schedule == "constant" or step < start:
+        return 1.0
+    progress = (step - start) / max(1, total_steps - start)
+    if config.schedule == "linear":
+        return 1 - (1 - config.floor) * progress
     return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2
