@@ -130,16 +130,11 @@ def test_files_from_before_version_6_keep_their_function(tmp_path, drawn, subtra
 
 
 V6 = {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {"sae_lens_version": "6.1.0"}}
-TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
 
 
 @pytest.mark.parametrize(
     ("cfg", "says"),
     [
-        (OLD | TOPK, "architecture 'topk'.*no conversion helps"),
-        (OLD | TOPK | {"architecture": "standard"}, "architecture 'topk'"),
-        (OLD | {"activation_fn": "topk", "activation_fn_str": None}, "architecture 'topk'"),
-        (V6 | TOPK, "architecture 'topk'"),
         (OLD | {"activation_fn_str": "tanh-relu"}, "'tanh-relu'.*version that wrote it: since 6, .* for ReLU"),
         (OLD | {"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs"),
         (OLD | {"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
@@ -149,9 +144,12 @@ TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
         (V6 | {"normalize_activations": "constant_norm_rescale"}, "cannot be folded"),
         (V6 | {"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
         (V6 | {"normalize_activations": "quantum"}, "does not know"),
-        *((V6 | {"architecture": other}, "no conversion helps") for other in ("abstopk", "temporal", "transcoder")),
         *(
-            (V6 | {"architecture": other}, r"no conversion helps.*TrainingSAE\.load_from_disk")
+            (V6 | {"architecture": other}, "no conversion keeps it. Use it with SAELens")
+            for other in ("abstopk", "temporal", "matching_pursuit")
+        ),
+        *(
+            (V6 | {"architecture": other}, r"TrainingSAE\.load_from_disk and save it for inference")
             for other in ("batchtopk", "matryoshka_batchtopk")
         ),
         (V6 | {"architecture": ["standard"]}, "does not know it"),

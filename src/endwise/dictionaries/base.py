@@ -198,6 +198,11 @@ class SAE(nn.Module, ABC):
         return Exported({name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
 
     @classmethod
+    def kept(cls) -> Layout:
+        """Return `layout`, with what all architectures of its base may keep in a file."""
+        return cls.layout
+
+    @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "SAE":
         """The dictionary that a file describes, as a function unchanged.
@@ -231,6 +236,6 @@ class SAE(nn.Module, ABC):
         Raises:
             FormatError: there is none, it is not what its format says, or what it says of the function is none of ours.
         """
-        stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].layout for name in ARCHITECTURES.names()})
+        stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].kept() for name in ARCHITECTURES.names()})
         sae: SAE = ARCHITECTURES[stored.architecture].from_tensors(stored.as_used(), stored.config)
         return sae.to(device).requires_grad_(False).eval()

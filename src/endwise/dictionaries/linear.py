@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported
 from endwise.dictionaries.latents import Latents, decode_sparse
+from endwise.formats import Layout
 
 NORM_FLOOR = 1e-12
 """As in `torch.nn.functional.normalize`."""
@@ -150,6 +152,10 @@ class LinearSAE(SAE):
     def export(self) -> Exported:
         own = super().export().tensors
         return Exported({**own, "W_skip": self.W_skip} if self.W_skip is not None else own)
+
+    @classmethod
+    def kept(cls) -> Layout:
+        return replace(cls.layout, transcodes=True)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "LinearSAE":

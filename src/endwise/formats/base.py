@@ -5,7 +5,7 @@ A format is one file: a subclass of `Format` with a name, an instance of which `
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,8 @@ from endwise.common.registry import Registry
 
 TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 """The tensors that all architectures have, and their axes."""
+SKIP = {"W_skip": ("d_out", "d_in")}
+"""What a transcoder with a linear path beside its features has besides."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,19 @@ class Layout:
     """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
     settings: frozenset[str] = frozenset()
     """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+    transcodes: bool = False
+    """Whether it can be a transcoder, with a `d_out` and, or without, a skip connection."""
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of an SAE with this configuration, by name."""
         sizes = {"d_out": config["d_in"], **config}
         axes = {**TENSORS, **self.tensors}
         return {name: tuple(sizes[axis] for axis in its) for name, its in axes.items()}
+
+    def of_transcoder(self, skip: bool) -> "Layout":
+        """Return what its transcoders keep."""
+        tensors = {**self.tensors, **(SKIP if skip else {})}
+        return replace(self, tensors=tensors, settings=self.settings | {"d_out"})
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,18 @@ class Stored:
     """What says nothing of the function: where the SAE belongs, and how it was trained."""
     subtracts_b_dec: bool = False
     """The file's rule: whether `b_dec` is subtracted from what is encoded."""
+
+    @property
+    def skips(self) -> bool:
+        """Whether a linear path runs beside the features."""
+        return any(name in self.tensors for name in SKIP)
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether its result stands for another site than the one it reads, as its widths, tensors or metadata tell."""
+        d_in, of = self.config["d_in"], self.metadata
+        elsewhere = of.get("hook_name_out") not in (None, of.get("hook_name"))
+        return self.skips or elsewhere or self.config.get("d_out", d_in) != d_in
 
     def as_used(self) -> dict[str, Tensor]:
         """The tensors in float32, of the same function with nothing subtracted from what is encoded."""

@@ -5,6 +5,7 @@ Before its version 6, SAELens wrote one flat object, in which settings of the tr
 """
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,8 +31,11 @@ WRITTEN_VERSION = "6.0.0"
 """The generation whose layout is written; SAELens reads older numbers through a legacy path."""
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")
 """The tensor's names in a file and in SAELens itself: what each latent is multiplied by as it is decoded."""
+NORM_FLOOR = 1e-12
 _UNSET = (None, False, "", "none", [], {})
 
+NAMES = re.compile(r"(?:(?!skip_)(?P<architecture>\w+?)_)?(?P<skip>skip_)?transcoder")
+"""Names of transcoders: SAELens has the four of `standard` (not named) and of `jumprelu`; those of others are ours."""
 _READ = {"architecture", "d_in", "d_sae", "apply_b_dec_to_input", "metadata", "finetuning_scaling_factor"}
 _NOT_THE_FUNCTION = """
 dtype device sae_lens_version sae_lens_training_version model_name model_class_name model_from_pretrained_kwargs
@@ -57,18 +61,15 @@ n_batches_for_norm_estimate sparsity
 """
 """Where the SAE belongs, and how it was trained, in the words of all of SAELens's versions."""
 
-_NO_RELU = "no ReLU SAE computes the same, so that no conversion helps."
+_FOLDED = {"topk": {"rescale_acts_by_decoder_norm"}}
+"""An architecture's keys that are made part of the weights as they are read."""
+_NOT_OURS = "endwise computes no such function, and no conversion keeps it."
 _OTHERS = {
-    **dict.fromkeys(
-        (
-            *("topk", "abstopk", "jumprelu", "gated", "temporal", "matching_pursuit"),
-            *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
-        ),
-        "Use it with SAELens",
-    ),
+    **dict.fromkeys(("abstopk", "temporal", "matching_pursuit"), "Use it with SAELens"),
     **dict.fromkeys(
         ("batchtopk", "matryoshka_batchtopk"),
-        "It is as its training left it: use it with SAELens, whose TrainingSAE.load_from_disk alone opens it",
+        "It is as its training left it: open it with SAELens's TrainingSAE.load_from_disk and save it for inference "
+        "(save_inference_model)",
     ),
 }
 """What else SAELens knows, and how each can be used."""
@@ -104,24 +105,24 @@ class SAELens(Format):
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, cfg = path / CFG_FILE, read_cfg(path)
-        architecture = _architecture(cfg)
-        if not isinstance(architecture, str) or architecture not in layouts:
-            known, told = ", ".join(sorted(layouts)), f"{architecture!r:.80}"
-            why = "endwise does not know it. Give an SAE of another kind"
-            if isinstance(architecture, str) and architecture in _OTHERS:
-                why = f"{_NO_RELU} {_OTHERS[architecture]}"
-            raise FormatError(f"{file}: architecture {told} is not one of {known}; {why}.")
-        layout = layouts[architecture]
-        _check_function(file, cfg, layout)
+        architecture, layout = _found(file, cfg, layouts)
+        _check_function(file, cfg, layout, _FOLDED.get(architecture, set()))
         _warn_of_processing(file, cfg)
-        tensors = _read_weights(path, {**cfg, "architecture": architecture}, layout)
         config = {key: cfg[key] for key in ("d_in", "d_sae", *layout.settings) if key in cfg}
+        if "k" in layout.settings:
+            config["k"] = _k(file, cfg)
+        tensors = _read_weights(path, {**cfg, "architecture": architecture}, layout)
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            _fold_norms(tensors)
         return Stored(architecture, config, tensors, cfg["metadata"], cfg.get("apply_b_dec_to_input", True))
 
     def write(self, path: Path, stored: Stored) -> None:
         own, of_heads = dict(stored.config), str(stored.metadata.get("hook_name")).endswith("attn.hook_z")
+        if stored.transcodes:  # whose input SAELens takes as it is
+            own.setdefault("d_out", own["d_in"])
+            of_heads = False
         cfg = {
-            "architecture": stored.architecture,
+            "architecture": transcoder_name(stored) if stored.transcodes else stored.architecture,
             "d_in": own.pop("d_in"),
             "d_sae": own.pop("d_sae"),
             "dtype": "float32",
@@ -164,12 +165,65 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     return cfg
 
 
+def transcoder_name(stored: Stored) -> str:
+    """SAELens's name of an architecture's transcoder, or by the same rule the name of one that it does not know."""
+    own = "" if stored.architecture == "standard" else f"{stored.architecture}_"
+    return f"{own}{'skip_' if stored.skips else ''}transcoder"
+
+
+def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) -> tuple[str, Layout]:
+    """The architecture by our name, and what a file of it holds.
+
+    Raises:
+        FormatError: it is none of `layouts`, or a transcoder's file lacks what SAELens asks of one.
+    """
+    told = _architecture(cfg)
+    if isinstance(told, str) and told in layouts:
+        return told, layouts[told]
+    named = NAMES.fullmatch(told) if isinstance(told, str) else None
+    architecture = named["architecture"] or "standard" if named else ""
+    if named is None or architecture not in layouts or not layouts[architecture].transcodes:
+        known, why = ", ".join(sorted(layouts)), "endwise does not know it. Give an SAE of another kind"
+        if isinstance(told, str) and told in _OTHERS:
+            why = f"{_NOT_OURS} {_OTHERS[told]}"
+        raise FormatError(f"{file}: architecture {told!r:.80} is not one of {known}, nor a transcoder of one; {why}.")
+    if type(cfg.get("d_out")) is not int or cfg["d_out"] < 1:
+        raise FormatError(f"{file}: d_out must be a whole number above 0, not {cfg.get('d_out')!r:.80}. Correct it.")
+    if cfg.get("apply_b_dec_to_input", True):
+        raise FormatError(
+            f"{file}: a transcoder's b_dec is of what it writes and cannot be subtracted from what it reads, so that "
+            "apply_b_dec_to_input must be false. Correct it."
+        )
+    return architecture, layouts[architecture].of_transcoder(skip=bool(named["skip"]))
+
+
 def _architecture(cfg: Mapping[str, Any]) -> Any:
-    """As SAELens migrates it: before version 6 a file without one is standard, and one that says topk is none."""
+    """As SAELens migrates it: before version 6 a file without one is standard, and one that says topk is topk."""
     old = _is_old(cfg)
     if str(_activation(cfg)).lower() == "topk" and cfg.get("architecture", "standard") == "standard":
         return "topk"
     return cfg.get("architecture", "standard" if old else None)
+
+
+def _k(file: Path, cfg: Mapping[str, Any]) -> int:
+    """How many features a token has; before version 6 it is an argument of the activation."""
+    arguments = cfg.get("activation_fn_kwargs")
+    k = cfg.get("k", arguments.get("k") if isinstance(arguments, dict) else None)
+    if type(k) is not int or not 1 <= k <= cfg["d_sae"]:
+        raise FormatError(
+            f"{file}: k must be a whole number from 1 to d_sae {cfg['d_sae']}, not {k!r:.80}. Correct it."
+        )
+    return k
+
+
+def _fold_norms(tensors: dict[str, Tensor]) -> None:
+    """`rescale_acts_by_decoder_norm` chooses among latents times their directions' norms, and decodes them by unit
+    directions: pre-activations are linear, so that norms moved from the decoder into the encoder do the same.
+    """
+    norms = tensors["W_dec"].float().norm(dim=-1)
+    tensors["W_enc"] = tensors["W_enc"].float() * norms
+    tensors["b_enc"] = tensors["b_enc"].float() * norms
+    tensors["W_dec"] = tensors["W_dec"].float() / norms.clamp_min(NORM_FLOOR)[:, None]
 
 
 def _activation(cfg: Mapping[str, Any]) -> Any:
@@ -182,16 +236,20 @@ def _is_old(cfg: Mapping[str, Any]) -> bool:
     return not major.isdecimal() or int(major) < FIRST_VERSION
 
 
-def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout) -> None:
+def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout, folded: set[str]) -> None:
     """
+    Args:
+        folded: keys whose meaning is folded into the weights.
+
     Raises:
         FormatError: a field other than those that are read changes the function, or may.
     """
+    activations = {"relu", "topk"} if "k" in layout.settings else {"relu"}
     for key in ("activation_fn", "activation_fn_str"):
         given = cfg.get(key)
-        if given not in _UNSET and str(given).lower() != "relu":
+        if given not in _UNSET and str(given).lower() not in activations:
             raise FormatError(
-                f"{path}: {key} is {given!r:.80} rather than 'relu'; {_NO_RELU} Use it with a SAELens of the version "
+                f"{path}: {key} is {given!r:.80} rather than 'relu'; {_NOT_OURS} Use it with a SAELens of the version "
                 f"that wrote it: since {FIRST_VERSION}, it takes all but topk for ReLU, and does not say so."
             )
     norm = cfg.get("normalize_activations")
@@ -205,7 +263,10 @@ def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout) -> None:
             f"{path}: reshape_activations is {shape!r:.80}, which endwise does not know. Use it with SAELens."
         )
     settled = {"activation_fn", "activation_fn_str", "normalize_activations", "reshape_activations"}
-    known = _READ | set(_NOT_THE_FUNCTION.split()) | settled | layout.settings
+    arguments = cfg.get("activation_fn_kwargs")
+    if "k" in layout.settings and isinstance(arguments, dict) and arguments.keys() <= {"k"}:
+        settled.add("activation_fn_kwargs")
+    known = _READ | set(_NOT_THE_FUNCTION.split()) | settled | layout.settings | folded
     if unknown := {key: value for key, value in cfg.items() if key not in known and value not in _UNSET}:
         told = ", ".join(f"{key}={value!r:.40}" for key, value in list(unknown.items())[:5])
         raise FormatError(
