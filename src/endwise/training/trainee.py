@@ -1,7 +1,7 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,9 @@ UNCHECKED = ("optimizer.", "random.cuda.")
 class Encoded:
     """The SAE's pass over a batch, its graph still open."""
 
+    read: AnyWidth
+    target: AnyWidth
+    """What the reconstruction stands for."""
     latents: Latents
     reconstruction: Activation
     nested: Sequence[Activation]
@@ -96,28 +99,56 @@ class Trainee:
         Args:
             tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
-        activation = _harmless(clean.activations[self.place.reads], mask)
-        target = activation if self.place.reads == self.site else _harmless(clean.activations[self.site], mask)
-        with self._products():
-            latents = self.sae.encode(activation, mask)
-            reconstruction = self.sae.reconstruct(latents, activation)
-            encoded = Encoded(latents, reconstruction, self.sae.nested(latents, activation) or [reconstruction])
-        loss, gradient = self._site_loss(encoded, target, mask), None
+        encoded, gradient = self.encode(*self.meets(clean), mask), None
         if self.objective.spliced_terms:
-            gradient = self._tail_gradient(tail, clean, reconstruction, mask)
+            gradient = self._tail_gradient(tail, clean, encoded.reconstruction, mask)
+        self.learn(encoded, mask, tokens_in_step, gradient)
+
+    def meets(self, clean: Clean) -> tuple[AnyWidth, AnyWidth]:
+        """Return what is read and what is to be written in a pass without reconstructions."""
+        return clean.activations[self.place.reads], clean.activations[self.place.writes]
+
+    def encode(self, read: AnyWidth, target: AnyWidth, mask: TokenMask) -> Encoded:
+        same = read is target
+        read = harmless(read, mask)
+        target = read if same else harmless(target, mask)
+        with self.products():
+            latents = self.sae.encode(read, mask)
+            reconstruction = self.sae.reconstruct(latents, read)
+            nested = self.sae.nested(latents, read) or [reconstruction]
+        return Encoded(read, target, latents, reconstruction, nested)
+
+    def learn(
+        self,
+        encoded: Encoded,
+        mask: TokenMask,
+        tokens_in_step: Tensor,
+        gradient: Activation | None = None,
+        *,
+        is_in: bool = False,
+    ) -> None:
+        """Add the gradient of the terms at the site and of the dictionary's own, and count what fired.
+
+        Args:
+            gradient: of the spliced terms' sum at the reconstruction; None: there are none.
+            is_in: it is in the weights' gradient already.
+        """
+        loss = self._site_loss(encoded, encoded.target, mask)
         if self.sae.auxiliary_weights:
-            seen = TrainingPass(activation, target, latents, reconstruction, mask, ~self._alive(), gradient)
+            pair = (encoded.latents, encoded.reconstruction)
+            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, ~self._alive(), gradient)
             loss = loss + self._own_loss(seen)
         outputs = [loss / tokens_in_step] if loss.requires_grad else []
         gradients: list[Tensor | None] = [None] * len(outputs)
-        if gradient is not None:
-            outputs.append(reconstruction)
+        if gradient is not None and not is_in:
+            outputs.append(encoded.reconstruction)
             gradients.append(gradient / tokens_in_step)
-        torch.autograd.backward(outputs, gradients)
-        self._sums["l0"] += latents.l0().where(mask, 0.0).sum()
-        self._fired |= latents.fired(mask)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        self._sums["l0"] += encoded.latents.l0().where(mask, 0.0).sum()
+        self._fired |= encoded.latents.fired(mask)
 
-    def _products(self) -> torch.autocast:
+    def products(self) -> torch.autocast:
         """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change what is
         active, and win little: sparse latents leave one product, which is screened in bf16 where that is fast.
         """
@@ -172,14 +203,22 @@ class Trainee:
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        self._sums["gradient_norm"] += norm
+        self.update(self.found_bad(), tokens_in_step, tokens)
+
+    def found_bad(self) -> Tensor:
+        """Whether a number was not finite at this step, or at any since the last report."""
+        self._norm = torch.nn.utils.get_total_norm(self._gradients())
+        self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
+        return (self._first_bad >= 0).any()
+
+    def update(self, bad: Tensor, tokens_in_step: Tensor, tokens: int) -> None:
+        """Take the step, unless `bad`."""
         # Fused optimisers divide by `grad_scale` as they read the gradient, and skip a step on the device when
         # `found_inf` is 1, without the host having to look.
-        found_inf = (self._first_bad >= 0).any().float()
-        grad_scale = ((norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
+        found_inf = bad.float()
+        grad_scale = ((self._norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.sae.after_step()
@@ -202,26 +241,40 @@ class Trainee:
         Raises:
             NotFinite: a number was not finite at some step since the last report.
         """
-        first_bad = self._first_bad.tolist()
-        failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
-        if failed:
-            step, name = min(failed, key=lambda failure: failure[0])  # of one step's, the term before its gradient
-            self.tokens, self.step = self.tokens * step // self.step, step  # where the weights stand
-            raise NotFinite(
-                f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they "
-                "were before it. Start again with a lower training.learning_rate or training.gradient_clip; or check "
-                "the data there."
-            )
-        values = {name: float(total) for name, total in self._sums.items()}
-        loss = sum(weight * values[name] for name, weight in self._weights.items())
+        if (found := self.first_bad()) is not None:
+            self.go_back(found[0])
+            raise not_finite(*found)
+        values = self.values()
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-            "loss": loss,
+            "learning_rate": self.learning_rate,
+            "loss": sum(self.weighted(values)),
             **values,
             "alive": int(self.alive()),
         }
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The first step at which a number was not finite, and its name: of one step's, a term before its gradient."""
+        first_bad = self._first_bad.tolist()
+        failed = [(step, name) for step, name in zip(first_bad, self._watched, strict=True) if step >= 0]
+        return min(failed, key=lambda failure: failure[0], default=None)
+
+    def go_back(self, step: int) -> None:
+        """Count the steps and tokens that the weights have seen, which stand where they were before a bad step."""
+        self.tokens, self.step = self.tokens * step // self.step, step
+
+    def values(self) -> dict[str, float]:
+        """The latest step's sums, per token; waits for the device."""
+        return {name: float(total) for name, total in self._sums.items()}
+
+    def weighted(self, values: Mapping[str, float]) -> list[float]:
+        """The loss, term by term."""
+        return [weight * values[name] for name, weight in self._weights.items()]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training goes on from. The place in the data and in the schedule is the step."""
@@ -249,7 +302,15 @@ class Trainee:
         restore_generators(checkpoint.tensors)
 
 
-def _harmless(activation: Activation, mask: TokenMask) -> Activation:
+def not_finite(step: int, name: str) -> NotFinite:
+    """Say which number of the step after `step` others was not finite."""
+    return NotFinite(
+        f"At step {step + 1} the term {name} was not finite (NaN or infinity); the weights are kept as they were "
+        "before it. Start again with a lower training.learning_rate or training.gradient_clip; or check the data there."
+    )
+
+
+def harmless(activation: Activation, mask: TokenMask) -> Activation:
     """The activation, with zeros in those masked rows whose squares are not finite: the gradient that they add to the
     weights, 0 times what they hold, would be NaN.
     """

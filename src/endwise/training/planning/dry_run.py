@@ -241,7 +241,7 @@ class _DryTrainee(Trainee):
         assert parameter.grad is not None
         self._trace.claim(parameter.grad, GRADIENTS)
 
-    def _products(self) -> torch.autocast:
+    def products(self) -> torch.autocast:
         on_gpu = self._planned.type == "cuda"
         return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "mixed" and on_gpu)
 
