@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures for print take most of the time, and are looked at by one test."""
-    monkeypatch.setattr("endwise.analysis.geometry.page.save", lambda chart, out: [])
+    monkeypatch.setattr("endwise.analysis.pages.save", lambda chart, out: [])
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_a_figure_has_a_name_a_colour_and_a_marker_for_each(one):
 
 def test_pages_and_tables_name_each(one, summary, tmp_path):
     page = report_html(summary)
-    assert len(re.findall(r"<li><svg class=\"swatch\"", page)) == 2 * 4  # two legends
+    assert len(re.findall(r"<button[^>]*><svg class=\"swatch\"", page)) == 2 * 4  # two legends
     assert page.count("e2e+next_cosine") > 4 and "var(--method-0)" in page
     assert write_pareto([one], tmp_path).exists()
     print_pareto([one], Console(record=True, width=200))

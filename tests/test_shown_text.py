@@ -19,6 +19,7 @@ from endwise.analysis.comparison.page import report_html
 from endwise.analysis.comparison.printed import print_evaluations, print_summary
 from endwise.common.text import model_title, printable
 from endwise.config.run import ModelConfig
+from endwise.figures.interactive import library
 from endwise.paper import quickstart
 from endwise.training import display as progress
 from small_gpt2 import recipe
@@ -54,12 +55,12 @@ def test_the_report_has_no_tag_handler_or_hidden_character_of_anyone_elses():
     settings = {"clean_ce": 3.5, "resamples": 20, "model": HOSTILE, "command": HOSTILE, "environment": environment}
     html = report_html(summarise(runs, **settings))
     page, own = Page(html), Page(report_html(compare(three_kinds())))
-    assert not hidden_in(html)
+    assert not hidden_in(html.replace(library(), ""))
     assert set(page.tags) <= set(own.tags) and {name for name, _ in page.attributes} <= {
         name for name, _ in own.attributes
     }
     assert page.text.count(SAFE) >= len(runs) + 5
-    assert "<script" not in html.lower()
+    assert page.tags.count("script") == own.tags.count("script") == 2
 
 
 def tables():
@@ -147,4 +148,4 @@ def test_the_quickstart_may_be_put_anywhere(monkeypatch, tmp_path):
     assert said.exit_code == 0, said.output
     assert MARKUP.replace("/", "|") in said.output.replace("\n", "") and not hidden_in(said.output)
     page = Page((tmp_path / NAME / "report.html").read_text(encoding="utf-8"))
-    assert "script" not in page.tags and MARKUP.replace("/", "|") in page.text
+    assert page.tags.count("script") == 2 and MARKUP.replace("/", "|") in page.text

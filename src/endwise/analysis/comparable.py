@@ -54,6 +54,11 @@ class Setting:
         start = run.start is not None
         return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, start, tuple(further))
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Order settings: by model, site, start, size and length."""
+        return self.model, self.site, self.started, self.d_sae, self.tokens, self.further
+
     def __str__(self) -> str:
         parts = [f"{self.d_sae:,} features", f"{self.tokens:,} training tokens"]
         parts += ["from another SAE"] if self.started else []
@@ -70,8 +75,7 @@ def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
     sets: dict[Setting, list[RunSummary]] = {}
     for run, setting in with_settings(runs_in(paths)):
         sets.setdefault(setting, []).append(run)
-    ordered = sorted(sets, key=lambda s: (s.model, s.site, s.started, s.d_sae, s.tokens, s.further))
-    return {setting: sets[setting] for setting in ordered}
+    return {setting: sets[setting] for setting in sorted(sets, key=lambda setting: setting.place)}
 
 
 def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:

@@ -47,12 +47,9 @@ CORRELATION = Scale(_fishers, lambda value: float(np.tanh(value)))
 
 
 @dataclass(frozen=True)
-class OverSeeds:
+class OverSeeds(Interval):
     """The mean over seeds, with a 95 % interval; NaN where it is not defined."""
 
-    low: float
-    high: float
-    estimate: float
     seeds: int
 
     @property
@@ -100,6 +97,22 @@ def with_error(by_seed: Numbers, error: float, scale: Scale = PLAIN, *, alone: I
     else:
         found = alone or normal_interval(mean, error)
     return OverSeeds(*(scale.back(end) for end in (found.low, found.high, found.estimate)), seeds=len(given))
+
+
+def bracketed(each: Interval | None, form: str = ".3f") -> str:
+    """`0.123 [0.100, 0.146]`, in the form given; `–` where there is none. As words: `OverSeeds.told`."""
+    if each is None:
+        return "–"
+    if isinstance(each, OverSeeds):
+        return each.told(f"{{:{form}}}".format)
+    return f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]"
+
+
+def interval_columns(name: str, each: Interval | None) -> dict[str, float | None]:
+    """The estimate and its ends as columns of a table; nothing where one is not defined."""
+    ends = (None, None, None) if each is None else (each.estimate, each.low, each.high)
+    finite = [end if end is not None and np.isfinite(end) else None for end in ends]
+    return dict(zip((name, f"{name}.low", f"{name}.high"), finite, strict=True))
 
 
 def judged(*parts: tuple[OverSeeds, bool]) -> Verdict:

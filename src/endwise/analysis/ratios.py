@@ -131,6 +131,10 @@ class Measure:
     of: str
     at: str
 
+    @property
+    def title(self) -> str:
+        return f"{NAMES[self.of]} at equal {NAMES[self.at]}"
+
 
 MEASURES = (
     Measure("features_at_equal_ce", of="l0", at="ce_increase"),

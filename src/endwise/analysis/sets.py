@@ -1,15 +1,165 @@
-"""What every page and table of runs has in common, set by set: what they are called, and what is claimed of them."""
+"""What every question about finished runs has in common: sets of runs that can be compared, and tables of them."""
 
-from collections.abc import Iterable
-
-from rich.console import Console
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from endwise.analysis.claims import Claim
-from endwise.analysis.comparable import Setting
-from endwise.common.terminal import show
-from endwise.common.text import model_title, model_titles
-from endwise.evaluation.summary import RunSummary, remarks_of
+from endwise.analysis.comparable import Setting, methods_of
+from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
+from endwise.common.text import model_title
+from endwise.config.method import Method
+from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
 from endwise.figures.page import escape
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A run with what a question has measured of it."""
+
+    @property
+    def summary(self) -> RunSummary: ...
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """The runs of one setting, as a question compares them."""
+
+    @property
+    def setting(self) -> Setting: ...
+    @property
+    def runs(self) -> Sequence[Any]: ...
+
+
+M = TypeVar("M", bound=Measured)
+S = TypeVar("S", bound=Compared)
+
+
+@dataclass(frozen=True)
+class RunSet(Generic[M]):
+    """The runs of one setting, by method, seed and knob, each with what was measured of it."""
+
+    setting: Setting
+    runs: tuple[M, ...]
+
+    @property
+    def methods(self) -> list[Method]:
+        """Those that have runs, the presets first."""
+        return methods_of(summaries(self))
+
+    def closest(self, metric: str) -> tuple[M, ...]:
+        """One run of each method, all of one seed, those whose ce_increase or l0 (`metric`) are closest."""
+        return self._of(runs_at_similar(summaries(self), metric))
+
+    def closest_by_seed(self, metric: str) -> list[dict[Method, M]]:
+        """The same of every seed, by method."""
+        chosen = similar_by_seed(summaries(self), metric).values()
+        return [{run.summary.method: run for run in self._of(runs)} for runs in chosen]
+
+    def _of(self, wanted: Iterable[RunSummary]) -> tuple[M, ...]:
+        by_folder = {run.summary.folder: run for run in self.runs}
+        return tuple(by_folder[each.folder] for each in wanted)
+
+
+def in_sets(runs: Iterable[tuple[Setting, M]], alike: Callable[[M], Any]) -> list[tuple[Setting, tuple[M, ...]]]:
+    """Gather runs of one setting that were measured alike, in the order of settings.
+
+    Args:
+        alike: what must agree for measurements to be compared.
+    """
+    sets: dict[tuple[Setting, Any], list[M]] = {}
+    for setting, run in runs:
+        sets.setdefault((setting, alike(run)), []).append(run)
+
+    def place(run: M) -> tuple[Any, ...]:
+        return run.summary.method.place, run.summary.seed, run.summary.knob
+
+    ordered = sorted(sets.items(), key=lambda each: (each[0][0].place, each[0][1]))
+    return [(setting, tuple(sorted(runs, key=place))) for (setting, _), runs in ordered]
+
+
+def summary_of(run: RunSummary | Measured) -> RunSummary:
+    return run if isinstance(run, RunSummary) else run.summary
+
+
+def summaries(one: Compared) -> list[RunSummary]:
+    """List what the runs of a set measured."""
+    return list(map(summary_of, one.runs))
+
+
+Column = tuple[str, Callable[[Any], str]]
+"""A heading, and what makes the cell of a run."""
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows."""
+
+
+def measured(metric: str, form: str) -> Callable[[RunSummary], str]:
+    """Make cells of a number of `evaluation.json` with its 95 % interval, where it has one."""
+
+    def cell(run: RunSummary) -> str:
+        number, ends = value(run, metric), run.intervals.get(metric)
+        sign = "+" if metric == "ce_increase" else ""
+        told = f"{number:{sign}{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+        return "–" if math.isnan(number) else told
+
+    return cell
+
+
+def value(run: RunSummary, metric: str) -> float:
+    """A run's number by its name in `evaluation.json`; NaN for a form of explained variance that was not measured."""
+    group, _, form = metric.partition(".")
+    if group == "explained_variance":
+        return run.explained_variances.get(form, run.explained_variance if form == "per_token" else math.nan)
+    return float(getattr(run, metric))
+
+
+def _ce_increase(run: RunSummary) -> str:
+    return f"{run.ce_increase:+.3f}"
+
+
+def _later_mse(run: RunSummary) -> str:
+    mse = later_mse(run)
+    return "–" if mse is None else f"{mse:.3g}"
+
+
+KNOB = "knob"
+"""The column that is headed by what runs of one method differ in."""
+COLUMNS: dict[str, Callable[[RunSummary], str]] = {
+    "kind": lambda run: run.method.label,
+    KNOB: lambda run: f"{run.knob.value:g}",
+    "seed": lambda run: str(run.seed),
+    "L0": lambda run: f"{run.l0:.1f}",
+    "alive": lambda run: f"{run.alive:,}",
+    "CE": _ce_increase,
+    "CE +": _ce_increase,
+    "CE increase": _ce_increase,
+    "CE increase [95 %]": measured("ce_increase", ".3f"),
+    "KL": lambda run: f"{run.kl:.3f}",
+    "EV": lambda run: f"{run.explained_variance:.3f}",
+    "later MSE": _later_mse,
+}
+"""What tables tell of a run, by its heading."""
+
+
+def run_table(runs: Iterable[RunSummary | Measured], *columns: str | Column) -> Table:
+    """One row a run, for a terminal or a page.
+
+    Args:
+        columns: of `COLUMNS`, or a heading with what makes the cell of one of `runs`.
+    """
+    runs = list(runs)
+    heads = {KNOB: knob_labels(map(summary_of, runs))}
+    headings = [heads.get(each, each) if isinstance(each, str) else each[0] for each in columns]
+    rows = [
+        [COLUMNS[each](summary_of(run)) if isinstance(each, str) else each[1](run) for each in columns] for run in runs
+    ]
+    return headings, rows
+
+
+def columns_of_run(run: RunSummary) -> dict[str, Any]:
+    """What tells a run apart in a table on disk."""
+    return {"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed}
 
 
 def title_of(setting: Setting) -> str:
@@ -17,13 +167,9 @@ def title_of(setting: Setting) -> str:
     return f"{setting.site} of {model_title(setting.model)}: {setting}"
 
 
-def models_of(settings: Iterable[Setting]) -> str:
-    """For the line above a page's title, as HTML."""
-    return escape(", ".join(model_titles(setting.model for setting in settings).values()))
-
-
-def counted(runs: int, sets: int) -> str:
+def counted(found: Sequence[Compared]) -> str:
     """`3 sparse autoencoders in 1 set`."""
+    runs, sets = sum(len(one.runs) for one in found), len(found)
     return f"{runs} sparse autoencoder{'' if runs == 1 else 's'} in {sets} set{'' if sets == 1 else 's'}"
 
 
@@ -33,6 +179,6 @@ def remark_list(runs: Iterable[RunSummary]) -> str:
     return f'<ul class="remarks" role="note">{items}</ul>' if items else ""
 
 
-def show_claims(claims: Iterable[Claim], console: Console) -> None:
-    for claim in claims:
-        show(f"• {claim.verdict}: {claim.claim} ({claim.ours})", console)
+def claim_lines(claims: Iterable[Claim]) -> list[str]:
+    """Each claim with its verdict and what was measured, for a terminal."""
+    return [f"• {claim.verdict}: {claim.claim} ({claim.ours})" for claim in claims]

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from endwise.common.text import printable
+from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
 from endwise.figures.style import (
     BAND,
@@ -252,6 +253,11 @@ _HATCHED_SWATCH = (
 )
 _BAR_SWATCH = f'{_SWATCH}><path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/></svg>'
 _RING_SWATCH = f'{_SWATCH}><circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/></svg>'
+
+
+def swatch(method: Method) -> str:
+    """The method's marker and line, small; decoration only, its name stands beside it."""
+    return _swatch(Series(method, ()))
 
 
 def _swatch(series: Series) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 from rich.console import Console
 
 from endwise.analysis.comparison.comparison import Summary
-from endwise.analysis.ratios import MEASURES, NAMES, percent
-from endwise.common.remarks import MARKED, gathered, mark_of, show_remarks
+from endwise.analysis.ratios import MEASURES, percent
+from endwise.analysis.sets import KNOB, Column, run_table
+from endwise.common.remarks import MARKED, mark_of, show_remarks
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_titles
-from endwise.config.method import Knob, Method
 from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Evaluation
-from endwise.evaluation.summary import knob_labels, later_mse, layer_label, remarks_of
+from endwise.evaluation.summary import RunSummary, layer_label, remarks_of
 
 
 def print_evaluations(
@@ -21,45 +21,15 @@ def print_evaluations(
 ) -> None:
     """One row per run, then the baselines of each site; 95 % intervals over held-out sequences."""
     console = console or Console()
-    knobs = ", ".join(dict.fromkeys(Knob.of(config).label for config in configs.values()))
-    headings = ("run", "kind", knobs, "L0", "alive", "CE increase [95 %]", "KL", "EV", "later MSE")
-    marked = MARKED if any(evaluation.remarks for evaluation in evaluations.values()) else ()
-    rows = [
-        [*_evaluation_cells(path, configs[path], evaluation), *mark_of(evaluation.remarks, marked)]
-        for path, evaluation in evaluations.items()
-    ]
-    show(Grid((*headings, *marked), rows, words=("kind",)), console)
+    runs = [RunSummary.of(configs[path], evaluation, 0.0, path) for path, evaluation in evaluations.items()]
+    columns = ("kind", KNOB, "L0", "alive", "CE increase [95 %]", "KL", "EV", "later MSE")
+    marked = [(mark, lambda run: mark_of(run.remarks)[0]) for mark in MARKED if any(run.remarks for run in runs)]
+    show(Grid(*run_table(runs, ("run", lambda run: run.folder), *columns, *marked), words=("kind",)), console)
     models = model_titles(configs[path].model.name for path in evaluations)
     lines = (_baselines(configs[path], evaluation, models) for path, evaluation in evaluations.items())
     for line in dict.fromkeys(lines):
         show(line, console)
-    show_remarks(gathered({str(path): evaluation.remarks for path, evaluation in evaluations.items()}), console)
-
-
-def _evaluation_cells(path: Path, config: RunConfig, evaluation: Evaluation) -> list[str]:
-    increase = evaluation.metrics["ce_increase"]
-    later = [value.estimate for name, value in evaluation.metrics.items() if name.startswith("downstream_mse.")]
-    return [
-        str(path),
-        Method.of(config).label,
-        f"{Knob.of(config).value:g}",
-        f"{evaluation['l0']:.1f}",
-        f"{evaluation.alive:,}",
-        f"{increase.estimate:+.3f} [{increase.low:.3f}, {increase.high:.3f}]",
-        f"{evaluation['kl']:.3f}",
-        f"{evaluation['explained_variance.per_token']:.3f}",
-        f"{sum(later) / len(later):.3g}" if later else "–",
-    ]
-
-
-def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
-    console = console or Console()
-    for table in (_runs_table(summary), _downstream_table(summary), _ratios_table(summary)):
-        show(table, console)
-    for sentence in summary.verdicts:
-        show(f"• {sentence}", console)
-    show_remarks(remarks_of(summary.runs), console)
+    show_remarks(remarks_of(runs), console)
 
 
 def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, str]) -> str:
@@ -70,44 +40,37 @@ def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, s
     )
 
 
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
+    console = console or Console()
+    for table in (_runs_table(summary), _downstream_table(summary), ratio_grid(summary)):
+        show(table, console)
+    for sentence in summary.verdicts:
+        show(f"• {sentence}", console)
+    show_remarks(remarks_of(summary.runs), console)
+
+
 def _runs_table(summary: Summary) -> Grid:
     title = f"{summary.site}, {summary.runs[0].d_sae:,} features, clean CE {summary.clean_ce:.3f} nats per token"
-    rows = []
-    for run in summary.runs:
-        ends, mse = run.intervals.get("ce_increase"), later_mse(run)
-        rows.append(
-            (
-                run.method.label,
-                f"{run.knob.value:g}",
-                f"{run.l0:.1f}",
-                f"{run.alive:,}",
-                f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""),
-                f"{run.explained_variance:.3f}",
-                "–" if mse is None else f"{mse:.3g}",
-                f"{run.seconds:.0f}",
-            )
-        )
-    return Grid(
-        ("kind", knob_labels(summary.runs), "L0", "alive", "CE increase [95 %]", "EV", "later MSE", "s"), rows, title
-    )
+    columns = ("kind", KNOB, "L0", "alive", "CE increase [95 %]", "EV", "later MSE")
+    return Grid(*run_table(summary.runs, *columns, ("s", lambda run: f"{run.seconds:.0f}")), title)
 
 
 def _downstream_table(summary: Summary) -> Grid:
-    sites = list(dict.fromkeys(site for run in summary.runs for site in run.downstream_mse))
-    rows = []
-    for run in summary.runs:
-        values = [f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–" for site in sites]
-        rows.append([run.method.label, f"{run.knob.value:g}", *values])
+    def mse(site: str) -> Column:
+        return layer_label(site), lambda run: f"{run.downstream_mse[site]:.3g}" if site in run.downstream_mse else "–"
+
+    sites = dict.fromkeys(site for run in summary.runs for site in run.downstream_mse)
     title = "MSE of later residual streams, by the block they enter"
-    return Grid(("kind", knob_labels(summary.runs), *map(layer_label, sites)), rows, title)
+    return Grid(*run_table(summary.runs, "kind", KNOB, *map(mse, sites)), title)
 
 
-def _ratios_table(summary: Summary) -> Grid:
-    rows = [
-        [f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"]
-        + [percent(summary.ratios[measure.key][method.key]) for method in summary.compared]
-        for measure in MEASURES
-    ]
-    return Grid(
-        ("", *(method.label for method in summary.compared)), rows, f"relative to {summary.baseline.label} [95 %]"
-    )
+def ratio_grid(summary: Summary) -> Grid:
+    """Every ratio of the methods that have runs, or why there is none."""
+    methods = [method for method in summary.methods if method != summary.baseline]
+    rows = []
+    for measure in MEASURES:
+        cells = [summary.ratios[measure.key][method.key] for method in methods]
+        words = [percent(ratio) if ratio.at_ends else f"– ({ratio.reason})" for ratio in cells]
+        rows.append([measure.title, *words])
+    return Grid(("", *(method.label for method in methods)), rows, f"relative to {summary.baseline.label} [95 %]")

@@ -10,18 +10,13 @@ from endwise.analysis.claims import claim_list
 from endwise.analysis.comparable import baseline_of, methods_of
 from endwise.analysis.directions import reconstruction, tables
 from endwise.analysis.directions.study import Directions
-from endwise.analysis.over_seeds import OverSeeds, rests_on
-from endwise.analysis.sets import counted, models_of, remark_list, show_claims, title_of
-from endwise.common.files import expanded, write_atomic
-from endwise.common.remarks import show_remarks
-from endwise.common.statistics import Interval
-from endwise.common.tables import write_table
-from endwise.common.terminal import Grid, show
-from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, layer_label, remarks_of
+from endwise.analysis.over_seeds import bracketed, rests_on
+from endwise.analysis.pages import print_sets, write_page
+from endwise.analysis.sets import KNOB, Column, claim_lines, counted, run_table, title_of
+from endwise.common.terminal import Grid
+from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
-from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
-from endwise.figures.print import save
+from endwise.figures.page import table
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
 UNEXPLAINED = Axis("unexplained share of the variance along v", log=True)
@@ -106,9 +101,9 @@ def _told(found: Directions, run: RunSummary, index: int) -> str:
 
 
 def charts_of(found: Directions, number: int) -> list[Chart]:
-    """Every figure of a set; those of which nothing was measured are left out."""
+    """Every figure of a set."""
     site, similar = found.setting.site, found.similar
-    drawn = [
+    return [
         reconstruction.norms(found.norms, similar, site, f"norms-{number}"),
         reconstruction.cosines(found.norms, similar, site, f"cosines-{number}"),
         reconstructed_directions(found, f"directions-{number}"),
@@ -117,35 +112,26 @@ def charts_of(found: Directions, number: int) -> list[Chart]:
         reconstruction.downstream_of_all(found.runs, site, f"downstream-all-{number}"),
         reconstruction.explained_variance(found.runs, site, f"explained-variance-{number}"),
     ]
-    return [chart for chart in drawn if any(panel.series for panel in chart.panels)]
 
 
 def print_directions(found: Sequence[Directions], console: Console | None = None) -> None:
     """The runs of every set, and what shows of the paper's claims."""
-    console = console or Console()
-    for one in found:
-        show(_runs(one), console)
-        show_remarks(remarks_of(one.runs), console)
-        show_claims(one.claims, console)
+    print_sets(found, console, lambda one: [_runs(one)], lambda one: claim_lines(one.claims))
 
 
 def _runs(one: Directions) -> Grid:
-    rows = []
-    for run in one.runs:
-        norms, of, mse = one.norms[run.folder], one.follows.get(run.folder), later_mse(run)
-        rows.append(
-            (
-                run.method.label,
-                f"{run.knob.value:g}",
-                str(run.seed),
-                f"{run.ce_increase:+.3f}",
-                f"{norms.ratio.estimate:.3f}",
-                f"{norms.cosine.estimate:.3f}",
-                "–" if of is None else f"{of.rank.estimate:.2f}",
-                "–" if mse is None else f"{mse:.3g}",
-            )
-        )
-    headings = ("kind", knob_labels(one.runs), "seed", "CE", "‖â‖/‖a‖", "cosine", "use rank", "later MSE")
+    def use_rank(run: RunSummary) -> str:
+        of = one.follows.get(run.folder)
+        return "–" if of is None else f"{of.rank.estimate:.2f}"
+
+    headings, rows = run_table(
+        one.runs,
+        *("kind", KNOB, "seed", "CE"),
+        ("‖â‖/‖a‖", lambda run: f"{one.norms[run.folder].ratio.estimate:.3f}"),
+        ("cosine", lambda run: f"{one.norms[run.folder].cosine.estimate:.3f}"),
+        ("use rank", use_rank),
+        "later MSE",
+    )
     return Grid(headings, rows, title_of(one.setting))
 
 
@@ -156,7 +142,6 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    out = expanded(out)
     rows_of = {
         "norms": tables.norm_rows(found),
         "directions": tables.direction_rows(found),
@@ -165,53 +150,39 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         "contrasts": tables.contrast_rows(found),
         "claims": tables.claim_rows(found),
     }
-    for name, rows in rows_of.items():
-        if rows:
-            write_table(rows, out / name)
-    sections = []
-    for number, one in enumerate(found, 1):
-        charts = charts_of(one, number)
-        for chart in charts:
-            save(chart, out)
-        sections.append(_section(one, charts))
-    path = out / "directions.html"
-    runs = sum(len(one.runs) for one in found)
-    lead = f"{counted(runs, len(found))}, measured on held-out text; only runs of one set are compared."
-    title = "Lengths, directions and later layers"
-    content = page(
-        title=title,
-        eyebrow=models_of(one.setting for one in found),
-        lead=lead,
-        body="\n".join(sections),
-        interactive=True,
+    return write_page(
+        found,
+        out,
+        "directions",
+        title="Lengths, directions and later layers",
+        lead=f"{counted(found)}, measured on held-out text; only runs of one set are compared.",
+        tables={name: rows for name, rows in rows_of.items() if rows},
+        charts=charts_of,
+        parts=lambda one, _, figures: [
+            claim_list(one.claims),
+            _norm_table(one),
+            _use_table(one),
+            _later_table(one),
+            figures,
+        ],
     )
-    write_atomic(path, content.encode())
-    return path
-
-
-def _section(one: Directions, charts: Sequence[Chart]) -> str:
-    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>' + remark_list(one.runs)
-    figures = "\n".join(map(div, charts))
-    parts = (claim_list(one.claims), _norm_table(one), _use_table(one), _later_table(one), figures)
-    return f"<section>{head}{''.join(parts)}</section>"
 
 
 def _norm_table(one: Directions) -> str:
     """Table 5."""
-    rows = []
-    for run in one.runs:
-        norms = one.norms[run.folder]
-        lengths = (norms.ratio, norms.ratio_at_0, norms.ratio_at_starts, norms.cosine)
-        rows.append((*_named(one, run), f"{run.ce_increase:+.3f}", *map(_interval, lengths)))
-    headings = (
-        "kind",
-        knob_labels(one.runs),
-        "seed",
-        "CE increase",
-        "‖â‖/‖a‖",
-        "at position 0",
-        "at document starts",
-        "cosine of a and â",
+    columns = {
+        "‖â‖/‖a‖": "ratio",
+        "at position 0": "ratio_at_0",
+        "at document starts": "ratio_at_starts",
+        "cosine of a and â": "cosine",
+    }
+    headings, rows = run_table(
+        one.runs,
+        *(_kind(one), KNOB, "seed", "CE increase"),
+        *(
+            (heading, lambda run, name=name: bracketed(getattr(one.norms[run.folder], name)))
+            for heading, name in columns.items()
+        ),
     )
     note = (
         "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
@@ -221,29 +192,27 @@ def _norm_table(one: Directions) -> str:
 
 
 def _use_table(one: Directions) -> str:
-    rows = [
-        (*_named(one, run), of.directions, _interval(of.rank), _interval(of.given_variance))
-        for run in one.runs
-        if (of := one.follows.get(run.folder)) is not None
-    ]
+    known = [run for run in one.runs if run.folder in one.follows]
+    if not known:
+        return ""
+    runs = run_table(
+        known,
+        *(_kind(one), KNOB, "seed"),
+        ("directions", lambda run: str(one.follows[run.folder].directions)),
+        ("rank correlation with use", lambda run: bracketed(one.follows[run.folder].rank)),
+        ("given variance", lambda run: bracketed(one.follows[run.folder].given_variance)),
+    )
     pairs = [
         (
             f"{each.method.label} − {each.reference.label}",
             rests_on(each.runs),
-            *map(_interval, (each.rank, each.given_variance, each.dropped, each.dropped_given_variance)),
+            *map(bracketed, (each.rank, each.given_variance, each.dropped, each.dropped_given_variance)),
         )
         for each in one.contrasts
     ]
-    if not rows:
-        return ""
-    headings = ("kind", knob_labels(one.runs), "seed", "directions", "rank correlation with use", "given variance")
     differences = (
-        "at similar CE, seed by seed",
-        "seeds",
-        "rank correlation with use",
-        "given variance",
-        "use of what it drops",
-        "given variance",
+        *("at similar CE, seed by seed", "seeds", "rank correlation with use", "given variance"),
+        *("use of what it drops", "given variance"),
     )
     note = (
         "Rank correlation over directions of how well a direction is reconstructed and the KL when it is "
@@ -253,36 +222,27 @@ def _use_table(one: Directions) -> str:
         "what the model uses less. Given variance: the same with the directions' variance taken out (partial rank "
         "correlation)."
     )
-    both = table(headings, rows) + (table(differences, pairs, text=(1,)) if pairs else "")
+    both = table(*runs) + (table(differences, pairs, text=(1,)) if pairs else "")
     return f'<h3>Directions and their use</h3>{both}<p class="note">{note}</p>'
 
 
 def _later_table(one: Directions) -> str:
-    later = list(dict.fromkeys(site for run in one.similar for site in run.downstream_mse))
-    rows = [
-        (run.method.label, f"{run.ce_increase:+.3f}", *(_later_cell(run, site) for site in later))
-        for run in one.similar
-    ]
-    if not later:
+    def later(site: str) -> Column:
+        def cell(run: RunSummary) -> str:
+            cosine = run.downstream_cosine.get(site)
+            told = "" if cosine is None else f" / {cosine:.3f}"
+            return f"{run.downstream_mse[site]:.3g}{told}" if site in run.downstream_mse else "–"
+
+        return layer_label(site), cell
+
+    sites = dict.fromkeys(site for run in one.similar for site in run.downstream_mse)
+    if not sites:
         return ""
-    headings = ("kind", "CE increase", *map(layer_label, later))
-    seed = f"seed {one.similar[0].seed}"
-    return f"<h3>Later layers at similar CE, {seed}: mean squared error / cosine</h3>{table(headings, rows)}"
+    runs = table(*run_table(one.similar, "kind", "CE increase", *map(later, sites)))
+    return f"<h3>Later layers at similar CE, seed {one.similar[0].seed}: mean squared error / cosine</h3>{runs}"
 
 
-def _later_cell(run: RunSummary, site: str) -> str:
-    if site not in run.downstream_mse:
-        return "–"
-    cosine = run.downstream_cosine.get(site)
-    return f"{run.downstream_mse[site]:.3g}" + ("" if cosine is None else f" / {cosine:.3f}")
-
-
-def _named(one: Directions, run: RunSummary) -> tuple[str, str, str]:
-    marked = "*" if any(run in runs for runs in one.by_seed.values()) else ""
-    return f"{run.method.label}{marked}", f"{run.knob.value:g}", str(run.seed)
-
-
-def _interval(interval: Interval | OverSeeds | None) -> str:
-    if isinstance(interval, OverSeeds):
-        return interval.told()
-    return "–" if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _kind(one: Directions) -> Column:
+    """The method, marked where the run is one of those at similar CE increase."""
+    similar = {run.folder for runs in one.by_seed.values() for run in runs}
+    return "kind", lambda run: f"{run.method.label}{'*' if run.folder in similar else ''}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from endwise.analysis.directions.text_at_site import SiteBatch, TextAtSite
 from endwise.common.axes import Activation
 from endwise.common.errors import DataError
-from endwise.common.statistics import CONFIDENCE, resampling_weights
+from endwise.common.statistics import CONFIDENCE, Interval, resampling_weights
 
 Floats = NDArray[np.float64]
 
@@ -78,6 +78,10 @@ class Estimates:
     estimate: Floats
     low: Floats
     high: Floats
+
+    def of(self, index: int) -> Interval:
+        """The number of one direction."""
+        return Interval(*(float(end[index]) for end in (self.low, self.high, self.estimate)))
 
     @classmethod
     def of_draws(cls, draws: Floats, estimate: Floats) -> "Estimates":

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from endwise.analysis.comparable import columns_of
 from endwise.analysis.directions.study import Directions
-from endwise.analysis.over_seeds import OverSeeds
-from endwise.common.statistics import Interval
+from endwise.analysis.over_seeds import interval_columns
+from endwise.analysis.sets import columns_of_run
 from endwise.evaluation.summary import RunSummary, what_varies
 
 
@@ -27,10 +25,7 @@ def direction_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
             for index in range(len(shares)):
                 row = {**common, "direction": index, "variance_share": float(shares[index])}
                 for name in ("correlation", "explained_variance", "kl"):
-                    estimates = getattr(of, name)
-                    for column, end in ((name, "estimate"), (f"{name}.low", "low"), (f"{name}.high", "high")):
-                        number = float(getattr(estimates, end)[index])
-                        row[column] = number if np.isfinite(number) else None
+                    row |= interval_columns(name, getattr(of, name).of(index))
                 rows.append(row)
     return rows
 
@@ -56,7 +51,9 @@ def use_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
         for run in one.runs:
             if (of := one.follows.get(run.folder)) is not None:
                 row = {**_run_columns(one, run), "directions": of.directions}
-                rows.append(row | _ends("rank", of.rank) | _ends("rank_given_variance", of.given_variance))
+                rows.append(
+                    row | interval_columns("rank", of.rank) | interval_columns("rank_given_variance", of.given_variance)
+                )
     return rows
 
 
@@ -69,26 +66,20 @@ def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
             "reference": each.reference.key,
             "seeds": each.rank.seeds,
             "seeds_vary": what_varies(each.runs) or None,
-            **_ends("rank", each.rank),
-            **_ends("rank_given_variance", each.given_variance),
-            **_ends("dropped", each.dropped),
-            **_ends("dropped_given_variance", each.dropped_given_variance),
+            **interval_columns("rank", each.rank),
+            **interval_columns("rank_given_variance", each.given_variance),
+            **interval_columns("dropped", each.dropped),
+            **interval_columns("dropped_given_variance", each.dropped_given_variance),
         }
         for one in found
         for each in one.contrasts
     ]
 
 
-def _ends(name: str, interval: Interval | OverSeeds) -> dict[str, float | None]:
-    ends = {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
-    return {key: value if np.isfinite(value) else None for key, value in ends.items()}
-
-
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
     similar = any(run in runs for runs in one.by_seed.values())
-    own = {"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed}
-    own |= {"at_similar_ce": similar}
-    return {**columns_of(one.setting), **own, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
+    measured = {"at_similar_ce": similar, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
+    return {**columns_of(one.setting), **columns_of_run(run), **measured}
 
 
 def claim_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:

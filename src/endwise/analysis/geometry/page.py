@@ -1,6 +1,6 @@
 """The geometry of dictionaries as tables on a terminal, as files, and as a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,32 @@ from endwise.analysis.geometry.geometry_claims import claims, signed
 from endwise.analysis.geometry.map_page import write_feature_map
 from endwise.analysis.geometry.similarity import mean_of
 from endwise.analysis.geometry.stability import THRESHOLD
-from endwise.analysis.sets import models_of, remark_list, show_claims, title_of
-from endwise.common.files import expanded, write_atomic
-from endwise.common.remarks import show_remarks
+from endwise.analysis.over_seeds import bracketed
+from endwise.analysis.pages import print_sets, write_page
+from endwise.analysis.sets import KNOB, claim_lines, run_table, title_of
+from endwise.common.files import expanded
 from endwise.common.statistics import LEAST_SEEDS
-from endwise.common.tables import write_columns, write_table
-from endwise.common.terminal import Grid, show
-from endwise.evaluation.summary import knob_labels, remarks_of
+from endwise.common.tables import write_columns
+from endwise.common.terminal import Grid
+from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Chart
-from endwise.figures.interactive import div
-from endwise.figures.page import Wide, escape, page, table
-from endwise.figures.print import save
+from endwise.figures.page import Wide, escape, table
 
 Row = Mapping[str, Any]
 
 
 def print_geometry(found: Sequence[Geometry], console: Console | None = None) -> None:
     """The mean cosines of every run, and the verdicts, on a terminal or into a plain pipe."""
-    console = console or Console()
-    for one in found:
-        rows = []
-        for run in one.runs:
-            mean = mean_of(one.within[run.folder]) if run.folder in one.within else None
-            rows.append(
-                (
-                    run.method.label,
-                    f"{run.knob.value:g}",
-                    str(run.seed),
-                    f"{run.l0:.1f}",
-                    f"{run.alive:,}",
-                    f"{run.ce_increase:+.3f}",
-                    "–" if mean is None else f"{mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
-                )
-            )
-        headings = (
-            "kind",
-            knob_labels(one.runs),
-            "seed",
-            "L0",
-            "alive",
-            "CE increase",
-            "greatest cosine within [95 % over features]",
-        )
-        show(Grid(headings, rows, title_of(one.setting)), console)
-        show_remarks(remarks_of(one.runs), console)
-        show_claims(claims(one), console)
+    print_sets(found, console, lambda one: [_runs(one)], lambda one: claim_lines(claims(one)))
+
+
+def _runs(one: Geometry) -> Grid:
+    def mean(run: RunSummary) -> str:
+        return bracketed(mean_of(one.within[run.folder]) if run.folder in one.within else None)
+
+    columns = ("kind", KNOB, "seed", "L0", "alive", "CE increase")
+    within = ("greatest cosine within [95 % over features]", mean)
+    return Grid(*run_table(one.runs, *columns, within), title_of(one.setting))
 
 
 def write_geometry(
@@ -78,34 +59,32 @@ def write_geometry(
     """
     out = expanded(out)
     sets = [_rows(one, threshold) for one in found]
-    for name in sets[0] if sets else ():
-        if listed := [row for rows in sets for row in rows[name]]:
-            write_table(listed, out / name)
+    listed = {name: [row for rows in sets for row in rows[name]] for name in (sets[0] if sets else ())}
     write_columns(tables.feature_columns(found, threshold), out / "features")
-    sections = []
-    for number, (one, rows) in enumerate(zip(found, sets, strict=True), 1):
-        charts = _charts(one, number)
-        for chart in charts:
-            save(chart, out)
-        drawn = (maps or {}).get(number - 1)
-        map_of_features = "" if drawn is None else write_feature_map(drawn, out, f"map-{number}")
-        sections.append(_section(one, charts, map_of_features, rows))
-    path = out / "geometry.html"
-    runs = sum(len(one.runs) for one in found)
+
+    def parts(one: Geometry, number: int, figures: str) -> Iterator[str]:
+        yield claim_list(claims(one))
+        yield f'<p class="note">{escape(_INTERVALS)} {escape(chosen(one.similar))}</p>{figures}'
+        if maps and (drawn := maps.get(number - 1)) is not None:
+            yield write_feature_map(drawn, out, f"map-{number}")
+        for name, (title, columns, text) in _TABLES.items():
+            yield _table(title, sets[number - 1][name], columns, text)
+
     lead = (
-        f"{runs} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; only dictionaries of one set are "
-        "compared. Every number is over alive features: those that fired at least once on the held-out text."
+        f"{sum(len(one.runs) for one in found)} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; "
+        "only dictionaries of one set are compared. Every number is over alive features: those that fired at least "
+        "once on the held-out text."
     )
-    body = "\n".join(sections)
-    content = page(
+    return write_page(
+        found,
+        out,
+        "geometry",
         title="Geometry of dictionaries",
-        eyebrow=models_of(one.setting for one in found),
         lead=lead,
-        body=body,
-        interactive=True,
+        tables={name: rows for name, rows in listed.items() if rows},
+        charts=_charts,
+        parts=parts,
     )
-    write_atomic(path, content.encode())
-    return path
 
 
 def _rows(found: Geometry, threshold: float) -> dict[str, Sequence[Row]]:
@@ -120,27 +99,12 @@ def _rows(found: Geometry, threshold: float) -> dict[str, Sequence[Row]]:
     }
 
 
-def _charts(found: Geometry, number: int) -> list[Chart]:
-    charts = [
-        own_cosines(found, f"cosines-{number}"),
-        kind_cosines(found, f"kinds-{number}"),
-        trade_offs(found, f"within-{number}"),
-    ]
+def _charts(found: Geometry, number: int) -> Iterator[Chart]:
+    yield own_cosines(found, f"cosines-{number}")
+    yield kind_cosines(found, f"kinds-{number}")
+    yield trade_offs(found, f"within-{number}")
     if (curves := threshold_curves(found, f"recurrence-{number}")) is not None:
-        charts.append(curves)
-    return [chart for chart in charts if any(panel.series for panel in chart.panels)]
-
-
-def _section(found: Geometry, charts: Sequence[Chart], map_of_features: str, rows: Mapping[str, Sequence[Row]]) -> str:
-    parts = [
-        f'<h2>{escape(found.setting.site)}</h2><p class="lead">{escape(found.setting)}.</p>' + remark_list(found.runs),
-        claim_list(claims(found)),
-        f'<p class="note">{escape(_INTERVALS)} {escape(chosen(found.similar))}</p>',
-        *map(div, charts),
-        map_of_features,
-        *(_table(title, rows[name], columns, text) for name, (title, columns, text) in _TABLES.items()),
-    ]
-    return f"<section>{''.join(parts)}</section>"
+        yield curves
 
 
 _INTERVALS = (
@@ -176,28 +140,18 @@ def _seeds(row: Row) -> str:
     return f"{row['seeds']}{varied}{held}"
 
 
-def _mean(row: Row) -> str:
-    return _with_ends(row, "mean")
+def _ends(name: str, form: str = "{:.3f} [{:.3f}, {:.3f}]", unit: int = 1) -> Callable[[Row], str]:
+    """Cells of a number and its interval."""
+    keys = (name, f"{name}.low", f"{name}.high")
+    return lambda row: "–" if row.get(name) is None else form.format(*(unit * row[key] for key in keys))
 
 
-def _with_ends(row: Row, name: str, form: str = "{:.3f}") -> str:
-    if row.get(name) is None:
-        return "–"
-    return f"{form} [{form}, {form}]".format(*(row[key] for key in (name, f"{name}.low", f"{name}.high")))
+def _number(name: str) -> Callable[[Row], str]:
+    return lambda row: "–" if row.get(name) is None else f"{row[name]:.3f}"
 
 
-def _number(row: Row, name: str) -> str:
-    return "–" if row.get(name) is None else f"{row[name]:.3f}"
-
-
-def _percents(row: Row, name: str) -> str:
-    if row.get(name) is None:
-        return "–"
-    return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * row[key] for key in (name, f"{name}.low", f"{name}.high")))
-
-
-def _signed(row: Row, name: str) -> str:
-    low, high = row[f"{name}.low"], row[f"{name}.high"]
+def _signed(row: Row) -> str:
+    low, high = row["difference.low"], row["difference.high"]
     return "–" if low is None else f"[{signed(low)}, {signed(high)}]"
 
 
@@ -209,7 +163,7 @@ _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
     ("less", lambda row: f"{row['a']} − {row['b']}"),
     ("difference", lambda row: Wide(row["reason"], 4) if row["reason"] else signed(row["difference"])),
-    ("95 % over features and seeds", lambda row: _signed(row, "difference")),
+    ("95 % over features and seeds", _signed),
     ("seeds", _seeds),
     ("", lambda row: "paired" if row["paired"] else ""),
 )
@@ -217,32 +171,33 @@ _PAIRS: Sequence[Column] = (
     ("features of", lambda row: f"{_named(row)}, seed {row['seed']}"),
     ("nearest in", lambda row: row["nearest_in.kind"]),
     ("", lambda row: row["relation"]),
-    ("greatest cosine [95 % over features]", _mean),
-    ("median", lambda row: _number(row, "q50")),
+    ("greatest cosine [95 % over features]", _ends("mean")),
+    ("median", _number("q50")),
     ("one to one: mean (at most)", lambda row: f"{row['matched.mean']:.3f} ({row['matched.bound']:.3f})"),
     ("of these above threshold", lambda row: f"{100 * row['matched.share']:.0f} %"),
 )
 _SEEDS: Sequence[Column] = (
     ("kind", _named),
     ("seeds", _seeds),
-    ("within [95 % over features and seeds]", lambda row: _with_ends(row, "within")),
-    ("across seeds [the same]", lambda row: _with_ends(row, "across_seeds")),
+    ("within [95 % over features and seeds]", _ends("within")),
+    ("across seeds [the same]", _ends("across_seeds")),
 )
+_PERCENT = ("{:.0f} % [{:.0f}, {:.0f}]", 100)
 _FUNCTION: Sequence[Column] = (
     ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
-    ("stable features [95 % over features]", lambda row: _percents(row, "stable_features")),
-    ("their share of importance [95 %]", lambda row: _percents(row, "importance_of_stable")),
-    ("Spearman of cosine and importance [95 %]", lambda row: _with_ends(row, "spearman")),
+    ("stable features [95 % over features]", _ends("stable_features", *_PERCENT)),
+    ("their share of importance [95 %]", _ends("importance_of_stable", *_PERCENT)),
+    ("Spearman of cosine and importance [95 %]", _ends("spearman")),
 )
 _WITHIN: Sequence[Column] = (
     ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
     ("L0", lambda row: f"{row['l0']:.1f}"),
     ("alive", lambda row: f"{row['alive']:,}"),
     ("CE increase", lambda row: f"{row['ce_increase']:+.3f}"),
-    ("mean [95 % over features]", _mean),
-    ("5 % of features below", lambda row: _number(row, "q05")),
-    ("median", lambda row: _number(row, "q50")),
-    ("5 % above", lambda row: _number(row, "q95")),
+    ("mean [95 % over features]", _ends("mean")),
+    ("5 % of features below", _number("q05")),
+    ("median", _number("q50")),
+    ("5 % above", _number("q95")),
 )
 _TABLES = {
     "differences": ("Differences between kinds", _DIFFERENCES, (1, 4, 5)),

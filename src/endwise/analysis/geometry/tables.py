@@ -18,8 +18,7 @@ from endwise.analysis.geometry.stability import (
     stability,
     stable_functions,
 )
-from endwise.analysis.over_seeds import OverSeeds
-from endwise.common.statistics import Interval
+from endwise.analysis.over_seeds import interval_columns
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, what_varies
 
@@ -43,12 +42,12 @@ def pair_rows(found: Geometry, threshold: float = THRESHOLD) -> list[Row]:
 
 def difference_rows(found: Geometry) -> list[Row]:
     """What the methods differ by."""
-    rows = []
-    for each in differences(found):
-        row = {**_setting(found), "measure": each.name, "a": each.a.label, "b": each.b.label}
-        row |= {**_interval("difference", each.interval), **_seeds(each.runs), "paired": each.paired}
-        rows.append(row | {"reason": each.reason})
-    return rows
+    return [
+        {**_setting(found), "measure": each.name, "a": each.a.label, "b": each.b.label}
+        | interval_columns("difference", each.interval)
+        | {**_seeds(each.runs), "paired": each.paired, "reason": each.reason}
+        for each in differences(found)
+    ]
 
 
 def recurrences(found: Geometry) -> list[Recurrence]:
@@ -64,7 +63,13 @@ def recurrences(found: Geometry) -> list[Recurrence]:
 def recurrence_rows(found: Geometry) -> list[Row]:
     """The threshold curves, long."""
     return [
-        {**_setting(found), **_kind(of.run), **_seeds(of.runs), "threshold": threshold, **_interval("share", share)}
+        {
+            **_setting(found),
+            **_kind(of.run),
+            **_seeds(of.runs),
+            "threshold": threshold,
+            **interval_columns("share", share),
+        }
         for of in recurrences(found)
         for threshold, share in zip(THRESHOLDS, of.share, strict=True)
     ]
@@ -74,10 +79,11 @@ def seed_rows(found: Geometry) -> list[Row]:
     """Of each set of twins, within and across seeds."""
     rows = []
     for of in recurrences(found):
-        own, across = within(found, of.run), across_seeds(found, of.run)
+        measures = {"within": within(found, of.run), "across_seeds": across_seeds(found, of.run)}
         row = {**_setting(found), **_kind(of.run), **_seeds(of.runs)}
-        row |= {} if own is None else _interval("within", own.interval)
-        rows.append(row | ({} if across is None else _interval("across_seeds", across.interval)))
+        for name, measure in measures.items():
+            row |= {} if measure is None else interval_columns(name, measure.interval)
+        rows.append(row)
     return rows
 
 
@@ -87,9 +93,9 @@ def function_rows(found: Geometry, threshold: float = THRESHOLD) -> list[Row]:
         {
             **_run(of.run),
             "threshold": of.threshold,
-            **_interval("spearman", of.correlation),
-            **_interval("stable_features", of.of_features),
-            **_interval("importance_of_stable", of.of_importance),
+            **interval_columns("spearman", of.correlation),
+            **interval_columns("stable_features", of.of_features),
+            **interval_columns("importance_of_stable", of.of_importance),
         }
         for of in stable_functions(found, threshold)
     ]
@@ -145,9 +151,9 @@ def _relation(found: Geometry, run: RunSummary, other: RunSummary) -> str:
 
 
 def _summary(similarity: Similarity) -> Row:
-    row = _interval("mean", mean_of(similarity))
+    row = interval_columns("mean", mean_of(similarity))
     for share, interval in zip(QUANTILES, quantiles(similarity), strict=True):
-        row |= _interval(f"q{100 * share:02.0f}", interval)
+        row |= interval_columns(f"q{100 * share:02.0f}", interval)
     return row
 
 
@@ -167,9 +173,3 @@ def _kind(run: RunSummary) -> Row:
 def _seeds(runs: Sequence[RunSummary]) -> Row:
     """How many, and what they vary."""
     return {"seeds": len(runs), "seeds_vary": what_varies(runs) or None}
-
-
-def _interval(name: str, interval: Interval | OverSeeds | None) -> Row:
-    """The estimate, and both ends beside it."""
-    low, high, estimate = (None, None, None) if interval is None else (interval.low, interval.high, interval.estimate)
-    return {name: estimate, f"{name}.low": low, f"{name}.high": high}

@@ -43,24 +43,7 @@ def measure_importance(
     corpora: Corpora | None = None,
     display: bool = False,
 ) -> dict[Path, MeasuredImportance]:
-    """Measures the importance of every feature of finished runs and writes `importance.safetensors` into each.
-
-    A run that was measured with the same settings is read, not measured again.
-
-    Args:
-        runs: run folders; those of one model and one corpus share every clean pass.
-        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
-        ablate: features of each run to ablate one by one.
-        kl: attribute the KL besides the CE, which needs the whole clean pass and a second backward pass.
-        again: measure whatever was measured before.
-        model, corpora: loaded ones to use instead of the recipes'.
-        display: show progress on stderr.
-
-    Raises:
-        ConfigError: fewer than two sequences, which cannot be halved, or a negative number of features.
-        RunFolderError: a folder is not a run, or holds no trained SAE yet.
-        DataError: the held-out text is too short, or a loss on it is NaN or infinite.
-    """
+    """Measures run folders, or reads what was measured before; arguments and errors as for `importance`."""
     if ablate < 0:
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
     configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}

@@ -21,17 +21,13 @@ from endwise.analysis.importance.study import (
     run_rows,
     share_intervals,
 )
-from endwise.analysis.sets import counted, models_of, remark_list, show_claims, title_of
-from endwise.common.files import expanded, write_atomic
-from endwise.common.remarks import show_remarks
+from endwise.analysis.over_seeds import bracketed
+from endwise.analysis.pages import print_sets, write_page
+from endwise.analysis.sets import KNOB, Table, claim_lines, counted, run_table, title_of
 from endwise.common.statistics import Interval
-from endwise.common.tables import write_table
-from endwise.common.terminal import Grid, show
-from endwise.evaluation.summary import knob_labels, remarks_of
+from endwise.common.terminal import Grid
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
-from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
-from endwise.figures.print import save
+from endwise.figures.page import table
 
 MOST_MARKS = 1500
 """Features of a run in a scatter plot."""
@@ -74,7 +70,7 @@ def _faithfulness(run: ImportantRun, order: str) -> Series:
     kept, ce = curve_of(run.measured.faithfulness, order)
     ends = share_intervals(run.measured.faithfulness, ce)
     marks = tuple(
-        Mark(float(n), each.estimate, f"{_named(run)}\n{n:,} features: {_share(each)}")
+        Mark(float(n), each.estimate, f"{_named(run)}\n{n:,} features: {bracketed(each)}")
         for n, each in zip(kept.tolist(), ends, strict=True)
         if n > 0
     )
@@ -209,42 +205,28 @@ def _named(run: ImportantRun) -> str:
     return f"{run.summary.method.label}, {run.summary.knob}, seed {run.summary.seed}"
 
 
-def _share(each: Interval) -> str:
-    return f"{each.estimate:.3f} [{each.low:.3f}, {each.high:.3f}]"
-
-
 def print_importance(studies: Sequence[ImportanceStudy], console: Console | None = None) -> None:
     """One row per run, then what the measurements show."""
-    console = console or Console()
-    for study in studies:
-        show(_runs_table(study), console)
-        show_remarks(remarks_of(run.summary for run in study.runs), console)
-        show_claims(study.claims, console)
+    print_sets(studies, console, lambda study: [_grid(study)], lambda study: claim_lines(study.claims))
 
 
-def _headings(study: ImportanceStudy) -> tuple[str, ...]:
-    knob = knob_labels(run.summary for run in study.runs)
-    return "kind", knob, "seed", "CE +", "alive", "half in", f"{_CARRIED} in", "Spearman"
+def _grid(study: ImportanceStudy) -> Grid:
+    headings, rows = _runs(study)
+    short = [(*cells, str(rank).partition(" ")[0]) for *cells, rank in rows]  # its interval is on the page
+    return Grid(headings, short, title_of(study.setting))
 
 
-def _runs_table(study: ImportanceStudy) -> Grid:
-    cells = map(_cells, study.runs)
-    rows = [(*others, rank.partition(" ")[0]) for *others, rank in cells]  # its interval is on the page
-    return Grid(_headings(study), rows, title_of(study.setting))
+def _runs(study: ImportanceStudy) -> Table:
+    def carrying(run: ImportantRun) -> str:
+        return "–" if np.isnan(run.carrying.estimate) else bracketed(run.carrying, ",.0f")
 
-
-def _cells(run: ImportantRun) -> tuple[str, ...]:
-    summary, rank = run.summary, run.agreement("second")["spearman"]
-    carrying = run.carrying
-    return (
-        summary.method.label,
-        f"{summary.knob.value:g}",
-        str(summary.seed),
-        f"{summary.ce_increase:+.3f}",
-        f"{run.measured.importance.alive:,}",
-        f"{run.half:,.0f}",
-        "–" if np.isnan(carrying.estimate) else f"{carrying.estimate:,.0f} [{carrying.low:,.0f}, {carrying.high:,.0f}]",
-        "–" if rank is None else f"{rank.estimate:.2f} [{rank.low:.2f}, {rank.high:.2f}]",
+    return run_table(
+        study.runs,
+        *("kind", KNOB, "seed", "CE +"),
+        ("alive", lambda run: f"{run.measured.importance.alive:,}"),
+        ("half in", lambda run: f"{run.half:,.0f}"),
+        (f"{_CARRIED} in", carrying),
+        ("Spearman", lambda run: bracketed(run.agreement("second")["spearman"], ".2f")),
     )
 
 
@@ -255,43 +237,26 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    out = expanded(out)
-    tables = {
-        "features": feature_rows(studies),
-        "ablations": ablation_rows(studies),
-        "faithfulness": faithfulness_rows(studies),
-        "runs": run_rows(studies),
-        "claims": claim_rows(studies),
-    }
-    for name, rows in tables.items():
-        write_table(rows, out / name)
-    sections = []
-    for number, study in enumerate(studies, 1):
-        charts = importance_charts(study, number)
-        for chart in charts:
-            save(chart, out)
-        sections.append(_section(study, charts))
-    runs = sum(len(study.runs) for study in studies)
-    lead = f"{counted(runs, len(studies))}; only runs of one set are compared."
-    content = page(
+    return write_page(
+        studies,
+        out,
+        "importance",
         title="Importance of features",
-        eyebrow=models_of(study.setting for study in studies),
-        lead=lead,
-        body="\n".join(sections),
-        interactive=True,
+        lead=f"{counted(studies)}; only runs of one set are compared.",
+        tables={
+            "features": feature_rows(studies),
+            "ablations": ablation_rows(studies),
+            "faithfulness": faithfulness_rows(studies),
+            "runs": run_rows(studies),
+            "claims": claim_rows(studies),
+        },
+        charts=importance_charts,
+        parts=lambda study, _, figures: [claim_list(study.claims), figures, table(*_runs(study)), _NOTE],
     )
-    path = out / "importance.html"
-    write_atomic(path, content.encode())
-    return path
 
 
-def _section(study: ImportanceStudy, charts: Sequence[Chart]) -> str:
-    head = f'<h2>{escape(study.setting.site)}</h2><p class="lead">{escape(study.setting)}.</p>'
-    head += remark_list(run.summary for run in study.runs)
-    numbers = table(_headings(study), map(_cells, study.runs))
-    note = (
-        f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '
-        "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold "
-        "the seeds too.</p>"
-    )
-    return f"<section>{head}{claim_list(study.claims)}{''.join(map(div, charts))}{numbers}{note}</section>"
+_NOTE = (
+    f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '
+    "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold the "
+    "seeds too.</p>"
+)

@@ -1,7 +1,7 @@
 """Which features matter, and on how few the model's behaviour rests: measured runs, compared method by method."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from endwise.analysis.claims import Claim, are_similar
-from endwise.analysis.comparable import Setting, baseline_of, methods_of, runs_in, with_settings
-from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
+from endwise.analysis.comparable import baseline_of, runs_in, with_settings
 from endwise.analysis.correlations import pearson, spearman
 from endwise.analysis.importance.concentration import (
     CARRIED,
@@ -29,7 +28,8 @@ from endwise.analysis.importance.concentration import (
 )
 from endwise.analysis.importance.faithfulness import NARROW
 from endwise.analysis.importance.measure import ABLATED, measure_importance
-from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds
+from endwise.analysis.over_seeds import CORRELATION, OverSeeds, interval_columns, judged, over, over_seeds
+from endwise.analysis.sets import RunSet, columns_of_run, in_sets
 from endwise.common.statistics import Floats, Interval, percentile_interval
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels
@@ -42,6 +42,7 @@ FOLLOWS = 0.5
 ORDERS = ("second", "first", "random")
 """In which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
 LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
+Row = dict[str, Any]
 Order = Literal["first", "second"]
 ESTIMATES: dict[Order, str] = {"first": "estimated", "second": "second"}
 """How their arrays are called."""
@@ -109,77 +110,54 @@ _CURVES = {"first": "first_order_ce", "random": "random_ce"}
 
 
 @dataclass(frozen=True)
-class ImportanceStudy:
+class ImportanceStudy(RunSet[ImportantRun]):
     """The runs of one setting, compared."""
-
-    setting: Setting
-    runs: tuple[ImportantRun, ...]
 
     @cached_property
     def similar(self) -> tuple[ImportantRun, ...]:
         """One run of each method, all of one seed, those whose CE increases are closest."""
-        return self._of(runs_at_similar([run.summary for run in self.runs], "ce_increase"))
+        return self.closest("ce_increase")
 
     @cached_property
-    def by_seed(self) -> tuple[tuple[ImportantRun, ...], ...]:
-        """The same of every seed."""
-        chosen = similar_by_seed([run.summary for run in self.runs], "ce_increase")
-        return tuple(self._of(runs) for runs in chosen.values())
-
-    def _of(self, summaries: Sequence[RunSummary]) -> tuple[ImportantRun, ...]:
-        by_folder = {run.summary.folder: run for run in self.runs}
-        return tuple(by_folder[each.folder] for each in summaries)
+    def by_seed(self) -> list[dict[Method, ImportantRun]]:
+        """The same of every seed, by method."""
+        return self.closest_by_seed("ce_increase")
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        others = [method for method in methods_of(run.summary for run in self.runs) if method != self.baseline]
-        compared = [claim for method in others for claim in (self._carrying(method), self._half(method))]
+        compared = [claim for method in self.methods if method != self.baseline for claim in self._counts(method)]
         present = dict.fromkeys(run.summary.method for run in self.similar)
         return (*compared, *(self._follows(method, order) for order in ESTIMATES for method in present))
 
     @cached_property
     def baseline(self) -> Method:
         """What the others are related to."""
-        return baseline_of(methods_of(run.summary for run in self.runs))
+        return baseline_of(self.methods)
 
-    def _carrying(self, method: Method) -> Claim:
-        claim = (
-            f"{method.label} needs fewer features than {self.baseline.label} to carry {100 * CARRIED:.0f} % of what "
-            "its SAE carries"
-        )
-        pairs = self._pairs(method)
+    def _counts(self, method: Method) -> list[Claim]:
+        """On how few features a method rests, relative to the baseline."""
+        name, base = method.label, self.baseline.label
+        carrying = f"{name} needs fewer features than {base} to carry {100 * CARRIED:.0f} % of what its SAE carries"
+        half = f"Half of the importance lies in fewer features of {name} than of {base}"
+        both = [(of[method], of[self.baseline]) for of in self.by_seed if {method, self.baseline} <= set(of)]
+        pairs = [pair for pair in both if are_similar(run.summary for run in pair)]
         if not pairs:
-            return Claim(claim, None, self._unpaired(method), "not testable here")
-        ratio = carrying_ratio([(one.measured.faithfulness, base.measured.faithfulness) for one, base in pairs])
-        return _ratio_finding(claim, pairs, ratio, [_counted(run) for run in pairs[0]])
-
-    def _half(self, method: Method) -> Claim:
-        claim = f"Half of the importance lies in fewer features of {method.label} than of {self.baseline.label}"
-        pairs = self._pairs(method)
-        if not pairs:
-            return Claim(claim, None, self._unpaired(method), "not testable here")
-        ratio = half_ratio([(one.measured.importance, base.measured.importance) for one, base in pairs])
-        return _ratio_finding(claim, pairs, ratio, [f"{run.half:,.0f}" for run in pairs[0]])
-
-    def _with_baseline(self, method: Method) -> list[tuple[ImportantRun, ImportantRun]]:
-        """Of each seed that has both, a run of the method and one of the baseline."""
-        chosen = [{run.summary.method: run for run in runs} for runs in self.by_seed]
-        return [(of[method], of[self.baseline]) for of in chosen if {method, self.baseline} <= set(of)]
-
-    def _pairs(self, method: Method) -> list[tuple[ImportantRun, ImportantRun]]:
-        """Those at a similar CE increase."""
-        return [pair for pair in self._with_baseline(method) if are_similar(run.summary for run in pair)]
-
-    def _unpaired(self, method: Method) -> str:
-        both = self._with_baseline(method)
-        return "no two runs of a seed have a similar CE increase" if both else "no seed has both kinds"
+            why = "no two runs of a seed have a similar CE increase" if both else "no seed has both kinds"
+            return [Claim(claim, None, why, "not testable here") for claim in (carrying, half)]
+        measured = [(one.measured, other.measured) for one, other in pairs]
+        ratio = carrying_ratio([(one.faithfulness, other.faithfulness) for one, other in measured])
+        of_half = half_ratio([(one.importance, other.importance) for one, other in measured])
+        return [
+            _ratio_finding(carrying, pairs, ratio, [_counted(run) for run in pairs[0]]),
+            _ratio_finding(half, pairs, of_half, [f"{run.half:,.0f}" for run in pairs[0]]),
+        ]
 
     def _follows(self, method: Method, order: Order) -> Claim:
         claim = (
             f"The {order}-order estimate ranks {method.label}'s features as exact ablation does "
             f"(Spearman above {FOLLOWS:g})"
         )
-        runs = [run for each in self.by_seed for run in each if run.summary.method == method]
+        runs = [of[method] for of in self.by_seed if method in of]
         # Other features are ablated in each run, so each is resampled apart.
         draws = [run.ranks_as_exact(order, SEED + place) for place, run in enumerate(runs)]
         known = [(run, each) for run, each in zip(runs, draws, strict=True) if each is not None]
@@ -210,39 +188,39 @@ def importance(
     corpora: Corpora | None = None,
     display: bool = False,
 ) -> list[ImportanceStudy]:
-    """Measures what was not measured yet (`features.measuring.measure_importance`) and compares what can be compared.
+    """Measures what every feature of runs is worth, and writes `importance.safetensors` into each; what was measured
+    with the same settings is read. Compares what can be compared.
 
     Args:
-        paths: evaluated run folders, or folders that hold some at any depth (a sweep's).
+        paths: evaluated run folders, or folders that hold some at any depth (a sweep's); those of one model and one
+            corpus share every clean pass.
+        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
+        ablate: features of each run to ablate one by one.
+        kl: attribute the KL besides the CE, which needs the whole clean pass and a second backward pass.
+        again: measure whatever was measured before.
+        model, corpora: loaded ones to use instead of the recipes'.
+        display: show progress on stderr.
 
     Raises:
         RunFolderError: there is no run, or one was not evaluated yet.
         FormatError: what a run holds cannot be read.
-        ConfigError, DataError: see `measure_importance`.
+        ConfigError: fewer than two sequences, which cannot be halved, or a negative number of features.
+        DataError: the held-out text is too short, or a loss on it is NaN or infinite.
     """
     folders = runs_in(paths)
     summaries = with_settings(folders)
     measured = measure_importance(
         folders, tokens=tokens, ablate=ablate, kl=kl, again=again, model=model, corpora=corpora, display=display
     )
-    sets: dict[tuple[Setting, int, str], list[ImportantRun]] = {}
-    for folder, (summary, setting) in zip(folders, summaries, strict=True):
-        settings = measured[folder].settings
-        same = (setting, int(settings["tokens"]), str(settings["heldout"]))
-        sets.setdefault(same, []).append(ImportantRun(summary, measured[folder]))
-    return [ImportanceStudy(same[0], _in_order(sets[same])) for same in sorted(sets, key=_place)]
+    runs = [
+        (setting, ImportantRun(summary, measured[folder]))
+        for folder, (summary, setting) in zip(folders, summaries, strict=True)
+    ]
 
+    def text(run: ImportantRun) -> tuple[int, str]:
+        return int(run.measured.settings["tokens"]), str(run.measured.settings["heldout"])
 
-def _place(same: tuple[Setting, int, str]) -> tuple[str, str, bool, int, int, tuple[tuple[str, str], ...], int]:
-    s, tokens, _ = same
-    return s.model, s.site, s.started, s.d_sae, s.tokens, s.further, tokens
-
-
-def _in_order(runs: Sequence[ImportantRun]) -> tuple[ImportantRun, ...]:
-    def place(run: ImportantRun) -> tuple[Any, ...]:
-        return run.summary.method.place, run.summary.seed, run.summary.knob
-
-    return tuple(sorted(runs, key=place))
+    return [ImportanceStudy(*each) for each in in_sets(runs, text)]
 
 
 def _counted(run: ImportantRun) -> str:
@@ -275,65 +253,70 @@ def _ratio_finding(
     return Claim(claim, None, ours, judged((ratio, ratio.high < 1)))
 
 
-def feature_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+def feature_rows(studies: Sequence[ImportanceStudy]) -> list[Row]:
     """One row per run and feature; `rank` and `share` are by `ce.second`. Those that never fired have no rank."""
     rows = []
     for run in _runs(studies):
         found = run.measured.importance
-        magnitudes = np.abs(found.ce_second)
-        total = magnitudes.sum() or 1.0
-        order = np.lexsort((-found.ce_second, found.firings == 0))
-        places = np.empty(len(order), np.int64)
+        magnitudes, order = np.abs(found.ce_second), np.lexsort((-found.ce_second, found.firings == 0))
+        places = np.empty(len(order))
         places[order] = np.arange(1, len(order) + 1)
-        for f in range(len(places)):
-            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.method.key, "feature": f}
-            row |= {"firings": int(found.firings[f]), "density": found.firings[f] / found.tokens}
-            row |= {"mean_active": found.mean_active[f], "ce": found.ce[f], "ce.se": found.ce_se[f]}
-            row |= {
-                "ce.second": found.ce_second[f],
-                "ce.absolute": found.ce_absolute[f],
-                "kl": found.kl[f],
-                "kl.se": found.kl_se[f],
-            }
-            row |= {"kl.absolute": found.kl_absolute[f], "share": magnitudes[f] / total}
-            rows.append(_plain(row | {"rank": int(places[f]) if found.firings[f] else None}))
+        columns = {
+            "feature": np.arange(len(order)),
+            "firings": found.firings,
+            "density": found.firings / found.tokens,
+            "mean_active": found.mean_active,
+            "ce": found.ce,
+            "ce.se": found.ce_se,
+            "ce.second": found.ce_second,
+            "ce.absolute": found.ce_absolute,
+            "kl": found.kl,
+            "kl.se": found.kl_se,
+            "kl.absolute": found.kl_absolute,
+            "share": magnitudes / (magnitudes.sum() or 1.0),
+        }
+        ranks = [int(place) if fires else None for place, fires in zip(places, found.firings > 0, strict=True)]
+        rows += [row | {"rank": rank} for row, rank in zip(_rows_of(run, columns), ranks, strict=True)]
     return rows
 
 
-def ablation_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+def ablation_rows(studies: Sequence[ImportanceStudy]) -> list[Row]:
     """One row per run and ablated feature: what zeroing it does, and what was estimated on the same sequences."""
     rows = []
     for run in _runs(studies):
         found = run.measured.ablations
-        for i, feature in enumerate(found.features):
-            row: dict[str, Any] = {"run": run.summary.folder, "kind": run.summary.method.key, "feature": int(feature)}
-            row |= {"chosen": "by rank" if found.by_rank[i] else "at random", "sequences": int(found.sequences[i])}
-            for loss in LOSSES:
-                row |= {loss: getattr(found, loss)[i], f"{loss}.se": getattr(found, f"{loss}_se")[i]}
-                row |= {f"{loss}.{order}": getattr(found, f"{prefix}_{loss}")[i] for order, prefix in ESTIMATES.items()}
-            rows.append(_plain(row))
+        columns = {"feature": found.features, "chosen": np.where(found.by_rank, "by rank", "at random")}
+        columns["sequences"] = found.sequences
+        for loss in LOSSES:
+            columns |= {loss: getattr(found, loss), f"{loss}.se": getattr(found, f"{loss}_se")}
+            columns |= {f"{loss}.{order}": getattr(found, f"{prefix}_{loss}") for order, prefix in ESTIMATES.items()}
+        rows += _rows_of(run, columns)
     return rows
 
 
-def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
-    """One row per run, order and number of features kept; shares of the model's behaviour with 95 % intervals."""
+def faithfulness_rows(studies: Sequence[ImportanceStudy]) -> list[Row]:
+    """One row per run, order and number of features kept; shares of the model's behaviour with 95 % intervals, and
+    `share_from_zeroed`: the same with no feature kept, the decoder's bias alone, as the baseline.
+    """
     rows = []
     for run in _runs(studies):
         curve = run.measured.faithfulness
         predictions, clean = curve.predictions.sum(), curve.clean.sum()
         for order in ORDERS:
             kept, sums = curve_of(curve, order)
-            from_zeroed = _share_from_zeroed(curve, sums)
-            for point, interval in enumerate(share_intervals(curve, sums)):
-                ce = sums[point].sum()
-                row = {"run": run.summary.folder, "kind": run.summary.method.key, "order": order}
-                row |= {
-                    "kept": int(kept[point]),
-                    "ce": ce / predictions,
-                    "ce_increase": (ce - clean) / predictions,
-                }
-                row |= {"share": interval.estimate, "share.low": interval.low, "share.high": interval.high}
-                rows.append(_plain(row | {"share_from_zeroed": from_zeroed[point]}))
+            intervals, ce = share_intervals(curve, sums), np.array([each.sum() for each in sums])
+            whole = ce[0] - clean
+            columns = {
+                "order": np.full(len(kept), order),
+                "kept": kept,
+                "ce": ce / predictions,
+                "ce_increase": (ce - clean) / predictions,
+                "share": np.array([each.estimate for each in intervals]),
+                "share.low": np.array([each.low for each in intervals]),
+                "share.high": np.array([each.high for each in intervals]),
+                "share_from_zeroed": (ce[0] - ce) / whole if whole else np.full(len(ce), np.nan),
+            }
+            rows += _rows_of(run, columns)
     return rows
 
 
@@ -343,44 +326,31 @@ def share_intervals(curve: Faithfulness, ce: np.ndarray) -> list[Interval]:
     return [percentile_interval(*pair) for pair in zip(draws.T, shares(curve, ce).tolist(), strict=True)]
 
 
-def _share_from_zeroed(curve: Faithfulness, ce: np.ndarray) -> list[float]:
-    """The same with another baseline: no feature kept, the decoder's bias alone."""
-    base, clean = ce[0].sum(), curve.clean.sum()
-    return [float((base - each.sum()) / (base - clean)) if base != clean else float("nan") for each in ce]
-
-
-def run_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+def run_rows(studies: Sequence[ImportanceStudy]) -> list[Row]:
     """One row a run: what it is, on how few features it rests, and how the estimate agrees with exact ablation."""
     rows = []
-    for study in studies:
-        for run in study.runs:
-            summary, found = run.summary, run.measured.importance
-            row: dict[str, Any] = {"run": summary.folder, "model": summary.model, "site": summary.site}
-            row |= {"kind": summary.method.key, **summary.knob.columns, "seed": summary.seed}
-            row |= {"data_seed": summary.data_seed}
-            row |= {"l0": summary.l0, "ce_increase": summary.ce_increase, "tokens": found.tokens}
-            row |= {"alive": found.alive, "half_of_importance": run.half, "share": run.share}
-            row |= {"carrying": run.carrying.estimate, "carrying.low": run.carrying.low}
-            below, above = run.about or (None, None)
-            row |= {"carrying.high": run.carrying.high, "measured_below": below, "measured_above": above}
-            row |= {"ablated": len(run.measured.ablations.features)}
-            rows.append(_plain(row | _agreement_columns(run)))
+    for run in _runs(studies):
+        summary, found = run.summary, run.measured.importance
+        below, above = run.about or (None, None)
+        row = {"run": summary.folder, "model": summary.model, "site": summary.site, **columns_of_run(summary)}
+        row |= {"l0": summary.l0, "ce_increase": summary.ce_increase, "tokens": found.tokens, "alive": found.alive}
+        row |= {"half_of_importance": _known(run.half), "share": _known(run.share)}
+        row |= {**interval_columns("carrying", run.carrying), "measured_below": below, "measured_above": above}
+        rows.append(row | {"ablated": len(run.measured.ablations.features)} | _agreement_columns(run))
     return rows
 
 
-def claim_rows(studies: Sequence[ImportanceStudy]) -> list[dict[str, Any]]:
+def claim_rows(studies: Sequence[ImportanceStudy]) -> list[Row]:
     """One row for each claim of each set."""
     return [{"site": study.setting.site, **vars(claim)} for study in studies for claim in study.claims]
 
 
-def _agreement_columns(run: ImportantRun) -> dict[str, float | None]:
+def _agreement_columns(run: ImportantRun) -> Row:
     """`spearman.ce.second.at_random.low` and their like."""
-    columns: dict[str, float | None] = {}
+    columns: Row = {}
     for loss, order, (only, suffix) in itertools.product(LOSSES, ESTIMATES, ((False, ""), (True, ".at_random"))):
         for name, interval in run.agreement(order, loss, random_only=only).items():
-            ends = (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)
-            keys = (f"{name}.{loss}.{order}{suffix}{end}" for end in ("", ".low", ".high"))
-            columns |= dict(zip(keys, ends, strict=True))
+            columns |= interval_columns(f"{name}.{loss}.{order}{suffix}", interval)
     return columns
 
 
@@ -388,7 +358,12 @@ def _runs(studies: Sequence[ImportanceStudy]) -> list[ImportantRun]:
     return [run for study in studies for run in study.runs]
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Python's own numbers; nothing in the place of NaN."""
-    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-    return {n: None if isinstance(value, float) and np.isnan(value) else value for n, value in values.items()}
+def _rows_of(run: ImportantRun, columns: Mapping[str, np.ndarray]) -> list[Row]:
+    """Columns as rows of Python's own numbers, the run in front; nothing in the place of NaN."""
+    head = {"run": run.summary.folder, "kind": run.summary.method.key}
+    cells = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [{**head, **dict(zip(columns, map(_known, row), strict=True))} for row in cells]
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,6 +1,6 @@
 """Scores of explanations as violins, as tables on a terminal, and as a page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,18 +16,13 @@ from endwise.analysis.interpretability.study import (
     feature_rows,
     mean_rows,
 )
-from endwise.analysis.sets import models_of, remark_list, show_claims, title_of
-from endwise.common.files import expanded, write_atomic
-from endwise.common.remarks import show_remarks
-from endwise.common.statistics import Interval
-from endwise.common.tables import write_table
-from endwise.common.terminal import Grid, show
-from endwise.evaluation.summary import knob_labels, remarks_of
+from endwise.analysis.over_seeds import bracketed
+from endwise.analysis.pages import print_sets, write_page
+from endwise.analysis.sets import KNOB, Column, Table, claim_lines, run_table, title_of
+from endwise.common.terminal import Grid
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Axis, Chart, Panel, Series
-from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
-from endwise.figures.print import save
+from endwise.figures.page import table
 from endwise.figures.violins import OUTLINED, violin
 
 LONGEST = 240
@@ -37,7 +32,7 @@ _TITLES = {"": "own explanation", "shuffled": "another feature's", "random": "of
 
 def score_chart(found: Interpretability, at: At, name: str) -> Chart:
     """Figure 9: the scores of each kind's features, of the runs that are closest; beside them their controls."""
-    chosen = found.similar(at)
+    chosen = found.closest(at)
     kinds = tuple(run.summary.method.label for run in chosen)
     panels = []
     for scorer in found.own_names:
@@ -65,7 +60,7 @@ def _violin(run: ExplainedRun, score: str, place: int) -> list[Series]:
     rows = [each for each in run.explanations.rows if each.value(score) is not None]
     hovers = [f"feature {each.feature}: {each.value(score):.2f}\n{_text(each, score)}" for each in rows]
     mean = run.mean(score)
-    told = "" if mean is None else f"{run.summary.method.label}, mean {_interval(mean)}"
+    told = "" if mean is None else f"{run.summary.method.label}, mean {bracketed(mean)}"
     return violin(run.summary.method, float(place), run.scores(score), hovers, mean, told)
 
 
@@ -77,37 +72,18 @@ def _text(each: Explanation, score: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def _headings(found: Interpretability) -> tuple[str, ...]:
-    return "kind", knob_labels(run.summary for run in found.runs), "seed", "CE +", "L0", "features"
+def _mean_table(found: Interpretability, names: Iterable[str], controls: Iterable[str] = ()) -> Table:
+    """The means of scores with their intervals, and of controls without, which so are narrow enough for a terminal."""
 
+    def mean(name: str) -> Column:
+        return name, lambda run: bracketed(run.mean(name))
 
-def _mean_table(found: Interpretability) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Every score with its interval."""
-    rows = [(*_run_cells(run), *(_mean(run, name) for name in found.names)) for run in found.runs]
-    return (*_headings(found), *found.names), rows
+    def control(name: str) -> Column:
+        return name.partition(".")[2], lambda run: bracketed(run.mean(name), ".2f").partition(" ")[0]
 
-
-def _scorer_table(found: Interpretability, scorer: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """One scorer's, narrow enough for a terminal: intervals of the features' own explanations only."""
-    controls = [name for name in CONTROLS if name and f"{scorer}.{name}" in found.names]
-    rows = []
-    for run in found.runs:
-        means = (run.mean(f"{scorer}.{control}") for control in controls)
-        rows.append(
-            (*_run_cells(run), _mean(run, scorer), *("–" if each is None else f"{each.estimate:.2f}" for each in means))
-        )
-    return (*_headings(found), scorer, *controls), rows
-
-
-def _run_cells(run: ExplainedRun) -> tuple[str, ...]:
-    s = run.summary
-    head = (s.method.label, f"{s.knob.value:g}", str(s.seed), f"{s.ce_increase:+.3f}", f"{s.l0:.1f}")
-    return (*head, str(len(run.explanations.rows)))
-
-
-def _mean(run: ExplainedRun, name: str) -> str:
-    mean = run.mean(name)
-    return "–" if mean is None else _interval(mean)
+    features = ("features", lambda run: str(len(run.explanations.rows)))
+    means = (*map(mean, names), *map(control, controls))
+    return run_table(found.runs, "kind", KNOB, "seed", "CE +", "L0", features, *means)
 
 
 _DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
@@ -117,26 +93,22 @@ def _difference_cells(each: ScoreDifference) -> tuple[str, ...]:
     kinds = f"{each.run.summary.method.label} − {each.other.summary.method.label}"
     seed = str(each.run.summary.seed)
     similar = {"ce_increase": "CE +", "l0": "L0"}[each.at]
-    return kinds, similar, seed, each.name, str(each.features), _interval(each.difference, "+.2f"), f"{each.p:.2g}"
-
-
-def _interval(each: Interval, form: str = ".3f") -> str:
-    return f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]"
+    return kinds, similar, seed, each.name, str(each.features), bracketed(each.difference, "+.2f"), f"{each.p:.2g}"
 
 
 def print_interpretability(found: Sequence[Interpretability], console: Console | None = None) -> None:
     """Means of each run, differences of kinds, and what they show, in 80 columns."""
-    console = console or Console()
-    for one in found:
-        show(title_of(one.setting), console)
-        for scorer in one.own_names:
-            headings, rows = _scorer_table(one, scorer)
-            show(Grid(headings, rows, f"{scorer}: balanced accuracy, and that of its controls"), console)
-        if one.differences:
-            differences = [_difference_cells(each) for each in one.differences]
-            show(Grid(_DIFFERENCE_HEADINGS, differences, "Differences of means, seed by seed, over features"), console)
-        show_remarks(remarks_of(run.summary for run in one.runs), console)
-        show_claims(one.claims, console)
+    print_sets(found, console, _grids, lambda one: claim_lines(one.claims))
+
+
+def _grids(one: Interpretability) -> Iterator[Grid | str]:
+    yield title_of(one.setting)
+    for scorer in one.own_names:
+        controls = [name for name in one.names if name.startswith(f"{scorer}.")]
+        yield Grid(*_mean_table(one, [scorer], controls), f"{scorer}: balanced accuracy, and that of its controls")
+    if one.differences:
+        differences = list(map(_difference_cells, one.differences))
+        yield Grid(_DIFFERENCE_HEADINGS, differences, "Differences of means, seed by seed, over features")
 
 
 def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path:
@@ -146,39 +118,29 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    out = expanded(out)
-    tables = {"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)}
-    for name, rows in tables.items():
-        write_table(rows, out / name)
-    sections = []
-    for number, one in enumerate(found, 1):
-        charts = [score_chart(one, at, f"scores-{at}-{number}") for at in AT]
-        for chart in charts:
-            save(chart, out)
-        sections.append(_section(one, charts))
-    runs = sum(len(one.runs) for one in found)
-    features = sum(len(run.explanations.rows) for one in found for run in one.runs)
-    content = page(
+    runs = [run for one in found for run in one.runs]
+    features = sum(len(run.explanations.rows) for run in runs)
+    return write_page(
+        found,
+        out,
+        "interpretability",
         title="Interpretability of features",
-        eyebrow=models_of(one.setting for one in found),
-        lead=f"{features:,} features of {runs} sparse autoencoders, explained by a language model; only runs of one "
-        "set are compared.",
-        body="\n".join(sections),
-        interactive=True,
+        lead=f"{features:,} features of {len(runs)} sparse autoencoders, explained by a language model; only runs of "
+        "one set are compared.",
+        tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
+        charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
+        parts=lambda one, _, figures: [
+            claim_list(one.claims),
+            figures,
+            table(*_mean_table(one, one.names)),
+            table(_DIFFERENCE_HEADINGS, map(_difference_cells, one.differences), text=(1, 3)),
+            _NOTE,
+        ],
     )
-    path = out / "interpretability.html"
-    write_atomic(path, content.encode())
-    return path
 
 
-def _section(one: Interpretability, charts: Sequence[Chart]) -> str:
-    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
-    head += remark_list(run.summary for run in one.runs)
-    means = table(*_mean_table(one))
-    differences = table(_DIFFERENCE_HEADINGS, map(_difference_cells, one.differences), text=(1, 3))
-    note = (
-        '<p class="note">Means, and differences of means over equally many features, of one run a kind and one seed a '
-        "row, with 95&nbsp;% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
-        "the mean over three seeds or more, with an interval that holds features and seeds.</p>"
-    )
-    return f"<section>{head}{claim_list(one.claims)}{''.join(map(div, charts))}{means}{differences}{note}</section>"
+_NOTE = (
+    '<p class="note">Means, and differences of means over equally many features, of one run a kind and one seed a row, '
+    "with 95&nbsp;% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on the mean "
+    "over three seeds or more, with an interval that holds features and seeds.</p>"
+)

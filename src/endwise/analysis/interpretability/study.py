@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from endwise.analysis.claims import SIMILAR, Claim
-from endwise.analysis.comparable import Setting, methods_of, pairs_of, runs_in, with_settings
-from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
+from endwise.analysis.comparable import pairs_of, runs_in, with_settings
 from endwise.analysis.over_features import SEED, resampled_means, stream
-from endwise.analysis.over_seeds import OverSeeds, judged, over, over_seeds
+from endwise.analysis.over_seeds import OverSeeds, bracketed, interval_columns, judged, over, over_seeds
+from endwise.analysis.sets import RunSet, in_sets
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.seeds import numpy_stream
@@ -83,12 +83,8 @@ class ScoreDifference:
 
 
 @dataclass(frozen=True)
-class Interpretability:
+class Interpretability(RunSet[ExplainedRun]):
     """The runs of one setting, explained alike."""
-
-    setting: Setting
-    runs: tuple[ExplainedRun, ...]
-    """By method, seed and knob."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -105,26 +101,19 @@ class Interpretability:
         """Of scores with a feature's own explanation."""
         return tuple(name for name in self.names if "." not in name)
 
-    def similar(self, at: At) -> tuple[ExplainedRun, ...]:
-        """Of one seed, one run of each method."""
-        return self._of(runs_at_similar([run.summary for run in self.runs], at))
-
-    def _of(self, summaries: Iterable[RunSummary]) -> tuple[ExplainedRun, ...]:
-        by_folder = {run.summary.folder: run for run in self.runs}
-        return tuple(by_folder[each.folder] for each in summaries)
-
     @cached_property
     def differences(self) -> tuple[ScoreDifference, ...]:
         """Of every pair of methods that a seed has, at either similarity, of every score with the features' own
         explanations.
         """
-        found, compared = [], pairs_of(PAIRS, methods_of(run.summary for run in self.runs))
-        for at in AT:
-            for runs in similar_by_seed([run.summary for run in self.runs], at).values():
-                of = {run.summary.method: run for run in self._of(runs)}
-                for method, other in compared:
-                    if method in of and other in of:
-                        found += [_difference(name, at, of[method], of[other]) for name in self.own_names]
+        found = [
+            _difference(name, at, of[method], of[other])
+            for at in AT
+            for of in self.closest_by_seed(at)
+            for method, other in pairs_of(PAIRS, self.methods)
+            if method in of and other in of
+            for name in self.own_names
+        ]
         return tuple(each for each in found if each is not None)
 
     @cached_property
@@ -183,29 +172,17 @@ def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
             f"{which} was not explained yet. Explain it: endwise explain {shlex.quote(str(which))} --endpoint URL "
             "--model NAME"
         )
-    sets: dict[tuple[Setting, str], list[ExplainedRun]] = {}
-    for summary, setting in with_settings(list(explained)):
-        run = ExplainedRun(summary, explained[Path(summary.folder)])
-        sets.setdefault((setting, _conditions(run.explanations)), []).append(run)
-    return [Interpretability(same[0], _in_order(runs)) for same, runs in sorted(sets.items(), key=_place)]
+    runs = [
+        (setting, ExplainedRun(summary, explained[Path(summary.folder)]))
+        for summary, setting in with_settings(list(explained))
+    ]
+    return [Interpretability(*each) for each in in_sets(runs, _conditions)]
 
 
-def _conditions(explanations: Explanations) -> str:
+def _conditions(run: ExplainedRun) -> str:
     """What must agree for scores to be compared: models, prompts, texts, numbers of items; not the endpoint."""
-    about = explanations.about
+    about = run.explanations.about
     return json.dumps([about.get(name) for name in ("settings", "prompts", "corpus")], sort_keys=True)
-
-
-def _place(item: tuple[tuple[Setting, str], list[ExplainedRun]]) -> tuple[Any, ...]:
-    (s, conditions), _ = item
-    return s.model, s.site, s.started, s.d_sae, s.tokens, s.further, conditions
-
-
-def _in_order(runs: Sequence[ExplainedRun]) -> tuple[ExplainedRun, ...]:
-    def place(run: ExplainedRun) -> tuple[Any, ...]:
-        return run.summary.method.place, run.summary.seed, run.summary.knob
-
-    return tuple(sorted(runs, key=place))
 
 
 def _difference(name: str, at: At, run: ExplainedRun, other: ExplainedRun) -> ScoreDifference | None:
@@ -249,8 +226,7 @@ def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
             if beyond is not None and beyond.low <= 0:
                 return (
                     f"explanations of {side.summary.method.label} score no better than another feature's "
-                    f"({each.name} {beyond.estimate:+.3f} [{beyond.low:+.3f}, {beyond.high:+.3f}]): they tell nothing "
-                    "that could be compared"
+                    f"({each.name} {bracketed(beyond, '+.3f')}): they tell nothing that could be compared"
                 )
     return None
 
@@ -274,36 +250,25 @@ def mean_rows(found: Sequence[Interpretability]) -> list[dict[str, Any]]:
     rows = []
     for run in _runs(found):
         for name in run.explanations.names:
-            mean = run.mean(name)
-            if mean is None:
-                continue
-            scores = [each.scores[name] for each in run.explanations.rows if name in each.scores]
-            row = {**_columns(run), "score": name, "features": len(run.scores(name)), **_ends("mean", mean)}
-            row |= {"answered": sum(each.answered for each in scores), "failed": sum(each.failed for each in scores)}
-            rows.append(row)
+            if (mean := run.mean(name)) is not None:
+                scores = [each.scores[name] for each in run.explanations.rows if name in each.scores]
+                row = {**_columns(run), "score": name, "features": len(run.scores(name))}
+                row |= {**interval_columns("mean", mean), "answered": sum(each.answered for each in scores)}
+                rows.append(row | {"failed": sum(each.failed for each in scores)})
     return rows
 
 
 def difference_rows(found: Sequence[Interpretability]) -> list[dict[str, Any]]:
     """Table 4: one row per pair of methods, seed, similarity and score."""
-    return [
-        {
-            "site": one.setting.site,
-            "at": each.at,
-            "seed": each.run.summary.seed,
-            "data_seed": each.run.summary.data_seed,
-            "kind": each.run.summary.method.key,
-            "other": each.other.summary.method.key,
-            "score": each.name,
-            "features": each.features,
-            **_ends("difference", each.difference),
-            "p": each.p,
-            "run": each.run.summary.folder,
-            "other_run": each.other.summary.folder,
-        }
-        for one in found
-        for each in one.differences
-    ]
+    rows = []
+    for one in found:
+        for each in one.differences:
+            run, other = each.run.summary, each.other.summary
+            row = {"site": one.setting.site, "at": each.at, "seed": run.seed, "data_seed": run.data_seed}
+            row |= {"kind": run.method.key, "other": other.method.key, "score": each.name, "features": each.features}
+            row |= {**interval_columns("difference", each.difference), "p": each.p}
+            rows.append(row | {"run": run.folder, "other_run": other.folder})
+    return rows
 
 
 def _runs(found: Sequence[Interpretability]) -> list[ExplainedRun]:
@@ -313,12 +278,8 @@ def _runs(found: Sequence[Interpretability]) -> list[ExplainedRun]:
 def _columns(run: ExplainedRun) -> dict[str, Any]:
     summary = run.summary
     row = {"run": summary.folder, "site": summary.site, "kind": summary.method.key, "seed": summary.seed}
-    row |= {"data_seed": summary.data_seed}
-    return {**row, **summary.knob.columns, "ce_increase": summary.ce_increase, "l0": summary.l0}
-
-
-def _ends(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
+    row |= {"data_seed": summary.data_seed, **summary.knob.columns}
+    return {**row, "ce_increase": summary.ce_increase, "l0": summary.l0}
 
 
 PERMUTATIONS = 9_999

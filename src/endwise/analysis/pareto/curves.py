@@ -193,33 +193,26 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     for one in found:
         fronts = {f"front.{y}_over_{x}": front(one.runs, x, y) for x, y in AXES}
         for run in one.runs:
-            row: dict[str, Any] = {
-                **columns_of(one.setting),
-                "kind": run.method.key,
-                "method": run.method.label,
-                **run.knob.columns,
-                "seed": run.seed,
-            }
-            row |= {"learning_rate": run.learning_rate, "l0": run.l0, "alive": run.alive}
-            row |= {"ce_increase": run.ce_increase, "kl": run.kl}
+            row = {"kind": run.method.key, "method": run.method.label, **run.knob.columns, "seed": run.seed}
+            row |= {name: getattr(run, name) for name in ("learning_rate", "l0", "alive", "ce_increase", "kl")}
             for name in ("l0", "ce_increase", "kl"):
                 if name in run.intervals:
                     row |= dict(zip((f"{name}.low", f"{name}.high"), run.intervals[name], strict=True))
-            rows.append(row | {name: run.folder in members for name, members in fronts.items()} | {"run": run.folder})
+            row |= {name: run.folder in members for name, members in fronts.items()}
+            rows.append({**columns_of(one.setting), **row, "run": run.folder})
     return rows
 
 
 def ratio_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
     """One row for each measure of each method, relative to the set's baseline."""
+    return [{**columns_of(one.setting), **row} for one in found for row in rows_of_ratios(one.summary)]
+
+
+def rows_of_ratios(summary: Summary) -> list[dict[str, Any]]:
+    """The same of one comparison."""
+    base = summary.baseline.label
     return [
-        {
-            **columns_of(one.setting),
-            "measure": measure,
-            "kind": key,
-            **ratio.to_row(),
-            "method": one.summary.method(key).label,
-            "relative_to": one.summary.baseline.label,
-        }
-        for one in found
-        for (measure, key), ratio in one.ratios.items()
+        {"measure": measure, "kind": key} | ratio.to_row() | {"method": summary.method(key).label, "relative_to": base}
+        for measure, by_method in summary.ratios.items()
+        for key, ratio in by_method.items()
     ]

@@ -7,6 +7,8 @@ import numpy as np
 from rich.console import Console
 
 from endwise.analysis.comparable import HELDOUT_TEXT, methods_of
+from endwise.analysis.comparison.printed import ratio_grid
+from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.pareto.curves import (
     AXES,
     Pareto,
@@ -17,19 +19,14 @@ from endwise.analysis.pareto.curves import (
     rate_of_most,
     ratio_rows,
 )
-from endwise.analysis.ratios import MEASURES, NAMES, percent
-from endwise.analysis.sets import counted, models_of, remark_list, title_of
-from endwise.common.files import expanded, write_atomic
-from endwise.common.remarks import show_remarks
-from endwise.common.tables import write_table
-from endwise.common.terminal import Grid, show
+from endwise.analysis.ratios import MEASURES
+from endwise.analysis.sets import KNOB, counted, run_table, title_of, value
+from endwise.common.terminal import Grid
 from endwise.config.method import Method
 from endwise.config.objective import LABELS
-from endwise.evaluation.summary import RunSummary, knob_labels, remarks_of
+from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
-from endwise.figures.interactive import div
-from endwise.figures.page import Wide, escape, page, table
-from endwise.figures.print import save
+from endwise.figures.page import Wide, escape, table
 
 WAY_OVER_SEEDS = "Student's t"
 OTHER_SEEDS = "other seeds"
@@ -60,12 +57,6 @@ def described(run: RunSummary) -> str:
 def mark(run: RunSummary, x: str, y: str, *, front: bool = False) -> Mark:
     """A run as a point of a figure."""
     return Mark(value(run, x), value(run, y), described(run), run.intervals.get(x), run.intervals.get(y), front)
-
-
-def value(run: RunSummary, metric: str) -> float:
-    """A run's number by its name in `evaluation.json`."""
-    group, _, form = metric.partition(".")
-    return float(run.explained_variances[form]) if group == "explained_variance" else float(getattr(run, metric))
 
 
 def pareto_chart(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
@@ -134,47 +125,17 @@ def _listed(values: np.ndarray) -> tuple[float, ...]:
 
 def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> None:
     """The runs and the ratios of every set."""
-    console = console or Console()
-    for one in found:
-        show(_points(one), console)
-        show_remarks(remarks_of(one.runs), console)
-        if not one.is_compared:
-            show("All SAEs of this setting are of one method: there is nothing to compare them with.", console)
-            continue
-        show(_ratios(one), console)
-        for sentence in (*one.remarks, *one.summary.verdicts):
-            show(f"• {sentence}", console)
+    print_sets(found, console, lambda one: [_points(one)], _told)
 
 
 def _points(one: Pareto) -> Grid:
     rates = any(has_several_rates([run for run in one.runs if run.method == method]) for method in one.methods)
     fronts = {x: front(one.runs, x, "ce_increase") for x in ("l0", "alive")}
-    rows = []
-    for run in one.runs:
-        ends = run.intervals.get("ce_increase")
-        rows.append(
-            [
-                run.method.label,
-                f"{run.knob.value:g}",
-                str(run.seed),
-                *[f"{run.learning_rate or 0:g}"] * rates,
-                f"{run.l0:.1f}",
-                f"{run.alive:,}",
-                f"{run.ce_increase:+.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""),
-                f"{run.kl:.3f}",
-                _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]],
-            ]
-        )
-    headings = (
-        "kind",
-        knob_labels(one.runs),
-        "seed",
-        *["rate"] * rates,
-        "L0",
-        "alive",
-        "CE increase [95 %]",
-        "KL",
-        "front",
+    headings, rows = run_table(
+        one.runs,
+        *("kind", KNOB, "seed", *[("rate", lambda run: f"{run.learning_rate or 0:g}")] * rates),
+        *("L0", "alive", "CE increase [95 %]", "KL"),
+        ("front", lambda run: _FRONTS[run.folder in fronts["l0"], run.folder in fronts["alive"]]),
     )
     return Grid(headings, rows, title_of(one.setting), words=("front",))
 
@@ -183,14 +144,10 @@ _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (F
 """Whether a run lies on the front of CE increase over L0, and on that over alive features."""
 
 
-def _ratios(one: Pareto) -> Grid:
-    methods = [method for method in one.methods if method != one.summary.baseline]
-    rows = []
-    for measure in MEASURES:
-        cells = [one.ratios[measure.key, method.key] for method in methods]
-        words = [percent(ratio) if ratio.at_ends else f"– ({ratio.reason})" for ratio in cells]
-        rows.append([f"{NAMES[measure.of]} at equal {NAMES[measure.at]}", *words])
-    return Grid(("", *(method.label for method in methods)), rows, f"relative to {one.summary.baseline.label} [95 %]")
+def _told(one: Pareto) -> list[Grid | str]:
+    if not one.is_compared:
+        return ["All SAEs of this setting are of one method: there is nothing to compare them with."]
+    return [ratio_grid(one.summary), *(f"• {sentence}" for sentence in (*one.remarks, *one.summary.verdicts))]
 
 
 def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
@@ -199,59 +156,51 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    out = expanded(out)
-    write_table(point_rows(found), out / "points")
-    write_table(ratio_rows(found), out / "ratios")
-    sections = []
-    for number, one in enumerate(found, 1):
-        chart = pareto_chart(one.runs, one.setting.site, f"pareto-{number}")
-        save(chart, out)
-        sections.append(_section(one, chart))
-    runs = sum(len(one.runs) for one in found)
-    path = out / "pareto.html"
-    lead = f"{counted(runs, len(found))}; only runs of one set are compared."
-    content = page(
+    return write_page(
+        found,
+        out,
+        "pareto",
         title="Pareto curves",
-        eyebrow=models_of(one.setting for one in found),
-        lead=lead,
-        body="\n".join(sections),
-        interactive=True,
+        lead=f"{counted(found)}; only runs of one set are compared.",
+        tables={"points": point_rows(found), "ratios": ratio_rows(found)},
+        charts=lambda one, number: [pareto_chart(one.runs, one.setting.site, f"pareto-{number}")],
+        parts=lambda one, _, figures: _parts(one, figures),
     )
-    write_atomic(path, content.encode())
-    return path
 
 
-def _section(one: Pareto, chart: Chart) -> str:
-    head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>' + remark_list(one.runs)
+def _parts(one: Pareto, figures: str) -> list[str]:
     if not one.is_compared:
-        return f"<section>{head}{div(chart)}</section>"
+        return [figures]
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
-    table_of_ratios = ratio_table(ratio_rows([one]))
-    return f'<section>{head}<ul class="verdicts">{sentences}</ul>{div(chart)}{table_of_ratios}</section>'
+    return [f'<ul class="verdicts">{sentences}</ul>', figures, ratio_table(ratio_rows([one]))]
 
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
-    """Of `ratio_rows`: the figure with its interval, or why there is none; both ends of the range; the intervals over
-    text and over seeds alone.
+    """Of `ratio_rows`: the figure with its interval, or why there is none; both ends of the range, and the range; the
+    intervals over text and over seeds alone. The site is told where there are several.
     """
     cells, rows = [], list(rows)
+    several = len({row["site"] for row in rows}) > 1
     base = ", ".join(dict.fromkeys(str(row.get("relative_to", "local")) for row in rows)) or "local"
+    titles = {measure.key: measure.title for measure in MEASURES}
     for row in rows:
         ratio, reason = row["ratio"], row["reason"]
-        whole, text, seeds, at_ends = (
-            _ends(row[f"{side}low"], row[f"{side}high"]) for side in ("", "text.", "seeds.", "ratio_at_ends.")
-        )
-        measure = next(each for each in MEASURES if each.key == row["measure"])
-        what = f"{NAMES[measure.of]} at equal {NAMES[measure.at]}"
+        whole, at_ends, text, seeds = (_ends(row, side) for side in ("", "ratio_at_ends.", "text.", "seeds."))
+        numbers = (at_ends, _ends(row, "over.", "{:.3g} to {:.3g}", 1), text, seeds, row["seeds"])
+        if reason:
+            numbers = (Wide(str(reason), 6),) if row["ratio_at_ends.low"] is None else (Wide(str(reason), 1), *numbers)
+        else:
+            numbers = (whole, *numbers)
         said = f"{100 * ratio:.0f} %" if isinstance(ratio, float) else "–"
-        numbers = (said, whole, at_ends, text, seeds, row["seeds"]) if not reason else (said, Wide(str(reason), 5))
-        cells.append((what, str(row["site"]), row.get("method", LABELS.get(str(row["kind"]))), *numbers))
+        kind = row.get("method", LABELS.get(str(row["kind"])))
+        cells.append((titles[str(row["measure"])], *[str(row["site"])] * several, kind, said, *numbers))
     headings = (
-        *(f"relative to {base}", "site", "kind", "ratio", "95 %", "at both ends"),
-        *("95 % over text", "95 % over seeds", "seeds"),
+        *(f"relative to {base}", *["site"] * several, "kind", "ratio", "95 %", "at both ends"),
+        *("compared over", "95 % over text", "95 % over seeds", "seeds"),
     )
-    return table(headings, cells, text=(1, 2))
+    return table(headings, cells, text=(1, 2) if several else (1,))
 
 
-def _ends(low: object, high: object) -> str:
-    return f"{100 * low:.0f} to {100 * high:.0f}" if isinstance(low, float) and isinstance(high, float) else "–"
+def _ends(row: Mapping[str, object], side: str, form: str = "{:.0f} to {:.0f}", unit: int = 100) -> str:
+    low, high = row[f"{side}low"], row[f"{side}high"]
+    return form.format(unit * low, unit * high) if isinstance(low, float) and isinstance(high, float) else "–"
