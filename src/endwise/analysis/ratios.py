@@ -152,7 +152,6 @@ def ratio_of(
     at: str,
     resamples: int,
     seed: int,
-    levels: int = LEVELS,
     *,
     reference: Method = LOCAL,
 ) -> Ratio:
@@ -162,52 +161,42 @@ def ratio_of(
     See the module for how. Runs that differ in their seeds alone are one point, their mean.
     """
     groups = {each: [run for run in runs if run.method == each] for each in (method, reference)}
-    if reason := _incomparable(groups):
+    members = [run for group in groups.values() for run in group]
+    absent = [f"there are no runs of {each.label}" for each, group in groups.items() if not group]
+    if reason := absent[0] if absent else other_text(members):
         return Ratio(None, reason=reason)
 
     def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
         return [_curve(group, each.label, of, at, metric) for each, group in groups.items()]
 
-    members = [run for group in groups.values() for run in group]
-    by_seed = _by_seed(groups, of, at, levels)
+    by_seed = _by_seed(groups, of, at)
     try:
         curve, other = curves(estimate)
         over = _common_range(curve, other, at)
-        mean, crossings = _ratio_of_curves(curve, other, at, levels), _crossings(curve, other, over)
+        mean, crossings = _ratio_of_curves(curve, other, at), _crossings(curve, other, over)
     except InterpolationError as error:
         return Ratio(None, reason=str(error))
     if "alive" in (of, at) and len({run.alive_tokens for run in members}) > 1:
         return Ratio(None, reason="alive features were counted over different numbers of tokens")
-    low, high = (_ratio_at(curve, other, end) for end in over)
+    low, high = (float(curve.at(end) / other.at(end)) for end in over)
     result = Ratio(mean, over=over, at_ends=(low, high), seeds=len(by_seed), varied=what_varies(members))
     if crossings:
         return replace(result, estimate=None, crossings=crossings, reason=_crossing_told(result, crossings, of, at))
     if len(by_seed) >= LEAST_SEEDS:
         spread = interval_over_seeds(list(by_seed))
         result = replace(result, over_seeds=(spread.low, spread.high))
-    if reason := unpaired(members, _sums_of(members, of)):
+    later = {f"downstream_mse.{site}" for run in members for site in run.downstream_mse if of == LATER_MSE}
+    if reason := unpaired(members, {"l0", "ce_increase", "predictions"} | later):
         return replace(result, reason=reason)
     drawn = {id(run): resampled(run, {of, at}, resamples, seed) for run in members}
     draws = np.full(resamples, np.nan)
     for index in range(resamples):
         try:
             curve, other = curves(lambda run, name, index=index: drawn[id(run)][name][index])
-            draws[index] = _ratio_of_curves(curve, other, at, levels)
+            draws[index] = _ratio_of_curves(curve, other, at)
         except InterpolationError:
             continue
     return with_intervals(result, draws, by_seed)
-
-
-def _incomparable(groups: Mapping[Method, Sequence[RunSummary]]) -> str | None:
-    if absent := [method.label for method, group in groups.items() if not group]:
-        return f"there are no runs of {absent[0]}"
-    return other_text([run for group in groups.values() for run in group])
-
-
-def _sums_of(runs: Sequence[RunSummary], of: str) -> set[str]:
-    """Names of the sums that are resampled."""
-    later = {f"downstream_mse.{site}" for run in runs for site in run.downstream_mse} if of == LATER_MSE else set()
-    return {"l0", "ce_increase", "predictions"} | later
 
 
 def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -> str:
@@ -218,19 +207,17 @@ def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -
     )
 
 
-def ratio_between(
-    runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str, levels: int = LEVELS
-) -> float:
+def ratio_between(runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str) -> float:
     """As `ratio_of`, of any two curves, and the estimate alone.
 
     Raises:
         InterpolationError: the runs do not determine it.
     """
     curve, other = (_curve(group, name, of, at, estimate) for group, name in ((runs, "one"), (reference, "the other")))
-    return _ratio_of_curves(curve, other, at, levels)
+    return _ratio_of_curves(curve, other, at)
 
 
-def _by_seed(groups: Mapping[Method, Sequence[RunSummary]], of: str, at: str, levels: int) -> list[float]:
+def _by_seed(groups: Mapping[Method, Sequence[RunSummary]], of: str, at: str) -> list[float]:
     """The ratio of curves of each seed that both methods have and that determines one."""
     ratios = []
     for seeds in sorted(set.intersection(*({run.seeds for run in group} for group in groups.values()))):
@@ -239,7 +226,7 @@ def _by_seed(groups: Mapping[Method, Sequence[RunSummary]], of: str, at: str, le
                 _curve([run for run in group if run.seeds == seeds], method.label, of, at, estimate)
                 for method, group in groups.items()
             )
-            ratios.append(_ratio_of_curves(own, other, at, levels))
+            ratios.append(_ratio_of_curves(own, other, at))
         except InterpolationError:
             continue
     return ratios
@@ -355,9 +342,8 @@ def _curve(
         x, y = monotone_points([point[0] for point in means], [point[1] for point in means])
     except InterpolationError as error:
         raise InterpolationError(f"{name}'s curve of {NAMES[of]} over {NAMES[at]}: {str(error).rstrip('.')}") from None
-    if LATER_MSE in (of, at):  # which grows with the CE increase, as both measure what is lost
-        return _Curve(name, x, y)
-    if y[-1] > y[0]:
+    # The later MSE grows with the CE increase, as both measure what is lost.
+    if LATER_MSE not in (of, at) and y[-1] > y[0]:
         raise InterpolationError(f"{name}'s curve is no trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
     return _Curve(name, x, y)
 
@@ -383,14 +369,10 @@ def _common_range(curve: _Curve, other: _Curve, at: str) -> Ends:
     return float(low), float(high)
 
 
-def _ratio_of_curves(curve: _Curve, other: _Curve, at: str, levels: int) -> float:
+def _ratio_of_curves(curve: _Curve, other: _Curve, at: str) -> float:
     """The mean ratio over the common range."""
-    grid = log_spaced(*_common_range(curve, other, at), levels)
+    grid = log_spaced(*_common_range(curve, other, at), LEVELS)
     return float(np.exp(np.mean(np.log(curve.at(grid)) - np.log(other.at(grid)))))
-
-
-def _ratio_at(curve: _Curve, other: _Curve, x: float) -> float:
-    return float(curve.at(x) / other.at(x))
 
 
 def _crossings(curve: _Curve, other: _Curve, over: Ends) -> tuple[float, ...]:

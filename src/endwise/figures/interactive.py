@@ -15,25 +15,8 @@ from typing import Any
 
 from endwise.common.text import printable
 from endwise.config.method import Method
+from endwise.figures import style
 from endwise.figures.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
-from endwise.figures.style import (
-    BAND,
-    CROWD,
-    SHAPES,
-    bands_of,
-    dashes,
-    drawn,
-    drawn_band,
-    first_of_each_name,
-    left_out,
-    limits,
-    log_ticks,
-    marker_of,
-    name_of,
-    shrink,
-    style_of,
-    tick_text,
-)
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 SYMBOLS |= {"P": "cross", "X": "x", "<": "triangle-left", ">": "triangle-right"}
@@ -53,7 +36,7 @@ def div(chart: Chart) -> str:
         f"</div>{_note(panel)}</section>"
         for panel in chart.panels
     )
-    hatched = bands_of(chart)[1:]
+    hatched = style.bands_of(chart)[1:]
     described = _json([_figure(panel, hatched) for panel in chart.panels])
     classes = "chart large" if chart.large else "chart"
     return (
@@ -66,8 +49,8 @@ def div(chart: Chart) -> str:
 def library() -> str:
     """What a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
     resources = files("endwise.figures")
-    style = resources.joinpath("interactive.css").read_text(encoding="utf-8")
-    return f"<style>\n{style}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
+    css = resources.joinpath("interactive.css").read_text(encoding="utf-8")
+    return f"<style>\n{css}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
 
 
 def script_policy() -> str:
@@ -80,9 +63,9 @@ def in_words(panel: Panel) -> str:
     """What the panel shows, for those who do not see it."""
     parts = []
     for series in panel.series:
-        points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks[:CROWD])
-        more = f", and {len(series.marks) - CROWD:,} more" if len(series.marks) > CROWD else ""
-        parts.append(f"{name_of(series)}: {points or 'nothing'}{more}")
+        points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks[: style.CROWD])
+        more = f", and {len(series.marks) - style.CROWD:,} more" if len(series.marks) > style.CROWD else ""
+        parts.append(f"{style.name_of(series)}: {points or 'nothing'}{more}")
     return f"{panel.y.label} over {panel.x.label}. {'; '.join(parts)}."
 
 
@@ -96,7 +79,7 @@ def _scripts() -> tuple[str, str]:
 
 def _figure(panel: Panel, hatched: Sequence[str]) -> Json:
     """Plotly's description of a panel."""
-    x, y = limits(panel)
+    x, y = style.limits(panel)
     return {
         "data": [trace for series in panel.series for trace in _traces(series, panel, hatched)],
         "layout": {
@@ -115,8 +98,8 @@ def _axis(axis: Axis, ends: Ends, upright: bool = False) -> Json:
         return described | {"range": list(ends), "tickvals": list(range(len(names))), "ticktext": names}
     if not axis.log:
         return described | {"range": list(ends)}
-    ticks = log_ticks(*ends, upright=upright)
-    texts = [tick_text(tick) for tick in ticks]
+    ticks = style.log_ticks(*ends, upright=upright)
+    texts = [style.tick_text(tick) for tick in ticks]
     return described | {"type": "log", "range": [math.log10(end) for end in ends], "tickvals": ticks, "ticktext": texts}
 
 
@@ -132,9 +115,9 @@ def _annotation(note: Note) -> Json:
 
 
 def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Json]:
-    marks, name = drawn(series, panel), _plain(name_of(series))
+    marks, name = style.drawn(series, panel), _plain(style.name_of(series))
     quiet: Json = {"type": "scatter", "name": name, "hoverinfo": "skip"}
-    if series.band is not None and (band := drawn_band(series.band, panel)):
+    if series.band is not None and (band := style.drawn_band(series.band, panel)):
         x, low, high = (list(values) for values in zip(*band, strict=True))
         yield {
             **quiet,
@@ -143,7 +126,7 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
             "mode": "lines",
             "line": {"width": 0},
             "fill": "toself",
-            "fillcolor": f"{_colour(series)} {BAND}",
+            "fillcolor": f"{_colour(series)} {style.BAND}",
             **({"fillpattern": _hatching(series)} if series.band.of in hatched else {}),
         }
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
@@ -166,48 +149,42 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
 
 
 def _colour(series: Series) -> str:
-    return f"var(--{style_of(series.method)})"
+    return f"var(--{style.style_of(series.method)})"
 
 
 def _hatching(series: Series) -> Json:
     """Of a band that is over something else than the chart's first."""
-    return {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": f"{_colour(series)} {3 * BAND:g}"}
+    return {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": f"{_colour(series)} {3 * style.BAND:g}"}
 
 
 def _dash(series: Series) -> str:
-    pattern = dashes(series)
+    pattern = style.dashes(series)
     return ",".join(f"{1.6 * length:g}px" for length in pattern) if pattern else "solid"
 
 
 def _marker(series: Series) -> Json:
-    hollow, crowded = series.rank > 0, len(series.marks) > CROWD
+    hollow, crowded = series.rank > 0, len(series.marks) > style.CROWD
     fill, edge = ("var(--card)", _colour(series)) if hollow else (_colour(series), "var(--card)")
     return {
-        "symbol": SYMBOLS[marker_of(series.method)],
-        "size": round(max(4.0, shrink(series) * (10 if marker_of(series.method) == "^" else 9)), 1),
+        "symbol": SYMBOLS[style.marker_of(series.method)],
+        "size": round(max(4.0, style.shrink(series) * (10 if style.marker_of(series.method) == "^" else 9)), 1),
         "color": fill,
-        "opacity": max(0.5, 0.9 * shrink(series)) if crowded else 1,
+        "opacity": max(0.5, 0.9 * style.shrink(series)) if crowded else 1,
         "line": {"color": edge, "width": 0 if crowded else 1.6 if hollow else 1},
     }
 
 
 def _bars(series: Series, values: list[tuple[float, Ends | None]]) -> Json:
-    if all(ends is None for _, ends in values):
+    if (distances := style.distances(values)) is None:
         return {"visible": False}
-    distances = [(0.0, 0.0) if ends is None else (max(0.0, v - ends[0]), max(0.0, ends[1] - v)) for v, ends in values]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [above for _, above in distances],
-        "arrayminus": [below for below, _ in distances],
-        "color": _colour(series),
-        "thickness": 1.2,
-        "width": 0,
-    }
+    below, above = distances
+    bars: Json = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return bars | {"color": _colour(series), "thickness": 1.2, "width": 0}
 
 
 def _hover(mark: Mark, series: Series, panel: Panel) -> str:
-    told = printable(mark.hover or f"{name_of(series)}\n{panel.y.label} {mark.y:.4g}\n{panel.x.label} {mark.x:.4g}")
+    place = f"{panel.y.label} {mark.y:.4g}\n{panel.x.label} {mark.x:.4g}"
+    told = printable(mark.hover or f"{style.name_of(series)}\n{place}")
     lines = [part for line in told.split("\n") for part in textwrap.wrap(line, HOVER_WIDTH) or [""]]
     return "<br>".join(_plain(line) for line in lines)
 
@@ -222,37 +199,30 @@ def _place(axis: Axis, value: float) -> str:
 
 
 def _note(panel: Panel) -> str:
-    words = left_out(panel)
+    words = style.left_out(panel)
     return f'<p class="note">{_escape(words)}</p>' if words else ""
 
 
 def _legend(chart: Chart) -> str:
     """A button for each name, which hides its series in every panel; and what the other signs mean."""
-    every = [series for panel in chart.panels for series in panel.series]
     items = [
         f'<button type="button" aria-pressed="true" data-series="{_escape(_plain(name))}">{_swatch(series)}'
         f"{_escape(name)}</button>"
-        for name, series in first_of_each_name(chart).items()
+        for name, series in style.first_of_each_name(chart).items()
     ]
-    items += [
-        f"<span>{_HATCHED_SWATCH if number else _BAND_SWATCH}95 % band over {_escape(of)}</span>"
-        for number, of in enumerate(bands_of(chart))
-    ]
-    if any(mark.x_ends or mark.y_ends for series in every for mark in series.marks):
-        items.append(f"<span>{_BAR_SWATCH}95 % interval</span>")
-    if any(mark.front for series in every for mark in series.marks):
-        items.append(f"<span>{_RING_SWATCH}Pareto front</span>")
+    items += [f"<span>{_SIGNS[sign]}{_escape(words)}</span>" for words, sign in style.signs_of(chart).items()]
     return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
 
 
 _SWATCH = '<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true"'
-_BAND_SWATCH = f'{_SWATCH}><path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/></svg>'
-_HATCHED_SWATCH = (
-    f'{_SWATCH}><path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/>'
-    '<path d="M3 12 13 2M11 12 21 2M19 12 27 4" style="stroke:var(--muted);stroke-width:1.2"/></svg>'
-)
-_BAR_SWATCH = f'{_SWATCH}><path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/></svg>'
-_RING_SWATCH = f'{_SWATCH}><circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/></svg>'
+_BAND = '<path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/>'
+_DRAWN = {
+    "band": _BAND,
+    "hatched": f'{_BAND}<path d="M3 12 13 2M11 12 21 2M19 12 27 4" style="stroke:var(--muted);stroke-width:1.2"/>',
+    "interval": '<path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/>',
+    "front": '<circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/>',
+}
+_SIGNS = {sign: f"{_SWATCH}>{drawn}</svg>" for sign, drawn in _DRAWN.items()}
 
 
 def swatch(method: Method) -> str:
@@ -261,14 +231,11 @@ def swatch(method: Method) -> str:
 
 
 def _swatch(series: Series) -> str:
-    shape = SHAPES[marker_of(series.method)]
+    shape = style.SHAPES[style.marker_of(series.method)]
     hollow = ' style="fill:var(--card);stroke:var(--c);stroke-width:1.6"' if series.rank else ""
-    line = f'<path class="line" d="M1 7H27" stroke-dasharray="{_pattern(series)}"/>' if series.joined else ""
+    pattern = " ".join(f"{length:g}" for length in style.dashes(series)) or "none"
+    line = f'<path class="line" d="M1 7H27" stroke-dasharray="{pattern}"/>' if series.joined else ""
     return f'{_SWATCH} style="--c:{_colour(series)}">{line}<g{hollow}>{shape}</g></svg>'
-
-
-def _pattern(series: Series) -> str:
-    return " ".join(f"{length:g}" for length in dashes(series)) or "none"
 
 
 def _escape(text: str) -> str:

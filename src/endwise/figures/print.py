@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,23 +19,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, StrMeth
 
 from endwise.common.files import replacing
 from endwise.common.text import printable
-from endwise.figures.charts import Axis, Chart, Ends, Mark, Panel, Series
-from endwise.figures.style import (
-    BAND,
-    CROWD,
-    bands_of,
-    colour_of,
-    dashes,
-    drawn,
-    drawn_band,
-    first_of_each_name,
-    left_out,
-    limits,
-    log_ticks,
-    marker_of,
-    shrink,
-    tick_text,
-)
+from endwise.figures import style
+from endwise.figures.charts import Axis, Chart, Ends, Panel, Series
 
 INK, MUTED, RULE, PAPER = "#1c2127", "#58616b", "#e1e0dc", "#ffffff"
 WIDTH, HEIGHT = 3.1, 2.75
@@ -109,7 +93,7 @@ def draw(chart: Chart) -> Figure:
         )
         FigureCanvasAgg(figure)
         figure.suptitle(_text(chart.title), x=0.008, ha="left", fontsize=9.5, fontweight="bold")
-        hatched = bands_of(chart)[1:]
+        hatched = style.bands_of(chart)[1:]
         for number, panel in enumerate(chart.panels, 1):
             _draw_panel(figure.add_subplot(rows, columns, number), panel, hatched)
         rows_of_legend = _add_legend(figure, chart)
@@ -125,20 +109,20 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
     }[which]
     set_scale("log")
     set_limits(low, high)
-    ticks = log_ticks(low, high, upright=which == "y")
+    ticks = style.log_ticks(low, high, upright=which == "y")
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FixedFormatter([tick_text(tick) for tick in ticks]))
+    axis.set_major_formatter(FixedFormatter([style.tick_text(tick) for tick in ticks]))
 
 
 def _draw_panel(axes: Axes, panel: Panel, hatched: Sequence[str]) -> None:
     axes.set_title(_text(panel.title))
     axes.grid(True)
     axes.spines[["top", "right"]].set_visible(False)
-    x, y = limits(panel)
+    x, y = style.limits(panel)
     _set_axis(axes, "x", panel.x, x)
     _set_axis(axes, "y", panel.y, y)
-    note = left_out(panel)
+    note = style.left_out(panel)
     axes.set_xlabel(_text(f"{panel.x.label}\n{note}" if note else panel.x.label))
     axes.set_ylabel(_text(panel.y.label))
     if panel.diagonal:
@@ -166,16 +150,16 @@ def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:
 
 
 def _draw_series(axes: Axes, series: Series, panel: Panel, hatched: Sequence[str]) -> None:
-    marks, colour = drawn(series, panel), colour_of(series.method)
-    if series.band is not None and (band := drawn_band(series.band, panel)):
+    marks, colour = style.drawn(series, panel), style.colour_of(series.method)
+    if series.band is not None and (band := style.drawn_band(series.band, panel)):
         x, low, high = zip(*band, strict=True)
-        look = _band_look(colour, BAND, series.band.of in hatched)
+        look = _band_look(colour, style.BAND, series.band.of in hatched)
         axes.fill_between(x, low, high, zorder=1.8, **look)
     if not marks:
         return
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
-    y_bars = _distances([(mark.y, mark.y_ends) for mark in marks])
-    x_bars = _distances([(mark.x, mark.x_ends) for mark in marks])
+    y_bars = style.distances([(mark.y, mark.y_ends) for mark in marks])
+    x_bars = style.distances([(mark.x, mark.x_ends) for mark in marks])
     axes.errorbar(x, y, y_bars, x_bars, fmt="none", ecolor=colour, elinewidth=0.8, capsize=0, zorder=2.4)
     axes.plot(x, y, **_look(series), zorder=2.6)
     if front := [mark for mark in marks if mark.front]:
@@ -202,30 +186,19 @@ def _band_look(colour: str, opacity: float, hatched: bool) -> dict[str, Any]:
 
 
 def _look(series: Series) -> dict[str, Any]:
-    colour, hollow = colour_of(series.method), series.rank > 0
-    pattern, crowded = dashes(series), len(series.marks) > CROWD
+    colour, hollow = style.colour_of(series.method), series.rank > 0
+    pattern, crowded = style.dashes(series), len(series.marks) > style.CROWD
     return {
-        "alpha": max(0.4, 0.8 * shrink(series)) if crowded else 1.0,
+        "alpha": max(0.4, 0.8 * style.shrink(series)) if crowded else 1.0,
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
-        "marker": marker_of(series.method) if series.marked else "",
-        "markersize": max(1.8, shrink(series) * (5.5 if marker_of(series.method) == "^" else 4.5)),
+        "marker": style.marker_of(series.method) if series.marked else "",
+        "markersize": max(1.8, style.shrink(series) * (5.5 if style.marker_of(series.method) == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
         "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
     }
-
-
-def _distances(values: list[tuple[float, Ends | None]]) -> list[list[float]] | None:
-    """To the ends of the intervals, `[2, marks]`; NaN, which draws nothing, where a mark has none."""
-    if all(ends is None for _, ends in values):
-        return None
-    known = [(value, ends or (np.nan, np.nan)) for value, ends in values]
-    return [
-        [float(np.maximum(0.0, value - low)) for value, (low, _) in known],
-        [float(np.maximum(0.0, high - value)) for value, (_, high) in known],
-    ]
 
 
 def _add_legend(figure: Figure, chart: Chart) -> int:
@@ -233,13 +206,14 @@ def _add_legend(figure: Figure, chart: Chart) -> int:
     several names; its rows.
     """
     entries = list(_entries(chart))
-    names = first_of_each_name(chart).values()
+    names = style.first_of_each_name(chart).values()
     (rows, *others) = set(Counter(series.method for series in names).values()) or {0}
     most = len(entries)
     if rows > 1 and not others and most > rows:
         entries += [(Line2D([], [], linestyle="none"), "")] * (-most % rows)
         most = len(entries) // rows
-    length = 4.0 if any(series.joined and dashes(series) for series in names) else 2.6  # that a dash is seen whole
+    dashed = any(series.joined and style.dashes(series) for series in names)
+    length = 4.0 if dashed else 2.6  # that a dash is seen whole
     for columns in range(most, 0, -1):
         legend = figure.legend(
             handles=[handle for handle, _ in entries],
@@ -260,19 +234,13 @@ def _width(legend: Legend, figure: Figure) -> float:
 
 
 def _entries(chart: Chart) -> Iterator[tuple[Artist, str]]:
-    every = [series for panel in chart.panels for series in panel.series]
-    for name, series in first_of_each_name(chart).items():
+    for name, series in style.first_of_each_name(chart).items():
         yield Line2D([], [], **_look(replace(series, marks=()))), name  # never those of a crowd, small and pale
-    for number, of in enumerate(bands_of(chart)):
-        yield Patch(**_band_look(MUTED, 2 * BAND, number > 0)), f"95 % band over {of}"
-    if any(_has_interval(mark) for series in every for mark in series.marks):
-        yield Line2D([], [], color=MUTED, linewidth=0.8), "95 % interval"
-    if any(mark.front for series in every for mark in series.marks):
-        yield Line2D([], [], **_RING), "Pareto front"
-
-
-def _has_interval(mark: Mark) -> bool:
-    return mark.x_ends is not None or mark.y_ends is not None
+    for words, sign in style.signs_of(chart).items():
+        if sign in ("band", "hatched"):
+            yield Patch(**_band_look(MUTED, 2 * style.BAND, sign == "hatched")), words
+        else:
+            yield Line2D([], [], **(_RING if sign == "front" else {"color": MUTED, "linewidth": 0.8})), words
 
 
 def _text(text: str) -> str:

@@ -1,24 +1,19 @@
 """How figures look, however they are drawn: colours, markers, dashes, the range of an axis and its round numbers."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
-_PRESETS = {"local": ("#0072B2", "o"), "e2e": ("#D55E00", "s"), "e2e_ds": ("#009E73", "^")}
-_FURTHER = (("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#7B3294", "X"), ("#8C6D31", "<"), ("#4D4D4D", ">"))
-COLOURS = {
-    **{key: colour for key, (colour, _) in _PRESETS.items()},
-    **{f"method-{number}": colour for number, (colour, _) in enumerate(_FURTHER)},
-}
+_PRESETS = ("local", "e2e", "e2e_ds")
+_FURTHER = ("#CC79A7", "#56B4E9", "#E69F00", "#7B3294", "#8C6D31", "#4D4D4D")
+_STYLES = (*_PRESETS, *(f"method-{number}" for number in range(len(_FURTHER))))
+COLOURS = dict(zip(_STYLES, ("#0072B2", "#D55E00", "#009E73", *_FURTHER), strict=True))
 """One colour a method in every figure, by the name of its style: of the paper's kinds, and of further methods in turn.
 From the palette of Okabe and Ito, which colour-blind readers can tell apart; each has a marker of its own too."""
-_MARKERS = {
-    **{key: marker for key, (_, marker) in _PRESETS.items()},
-    **{f"method-{number}": marker for number, (_, marker) in enumerate(_FURTHER)},
-}
+_MARKERS = dict(zip(_STYLES, "os^DvPX<>", strict=True))
 SHAPES = {
     "o": '<circle cx="14" cy="7" r="4"/>',
     "s": '<rect x="10.5" y="3.5" width="7" height="7"/>',
@@ -80,6 +75,22 @@ def first_of_each_name(chart: Chart) -> dict[str, Series]:
 def bands_of(chart: Chart) -> list[str]:
     """What its bands are over, each once; all but the first are hatched."""
     return list(dict.fromkeys(s.band.of for panel in chart.panels for s in panel.series if s.band is not None))
+
+
+def signs_of(chart: Chart) -> dict[str, str]:
+    """What a legend tells besides names: each in words, and its sign (`band`, `hatched`, `interval` or `front`)."""
+    signs = {f"95 % band over {of}": "hatched" if number else "band" for number, of in enumerate(bands_of(chart))}
+    marks = [mark for panel in chart.panels for series in panel.series for mark in series.marks]
+    signs |= {"95 % interval": "interval"} if any(mark.x_ends or mark.y_ends for mark in marks) else {}
+    return signs | ({"Pareto front": "front"} if any(mark.front for mark in marks) else {})
+
+
+def distances(values: Sequence[tuple[float, Ends | None]]) -> tuple[list[float], list[float]] | None:
+    """How far below and above each value its interval ends, 0 where one has none; None if none has."""
+    if all(ends is None for _, ends in values):
+        return None
+    below = [0.0 if ends is None else max(0.0, value - ends[0]) for value, ends in values]
+    return below, [0.0 if ends is None else max(0.0, ends[1] - value) for value, ends in values]
 
 
 def shrink(series: Series) -> float:

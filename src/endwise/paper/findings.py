@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from endwise.analysis.comparison.comparison import Summary, runs_at_similar, similar_by_seed, summarise
+from endwise.analysis.comparison.comparison import Summary, runs_at_similar, similar_by_seed, summarise_folders
 from endwise.analysis.directions.norms import Norms, norms
 from endwise.common.errors import FormatError
 from endwise.config.objective import Kind
@@ -19,7 +19,6 @@ from endwise.evaluation.summary import RunSummary
 from endwise.paper.experiments import inner, middle
 from endwise.paper.mitigations import WAYS, CostPoint, Mitigations, Variant, Way, mitigations, total_cost
 from endwise.paper.runs import StudyRuns
-from endwise.runs.folder import RunFolder
 from endwise.sweeps.tasks import ModelCache, folder_of
 
 
@@ -59,6 +58,16 @@ class Findings:
         return all(run.folder in curves for run in point.variant.runs)
 
     @property
+    def with_norms(self) -> list[tuple[str, RunSummary]]:
+        """The runs of which norms were measured, with their sites."""
+        return [(site, run) for site, of in self.sites.items() for run in of.runs if run.folder in self.norms]
+
+    @property
+    def points(self) -> tuple[CostPoint, ...]:
+        """Every variant, at the common L0."""
+        return () if self.mitigations is None else self.mitigations.points
+
+    @property
     def similar_ce(self) -> dict[str, tuple[RunSummary, ...]]:
         return {site: summary.similar for site, summary in self.sites.items()}
 
@@ -73,9 +82,9 @@ def find(made: StudyRuns, out: Path) -> Findings:
     measured = [run for name in ("curves", "seeds") for run in read.get(name, ())]
     curves = [run.summary for run in measured]
     settings = EvaluationConfig.build(study.recipe.get("evaluation", {}), "recipe.evaluation")
-    sites = {
-        site: _summary(runs, settings) for site in study.sites if (runs := [run for run in curves if run.site == site])
-    }
+    drawn = {"resamples": settings.bootstrap, "seed": settings.seed}
+    by_site = {site: [run for run in curves if run.site == site] for site in study.sites}
+    sites = {site: summarise_folders(runs, **drawn) for site, runs in by_site.items() if runs}
     similar_l0 = {site: runs_at_similar(summary.runs, "l0") for site, summary in sites.items()}
     similar = [runs for each in sites.values() for runs in similar_by_seed(each.runs, "ce_increase").values()]
     folders = {run.folder for runs in similar for run in runs}
@@ -91,18 +100,6 @@ def find(made: StudyRuns, out: Path) -> Findings:
 
 
 _ABSENT = ("learning_rates", "curves", "starts", "seeds", "sizes", "lengths")
-
-
-def _summary(runs: Sequence[RunSummary], settings: EvaluationConfig) -> Summary:
-    baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {})["baselines"]
-    return summarise(
-        runs,
-        clean_ce=baselines["clean"],
-        mean_ablated_ce=baselines["mean_ablated"],
-        zero_ablated_ce=baselines["zero_ablated"],
-        resamples=settings.bootstrap,
-        seed=settings.seed,
-    )
 
 
 def _norms(runs: Sequence[MeasuredStudy], out: Path) -> dict[str, Norms]:
@@ -129,22 +126,19 @@ def _norms(runs: Sequence[MeasuredStudy], out: Path) -> dict[str, Norms]:
 def _variants(made: StudyRuns, read: Mapping[str, Sequence[MeasuredStudy]]) -> list[Variant]:
     """The study's own curves, and each of their variants, at the first site."""
     study, variants = made.experiments.study, []
+    experiments: dict[Way, str] = {"tokens": "lengths", "dictionary": "sizes", "start": "starts"}
     for kind in study.kinds:
         coefficients = inner(study.kind(kind, study.site).coefficients)
+        of_kind = {name: [run for run in runs if run.summary.kind == kind] for name, runs in read.items()}
         own = [
             run
-            for run in (*read.get("curves", ()), *read.get("seeds", ()))
-            if run.summary.kind == kind and run.summary.site == study.site and run.summary.coefficient in coefficients
+            for run in (*of_kind.get("curves", ()), *of_kind.get("seeds", ()))
+            if run.summary.site == study.site and run.summary.coefficient in coefficients
         ]
-        of_kind = {name: [run for run in runs if run.summary.kind == kind] for name, runs in read.items()}
-        ways: dict[Way, list[MeasuredStudy]] = {
-            "tokens": [*own, *of_kind.get("lengths", [])],
-            "dictionary": [*own, *of_kind.get("sizes", [])],
-            "start": [*own, *of_kind.get("starts", [])],
-        }
-        for way, runs in ways.items():
-            if len(runs) > len(own) or (way == "start" and kind == "local" and read.get("starts")):
-                variants += _grouped(made, kind, way, runs)
+        for way, experiment in experiments.items():
+            further = of_kind.get(experiment, [])
+            if further or (way == "start" and kind == "local" and read.get("starts")):
+                variants += _grouped(made, kind, way, [*own, *further])
     return variants
 
 
@@ -193,20 +187,11 @@ def run_rows(found: Findings) -> list[dict[str, Any]]:
             row = rows.setdefault(summary.folder, {"run": Path(summary.folder).name, "experiments": name})
             if name not in row["experiments"].split(" "):
                 row["experiments"] += f" {name}"
-            row |= {
-                "kind": summary.kind,
-                "site": summary.site,
-                "coefficient": summary.coefficient,
-                "seed": summary.seed,
-                "learning_rate": config.training.learning_rate,
-                "d_sae": summary.d_sae,
-                "training_tokens": summary.tokens,
-                "start": None if config.init_from is None else config.init_from.name,
-                "l0": summary.l0,
-                "alive": summary.alive,
-                "ce_increase": summary.ce_increase,
-                "kl": summary.kl,
-            }
+            row |= {name: getattr(summary, name) for name in ("kind", "site", "coefficient", "seed")}
+            row |= {"learning_rate": config.training.learning_rate, "d_sae": summary.d_sae}
+            row |= {"training_tokens": summary.tokens}
+            row |= {"start": None if config.init_from is None else config.init_from.name}
+            row |= {name: getattr(summary, name) for name in ("l0", "alive", "ce_increase", "kl")}
             row |= {"remarks": " ".join(summary.remarks)} if summary.remarks else {}
             row |= {f"explained_variance.{form}": value for form, value in summary.explained_variances.items()}
             row |= {f"downstream_mse.{site}": value for site, value in summary.downstream_mse.items()}
@@ -228,10 +213,9 @@ def ratio_rows(found: Findings) -> list[dict[str, Any]]:
 
 def variant_rows(found: Findings) -> list[dict[str, Any]]:
     """The CE increase of each variant relative to its kind's own training, and to local's, at one L0."""
-    points = [] if found.mitigations is None else found.mitigations.points
-    bases = {(p.variant.kind, p.variant.way): p for p in points if found.is_base(p)}
+    bases = {(p.variant.kind, p.variant.way): p for p in found.points if found.is_base(p)}
     rows = []
-    for point in points:
+    for point in found.points:
         kind, way = point.variant.kind, point.variant.way
         for other in dict.fromkeys((kind, "local")):
             base = bases.get((other, way))
@@ -246,7 +230,5 @@ def norm_rows(found: Findings) -> list[dict[str, Any]]:
     return [
         {"site": site, "kind": run.kind, "seed": run.seed, "run": Path(run.folder).name}
         | found.norms[run.folder].to_row()
-        for site, summary in found.sites.items()
-        for run in summary.runs
-        if run.folder in found.norms
+        for site, run in found.with_norms
     ]

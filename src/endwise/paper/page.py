@@ -1,10 +1,11 @@
 """The study's report: verdicts first, then every figure and table, on one page that needs nothing else."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, claim_list
+from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pareto.page import ratio_table
 from endwise.analysis.sets import remark_list
 from endwise.common.text import model_title
@@ -14,43 +15,35 @@ from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
 from endwise.figures.page import escape, page, table
 from endwise.paper.costs import as_rows
-from endwise.paper.findings import Findings, norm_rows, ratio_rows
+from endwise.paper.findings import Findings, ratio_rows
 
 
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
-    sections = [
-        _section("verdicts", "What shows, and what does not", _remarks(found) + claim_list(made)),
-        _section("tradeoff", "What a feature buys", _figures(charts["tradeoff"]) + ratio_table(ratio_rows(found))),
-        _section("similar", "Runs at similar CE increase, and at similar L0", _similar(found)),
-        _section("downstream", "What stays of the later layers", _figures(charts["downstream"])),
-        _section("norms", "Lengths and directions", _figures(charts["norms"]) + _norms(found)),
-        _section("ablations", "Learning rate, size, length, seeds", _figures(charts["ablations"])),
-        _section("cost", "What training costs", _figures(charts["cost"]) + _costs(found)),
-        _section("made", "How this was made", _made(found, command)),
+    figures = {section: "\n".join(map(div, drawn)) for section, drawn in charts.items()}
+    runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
+    sections = {
+        "verdicts": ("What shows, and what does not", remark_list(runs.values()) + claim_list(made)),
+        "tradeoff": ("What a feature buys", figures["tradeoff"] + ratio_table(ratio_rows(found))),
+        "similar": ("Runs at similar CE increase, and at similar L0", _similar(found)),
+        "downstream": ("What stays of the later layers", figures["downstream"]),
+        "norms": ("Lengths and directions", figures["norms"] + _norms(found)),
+        "ablations": ("Learning rate, size, length, seeds", figures["ablations"]),
+        "cost": ("What training costs", figures["cost"] + _costs(found)),
+        "made": ("How this was made", _made(found, command)),
+    }
+    body = [
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{content}\n</section>'
+        for name, (title, content) in sections.items()
     ]
-    study = found.made.experiments.study
-    model = model_title(study.recipe.get("model", {}).get("name", "embedded"))
+    model = model_title(found.made.experiments.study.recipe.get("model", {}).get("name", "embedded"))
     lead = (
         f"Every quantitative experiment of the paper that needs no reader of features, on {escape(model)}: "
-        f"{len({run.summary.folder for runs in found.experiments.values() for run in runs})} sparse autoencoders, "
-        f"{found.made.plan.tokens:,} training tokens each unless a figure says otherwise, measured on held-out text."
+        f"{len(runs)} sparse autoencoders, {found.made.plan.tokens:,} training tokens each unless a figure says "
+        "otherwise, measured on held-out text."
     )
     title = "End-to-end sparse dictionary learning, reproduced"
-    return page(title=title, eyebrow=escape(model), lead=lead, body="\n".join(sections), interactive=True)
-
-
-def _remarks(found: Findings) -> str:
-    runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
-    return remark_list(runs.values())
-
-
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{body}\n</section>'
-
-
-def _figures(charts: Iterable[Chart]) -> str:
-    return "\n".join(map(div, charts))
+    return page(title=title, eyebrow=escape(model), lead=lead, body="\n".join(body), interactive=True)
 
 
 def _similar(found: Findings) -> str:
@@ -59,45 +52,37 @@ def _similar(found: Findings) -> str:
         "Similar CE increase": (found.similar_ce, paper.SIMILAR_CE),
         "Similar L0": (found.similar_l0, paper.SIMILAR_L0),
     }
-    headings = ("site", "kind", "λ", "L0", "alive", "CE increase")
     for words, (ours, published) in sets.items():
-        rows = [_row(f"here, layer {layer_label(site)}", run) for site, runs in ours.items() for run in runs]
-        rows += [_row(f"paper, layer {row.layer}", row) for row in published]
-        parts.append(f"<h3>{words}</h3>{table(headings, rows, text=(1,))}")
+        rows: list[tuple[str, RunSummary | paper.Published]] = []
+        rows += [(f"here, layer {layer_label(site)}", run) for site, runs in ours.items() for run in runs]
+        rows += [(f"paper, layer {row.layer}", row) for row in published]
+        cells = [
+            (where, LABELS[of.kind], f"{of.coefficient:g}", f"{of.l0:.1f}", f"{of.alive:,}", f"{of.ce_increase:+.3f}")
+            for where, of in rows
+        ]
+        headings = ("site", "kind", "λ", "L0", "alive", "CE increase")
+        parts.append(f"<h3>{words}</h3>{table(headings, cells, text=(1,))}")
     return "".join(parts)
 
 
-def _row(where: str, run: RunSummary | paper.Published) -> tuple[object, ...]:
-    return (
-        where,
-        LABELS[run.kind],
-        f"{run.coefficient:g}",
-        f"{run.l0:.1f}",
-        f"{run.alive:,}",
-        f"{run.ce_increase:+.3f}",
-    )
-
-
 def _norms(found: Findings) -> str:
-    rows: list[tuple[object, ...]] = [
-        (f"here, layer {layer_label(row['site'])}", LABELS[row["kind"]], *(_number(row, name) for name in _NORMS))
-        for row in norm_rows(found)
-    ]
+    columns = {
+        "‖â‖/‖a‖": "ratio",
+        "at position 0": "ratio_at_0",
+        "at document starts": "ratio_at_starts",
+        "cosine of a and â": "cosine",
+    }
+    rows: list[tuple[str, ...]] = []
+    for site, run in found.with_norms:
+        intervals = (getattr(found.norms[run.folder], name) for name in columns.values())
+        rows.append((f"here, layer {layer_label(site)}", LABELS[run.kind], *map(bracketed, intervals)))
     rows += [
         (f"paper, layer {layer}", LABELS[kind], f"{ratio:.2f}", "", "", "")
         for kind, ratios in paper.NORM_RATIO.items()
         for layer, ratio in zip(paper.LAYERS, ratios, strict=True)
     ]
-    headings = ("site", "kind", "‖â‖/‖a‖", "at position 0", "at document starts", "cosine of a and â")
     note = "The first and the last column leave out position 0 and document starts; the paper's leaves out position 0."
-    return table(headings, rows, text=(1,)) + f'<p class="note">{note}</p>'
-
-
-_NORMS = ("ratio", "ratio_at_0", "ratio_at_starts", "cosine")
-
-
-def _number(row: Mapping[str, Any], name: str) -> str:
-    return f"{row[name]:.3f} [{row[f'{name}.low']:.3f}, {row[f'{name}.high']:.3f}]" if name in row else "–"
+    return table(("site", "kind", *columns), rows, text=(1,)) + f'<p class="note">{note}</p>'
 
 
 def _costs(found: Findings) -> str:
@@ -111,16 +96,12 @@ def _costs(found: Findings) -> str:
         )
         for row in as_rows(found.made.costs)
     ]
-    for kind in ("local", "e2e", "e2e_ds"):
-        for layer, hours, ratio in zip(
-            paper.LAYERS, paper.TRAINING_HOURS[kind], paper.cost_relative_to_local(kind), strict=True
-        ):
-            rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{hours:.1f} h", f"{ratio:.2f}"))
+    for kind, hours in paper.TRAINING_HOURS.items():
+        for layer, taken, ratio in zip(paper.LAYERS, hours, paper.cost_relative_to_local(kind), strict=True):
+            rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{taken:.1f} h", f"{ratio:.2f}"))
     note = "Each kind trained alone, one after another; wall-clock, so unlike all other numbers not the same each time."
-    return (
-        table(("site", "kind", "dictionary", "training", "relative to local"), rows, text=(1, 2))
-        + f'<p class="note">{note}</p>'
-    )
+    headings = ("site", "kind", "dictionary", "training", "relative to local")
+    return f'{table(headings, rows, text=(1, 2))}<p class="note">{note}</p>'
 
 
 def _microseconds(row: Mapping[str, Any]) -> str:
@@ -138,21 +119,16 @@ def _made(found: Findings, command: str) -> str:
         ("seeds", f"{study.seeds} {_SEEDS}"),
         ("left out", escape(", ".join(plan.left_out) or "nothing")),
         ("failed", escape("; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run")),
-        (
-            "tables",
-            "<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG",
-        ),
-        (
-            "not covered",
-            (
-                "geometry of the dictionaries and automated interpretability, which have commands of their own: "
-                "<code>endwise geometry</code>, <code>endwise compare-explanations</code>"
-            ),
-        ),
+        ("tables", "<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG"),
+        ("not covered", _NOT_COVERED),
     ]
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
 
 
+_NOT_COVERED = (
+    "geometry of the dictionaries and automated interpretability, which have commands of their own: "
+    "<code>endwise geometry</code>, <code>endwise compare-explanations</code>"
+)
 _SEEDS = (
     "of the curves and of starts from local, each of initialisation and order of the text; one of sizes, lengths and "
     "learning rates, on which no verdict rests"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.analysis.comparison.comparison import Summary, summarise
+from endwise.analysis.comparison.comparison import Summary, summarise_folders
 from endwise.analysis.comparison.page import write_report
 from endwise.analysis.comparison.printed import print_summary
 from endwise.common.errors import RunFolderError
@@ -107,17 +107,13 @@ def quickstart(out: Path | str = Path("runs/quickstart"), *, seed: int = 0, disp
 
 def compare(runs: Sequence[Run], evaluations: Mapping[str, Evaluation], seconds: float) -> Summary:
     """The runs' comparison, with what made it."""
-    first = evaluations[str(runs[0].folder)]
-    made_by = environment()
-    return summarise(
+    config = runs[0].config
+    return summarise_folders(
         [RunSummary.of(run.config, evaluations[str(run.folder)], run.seconds, run.folder) for run in runs],
-        clean_ce=first.baselines.clean,
-        mean_ablated_ce=first.baselines.mean_ablated,
-        zero_ablated_ce=first.baselines.zero_ablated,
-        resamples=runs[0].config.evaluation.bootstrap,
-        seed=runs[0].config.evaluation.seed,
-        model=runs[0].config.model.name,
+        resamples=config.evaluation.bootstrap,
+        seed=config.evaluation.seed,
+        model=config.model.name,
         command=shlex.join(["endwise", *sys.argv[1:]]),
         seconds=seconds,
-        environment=made_by,
+        environment=environment(),
     )

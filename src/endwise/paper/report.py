@@ -42,17 +42,16 @@ def tables(found: Findings, judged: Sequence[Claim]) -> dict[str, list[dict[str,
     """By name. All but `costs` and `costs_of_variants` are the same however often a study was interrupted: these two
     hold wall-clock.
     """
-    points = () if found.mitigations is None else found.mitigations.points
     return {
         "runs": run_rows(found),
         "ratios": ratio_rows(found),
         "claims": [vars(claim) for claim in judged if not claim.timed],
         "similar": list(_similar_rows(found)),
         "norms": norm_rows(found),
-        "variants": [point.to_row() for point in points],
+        "variants": [point.to_row() for point in found.points],
         "variant_ratios": variant_rows(found),
         "costs": as_rows(found.made.costs),
-        "costs_of_variants": [{**point.to_row(), "seconds": point.variant.seconds} for point in points],
+        "costs_of_variants": [{**point.to_row(), "seconds": point.variant.seconds} for point in found.points],
     }
 
 
@@ -106,9 +105,8 @@ def _ablations(found: Findings, site: str) -> Iterator[Chart]:
         "start": ("starts", "Start", "Curves of SAEs that began with random weights, and with those of a local SAE."),
     }
     for way, (name, title, caption) in captions.items():
-        points = () if found.mitigations is None else found.mitigations.points
         labelled: dict[str, list[RunSummary]] = {}
-        for point in points:
+        for point in found.points:
             if point.variant.way == way:
                 labelled.setdefault(point.variant.label, []).extend(point.variant.runs)
         yield figures.variants(name, title, list(labelled.items()), site, caption)

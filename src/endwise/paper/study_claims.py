@@ -1,14 +1,14 @@
 """The paper's claims against a study's findings: shown, not shown, or not testable here, and why."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, shown_if_all
 from endwise.analysis.comparison.comparison import Summary, similar_by_seed
 from endwise.analysis.directions.study import norm_claim
+from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.ratios import Ratio, below, l0_ratio, percent, times
-from endwise.common.statistics import Interval
 from endwise.config.method import LOCAL
 from endwise.config.objective import LABELS, Kind
 from endwise.evaluation.summary import layer_label
@@ -23,55 +23,34 @@ REACHED = 1.05
 
 def claims(found: Findings) -> list[Claim]:
     """Every quantitative claim that runs alone can bear out, in the paper's order."""
-    made: list[Claim] = []
-    for kind in END_TO_END:
-        if kind in found.made.experiments.study.kinds:
-            made += [
-                _features(found, kind),
-                _alive(found, kind),
-                _ce_at_equal(found, kind, "l0"),
-                _ce_at_equal(found, kind, "alive"),
-            ]
+    kinds: list[Kind] = [kind for kind in END_TO_END if kind in found.made.experiments.study.kinds]
+    made = [claim for kind in kinds for claim in _relative_to_local(found, kind)]
     made += [_downstream(found), _norms(found), _learning_rate(found), _sizes(found), _lengths(found), _seeds(found)]
-    made += [_cost(found, kind) for kind in END_TO_END if kind in found.made.experiments.study.kinds]
+    made += [_cost(found, kind) for kind in kinds]
     made += [_mitigation(found, way) for way in ("tokens", "dictionary", "start")]
     return [*made, _break_even(found)]
 
 
-def _features(found: Findings, kind: Kind) -> Claim:
-    published = _percents(paper.relative_to_local(paper.SIMILAR_CE, kind, "l0"))
-    claim = f"{LABELS[kind]} needs fewer features per token than local for the same CE increase"
-    return _of_ratios(found, claim, f"{published} of local's L0", "features_at_equal_ce", kind)
-
-
-def _alive(found: Findings, kind: Kind) -> Claim:
-    published = _percents(paper.relative_to_local(paper.SIMILAR_CE, kind, "alive"))
-    claim = f"{LABELS[kind]} needs fewer alive features in all than local for the same CE increase"
-    return _of_ratios(found, claim, f"{published} of local's", "alive_at_equal_ce", kind)
-
-
-def _ce_at_equal(found: Findings, kind: Kind, at: str) -> Claim:
-    words = {"l0": "L0", "alive": "number of alive features"}[at]
-    published = "under 45 % of local's (layer 6)" if at == "l0" else "lower (figure 1)"
-    claim = f"{LABELS[kind]} has a lower CE increase than local at the same {words}"
-    return _of_ratios(found, claim, published, f"ce_increase_at_equal_{at}", kind)
-
-
-def _of_ratios(found: Findings, claim: str, published: str, measure: str, kind: Kind) -> Claim:
-    ratios = {site: to_local(summary, measure).get(kind, NO_LOCAL) for site, summary in found.sites.items()}
-    return Claim(claim, published, _told(ratios), below(ratios.values()))
+def _relative_to_local(found: Findings, kind: Kind) -> Iterator[Claim]:
+    name = LABELS[kind]
+    l0, alive = (_percents(paper.relative_to_local(paper.SIMILAR_CE, kind, metric)) for metric in ("l0", "alive"))
+    fewer, lower = "for the same CE increase", f"{name} has a lower CE increase than local at the same"
+    claimed = {
+        "features_at_equal_ce": (f"{name} needs fewer features per token than local {fewer}", f"{l0} of local's L0"),
+        "alive_at_equal_ce": (f"{name} needs fewer alive features in all than local {fewer}", f"{alive} of local's"),
+        "ce_increase_at_equal_l0": (f"{lower} L0", "under 45 % of local's (layer 6)"),
+        "ce_increase_at_equal_alive": (f"{lower} number of alive features", "lower (figure 1)"),
+    }
+    absent = Ratio(None, reason="there are no runs of local")
+    for measure, (claim, published) in claimed.items():
+        ratios = {site: to_local(summary, measure).get(kind, absent) for site, summary in found.sites.items()}
+        told = "; ".join(f"{_layer(site)}: {_percent(ratio)}" for site, ratio in ratios.items())
+        yield Claim(claim, published, told, below(ratios.values()))
 
 
 def to_local(summary: Summary, measure: str) -> Mapping[str, Ratio]:
     """The ratios of one measure by kind, where there are local runs that they are relative to."""
     return summary.ratios[measure] if summary.baseline == LOCAL else {}
-
-
-NO_LOCAL = Ratio(None, reason="there are no runs of local")
-
-
-def _told(ratios: Mapping[str, Ratio]) -> str:
-    return "; ".join(f"{_layer(site)}: {_percent(ratio)}" for site, ratio in ratios.items())
 
 
 def _percent(ratio: Ratio) -> str:
@@ -221,19 +200,17 @@ def _cost(found: Findings, kind: Kind) -> Claim:
 
 def _mitigation(found: Findings, way: Way) -> Claim:
     """Whether a cheaper variant of an end-to-end kind does as well as its full training."""
-    words = {
-        "tokens": "Training on fewer tokens",
-        "dictionary": "A smaller dictionary",
-        "start": "A start from a local SAE",
+    words, published = {
+        "tokens": ("Training on fewer tokens", "e2e+ds saturates at 400k samples, e2e at 800k"),
+        "dictionary": ("A smaller dictionary", "5 features per dimension are acceptable on TinyStories-1M"),
+        "start": ("A start from a local SAE", "suggested"),
     }[way]
     told, holds = [], []
     for kind in END_TO_END:
         points = _known(found, kind, way)
         base = next((p for p in points if found.is_base(p)), None)
-        if base is None:
-            continue
-        cheaper = [p for p in points if p.variant.seconds < base.variant.seconds and _is_less(p, base)]
-        if not cheaper:
+        cheaper = [] if base is None else [p for p in points if _is_cheaper(p, base)]
+        if base is None or not cheaper:
             continue
         good = [p for p in cheaper if reaches(p, base, REACHED)]
         if any(p.relative_to(base).holds_seeds for p in cheaper):
@@ -241,17 +218,13 @@ def _mitigation(found: Findings, way: Way) -> Claim:
         lowest = min(cheaper, key=lambda p: p.ce_increase.estimate if p.ce_increase else math.inf)
         best = min(good, key=lambda p: p.variant.seconds, default=lowest)
         told.append(
-            f"{LABELS[kind]}: {best.variant.label} has {_interval(best.ce_increase)} where full training has "
-            f"{_interval(base.ce_increase)}, {_percent(best.relative_to(base))}, at "
+            f"{LABELS[kind]}: {best.variant.label} has {bracketed(best.ce_increase)} where full training has "
+            f"{bracketed(base.ce_increase)}, {_percent(best.relative_to(base))}, at "
             f"{100 * best.variant.seconds / base.variant.seconds:.0f} % of its time"
         )
     return Claim(
         f"{words} lowers what end-to-end training costs and raises the CE increase by less than {_MARGIN}",
-        {
-            "tokens": "e2e+ds saturates at 400k samples, e2e at 800k",
-            "dictionary": "5 features per dimension are acceptable on TinyStories-1M",
-            "start": "suggested",
-        }[way],
+        published,
         _at_l0(found, told),
         shown_if_all(holds),
         timed=True,
@@ -267,7 +240,7 @@ def _break_even(found: Findings) -> Claim:
             continue
         best = found.mitigations.cheapest(kind, local, REACHED)
         if best is None:
-            told.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {_interval(local.ce_increase)}")
+            told.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {bracketed(local.ce_increase)}")
             holds.append(False)
             continue
         ratio = best.variant.seconds / local.variant.seconds
@@ -286,15 +259,14 @@ def _break_even(found: Findings) -> Claim:
 
 
 def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
-    if found.mitigations is None:
-        return []
-    points = [p for p in found.mitigations.points if (p.variant.kind, p.variant.way) == (kind, way)]
+    points = [point for point in found.points if (point.variant.kind, point.variant.way) == (kind, way)]
     return [point for point in points if point.ce_increase is not None]
 
 
-def _is_less(point: CostPoint, base: CostPoint) -> bool:
-    """Whether a variant is of a dictionary that is not larger: timings alone may say that a larger one costs less."""
-    return point.variant.runs[0].d_sae <= base.variant.runs[0].d_sae
+def _is_cheaper(point: CostPoint, base: CostPoint) -> bool:
+    """Whether a variant takes less time with no larger dictionary, which by timings alone may cost less."""
+    variant, full = point.variant, base.variant
+    return variant.seconds < full.seconds and variant.runs[0].d_sae <= full.runs[0].d_sae
 
 
 def _at_l0(found: Findings, told: Sequence[str]) -> str:
@@ -307,11 +279,7 @@ _MARGIN = f"{100 * (REACHED - 1):.0f} %"
 
 
 def _listed(kind: Kind, points: Iterable[CostPoint]) -> str:
-    return f"{LABELS[kind]}: " + ", ".join(f"{p.variant.label} {_interval(p.ce_increase)}" for p in points)
-
-
-def _interval(value: Interval | None) -> str:
-    return "–" if value is None else f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return f"{LABELS[kind]}: " + ", ".join(f"{p.variant.label} {bracketed(p.ce_increase)}" for p in points)
 
 
 def _percents(values: Sequence[float]) -> str:

@@ -1,9 +1,11 @@
 """A comparison of the methods at one site: every ratio, the runs that are most alike, and what they show in words."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,28 +16,29 @@ from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pair
 from endwise.common.errors import ConfigError
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import LATER_MSE, RunSummary, Seeds, estimate, what_varies
+from endwise.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A comparison of the methods at one site: what `summary.json` and the report are made of."""
+    """A comparison of the methods at one site: what `summary.json` and the report are made of. See `summarise`."""
 
-    site: str
-    clean_ce: float
-    mean_ablated_ce: float | None
-    zero_ablated_ce: float | None
     runs: tuple[RunSummary, ...]
-    ratios: Mapping[str, Mapping[str, Ratio]]
-    """By the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
-    similar: tuple[RunSummary, ...]
-    """One run of each method, all of one seed, those whose CE increases are closest to each other."""
-    downstream: Mapping[str, Ratio]
-    """Ratio of downstream MSE at equal CE increase, by `<key>/<key>`; geometric mean over the later sites."""
-    resamples: int
+    """By method, knob and seed; each method with a key and a label of its own."""
+    clean_ce: float
+    mean_ablated_ce: float | None = None
+    zero_ablated_ce: float | None = None
+    resamples: int = 1000
+    seed: int = 12345
+    """Of the resamples."""
     model: str = ""
     command: str = ""
     seconds: float | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> str:
+        return self.runs[0].site
 
     @property
     def methods(self) -> list[Method]:
@@ -50,15 +53,33 @@ class Summary:
     @property
     def compared(self) -> list[Method]:
         """Those that are related to the baseline; where that is local, all presets, whether they have runs or not."""
-        return _compared(self.runs)
+        presets = PRESET_METHODS.values() if self.baseline == LOCAL else ()
+        return [method for method in dict.fromkeys((*presets, *self.methods)) if method != self.baseline]
 
     def method(self, key: str) -> Method:
         """Find a method by its key."""
         return next(each for each in (*self.methods, *PRESET_METHODS.values()) if each.key == key)
 
+    @cached_property
+    def ratios(self) -> Mapping[str, Mapping[str, Ratio]]:
+        """By the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
+        related = partial(ratio_of, self.runs, resamples=self.resamples, seed=self.seed, reference=self.baseline)
+        return {each.key: {of.key: related(of, of=each.of, at=each.at) for of in self.compared} for each in MEASURES}
+
     @property
     def features_at_equal_ce(self) -> Mapping[str, Ratio]:
         return self.ratios["features_at_equal_ce"]
+
+    @cached_property
+    def similar(self) -> tuple[RunSummary, ...]:
+        """One run of each method, all of one seed, those whose CE increases are closest to each other."""
+        return runs_at_similar(self.runs, "ce_increase")
+
+    @cached_property
+    def downstream(self) -> Mapping[str, Ratio]:
+        """Ratio of downstream MSE at equal CE increase, by `<key>/<key>`; geometric mean over the later sites."""
+        pairs = [(a.method, b.method) for b, a in itertools.combinations(self.similar, 2)]
+        return {f"{a.key}/{b.key}": later_error(self.runs, a, b, self.resamples, self.seed) for a, b in pairs}
 
     @property
     def verdicts(self) -> tuple[str, ...]:
@@ -67,13 +88,10 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`; JSON types only."""
+        told = ("clean_ce", "mean_ablated_ce", "zero_ablated_ce", "site", "model")
         ratios = {key: {of: ratio.to_json() for of, ratio in group.items()} for key, group in self.ratios.items()}
         return {
-            "clean_ce": self.clean_ce,
-            "mean_ablated_ce": self.mean_ablated_ce,
-            "zero_ablated_ce": self.zero_ablated_ce,
-            "site": self.site,
-            "model": self.model,
+            **{name: getattr(self, name) for name in told},
             "runs": [run.to_json() for run in self.runs],
             "baseline": self.baseline.key,
             **ratios,
@@ -87,20 +105,11 @@ class Summary:
         }
 
 
-def summarise(
-    runs: Sequence[RunSummary],
-    *,
-    clean_ce: float,
-    mean_ablated_ce: float | None = None,
-    zero_ablated_ce: float | None = None,
-    resamples: int = 1000,
-    seed: int = 12345,
-    model: str = "",
-    command: str = "",
-    seconds: float | None = None,
-    environment: Mapping[str, Any] | None = None,
-) -> Summary:
+def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> Summary:
     """Compare runs of one site. Runs of one method and knob that differ in seed count as one point, their mean.
+
+    Args:
+        about: further fields of `Summary`.
 
     Raises:
         ConfigError: no runs, or more than one site.
@@ -108,34 +117,14 @@ def summarise(
     sites = sorted({run.site for run in runs})
     if len(sites) != 1:
         raise ConfigError(f"A comparison is of runs at one site; given {', '.join(sites) or 'no runs'}.")
-    ordered = tuple(sorted(told_apart(runs), key=in_order))
-    related = partial(ratio_of, ordered, resamples=resamples, seed=seed, reference=baseline_of(methods_of(ordered)))
-    ratios = {m.key: {each.key: related(each, of=m.of, at=m.at) for each in _compared(ordered)} for m in MEASURES}
-    similar = runs_at_similar(ordered, "ce_increase")
-    pairs = [(a.method, b.method) for b, a in itertools.combinations(similar, 2)]
-    downstream = {f"{a.key}/{b.key}": later_error(ordered, a, b, resamples, seed) for a, b in pairs}
-    return Summary(
-        site=sites[0],
-        clean_ce=clean_ce,
-        mean_ablated_ce=mean_ablated_ce,
-        zero_ablated_ce=zero_ablated_ce,
-        runs=ordered,
-        ratios=ratios,
-        similar=similar,
-        downstream=downstream,
-        resamples=resamples,
-        model=model,
-        command=command,
-        seconds=seconds,
-        environment=environment or {},
-    )
+    return Summary(tuple(sorted(told_apart(runs), key=in_order)), clean_ce, **about)
 
 
-def _compared(runs: Sequence[RunSummary]) -> list[Method]:
-    methods = methods_of(runs)
-    baseline = baseline_of(methods)
-    presets = PRESET_METHODS.values() if baseline == LOCAL else ()
-    return [method for method in dict.fromkeys((*presets, *methods)) if method != baseline]
+def summarise_folders(runs: Sequence[RunSummary], **about: Any) -> Summary:
+    """As `summarise`, with the baselines that the first run's folder tells."""
+    baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
+    ablated = {f"{name}_ce": baselines.get(name) for name in ("mean_ablated", "zero_ablated")}
+    return summarise(runs, clean_ce=baselines.get("clean", math.nan), **ablated, **about)
 
 
 def later_error(runs: Sequence[RunSummary], method: Method, reference: Method, resamples: int, seed: int) -> Ratio:

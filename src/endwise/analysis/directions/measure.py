@@ -113,19 +113,7 @@ def measure_directions(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
 ) -> dict[Path, RunDirections]:
-    """Measures run folders, or reads what was measured before with these settings.
-
-    Args:
-        tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
-        directions: ablate this many of the first and as many of the others, spread evenly; None: all up to `SMALL`
-            dimensions, `TOP` above.
-        with_starts: directions are those of all tokens, position 0 and document starts among them.
-        model, corpora: loaded ones to use instead of the recipes'.
-
-    Raises:
-        RunFolderError: a folder is not a run, or holds no trained SAE.
-        ConfigError: fewer tokens than one sequence has.
-    """
+    """Measures run folders, or reads what was measured before; arguments and errors as for `directions`."""
     configs = {path: RunFolder.open(path).config() for path in map(expanded, runs)}
     heldout = None if corpora is None else corpora.heldout.describe()
     settings = {

@@ -1,16 +1,18 @@
 """How long a reconstruction is and which way it points, compared with the activation (paper, figures 10 and 11)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from endwise.analysis.directions.text_at_site import WHERE, SiteBatch, TextAtSite, Where
+from endwise.analysis.over_seeds import interval_columns
 from endwise.common.axes import Activation
 from endwise.common.errors import FormatError
 from endwise.common.files import read_json, write_json
@@ -42,47 +44,28 @@ class Norms:
     """The same at document starts; None where the text has none (but at position 0)."""
     cosine: Interval
     """Mean over tokens of the cosine between a and â, position 0 and document starts left out."""
-    histogram: tuple[int, ...]
+    histogram: Annotated[tuple[int, ...], Field(min_length=BINS, max_length=BINS)]
     """Tokens, without position 0 and document starts, by their cosine, in `BINS` equal bins from −1 to 1."""
     sample: Mapping[Where, tuple[tuple[float, float], ...]]
     """‖a‖ and ‖â‖ of `SAMPLE` tokens of each group, spread evenly over the text."""
     tokens: int
 
-    def to_row(self) -> dict[str, float]:
+    def to_row(self) -> dict[str, float | None]:
         """Every interval that there is, flat, for a table."""
-        row: dict[str, float] = {}
-        for name in _INTERVALS:
-            interval: Interval | None = getattr(self, name)
-            if interval is not None:
-                row |= {name: interval.estimate, f"{name}.low": interval.low, f"{name}.high": interval.high}
-        return row
+        known = [name for name in _INTERVALS if getattr(self, name) is not None]
+        return {key: end for name in known for key, end in interval_columns(name, getattr(self, name)).items()}
 
     def to_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = dict(vars(self))
-        for name in _INTERVALS:
-            values[name] = None if values[name] is None else vars(values[name])
-        return values
+        return TypeAdapter(Norms).dump_python(self, mode="json")
 
     @classmethod
-    def of_json(cls, values: Mapping[str, Any]) -> "Norms":
+    def of_json(cls, values: object) -> "Norms":
         """From what `to_json` gives.
 
         Raises:
-            LookupError, TypeError, ValueError: it is something else.
+            ValueError: it is something else.
         """
-
-        def interval(name: str) -> Interval | None:
-            return None if values[name] is None else Interval(**values[name])
-
-        return cls(
-            ratio=Interval(**values["ratio"]),
-            ratio_at_0=interval("ratio_at_0"),
-            ratio_at_starts=interval("ratio_at_starts"),
-            cosine=Interval(**values["cosine"]),
-            histogram=_of_length(BINS, values["histogram"]),
-            sample={group: tuple((float(a), float(b)) for a, b in values["sample"][group]) for group in WHERE},
-            tokens=values["tokens"],
-        )
+        return TypeAdapter(Norms).validate_python(values)
 
     @classmethod
     def read(cls, file: Path) -> "Norms":
@@ -93,7 +76,7 @@ class Norms:
         """
         try:
             return cls.of_json(read_json(file))
-        except (LookupError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise FormatError(f"{file} holds no norms as they are written ({error}). Remove it.") from None
 
     def write(self, file: Path) -> None:
@@ -161,12 +144,6 @@ class NormCollector:
             sample={group: _sample(a[kept], b[kept], SAMPLE[group]) for group, kept in groups.items()},
             tokens=int(sum(kept.sum() for kept in groups.values())),
         )
-
-
-def _of_length(count: int, values: Sequence[int]) -> tuple[int, ...]:
-    if len(values) != count:
-        raise ValueError(f"{len(values)} values where {count} are expected")
-    return tuple(values)
 
 
 def _stacked(values: list[Tensor]) -> NDArray[Any]:

@@ -123,8 +123,8 @@ def directions(
     Args:
         runs: run folders, or folders that hold some at any depth.
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
-        directions: resample-ablate this many of the first principal directions and as many of the others; None: all of
-            them at a narrow site (`features.directions.SMALL`).
+        directions: resample-ablate this many of the first principal directions and as many of the others, spread
+            evenly; None: all up to `SMALL` dimensions, `TOP` above.
         with_starts: position 0 and document starts count among the tokens that the directions are of.
         model, corpora: loaded ones to use instead of the recipes'.
 

@@ -32,41 +32,46 @@ def differences(found: Geometry) -> list[SimilarityDifference]:
     """Of every two presets, and of each further method and the baseline, within and across seeds; and, towards and from
     each preset, of the other two.
     """
-    made = []
-    for a, b in pairs_of(PAIRS, methods_of(found.runs)):
-        for equally_many in (False, True):
-            made.append(_difference(found, WITHIN, a, b, equally_many))
-            made.append(_difference(found, SEEDS, a, b, equally_many))
+    made = [
+        _difference(found, name, a, b, equally_many)
+        for a, b in pairs_of(PAIRS, methods_of(found.runs))
+        for equally_many in (False, True)
+        for name in (WITHIN, SEEDS)
+    ]
     for a, b, to in ((E2E_DS, E2E, LOCAL), (E2E_DS, LOCAL, E2E), (LOCAL, E2E, E2E_DS)):
-        made.append(_towards(found, a, b, to))
-        made.append(_seen_from(found, to, a, b))
+        # How much nearer a's features have one of `to` than b's; of different features, so unpaired.
+        made.append(_between(found, f"nearest in {to.label}", (a, b), ((a, to), (b, to))))
+        # How much nearer the features of `to` have one of a than one of b; the same features, so paired.
+        made.append(_between(found, f"{to.label}'s features, nearest in", (a, b), ((to, a), (to, b))))
     return made
 
 
 def claims(found: Geometry) -> list[Claim]:
     """The verdicts on the dictionaries of one setting."""
     by_name = {(each.name, each.a, each.b): each for each in differences(found)}
+
+    def judge(claim: str, published: str | None, sign: int, *names: tuple[str, Method, Method]) -> Claim:
+        """Tell a control where there is one; it decides nothing, for claim and measure are the paper's."""
+        name, a, b = names[0]
+        parts, control = [by_name[each] for each in names], by_name.get((f"{name}{EQUALLY_MANY}", a, b))
+        known = [*parts] if control is None or control.interval is None else [*parts, control]
+        return Claim(claim, published, "; ".join(map(told, known)), _verdict(parts, sign))
+
+    further_apart = "dictionaries are more orthogonal than {} ones: their features lie further apart"
     made = [
-        _below(
-            f"{a.label} dictionaries are more orthogonal than {b.label} ones: their features lie further apart",
-            PUBLISHED.get(a.key),
-            by_name[WITHIN, a, b],
-            control=by_name[f"{WITHIN}{EQUALLY_MANY}", a, b],
-        )
+        judge(f"{a.label} {further_apart.format(b.label)}", PUBLISHED.get(a.key), -1, (WITHIN, a, b))
         for a, b in pairs_of(PAIRS[:2], methods_of(found.runs))
     ]
-    seeds, control = (by_name[f"{SEEDS}{among}", E2E_DS, E2E] for among in ("", EQUALLY_MANY))
-    claim = "e2e+ds features recur across seeds more than e2e's"
-    made.append(_above(claim, "far more (figure 3)", seeds, control=control))
-    local = by_name["nearest in local", E2E_DS, E2E]
-    published = "e2e+ds is nearer to local than e2e is (figure 3)"
-    made.append(_above("e2e+ds dictionaries are partly aligned with local ones, more than e2e's are", published, local))
-    published = "e2e+ds sits between them (figure 3)"
-    e2e = by_name["nearest in e2e", E2E_DS, LOCAL]
-    made.append(
-        _above("e2e+ds lies between local and e2e: nearer to either than they are to each other", published, local, e2e)
-    )
-    return made
+    to_local, to_e2e = ("nearest in local", E2E_DS, E2E), ("nearest in e2e", E2E_DS, LOCAL)
+    recur = "e2e+ds features recur across seeds more than e2e's"
+    aligned = "e2e+ds dictionaries are partly aligned with local ones, more than e2e's are"
+    between = "e2e+ds lies between local and e2e: nearer to either than they are to each other"
+    return [
+        *made,
+        judge(recur, "far more (figure 3)", 1, (SEEDS, E2E_DS, E2E)),
+        judge(aligned, "e2e+ds is nearer to local than e2e is (figure 3)", 1, to_local),
+        judge(between, "e2e+ds sits between them (figure 3)", 1, to_local, to_e2e),
+    ]
 
 
 def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: bool) -> SimilarityDifference:
@@ -83,52 +88,24 @@ def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: 
     return difference(full_name, of_a, of_b, (a, b))
 
 
-def _towards(found: Geometry, a: Method, b: Method, to: Method) -> SimilarityDifference:
-    """How much nearer `a`'s features have one of `to` than `b`'s have; of different features, so unpaired."""
-    runs, name = {run.method: run for run in found.similar}, f"nearest in {to.label}"
-    if (missing := _missing(runs, (a, b, to), "two alive features")) is not None:
-        return SimilarityDifference(name, a, b, reason=missing)
-    of_a, of_b = (across_kinds(found, runs[method], runs[to]) for method in (a, b))
-    return (
-        difference(name, of_a, of_b, (a, b))
-        if of_a and of_b
-        else SimilarityDifference(name, a, b, reason="no seed has both")
-    )
-
-
-def _seen_from(found: Geometry, of: Method, a: Method, b: Method) -> SimilarityDifference:
-    """How much nearer the features of `of` have one of `a` than one of `b`; the same features, so paired."""
-    runs, name = {run.method: run for run in found.similar}, f"{of.label}'s features, nearest in"
-    if (missing := _missing(runs, (of, a, b), "two alive features")) is not None:
-        return SimilarityDifference(name, a, b, reason=missing)
-    to_a, to_b = (across_kinds(found, runs[of], runs[method]) for method in (a, b))
-    if to_a is None or to_b is None:
-        return SimilarityDifference(name, a, b, reason="no seed has both")
-    same = to_a.values.keys() == to_b.values.keys()
-    return difference(name, to_a, to_b, (a, b), paired=same)
+def _between(
+    found: Geometry, name: str, methods: tuple[Method, Method], pairs: Sequence[tuple[Method, Method]]
+) -> SimilarityDifference:
+    """How much nearer the features of the first pair's first lie to its second than those of the other pair."""
+    runs = {run.method: run for run in found.similar}
+    wanted = list(dict.fromkeys(method for side in zip(*pairs, strict=True) for method in side))
+    if (missing := _missing(runs, wanted, "two alive features")) is not None:
+        return SimilarityDifference(name, *methods, reason=missing)
+    of_a, of_b = (across_kinds(found, runs[of], runs[to]) for of, to in pairs)
+    if of_a is None or of_b is None:
+        return SimilarityDifference(name, *methods, reason="no seed has both")
+    same = pairs[0][0] == pairs[1][0] and of_a.values.keys() == of_b.values.keys()
+    return difference(name, of_a, of_b, methods, paired=same)
 
 
 def _missing(runs: dict[Method, RunSummary], methods: Sequence[Method], what: str) -> str | None:
     absent = [method.label for method in methods if method not in runs]
     return f"there is no run of {', '.join(absent)} with {what}, of a seed of the others" if absent else None
-
-
-def _above(
-    claim: str, published: str | None, *parts: SimilarityDifference, control: SimilarityDifference | None = None
-) -> Claim:
-    return Claim(claim, published, _all_told(parts, control), _verdict(parts, 1))
-
-
-def _below(
-    claim: str, published: str | None, *parts: SimilarityDifference, control: SimilarityDifference | None = None
-) -> Claim:
-    return Claim(claim, published, _all_told(parts, control), _verdict(parts, -1))
-
-
-def _all_told(parts: Sequence[SimilarityDifference], control: SimilarityDifference | None) -> str:
-    """A control is told where there is one, but decides nothing: the claim is the paper's, and so is its measure."""
-    known = [*parts] if control is None or control.interval is None else [*parts, control]
-    return "; ".join(map(told, known))
 
 
 def _verdict(parts: Sequence[SimilarityDifference], sign: int) -> Verdict:

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable, in_order, methods_of
-from endwise.analysis.comparison.comparison import Summary, summarise
+from endwise.analysis.comparison.comparison import Summary, summarise_folders
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
 from endwise.common.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, resampled
-from endwise.runs.folder import RunFolder
 
 GRID = 40
 """Points of a band."""
@@ -93,7 +92,8 @@ def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
         f"Of {method.label} the learning rate {rate:g} is compared, which most runs have; others are only shown."
         for method, rate in rates.items()
     ]
-    return Pareto(setting, tuple(runs), _summary(kept), tuple(remarks))
+    summary = summarise_folders(kept, resamples=RESAMPLES, seed=SEED, model=kept[0].model)
+    return Pareto(setting, tuple(runs), summary, tuple(remarks))
 
 
 def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
@@ -110,19 +110,6 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
     """Whether runs of one method share knob and seed."""
     return len({(run.knob, run.seeds) for run in runs}) < len(runs)
-
-
-def _summary(runs: Sequence[RunSummary]) -> Summary:
-    baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
-    return summarise(
-        runs,
-        clean_ce=baselines.get("clean", float("nan")),
-        mean_ablated_ce=baselines.get("mean_ablated"),
-        zero_ablated_ce=baselines.get("zero_ablated"),
-        resamples=RESAMPLES,
-        seed=SEED,
-        model=runs[0].model,
-    )
 
 
 def front(runs: Sequence[RunSummary], x: str, y: str) -> set[str]:
