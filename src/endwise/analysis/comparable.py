@@ -191,7 +191,8 @@ def runs_in(paths: Iterable[str | Path]) -> list[Path]:
             continue
         if not path.is_dir():
             raise RunFolderError(f"{path} is no folder. Give run folders, or folders that hold some.")
-        below = [file.parent for file in sorted(path.rglob("config.yaml")) if not _aside(file.relative_to(path))]
+        files = sorted(path.rglob("config.yaml"))
+        below = [file.parent for file in files if not {*NOT_RUNS} & {*file.relative_to(path).parts[:-2]}]
         measured = [run for run in below if RunFolder(run).evaluation_file.exists()]
         if not measured:
             raise RunFolderError(
@@ -203,10 +204,6 @@ def runs_in(paths: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise RunFolderError("There is no run to compare. Give run folders, or folders that hold some.")
     return list(found)
-
-
-def _aside(file: Path) -> bool:
-    return any(part in NOT_RUNS for part in file.parts[:-2])
 
 
 def columns_of(setting: Setting) -> dict[str, Any]:

@@ -64,10 +64,9 @@ def interval_of(values: Floats) -> Interval:
 def _ranks(values: Floats, weights: Floats) -> Floats:
     """Average ranks in each resample, `[resamples points]`."""
     distinct, group = np.unique(values, return_inverse=True)
-    counts = np.zeros((len(weights), len(distinct)))
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(len(distinct)))
-    counts[:] = np.add.reduceat(weights[:, order], starts, axis=1)
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)
     return (counts.cumsum(1) - counts / 2 + 0.5)[:, group]
 
 

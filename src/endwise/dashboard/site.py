@@ -60,7 +60,10 @@ def write_dashboard(
         shutil.rmtree(partial, ignore_errors=True)
         told = _write_runs(sources, partial, memory, say)
         digest = _digest(partial)
-        _put(partial, folder / _DATA / digest)
+        place = folder / _DATA / digest
+        if place.exists():  # with the same content, unless someone has taken from it
+            shutil.rmtree(place)
+        partial.replace(place)
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -101,14 +104,10 @@ def _write_runs(
     for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
         say(f"{source.path}: {source.harvest.d_sae:,} features")
         about = write_run_data(source, folder / str(place), str(place), near, read_explanations(source.path))
-        told.append(
-            {"name": printable(source.name), "folder": printable(source.path), **_shown(source.facts()), **about}
-        )
+        facts = {"name": source.name, "folder": str(source.path), **source.facts()}
+        shown = {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
+        told.append({**shown, **about})
     return told
-
-
-def _shown(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: printable(value) if isinstance(value, str) else value for name, value in facts.items()}
 
 
 def _digest(folder: Path) -> str:
@@ -119,13 +118,6 @@ def _digest(folder: Path) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:_DIGEST]
-
-
-def _put(partial: Path, place: Path) -> None:
-    """A folder that is there already had the same content, unless someone has taken from it."""
-    if place.exists():
-        shutil.rmtree(place)
-    partial.replace(place)
 
 
 def _drop_older(data: Path, digest: str) -> None:

@@ -13,6 +13,7 @@ from endwise.common.text import model_title
 from endwise.config.method import Knob, Method
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
+from endwise.evaluation.finished import named
 from endwise.features.harvest.results import Harvest, open_harvest
 from endwise.runs.folder import RunFolder
 
@@ -49,19 +50,17 @@ class DashboardRun:
         """What a reader is told of the run as a whole."""
         measured = RunFolder(self.path).measured() or {}
         firings = self.harvest.firings
+        knob, tokens = Knob.of(self.config), int(self.harvest.about["tokens"])
         return {
-            "kind": self.config.objective.name,
+            **named(self.config),
             "label": Method.of(self.config).label,
-            "site": self.config.place,
             "model": model_title(self.config.model.name),
-            "coefficient": self.config.objective.coefficient,
-            "knob": Knob.of(self.config).label,
-            "knob_value": Knob.of(self.config).value,
-            "seed": self.config.seed,
+            "knob": knob.label,
+            "knob_value": knob.value,
             "d_sae": self.harvest.d_sae,
             "alive": int((firings > 0).sum()),
-            "tokens": int(self.harvest.about["tokens"]),
-            "l0": float(firings.sum()) / max(1, int(self.harvest.about["tokens"])),
+            "tokens": tokens,
+            "l0": float(firings.sum()) / max(1, tokens),
             "ce_increase": measured.get("ce_increase"),
             "remarks": remarks_on(measured),
         }

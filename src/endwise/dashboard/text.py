@@ -96,14 +96,11 @@ class TextReader:
     def _predictions(self, final: Float[Tensor, "pos d_model"]) -> list[list[list[Any]]]:
         probabilities = self.model.readout.logits(final).softmax(-1)
         best = probabilities.topk(min(PREDICTED, probabilities.shape[-1]), dim=-1)
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        texts = [[printable(written(self.model, token)) for token in row] for row in best.indices.tolist()]
         return [
-            [[self._written(token), share] for token, share in zip(tokens, short(shares), strict=True)]
-            for tokens, shares in rows
+            [[text, share] for text, share in zip(row, short(shares), strict=True)]
+            for row, shares in zip(texts, best.values.tolist(), strict=True)
         ]
-
-    def _written(self, token: int) -> str:
-        return printable(written(self.model, token))
 
 
 def _strongest(row: Float[Tensor, " d_sae"], most: int) -> list[list[float | int | None]]:

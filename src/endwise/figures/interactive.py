@@ -16,7 +16,7 @@ from typing import Any
 from endwise.common.text import printable
 from endwise.config.method import Method
 from endwise.figures import style
-from endwise.figures.charts import Axis, Chart, Ends, Mark, Note, Panel, Series
+from endwise.figures.charts import Axis, Chart, Ends, Mark, Panel, Series
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 SYMBOLS |= {"P": "cross", "X": "x", "<": "triangle-left", ">": "triangle-right"}
@@ -86,7 +86,10 @@ def _figure(panel: Panel, hatched: Sequence[str]) -> Json:
             "xaxis": _axis(panel.x, x),
             "yaxis": _axis(panel.y, y, upright=True),
             "shapes": [_diagonal(x)] if panel.diagonal else [],
-            "annotations": [_annotation(note) for note in panel.notes],
+            "annotations": [
+                {"x": note.x, "y": note.y, "text": _plain(note.text), "showarrow": False, "font": _BOLD}
+                for note in panel.notes
+            ],
         },
     }
 
@@ -109,9 +112,7 @@ def _diagonal(ends: Ends) -> Json:
     return {"type": "line", "x0": low, "y0": low, "x1": high, "y1": high, "layer": "below", "line": line}
 
 
-def _annotation(note: Note) -> Json:
-    font = {"size": 13, "color": "var(--ink)", "weight": 700}
-    return {"x": note.x, "y": note.y, "text": _plain(note.text), "showarrow": False, "font": font}
+_BOLD = {"size": 13, "color": "var(--ink)", "weight": 700}
 
 
 def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Json]:
@@ -119,6 +120,7 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
     quiet: Json = {"type": "scatter", "name": name, "hoverinfo": "skip"}
     if series.band is not None and (band := style.drawn_band(series.band, panel)):
         x, low, high = (list(values) for values in zip(*band, strict=True))
+        hatching = {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": f"{_colour(series)} {3 * style.BAND:g}"}
         yield {
             **quiet,
             "x": x + x[::-1],
@@ -127,16 +129,17 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
             "line": {"width": 0},
             "fill": "toself",
             "fillcolor": f"{_colour(series)} {style.BAND}",
-            **({"fillpattern": _hatching(series)} if series.band.of in hatched else {}),
+            **({"fillpattern": hatching} if series.band.of in hatched else {}),
         }
     x, y = [mark.x for mark in marks], [mark.y for mark in marks]
+    dash = ",".join(f"{1.6 * length:g}px" for length in style.dashes(series)) or "solid"
     yield {
         "type": "scatter",
         "name": name,
         "x": x,
         "y": y,
         "mode": "markers" if not series.joined else "lines+markers" if series.marked else "lines",
-        "line": {"color": _colour(series), "width": 1.8, "dash": _dash(series)},
+        "line": {"color": _colour(series), "width": 1.8, "dash": dash},
         "marker": _marker(series),
         "error_x": _bars(series, [(mark.x, mark.x_ends) for mark in marks]),
         "error_y": _bars(series, [(mark.y, mark.y_ends) for mark in marks]),
@@ -150,16 +153,6 @@ def _traces(series: Series, panel: Panel, hatched: Sequence[str]) -> Iterator[Js
 
 def _colour(series: Series) -> str:
     return f"var(--{style.style_of(series.method)})"
-
-
-def _hatching(series: Series) -> Json:
-    """Of a band that is over something else than the chart's first."""
-    return {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": f"{_colour(series)} {3 * style.BAND:g}"}
-
-
-def _dash(series: Series) -> str:
-    pattern = style.dashes(series)
-    return ",".join(f"{1.6 * length:g}px" for length in pattern) if pattern else "solid"
 
 
 def _marker(series: Series) -> Json:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.artist import Artist
@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from endwise.common.files import replacing
 from endwise.common.text import printable
@@ -101,20 +101,6 @@ def draw(chart: Chart) -> Figure:
     return figure
 
 
-def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
-    """A log scale from low to high with a few round numbers written out."""
-    set_scale, set_limits, axis = {
-        "x": (axes.set_xscale, axes.set_xlim, axes.xaxis),
-        "y": (axes.set_yscale, axes.set_ylim, axes.yaxis),
-    }[which]
-    set_scale("log")
-    set_limits(low, high)
-    ticks = style.log_ticks(low, high, upright=which == "y")
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FixedFormatter([style.tick_text(tick) for tick in ticks]))
-
-
 def _draw_panel(axes: Axes, panel: Panel, hatched: Sequence[str]) -> None:
     axes.set_title(_text(panel.title))
     axes.grid(True)
@@ -133,20 +119,21 @@ def _draw_panel(axes: Axes, panel: Panel, hatched: Sequence[str]) -> None:
         axes.annotate(_text(note.text), (note.x, note.y), ha="center", va="center", fontweight="bold", zorder=3)
 
 
-def _set_axis(axes: Axes, which: str, axis: Axis, ends: Ends) -> None:
+def _set_axis(axes: Axes, which: Literal["x", "y"], axis: Axis, ends: Ends) -> None:
+    """Range, scale and what is written at it: names, or of a log scale a few round numbers."""
+    axes.set(**{f"{which}scale": "log" if axis.log else "linear"})
+    axes.set(**{f"{which}lim": ends})
+    drawn = axes.xaxis if which == "x" else axes.yaxis
     if axis.log:
-        log_axis(axes, which, *ends)
-        return
-    (axes.set_xlim if which == "x" else axes.set_ylim)(*ends)
-    if axis.categories:
+        ticks = style.log_ticks(*ends, upright=which == "y")
+        drawn.set_ticks(ticks, [style.tick_text(tick) for tick in ticks])
+        drawn.set_minor_locator(NullLocator())
+    elif axis.categories:
         names = [_text(name) for name in axis.categories]
-        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 6 else {}
-        if which == "x":
-            axes.set_xticks(range(len(names)), names, **slanted)
-        else:
-            axes.set_yticks(range(len(names)), names)
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        drawn.set_ticks(range(len(names)), names, **(slanted if which == "x" and max(map(len, names)) > 6 else {}))
     elif max(map(abs, ends)) >= 1000:
-        (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        drawn.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
 def _draw_series(axes: Axes, series: Series, panel: Panel, hatched: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The runs of a study: for each experiment its recipes, given how long they train and with which learning rates."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ class Experiments:
     study: StudyConfig
     tokens: int
     folder: Path
+
+    def rates(self, choose: Callable[[Sequence[float]], float]) -> Rates:
+        """Of those that are tried, one for every kind and site."""
+        return {
+            site: {kind: choose(self.study.kind(kind, site).learning_rates) for kind in self.study.kinds}
+            for site in self.study.sites
+        }
 
     def learning_rates(self) -> list[RunConfig]:
         """The curves' inner part with every rate of every kind at every site, measured on text of their own."""

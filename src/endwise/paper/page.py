@@ -5,6 +5,7 @@ from typing import Any
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, claim_list
+from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pareto.page import ratio_table
 from endwise.analysis.sets import remark_list
@@ -66,15 +67,9 @@ def _similar(found: Findings) -> str:
 
 
 def _norms(found: Findings) -> str:
-    columns = {
-        "‖â‖/‖a‖": "ratio",
-        "at position 0": "ratio_at_0",
-        "at document starts": "ratio_at_starts",
-        "cosine of a and â": "cosine",
-    }
     rows: list[tuple[str, ...]] = []
     for site, run in found.with_norms:
-        intervals = (getattr(found.norms[run.folder], name) for name in columns.values())
+        intervals = (getattr(found.norms[run.folder], name) for name in COLUMNS.values())
         rows.append((f"here, layer {layer_label(site)}", LABELS[run.kind], *map(bracketed, intervals)))
     rows += [
         (f"paper, layer {layer}", LABELS[kind], f"{ratio:.2f}", "", "", "")
@@ -82,7 +77,7 @@ def _norms(found: Findings) -> str:
         for layer, ratio in zip(paper.LAYERS, ratios, strict=True)
     ]
     note = "The first and the last column leave out position 0 and document starts; the paper's leaves out position 0."
-    return table(("site", "kind", *columns), rows, text=(1,)) + f'<p class="note">{note}</p>'
+    return table(("site", "kind", *COLUMNS), rows, text=(1,)) + f'<p class="note">{note}</p>'
 
 
 def _costs(found: Findings) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from endwise.common.errors import ConfigError
 from endwise.common.files import read_json, write_json
 from endwise.config.run import RunConfig
@@ -54,10 +56,7 @@ def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, fi
     """
     study = experiments.study.model_dump(mode="json", exclude=set(EngineConfig.model_fields))
     if file.exists():
-        kept = read_json(file)
-        made = StudyPlan(
-            kept["tokens"], tuple(kept["experiments"]), tuple(kept["left_out"]), kept["budget"], kept["study"]
-        )
+        made = TypeAdapter(StudyPlan).validate_python(read_json(file))
         if (made.study, made.budget) != (study, budget):
             what = "another study" if made.study != study else f"the budget {made.budget or 'none'}"
             raise ConfigError(f"{file.parent} holds runs of {what}. Choose another folder with --out, or ask for that.")
@@ -84,11 +83,8 @@ def _fitting(experiments: Experiments, costs: list[Cost], budget: str | None) ->
 
 def _length(experiments: Experiments, costs: list[Cost], names: Sequence[str], seconds: float) -> int:
     """The length at which these experiments take so many seconds, if runs that share a pass cost as alone."""
-    study, unit = experiments.study, 10**9
-    of_unit = replace(experiments, tokens=unit)
-    rates: Rates = {
-        site: {kind: middle(study.kind(kind, site).learning_rates) for kind in study.kinds} for site in study.sites
-    }
+    unit = 10**9
+    of_unit, rates = replace(experiments, tokens=unit), experiments.rates(middle)
     recipes = {config.out: config for name in names for config in EXPERIMENTS[name](of_unit, rates)}.values()
     per_token = sum(seconds_per_token(costs, config) * config.training.tokens / unit for config in recipes)
     dearest = max(cost.seconds_per_token for cost in costs)

@@ -83,10 +83,7 @@ def check(experiments: Experiments) -> None:
     Raises:
         ConfigError: see `RunConfig`.
     """
-    study = experiments.study
-    rates: Rates = {
-        site: {kind: study.kind(kind, site).learning_rates[0] for kind in study.kinds} for site in study.sites
-    }
+    rates = experiments.rates(lambda tried: tried[0])
     for recipes in EXPERIMENTS.values():
         recipes(experiments, rates)
 

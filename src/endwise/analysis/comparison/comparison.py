@@ -84,7 +84,13 @@ class Summary:
     @property
     def verdicts(self) -> tuple[str, ...]:
         """What the numbers show, and what they do not, in plain sentences."""
-        return verdicts(self)
+        base, ratios = self.baseline.label, self.features_at_equal_ce
+        sentences = [_features_verdict(method.label, base, ratios[method.key]) for method in self.compared]
+        for pair, ratio in self.downstream.items():
+            if pair != "e2e_ds/local":
+                method, reference = map(self.method, pair.split("/"))
+                sentences.append(_downstream_verdict(method.label, reference.label, ratio))
+        return tuple(sentences)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`; JSON types only."""
@@ -166,17 +172,6 @@ def similar_by_seed(runs: Sequence[RunSummary], metric: str) -> dict[Seeds, tupl
 def _spread(choice: Sequence[RunSummary], metric: str) -> float:
     values = [estimate(run, metric) for run in choice]
     return (max(values) - min(values)) / max(abs(float(np.mean(values))), 1e-9)
-
-
-def verdicts(summary: Summary) -> tuple[str, ...]:
-    """What the numbers show, and what they do not, in plain sentences."""
-    base, ratios = summary.baseline.label, summary.features_at_equal_ce
-    sentences = [_features_verdict(method.label, base, ratios[method.key]) for method in summary.compared]
-    for pair, ratio in summary.downstream.items():
-        if pair != "e2e_ds/local":
-            method, reference = map(summary.method, pair.split("/"))
-            sentences.append(_downstream_verdict(method.label, reference.label, ratio))
-    return tuple(sentences)
 
 
 def _features_verdict(name: str, base: str, ratio: Ratio) -> str:

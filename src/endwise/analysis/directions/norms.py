@@ -52,7 +52,7 @@ class Norms:
 
     def to_row(self) -> dict[str, float | None]:
         """Every interval that there is, flat, for a table."""
-        known = [name for name in _INTERVALS if getattr(self, name) is not None]
+        known = [name for name in COLUMNS.values() if getattr(self, name) is not None]
         return {key: end for name in known for key, end in interval_columns(name, getattr(self, name)).items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +83,13 @@ class Norms:
         write_json(file, self.to_json())
 
 
-_INTERVALS = ("ratio", "ratio_at_0", "ratio_at_starts", "cosine")
+COLUMNS = {
+    "‖â‖/‖a‖": "ratio",
+    "at position 0": "ratio_at_0",
+    "at document starts": "ratio_at_starts",
+    "cosine of a and â": "cosine",
+}
+"""The intervals, by what heads them in a table."""
 
 
 def norms(

@@ -9,6 +9,7 @@ from rich.console import Console
 from endwise.analysis.claims import claim_list
 from endwise.analysis.comparable import baseline_of, methods_of
 from endwise.analysis.directions import reconstruction, tables
+from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.directions.study import Directions
 from endwise.analysis.over_seeds import bracketed, rests_on
 from endwise.analysis.pages import print_sets, write_page
@@ -170,25 +171,16 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
 
 def _norm_table(one: Directions) -> str:
     """Table 5."""
-    columns = {
-        "‖â‖/‖a‖": "ratio",
-        "at position 0": "ratio_at_0",
-        "at document starts": "ratio_at_starts",
-        "cosine of a and â": "cosine",
-    }
-    headings, rows = run_table(
-        one.runs,
-        *(_kind(one), KNOB, "seed", "CE increase"),
-        *(
-            (heading, lambda run, name=name: bracketed(getattr(one.norms[run.folder], name)))
-            for heading, name in columns.items()
-        ),
-    )
+
+    def interval(heading: str) -> Column:
+        return heading, lambda run: bracketed(getattr(one.norms[run.folder], COLUMNS[heading]))
+
+    runs = run_table(one.runs, _kind(one), KNOB, "seed", "CE increase", *map(interval, COLUMNS))
     note = (
         "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
         "leave out position 0 and document starts. * at similar CE, of its seed."
     )
-    return f'<h3>Lengths</h3>{table(headings, rows)}<p class="note">{note}</p>'
+    return f'<h3>Lengths</h3>{table(*runs)}<p class="note">{note}</p>'
 
 
 def _use_table(one: Directions) -> str:

@@ -96,16 +96,13 @@ class Directions:
         return {folder: each.norms for folder, each in self.measured.items()}
 
     @property
-    def _against_baseline(self) -> list[tuple[Method, Method]]:
-        return pairs_of([("e2e", "local"), ("e2e_ds", "local")], methods_of(self.runs))
-
-    @property
     def claims(self) -> list[Claim]:
         """What the paper says of lengths, later layers and dropped directions, held against the runs."""
+        pairs = pairs_of([("e2e", "local"), ("e2e_ds", "local")], methods_of(self.runs))
         return [
             norm_claim({self.setting.site: list(self.by_seed.values())}, self.norms),
             _downstream_claim(self),
-            *(claim for pair in self._against_baseline for claim in _dropped_claims(self, *pair)),
+            *(claim for pair in pairs for claim in _dropped_claims(self, *pair)),
         ]
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from endwise.analysis.geometry.cosines import Directions
-from endwise.analysis.geometry.geometry import Alive, Geometry, Said, alive
+from endwise.analysis.geometry.geometry import Geometry, Said, alive
 from endwise.common.errors import ConfigError, ModelError
 from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
@@ -86,6 +86,10 @@ def feature_map(
     parts = [alive(run) for run in chosen]
     if (count := sum(len(part.features) for part in parts)) < LEAST:
         raise ConfigError(f"A map takes {LEAST} alive features or more; these runs have {count}. Name others.")
+
+    def worth(run: RunSummary) -> NDArray[np.float64]:
+        return found.importance.get(run.folder, np.full(run.d_sae, np.nan))
+
     directions = torch.cat([part.directions for part in parts])
     places = _places(directions.numpy(), seed)
     return FeatureMap(
@@ -95,7 +99,7 @@ def feature_map(
         places=places,
         region=_regions(places),
         density=np.concatenate([part.firings / run.alive_tokens for run, part in zip(chosen, parts, strict=True)]),
-        importance=np.concatenate([_importance(found, run, part) for run, part in zip(chosen, parts, strict=True)]),
+        importance=np.concatenate([worth(run)[part.features] for run, part in zip(chosen, parts, strict=True)]),
         tokens=None if tokens is None else tuple(tokens(directions)),
     )
 
@@ -133,11 +137,6 @@ def _regions(places: NDArray[np.float32]) -> NDArray[np.int64]:
     number[np.argsort(-sizes, kind="stable")] = np.arange(1, len(sizes) + 1)
     number[-1] = 0  # where the label −1 leads
     return number[labels]
-
-
-def _importance(found: Geometry, run: RunSummary, part: Alive) -> NDArray[np.float64]:
-    known = found.importance.get(run.folder)
-    return np.full(len(part.features), np.nan) if known is None else known[part.features]
 
 
 def map_columns(of: FeatureMap) -> Mapping[str, NDArray[Any]]:
@@ -235,8 +234,5 @@ def top_tokens(model: LanguageModel, directions: Directions, count: int = TOKENS
     if not len(directions):
         return []
     boosted = token_effects(model, directions, count).boosted
-    return [tuple(_visible(written(model, token)) for token in row) for row in boosted.tolist()]
-
-
-def _visible(text: str) -> str:
-    return text.replace(" ", "␣").replace("\n", "⏎")
+    visible = str.maketrans({" ": "␣", "\n": "⏎"})
+    return [tuple(written(model, token).translate(visible) for token in row) for row in boosted.tolist()]

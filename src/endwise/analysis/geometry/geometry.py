@@ -201,10 +201,12 @@ def alive(run: RunSummary) -> Alive:
 
 
 def _checked(a: RunSummary, b: RunSummary) -> tuple[RunSummary, RunSummary]:
-    for name, of in _COMPARABLE.items():
-        if of(a) != of(b):
+    common = {"model": "model", "site": "site", "number of held-out tokens": "alive_tokens"}
+    for name, of in common.items():
+        one, other = getattr(a, of), getattr(b, of)
+        if one != other:
             raise ConfigError(
-                f"Runs of a pair must have one {name}; {a.folder} has {of(a)}, {b.folder} has {of(b)}. "
+                f"Runs of a pair must have one {name}; {a.folder} has {one}, {b.folder} has {other}. "
                 "Choose another pair, or measure both on the same held-out text."
             )
     if reason := other_text([a, b]):
@@ -215,13 +217,6 @@ def _checked(a: RunSummary, b: RunSummary) -> tuple[RunSummary, RunSummary]:
         if not run.alive:
             raise ConfigError(f"A pair's runs must have alive features; {run.folder} has none.")
     return a, b
-
-
-_COMPARABLE: dict[str, Callable[[RunSummary], object]] = {
-    "model": lambda run: run.model,
-    "site": lambda run: run.site,
-    "number of held-out tokens": lambda run: run.alive_tokens,
-}
 
 
 class _Look:
@@ -242,7 +237,8 @@ class _Look:
         several = [run for run in living if len(twins(run, living)) > 1]
         similar = _at_similar_ce(living)
         seeded = _at_similar_ce(several, beside=similar)
-        wanted = [*_across_seeds(several), *_across_kinds(similar, living), *_across_kinds(seeded, living), *given]
+        seeds = [pair for run in several for pair in combinations(twins(run, several), 2)]
+        wanted = [*seeds, *_across_kinds(similar, living), *_across_kinds(seeded, living), *given]
         pairs: dict[tuple[str, str], Pair] = {}
         for a, b in wanted:
             if {(a.folder, b.folder), (b.folder, a.folder)}.isdisjoint(pairs):
@@ -298,10 +294,6 @@ def _at_similar_ce(runs: Sequence[RunSummary], beside: Sequence[RunSummary] = ()
         middle = float(np.mean([run.ce_increase for run in beside]))
         return (min(kept, key=lambda run: abs(run.ce_increase - middle)),)
     return runs_at_similar(kept, "ce_increase") if kept else ()
-
-
-def _across_seeds(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, RunSummary]]:
-    return [pair for run in runs for pair in combinations(twins(run, runs), 2)]
 
 
 def _across_kinds(similar: Sequence[RunSummary], runs: Sequence[RunSummary]) -> list[tuple[RunSummary, RunSummary]]:

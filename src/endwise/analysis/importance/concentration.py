@@ -78,8 +78,8 @@ def share_draws(curve: Faithfulness, ce: Floats) -> Floats:
     return shares(curve, ce, resampling_weights(len(curve.predictions), RESAMPLES, SEED))
 
 
-def count_carrying(kept: NDArray[np.int64], share: Floats, part: float = CARRIED) -> Floats:
-    """The least number of features that carries `part` of what all of them carry, on curves of `kept` and `share`.
+def count_carrying(kept: NDArray[np.int64], share: Floats) -> Floats:
+    """The least number of features that carries `CARRIED` of what all of them carry, on curves of `kept` and `share`.
 
     Between two measured points the share is linear in log n. NaN where all together carry nothing.
 
@@ -90,12 +90,12 @@ def count_carrying(kept: NDArray[np.int64], share: Floats, part: float = CARRIED
         `[curves]`.
     """
     whole, curves = share[:, -1], np.arange(len(share))
-    reached = np.argmax(share >= part * whole[:, None], axis=1)
+    reached = np.argmax(share >= CARRIED * whole[:, None], axis=1)
     before = np.maximum(reached - 1, 0)
     below, above = share[curves, before], share[curves, reached]
     logs = np.log(np.maximum(kept, 1))
     rise = np.where(reached == before, 1.0, above - below)
-    count = np.exp(logs[before] + (logs[reached] - logs[before]) * (part * whole - below) / rise)
+    count = np.exp(logs[before] + (logs[reached] - logs[before]) * (CARRIED * whole - below) / rise)
     count = np.where(kept[reached] <= 1, kept[reached], count)
     return np.where((whole > 0) & np.isfinite(share).all(axis=1), count, np.nan)
 

@@ -18,7 +18,7 @@ from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, heldout_fingerprint, model_of
 from endwise.features.attribution import Attribution
-from endwise.features.importance_table import Faithfulness, MeasuredImportance, read_measured, write_measured
+from endwise.features.importance_table import MeasuredImportance, read_measured, write_measured
 from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place, Site
@@ -154,7 +154,7 @@ class _Group:
             path: MeasuredImportance(
                 importance[path],
                 ablations[path].result(importance[path]),
-                self._curve(curves[path], bounds[place.writes]),
+                curves[path].result(*torch.cat(bounds[place.writes], dim=1).numpy()),
                 {**heldout, **self.settings[path]},
             )
             for path, (place, _) in self.saes.items()
@@ -204,10 +204,10 @@ class _Group:
         return bounds
 
     def _in_between(
-        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Site, Sequence[Tensor]], display: bool
+        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Site, list[Tensor]], display: bool
     ) -> None:
         """Further passes over the second half, for as long as a curve asks for more counts."""
-        bases = {site: float(torch.cat(list(each), dim=1)[1].sum()) for site, each in bounds.items()}
+        bases = {site: float(torch.cat(each, dim=1)[1].sum()) for site, each in bounds.items()}
         while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0].writes])}:
             sites = sorted({site for path in wanted for site in self.saes[path][0].sites})
             with counting("features that carry most", self.sequences - self.half, display) as advance:
@@ -216,10 +216,6 @@ class _Group:
                     for path, each in wanted.items():
                         each.add_between(self.model, clean, self.saes[path][0], batch.mask)
                     advance(len(batch.tokens))
-
-    def _curve(self, sums: FaithfulnessSums, bounds: Sequence[Tensor]) -> Faithfulness:
-        clean, mean_ablated, predictions = torch.cat(list(bounds), dim=1).numpy()
-        return sums.result(clean, mean_ablated, predictions)
 
     def _batches(self, sequences: range) -> Iterator[TokenBatch]:
         for start in range(sequences.start, sequences.stop, self.batch):

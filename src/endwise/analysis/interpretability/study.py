@@ -24,6 +24,7 @@ from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.common.seeds import numpy_stream
 from endwise.common.statistics import Floats, Interval, percentile_interval
+from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary, estimate
 from endwise.features.explanations import Explanations, read_explanations
 
@@ -80,6 +81,10 @@ class ScoreDifference:
     """The same in each resample of the features."""
     p: float
     """Two-sided, by permutation."""
+
+    @property
+    def methods(self) -> tuple[Method, Method]:
+        return self.run.summary.method, self.other.summary.method
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ class Interpretability(RunSet[ExplainedRun]):
         )
 
     def _claim(self, claim: str, published: str, at: At, holds: Any) -> Claim:
-        chosen = [each for each in self.differences if each.at == at and _keys(each) == ("e2e_ds", "local")]
+        pair = (PRESET_METHODS["e2e_ds"], LOCAL)
+        chosen = [each for each in self.differences if each.at == at and each.methods == pair]
         if why := _untestable(chosen, at):
             return Claim(claim, published, why, "not testable here")
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
@@ -207,10 +213,6 @@ def _told(of: Sequence[ScoreDifference], mean: OverSeeds) -> str:
     tests = f"p {', '.join(f'{each.p:.2g}' for each in of)}"
     where = over("features", [each.run.summary for each in of])
     return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
-
-
-def _keys(difference: ScoreDifference) -> tuple[str, str]:
-    return difference.run.summary.method.key, difference.other.summary.method.key
 
 
 def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
