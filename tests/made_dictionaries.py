@@ -57,7 +57,8 @@ def write_run(
     (folder / "config.yaml").write_text(RunConfig.build(recipe).to_yaml())
     width = rows.shape[1]
     tensors = {"W_enc": rows.T, "b_enc": torch.zeros(len(rows)), "W_dec": rows, "b_dec": torch.zeros(width)}
-    ReluSAE.from_tensors(tensors, {"apply_b_dec_to_input": False}).save(folder / "sae")
+    sizes = {"d_in": width, "d_sae": len(rows)}
+    ReluSAE.from_tensors(tensors, {**sizes, "apply_b_dec_to_input": False}).save(folder / "sae")
     write_tensors(folder / FIRINGS_FILE, {"firings": torch.from_numpy(firings.astype(np.int64))}, {})
     write_tensors(folder / SUMS_FILE, {"tokens": torch.full((4,), tokens / 4, dtype=torch.float64)}, {})
     measured = {"l0": 5.0 + coefficient, "alive": int((firings > 0).sum()), "alive_tokens": tokens, "d_sae": len(rows)}
