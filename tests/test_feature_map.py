@@ -107,7 +107,7 @@ def test_a_crowd_is_thinned_in_the_figure_and_in_words(found, flat, monkeypatch)
     chart = map_chart(made, "map")
     assert [len(series.marks) for series in chart.panels[0].series] == [20, 20]
     assert "Every 2. feature is shown" in chart.caption
-    monkeypatch.setattr("endwise.figures.interactive.CROWD", 5)
+    monkeypatch.setattr("endwise.figures.style.CROWD", 5)
     assert "and 15 more" in in_words(chart.panels[0])
 
 
