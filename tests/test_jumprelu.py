@@ -188,10 +188,10 @@ def test_the_pre_activation_loss(revives, norm):
     sae = dictionary(settings(revive=0.1, revives=revives, decoder_norm=norm))
     x, dead = torch.randn(3, 20, D, dtype=torch.float64), torch.arange(F) % 3 == 0
     latents = sae.encode(x)
-    own = sae.auxiliary(TrainingPass(x, x, latents, x, MASK, dead))
+    own = sae.own_terms(TrainingPass(x, x, latents, x, MASK, dead))
     z, norms = sae.before(x).detach(), sae.W_dec.detach().norm(dim=1)
     each = torch.relu(sae.threshold.detach() - z) * norms * (dead if revives == "dead" else 1)
-    assert sae.auxiliary_weights == {"pre_activation": 0.1}
+    assert sae.own_weights == {"pre_activation": 0.1}
     torch.testing.assert_close(own["pre_activation"].detach(), each[MASK].sum() / D)
     own["pre_activation"].backward()
     assert bool((sae.threshold.grad[~dead] != 0).any()) == (revives == "all")
@@ -224,7 +224,7 @@ def loss_of(sae, x, coefficient, dead):
     latents = sae.encode(seen)
     out = sae.reconstruct(latents, seen)
     rows = torch.ones(len(x), dtype=torch.bool)
-    own = sae.auxiliary(TrainingPass(seen, x, latents, out, rows, dead))["pre_activation"]
+    own = sae.own_terms(TrainingPass(seen, x, latents, out, rows, dead)).get("pre_activation", x.new_zeros(()))
     error, penalty = (out - x).square().sum(-1).mean(), coefficient * latents.penalty(1.0, rows).mean()
     return latents, out, error, penalty, sae.config.revive * own * sae.d_in / len(x)
 

@@ -55,7 +55,7 @@ class TrainingPass:
     reconstruction: Float[Tensor, "*rows d_out"]
     counted: Bool[Tensor, "*rows"]
     dead: Bool[Tensor, " d_sae"]
-    """Features that have not fired within the window of latest training tokens (`training.alive_window`)."""
+    """Features that have fired on none of the latest training tokens (`SAE.dead_window`)."""
     gradient: Float[Tensor, "*rows d_out"] | None = None
     """Of the objective's spliced terms, weighted and summed over tokens, at the reconstruction; None: it has none."""
 
@@ -82,6 +82,9 @@ class SAE(nn.Module, ABC):
     """Tokens whose activations `see_first` wants before the first step of a training that starts."""
     last_tokens: int = 0
     """Tokens whose activations `see_last` wants after the last step."""
+    dead_window: int | None = None
+    """Training tokens without firing after which a feature counts as dead; None: `training.alive_window`, but at most a
+    twentieth of all training tokens."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
@@ -151,6 +154,17 @@ class SAE(nn.Module, ABC):
     def auxiliary(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         """Each term of `auxiliary_weights`, unweighted: a sum over the rows that count."""
         return {}
+
+    @property
+    def own_weights(self) -> Mapping[str, float]:
+        """Weight of every term that training adds to the objective: those of `auxiliary_weights`, and of the options
+        that a family of architectures has in common.
+        """
+        return self.auxiliary_weights
+
+    def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
+        """Each term of `own_weights`, as `auxiliary` gives its."""
+        return self.auxiliary(seen)
 
     def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         """Fit what is fitted before training to `first_tokens` activations of training text: an input's scale or

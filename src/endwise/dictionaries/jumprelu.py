@@ -19,10 +19,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig, KnobRule
-from endwise.dictionaries.base import Exported, TrainingPass
+from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, encode_sparse
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
 from endwise.formats import Layout
@@ -62,10 +61,6 @@ class JumpReLUConfig(LinearConfig):
     """ε, the width in which a threshold feels pre-activations, in units of the typical pre-activation."""
     straight_through: Literal["threshold", "both"] = "threshold"
     """Where the step's gradient goes: to θ alone (DeepMind), or to pre-activations too (Anthropic)."""
-    revive: NotBelow0 = 0.0
-    """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token (Anthropic: 3e-6)."""
-    revives: Literal["dead", "all"] = "dead"
-    """Whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
 
     @model_validator(mode="after")
     def _target_as_needed(self) -> "JumpReLUConfig":
@@ -78,7 +73,7 @@ class JumpReLUConfig(LinearConfig):
 
     @property
     def batchwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  by the penalty, not the class
-        return self.penalty == "tanh_quadratic"
+        return self.penalty == "tanh_quadratic" or super().batchwise
 
 
 @ARCHITECTURES.add("jumprelu")
@@ -147,20 +142,8 @@ class JumpReLUSAE(LinearSAE):
     def _norms(self) -> Tensor | None:
         return None if self.unit_norm else self.decoder_norms()
 
-    @property
-    def auxiliary_weights(self) -> Mapping[str, float]:
-        return {"pre_activation": self.config.revive} if self.config.revive else {}
-
-    def auxiliary(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
-        """Σ over features, dead ones or all, of ReLU(θ − z)·‖d‖, divided by d_in as the penalty is."""
-        chosen: Any = slice(None)
-        if self.config.revives == "dead" and not seen.x.is_cuda:  # a GPU's host would wait for the number of them
-            chosen = seen.dead
-        z = linear(seen.x.to(self.encoder.dtype), self.encoder[chosen], self.b_enc[chosen])
-        missing = torch.relu(self.threshold[chosen] - z) * self.decoder_norms()[chosen]
-        if self.config.revives == "dead":
-            missing = missing * seen.dead[chosen]
-        return {"pre_activation": missing.sum(-1).where(seen.counted, 0.0).sum() / self.d_in}
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        return self.threshold
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
-from endwise.dictionaries.base import SAE, Exported
-from endwise.dictionaries.latents import Latents, decode_sparse
+from endwise.dictionaries.base import SAE, Exported, TrainingPass
+from endwise.dictionaries.dead import DeadConfig, DeadFeatures
+from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse
 from endwise.formats import Layout
 
 NORM_FLOOR = 1e-12
@@ -22,7 +23,7 @@ NORM_FLOOR = 1e-12
 Initialisation = Literal["reference", "transposed"]
 
 
-class LinearConfig(DictionaryConfig):
+class LinearConfig(DeadConfig):
     """What every dictionary of two matrices can be told."""
 
     initialisation: Initialisation = "reference"
@@ -68,6 +69,8 @@ class LinearSAE(SAE):
     ) -> None:
         super().__init__(d_in, d_sae, d_out)
         self.unit_norm = unit_norm
+        self.dead: DeadFeatures | None = None
+        """What training does for dead features."""
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.decoder = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -82,7 +85,7 @@ class LinearSAE(SAE):
 
     @classmethod
     def build(cls, config: Any, d_in: int, seed: int, d_out: int | None = None) -> "LinearSAE":
-        return cls(
+        sae = cls(
             d_in,
             config.features(d_in),
             d_out,
@@ -94,6 +97,8 @@ class LinearSAE(SAE):
             encoder_scale=config.encoder_scale,
             **cls.own(config.model_dump()),
         )
+        sae.dead = DeadFeatures(config)
+        return sae
 
     @classmethod
     def own(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,9 +117,23 @@ class LinearSAE(SAE):
         """L2 norm of each direction as it is used: a factor of latents whose size is to mean the same for all."""
         return torch.ones_like(self.b_enc) if self.unit_norm else self.decoder.norm(dim=-1)
 
-    def before(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
-        """Pre-activations of every feature."""
-        return linear(x.to(self.encoder.dtype), self.encoder, self.b_enc)
+    def before(
+        self, x: Float[Tensor, "*rows d_in"], features: Int64[Tensor, " some"] | None = None
+    ) -> Float[Tensor, "*rows features"]:
+        """Pre-activations of some features; None: of all."""
+        weight, bias = self.encoder, self.b_enc
+        if features is not None:
+            weight, bias = weight[features], bias[features]
+        return linear(x.to(weight.dtype), weight, bias)
+
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """What a pre-activation must exceed for its feature to be active: 0 without thresholds of its own."""
+        return torch.zeros_like(self.b_enc)
+
+    def sums(self, latents: SparseLatents) -> Float[Tensor, "*rows d_out"]:
+        """Sum the features' directions, each times its latent, without the bias."""
+        norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
+        return decode_sparse(latents, self.decoder, torch.zeros_like(self.b_dec), norms)
 
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
         if (sparse := latents.pairs()) is not None:
@@ -125,6 +144,17 @@ class LinearSAE(SAE):
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         decoded = self.decode(latents)
         return decoded if self.W_skip is None else decoded + linear(x.to(self.W_skip.dtype), self.W_skip)
+
+    @property
+    def dead_window(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]  a recipe says it
+        return self.dead.config.dead_window if self.dead else None
+
+    @property
+    def own_weights(self) -> Mapping[str, float]:
+        return {**self.auxiliary_weights, **(self.dead.weights if self.dead else {})}
+
+    def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
+        return {**self.auxiliary(seen), **(self.dead.terms(self, seen) if self.dead else {})}
 
     def to_train(self, config: DictionaryConfig) -> "LinearSAE":
         """The same function, in the form that training goes on from: under unit norm, with directions that are
@@ -141,6 +171,7 @@ class LinearSAE(SAE):
             elif not unit:
                 sae.decoder.copy_(sae.W_dec)
         sae.unit_norm = unit
+        sae.dead = DeadFeatures(config) if isinstance(config, DeadConfig) else None
         return sae.requires_grad_(True)
 
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:

@@ -24,6 +24,8 @@ from endwise.training.objectives import Objective
 
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
+DEAD_SHARE = 20
+"""Training is so many times as long as a feature may be silent before it counts as dead, unless a recipe says."""
 UNCHECKED = ("optimizer.", "random.cuda.")
 """A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
 
@@ -57,7 +59,7 @@ class Trainee:
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
-        self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.auxiliary_weights)
+        self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.own_weights)
         """Of every term, the dictionary's own included."""
         self._per_token = [*self._weights, "l0"]
         self._watched = [*self._weights, "gradient_norm"]
@@ -134,9 +136,9 @@ class Trainee:
             is_in: it is in the weights' gradient already.
         """
         loss = self._site_loss(encoded, encoded.target, mask)
-        if self.sae.auxiliary_weights:
+        if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
-            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, ~self._alive(), gradient)
+            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self._dead(), gradient)
             loss = loss + self._own_loss(seen)
         outputs = [loss / tokens_in_step] if loss.requires_grad else []
         gradients: list[Tensor | None] = [None] * len(outputs)
@@ -166,8 +168,8 @@ class Trainee:
 
     def _own_loss(self, seen: TrainingPass) -> Float[Tensor, ""]:
         """The dictionary's own terms, which see the spliced terms' gradient where there is one."""
-        loss, own = seen.target.new_zeros(()), self.sae.auxiliary(seen)
-        for name, weight in self.sae.auxiliary_weights.items():
+        loss, own = seen.target.new_zeros(()), self.sae.own_terms(seen)
+        for name, weight in self.sae.own_weights.items():
             self._sums[name] += own[name].detach()
             loss = loss + weight * own[name]
         return loss
@@ -234,6 +236,11 @@ class Trainee:
 
     def _alive(self) -> Tensor:
         return (self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)
+
+    def _dead(self) -> Tensor:
+        """Features that have fired on none of the latest tokens; in the first of training, none."""
+        window = self.sae.dead_window or min(self.config.alive_window, self.config.tokens // DEAD_SHARE)
+        return self.tokens - self.last_fired.clamp_min(0) >= max(window, 1)
 
     def report(self) -> dict[str, float | int]:
         """The latest step's numbers, per token; waits for the device.

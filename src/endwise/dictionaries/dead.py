@@ -1,0 +1,160 @@
+"""What is done for features that have stopped firing, as options of every dictionary of two matrices.
+
+A feature is dead that has fired on none of the latest `dead_window` training tokens. For them there are
+
+- an auxiliary term (Gao et al. 2024, arXiv 2406.04093, §A.2): the `aux_k` dead features with the largest
+  pre-activations reconstruct what the others leave. With t the target of a row, ẑ those pre-activations and D the
+  directions, its value per token is
+
+      mean Σ_d (t − ẑ·D)² / mean Σ_d (t − mean t)²,      t = e = a − x̂,
+
+  means over the step's rows that count, t without gradient, no bias; where nothing is predicted it is about 1;
+- its counterpart for objectives that are measured behind the site, where much of e changes nothing. With g = ∂L/∂x̂ the
+  gradient of the spliced terms in the same row and u = −g/‖g‖ the direction in which they fall,
+
+      t = max(⟨e, u⟩, 0)·u,
+
+  the part of the residual that the gradient asks for, in the same term: it too is divided by the variance of its t, and
+  so does not depend on the scale of the gradient. A row without gradient asks for nothing, and is left out of both
+  means; so are all rows, if none has any;
+- the pre-activation loss Σ ReLU(θ − z)·‖d‖ / d_in (Anthropic, January 2025), with θ = 0 where there are no thresholds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from endwise.config.base import Positive
+from endwise.config.dictionary import DictionaryConfig
+from endwise.dictionaries.base import TrainingPass
+from endwise.dictionaries.latents import SparseLatents
+from endwise.kernels import Pairs
+
+if TYPE_CHECKING:
+    from endwise.dictionaries.linear import LinearSAE
+
+NotBelow0 = Annotated[float, Field(ge=0)]
+AUX, PRE_ACTIVATION = "dead_aux", "pre_activation"
+"""Names of the terms."""
+
+
+class DeadConfig(DictionaryConfig):
+    """What is done for dead features; by default nothing."""
+
+    dead_window: Positive | None = None
+    """Training tokens without firing after which a feature counts as dead; unset: `training.alive_window`, but at most
+    a twentieth of `training.tokens`."""
+    aux: NotBelow0 = 0.0
+    """Weight of the auxiliary term, in which dead features predict what the others leave (Gao et al. 2024: 1/32 of an
+    error that is 1 where nothing is reconstructed)."""
+    aux_k: Positive | None = None
+    """Dead features per token that take part in it, those with the largest pre-activations; unset: half the width."""
+    aux_target: Literal["objective", "residual", "gradient"] = "objective"
+    """What they predict: `residual`, all that is left; `gradient`, the part of it along −∂loss/∂x̂ of the spliced terms;
+    `objective`, the second where there are spliced terms, the first where there are none."""
+    aux_negative: bool = False
+    """Whether they take part with pre-activations below 0 too (SAELens), which of ReLU features are most."""
+    revive: NotBelow0 = 0.0
+    """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token, θ = 0 without thresholds (Anthropic:
+    3e-6)."""
+    revives: Literal["dead", "all"] = "dead"
+    """Whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
+
+    @property
+    def batchwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  by a setting, not the class
+        return self.aux > 0
+
+
+@dataclass(frozen=True)
+class DeadFeatures:
+    """The terms that a dictionary has for its dead features."""
+
+    config: DeadConfig
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of each term, by name; without those of weight 0."""
+        weights = {AUX: self.config.aux, PRE_ACTIVATION: self.config.revive}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def terms(self, sae: "LinearSAE", seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
+        """Each term of `weights`, unweighted: a sum over the rows that count."""
+        makes = {AUX: self._auxiliary, PRE_ACTIVATION: self._pre_activation}
+        return {name: makes[name](sae, seen) for name in self.weights}
+
+    def _auxiliary(self, sae: "LinearSAE", seen: TrainingPass) -> Float[Tensor, ""]:
+        dead = seen.dead.nonzero()[:, 0]
+        if not len(dead):
+            return seen.target.new_zeros(())
+        asked = self.asked_for(seen)
+        z = sae.before(seen.x[asked.rows], dead)
+        return unexplained(sae, asked.target, z, dead, self.config.aux_k or max(1, sae.d_in // 2), self.config)
+
+    def asked_for(self, seen: TrainingPass) -> "Asked":
+        """What dead features are to predict."""
+        residual = (seen.target - seen.reconstruction).detach()
+        if self.config.aux_target == "residual" or (self.config.aux_target == "objective" and seen.gradient is None):
+            return Asked(seen.counted, residual[seen.counted])
+        if seen.gradient is None:
+            return Asked(torch.zeros_like(seen.counted), residual[:0].view(0, residual.shape[-1]))
+        return along_gradient(residual, seen.gradient, seen.counted)
+
+    def _pre_activation(self, sae: "LinearSAE", seen: TrainingPass) -> Float[Tensor, ""]:
+        chosen = (seen.dead if self.config.revives == "dead" else torch.ones_like(seen.dead)).nonzero()[:, 0]
+        if not len(chosen):
+            return seen.target.new_zeros(())
+        missing = torch.relu(sae.thresholds()[chosen] - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
+        return missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What dead features are to predict, in the rows where anything is asked for."""
+
+    rows: Bool[Tensor, "*rows"]
+    target: Float[Tensor, "n d_out"]
+
+
+def along_gradient(
+    residual: Float[Tensor, "*rows d_out"], gradient: Float[Tensor, "*rows d_out"], counted: Bool[Tensor, "*rows"]
+) -> Asked:
+    """Return the part of the residual in the direction in which a loss falls: max(⟨e, u⟩, 0)·u with u = −g/‖g‖.
+
+    Rows without gradient are left out.
+    """
+    rows = counted & (gradient != 0).any(-1)
+    down = -gradient[rows].to(residual.dtype)
+    down = down / down.abs().amax(-1, keepdim=True)  # so that no square underflows
+    down = down / down.norm(dim=-1, keepdim=True)
+    return Asked(rows, (residual[rows] * down).sum(-1, keepdim=True).clamp_min(0.0) * down)
+
+
+def unexplained(
+    sae: "LinearSAE",
+    target: Float[Tensor, "n d_out"],
+    z: Float[Tensor, "n dead"],
+    dead: Int64[Tensor, " dead"],
+    k: int,
+    config: DeadConfig,
+) -> Float[Tensor, ""]:
+    """Σ over rows of Σ_d (t − ẑ·D)², divided by the targets' variance, mean Σ_d (t − mean t)²; 0 if that is 0.
+
+    Args:
+        z: pre-activations of the features `dead`, of which the `k` largest of each row take part.
+    """
+    n, k = len(z), min(k, len(dead))
+    if not n:
+        return target.new_zeros(())
+    chosen = z.detach().topk(k, dim=-1).indices.sort(dim=-1).values
+    values = z.gather(-1, chosen).view(-1)
+    rows = torch.arange(n, device=z.device)
+    pairs = Pairs(rows.repeat_interleave(k), dead[chosen.view(-1)], rows * k, sae.d_sae)
+    predicted = sae.sums(SparseLatents(values if config.aux_negative else torch.relu(values), pairs, (n,)))
+    variance = (target - target.mean(0)).square().sum() / n
+    error = (target - predicted).square().sum()
+    return (error / variance).where(variance > 0, 0.0)

@@ -1,0 +1,258 @@
+"""What is done for dead features: the terms against definitions in float64 and rival packages; which features are dead."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from endwise import RunConfig, train
+from endwise.common.errors import ConfigError
+from endwise.config.dictionary import ARCHITECTURES
+from endwise.dictionaries import DenseLatents, LinearSAE, ReluSAE, TrainingPass
+from endwise.dictionaries.linear import LinearConfig
+from endwise.runs.folder import RunFolder
+from endwise.training.setup import new_trainee
+from endwise.training.step import take_step
+from rivals import rival
+from small_gpt2 import CONTEXT, recipe
+
+D, F = 8, 24
+MASK = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)) < 0.8
+DEAD = torch.arange(F) % 3 == 1
+
+
+def dictionary(norm="unit", **settings):
+    config = LinearConfig(size=F, decoder_norm=norm, initialisation="transposed", **settings)
+    sae = ReluSAE.build(config, D, 3).double()
+    with torch.no_grad():
+        sae.b_enc.normal_(generator=torch.Generator().manual_seed(5))
+        sae.decoder *= torch.linspace(0.5, 2, F)[:, None]
+    return sae
+
+
+def a_pass(sae, gradient=None):
+    x = torch.randn(3, 10, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    latents = sae.encode(x)
+    return TrainingPass(x, x, latents, sae.decode(latents), MASK, DEAD, gradient)
+
+
+def gradient_at_site():
+    given = torch.randn(3, 10, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) * 1e-9
+    given[0, :4] = 0.0
+    return given
+
+
+def slowly(sae, seen, target_of, k, negative):
+    """Row by row, feature by feature: Σ ‖t − Σ ẑ·d‖² ÷ (Σ ‖t − mean t‖² / rows), over rows that have a target."""
+    directions = normalize(sae.decoder, dim=-1) if sae.unit_norm else sae.decoder
+    targets, errors = [], []
+    for place in MASK.nonzero().tolist():
+        x, estimate = seen.x[tuple(place)], seen.reconstruction[tuple(place)].detach()
+        target = target_of(x - estimate, None if seen.gradient is None else seen.gradient[tuple(place)])
+        if target is None:
+            continue
+        z = {i: sae.encoder[i] @ x + sae.b_enc[i] for i in DEAD.nonzero()[:, 0].tolist()}
+        predicted = torch.zeros(D, dtype=torch.float64)
+        for i in sorted(z, key=lambda i: -float(z[i].detach()))[:k]:
+            if negative or z[i] > 0:
+                predicted = predicted + z[i] * directions[i]
+        targets.append(target)
+        errors.append((target - predicted).square().sum())
+    t = torch.stack(targets)
+    return torch.stack(errors).sum() / ((t - t.mean(0)).square().sum() / len(t))
+
+
+def residual(error, gradient):
+    return error
+
+
+def asked_by_gradient(error, gradient):
+    if not gradient.any():
+        return None
+    down = -gradient / gradient.norm()
+    return (error @ down).clamp_min(0.0) * down
+
+
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize(("k", "negative"), [(None, False), (3, True), (100, False)])
+@pytest.mark.parametrize("target", ["residual", "gradient"])
+def test_the_auxiliary_term_is_its_definition(norm, k, negative, target):
+    sae = dictionary(norm, aux=1 / 32, aux_k=k, aux_negative=negative)
+    seen = a_pass(sae, gradient_at_site() if target == "gradient" else None)
+    found = sae.own_terms(seen)["dead_aux"]
+    expected = slowly(sae, seen, {"residual": residual, "gradient": asked_by_gradient}[target], k or D // 2, negative)
+    torch.testing.assert_close(found, expected)
+    weights = [sae.encoder, sae.b_enc, sae.decoder]
+    ours, theirs = (torch.autograd.grad(each, weights, retain_graph=True) for each in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+        assert not one[~DEAD].any()
+    assert torch.autograd.grad(found, sae.b_dec, allow_unused=True)[0] is None
+
+
+def test_where_nothing_is_predicted_the_term_is_the_second_moment_by_the_variance():
+    """So whatever the scale of the residual, or of the gradient: about 1 per token."""
+    sae = dictionary(aux=1.0)
+    with torch.no_grad():
+        sae.b_enc[DEAD] = -100.0
+    for gradient in (None, gradient_at_site(), gradient_at_site() * 1e-200):
+        seen = a_pass(sae, gradient)
+        target = sae.dead.asked_for(seen).target
+        expected = target.square().sum(-1).mean() / (target - target.mean(0)).square().sum(-1).mean()
+        per_token = sae.own_terms(seen)["dead_aux"].detach() / len(target)
+        torch.testing.assert_close(per_token, expected)
+        assert 1 <= float(expected) < 1.6
+
+
+def test_what_is_predicted_can_be_chosen():
+    seen = {target: dictionary(aux=1.0, aux_target=target) for target in ("objective", "residual", "gradient")}
+    found = {name: float(sae.own_terms(a_pass(sae, gradient_at_site()))["dead_aux"]) for name, sae in seen.items()}
+    assert found["objective"] == found["gradient"] != found["residual"]
+    without = {name: float(sae.own_terms(a_pass(sae))["dead_aux"]) for name, sae in seen.items()}
+    assert without["objective"] == without["residual"] == found["residual"]
+    assert without["gradient"] == 0.0
+
+
+def test_without_a_gradient_or_a_dead_feature_nothing_is_asked():
+    sae = dictionary(aux=1.0, revive=1.0)
+    nowhere = sae.own_terms(a_pass(sae, torch.zeros(3, 10, D, dtype=torch.float64)))
+    assert float(nowhere["dead_aux"]) == 0.0
+    seen = a_pass(sae)
+    alive = TrainingPass(seen.x, seen.x, seen.latents, seen.reconstruction, MASK, torch.zeros_like(DEAD))
+    assert {name: float(term) for name, term in sae.own_terms(alive).items()} == {
+        "dead_aux": 0.0,
+        "pre_activation": 0.0,
+    }
+
+
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize("revives", ["dead", "all"])
+def test_the_pre_activation_loss_of_features_without_thresholds(norm, revives):
+    sae = dictionary(norm, revive=3e-6, revives=revives)
+    seen = a_pass(sae)
+    norms = sae.W_dec.norm(dim=-1)
+    each = torch.relu(-(seen.x @ sae.W_enc + sae.b_enc)) * norms * (DEAD if revives == "dead" else 1.0)
+    assert sae.own_weights == {"pre_activation": 3e-6}
+    torch.testing.assert_close(sae.own_terms(seen)["pre_activation"], each[MASK].sum() / D)
+
+
+def with_weights_of(stored, names, **settings):
+    """Our dictionary with a rival's weights, and the pass that it made."""
+    sae = ReluSAE.build(LinearConfig(size=F, decoder_norm="free", **settings), D, 0)
+    start = stored.under("start")
+    with torch.no_grad():
+        for own, (name, turned) in names.items():
+            getattr(sae, own).copy_(start[name].T if turned else start[name])
+    x, out = stored.tensors["x"], stored.tensors["out"]
+    rows = torch.ones(len(x), dtype=torch.bool)
+    latents = DenseLatents(stored.tensors["latents"])
+    return sae, TrainingPass(x - sae.b_dec, x, latents, out, rows, stored.tensors["dead.mask"])
+
+
+THEIRS = {"encoder": ("encoder.weight", False), "decoder": ("decoder.weight", True)}
+THEIRS |= {"b_enc": ("encoder.bias", False), "b_dec": ("b_dec", False)}
+
+
+def test_dictionary_learning_computes_the_same():
+    stored = rival("dictionary_learning/topk")
+    sae, seen = with_weights_of(stored, THEIRS, aux=0.5)
+    found = sae.own_terms(seen)["dead_aux"] / len(seen.x)
+    torch.testing.assert_close(found, stored.tensors["dead.loss.auxk_loss"])
+    found.backward()
+    for own, (name, turned) in THEIRS.items():
+        theirs = stored.tensors[f"dead.grad_of.auxk_loss.{name}"]
+        torch.testing.assert_close(getattr(sae, own).grad, theirs.T if turned else theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_sae_lens_computes_the_same_times_the_residuals_variance():
+    """It is not divided by the variance there, and pre-activations below 0 take part."""
+    stored = rival("sae_lens/topk")
+    names = {
+        "encoder": ("W_enc", True),
+        "decoder": ("W_dec", False),
+        "b_enc": ("b_enc", False),
+        "b_dec": ("b_dec", False),
+    }
+    sae, seen = with_weights_of(stored, names, aux=1.0, aux_negative=True)
+    left = stored.tensors["x"] - stored.tensors["out"]
+    variance = (left - left.mean(0)).square().sum(-1).mean()
+    assert int(seen.dead.sum()) >= D // 2  # otherwise theirs is scaled down
+    weight = stored.settings["config"]["aux_loss_coefficient"]
+    theirs = stored.tensors["dead.loss.auxiliary_reconstruction_loss"]
+    torch.testing.assert_close(weight * variance * sae.own_terms(seen)["dead_aux"] / len(seen.x), theirs)
+
+
+def linear_architectures():
+    return [name for name in ARCHITECTURES.names() if issubclass(ARCHITECTURES[name], LinearSAE)]
+
+
+@pytest.mark.parametrize("name", linear_architectures())
+def test_every_architecture_of_two_matrices_has_the_terms(name):
+    architecture = ARCHITECTURES[name]
+    needed = {key: 4 for key, field in architecture.Config.model_fields.items() if field.is_required()}
+    plain = architecture.build(architecture.Config(size=F, **needed), D, 0)
+    assert not {"dead_aux", "pre_activation"} & set(plain.own_weights)
+    config = architecture.Config(size=F, aux=0.1, revive=0.2, dead_window=7, **needed)
+    assert config.batchwise
+    for sae in (architecture.build(config, D, 0), plain.to_train(config)):
+        sae.train()
+        assert {"dead_aux": 0.1, "pre_activation": 0.2}.items() <= sae.own_weights.items()
+        assert sae.dead_window == 7
+        x = torch.randn(12, D, generator=torch.Generator().manual_seed(0))
+        latents, rows = sae.encode(x), torch.ones(12, dtype=torch.bool)
+        terms = sae.own_terms(TrainingPass(x, x, latents, sae.reconstruct(latents, x), rows, DEAD))
+        assert set(terms) == set(sae.own_weights)
+        assert float(terms["dead_aux"].detach()) > 0
+
+
+def changed(config, **dictionary):
+    values = config.model_dump(mode="json")
+    return RunConfig.build(values | {"dictionary": values["dictionary"] | dictionary})
+
+
+@pytest.mark.parametrize("kind", ["local", "e2e"])
+def test_training_wakes_what_is_dead(kind, model, corpora, tmp_path):
+    """Features that cannot fire are dead after the window, and only then are their weights changed by the term."""
+    window = 2 * 4 * CONTEXT
+    config = changed(recipe(tmp_path, kind), aux=1.0, aux_negative=True, dead_window=window)
+    trainee = new_trainee(config, model, 10)
+    silent = torch.arange(40) < 5
+    with torch.no_grad():
+        trainee.sae.b_enc[silent] = -1e4
+    start = trainee.sae.encoder.detach().clone()
+    for step in range(3):
+        assert (trainee.sae.encoder[silent] == start[silent]).all()
+        take_step(model, [trainee], corpora.train.batch(range(4 * step, 4 * step + 4)))
+    assert (trainee.sae.encoder[silent] != start[silent]).any(1).all()
+    assert trainee.report()["dead_aux"] > 0
+
+
+def test_a_window_follows_the_length_of_training(model, corpora, tmp_path):
+    config = recipe(tmp_path, alive_window=10_000)
+    trainee = new_trainee(config, model, 10)
+    trainee.last_fired[:] = torch.arange(40) - 1
+    trainee.tokens = 45
+    at = (45 - trainee.last_fired.clamp_min(0)) >= config.training.tokens // 20
+    assert 0 < int(at.sum()) < 40
+    assert torch.equal(trainee._dead(), at)
+    trainee.config = config.training.model_copy(update={"alive_window": 20})
+    assert torch.equal(trainee._dead(), (45 - trainee.last_fired.clamp_min(0)) >= 20)
+
+
+def test_resumed_with_the_terms_it_ends_in_the_same_bits(model, corpora, tmp_path):
+    def saved(out, **how):
+        config = recipe(out, checkpoint_every=5, keep_checkpoints=9)
+        settings = {"aux": 0.5, "revive": 0.1, "dead_window": 32}
+        return train(changed(config, **settings), model=model, corpora=corpora, display=False, **how).sae
+
+    whole = saved(tmp_path / "a")
+    saved(tmp_path / "b")
+    again = saved(tmp_path / "b", resume=True, from_step=5)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert "dead_aux" in RunFolder(tmp_path / "a").metrics_file.read_text().splitlines()[-1]
+
+
+def test_more_than_one_pass_a_step_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"training\.accumulation is 2"):
+        changed(recipe(tmp_path, accumulation=2), aux=0.1)
+    changed(recipe(tmp_path, accumulation=2), revive=0.1)
