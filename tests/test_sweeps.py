@@ -23,14 +23,14 @@ from endwise.common.errors import ConfigError, Interrupted, SiteError
 from endwise.config.recipes import find_sweep, sweep_names
 from endwise.evaluation.evaluate import evaluate
 from endwise.paper.quickstart import recipes as quickstart_recipes
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, last_record
 from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint, placed, points_of
 from endwise.sweeps.survey import survey
 from endwise.sweeps.sweep_config import read_sweep
 from endwise.sweeps.tables import print_rows, write_table
 from endwise.sweeps.tasks import ModelCache, Outcome, Worker, is_finished, tasks_of
-from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, last_record, seconds_left
+from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, seconds_left
 from endwise.training.setup import model_for
 from endwise.training.train import train_together
 from endwise.training.trainee import Trainee

@@ -54,7 +54,7 @@ from endwise.runs.trackers import Mirror
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 LAST_BYTES = 1 << 16
-"""More than a line of `metrics.jsonl` takes."""
+"""Of a file's end, in which its last whole line lies: more than a line of `metrics.jsonl` takes."""
 
 
 class RunFolder:
@@ -285,12 +285,8 @@ class RunFolder:
 
     def seconds(self) -> float:
         """Wall-clock of training up to the last timed step."""
-        lines = self.timings_file.read_text(errors="replace").splitlines() if self.timings_file.exists() else []
-        for line in reversed(lines):
-            if _step_of(line) >= 0:
-                seconds = json.loads(line).get("seconds")
-                return float(seconds) if isinstance(seconds, int | float) else 0.0
-        return 0.0
+        seconds = (last_record(self.timings_file) or {}).get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def metrics(self) -> list[dict[str, Any]]:
         try:
@@ -303,10 +299,9 @@ class RunFolder:
         """The loss that training began with (`first`), and its latest (`last`); empty where none is known."""
         try:
             with self.metrics_file.open("rb") as lines:
-                first = last = lines.readline()
-                lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
-                last = (lines.read().splitlines() or [last])[-1]
-            return {"first": float(json.loads(first)["loss"]), "last": float(json.loads(last)["loss"])}
+                first = json.loads(lines.readline())
+            last = last_record(self.metrics_file) or first
+            return {"first": float(first["loss"]), "last": float(last["loss"])}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
 
@@ -346,6 +341,18 @@ class RunFolder:
         """All but the latest `keep`."""
         for step in self.saved_steps()[:-keep]:
             self.checkpoint(step).unlink()
+
+
+def last_record(file: Path) -> dict[str, Any] | None:
+    """The last whole line of a file of JSON lines."""
+    try:
+        with file.open("rb") as lines:
+            lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
+            whole = lines.read().split(b"\n")[:-1]
+        record = json.loads(whole[-1]) if whole else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _step_of(line: str) -> int:

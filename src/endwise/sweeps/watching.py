@@ -1,7 +1,5 @@
 """What a user sees while a sweep runs: all of its runs, read from their folders, wherever they are carried out."""
 
-import json
-import os
 import threading
 import time
 from collections import Counter
@@ -21,13 +19,11 @@ from endwise.common.terminal import Cell, Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
 from endwise.config.run import RunConfig
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, last_record
 from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
 
 LOOK_SECONDS = 1.0
-LAST_BYTES = 16_384
-"""Bytes of a file's end in which its last whole line lies."""
 ROWS = 40
 """Most runs in the live table; those in training come first."""
 ORDER = ("training", "measuring", "failed", "waiting", "finished")
@@ -96,18 +92,6 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 def _number(record: dict[str, Any] | None, key: str) -> float | None:
     value = None if record is None else record.get(key)
     return float(value) if isinstance(value, int | float) else None
-
-
-def last_record(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a file of JSON lines."""
-    try:
-        with file.open("rb") as lines:
-            lines.seek(max(0, os.fstat(lines.fileno()).st_size - LAST_BYTES))
-            whole = lines.read().split(b"\n")[:-1]
-        record = json.loads(whole[-1]) if whole else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 class Watch:

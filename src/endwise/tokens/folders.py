@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from rich.console import Console
@@ -26,16 +25,6 @@ _NAMED = 3
 """Left-out files that a line names."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files of a folder, sorted by their paths."""
-
-    files: Sequence[Path]
-    """Those that can be read, of every split."""
-    left: Sequence[str]
-    """What else is there, relative to the folder."""
-
-
 def split_of(path: PurePath) -> str:
     """The split that a file's name holds as a word of its own, or else a folder's, the nearest first: `test` for
     `test-00000.parquet`, `test/a.txt` and `my_eval.jsonl`. `train` for what names none.
@@ -53,18 +42,20 @@ def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> 
     Raises:
         DataError: it has no file that can be read, none of that split, or a folder in it may not be read.
     """
-    found = _find(path, readable)
-    if not found.files:
-        raise DataError(f"The folder {path} holds no file that can be read{_named(found.left)}. {_READ}")
-    splits = [split_of(file.relative_to(path)) for file in found.files]
-    if split not in splits:
-        raise no_split(path, split, sorted(set(splits)))
-    others = [file for file, own in zip(found.files, splits, strict=True) if own != split]
-    if others or found.left:
-        told = [f"{len(others)} of other splits{_named([_below(path, each) for each in others])}"] if others else []
-        told += [f"{len(found.left)} that hold no data{_named(found.left)}"] if found.left else []
-        _say(f"{path}, split {split}: files left out: {'; '.join(told)}.")
-    return [file for file, own in zip(found.files, splits, strict=True) if own == split]
+    found = {file: _is_data(file, readable) for file in sorted(_walk(path))}
+    left = [_below(path, file) for file, is_data in found.items() if not is_data]
+    splits = {file: split_of(file.relative_to(path)) for file, is_data in found.items() if is_data}
+    if not splits:
+        raise DataError(f"The folder {path} holds no file that can be read{_named(left)}. {_READ}")
+    if split not in splits.values():
+        raise no_split(path, split, sorted(set(splits.values())))
+    others = [_below(path, file) for file, own in splits.items() if own != split]
+    told = [f"{len(others)} of other splits{_named(others)}"] if others else []
+    told += [f"{len(left)} that hold no data{_named(left)}"] if left else []
+    if told and is_first_process():
+        said = printable(f"{path}, split {split}: files left out: {'; '.join(told)}.")
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+    return [file for file, own in splits.items() if own == split]
 
 
 def check_split(path: Path, split: str) -> None:
@@ -93,14 +84,9 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in _walk(folder) if not path.name.startswith(".") and path.is_file())
 
 
-def _find(folder: Path, readable: Callable[[Path], bool]) -> Found:
-    files, left = [], []
-    for path in _walk(folder):
-        hidden = path.name.startswith(".")
-        # A link that leads nowhere counts as a file: reading it fails, and says so.
-        usable = not hidden and readable(path) and (path.is_file() or not path.exists())
-        (files if usable else left).append(path)
-    return Found(sorted(files), [_below(folder, path) for path in sorted(left)])
+def _is_data(file: Path, readable: Callable[[Path], bool]) -> bool:
+    """A link that leads nowhere counts: reading it fails, and says so."""
+    return not file.name.startswith(".") and readable(file) and (file.is_file() or not file.exists())
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -128,8 +114,3 @@ def _below(folder: Path, path: Path) -> str:
 def _named(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" ({', '.join(names[:_NAMED])}{more})" if names else ""
-
-
-def _say(text: str) -> None:
-    if is_first_process():
-        Console(stderr=True).print(printable(text), markup=False, highlight=False, soft_wrap=True)

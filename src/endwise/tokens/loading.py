@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -168,8 +167,8 @@ class _Loader:
             train: sequences wanted, where the source is read only as far as needed; `heldout` alike.
             limit: training sequences that are kept at most.
         """
-        both = self._split(train, heldout) if _one_source(self._data) else self._separate(train, heldout)
-        trained, held = both
+        read = self._split if _one_source(self._data) else self._separate
+        trained, held = read(train, heldout)
         if not len(held):
             raise DataError(f"No document of {self.heldout_name} falls to the held-out side. Raise data.heldout_share.")
         duplicates = shared_with(trained, held)
@@ -231,10 +230,12 @@ class _Loader:
         refuse_hub_settings("the embedded corpus", config, revision)
         if split != DEFAULT_SPLIT:
             raise no_split("The embedded corpus", split, [DEFAULT_SPLIT])
-        tokens = _embedded_tokens(side)
-        if self._speaks_embedded():
-            return self._checked_embedded(side, int(tokens.max()))
-        return _embedded_text(side, tokens)
+        tokens, tokenizer = _embedded_tokens(side), self._encoding.tokenizer
+        if tokenizer is not None and tokenizer.get_vocab() != _embedded_tokenizer().get_vocab():
+            return _embedded_text(side, tokens)
+        if (highest := int(tokens.max())) >= self._encoding.vocab_size:
+            raise outside_vocabulary("The embedded corpus", highest, self._encoding)
+        return _embedded_documents(side)
 
     def _check_column(self, *sources: TextSource | Documents) -> None:
         used = any(isinstance(source, TextSource) and source.has_columns for source in sources)
@@ -245,7 +246,8 @@ class _Loader:
         if isinstance(source, Documents):
             return source
         layout, quota_or_none = self._layout, quota if self._data.streaming else None
-        documents = open_store(source, self._encoding, layout.payload, self._cache(), quota_or_none)
+        cache = cache_folder() if self._data.cache is None else expanded(str(self._data.cache))
+        documents = open_store(source, self._encoding, layout.payload, cache, quota_or_none)
         if layout.packing == "document" and self._encoding.separator is None:
             raise DataError(
                 f"data.packing is document, but {source.name} has no separator that ends a document. "
@@ -255,10 +257,7 @@ class _Loader:
         return documents
 
     def _check_rows(self, name: str, documents: Documents) -> None:
-        """
-        Raises:
-            DataError: rows that were packed before are too short to stay so, or begin with the BOS that is put before.
-        """
+        """Refuses rows, packed before, that are too short to stay so, or begin with the BOS that is put before."""
         bos, packing = self._layout.bos, self._layout.packing
         if documents.inside is None or packing == "document":
             return
@@ -272,18 +271,6 @@ class _Loader:
                 f"Every row of {name} begins with the beginning-of-sequence token already, so data.prepend_bos would "
                 "put a second one there. Unset it; data.mask_first_position leaves the first out of losses and metrics."
             )
-
-    def _checked_embedded(self, side: str, highest: int) -> Documents:
-        if highest >= self._encoding.vocab_size:
-            raise outside_vocabulary("The embedded corpus", highest, self._encoding)
-        return _embedded_documents(side)
-
-    def _speaks_embedded(self) -> bool:
-        tokenizer = self._encoding.tokenizer
-        return tokenizer is None or tokenizer.get_vocab() == _embedded_tokenizer().get_vocab()
-
-    def _cache(self) -> Path:
-        return cache_folder() if self._data.cache is None else expanded(str(self._data.cache))
 
 
 def _embedded_tokens(side: str) -> NDArray[np.unsignedinteger]:

@@ -1,20 +1,15 @@
 """Batches read ahead of the step that needs them, by a thread."""
 
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import SimpleQueue
 
 import torch
 
 from endwise.tokens.corpus import Corpus, TokenBatch
 
 AHEAD = 2
-
-
-class _Failed:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
 
 
 @contextmanager
@@ -30,35 +25,22 @@ def read_ahead(
     An error in `order` or the corpus is raised, as it is, where its batch would have come. The thread has ended when
     the context ends, whatever ended it.
     """
-    pinned = device.type == "cuda"
-    ready: SimpleQueue[TokenBatch | _Failed | None] = SimpleQueue()
-    room = threading.Semaphore(ahead)
-    closed = threading.Event()
+    left = iter(order)
 
-    def read() -> None:
-        try:
-            for indices in order:
-                room.acquire()
-                if closed.is_set():
-                    return
-                batch = corpus.batch(indices)
-                ready.put(batch.pinned() if pinned else batch)
-            ready.put(None)
-        except BaseException as error:  # noqa: BLE001  It is raised again by whoever waits for the batch.
-            ready.put(_Failed(error))
+    def read() -> TokenBatch | None:
+        if (indices := next(left, None)) is None:
+            return None
+        batch = corpus.batch(indices)
+        return batch.pinned() if device.type == "cuda" else batch
 
     def batches() -> Iterator[TokenBatch]:
-        while (batch := ready.get()) is not None:
-            if isinstance(batch, _Failed):
-                raise batch.error
-            room.release()
+        while (batch := ready.popleft().result()) is not None:
+            ready.append(pool.submit(read))
             yield batch.to(device)
 
-    reader = threading.Thread(target=read, name="endwise-read-ahead", daemon=True)
-    reader.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="endwise-read-ahead")
     try:
+        ready = deque(pool.submit(read) for _ in range(ahead))
         yield batches()
     finally:
-        closed.set()
-        room.release()
-        reader.join()
+        pool.shutdown(cancel_futures=True)

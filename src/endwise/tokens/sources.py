@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +14,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from endwise.common.errors import DataError, FormatError
-from endwise.common.files import expanded, read_json, stays_inside, there_is
+from endwise.common.digests import cache_folder, of_text
+from endwise.common.errors import DataError, FormatError, RunFolderError
+from endwise.common.files import expanded, read_json, stays_inside, there_is, write_json
 from endwise.common.remedies import reason, remedy
 from endwise.tokens.folders import check_split, files_of_split, no_split
-from endwise.tokens.hub import commit_on_hub
 
 COLUMNS = ("text", "input_ids", "tokens")
 """Looked for in this order where `data.column` is unset."""
 ROWS_AT_ONCE = 1000
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
 """Those that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
+ANSWER_SECONDS = 10.0
+"""To wait for the hub's answer."""
+_COMMIT = re.compile("[0-9a-f]{40}")
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -380,6 +384,33 @@ def _hub_documents(
         raise kind(
             f"Cannot load the Hugging Face dataset {name!r}{f' ({told})' if told else ''}: {why}. {remedy}"
         ) from None
+
+
+def commit_on_hub(name: str, revision: str | None) -> str | None:
+    """The commit that a data set's revision is at now; where the hub cannot be asked, the last that it told this cache;
+    None: there is none, and what is kept goes by the name alone.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    kept = cache_folder() / "commits" / f"{of_text(name, revision or '')}.json"
+    commit = _asked(name, revision)
+    if commit is not None:
+        with suppress(RunFolderError):
+            write_json(kept, {"dataset": name, "revision": revision, "commit": commit})
+        return commit
+    with suppress(OSError, FormatError):
+        found = read_json(kept).get("commit")
+        return found if isinstance(found, str) else None
+    return None
+
+
+def _asked(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=ANSWER_SECONDS).sha
+    except Exception:  # noqa: BLE001  No connection, no such data set: reading it will say what is wrong.
+        return None
 
 
 def _dataset_documents(dataset: Any, column: str | None, where: str) -> Iterator[Document]:

@@ -18,8 +18,8 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora, Corpus, corpora_for
 from endwise.tokens.folders import files_below
-from endwise.tokens.hub import commit_on_hub
 from endwise.tokens.loading import EMBEDDED
+from endwise.tokens.sources import commit_on_hub
 
 Text = Literal["heldout", "train"] | Path
 
