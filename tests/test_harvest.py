@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,6 @@ from endwise.features.harvest.results import TOP
 from endwise.features.harvest.slots import EMPTY, Candidates, Slots
 from endwise.features.harvest.sums import FixedPointSums, drawn
 from endwise.features.harvest.top_tokens import written
-from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
 from endwise.tokens.corpus import Layout
 from endwise.tokens.tokenising import documents_in
@@ -260,59 +260,63 @@ def test_shards_in_any_order_join_to_the_same_files(run, model, corpus, pair):
     assert digest(run) == whole
 
 
+def watched(model, before=lambda: None):
+    """The model, with something done before each clean pass, and a list of the passes."""
+    other, passes = copy(model), []
+
+    def clean(*arguments, **options):
+        before()
+        passes.append(arguments)
+        return model.clean(*arguments, **options)
+
+    other.clean = clean
+    return other, passes
+
+
+def no_pass():
+    raise AssertionError("no pass should be made")
+
+
 class Killed(BaseException):
     pass
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_a_killed_harvest_goes_on_and_ends_in_the_same_files(run, model, corpora, monkeypatch, batches):
+def test_a_killed_harvest_goes_on_and_ends_in_the_same_files(run, model, corpora, batches):
     corpus = corpora.heldout
     harvested(run, model, corpus)
     whole = digest(run)
-    monkeypatch.setattr(parts_module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(parts_module.Saver, "due", property(lambda saver: True))
-    clean, read = LanguageModel.clean, []
 
-    def dies(self, *args, **kwargs):
+    def dies():
         if len(read) == batches:
             raise Killed
-        read.append(args)
-        return clean(self, *args, **kwargs)
 
-    monkeypatch.setattr(LanguageModel, "clean", dies)
+    dying, read = watched(model, dies)
     with pytest.raises(Killed):
-        harvested(run, model, corpus)
-    monkeypatch.setattr(LanguageModel, "clean", lambda self, *a, **k: read.append(a) or clean(self, *a, **k))
-    harvested(run, model, corpus)
+        harvested(run, dying, corpus, save_seconds=0.0)
+    living, rest = watched(model)
+    harvested(run, living, corpus)
+    read += rest
     assert len(read) == -(-len(corpus) // 4)  # none was read twice
     assert digest(run) == whole
 
 
-def test_ctrl_c_saves_what_was_gathered(run, model, corpora, monkeypatch):
+def test_ctrl_c_saves_what_was_gathered(run, model, corpora):
     harvested(run, model, corpora.heldout)
     whole = digest(run)
-    clean, read = LanguageModel.clean, []
-
-    def stops(self, *args, **kwargs):
-        read.append(args)
-        if len(read) == 2:
-            ask_to_stop()
-        return clean(self, *args, **kwargs)
-
-    monkeypatch.setattr(LanguageModel, "clean", stops)
+    stopping, read = watched(model, lambda: ask_to_stop() if len(read) == 1 else None)
     with pytest.raises(Interrupted, match="endwise harvest"):
-        harvested(run, model, corpora.heldout)
+        harvested(run, stopping, corpora.heldout)
     assert len(read) == 2
-    harvested(run, model, corpora.heldout)
+    harvested(run, stopping, corpora.heldout)
     assert len(read) == -(-len(corpora.heldout) // 4) and digest(run) == whole
 
 
-def test_what_was_gathered_with_other_settings_is_not_gone_on_with(run, model, corpora, monkeypatch):
-    monkeypatch.setattr(parts_module.Saver, "due", property(lambda saver: True))
-    harvested(run, model, corpora.heldout, shards=2, shard=0)
-    other = replace(KEPT, top=2)
-    assert harvested(run, model, corpora.heldout, shards=2, shard=1, kept=other) is None
-    assert harvested(run, model, corpora.heldout, shards=2, shard=0, kept=other) is not None
+def test_what_was_gathered_with_other_settings_is_not_gone_on_with(run, model, corpora):
+    harvested(run, model, corpora.heldout, shards=2, shard=0, save_seconds=0.0)
+    other = {"kept": replace(KEPT, top=2), "save_seconds": 0.0}
+    assert harvested(run, model, corpora.heldout, shards=2, shard=1, **other) is None
+    assert harvested(run, model, corpora.heldout, shards=2, shard=0, **other) is not None
     assert max(c.rank for _, each in read_harvest(run).all_contexts() for c in each if c.group == TOP) == 1
 
 
@@ -325,10 +329,9 @@ def test_a_damaged_part_is_gathered_anew(run, model, corpora):
     assert digest(run) == whole
 
 
-def test_equal_settings_are_read_not_harvested_again(run, model, corpora, monkeypatch):
+def test_equal_settings_are_read_not_harvested_again(run, model, corpora):
     first = harvested(run, model, corpora.heldout)
-    monkeypatch.setattr(LanguageModel, "clean", None)
-    again = harvested(run, model, corpora.heldout, again=False)
+    again = harvested(run, watched(model, no_pass)[0], corpora.heldout, again=False)
     assert again.about == first.about and again.features.equals(first.features)
 
 
@@ -343,7 +346,7 @@ def test_measured_importance_is_read(tmp_path, token_files, model, corpora):
     assert found.about["settings"]["importance"] == "measured"
 
 
-def test_runs_of_one_model_share_the_clean_pass(tmp_path, token_files, model, corpora, monkeypatch):
+def test_runs_of_one_model_share_the_clean_pass(tmp_path, token_files, model, corpora):
     runs = []
     for seed in (0, 1):
         config = recipe(tmp_path / str(seed), seed=seed).model_copy(update={"data": data(token_files)})
@@ -352,9 +355,8 @@ def test_runs_of_one_model_share_the_clean_pass(tmp_path, token_files, model, co
     for run in runs:
         harvested(run, model, corpora.heldout)
         alone.append(digest(run))
-    clean, passes = LanguageModel.clean, []
-    monkeypatch.setattr(LanguageModel, "clean", lambda self, *a, **k: passes.append(a) or clean(self, *a, **k))
-    harvest(runs, tokens=corpora.heldout.tokens, kept=KEPT, model=model, corpora=corpora, again=True)
+    counted, passes = watched(model)
+    harvest(runs, tokens=corpora.heldout.tokens, kept=KEPT, model=counted, corpora=corpora, again=True)
     assert len(passes) == -(-len(corpora.heldout) // 4)
     assert [digest(run) for run in runs] == alone
 
@@ -557,8 +559,8 @@ def test_a_share_of_tokens_is_drawn_for_co_firing():
 # Bad input.
 
 
-def test_bad_requests_are_refused_before_any_pass(run, model, corpora, monkeypatch):
-    monkeypatch.setattr(LanguageModel, "clean", None)
+def test_bad_requests_are_refused_before_any_pass(run, model, corpora):
+    model, _ = watched(model, no_pass)
     with pytest.raises(ConfigError, match="shard 3 of 3"):
         harvest([run], shards=3, shard=3)
     with pytest.raises(ConfigError, match=r"top must be a whole number.*-1"):
@@ -577,12 +579,20 @@ def test_a_run_that_is_being_harvested_is_left_alone(run, model, corpora):
         harvested(run, model, corpora.heldout)
 
 
-def test_a_diverged_sae_is_named(run, model, corpora, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        ReluSAE, "encode", lambda self, x: DenseLatents(torch.full((*x.shape[:-1], D_SAE), float("nan")))
-    )
-    with pytest.raises(DataError, match=f"{run} cannot be harvested"):
-        harvested(run, model, corpora.heldout)
+def with_bias(run, place, value):
+    """A copy of the run whose SAE has an encoder's bias of its own."""
+    shutil.copytree(run, place, ignore=shutil.ignore_patterns("harvest"))
+    sae = ReluSAE.load(run)
+    sae.b_enc.fill_(value)
+    sae.save(place / "sae")
+    RunFolder(place).note_weights(whole=True)
+    return place
+
+
+def test_a_diverged_sae_is_named(run, model, corpora, tmp_path):
+    diverged = with_bias(run, tmp_path / "run", float("nan"))
+    with pytest.raises(DataError, match=f"{diverged} cannot be harvested"):
+        harvested(diverged, model, corpora.heldout)
 
 
 def test_a_harvest_that_is_none_is_refused(run, model, corpora):
@@ -594,12 +604,7 @@ def test_a_harvest_that_is_none_is_refused(run, model, corpora):
 
 
 def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("harvest"))
-    dead = ReluSAE.load(run)
-    dead.b_enc.sub_(1e6)
-    dead.save(tmp_path / "run" / "sae")
-    RunFolder(tmp_path / "run").note_weights(whole=True)
-    found = harvested(tmp_path / "run", model, corpora.heldout)
+    found = harvested(with_bias(run, tmp_path / "run", -1e6), model, corpora.heldout)
     assert not found.firings.any() and dict(found.all_contexts()) == {} and found.contexts(3) == []
     assert np.isnan(found.column("max_active")).all() and not found.column("ce").any()
     exported = export(tmp_path / "run", tmp_path / "out", model_id="small")
@@ -619,7 +624,8 @@ class Tokenizer:
         return self.pieces[tokens[0]].removeprefix("▁")
 
 
-def test_tokens_are_written_as_they_stand_in_text(model, monkeypatch):
+def test_tokens_are_written_as_they_stand_in_text(model):
     assert written(model, 7) == "7"
-    monkeypatch.setattr(model, "tokenizer", Tokenizer())
+    model = copy(model)
+    model.tokenizer = Tokenizer()
     assert [written(model, token) for token in range(4)] == [" the", "s", " a", "\x1b"]

@@ -2,11 +2,13 @@
 
 import threading
 import time
+from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from endwise import LanguageModel, train
+from endwise import train
 from endwise.common.errors import DataError, TrainingStopped
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpus, TokenBatch, read_ahead
@@ -120,55 +122,60 @@ def test_nothing_to_read():
         assert list(batches) == []
 
 
-def test_training_leaves_no_thread_and_tells_of_a_corpus_gone_bad(corpora, tmp_path, monkeypatch):
+def reading(corpora, before):
+    """The corpora, with something done before each batch of the training side is read."""
+    corpus = copy(corpora.train)
+
+    def batch(indices):
+        before(indices)
+        return corpora.train.batch(indices)
+
+    corpus.batch = batch
+    return replace(corpora, train=corpus)
+
+
+def test_training_leaves_no_thread_and_tells_of_a_corpus_gone_bad(corpora, tmp_path):
     """The fixture looks for threads after each of these."""
-    model, plain = small_model(), type(corpora.train).batch
+    model, read = small_model(), []
     train(recipe(tmp_path / "whole", "local"), model=model, corpora=corpora, display=False)
 
-    def bad(self, indices):
-        if bad.calls == 6:
+    def fails_at_last(indices):
+        if len(read) == 6:
             raise DataError("the file was cut off.")
-        bad.calls += self is corpora.train
-        return plain(self, indices)
+        read.append(indices)
 
-    bad.calls = 0
-    monkeypatch.setattr(type(corpora.train), "batch", bad)
+    bad = reading(corpora, fails_at_last)
     with pytest.raises(TrainingStopped, match=r"the file was cut off\. The last good state is saved in .*bad"):
-        train(recipe(tmp_path / "bad", "local"), model=model, corpora=corpora, display=False)
+        train(recipe(tmp_path / "bad", "local"), model=model, corpora=bad, display=False)
     assert RunFolder(tmp_path / "bad").latest_checkpoint().name == "step-000000006.safetensors"
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
-def test_training_that_is_broken_off_leaves_no_thread(corpora, tmp_path, error, monkeypatch):
-    clean = LanguageModel.clean
+def test_training_that_is_broken_off_leaves_no_thread(corpora, tmp_path, error):
+    model, calls = small_model(), []
+    clean = model.clean
 
-    def breaks(self, *arguments, **named):
-        breaks.calls += 1
-        if breaks.calls == 3:
+    def breaks(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 3:
             raise error
-        return clean(self, *arguments, **named)
+        return clean(*arguments, **named)
 
-    breaks.calls = 0
-    monkeypatch.setattr(LanguageModel, "clean", breaks)
+    model.clean = breaks
     with pytest.raises(error):
-        train(recipe(tmp_path / "run", "local"), model=small_model(), corpora=corpora, display=False)
+        train(recipe(tmp_path / "run", "local"), model=model, corpora=corpora, display=False)
 
 
 def test_the_next_batches_are_read_while_a_step_runs(corpora, tmp_path, monkeypatch):
-    plain, finish, read = type(corpora.train).batch, Trainee.finish_step, []
-
-    def noted(self, indices):
-        if self is corpora.train:
-            read.append(indices)
-        return plain(self, indices)
+    finish, read = Trainee.finish_step, []
 
     def waits(self, *arguments, **named):
         until(lambda: len(read) == min(20, self.step + 3))  # this step's, and two more
         finish(self, *arguments, **named)
 
-    monkeypatch.setattr(type(corpora.train), "batch", noted)
     monkeypatch.setattr(Trainee, "finish_step", waits)
-    train(recipe(tmp_path / "run", "local"), model=small_model(), corpora=corpora, display=False)
+    noted = reading(corpora, read.append)
+    train(recipe(tmp_path / "run", "local"), model=small_model(), corpora=noted, display=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -114,12 +114,10 @@ def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys)
 
 
 @pytest.mark.parametrize("columns", [30, 60, 80, 200])
-def test_a_bar_gives_way_and_never_its_name(monkeypatch, columns):
+def test_a_bar_gives_way_and_never_its_name(columns):
     out = io.StringIO()
-    monkeypatch.setattr(
-        "endwise.common.counting.Console", lambda **_: Console(file=out, force_terminal=True, width=columns)
-    )
-    with counting("features that carry most", 4, True) as advance:
+    console = Console(file=out, force_terminal=True, width=columns)
+    with counting("features that carry most", 4, True, console=console) as advance:
         advance(1)
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "features that carry most" in said and "…" not in said

@@ -40,19 +40,16 @@ def test_a_name_stands_for_one_thing(registry):
     assert registry["ox"] is again
 
 
-def test_a_built_in_name_cannot_be_taken_before_it_is_read(monkeypatch):
-    home = ModuleType("home_of_animals")
-    registry = Registry("animals", "home_of_animals")
-    monkeypatch.setattr("endwise.common.registry.import_module", lambda _: registry.add("cat")(ModuleType) and home)
+def test_a_built_in_name_cannot_be_taken_before_it_is_read():
+    registry = Registry("animals", "home_of_animals", lambda _: registry.add("cat")(ModuleType))
     registry.add("cat")(Registry)
     with pytest.raises(ConfigError, match=r"'cat' is the name of one of the animals already"):
         registry.names()
 
 
-def test_the_home_is_imported_at_the_first_look_up_alone(monkeypatch):
+def test_the_home_is_imported_at_the_first_look_up_alone():
     imported = []
-    monkeypatch.setattr("endwise.common.registry.import_module", imported.append)
-    registry = Registry("animals", "endwise.nowhere")
+    registry = Registry("animals", "endwise.nowhere", imported.append)
     registry.add("cat")("cat")
     assert not imported
     assert registry["cat"] == "cat" and registry.names() == ["cat"]

@@ -232,9 +232,9 @@ def test_a_bars_name_is_never_cut(width):
     assert width < 60 or "50%" in file.getvalue()
 
 
-def test_a_line_of_a_log_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("endwise.common.counting.LOG_SECONDS", -1.0)
-    with counting("a pass of a name that is longer than what is left of eighty columns", 400, True) as advance:
+def test_a_line_of_a_log_is_one_line(capsys):
+    name = "a pass of a name that is longer than what is left of eighty columns"
+    with counting(name, 400, True, every=-1.0) as advance:
         advance(200)
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -14,11 +14,17 @@ NARROW = 100
 
 
 @contextmanager
-def counting(what: str, total: int, display: bool, unit: str = "sequences") -> Iterator[Callable[[int], None]]:
-    """A function to be told how many more are done: a bar on a terminal, a line now and then in a log, either with the
-    time that is left.
+def counting(
+    what: str, total: int, display: bool, *, console: Console | None = None, every: float = LOG_SECONDS
+) -> Iterator[Callable[[int], None]]:
+    """A function to be told how many more sequences are done: a bar on a terminal, a line now and then in a log, either
+    with the time that is left.
+
+    Args:
+        console: unset: stderr.
+        every: seconds between two lines of a log.
     """
-    console = Console(stderr=True, quiet=not display)
+    console = console or Console(stderr=True, quiet=not display)
     whole = Column(no_wrap=True, min_width=len(what))  # the bar gives way in a narrow window, never the name
     columns = (
         TextColumn("{task.description}", table_column=whole, markup=False),
@@ -37,9 +43,9 @@ def counting(what: str, total: int, display: bool, unit: str = "sequences") -> I
             progress.advance(task, count)
             done += count
             now = time.monotonic()
-            if not console.is_terminal and now - said > LOG_SECONDS and done:
+            if not console.is_terminal and now - said > every and done:
                 left = (now - started) / done * (total - done)
-                told = f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left"
+                told = f"{what}: {done:,} of {total:,} sequences · {left / 60:.1f} min left"
                 console.print(told, highlight=False, soft_wrap=True)
                 said = now
 

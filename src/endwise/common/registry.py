@@ -21,10 +21,11 @@ class Registry(Generic[T]):
     Args:
         what: what the things are, in the plural, as an error names them.
         home: the module that adds the built-in ones.
+        load: imports it.
     """
 
-    def __init__(self, what: str, home: str) -> None:
-        self._what, self._home = what, home
+    def __init__(self, what: str, home: str, load: Callable[[str], object] = import_module) -> None:
+        self._what, self._home, self._load = what, home, load
         self._things: dict[str, T] = {}
         self._filled = False
 
@@ -69,7 +70,7 @@ class Registry(Generic[T]):
             return
         self._filled = True
         own, self._things = self._things, {}
-        import_module(self._home)
+        self._load(self._home)
         for point in entry_points(group=f"endwise.{self._what}"):
             point.load()
         for name, thing in own.items():

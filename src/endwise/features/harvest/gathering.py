@@ -24,6 +24,8 @@ BINS, _FIRST_EXPONENT, _STEP_BITS = 160, -20, 21
 its mantissa are the bin's number."""
 _FIRST_BIN = (127 + _FIRST_EXPONENT) << (23 - _STEP_BITS)
 _SEQUENCE_BITS = 32
+_PARTS = ("activation", "ce", "squares", "top", "sample", "together")
+"""Of what is gathered, that which is no tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +180,13 @@ class Gathered:
         self.histogram += other.histogram
         self.counts += other.counts
         self.greatest = torch.maximum(self.greatest, other.greatest)
-        for name in ("activation", "ce", "squares", "top", "sample", "together"):
+        for name in _PARTS:
             getattr(self, name).merge(getattr(other, name))
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, to go on from."""
         found = {"histogram": self.histogram, "greatest": self.greatest, "counts": self.counts}
-        for name in ("activation", "ce", "squares"):
-            sums: FixedPointSums = getattr(self, name)
-            found |= {f"{name}.whole": sums.whole, f"{name}.fraction": sums.fraction}
-        for name in ("top", "sample", "together"):
+        for name in _PARTS:
             found |= {f"{name}.{part}": tensor for part, tensor in getattr(self, name).tensors().items()}
         return found
 
@@ -197,11 +196,10 @@ class Gathered:
             KeyError, RuntimeError: they are not what `tensors` gives for an SAE of this size.
         """
         for name, own in self.tensors().items():
-            if name.partition(".")[0] not in ("top", "sample", "together"):
+            if not name.startswith("together."):
                 own.copy_(tensors[name])
-        for name in ("top", "sample"):
-            slots: Slots = getattr(self, name)
-            slots.restore({part: tensors[f"{name}.{part}"] for part in slots.tensors()})
+        for slots in (self.top, self.sample):
+            slots.settle()
         self.together.tokens, self.together.features = [tensors["together.tokens"]], [tensors["together.features"]]
 
 

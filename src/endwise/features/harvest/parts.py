@@ -17,9 +17,6 @@ from endwise.common.tensor_files import write_tensors
 from endwise.features.harvest.gathering import Gathered
 from endwise.features.harvest.results import HARVEST_FOLDER
 
-SAVE_SECONDS = 30.0
-"""Between two savings; longer where one takes more than a twentieth of that."""
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -95,14 +92,18 @@ class Parts:
 
 
 class Saver:
-    """Says when it is time to save, so that saving takes a small share of all time."""
+    """Says when it is time to save, so that saving takes a small share of all time.
 
-    def __init__(self) -> None:
-        self._saved, self._took = time.monotonic(), 0.0
+    Args:
+        seconds: between two savings, and longer where one takes more than a twentieth of that; 0: always.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._saved, self._took = seconds, time.monotonic(), 0.0
 
     @property
     def due(self) -> bool:
-        return time.monotonic() - self._saved >= max(SAVE_SECONDS, 20 * self._took)
+        return not self._seconds or time.monotonic() - self._saved >= max(self._seconds, 20 * self._took)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -50,6 +50,7 @@ def harvest(
     again: bool = False,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
+    save_seconds: float = 30.0,
     display: bool = False,
 ) -> dict[Path, Harvest | None]:
     """Gathers what every feature of finished runs does on a text, and writes `harvest/` into each run's folder.
@@ -69,6 +70,7 @@ def harvest(
             The processes of `torchrun` are the shards of one harvest, without being told.
         again: harvest whatever was harvested before.
         model, corpora: loaded ones to use instead of the recipes'.
+        save_seconds: between two savings of what is gathered; 0: after every batch.
         display: show progress on stderr.
 
     Returns:
@@ -95,7 +97,7 @@ def harvest(
         }
         for paths in sharing_groups({path: each for path, each in configs.items() if path not in results}, tokens):
             group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
-            results |= group.harvest(display)
+            results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
 
@@ -161,13 +163,13 @@ class _Group:
     settings: Mapping[Path, Mapping[str, Any]]
     runs: Mapping[Path, _Harvested]
 
-    def harvest(self, display: bool) -> dict[Path, Harvest | None]:
+    def harvest(self, save_seconds: float, display: bool) -> dict[Path, Harvest | None]:
         shard, shards = self.request.shard, self.request.shards
         with ExitStack() as claims:
             for run in self.runs.values():
                 claims.enter_context(run.parts.claimed(shard))
                 run.parts.clear_partials()
-            gathered = self._gather(display)
+            gathered = self._gather(Saver(save_seconds), display)
             for path, each in gathered.items() if shards > 1 else ():
                 self.runs[path].parts.save(shard, each, self._span(shard).stop)
             return {path: self._finish(path, each) for path, each in gathered.items()}
@@ -190,7 +192,7 @@ class _Group:
         attribute = self.settings[path]["importance"] == "attributed"
         return Gathered(self.runs[path].sae, self.request.kept, self._co_firing_share, attribute=attribute)
 
-    def _gather(self, display: bool) -> dict[Path, Gathered]:
+    def _gather(self, saver: Saver, display: bool) -> dict[Path, Gathered]:
         """The pass over this shard's batches; those that a run has gathered already do not count for it again."""
         gathered, span = {path: self._empty(path) for path in self.runs}, self._span(self.request.shard)
         starts: dict[Path, int] = {}
@@ -200,7 +202,6 @@ class _Group:
             if saved is None:
                 gathered[path] = self._empty(path)
         numbers = range(min(starts.values()), span.stop)
-        saver = Saver()
         with counting("harvest", self._sequences_of(numbers), display) as advance, polite_stop() as asked_to_stop:
             for number in numbers:
                 behind = [path for path, start in starts.items() if start <= number]

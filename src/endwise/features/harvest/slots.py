@@ -1,6 +1,6 @@
 """For every feature the firings with the greatest keys, in a table whose size does not grow with the text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +79,8 @@ class Slots:
         names = ("keys", "sequences", "positions", "activations", "windows")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, own in self.tensors().items():
-            own.copy_(tensors[name])
+    def settle(self) -> None:
+        """To be called once `tensors` were filled."""
         if self.keys.shape[1]:
             self.least = self.keys.amin(1)
 

@@ -37,6 +37,9 @@ class FixedPointSums:
         self.fraction += other.fraction
         self._carry()
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"whole": self.whole, "fraction": self.fraction}
+
     def total(self) -> Float[Tensor, " n"]:
         """float64"""
         return self.whole.double() + self.fraction.double() / (1 << FRACTION_BITS)
