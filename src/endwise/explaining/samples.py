@@ -140,18 +140,14 @@ def sample_of(
     shown, active = parts
     sequences = {context.sequence for context in contexts}
     order = generator.permutation(len(pool)).tolist()
-    others = (pool[place] for place in order if _is_of_others(pool[place], feature, sequences))
-    own = [Text.of(each) for each in contexts]
-    inactive = distinct([*own, *others])
+    drawn = (pool[place] for place in order)
+    others = (text for text in drawn if text.owner != feature and text.sequence not in sequences)
+    inactive = distinct([*map(Text.of, contexts), *others])
     inactive = [text for text in inactive if text.owner != feature][: sizes.held]
     if len(inactive) < sizes.held:
         return f"there are fewer than {sizes.held} texts of other features from sequences that it has no text of"
     greatest = max(max(text.activations) for text in shown)
     return ScoringSample(feature, greatest, shown, active, tuple(inactive))
-
-
-def _is_of_others(text: Text, feature: int, sequences: set[int]) -> bool:
-    return text.owner != feature and text.sequence not in sequences
 
 
 def random_sample(feature: int, pool: Sequence[Text], sizes: Sizes, seed: int) -> ScoringSample | None:

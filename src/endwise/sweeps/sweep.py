@@ -65,7 +65,11 @@ def sweep(
     """
     config = as_sweep(config)
     points = points_of(config)
-    _check_alone()
+    if launched():
+        raise ConfigError(
+            "A sweep is one process, which gives tasks to others by its `engine`; torchrun would start it several "
+            "times. Start it without."
+        )
     write_atomic(config.out / "sweep.yaml", config.to_yaml().encode())
     try:
         with closing(engine or engine_of(config, config.out)) as used:
@@ -75,14 +79,6 @@ def sweep(
             f"Stopped as asked. What was done is in {config.out}; the same command resumes from there."
         ) from None
     return replace(result, rows=write_summary(result.places, result.failures, config.out))
-
-
-def _check_alone() -> None:
-    if launched():
-        raise ConfigError(
-            "A sweep is one process, which gives tasks to others by its `engine`; torchrun would start it several "
-            "times. Start it without."
-        )
 
 
 def sweep_points(

@@ -79,7 +79,8 @@ def load_corpora(
     Raises:
         DataError: a source is missing, empty, too short, of the wrong kind, or the two overlap wholly.
     """
-    layout, encoding = _layout(data, tokenizer, model_context), _encoding(data, tokenizer, vocab_size)
+    layout = _layout(data, tokenizer, model_context)
+    encoding = _encoding(data, layout, tokenizer, vocab_size)
     wanted = max(1, training_tokens // layout.context)
     wanted_heldout = max(1, evaluation_tokens // layout.context)
     loader = _Loader(data, layout, encoding)
@@ -121,16 +122,12 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
     return Layout(context, data.packing, bos, _separator(data, tokenizer), data.mask_first_position)
 
 
-def _encoding(data: DataConfig, tokenizer: Any | None, vocab_size: int) -> Encoding:
-    encoding = Encoding(tokenizer, _separator(data, tokenizer), vocab_size, data.special_tokens)
-    for setting, token in (("data.separator", encoding.separator), ("data.prepend_bos", _bos(data, tokenizer))):
+def _encoding(data: DataConfig, layout: Layout, tokenizer: Any | None, vocab_size: int) -> Encoding:
+    encoding = Encoding(tokenizer, layout.separator, vocab_size, data.special_tokens)
+    for setting, token in (("data.separator", layout.separator), ("data.prepend_bos", layout.bos)):
         if token is not None and token >= vocab_size:
             raise outside_vocabulary(f"The tokenizer (for {setting})", token, encoding)
     return encoding
-
-
-def _bos(data: DataConfig, tokenizer: Any | None) -> int | None:
-    return getattr(tokenizer, "bos_token_id", None) if data.prepend_bos else None
 
 
 def _separator(data: DataConfig, tokenizer: Any | None) -> int | None:
