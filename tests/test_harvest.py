@@ -579,19 +579,19 @@ def test_a_run_that_is_being_harvested_is_left_alone(run, model, corpora):
         harvested(run, model, corpora.heldout)
 
 
-def with_bias(run, place, value):
-    """A copy of the run whose SAE has an encoder's bias of its own."""
+def with_all(run, place, name, value):
+    """A copy of the run in whose SAE all numbers of a tensor are one."""
     shutil.copytree(run, place, ignore=shutil.ignore_patterns("harvest"))
     sae = ReluSAE.load(run)
-    sae.b_enc.fill_(value)
+    getattr(sae, name).fill_(value)
     sae.save(place / "sae")
     RunFolder(place).note_weights(whole=True)
     return place
 
 
 def test_a_diverged_sae_is_named(run, model, corpora, tmp_path):
-    diverged = with_bias(run, tmp_path / "run", float("nan"))
-    with pytest.raises(DataError, match=f"{diverged} cannot be harvested"):
+    diverged = with_all(run, tmp_path / "run", "W_enc", 3e38)
+    with pytest.raises(DataError, match=f"{diverged} cannot be harvested: A latent is NaN, infinite or negative"):
         harvested(diverged, model, corpora.heldout)
 
 
@@ -604,7 +604,7 @@ def test_a_harvest_that_is_none_is_refused(run, model, corpora):
 
 
 def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
-    found = harvested(with_bias(run, tmp_path / "run", -1e6), model, corpora.heldout)
+    found = harvested(with_all(run, tmp_path / "run", "b_enc", -1e6), model, corpora.heldout)
     assert not found.firings.any() and dict(found.all_contexts()) == {} and found.contexts(3) == []
     assert np.isnan(found.column("max_active")).all() and not found.column("ce").any()
     exported = export(tmp_path / "run", tmp_path / "out", model_id="small")
