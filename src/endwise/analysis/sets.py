@@ -33,7 +33,6 @@ class Compared(Protocol):
 
 
 M = TypeVar("M", bound=Measured)
-S = TypeVar("S", bound=Compared)
 
 
 @dataclass(frozen=True)
