@@ -223,6 +223,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _no_copying(self) -> "RunConfig":
+        if getattr(self.dictionary, "skip", False) and self.written == self.site:
+            raise ValueError(
+                f"dictionary.skip is true, but what is read is what is written, {self.site}: a linear path would copy "
+                "it, and leave nothing to the features. Set writes to a later site, or dictionary.skip=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_pass(self) -> "RunConfig":
         if self.dictionary.batchwise and self.training.accumulation > 1:
             raise ValueError(

@@ -37,7 +37,7 @@ class LinearConfig(DeadConfig):
     decoder_norm: Literal["unit", "free"] = "unit"
     """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is."""
     skip: bool = False
-    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders."""
+    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused of SAEs."""
 
 
 class LinearSAE(SAE):

@@ -241,8 +241,8 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
-    d_model, d_sae = dry_run.sae.d_in, dry_run.sae.d_sae
-    product = product_flops(1, d_model, d_sae)
+    d_in, d_out, d_sae = dry_run.sae.d_in, dry_run.sae.d_out, dry_run.sae.d_sae
+    product = (product_flops(1, d_in, d_sae) + product_flops(1, d_sae, d_out)) / 2
     readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.objective.final else 0)
     parameters = sum(parameter.numel() for parameter in dry_run.sae.parameters())
     flops = Flops(
@@ -259,7 +259,7 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     )
     if dry_run.device.type == "cuda":
         return flops, None
-    sae = product + sparse_flops(1, d_model, dry_run.sae.sparse_below * d_sae)
+    sae = product + sparse_flops(1, (d_in + d_out) // 2, dry_run.sae.sparse_below * d_sae)
     return flops, flops.per_token - flops.sae_forward - flops.sae_backward + sae
 
 
