@@ -1,4 +1,4 @@
-"""What is done for dead features: the terms against definitions in float64 and rival packages; which features are dead."""
+"""What is done for dead features: terms against definitions in float64 and rivals; which features are dead."""
 
 import pytest
 import torch
@@ -105,9 +105,11 @@ def test_where_nothing_is_predicted_the_term_is_the_second_moment_by_the_varianc
 
 def test_what_is_predicted_can_be_chosen():
     seen = {target: dictionary(aux=1.0, aux_target=target) for target in ("objective", "residual", "gradient")}
-    found = {name: float(sae.own_terms(a_pass(sae, gradient_at_site()))["dead_aux"]) for name, sae in seen.items()}
+    found = {
+        name: float(sae.own_terms(a_pass(sae, gradient_at_site()))["dead_aux"].detach()) for name, sae in seen.items()
+    }
     assert found["objective"] == found["gradient"] != found["residual"]
-    without = {name: float(sae.own_terms(a_pass(sae))["dead_aux"]) for name, sae in seen.items()}
+    without = {name: float(sae.own_terms(a_pass(sae))["dead_aux"].detach()) for name, sae in seen.items()}
     assert without["objective"] == without["residual"] == found["residual"]
     assert without["gradient"] == 0.0
 
@@ -115,10 +117,10 @@ def test_what_is_predicted_can_be_chosen():
 def test_without_a_gradient_or_a_dead_feature_nothing_is_asked():
     sae = dictionary(aux=1.0, revive=1.0)
     nowhere = sae.own_terms(a_pass(sae, torch.zeros(3, 10, D, dtype=torch.float64)))
-    assert float(nowhere["dead_aux"]) == 0.0
+    assert float(nowhere["dead_aux"].detach()) == 0.0
     seen = a_pass(sae)
     alive = TrainingPass(seen.x, seen.x, seen.latents, seen.reconstruction, MASK, torch.zeros_like(DEAD))
-    assert {name: float(term) for name, term in sae.own_terms(alive).items()} == {
+    assert {name: float(term.detach()) for name, term in sae.own_terms(alive).items()} == {
         "dead_aux": 0.0,
         "pre_activation": 0.0,
     }
