@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from endwise import embedded
-from endwise.common.errors import DataError
+from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.seeds import numpy_stream
 from endwise.config.run import DataConfig
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading, tokenising
@@ -134,6 +134,49 @@ def test_packing_follows_its_definition(tmp_path, load, packing, prepend_bos, ma
     assert rows_of(corpora.train) == packed(documents[:-held], *settings)
     assert rows_of(corpora.heldout) == packed(documents[-held:], *settings)
     assert corpora.train.context == 8 and corpora.train.tokens == 8 * len(corpora.train)
+
+
+def digest_of(corpus):
+    return corpus.text_digest(range(len(corpus)))
+
+
+@pytest.mark.parametrize("packing", ["stream", "document"])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("named", [[], [("w3", 0)], [("w3", 2), ("w5", 1)]])
+def test_tokens_that_are_left_out_do_not_count(tmp_path, load, packing, special, named):
+    """The sequences are as without it; of each, the mask loses the special tokens, and the named with those after."""
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    plain = load(source, packing=packing, prepend_bos=True)
+    corpora = load(source, packing=packing, prepend_bos=True, leave_out_special=special, leave_out_tokens=named)
+    for corpus, before in ((corpora.train, plain.train), (corpora.heldout, plain.heldout)):
+        expected = []
+        for tokens, mask in rows_of(before):
+            gone = {place for place, token in enumerate(tokens) if special and token in (BOS, EOS, UNK)}
+            for name, after in named:
+                starts = [place for place, token in enumerate(tokens) if token == int(name[1:])]
+                gone |= {start + later for start in starts for later in range(after + 1)}
+            expected.append((tokens, [counts and place not in gone for place, counts in enumerate(mask)]))
+        assert rows_of(corpus) == expected
+        assert (expected != rows_of(before)) == (digest_of(corpus) != digest_of(before))
+        assert (corpus.fingerprint() != before.fingerprint()) == bool(special or named)
+    assert (rows_of(corpora.train) != rows_of(plain.train)) == bool(special or named)
+
+
+def test_a_layout_that_leaves_nothing_out_is_what_it_was():
+    """Digests of run folders are made of what it says."""
+    assert Layout(8, "stream", None, 3).content == (
+        "Layout(context=8, packing='stream', bos=None, separator=3, mask_first_position=False)"
+    )
+
+
+def test_tokens_to_leave_out_must_be_in_the_vocabulary(tmp_path, load):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
+    with pytest.raises(DataError, match=r"data\.leave_out_tokens is 'two words', which is no single token"):
+        load(source, leave_out_tokens=[("two words", 0)])
+    np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16) % 7)
+    for setting in ({"leave_out_special": True}, {"leave_out_tokens": [("w3", 0)]}):
+        with pytest.raises(NoTokenizer, match=rf"data\.{next(iter(setting))} is set, but the model has no tokenizer"):
+            load(tmp_path / "ids.npy", tokenizer=None, **setting)
 
 
 @settings(max_examples=150, deadline=None)

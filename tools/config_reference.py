@@ -160,6 +160,8 @@ def _describe(annotation: Any, rules: list[Any]) -> str:
         return " or ".join(_describe(a, rules) for a in arguments if a is not type(None))
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple and Ellipsis not in arguments and len(set(arguments)) > 1:
+        return f"[{', '.join(_describe(each, []) for each in arguments)}]"
     if origin is tuple:
         each = _describe(arguments[0], [])
         return f"list of {each}s" if each.isalpha() else f"list, each a {each}"

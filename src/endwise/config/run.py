@@ -68,6 +68,11 @@ class DataConfig(Config):
     """Start every sequence with the tokenizer's BOS (masked in losses and metrics)."""
     mask_first_position: bool = False
     """Leave position 0 out of every loss and metric."""
+    leave_out_special: bool = False
+    """Leave the tokenizer's special tokens out of every loss and metric, as padding is."""
+    leave_out_tokens: tuple[tuple[str, Annotated[int, Field(ge=0, le=1000)]], ...] = ()
+    """Tokens to leave out besides, each with how many after it in its sequence: of `[["<|im_start|>", 2]]` the head of
+    every turn of a chat, the token, the role and the new line."""
     epochs: Positive = 1
     """How often the training corpus may be passed over before it counts as too short."""
     seed: Seed = 0

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, SupportsIndex
 
@@ -24,7 +24,7 @@ class TokenBatch:
 
     tokens: Tokens
     mask: TokenMask
-    """True where a position counts: not padding, not a prepended BOS, not position 0 if that was asked."""
+    """True where a position counts: not padding, not a prepended BOS, nor position 0 or what else is left out."""
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """On the device. From pinned memory the copy is only issued; whatever follows on its stream comes after it."""
@@ -47,6 +47,13 @@ class Layout:
     separator: int | None = None
     """Id that ends documents."""
     mask_first_position: bool = False
+    left_out: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    """Ids that do not count, each with how many positions after it do not either; ascending."""
+
+    @property
+    def content(self) -> str:
+        """All that it says; a layout that leaves nothing out says nothing of that."""
+        return f"{self!r}{self.left_out or ''}"
 
     @property
     def payload(self) -> int:
@@ -143,6 +150,10 @@ class Corpus:
             tokens[:, 0] = self.layout.bos
         if self.layout.mask_first_position:
             mask[:, 0] = False
+        for left_out, after in self.layout.left_out:
+            found = tokens == left_out
+            for later in range(after + 1):
+                mask[:, later:][found[:, : self.context - later]] = False
         return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask))
 
     def document_starts(self, indices: Iterable[SupportsIndex]) -> TokenMask:
@@ -196,7 +207,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Equal for equal documents in equal order, packed alike; 16 hexadecimal digits."""
-        digest = hashlib.sha256(repr((self.layout, len(self))).encode())
+        digest = hashlib.sha256(f"({self.layout.content}, {len(self)})".encode())
         digest.update(np.ascontiguousarray(self.documents.hashes).tobytes())
         return digest.hexdigest()[:16]
 
@@ -212,7 +223,7 @@ class Corpus:
 
     def digest_of_first(self, documents: int) -> str:
         """The digest of so many documents, which are all there."""
-        digest = hashlib.sha256(repr(self.layout).encode())
+        digest = hashlib.sha256(self.layout.content.encode())
         digest.update(np.ascontiguousarray(self.documents.hashes[:documents]).tobytes())
         return digest.hexdigest()
 

@@ -45,6 +45,12 @@ class Encoding:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that a tokenizer calls special."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 def text_ids(tokenizer: Any, texts: list[str], specials: bool) -> list[list[int]]:
     """Ids of each text as it stands, no token put before or after it. Texts are tokenised together, on all cores if the
     tokenizer is a fast one.

@@ -14,7 +14,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import expanded
 from endwise.config.run import DataConfig
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
-from endwise.tokens.encoding import Encoding, outside_vocabulary
+from endwise.tokens.encoding import Encoding, outside_vocabulary, special_ids
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
@@ -119,7 +119,27 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
             raise DataError("data.prepend_bos is set, but the tokenizer has no beginning-of-sequence token. Unset it.")
         if context < 2:
             raise DataError(f"data.context is {context}; with data.prepend_bos it must be at least 2.")
-    return Layout(context, data.packing, bos, _separator(data, tokenizer), data.mask_first_position)
+    left_out = tuple(sorted(_left_out(data, tokenizer).items()))
+    return Layout(context, data.packing, bos, _separator(data, tokenizer), data.mask_first_position, left_out)
+
+
+def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:
+    """Ids that do not count, each with how many positions after it do not either."""
+    if tokenizer is None:
+        for setting in ("leave_out_special", "leave_out_tokens"):
+            if getattr(data, setting):
+                raise NoTokenizer(f"data.{setting} is set, but the model has no tokenizer that would name the tokens.")
+        return {}
+    special = special_ids(tokenizer) if data.leave_out_special else ()
+    named = {_id_of(token, "data.leave_out_tokens", tokenizer): after for token, after in data.leave_out_tokens}
+    return dict.fromkeys(special, 0) | named
+
+
+def _id_of(token: str, setting: str, tokenizer: Any) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise DataError(f"{setting} is {token!r}, which is no single token of the tokenizer's vocabulary.")
+    return found
 
 
 def _encoding(data: DataConfig, layout: Layout, tokenizer: Any | None, vocab_size: int) -> Encoding:
@@ -137,12 +157,7 @@ def _separator(data: DataConfig, tokenizer: Any | None) -> int | None:
         return EMBEDDED_EOS if EMBEDDED in (data.source, data.heldout) else None
     if data.separator is None:
         return tokenizer.eos_token_id
-    token = tokenizer.convert_tokens_to_ids(data.separator)
-    if token is None or (token == tokenizer.unk_token_id and data.separator != tokenizer.unk_token):
-        raise DataError(
-            f"data.separator is {data.separator!r}, which is no single token of the tokenizer's vocabulary."
-        )
-    return token
+    return _id_of(data.separator, "data.separator", tokenizer)
 
 
 class _Loader:
