@@ -215,7 +215,7 @@ import endwise
 for module in pkgutil.walk_packages(endwise.__path__, "endwise."):
     if module.name != "endwise.__main__":
         importlib.import_module(module.name)
-assert endwise.__all__ == sorted(endwise.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+assert endwise.__all__ == sorted(endwise.__all__)
 for name in endwise.__all__:
     value = getattr(endwise, name)
     assert not isinstance(value, types.ModuleType), name

@@ -1,0 +1,49 @@
+"""The public names: where each is defined."""
+
+from .analysis.directions.study import Directions as Directions
+from .analysis.directions.study import directions as directions
+from .analysis.geometry.geometry import Geometry as Geometry
+from .analysis.geometry.geometry import geometry as geometry
+from .analysis.importance.study import ImportanceStudy as ImportanceStudy
+from .analysis.importance.study import importance as importance
+from .analysis.pareto.curves import Pareto as Pareto
+from .analysis.pareto.curves import pareto as pareto
+from .common.errors import EndwiseError as EndwiseError
+from .config.run import DataConfig as DataConfig
+from .config.run import EvaluationConfig as EvaluationConfig
+from .config.run import RunConfig as RunConfig
+from .dictionaries import SAE as SAE
+from .dictionaries import Latents as Latents
+from .dictionaries import ReluSAE as ReluSAE
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.measure import Evaluation as Evaluation
+from .evaluation.measure import measure as measure
+from .features.harvest.results import Harvest as Harvest
+from .features.harvest.results import read_harvest as read_harvest
+from .features.harvest.run import harvest as harvest
+from .features.importance_table import FeatureImportance as FeatureImportance
+from .features.importance_table import read_importance as read_importance
+from .models.language_model import LanguageModel as LanguageModel
+from .models.loading import load_model as load_model
+from .models.sites import Site as Site
+from .models.splicing import spliced as spliced
+from .paper import Reproduced as Reproduced
+from .paper import reproduce as reproduce
+from .sweeps import Sweep as Sweep
+from .sweeps import SweepConfig as SweepConfig
+from .sweeps import sweep as sweep
+from .tokens import Corpora as Corpora
+from .tokens import Corpus as Corpus
+from .tokens import corpora_for as corpora_for
+from .tokens import load_corpora as load_corpora
+from .training.members import Run as Run
+from .training.members import SomeFailed as SomeFailed
+from .training.objectives import KL as KL
+from .training.objectives import DownstreamMSE as DownstreamMSE
+from .training.objectives import LocalMSE as LocalMSE
+from .training.objectives import Objective as Objective
+from .training.objectives import Sparsity as Sparsity
+from .training.train import train as train
+from .training.train import train_together as train_together
+
+__version__: str
