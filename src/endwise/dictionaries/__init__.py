@@ -4,6 +4,7 @@ from endwise.dictionaries.base import SAE, Exported, TrainingPass, at_inference
 from endwise.dictionaries.jumprelu import JumpReLUSAE
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
+from endwise.dictionaries.normed import NormedSAE
 from endwise.dictionaries.relu import ReluSAE
 from endwise.formats.saelens import read_cfg
 
@@ -15,6 +16,7 @@ __all__ = [
     "Latents",
     "LinearConfig",
     "LinearSAE",
+    "NormedSAE",
     "ReluSAE",
     "SparseLatents",
     "TrainingPass",

@@ -133,6 +133,12 @@ class SAE(nn.Module, ABC):
         """
         return self.decode(latents)
 
+    def row_scale(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"] | None:
+        """Return the factor, of each row, by which `W_dec` times a latent is multiplied in the reconstruction of `x`;
+        None: it is 1.
+        """
+        return None
+
     def nested(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Sequence[Float[Tensor, "*rows d_out"]]:
         """Return the reconstructions over which terms at the site are averaged in training, beside the spliced one;
         empty: that one alone.
@@ -252,4 +258,8 @@ class SAE(nn.Module, ABC):
         """
         stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].kept() for name in ARCHITECTURES.names()})
         sae: SAE = ARCHITECTURES[stored.architecture].from_tensors(stored.as_used(), stored.config)
+        if "normalize" in stored.config:
+            from endwise.dictionaries.normed import NormedSAE  # which is an SAE
+
+            sae = NormedSAE(sae, stored.config["normalize"])
         return sae.to(device).requires_grad_(False).eval()

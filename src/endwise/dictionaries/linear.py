@@ -36,6 +36,10 @@ class LinearConfig(DeadConfig):
     """The encoder at the start is this times what `initialisation` says."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is."""
+    normalize: Literal["none", "scalar", "layer_norm", "constant_norm_rescale", "whitening"] = "none"
+    """Norm of what is read, undone at what is written: `scalar` brings the mean norm to √d, `whitening` makes all
+    directions vary alike (both fitted to the first training text and saved as part of the weights); `layer_norm` and
+    `constant_norm_rescale` divide each token by its own deviation or norm (kept in the file)."""
     skip: bool = False
     """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused of SAEs."""
 
@@ -186,7 +190,7 @@ class LinearSAE(SAE):
 
     @classmethod
     def kept(cls) -> Layout:
-        return replace(cls.layout, transcodes=True)
+        return replace(cls.layout, transcodes=True, norms=True)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "LinearSAE":

@@ -99,6 +99,11 @@ def contributions(
     return _dense(latents.dense(), W_dec, gradients, mask)
 
 
+def scaled(gradient: Activation, scale: Tensor | None) -> Activation:
+    """Return the gradient by Σ c·d, where the reconstruction has that times a number of each row (`SAE.row_scale`)."""
+    return gradient if scale is None else gradient * scale[..., None].to(gradient.dtype)
+
+
 def _sparse(
     latents: SparseLatents, W_dec: Tensor, gradients: Sequence[Activation], mask: TokenMask
 ) -> list[Contributions]:
@@ -169,7 +174,9 @@ class Attribution:
         losses: list[Loss] = ["ce", "kl"] if self.kl else ["ce"]
         gradients = spliced_gradients(model, clean, place.writes, reconstruction, mask, losses)
         _, predicts = next_tokens(clean.tokens, mask)
-        each = contributions(latents, self._W_dec, [gradients[loss] for loss in losses], mask)
+        scale = self.sae.row_scale(read)
+        along = [scaled(gradients[loss], scale) for loss in losses]
+        each = contributions(latents, self._W_dec, along, mask)
         for found, predictions, tokens in zip(each, predicts.sum(1).tolist(), mask.sum(1).tolist(), strict=True):
             self._add_sequence(found, predictions, tokens)
 

@@ -19,6 +19,9 @@ TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "
 SKIP = {"W_skip": ("d_out", "d_in")}
 """What a transcoder with a linear path beside its features has besides."""
 
+PER_TOKEN = ("layer_norm", "constant_norm_rescale")
+"""Norms that depend on the token, by SAELens's names."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,8 +29,13 @@ class Layout:
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
+    biases: Mapping[str, str | None] = field(default_factory=lambda: {"b_enc": None})
+    """The biases that are added to what is encoded, each with the tensor, if any, whose exponential multiplies `W_enc`
+    for it. Without `b_enc` among them, the architecture has none."""
     settings: frozenset[str] = frozenset()
     """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+    norms: bool = False
+    """Whether it can stand behind a norm of each token, `normalize` of its configuration (`PER_TOKEN`)."""
     transcodes: bool = False
     """Whether it can be a transcoder, with a `d_out` and, or without, a skip connection."""
 
@@ -40,7 +48,7 @@ class Layout:
     def of_transcoder(self, skip: bool) -> "Layout":
         """Return what its transcoders keep."""
         tensors = {**self.tensors, **(SKIP if skip else {})}
-        return replace(self, tensors=tensors, settings=self.settings | {"d_out"})
+        return replace(self, norms=False, tensors=tensors, settings=self.settings | {"d_out"})
 
 
 @dataclass(frozen=True)

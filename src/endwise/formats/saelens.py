@@ -20,7 +20,7 @@ from endwise.common.errors import FormatError
 from endwise.common.files import read_json, write_json
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
-from endwise.formats.base import Format, Layout, Stored, added, check_tensors
+from endwise.formats.base import PER_TOKEN, Format, Layout, Stored, added, check_tensors
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HEADS_JOINED = "hook_z"
@@ -74,14 +74,7 @@ _OTHERS = {
 }
 """What else SAELens knows, and how each can be used."""
 _NORMALISATIONS = {
-    "layer_norm": (
-        "each activation is centred and divided by its own standard deviation, which no weights can do, so that it "
-        "cannot be folded into them. Use it with SAELens"
-    ),
-    "constant_norm_rescale": (
-        "each activation is divided by its own norm, which no weights can do, so that it cannot be folded into them. "
-        "Use it with SAELens"
-    ),
+    **dict.fromkeys(PER_TOKEN, "of a transcoder SAELens applies it to the input and undoes it nowhere. Use it there"),
     "expected_average_only_in": (
         "activations are multiplied by one number, which the file does not hold. Where you know it, load the SAE with "
         "SAELens, call fold_activation_norm_scaling_factor with it, and save_model"
@@ -109,6 +102,8 @@ class SAELens(Format):
         _check_function(file, cfg, layout, _FOLDED.get(architecture, set()))
         _warn_of_processing(file, cfg)
         config = {key: cfg[key] for key in ("d_in", "d_sae", *layout.settings) if key in cfg}
+        if cfg.get("normalize_activations") in PER_TOKEN:
+            config["normalize"] = cfg["normalize_activations"]
         if "k" in layout.settings:
             config["k"] = _k(file, cfg)
         tensors = _read_weights(path, {**cfg, "architecture": architecture}, layout)
@@ -128,7 +123,7 @@ class SAELens(Format):
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": stored.subtracts_b_dec,
-            "normalize_activations": "none",
+            "normalize_activations": own.pop("normalize", "none"),
             "reshape_activations": HEADS_JOINED if of_heads else "none",
             **own,
             "metadata": {"sae_lens_version": WRITTEN_VERSION, **stored.metadata},
@@ -254,7 +249,8 @@ def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout, folded: 
             )
     norm = cfg.get("normalize_activations")
     norm = "expected_average_only_in" if norm is True else norm
-    if norm not in (None, False, "none"):
+    kept = (None, False, "none", *(PER_TOKEN if layout.norms else ()))
+    if norm not in kept:
         why = _NORMALISATIONS.get(norm) if isinstance(norm, str) else None
         raise FormatError(f"{path}: normalize_activations is {norm!r:.80}: {why or 'endwise does not know it'}.")
     shape = cfg.get("reshape_activations")

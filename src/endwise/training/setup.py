@@ -21,6 +21,7 @@ from endwise.config.fields import differing, shared
 from endwise.config.method import Knob
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
+from endwise.dictionaries.normed import normed, taken_over
 from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.evaluation.text_check import tried_on
 from endwise.models.language_model import LanguageModel
@@ -253,7 +254,7 @@ def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE
     architecture = ARCHITECTURES[config.dictionary.architecture]
     d_in, d_out = model.width(place.reads), model.width(place.writes)
     if architecture.two_widths:
-        return architecture.build(config.dictionary, d_in, config.seed, d_out=d_out)
+        return normed(architecture.build(config.dictionary, d_in, config.seed, d_out=d_out), config.dictionary)
     if d_out != d_in:
         raise ConfigError(
             f"site {place.reads.name} has width {d_in} and writes {place.writes.name} has width {d_out}, but a "
@@ -287,7 +288,7 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
             f"{d_out:,}. Choose the site that it was trained to write."
         )
     try:
-        return ARCHITECTURES[config.dictionary.architecture].continuing(sae, config.dictionary)
+        return taken_over(sae, config.dictionary)
     except ConfigError as error:
         raise ConfigError(f"init_from: {config.init_from}: {error}") from None
 

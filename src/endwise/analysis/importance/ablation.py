@@ -48,7 +48,7 @@ class AblationSums:
 
     def __init__(self, sae: SAE, sample: AblationSample) -> None:
         self.sample = sample
-        self._W_dec = sae.W_dec.detach()
+        self._sae, self._W_dec = sae, sae.W_dec.detach()
         self._rises: list[Floats] = []
         """Per batch `[2 sample batch]`: rise of CE and KL, summed over each sequence; 0 where it does not fire."""
         self._fires: list[NDArray[np.bool_]] = []
@@ -63,10 +63,12 @@ class AblationSums:
         if len(self.sample.features):
             latents = torch.stack([batch.latents.of(int(feature)) for feature in self.sample.features])
             columns, rows = ((latents != 0) & batch.mask).any(-1).nonzero(as_tuple=True)
+            scale = self._sae.row_scale(batch.read)
             W_dec = self._W_dec[torch.from_numpy(self.sample.features).to(columns.device)]
             for part in microbatches(len(rows), batch.mask):
                 column, row = columns[part], rows[part]
-                changed = batch.reconstruction[row] - latents[column, row][..., None] * W_dec[column][:, None]
+                values = latents[column, row] if scale is None else latents[column, row] * scale[row]
+                changed = batch.reconstruction[row] - values[..., None] * W_dec[column][:, None]
                 rises[:, column.cpu().numpy(), row.cpu().numpy()] = batch.rises(model, changed, row)
                 fires[column.cpu().numpy(), row.cpu().numpy()] = True
         self._rises.append(rises)

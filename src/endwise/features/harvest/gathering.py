@@ -10,7 +10,7 @@ from torch import Tensor
 from endwise.common.axes import TokenMask
 from endwise.common.errors import ConfigError, DataError
 from endwise.dictionaries import SAE, Latents
-from endwise.features.attribution import contributions, spliced_gradients
+from endwise.features.attribution import contributions, scaled, spliced_gradients
 from endwise.features.harvest.co_firing import SAMPLED_TOKENS, TokenSample
 from endwise.features.harvest.firings import Firings
 from endwise.features.harvest.slots import Candidates, Slots
@@ -167,11 +167,12 @@ class Gathered:
 
     def _attribute(self, model: LanguageModel, clean: Clean, place: Place, mask: TokenMask, latents: Latents) -> None:
         with torch.no_grad():
-            reconstruction = self.sae.reconstruct(latents, clean.activations[place.reads])
+            read = clean.activations[place.reads]
+            reconstruction, scale = self.sae.reconstruct(latents, read), self.sae.row_scale(read)
         gradients = spliced_gradients(model, clean, place.writes, reconstruction, mask)
         if not gradients["ce"].isfinite().all():
             raise DataError("A gradient of the CE is NaN or infinite; look for a diverged SAE or model.")
-        for each in contributions(latents, self._W_dec, [gradients["ce"]], mask):
+        for each in contributions(latents, self._W_dec, [scaled(gradients["ce"], scale)], mask):
             self.ce.add_all(each.signed[0])
             self.squares.add_all(each.signed[0].square())
 

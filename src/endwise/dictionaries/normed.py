@@ -1,0 +1,313 @@
+"""Dictionaries that see their input through a norm, of whatever architecture: `x̂ = back(inner(of(x)))`.
+
+A scale and a whitening are the same for all tokens. They are fitted to the first training text (`SAE.see_first`), and
+made part of the weights when the dictionary is saved. What depends on the token cannot be: it is written as SAELens's
+`normalize_activations`, and applied wherever the dictionary is used.
+
+Terms at the site compare raw activations, since `reconstruct` gives these. Latents, their penalty, and the terms that
+an architecture adds are of the normalised input.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from endwise.common.errors import ConfigError
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
+from endwise.dictionaries.base import SAE, Exported, TrainingPass
+from endwise.dictionaries.latents import Latents
+from endwise.formats import Layout
+
+FITTED_ON = 32_768
+"""Tokens that a scale or a whitening is fitted to."""
+STD_FLOOR = 1e-5
+"""Added to the standard deviation that an activation is divided by (SAELens)."""
+NORM_FLOOR = 1e-12
+RIDGE = 1e-3
+"""Added to a covariance's eigenvalues, as a share of their mean."""
+
+
+class Norm(nn.Module):
+    """What is done to the input, and undone at the output."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    @abstractmethod
+    def of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        """Return the input as the dictionary inside sees it."""
+
+    @abstractmethod
+    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Return the output for the raw input `x`, from what the dictionary inside gives."""
+
+    @abstractmethod
+    def target(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Undo `back`."""
+
+    @abstractmethod
+    def gradient(self, g: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Return the gradient at what `back` is given, from that at its result."""
+
+    def row_scale(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"] | None:
+        """See `SAE.row_scale`."""
+        return None
+
+    def direction(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
+        """Return what a latent of 1 adds to the site, where that is the same for all tokens."""
+        return W_dec
+
+    @abstractmethod
+    def exported(self, inside: Exported, layout: Layout) -> Exported:
+        """Return the whole function."""
+
+
+class PerToken(Norm):
+    """`layer_norm`: of((x − mean)/(std + 1e-5)), result·std + mean, std with Bessel's correction.
+    `constant_norm_rescale`: of(x·√d/‖x‖), result·‖x‖/√d. As SAELens has them.
+    """
+
+    def of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        mean, scale = self._mean(x), self._scale(x)
+        return (x - mean) / (scale + STD_FLOOR) if self.kind == "layer_norm" else x / scale.clamp_min(NORM_FLOOR)
+
+    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return y * self._scale(x) + self._mean(x)
+
+    def target(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return (y - self._mean(x)) / self._scale(x).clamp_min(NORM_FLOOR)
+
+    def gradient(self, g: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return g * self._scale(x)
+
+    def row_scale(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"]:
+        return self._scale(x.float())[..., 0]
+
+    def exported(self, inside: Exported, layout: Layout) -> Exported:
+        return replace(inside, settings={**inside.settings, "normalize": self.kind})
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.mean(-1, keepdim=True) if self.kind == "layer_norm" else x.new_zeros(())
+
+    def _scale(self, x: Tensor) -> Tensor:
+        if self.kind == "layer_norm":
+            return x.std(-1, keepdim=True)
+        return x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+
+
+class Affine(nn.Module):
+    """`(x − mean)·matrix`, fitted to activations: a scale after which their mean norm is √d, or a whitening after which
+    their covariance is 1 in all directions (ZCA: the symmetric one, which moves them least; 2511.13981).
+    """
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+    def __init__(self, width: int, whitens: bool) -> None:
+        super().__init__()
+        self.whitens = whitens
+        self.register_buffer("mean", torch.zeros(width))
+        for name in ("matrix", "inverse"):
+            self.register_buffer(name, torch.eye(width) if whitens else torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, x: Float[Tensor, "tokens width"]) -> None:
+        x = x.double()
+        if not self.whitens:
+            factor = math.sqrt(x.shape[1]) / x.norm(dim=1).mean().clamp_min(NORM_FLOOR)
+            self.matrix.copy_(factor)
+            self.inverse.copy_(1 / factor)
+            return
+        mean = x.mean(0)
+        centred = x - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(x) - 1))
+        roots = (values + RIDGE * values.mean().clamp_min(NORM_FLOOR)).sqrt()
+        self.mean.copy_(mean)
+        self.matrix.copy_(vectors / roots @ vectors.T)
+        self.inverse.copy_(vectors * roots @ vectors.T)
+
+    def of(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        return times(x - self.mean, self.matrix)
+
+    def back(self, y: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        return times(y, self.inverse) + self.mean
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply rows by a matrix or by a number, in their own precision."""
+    if factor.ndim == 0:
+        return x * factor
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ factor.to(x.dtype)
+
+
+class Fitted(Norm):
+    """`scalar` and `whitening`, of what is read and, of a transcoder, of what is written by itself."""
+
+    def __init__(self, kind: str, d_in: int, d_out: int) -> None:
+        super().__init__(kind)
+        self.read, self.written = (Affine(width, kind == "whitening") for width in (d_in, d_out))
+
+    def fit(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        self.read.fit(x)
+        self.written.fit(target)
+
+    def of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        return self.read.of(x)
+
+    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return self.written.back(y)
+
+    def target(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return self.written.of(y)
+
+    def gradient(self, g: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return times(g, self.written.inverse.mT if self.written.whitens else self.written.inverse)
+
+    def direction(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
+        return times(W_dec, self.written.inverse)
+
+    def exported(self, inside: Exported, layout: Layout) -> Exported:
+        """With A and m what is read goes through, B⁻¹ and n what is written, and S the skip connection:
+        W_enc ← A·W_enc, each bias b ← b − m·A·W_enc, W_dec ← W_dec·B, b_dec ← b_dec·B + n, Sᵀ ← A·Sᵀ·B.
+        """
+        tensors, read, out = dict(inside.tensors), self.read, self.written.inverse
+        shifted = times(read.mean, read.matrix)
+        for bias, exponent in layout.biases.items():
+            shift = shifted @ tensors["W_enc"]
+            tensors[bias] = tensors[bias] - (shift if exponent is None else shift * tensors[exponent].exp())
+        tensors["W_enc"] = times(tensors["W_enc"].mT, read.matrix.mT if read.whitens else read.matrix).mT
+        tensors["W_dec"] = times(tensors["W_dec"], out)
+        tensors["b_dec"] = self.written.back(tensors["b_dec"])
+        if "W_skip" in tensors:
+            through = times(tensors["W_skip"].mT, out)
+            tensors["b_dec"] = tensors["b_dec"] - shifted @ through
+            tensors["W_skip"] = times(through.mT, read.matrix.mT if read.whitens else read.matrix)
+        return replace(inside, tensors=tensors)
+
+
+class NormedSAE(SAE):
+    """A dictionary behind a norm. What it is called, and what trains it, are those of the one inside."""
+
+    def __init__(self, inner: SAE, kind: str) -> None:
+        super().__init__(inner.d_in, inner.d_sae, inner.d_out)
+        self.inner = inner
+        fitted = kind in ("scalar", "whitening")
+        self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else PerToken(kind)
+        self.first_tokens = max(inner.first_tokens, FITTED_ON) if fitted else inner.first_tokens
+        self.last_tokens, self.sparse_below = inner.last_tokens, inner.sparse_below
+        self.dead_window = inner.dead_window
+        self.architecture = inner.architecture  # pyright: ignore[reportAttributeAccessIssue]  of its kind, not of a class
+
+    @property
+    def b_enc(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.b_enc
+
+    @property
+    def b_dec(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.b_dec
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.inner.W_enc
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
+        return self.norm.direction(self.inner.W_dec)
+
+    def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
+        return self.inner.encode(self._seen(x), counted)
+
+    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
+        """As the dictionary inside does; what its norm undoes for each token, `reconstruct` undoes."""
+        return self.inner.decode(latents)
+
+    def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return self.norm.back(self.inner.reconstruct(latents, self._seen(x)), x.to(self.b_dec.dtype))
+
+    def nested(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Sequence[Float[Tensor, "*rows d_out"]]:
+        raw = x.to(self.b_dec.dtype)
+        return [self.norm.back(each, raw) for each in self.inner.nested(latents, self._seen(x))]
+
+    def row_scale(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"] | None:
+        return self.norm.row_scale(x)
+
+    def _seen(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        return self.norm.of(x.to(self.b_dec.dtype))
+
+    def begin_step(self, done: float) -> None:
+        self.inner.begin_step(done)
+
+    @property
+    def own_weights(self) -> Mapping[str, float]:
+        return self.inner.own_weights
+
+    def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
+        x = seen.x.to(self.b_dec.dtype)
+        given = {name: getattr(seen, name, None) for name in ("gradient", "at_site")}
+        gradients = {name: self.norm.gradient(g, x) for name, g in given.items() if g is not None}
+        target, reconstruction = (self.norm.target(each, x) for each in (seen.target, seen.reconstruction))
+        return self.inner.own_terms(
+            replace(seen, x=self.norm.of(x), target=target, reconstruction=reconstruction, **gradients)
+        )
+
+    def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        if isinstance(self.norm, Fitted):
+            self.norm.fit(x, target)
+        self._show(x, target, self.inner.first_tokens, self.inner.see_first)
+
+    def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        self._show(x, target, self.inner.last_tokens, self.inner.see_last)
+
+    def _show(self, x: Tensor, target: Tensor, tokens: int, see: Any) -> None:
+        if tokens:
+            x, target = x[:tokens], target[:tokens]
+            see(self._seen(x), self.norm.target(target, x))
+
+    def step_statistics(self) -> Sequence[Tensor]:
+        return self.inner.step_statistics()
+
+    def after_step(self) -> None:
+        self.inner.after_step()
+
+    def export(self) -> Exported:
+        inside = self.inner.export()
+        return self.norm.exported(inside, ARCHITECTURES[inside.architecture or self.architecture].layout)
+
+    @classmethod
+    def build(cls, config: Any, d_in: int, seed: int) -> SAE:
+        return normed(ARCHITECTURES[config.architecture].build(config, d_in, seed), config)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> SAE:
+        raise NotImplementedError("A file is read as what is inside, and `SAE.load` puts its norm before that.")
+
+
+def normed(sae: SAE, config: DictionaryConfig) -> SAE:
+    """Return a dictionary behind the norm of its recipe, if there is one."""
+    kind = getattr(config, "normalize", "none")
+    return sae if kind == "none" else NormedSAE(sae, kind)
+
+
+def taken_over(sae: SAE, config: DictionaryConfig) -> SAE:
+    """Make of a finished dictionary what a recipe trains on (`SAE.continuing`), behind the norm that it has.
+
+    Raises:
+        ConfigError: the recipe has another norm.
+    """
+    has, wants = sae.norm.kind if isinstance(sae, NormedSAE) else "none", getattr(config, "normalize", "none")
+    if has != wants:
+        raise ConfigError(
+            f"its input has the norm {has!r}, and dictionary.normalize is {wants!r}. Set dictionary.normalize={has}"
+            + (", since a scale or a whitening is part of the weights of what is saved." if has == "none" else ".")
+        )
+    inner = sae.inner if isinstance(sae, NormedSAE) else sae
+    return normed(ARCHITECTURES[config.architecture].continuing(inner, config), config)
