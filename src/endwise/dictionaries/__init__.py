@@ -1,6 +1,7 @@
 """Sparse dictionaries, one architecture a file; importing one registers it."""
 
 from endwise.dictionaries.base import SAE, Exported, TrainingPass, at_inference
+from endwise.dictionaries.gated import GatedSAE
 from endwise.dictionaries.jumprelu import JumpReLUSAE
 from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
@@ -12,6 +13,7 @@ __all__ = [
     "SAE",
     "DenseLatents",
     "Exported",
+    "GatedSAE",
     "JumpReLUSAE",
     "Latents",
     "LinearConfig",

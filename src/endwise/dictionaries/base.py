@@ -58,6 +58,14 @@ class TrainingPass:
     """Features that have fired on none of the latest training tokens (`SAE.dead_window`)."""
     gradient: Float[Tensor, "*rows d_out"] | None = None
     """Of the objective's spliced terms, weighted and summed over tokens, at the reconstruction; None: it has none."""
+    at_site: Float[Tensor, "*rows d_out"] | None = None
+    """Of its terms at the site, likewise, for dictionaries that want it (`SAE.wants_gradient`)."""
+
+    @property
+    def gradients(self) -> Float[Tensor, "*rows d_out"]:
+        """Of all terms that read the reconstruction."""
+        given = [each for each in (self.gradient, self.at_site) if each is not None]
+        return torch.stack(given).sum(0) if given else torch.zeros_like(self.reconstruction)
 
 
 class SAE(nn.Module, ABC):
@@ -85,6 +93,8 @@ class SAE(nn.Module, ABC):
     dead_window: int | None = None
     """Training tokens without firing after which a feature counts as dead; None: `training.alive_window`, but at most a
     twentieth of all training tokens."""
+    wants_gradient: ClassVar[bool] = False
+    """Whether its own terms read the gradient of the objective's terms at the site too (`TrainingPass.at_site`)."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
@@ -257,7 +267,8 @@ class SAE(nn.Module, ABC):
             FormatError: there is none, it is not what its format says, or what it says of the function is none of ours.
         """
         stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].kept() for name in ARCHITECTURES.names()})
-        sae: SAE = ARCHITECTURES[stored.architecture].from_tensors(stored.as_used(), stored.config)
+        architecture: type[SAE] = ARCHITECTURES[stored.architecture]
+        sae = architecture.from_tensors(stored.as_used(architecture.layout), stored.config)
         if "normalize" in stored.config:
             from endwise.dictionaries.normed import NormedSAE  # which is an SAE
 

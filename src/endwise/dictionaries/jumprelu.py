@@ -10,7 +10,7 @@ and ∂f/∂z = H, ∂H/∂z = 0 (Rajamanoharan et al. 2024, arXiv 2407.14435); 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig, KnobRule
 from endwise.dictionaries.base import Exported
-from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents, encode_sparse
+from endwise.dictionaries.latents import DenseLatents, Latents, NearlySparseLatents, SparseLatents, encode_sparse
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
 from endwise.formats import Layout
 from endwise.kernels import Pairs
@@ -120,7 +120,7 @@ class JumpReLUSAE(LinearSAE):
         if (near := self._sparse(x, self.threshold - bandwidth / 2, bandwidth)) is not None:
             return near
         values, gates = self._jump(self.before(x), bandwidth, None)
-        return DenseJumps(values, Gates(gates, self.config, self._norms()))
+        return DenseJumps(values, gates=Gates(gates, self.config, self.penalty_norms()))
 
     def _sparse(self, x: Tensor, edge: Tensor, bandwidth: Tensor | None) -> SparseLatents | None:
         """The features above an edge of each, if they are few; with a bandwidth, with the gates of those."""
@@ -132,15 +132,12 @@ class JumpReLUSAE(LinearSAE):
         if bandwidth is None:
             return SparseLatents(z, found.places, found.shape)
         values, gates = self._jump(z, bandwidth, found.places)
-        return SparseJumps(values, found.places, found.shape, Gates(gates, self.config, self._norms()))
+        return SparseJumps(values, found.places, found.shape, gates=Gates(gates, self.config, self.penalty_norms()))
 
     def _jump(self, z: Tensor, bandwidth: Tensor, pairs: Pairs | None) -> tuple[Tensor, Tensor]:
         both = self.config.straight_through == "both"
         result: Any = _Jump.apply(z, self.threshold, bandwidth, both, pairs)
         return result
-
-    def _norms(self) -> Tensor | None:
-        return None if self.unit_norm else self.decoder_norms()
 
     def thresholds(self) -> Float[Tensor, " d_sae"]:
         return self.threshold
@@ -212,7 +209,7 @@ class _Jump(Function):
 
 def _each(numbers: Float[Tensor, " d_sae"], pairs: Pairs | None) -> Tensor:
     """One number a pair, of its feature; without pairs, what is stretched over rows."""
-    return numbers if pairs is None else numbers[pairs.features]
+    return numbers if pairs is None else numbers.index_select(0, pairs.features)
 
 
 def _summed(numbers: Tensor, pairs: Pairs | None, features: int) -> Float[Tensor, " d_sae"]:
@@ -264,7 +261,7 @@ class Gates:
 class DenseJumps(DenseLatents):
     """JumpReLU latents in training."""
 
-    gates: Gates
+    gates: Gates = field(kw_only=True)
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         """The penalty of `JumpReLUConfig.penalty`, per row, which knows no p."""
@@ -277,10 +274,10 @@ class DenseJumps(DenseLatents):
 
 
 @dataclass(frozen=True)
-class SparseJumps(SparseLatents):
+class SparseJumps(NearlySparseLatents):
     """JumpReLU latents in training. Pairs just under their thresholds are among them, with the value 0."""
 
-    gates: Gates
+    gates: Gates = field(kw_only=True)
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         """The penalty of `JumpReLUConfig.penalty`, per row, which knows no p."""
@@ -290,11 +287,3 @@ class SparseJumps(SparseLatents):
             return self.gates.of_pass(_summed(terms, self.places, self.places.n_features), whole)
         sums = terms.new_zeros(self.places.n_rows).index_add(0, self.places.rows, terms).view(self.shape)
         return self.gates.of_rows(sums).where(whole, 0.0)
-
-    def l0(self) -> Float[Tensor, "*rows"]:
-        rows = self.places.rows[self.values.detach() != 0]
-        return torch.bincount(rows, minlength=self.places.n_rows).float().view(self.shape)
-
-    def firings(self, mask: Bool[Tensor, "*rows"]) -> Tensor:
-        active = mask.flatten()[self.places.rows] & (self.values.detach() != 0)
-        return torch.bincount(self.places.features[active], minlength=self.places.n_features)

@@ -5,7 +5,7 @@ are active features, not as much as there are features.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ class Latents(ABC):
 
     @abstractmethod
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
-        """Σ over features of |c|^p, per row; rows outside the mask, which may hold NaN or infinity, have 0."""
+        """Σ over features of |c·‖d‖|^p, per row, with ‖d‖ = 1 unless directions are free in training; rows outside the
+        mask, which may hold NaN or infinity, have 0.
+        """
 
     @abstractmethod
     def l0(self) -> Float[Tensor, "*rows"]:
@@ -55,13 +57,16 @@ class Latents(ABC):
 @dataclass(frozen=True)
 class DenseLatents(Latents):
     values: Float[Tensor, "*rows d_sae"]
+    norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
+    """What values are multiplied by in the penalty: norms of their directions; None: 1."""
 
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         return self.values
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         half = self.values.dtype in (torch.bfloat16, torch.float16)
-        magnitudes = _magnitudes(self.values, p, None if mask is None else mask[..., None])
+        sizes = self.values if self.norms is None else self.values * self.norms
+        magnitudes = _magnitudes(sizes, p, None if mask is None else mask[..., None])
         sums = magnitudes.sum(-1, dtype=torch.float32 if half else None)
         return sums if mask is None else sums.where(mask, 0.0)
 
@@ -88,12 +93,14 @@ class DenseLatents(Latents):
 
 @dataclass(frozen=True)
 class SparseLatents(Latents):
-    """None of the values is 0."""
+    """None of the values is 0 (but see `NearlySparseLatents`)."""
 
     values: PerPair
     places: Pairs
     shape: tuple[int, ...]
     """Of the rows, less the axis of features."""
+    norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
+    """As of dense ones."""
 
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         flat = self.places.rows * self.places.n_features + self.places.features
@@ -105,7 +112,8 @@ class SparseLatents(Latents):
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         sums = self.values.new_zeros(self.places.n_rows)
-        magnitudes = _magnitudes(self.values, p, None if mask is None else mask.flatten()[self.places.rows])
+        sizes = self.values if self.norms is None else self.values * self.norms.index_select(0, self.places.features)
+        magnitudes = _magnitudes(sizes, p, None if mask is None else mask.flatten()[self.places.rows])
         sums = sums.index_add(0, self.places.rows, magnitudes).view(self.shape)
         return sums if mask is None else sums.where(mask, 0.0)
 
@@ -130,6 +138,19 @@ class SparseLatents(Latents):
         here = self.places.features == feature
         values = self.values.new_zeros(self.places.n_rows)
         return values.index_put((self.places.rows[here],), self.values[here]).view(self.shape)
+
+
+@dataclass(frozen=True)
+class NearlySparseLatents(SparseLatents):
+    """Sparse latents in training, of which some are 0: features that are not active learn too."""
+
+    def l0(self) -> Float[Tensor, "*rows"]:
+        rows = self.places.rows[self.values.detach() != 0]
+        return torch.bincount(rows, minlength=self.places.n_rows).float().view(self.shape)
+
+    def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
+        active = mask.flatten()[self.places.rows] & (self.values.detach() != 0)
+        return torch.bincount(self.places.features[active], minlength=self.places.n_features)
 
 
 def _magnitudes(values: Tensor, p: float, counts: Tensor | None) -> Tensor:

@@ -35,7 +35,8 @@ class LinearConfig(DeadConfig):
     encoder_scale: Annotated[float, Field(gt=0)] = 1.0
     """The encoder at the start is this times what `initialisation` says."""
     decoder_norm: Literal["unit", "free"] = "unit"
-    """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is."""
+    """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is, and a penalty counts each
+    latent times its row's norm (Anthropic 2024, with `initialisation: transposed` and `decoder_init_norm: 0.1`)."""
     normalize: Literal["none", "scalar", "layer_norm", "constant_norm_rescale", "whitening"] = "none"
     """Norm of what is read, undone at what is written: `scalar` brings the mean norm to √d, `whitening` makes all
     directions vary alike (both fitted to the first training text and saved as part of the weights); `layer_norm` and
@@ -139,11 +140,24 @@ class LinearSAE(SAE):
         norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
         return decode_sparse(latents, self.decoder, torch.zeros_like(self.b_dec), norms)
 
+    def penalty_norms(self) -> Float[Tensor, " d_sae"] | None:
+        """Norms by which a penalty multiplies latents, with their gradient; None: all are 1, or nothing is penalised.
+
+        Directions of any norm, whose latents alone were penalised, would grow as these shrink (Anthropic, April 2024).
+        """
+        return self.decoder_norms() if self.training and not self.unit_norm else None
+
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
+        return self.decode_by(latents, self.decoder, self.b_dec)
+
+    def decode_by(
+        self, latents: Latents, decoder: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+    ) -> Float[Tensor, "*rows d_out"]:
+        """As `decode`, by the weights given, of which `decoder` is normalised where the dictionary's is."""
         if (sparse := latents.pairs()) is not None:
-            norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
-            return decode_sparse(sparse, self.decoder, self.b_dec, norms)
-        return linear(latents.dense(), self.W_dec.T, self.b_dec)
+            norms = decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
+            return decode_sparse(sparse, decoder, b_dec, norms)
+        return linear(latents.dense(), (normalize(decoder, dim=-1) if self.unit_norm else decoder).T, b_dec)
 
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         decoded = self.decode(latents)

@@ -1,5 +1,7 @@
 """The paper's dictionary: ReLU features, decoder columns of unit norm."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,4 +29,5 @@ class ReluSAE(LinearSAE):
         """
         x = x.to(self.encoder.dtype)
         sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below)
-        return sparse or DenseLatents(torch.relu(self.before(x)))
+        latents = sparse or DenseLatents(torch.relu(self.before(x)))
+        return latents if (norms := self.penalty_norms()) is None else replace(latents, norms=norms)

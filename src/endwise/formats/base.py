@@ -42,7 +42,8 @@ class Layout:
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of an SAE with this configuration, by name."""
         sizes = {"d_out": config["d_in"], **config}
-        axes = {**TENSORS, **self.tensors}
+        shared = {name: its for name, its in TENSORS.items() if name != "b_enc" or name in self.biases}
+        axes = {**shared, **self.tensors}
         return {name: tuple(sizes[axis] for axis in its) for name, its in axes.items()}
 
     def of_transcoder(self, skip: bool) -> "Layout":
@@ -78,12 +79,14 @@ class Stored:
         elsewhere = of.get("hook_name_out") not in (None, of.get("hook_name"))
         return self.skips or elsewhere or self.config.get("d_out", d_in) != d_in
 
-    def as_used(self) -> dict[str, Tensor]:
+    def as_used(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors in float32, of the same function with nothing subtracted from what is encoded."""
         tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
         if self.subtracts_b_dec:
             # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
-            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+            shift = tensors["b_dec"] @ tensors["W_enc"]
+            for bias, scale in layout.biases.items():
+                tensors[bias] = tensors[bias] - (shift if scale is None else shift * tensors[scale].exp())
         return tensors
 
 

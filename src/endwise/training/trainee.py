@@ -138,7 +138,8 @@ class Trainee:
         loss = self._site_loss(encoded, encoded.target, mask)
         if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
-            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self._dead(), gradient)
+            at_site = _gradient_at(encoded.reconstruction, loss) if self.sae.wants_gradient else None
+            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self._dead(), gradient, at_site)
             loss = loss + self._own_loss(seen)
         outputs = [loss / tokens_in_step] if loss.requires_grad else []
         gradients: list[Tensor | None] = [None] * len(outputs)
@@ -307,6 +308,14 @@ class Trainee:
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
+
+
+def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activation | None:
+    """Gradient of a loss whose graph is kept; None: it does not depend on the reconstruction."""
+    if not loss.requires_grad:
+        return None
+    (found,) = torch.autograd.grad(loss, reconstruction, retain_graph=True, allow_unused=True)
+    return found
 
 
 def not_finite(step: int, name: str) -> NotFinite:
