@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.base import Exported, TrainingPass
 from endwise.dictionaries.latents import DenseLatents, Latents, NearlySparseLatents, SparseLatents, encode_sparse
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
@@ -104,7 +104,7 @@ class GatedSAE(LinearSAE):
         return values.to(shared.dtype), torch.relu(gate).to(shared.dtype)
 
     def _finished(self, x: Tensor) -> Latents:
-        """As features above thresholds (`as_thresholded`): x·W > −b_gate is a magnitude above b_mag − e^r·b_gate."""
+        """As features above thresholds (`as_thresholded`): those whose x·W is above both −b_gate and −b_mag/e^r."""
         b_gate, scale, b_mag = self._numbers()
         least = torch.maximum(-b_gate, -b_mag / scale)
         sparse = None if x.is_cuda else encode_sparse(x, self.encoder, -least, self.sparse_below)
@@ -137,6 +137,12 @@ class GatedSAE(LinearSAE):
         each = (curvature * (made - wanted).square()).sum(-1)
         return {"gate_reconstruction": each.where(seen.counted, 0.0).sum()}
 
+    def to_train(self, config: DictionaryConfig) -> "LinearSAE":
+        sae = super().to_train(config)
+        assert isinstance(sae, GatedSAE) and isinstance(config, GatedConfig)
+        sae.gate_reconstruction = config.gate_reconstruction
+        return sae
+
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
         super().rescale(factors)
         self.b_mag.mul_(factors)
@@ -146,12 +152,27 @@ class GatedSAE(LinearSAE):
         own["b_gate"] = own.pop("b_enc")
         return Exported({**own, "b_mag": self.b_mag, "r_mag": self.r_mag})
 
+    def as_thresholded(self) -> Mapping[str, Tensor]:
+        """A magnitude is positive and its gate open where it is above max(0, b_mag − e^r·b_gate)."""
+        b_gate, scale, b_mag = self._numbers()
+        own = {name: tensor for name, tensor in super().export().tensors.items() if name != "b_enc"}
+        own |= {"W_enc": self.W_enc * scale, "b_enc": b_mag, "threshold": (b_mag - scale * b_gate).clamp_min(0)}
+        return own
+
+    def take_threshold(self, threshold: float) -> None:
+        self.b_gate.data.copy_(self.b_mag - threshold)
+
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a gated dictionary's weights, or those of features above thresholds θ, whose gates are open where
+        b_enc − θ brings the pre-activation above 0.
+        """
         super().fill(tensors)
-        self.b_gate.copy_(tensors["b_gate"])
-        self.b_mag.copy_(tensors["b_mag"])
-        self.r_mag.copy_(tensors["r_mag"])
+        if "b_gate" not in tensors:
+            tensors = {**tensors, "b_mag": tensors["b_enc"], "r_mag": torch.zeros_like(self.r_mag)}
+            tensors["b_gate"] = tensors["b_enc"] - tensors["threshold"]
+        for name in ("b_gate", "b_mag", "r_mag"):
+            getattr(self, name).copy_(tensors[name])
 
 
 @dataclass(frozen=True)

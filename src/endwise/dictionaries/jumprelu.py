@@ -31,6 +31,8 @@ SPARSE_BELOW = 1 / 32
 """Largest share of features at or near their thresholds for which sparse latents are kept, as of ReLU ones."""
 FIRST_TOKENS = 8192
 """Tokens over which the typical pre-activation is measured."""
+CHUNK_ELEMENTS = 1 << 23
+"""Pre-activations held at once there."""
 Penalty = Literal["l0", "quadratic", "tanh", "tanh_quadratic"]
 Above0 = Annotated[float, Field(gt=0)]
 NotBelow0 = Annotated[float, Field(ge=0)]
@@ -105,9 +107,15 @@ class JumpReLUSAE(LinearSAE):
         return sae
 
     def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
-        self.unit.copy_(self.before(x).square().mean().sqrt())
+        chunks = x.split(max(1, CHUNK_ELEMENTS // self.d_sae))
+        total = torch.stack([self.before(rows).square().sum(dtype=torch.float64) for rows in chunks]).sum()
+        self.unit.copy_((total / (len(x) * self.d_sae)).sqrt())
         if self.starts:
             self.threshold.fill_(self.config.threshold_init * float(self.unit))
+        super().see_first(x, target)
+
+    def take_threshold(self, threshold: float) -> None:
+        self.threshold.data.fill_(threshold)
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
         """Sparse where few features are active, as `ReluSAE` does; in training also those just under their thresholds

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from endwise.common.errors import ConfigError
 from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TrainingPass
@@ -20,6 +21,10 @@ from endwise.formats import Layout
 
 NORM_FLOOR = 1e-12
 """As in `torch.nn.functional.normalize`."""
+FITTED_ON = 16_384
+"""Tokens that the threshold of what is taken over is fitted to."""
+FITTED_ROWS, FITTED_ELEMENTS = 512, 1 << 23
+"""Rows and pre-activations at a time there."""
 Initialisation = Literal["reference", "transposed"]
 
 
@@ -76,6 +81,8 @@ class LinearSAE(SAE):
         self.unit_norm = unit_norm
         self.dead: DeadFeatures | None = None
         """What training does for dead features."""
+        self.replaces: tuple[SAE, ...] = ()
+        """What it was made of, until its thresholds are fitted to that."""
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.decoder = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -191,6 +198,68 @@ class LinearSAE(SAE):
         sae.unit_norm = unit
         sae.dead = DeadFeatures(config) if isinstance(config, DeadConfig) else None
         return sae.requires_grad_(True)
+
+    @classmethod
+    def continuing(cls, sae: SAE, config: DictionaryConfig) -> "LinearSAE":
+        """Make of a finished dictionary of two matrices, of any architecture, what trains on as this one.
+
+        Where features are active above thresholds, and this architecture has thresholds, it is the same function. Where
+        they are not, as of the k largest, those thresholds are fitted by `see_first` at which as many are active on
+        average as were. What a change of architecture costs is measured where training starts (`training.fitting`).
+        """
+        if sae.architecture == cls.architecture:
+            taken = sae.to_train(config)
+            assert isinstance(taken, LinearSAE)
+            return taken
+        if not isinstance(sae, LinearSAE):
+            raise ConfigError(
+                f"a {sae.architecture} SAE cannot be trained on as {cls.architecture}, since endwise does not know its "
+                f"features as directions with a bias. Set dictionary.architecture={sae.architecture}."
+            )
+        ready = LinearSAE.to_train(sae, config)  # with its norms as the recipe has them
+        weights = ready.as_thresholded()
+        taken = cls(
+            *(sae.d_in, sae.d_sae, sae.d_out),
+            unit_norm=ready.unit_norm,
+            skip=sae.W_skip is not None,
+            initialisation=None,
+            **cls.own(config.model_dump()),
+        )
+        none = torch.zeros_like(sae.b_enc)
+        taken.fill(weights if weights is not None else {**ready.export().tensors, "threshold": none})
+        taken = taken.to_train(config)
+        if weights is None:
+            taken.replaces, taken.first_tokens = (sae,), max(taken.first_tokens, FITTED_ON)
+        return taken
+
+    def as_thresholded(self) -> Mapping[str, Tensor] | None:
+        """Return the weights of the same function as features `z·[z > θ]`, by SAELens's names; None: it is none."""
+        tensors = self.export().tensors
+        return tensors if "threshold" in tensors else None
+
+    def take_threshold(self, threshold: float) -> None:
+        """Make features active above one threshold for all, where the architecture has any; their encoder is that of
+        features above 0.
+        """
+
+    @torch.no_grad()
+    def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        """Choose the threshold of what was taken over from an architecture without one."""
+        if self.replaces:
+            before = self.replaces[0].to(x.device)
+            active = sum(float(before.encode(rows).l0().sum()) for rows in x.split(FITTED_ROWS)) / len(x)
+            self.take_threshold(self._threshold_for(x, active))
+            self.replaces = ()
+
+    def _threshold_for(self, x: Float[Tensor, "tokens d_in"], active: float) -> float:
+        """Find the θ above which so many pre-activations are on average, or 0 if there are fewer positive ones."""
+        count = round(active * len(x))
+        largest = x.new_zeros(0)
+        for rows in x.split(max(1, FITTED_ELEMENTS // self.d_sae)):
+            z = self.before(rows).view(-1)
+            largest = torch.cat([largest, z[z > 0]])
+            largest = largest.topk(min(count + 1, len(largest))).values
+        return float(largest[-1]) if len(largest) > count else 0.0
 
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
         """Multiply every feature's latents by a positive factor, and divide its direction by it."""

@@ -1,5 +1,6 @@
 """The paper's dictionary: ReLU features, decoder columns of unit norm."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -31,3 +32,6 @@ class ReluSAE(LinearSAE):
         sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below)
         latents = sparse or DenseLatents(torch.relu(self.before(x)))
         return latents if (norms := self.penalty_norms()) is None else replace(latents, norms=norms)
+
+    def as_thresholded(self) -> Mapping[str, Tensor]:
+        return {**self.export().tensors, "threshold": torch.zeros_like(self.b_enc)}

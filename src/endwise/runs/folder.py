@@ -65,6 +65,7 @@ class RunFolder:
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
         self.digests_file = path / "digests.json"
+        self.start_file = path / "start.json"
         self.metrics_file = path / "metrics.jsonl"
         self.timings_file = path / "timings.jsonl"
         self.evaluation_file = path / "evaluation.json"
@@ -146,6 +147,10 @@ class RunFolder:
             write_json(self.data_file, {"seed": config.data.seed, **data})
         if digests is not None and not self.digests_file.exists():
             write_json(self.digests_file, {"seed": config.seed, **digests})
+
+    def note_start(self, record: Mapping[str, Any]) -> None:
+        """Put down what it changed to take over the SAE that the run starts from."""
+        write_json(self.start_file, {"seed": self.config().seed, **record})
 
     def digests(self) -> dict[str, Any]:
         """What the run stands on, as far as its folder tells: nothing, of one that an older version started.

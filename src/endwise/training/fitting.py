@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from endwise.common.axes import TokenMask
+from endwise.common.terminal import show
+from endwise.dictionaries import SAE
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.tokens import BatchOrder, Corpus
 from endwise.training.members import Member
+from endwise.training.taking_over import COMPARED_ON, TakenOver
 
 Text = tuple[LanguageModel, Corpus, BatchOrder]
 """A model, and the training text in the order in which it is read."""
@@ -19,6 +23,19 @@ def fit_first(text: Text, member: Member) -> None:
     """Show a dictionary whose training starts the first of its training text (`SAE.see_first`)."""
     sae, order = member.trainee.sae, text[-1]
     _show(text, member, sae.first_tokens, range(len(order)), sae.see_first)
+
+
+def measure_start(text: Text, member: Member, display: bool) -> None:
+    """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line."""
+    start, trainee = member.config.init_from, member.trainee
+    if start is None:
+        return
+    with torch.no_grad():
+        read, written = _activations(text, trainee.place, COMPARED_ON, range(len(text[-1])))
+    taken = TakenOver.of(SAE.load(start, read.device), trainee.sae, read, written)
+    member.folder.note_start(taken.record)
+    if not taken.kept:
+        show(f"! {taken}", Console(stderr=True, quiet=not display))
 
 
 def fit_last(text: Text, member: Member) -> None:

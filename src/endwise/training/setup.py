@@ -30,7 +30,7 @@ from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
-from endwise.training.fitting import fit_first
+from endwise.training.fitting import fit_first, measure_start
 from endwise.training.members import Group, Member
 from endwise.training.objectives import build_objective
 from endwise.training.resume import broadcast_state, start_or_resume
@@ -122,7 +122,9 @@ def prepare(
         if world.is_first:
             start_or_resume(group, model, corpora, request.from_step)
             text = (model, corpora.train, order)
-            group.each(partial(fit_first, text), [m for m in group.members if m.trainee.step == 0])
+            new = [m for m in group.members if m.trainee.step == 0]
+            group.each(partial(fit_first, text), new)
+            group.each(partial(measure_start, text, display=request.display), new)
     broadcast_state(group, world)
     group.text = _text_tried(model, corpora, request.display, world)
     return Prepared(model, tail, group, corpora, order, steps, request.display, world)

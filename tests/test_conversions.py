@@ -1,0 +1,160 @@
+"""Finished dictionaries taken over by other architectures: the same function where it can be, measured where not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import endwise
+from endwise import SAE
+from endwise.common.errors import ConfigError
+from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.run import RunConfig
+
+D, F = 12, 60
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(**more):
+    lengths = torch.linspace(0.2, 3, F)[:, None]
+    shared = {"W_enc": drawn(D, F) / 3, "W_dec": drawn(F, D, seed=1) * lengths, "b_dec": drawn(D, seed=2)}
+    return {**shared, "b_enc": drawn(F, seed=3) / 4, **more}
+
+
+def finished(architecture):
+    """One of directions of many norms, as a file gives it."""
+    tensors = weights(threshold=drawn(F, seed=4).abs() / 2)
+    if architecture == "gated":
+        del tensors["b_enc"], tensors["threshold"]
+        tensors |= {"b_gate": drawn(F, seed=5) / 3, "b_mag": drawn(F, seed=6) / 3, "r_mag": drawn(F, seed=7) / 3}
+    settings = {"d_in": D, "d_sae": F, "k": 8}
+    return ARCHITECTURES[architecture].from_tensors(tensors, settings).requires_grad_(False).eval()
+
+
+def taken(sae, architecture, **settings):
+    section = ARCHITECTURES[architecture].Config
+    return ARCHITECTURES[architecture].continuing(sae, section(architecture=architecture, size=F, **settings))
+
+
+def same(one, other):
+    x = drawn(500, D, seed=9)
+    torch.testing.assert_close(other(x).detach(), one(x).detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(other.encode(x).dense() != 0, one.encode(x).dense() != 0)
+
+
+KEPT = [
+    ("standard", "standard"),
+    ("standard", "jumprelu"),
+    ("standard", "gated"),
+    ("jumprelu", "jumprelu"),
+    ("jumprelu", "gated"),
+    ("gated", "gated"),
+    ("gated", "jumprelu"),
+]
+
+
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize(("source", "architecture"), KEPT)
+def test_the_function_is_kept(source, architecture, norm):
+    sae = finished(source)
+    result = taken(sae, architecture, decoder_norm=norm)
+    same(sae, result.eval())
+    assert (
+        all(parameter.requires_grad for parameter in result.parameters())
+        and type(result) is ARCHITECTURES[architecture]
+    )
+    if norm == "unit":
+        torch.testing.assert_close(result.W_dec.detach().norm(dim=1), torch.ones(F))
+    with torch.no_grad():
+        result.see_first(drawn(500, D, seed=9), drawn(500, D, seed=9))
+    same(sae, result)
+
+
+def test_a_chain_of_them_ends_where_it_began():
+    sae = finished("gated")
+    result = taken(taken(taken(sae, "jumprelu").eval(), "gated").eval(), "jumprelu")
+    same(sae, result.eval())
+
+
+def test_taken_over_again_after_it_was_saved(tmp_path):
+    sae = finished("gated")
+    taken(sae, "jumprelu").save(tmp_path)
+    same(sae, SAE.load(tmp_path))
+    assert "threshold" in load_file(tmp_path / "sae_weights.safetensors")
+
+
+def test_what_no_architecture_knows_is_one_clear_error():
+    import counting_sae
+
+    other = counting_sae.CountingSAE(D, F, 0.1, 0.5)
+    for architecture in ("standard", "jumprelu", "gated"):
+        with pytest.raises(
+            ConfigError, match=r"a counting SAE cannot be trained on as .*dictionary\.architecture=counting"
+        ):
+            taken(other, architecture)
+
+
+def recipe(out, architecture, **more):
+    dictionary = {"architecture": architecture, "size": 200, **more.pop("dictionary", {})}
+    return {
+        "site": "blocks.4.hook_resid_pre",
+        "dictionary": dictionary,
+        "objective": {"kind": "local", "sparsity": {"coefficient": 0.3}},
+        "data": {"context": 32},
+        "training": {"tokens": 512, "batch": 4, "learning_rate": 1e-3, "log_every": 1},
+        "evaluation": {"tokens": 512, "during_training_tokens": 128, "bootstrap": 20},
+        "out": str(out),
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    return endwise.load_model("embedded")
+
+
+@pytest.fixture(scope="module")
+def jump(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("start") / "run"
+    dictionary = {"threshold_init": 1.0}
+    return endwise.train(recipe(out, "jumprelu", dictionary=dictionary), model=model, display=False)
+
+
+@pytest.mark.parametrize("architecture", ["gated", "standard"])
+def test_a_run_says_what_its_start_changed(model, jump, architecture, tmp_path, capsys):
+    """Without thresholds more features are active than were; with gates, none more."""
+    config = recipe(tmp_path / "run", architecture, init_from=str(jump.folder))
+    run = endwise.train(config, model=model)
+    record = json.loads((run.folder / "start.json").read_text())
+    said = [line for line in capsys.readouterr().err.splitlines() if "init_from: taken over" in line]
+    assert record["source"] == "jumprelu" and record["architecture"] == architecture
+    if architecture == "gated":
+        assert record["kept"] and not said and record["l0"] == pytest.approx(record["l0_before"], abs=0.01)
+        assert record["error"] == pytest.approx(record["error_before"], rel=1e-4)
+    else:
+        assert not record["kept"] and record["l0"] > record["l0_before"] + 1 and len(said) == 1
+        assert f"L0 {record['l0_before']:.4g} -> {record['l0']:.4g}" in said[0]
+
+
+def test_what_a_start_changed_is_what_both_compute(model, jump, tmp_path):
+    run = endwise.train(recipe(tmp_path / "run", "standard", init_from=str(jump.folder)), model=model, display=False)
+    record = json.loads((run.folder / "start.json").read_text())
+    config = RunConfig.build(recipe("x", "standard"))
+    corpora = endwise.corpora_for(model, config.data, training_tokens=512, evaluation_tokens=512)
+    order = endwise.tokens.BatchOrder(corpora.train, 4, 0, 1)
+    site = model.site("blocks.4.hook_resid_pre")
+    batches = [corpora.train.batch(order[step]) for step in range(min(len(order), 4096 // 128))]
+    x = torch.cat([model.clean(batch.tokens, [site]).activations[site][batch.mask] for batch in batches])[
+        :4096
+    ].double()
+    w = {key: t.double() for key, t in load_file(jump.folder / "sae" / "sae_weights.safetensors").items()}
+    z = x @ w["W_enc"] + w["b_enc"]
+    for name, f in (("l0_before", z * (z > w["threshold"])), ("l0", z.clamp(min=0))):
+        assert record[name] == pytest.approx(float((f > 0).sum(1).double().mean()), rel=1e-3)
+        error = (f @ w["W_dec"] + w["b_dec"] - x).square().sum() / (x - x.mean(0)).square().sum()
+        assert record[name.replace("l0", "error")] == pytest.approx(float(error), rel=1e-3)
+    assert record["tokens"] == len(x)
