@@ -1,6 +1,7 @@
 """Finished dictionaries taken over by other architectures: the same function where it can be, measured where not."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import endwise
 from endwise import SAE
 from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
+from endwise.sweeps.points import points_of
+from endwise.sweeps.sweep_config import SweepConfig
 
 D, F = 12, 60
 
@@ -41,8 +45,10 @@ def taken(sae, architecture, **settings):
 
 
 def same(one, other):
+    """To 1e-5 of the outputs' size."""
     x = drawn(500, D, seed=9)
-    torch.testing.assert_close(other(x).detach(), one(x).detach(), rtol=1e-5, atol=1e-5)
+    size = float(one(x).detach().square().mean().sqrt())
+    torch.testing.assert_close(other(x).detach() / size, one(x).detach() / size, rtol=0, atol=1e-5)
     assert torch.equal(other.encode(x).dense() != 0, one.encode(x).dense() != 0)
 
 
@@ -96,6 +102,72 @@ def test_what_no_architecture_knows_is_one_clear_error():
             ConfigError, match=r"a counting SAE cannot be trained on as .*dictionary\.architecture=counting"
         ):
             taken(other, architecture)
+
+
+SHIPPED = ("embedded-layer3-local", "embedded-layer3-e2e_ds", "gpt2-small-layer6-e2e")
+
+
+def overridden(name, *overrides):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = RunConfig.read(find_recipe(name), list(overrides))
+    return config, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("architecture", ["gated", "jumprelu", "relu"])
+def test_any_recipe_becomes_any_architecture_by_overrides(name, architecture):
+    config, said = overridden(name, f"dictionary.architecture={architecture}")
+    assert config.dictionary.architecture == ARCHITECTURES[architecture].architecture and not said
+
+
+def test_keys_of_the_old_architecture_are_left_out_in_one_line(tmp_path):
+    jump = tmp_path / "jump.yaml"
+    own = {"bandwidth": 0.3, "penalty": "quadratic", "target_l0": 5.0}
+    jump.write_text(RunConfig.build(recipe("x", "jumprelu", dictionary=own)).to_yaml())
+    config, said = overridden(str(jump), "dictionary.architecture=gated", "dictionary.gate_reconstruction=0.5")
+    assert (
+        config.dictionary == RunConfig.build(recipe("x", "gated", dictionary={"gate_reconstruction": 0.5})).dictionary
+    )
+    (line,) = said
+    assert all(f"dictionary.{key}" in line for key in own) and "a gated dictionary does not have" in line
+    same, said = overridden(str(jump), "dictionary.architecture=jumprelu", "dictionary.bandwidth=0.2")
+    assert same.dictionary.bandwidth == 0.2 and not said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["dictionary.architecture=gated", "dictionary.bandwidth=0.2"], r"dictionary\.bandwidth: there is no such key"),
+        (["dictionary.architecture=gated", "dictionary.bandwith=0.2"], r"dictionary\.bandwith: there is no such key"),
+        (["dictionary.bandwith=0.2"], "did you mean 'bandwidth'"),
+        (["dictionary.architecture=quantum"], "quantum"),
+    ],
+)
+def test_a_key_that_nothing_has_is_still_refused(tmp_path, overrides, says):
+    jump = tmp_path / "jump.yaml"
+    jump.write_text(RunConfig.build(recipe("x", "jumprelu")).to_yaml())
+    with pytest.raises(ConfigError, match=says):
+        overridden(str(jump), *overrides)
+    jump.write_text(jump.read_text().replace("bandwidth", "bandwith"))
+    with pytest.raises(ConfigError, match="bandwith: there is no such key"):
+        overridden(str(jump), "dictionary.architecture=gated")
+
+
+def test_a_grid_over_architectures_gives_each_its_own_keys():
+    grid = {
+        "dictionary.architecture": ["standard", "jumprelu", "gated"],
+        "dictionary.bandwidth": [0.3, 0.6],
+        "dictionary.gate_reconstruction": 0.5,
+        "objective.sparsity.coefficient": [1.0, 2.0],
+    }
+    sweep = SweepConfig.build({"recipe": recipe("x", "jumprelu"), "grids": [grid]})
+    points = [point.config for point in points_of(sweep)]
+    counts = {name: [each.dictionary.architecture for each in points].count(name) for name in ("standard", "gated")}
+    assert len(points) == 2 + 4 + 2 and counts == {"standard": 2, "gated": 2}
+    assert {each.dictionary.gate_reconstruction for each in points if each.dictionary.architecture == "gated"} == {0.5}
+    with pytest.raises(ConfigError, match="bandwith"):
+        points_of(SweepConfig.build({"recipe": recipe("x", "jumprelu"), "grids": [grid | {"dictionary.bandwith": 1}]}))
 
 
 def recipe(out, architecture, **more):

@@ -134,9 +134,8 @@ def test_a_perfect_reconstruction_does_not_blow_it_up():
     sae, x = dictionary(), torch.randn(3, 20, D, dtype=torch.float64)
     latents = sae.encode(x, MASK)
     out = sae.reconstruct(latents, x).detach()
-    sae.auxiliary(TrainingPass(x, out, latents, out, MASK, MASK, at_site=torch.ones_like(out)))[
-        "gate_reconstruction"
-    ].backward()
+    seen = TrainingPass(x, out, latents, out, MASK, torch.zeros(F).bool(), at_site=torch.ones_like(out))
+    sae.auxiliary(seen)["gate_reconstruction"].backward()
     assert 0 < sae.encoder.grad.abs().max() < 1e7
 
 

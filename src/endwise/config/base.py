@@ -76,7 +76,12 @@ class Config(BaseModel):
     @classmethod
     def read(cls: type[Section], path: Path, overrides: list[str] | None = None) -> Section:
         """Reads a YAML file and applies overrides of the form `section.key=value` (the value is YAML)."""
-        return cls.build(apply_overrides(read_yaml(path), overrides or []), source=str(path))
+        return cls.build(cls.changed(read_yaml(path), read_overrides(overrides or [])), source=str(path))
+
+    @classmethod
+    def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of `values` with each dotted key set, and without what those leave no room for."""
+        return with_values(values, changes)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -116,6 +121,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b.c=value` set; sections that are missing are made."""
+    return with_values(values, read_overrides(overrides))
+
+
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """The value of each dotted key in `a.b.c=value`."""
     changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -127,7 +137,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             raise ConfigError(
                 f"The value in the override {override!r:.200} is not valid YAML ({error}); quote it."
             ) from None
-    return with_values(values, changes)
+    return changes
 
 
 def with_values(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

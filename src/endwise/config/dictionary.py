@@ -1,6 +1,7 @@
 """The `dictionary` section of a recipe: what all architectures share, and where each adds its own keys."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
@@ -13,6 +14,9 @@ from endwise.config.base import Config, Positive
 
 ARCHITECTURES: Registry[Any] = Registry("architectures", "endwise.dictionaries")
 """Sparse dictionaries (`endwise.SAE`), by SAELens's names and by other words for them."""
+
+
+ARCHITECTURE = "dictionary.architecture"
 
 
 class KnobRule(NamedTuple):
@@ -79,3 +83,33 @@ def of_architecture(value: Any) -> Any:
         raise ValidationError.from_exception_data("dictionary", [detail]) from None
     name = ARCHITECTURES[str(value["architecture"])].architecture if "architecture" in value else None
     return section.model_validate({**value, "architecture": name} if name else value)
+
+
+def without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's values without those keys of its dictionary that its architecture has and the one that the
+    changes choose has not, with a line that says so; a key that neither has stays, to be refused.
+    """
+    section, name = values.get("dictionary"), changes.get(ARCHITECTURE)
+    if not isinstance(section, dict) or name is None:
+        return values
+    try:
+        old, new = DictionaryConfig.chosen(section), DictionaryConfig.chosen({"architecture": name})
+    except ConfigError:  # which the recipe is refused for, unless the change mends it
+        return values
+    unused = [key for key in section if key in old.model_fields and key not in new.model_fields]
+    if not unused:
+        return values
+    told = ", ".join(f"dictionary.{key}" for key in unused)
+    warnings.warn(f"{told} left out, which a {name} dictionary does not have.", stacklevel=4)
+    return {**values, "dictionary": {key: value for key, value in section.items() if key not in unused}}
+
+
+def of_others(keys: Iterable[str], name: Any) -> set[str]:
+    """Pick those dotted keys of the dictionary that only other architectures than the one of that name have.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    own, all_keys = DictionaryConfig.chosen({"architecture": name}).model_fields, DictionaryConfig.all_fields()
+    names = {key: key.removeprefix("dictionary.") for key in keys if key.startswith("dictionary.")}
+    return {key for key, field in names.items() if field in all_keys and field not in own}

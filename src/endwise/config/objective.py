@@ -40,6 +40,10 @@ class SparsityConfig(Config):
     p: Annotated[float, Field(gt=0)] = 1.0
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
+    def without_powers(self) -> "SparsityConfig":
+        """The same, for a penalty that is not one of powers."""
+        return self.model_copy(update={"p": 1.0})
+
 
 class TermConfig(Config):
     """A registered term's part of a recipe. A term with settings beyond its weight extends it (`Term.Settings`)."""

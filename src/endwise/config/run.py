@@ -5,13 +5,14 @@ written, or only its rounding: where a sum is made in another order, by another 
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.config.base import Config, Positive
-from endwise.config.dictionary import DictionaryConfig, of_architecture
+from endwise.config.dictionary import DictionaryConfig, of_architecture, without_old_keys
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 
@@ -192,6 +193,13 @@ class RunConfig(Config):
     out: Annotated[Path | None, EXECUTION] = None
     """Run folder; unset: runs/<a name made from the recipe>."""
 
+    @classmethod
+    def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a recipe's values with each dotted key set; where that chooses another architecture, without the
+        keys of the old one.
+        """
+        return super().changed(without_old_keys(values, changes), changes)
+
     @property
     def place(self) -> str:
         """The site, or `<site> -> <writes>` where they are two."""
@@ -214,10 +222,12 @@ class RunConfig(Config):
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
         if sparsity is not None and sparsity.p != 1 and self.dictionary.penalised and not self.dictionary.powers:
-            raise ValueError(
-                f"objective.sparsity.p is {sparsity.p:g}, but the penalty of a {architecture} dictionary is of its "
-                "own kind and has no power; leave p out"
+            warnings.warn(
+                f"objective.sparsity.p is left out: the penalty of a {architecture} dictionary is of its own kind.",
+                stacklevel=2,
             )
+            plain = self.objective.model_copy(update={"sparsity": sparsity.without_powers()})
+            object.__setattr__(self, "objective", plain)
         if sparsity is not None and not self.dictionary.penalised:
             warnings.warn(
                 f"objective.sparsity is left out: how many features of a {architecture} dictionary are active is set "

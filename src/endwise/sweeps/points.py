@@ -13,7 +13,7 @@ import numpy as np
 
 from endwise.common.errors import ConfigError, SiteError
 from endwise.config.base import read_yaml, with_values
-from endwise.config.dictionary import DictionaryConfig
+from endwise.config.dictionary import ARCHITECTURE, DictionaryConfig, of_others
 from endwise.config.fields import identity
 from endwise.config.method import COEFFICIENT, Knob
 from endwise.config.recipes import find_recipe
@@ -81,7 +81,7 @@ def _recipe(sweep: SweepConfig) -> dict[str, Any]:
     _check_no_folder(settings, "settings")
     if TARGET in settings:
         raise ConfigError("settings: a target stands in a grid. Move it there.")
-    return with_values({key: value for key, value in base.items() if key != OUT}, settings)
+    return RunConfig.changed({key: value for key, value in base.items() if key != OUT}, settings)
 
 
 def _check_no_folder(keys: Mapping[str, Any], where: str) -> None:
@@ -132,7 +132,8 @@ def _points(base: dict[str, Any], axes: Mapping[str, Sequence[Any]], name: str) 
         unused = [f"objective.{key}" for key in UNUSED_WEIGHTS.get(str(choice.get(KIND)), ())]
         if several:
             choice = {key: value for key, value in choice.items() if key not in unused}
-        yield _point(_without(base, unused), choice, source)
+        own = _of_architecture(_without(base, unused), choice)
+        yield _point(*own, source)
 
 
 def _said(choice: Mapping[str, Any]) -> str:
@@ -147,6 +148,19 @@ def _without(base: dict[str, Any], unused: Sequence[str]) -> dict[str, Any]:
     if not isinstance(objective, dict):
         return base
     return {**base, "objective": {key: value for key, value in objective.items() if f"objective.{key}" not in unused}}
+
+
+def _of_architecture(base: dict[str, Any], choice: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe and a grid's choice without the keys of other architectures than the one that is chosen, if one is, so
+    that one grid serves several: `dictionary.k` is for those that have it.
+    """
+    section = base.get("dictionary")
+    if ARCHITECTURE not in choice or not isinstance(section, dict):
+        return base, choice
+    name = choice[ARCHITECTURE]
+    others = of_others([*choice, *(f"dictionary.{key}" for key in section)], name)
+    kept = {key: value for key, value in section.items() if f"dictionary.{key}" not in others}
+    return {**base, "dictionary": kept}, {key: value for key, value in choice.items() if key not in others}
 
 
 def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:

@@ -129,7 +129,8 @@ class SweepConfig(EngineConfig):
     """The runs are those of all grids. A grid sets dotted keys of the recipe: to a value; to each of a list; or to each
     of `{log_range: [from, to, how many]}`, whose neighbours have one ratio. All combinations are made. The key `target`
     takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient. Weights
-    of the objective that a kind does without are left out of its runs where a grid chooses the kind."""
+    of the objective that a kind does without are left out of its runs where a grid chooses the kind, and so are keys of
+    the dictionary that an architecture does without where it chooses that."""
     search: SearchConfig = SearchConfig()
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
