@@ -48,8 +48,9 @@ class TakenOver:
                 change += float((outs[1] - outs[0]).square().sum())
                 size += float(outs[0].square().sum())
         share = (change / size) ** 0.5 if size else float(change > 0)
-        means = [l0 / len(x) for l0 in l0s]
-        return cls(source.architecture, sae.architecture, *means, *errors, share, len(x))
+        before, after = (l0 / len(x) for l0 in l0s)
+        kinds = source.architecture, sae.architecture
+        return cls(*kinds, before, after, errors[0], errors[1], share, len(x))
 
     @property
     def kept(self) -> bool:
