@@ -374,7 +374,7 @@ def test_it_trains_resumes_and_is_measured(model, kind, tmp_path):
 def test_a_power_of_its_penalty_is_left_out():
     values = recipe("x")
     values["objective"]["sparsity"]["p"] = 0.5
-    with pytest.warns(UserWarning, match=r"objective\.sparsity\.p is left out"):
+    with pytest.warns(UserWarning, match=r"objective\.sparsity\.p and p_end are left out"):
         config = RunConfig.build(values)
     assert config == RunConfig.build(recipe("x"))
 

@@ -10,7 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from endwise.common.errors import ConfigError
 from endwise.common.registry import Registry
-from endwise.config.base import Config
+from endwise.config.base import Config, Positive
 
 if TYPE_CHECKING:
     from endwise.training.objectives import Term
@@ -40,9 +40,24 @@ class SparsityConfig(Config):
     p: Annotated[float, Field(gt=0)] = 1.0
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which λ rises linearly from 0."""
+    p_end: Annotated[float, Field(gt=0)] | None = None
+    """What p falls to in the course of training (p-annealing; usual: 0.2). With every change the penalty is rescaled so
+    that its mean stays as it was."""
+    p_steps: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the steps after which p is `p_end`."""
+    p_changes: Positive = 10
+    """In how many equal changes."""
+
     def without_powers(self) -> "SparsityConfig":
         """The same, for a penalty that is not one of powers."""
-        return self.model_copy(update={"p": 1.0})
+        return self.model_copy(update={"p": 1.0, "p_end": None})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the coefficient."""
+        return self.model_dump(exclude={"coefficient"})
 
 
 class TermConfig(Config):
@@ -131,7 +146,7 @@ class ObjectiveConfig(Config):
         terms = [WeightedTerm(name, weights[name], settings.get(name, {})) for name in names if weights[name]]
         if self.sparsity is None:
             return terms
-        return [*terms, WeightedTerm("sparsity", self.sparsity.coefficient, {"p": self.sparsity.p})]
+        return [*terms, WeightedTerm("sparsity", self.sparsity.coefficient, self.sparsity.settings)]
 
     @property
     def method(self) -> dict[str, Any]:
@@ -139,7 +154,9 @@ class ObjectiveConfig(Config):
         sites = None if self.downstream_sites is None else list(self.downstream_sites)
         settings = {name: term.model_dump(mode="json", exclude={"weight"}) for name, term in self.terms.items()}
         further = {f"terms.{name}": of for name, of in settings.items() if of}
-        penalty = {} if self.sparsity is None else {"p": self.sparsity.p}
+        sparsity = self.sparsity
+        penalty = {} if sparsity is None else {"p": sparsity.p, **sparsity.model_dump(exclude_defaults=True)}
+        penalty.pop("coefficient", None)
         return {**self.weights, "downstream_sites": sites, **penalty, **further}
 
     @property

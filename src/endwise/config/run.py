@@ -221,9 +221,11 @@ class RunConfig(Config):
         architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
-        if sparsity is not None and sparsity.p != 1 and self.dictionary.penalised and not self.dictionary.powers:
+        powers = sparsity is not None and (sparsity.p != 1 or sparsity.p_end is not None)
+        if powers and self.dictionary.penalised and not self.dictionary.powers:
             warnings.warn(
-                f"objective.sparsity.p is left out: the penalty of a {architecture} dictionary is of its own kind.",
+                "objective.sparsity.p and p_end are left out: the penalty of a "
+                f"{architecture} dictionary is of its own kind.",
                 stacklevel=2,
             )
             plain = self.objective.model_copy(update={"sparsity": sparsity.without_powers()})

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
@@ -128,15 +129,27 @@ class LocalMSE(SiteTerm):
 @TERMS.add("sparsity")
 @dataclass(frozen=True)
 class Sparsity(SiteTerm):
-    """Σ over features of |c|^p, divided by d_model (paper: p = 1, where the reference code's norm is the same)."""
+    """Σ over features of |c|^p, divided by d_model (paper: p = 1, where the reference code's norm is the same).
+
+    A dictionary may have a penalty of another kind (`Latents.penalty`), or count |c|·‖d‖ where directions are free. All
+    are divided by d_model as the MSE is, so that λ is that of papers whose MSE is a sum over dimensions.
+    """
 
     name = "sparsity"
     unit = "latent^p per token and dimension"
     coefficient: float
     p: float = 1.0
+    warmup: float = 0.0
+    p_end: float | None = None
+    p_steps: float = 0.8
+    p_changes: int = 10
+    """These four are followed by `training.sparsity`."""
+    scale: Tensor | None = None
+    """What keeps the penalty as large as before p fell; logged with it."""
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
-        return latents.penalty(self.p, mask).sum() / activation.shape[-1]
+        total = latents.penalty(self.p, mask).sum() / activation.shape[-1]
+        return total if self.scale is None else total * self.scale.to(total.dtype)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass, SplicedRows
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.training.objectives import Objective
+from endwise.training.sparsity import SparsitySchedule, own_tensors
 
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
@@ -59,6 +60,7 @@ class Trainee:
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
+        self._schedule = SparsitySchedule.of(objective, total_steps, device)
         self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.own_weights)
         """Of every term, the dictionary's own included."""
         self._per_token = [*self._weights, "l0"]
@@ -74,8 +76,8 @@ class Trainee:
         return self.place.writes
 
     def objective_at(self, step: int) -> Objective:
-        """What the step after `step` others is trained for: one objective from the first to the last."""
-        return self._objective
+        """What the step after `step` others is trained for: one objective, whose penalty may change."""
+        return self._objective if self._schedule is None else self._schedule.objective(self._objective, step)
 
     @property
     def objective(self) -> Objective:
@@ -136,6 +138,8 @@ class Trainee:
             is_in: it is in the weights' gradient already.
         """
         loss = self._site_loss(encoded, encoded.target, mask)
+        if self._schedule is not None:
+            self._schedule.see(self.step, encoded.latents, mask)
         if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
             at_site = _gradient_at(encoded.reconstruction, loss) if self.sae.wants_gradient else None
@@ -196,7 +200,8 @@ class Trainee:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
         names, fired = list(self._per_token), self._fired.int()
         sums = torch.stack([self._sums[name] for name in names])
-        world.add([*self._gradients(), *self.sae.step_statistics(), sums, fired])
+        scheduled = [] if self._schedule is None else [self._schedule.seen]
+        world.add([*self._gradients(), *self.sae.step_statistics(), sums, fired, *scheduled])
         for name, total in zip(names, sums, strict=True):
             self._sums[name].copy_(total)
         self._fired = fired > 0
@@ -225,6 +230,8 @@ class Trainee:
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.sae.after_step()
+        if self._schedule is not None:
+            self._schedule.after_step(self.step)
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
         self.step += 1
@@ -278,7 +285,8 @@ class Trainee:
 
     def weighted(self, values: Mapping[str, float]) -> list[float]:
         """The loss, term by term."""
-        return [weight * values[name] for name, weight in self._weights.items()]
+        terms = {term.name: term.coefficient for term in self.objective_at(max(self.step - 1, 0)).terms}
+        return [weight * values[name] for name, weight in (self._weights | terms).items()]
 
     @property
     def learning_rate(self) -> float:
@@ -294,7 +302,9 @@ class Trainee:
             "total_steps": self.total_steps,
             "tokens": self.tokens,
         }
-        return Checkpoint({**weights, **optimizer, "last_fired": self.last_fired, **generator_states()}, state)
+        scheduled = own_tensors(self._schedule)
+        own = {"last_fired": self.last_fired, **scheduled, **generator_states()}
+        return Checkpoint({**weights, **optimizer, **own}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
@@ -306,6 +316,8 @@ class Trainee:
         self.sae.load_state_dict(weights)
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
+        for name, tensor in own_tensors(self._schedule).items():
+            tensor.copy_(checkpoint.tensors[name])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
 
