@@ -241,7 +241,8 @@ def as_theirs(sae, tensors):
 def test_sae_lens_computes_the_same(name, share):
     """Latents, outputs, each loss, and the gradient of their sum, without dead features and with some."""
     stored = rival(name)
-    for prefix, dead in (("", torch.zeros(24, dtype=torch.bool)), ("dead.", stored.tensors["dead.mask"])):
+    with_dead = [("dead.", stored.tensors["dead.mask"])] if "dead.mask" in stored.tensors else []
+    for prefix, dead in [("", torch.zeros(24, dtype=torch.bool)), *with_dead]:
         sae, coefficient = of_sae_lens(stored)
         sae.sparse_below = share
         latents, out, error, penalty, revived = loss_of(sae, stored.tensors["x"], coefficient, dead)

@@ -13,7 +13,7 @@ from endwise.training.objectives import Objective, Sparsity
 from endwise.training.sparsity import SparsitySchedule
 from rivals import batches, rival
 
-ROWS = torch.ones(16, dtype=torch.bool)
+ROWS = torch.ones(1, 16, dtype=torch.bool)
 LINEAR = {"encoder.weight": ("W_enc", True), "encoder.bias": ("b_enc", False), "decoder.weight": ("W_dec", True)}
 OURS = {"encoder": "W_enc", "decoder": "W_dec"}
 
@@ -35,7 +35,7 @@ def train(sae, stored, schedule, *, subtracts=True, clip=None):
     settings = stored.settings
     adam = torch.optim.Adam(sae.parameters(), lr=settings["learning_rate"], betas=settings["betas"])
     used = []
-    for step, x in enumerate(batches()):
+    for step, x in enumerate(batches()[:, None]):
         adam.zero_grad()
         term = schedule.term(step)
         seen = x - sae.b_dec if subtracts else x
@@ -67,7 +67,7 @@ def test_decoder_norms_count_as_sae_lens_counts_them(name, subtracts, share):
     stored = rival(f"sae_lens/{name}")
     sae, c = of_rival(stored, "free"), stored.settings["config"]["l1_coefficient"]
     sae.sparse_below = share
-    x = stored.tensors["x"]
+    x = stored.tensors["x"][None]
     latents = sae.encode(x - sae.b_dec if subtracts else x)
     assert isinstance(latents, SparseLatents) == (share == 1.0)
     penalty = c * latents.penalty(1.0, ROWS).mean()
@@ -118,7 +118,7 @@ def test_powers_fall_when_the_recipe_says():
 
 
 def test_no_change_of_p_moves_the_mean_penalty():
-    sae, x = ReluSAE(8, 24, seed=0).train(), torch.randn(16, 8)
+    sae, x = ReluSAE(8, 24, seed=0).train(), torch.randn(1, 16, 8)
     schedule = SparsitySchedule(Sparsity(1.0), [1.0, 0.6, 0.2], [0, 4, 8], window=2)
     totals = []
     for step in range(10):
