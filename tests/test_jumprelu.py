@@ -10,6 +10,7 @@ import endwise
 from endwise import SAE
 from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.method import COEFFICIENT, Knob, Method
 from endwise.config.run import RunConfig
 from endwise.dictionaries import JumpReLUSAE, SparseLatents, TrainingPass
 from endwise.dictionaries.jumprelu import JumpReLUConfig
@@ -378,6 +379,18 @@ def test_a_power_of_its_penalty_is_left_out():
     with pytest.warns(UserWarning, match=r"objective\.sparsity\.p and p_end are left out"):
         config = RunConfig.build(values)
     assert config == RunConfig.build(recipe("x"))
+
+
+def test_a_target_is_the_knob_and_its_coefficient_a_part_of_the_method():
+    given = {"penalty": "quadratic", "target_l0": 20.0}
+    one, other = RunConfig.build(recipe("x", **given)), RunConfig.build(recipe("x", **given | {"target_l0": 40.0}))
+    assert Knob.of(one) == Knob(20.0, "dictionary.target_l0", "target L0", sparser=False)
+    assert Knob.of(one).set_in(one, 40.0).dictionary == other.dictionary
+    assert Method.of(one).digest == Method.of(other).digest
+    stronger = recipe("x", **given)
+    stronger["objective"]["sparsity"]["coefficient"] = 0.9
+    assert Method.of(RunConfig.build(stronger)).digest != Method.of(one).digest
+    assert Knob.of(RunConfig.build(recipe("x"))).name == COEFFICIENT
 
 
 def test_a_penalty_over_the_pass_refuses_several_passes_a_step():

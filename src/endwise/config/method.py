@@ -85,9 +85,12 @@ class Method:
     def of(cls, config: RunConfig) -> "Method":
         """Name the method of a recipe by its preset, its further terms and its architecture."""
         dictionary = config.dictionary
-        aside = {"architecture", "size", "ratio", Knob.of(config).name.removeprefix("dictionary.")}
+        knob = Knob.of(config)
+        aside = {"architecture", "size", "ratio", knob.name.removeprefix("dictionary.")}
         own = dictionary.model_dump(mode="json", exclude=aside, exclude_defaults=True)
         content = config.objective.method | {f"dictionary.{name}": value for name, value in own.items()}
+        if knob.name != COEFFICIENT and config.objective.coefficient is not None:
+            content["sparsity.coefficient"] = config.objective.coefficient
         key = config.objective.method_kind
         label = LABELS.get(key, key)
         if dictionary.architecture == DictionaryConfig.model_fields["architecture"].default:
