@@ -13,8 +13,10 @@ from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
+from endwise.dictionaries import DenseLatents, LinearSAE
 from endwise.sweeps.points import points_of
 from endwise.sweeps.sweep_config import SweepConfig
+from endwise.training.taking_over import TakenOver
 
 D, F = 12, 60
 
@@ -91,6 +93,38 @@ def test_taken_over_again_after_it_was_saved(tmp_path):
     taken(sae, "jumprelu").save(tmp_path)
     same(sae, SAE.load(tmp_path))
     assert "threshold" in load_file(tmp_path / "sae_weights.safetensors")
+
+
+class KLargest(LinearSAE):
+    """The 8 largest of each row, which no thresholds choose."""
+
+    architecture = "k_largest"
+
+    def encode(self, x, counted=None):
+        z = self.before(x).relu()
+        kept = z.topk(8, dim=-1)
+        return DenseLatents(torch.zeros_like(z).scatter(-1, kept.indices, kept.values))
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_without_thresholds_one_is_fitted_at_which_as_many_are_active(architecture):
+    sae = KLargest.from_tensors(weights(), {"d_in": D, "d_sae": F}).eval()
+    x, other = drawn(2000, D, seed=9), drawn(2000, D, seed=10)
+    result = taken(sae, architecture).eval()
+    assert result.first_tokens >= 8192
+    with torch.no_grad():
+        result.see_first(x, x)
+    assert float(result.encode(x).l0().mean()) == pytest.approx(float(sae.encode(x).l0().mean()), abs=1e-3)
+    assert float(result.encode(other).l0().mean()) == pytest.approx(8, rel=0.05)
+    threshold = result.as_thresholded()["threshold"]
+    torch.testing.assert_close(threshold, threshold[:1].expand(F), rtol=1e-4, atol=1e-5)
+    found = TakenOver.of(sae, result, x, x)
+    assert not found.kept and found.l0_before == pytest.approx(found.l0, abs=1e-3) and found.error > 0
+    assert "taken over from k_largest to" in str(found) and "L0 8 -> 8" in str(found)
+    before = result.encode(x).dense()
+    with torch.no_grad():
+        result.see_first(other, other)  # once is enough
+    assert torch.equal(result.encode(x).dense(), before)
 
 
 def test_what_no_architecture_knows_is_one_clear_error():
