@@ -47,8 +47,8 @@ def train(sae, stored, schedule, *, subtracts=True, clip=None):
         if clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
         adam.step()
-        schedule.after_step(step)
         used.append((term.p, term.coefficient * float(term.scale)))
+        schedule.after_step(step)
         if sae.unit_norm:
             with torch.no_grad():
                 sae.decoder.copy_(normalize(sae.decoder, dim=-1))
