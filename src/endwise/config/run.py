@@ -221,8 +221,8 @@ class RunConfig(Config):
         architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
-        powers = sparsity is not None and (sparsity.p != 1 or sparsity.p_end is not None)
-        if powers and self.dictionary.penalised and not self.dictionary.powers:
+        powerless = self.dictionary.penalised and not self.dictionary.powers
+        if sparsity is not None and powerless and (sparsity.p != 1 or sparsity.p_end is not None):
             warnings.warn(
                 "objective.sparsity.p and p_end are left out: the penalty of a "
                 f"{architecture} dictionary is of its own kind.",
