@@ -251,6 +251,23 @@ def model():
     return endwise.load_model("embedded")
 
 
+def test_behind_a_norm_the_gates_term_is_still_fed(model, tmp_path):
+    values = {
+        "site": "blocks.4.hook_resid_pre",
+        "dictionary": {"architecture": "gated", "size": 200, "normalize": "scalar"},
+        "objective": {"kind": "local", "sparsity": {"coefficient": 0.3}},
+        "data": {"context": 32},
+        "training": {"tokens": 512, "batch": 4, "learning_rate": 1e-2, "log_every": 1},
+        "evaluation": {"tokens": 512, "during_training_tokens": 128, "bootstrap": 20},
+        "out": str(tmp_path / "run"),
+    }
+    run = endwise.train(values, model=model, display=False)
+    line = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["gate_reconstruction"] > 0.1 * line["local_mse"]
+    x = torch.randn(50, run.sae.d_in) * 3
+    torch.testing.assert_close(SAE.load(run.folder)(x), run.sae(x).detach(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_resumes_and_is_measured(model, kind, tmp_path):
     config = RunConfig.build(

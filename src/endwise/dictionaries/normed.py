@@ -204,7 +204,7 @@ class NormedSAE(SAE):
         self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else PerToken(kind)
         self.first_tokens = max(inner.first_tokens, FITTED_ON) if fitted else inner.first_tokens
         self.last_tokens, self.sparse_below = inner.last_tokens, inner.sparse_below
-        self.dead_window = inner.dead_window
+        self.dead_window, self.wants_gradient = inner.dead_window, inner.wants_gradient  # pyright: ignore[reportAttributeAccessIssue]
         self.architecture = inner.architecture  # pyright: ignore[reportAttributeAccessIssue]  of its kind, not of a class
 
     @property
@@ -252,7 +252,7 @@ class NormedSAE(SAE):
 
     def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         x = seen.x.to(self.b_dec.dtype)
-        given = {name: getattr(seen, name, None) for name in ("gradient", "at_site")}
+        given = {name: getattr(seen, name) for name in ("gradient", "at_site")}
         gradients = {name: self.norm.gradient(g, x) for name, g in given.items() if g is not None}
         target, reconstruction = (self.norm.target(each, x) for each in (seen.target, seen.reconstruction))
         return self.inner.own_terms(
