@@ -11,11 +11,13 @@ from endwise.formats.base import (
     stored_at,
     weights_file,
 )
+from endwise.formats.circuit_tracer import CircuitTracer
 from endwise.formats.saelens import SAELens
 
 __all__ = [
     "FORMATS",
     "NATIVE",
+    "CircuitTracer",
     "Format",
     "Layout",
     "SAELens",

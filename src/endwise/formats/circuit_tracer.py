@@ -1,0 +1,186 @@
+"""circuit-tracer's set of transcoders: `config.yaml` for all layers, and a file of tensors for each.
+
+A path names the file of one layer, `SET/layer_3.safetensors`. Latents are σ(x·W_encᵀ + b_enc) and the output is
+latents·W_dec + b_dec (+ x·W_skipᵀ), with W_enc `[F d]`, W_dec `[F d]`, W_skip `[d d]`. The set's `activation` says what
+σ is; where it says neither `relu` nor `topk`, a file with thresholds is of jumprelu, and another of relu.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from endwise.common.errors import FormatError
+from endwise.common.files import write_atomic
+from endwise.common.remedies import unreadable
+from endwise.common.tensor_files import write_tensors
+from endwise.formats.base import Format, Layout, Stored, added, check_tensors
+
+CONFIG_FILE, KIND = "config.yaml", "transcoder_set"
+LAYER_FILE = re.compile(r"layer_([0-9]{1,6})\.safetensors")
+THRESHOLD = "activation_function.threshold"
+LARGEST = 1_000_000
+"""Bytes of a configuration."""
+_PLACE = re.compile(r"blocks\.([0-9]+)\.(.+)")
+_OURS = {"mlp.hook_in": "mlp_in", "mlp.hook_out": "hook_mlp_out"}
+"""circuit-tracer's names of what the MLP receives and of what it adds, in a block; others are the same."""
+_THEIRS = {"mlp_in": "mlp.hook_in"}
+_NEGATIVE = (
+    "circuit-tracer keeps the k largest pre-activations of a token even if some are negative, endwise only those above "
+    "0: the two differ in tokens that have fewer than k positive ones."
+)
+
+
+@added
+class CircuitTracer(Format):
+    """One layer of a set. A set is written layer by layer, which must agree in size and activation."""
+
+    name = "circuit-tracer"
+
+    def detects(self, path: Path) -> bool:
+        folder = path if path.is_dir() else path.parent
+        if not path.is_dir() and not (LAYER_FILE.fullmatch(path.name) and path.is_file()):
+            return False
+        try:
+            return _config(folder).get("model_kind") == KIND
+        except FormatError:
+            return False
+
+    def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
+        if path.is_dir():
+            layers = sorted(each.name for each in path.iterdir() if LAYER_FILE.fullmatch(each.name))
+            raise FormatError(
+                f"{path} is a set of transcoders, one for each layer. Give the file of one: {', '.join(layers[:5])}"
+                f"{', ...' if len(layers) > 5 else ''} there."
+            )
+        config, found = _config(path.parent), _tensors(path)
+        d_sae, d_in = found["W_enc"].shape if found.get("W_enc") is not None and found["W_enc"].ndim == 2 else (0, 0)
+        architecture = _architecture(path, config, found)
+        if architecture not in layouts:
+            raise FormatError(f"{path}: {architecture} is not one of {', '.join(layouts)}.")
+        found.pop("k", None)
+        threshold = found.pop(THRESHOLD, None)
+        if architecture == "jumprelu" and threshold is not None:
+            found["threshold"] = threshold.expand(d_sae) if threshold.numel() == 1 else threshold
+            if (found["threshold"] < 0).any():
+                raise FormatError(f"{path}: thresholds must be at least 0; below it, endwise has no latents.")
+        of = {"d_in": d_in, "d_sae": d_sae}
+        if architecture == "topk":
+            of["k"] = _k(path, config, d_sae)
+            warnings.warn(f"{path}: {_NEGATIVE}", stacklevel=4)
+        shapes = layouts[architecture].of_transcoder("W_skip" in found).shapes(of)
+        tensors = {name: found[name].mT if name == "W_enc" and d_in else found[name] for name in found}
+        if others := sorted(set(found) - set(shapes)):
+            raise FormatError(f"{path} also holds {', '.join(others)[:200]}, which endwise does not know.")
+        check_tensors(path, tensors, shapes, f"W_enc, [{d_sae} {d_in}]")
+        return Stored(architecture, of, tensors, self.metadata(path))
+
+    def write(self, path: Path, stored: Stored) -> None:
+        """
+        Raises:
+            FormatError: the file is not called `layer_<number>.safetensors`, the set's other layers are of another
+                kind, or circuit-tracer has no such transcoder.
+        """
+        config = _told(path, stored)
+        tensors = {**stored.tensors, "W_enc": stored.tensors["W_enc"].mT}
+        if stored.subtracts_b_dec:
+            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ stored.tensors["W_enc"]
+        if "threshold" in tensors:
+            tensors[THRESHOLD] = tensors.pop("threshold")
+        write_tensors(path, {name: tensor.detach().float() for name, tensor in tensors.items()}, {})
+        write_atomic(path.parent / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
+
+    def weights(self, path: Path) -> Path:
+        return path
+
+    def metadata(self, path: Path) -> Mapping[str, Any]:
+        if path.is_dir():
+            return {}
+        config, match = _config(path.parent), LAYER_FILE.fullmatch(path.name)
+        layer = match[1] if match else ""
+        hooks = {"hook_name": "feature_input_hook", "hook_name_out": "feature_output_hook"}
+        given = {name: config.get(key) for name, key in hooks.items()}
+        places = {
+            name: f"blocks.{int(layer)}.{_OURS.get(hook, hook)}"
+            for name, hook in given.items()
+            if isinstance(hook, str)
+        }
+        return {**places, **({"model_name": config["model_name"]} if "model_name" in config else {})}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        if path.stat().st_size > LARGEST:
+            raise FormatError(f"{path} has more than {LARGEST:,} bytes, which no set needs. Restore it.")
+        config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}, which says what the set's transcoders compute.") from None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read as YAML: {error!s:.200}. Restore it.") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} must hold a mapping. Restore it.")
+    return config
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
+        raise unreadable(path, error) or damaged from None
+
+
+def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    activation, thresholds = config.get("activation"), THRESHOLD in tensors
+    if activation not in (None, "relu", "topk", "jumprelu", "jump_relu"):
+        raise FormatError(f"{path.parent / CONFIG_FILE}: activation {activation!r:.80} is none that endwise computes.")
+    if thresholds and activation in ("relu", "topk"):
+        raise FormatError(f"{path} holds thresholds, while {CONFIG_FILE} says activation: {activation}. Correct one.")
+    return {"topk": "topk", "relu": "standard"}.get(str(activation), "jumprelu" if thresholds else "standard")
+
+
+def _k(path: Path, config: Mapping[str, Any], d_sae: int) -> int:
+    k = config.get("k")
+    if type(k) is not int or not 1 <= k <= d_sae:
+        told = f"k must be a whole number from 1 to {d_sae}, the features, not {k!r:.80}"
+        raise FormatError(f"{path.parent / CONFIG_FILE}: {told}. Correct it.")
+    return k
+
+
+def _told(path: Path, stored: Stored) -> dict[str, Any]:
+    """The set's configuration with this layer in it."""
+    match = LAYER_FILE.fullmatch(path.name)
+    activation = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(stored.architecture)
+    if match is None:
+        raise FormatError(f"{path.name!r:.80}: a layer of circuit-tracer's is written to layer_<number>.safetensors.")
+    if activation is None or "normalize" in stored.config:
+        what = f"{stored.architecture}{' with a norm of each token' if 'normalize' in stored.config else ''}"
+        raise FormatError(f"circuit-tracer has transcoders of standard, topk and jumprelu alone, and no {what:.80}.")
+    if stored.config.get("d_out", stored.config["d_in"]) != stored.config["d_in"]:
+        raise FormatError("circuit-tracer's transcoders write as wide as they read; this one does not.")
+    config = {"model_kind": KIND, "model_name": str(stored.metadata.get("model_name", "")), "activation": activation}
+    for key, name in (("feature_input_hook", "hook_name"), ("feature_output_hook", "hook_name_out")):
+        hook = stored.metadata.get(name, stored.metadata.get("hook_name"))
+        place = _PLACE.fullmatch(str(hook))
+        if place is None or int(place[1]) != int(match[1]):
+            raise FormatError(f"metadata.{name} is {hook!r:.80}, not a place in block {int(match[1])} ({path.name}).")
+        config[key] = _THEIRS.get(place[2], place[2])
+    if activation == "topk":
+        config["k"] = stored.config["k"]
+        warnings.warn(_NEGATIVE, stacklevel=4)
+    if (path.parent / CONFIG_FILE).exists():
+        there = _config(path.parent)
+        if apart := [key for key in config if there.get(key) != config[key]]:
+            raise FormatError(
+                f"{path.parent / CONFIG_FILE} is of another set, which differs in {', '.join(apart)}. Write to a "
+                "folder of its own."
+            )
+        return there
+    return config
