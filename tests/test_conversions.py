@@ -14,7 +14,7 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import DenseLatents, LinearSAE
-from endwise.sweeps.points import points_of
+from endwise.sweeps.points import Point, fingerprint, points_of
 from endwise.sweeps.sweep_config import SweepConfig
 from endwise.training.taking_over import TakenOver
 
@@ -202,6 +202,16 @@ def test_a_grid_over_architectures_gives_each_its_own_keys():
     assert {each.dictionary.gate_reconstruction for each in points if each.dictionary.architecture == "gated"} == {0.5}
     with pytest.raises(ConfigError, match="bandwith"):
         points_of(SweepConfig.build({"recipe": recipe("x", "jumprelu"), "grids": [grid | {"dictionary.bandwith": 1}]}))
+
+
+def test_architectures_at_their_defaults_are_different_points():
+    """Each section's default is its own name."""
+    names = ["standard", "jumprelu", "gated"]
+    configs = [RunConfig.build(recipe("x", name)) for name in names]
+    assert len({fingerprint(config) for config in configs}) == len({Point(config).key for config in configs}) == 3
+    assert all(RunConfig.build(config.model_dump(mode="json")) == config for config in configs)
+    sweep = SweepConfig.build({"recipe": recipe("x", "standard"), "grids": [{"dictionary.architecture": names}]})
+    assert [point.config.dictionary.architecture for point in points_of(sweep)] == names
 
 
 def recipe(out, architecture, **more):

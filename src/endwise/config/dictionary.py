@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -51,6 +51,16 @@ class DictionaryConfig(Config):
         if (self.size is None) == (self.ratio is None):
             raise ValueError("give exactly one of size (features) and ratio (features per dimension of the site)")
         return self
+
+    @model_serializer(mode="wrap")
+    def _named(self, handler: Any) -> dict[str, Any]:
+        """Name another architecture than that of a recipe that names none, though it is its own section's default: what
+        is written without defaults would otherwise be alike for all.
+        """
+        values = handler(self)
+        if self.architecture == DictionaryConfig.model_fields["architecture"].default:
+            return values
+        return {"architecture": self.architecture, **values}
 
     def features(self, width: int) -> int:
         """`d_sae` for a site of this width."""
