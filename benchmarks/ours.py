@@ -132,7 +132,7 @@ def run_config(spec: dict[str, Any], objective: dict[str, Any]) -> RunConfig:
         "floor": 1,
         "gradient_clip": 1.0,
     }
-    dictionary = {"size": shape.d_sae}
+    dictionary = {"size": shape.d_sae, **spec.get("dictionary", {})}
     return RunConfig.build(
         {"site": shape.site, "dictionary": dictionary, "objective": objective, "training": training}, "the benchmark"
     )

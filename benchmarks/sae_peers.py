@@ -32,7 +32,7 @@ class Peer(Side):
         """
         Args:
             spec: `threads`, `rows` (of activations), `d_model`, `d_sae`, `l0` (for those whose time depends on it;
-                None: as initialised), `k` (of a TopK), `seed`.
+                None: as initialised), `k` (of a TopK), `seed`, `architecture` (of ours; unset: ReLU).
         """
         torch.set_num_threads(spec["threads"])
         torch.manual_seed(spec["seed"])
@@ -62,8 +62,9 @@ class Endwise(Peer):
         shape = Shape("gpt2", 1, width, 1, 8, rows, rows, batch=1, layer=0, d_sae=spec["d_sae"])
         model = gpt2_of_width(shape)
         settings = {"shape": vars(shape), "precision": spec.get("precision", "exact")}
-        trainee = new_trainee(run_config(settings, OBJECTIVES["local"]), model, STEPS)
-        if spec["l0"] is not None:
+        top = {"architecture": spec["architecture"], "k": round(spec["l0"])} if "architecture" in spec else {}
+        trainee = new_trainee(run_config(settings | {"dictionary": top}, OBJECTIVES["local"]), model, STEPS)
+        if spec["l0"] is not None and not top:
             state = {name: tensor.detach() for name, tensor in trainee.sae.state_dict().items()}
             shift = bias_shift(self.rows[:512], state["encoder"], state["b_enc"], spec["l0"])
             trainee.sae.load_state_dict(state | {"b_enc": state["b_enc"] - shift})

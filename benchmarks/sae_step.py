@@ -13,7 +13,9 @@ dictionary_learning itself asks for (nnsight below 0.4 among it) its trainer doe
     .venv-bench/bin/pip install --no-deps e2e-sae==2.1.1 transformer-lens==3.9.0 dictionary-learning==0.1.0
     .venv-bench/bin/python benchmarks/sae_step.py
 
-Ours has ReLU features at `--l0` active ones; of the others only sparsify's time depends on how many are active (`--k`).
+Ours has ReLU features at `--l0` active ones; `topk`, `batchtopk` and `matryoshka_batchtopk` are its other
+architectures at a k of as many, with biases as initialised, where half of all pre-activations are positive. Of the
+others only sparsify's time depends on how many are active (`--k`).
 Everything else as in `versus_reference.py`.
 """
 
@@ -27,12 +29,14 @@ from typing import Any
 from harness import Worker, WorkerError, cores, machine, time_in_turn, worker_environment, write_json
 
 HERE = Path(__file__).parent
-NAMES = ("ours", "mixed", "reference", "saelens", "dictionary_learning", "sparsify")
+TOP_K = ("topk", "batchtopk", "matryoshka_batchtopk")
+OURS = ("ours", "mixed", *TOP_K)
+NAMES = (*OURS, "reference", "saelens", "dictionary_learning", "sparsify")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peers", nargs="+", choices=NAMES, default=[name for name in NAMES if name != "mixed"])
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=[name for name in NAMES if name not in OURS[1:]])
     parser.add_argument("--tuned", action="store_true", help="all with the allocator that keeps freed memory")
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     parser.add_argument("--rows", type=int, default=4096)
@@ -62,7 +66,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             python = arguments.python.get(name, sys.executable)
             workers[name] = Worker(HERE / "sae_peers.py", environment, python)
         for name in list(workers):
-            peer = {"peer": "ours", "precision": "mixed"} if name == "mixed" else {"peer": name}
+            peer = {"peer": "ours" if name in OURS else name}
+            peer |= {"precision": "mixed"} if name == "mixed" else {}
+            peer |= {"architecture": name} if name in TOP_K else {}
             try:
                 found[name] = workers[name].call("build", spec=spec | peer)
                 found[name]["memory"] = workers[name].call("begin_memory")
@@ -83,9 +89,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     timed = {name: peer for name, peer in found.items() if "timing" in peer}
     ratios = {
         f"{name}/{other}": timed[name]["tokens_per_second"] / timed[other]["tokens_per_second"]
-        for name in ("ours", "mixed")
+        for name in OURS
         for other in timed
-        if name in timed and other not in ("ours", "mixed")
+        if name in timed and (other not in OURS or (other == "ours" and name in TOP_K))
     }
     return {"spec": spec, "tuned": arguments.tuned, "peers": timed, "ratios": ratios, "failed": failed}
 

@@ -79,6 +79,24 @@ def test_active_finds_every_positive_place_in_order(kernels, chunk, bias, monkey
 
 
 @pytest.mark.parametrize("kernels", cases())
+@pytest.mark.parametrize("chunk", [1, 1 << 23])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_active_finds_every_place_above_a_threshold_with_the_value_there(kernels, chunk, each, dtype, monkeypatch):
+    monkeypatch.setattr(eager_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(eager_module, "MOST_ELEMENTS", chunk)
+    x, weight, b = draw(N, D, dtype=dtype), draw(F, D, seed=1, dtype=dtype), draw(F, seed=2, dtype=dtype)
+    above = 2 + draw(F, seed=3, dtype=dtype).abs() if each else torch.tensor(2.5, dtype=dtype)
+    before = x @ weight.T + b
+    expected = before.where(before > above, 0.0)
+    found = kernels.active(x, weight, b, N * F, above)
+    assert torch.equal(torch.stack([found.pairs.rows, found.pairs.features]), expected.nonzero().T)
+    torch.testing.assert_close(matrix(found.pairs, found.values), expected)
+    assert len(found.values) < len(kernels.active(x, weight, b, N * F).values)
+    assert kernels.active(x, weight, b, len(found.values) - 1, above) is None
+
+
+@pytest.mark.parametrize("kernels", cases())
 def test_active_gives_up_beyond_its_limit(kernels):
     x, weight, b = draw(N, D), draw(F, D, seed=1), draw(F, seed=2) - 2
     count = int((x @ weight.T + b > 0).sum())
@@ -146,3 +164,19 @@ def test_the_screened_encoder_is_the_dense_one(spread, monkeypatch):
     b = torch.zeros(400, 300).index_put((screened.pairs.rows, screened.pairs.features), screened.values)
     scale = float((x.norm(dim=1)[:, None] * weight.norm(dim=1)).max())
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * scale)  # a place within rounding of 0 may be in only one
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+@pytest.mark.parametrize("level", [1e-3, 1.0, 1e3])
+def test_the_screen_never_misses_a_feature_above_a_threshold(level, spread, each):
+    x, weight, bias = hard_encoder(spread, seed=4)
+    before = x.double() @ weight.double().T + bias.double()
+    # A threshold in the midst of what there is, where b − t all but cancels
+    above = (before.abs().median(0).values if each else before.abs().median()).float() * level
+    bias = bias + above
+    exact = (x.double() @ weight.double().T + bias.double()) > above.double()
+    candidates = torch.zeros(exact.numel(), dtype=torch.bool)
+    candidates[Screen(weight, bias, above).candidates(x)] = True
+    assert exact.any() and not (exact.flatten() & ~candidates).any()
+    assert candidates.sum() < exact.numel()

@@ -93,7 +93,7 @@ def _sections(section: type[Config], prefix: str, title: str, inner_title: str =
     Args:
         inner_title: what stands before the name of a section inside it.
     """
-    meanings = {name: text for base in reversed(section.__mro__) for name, text in _docstrings(base).items()}
+    meanings = _meanings(section)
     rows, inner = [], []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
@@ -115,7 +115,7 @@ def _architectures(prefix: str) -> Iterator[str]:
         section = ARCHITECTURES[name].Config
         own = {key: field for key, field in section.model_fields.items() if key not in DictionaryConfig.model_fields}
         if own and section.__module__.startswith("endwise."):  # not one that a test has added
-            meanings = _docstrings(section)
+            meanings = _meanings(section)
             rows = [_row(f"{prefix}{key}", field, meanings.get(key, "")) for key, field in own.items()]
             yield "\n".join(
                 [f"### `architecture: {name}`", "", inspect.cleandoc(section.__doc__ or ""), "", *TABLE, *rows, ""]
@@ -127,6 +127,11 @@ def _row(key: str, field: FieldInfo, meaning: str) -> str:
         meaning = f"{meaning} *May change on `--resume`.*"
     cells = (f"`{key}`", _kind(field), _default(field), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """The string under each field, of those that it inherits too."""
+    return {name: text for base in reversed(section.__mro__) for name, text in _docstrings(base).items()}
 
 
 def _docstrings(section: type) -> dict[str, str]:

@@ -66,6 +66,12 @@ class DictionaryConfig(Config):
         """`d_sae` for a site of this width."""
         return self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
 
+    def prefixes(self, width: int) -> tuple[int, ...]:
+        """Numbers of first features that are meant to reconstruct alone, ascending, the whole left out: evaluations
+        measure each.
+        """
+        return ()
+
     @classmethod
     def chosen(cls, values: Mapping[str, Any]) -> "type[DictionaryConfig]":
         """The section of the architecture that the values name.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
 from endwise.common.files import expanded
+from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
 from endwise.formats import FORMATS, NATIVE, Layout, Stored, stored_at
@@ -98,6 +99,10 @@ class SAE(nn.Module, ABC):
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
+    world: World = ALONE
+    """The processes that train it, over which an architecture that chooses among all tokens of a step agrees with the
+    others as it encodes in training."""
+
     b_enc: nn.Parameter
     b_dec: nn.Parameter
 
@@ -150,10 +155,18 @@ class SAE(nn.Module, ABC):
         return None
 
     def nested(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Sequence[Float[Tensor, "*rows d_out"]]:
-        """Return the reconstructions over which terms at the site are averaged in training, beside the spliced one;
-        empty: that one alone.
+        """Return the reconstructions over which terms at the site are averaged in training, the last of which is the
+        whole one; empty: that one alone.
         """
         return ()
+
+    def spliced(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Return what spliced terms see in training: x̂, or what stands for several reconstructions at once."""
+        return self.reconstruct(latents, x)
+
+    def join(self, world: World) -> None:
+        """Agree from now on with the other processes of a training (`world`)."""
+        self.world = world
 
     def begin_step(self, done: float) -> None:
         """Prepare a training step: move what is annealed.

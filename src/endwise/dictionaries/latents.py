@@ -128,11 +128,11 @@ class SparseLatents(Latents):
         return torch.bincount(kept, minlength=self.places.n_features)
 
     def only(self, features: Bool[Tensor, " d_sae"]) -> "SparseLatents":
-        kept = features[self.places.features]
-        rows = self.places.rows[kept]
-        starts = torch.searchsorted(rows, torch.arange(self.places.n_rows, device=rows.device))
-        pairs = Pairs(rows, self.places.features[kept], starts, self.places.n_features)
-        return SparseLatents(self.values[kept], pairs, self.shape)
+        return self.where(features[self.places.features])
+
+    def where(self, kept: Bool[Tensor, " pairs"]) -> "SparseLatents":
+        """Keep some of the pairs."""
+        return SparseLatents(self.values[kept], self.places.where(kept), self.shape)
 
     def of(self, feature: int) -> Float[Tensor, "*rows"]:
         here = self.places.features == feature
@@ -172,16 +172,30 @@ def encode_sparse(
     weight: Float[Tensor, "d_sae d_model"],
     bias: Float[Tensor, " d_sae"],
     share: float,
+    above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
 ) -> SparseLatents | None:
-    """`relu(x·weightᵀ + bias)` as sparse latents; None if more than `share` of all places are active."""
-    shape = tuple(x.shape[:-1])
-    rows = x.reshape(-1, x.shape[-1])
-    kernels = kernels_for(x.device)
-    found = kernels.active(rows.detach(), weight.detach(), bias.detach(), int(share * len(rows) * len(weight)))
-    if found is None:
-        return None
-    values: Any = _ActiveValues.apply(rows, weight, bias, found)
-    return SparseLatents(values, found.pairs, shape)
+    """`z = x·weightᵀ + bias` where it is above a threshold, as sparse latents; None if that is at more than `share` of
+    all places.
+
+    Args:
+        above: one threshold, or one for each feature, at least 0; None: 0, which is ReLU. None gets a gradient.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    limit = int(share * len(rows) * len(weight))
+    least = None if above is None else above.detach()
+    found = kernels_for(x.device).active(rows, weight.detach(), bias.detach(), limit, least)
+    return None if found is None else sparse_values(x, weight, bias, found)
+
+
+def sparse_values(
+    x: Float[Tensor, "*rows d_model"],
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_sae"],
+    found: Found,
+) -> SparseLatents:
+    """`x·weightᵀ + bias` at the places that were found, as sparse latents with gradients to all three."""
+    values: Any = _ActiveValues.apply(x.reshape(-1, x.shape[-1]), weight, bias, found)
+    return SparseLatents(values, found.pairs, tuple(x.shape[:-1]))
 
 
 def decode_sparse(

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
+from endwise.common.processes import World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TrainingPass
 from endwise.dictionaries.latents import Latents
@@ -237,11 +238,18 @@ class NormedSAE(SAE):
         raw = x.to(self.b_dec.dtype)
         return [self.norm.back(each, raw) for each in self.inner.nested(latents, self._seen(x))]
 
+    def spliced(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return self.norm.back(self.inner.spliced(latents, self._seen(x)), x.to(self.b_dec.dtype))
+
     def row_scale(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"] | None:
         return self.norm.row_scale(x)
 
     def _seen(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         return self.norm.of(x.to(self.b_dec.dtype))
+
+    def join(self, world: World) -> None:
+        super().join(world)
+        self.inner.join(world)
 
     def begin_step(self, done: float) -> None:
         self.inner.begin_step(done)

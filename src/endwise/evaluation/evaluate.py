@@ -158,7 +158,8 @@ def _evaluate_group(
             str(path): (model.place(config.place), load_sae(path, config, model)) for path, config in configs.items()
         }
     try:
-        measured = measure(model, saes, corpora.heldout, settings, world=world)
+        prefixes = {str(path): config.dictionary.prefixes(saes[str(path)][1].d_in) for path, config in configs.items()}
+        measured = measure(model, saes, corpora.heldout, settings, prefixes=prefixes, world=world)
     except DataError as error:
         raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
     return {path: _with_course(measured[str(path)], RunFolder(path)) for path in configs}

@@ -5,7 +5,7 @@ and what paired comparisons between runs are made of.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -59,6 +59,12 @@ METRICS: dict[str, Metric] = {
 }
 
 
+OF_PREFIX: dict[str, Metric] = {
+    "prefix_l0": METRICS["l0"],
+    "prefix_ce_increase": METRICS["ce_increase"],
+    "prefix_explained_variance": METRICS["explained_variance.per_token"],
+}
+"""Metrics that there is one of for each prefix of features, as in `prefix_l0.128`: of the first 128 alone."""
 DOWNSTREAM = ("downstream_mse", "downstream_cosine")
 """Metrics that there is one of for each later residual site, as in `downstream_mse.blocks.5.hook_resid_pre`."""
 
@@ -129,6 +135,10 @@ class Evaluation:
         return {**nested, "baselines": vars(self.baselines), **self.facts}
 
 
+_Key = tuple[str, int | None] | tuple[Site, str]
+"""What is measured: an SAE, whole or its first features alone; or a site at its mean or at zero."""
+
+
 def measure(
     model: LanguageModel,
     saes: Mapping[str, tuple[Place | Site, SAE]],
@@ -136,6 +146,7 @@ def measure(
     config: EvaluationConfig,
     *,
     baselines: bool = True,
+    prefixes: Mapping[str, Sequence[int]] | None = None,
     world: World = ALONE,
 ) -> dict[str, Evaluation]:
     """Evaluates every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
@@ -143,6 +154,7 @@ def measure(
     Args:
         saes: each with its place; a site is an SAE's. Of a transcoder, what is compared is what it writes.
         baselines: also measure the site at its mean and at zero; without, those two are NaN.
+        prefixes: of an SAE, numbers of first features that are measured alone besides.
         world: the processes that share the work; each of them gets the whole result.
 
     Raises:
@@ -152,40 +164,45 @@ def measure(
     places = {name: Place.of(place) for name, (place, _) in saes.items()}
     sites = sorted({place.writes for place in places.values()})
     means = _site_means(model, sites, corpus, config, sequences, world)
-    collected = {name: _Collector() for name in saes}
+    shares: dict[str, tuple[int | None, ...]] = {name: (None, *(prefixes or {}).get(name, ())) for name in saes}
+    collected = {(name, length): _Collector() for name in saes for length in shares[name]}
     ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
+    collectors: dict[_Key, _Collector] = {**collected, **ablations}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(place.reads for place in places.values()), *(s for group in later.values() for s in group)}
     with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
         for batch in _batches(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
-            passes: dict[str | tuple[Site, str], _Effect] = {}
+            passes: dict[_Key, _Effect] = {}
             for name, (_, sae) in saes.items():
-                site = places[name].writes
-                latents = sae.encode(clean.activations[places[name].reads])
-                estimate = sae.reconstruct(latents, clean.activations[places[name].reads])
-                collected[name].add_latents(latents, batch.mask)
-                collected[name].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
-                passes[name] = _splice(model, clean, site, estimate, later[site], batch.mask)
+                site, read = places[name].writes, clean.activations[places[name].reads]
+                whole = sae.encode(read)
+                for key in ((name, length) for length in shares[name]):
+                    latents = _first(whole, key[1], sae.d_sae)
+                    estimate = sae.reconstruct(latents, read)
+                    collected[key].add_latents(latents, batch.mask)
+                    collected[key].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
+                    passes[key] = _splice(model, clean, site, estimate, later[site], batch.mask)
             for site, kind in ablations:
-                constant = means[site].raw if kind == "mean" else torch.zeros_like(means[site].raw)
-                estimate = constant.to(model.dtype).expand_as(clean.activations[site])
+                estimate = means[site].instead_of(clean.activations[site], kind)
                 passes[site, kind] = _splice(model, clean, site, estimate, (), batch.mask)
             finals = [spliced.final for spliced in passes.values()]
             compared = model.readout.compare(_final(clean), finals, batch.tokens, batch.mask)
             for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
-                collector = collected[key] if isinstance(key, str) else ablations[key]
-                collector.add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
-    for collector in (*collected.values(), *ablations.values()):
+                collectors[key].add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
+    for collector in collectors.values():
         collector.merge(world)
-    known = {
-        "text": corpus.text_digest(sequences),
-        "facts": {"asked_tokens": config.tokens, **facts_of_text(model, corpus)},
-    }
-    return {
-        name: replace(_summarise(places[name], sae, collected[name], ablations, config), **known)
+    facts = {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
+    found = {
+        name: _summarise(places[name], sae, {n: collected[name, n] for n in shares[name]}, ablations, config)
         for name, (_, sae) in saes.items()
     }
+    return {name: replace(each, text=corpus.text_digest(sequences), facts=facts) for name, each in found.items()}
+
+
+def _first(latents: Latents, length: int | None, d_sae: int) -> Latents:
+    """The latents with all features but the first at 0; None: as they are."""
+    return latents if length is None else latents.only(torch.arange(d_sae, device=latents.l0().device) < length)
 
 
 def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
@@ -200,6 +217,11 @@ class _Means:
 
     raw: Tensor
     layernorm: Tensor
+
+    def instead_of(self, activation: Activation, kind: str) -> Activation:
+        """What is the same for every token: the mean, or zero."""
+        constant = self.raw if kind == "mean" else torch.zeros_like(self.raw)
+        return constant.to(activation.dtype).expand_as(activation)
 
 
 class _Collector:
@@ -344,12 +366,16 @@ def _mean_ce(sums: Sums, name: str) -> float:
 def _summarise(
     place: Place,
     sae: SAE,
-    collector: _Collector,
+    collected: Mapping[int | None, _Collector],
     ablations: Mapping[tuple[Site, str], _Collector],
     config: EvaluationConfig,
 ) -> Evaluation:
-    sums, site = collector.sums(), place.writes
+    sums, site = collected[None].sums(), place.writes
     metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
+    for length, collector in collected.items():
+        for name, metric in OF_PREFIX.items() if length is not None else ():
+            sums[f"{name}.{length}"] = collector.sums()[metric.numerator]
+            metrics[f"{name}.{length}"] = replace(metric, numerator=f"{name}.{length}")
     intervals = {}
     for name, metric in metrics.items():
         ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)
@@ -364,4 +390,4 @@ def _summarise(
     )
     baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
     tokens, reads = int(sums["tokens"].sum()), None if place.reads == site else place.reads
-    return Evaluation(site, sae.d_sae, collector.firings(), tokens, intervals, baselines, sums, reads=reads)
+    return Evaluation(site, sae.d_sae, collected[None].firings(), tokens, intervals, baselines, sums, reads=reads)

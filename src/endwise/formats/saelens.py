@@ -173,7 +173,7 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
         FormatError: it is none of `layouts`, or a transcoder's file lacks what SAELens asks of one.
     """
     told = _architecture(cfg)
-    if isinstance(told, str) and told in layouts:
+    if isinstance(told, str) and told in layouts and told not in _OTHERS:
         return told, layouts[told]
     named = NAMES.fullmatch(told) if isinstance(told, str) else None
     architecture = named["architecture"] or "standard" if named else ""

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
 from endwise.kernels.kl import chunked_kl
-from endwise.kernels.screen import Screen, has_fast_bfloat16, places_above_zero
+from endwise.kernels.screen import Screen, has_fast_bfloat16, places_above
 
 CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
 """Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
@@ -23,16 +23,17 @@ going on to the end, only to start again the dense way, costs more than a rare w
 
 
 class EagerKernels(Kernels):
-    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int) -> Found | None:
+    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
         d_sae, width = weight.shape
         size = max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae))
         screened = x.dtype == torch.float32 and has_fast_bfloat16(x.device)
-        positive = _screened(weight, bias) if screened else _dense(weight, bias, min(size, len(x)))
+        above = bias.new_zeros(()) if above is None else above
+        active = _screened(weight, bias, above) if screened else _dense(weight, bias, above, min(size, len(x)))
         places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
         found, start = 0, 0
         while start < len(x):
             rows = x[start : start + (size if start else PROBE_ROWS)]
-            where, value = positive(rows)
+            where, value = active(rows)
             places.append(where + start * len(weight))
             values.append(value)
             found, start = found + len(where), start + len(rows)
@@ -54,33 +55,33 @@ class EagerKernels(Kernels):
         return chunked_kl(clean, spliced, keep, unembedding, self.rows_per_chunk(unembedding))
 
 
-Positive = Callable[[Tensor], tuple[Index, PerPair]]
-"""From some rows to the flat places, ascending, at which the pre-activation is positive, and its values there."""
+Active = Callable[[Tensor], tuple[Index, PerPair]]
+"""From some rows to the flat places, ascending, at which the pre-activation is above, and its values there."""
 
 
-def _dense(weight: Tensor, bias: Tensor, most_rows: int) -> Positive:
+def _dense(weight: Tensor, bias: Tensor, above: Tensor, most_rows: int) -> Active:
     buffer = weight.new_empty(most_rows, len(weight))
 
-    def positive(rows: Tensor) -> tuple[Index, PerPair]:
-        product = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)]).view(-1)
-        where = places_above_zero(product)
-        return where, product[where]
+    def active(rows: Tensor) -> tuple[Index, PerPair]:
+        product = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)])
+        where = places_above(product, above)
+        return where, product.view(-1)[where]
 
-    return positive
+    return active
 
 
-def _screened(weight: Tensor, bias: Tensor) -> Positive:
-    screen = Screen(weight, bias)
+def _screened(weight: Tensor, bias: Tensor, above: Tensor) -> Active:
+    screen = Screen(weight, bias, above)
 
-    def positive(rows: Tensor) -> tuple[Index, PerPair]:
+    def active(rows: Tensor) -> tuple[Index, PerPair]:
         where = screen.candidates(rows)
         row_of, features = where // len(weight), where % len(weight)
         starts = torch.searchsorted(row_of, torch.arange(len(rows), device=rows.device))
         exact = _dot_products(weight, features, rows, starts, row_of) + bias[features]
-        kept = places_above_zero(exact)
+        kept = places_above(exact, above if above.ndim == 0 else above[features])
         return where[kept], exact[kept]
 
-    return positive
+    return active
 
 
 def _dot_products(table: Tensor, entries: Index, rows: Tensor, row_starts: Tensor, row_of: Index) -> PerPair:

@@ -51,6 +51,12 @@ class Pairs:
     def n_rows(self) -> int:
         return len(self.row_starts)
 
+    def where(self, kept: Bool[Tensor, " pairs"]) -> "Pairs":
+        """Those that are kept, of the same rows."""
+        rows = self.rows[kept]
+        starts = torch.searchsorted(rows, torch.arange(self.n_rows, device=rows.device))
+        return Pairs(rows, self.features[kept], starts, self.n_features)
+
     @cached_property
     def by_feature(self) -> FeatureOrder:
         """Sorted once, for both gradients that are sums over a feature's pairs."""
@@ -64,6 +70,10 @@ class Found(NamedTuple):
 
     pairs: Pairs
     values: PerPair
+
+    def where(self, kept: Bool[Tensor, " pairs"]) -> "Found":
+        """Those that are kept."""
+        return Found(self.pairs.where(kept), self.values[kept])
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,13 @@ class Kernels(ABC):
         weight: Float[Tensor, "d_sae d_model"],
         bias: Float[Tensor, " d_sae"],
         limit: int,
+        above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
     ) -> Found | None:
-        """Where `x·weightᵀ + bias` is above 0 or NaN, with the values there; None if at more than `limit` places."""
+        """Where `x·weightᵀ + bias` is above `above` or NaN, with the values there; None if at more than `limit` places.
+
+        Args:
+            above: one number, or one for each feature, at least 0; None: 0.
+        """
 
     @abstractmethod
     def weighted_sums(

@@ -10,6 +10,8 @@ s·(‖x‖·‖w‖ + |b|) with s = (d + 2)·2⁻²². So x·w + b > 0 only whe
 terms are added by the product itself, through two more columns: (margin·‖x‖, 1) against (‖w‖, b + s·|b|), all rounded
 to bf16 from values raised by 2u, so that rounding cannot lower them. A large |b| is thereby in the margin, where it
 belongs. Rounding the product's result to bf16 keeps its sign.
+
+Above a threshold t rather than 0, b − t stands in the place of b, and what is added for rounding is s·(|b| + |t|).
 """
 
 import torch
@@ -34,23 +36,37 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 class Screen:
-    """The encoder `x·weightᵀ + bias`, prepared for screening."""
+    """The encoder `x·weightᵀ + bias`, prepared for screening.
 
-    def __init__(self, weight: Float[Tensor, "d_sae d_model"], bias: Float[Tensor, " d_sae"]) -> None:
+    Args:
+        above: what a pre-activation must exceed; None: 0.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "d_sae d_model"],
+        bias: Float[Tensor, " d_sae"],
+        above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
+    ) -> None:
         sums = (weight.shape[1] + 2) * 2.0**-22
         self.margin = 2 * UNIT + UNIT**2 + sums
-        raised = bias + (sums + 2 * UNIT) * bias.abs()
+        shifted, rounded = bias, sums * bias.abs()
+        if above is not None:
+            shifted, rounded = bias - above, rounded + sums * above.abs()
+        raised = shifted + 2 * UNIT * shifted.abs() + (1 + 2 * UNIT) * rounded
         self.weight = _widened(weight, weight.norm(dim=1) * (1 + 2 * UNIT), raised)
 
     def candidates(self, x: Float[Tensor, "n d_model"]) -> Index:
-        """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be positive; it is at no other."""
+        """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be above; it is at no other."""
         norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
-        return places_above_zero((_widened(x, norms, torch.ones_like(norms)) @ self.weight.T).view(-1))
+        return places_above(_widened(x, norms, torch.ones_like(norms)) @ self.weight.T, 0.0)
 
 
-def places_above_zero(numbers: Float[Tensor, " places"]) -> Index:
-    """Ascending. NaN counts as above, so that it stays in the latents and stops a run, as it would in dense ones."""
-    return (numbers <= 0).logical_not_().nonzero()[:, 0]
+def places_above(numbers: Float[Tensor, "*axes"], least: Tensor | float) -> Index:
+    """Flat places, ascending. NaN counts as above, so that it stays in the latents and stops a run, as it would in
+    dense ones.
+    """
+    return (numbers <= least).logical_not_().view(-1).nonzero()[:, 0]
 
 
 def _widened(vectors: Tensor, *columns: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What is fitted to activations rather than trained: scales before the first step, thresholds after the last."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -39,9 +40,12 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
 
 
 def fit_last(text: Text, member: Member) -> None:
-    """Show a dictionary that is trained the latest of its training text (`SAE.see_last`)."""
-    trainee = member.trainee
-    sae, steps = trainee.sae, range(trainee.total_steps - 1, -1, -1)
+    """Show a dictionary that is trained the latest of its training text, and where that is short what would have come
+    next (`SAE.see_last`).
+    """
+    trainee, order = member.trainee, text[-1]
+    sae, total = trainee.sae, trainee.total_steps
+    steps = itertools.chain(range(total - 1, -1, -1), range(total, len(order)))
     _show(text, member, sae.last_tokens, steps, sae.see_last)
 
 

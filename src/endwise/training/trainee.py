@@ -41,7 +41,7 @@ class Encoded:
     latents: Latents
     reconstruction: Activation
     nested: Sequence[Activation]
-    """See `SAE.nested`; `reconstruction` alone where it has none."""
+    """See `SAE.nested`; `reconstruction` alone where it has none, or no term reads them."""
 
 
 class Trainee:
@@ -118,9 +118,12 @@ class Trainee:
         target = read if same else harmless(target, mask)
         with self.products():
             latents = self.sae.encode(read, mask)
-            reconstruction = self.sae.reconstruct(latents, read)
-            nested = self.sae.nested(latents, read) or [reconstruction]
-        return Encoded(read, target, latents, reconstruction, nested)
+            nested = self.sae.nested(latents, read) if self.objective.site_terms else ()
+            if self.objective.spliced_terms:
+                reconstruction = self.sae.spliced(latents, read)
+            else:
+                reconstruction = nested[-1] if nested else self.sae.reconstruct(latents, read)
+        return Encoded(read, target, latents, reconstruction, nested or [reconstruction])
 
     def learn(
         self,

@@ -265,7 +265,7 @@ class _DenseKernels(EagerKernels):
     def rows_per_chunk(self, unembedding: Unembedding) -> int:
         return rows_per_chunk(*unembedding.weight.shape, on_gpu=self._on_gpu)
 
-    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int) -> Found | None:
+    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
         return None
 
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:

@@ -1,0 +1,182 @@
+"""The k·B largest features of a step's B tokens (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
+from endwise.dictionaries.base import SAE, Exported
+from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse, sparse_values
+from endwise.dictionaries.linear import LinearSAE
+from endwise.dictionaries.selection import (
+    SPARSE_BELOW,
+    Annealed,
+    Encoder,
+    TopKConfig,
+    candidates_of_step,
+    cut_of,
+    threshold_for,
+)
+from endwise.formats import Layout
+
+FITTED_ON = 32_768
+"""Tokens that the threshold is set by at the end."""
+
+
+class BatchTopKConfig(TopKConfig):
+    """The k·B largest features of a step's B tokens."""
+
+    architecture: str = "batchtopk"
+    threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Of the moving average of the smallest value kept, by which features are chosen outside training until the
+    threshold is set at the end."""
+
+    @property
+    def batchwise(self) -> bool:
+        return True
+
+
+@ARCHITECTURES.add("batchtopk")
+class BatchTopKSAE(LinearSAE):
+    """`c` = the k·B largest of `ReLU(W_eᵀ·x + b_e)` among the B tokens of a step that count, the others 0.
+
+    Tokens of all processes compete; those that do not count (padding) do not, and have what exceeds the smallest value
+    kept. Where fewer are positive, these alone are active. Of equal ones the first are.
+
+    Outside training features are active above a threshold θ, in a file a JumpReLU dictionary's: the moving average of
+    the smallest value kept, a ← (1 − r)·a + r·s and θ = a / (1 − (1 − r)ⁿ) after n steps, so that it does not start
+    from 0; and at the end of training the θ at which k features are active on average over the latest training tokens.
+    """
+
+    architecture = "batchtopk"
+    Config = BatchTopKConfig
+    layout = Layout(tensors={"threshold": ("d_sae",)}, settings=frozenset({"k"}))
+    sparse_below = SPARSE_BELOW
+    last_tokens = FITTED_ON
+
+    average: Tensor
+    """a."""
+    weight: Tensor
+    """1 − (1 − r)ⁿ."""
+    fitted: Tensor
+    """θ as it was set at the end; −1: it is not."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        k: Annealed,
+        threshold_rate: float = 0.01,
+        **settings: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, **settings)
+        self.k, self.k_now, self.threshold_rate = k, k.at(0.0), threshold_rate
+        for name, value in (("average", 0.0), ("weight", 0.0), ("fitted", -1.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self._smallest: Tensor | None = None
+        """The smallest value that the step kept; infinite, if none."""
+
+    @classmethod
+    def own(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"k": Annealed.of(settings), "threshold_rate": settings.get("threshold_rate", 0.01)}
+
+    @property
+    def threshold(self) -> Float[Tensor, ""]:
+        """θ; 0 before the first step."""
+        average = self.average / self.weight.clamp_min(torch.finfo(torch.float64).tiny)
+        return self.fitted.where(self.fitted >= 0, average).to(self.encoder.dtype)
+
+    def begin_step(self, done: float) -> None:
+        self.k_now = self.k.at(done)
+
+    def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
+        """Sparse where k is small; on a GPU, where counting would make the host wait, latents are dense."""
+        x = x.to(self.encoder.dtype)
+        if self.training:
+            return self._largest(x, None if counted is None else counted.flatten())
+        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, self.threshold)
+        if sparse is not None:
+            return sparse
+        before = self.before(x)
+        return DenseLatents(before.where((before <= self.threshold).logical_not(), 0.0))
+
+    def _largest(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, " n"] | None) -> Latents:
+        """Choose among the tokens of a step."""
+        flat = x.detach().reshape(-1, self.d_in)
+        competing = torch.tensor(len(flat), device=x.device) if counted is None else counted.sum()
+        self.world.add([competing])
+        count = (competing.double() * self.k_now).round().long()
+        encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach())
+        found = None if x.is_cuda else candidates_of_step(encoder, counted, self.k_now, count, self.world)
+        if found is not None:
+            rows = None if counted is None else counted[found.pairs.rows]
+            return sparse_values(x, self.encoder, self.b_enc, found.where(self._kept(found.values, rows, count)))
+        values = torch.relu(self.before(x))
+        rows = None if counted is None else counted[:, None].expand(-1, self.d_sae).flatten()
+        most = min(values.numel(), round(self.k_now * self.world.total(len(flat))))
+        kept = self._kept(values.detach().view(-1), rows, count, most).view(values.shape)
+        return DenseLatents(values.where(kept, 0.0))
+
+    def _kept(
+        self,
+        values: Float[Tensor, " places"],
+        counted: Bool[Tensor, " places"] | None,
+        count: Tensor,
+        most: int | None = None,
+    ) -> Bool[Tensor, " places"]:
+        """Mark the `count` largest of those that count, and of the others what exceeds the smallest of these.
+
+        Args:
+            most: how many of the values can be among them at most; None: all of them.
+        """
+        competing = values if counted is None else values.where(counted, 0.0)
+        largest = (
+            competing if most is None else competing.where(~competing.isnan(), 0.0).topk(most, sorted=False).values
+        )
+        cut = cut_of(largest.float() if largest.dtype.itemsize < 4 else largest, count, self.world)
+        self._smallest = cut.smallest
+        return cut.kept(competing) | (values > cut.smallest) if counted is not None else cut.kept(values)
+
+    def after_step(self) -> None:
+        if self._smallest is not None:
+            there = self._smallest.isfinite()
+            rate = self.threshold_rate * there.double()
+            self.average.lerp_(self._smallest.where(there, 0.0).double(), rate)
+            self.weight.lerp_(torch.ones_like(self.weight), rate)
+            self.fitted.fill_(-1.0)
+            self._smallest = None
+
+    def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
+        self.fitted.copy_(threshold_for(Encoder(x, self.encoder, self.b_enc), float(self.k.k)))
+
+    def export(self) -> Exported:
+        threshold = self.threshold.expand(self.d_sae).contiguous()
+        return Exported({**super().export().tensors, "threshold": threshold}, architecture="jumprelu")
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        super().fill(tensors)
+        self.fitted.copy_(tensors["threshold"].mean())
+
+    @classmethod
+    def continuing(cls, sae: SAE, config: DictionaryConfig) -> "LinearSAE":
+        """Train a dictionary on whose features are active above thresholds, which is how one of this architecture is
+        saved; until the first step its threshold is their mean.
+        """
+        exported = sae.export()
+        if "threshold" not in exported.tensors:
+            super().continuing(sae, config)  # says why not
+        sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "d_out": sae.d_out}
+        settings = {**sizes, **config.model_dump()}
+        return cls.from_tensors(exported.tensors, settings).to_train(config)
+
+    def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
+        """As `LinearSAE.rescale`; the threshold, which all features share, goes with the mean factor."""
+        super().rescale(factors)
+        self.fitted.mul_(factors.double().mean().where(self.fitted >= 0, 1.0))

@@ -1,0 +1,277 @@
+"""Which features are among the k largest, of each row or of a whole step: selection that top-k dictionaries share.
+
+Candidates are the few (row, feature) pairs above a bound that a sample of the rows suggests; what is chosen among them
+is what would be chosen among all, since the bound is lowered where there are too few. Ties go to the lower feature, and
+of a step to the earlier row. Only positive values are chosen. NaN always is, so that it stays in the latents and stops
+a run.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import linear
+
+from endwise.common.processes import ALONE, World
+from endwise.config.base import Positive
+from endwise.config.dictionary import KnobRule
+from endwise.dictionaries.linear import LinearConfig
+from endwise.kernels import Found, Pairs, kernels_for
+
+SPARSE_BELOW = 1 / 32
+"""Largest share of features for which k makes sparse latents, as of ReLU ones."""
+CANDIDATES = 4.0
+"""Candidates that are worth their cost, as a multiple of that share of all places."""
+SHARES = (1 / 64, 1 / 8, 1 / 4, 1 / 2)
+"""Shares of the rows of which a bound may let through too few."""
+SAMPLE = 64
+"""Rows that a bound is taken from."""
+MORE = (1.25, 2.0)
+"""Multiples of k that the bounds on a step's candidates are to let through, tried in turn before all positive ones."""
+CHUNK_ELEMENTS = 1 << 23
+"""Pre-activations `[rows d_sae]` held at once where all of a row's are wanted."""
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class TopKConfig(LinearConfig):
+    """How many features are active."""
+
+    penalised: ClassVar[bool] = False
+    knobs: ClassVar[Mapping[str, KnobRule]] = {"k": KnobRule("k", sparser=False)}
+    k: Positive
+    """Active features per token."""
+    k_start: Positive | None = None
+    """k in the first step, from where it moves linearly to `k`; unset: it is `k` throughout. Usual: 10·k."""
+    k_steps: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps after which it is `k`."""
+
+    @model_validator(mode="after")
+    def _features_enough(self) -> "TopKConfig":
+        for name in ("k", "k_start"):
+            if self.size is not None and (getattr(self, name) or 0) > self.size:
+                raise ValueError(f"{name} is {getattr(self, name)}, more than the {self.size} features there are")
+        return self
+
+
+class Annealed(NamedTuple):
+    """k as it moves in training: from `start` linearly to `k`, in the first `share` of the steps."""
+
+    k: int
+    start: int | None = None
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Annealed":
+        """Read a recipe's section, or a file's settings."""
+        return cls(settings["k"], settings.get("k_start"), settings.get("k_steps", 1.0))
+
+    def at(self, done: float) -> float:
+        """Return k after a share of the steps."""
+        start = self.k if self.start is None else self.start
+        return start + (self.k - start) * min(1.0, done / self.share)
+
+
+def kept_per_row(values: Float[Tensor, "n d_sae"], k: int) -> Bool[Tensor, "n d_sae"]:
+    """Mark each row's k largest of values that are at least 0; those at 0 may be marked too."""
+    smallest = values.topk(min(k, values.shape[1]), dim=-1).values[:, -1:]
+    sure = (values > smallest) | values.isnan()
+    ties = values == smallest
+    return sure | (ties & (ties.cumsum(-1, dtype=torch.int32) <= k - sure.sum(-1, keepdim=True)))
+
+
+class Cut(NamedTuple):
+    """Where a step's k·B largest end."""
+
+    smallest: Float[Tensor, ""]
+    """Of those that are kept; infinite, if nothing is."""
+    ties: Tensor
+    """How many of those that equal it are kept in this process."""
+
+    def kept(self, values: Float[Tensor, "*places"]) -> Bool[Tensor, "*places"]:
+        """Mark what is kept of this process's values, which lie in the order of rows."""
+        ties = (values == self.smallest).view(-1)
+        first = (ties.cumsum(0, dtype=torch.int32) <= self.ties) & ties
+        return (values > self.smallest) | first.view(values.shape) | values.isnan()
+
+
+def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE) -> Cut:
+    """Find where the `count` largest positive values of all processes end, or all of them if they are fewer.
+
+    Positive floats are ordered as the integers that their bits spell, so that the smallest kept value is found digit
+    by digit, exactly, by counting how many are at least so large. Several processes add up their counts: of 15 numbers,
+    eight times.
+
+    Args:
+        values: this process's; what is not positive, or NaN, does not compete.
+        count: of all processes, a whole number.
+    """
+    whole, digits = (torch.int32, 31) if values.dtype.itemsize == 4 else (torch.int64, 63)
+    bits = values.where(values > 0, 0.0).view(whole)
+
+    def counted(*least: Tensor) -> Tensor:
+        counts = torch.stack([(bits >= each).sum() for each in least])
+        world.add([counts])
+        return counts
+
+    found = torch.zeros((), dtype=whole, device=values.device)
+    wanted = torch.minimum(count, counted(found + 1)[0])
+    width = 1 if world.size == 1 else 4
+    for shift, ones in _digits(digits, width):
+        reached = counted(*(found + (digit << shift) for digit in range(1, 1 << ones))) >= wanted
+        found = found + (reached.sum().to(whole) << shift)
+    smallest = found.view(values.dtype)
+    smallest = smallest.where(smallest.isfinite(), torch.inf)  # of no value at all every bit is set, which is NaN
+    ties = torch.zeros(world.size + 1, dtype=torch.int64, device=values.device)
+    ties[world.rank] = (values == smallest).sum()
+    ties[-1] = (values > smallest).sum()
+    own = ties[world.rank].clone()
+    world.add([ties])
+    return Cut(smallest, (wanted - ties[-1] - ties[: world.rank].sum()).clamp(min=0).minimum(own))
+
+
+def _digits(bits: int, width: int) -> Iterator[tuple[int, int]]:
+    """Where each digit of so many bits begins, from the highest on, and how many bits it has."""
+    while bits > 0:
+        ones = bits % width or width
+        bits -= ones
+        yield bits, ones
+
+
+class Encoder(NamedTuple):
+    """`relu(x·weightᵀ + bias)` of rows, of which the largest are asked for. Nothing here has a gradient."""
+
+    x: Float[Tensor, "n d_in"]
+    weight: Float[Tensor, "d_sae d_in"]
+    bias: Float[Tensor, " d_sae"]
+
+    @property
+    def limit(self) -> int:
+        """Candidates that are worth their cost."""
+        return int(CANDIDATES * SPARSE_BELOW * len(self.x) * len(self.weight))
+
+    def dense(self, rows: Tensor) -> Float[Tensor, "rows d_sae"]:
+        return torch.relu(linear(self.x[rows], self.weight, self.bias))
+
+    def sample(self, of: Bool[Tensor, " n"] | None = None) -> Float[Tensor, "rows d_sae"]:
+        """Encode rows that lie apart, in no step with the length of a sequence; some of them twice if they are few.
+
+        Args:
+            of: rows to choose from; None: all.
+        """
+        number = torch.arange(SAMPLE, device=self.x.device)
+        if of is None:
+            return self.dense((number * GOLDEN % 1 * len(self.x)).long())
+        chosen = (number * GOLDEN % 1 * of.sum()).long()
+        return self.dense((~of).sort(stable=True).indices[chosen])
+
+    def above(self, bound: Float[Tensor, ""]) -> Found | None:
+        """Find the pairs above a bound; None if they are more than is worth it."""
+        return kernels_for(self.x.device).active(self.x, self.weight, self.bias, self.limit, bound)
+
+
+def top_per_row(encoder: Encoder, k: int) -> Found | None:
+    """Find each row's k largest positive pre-activations; None where that is for a dense product to find.
+
+    Rows of which the bound lets through fewer than k are encoded once more, densely.
+    """
+    n, d_sae = len(encoder.x), len(encoder.weight)
+    if k > SPARSE_BELOW * d_sae or not n:
+        return None
+    found = encoder.above(_bound(encoder, k))
+    if found is None:
+        return None
+    rows = found.pairs.rows
+    enough = torch.bincount(rows, minlength=n) >= k
+    chosen = _largest_per_row(found, k) & enough[rows]
+    short = (~enough).nonzero()[:, 0]
+    places, values = [rows[chosen] * d_sae + found.pairs.features[chosen]], [found.values[chosen]]
+    for part in short.split(max(1, CHUNK_ELEMENTS // d_sae)):
+        dense = encoder.dense(part)
+        in_part, features = (kept_per_row(dense, k) & (dense > 0).logical_or_(dense.isnan())).nonzero(as_tuple=True)
+        places.append(part[in_part] * d_sae + features)
+        values.append(dense[in_part, features])
+    flat, order = torch.cat(places).sort()
+    rows = flat // d_sae
+    starts = torch.searchsorted(rows, torch.arange(n, device=rows.device))
+    return Found(Pairs(rows, flat % d_sae, starts, d_sae), torch.cat(values)[order])
+
+
+def _bound(encoder: Encoder, k: int) -> Float[Tensor, ""]:
+    """Choose the k-th value of a row of the sample above which the selection costs least: a row with too few costs its
+    product with all features and the search among them, a pair two sorts.
+    """
+    d_sae, d_in = encoder.weight.shape
+    sample = encoder.sample().nan_to_num(nan=0.0)
+    least = sample.topk(k, dim=-1).values[:, -1].sort().values
+    bounds = [least[int(share * SAMPLE)] for share in SHARES]
+    per_row = d_sae * (1 / 20 + d_in / 4000)
+    costs = [share * per_row + (sample > bound).sum() / SAMPLE for share, bound in zip(SHARES, bounds, strict=True)]
+    return torch.stack(bounds)[torch.stack(costs).argmin()]
+
+
+def _largest_per_row(found: Found, k: int) -> Bool[Tensor, " pairs"]:
+    """Mark the k largest pairs of each row, NaN first."""
+    pairs = found.pairs
+    order = found.values.sort(descending=True, stable=True).indices
+    order = order[pairs.rows[order].sort(stable=True).indices]
+    place = torch.arange(len(order), device=order.device) - pairs.row_starts[pairs.rows[order]]
+    return torch.zeros_like(order, dtype=torch.bool).index_put((order,), place < k)
+
+
+def candidates_of_step(
+    encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor, world: World = ALONE
+) -> Found | None:
+    """Find pairs among which are the `count` largest of all processes; None, in all of them, where that is for a dense
+    product.
+
+    Args:
+        counted: rows that compete.
+        k: features wanted per row.
+    """
+    if k > SPARSE_BELOW * len(encoder.weight):
+        return None
+    with world.together("choosing the active features") if world.size > 1 else nullcontext():
+        bounds = _bounds(encoder, counted, k)
+    world.add([bounds])
+    found: Found | None = None
+    for bound in bounds / world.size:
+        with world.together("choosing the active features") if world.size > 1 else nullcontext():
+            found = encoder.above(bound)
+        if found is None:
+            competing = torch.zeros((), dtype=torch.int64)
+        else:
+            competing = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
+        state = torch.stack([torch.tensor(int(found is None)), competing])
+        world.add([state])
+        if state[0] > 0:
+            return None
+        if state[1] >= count:
+            return found
+    return found
+
+
+def _bounds(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float) -> Float[Tensor, " tries"]:
+    """Bounds to try in turn, falling to 0."""
+    sample = encoder.sample(counted).view(-1).nan_to_num(nan=0.0)
+    wanted = [min(len(sample), max(1, round(more * k * SAMPLE))) for more in MORE]
+    largest = sample.topk(wanted[-1]).values
+    return torch.stack([*(largest[number - 1] for number in wanted), largest.new_zeros(())])
+
+
+def threshold_for(encoder: Encoder, k: float) -> Float[Tensor, ""]:
+    """Find θ above which, of rows `x`, k pre-activations are on average; 0 if there are not so many positive ones."""
+    count = round(k * len(encoder.x))
+    size = max(1, CHUNK_ELEMENTS // len(encoder.weight))
+    largest = encoder.x.new_zeros(0)
+    for rows in torch.arange(len(encoder.x), device=encoder.x.device).split(size):
+        values = encoder.dense(rows).view(-1)
+        values = values[values > (largest[-1] if len(largest) == count else 0.0)]
+        largest = torch.cat([largest, values])
+        largest = largest.topk(min(count, len(largest))).values
+    if len(largest) < count:
+        return encoder.x.new_zeros(())
+    return torch.nextafter(largest[-1], largest.new_zeros(()))

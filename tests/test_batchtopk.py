@@ -1,0 +1,412 @@
+"""The k·B largest features of a step: against slow definitions, over processes, rivals' numbers, and in training."""
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+import endwise
+from endwise.common.errors import ConfigError
+from endwise.common.processes import World
+from endwise.config.run import RunConfig
+from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents, selection
+from endwise.dictionaries.selection import Annealed, cut_of
+from endwise.training.planning.plan import plan
+from rivals import rival
+from topk_family import KINDS, before, coarse, exact, largest_of_step, passed, recipe, trained_as
+
+D, F, ROWS = 12, 320, 150
+
+
+def made(k=5, size=F, **settings):
+    return exact(BatchTopKSAE.build(BatchTopKSAE.Config(size=size, k=k, **settings), D, 0))
+
+
+def rows(n=ROWS, seed=1):
+    """Of unequal sizes, so that they have unequal numbers of active features."""
+    generator = torch.Generator().manual_seed(seed)
+    return coarse(torch.randn(n, D, generator=generator) * (0.5 + torch.rand(n, 1, generator=generator)))
+
+
+def some(n=ROWS, share=0.7):
+    return torch.rand(n, generator=torch.Generator().manual_seed(7)) < share
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 11, F])
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.02])
+def test_the_largest_of_a_step_are_those_of_the_definition(k, share):
+    sae, x, counted = made(k), rows(), some(share=share)
+    latents = sae.encode(x, counted)
+    if share > 0.5:
+        assert isinstance(latents, SparseLatents if k <= 10 else DenseLatents)
+    expected, smallest = largest_of_step(before(sae, x), k, counted)
+    assert torch.equal(latents.dense().detach().double(), expected)
+    (kept,) = [float(sae._smallest)]
+    assert kept == smallest
+
+
+def test_without_a_mask_all_rows_count():
+    sae = made()
+    whole = sae.encode(rows(), torch.ones(ROWS, dtype=torch.bool)).dense()
+    assert torch.equal(sae.encode(rows()).dense(), whole)
+    assert torch.equal(sae.encode(rows().view(3, 50, D)).dense(), whole.view(3, 50, F))
+    assert int((whole != 0).sum()) == 5 * ROWS
+    assert (whole != 0).sum(-1).unique().numel() > 3
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_rows_that_do_not_count_compete_with_none(size):
+    """Whatever they hold, the others' latents are the same."""
+    sae, x, counted = made(5, size), rows(), some()
+    alone = sae.encode(x[counted]).dense()
+    for held in (1e4, 0.0, torch.nan):
+        dense = sae.encode(x.where(counted[:, None], held), counted).dense()
+        assert torch.equal(dense[counted], alone)
+    dense = sae.encode(x, counted).dense()[~counted]
+    z = sae.before(x[~counted])
+    assert torch.equal(dense, z.where(z > sae._smallest, 0.0)) and dense.any()
+
+
+@pytest.mark.parametrize("multiple", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("level", [0.0, 1.0, 100.0])
+def test_bounds_on_candidates_change_nothing(multiple, level, monkeypatch):
+    sae, x = made(), rows()
+    bounds = selection._bounds
+
+    def other(*arguments):
+        found = bounds(*arguments) * level
+        found[0] *= multiple
+        return found
+
+    monkeypatch.setattr(selection, "_bounds", other)
+    expected, _ = largest_of_step(before(sae, x), 5, some(share=1.0))
+    assert torch.equal(sae.encode(x).dense().detach().double(), expected)
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_of_equal_values_the_first_are_active(size):
+    sae = made(2, size)
+    with torch.no_grad():
+        sae.encoder.zero_()
+        sae.b_enc.fill_(-1.0)
+        sae.b_enc[[3, 5, 9]] = 1.0
+        sae.b_enc[7] = 2.0
+    active = sae.encode(rows(10)).dense() != 0
+    assert active[:, 7].all() and int(active.sum()) == 20
+    assert active[:3][:, [3, 5, 9]].all() and active[3, [3]].all() and not active[3, [5, 9]].any()
+    assert not active[4:][:, [3, 5, 9]].any()
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_fewer_positive_ones_than_wanted_are_active_alone(size):
+    sae = made(5, size)
+    with torch.no_grad():
+        sae.b_enc -= 1.5 * sae.before(rows()).max(0).values.median()
+    latents = sae.encode(rows())
+    z = torch.relu(sae.before(rows()))
+    assert torch.equal(latents.dense(), z) and 0 < latents.l0().mean() < 5
+    assert sae._smallest == z[z > 0].min()
+    with torch.no_grad():
+        sae.b_enc -= 1e3
+    assert not sae.encode(rows()).dense().any() and sae._smallest.isinf()
+    sae.after_step()
+    assert sae.weight == 0 and sae.threshold == 0
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_nan_stays_and_spoils_no_threshold(size):
+    sae, x = made(5, size), rows()
+    x[[0, 3, 70]] = torch.nan
+    dense = sae.encode(x).dense()
+    assert dense[[0, 3, 70]].isnan().all() and int(dense.isnan().any(-1).sum()) == 3
+    sae.after_step()
+    assert 0 < sae.threshold < 10
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_activations_in_half_precision(size):
+    sae, x = made(5, size), rows().bfloat16()
+    dense = sae.encode(x).dense()
+    expected, _ = largest_of_step(before(sae, x.float()), 5, some(share=1.0))
+    assert torch.equal(dense.detach().double(), expected)
+    half = made(5, 32).bfloat16()
+    assert int((half.encode(x).dense() != 0).sum()) == 5 * ROWS  # many are equal in bf16
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_gradients_are_finite_differences(size):
+    sae, x = made(4, size).double(), rows(7).double()
+    parts = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
+    target = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for name, part in parts.items():
+
+        def call(value, name=name):
+            return (functional_call(sae, parts | {name: value}, (x,)) - target).square().sum()
+
+        leaf = part.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(call(leaf), leaf)
+        way = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        measured = (call(leaf.detach() + 1e-6 * way) - call(leaf.detach() - 1e-6 * way)) / 2e-6
+        torch.testing.assert_close((gradient * way).sum(), measured, rtol=1e-5, atol=1e-6)
+
+
+class Meeting:
+    """Processes of one run as threads that add up their tensors."""
+
+    def __init__(self, size):
+        self.barrier, self.held, self.size, self.sums = threading.Barrier(size), [None] * size, size, 0
+
+    def add(self, rank, tensors):
+        self.held[rank] = [tensor.clone() for tensor in tensors]
+        self.barrier.wait(20)
+        totals = [torch.stack(each).sum(0) for each in zip(*self.held, strict=True)]
+        self.sums += rank == 0
+        self.barrier.wait(20)
+        for tensor, total in zip(tensors, totals, strict=True):
+            tensor.copy_(total)
+
+    def run(self, task):
+        found, errors = [None] * self.size, []
+
+        def one(rank):
+            world = World(rank, self.size)
+            object.__setattr__(world, "add", lambda tensors: self.add(rank, tensors))
+            try:
+                found[rank] = task(world)
+            except Exception as error:  # noqa: BLE001  Whatever it is, it is told below.
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors
+        return found
+
+
+def of_process(world, n):
+    return slice(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+
+
+@pytest.mark.parametrize("size", [32, F])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("equal", [False, True])
+def test_processes_choose_as_one(size, processes, equal):
+    """Shares of unequal size and height; with equal rows ties go to the first process."""
+    x, counted = rows(), some()
+    x[:40] *= 3
+    if equal:
+        x = x[:1].expand(ROWS, -1).contiguous()
+    alone = made(5, size)
+    whole = alone.encode(x, counted).dense()
+
+    def share(world):
+        sae = made(5, size)
+        sae.world = world
+        own = of_process(world, ROWS)
+        dense = sae.encode(x[own], counted[own]).dense()
+        sae.after_step()
+        return dense, sae.threshold
+
+    found = Meeting(processes).run(share)
+    alone.after_step()
+    dense = torch.cat([each for each, _ in found])
+    if equal:
+        torch.testing.assert_close(dense, whole)
+    else:
+        assert torch.equal(dense != 0, whole != 0)
+    assert all(torch.equal(threshold, alone.threshold) for _, threshold in found)
+
+
+def test_few_small_sums_find_the_smallest_kept_value():
+    meeting, values = Meeting(2), torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    cuts = meeting.run(lambda world: cut_of(values[of_process(world, 1000)], torch.tensor(300), world))
+    assert {float(cut.smallest) for cut in cuts} == {float(values.sort(descending=True).values[299])}
+    assert meeting.sums == 1 + 8 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 40, 2000])
+def test_the_smallest_kept_value_is_exact(dtype, count):
+    generator = torch.Generator().manual_seed(3)
+    values = (torch.randn(1000, dtype=dtype, generator=generator) * 40).exp2()  # over the whole range of floats
+    values[::3] *= -1
+    values[5] = torch.nan
+    cut = cut_of(values, torch.tensor(count))
+    ordered = values[values > 0].sort(descending=True).values
+    kept = ordered[:count]
+    assert float(cut.smallest) == (float(kept[-1]) if len(kept) else float("inf"))
+    assert torch.equal(values[cut.kept(values) & ~values.isnan()].sort(descending=True).values, kept)
+
+
+def test_the_moving_average_starts_unbiased():
+    sae, smallest = made(threshold_rate=0.1), []
+    for step in range(12):
+        sae.encode(rows(seed=step))
+        smallest.append(float(sae._smallest))
+        sae.after_step()
+        weights = [0.1 * 0.9 ** (step - number) for number in range(step + 1)]
+        expected = sum(w * s for w, s in zip(weights, smallest, strict=True)) / sum(weights)
+        assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
+    assert float(made().threshold) == 0
+
+
+@pytest.mark.parametrize("size", [32, F])
+def test_outside_training_features_are_active_above_the_threshold(size):
+    sae = made(5, size)
+    sae.encode(rows())
+    sae.after_step()
+    sae.eval()
+    z = sae.before(rows(seed=5))
+    assert torch.equal(sae.encode(rows(seed=5)).dense(), z.where(z > sae.threshold, 0.0))
+    one, other = sae.encode(rows(seed=5)).dense(), torch.cat([sae.encode(row[None]).dense() for row in rows(seed=5)])
+    torch.testing.assert_close(one, other)  # each row for itself
+
+
+@pytest.mark.parametrize("chunk", [1 << 23, 1000])
+def test_at_the_end_k_features_are_active_on_average(chunk, monkeypatch):
+    monkeypatch.setattr(selection, "CHUNK_ELEMENTS", chunk)
+    sae = BatchTopKSAE.build(BatchTopKSAE.Config(size=F, k=5), D, 0)
+    x = torch.randn(999, D, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sae.see_last(x, x)
+    assert float((sae.before(x) > sae.threshold).sum()) == pytest.approx(5 * 999, abs=2)  # which round otherwise
+    assert float(sae.eval().encode(x).l0().mean()) == pytest.approx(5, rel=1e-3)
+    sae.b_enc.data -= 1e3
+    with torch.no_grad():
+        sae.see_last(rows(), rows())
+    assert sae.threshold == 0
+
+
+RIVALS = ["sae_lens/batchtopk", "dictionary_learning/batchtopk"]
+
+
+def of_width_8(**settings):
+    return BatchTopKSAE(8, 24, k=Annealed(4), unit_norm=False, initialisation=None, **settings)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_pass(name):
+    stored = rival(name)
+    bias = "encoder.bias" if "encoder.bias" in stored.under("start") else "b_enc"
+    few = stored.under("start") | {bias: stored.tensors["few.b_enc"]}
+    for p, prefix in ((stored.under("start"), ""), (few, "few.")):
+        latents, out, _ = passed(of_width_8(), p, stored.tensors["x"])
+        torch.testing.assert_close(latents, stored.tensors[f"{prefix}latents"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, stored.tensors[f"{prefix}out"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_weights_and_threshold_after_20_steps(name):
+    """SAELens's moving average has our weights but for the correction of its start."""
+    stored, sae = rival(name), of_width_8()
+    averages = []
+
+    def after_step():
+        sae.after_step()
+        averages.append(float(sae.average))
+
+    trained_as(stored, lambda p, x: (passed(sae, p, x)[1] - x).square().sum(-1).mean(), after_step)
+    if name == "sae_lens/batchtopk":
+        torch.testing.assert_close(
+            torch.tensor(averages, dtype=torch.float64),
+            stored.tensors["steps.topk_threshold"].double(),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        corrected = averages[-1] / (1 - 0.99**20)
+        assert float(sae.threshold) == pytest.approx(corrected, rel=1e-5) and corrected > 5 * averages[-1]
+
+
+def test_saved_it_is_a_jumprelu_dictionary(tmp_path):
+    sae = made()
+    with torch.no_grad():
+        sae.see_last(rows(), rows())
+    sae.save(tmp_path)
+    cfg = endwise.dictionaries.read_cfg(tmp_path)
+    assert cfg["architecture"] == "jumprelu" and "k" not in cfg
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    assert torch.equal(tensors["threshold"], sae.threshold.expand(F))
+    torch.testing.assert_close(tensors["W_dec"].norm(dim=-1), torch.ones(F))
+    again = endwise.SAE.load(tmp_path)
+    assert isinstance(again, JumpReLUSAE)
+    torch.testing.assert_close(again.encode(rows()).dense(), sae.eval().encode(rows()).dense().detach())
+    torch.testing.assert_close(again(rows()), sae(rows()).detach())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return endwise.load_model("embedded")
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batchtopk")
+    return {kind: endwise.train(recipe(folder / kind, "batchtopk", kind), model=model, display=False) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_trains_it(runs, kind):
+    lines = [json.loads(line) for line in (runs[kind].folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["l0"] == pytest.approx(6, abs=0.01) for line in lines)
+
+
+def test_resumed_it_ends_in_the_same_bits(runs, model, tmp_path):
+    config = recipe(tmp_path / "run", "batchtopk", "e2e")
+    endwise.train(config, model=model, display=False)
+    endwise.train(config, model=model, resume=True, from_step=8, display=False)
+    for name in ("sae/sae_weights.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (runs["e2e"].folder / name).read_bytes()
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-000000016.safetensors")
+    assert float(state["sae.weight"]) == pytest.approx(1 - 0.99**16) and state["sae.fitted"] > 0
+
+
+@pytest.mark.parametrize("steps", [4, 64])
+def test_of_the_saved_one_k_features_are_active_on_held_out_text(model, tmp_path, steps):
+    """However short the training was."""
+    values = recipe(tmp_path / "run", "batchtopk", tokens=128 * steps, learning_rate=3e-3)
+    values["evaluation"] |= {"tokens": 60_000}
+    run = endwise.train(values, model=model, display=False)
+    found = endwise.evaluate(run.folder, model=model)[run.folder]
+    assert found["l0"] == pytest.approx(6, rel=0.03)
+
+
+def test_trained_on_from_what_was_saved(runs, model, tmp_path):
+    config = {**recipe(tmp_path / "on", "batchtopk", tokens=256), "init_from": str(runs["local"].folder)}
+    on = endwise.train(config, model=model, display=False)
+    first, begun = (
+        json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["local_mse"]
+        for run in (on, runs["local"])
+    )
+    assert first < 0.8 * begun
+    sae = BatchTopKSAE.continuing(endwise.SAE.load(runs["local"].folder), RunConfig.build(config).dictionary)
+    x = torch.randn(30, model.d_model)
+    torch.testing.assert_close(sae.eval()(x), runs["local"].sae(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dictionary_without_thresholds_is_refused_as_a_start(runs, model, tmp_path):
+    plain = endwise.ReluSAE.build(endwise.ReluSAE.Config(size=256), model.d_model, 0)
+    plain.save(tmp_path / "plain")
+    config = {**recipe(tmp_path / "on", "batchtopk", tokens=256), "init_from": str(tmp_path / "plain")}
+    with pytest.raises(ConfigError, match="a standard SAE cannot be trained on as batchtopk"):
+        endwise.train(config, model=model, display=False)
+
+
+def test_swept_by_k(model, tmp_path):
+    base = {name: value for name, value in recipe("x", "batchtopk", tokens=256).items() if name not in ("out", "seed")}
+    swept = endwise.sweep(
+        {"recipe": base, "grids": [{"dictionary.k": [3, 8]}], "out": str(tmp_path / "sweep")}, display=False
+    )
+    assert [row["l0"] for row in swept.rows] == pytest.approx([3, 8], rel=0.1)
+
+
+def test_planned_and_in_one_pass_a_step():
+    assert plan(RunConfig.build(recipe("x", "batchtopk"))).d_sae == 256
+    with pytest.raises(ConfigError, match=r"training\.accumulation is 2, but a batchtopk dictionary chooses"):
+        RunConfig.build(recipe("x", "batchtopk", accumulation=2))
