@@ -127,6 +127,21 @@ def test_without_thresholds_one_is_fitted_at_which_as_many_are_active(architectu
     assert torch.equal(result.encode(x).dense(), before)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("source", ["standard", "jumprelu", "gated", "topk"])
+def test_one_threshold_is_kept_and_others_become_one(source, architecture):
+    sae = finished(source)
+    if source == "jumprelu":
+        sae.threshold.fill_(0.3)
+    x = drawn(2000, D, seed=9)
+    result = taken(sae, architecture, k=8, decoder_norm="free").eval()
+    with torch.no_grad():
+        result.see_first(x, x)
+    found = TakenOver.of(sae, result, x, x)
+    assert found.kept == (source in ("standard", "jumprelu"))
+    assert source != "topk" or found.l0 == pytest.approx(found.l0_before, abs=0.01)
+
+
 def test_what_no_architecture_knows_is_one_clear_error():
     import counting_sae
 

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
-from endwise.dictionaries.base import SAE, Exported
+from endwise.config.dictionary import ARCHITECTURES
+from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse, sparse_values
 from endwise.dictionaries.linear import LinearSAE
 from endwise.dictionaries.selection import (
@@ -164,17 +164,14 @@ class BatchTopKSAE(LinearSAE):
         super().fill(tensors)
         self.fitted.copy_(tensors["threshold"].mean())
 
-    @classmethod
-    def continuing(cls, sae: SAE, config: DictionaryConfig) -> "LinearSAE":
-        """Train a dictionary on whose features are active above thresholds, which is how one of this architecture is
-        saved; until the first step its threshold is their mean.
-        """
-        exported = sae.export()
-        if "threshold" not in exported.tensors:
-            super().continuing(sae, config)  # says why not
-        sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "d_out": sae.d_out}
-        settings = {**sizes, **config.model_dump()}
-        return cls.from_tensors(exported.tensors, settings).to_train(config)
+    def take_threshold(self, threshold: float) -> None:
+        self.fitted.fill_(threshold)
+
+    def to_train(self, config: Any) -> "LinearSAE":
+        sae = super().to_train(config)
+        assert isinstance(sae, BatchTopKSAE)
+        sae.k, sae.threshold_rate = Annealed.of(config.model_dump()), config.threshold_rate
+        return sae
 
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
         """As `LinearSAE.rescale`; the threshold, which all features share, goes with the mean factor."""
