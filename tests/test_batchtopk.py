@@ -390,14 +390,6 @@ def test_trained_on_from_what_was_saved(runs, model, tmp_path):
     torch.testing.assert_close(sae.eval()(x), runs["local"].sae(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_dictionary_without_thresholds_is_refused_as_a_start(runs, model, tmp_path):
-    plain = endwise.ReluSAE.build(endwise.ReluSAE.Config(size=256), model.d_model, 0)
-    plain.save(tmp_path / "plain")
-    config = {**recipe(tmp_path / "on", "batchtopk", tokens=256), "init_from": str(tmp_path / "plain")}
-    with pytest.raises(ConfigError, match="a standard SAE cannot be trained on as batchtopk"):
-        endwise.train(config, model=model, display=False)
-
-
 def test_swept_by_k(model, tmp_path):
     base = {name: value for name, value in recipe("x", "batchtopk", tokens=256).items() if name not in ("out", "seed")}
     swept = endwise.sweep(
