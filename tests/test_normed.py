@@ -114,6 +114,8 @@ def test_every_architecture_is_saved_as_it_is_used(name, kind, tmp_path):
         assert float(sae.encode(rows).l0().mean()) > 0
         torch.testing.assert_close(read.encode(rows).dense(), sae.encode(rows).dense(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(read(rows), sae(rows), rtol=1e-4, atol=1e-4)
+        whole = sae.decode(sae.encode(rows))
+        torch.testing.assert_close(read.decode(read.encode(rows)), whole, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(read.W_dec, sae.W_dec, rtol=1e-4, atol=1e-5)
     told = json.loads((tmp_path / "cfg.json").read_text())["normalize_activations"]
     assert told == (kind if kind in PER_TOKEN else "none")

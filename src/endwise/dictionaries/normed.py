@@ -65,6 +65,10 @@ class Norm(nn.Module):
         """Return what a latent of 1 adds to the site, where that is the same for all tokens."""
         return W_dec
 
+    def decoded(self, y: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
+        """Do as much of `back` as is the same for all tokens."""
+        return y
+
     @abstractmethod
     def exported(self, inside: Exported, layout: Layout) -> Exported:
         """Return the whole function."""
@@ -164,8 +168,11 @@ class Fitted(Norm):
     def of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         return self.read.of(x)
 
-    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def decoded(self, y: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
         return self.written.back(y)
+
+    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return self.decoded(y)
 
     def target(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         return self.written.of(y)
@@ -228,8 +235,8 @@ class NormedSAE(SAE):
         return self.inner.encode(self._seen(x), counted)
 
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
-        """As the dictionary inside does; what its norm undoes for each token, `reconstruct` undoes."""
-        return self.inner.decode(latents)
+        """Sum directions and bias as `W_dec` has them; what a norm undoes for each token, `reconstruct` undoes."""
+        return self.norm.decoded(self.inner.decode(latents))
 
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         return self.norm.back(self.inner.reconstruct(latents, self._seen(x)), x.to(self.b_dec.dtype))
