@@ -36,6 +36,7 @@ from .tokens import Corpora as Corpora
 from .tokens import Corpus as Corpus
 from .tokens import corpora_for as corpora_for
 from .tokens import load_corpora as load_corpora
+from .training.members import PlacesRun as PlacesRun
 from .training.members import Run as Run
 from .training.members import SomeFailed as SomeFailed
 from .training.objectives import KL as KL
@@ -44,6 +45,7 @@ from .training.objectives import LocalMSE as LocalMSE
 from .training.objectives import Objective as Objective
 from .training.objectives import Sparsity as Sparsity
 from .training.train import train as train
+from .training.train import train_places as train_places
 from .training.train import train_together as train_together
 
 __version__: str

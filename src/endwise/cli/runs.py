@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -48,10 +48,12 @@ def train(
     """
     from endwise.common.errors import ConfigError, TrainingStopped
     from endwise.common.processes import is_first_process
+    from endwise.config.places import read_recipe
     from endwise.config.recipes import find_recipe
     from endwise.config.run import RunConfig
     from endwise.training.resume import recipe_to_resume
     from endwise.training.train import train as run
+    from endwise.training.train import train_places
 
     is_recipe = recipe is not None and (resume is None or "=" not in recipe)  # with --resume it may be a change
     if is_recipe == (resume is not None):
@@ -61,9 +63,10 @@ def train(
     if resume is not None:
         config = recipe_to_resume(resume, [*([] if recipe is None else [recipe]), *(overrides or [])])
     else:
-        config = RunConfig.read(find_recipe(recipe or ""), overrides)
+        config = read_recipe(find_recipe(recipe or ""), overrides)
     going_on = resume is not None or ("if_started" if or_resume else False)
-    result = run(config, resume=going_on, from_step=from_step, display=not quiet)
+    options: dict[str, Any] = {"resume": going_on, "from_step": from_step, "display": not quiet}
+    result = run(config, **options) if isinstance(config, RunConfig) else train_places(config, **options)
     if is_first_process():
         for remark in result.remarks:
             echo(f"! {remark}", err=True)
@@ -92,13 +95,13 @@ def plan(
     from json import dumps
 
     from endwise.common.machine import parse_size
+    from endwise.config.places import read_recipe
     from endwise.config.recipes import find_recipe
-    from endwise.config.run import RunConfig
     from endwise.training.planning.plan import plan as make
     from endwise.training.planning.printed import print_plan
 
     made = make(
-        RunConfig.read(find_recipe(recipe), overrides),
+        read_recipe(find_recipe(recipe), overrides),
         processes=processes,
         memory=None if memory is None else parse_size(memory),
     )
@@ -117,22 +120,31 @@ def evaluate(
     csv: Annotated[Path | None, Option(help="Also write all runs as one CSV table.")] = None,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
-    from endwise.analysis.comparison.printed import print_evaluations
+    from endwise.analysis.comparison.printed import print_evaluations, print_together
     from endwise.common.files import check_can_write, write_atomic
     from endwise.common.processes import is_first_process
+    from endwise.config.places import PlacesConfig
+    from endwise.config.run import RunConfig
     from endwise.evaluation.evaluate import evaluate as run
     from endwise.evaluation.evaluate import evaluations_csv
     from endwise.evaluation.finished import unfinished
+    from endwise.evaluation.together import JointEvaluation
     from endwise.runs.folder import RunFolder
+    from endwise.runs.several import place_folder
 
     if csv is not None:
         check_can_write(csv.parent)
     evaluations = run(runs, tokens=tokens)
     if not is_first_process():
         return
-    configs = {path: RunFolder.open(path).config() for path in evaluations}
-    print_evaluations(configs, evaluations)
+    configs = {path: RunFolder.open(path).recipe() for path in evaluations}
+    alone = {path: config for path, config in configs.items() if isinstance(config, RunConfig)}
+    print_evaluations(alone, {path: evaluations[path] for path in alone})
     for path, config in configs.items():
+        if isinstance(together := evaluations[path], JointEvaluation) and isinstance(config, PlacesConfig):
+            own = {each.place: evaluations[place_folder(path, each)] for each in config.recipes}
+            print_together(together, own)
+    for path, config in alone.items():
         if remark := unfinished(path, config):
             echo(remark)
     for path, evaluation in evaluations.items():

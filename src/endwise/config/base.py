@@ -189,6 +189,9 @@ def _shown(value: object) -> str:
 def _fields_at(model: type[Config], values: Any, path: tuple[int | str, ...]) -> set[str]:
     """The valid keys of the section that `path` leads to."""
     for part in path:
+        if isinstance(part, int):  # one of a list, whose section is the model already
+            values = values[part] if isinstance(values, list | tuple) and part < len(values) else None
+            continue
         info = model.model_fields.get(str(part))
         if info is None:
             return set()

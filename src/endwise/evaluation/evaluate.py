@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ from endwise.common.files import expanded, write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import EvaluationConfig, RunConfig
+from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, named, sharing_groups
 from endwise.evaluation.measure import Evaluation, Sums, measure
 from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
+from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import place_folder, place_folders
 from endwise.runs.trackers import Mirror
-from endwise.tokens import Corpora
+from endwise.tokens import Corpora, Corpus
 
 SUMS_FILE = "evaluation_sums.safetensors"
 FIRINGS_FILE = "evaluation_firings.safetensors"
@@ -44,7 +48,8 @@ def evaluate(
     share the work.
 
     Args:
-        runs: run folders; those of one model and one corpus share every clean pass.
+        runs: run folders; those of one model and one corpus share every clean pass. Of a run of several places each
+            is measured alone, in its own folder, and all together (`JointEvaluation`), in the run's.
         model, corpora: loaded ones to use instead of the recipes'.
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
 
@@ -53,7 +58,10 @@ def evaluate(
         FormatError: an SAE is not what its training wrote.
     """
     paths = [expanded(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
-    configs = {path: RunFolder.config_of_trained(path) for path in paths}
+    several = {path: recipe for path in paths if (recipe := _of_several(path)) is not None}
+    of_places = {path: place_folders(path, several[path]) for path in several}
+    alone = list(dict.fromkeys(each for path in paths for each in of_places.get(path, [path])))
+    configs = {path: RunFolder.config_of_trained(path) for path in alone}
     results: dict[Path, Evaluation] = {}
     with joined() as world:
         for group in sharing_groups(configs, tokens):
@@ -61,23 +69,41 @@ def evaluate(
             for path, evaluation in measured.items() if world.is_first else ():
                 write_evaluation(RunFolder(path), configs[path], evaluation)
             results |= measured
-    return {path: results[path] for path in paths}
+        for path, recipe in several.items():
+            own = {each: configs[each] for each in of_places[path]}
+            results[path] = _evaluate_together(RunFolder(path), own, model, corpora, tokens, world)
+            if world.is_first:
+                write_evaluation(RunFolder(path), recipe, results[path])
+    return {each: results[each] for path in paths for each in [*of_places.get(path, []), path]}
 
 
-def write_evaluation(folder: RunFolder, config: RunConfig, evaluation: Evaluation) -> None:
+def _of_several(path: Path) -> PlacesConfig | None:
+    recipe = RunFolder.open(path).recipe()
+    return recipe if isinstance(recipe, PlacesConfig) else None
+
+
+def write_evaluation(folder: RunFolder, config: Recipe, evaluation: Evaluation) -> None:
     """`evaluation.json`, the per-sequence sums that paired comparisons are made of, and each feature's firings."""
     sums = {name: torch.from_numpy(values) for name, values in evaluation.sums.items()}
     seeds = {"seeds": config.seeds}
     firings = {"firings": torch.from_numpy(evaluation.firings)}
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
-    weights = {"weights": folder.weights_digest()}
+    weights = {"weights": _weights(folder, config)}
     record = {**named(config), **seeds, **evaluation.to_json(), **weights}
     write_json(folder.evaluation_file, record)
     _mirror(folder, config, record)
 
 
-def _mirror(folder: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
+def _weights(folder: RunFolder, config: Recipe) -> str | dict[str, str]:
+    """Digests of the weights measured; of several places, each one's."""
+    if isinstance(config, RunConfig):
+        return folder.weights_digest()
+    places = {recipe.place: RunFolder(place_folder(folder.path, recipe)) for recipe in config.recipes}
+    return {place: each.weights_digest() for place, each in places.items()}
+
+
+def _mirror(folder: RunFolder, config: Recipe, record: dict[str, Any]) -> None:
     """Sends an evaluation to the run's trackers, as far as they are to be had here."""
     try:
         mirror = Mirror.named(config.trackers)
@@ -123,7 +149,7 @@ def _measure_again(run: Path) -> str:
     return f"Measure the run again: endwise evaluate {shlex.quote(str(run))}"
 
 
-def evaluations_csv(configs: dict[Path, RunConfig], evaluations: dict[Path, Evaluation]) -> str:
+def evaluations_csv(configs: Mapping[Path, Recipe], evaluations: dict[Path, Evaluation]) -> str:
     """One line per run: estimates, and both ends of each 95 % interval."""
     rows: list[dict[str, Any]] = []
     for path, evaluation in evaluations.items():
@@ -147,22 +173,54 @@ def _evaluate_group(
     tokens: int | None,
     world: World,
 ) -> dict[Path, Evaluation]:
-    first = next(iter(configs.values()))
-    settings: EvaluationConfig = first.evaluation
-    if tokens is not None:
-        settings = EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
-    with world.together("loading the model and the data"):
-        model = model_of(configs, model)
-        corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=settings.skip + settings.tokens)
-        saes = {
-            str(path): (model.place(config.place), load_sae(path, config, model)) for path, config in configs.items()
-        }
+    settings = _settings(configs, tokens)
+    model, heldout, loaded = _loaded(configs, model, corpora, settings, world)
+    saes = {str(path): (model.place(configs[path].place), sae) for path, sae in loaded.items()}
     try:
         prefixes = {str(path): config.dictionary.prefixes(saes[str(path)][1].d_in) for path, config in configs.items()}
-        measured = measure(model, saes, corpora.heldout, settings, prefixes=prefixes, world=world)
+        measured = measure(model, saes, heldout, settings, prefixes=prefixes, world=world)
     except DataError as error:
         raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
     return {path: _with_course(measured[str(path)], RunFolder(path)) for path in configs}
+
+
+def _evaluate_together(
+    folder: RunFolder,
+    configs: dict[Path, RunConfig],
+    model: LanguageModel | None,
+    corpora: Corpora | None,
+    tokens: int | None,
+    world: World,
+) -> Evaluation:
+    settings = _settings(configs, tokens)
+    model, heldout, loaded = _loaded(configs, model, corpora, settings, world)
+    saes = {model.place(configs[path].place): sae for path, sae in loaded.items()}
+    try:
+        measured = measure_together(model, saes, heldout, settings, world=world)
+    except DataError as error:
+        raise DataError(f"{folder.path} cannot be measured: {error}") from None
+    return _with_course(measured, folder)
+
+
+def _settings(configs: dict[Path, RunConfig], tokens: int | None) -> EvaluationConfig:
+    settings: EvaluationConfig = next(iter(configs.values())).evaluation
+    if tokens is None:
+        return settings
+    return EvaluationConfig.build({**settings.model_dump(), "tokens": tokens}, "the evaluation")
+
+
+def _loaded(
+    configs: dict[Path, RunConfig],
+    model: LanguageModel | None,
+    corpora: Corpora | None,
+    settings: EvaluationConfig,
+    world: World,
+) -> tuple[LanguageModel, Corpus, dict[Path, SAE]]:
+    """The model, the held-out text, and each run's SAE."""
+    with world.together("loading the model and the data"):
+        model = model_of(configs, model)
+        corpora = corpora_of_runs(configs, model, corpora, evaluation_tokens=settings.skip + settings.tokens)
+        return model, corpora.heldout, {path: load_sae(path, config, model) for path, config in configs.items()}
 
 
 def _with_course(evaluation: Evaluation, folder: RunFolder) -> Evaluation:

@@ -1,16 +1,17 @@
 """Finished runs: which of them can be measured, which share a pass, and their SAEs."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import FormatError
+from endwise.config.places import Recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import pinned
 from endwise.formats import metadata_at
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import resuming
 
 
 def unfinished(path: Path, config: RunConfig) -> str | None:
@@ -23,13 +24,10 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
     steps = config.training.tokens // (config.training.batch * context)
     if step >= steps:
         return None
-    return (
-        f"{path} is not finished: its numbers are those of step {step} of {steps}. "
-        f"Go on with: endwise train --resume {shlex.quote(str(path))}"
-    )
+    return f"{path} is not finished: its numbers are those of step {step} of {steps}. Go on with: {resuming(path)}"
 
 
-def named(config: RunConfig) -> dict[str, Any]:
+def named(config: Recipe) -> dict[str, Any]:
     return {
         "kind": config.objective.name,
         "site": config.place,

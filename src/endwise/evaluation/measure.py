@@ -160,20 +160,20 @@ def measure(
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
     """
-    sequences = _sequences(corpus, config)
+    sequences = sequences_of(corpus, config)
     places = {name: Place.of(place) for name, (place, _) in saes.items()}
     sites = sorted({place.writes for place in places.values()})
-    means = _site_means(model, sites, corpus, config, sequences, world)
+    means = site_means(model, sites, corpus, config, sequences, world)
     shares: dict[str, tuple[int | None, ...]] = {name: (None, *(prefixes or {}).get(name, ())) for name in saes}
-    collected = {(name, length): _Collector() for name in saes for length in shares[name]}
-    ablations = {(site, kind): _Collector() for site in sites for kind in ("mean", "zero") if baselines}
-    collectors: dict[_Key, _Collector] = {**collected, **ablations}
+    collected = {(name, length): Collector() for name in saes for length in shares[name]}
+    ablations = {(site, kind): Collector() for site in sites for kind in ("mean", "zero") if baselines}
+    collectors: dict[_Key, Collector] = {**collected, **ablations}
     later = {site: residuals_after(model, site) for site in sites}
     recorded = {*sites, *(place.reads for place in places.values()), *(s for group in later.values() for s in group)}
     with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
-        for batch in _batches(corpus, config.batch, sequences, model.device, world):
+        for batch in batches_of(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
-            passes: dict[_Key, _Effect] = {}
+            passes: dict[_Key, Effect] = {}
             for name, (_, sae) in saes.items():
                 site, read = places[name].writes, clean.activations[places[name].reads]
                 whole = sae.encode(read)
@@ -181,15 +181,15 @@ def measure(
                     latents = _first(whole, key[1], sae.d_sae)
                     estimate = sae.reconstruct(latents, read)
                     collected[key].add_latents(latents, batch.mask)
-                    collected[key].add(_fit_sums(clean.activations[site], estimate, means[site], batch.mask))
+                    collected[key].add(fit_sums(clean.activations[site], estimate, means[site], batch.mask))
                     passes[key] = _splice(model, clean, site, estimate, later[site], batch.mask)
             for site, kind in ablations:
                 estimate = means[site].instead_of(clean.activations[site], kind)
                 passes[site, kind] = _splice(model, clean, site, estimate, (), batch.mask)
             finals = [spliced.final for spliced in passes.values()]
-            compared = model.readout.compare(_final(clean), finals, batch.tokens, batch.mask)
+            compared = model.readout.compare(final_of(clean), finals, batch.tokens, batch.mask)
             for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
-                collectors[key].add(_prediction_sums(comparison, batch.mask) | spliced.downstream)
+                collectors[key].add(prediction_sums(comparison, batch.mask) | spliced.downstream)
     for collector in collectors.values():
         collector.merge(world)
     facts = {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
@@ -212,7 +212,7 @@ def residuals_after(model: LanguageModel, site: Site) -> tuple[Site, ...]:
 
 
 @dataclass(frozen=True)
-class _Means:
+class Means:
     """Mean activation over the corpus, before and after LayerNorm without affine, `[d_model]` each."""
 
     raw: Tensor
@@ -224,7 +224,7 @@ class _Means:
         return constant.to(activation.dtype).expand_as(activation)
 
 
-class _Collector:
+class Collector:
     """Gathers per-sequence sums batch by batch."""
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class _Collector:
         return {name: torch.cat(parts).numpy() for name, parts in self._parts.items()}
 
 
-def _sequences(corpus: Corpus, config: EvaluationConfig) -> range:
+def sequences_of(corpus: Corpus, config: EvaluationConfig) -> range:
     """The sequences that are measured."""
     first, count = config.skip // corpus.context, config.tokens // corpus.context
     if not count:
@@ -271,7 +271,7 @@ def _sequences(corpus: Corpus, config: EvaluationConfig) -> range:
     return range(first, first + count)
 
 
-def _batches(corpus: Corpus, size: int, sequences: range, device: torch.device, world: World) -> Iterator[TokenBatch]:
+def batches_of(corpus: Corpus, size: int, sequences: range, device: torch.device, world: World) -> Iterator[TokenBatch]:
     """This process's batches: every process takes its turn."""
     for start in range(world.rank * size, len(sequences), world.size * size):
         yield corpus.batch(sequences[start : start + size]).to(device)
@@ -282,13 +282,13 @@ def _normed(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _site_means(
+def site_means(
     model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: range, world: World
-) -> dict[Site, _Means]:
+) -> dict[Site, Means]:
     totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
     count = torch.zeros((), dtype=torch.int64)
     with world.together("evaluating"):
-        for batch in _batches(corpus, config.batch, sequences, model.device, world):
+        for batch in batches_of(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=sites)
             count += batch.mask.sum().cpu()
             for site, (raw, normed) in totals.items():
@@ -297,11 +297,11 @@ def _site_means(
                 normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
     world.add([count, *(total for pair in totals.values() for total in pair)])
     return {
-        site: _Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
+        site: Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
     }
 
 
-def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask: TokenMask) -> dict[str, Tensor]:
+def fit_sums(activation: Activation, estimate: Activation, means: Means, mask: TokenMask) -> dict[str, Tensor]:
     """What the explained variances are made of: error and variance are squared L2 norms per token."""
     sums: dict[str, Tensor] = {}
     x, y = activation.float(), estimate.float()
@@ -318,7 +318,7 @@ def _fit_sums(activation: Activation, estimate: Activation, means: _Means, mask:
 
 
 @dataclass(frozen=True)
-class _Effect:
+class Effect:
     """What a spliced pass leads to."""
 
     final: Activation
@@ -328,8 +328,11 @@ class _Effect:
 
 def _splice(
     model: LanguageModel, clean: Clean, site: Site, estimate: Activation, later: tuple[Site, ...], mask: TokenMask
-) -> _Effect:
-    spliced = SplicedPass(model, site, later).run(clean, estimate, mask)
+) -> Effect:
+    return effect_of(SplicedPass(model, site, later).run(clean, estimate, mask), clean, later, mask)
+
+
+def effect_of(spliced: Spliced, clean: Clean, later: tuple[Site, ...], mask: TokenMask) -> Effect:
     downstream = {}
     for s in later:
         rows = zip(spliced.activations[s], clean.activations[s], mask, strict=True)
@@ -338,15 +341,15 @@ def _splice(
         )
         cosines = cosine_similarity(spliced.activations[s].float(), clean.activations[s].float(), dim=-1)
         downstream[f"downstream_cosine.{s.name}"] = cosines.where(mask, 0.0).sum(-1)
-    return _Effect(_final(spliced), downstream)
+    return Effect(final_of(spliced), downstream)
 
 
-def _final(recorded: Clean | Spliced) -> Activation:
+def final_of(recorded: Clean | Spliced) -> Activation:
     assert recorded.final is not None
     return recorded.final
 
 
-def _prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]:
+def prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]:
     return {
         "tokens": mask.sum(-1),
         "predictions": compared.predicts.sum(-1),
@@ -359,35 +362,46 @@ def _prediction_sums(compared: Comparison, mask: TokenMask) -> dict[str, Tensor]
     }
 
 
-def _mean_ce(sums: Sums, name: str) -> float:
+def mean_ce(sums: Sums, name: str) -> float:
     return float(sums[name].sum() / sums["predictions"].sum())
 
 
-def _summarise(
-    place: Place,
-    sae: SAE,
-    collected: Mapping[int | None, _Collector],
-    ablations: Mapping[tuple[Site, str], _Collector],
-    config: EvaluationConfig,
-) -> Evaluation:
-    sums, site = collected[None].sums(), place.writes
-    metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM}
-    for length, collector in collected.items():
-        for name, metric in OF_PREFIX.items() if length is not None else ():
-            sums[f"{name}.{length}"] = collector.sums()[metric.numerator]
-            metrics[f"{name}.{length}"] = replace(metric, numerator=f"{name}.{length}")
+def intervals_of(
+    sums: Sums, config: EvaluationConfig, further: Mapping[str, Metric] | None = None
+) -> dict[str, Interval]:
+    """Every metric that there are sums for."""
+    metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM} | dict(further or {})
     intervals = {}
     for name, metric in metrics.items():
+        if metric.numerator not in sums:
+            continue
         ratio = bootstrap_ratio(sums[metric.numerator], sums[metric.denominator], config.bootstrap, config.seed)
         intervals[name] = (
             Interval(low=1 - ratio.high, high=1 - ratio.low, estimate=1 - ratio.estimate)
             if metric.complement
             else ratio
         )
+    return intervals
+
+
+def _summarise(
+    place: Place,
+    sae: SAE,
+    collected: Mapping[int | None, Collector],
+    ablations: Mapping[tuple[Site, str], Collector],
+    config: EvaluationConfig,
+) -> Evaluation:
+    sums, site = collected[None].sums(), place.writes
+    prefixes: dict[str, Metric] = {}
+    for length, collector in collected.items():
+        for name, metric in OF_PREFIX.items() if length is not None else ():
+            sums[f"{name}.{length}"] = collector.sums()[metric.numerator]
+            prefixes[f"{name}.{length}"] = replace(metric, numerator=f"{name}.{length}")
+    intervals = intervals_of(sums, config, prefixes)
     ablated = (
-        _mean_ce(ablations[site, kind].sums(), "ce_spliced") if (site, kind) in ablations else math.nan
+        mean_ce(ablations[site, kind].sums(), "ce_spliced") if (site, kind) in ablations else math.nan
         for kind in ("mean", "zero")
     )
-    baselines = Baselines(_mean_ce(sums, "ce_clean"), *ablated)
+    baselines = Baselines(mean_ce(sums, "ce_clean"), *ablated)
     tokens, reads = int(sums["tokens"].sum()), None if place.reads == site else place.reads
     return Evaluation(site, sae.d_sae, collected[None].firings(), tokens, intervals, baselines, sums, reads=reads)

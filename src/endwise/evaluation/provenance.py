@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from endwise.common.digests import of_file, of_tokenizer
 from endwise.common.errors import ConfigError, DataError, FormatError, ModelError, RunFolderError
 from endwise.common.files import expanded, there_is
 from endwise.common.processes import is_first_process
 from endwise.common.text import printable
+from endwise.config.places import Recipe
 from endwise.config.run import RunConfig
 from endwise.formats import weights_file
 from endwise.models.language_model import LanguageModel
@@ -29,6 +30,7 @@ PARTS = {**TEXTS, "model": "model weights", "tokenizer": "tokenizer", "init_from
 Side = Literal["train", "heldout"]
 
 Runs = Mapping[Path, RunConfig]
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
     }
 
 
-def beginning(config: RunConfig) -> dict[str, Any]:
+def beginning(config: Recipe) -> dict[str, Any]:
     """What a run that starts now has of its own there: the SAE in `init_from`, and which of its recipe's names are
     relative paths.
 
@@ -61,7 +63,7 @@ def _start_digest(start: Path) -> str:
     return of_file(weights_file(start))
 
 
-def check_resumed(folder: RunFolder, config: RunConfig, now: Mapping[str, Any], corpora: Corpora) -> None:
+def check_resumed(folder: RunFolder, config: Recipe, now: Mapping[str, Any], corpora: Corpora) -> None:
     """
     Args:
         now: what `described` tells and, of a run that starts from the beginning, `beginning`.
@@ -169,7 +171,7 @@ def heldout_fingerprint(path: Path, corpora: Corpora | None = None) -> str | Non
     return RunFolder(path).fingerprint("heldout") if corpora is None else corpora.heldout.fingerprint()
 
 
-def pinned(path: Path, config: RunConfig) -> RunConfig:
+def pinned(path: Path, config: AnyRecipe) -> AnyRecipe:
     """A run's recipe with the hub's commits as they were when it started, where it names none."""
     commits = RunFolder(path).digests().get("commits")
     commits = commits if isinstance(commits, dict) else {}
@@ -180,9 +182,7 @@ def pinned(path: Path, config: RunConfig) -> RunConfig:
     return config
 
 
-def _check(
-    path: Path, config: RunConfig, now: Mapping[str, Any], corpora: Corpora | None, refused: Sequence[str]
-) -> None:
+def _check(path: Path, config: Recipe, now: Mapping[str, Any], corpora: Corpora | None, refused: Sequence[str]) -> None:
     """Refuses other parts than the run stands on; says so of those that are not `refused`."""
     record = RunFolder(path).digests()
     for part in now:
@@ -202,7 +202,7 @@ def _check(
         )
 
 
-def _place(part: str, config: RunConfig, corpus: Corpus | None) -> str:
+def _place(part: str, config: Recipe, corpus: Corpus | None) -> str:
     if corpus is not None:
         return f"{corpus.name} holds"
     return f"{config.init_from} holds" if part == "init_from" else f"{config.model.name} has"
@@ -260,7 +260,7 @@ def tell(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
-def _names(config: RunConfig) -> dict[str, str]:
+def _names(config: Recipe) -> dict[str, str]:
     """The recipe's names that may be paths."""
     start = None if config.init_from is None else str(config.init_from)
     names = {"model.name": config.model.name, "data.source": config.data.source, "data.heldout": config.data.heldout}
@@ -269,7 +269,7 @@ def _names(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def naming_relative(path: Path, config: RunConfig) -> Iterator[None]:
+def naming_relative(path: Path, config: Recipe) -> Iterator[None]:
     """What is not found within it is said to be relative, where it is, and where the run was started."""
     try:
         yield
@@ -279,7 +279,7 @@ def naming_relative(path: Path, config: RunConfig) -> Iterator[None]:
         raise type(error)(f"{error}{hint}") from error
 
 
-def _relative(path: Path, config: RunConfig, *, there: bool) -> str:
+def _relative(path: Path, config: Recipe, *, there: bool) -> str:
     """A sentence on the recipe's relative paths, if they lead elsewhere from here than where the run was started.
 
     Args:

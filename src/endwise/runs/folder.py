@@ -9,6 +9,8 @@ metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
 checkpoints/                    what training goes on from (raw weights, optimiser, random generators, counters)
+places/                         in place of `sae/`, of several places: each has a run folder there
+part.json                       in such a folder: which run trains it
 evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
 evaluation_firings.safetensors  on how many of these tokens each feature fired
@@ -47,8 +49,10 @@ from endwise.common.files import (
 )
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
+from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
 from endwise.formats import weights_file
+from endwise.runs.several import place_folders, resuming
 from endwise.runs.trackers import Mirror
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -115,7 +119,7 @@ class RunFolder:
         """Whether a file is more than what a process that was killed before its run began leaves."""
         return file != self._lock_file and not file.name.endswith(PARTIAL)
 
-    def create(self, config: RunConfig) -> None:
+    def create(self, config: Recipe) -> None:
         """Starts a new run. From here on it can be resumed, so the recipe comes first.
 
         Raises:
@@ -124,18 +128,18 @@ class RunFolder:
         self.check_free()
         write_atomic(self.config_file, config.to_yaml().encode())
 
-    def take_over(self, config: RunConfig, step: int) -> None:
+    def take_over(self, config: Recipe, step: int) -> None:
         """Takes over a recipe that differs in how the run is executed, from this step on: a line of `changes.jsonl`,
         then `config.yaml`. Where the folder lies is no change.
         """
-        kept = self.config()
+        kept = self.recipe()
         config = config.model_copy(update={"out": kept.out})
         if changes := differing(kept.model_dump(mode="json"), config.model_dump(mode="json")):
             told = {key: list(values) for key, values in changes.items()}
             self.append(self.changes_file, {"step": step, "changes": told, "seed": config.seed})
             write_atomic(self.config_file, config.to_yaml().encode())
 
-    def describe(self, config: RunConfig, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
+    def describe(self, config: Recipe, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
         """Writes what the run is made of; on resuming, only what was not written before.
 
         Args:
@@ -171,7 +175,7 @@ class RunFolder:
         Raises:
             FormatError: there is no such file, or it holds other weights.
         """
-        path, again = weights_file(self.sae), f"endwise train --resume {shlex.quote(str(self.path))}"
+        path, again = weights_file(self.sae), resuming(self.path)
         try:
             digest = of_file(path)
         except FileNotFoundError:
@@ -222,8 +226,7 @@ class RunFolder:
         folder = cls.open(path)
         config = folder.config()
         if not folder.sae.exists():
-            again = f"endwise train --resume {shlex.quote(str(path))}"
-            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {again}")
+            raise RunFolderError(f"{path} holds no trained SAE yet; train it first: {resuming(path)}")
         return config
 
     def has_run(self) -> bool:
@@ -239,8 +242,20 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
 
     def config(self) -> RunConfig:
+        """
+        Raises:
+            RunFolderError: the recipe cannot be read, or is one for several places.
+        """
+        recipe = self.recipe()
+        if isinstance(recipe, PlacesConfig):
+            raise RunFolderError(
+                f"{self.path} is a run of several places. Name one of them: {place_folders(self.path, recipe)[0]}, ..."
+            )
+        return recipe
+
+    def recipe(self) -> Recipe:
         try:
-            return RunConfig.read(self.config_file)
+            return read_recipe(self.config_file)
         except ConfigError as error:
             raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
 

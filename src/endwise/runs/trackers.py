@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.registry import Registry
 from endwise.common.text import printable
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 
 Status = Literal["finished", "interrupted", "failed"]
 
@@ -24,7 +24,7 @@ Status = Literal["finished", "interrupted", "failed"]
 class Tracker(Protocol):
     """What listens to one run, from one start of it to its end or interruption."""
 
-    def started(self, config: RunConfig, folder: Path, step: int | None) -> None:
+    def started(self, config: Recipe, folder: Path, step: int | None) -> None:
         """Hear of a run that starts (step 0), is resumed, or is measured (None) by this process.
 
         Args:
@@ -78,7 +78,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 ) from error
         return cls(made)
 
-    def started(self, config: RunConfig, folder: Path, step: int | None) -> None:
+    def started(self, config: Recipe, folder: Path, step: int | None) -> None:
         """Begin to send: until then nothing is heard."""
         self._listening, self._waiting = self._waiting, {}
         self._each(lambda tracker: tracker.started(config, folder, step))

@@ -15,7 +15,7 @@ from endwise.common.counting import LOG_SECONDS
 from endwise.common.terminal import Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
-from endwise.config.run import RunConfig
+from endwise.config.places import PlacesConfig, Recipe
 
 TABLE_SECONDS = 0.2
 
@@ -24,7 +24,7 @@ TABLE_SECONDS = 0.2
 class _Row:
     """The latest of one run."""
 
-    config: RunConfig
+    config: Recipe
     line: dict[str, Any]
     ce_increase: float | None = None
     failed: bool = False
@@ -76,7 +76,7 @@ class Display:
             "tokens_per_second": (done - self._first) * self._tokens_per_step / max(seconds, 1e-9),
         }
 
-    def show(self, folder: Path, config: RunConfig, line: dict[str, Any]) -> None:
+    def show(self, folder: Path, config: Recipe, line: dict[str, Any]) -> None:
         """A run's latest line of metrics; what the last evaluation found stays until the next."""
         row = self._rows.setdefault(folder, _Row(config, line))
         row.line = line
@@ -134,7 +134,9 @@ class Display:
         return names
 
 
-def _description(config: RunConfig) -> str:
+def _description(config: Recipe) -> str:
+    if isinstance(config, PlacesConfig):
+        return f"{config.objective.name} at {len(config.places)} places seed {config.seed}"
     return f"{config.objective.name} {Knob.of(config).tag} {config.place} seed {config.seed}"
 
 

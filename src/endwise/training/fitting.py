@@ -15,44 +15,45 @@ from endwise.models.sites import Place, Site
 from endwise.tokens import BatchOrder, Corpus
 from endwise.training.members import Member
 from endwise.training.taking_over import COMPARED_ON, TakenOver
+from endwise.training.trainee import Trainee
 
 Text = tuple[LanguageModel, Corpus, BatchOrder]
 """A model, and the training text in the order in which it is read."""
 
 
 def fit_first(text: Text, member: Member) -> None:
-    """Show a dictionary whose training starts the first of its training text (`SAE.see_first`)."""
-    sae, order = member.trainee.sae, text[-1]
-    _show(text, member, sae.first_tokens, range(len(order)), sae.see_first)
+    """Show dictionaries whose training starts the first of their training text (`SAE.see_first`)."""
+    for part in member.trainee.parts:
+        _show(text, part, part.sae.first_tokens, range(len(text[-1])), part.sae.see_first)
 
 
 def measure_start(text: Text, member: Member, display: bool) -> None:
     """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line."""
-    start, trainee = member.config.init_from, member.trainee
-    if start is None:
-        return
-    with torch.no_grad():
-        read, written = _activations(text, trainee.place, COMPARED_ON, range(len(text[-1])))
-    taken = TakenOver.of(SAE.load(start, read.device), trainee.sae, read, written)
-    member.folder.note_start(taken.record)
-    if not taken.kept:
-        show(f"! {taken}", Console(stderr=True, quiet=not display))
+    for (part, folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
+        if (start := recipe.init_from) is None:
+            continue
+        with torch.no_grad():
+            read, written = _activations(text, part.place, COMPARED_ON, range(len(text[-1])))
+        taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
+        folder.note_start(taken.record)
+        if not taken.kept:
+            show(f"! {taken}", Console(stderr=True, quiet=not display))
 
 
 def fit_last(text: Text, member: Member) -> None:
-    """Show a dictionary that is trained the latest of its training text, and where that is short what would have come
-    next (`SAE.see_last`).
+    """Show dictionaries that are trained the latest of their training text, and where that is short what would have
+    come next (`SAE.see_last`).
     """
-    trainee, order = member.trainee, text[-1]
-    sae, total = trainee.sae, trainee.total_steps
-    steps = itertools.chain(range(total - 1, -1, -1), range(total, len(order)))
-    _show(text, member, sae.last_tokens, steps, sae.see_last)
+    for part in member.trainee.parts:
+        total = part.total_steps
+        steps = itertools.chain(range(total - 1, -1, -1), range(total, len(text[-1])))
+        _show(text, part, part.sae.last_tokens, steps, part.sae.see_last)
 
 
-def _show(text: Text, member: Member, tokens: int, steps: Iterable[int], see: Callable[[Tensor, Tensor], None]) -> None:
+def _show(text: Text, part: Trainee, tokens: int, steps: Iterable[int], see: Callable[[Tensor, Tensor], None]) -> None:
     if tokens:
         with torch.no_grad():
-            see(*_activations(text, member.trainee.place, tokens, steps))
+            see(*_activations(text, part.place, tokens, steps))
 
 
 def _activations(text: Text, place: Place, tokens: int, steps: Iterable[int]) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,17 @@ from functools import partial
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, ProcessLost, TrainingStopped, out_of_memory
 from endwise.common.stopping import polite_stop
 from endwise.config.run import EvaluationConfig
-from endwise.evaluation.measure import measure
+from endwise.evaluation.measure import Evaluation, measure
+from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
 from endwise.training.fitting import fit_last
+from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
 from endwise.training.setup import Prepared
 from endwise.training.step import take_step
+from endwise.training.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
 
@@ -56,7 +59,7 @@ def run_loop(prepared: Prepared) -> None:
 def _fit_last(prepared: Prepared) -> None:
     """Fit what is fitted after the last step, in one process for all."""
     group, world = prepared.group, prepared.world
-    if not any(member.trainee.sae.last_tokens for member in group.members):
+    if not any(part.sae.last_tokens for member in group.members for part in member.trainee.parts):
         return
     with world.together("fitting thresholds"):
         if world.is_first:
@@ -139,15 +142,11 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
         tokens = min(settings.during_training_tokens, settings.tokens)
         groups.setdefault(settings.model_copy(update={"tokens": tokens, "bootstrap": 1}), []).append(member)
 
-    measured = partial(measure, prepared.model, corpus=prepared.corpora.heldout, baselines=False, world=prepared.world)
-
     def evaluate(brief: EvaluationConfig, sharing: list[Member]) -> None:
-        saes = {str(m.folder.path): (m.trainee.place, m.trainee.sae) for m in sharing}
-        evaluations = measured(saes=saes, config=brief)
-        for member in sharing:
-            evaluation = evaluations[str(member.folder.path)]
+        for member, evaluation in zip(sharing, _evaluated(prepared, brief, sharing), strict=True):
             assert member.line is not None
-            member.line["heldout"] = {name: evaluation[name] for name in SCHEDULED_METRICS}
+            known = [name for name in SCHEDULED_METRICS if name in evaluation.metrics]
+            member.line["heldout"] = {name: evaluation[name] for name in known}
 
     for brief, sharing in groups.items():
         if len(sharing) > 1:
@@ -159,3 +158,17 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
             except Exception:  # noqa: BLE001  Each is measured alone below, and tells what is wrong with it.
                 pass
         prepared.group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
+
+
+def _evaluated(prepared: Prepared, brief: EvaluationConfig, sharing: list[Member]) -> list[Evaluation]:
+    """Each member's metrics: those of one place share a clean pass, those of several are measured all in place."""
+    passes = {"corpus": prepared.corpora.heldout, "config": brief, "baselines": False, "world": prepared.world}
+    alone = {str(m.folder.path): m.trainee for m in sharing if isinstance(m.trainee, Trainee)}
+    found: dict[str, Evaluation] = {}
+    if alone:
+        found |= measure(prepared.model, {path: (one.place, one.sae) for path, one in alone.items()}, **passes)
+    for member in sharing:
+        if isinstance(member.trainee, JointTrainee):
+            saes = {part.place: part.sae for part in member.trainee.parts}
+            found[str(member.folder.path)] = measure_together(prepared.model, saes, **passes)
+    return [found[str(member.folder.path)] for member in sharing]

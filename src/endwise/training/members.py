@@ -21,11 +21,15 @@ from endwise.common.errors import (
 )
 from endwise.common.processes import World
 from endwise.common.remarks import diverged, remarks_on
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
+from endwise.evaluation.provenance import beginning
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import mark_part, place_folder
 from endwise.training.display import Display
+from endwise.training.joint import AnyTrainee
 from endwise.training.memory import command_in_less_memory
 from endwise.training.trainee import Trainee
 
@@ -53,10 +57,35 @@ class Run:
 
 
 @dataclass(frozen=True)
+class PlacesRun:
+    """Trained SAEs of several places, and where everything about them lies."""
+
+    config: PlacesConfig
+    saes: Mapping[str, SAE]
+    """By place, in the order of the recipe."""
+    folder: Path
+    folders: Mapping[str, Path]
+    """Each place's, which everything takes that takes a run."""
+    seconds: float
+    """See `Run.seconds`."""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """See `Run.record`."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told of the run."""
+        return remarks_on(self.record)
+
+    @property
+    def diverged(self) -> bool:
+        return diverged(self.record) is not None
+
+
+@dataclass(frozen=True)
 class Failure:
     """A run that ended before its last step."""
 
-    config: RunConfig
+    config: Recipe
     folder: Path
     error: Exception
     step: int
@@ -85,7 +114,7 @@ class SomeFailed(TrainingStopped):
         finished: the others, as `train_together` would have returned them.
     """
 
-    def __init__(self, failures: Sequence[Failure], finished: Sequence[Run]) -> None:
+    def __init__(self, failures: Sequence[Failure], finished: "Sequence[Run | PlacesRun]") -> None:
         self.failures, self.finished = list(failures), list(finished)
         saved = ", ".join(str(run.folder) for run in finished)
         super().__init__(
@@ -96,10 +125,10 @@ class SomeFailed(TrainingStopped):
 
 @dataclass
 class Member:
-    """One SAE in training, with its recipe and folder."""
+    """One SAE in training, or several that are spliced jointly, with its recipe and folder."""
 
-    config: RunConfig
-    trainee: Trainee
+    config: Recipe
+    trainee: AnyTrainee
     folder: RunFolder
     metadata: dict[str, Any]
     writes: bool = True
@@ -112,6 +141,19 @@ class Member:
     """What the latest evaluation on schedule measured."""
     seconds_before: float = 0.0
     """Wall-clock of the run before this process took it up."""
+
+    def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
+        """Each dictionary, the folder that its SAE is saved in, and what is said of it there."""
+        return [(part, self.folder, self.metadata) for part in self.trainee.parts]
+
+    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any]) -> None:
+        """Writes what the folders of several places are made of: see `RunFolder.describe`."""
+
+    def finished(self, text: Mapping[str, Any]) -> "Run | PlacesRun":
+        """The run, after its last step."""
+        (part,) = self.trainee.parts
+        assert isinstance(self.config, RunConfig)
+        return Run(self.config, part.sae.eval(), self.folder.path, self.seconds, {**text, **self.record()})
 
     def record(self) -> dict[str, Any]:
         """See `Run.record`."""
@@ -149,15 +191,50 @@ class Member:
         if not self.writes:
             return
         trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
-        metadata = {**self.metadata, "endwise": {**self.metadata["endwise"], "step": trainee.step}}
-        folder.note_weights(whole=False)
-        trainee.sae.save(folder.sae, metadata)
-        folder.note_weights(whole=True)
+        for part, its_folder, metadata in self.outputs():
+            its_folder.note_weights(whole=False)
+            part.sae.save(its_folder.sae, {**metadata, "endwise": {**metadata["endwise"], "step": trainee.step}})
+            its_folder.note_weights(whole=True)
         checkpoint = trainee.checkpoint()
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
         folder.mirror.line("checkpoint", {"step": trainee.step, "file": str(folder.checkpoint(trainee.step))})
         folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
+
+
+@dataclass
+class JointMember(Member):
+    """Several dictionaries of one recipe, each with a folder of its own in the run's."""
+
+    recipes: Sequence[RunConfig] = ()
+    """Each place's, as a recipe for one, in the order of `trainee.parts`."""
+    of_places: Sequence[Mapping[str, Any]] = ()
+    """What is said of each SAE in its files."""
+
+    @property
+    def folders(self) -> list[RunFolder]:
+        """In the order of `trainee.parts`."""
+        return [RunFolder(place_folder(self.folder.path, recipe)) for recipe in self.recipes]
+
+    def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
+        return zip(self.trainee.parts, self.folders, self.of_places, strict=True)
+
+    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any]) -> None:
+        assert isinstance(self.config, PlacesConfig)
+        for recipe, folder in zip(self.recipes, self.folders, strict=True):
+            if not folder.has_run():
+                folder.create(recipe)
+            folder.describe(recipe, data, {**stands_on, **beginning(recipe)})
+            mark_part(folder.path, self.config)
+
+    def finished(self, text: Mapping[str, Any]) -> PlacesRun:
+        assert isinstance(self.config, PlacesConfig)
+        saes = {part.place.name: part.sae.eval() for part in self.trainee.parts}
+        folders = {recipe.place: place_folder(self.folder.path, recipe) for recipe in self.config.recipes}
+        record = {**text, **self.record()}
+        return PlacesRun(
+            self.config, {name: saes[name] for name in folders}, self.folder.path, folders, self.seconds, record
+        )
 
 
 class Group:
@@ -192,7 +269,7 @@ class Group:
             except Exception as error:  # noqa: BLE001  Whatever it is, it concerns this member alone.
                 self.end(member, error)
 
-    def failed(self, trainee: Trainee, error: Exception, whole: bool) -> None:
+    def failed(self, trainee: AnyTrainee, error: Exception, whole: bool) -> None:
         """Ends the member of a trainee: what `training.take_step` calls."""
         self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
 
@@ -213,7 +290,7 @@ class Group:
             error = named
         elif not self._alone:
             _release(error)
-        member.trainee.optimizer.zero_grad(set_to_none=True)
+        member.trainee.drop_gradients()
         if whole:
             with suppress(Exception):  # a full disk, for one, is what it failed of
                 if isinstance(error, NotFinite):  # it comes from a report, which went back to the last good state
@@ -252,7 +329,7 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        return self.members[0].trainee.last_fired.device
+        return self.members[0].trainee.device
 
     def save_what_can_be(self) -> str:
         """Saves every member's last good state, where it can be written, for when an error ends them all; tells what
@@ -277,16 +354,13 @@ class Group:
                 member.seconds += (now - self._shared) / len(self.members)
             self._shared = now
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> "list[Run | PlacesRun]":
         """The members as finished runs.
 
         Raises:
             SomeFailed: others failed; the error carries these.
         """
-        runs = [
-            Run(m.config, m.trainee.sae.eval(), m.folder.path, m.seconds, {**self.text, **m.record()})
-            for m in self.members
-        ]
+        runs = [member.finished(self.text) for member in self.members]
         if self.failures:
             raise SomeFailed(self.failures, runs) from self.failures[0].error
         return runs

@@ -3,10 +3,10 @@
 import shlex
 
 from endwise.models.splicing import sequences_at_a_time
-from endwise.training.trainee import Trainee
+from endwise.training.joint import AnyTrainee
 
 
-def command_in_less_memory(trainee: Trainee, folder: str, context: int, *, shared: bool) -> str | None:
+def command_in_less_memory(trainee: AnyTrainee, folder: str, context: int, *, shared: bool) -> str | None:
     """The command that takes a run up again in less memory; None: its passes hold one sequence each already.
 
     Args:
@@ -15,7 +15,7 @@ def command_in_less_memory(trainee: Trainee, folder: str, context: int, *, share
     """
     training = trainee.config
     sequences = training.batch // training.accumulation
-    rows = min(training.microbatch or sequences_at_a_time(context, trainee.last_fired.device), sequences)
+    rows = min(trainee.microbatch or sequences_at_a_time(context, trainee.device), sequences)
     if rows > 1 and trainee.objective.spliced_terms and not shared:
         change = f"training.microbatch={rows // 2}"
     elif sequences > 1:

@@ -69,6 +69,26 @@ class SiteTerm(Term):
         """Unweighted sum over the mask's tokens."""
 
 
+class PlacesTerm(Term):
+    """A term of several places that are spliced jointly: it compares the latents of the later ones with those that they
+    have in the clean pass.
+    """
+
+    @abstractmethod
+    def total(self, places: Sequence["LaterLatents"], mask: TokenMask) -> Scalar:
+        """Unweighted sum over the mask's tokens."""
+
+
+@dataclass(frozen=True)
+class LaterLatents:
+    """What a dictionary makes of its input, which earlier reconstructions have changed."""
+
+    clean: Latents
+    """Of the model's own activation; no gradient enters them."""
+    spliced: Latents
+    d_in: int
+
+
 @TERMS.add("kl")
 @dataclass(frozen=True)
 class KL(SplicedTerm):
@@ -152,12 +172,36 @@ class Sparsity(SiteTerm):
         return total if self.scale is None else total * self.scale.to(total.dtype)
 
 
+@TERMS.add("feature_mse")
+@dataclass(frozen=True)
+class FeatureMSE(PlacesTerm):
+    """Squared error of the later places' latents, spliced against clean: Σ over features of (c(x̃) − c(x))², divided by
+    the width that is read, mean over the places that come after the first.
+
+    x̃ is what the place reads with all earlier reconstructions in place, and c(x) is taken as given. The error of the
+    next layer's features is what replacement-aware training adds (elloworld.net, January 2026), with the reconstruction
+    of one layer in place; here all earlier ones are. The division by the width is that of `sparsity`.
+    """
+
+    name = "feature_mse"
+    unit = "latent² per token and dimension"
+    coefficient: float
+
+    def total(self, places: Sequence[LaterLatents], mask: TokenMask) -> Scalar:
+        errors = []
+        for each in places:
+            difference = (each.spliced.dense() - each.clean.dense()).where(mask[..., None], 0.0)
+            errors.append(difference.square().sum() / each.d_in)
+        return torch.stack(errors).mean()
+
+
 @dataclass(frozen=True)
 class Objective:
     """The weighted sum of terms that one SAE is trained for."""
 
     spliced_terms: tuple[SplicedTerm, ...] = ()
     site_terms: tuple[SiteTerm, ...] = ()
+    places_terms: tuple[PlacesTerm, ...] = ()
     sites: tuple[Site, ...] = field(init=False)
     """Later sites that must be recorded in both passes."""
     final: bool = field(init=False)
@@ -175,23 +219,42 @@ class Objective:
         return cls(
             tuple(term for term in terms if isinstance(term, SplicedTerm)),
             tuple(term for term in terms if isinstance(term, SiteTerm)),
+            tuple(term for term in terms if isinstance(term, PlacesTerm)),
         )
 
     @property
     def terms(self) -> Sequence[Term]:
-        return (*self.spliced_terms, *self.site_terms)
+        return (*self.spliced_terms, *self.places_terms, *self.site_terms)
 
 
-def build_objective(config: ObjectiveConfig, model: LanguageModel, site: Site) -> Objective:
+OF_ONE: tuple[type[Term], ...] = (SplicedTerm, SiteTerm)
+"""The terms of a dictionary that is spliced alone."""
+OF_THE_PASS: tuple[type[Term], ...] = (SplicedTerm, PlacesTerm)
+"""Those that several places have in common when they are spliced jointly; each has its `SiteTerm`s besides."""
+
+
+def build_objective(
+    config: ObjectiveConfig, model: LanguageModel, site: Site, kinds: tuple[type[Term], ...] = OF_ONE
+) -> Objective:
     """Build the terms that a recipe names; a term of weight 0 is left out.
 
+    Args:
+        site: where the spliced pass begins.
+        kinds: of terms; the others are left out.
+
     Raises:
-        ConfigError: a downstream site does not come after the site, or there is none.
+        ConfigError: a downstream site does not come after the site, or there is none; or a term needs several places.
         SiteError: a downstream site does not exist in the model.
     """
-    return Objective.of(
-        TERMS[term.name].build(term.weight, term.settings, model, site) for term in config.weighted_terms
-    )
+    terms = config.weighted_terms
+    needing = [term.name for term in terms if issubclass(TERMS[term.name], PlacesTerm)]
+    if needing and kinds == OF_ONE:
+        raise ConfigError(
+            f"objective.terms.{needing[0]} compares latents at later places, but one place alone is spliced. Give a "
+            "recipe with several `places` and `joint: true`, or leave the term out."
+        )
+    asked = [term for term in terms if issubclass(TERMS[term.name], kinds)]
+    return Objective.of(TERMS[term.name].build(term.weight, term.settings, model, site) for term in asked)
 
 
 def downstream_sites(given: tuple[str, ...] | None, model: LanguageModel, site: Site) -> tuple[Site, ...]:

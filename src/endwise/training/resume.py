@@ -3,21 +3,22 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from endwise.common.errors import ConfigError, FormatError, RunFolderError, Unreadable
 from endwise.common.processes import World
 from endwise.config.fields import differing, identity
-from endwise.config.run import RunConfig
+from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import check_whole
 from endwise.tokens import Corpora
 from endwise.training.members import Group, Member
 
 
-def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run that was started, with changes to how it is executed.
 
     Raises:
@@ -25,8 +26,9 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: a change breaks a rule, or is of what the run computes.
     """
     folder = RunFolder.open(path)
-    kept = folder.config()
-    config = RunConfig.read(folder.config_file, list(overrides))
+    check_whole(path)
+    kept = folder.recipe()
+    config = read_recipe(folder.config_file, list(overrides))
     if apart := differing(identity(kept), identity(config)):
         raise ConfigError(
             f"{', '.join(apart)}: what a run computes cannot change while it is trained, since no number of it would "
@@ -63,6 +65,24 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
         member.folder.take_over(member.config, member.trainee.step)
         digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
         member.folder.describe(member.config, data, digests)
+        member.describe_places(data, stands_on)
+
+
+def start_apart(folder: RunFolder, config: PlacesConfig, resume: bool | Literal["if_started"]) -> None:
+    """Start the folder of several places that are not trained jointly; each place's own is started as a run's is.
+
+    Raises:
+        RunFolderError: there is none to resume, it holds another recipe, or it is not free.
+    """
+    if resume is True:
+        folder.check_exists()
+    if resume is False or not folder.has_run():
+        folder.create(config)
+    elif apart := differing(identity(folder.recipe()), identity(config)):
+        raise RunFolderError(
+            f"{folder.path} was started with another recipe than this one ({', '.join(apart)}). Resume with its own "
+            "config.yaml; only how a run is executed may change."
+        )
 
 
 def _latest_of_all(group: Group) -> int:
@@ -93,7 +113,7 @@ def broadcast_state(group: Group, world: World) -> None:
 def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
     """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
-    if apart := differing(identity(folder.config()), identity(member.config)):
+    if apart := differing(identity(folder.recipe()), identity(member.config)):
         told = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
         raise RunFolderError(
             f"{folder.path} was started with another recipe than this one: {told}. Resume with its own config.yaml; "

@@ -19,6 +19,7 @@ from endwise.common.terminal import show
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.fields import differing, shared
 from endwise.config.method import Knob
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.dictionaries.normed import normed, taken_over
@@ -28,11 +29,13 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
 from endwise.training.fitting import fit_first, measure_start
-from endwise.training.members import Group, Member
-from endwise.training.objectives import build_objective
+from endwise.training.joint import JointTrainee
+from endwise.training.members import Group, JointMember, Member
+from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
 from endwise.training.resume import broadcast_state, start_or_resume
 from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
@@ -52,7 +55,7 @@ class TrainingRequest:
         ConfigError: they do not agree, or two have one folder.
     """
 
-    configs: Sequence[RunConfig]
+    configs: Sequence[Recipe]
     resume: Resume
     from_step: int | None
     display: bool
@@ -63,7 +66,7 @@ class TrainingRequest:
             raise ConfigError("from_step needs resume, since it names a checkpoint of a run that was started before.")
 
     @property
-    def first(self) -> RunConfig:
+    def first(self) -> Recipe:
         """The recipe that stands for what all share."""
         return self.configs[0]
 
@@ -107,12 +110,7 @@ def prepare(
             raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
         steps = _steps(configs, context)
         group = Group(
-            Member(
-                config,
-                new_trainee(_less_its_start(config, folder, request.from_step), model, steps),
-                folder,
-                sae_metadata(config, model, context),
-            )
+            _new_member(_less_its_start(config, folder, request.from_step), config, folder, model, steps, context)
             for config, folder in zip(configs, folders, strict=True)
         )
         corpora = corpora or corpora_of([settings, *configs[1:]], model)
@@ -132,7 +130,7 @@ def prepare(
     return Prepared(model, tail, group, corpora, order, steps, request.display, world)
 
 
-def _check_shared(configs: Sequence[RunConfig]) -> None:
+def _check_shared(configs: Sequence[Recipe]) -> None:
     if not configs:
         raise ConfigError("There is no recipe to train.")
     first = configs[0]
@@ -148,7 +146,7 @@ def _check_shared(configs: Sequence[RunConfig]) -> None:
         raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
 
 
-def _check_shares(config: RunConfig, world: World) -> None:
+def _check_shares(config: Recipe, world: World) -> None:
     if world.size > config.training.batch:
         raise ConfigError(
             f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
@@ -156,10 +154,11 @@ def _check_shares(config: RunConfig, world: World) -> None:
         )
 
 
-def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume) -> RunFolder:
+def _claimed(config: Recipe, world: World, claims: ExitStack, resume: Resume) -> RunFolder:
     """The recipe's folder, held for this run and found fit for it, before anything long is begun."""
     folder = RunFolder(config.out or default_folder(config))
     if world.is_first:
+        check_whole(folder.path)
         if resume is True:
             folder.check_exists()
         claims.enter_context(folder.claimed())
@@ -169,7 +168,7 @@ def _claimed(config: RunConfig, world: World, claims: ExitStack, resume: Resume)
     return folder
 
 
-def _steps(configs: Sequence[RunConfig], context: int) -> int:
+def _steps(configs: Sequence[Recipe], context: int) -> int:
     """The number of steps; checks that one step and one evaluation get whole sequences."""
     training = configs[0].training
     per_step = training.batch * context
@@ -185,7 +184,7 @@ def _steps(configs: Sequence[RunConfig], context: int) -> int:
     return training.tokens // per_step
 
 
-def model_for(config: RunConfig) -> LanguageModel:
+def model_for(config: Recipe) -> LanguageModel:
     """The language model of a recipe, in the precision that its training asks for."""
     settings = config.model.model_dump()
     if config.model.dtype is None and config.training.precision == "mixed":
@@ -193,14 +192,14 @@ def model_for(config: RunConfig) -> LanguageModel:
     return load_model(**settings)
 
 
-def corpora_of(configs: Sequence[RunConfig], model: LanguageModel) -> Corpora:
+def corpora_of(configs: Sequence[Recipe], model: LanguageModel) -> Corpora:
     """The sequences that recipes of one `data` section and one length are trained and measured on."""
     evaluation_tokens = max(each.evaluation.needed for each in configs)
     training = configs[0].training
     return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
 
 
-def _order(config: RunConfig, corpora: Corpora, steps: int) -> BatchOrder:
+def _order(config: Recipe, corpora: Corpora, steps: int) -> BatchOrder:
     order = BatchOrder(corpora.train, config.training.batch, config.data.seed, config.data.epochs)
     if len(order) < steps:
         raise DataError(
@@ -230,8 +229,55 @@ def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: Wo
     return record
 
 
-def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
+def _new_member(
+    start: Recipe, config: Recipe, folder: RunFolder, model: LanguageModel, steps: int, context: int
+) -> Member:
+    """What is trained in a folder.
+
+    Args:
+        start: the recipe as the dictionaries are made by it.
+    """
+    if isinstance(start, PlacesConfig):
+        assert isinstance(config, PlacesConfig)
+        recipes = sorted(config.recipes, key=lambda recipe: model.place(recipe.place))
+        of_places = [sae_metadata(recipe, model, context) for recipe in recipes]
+        trainee = new_joint_trainee(start, model, steps)
+        return JointMember(config, trainee, folder, of_places[0], recipes=recipes, of_places=of_places)
+    assert isinstance(config, RunConfig)
+    return Member(config, new_trainee(start, model, steps), folder, sae_metadata(config, model, context))
+
+
+def new_joint_trainee(config: PlacesConfig, model: LanguageModel, steps: int) -> JointTrainee:
+    """The SAEs that a joint recipe's training begins with.
+
+    Raises:
+        ConfigError, FormatError: see `new_trainee`; or a dictionary that chooses among all tokens of a pass would see
+            some of them at a time.
+    """
+    recipes = sorted(config.recipes, key=lambda recipe: model.place(recipe.place))
+    first = model.place(recipes[0].place).writes
+    objective = build_objective(config.objective, model, first, OF_THE_PASS)
+    parts = [
+        new_trainee(each, model, steps, build_objective(each.objective, model, first, (SiteTerm,))) for each in recipes
+    ]
+    training = config.training
+    microbatch, whole = training.microbatch, training.batch // training.accumulation
+    if any(recipe.dictionary.batchwise for recipe in recipes[1:]):
+        if microbatch is not None and microbatch < whole:
+            raise ConfigError(
+                f"training.microbatch is {microbatch}, but a dictionary that comes after another one is of an "
+                "architecture that chooses among all tokens of a step, and encodes inside the spliced pass. Leave it "
+                "unset: all sequences go through that pass at once."
+            )
+        microbatch = whole
+    return JointTrainee(parts, objective, config.inputs, microbatch)
+
+
+def new_trainee(config: RunConfig, model: LanguageModel, steps: int, objective: Objective | None = None) -> Trainee:
     """The SAE that a recipe's training begins with, with its objective and optimiser.
+
+    Args:
+        objective: another than the recipe's.
 
     Raises:
         ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
@@ -239,7 +285,7 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int) -> Trainee:
     """
     place = model.place(config.place)
     width = model.width(place.reads)
-    objective = build_objective(config.objective, model, place.writes)
+    objective = objective or build_objective(config.objective, model, place.writes)
     d_sae = config.dictionary.features(width)
     _check_memory(width, d_sae)
     if config.init_from is None:
@@ -267,10 +313,14 @@ def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE
     return architecture.build(config.dictionary, d_in, config.seed)
 
 
-def _less_its_start(config: RunConfig, folder: RunFolder, from_step: int | None) -> RunConfig:
+def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:
     """The recipe without `init_from`, which may be gone or another by now, where a checkpoint holds the weights."""
-    goes_on = from_step != 0 and bool(folder.saved_steps())
-    return config.model_copy(update={"init_from": None}) if goes_on else config
+    if from_step == 0 or not folder.saved_steps():
+        return config
+    if isinstance(config, PlacesConfig):
+        places = [place.model_copy(update={"init_from": None}) for place in config.places]
+        return config.model_copy(update={"places": tuple(places)})
+    return config.model_copy(update={"init_from": None})
 
 
 def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
@@ -311,9 +361,12 @@ def _check_memory(width: int, d_sae: int) -> None:
         )
 
 
-def default_folder(config: RunConfig) -> Path:
-    """`runs/<model>-<site>-<kind>-<knob>-seed<n>`."""
+def default_folder(config: Recipe) -> Path:
+    """`runs/<model>-<site>-<kind>-<knob>-seed<n>`; for several places their number in place of site and knob."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
+    if isinstance(config, PlacesConfig):
+        how = "joint" if config.joint else "apart"
+        return Path("runs") / f"{model}-{len(config.places)}-places-{how}-{config.objective.name}-seed{config.seed}"
     knob = Knob.of(config).tag
     place = "-to-".join(site.name for site in Place.parse(config.place).sites)
     return Path("runs") / f"{model}-{place}-{config.objective.name}-{knob}-seed{config.seed}"

@@ -14,14 +14,14 @@ from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Site
 from endwise.models.splicing import clean_by_tail
 from endwise.tokens import TokenBatch
-from endwise.training.trainee import Trainee
+from endwise.training.joint import AnyTrainee
 
-Failed = Callable[[Trainee, Exception, bool], None]
+Failed = Callable[[AnyTrainee, Exception, bool], None]
 
 
 def take_step(
     model: LanguageModel,
-    trainees: Sequence[Trainee],
+    trainees: Sequence[AnyTrainee],
     batch: TokenBatch,
     accumulation: int = 1,
     failed: Failed | None = None,
@@ -43,7 +43,7 @@ def take_step(
     tokens_in_step, positions = batch.mask.sum(), world.total(batch.tokens.numel())
     world.add([tokens_in_step])
     left = list(trainees)
-    _each(left, failed, Trainee.begin_step)
+    _each(left, failed, lambda each: each.begin_step())
     size = -(-len(batch.tokens) // accumulation)
     for start in range(0, len(batch.tokens), size):
         rows = slice(start, start + size)
@@ -56,7 +56,9 @@ def take_step(
     _each(left, failed, lambda each: each.finish_step(tokens_in_step, positions), whole=False)
 
 
-def _let_go_together(left: list[Trainee], trainees: Sequence[Trainee], failed: Failed | None, world: World) -> None:
+def _let_go_together(
+    left: list[AnyTrainee], trainees: Sequence[AnyTrainee], failed: Failed | None, world: World
+) -> None:
     """Takes out those that failed in another process, whose share of the gradient is missing."""
     for trainee, gone in zip(trainees, world.any([each not in left for each in trainees]), strict=True):
         if gone and trainee in left:
@@ -92,7 +94,7 @@ def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
 
 
 def clean_passes(
-    model: LanguageModel, tail: LanguageModel, trainees: Sequence[Trainee], tokens: Tokens
+    model: LanguageModel, tail: LanguageModel, trainees: Sequence[AnyTrainee], tokens: Tokens
 ) -> dict[Site, Clean]:
     """By the site that is written, what the trainees there are compared with.
 
@@ -100,10 +102,10 @@ def clean_passes(
     that the tail's own rounding is on both sides of every comparison.
     """
     sites = {trainee.site for trainee in trainees}
-    needs = {site: [trainee.objective for trainee in trainees if trainee.site == site] for site in sites}
-    later = {site: {s for objective in needs[site] for s in objective.sites} for site in sites}
-    final = {site: any(objective.final for objective in needs[site]) for site in sites}
-    local = {site for trainee in trainees for site in trainee.place.sites}
+    needs = {site: [trainee for trainee in trainees if trainee.site == site] for site in sites}
+    later = {site: {s for trainee in needs[site] for s in trainee.later_sites} for site in sites}
+    final = {site: any(trainee.objective.final for trainee in needs[site]) for site in sites}
+    local = {site for trainee in trainees for site in trainee.sites}
     if tail is model:
         clean = model.clean(tokens, record=local.union(*later.values()), final=any(final.values()))
         return dict.fromkeys(sites, clean)
@@ -111,7 +113,7 @@ def clean_passes(
     return {site: clean_by_tail(tail, head, site, tuple(later[site]), final[site]) for site in sites}
 
 
-def _each(left: list[Trainee], failed: Failed | None, act: Callable[[Trainee], None], whole: bool = True) -> None:
+def _each(left: list[AnyTrainee], failed: Failed | None, act: Callable[[AnyTrainee], None], whole: bool = True) -> None:
     """Does something with every trainee that is left, and takes out those that fail at it."""
     for trainee in tuple(left):
         try:

@@ -5,16 +5,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from endwise.common.errors import TrainingStopped, out_of_memory
+from endwise.common.errors import ConfigError, TrainingStopped, out_of_memory
 from endwise.common.processes import joined
 from endwise.common.seeds import shared_generators
+from endwise.config.places import PlacesConfig, build_recipe, read_recipe
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.models.language_model import LanguageModel
+from endwise.runs.folder import RunFolder
+from endwise.runs.several import place_folder
 from endwise.tokens import Corpora
 from endwise.training.loop import run_loop
-from endwise.training.members import Run
-from endwise.training.setup import Resume, TrainingRequest, prepare
+from endwise.training.members import PlacesRun, Run
+from endwise.training.resume import start_apart
+from endwise.training.setup import Resume, TrainingRequest, default_folder, prepare
 
 
 def train(
@@ -40,11 +44,13 @@ def train(
         EndwiseError: the recipe breaks a rule (before any training), or training cannot go on (after saving).
     """
     if isinstance(config, str | Path):
-        config = RunConfig.read(find_recipe(str(config)))
-    elif not isinstance(config, RunConfig):
-        config = RunConfig.build(dict(config))
+        recipe = read_recipe(find_recipe(str(config)))
+    else:
+        recipe = config if isinstance(config, RunConfig) else build_recipe(config)
+    if isinstance(recipe, PlacesConfig):
+        raise ConfigError("The recipe has `places`, several of them. Give it to endwise.train_places.")
     settings: dict[str, Any] = {"resume": resume, "from_step": from_step, "display": display}
-    return train_together([config], model=model, corpora=corpora, **settings)[0]
+    return train_together([recipe], model=model, corpora=corpora, **settings)[0]
 
 
 def train_together(
@@ -67,7 +73,53 @@ def train_together(
             error is raised).
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
-    request = TrainingRequest(configs, resume, from_step, display)
+    runs = _trained(TrainingRequest(configs, resume, from_step, display), model, corpora)
+    return [run for run in runs if isinstance(run, Run)]
+
+
+def train_places(
+    config: PlacesConfig | Mapping[str, Any] | str | Path,
+    *,
+    model: LanguageModel | None = None,
+    corpora: Corpora | None = None,
+    resume: Resume = False,
+    from_step: int | None = None,
+    display: bool = True,
+) -> PlacesRun:
+    """Trains SAEs at several places of one model, as one recipe says: jointly, or each as it would be alone.
+
+    Args:
+        config: a recipe with `places`: an object, a mapping of its fields, or the path of a YAML file.
+        model, corpora, resume, from_step: see `train`.
+
+    Raises:
+        SomeFailed: some of several that are not trained jointly failed.
+        EndwiseError: see `train`.
+    """
+    if isinstance(config, str | Path):
+        config = PlacesConfig.read(find_recipe(str(config)))
+    elif not isinstance(config, PlacesConfig):
+        config = PlacesConfig.build(dict(config))
+    if config.joint:
+        (run,) = _trained(TrainingRequest([config], resume, from_step, display), model, corpora)
+        assert isinstance(run, PlacesRun)
+        return run
+    folder = RunFolder(config.out or default_folder(config))
+    recipes = {recipe.place: (recipe, place_folder(folder.path, recipe)) for recipe in config.recipes}
+    with joined() as world:
+        with world.together("starting the run"):
+            if world.is_first:
+                start_apart(folder, config, resume)
+        request = TrainingRequest(
+            [recipe.model_copy(update={"out": path}) for recipe, path in recipes.values()], resume, from_step, display
+        )
+        runs = {run.config.place: run for run in _trained(request, model, corpora) if isinstance(run, Run)}
+    saes = {place: runs[place].sae for place in recipes}
+    folders = {place: path for place, (_, path) in recipes.items()}
+    return PlacesRun(config, saes, folder.path, folders, sum(run.seconds for run in runs.values()))
+
+
+def _trained(request: TrainingRequest, model: LanguageModel | None, corpora: Corpora | None) -> list[Run | PlacesRun]:
     with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
         prepared = prepare(request, world, claims, model, corpora)
         run_loop(prepared)

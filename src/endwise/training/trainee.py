@@ -75,6 +75,30 @@ class Trainee:
         """Whose activation the reconstruction stands for."""
         return self.place.writes
 
+    @property
+    def parts(self) -> "list[Trainee]":
+        """The dictionaries in training: this one."""
+        return [self]
+
+    @property
+    def sites(self) -> set[Site]:
+        """What the clean pass records for the place."""
+        return set(self.place.sites)
+
+    @property
+    def later_sites(self) -> set[Site]:
+        """What is recorded after `site` besides, by the model that runs the spliced pass."""
+        return set(self.objective.sites)
+
+    @property
+    def device(self) -> torch.device:
+        return self.last_fired.device
+
+    @property
+    def microbatch(self) -> int | None:
+        """Sequences at a time in the spliced pass; None: `sequences_at_a_time`."""
+        return self.config.microbatch
+
     def objective_at(self, step: int) -> Objective:
         """What the step after `step` others is trained for: one objective, whose penalty may change."""
         return self._objective if self._schedule is None else self._schedule.objective(self._objective, step)
@@ -294,6 +318,9 @@ class Trainee:
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training goes on from. The place in the data and in the schedule is the step."""

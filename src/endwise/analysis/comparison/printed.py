@@ -14,6 +14,7 @@ from endwise.common.text import model_titles
 from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary, layer_label, remarks_of
+from endwise.evaluation.together import JointEvaluation
 
 
 def print_evaluations(
@@ -30,6 +31,39 @@ def print_evaluations(
     for line in dict.fromkeys(lines):
         show(line, console)
     show_remarks(remarks_of(runs), console)
+
+
+def print_together(
+    evaluation: JointEvaluation, alone: Mapping[str, Evaluation], console: Console | None = None
+) -> None:
+    """Several places: each spliced alone beside itself among the others, then all of them together.
+
+    Args:
+        alone: each place's own evaluation.
+    """
+    console = console or Console()
+    rows = []
+    for place, among in evaluation.places.items():
+        own = alone[place]
+        rows.append(
+            (
+                place,
+                f"{own['l0']:.1f}",
+                f"{own['ce_increase']:+.3f}",
+                f"{own['explained_variance.per_token']:.3f}",
+                f"{among.metrics['l0'].estimate:.1f}",
+                f"{among.metrics['explained_variance.per_token'].estimate:.3f}",
+            )
+        )
+    show(Grid(("place", "L0", "CE increase", "EV", "L0 among all", "EV among all"), rows), console)
+    increase, bounds = evaluation.metrics["ce_increase"], evaluation.baselines
+    show(
+        f"All {len(rows)} together: CE increase {increase.estimate:+.3f} [{increase.low:.3f}, {increase.high:.3f}] "
+        f"nats per token, KL {evaluation['kl']:.3f}, L0 {evaluation['l0']:.1f}; CE {bounds.clean:.3f} clean, "
+        f"{bounds.mean_ablated:.3f} with all at their means, {bounds.zero_ablated:.3f} at zero.",
+        console,
+    )
+    show_remarks(evaluation.remarks, console)
 
 
 def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, str]) -> str:

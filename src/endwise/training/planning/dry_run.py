@@ -8,8 +8,9 @@ The dictionary's latents are dense here: half of a new dictionary is active. On 
 and memory and operations fall.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,23 +19,27 @@ from torch import Tensor, nn
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.common.seeds import generator_states
-from endwise.config.run import RunConfig, TrainingConfig
-from endwise.dictionaries import SAE
+from endwise.config.places import PlacesConfig, Recipe
+from endwise.config.run import TrainingConfig
+from endwise.dictionaries import SAE, Latents
 from endwise.evaluation.measure import residuals_after
 from endwise.kernels import Divergence, Found, Unembedding, standing_in
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import rows_per_chunk
 from endwise.models.blocks import Block, find_blocks
+from endwise.models.joint_pass import AtPlace, JointGradients, JointPass
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.loading import DTYPES
 from endwise.models.sites import Part, Place, Site
-from endwise.models.splicing import SplicedPass, clean_by_tail, sequences_at_a_time
-from endwise.training.objectives import Objective, build_objective
+from endwise.models.splicing import SplicedPass, sequences_at_a_time
+from endwise.training.joint import JointTrainee
+from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
 from endwise.training.setup import new_dictionary
-from endwise.training.trainee import Trainee
+from endwise.training.step import clean_passes
+from endwise.training.trainee import Encoded, Trainee
 
 FOLLOWED = 2
 """Passes, and microbatches of a pass, that are followed: in the second, all that the first leaves behind is there."""
@@ -62,7 +67,7 @@ class DryRun:
         sequences: of each batch in this process.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, sequences: int) -> None:
+    def __init__(self, config: Recipe, device: torch.device, sequences: int) -> None:
         self.config, self.device, self.sequences = config, device, sequences
         self.accumulation = config.training.accumulation
         mixed, on_gpu = config.training.precision == "mixed", device.type == "cuda"
@@ -72,24 +77,57 @@ class DryRun:
             self.model = outline_model(config.model, dtype, trace)
             copied = mixed and dtype == torch.float32
             self.tail = outline_model(config.model, torch.bfloat16, trace) if copied else self.model
-        self.place = self.model.place(config.place)
-        self.site = self.place.writes
-        """Where the spliced pass begins."""
-        self.objective = build_objective(config.objective, self.model, self.site)
+        self.joint = isinstance(config, PlacesConfig) and config.joint
+        recipes = config.recipes if isinstance(config, PlacesConfig) else [config]
+        self.recipes = sorted(recipes, key=lambda recipe: self.model.place(recipe.place))
+        self.places = [self.model.place(recipe.place) for recipe in self.recipes]
+        self.site = self.places[0].writes
+        """Where the (first) spliced pass begins."""
+        self.objectives = self._objectives()
         self.context = _context(config, self.model)
-        at_a_time = config.training.microbatch or sequences_at_a_time(self.context, device)
+        whole = self.joint and any(recipe.dictionary.batchwise for recipe in self.recipes[1:])
+        at_a_time = sequences if whole else config.training.microbatch or sequences_at_a_time(self.context, device)
         self.microbatch = min(at_a_time, sequences // self.accumulation)
         with trace, trace.part(WEIGHTS):
-            self.sae = new_dictionary(config, self.model, self.place)
+            places = zip(self.recipes, self.places, strict=True)
+            self.saes = [new_dictionary(recipe, self.model, place) for recipe, place in places]
         self.kernels = _DenseKernels(trace, on_gpu)
+
+    def _objectives(self) -> dict[Site, Objective]:
+        """By the site where it begins, what each spliced pass is compared by."""
+        if self.joint:
+            return {self.site: build_objective(self.config.objective, self.model, self.site, OF_THE_PASS)}
+        places = zip(self.recipes, self.places, strict=True)
+        return {place.writes: build_objective(each.objective, self.model, place.writes) for each, place in places}
+
+    @property
+    def final(self) -> bool:
+        """Whether passes go on to the unembedding."""
+        return any(objective.final for objective in self.objectives.values())
+
+    def encodings(self) -> list[tuple[SAE, int]]:
+        """Each dictionary, and how often it encodes a token: once more if it is inside a joint pass."""
+        first = self.site
+        later = [self.joint and first < place.writes and not place.reads < first for place in self.places]
+        return [(sae, 1 + each) for sae, each in zip(self.saes, later, strict=True)]
+
+    def _trainees(self, training: TrainingConfig) -> "list[_DryTrainee] | list[_DryJoint]":
+        each = list(zip(self.saes, self.places, self.recipes, strict=True))
+        known = (training, self.trace, self.device)
+        if not self.joint:
+            return [_DryTrainee(sae, place, self.objectives[place.writes], *known) for sae, place, _ in each]
+        own = [build_objective(recipe.objective, self.model, self.site, (SiteTerm,)) for *_, recipe in each]
+        parts = [_DryTrainee(sae, place, at, *known) for (sae, place, _), at in zip(each, own, strict=True)]
+        assert isinstance(self.config, PlacesConfig)
+        return [_DryJoint(parts, self.objectives[self.site], self.config.inputs, training.microbatch)]
 
     def stages(self, accumulation: int, microbatch: int, *, only_step: bool = False) -> dict[str, Held]:
         """What each stage of the run (`STEP`, `EVALUATION`, and on a CPU `CHECKPOINT`) holds when it holds most."""
         training = self.config.training.model_copy(update={"microbatch": microbatch})
         with self.trace, standing_in("cpu", self.kernels):
-            trainee = _DryTrainee(self.sae, self.place, self.objective, training, self.trace, self.device)
-            self._settle(trainee)
-            found = {STEP: self._step(trainee, self.sequences // accumulation, accumulation)}
+            trainees = self._trainees(training)
+            self._settle(trainees)
+            found = {STEP: self._step(trainees, self.sequences // accumulation, accumulation)}
             if not only_step:
                 self.trace.start()
                 between = self.trace.peak()
@@ -97,43 +135,43 @@ class DryRun:
                 if self.device.type == "cpu":
                     _, copied = self.file_sizes()  # of the SAE as it is used; a checkpoint is written as it lies
                     found[CHECKPOINT] = Held({**between.parts, SAVING: copied}, SAVING)
-            trainee.leave()
+            for trainee in trainees:
+                trainee.leave()
         if self.device.type == "cpu":
             for held in found.values():
                 held.parts[ALLOCATOR] = ALLOCATOR_BYTES
         return found
 
-    def _settle(self, trainee: Trainee) -> None:
-        """Takes a step without a gradient, after which the optimiser has its moments."""
-        trainee.begin_step()
-        for parameter in self.sae.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    def _settle(self, trainees: "Sequence[_DryTrainee | _DryJoint]") -> None:
+        """Takes a step without a gradient, after which the optimisers have their moments."""
+        for trainee in trainees:
+            trainee.begin_step()
+        for sae in self.saes:
+            for parameter in sae.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         with self.trace.part(OPTIMISER):
-            trainee.finish_step(torch.ones(()), 0)
+            for trainee in trainees:
+                trainee.finish_step(torch.ones(()), 0)
 
-    def _step(self, trainee: Trainee, sequences: int, passes: int) -> Held:
+    def _step(self, trainees: "Sequence[_DryTrainee | _DryJoint]", sequences: int, passes: int) -> Held:
         with self.trace.part(INPUTS):
             tokens = torch.zeros(self.sequences, self.context, dtype=torch.int64)
             mask = torch.ones(self.sequences, self.context, dtype=torch.bool)
             count = mask.sum()
         rows = slice(0, sequences)
         self.trace.start()
-        trainee.begin_step()
+        for trainee in trainees:
+            trainee.begin_step()
         for _ in range(min(passes, FOLLOWED)):
-            clean = self._clean(tokens[rows])  # as in training, what the pass before recorded is still there meanwhile
+            with self.trace.part(CLEAN):  # as in training, what the pass before recorded is still there meanwhile
+                clean = clean_passes(self.model, self.tail, trainees, tokens[rows])
             with self.trace.part(LATENTS):
-                trainee.accumulate(self.tail, clean, mask[rows], count)
+                for trainee in trainees:
+                    trainee.accumulate(self.tail, clean[trainee.site], mask[rows], count)
         with self.trace.part(OPTIMISER):
-            trainee.finish_step(count, tokens.numel())
+            for trainee in trainees:
+                trainee.finish_step(count, tokens.numel())
         return self.trace.peak()
-
-    def _clean(self, tokens: Tensor) -> Clean:
-        objective = self.objective
-        with self.trace.part(CLEAN):
-            if self.tail is self.model:
-                return self.model.clean(tokens, {*self.place.sites, *objective.sites}, final=objective.final)
-            head = self.model.clean(tokens, self.place.sites)
-            return clean_by_tail(self.tail, head, self.site, objective.sites, objective.final)
 
     @torch.no_grad()
     def _evaluation(self) -> Held:
@@ -147,26 +185,45 @@ class DryRun:
             mask = torch.ones(sequences, self.context, dtype=torch.bool)
         trace.start()
         with trace.part(CLEAN):
-            clean = self.model.clean(tokens, {*self.place.sites, *later}, final=True)
-        with trace.part(LATENTS):
-            read = clean.activations[self.place.reads]
-            latents = self.sae.encode(read)
-            estimate = self.sae.reconstruct(latents, read)
-            latents.fired(mask)
-            latents.l0()
-        with trace.part(TAIL):
-            spliced = SplicedPass(self.model, self.site, later).run(clean, estimate, mask)
+            sites = {site for place in self.places for site in place.sites}
+            clean = self.model.clean(tokens, {*sites, *later}, final=True)
+        finals = self._joint_final(clean, mask, later) if self.joint else self._finals(clean, mask)
         with trace.part(READOUT):
-            assert clean.final is not None and spliced.final is not None
-            self.model.readout.compare(clean.final, [spliced.final], tokens, mask)
+            assert clean.final is not None
+            self.model.readout.compare(clean.final, finals, tokens, mask)
         return trace.peak()
+
+    def _finals(self, clean: Clean, mask: TokenMask) -> list[Activation]:
+        finals: list[Activation] = []
+        for sae, place in zip(self.saes, self.places, strict=True):
+            with self.trace.part(LATENTS):
+                read = clean.activations[place.reads]
+                latents = sae.encode(read)
+                estimate = sae.reconstruct(latents, read)
+                latents.fired(mask)
+                latents.l0()
+            with self.trace.part(TAIL):
+                later = residuals_after(self.model, place.writes)
+                spliced = SplicedPass(self.model, place.writes, later).run(clean, estimate, mask)
+                assert spliced.final is not None
+                finals.append(spliced.final)
+        return finals
+
+    def _joint_final(self, clean: Clean, mask: TokenMask, later: Sequence[Site]) -> list[Activation]:
+        kept: list[Latents] = []
+        places = zip(self.places, self.saes, strict=True)
+        functions = {place: partial(_keeping, kept, sae) for place, sae in places}
+        with self.trace.part(TAIL):
+            spliced = JointPass(self.model, functions, later).run(clean, {}, mask).spliced
+            assert spliced.final is not None
+            return [spliced.final]
 
     def file_sizes(self) -> tuple[int, int]:
         """Bytes of a checkpoint and of the saved SAE, but for their headers."""
-        weights = 4 * _count(self.sae)
-        counters = 4 * len(list(self.sae.parameters()))  # Adam's, one to a parameter
+        weights = 4 * sum(map(_count, self.saes))
+        counters = 4 * sum(len(list(sae.parameters())) for sae in self.saes)  # Adam's, one to a parameter
         generators = sum(state.nbytes for state in generator_states().values())
-        return 3 * weights + counters + 8 * self.sae.d_sae + generators, weights
+        return 3 * weights + counters + 8 * sum(sae.d_sae for sae in self.saes) + generators, weights
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -185,11 +242,10 @@ class DryRun:
     @property
     def end(self) -> int:
         """How many pieces the clean pass runs."""
-        return (
-            len(self.pieces)
-            if self.objective.final
-            else max(map(self.pieces_before, [self.site, *self.objective.sites]))
-        )
+        if self.final:
+            return len(self.pieces)
+        sites = [site for objective in self.objectives.values() for site in objective.sites]
+        return max(map(self.pieces_before, [*(place.writes for place in self.places), *sites]))
 
     @property
     def unembedding(self) -> nn.Module:
@@ -228,7 +284,7 @@ class _DryTrainee(Trainee):
     ) -> None:
         with trace.part(OPTIMISER):
             super().__init__(sae, place, objective, config, 1)
-        self._trace, self._planned = trace, device
+        self.trace, self._planned = trace, device
         self._hooks = [each.register_post_accumulate_grad_hook(self._claim) for each in sae.parameters()]
 
     def leave(self) -> None:
@@ -239,7 +295,7 @@ class _DryTrainee(Trainee):
 
     def _claim(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self._trace.claim(parameter.grad, GRADIENTS)
+        self.trace.claim(parameter.grad, GRADIENTS)
 
     def products(self) -> torch.autocast:
         on_gpu = self._planned.type == "cuda"
@@ -249,11 +305,51 @@ class _DryTrainee(Trainee):
         self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
     ) -> Activation:
         rows = slice(0, FOLLOWED * (self.config.microbatch or 1))
-        with self._trace.part(TAIL):
+        with self.trace.part(TAIL):
             rest = torch.empty_like(reconstruction[rows.stop :])
             some = super()._tail_gradient(tail, clean.rows(rows), reconstruction[rows], mask[rows])
             del rest, some
             return torch.empty_like(reconstruction)
+
+
+class _DryJoint(JointTrainee):
+    """As `_DryTrainee`, of several places that are spliced jointly."""
+
+    def leave(self) -> None:
+        for part in self.parts:
+            assert isinstance(part, _DryTrainee)
+            part.leave()
+
+    def _joint_pass(
+        self, tail: LanguageModel, clean: Clean, heads: Mapping[Place, Encoded], mask: TokenMask
+    ) -> JointGradients:
+        part = self.parts[0]
+        assert isinstance(part, _DryTrainee)
+        rows = slice(0, FOLLOWED * (self.microbatch or 1))
+        some = {at: replace(each, reconstruction=each.reconstruction[rows]) for at, each in heads.items()}
+        with part.trace.part(TAIL):
+            rest = [torch.empty_like(each.reconstruction[rows.stop :]) for each in heads.values()]
+            found = super()._joint_pass(tail, clean.rows(rows), some, mask[rows])
+            del rest
+            values = {at.writes: torch.empty_like(each.reconstruction) for at, each in heads.items()}
+            return JointGradients(
+                {site: values[site] for site in found.values},
+                found.parameters,
+                {place: _as_long_as(mask, at) for place, at in found.at.items()},
+            )
+
+
+def _as_long_as(mask: TokenMask, at: AtPlace) -> AtPlace:
+    read, found, value = (torch.empty(*mask.shape, each.shape[-1]) for each in (at.read, at.found, at.value))
+    return AtPlace(read, read if at.found is at.read else found, value)
+
+
+def _keeping(kept: list[Latents], sae: SAE, x: Activation, mask: TokenMask) -> Activation:
+    """Reconstruct, and hold the latents until all have been compared, as evaluation does."""
+    latents = sae.encode(x)
+    latents.fired(mask)
+    kept.append(latents)
+    return sae.reconstruct(latents, x)
 
 
 class _DenseKernels(EagerKernels):
@@ -273,7 +369,7 @@ class _DenseKernels(EagerKernels):
             return super().kl(clean, spliced, keep, unembedding)
 
 
-def _context(config: RunConfig, model: LanguageModel) -> int:
+def _context(config: Recipe, model: LanguageModel) -> int:
     context = config.data.context or model.context
     if context is None:
         raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")

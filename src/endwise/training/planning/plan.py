@@ -12,7 +12,7 @@ import torch
 
 from endwise.common.errors import ConfigError
 from endwise.common.machine import available_memory, free_disk, resident_memory, size_text
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 from endwise.models.loading import find_device
 from endwise.training.planning.dry_run import (
     CLEAN,
@@ -134,7 +134,9 @@ class TrainingPlan:
     microbatch: int
     steps: int
     d_model: int
+    """Of several places, the largest."""
     d_sae: int
+    """Of all places together."""
     parameters: Parameters
     stages: tuple[Stage, ...]
     checkpoint_bytes: int
@@ -162,7 +164,7 @@ class TrainingPlan:
         return values | {"fits": self.fits}
 
 
-def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> TrainingPlan:
+def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> TrainingPlan:
     """What one of a run's processes will need.
 
     Args:
@@ -192,9 +194,9 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     checkpoint, sae = dry_run.file_sizes()
     return TrainingPlan(
         model=config.model.name,
-        site=dry_run.place.name,
+        site=config.place,
         kind=config.objective.name,
-        splices=bool(dry_run.objective.spliced_terms),
+        splices=any(each.spliced_terms or each.places_terms for each in dry_run.objectives.values()),
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
@@ -203,8 +205,8 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
         accumulation=dry_run.accumulation,
         microbatch=dry_run.microbatch,
         steps=steps,
-        d_model=dry_run.sae.d_in,
-        d_sae=dry_run.sae.d_sae,
+        d_model=max(sae.d_in for sae in dry_run.saes),
+        d_sae=sum(sae.d_sae for sae in dry_run.saes),
         parameters=_parameters(dry_run),
         stages=tuple(Stage(name, held.during, held.parts) for name, held in stages.items()),
         checkpoint_bytes=checkpoint,
@@ -216,7 +218,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     )
 
 
-def _device(config: RunConfig, memory: int | None) -> torch.device:
+def _device(config: Recipe, memory: int | None) -> torch.device:
     """The recipe's; if its memory is given, it may be one that this machine has not."""
     name = config.model.device
     try:
@@ -232,7 +234,7 @@ def _parameters(dry_run: DryRun) -> Parameters:
     head = dry_run.pieces[: dry_run.pieces_before(dry_run.site)]
     before = dry_run.embedding_parameters() + sum(piece.parameters for piece in head)
     unembedding = sum(parameter.numel() for parameter in dry_run.unembedding.parameters())
-    dictionary = sum(parameter.numel() for parameter in dry_run.sae.parameters())
+    dictionary = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
     return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
 
 
@@ -241,26 +243,35 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
-    d_in, d_out, d_sae = dry_run.sae.d_in, dry_run.sae.d_out, dry_run.sae.d_sae
-    product = (product_flops(1, d_in, d_sae) + product_flops(1, d_sae, d_out)) / 2
-    readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.objective.final else 0)
-    parameters = sum(parameter.numel() for parameter in dry_run.sae.parameters())
+    passes = [site for site, each in dry_run.objectives.items() if each.spliced_terms or each.places_terms]
+    starts = map(dry_run.pieces_before, passes)
+    tails = [[piece.stretch for piece in dry_run.pieces[start : dry_run.end]] for start in starts]
+    product = sum(
+        times * (product_flops(1, sae.d_in, sae.d_sae) + product_flops(1, sae.d_sae, sae.d_out)) / 2
+        for sae, times in dry_run.encodings()
+    )
+    readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.final else 0)
+    readouts = readout * sum(objective.final for objective in dry_run.objectives.values())
+    parameters = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
     flops = Flops(
         clean_prefix=forward_flops(head, context) / context,
         clean_tail=forward_flops(tail, context) / context,
         clean_readout=readout,
         sae_forward=float(DENSE_FORWARD_PRODUCTS * product),
         sae_backward=float(DENSE_GRADIENT_PRODUCTS * product),
-        tail_forward=forward_flops(tail, context) / context,
-        tail_backward=gradient_flops(tail, context) / context,
-        readout_forward=readout,
-        readout_backward=readout,
+        tail_forward=sum(forward_flops(each, context) for each in tails) / context,
+        tail_backward=sum(gradient_flops(each, context) for each in tails) / context,
+        readout_forward=readouts,
+        readout_backward=readouts,
         optimiser=OPTIMISER_OPERATIONS * parameters / per_step,
     )
     if dry_run.device.type == "cuda":
         return flops, None
-    sae = product + sparse_flops(1, (d_in + d_out) // 2, dry_run.sae.sparse_below * d_sae)
-    return flops, flops.per_token - flops.sae_forward - flops.sae_backward + sae
+    sparse = sum(
+        times * sparse_flops(1, (sae.d_in + sae.d_out) // 2, sae.sparse_below * sae.d_sae)
+        for sae, times in dry_run.encodings()
+    )
+    return flops, flops.per_token - flops.sae_forward - flops.sae_backward + product + sparse
 
 
 def _memory_needs(dry_run: DryRun, stages: Mapping[str, Held], processes: int, memory: int | None) -> Iterator[Need]:

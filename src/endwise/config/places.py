@@ -1,0 +1,171 @@
+"""A recipe for several places of one model: what they share, and what each has of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from endwise.common.errors import ConfigError
+from endwise.config.base import Config, apply_overrides, read_yaml
+from endwise.config.dictionary import DictionaryConfig, of_architecture
+from endwise.config.fields import EXECUTION, SHARED
+from endwise.config.objective import ObjectiveConfig
+from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, TrainingConfig
+
+Inputs = Literal["clean", "spliced"]
+OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
+"""Keys that stand for every place, unless it has its own."""
+SIZES = {"size", "ratio"}
+OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "terms")
+"""Keys of an objective that one spliced pass has one of."""
+
+
+class PlaceConfig(Config):
+    """One place: what a recipe says of it alone."""
+
+    site: str
+    """As `site` of a recipe for one."""
+    writes: str | None = None
+    """As `writes` of a recipe for one."""
+    dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
+    """Keys that differ from the recipe's `dictionary`."""
+    objective: ObjectiveConfig
+    """Keys that differ from the recipe's `objective`; if joint, of terms at the place (`sparsity`, `local_mse`)."""
+    seed: Seed = 0
+    init_from: Path | None = None
+
+
+class PlacesConfig(Config):
+    """A recipe for several places of one model."""
+
+    model: Annotated[ModelConfig, SHARED] = ModelConfig()
+    places: Annotated[tuple[PlaceConfig, ...], Field(min_length=1)]
+    """Each a `site`, and what differs there from `dictionary`, `objective`, `seed` and `init_from` of the recipe."""
+    joint: bool = True
+    """Whether all reconstructions are in place in one spliced pass, with one loss; if not, each is trained as it would
+    be alone, in one clean pass with the others."""
+    inputs: Inputs = "clean"
+    """What the terms at each place (`local_mse`, `sparsity`, the dictionary's own) are computed on, if joint: the
+    model's own activation, or that of the spliced pass, which the earlier reconstructions have changed. Their gradient
+    goes into that place's dictionary alone."""
+    data: Annotated[DataConfig, SHARED] = DataConfig()
+    training: TrainingConfig
+    """Learning rate and clipping are of each dictionary; so are its Adam's moments."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    trackers: Annotated[tuple[str, ...], EXECUTION] = ()
+    out: Annotated[Path | None, EXECUTION] = None
+    """Run folder; each place's is in it, under `places`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: Any) -> Any:
+        """What stands for every place, in each of them."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("places"), Sequence):
+            return values
+        shared = {key: values[key] for key in OF_A_PLACE if key in values}
+        places = [_over(shared, place) if isinstance(place, Mapping) else place for place in values["places"]]
+        return {key: value for key, value in values.items() if key not in OF_A_PLACE} | {"places": places}
+
+    @model_validator(mode="after")
+    def _each_is_a_recipe(self) -> "PlacesConfig":
+        for place in self.places:
+            try:
+                self.recipe(place)
+            except ConfigError as error:
+                raise ValueError(f"at {place.site}: {' '.join(str(error).split())}") from None
+        written = [place.writes or place.site for place in self.places]
+        if len(set(written)) < len(written):
+            raise ValueError("two places write one site; name each site once")
+        return self
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> "PlacesConfig":
+        first = self.places[0].objective
+        for place in self.places[1:] if self.joint else ():
+            both = [
+                {key: getattr(objective, key) for key in OF_THE_PASS} | objective.weights | {"local_mse": None}
+                for objective in (first, place.objective)
+            ]
+            if apart := [key for key, value in both[0].items() if both[1].get(key) != value]:
+                raise ValueError(
+                    f"at {place.site} the objective differs in {', '.join(apart)} from the first place's; a joint "
+                    "pass has one loss, and a place of its own only sparsity and local_mse. Give all the same, or set "
+                    "joint: false"
+                )
+        return self
+
+    @property
+    def dictionary(self) -> DictionaryConfig:
+        """That of the first place."""
+        return self.places[0].dictionary
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """That of the first place, whose terms of the spliced pass are those of all."""
+        return self.places[0].objective
+
+    @property
+    def seed(self) -> int:
+        return self.places[0].seed
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """As `RunConfig.seeds`, of the first place."""
+        return self.recipes[0].seeds
+
+    @property
+    def init_from(self) -> None:
+        """What each place starts from is its own matter."""
+        return
+
+    @property
+    def place(self) -> str:
+        return " + ".join(recipe.place for recipe in self.recipes)
+
+    @property
+    def recipes(self) -> list[RunConfig]:
+        """Each place's as a recipe for one, in the order of the file."""
+        return [self.recipe(place) for place in self.places]
+
+    def recipe(self, place: PlaceConfig) -> RunConfig:
+        """That of one place by itself."""
+        shared = {"model", "data", "training", "evaluation", "trackers"}
+        return RunConfig.build({**self.model_dump(include=shared), **place.model_dump()}, "the recipe")
+
+
+Recipe = RunConfig | PlacesConfig
+
+
+def build_recipe(values: Mapping[str, Any], source: str = "the configuration") -> Recipe:
+    """Validate a recipe, which is one for several places if it has the key `places`.
+
+    Raises:
+        ConfigError: it breaks a rule.
+    """
+    kind = PlacesConfig if "places" in values else RunConfig
+    return kind.build(dict(values), source)
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides; see `Config.read` and `build_recipe`."""
+    return build_recipe(apply_overrides(read_yaml(path), overrides or []), str(path))
+
+
+def _over(shared: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+    """A place's keys over those that stand for all; a size replaces a ratio, and another architecture all but these."""
+    base, own = dict(shared), place.get("dictionary")
+    if isinstance(base.get("dictionary"), Mapping) and isinstance(own, Mapping):
+        kept = dict(base["dictionary"])
+        if own.get("architecture", kept.get("architecture")) != kept.get("architecture"):
+            kept = {key: value for key, value in kept.items() if key in SIZES}
+        if own.keys() & SIZES:
+            kept = {key: value for key, value in kept.items() if key not in SIZES}
+        base["dictionary"] = kept
+    return _merged(base, place)
+
+
+def _merged(base: Any, own: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(own, Mapping):
+        return own
+    return {**base, **{key: _merged(base[key], value) if key in base else value for key, value in own.items()}}

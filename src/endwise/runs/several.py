@@ -1,0 +1,45 @@
+"""Where a run of several places keeps each of them, and what tells such a place's folder from a run's."""
+
+import shlex
+from pathlib import Path
+
+from endwise.common.errors import RunFolderError
+from endwise.common.files import read_json, write_json
+from endwise.config.places import PlacesConfig
+from endwise.config.run import RunConfig
+
+PLACES, PART = "places", "part.json"
+
+
+def place_folder(run: Path, recipe: RunConfig) -> Path:
+    """The folder of one of a run's places, by its recipe for one."""
+    two = recipe.written != recipe.site
+    return run / PLACES / (f"{recipe.site}-to-{recipe.written}" if two else recipe.site)
+
+
+def place_folders(run: Path, config: PlacesConfig) -> list[Path]:
+    """In the order of the recipe."""
+    return [place_folder(run, recipe) for recipe in config.recipes]
+
+
+def mark_part(folder: Path, config: PlacesConfig) -> None:
+    """Writes into a place's folder that it is one of several, trained jointly."""
+    write_json(folder / PART, {"seed": config.seed, "run": folder.parent.parent.name, "joint": config.place})
+
+
+def resuming(folder: Path) -> str:
+    """The command that resumes a run, which for one of several places is that of all."""
+    run = folder.parent.parent if (folder / PART).exists() else folder
+    return f"endwise train --resume {shlex.quote(str(run))}"
+
+
+def check_whole(folder: Path) -> None:
+    """
+    Raises:
+        RunFolderError: it is one place of a run that trains several jointly.
+    """
+    if (folder / PART).exists():
+        run = read_json(folder / PART).get("run")
+        raise RunFolderError(
+            f"{folder} is one place of the run {run}, trained jointly with others. Resume that: {resuming(folder)}"
+        )
