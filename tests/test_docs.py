@@ -14,8 +14,8 @@ import yaml
 
 import endwise
 from endwise.cli import app
+from endwise.config.places import build_recipe
 from endwise.config.recipes import find_recipe, find_sweep
-from endwise.config.run import RunConfig
 from endwise.paper import StudyConfig
 from endwise.paper.experiments import Experiments
 from endwise.paper.plan import study_tokens
@@ -75,7 +75,7 @@ def test_recipes_sweeps_and_studies_are_valid(example, tmp_path):
         study = StudyConfig.build(values, source=str(example))
         check(Experiments(study, study_tokens(study), tmp_path))
     else:
-        RunConfig.build(values, source=str(example))
+        build_recipe(values, source=str(example))
 
 
 def commands() -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from endwise.config.places import PlacesConfig
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries.relu import ReluSAE
 from endwise.models.sites import Place
+from endwise.runs.checkpoints import checksum, read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import TokenBatch
 from endwise.training.joint import JointTrainee
@@ -24,6 +25,7 @@ from endwise.training.planning.plan import plan
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, LAYERS, recipe, small_corpora, small_model, write_tokens
+from test_distributed import assert_close, launch
 from tiny_models import hooked, tiny, tokens
 
 MLPS = [f"blocks.{layer}.mlp_in -> blocks.{layer}.hook_mlp_out" for layer in range(4)]
@@ -179,7 +181,7 @@ def test_without_terms_of_the_pass_spliced_inputs_are_still_met():
     _, terms = loss_by_hand(model, ids, mask, made, "spliced")
     found = {}
     for inputs in ("clean", "spliced"):
-        trainee = joint_trainee(made, inputs, terms=())
+        trainee = joint_trainee(copy.deepcopy(made), inputs, terms=())
         take_step(model, [trainee], TokenBatch(ids, mask))
         found[inputs] = trainee.report()
     places = found["spliced"]["places"]
@@ -235,8 +237,14 @@ def lines(folder):
 
 
 def files(folder):
-    names = [*folder.glob("**/sae_weights.safetensors"), *folder.glob("**/*.jsonl"), *folder.glob("**/step-*")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in names if path.name != "timings.jsonl"}
+    """What training leaves; of a checkpoint what it holds, but for generators that whoever runs the tests draws from."""
+    names = [*folder.glob("**/sae_weights.safetensors"), *folder.glob("**/*.jsonl")]
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in names if path.name != "timings.jsonl"}
+    for path in folder.glob("**/step-*"):
+        checkpoint = read_checkpoint(path)
+        own = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("random.")}
+        found[str(path.relative_to(folder))] = checksum(own, json.dumps(checkpoint.state))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["local", "e2e", "e2e_ds"])
@@ -384,6 +392,31 @@ def test_the_command_line_trains_resumes_and_measures(made, tmp_path):
     assert files(tmp_path / "run").keys() == whole.keys() | {"changes.jsonl"}
     told = call("evaluate", tmp_path / "run")
     assert "All 4 together: CE increase" in told and "L0 among all" in told
+
+
+def test_two_processes_give_the_curve_of_one(made, tmp_path):
+    folders = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        objective = {"kind": "e2e", "sparsity": {"coefficient": 0.3}, "terms": {"feature_mse": 0.1}}
+        values = several(folder, kind="e2e", objective=objective)
+        values["model"] |= {"name": str(made / "model"), "device": "cpu"}
+        values["data"] |= {"source": str(made / "train.npy"), "heldout": str(made / "heldout.npy"), "context": CONTEXT}
+        values["data"] |= {"mask_first_position": True}
+        values["training"] |= {"batch": 5, "tokens": 800}
+        file = folder.with_suffix(".yaml")
+        file.write_text(json.dumps(values, default=str))
+        code, told, errors = launch(processes, "train", file, "--quiet")
+        assert code == 0 and told.count("Trained e2e") == 1, errors
+        folders.append(folder)
+    alone, together = map(lines, folders)
+    assert len(alone) == len(together) == 20
+    for one, other in zip(together, alone, strict=True):
+        assert_close(one, other, f"step {other['step']}")
+    for name, tensor in read_checkpoint(RunFolder(folders[0]).latest_checkpoint()).tensors.items():
+        if ":sae." in name:
+            ours = read_checkpoint(RunFolder(folders[1]).latest_checkpoint()).tensors[name]
+            torch.testing.assert_close(ours, tensor, rtol=1e-4, atol=1e-4)
 
 
 # Recipes

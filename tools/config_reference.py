@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from endwise.config.base import Config, section_of
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.config.fields import EXECUTION
+from endwise.config.places import PlaceConfig, PlacesConfig
 from endwise.config.recipes import find_recipe, find_sweep, recipe_names, sweep_names
 from endwise.config.run import RunConfig
 from endwise.sweeps.sweep_config import SweepConfig, Target
@@ -66,6 +67,13 @@ A key says what is computed, or how it is executed. The second kind may be chang
 `out` is where the folder lies: move the folder itself.
 """
 
+SEVERAL = """\
+## A recipe for several places
+
+With `places` in place of `site` and `writes` a recipe is one for [several places](joint.md). Its `dictionary`,
+`objective`, `seed` and `init_from` stand for each of them; its other sections are as above.
+"""
+
 SWEEPS = """\
 ## A sweep
 
@@ -73,6 +81,7 @@ A sweep is a YAML file of its own, with the keys below; [sweeps](sweeps.md) says
 """
 
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", Any: "any value"}
+TYPES |= {PlaceConfig: "mapping"}
 TABLE = ("| key | value | default | meaning |", "|---|---|---|---|")
 BOUNDS = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
 
@@ -83,8 +92,23 @@ def reference() -> str:
     sweeps = _listed("Sweeps", "sweep", {name: find_sweep(name) for name in sweep_names()})
     keys_of_sweeps = (*_sections(SweepConfig, "", "### Its own keys", "###"), *_sections(Target, "", "### A target"))
     return "\n".join(
-        [HEADING, *_sections(RunConfig, "", "## The recipe itself"), recipes, SWEEPS, *keys_of_sweeps, sweeps]
+        [
+            HEADING,
+            *_sections(RunConfig, "", "## The recipe itself"),
+            _several(),
+            recipes,
+            SWEEPS,
+            *keys_of_sweeps,
+            sweeps,
+        ]
     )
+
+
+def _several() -> str:
+    """What a recipe for several places has besides."""
+    meanings = _docstrings(PlacesConfig)
+    rows = [_row(key, PlacesConfig.model_fields[key], meanings[key]) for key in ("places", "joint", "inputs")]
+    return "\n".join([SEVERAL, *TABLE, *rows, ""])
 
 
 def _sections(section: type[Config], prefix: str, title: str, inner_title: str = "##") -> Iterator[str]:

@@ -114,7 +114,7 @@ class JointPass:
             found.append((gradients[: len(leaves)], kept))
         at_values = {site: torch.cat([each[number] for each, _ in found]) for number, site in enumerate(values)}
         return JointGradients(
-            at_values, totals, {place: _joined([at[place] for _, at in found]) for place in found[0][1]}
+            at_values, totals, {place: _joined(place, [at[place] for _, at in found]) for place in found[0][1]}
         )
 
 
@@ -127,10 +127,10 @@ def _gradients(total: Scalar, wanted: Sequence[Tensor]) -> list[Tensor]:
     return [next(given) if each.requires_grad else torch.zeros_like(each) for each in wanted]
 
 
-def _joined(parts: Sequence[AtPlace]) -> AtPlace:
+def _joined(place: Place, parts: Sequence[AtPlace]) -> AtPlace:
     read, value = (torch.cat([getattr(each, name) for each in parts]) for name in ("read", "value"))
-    same = parts[0].read.data_ptr() == parts[0].found.data_ptr()
-    return AtPlace(read, read if same else torch.cat([each.found for each in parts]), value)
+    found = read if place.reads == place.writes else torch.cat([each.found for each in parts])
+    return AtPlace(read, found, value)
 
 
 class _Visit:

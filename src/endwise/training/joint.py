@@ -20,7 +20,7 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import Scalar
 from endwise.runs.checkpoints import Checkpoint
 from endwise.training.objectives import LaterLatents, Objective
-from endwise.training.trainee import Encoded, Trainee, harmless, not_finite
+from endwise.training.trainee import Trainee, harmless, not_finite
 
 SHARED_TENSORS = "random."
 """What a checkpoint has one of, whatever the number of places: the states of generators."""
@@ -108,7 +108,8 @@ class JointTrainee:
     def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
         """Adds the gradient of some of the step's sequences: see `Trainee.accumulate`."""
         heads = {part.place: part.encode(*part.meets(clean), mask) for part in self._heads}
-        found = self._joint_pass(tail, clean, heads, mask)
+        values = {place.writes: encoded.reconstruction for place, encoded in heads.items()}
+        found = self._joint_pass(tail, clean, values, mask)
         for part in self._heads:
             part.learn(heads.pop(part.place), mask, tokens_in_step, found.values.get(part.site))
         for part in self._later:
@@ -125,16 +126,19 @@ class JointTrainee:
         return [parameter for part in self._later for parameter in part.sae.parameters()]
 
     def _joint_pass(
-        self, tail: LanguageModel, clean: Clean, heads: Mapping[Place, Encoded], mask: TokenMask
+        self, tail: LanguageModel, clean: Clean, values: Mapping[Site, AnyWidth], mask: TokenMask
     ) -> JointGradients:
-        """The pass, where anything asks for it: a term, or places' own terms on spliced inputs."""
+        """The pass, where anything asks for it: a term, or places' own terms on spliced inputs.
+
+        Args:
+            values: the heads' reconstructions.
+        """
         terms = bool(self.objective.terms)
         if not terms and (self.inputs == "clean" or not self._later):
             return JointGradients({}, [], {})
         record = {*self.objective.sites, *([self.parts[-1].site] if self._later else [])}
         functions = {part.place: partial(self._reconstruct, part) for part in self._later}
         joint = JointPass(tail, functions, sorted(record), self.objective.final, self.microbatch)
-        values = {place.writes: encoded.reconstruction for place, encoded in heads.items()}
         parameters = self._later_parameters() if terms else []
         if terms:
             return joint.gradients(clean, values, mask, partial(self._loss, tail.readout), parameters)

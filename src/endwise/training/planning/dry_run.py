@@ -9,14 +9,14 @@ and memory and operations fall.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from endwise.common.axes import Activation, TokenMask
+from endwise.common.axes import Activation, AnyWidth, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.common.seeds import generator_states
 from endwise.config.places import PlacesConfig, Recipe
@@ -39,7 +39,7 @@ from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
 from endwise.training.setup import new_dictionary
 from endwise.training.step import clean_passes
-from endwise.training.trainee import Encoded, Trainee
+from endwise.training.trainee import Trainee
 
 FOLLOWED = 2
 """Passes, and microbatches of a pass, that are followed: in the second, all that the first leaves behind is there."""
@@ -321,19 +321,18 @@ class _DryJoint(JointTrainee):
             part.leave()
 
     def _joint_pass(
-        self, tail: LanguageModel, clean: Clean, heads: Mapping[Place, Encoded], mask: TokenMask
+        self, tail: LanguageModel, clean: Clean, values: Mapping[Site, AnyWidth], mask: TokenMask
     ) -> JointGradients:
         part = self.parts[0]
         assert isinstance(part, _DryTrainee)
         rows = slice(0, FOLLOWED * (self.microbatch or 1))
-        some = {at: replace(each, reconstruction=each.reconstruction[rows]) for at, each in heads.items()}
+        some = {site: value[rows] for site, value in values.items()}
         with part.trace.part(TAIL):
-            rest = [torch.empty_like(each.reconstruction[rows.stop :]) for each in heads.values()]
+            rest = [torch.empty_like(value[rows.stop :]) for value in values.values()]
             found = super()._joint_pass(tail, clean.rows(rows), some, mask[rows])
             del rest
-            values = {at.writes: torch.empty_like(each.reconstruction) for at, each in heads.items()}
             return JointGradients(
-                {site: values[site] for site in found.values},
+                {site: torch.empty_like(values[site]) for site in found.values},
                 found.parameters,
                 {place: _as_long_as(mask, at) for place, at in found.at.items()},
             )
