@@ -14,6 +14,7 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError, NotFinite, RunFolderError
 from endwise.config.places import PlacesConfig
 from endwise.config.run import TrainingConfig
+from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.relu import ReluSAE
 from endwise.models.sites import Place
 from endwise.runs.checkpoints import checksum, read_checkpoint
@@ -22,6 +23,7 @@ from endwise.tokens import TokenBatch
 from endwise.training.joint import JointTrainee
 from endwise.training.objectives import KL, DownstreamMSE, FeatureMSE, LocalMSE, Objective, Sparsity
 from endwise.training.planning.plan import plan
+from endwise.training.setup import new_joint_trainee
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, LAYERS, recipe, small_corpora, small_model, write_tokens
@@ -513,3 +515,15 @@ def test_a_plan_says_what_a_microbatch_saves(made, tmp_path):
         values["training"]["microbatch"] = microbatch
         held.append(plan(PlacesConfig.build(values)).stages[0].bytes)
     assert held[0] < held[1]
+
+
+def test_a_dictionary_that_chooses_among_all_tokens_takes_the_pass_whole(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(LinearConfig, "batchwise", True)
+    values = several(tmp_path / "x")
+    trainee = new_joint_trainee(PlacesConfig.build(values), small_model(), 10)
+    assert trainee.microbatch == 4  # the batch
+    one = several(tmp_path / "x", values["places"][:1])
+    one["training"]["microbatch"] = values["training"]["microbatch"] = 2
+    assert new_joint_trainee(PlacesConfig.build(one), small_model(), 10).microbatch == 2
+    with pytest.raises(ConfigError, match=r"training\.microbatch is 2, but a dictionary that comes after another"):
+        new_joint_trainee(PlacesConfig.build(values), small_model(), 10)
