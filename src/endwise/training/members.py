@@ -146,6 +146,11 @@ class Member:
         """Each dictionary, the folder that its SAE is saved in, and what is said of it there."""
         return [(part, self.folder, self.metadata) for part in self.trainee.parts]
 
+    def of_each(self) -> Sequence[RunConfig]:
+        """The recipe of each dictionary by itself, in the order of `outputs`."""
+        assert isinstance(self.config, RunConfig)
+        return [self.config]
+
     def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any]) -> None:
         """Writes what the folders of several places are made of: see `RunFolder.describe`."""
 
@@ -215,6 +220,9 @@ class JointMember(Member):
     def folders(self) -> list[RunFolder]:
         """In the order of `trainee.parts`."""
         return [RunFolder(place_folder(self.folder.path, recipe)) for recipe in self.recipes]
+
+    def of_each(self) -> Sequence[RunConfig]:
+        return self.recipes
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
         return zip(self.trainee.parts, self.folders, self.of_places, strict=True)
