@@ -296,9 +296,7 @@ def site_means(
                 raw += kept.sum(0, dtype=torch.float64).cpu()
                 normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
     world.add([count, *(total for pair in totals.values() for total in pair)])
-    return {
-        site: Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()
-    }
+    return {site: Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()}
 
 
 def fit_sums(activation: Activation, estimate: Activation, means: Means, mask: TokenMask) -> dict[str, Tensor]:
@@ -370,7 +368,9 @@ def intervals_of(
     sums: Sums, config: EvaluationConfig, further: Mapping[str, Metric] | None = None
 ) -> dict[str, Interval]:
     """Every metric that there are sums for."""
-    metrics = METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM} | dict(further or {})
+    metrics = (
+        METRICS | {name: Metric(name) for name in sums if name.partition(".")[0] in DOWNSTREAM} | dict(further or {})
+    )
     intervals = {}
     for name, metric in metrics.items():
         if metric.numerator not in sums:

@@ -210,7 +210,7 @@ class JointTrainee:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "learning_rate": self.parts[0].learning_rate,
+            "learning_rate": float(self.parts[0].optimizer.param_groups[0]["lr"]),
             "loss": sum(weighted),
             **of_pass,
             "l0": sum(each["l0"] for each in own.values()),
@@ -223,10 +223,6 @@ class JointTrainee:
         of_parts = ((part.first_bad(), part.place) for part in self.parts)
         bad += [(found[0], f"{found[1]} at {place}") for found, place in of_parts if found is not None]
         return min(bad, key=lambda each: each[0], default=None)
-
-    def drop_gradients(self) -> None:
-        for part in self.parts:
-            part.drop_gradients()
 
     def checkpoint(self) -> Checkpoint:
         """As `Trainee.checkpoint`; each place's tensors have its name in front."""

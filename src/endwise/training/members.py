@@ -298,7 +298,8 @@ class Group:
             error = named
         elif not self._alone:
             _release(error)
-        member.trainee.drop_gradients()
+        for part in member.trainee.parts:
+            part.optimizer.zero_grad(set_to_none=True)
         if whole:
             with suppress(Exception):  # a full disk, for one, is what it failed of
                 if isinstance(error, NotFinite):  # it comes from a report, which went back to the last good state

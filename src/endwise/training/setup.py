@@ -124,8 +124,8 @@ def prepare(
             group.each(partial(fit_first, text), new)
             group.each(partial(measure_start, text, display=request.display), new)
     broadcast_state(group, world)
-    for member in group.members:
-        member.trainee.sae.join(world)
+    for part in (part for member in group.members for part in member.trainee.parts):
+        part.sae.join(world)
     group.text = _text_tried(model, corpora, request.display, world)
     return Prepared(model, tail, group, corpora, order, steps, request.display, world)
 

@@ -290,7 +290,7 @@ class Trainee:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "learning_rate": self.learning_rate,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "loss": sum(self.weighted(values)),
             **values,
             "alive": int(self.alive()),
@@ -314,13 +314,6 @@ class Trainee:
         """The loss, term by term."""
         terms = {term.name: term.coefficient for term in self.objective_at(max(self.step - 1, 0)).terms}
         return [weight * values[name] for name, weight in (self._weights | terms).items()]
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def drop_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training goes on from. The place in the data and in the schedule is the step."""
