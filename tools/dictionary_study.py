@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from endwise import RunConfig, corpora_for, load_model, measure, train_together
+from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
 from endwise.common.files import write_json
 from endwise.config.base import with_values
 from endwise.evaluation.summary import RunSummary
@@ -144,7 +144,9 @@ def make(configs: list[RunConfig]) -> None:
         seconds = (time.monotonic() - start) / len(configs)
         for run in runs:
             config = next(each for each in configs if fingerprint(each) == run.folder.name)
-            found = measure(model, {"": (model.place(config.place), run.sae)}, corpora.heldout, config.evaluation)[""]
+            found = measure(
+                model, {"": (model.place(config.place), SAE.load(run.folder))}, corpora.heldout, config.evaluation
+            )[""]
             summary = RunSummary.of(config, found, seconds, fingerprint(config)).to_json()
             write_json(row_file(config), summary | {"architecture": config.dictionary.architecture, **machine()})
     finally:
