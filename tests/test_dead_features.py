@@ -1,5 +1,8 @@
 """What is done for dead features: terms against definitions in float64 and rivals; which features are dead."""
 
+from copy import deepcopy
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -7,11 +10,14 @@ from torch.nn.functional import normalize
 from endwise import RunConfig, train
 from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
-from endwise.dictionaries import DenseLatents, LinearSAE, ReluSAE, TrainingPass
+from endwise.dictionaries import DenseLatents, LinearSAE, ReluSAE, TokenLosses, TrainingPass
 from endwise.dictionaries.linear import LinearConfig
+from endwise.dictionaries.normed import NormedSAE
 from endwise.runs.folder import RunFolder
+from endwise.training.fitting import losses_of
 from endwise.training.setup import new_trainee
-from endwise.training.step import take_step
+from endwise.training.step import clean_passes, take_step
+from endwise.training.trainee import Trainee
 from rivals import rival
 from small_gpt2 import CONTEXT, recipe
 
@@ -258,3 +264,110 @@ def test_more_than_one_pass_a_step_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"training\.accumulation is 2"):
         changed(recipe(tmp_path, accumulation=2), aux=0.1)
     changed(recipe(tmp_path, accumulation=2), revive=0.1)
+
+
+# Resampling
+
+
+def test_resampled_features_are_directions_of_tokens_drawn_by_squared_loss():
+    sae = dictionary("free", resample_at=(0.5,))
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    rng = torch.Generator().manual_seed(4)
+    x, target = (torch.randn(50, D, dtype=torch.float64, generator=rng) + 3 for _ in range(2))
+    losses = torch.zeros(50, dtype=torch.float64)
+    chosen = torch.arange(50) % 6 == 0  # 9 tokens, of which 8 are drawn
+    losses[chosen] = torch.arange(1.0, 10.0, dtype=torch.float64)
+    features = sae.see_losses(TokenLosses(x, target, losses, DEAD, np.random.default_rng(0)))
+    assert torch.equal(features, DEAD.nonzero()[:, 0])
+    for name in ("encoder", "b_enc", "decoder"):
+        assert torch.equal(getattr(sae, name)[~DEAD], before[name][~DEAD])
+    reads = normalize(x - x.mean(0), dim=-1)
+    tokens = (normalize(sae.encoder[DEAD], dim=-1) @ reads.T).argmax(1)
+    assert chosen[tokens].all() and len(tokens.unique()) == 8
+    norm = 0.2 * before["encoder"][~DEAD].norm(dim=-1).mean()
+    torch.testing.assert_close(sae.encoder[DEAD].detach(), norm * reads[tokens])
+    torch.testing.assert_close(sae.before(x.mean(0, keepdim=True))[0, DEAD].detach(), torch.zeros(8).double())
+    writes = normalize(target - target.mean(0), dim=-1)[tokens] * before["decoder"][~DEAD].norm(dim=-1).mean()
+    torch.testing.assert_close(sae.decoder[DEAD].detach(), writes)
+
+
+def test_behind_a_norm_features_are_resampled_in_the_norms_space():
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(4)) * torch.linspace(1, 9, D) + 3
+    config = LinearConfig(size=F, initialisation="transposed", resample_at=(0.5,))
+    sae = NormedSAE(ReluSAE.build(config, D, 3), "whitening")
+    with torch.no_grad():
+        sae.see_first(x, x)
+    assert sae.wants_losses(5, 10) == 8192
+    assert not sae.wants_losses(4, 10)
+    inside = deepcopy(sae.inner)
+    made = [TokenLosses(each, each, torch.ones(50), DEAD, np.random.default_rng(0)) for each in (x, sae.norm.of(x))]
+    assert torch.equal(sae.see_losses(made[0]), inside.see_losses(made[1]))
+    assert torch.equal(sae.inner.encoder, inside.encoder) and torch.equal(sae.inner.decoder, inside.decoder)
+    assert {id(each) for each in sae.per_feature()} == {id(each) for each in sae.inner.per_feature()}
+
+
+def test_a_token_is_drawn_as_often_as_its_squared_loss_says():
+    config = LinearConfig(size=2, initialisation="transposed")
+    x, losses = torch.eye(D)[:3] * 5, torch.tensor([1.0, 2.0, 3.0])
+    dead, counts = torch.tensor([True, False]), np.zeros(3)
+    for seed in range(600):
+        sae = ReluSAE.build(config, D, 0)
+        sae.see_losses(TokenLosses(x, x, losses, dead, np.random.default_rng(seed)))
+        counts[int((normalize(x - x.mean(0), dim=-1) @ sae.encoder[0].detach()).argmax())] += 1
+    expected = 600 * np.array([1, 4, 9]) / 14
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+
+
+def test_without_alive_features_or_losses_nothing_is_resampled():
+    sae, x = dictionary(resample_at=(0.5,)), torch.randn(6, D, dtype=torch.float64)
+    for dead, losses in ((torch.ones_like(DEAD), torch.ones(6)), (DEAD, torch.zeros(6))):
+        before = sae.encoder.detach().clone()
+        assert not len(sae.see_losses(TokenLosses(x, x, losses, dead, np.random.default_rng(0))))
+        assert torch.equal(sae.encoder, before)
+
+
+@pytest.mark.parametrize("kind", ["local", "e2e_ds"])
+def test_losses_of_tokens_add_up_to_the_objective(kind, model, corpora, tmp_path):
+    trainee = new_trainee(recipe(tmp_path, kind), model, 10)
+    batch = corpora.train.batch(range(1))
+    mask = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    clean = clean_passes(model, model, [trainee], batch.tokens)[trainee.site]
+    with torch.no_grad():
+        read, written, losses = losses_of(trainee, model, clean, mask)
+    assert torch.equal(read, clean.activations[trainee.site][mask]) and torch.equal(written, read)
+    trainee.begin_step()
+    trainee.accumulate(model, clean, mask, mask.sum())
+    trainee.finish_step(mask.sum(), mask.numel())
+    assert float(losses.mean()) == pytest.approx(trainee.report()["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["local", "e2e"])
+def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model, corpora, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(trainee, losses):
+        def with_some_dead(dead):
+            dead[:6] = True
+            return losses(dead)
+
+        resampled(trainee, with_some_dead)
+        state = trainee.optimizer.state
+        seen.append((trainee.step, [state[p]["exp_avg"][:6].abs().max() for p in trainee.sae.per_feature()]))
+
+    resampled = Trainee.resample
+    monkeypatch.setattr(Trainee, "resample", noted)
+
+    def saved(out, **how):
+        config = recipe(out, kind, checkpoint_every=1, keep_checkpoints=99)
+        config = changed(config, resample_at=[0.3, 0.6], resample_tokens=40)
+        return train(config, model=model, corpora=corpora, display=False, **how).sae
+
+    whole = saved(tmp_path / "a")
+    steps = 640 // (4 * CONTEXT)
+    assert [step for step, _ in seen] == [round(0.3 * steps), round(0.6 * steps)]
+    assert not any(float(moment) for _, moments in seen for moment in moments)
+    saved(tmp_path / "b")
+    for step in (round(0.3 * steps), round(0.3 * steps) - 1):
+        again = saved(tmp_path / "b", resume=True, from_step=step)
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name

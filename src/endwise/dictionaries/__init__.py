@@ -1,6 +1,6 @@
 """Sparse dictionaries, one architecture a file; importing one registers it."""
 
-from endwise.dictionaries.base import SAE, Exported, TrainingPass, at_inference
+from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass, at_inference
 from endwise.dictionaries.batchtopk import BatchTopKSAE
 from endwise.dictionaries.gated import GatedSAE
 from endwise.dictionaries.jumprelu import JumpReLUSAE
@@ -26,6 +26,7 @@ __all__ = [
     "NormedSAE",
     "ReluSAE",
     "SparseLatents",
+    "TokenLosses",
     "TopKSAE",
     "TrainingPass",
     "at_inference",

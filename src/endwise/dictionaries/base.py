@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
@@ -67,6 +68,19 @@ class TrainingPass:
         """Of all terms that read the reconstruction."""
         given = [each for each in (self.gradient, self.at_site) if each is not None]
         return torch.stack(given).sum(0) if given else torch.zeros_like(self.reconstruction)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Tokens of the latest training text, each with what it adds to the objective."""
+
+    x: Float[Tensor, "tokens d_in"]
+    target: Float[Tensor, "tokens d_out"]
+    losses: Float[Tensor, " tokens"]
+    """The objective's weighted terms of each token alone, those of a penalty included."""
+    dead: Bool[Tensor, " d_sae"]
+    generator: np.random.Generator
+    """For what is drawn: the same whenever the run comes to this step."""
 
 
 class SAE(nn.Module, ABC):
@@ -199,6 +213,18 @@ class SAE(nn.Module, ABC):
         """Fit what is fitted before training to `first_tokens` activations of training text: an input's scale or
         whitening, the first `b_dec`.
         """
+
+    def wants_losses(self, done: int, steps: int) -> int:
+        """Return how many tokens `see_losses` wants after `done` of `steps` steps; 0: it wants none then."""
+        return 0
+
+    def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
+        """Replace features by others that the losses ask for, and return which."""
+        return torch.zeros(0, dtype=torch.int64)
+
+    def per_feature(self) -> Sequence[nn.Parameter]:
+        """Parameters whose first axis is that of the features."""
+        return ()
 
     def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         """Fit what is fitted after training to `last_tokens` activations of the latest training text: thresholds."""

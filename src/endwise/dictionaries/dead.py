@@ -17,7 +17,12 @@ A feature is dead that has fired on none of the latest `dead_window` training to
   the part of the residual that the gradient asks for, in the same term: it too is divided by the variance of its t, and
   so does not depend on the scale of the gradient. A row without gradient asks for nothing, and is left out of both
   means; so are all rows, if none has any;
-- the pre-activation loss Σ ReLU(θ − z)·‖d‖ / d_in (Anthropic, January 2025), with θ = 0 where there are no thresholds.
+- the pre-activation loss Σ ReLU(θ − z)·‖d‖ / d_in (Anthropic, January 2025), with θ = 0 where there are no thresholds;
+- resampling (Bricken et al. 2023): at stated steps dead features become directions of tokens whose loss is large. A
+  token is drawn with probability ∝ loss², no token twice; what it reads, less the mean of the tokens shown, becomes the
+  feature's encoder, scaled to 0.2 of the mean norm of those of the alive, with the bias that makes its pre-activation 0
+  at the mean; what it is to write, less its mean, becomes the direction; other parameters of a feature (thresholds)
+  become the mean of those of the alive. Adam's moments of all of them start again from 0.
 """
 
 from collections.abc import Mapping
@@ -28,10 +33,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from endwise.config.base import Positive
 from endwise.config.dictionary import DictionaryConfig
-from endwise.dictionaries.base import TrainingPass
+from endwise.dictionaries.base import TokenLosses, TrainingPass
 from endwise.dictionaries.latents import SparseLatents
 from endwise.kernels import Pairs
 
@@ -64,6 +70,13 @@ class DeadConfig(DictionaryConfig):
     3e-6)."""
     revives: Literal["dead", "all"] = "dead"
     """Whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
+
+    resample_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the steps after which dead features are resampled (Bricken et al. 2023: 0.125, 0.25, 0.375, 0.5)."""
+    resample_tokens: Positive = 8192
+    """Latest training tokens among which their new directions are drawn; of more dead features than that, some wait."""
+    resample_scale: Annotated[float, Field(gt=0)] = 0.2
+    """Norm of their encoders, as a share of the mean of those of the alive."""
 
     @property
     def batchwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  by a setting, not the class
@@ -110,6 +123,29 @@ class DeadFeatures:
             return seen.target.new_zeros(())
         missing = torch.relu(sae.thresholds()[chosen] - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
         return missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in
+
+    def wants_losses(self, done: int, steps: int) -> int:
+        """Return how many tokens are to be drawn from after `done` steps; 0 where nothing is resampled."""
+        due = {max(1, round(share * steps)) for share in self.config.resample_at}
+        return self.config.resample_tokens if done in due else 0
+
+    @torch.no_grad()
+    def resample(self, sae: "LinearSAE", seen: TokenLosses) -> Int64[Tensor, " features"]:
+        """Make of dead features directions of tokens whose loss is large; return which."""
+        odds = seen.losses.double().clamp_min(0).square().cpu().numpy()
+        dead = seen.dead.nonzero()[:, 0]
+        features = dead[: int((odds > 0).sum())]
+        if not len(features) or len(dead) == len(seen.dead):
+            return features[:0]
+        drawn = seen.generator.choice(len(odds), len(features), replace=False, p=odds / odds.sum())
+        tokens = torch.from_numpy(drawn).to(seen.x.device)
+        reads, writes = (normalize(each[tokens] - each.mean(0), dim=-1) for each in (seen.x, seen.target))
+        for parameter in sae.per_feature():
+            parameter[features] = parameter[~seen.dead].mean(0)
+        sae.encoder[features] = reads * (self.config.resample_scale * sae.encoder[~seen.dead].norm(dim=-1).mean())
+        sae.b_enc[features] = -(sae.encoder[features] @ seen.x.mean(0))
+        sae.decoder[features] = writes * sae.decoder[~seen.dead].norm(dim=-1).mean()
+        return features
 
 
 @dataclass(frozen=True)

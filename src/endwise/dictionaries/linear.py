@@ -14,7 +14,7 @@ from torch.nn.functional import linear, normalize
 from endwise.common.errors import ConfigError
 from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
-from endwise.dictionaries.base import SAE, Exported, TrainingPass
+from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
 from endwise.dictionaries.dead import DeadConfig, DeadFeatures
 from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse
 from endwise.formats import Layout
@@ -180,6 +180,15 @@ class LinearSAE(SAE):
 
     def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         return {**self.auxiliary(seen), **(self.dead.terms(self, seen) if self.dead else {})}
+
+    def wants_losses(self, done: int, steps: int) -> int:
+        return self.dead.wants_losses(done, steps) if self.dead else 0
+
+    def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
+        return self.dead.resample(self, seen) if self.dead else super().see_losses(seen)
+
+    def per_feature(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if name not in ("b_dec", "W_skip")]
 
     def to_train(self, config: DictionaryConfig) -> "LinearSAE":
         """The same function, in the form that training goes on from: under unit norm, with directions that are

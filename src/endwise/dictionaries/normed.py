@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from endwise.common.errors import ConfigError
 from endwise.common.processes import World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
-from endwise.dictionaries.base import SAE, Exported, TrainingPass
+from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
 from endwise.dictionaries.latents import Latents
 from endwise.formats import Layout
 
@@ -278,6 +278,15 @@ class NormedSAE(SAE):
         if isinstance(self.norm, Fitted):
             self.norm.fit(x, target)
         self._show(x, target, self.inner.first_tokens, self.inner.see_first)
+
+    def wants_losses(self, done: int, steps: int) -> int:
+        return self.inner.wants_losses(done, steps)
+
+    def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
+        return self.inner.see_losses(replace(seen, x=self._seen(seen.x), target=self.norm.target(seen.target, seen.x)))
+
+    def per_feature(self) -> Sequence[nn.Parameter]:
+        return self.inner.per_feature()
 
     def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         self._show(x, target, self.inner.last_tokens, self.inner.see_last)

@@ -1,4 +1,6 @@
-"""What is fitted to activations rather than trained: scales before the first step, thresholds after the last."""
+"""What is fitted to activations rather than trained: scales before the first step, thresholds after the last, dead
+features at the steps in between that a recipe states.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -8,14 +10,17 @@ from rich.console import Console
 from torch import Tensor
 
 from endwise.common.axes import TokenMask
+from endwise.common.seeds import numpy_stream
 from endwise.common.terminal import show
-from endwise.dictionaries import SAE
+from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
+from endwise.models.splicing import SplicedPass
 from endwise.tokens import BatchOrder, Corpus
 from endwise.training.members import Member
+from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
-from endwise.training.trainee import Trainee
+from endwise.training.trainee import Trainee, harmless
 
 Text = tuple[LanguageModel, Corpus, BatchOrder]
 """A model, and the training text in the order in which it is read."""
@@ -48,6 +53,61 @@ def fit_last(text: Text, member: Member) -> None:
         total = part.total_steps
         steps = itertools.chain(range(total - 1, -1, -1), range(total, len(text[-1])))
         _show(text, part, part.sae.last_tokens, steps, part.sae.see_last)
+
+
+def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:
+    """Show a dictionary, after `done` steps, the latest of its training text with the losses (`SAE.see_losses`)."""
+    for part, recipe in zip(member.trainee.parts, member.of_each(), strict=True):
+        if wanted := part.sae.wants_losses(done, part.total_steps):
+            shown = _with_losses(text, tail, part, wanted, range(done - 1, -1, -1))
+            generator = numpy_stream(recipe.seed, "resampling", done)
+            part.resample(lambda dead: TokenLosses(*shown, dead, generator))  # noqa: B023  called at once
+
+
+def _with_losses(
+    text: Text, tail: LanguageModel, part: Trainee, tokens: int, steps: Iterable[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collect what is read, what is to be written and the objective of the tokens that count, up to `tokens`."""
+    model, corpus, order = text
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad(), at_inference([part.sae]):
+        for step in steps:
+            batch = corpus.batch(order[step]).to(model.device)
+            clean = clean_passes(model, tail, [part], batch.tokens)[part.site]
+            for row in range(len(batch.tokens)):
+                rows = slice(row, row + 1)
+                found.append(losses_of(part, tail, clean.rows(rows), batch.mask[rows]))
+            if sum(len(losses) for *_, losses in found) >= tokens:
+                break
+    read, written, losses = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
+    return read, written, losses
+
+
+def losses_of(trainee: Trainee, tail: LanguageModel, clean: Clean, mask: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is read and to be written, `[tokens width]`, and the objective, `[tokens]`, of a sequence's tokens
+    that count: its terms, each of that token alone.
+    """
+    objective, sae = trainee.objective, trainee.sae
+    read, target = (harmless(each, mask).float() for each in trainee.meets(clean))
+    spliced = None
+    if objective.spliced_terms:
+        value = sae.reconstruct(sae.encode(read, mask), read)
+        spliced = SplicedPass(tail, trainee.site, objective.sites, objective.final).run(clean, value, mask)
+    losses, one = [], mask.new_ones(1, 1)
+    for place in mask[0].nonzero()[:, 0].tolist():
+        here = slice(place, place + 1)
+        latents = sae.encode(read[:, here], one)
+        estimate = sae.reconstruct(latents, read[:, here])
+        terms = [
+            term.coefficient * term.total(target[:, here], estimate, latents, one) for term in objective.site_terms
+        ]
+        if spliced is not None:
+            alone = torch.zeros_like(mask)
+            alone[0, place] = True
+            compared = [(term, term.total(tail.readout, clean, spliced, alone)) for term in objective.spliced_terms]
+            terms += [term.coefficient * total for term, total in compared]
+        losses.append(torch.stack([term.float() for term in terms]).sum())
+    return read[mask], target[mask], torch.stack(losses) if losses else read.new_zeros(0)
 
 
 def _show(text: Text, part: Trainee, tokens: int, steps: Iterable[int], see: Callable[[Tensor, Tensor], None]) -> None:

@@ -41,7 +41,8 @@ class JointTrainee:
         microbatch: sequences at a time in the spliced pass; None: `sequences_at_a_time`.
 
     Raises:
-        ConfigError: a term compares later places, and there is none.
+        ConfigError: a term compares later places, and there is none; a dictionary resamples features by the losses of
+            tokens, of which a joint pass has none for one place.
     """
 
     def __init__(
@@ -58,6 +59,12 @@ class JointTrainee:
                 f"earlier one has changed; of {', '.join(part.place.name for part in self.parts)} none does. "
                 "Leave it out, or add a later place."
             )
+        for part in self.parts:
+            if any(part.sae.wants_losses(done, part.total_steps) for done in range(1, part.total_steps + 1)):
+                raise ConfigError(
+                    f"dictionary.resample_at at {part.place.name}: a loss of several places jointly is none of one of "
+                    "them, by which its features could be resampled. Leave it out, or set joint: false."
+                )
         device = self.parts[0].device
         self._sums = {term.name: torch.zeros((), device=device) for term in objective.terms}
         self._first_bad = torch.full((len(self._sums),), -1, dtype=torch.int64, device=device)

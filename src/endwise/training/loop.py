@@ -11,7 +11,7 @@ from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
-from endwise.training.fitting import fit_last
+from endwise.training.fitting import fit_last, resample
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
@@ -43,6 +43,7 @@ def run_loop(prepared: Prepared) -> None:
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
             group.agree(world)
             done = step + 1
+            _resample(prepared, done)
             if done == steps:
                 _fit_last(prepared)
             _record(prepared, done, shown)
@@ -54,6 +55,19 @@ def run_loop(prepared: Prepared) -> None:
         group.share_time()
         for member in group.members:
             member.folder.mirror.ended("finished")
+
+
+def _resample(prepared: Prepared, done: int) -> None:
+    """Replace dead features of those for which that is due after `done` steps, in one process for all."""
+    group, world = prepared.group, prepared.world
+    parts = [part for member in group.members for part in member.trainee.parts]
+    if not any(part.sae.wants_losses(done, prepared.steps) for part in parts):
+        return
+    with world.together("resampling dead features"):
+        if world.is_first:
+            text = (prepared.model, prepared.corpora.train, prepared.order)
+            group.each(partial(resample, text, prepared.tail, done))
+    broadcast_state(group, world)
 
 
 def _fit_last(prepared: Prepared) -> None:

@@ -1,7 +1,7 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from endwise.common.errors import NotFinite
 from endwise.common.processes import World
 from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
-from endwise.dictionaries import SAE, Latents, TrainingPass
+from endwise.dictionaries import SAE, Latents, TokenLosses, TrainingPass
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout
 from endwise.models.sites import Place, Site
@@ -271,6 +271,18 @@ class Trainee:
 
     def _alive(self) -> Tensor:
         return (self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)
+
+    def resample(self, losses: Callable[[Tensor], TokenLosses]) -> None:
+        """Let the dictionary replace features; the optimiser's moments of those start again from 0.
+
+        Args:
+            losses: of the latest text, given which features are dead.
+        """
+        features = self.sae.see_losses(losses(self._dead()))
+        for parameter in self.sae.per_feature():
+            for moment in self.optimizer.state.get(parameter, {}).values():
+                if moment.ndim:
+                    moment[features] = 0.0
 
     def _dead(self) -> Tensor:
         """Features that have fired on none of the latest tokens; in the first of training, none."""
