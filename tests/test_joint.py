@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import endwise
 from endwise import LanguageModel, RunConfig, Site, spliced, train, train_places
 from endwise.cli import app
 from endwise.common.errors import ConfigError, NotFinite, RunFolderError
-from endwise.config.places import PlacesConfig
+from endwise.config.places import PlacesConfig, read_recipe
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.relu import ReluSAE
@@ -461,6 +462,26 @@ def test_what_breaks_a_rule_is_refused(places, told):
 def test_a_place_may_have_another_loss_if_each_is_trained_apart():
     places = [{"site": "blocks.1.hook_resid_pre"}, {"site": "blocks.2.hook_resid_pre", "objective": {"kl": 9}}]
     assert [each.objective.kl for each in PlacesConfig.build(several("x", places, joint=False)).recipes] == [None, 9]
+
+
+def test_an_override_that_no_place_would_follow_is_refused(tmp_path):
+    """As on resuming: what a run folder keeps says everything at each place."""
+    config = PlacesConfig.build(
+        several("x", [{"site": "blocks.1.hook_resid_pre"}, {"site": "blocks.2.hook_resid_pre"}])
+    )
+    file = tmp_path / "kept.yaml"
+    file.write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match=r"^dictionary\.size: every place of .* value of its own"):
+        read_recipe(file, ["dictionary.size=9"])
+    file.write_text(yaml.safe_dump(several("x", [{"site": "blocks.1.hook_resid_pre"}])))
+    assert read_recipe(file, ["seed=9"]).seed == 9
+
+
+def test_resampling_by_the_losses_of_tokens_has_no_joint_form(made, tmp_path):
+    places = [{"site": "blocks.1.hook_resid_pre"}, {"site": "blocks.2.hook_resid_pre"}]
+    base = several(tmp_path / "x", places, dictionary={"size": 40, "resample_at": [0.5]})
+    with pytest.raises(ConfigError, match=r"dictionary\.resample_at at .*joint: false"):
+        start(made, base)
 
 
 def test_a_recipe_for_several_is_not_one_for_one(made, tmp_path):

@@ -148,8 +148,28 @@ def build_recipe(values: Mapping[str, Any], source: str = "the configuration") -
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply overrides; see `Config.read` and `build_recipe`."""
-    return build_recipe(apply_overrides(read_yaml(path), overrides or []), str(path))
+    """Read a recipe and apply overrides; see `Config.read` and `build_recipe`.
+
+    Raises:
+        ConfigError: it breaks a rule, or an override changes nothing, since every place has its own value.
+    """
+    values = apply_overrides(read_yaml(path), overrides or [])
+    for key in (override.partition("=")[0] for override in overrides or []):
+        places = values.get("places")
+        if key.split(".")[0] in OF_A_PLACE and isinstance(places, Sequence) and all(_has(each, key) for each in places):
+            raise ConfigError(
+                f"{key}: every place of {path} has a value of its own, so that one for all would change nothing. "
+                "Change it at the places, in the recipe of a new run."
+            )
+    return build_recipe(values, str(path))
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _over(shared: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
