@@ -44,7 +44,7 @@ def runs(model, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_own_term_is_trained_and_logged(runs, kind):
     lines = [json.loads(line) for line in (runs[kind].folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["wake"] > 0 for line in lines[:1]) and lines[-1]["wake"] < lines[0]["wake"]
+    assert lines[0]["wake"] == 0 < max(line["wake"] for line in lines)  # nothing is dead in the first step
     weights = {"wake": 0.5, "sparsity": 1.0} | RunConfig.build(recipe("x", kind)).objective.weights
     loss = sum(weight * lines[-1][name] for name, weight in weights.items() if name in lines[-1])
     assert lines[-1]["loss"] == pytest.approx(loss, rel=1e-5)

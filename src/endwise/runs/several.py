@@ -1,5 +1,6 @@
 """Where a run of several places keeps each of them, and what tells such a place's folder from a run's."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -27,9 +28,14 @@ def mark_part(folder: Path, config: PlacesConfig) -> None:
     write_json(folder / PART, {"seed": config.seed, "run": folder.parent.parent.name, "joint": config.place})
 
 
+def is_part(folder: Path) -> bool:
+    """Whether a folder is one place of a run that trains several jointly."""
+    return os.path.exists(folder / PART)  # noqa: PTH110  `Path.exists` raises where a name is too long to be one
+
+
 def resuming(folder: Path) -> str:
     """The command that resumes a run, which for one of several places is that of all."""
-    run = folder.parent.parent if (folder / PART).exists() else folder
+    run = folder.parent.parent if is_part(folder) else folder
     return f"endwise train --resume {shlex.quote(str(run))}"
 
 
@@ -38,7 +44,7 @@ def check_whole(folder: Path) -> None:
     Raises:
         RunFolderError: it is one place of a run that trains several jointly.
     """
-    if (folder / PART).exists():
+    if is_part(folder):
         run = read_json(folder / PART).get("run")
         raise RunFolderError(
             f"{folder} is one place of the run {run}, trained jointly with others. Resume that: {resuming(folder)}"
