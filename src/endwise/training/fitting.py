@@ -15,7 +15,7 @@ from endwise.common.terminal import show
 from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
-from endwise.models.splicing import SplicedPass
+from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.tokens import BatchOrder, Corpus
 from endwise.training.members import Member
 from endwise.training.step import clean_passes
@@ -123,13 +123,13 @@ def _activations(text: Text, place: Place, tokens: int, steps: Iterable[int]) ->
     model, corpus, order = text
     found: list[tuple[Tensor, Tensor]] = []
     count = 0
-    for step in steps:
-        batch = corpus.batch(order[step]).to(model.device)
+    sequences = itertools.chain.from_iterable(order[step] for step in steps)
+    size = sequences_at_a_time(corpus.context, model.device)
+    while count < tokens and (some := list(itertools.islice(sequences, size))):
+        batch = corpus.batch(some).to(model.device)
         clean = model.clean(batch.tokens, record=place.sites)
         found.append((_counted(clean, place.reads, batch.mask), _counted(clean, place.writes, batch.mask)))
         count += len(found[-1][0])
-        if count >= tokens:
-            break
     read, written = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
     return read, written
 
