@@ -13,6 +13,8 @@ from typing import Any
 _scratch = tempfile.TemporaryDirectory(prefix="endwise-tests-", ignore_cleanup_errors=True)
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
+# Workers inherit the environment of the process that starts them, which is one and so takes more threads.
+_asked = os.environ.setdefault("ENDWISE_TESTS_ASKED_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,7 +28,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads)),
+    "OMP_NUM_THREADS": _asked or str(_threads),
 }
 
 import pytest  # noqa: E402
