@@ -14,10 +14,10 @@ from endwise.dictionaries import DenseLatents, LinearSAE, ReluSAE, TokenLosses, 
 from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.normed import NormedSAE
 from endwise.runs.folder import RunFolder
+from endwise.training import loop
 from endwise.training.fitting import losses_of
 from endwise.training.setup import new_trainee
 from endwise.training.step import clean_passes, take_step
-from endwise.training.trainee import Trainee
 from rivals import rival
 from small_gpt2 import CONTEXT, recipe
 
@@ -241,9 +241,9 @@ def test_a_window_follows_the_length_of_training(model, corpora, tmp_path):
     trainee.tokens = 45
     at = (45 - trainee.last_fired.clamp_min(0)) >= config.training.tokens // 20
     assert 0 < int(at.sum()) < 40
-    assert torch.equal(trainee._dead(), at)
+    assert torch.equal(trainee.dead(), at)
     trainee.config = config.training.model_copy(update={"alive_window": 20})
-    assert torch.equal(trainee._dead(), (45 - trainee.last_fired.clamp_min(0)) >= 20)
+    assert torch.equal(trainee.dead(), (45 - trainee.last_fired.clamp_min(0)) >= 20)
 
 
 def test_resumed_with_the_terms_it_ends_in_the_same_bits(model, corpora, tmp_path):
@@ -345,17 +345,19 @@ def test_losses_of_tokens_add_up_to_the_objective(kind, model, corpora, tmp_path
 def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model, corpora, tmp_path, monkeypatch):
     seen = []
 
-    def noted(trainee, losses):
-        def with_some_dead(dead):
-            dead[:6] = True
-            return losses(dead)
+    def with_some_dead(sae, losses):
+        losses.dead[:6] = True
+        return see_losses(sae, losses)
 
-        resampled(trainee, with_some_dead)
+    def noted(text, tail, done, member):
+        resample(text, tail, done, member)
+        trainee = member.trainee
         state = trainee.optimizer.state
         seen.append((trainee.step, [state[p]["exp_avg"][:6].abs().max() for p in trainee.sae.per_feature()]))
 
-    resampled = Trainee.resample
-    monkeypatch.setattr(Trainee, "resample", noted)
+    see_losses, resample = ReluSAE.see_losses, loop.resample
+    monkeypatch.setattr(ReluSAE, "see_losses", with_some_dead)
+    monkeypatch.setattr(loop, "resample", noted)
 
     def saved(out, **how):
         config = recipe(out, kind, checkpoint_every=1, keep_checkpoints=99)

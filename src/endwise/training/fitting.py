@@ -56,12 +56,18 @@ def fit_last(text: Text, member: Member) -> None:
 
 
 def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:
-    """Show a dictionary, after `done` steps, the latest of its training text with the losses (`SAE.see_losses`)."""
+    """Show a dictionary, after `done` steps, the latest of its training text with the losses (`SAE.see_losses`). The
+    optimiser's moments of features that it replaces start again from 0.
+    """
     for part, recipe in zip(member.trainee.parts, member.of_each(), strict=True):
         if wanted := part.sae.wants_losses(done, part.total_steps):
             shown = _with_losses(text, tail, part, wanted, range(done - 1, -1, -1))
             generator = numpy_stream(recipe.seed, "resampling", done)
-            part.resample(lambda dead: TokenLosses(*shown, dead, generator))  # noqa: B023  called at once
+            features = part.sae.see_losses(TokenLosses(*shown, part.dead(), generator))
+            for parameter in part.sae.per_feature():
+                for moment in part.optimizer.state.get(parameter, {}).values():
+                    if moment.ndim:
+                        moment[features] = 0.0
 
 
 def _with_losses(

@@ -1,7 +1,7 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from endwise.common.errors import NotFinite
 from endwise.common.processes import World
 from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
-from endwise.dictionaries import SAE, Latents, TokenLosses, TrainingPass
+from endwise.dictionaries import SAE, Latents, TrainingPass
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout
 from endwise.models.sites import Place, Site
@@ -170,7 +170,7 @@ class Trainee:
         if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
             at_site = _gradient_at(encoded.reconstruction, loss) if self.sae.wants_gradient else None
-            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self._dead(), gradient, at_site)
+            seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self.dead(), gradient, at_site)
             loss = loss + self._own_loss(seen)
         outputs = [loss / tokens_in_step] if loss.requires_grad else []
         gradients: list[Tensor | None] = [None] * len(outputs)
@@ -272,19 +272,7 @@ class Trainee:
     def _alive(self) -> Tensor:
         return (self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)
 
-    def resample(self, losses: Callable[[Tensor], TokenLosses]) -> None:
-        """Let the dictionary replace features; the optimiser's moments of those start again from 0.
-
-        Args:
-            losses: of the latest text, given which features are dead.
-        """
-        features = self.sae.see_losses(losses(self._dead()))
-        for parameter in self.sae.per_feature():
-            for moment in self.optimizer.state.get(parameter, {}).values():
-                if moment.ndim:
-                    moment[features] = 0.0
-
-    def _dead(self) -> Tensor:
+    def dead(self) -> Tensor:
         """Features that have fired on none of the latest tokens; in the first of training, none."""
         window = self.sae.dead_window or min(self.config.alive_window, self.config.tokens // DEAD_SHARE)
         return self.tokens - self.last_fired.clamp_min(0) >= max(window, 1)
