@@ -1,11 +1,10 @@
 """Where a run of several places keeps each of them, and what tells such a place's folder from a run's."""
 
-import os
 import shlex
 from pathlib import Path
 
 from endwise.common.errors import RunFolderError
-from endwise.common.files import read_json, write_json
+from endwise.common.files import read_json, there_is, write_json
 from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
 
@@ -30,7 +29,7 @@ def mark_part(folder: Path, config: PlacesConfig) -> None:
 
 def is_part(folder: Path) -> bool:
     """Whether a folder is one place of a run that trains several jointly."""
-    return os.path.exists(folder / PART)  # noqa: PTH110  `Path.exists` raises where a name is too long to be one
+    return there_is(folder / PART)
 
 
 def resuming(folder: Path) -> str:

@@ -34,17 +34,10 @@ from endwise.training.memory import command_in_less_memory
 from endwise.training.trainee import Trainee
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained SAE and where everything about it lies."""
+class _Recorded:
+    """A finished run's record, as a reader is told of it."""
 
-    config: RunConfig
-    sae: SAE
-    folder: Path
-    seconds: float
-    """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What is known at the end that remarks are computed from: the loss, the last evaluation, the text."""
+    record: Mapping[str, Any]
 
     @property
     def remarks(self) -> list[str]:
@@ -57,7 +50,20 @@ class Run:
 
 
 @dataclass(frozen=True)
-class PlacesRun:
+class Run(_Recorded):
+    """A trained SAE and where everything about it lies."""
+
+    config: RunConfig
+    sae: SAE
+    folder: Path
+    seconds: float
+    """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What is known at the end that remarks are computed from: the loss, the last evaluation, the text."""
+
+
+@dataclass(frozen=True)
+class PlacesRun(_Recorded):
     """Trained SAEs of several places, and where everything about them lies."""
 
     config: PlacesConfig
@@ -70,15 +76,6 @@ class PlacesRun:
     """See `Run.seconds`."""
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """See `Run.record`."""
-
-    @property
-    def remarks(self) -> list[str]:
-        """What a reader must be told of the run."""
-        return remarks_on(self.record)
-
-    @property
-    def diverged(self) -> bool:
-        return diverged(self.record) is not None
 
 
 @dataclass(frozen=True)
