@@ -260,6 +260,16 @@ def test_it_is_saved_with_both_widths(tmp_path):
     torch.testing.assert_close(read(x), sae(x))
 
 
+def test_a_skip_connection_that_it_cannot_have_is_refused(tmp_path):
+    """Rather than read without it, as another function."""
+    wide().save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["architecture"] = "own_transcoder_skip_transcoder"
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(FormatError, match="'own_transcoder_skip_transcoder' is not one of"):
+        endwise.SAE.load(tmp_path)
+
+
 def test_an_architecture_of_one_width_says_so():
     with pytest.raises(ConfigError, match=r"attn\.hook_z has width 24 and writes .* has width 16"):
         new_trainee(wide_recipe(dictionary={"size": 20, "architecture": "counting"}), tiny("qwen3"), 4)

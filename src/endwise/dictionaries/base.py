@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -269,7 +269,7 @@ class SAE(nn.Module, ABC):
     @classmethod
     def kept(cls) -> Layout:
         """Return `layout`, with what all architectures of its base may keep in a file."""
-        return cls.layout
+        return replace(cls.layout, transcodes=cls.two_widths)
 
     @classmethod
     @abstractmethod

@@ -282,7 +282,7 @@ class LinearSAE(SAE):
 
     @classmethod
     def kept(cls) -> Layout:
-        return replace(cls.layout, transcodes=True, norms=True)
+        return replace(super().kept(), skip=True, norms=True)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> "LinearSAE":

@@ -37,7 +37,9 @@ class Layout:
     norms: bool = False
     """Whether it can stand behind a norm of each token, `normalize` of its configuration (`PER_TOKEN`)."""
     transcodes: bool = False
-    """Whether it can be a transcoder, with a `d_out` and, or without, a skip connection."""
+    """Whether it can be a transcoder, with a `d_out`."""
+    skip: bool = False
+    """Whether its transcoders can have a skip connection."""
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of an SAE with this configuration, by name."""
@@ -47,8 +49,8 @@ class Layout:
         return {name: tuple(sizes[axis] for axis in its) for name, its in axes.items()}
 
     def of_transcoder(self, skip: bool) -> "Layout":
-        """Return what its transcoders keep."""
-        tensors = {**self.tensors, **(SKIP if skip else {})}
+        """Return what its transcoders keep, those with a skip connection where it has such."""
+        tensors = {**self.tensors, **(SKIP if skip and self.skip else {})}
         return replace(self, norms=False, tensors=tensors, settings=self.settings | {"d_out"})
 
 

@@ -177,11 +177,12 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
         return told, layouts[told]
     named = NAMES.fullmatch(told) if isinstance(told, str) else None
     architecture = named["architecture"] or "standard" if named else ""
-    if named is None or architecture not in layouts or not layouts[architecture].transcodes:
-        known, why = ", ".join(sorted(layouts)), "endwise does not know it. Give an SAE of another kind"
+    known = named is not None and architecture in layouts and layouts[architecture].transcodes
+    if named is None or not known or (named["skip"] and not layouts[architecture].skip):
+        names, why = ", ".join(sorted(layouts)), "endwise does not know it. Give an SAE of another kind"
         if isinstance(told, str) and told in _OTHERS:
             why = f"{_NOT_OURS} {_OTHERS[told]}"
-        raise FormatError(f"{file}: architecture {told!r:.80} is not one of {known}, nor a transcoder of one; {why}.")
+        raise FormatError(f"{file}: architecture {told!r:.80} is not one of {names}, nor a transcoder of one; {why}.")
     if type(cfg.get("d_out")) is not int or cfg["d_out"] < 1:
         raise FormatError(f"{file}: d_out must be a whole number above 0, not {cfg.get('d_out')!r:.80}. Correct it.")
     if cfg.get("apply_b_dec_to_input", True):
