@@ -1,29 +1,34 @@
 """Compare the dictionaries of today under every objective: `python tools/dictionary_study.py --minutes 60`.
 
-What is trained stands in docs/results/dictionaries/study.yaml: for every site, kind and architecture the learning rate
-is chosen at the middle level, on held-out text that nothing is reported on, then every level is trained at that rate.
-Each run leaves one row, `rows/<hash of its recipe>.json`, beside that file; a run whose row is there is not made again,
-wherever the command is started. Runs of one site are trained side by side in one pass. The table of all rows is printed
-at the end and written to `table.md`.
+What is trained stands in docs/results/dictionaries/study.yaml. For every site, kind and architecture the learning rate
+is chosen at the middle level, on held-out text that nothing is reported on; then all levels are trained at that rate.
+The kinds and architectures named there as finalists get further levels and seeds; `equal_cost` gives cheaper kinds as
+many more tokens as a step of them costs less. Each run leaves one row, `rows/<hash of its recipe>.json`, beside that
+file; a run whose row is there is not made again, wherever the command is started. Runs of one site and one text are
+trained side by side in one pass. What is found is printed and written to `table.md`.
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
+from endwise.analysis.geometry.cosines import nearest_across
 from endwise.common.files import write_json
 from endwise.config.base import with_values
+from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary
 from endwise.sweeps.points import fingerprint
 from endwise.training.members import SomeFailed
@@ -32,105 +37,148 @@ HERE = Path(__file__).parent.parent / "docs" / "results" / "dictionaries"
 ROWS = HERE / "rows"
 TOGETHER = 6
 """Most runs in one pass."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One curve of the study: a site, a kind and an architecture."""
+    """One curve of the study: a site, a kind, an architecture, a seed, and how much longer than the base it trains."""
 
     site: str
     kind: str
     architecture: str
     study: dict[str, Any]
+    seed: int = 0
+    tokens: int | None = None
 
     @property
     def own(self) -> dict[str, Any]:
         return self.study["architectures"][self.architecture]
 
+    def named(self) -> tuple[tuple[str, str], ...]:
+        """What `--only` can ask for, and where the study lists it."""
+        return (self.site, "sites"), (self.kind, "kinds"), (self.architecture, "architectures")
+
     @property
     def levels(self) -> list[float]:
-        return self.own["levels"][self.kind]
-
-    def tuning(self) -> list[RunConfig]:
-        """The runs by which a learning rate is chosen."""
-        return [self.recipe(self._middle, rate, tuning=True) for rate in self.own["rates"][self.kind]]
+        """Three; a finalist's five at equal tokens."""
+        further = self.own.get("further", {}).get(self.kind, []) if self.final and self.tokens is None else []
+        return sorted([*self.own["levels"][self.kind], *further])
 
     @property
-    def _middle(self) -> float:
-        return self.levels[len(self.levels) // 2]
+    def final(self) -> bool:
+        return [self.kind, self.architecture] in self.study["finalists"]
 
-    def recipe(self, level: float, rate: float, *, tuning: bool = False, seed: int = 0) -> RunConfig:
+    def tuning(self) -> list[RunConfig]:
+        """The runs by which a learning rate is chosen: seed 0's, at the middle level."""
+        levels, rates = self.own["levels"][self.kind], self.own["rates"][self.kind]
+        first = Setting(self.site, self.kind, self.architecture, self.study)
+        return [first.recipe(levels[len(levels) // 2], rate) for rate in rates[self.site]]
+
+    def recipe(self, level: float, rate: float) -> RunConfig:
         """The recipe at one level of the knob."""
         dictionary = {"ratio": self.study["ratio"], "architecture": self.architecture, **self.own.get("dictionary", {})}
         objective = {"kind": self.kind, **self.study["kinds"][self.kind], **self.own.get("objective", {})}
         base = {**self.study["base"], "site": self.site, "dictionary": dictionary, "objective": objective}
-        tokens = self.study["base"]["evaluation"]["tokens"]
-        changes = {
+        changes: dict[str, Any] = {
             self.own["knob"]: level,
             "training.learning_rate": rate,
-            "evaluation.skip": tokens if tuning else 0,
-            "seed": seed,
-            "data.seed": seed,
+            "seed": self.seed,
+            "data.seed": self.seed,
         }
+        changes |= {} if self.tokens is None else {"training.tokens": self.tokens}
         return RunConfig.build(with_values(base, changes), f"{self.architecture} {self.kind}")
 
-    def best_rate(self) -> float | None:
-        """The rate at which L0 × CE increase is lowest; None while one of the runs that say so is missing."""
-        rows = [row_of(config) for config in self.tuning()]
-        if any(row is None for row in rows):
+    def rate(self) -> float | None:
+        """The rate whose middle level needs the fewest features, against `standard`'s of this site and kind at the same
+        CE increase, both on the text that is for tuning; None while a run that says so is missing.
+        """
+        tuning = self.tuning()
+        if len(tuning) == 1:
+            return tuning[0].training.learning_rate
+        rows = [row_of(config) for config in tuning]
+        base = Setting(self.site, self.kind, "standard", self.study).rows()
+        if None in rows or None in base:
             return None
-        whole = [row for row in rows if row is not None and "failed" not in row]
-        costs = {row["l0"] * row["ce_increase"]: row["learning_rate"] for row in whole}
-        return costs[min(costs)] if costs else None
+        curve = [row["tuning"] for row in base if row and "failed" not in row]
+        needed = {
+            row["tuning"]["l0"] / l0_at(curve, row["tuning"]["ce_increase"]): row["learning_rate"]
+            for row in rows
+            if row and "failed" not in row and row["tuning"]["ce_increase"] > 0
+        }
+        return needed[min(needed)] if needed else None
+
+    def rows(self) -> list[Row | None]:
+        """The rows of its levels, None where there is none yet."""
+        rate = self.rate()
+        return [None if rate is None else row_of(self.recipe(level, rate)) for level in self.levels]
+
+    def wanted(self) -> list[RunConfig]:
+        """What can be trained now: the runs that choose the rate or, once it is chosen, the levels."""
+        rate = self.rate()
+        return self.tuning() if rate is None else [self.recipe(level, rate) for level in self.levels]
 
 
-def settings(study: dict[str, Any], only: Sequence[str]) -> list[Setting]:
-    """Every curve, the sites first."""
-    return [
+def l0_at(curve: Sequence[Row], ce_increase: float) -> float:
+    """L0 of a curve at a CE increase, on straight lines between the points in the logarithms of both; the first and the
+    last line are extended.
+    """
+    points = sorted((math.log(row["ce_increase"]), math.log(row["l0"])) for row in curve)
+    at, after = math.log(ce_increase), 1
+    while after < len(points) - 1 and points[after][0] < at:
+        after += 1
+    (x, y), (x2, y2) = points[after - 1], points[after]
+    return math.exp(y + (at - x) * (y2 - y) / (x2 - x))
+
+
+def settings(study: dict[str, Any]) -> list[Setting]:
+    """Every curve, in the order in which they are made: seed 0's of all, longer runs, other seeds of the finalists."""
+    first = [
         Setting(site, kind, name, study)
+        for name in study["architectures"]
         for site in study["sites"]
         for kind in study["kinds"]
-        for name in study["architectures"]
-        if not only or name in only
     ]
+    finalists = [curve for curve in first if curve.final]
+    longer = [
+        Setting(curve.site, curve.kind, curve.architecture, study, tokens=study["equal_cost"][curve.kind])
+        for curve in finalists
+        if curve.kind in study["equal_cost"]
+    ]
+    again = [
+        Setting(curve.site, curve.kind, curve.architecture, study, seed)
+        for seed in study["seeds"]
+        for curve in finalists
+    ]
+    return [*first, *longer, *again]
 
 
 def row_file(config: RunConfig) -> Path:
     return ROWS / f"{fingerprint(config)}.json"
 
 
-def row_of(config: RunConfig) -> dict[str, Any] | None:
+def row_of(config: RunConfig) -> Row | None:
     """The row of a run that was made before, here or elsewhere."""
     file = row_file(config)
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def missing(curves: Sequence[Setting]) -> list[RunConfig]:
-    """The runs that can be made now: those that choose rates, and the levels of curves whose rate is chosen."""
-    wanted: list[RunConfig] = []
-    for curve in curves:
-        rate = curve.best_rate()
-        wanted += curve.tuning() if rate is None else [curve.recipe(level, rate) for level in curve.levels]
-    return [config for config in wanted if row_of(config) is None]
-
-
 def batches(configs: list[RunConfig]) -> Iterator[list[RunConfig]]:
-    """Runs that share their passes: of one site and one held-out text."""
-    groups: dict[tuple[str, int], list[RunConfig]] = {}
+    """Runs that share their passes: of one site, text and length."""
+    groups: dict[tuple[Any, ...], list[RunConfig]] = {}
     for config in configs:
-        groups.setdefault((config.site, config.evaluation.skip), []).append(config)
+        groups.setdefault((config.site, config.data.seed, config.training.tokens), []).append(config)
     for group in groups.values():
         for start in range(0, len(group), TOGETHER):
             yield group[start : start + TOGETHER]
 
 
-def make(configs: list[RunConfig]) -> None:
-    """Train and measure runs together, and write the row of each."""
+def make(configs: list[RunConfig], kept: Path | None) -> None:
+    """Train and measure runs together, and write the row of each; with `kept`, keep each SAE there besides."""
     first = configs[0]
     model = load_model("embedded")
-    corpora = corpora_for(
-        model, first.data, training_tokens=first.training.tokens, evaluation_tokens=first.evaluation.needed
-    )
+    tuning = first.evaluation.model_copy(update={"skip": first.evaluation.tokens})
+    corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=tuning.needed)
     scratch = Path(tempfile.mkdtemp())
     try:
         placed = [config.model_copy(update={"out": scratch / fingerprint(config)}) for config in configs]
@@ -142,54 +190,113 @@ def make(configs: list[RunConfig]) -> None:
             for failure in error.failures:
                 write_json(ROWS / f"{failure.folder.name}.json", {"failed": str(failure.error), **machine()})
         seconds = (time.monotonic() - start) / len(configs)
-        for run in runs:
-            config = next(each for each in configs if fingerprint(each) == run.folder.name)
-            found = measure(
-                model, {"": (model.place(config.place), SAE.load(run.folder))}, corpora.heldout, config.evaluation
-            )[""]
-            summary = RunSummary.of(config, found, seconds, fingerprint(config)).to_json()
-            write_json(row_file(config), summary | {"architecture": config.dictionary.architecture, **machine()})
+        saes = {run.folder.name: SAE.load(run.folder) for run in runs}
+        placed_saes = {name: (model.place(first.place), sae) for name, sae in saes.items()}
+        reported = measure(model, placed_saes, corpora.heldout, first.evaluation)
+        tuned = measure(model, placed_saes, corpora.heldout, tuning, baselines=False)
+        for config in configs:
+            name = fingerprint(config)
+            if name in saes:
+                if kept is not None:
+                    saes[name].save(kept / name)
+                write_json(row_file(config), row(config, reported[name], tuned[name], seconds))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def row(config: RunConfig, reported: Evaluation, tuned: Evaluation, seconds: float) -> Row:
+    """What is kept of one run."""
+    summary = RunSummary.of(config, reported, seconds, fingerprint(config)).to_json()
+    return {
+        **summary,
+        "architecture": config.dictionary.architecture,
+        "tuning": {name: tuned[name] for name in ("l0", "ce_increase")},
+        **machine(),
+    }
 
 
 def machine() -> dict[str, str]:
     return {"machine": platform.machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
+def ratio(curve: Setting) -> tuple[float, float] | None:
+    """The smallest and the largest ratio of its L0 to that of standard e2e of the same site and seed at equal CE
+    increase, over the CE increases that both curves reach; None where there are none, or rows are missing.
+    """
+    own = [row for row in curve.rows() if row and "failed" not in row]
+    base = [row for row in Setting(curve.site, "e2e", "standard", curve.study, curve.seed).rows() if row]
+    if len(own) < 2 or len(base) < 2:
+        return None
+    low = max(min(row["ce_increase"] for row in rows) for rows in (own, base))
+    high = min(max(row["ce_increase"] for row in rows) for rows in (own, base))
+    if low >= high:
+        return None
+    at = np.geomspace(low, high, 20)
+    ratios = [l0_at(own, ce) / l0_at(base, ce) for ce in at]
+    return min(ratios), max(ratios)
+
+
 def table(curves: Sequence[Setting]) -> str:
-    """Every level that was measured, one line each."""
+    """Every level that was measured, and each curve against the paper's e2e."""
     lines = [
-        "| site | kind | architecture | rate | knob | L0 | CE increase | alive |",
-        "|---|---|---|---|---|---|---|---|",
+        "| site | kind | architecture | tokens | seed | rate | L0 → CE increase | alive | L0 ÷ standard e2e's |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for curve in curves:
-        rate = curve.best_rate()
-        rows = [] if rate is None else [row_of(curve.recipe(level, rate)) for level in curve.levels]
-        for level, row in zip(curve.levels, rows, strict=False):
-            if row is not None and "failed" not in row:
-                numbers = f"{row['l0']:.1f} | {row['ce_increase']:.3f} | {row['alive']}"
-                lines.append(
-                    f"| {curve.site} | {curve.kind} | {curve.architecture} | {rate:g} | {level:g} | {numbers} |"
-                )
+        rows = [row for row in curve.rows() if row]
+        if rows:
+            whole = [row for row in rows if "failed" not in row]
+            points = ", ".join(f"{row['l0']:.1f} → {row['ce_increase']:.3f}" for row in whole)
+            alive = " ".join(str(row["alive"]) for row in whole)
+            found = ratio(curve)
+            told = "–" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
+            tokens = curve.tokens or curve.study["base"]["training"]["tokens"]
+            parts = (curve.site, curve.kind, curve.architecture, f"{tokens:,}", curve.seed, f"{curve.rate():g}")
+            lines.append(f"| {' | '.join(map(str, parts))} | {points} | {alive} | {told} |")
     return "\n".join(lines)
+
+
+def stability(curves: Sequence[Setting], kept: Path) -> Iterator[str]:
+    """Of each curve with two seeds or more that are kept: how near a feature's direction is to the nearest of another
+    seed, on average over features that are alive.
+    """
+    for curve in curves:
+        rate = curve.rate()
+        if curve.seed == 0 and curve.final and curve.tokens is None and rate is not None:
+            seeds = [replace(curve, seed=seed) for seed in (0, *curve.study["seeds"])]
+            for level in curve.levels:
+                paths = [kept / fingerprint(seed.recipe(level, rate)) for seed in seeds]
+                own = [SAE.load(path).W_dec.detach() for path in paths if path.exists()]
+                if len(own) > 1:
+                    first, *others = (torch.nn.functional.normalize(directions, dim=-1) for directions in own)
+                    near = [nearest_across(first, other)[0].best.mean().item() for other in others]
+                    yield f"{curve.site} {curve.kind} {curve.architecture} {level:g}: {np.mean(near):.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
-    parser.add_argument("--only", nargs="*", default=[], help="architectures to train, instead of all")
+    parser.add_argument("--only", nargs="*", default=[], help="architectures, kinds and sites to train")
+    parser.add_argument("--keep", type=Path, help="a folder for the SAEs; with it, how alike seeds are is printed")
     arguments = parser.parse_args()
     study = yaml.safe_load((HERE / "study.yaml").read_text())
-    curves = settings(study, arguments.only)
+    only = set(arguments.only)
+    curves = [
+        curve for curve in settings(study) if all(its in only or not only & set(study[of]) for its, of in curve.named())
+    ]
     ends = time.monotonic() + 60 * arguments.minutes
-    while (configs := missing(curves)) and time.monotonic() < ends:
-        batch = next(batches(configs))
-        print(f"{len(configs)} runs to make; now {', '.join(map(fingerprint, batch))}", flush=True)
-        make(batch)
-    told = table(settings(study, []))
+    while time.monotonic() < ends:
+        missing = [config for curve in curves for config in curve.wanted() if row_of(config) is None]
+        if not missing:
+            break
+        batch = next(batches(missing))
+        print(f"{len(missing)} runs to make; now {', '.join(map(fingerprint, batch))}", flush=True)
+        make(batch, arguments.keep)
+    told = table(settings(study))
     (HERE / "table.md").write_text(told + "\n")
     print(told)
+    if arguments.keep is not None:
+        print(*stability(curves, arguments.keep), sep="\n")
 
 
 if __name__ == "__main__":
