@@ -14,23 +14,16 @@ from endwise.runs.folder import RunFolder
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    import endwise.paper.quickstart as module
-
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TRAINING_TOKENS", 8192)
-        patch.setattr(module, "HELDOUT_TOKENS", 4096)
-        patch.setattr(module, "RATIO", 2)
-        patch.setattr(module, "COEFFICIENTS", {kind: values[:2] for kind, values in module.COEFFICIENTS.items()})
-        summary = quickstart(out, seed=3, display=False)
-    return out, summary
+    small = ("training.tokens=8192", "evaluation.tokens=4096", "dictionary.ratio=2")
+    return out, quickstart(out, seed=3, overrides=small, display=False)
 
 
 def test_summary_has_the_promised_fields(finished):
     out, _ = finished
     content = json.loads((out / "summary.json").read_text())
     assert 2 < content["clean_ce"] < 5
-    assert len(content["runs"]) == 6
+    assert len(content["runs"]) == len(recipes(out, 3))
     for run in content["runs"]:
         assert {"kind", "site", "coefficient", "seed", "l0", "alive", "d_sae", "ce_increase", "kl"} <= set(run)
         assert {"explained_variance", "downstream_mse", "tokens", "seconds", "folder"} <= set(run)

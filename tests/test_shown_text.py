@@ -20,7 +20,6 @@ from endwise.analysis.comparison.printed import print_evaluations, print_summary
 from endwise.common.text import model_title, printable
 from endwise.config.run import ModelConfig
 from endwise.figures.interactive import library
-from endwise.paper import quickstart
 from endwise.training import display as progress
 from small_gpt2 import recipe
 from test_comparison import compare, three_kinds
@@ -139,12 +138,9 @@ def test_progress_shows_names_as_text(monkeypatch, capsys):
         assert not hidden_in(text) and text.count(SAFE) >= 2
 
 
-def test_the_quickstart_may_be_put_anywhere(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "TRAINING_TOKENS", 1024)
-    monkeypatch.setattr(quickstart, "HELDOUT_TOKENS", 1024)
-    monkeypatch.setattr(quickstart, "RATIO", 1)
-    monkeypatch.setattr(quickstart, "COEFFICIENTS", {"local": (1.0,), "e2e": (1.0,), "e2e_ds": (1.0,)})
-    said = told("quickstart", "--out", tmp_path / NAME)
+def test_the_quickstart_may_be_put_anywhere(tmp_path):
+    small = ("training.tokens=1024", "evaluation.tokens=1024", "dictionary.ratio=1")
+    said = told("quickstart", *small, "--out", tmp_path / NAME)
     assert said.exit_code == 0, said.output
     assert MARKUP.replace("/", "|") in said.output.replace("\n", "") and not hidden_in(said.output)
     page = Page((tmp_path / NAME / "report.html").read_text(encoding="utf-8"))

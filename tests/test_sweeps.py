@@ -22,7 +22,6 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError, Interrupted, SiteError
 from endwise.config.recipes import find_sweep, sweep_names
 from endwise.evaluation.evaluate import evaluate
-from endwise.paper.quickstart import recipes as quickstart_recipes
 from endwise.runs.folder import RunFolder, last_record
 from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint, placed, points_of
@@ -235,18 +234,6 @@ def test_every_field_of_what_is_computed_counts():
 
 
 # Files, names and changes from the command line.
-
-
-def test_the_sweep_that_ships_is_the_quickstart():
-    shipped = [p.config for p in points_of(read_sweep("embedded-kinds"))]
-    expected = [config.model_copy(update={"out": None}) for config in quickstart_recipes(Path("unused"), seed=0)]
-    alike = {"training": {"checkpoint_every": 100}}  # so that a killed one goes on
-    assert len(shipped) == len(expected) == 9
-    for ours, theirs in zip(shipped, expected, strict=True):
-        weights = ours.objective.weights == theirs.objective.weights
-        assert weights and ours.objective.sparsity == theirs.objective.sparsity
-        training = theirs.training.model_copy(update=alike["training"])
-        assert ours == theirs.model_copy(update={"training": training})
 
 
 @pytest.mark.parametrize("name", sweep_names())

@@ -20,13 +20,14 @@ DOES_NOT_FIT = 8
 
 @command
 def quickstart(
+    overrides: Overrides = None,
     out: Annotated[Path, Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
     seed: Annotated[int, Option(help="Seed of every SAE's initialisation.")] = 0,
 ) -> None:
     """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
     from endwise.paper.quickstart import quickstart as run
 
-    run(out, seed=seed)
+    run(out, seed=seed, overrides=overrides or ())
 
 
 @command
