@@ -9,6 +9,7 @@ trained side by side in one pass. What is found is printed and written to `table
 """
 
 import argparse
+import csv
 import json
 import math
 import platform
@@ -35,6 +36,9 @@ from endwise.training.members import SomeFailed
 
 HERE = Path(__file__).parent.parent / "docs" / "results" / "dictionaries"
 ROWS = HERE / "rows"
+PAPER = "standard"
+"""The architecture that docs/results/paper-embedded.md has trained at the same sites, sizes and lengths."""
+PAPER_RUNS = HERE.parent / "paper-embedded" / "tables" / "runs.csv"
 TOGETHER = 6
 """Most runs in one pass."""
 Row = dict[str, Any]
@@ -97,10 +101,9 @@ class Setting:
         if len(tuning) == 1:
             return tuning[0].training.learning_rate
         rows = [row_of(config) for config in tuning]
-        base = Setting(self.site, self.kind, "standard", self.study).rows()
-        if None in rows or None in base:
+        if None in rows:
             return None
-        curve = [row["tuning"] for row in base if row and "failed" not in row]
+        curve = paper_rows(self.site, self.kind, 0, "learning_rates")
         needed = {
             row["tuning"]["l0"] / l0_at(curve, row["tuning"]["ce_increase"]): row["learning_rate"]
             for row in rows
@@ -110,13 +113,29 @@ class Setting:
 
     def rows(self) -> list[Row | None]:
         """The rows of its levels, None where there is none yet."""
+        if self.architecture == PAPER:
+            return [*paper_rows(self.site, self.kind, self.seed, "seeds" if self.seed else "curves")]
         rate = self.rate()
         return [None if rate is None else row_of(self.recipe(level, rate)) for level in self.levels]
 
     def wanted(self) -> list[RunConfig]:
         """What can be trained now: the runs that choose the rate or, once it is chosen, the levels."""
+        if self.architecture == PAPER:
+            return []
         rate = self.rate()
         return self.tuning() if rate is None else [self.recipe(level, rate) for level in self.levels]
+
+
+def paper_rows(site: str, kind: str, seed: int, experiment: str) -> list[Row]:
+    """Rows of the paper's own kinds, at the rate that its study chose: they were trained and measured alike there."""
+    with PAPER_RUNS.open(newline="") as file:
+        found = [run for run in csv.DictReader(file) if (run["site"], run["kind"]) == (site, kind)]
+    chosen = next(run["learning_rate"] for run in found if run["experiments"] == "curves")
+    return [
+        {name: float(run[name]) for name in ("l0", "ce_increase", "alive", "learning_rate")}
+        for run in found
+        if (run["experiments"], run["seed"], run["learning_rate"]) == (experiment, str(seed), chosen)
+    ]
 
 
 def l0_at(curve: Sequence[Row], ce_increase: float) -> float:
@@ -135,11 +154,12 @@ def settings(study: dict[str, Any]) -> list[Setting]:
     """Every curve, in the order in which they are made: seed 0's of all, longer runs, other seeds of the finalists."""
     first = [
         Setting(site, kind, name, study)
-        for name in study["architectures"]
+        for name in (PAPER, *study["architectures"])
         for site in study["sites"]
         for kind in study["kinds"]
     ]
     finalists = [curve for curve in first if curve.final]
+    paper = [curve for curve in first if curve.architecture == PAPER]
     longer = [
         Setting(curve.site, curve.kind, curve.architecture, study, tokens=study["equal_cost"][curve.kind])
         for curve in finalists
@@ -148,7 +168,7 @@ def settings(study: dict[str, Any]) -> list[Setting]:
     again = [
         Setting(curve.site, curve.kind, curve.architecture, study, seed)
         for seed in study["seeds"]
-        for curve in finalists
+        for curve in (*paper, *finalists)
     ]
     return [*first, *longer, *again]
 
@@ -224,7 +244,7 @@ def ratio(curve: Setting) -> tuple[float, float] | None:
     increase, over the CE increases that both curves reach; None where there are none, or rows are missing.
     """
     own = [row for row in curve.rows() if row and "failed" not in row]
-    base = [row for row in Setting(curve.site, "e2e", "standard", curve.study, curve.seed).rows() if row]
+    base = [row for row in Setting(curve.site, "e2e", PAPER, curve.study, curve.seed).rows() if row]
     if len(own) < 2 or len(base) < 2:
         return None
     low = max(min(row["ce_increase"] for row in rows) for rows in (own, base))
@@ -247,11 +267,18 @@ def table(curves: Sequence[Setting]) -> str:
         if rows:
             whole = [row for row in rows if "failed" not in row]
             points = ", ".join(f"{row['l0']:.1f} → {row['ce_increase']:.3f}" for row in whole)
-            alive = " ".join(str(row["alive"]) for row in whole)
+            alive = " ".join(f"{row['alive']:.0f}" for row in whole)
             found = ratio(curve)
             told = "–" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
             tokens = curve.tokens or curve.study["base"]["training"]["tokens"]
-            parts = (curve.site, curve.kind, curve.architecture, f"{tokens:,}", curve.seed, f"{curve.rate():g}")
+            parts = (
+                curve.site,
+                curve.kind,
+                curve.architecture,
+                f"{tokens:,}",
+                curve.seed,
+                f"{rows[0]['learning_rate']:g}",
+            )
             lines.append(f"| {' | '.join(map(str, parts))} | {points} | {alive} | {told} |")
     return "\n".join(lines)
 
@@ -282,7 +309,9 @@ def main() -> None:
     study = yaml.safe_load((HERE / "study.yaml").read_text())
     only = set(arguments.only)
     curves = [
-        curve for curve in settings(study) if all(its in only or not only & set(study[of]) for its, of in curve.named())
+        curve
+        for curve in settings(study)
+        if all(its in only or not only & {PAPER, *study[of]} for its, of in curve.named())
     ]
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:
