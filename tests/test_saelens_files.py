@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from endwise import SAE
 from endwise.common.errors import FormatError
 from endwise.config.dictionary import ARCHITECTURES
-from endwise.dictionaries import ReluSAE
+from endwise.dictionaries import NormedSAE, ReluSAE
 from endwise.formats import FORMATS, Stored
 from rivals import rival, rivals
 
@@ -114,3 +114,11 @@ def test_a_skip_connection_that_is_missing(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"architecture": "skip_transcoder"}))
     with pytest.raises(FormatError, match=r"W_skip must have the shape \(5, 6\)"):
         SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_a_transcoder_behind_a_norm_of_each_token_is_not_written(tmp_path, norm):
+    with pytest.raises(FormatError, match=f"a transcoder behind {norm} cannot be written"):
+        NormedSAE(transcoder(D, skip=False), norm).save(tmp_path / "t", TRANSCODES)
+    assert not (tmp_path / "t").exists()
+    NormedSAE(transcoder(D, skip=False), norm).save(tmp_path / "sae")

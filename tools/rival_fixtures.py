@@ -11,10 +11,11 @@ One rival is run at a time, each in an environment of its own, with the CPU buil
 Everything is drawn from a fixed seed and computed in float32 on one thread: run twice in one environment, it writes the
 same bytes. tests/fixtures/rivals/README.md says what each file holds, with the formulas that the rivals compute.
 
-In the environment of `sae-lens`, a folder that endwise has written can also be opened as SAELens opens it, and its
-latents and outputs compared with those that endwise gives; the file holds `inputs`, `latents` and `outputs`:
+What SAELens makes of files that endwise writes is stored too, in two steps: endwise's environment writes a folder of
+every kind, SAELens's opens them, compares latents and outputs, and fails where one differs:
 
-    rival/bin/python tools/rival_fixtures.py open FOLDER EXPECTED.safetensors
+    python tools/rival_fixtures.py written FOLDER
+    rival/bin/python tools/rival_fixtures.py open FOLDER
 """
 
 import argparse
@@ -38,17 +39,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for rival in RIVALS:
         commands.add_parser(rival, help=f"write the fixtures of {rival}, which must be installed here")
-    opening = commands.add_parser("open", help="open a folder in SAELens, and compare latents and outputs")
-    opening.add_argument("folder", type=Path)
-    opening.add_argument("expected", type=Path, help="safetensors with inputs, latents and outputs")
-    opening.add_argument("--tolerance", type=float, default=1e-5, help="largest difference; 1e-5 if not given")
+    for name, does in (("written", "write every kind of file with endwise"), ("open", "open them in SAELens")):
+        commands.add_parser(name, help=does).add_argument("folder", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    if given.command == "open":
-        from rival_packages.opening import compare
-
-        return compare(given.folder, given.expected, given.tolerance)
+    if given.command in ("written", "open"):
+        module = importlib.import_module(f"rival_packages.{'writing' if given.command == 'written' else 'opening'}")
+        return int(module.run(given.folder))
     importlib.import_module(RIVALS[given.command]).write()
     return 0
 

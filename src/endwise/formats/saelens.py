@@ -114,6 +114,11 @@ class SAELens(Format):
     def write(self, path: Path, stored: Stored) -> None:
         own, of_heads = dict(stored.config), str(stored.metadata.get("hook_name")).endswith("attn.hook_z")
         if stored.transcodes:  # whose input SAELens takes as it is
+            if "normalize" in own:
+                raise FormatError(
+                    f"{path}: a transcoder behind {own['normalize']} cannot be written, since a file's "
+                    "normalize_activations is undone at what is read. Save one that has no norm of each token."
+                )
             own.setdefault("d_out", own["d_in"])
             of_heads = False
         cfg = {
