@@ -113,6 +113,8 @@ class SAE(nn.Module, ABC):
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
+    seed: int = 0
+    """Of what is drawn in training."""
     world: World = ALONE
     """The processes that train it, over which an architecture that chooses among all tokens of a step agrees with the
     others as it encodes in training."""

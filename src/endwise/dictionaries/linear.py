@@ -270,6 +270,13 @@ class LinearSAE(SAE):
             largest = largest.topk(min(count + 1, len(largest))).values
         return float(largest[-1]) if len(largest) > count else 0.0
 
+    @torch.no_grad()
+    def refill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the weights of another function, by SAELens's names, with the norms that training has."""
+        self.fill(tensors)
+        if self.unit_norm:
+            self.rescale(self.decoder.norm(dim=-1))
+
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
         """Multiply every feature's latents by a positive factor, and divide its direction by it."""
         self.encoder *= factors[:, None]

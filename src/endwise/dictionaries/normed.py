@@ -23,8 +23,11 @@ from endwise.common.processes import World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
 from endwise.dictionaries.latents import Latents
+from endwise.dictionaries.linear import LinearSAE
 from endwise.formats import Layout
 
+FITTED = ("scalar", "whitening")
+"""Norms that are the same for all tokens."""
 FITTED_ON = 32_768
 """Tokens that a scale or a whitening is fitted to."""
 STD_FLOOR = 1e-5
@@ -145,6 +148,15 @@ class Affine(nn.Module):
     def back(self, y: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         return times(y, self.inverse) + self.mean
 
+    def reversed(self) -> "Affine":
+        """Return the one that undoes it, each of `matrix` and `inverse` as it was rounded."""
+        other = Affine(len(self.mean), self.whitens)
+        other.mean = -times(self.mean, self.matrix)
+        for name in ("matrix", "inverse"):
+            exact = getattr(self, name).double()
+            setattr(other, name, (torch.linalg.inv(exact) if self.whitens else 1 / exact).to(self.mean.dtype))
+        return other
+
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
     """Multiply rows by a matrix or by a number, in their own precision."""
@@ -183,6 +195,12 @@ class Fitted(Norm):
     def direction(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
         return times(W_dec, self.written.inverse)
 
+    def reversed(self) -> "Fitted":
+        """Return what takes the inside's activations for raw ones, and raw ones for the inside's."""
+        other = Fitted(self.kind, len(self.read.mean), len(self.written.mean))
+        other.read, other.written = self.read.reversed(), self.written.reversed()
+        return other
+
     def exported(self, inside: Exported, layout: Layout) -> Exported:
         """With A and m what is read goes through, B⁻¹ and n what is written, and S the skip connection:
         W_enc ← A·W_enc, each bias b ← b − m·A·W_enc, W_dec ← W_dec·B, b_dec ← b_dec·B + n, Sᵀ ← A·Sᵀ·B.
@@ -203,12 +221,16 @@ class Fitted(Norm):
 
 
 class NormedSAE(SAE):
-    """A dictionary behind a norm. What it is called, and what trains it, are those of the one inside."""
+    """A dictionary behind a norm. What it is called, and what trains it, are those of the one inside.
 
-    def __init__(self, inner: SAE, kind: str) -> None:
+    Args:
+        raw: what is inside is of raw activations until the norm is fitted, and then the same function behind it.
+    """
+
+    def __init__(self, inner: SAE, kind: str, *, raw: bool = False) -> None:
         super().__init__(inner.d_in, inner.d_sae, inner.d_out)
-        self.inner = inner
-        fitted = kind in ("scalar", "whitening")
+        self.inner, self.raw = inner, raw
+        fitted = kind in FITTED
         self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else PerToken(kind)
         self.first_tokens = max(inner.first_tokens, FITTED_ON) if fitted else inner.first_tokens
         self.last_tokens, self.sparse_below = inner.last_tokens, inner.sparse_below
@@ -277,6 +299,9 @@ class NormedSAE(SAE):
     def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         if isinstance(self.norm, Fitted):
             self.norm.fit(x, target)
+            if self.raw:
+                _move_behind(self.norm, self.inner)
+                self.raw = False
         self._show(x, target, self.inner.first_tokens, self.inner.see_first)
 
     def wants_losses(self, done: int, steps: int) -> int:
@@ -321,17 +346,39 @@ def normed(sae: SAE, config: DictionaryConfig) -> SAE:
     return sae if kind == "none" else NormedSAE(sae, kind)
 
 
-def taken_over(sae: SAE, config: DictionaryConfig) -> SAE:
-    """Make of a finished dictionary what a recipe trains on (`SAE.continuing`), behind the norm that it has.
+def taken_over(sae: SAE, config: DictionaryConfig, seed: int) -> SAE:
+    """Make of a finished dictionary what a recipe trains on (`SAE.continuing`), behind the norm that the recipe has: of
+    one without a norm, a scale or a whitening that is fitted before the first step keeps the function.
+
+    Args:
+        seed: of what is drawn in training.
 
     Raises:
-        ConfigError: the recipe has another norm.
+        ConfigError: the recipe has another norm of each token.
     """
     has, wants = sae.norm.kind if isinstance(sae, NormedSAE) else "none", getattr(config, "normalize", "none")
-    if has != wants:
+    raw = has == "none" and wants in FITTED and issubclass(ARCHITECTURES[config.architecture], LinearSAE)
+    if has != wants and not raw:
         raise ConfigError(
-            f"its input has the norm {has!r}, and dictionary.normalize is {wants!r}. Set dictionary.normalize={has}"
-            + (", since a scale or a whitening is part of the weights of what is saved." if has == "none" else ".")
+            f"its input has the norm {has!r}, and dictionary.normalize is {wants!r}: it would be another function. Set "
+            f"dictionary.normalize={has}."
         )
     inner = sae.inner if isinstance(sae, NormedSAE) else sae
-    return normed(ARCHITECTURES[config.architecture].continuing(inner, config), config)
+    taken = ARCHITECTURES[config.architecture].continuing(inner, config)
+    taken.seed = seed
+    return NormedSAE(taken, wants, raw=raw) if raw else normed(taken, config)
+
+
+@torch.no_grad()
+def _move_behind(norm: Fitted, inner: SAE) -> None:
+    """Make the dictionary, which is of raw activations, the same function of those behind the norm."""
+    assert isinstance(inner, LinearSAE)
+    undone, inside = norm.reversed(), inner.export()
+    inner.refill(undone.exported(inside, ARCHITECTURES[inside.architecture or inner.architecture].layout).tensors)
+    inner.replaces = tuple(_behind(undone, source) for source in inner.replaces)
+
+
+def _behind(norm: Fitted, inner: SAE) -> NormedSAE:
+    sae = NormedSAE(inner, norm.kind)
+    sae.norm = norm
+    return sae

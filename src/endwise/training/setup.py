@@ -342,7 +342,7 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
             f"{d_out:,}. Choose the site that it was trained to write."
         )
     try:
-        return taken_over(sae, config.dictionary)
+        return taken_over(sae, config.dictionary, config.seed)
     except ConfigError as error:
         raise ConfigError(f"init_from: {config.init_from}: {error}") from None
 
