@@ -1,5 +1,8 @@
 """Pareto curves of measured runs: which are compared, their fronts and bands against slow definitions."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -7,6 +10,7 @@ from safetensors.numpy import save_file
 from endwise.analysis.comparable import Setting, runs_in
 from endwise.analysis.pareto.curves import band, front, pareto, point_rows, ratio_rows
 from endwise.analysis.pareto.page import pareto_chart
+from endwise.analysis.pareto.prefixes import prefix_chart, prefix_rows
 from endwise.analysis.ratios import ratio_of
 from endwise.common.errors import RunFolderError
 from endwise.common.files import write_json
@@ -238,3 +242,37 @@ def test_runs_are_looked_for_below_a_folder_but_not_among_trials(tmp_path):
     (runs[1] / "evaluation.json").unlink()
     with pytest.raises(RunFolderError, match="holds 3 run folders, none of which was measured"):
         runs_in([tmp_path])
+
+
+def with_prefixes(run, numbers):
+    intervals = {
+        f"prefix_{name}.{m}": (0.9 * v, 1.1 * v)
+        for m, pair in numbers.items()
+        for name, v in zip(("l0", "ce_increase"), pair, strict=True)
+    }
+    return replace(run, prefixes=numbers, intervals={**run.intervals, **intervals})
+
+
+def test_prefixes_are_a_line_for_each_run():
+    plain, *nested = curve()
+    numbers = [{48: (1.5, 3.0), 336: (6.0, 1.2)}, {48: (1.0, 4.0), 336: (4.0, 1.5)}]
+    nested = [with_prefixes(run, each) for run, each in zip(nested, numbers, strict=True)]
+    chart = prefix_chart([plain, *nested], "a site", "prefixes-1")
+    over_l0, over_length = chart.panels
+    assert [series.label for series in over_l0.series] == ["λ 2, seed 0", "λ 4, seed 0"]
+    for series, run, each in zip(over_l0.series, nested, numbers, strict=True):
+        assert [(mark.x, mark.y) for mark in series.marks] == [*each.values(), (run.l0, run.ce_increase)]
+        assert series.marks[0].y_ends == pytest.approx((0.9 * each[48][1], 1.1 * each[48][1]))
+        assert "the first 48 of 1,536 features" in series.marks[0].hover
+    assert [mark.x for mark in over_length.series[1].marks] == [48, 336, 1536]
+    assert len({series.rank for series in over_l0.series}) == 2
+    rows = prefix_rows([plain, *nested])
+    assert [row["features"] for row in rows] == 2 * [48, 336, 1536] and rows[0]["ce_increase.high"] == pytest.approx(
+        3.3
+    )
+    assert not any(panel.series for panel in prefix_chart([plain], "a site", "prefixes-1").panels)
+
+
+def test_prefixes_are_told_in_a_summary_as_in_the_run():
+    run = with_prefixes(curve()[0], {48: (1.5, 3.0)})
+    assert json.loads(json.dumps(run.to_json()))["prefixes"] == {"48": [1.5, 3.0]}

@@ -72,6 +72,8 @@ class RunSummary:
     """Digest of the held-out sequences that it was measured on; None: measured by a version that kept none."""
     heldout: str | None = None
     """Fingerprint of all its held-out text, where its folder tells it."""
+    prefixes: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """L0 and CE increase of the first so many features alone, where an architecture means them to reconstruct alone."""
     sums: Mapping[str, Floats] | None = field(default=None, repr=False, compare=False)
     """Per-sequence sums `[sequences]` by name: l0, tokens, ce_increase, predictions, downstream_mse.<site>. Without
     them there are ratios but no intervals."""
@@ -101,6 +103,7 @@ class RunSummary:
             intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
             **_origin(config),
             text=evaluation.text,
+            prefixes=_prefixes(_group(metrics, "prefix_l0."), _group(metrics, "prefix_ce_increase.")),
             remarks=tuple(evaluation.remarks),
             sums=evaluation.sums,
         )
@@ -140,6 +143,7 @@ class RunSummary:
                 **_origin(config),
                 text=measured.get("text"),
                 heldout=folder.fingerprint("heldout"),
+                prefixes=_prefixes(measured.get("prefix_l0", {}), measured.get("prefix_ce_increase", {})),
                 remarks=tuple(remarks_on(measured)),
                 sums=read_sums(path),
             )
@@ -171,6 +175,7 @@ class RunSummary:
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         record["remarks"] = list(self.remarks)
         record["method"] = dict(self.method.content)
+        record["prefixes"] = {str(length): list(numbers) for length, numbers in self.prefixes.items()}
         groups = ("downstream_mse", "downstream_cosine", "explained_variances")
         return record | {name: dict(getattr(self, name)) for name in groups}
 
@@ -265,3 +270,8 @@ def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str |
 
 def _group(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {name.removeprefix(prefix): metric.estimate for name, metric in metrics.items() if name.startswith(prefix)}
+
+
+def _prefixes(l0: Mapping[str, float], ce_increase: Mapping[str, float]) -> dict[int, tuple[float, float]]:
+    """By number of features, ascending."""
+    return {length: (l0[str(length)], ce_increase[str(length)]) for length in sorted(map(int, l0))}

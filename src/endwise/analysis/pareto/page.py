@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from endwise.analysis.comparable import HELDOUT_TEXT, methods_of
+from endwise.analysis.comparable import HELDOUT_TEXT, columns_of, methods_of
 from endwise.analysis.comparison.printed import ratio_grid
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.pareto.curves import (
@@ -19,6 +19,7 @@ from endwise.analysis.pareto.curves import (
     rate_of_most,
     ratio_rows,
 )
+from endwise.analysis.pareto.prefixes import prefix_chart, prefix_rows
 from endwise.analysis.ratios import MEASURES
 from endwise.analysis.sets import KNOB, counted, run_table, title_of, value
 from endwise.common.terminal import Grid
@@ -151,19 +152,24 @@ def _told(one: Pareto) -> list[Grid | str]:
 
 
 def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
-    """`points` and `ratios` as CSV and parquet, `pareto-<n>.pdf` and `.png` for every set, and `pareto.html`, the page.
+    """`points` and `ratios` as CSV and parquet, `pareto-<n>.pdf` and `.png` for every set, and `pareto.html`, the page;
+    where runs have prefixes, `prefixes` and `prefixes-<n>` besides.
 
     Raises:
         RunFolderError: the folder cannot be written.
     """
+    nested = [{**columns_of(one.setting), **row} for one in found for row in prefix_rows(one.runs)]
     return write_page(
         found,
         out,
         "pareto",
         title="Pareto curves",
         lead=f"{counted(found)}; only runs of one set are compared.",
-        tables={"points": point_rows(found), "ratios": ratio_rows(found)},
-        charts=lambda one, number: [pareto_chart(one.runs, one.setting.site, f"pareto-{number}")],
+        tables={"points": point_rows(found), "ratios": ratio_rows(found), **({"prefixes": nested} if nested else {})},
+        charts=lambda one, number: [
+            pareto_chart(one.runs, one.setting.site, f"pareto-{number}"),
+            prefix_chart(one.runs, one.setting.site, f"prefixes-{number}"),
+        ],
         parts=lambda one, _, figures: _parts(one, figures),
     )
 
