@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import yaml
 
-from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
+from endwise import SAE, RunConfig, corpora_for, load_model, measure, train, train_together
 from endwise.analysis.geometry.cosines import nearest_across
 from endwise.common.files import write_json
 from endwise.config.base import with_values
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary
+from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import fingerprint
 from endwise.training.members import SomeFailed
 
@@ -154,7 +155,7 @@ def settings(study: dict[str, Any]) -> list[Setting]:
     """Every curve, in the order in which they are made: seed 0's of all, longer runs, other seeds of the finalists."""
     first = [
         Setting(site, kind, name, study)
-        for name in (PAPER, *study["architectures"])
+        for name in study["architectures"]
         for site in study["sites"]
         for kind in study["kinds"]
     ]
@@ -256,6 +257,24 @@ def ratio(curve: Setting) -> tuple[float, float] | None:
     return min(ratios), max(ratios)
 
 
+def costs(curves: Sequence[Setting]) -> dict[str, float]:
+    """Milliseconds of a step of each curve, trained alone on one thread at its middle level: the median of all but the
+    first ten of 40 steps. The machine must be idle.
+    """
+    torch.set_num_threads(1)
+    model, found = load_model("embedded"), {}
+    for curve in curves:
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = 40 * curve.study["base"]["training"]["batch"] * (model.context or 1)
+            changes = {"training.tokens": tokens, "training.log_every": 1, "out": f"{folder}/run"}
+            config = RunConfig.build(with_values(curve.tuning()[0].model_dump(exclude_unset=True), changes))
+            run = train(config, model=model, display=False)
+            timings = RunFolder.open(run.folder).timings_file.read_text().splitlines()
+        seconds = [json.loads(line)["seconds"] for line in timings]
+        found[f"{curve.site} {curve.kind} {curve.architecture}"] = 1e3 * float(np.median(np.diff(seconds)[10:]))
+    return found
+
+
 def table(curves: Sequence[Setting]) -> str:
     """Every level that was measured, and each curve against the paper's e2e."""
     lines = [
@@ -305,6 +324,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
     parser.add_argument("--only", nargs="*", default=[], help="architectures, kinds and sites to train")
     parser.add_argument("--keep", type=Path, help="a folder for the SAEs; with it, how alike seeds are is printed")
+    parser.add_argument("--costs", action="store_true", help="time a step of each on an idle machine, and end")
     arguments = parser.parse_args()
     study = yaml.safe_load((HERE / "study.yaml").read_text())
     only = set(arguments.only)
@@ -313,6 +333,10 @@ def main() -> None:
         for curve in settings(study)
         if all(its in only or not only & {PAPER, *study[of]} for its, of in curve.named())
     ]
+    if arguments.costs:
+        timed = costs([curve for curve in curves if curve.seed == 0 and curve.tokens is None])
+        write_json(HERE / "costs.json", {"milliseconds a step": timed, **machine()})
+        return
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:
         missing = [config for curve in curves for config in curve.wanted() if row_of(config) is None]
