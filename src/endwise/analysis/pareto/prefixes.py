@@ -11,7 +11,10 @@ from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 NUMBERS = {"l0": "prefix_l0", "ce_increase": "prefix_ce_increase"}
 """Names of a prefix's numbers in `evaluation.json`, by those of the whole dictionary's."""
 CE_INCREASE = Axis("CE increase, nats per token", from_zero=True)
-AXES = (("l0", Axis("L0 of the prefix: features per token", log=True)), ("length", Axis("features in it", log=True)))
+AXES = (
+    ("l0", Axis("L0 of the prefix: features per token", log=True)),
+    ("length", Axis("features of the prefix", log=True)),
+)
 """What is drawn along x, of each panel."""
 
 
