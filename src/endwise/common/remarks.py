@@ -21,7 +21,8 @@ ENOUGH = 0.95
 """Of the held-out tokens asked for: what whole sequences and masked first positions leave out is less than the rest."""
 DIVERGED = 2.0
 """How many times its first loss a run may end with."""
-
+SPARSER = "objective.sparsity.coefficient (a dictionary.k: the other way)"
+"""What makes fewer features active, the more of it there is."""
 Record = Mapping[str, Any]
 
 
@@ -98,12 +99,12 @@ def _alive(record: Record) -> str | None:
     if alive == 0 or _number(record, "l0") == 0:
         return (
             "No feature fires: the SAE gives one constant, whatever it reads. Train again with a lower "
-            "training.learning_rate or objective.sparsity.coefficient."
+            f"training.learning_rate or {SPARSER}."
         )
     if alive == features:
         return (
             f"All {features:,.0f} features fired within {tokens:,.0f} tokens: the dictionary may be too small, or "
-            "hardly trained. Raise dictionary.size or training.tokens, or objective.sparsity.coefficient."
+            f"hardly trained. Raise dictionary.size or training.tokens, or {SPARSER}."
         )
     return None
 
@@ -125,8 +126,7 @@ def _worse_than_nothing(record: Record) -> str | None:
         return None
     return (
         f"With the SAE the model's CE is {spliced:.3f} nats per token, above the {mean:.3f} with the site at its mean: "
-        "it keeps nothing that the model uses. Lower training.learning_rate or objective.sparsity.coefficient, or "
-        "train longer."
+        f"it keeps nothing that the model uses. Lower training.learning_rate or {SPARSER}, or train longer."
     )
 
 
