@@ -11,6 +11,7 @@ import endwise
 from endwise import SAE
 from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
+from endwise.config.places import read_recipe
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import DenseLatents, LinearSAE
@@ -201,6 +202,29 @@ def test_a_key_that_nothing_has_is_still_refused(tmp_path, overrides, says):
     jump.write_text(jump.read_text().replace("bandwidth", "bandwith"))
     with pytest.raises(ConfigError, match="bandwith: there is no such key"):
         overridden(str(jump), "dictionary.architecture=gated")
+
+
+@pytest.mark.parametrize("read", [RunConfig.read, read_recipe])
+def test_a_recipe_is_overridden_alike_whoever_reads_it(tmp_path, read):
+    jump = tmp_path / "jump.yaml"
+    jump.write_text(RunConfig.build(recipe("x", "jumprelu", dictionary={"bandwidth": 0.3})).to_yaml())
+    with pytest.warns(UserWarning, match=r"dictionary\.bandwidth.* left out, which a gated dictionary"):
+        config = read(jump, ["dictionary.architecture=gated", "dictionary.ratio=2"])
+    assert (config.dictionary.architecture, config.dictionary.size, config.dictionary.ratio) == ("gated", None, 2)
+    assert read(find_recipe(SHIPPED[0]), ["dictionary.size=64"]).dictionary.features(128) == 64
+    for both in (["dictionary.ratio=2", "dictionary.size=64"], ["dictionary.size=null"]):
+        with pytest.raises(ConfigError, match="give exactly one of size"):
+            read(jump, both)
+
+
+def test_what_stands_for_every_place_is_overridden_alike(tmp_path):
+    values = recipe("x", "jumprelu", dictionary={"bandwidth": 0.3})
+    values["places"] = [{"site": values.pop("site")}, {"site": "blocks.2.hook_resid_pre", "dictionary": {"size": 9}}]
+    (tmp_path / "two.yaml").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"dictionary\.bandwidth.* left out"):
+        config = read_recipe(tmp_path / "two.yaml", ["dictionary.architecture=gated", "dictionary.ratio=2"])
+    assert [type(each.dictionary).__name__ for each in config.places] == ["GatedConfig"] * 2
+    assert [each.dictionary.features(128) for each in config.places] == [256, 9]
 
 
 def test_a_grid_over_architectures_gives_each_its_own_keys():

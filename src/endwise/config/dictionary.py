@@ -17,6 +17,8 @@ ARCHITECTURES: Registry[Any] = Registry("architectures", "endwise.dictionaries")
 
 
 ARCHITECTURE = "dictionary.architecture"
+SIZES = {"size", "ratio"}
+"""Keys of which a dictionary has one."""
 
 
 class KnobRule(NamedTuple):
@@ -101,7 +103,18 @@ def of_architecture(value: Any) -> Any:
     return section.model_validate({**value, "architecture": name} if name else value)
 
 
-def without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_room_for(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's values without what changes of its dictionary replace: another architecture's keys, and its
+    size where they say its ratio, or the other way round.
+    """
+    values, section = _without_old_keys(values, changes), values.get("dictionary")
+    given = {name for name in SIZES if changes.get(f"dictionary.{name}") is not None}
+    if len(given) != 1 or not isinstance(section, dict):
+        return values
+    return {**values, "dictionary": {k: v for k, v in values["dictionary"].items() if k not in SIZES - given}}
+
+
+def _without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a recipe's values without those keys of its dictionary that its architecture has and the one that the
     changes choose has not, with a line that says so; a key that neither has stays, to be refused.
     """
@@ -116,7 +129,7 @@ def without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dict
     if not unused:
         return values
     told = ", ".join(f"dictionary.{key}" for key in unused)
-    warnings.warn(f"{told} left out, which a {name} dictionary does not have.", stacklevel=4)
+    warnings.warn(f"{told} left out, which a {name} dictionary does not have.", stacklevel=5)
     return {**values, "dictionary": {key: value for key, value in section.items() if key not in unused}}
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.common.errors import ConfigError
-from endwise.config.base import Config, apply_overrides, read_yaml
-from endwise.config.dictionary import DictionaryConfig, of_architecture
+from endwise.config.base import Config, read_overrides, read_yaml
+from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, TrainingConfig
@@ -16,7 +16,6 @@ from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunCon
 Inputs = Literal["clean", "spliced"]
 OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
 """Keys that stand for every place, unless it has its own."""
-SIZES = {"size", "ratio"}
 OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "terms")
 """Keys of an objective that one spliced pass has one of."""
 
@@ -56,6 +55,11 @@ class PlacesConfig(Config):
     trackers: Annotated[tuple[str, ...], EXECUTION] = ()
     out: Annotated[Path | None, EXECUTION] = None
     """Run folder; each place's is in it, under `places`."""
+
+    @classmethod
+    def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """As `RunConfig.changed`, of what stands for every place."""
+        return super().changed(with_room_for(values, changes), changes)
 
     @model_validator(mode="before")
     @classmethod
@@ -153,8 +157,9 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: it breaks a rule, or an override changes nothing, since every place has its own value.
     """
-    values = apply_overrides(read_yaml(path), overrides or [])
-    for key in (override.partition("=")[0] for override in overrides or []):
+    values, changes = read_yaml(path), read_overrides(overrides or [])
+    values = (PlacesConfig if "places" in values else RunConfig).changed(values, changes)
+    for key in changes:
         places = values.get("places")
         if key.split(".")[0] in OF_A_PLACE and isinstance(places, Sequence) and all(_has(each, key) for each in places):
             raise ConfigError(

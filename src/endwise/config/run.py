@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.config.base import Config, Positive
-from endwise.config.dictionary import DictionaryConfig, of_architecture, without_old_keys
+from endwise.config.dictionary import DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 
@@ -196,9 +196,9 @@ class RunConfig(Config):
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of a recipe's values with each dotted key set; where that chooses another architecture, without the
-        keys of the old one.
+        keys of the old one; where it says the dictionary's size in one way, without the other.
         """
-        return super().changed(without_old_keys(values, changes), changes)
+        return super().changed(with_room_for(values, changes), changes)
 
     @property
     def place(self) -> str:
