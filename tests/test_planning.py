@@ -239,6 +239,23 @@ def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
     assert found.total_flops == pytest.approx(found.flops.per_token * 64 * CONTEXT)
 
 
+@pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
+@pytest.mark.parametrize("kind", ["local", "e2e_ds"])
+@pytest.mark.parametrize(
+    "options", [{"revive": 0.1}, {"aux": 0.1}, {"aux": 0.1, "architecture": "batchtopk", "k": 4}], ids=str
+)
+def test_dead_features_are_planned_as_if_all_were_dead(stored, kind, options):
+    """How many there will be is not known before."""
+    base = recipe(stored("gpt2"), kind, size=400)
+    peaks = []
+    for more in ({}, options):
+        of = {"architecture": options.get("architecture", "standard"), "size": 400, **more}
+        of |= {"k": 4} if "k" in options else {}
+        values = {**base.model_dump(mode="json"), "dictionary": of}
+        peaks.append(plan(RunConfig.build(values)).stages[0].bytes)
+    assert peaks[1] > peaks[0]
+
+
 def test_a_local_objective_stops_at_the_site(stored):
     found = plan(recipe(stored("gpt2"), "local")).flops
     assert found.clean_prefix > 0

@@ -165,8 +165,28 @@ def _experts(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], matrices.shape[-1])
 
 
+def _all_places(mask: Tensor) -> Tensor:
+    """How many features are dead, or rows count, is not known before: no more than all of them."""
+    return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.int64)
+
+
+def _indexed(tensor: Tensor, indices: Any) -> Tensor:
+    """Of a mask, all places count."""
+    first = indices[0]
+    if len(indices) == 1 and first is not None and first.dtype == torch.bool:
+        return tensor.new_empty(first.numel(), *tensor.shape[first.dim() :])
+    return aten.index.Tensor(tensor, indices)
+
+
+def _counts(numbers: Tensor, _weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    return numbers.new_empty(minlength)
+
+
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,  # noqa: SLF001
     aten._grouped_mm.default: _experts,  # noqa: SLF001
+    aten.nonzero.default: _all_places,
+    aten.index.Tensor: _indexed,
+    aten.bincount.default: _counts,
 }
-"""For operations whose results PyTorch describes otherwise than they are."""
+"""For operations whose results PyTorch describes otherwise than they are, or not before values are known."""
