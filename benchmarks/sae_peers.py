@@ -5,6 +5,8 @@ bookkeeping that it does at every step (which features fired, the learning rate'
 for is imported, and of endwise only what stands beside this file, so that each may live in an environment of its own.
 """
 
+import importlib
+import itertools
 import sys
 import types
 from abc import abstractmethod
@@ -20,6 +22,12 @@ from harness import Side, serve
 LEARNING_RATE = 1e-7
 STEPS = 1_000_000
 SPARSITY = 4.0
+POSITIVE = 2
+"""Positive pre-activations of top-k dictionaries with lowered biases, as a multiple of k."""
+SILENT = -1e3
+"""Bias of a feature that never fires."""
+GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+"""Shares of the features that each group of a Matryoshka dictionary has."""
 
 
 class Peer(Side):
@@ -32,7 +40,8 @@ class Peer(Side):
         """
         Args:
             spec: `threads`, `rows` (of activations), `d_model`, `d_sae`, `l0` (for those whose time depends on it;
-                None: as initialised), `k` (of a TopK), `seed`, `architecture` (of ours; unset: ReLU).
+                None: as initialised), `k` (of sparsify's TopK), `seed`, `architecture` (unset: ReLU), and of ours
+                `lowered` (biases of top-k dictionaries), `aux` (whether a tenth of the features is dead and predicts).
         """
         torch.set_num_threads(spec["threads"])
         torch.manual_seed(spec["seed"])
@@ -61,13 +70,25 @@ class Endwise(Peer):
         rows, width = self.rows.shape
         shape = Shape("gpt2", 1, width, 1, 8, rows, rows, batch=1, layer=0, d_sae=spec["d_sae"])
         model = gpt2_of_width(shape)
-        settings = {"shape": vars(shape), "precision": spec.get("precision", "exact")}
-        top = {"architecture": spec["architecture"], "k": round(spec["l0"])} if "architecture" in spec else {}
-        trainee = new_trainee(run_config(settings | {"dictionary": top}, OBJECTIVES["local"]), model, STEPS)
-        if spec["l0"] is not None and not top:
-            state = {name: tensor.detach() for name, tensor in trainee.sae.state_dict().items()}
-            shift = bias_shift(self.rows[:512], state["encoder"], state["b_enc"], spec["l0"])
-            trainee.sae.load_state_dict(state | {"b_enc": state["b_enc"] - shift})
+        architecture = spec.get("architecture", "standard")
+        dictionary: dict[str, Any] = {"architecture": architecture}
+        dictionary |= {"k": round(spec["l0"] or spec["k"])} if "topk" in architecture else {}
+        dictionary |= {"aux": 1 / 32, "dead_window": rows} if spec.get("aux") else {}
+        settings = {"shape": vars(shape), "precision": spec.get("precision", "exact"), "dictionary": dictionary}
+        trainee = new_trainee(run_config(settings, OBJECTIVES["local"]), model, STEPS)
+        state = {name: tensor.detach() for name, tensor in trainee.sae.state_dict().items()}
+        if spec["l0"] is not None:
+            chosen = spec["l0"] * (POSITIVE if "topk" in architecture else 1)
+            shift = bias_shift(self.rows[:512], state["encoder"], state["b_enc"], chosen)
+            if architecture == "jumprelu":
+                typical = torch.addmm(state["b_enc"], self.rows[:512], state["encoder"].T).square().mean().sqrt()
+                state |= {"unit": typical, "threshold": torch.full_like(state["threshold"], shift)}
+            elif "topk" not in architecture or spec.get("lowered"):
+                state |= {name: state[name] - shift for name in ("b_enc", "b_mag") if name in state}
+        if spec.get("aux"):
+            state["b_enc"] = state["b_enc"].clone()
+            state["b_enc"][::10] = SILENT
+        trainee.sae.load_state_dict(state)
         tokens = torch.zeros(1, rows, dtype=torch.int64)
         clean = Clean(tokens, {trainee.site: self.rows[None]}, None)
         model.clean = lambda *_args, **_kwargs: clean  # the model does not run: its pass is given
@@ -117,18 +138,28 @@ class Reference(Peer):
 
 
 class SAELens(Peer):
-    """`StandardTrainingSAE` in SAELens's own trainer: `SAETrainer.step`, which clips to norm 1."""
+    """A training SAE of SAELens in its own trainer: `SAETrainer.step`, which clips to norm 1."""
 
     package = "sae-lens"
 
     def make(self, spec: dict[str, Any]) -> None:
-        from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig  # pyright: ignore[reportMissingImports]
+        import sae_lens  # pyright: ignore[reportMissingImports]
         from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
         from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 
-        config = StandardTrainingSAEConfig(d_in=spec["d_model"], d_sae=spec["d_sae"], l1_coefficient=SPARSITY)
+        name, own = {
+            "standard": ("Standard", {"l1_coefficient": SPARSITY}),
+            "gated": ("Gated", {"l1_coefficient": SPARSITY}),
+            "jumprelu": ("JumpReLU", {"l0_coefficient": SPARSITY}),
+            "topk": ("TopK", {}),
+            "batchtopk": ("BatchTopK", {}),
+            "matryoshka_batchtopk": ("MatryoshkaBatchTopK", {"matryoshka_widths": prefixes(spec["d_sae"])}),
+        }[spec.get("architecture", "standard")]
+        own |= {"k": round(spec["l0"] or spec["k"])} if name.endswith("TopK") else {}
+        config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=spec["d_model"], d_sae=spec["d_sae"], **own)
         settings = SAETrainerConfig(STEPS * spec["rows"], spec["rows"], lr=LEARNING_RATE, lr_end=LEARNING_RATE)
-        self.trainer = SAETrainer(settings, StandardTrainingSAE(config), self._activations())
+        sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
+        self.trainer = SAETrainer(settings, sae, self._activations())
 
     def _activations(self) -> Iterator[Tensor]:
         while True:
@@ -143,7 +174,9 @@ class SAELens(Peer):
 
 
 class DictionaryLearning(Peer):
-    """`StandardTrainer.update` of saprmarks/dictionary_learning; it does not clip, and keeps its columns at norm 1."""
+    """`update` of a trainer of saprmarks/dictionary_learning; the standard one does not clip, and keeps its columns at
+    norm 1.
+    """
 
     package = "dictionary-learning"
 
@@ -152,19 +185,30 @@ class DictionaryLearning(Peer):
         sys.modules.setdefault("nnsight", types.ModuleType("nnsight"))
         if not hasattr(sys.modules["nnsight"], "LanguageModel"):
             sys.modules["nnsight"].LanguageModel = object  # pyright: ignore[reportAttributeAccessIssue]
-        from dictionary_learning.trainers.standard import StandardTrainer  # pyright: ignore[reportMissingImports]
-
-        self.trainer = StandardTrainer(
+        module, name, own = {
+            "standard": ("standard", "StandardTrainer", {"l1_penalty": SPARSITY}),
+            "gated": ("gdm", "GatedSAETrainer", {"l1_penalty": SPARSITY}),
+            "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": spec["l0"]}),
+            "topk": ("top_k", "TopKTrainer", {}),
+            "batchtopk": ("batch_top_k", "BatchTopKTrainer", {}),
+            "matryoshka_batchtopk": (
+                "matryoshka_batch_top_k",
+                "MatryoshkaBatchTopKTrainer",
+                {"group_fractions": list(GROUPS)},
+            ),
+        }[spec.get("architecture", "standard")]
+        own |= {"k": round(spec["l0"] or spec["k"])} if "TopK" in name else {}
+        self.trainer = getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), name)(
             steps=STEPS,
             activation_dim=spec["d_model"],
             dict_size=spec["d_sae"],
             layer=0,
             lm_name="none",
             lr=LEARNING_RATE,
-            l1_penalty=SPARSITY,
             device="cpu",
+            **own,
         )
-        self.done = 0
+        self.done, self.by_batch = 0, "BatchTopK" in name
 
     def step(self) -> None:
         self.trainer.update(self.done, self.rows)
@@ -172,7 +216,8 @@ class DictionaryLearning(Peer):
 
     @torch.no_grad()
     def l0(self) -> float:
-        return _l0(self.trainer.ae.encode(self.rows))
+        encode = self.trainer.ae.encode
+        return _l0(encode(self.rows, use_threshold=False) if self.by_batch else encode(self.rows))
 
 
 class Sparsify(Peer):
@@ -204,6 +249,11 @@ class Sparsify(Peer):
 
     def l0(self) -> float:
         return float(self.k)
+
+
+def prefixes(d_sae: int) -> list[int]:
+    """Numbers of features with which a Matryoshka dictionary's groups end."""
+    return [round(end * d_sae) for end in itertools.accumulate(GROUPS)]
 
 
 def _l0(latents: Tensor) -> float:

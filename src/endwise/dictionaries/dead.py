@@ -44,6 +44,8 @@ from endwise.kernels import Pairs
 if TYPE_CHECKING:
     from endwise.dictionaries.linear import LinearSAE
 
+SPARSE_BELOW = 1 / 32
+"""Largest share of the dead features that predict as sparse latents; above it dense ones cost less."""
 NotBelow0 = Annotated[float, Field(ge=0)]
 AUX, PRE_ACTIVATION = "dead_aux", "pre_activation"
 """Names of the terms."""
@@ -186,11 +188,15 @@ def unexplained(
     n, k = len(z), min(k, len(dead))
     if not n:
         return target.new_zeros(())
-    chosen = z.detach().topk(k, dim=-1).indices.sort(dim=-1).values
-    values = z.gather(-1, chosen).view(-1)
-    rows = torch.arange(n, device=z.device)
-    pairs = Pairs(rows.repeat_interleave(k), dead[chosen.view(-1)], rows * k, sae.d_sae)
-    predicted = sae.sums(SparseLatents(values if config.aux_negative else torch.relu(values), pairs, (n,)))
+    chosen = z.detach().topk(k, dim=-1, sorted=False).indices
+    if k > SPARSE_BELOW * len(dead):
+        kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, chosen, True)
+        predicted = (z if config.aux_negative else torch.relu(z)).where(kept, 0.0) @ sae.directions(dead)
+    else:
+        chosen = chosen.sort(dim=-1).values
+        values, rows = z.gather(-1, chosen).view(-1), torch.arange(n, device=z.device)
+        pairs = Pairs(rows.repeat_interleave(k), dead[chosen.view(-1)], rows * k, sae.d_sae)
+        predicted = sae.sums(SparseLatents(values if config.aux_negative else torch.relu(values), pairs, (n,)))
     variance = (target - target.mean(0)).square().sum() / n
     error = (target - predicted).square().sum()
     return (error / variance).where(variance > 0, 0.0)

@@ -132,14 +132,10 @@ class JumpReLUSAE(LinearSAE):
 
     def _sparse(self, x: Tensor, edge: Tensor, bandwidth: Tensor | None) -> SparseLatents | None:
         """The features above an edge of each, if they are few; with a bandwidth, with the gates of those."""
-        edge = edge.detach()
-        found = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc - edge, self.sparse_below)
-        if found is None:
-            return None
-        z = found.values + edge[found.places.features]
-        if bandwidth is None:
-            return SparseLatents(z, found.places, found.shape)
-        values, gates = self._jump(z, bandwidth, found.places)
+        found = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, edge)
+        if found is None or bandwidth is None:
+            return found
+        values, gates = self._jump(found.values, bandwidth, found.places)
         return SparseJumps(values, found.places, found.shape, gates=Gates(gates, self.config, self.penalty_norms()))
 
     def _jump(self, z: Tensor, bandwidth: Tensor, pairs: Pairs | None) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,7 @@ def sparse_values(
 def decode_sparse(
     latents: SparseLatents,
     weight: Float[Tensor, "d_sae d_model"],
-    bias: Float[Tensor, " d_model"],
+    bias: Float[Tensor, " d_model"] | None = None,
     norms: Float[Tensor, " d_sae"] | None = None,
 ) -> Float[Tensor, "*rows d_model"]:
     """Σ over active features of c · weight / norms, plus the bias.
@@ -210,7 +210,7 @@ def decode_sparse(
         norms: the L2 norms of the weight's rows, if each is to be used with unit norm; the gradient knows about it.
     """
     sums: Any = _WeightedRows.apply(latents.values, weight, latents.places, norms)
-    return (sums + bias).view(*latents.shape, len(bias))
+    return (sums if bias is None else sums + bias).view(*latents.shape, weight.shape[1])
 
 
 class _ActiveValues(Function):

@@ -125,6 +125,11 @@ class LinearSAE(SAE):
     def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
         return normalize(self.decoder, dim=-1) if self.unit_norm else self.decoder
 
+    def directions(self, features: Int64[Tensor, " some"]) -> Float[Tensor, "some d_out"]:
+        """Some rows of `W_dec`."""
+        rows = self.decoder[features]
+        return normalize(rows, dim=-1) if self.unit_norm else rows
+
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """L2 norm of each direction as it is used: a factor of latents whose size is to mean the same for all."""
         return torch.ones_like(self.b_enc) if self.unit_norm else self.decoder.norm(dim=-1)
@@ -145,7 +150,7 @@ class LinearSAE(SAE):
     def sums(self, latents: SparseLatents) -> Float[Tensor, "*rows d_out"]:
         """Sum the features' directions, each times its latent, without the bias."""
         norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
-        return decode_sparse(latents, self.decoder, torch.zeros_like(self.b_dec), norms)
+        return decode_sparse(latents, self.decoder, norms=norms)
 
     def penalty_norms(self) -> Float[Tensor, " d_sae"] | None:
         """Norms by which a penalty multiplies latents, with their gradient; None: all are 1, or nothing is penalised.

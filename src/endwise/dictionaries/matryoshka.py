@@ -17,8 +17,7 @@ from endwise.common.seeds import numpy_stream
 from endwise.config.base import Positive
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.batchtopk import BatchTopKConfig, BatchTopKSAE
-from endwise.dictionaries.latents import DenseLatents, Latents, decode_sparse
-from endwise.dictionaries.linear import NORM_FLOOR
+from endwise.dictionaries.latents import DenseLatents, Latents, SparseLatents
 from endwise.kernels import Pairs
 
 GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -105,22 +104,18 @@ class MatryoshkaSAE(BatchTopKSAE):
         rest = self.b_dec if self.W_skip is None else self.b_dec + linear(x.to(self.W_skip.dtype), self.W_skip)
         return list(itertools.accumulate(self._by_group(latents, sizes), initial=rest))[1:]
 
-    def _by_group(self, latents: Latents, sizes: list[int]) -> list[Float[Tensor, "*rows d_out"]]:
+    def _by_group(self, latents: Latents, sizes: list[int]) -> Sequence[Float[Tensor, "*rows d_out"]]:
         """What each group adds to the reconstruction."""
         if (sparse := latents.pairs()) is None:
             groups = zip(latents.dense().split(sizes, -1), self.W_dec.split(sizes), strict=True)
             return [values @ directions for values, directions in groups]
-        norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
-        none, added, start = torch.zeros_like(self.b_dec), [], 0
-        for size, directions in zip(sizes, self.decoder.split(sizes), strict=True):
-            features = sparse.places.features
-            group = sparse.where((features >= start) & (features < start + size))
-            places = group.places
-            own = Pairs(places.rows, places.features - start, places.row_starts, size)
-            of_group = type(group)(group.values, own, group.shape)
-            added.append(decode_sparse(of_group, directions, none, None if norms is None else norms[start:][:size]))
-            start += size
-        return added
+        places, number = sparse.places, len(sizes)
+        ends = torch.tensor(sizes, device=places.features.device).cumsum(0)
+        # Within a row pairs lie in the order of features, so that those of a row's groups lie one after another.
+        rows = places.rows * number + torch.bucketize(places.features, ends, right=True)
+        starts = torch.searchsorted(rows, torch.arange(places.n_rows * number, device=rows.device))
+        of_groups = Pairs(rows, places.features, starts, places.n_features)
+        return self.sums(SparseLatents(sparse.values, of_groups, (*sparse.shape, number))).unbind(-2)
 
     def spliced(self, latents: Latents, x: Float[Tensor, "batch *pos d_in"]) -> Float[Tensor, "batch *pos d_out"]:
         """Reconstruct each sequence from a prefix of its own."""

@@ -20,16 +20,17 @@ from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import KnobRule
 from endwise.dictionaries.linear import LinearConfig
-from endwise.kernels import Found, Pairs, kernels_for
+from endwise.kernels import Found, kernels_for
 
 SPARSE_BELOW = 1 / 32
 """Largest share of features for which k makes sparse latents, as of ReLU ones."""
 CANDIDATES = 4.0
 """Candidates that are worth their cost, as a multiple of that share of all places."""
-SHARES = (1 / 64, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the rows of which a bound may let through too few."""
 SAMPLE = 64
 """Rows that a bound is taken from."""
+SAMPLE_BLOCK, WIDE_FROM = 32, 4
+"""Neighbours in the sample of which only the greatest competes for the bound, where there are so many times more blocks
+than are wanted: few hold two of them, and the bound, which comes out lower where one does, is found much sooner."""
 MORE = (1.25, 2.0)
 """Multiples of k that the bounds on a step's candidates are to let through, tried in turn before all positive ones."""
 CHUNK_ELEMENTS = 1 << 23
@@ -73,14 +74,6 @@ class Annealed(NamedTuple):
         """Return k after a share of the steps."""
         start = self.k if self.start is None else self.start
         return start + (self.k - start) * min(1.0, done / self.share)
-
-
-def kept_per_row(values: Float[Tensor, "n d_sae"], k: int) -> Bool[Tensor, "n d_sae"]:
-    """Mark each row's k largest of values that are at least 0; those at 0 may be marked too."""
-    smallest = values.topk(min(k, values.shape[1]), dim=-1).values[:, -1:]
-    sure = (values > smallest) | values.isnan()
-    ties = values == smallest
-    return sure | (ties & (ties.cumsum(-1, dtype=torch.int32) <= k - sure.sum(-1, keepdim=True)))
 
 
 class Cut(NamedTuple):
@@ -174,52 +167,10 @@ class Encoder(NamedTuple):
 
 
 def top_per_row(encoder: Encoder, k: int) -> Found | None:
-    """Find each row's k largest positive pre-activations; None where that is for a dense product to find.
-
-    Rows of which the bound lets through fewer than k are encoded once more, densely.
-    """
-    n, d_sae = len(encoder.x), len(encoder.weight)
-    if k > SPARSE_BELOW * d_sae or not n:
+    """Find each row's k largest positive pre-activations; None where that is for a dense product to find."""
+    if k > SPARSE_BELOW * len(encoder.weight):
         return None
-    found = encoder.above(_bound(encoder, k))
-    if found is None:
-        return None
-    rows = found.pairs.rows
-    enough = torch.bincount(rows, minlength=n) >= k
-    chosen = _largest_per_row(found, k) & enough[rows]
-    short = (~enough).nonzero()[:, 0]
-    places, values = [rows[chosen] * d_sae + found.pairs.features[chosen]], [found.values[chosen]]
-    for part in short.split(max(1, CHUNK_ELEMENTS // d_sae)):
-        dense = encoder.dense(part)
-        in_part, features = (kept_per_row(dense, k) & (dense > 0).logical_or_(dense.isnan())).nonzero(as_tuple=True)
-        places.append(part[in_part] * d_sae + features)
-        values.append(dense[in_part, features])
-    flat, order = torch.cat(places).sort()
-    rows = flat // d_sae
-    starts = torch.searchsorted(rows, torch.arange(n, device=rows.device))
-    return Found(Pairs(rows, flat % d_sae, starts, d_sae), torch.cat(values)[order])
-
-
-def _bound(encoder: Encoder, k: int) -> Float[Tensor, ""]:
-    """Choose the k-th value of a row of the sample above which the selection costs least: a row with too few costs its
-    product with all features and the search among them, a pair two sorts.
-    """
-    d_sae, d_in = encoder.weight.shape
-    sample = encoder.sample().nan_to_num(nan=0.0)
-    least = sample.topk(k, dim=-1).values[:, -1].sort().values
-    bounds = [least[int(share * SAMPLE)] for share in SHARES]
-    per_row = d_sae * (1 / 20 + d_in / 4000)
-    costs = [share * per_row + (sample > bound).sum() / SAMPLE for share, bound in zip(SHARES, bounds, strict=True)]
-    return torch.stack(bounds)[torch.stack(costs).argmin()]
-
-
-def _largest_per_row(found: Found, k: int) -> Bool[Tensor, " pairs"]:
-    """Mark the k largest pairs of each row, NaN first."""
-    pairs = found.pairs
-    order = found.values.sort(descending=True, stable=True).indices
-    order = order[pairs.rows[order].sort(stable=True).indices]
-    place = torch.arange(len(order), device=order.device) - pairs.row_starts[pairs.rows[order]]
-    return torch.zeros_like(order, dtype=torch.bool).index_put((order,), place < k)
+    return kernels_for(encoder.x.device).largest(encoder.x, encoder.weight, encoder.bias, k, encoder.limit)
 
 
 def candidates_of_step(
@@ -256,9 +207,11 @@ def candidates_of_step(
 
 def _bounds(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float) -> Float[Tensor, " tries"]:
     """Bounds to try in turn, falling to 0."""
-    sample = encoder.sample(counted).view(-1).nan_to_num(nan=0.0)
+    sample = encoder.sample(counted).view(-1)
     wanted = [min(len(sample), max(1, round(more * k * SAMPLE))) for more in MORE]
-    largest = sample.topk(wanted[-1]).values
+    if len(sample) % SAMPLE_BLOCK == 0 and len(sample) >= WIDE_FROM * SAMPLE_BLOCK * wanted[-1]:
+        sample = sample.view(-1, SAMPLE_BLOCK).amax(-1)
+    largest = sample.nan_to_num(nan=0.0).topk(wanted[-1]).values
     return torch.stack([*(largest[number - 1] for number in wanted), largest.new_zeros(())])
 
 

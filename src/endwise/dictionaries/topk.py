@@ -12,8 +12,9 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, sparse_values
 from endwise.dictionaries.linear import LinearSAE
-from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, TopKConfig, kept_per_row, top_per_row
+from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, TopKConfig, top_per_row
 from endwise.formats import Layout
+from endwise.kernels import kept_per_row
 
 SAME_NORM = 1e-4
 """Difference of norms, as a share of them, that says nothing."""

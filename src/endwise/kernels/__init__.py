@@ -12,6 +12,7 @@ import torch
 
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import Divergence, Found, Kernels, Pairs, Unembedding
+from endwise.kernels.scan import kept_per_row
 from endwise.kernels.screen import has_fast_bfloat16
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Pairs",
     "Unembedding",
     "has_fast_bfloat16",
+    "kept_per_row",
     "kernels_for",
     "register",
     "registered",

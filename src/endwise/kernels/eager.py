@@ -12,7 +12,8 @@ from torch.nn.functional import embedding_bag
 
 from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
 from endwise.kernels.kl import chunked_kl
-from endwise.kernels.screen import Screen, has_fast_bfloat16, places_above
+from endwise.kernels.scan import Blocks, among_largest, kth_of_rows, places_above
+from endwise.kernels.screen import Screen, has_fast_bfloat16
 
 CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
 """Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
@@ -24,24 +25,15 @@ going on to the end, only to start again the dense way, costs more than a rare w
 
 class EagerKernels(Kernels):
     def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
-        d_sae, width = weight.shape
-        size = max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae))
-        screened = x.dtype == torch.float32 and has_fast_bfloat16(x.device)
         above = bias.new_zeros(()) if above is None else above
-        active = _screened(weight, bias, above) if screened else _dense(weight, bias, above, min(size, len(x)))
-        places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
-        found, start = 0, 0
-        while start < len(x):
-            rows = x[start : start + (size if start else PROBE_ROWS)]
-            where, value = active(rows)
-            places.append(where + start * len(weight))
-            values.append(value)
-            found, start = found + len(where), start + len(rows)
-            if found > limit or found * len(x) > EXCESS * limit * start:
-                return None
-        flat = torch.cat(places)
-        row_starts = torch.searchsorted(flat, torch.arange(len(x), device=x.device) * len(weight))
-        return Found(Pairs(flat // len(weight), flat % len(weight), row_starts, len(weight)), torch.cat(values))
+        screened = _is_screened(x)
+        active = _screened(weight, bias, above) if screened else _dense(weight, bias, above, _rows_at_once(x, weight))
+        return _joined(x, weight, limit, active)
+
+    def largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, limit: int) -> Found | None:
+        if _is_screened(x):
+            return _joined(x, weight, limit, _screened_largest(weight, bias, k))
+        return _joined(x, weight, limit, _dense_largest(weight, bias, k, _rows_at_once(x, weight)))
 
     def weighted_sums(self, table: Tensor, entries: Index, bag_starts: Tensor, weights: PerPair) -> Tensor:
         if not len(entries):
@@ -56,32 +48,106 @@ class EagerKernels(Kernels):
 
 
 Active = Callable[[Tensor], tuple[Index, PerPair]]
-"""From some rows to the flat places, ascending, at which the pre-activation is above, and its values there."""
+"""From some rows to the flat places, ascending, of the pre-activations that are asked for, and their values."""
+
+
+def _is_screened(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and has_fast_bfloat16(x.device)
+
+
+def _rows_at_once(x: Tensor, weight: Tensor) -> int:
+    d_sae, width = weight.shape
+    return min(len(x), max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae)))
+
+
+def _joined(x: Tensor, weight: Tensor, limit: int, active: Active) -> Found | None:
+    """What is found in all rows, some at a time; None if it is more than the limit."""
+    size = _rows_at_once(x, weight)
+    places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
+    found, start = 0, 0
+    while start < len(x):
+        rows = x[start : start + (size if start else PROBE_ROWS)]
+        where, value = active(rows)
+        places.append(where + start * len(weight))
+        values.append(value)
+        found, start = found + len(where), start + len(rows)
+        if found > limit or found * len(x) > EXCESS * limit * start:
+            return None
+    flat = torch.cat(places)
+    row_starts = torch.searchsorted(flat, torch.arange(len(x), device=x.device) * len(weight))
+    return Found(Pairs(flat // len(weight), flat % len(weight), row_starts, len(weight)), torch.cat(values))
+
+
+def _product(weight: Tensor, bias: Tensor, most_rows: int) -> Callable[[Tensor], Tensor]:
+    """Pre-activations of some rows, in memory that is used again."""
+    buffer = weight.new_empty(most_rows, len(weight))
+    return lambda rows: torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)])
 
 
 def _dense(weight: Tensor, bias: Tensor, above: Tensor, most_rows: int) -> Active:
-    buffer = weight.new_empty(most_rows, len(weight))
+    product = _product(weight, bias, most_rows)
 
     def active(rows: Tensor) -> tuple[Index, PerPair]:
-        product = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)])
-        where = places_above(product, above)
-        return where, product.view(-1)[where]
+        numbers = product(rows)
+        where = places_above(numbers, above)
+        return where, numbers.view(-1)[where]
 
     return active
+
+
+def _dense_largest(weight: Tensor, bias: Tensor, k: int, most_rows: int) -> Active:
+    product = _product(weight, bias, most_rows)
+
+    def largest(rows: Tensor) -> tuple[Index, PerPair]:
+        blocks = Blocks.of(product(rows), k)
+        where = blocks.reaching(blocks.reached_by(k))
+        values = blocks.numbers.view(-1)[where]
+        kept = among_largest(where // len(weight), values, len(rows), k)
+        return where[kept], values[kept]
+
+    return largest
 
 
 def _screened(weight: Tensor, bias: Tensor, above: Tensor) -> Active:
-    screen = Screen(weight, bias, above)
+    screen, exact = Screen(weight, bias, above), _at_places(weight, bias)
 
     def active(rows: Tensor) -> tuple[Index, PerPair]:
         where = screen.candidates(rows)
-        row_of, features = where // len(weight), where % len(weight)
-        starts = torch.searchsorted(row_of, torch.arange(len(rows), device=rows.device))
-        exact = _dot_products(weight, features, rows, starts, row_of) + bias[features]
-        kept = places_above(exact, above if above.ndim == 0 else above[features])
-        return where[kept], exact[kept]
+        values = exact(rows, where)
+        kept = places_above(values, above if above.ndim == 0 else above[where % len(weight)])
+        return where[kept], values[kept]
 
     return active
+
+
+def _screened_largest(weight: Tensor, bias: Tensor, k: int) -> Active:
+    """Where the screen's bounds are large, k exact values in each row bound the k-th largest from below; no number
+    whose bound is less can be among the k largest.
+    """
+    screen, exact = Screen(weight, bias), _at_places(weight, bias)
+
+    def largest(rows: Tensor) -> tuple[Index, PerPair]:
+        blocks = Blocks.of(screen.bounds(rows), k)
+        probed = blocks.greatest(blocks.reached_by(k))
+        least = kth_of_rows(probed // len(weight), exact(rows, probed), len(rows), k)
+        where = blocks.reaching(least.to(torch.bfloat16))  # rounding, like that of the bounds, keeps the order
+        values = exact(rows, where)
+        kept = among_largest(where // len(weight), values, len(rows), k)
+        kept &= (values <= 0).logical_not_()
+        return where[kept], values[kept]
+
+    return largest
+
+
+def _at_places(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Index], PerPair]:
+    """Pre-activations of some rows at flat places, ascending."""
+
+    def exact(rows: Tensor, where: Index) -> PerPair:
+        row_of, features = where // len(weight), where % len(weight)
+        starts = torch.searchsorted(row_of, torch.arange(len(rows), device=rows.device))
+        return _dot_products(weight, features, rows, starts, row_of) + bias[features]
+
+    return exact
 
 
 def _dot_products(table: Tensor, entries: Index, rows: Tensor, row_starts: Tensor, row_of: Index) -> PerPair:

@@ -66,7 +66,7 @@ class Pairs:
 
 
 class Found(NamedTuple):
-    """The pairs at which an encoder is active, and its positive values there."""
+    """The pairs at which an encoder is active, and its values there."""
 
     pairs: Pairs
     values: PerPair
@@ -117,7 +117,20 @@ class Kernels(ABC):
         """Where `x·weightᵀ + bias` is above `above` or NaN, with the values there; None if at more than `limit` places.
 
         Args:
-            above: one number, or one for each feature, at least 0; None: 0.
+            above: one number, or one for each feature; None: 0.
+        """
+
+    @abstractmethod
+    def largest(
+        self,
+        x: Float[Tensor, "n d_model"],
+        weight: Float[Tensor, "d_sae d_model"],
+        bias: Float[Tensor, " d_sae"],
+        k: int,
+        limit: int,
+    ) -> Found | None:
+        """The k largest positive ones of each row of `x·weightᵀ + bias`, of equal ones the first, with every NaN, which
+        counts as the largest; None if they are at more than `limit` places.
         """
 
     @abstractmethod

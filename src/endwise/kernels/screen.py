@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from endwise.kernels.interface import Index
+from endwise.kernels.scan import places_above
 
 UNIT = 2.0**-8
 _SUPPORTED = [
@@ -58,15 +59,12 @@ class Screen:
 
     def candidates(self, x: Float[Tensor, "n d_model"]) -> Index:
         """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be above; it is at no other."""
+        return places_above(self.bounds(x), x.new_zeros(()))
+
+    def bounds(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_sae"]:
+        """What no pre-activation, less what it must exceed, is above, in bf16; nor, rounded to bf16, what it is."""
         norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
-        return places_above(_widened(x, norms, torch.ones_like(norms)) @ self.weight.T, 0.0)
-
-
-def places_above(numbers: Float[Tensor, "*axes"], least: Tensor | float) -> Index:
-    """Flat places, ascending. NaN counts as above, so that it stays in the latents and stops a run, as it would in
-    dense ones.
-    """
-    return (numbers <= least).logical_not_().view(-1).nonzero()[:, 0]
+        return _widened(x, norms, torch.ones_like(norms)) @ self.weight.T
 
 
 def _widened(vectors: Tensor, *columns: Tensor) -> Tensor:

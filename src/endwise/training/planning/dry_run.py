@@ -363,6 +363,9 @@ class _DenseKernels(EagerKernels):
     def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
         return None
 
+    def largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, limit: int) -> Found | None:
+        return None
+
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
         with self._trace.part(READOUT):
             return super().kl(clean, spliced, keep, unembedding)
