@@ -26,6 +26,8 @@ POSITIVE = 2
 """Positive pre-activations of top-k dictionaries with lowered biases, as a multiple of k."""
 SILENT = -1e3
 """Bias of a feature that never fires."""
+SILENCE = 1_000_000_000
+"""Tokens that it has not fired on."""
 GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 """Shares of the features that each group of a Matryoshka dictionary has."""
 
@@ -73,7 +75,7 @@ class Endwise(Peer):
         architecture = spec.get("architecture", "standard")
         dictionary: dict[str, Any] = {"architecture": architecture}
         dictionary |= {"k": round(spec["l0"] or spec["k"])} if "topk" in architecture else {}
-        dictionary |= {"aux": 1 / 32, "dead_window": rows} if spec.get("aux") else {}
+        dictionary |= {"aux": 1 / 32, "dead_window": SILENCE} if spec.get("aux") else {}
         settings = {"shape": vars(shape), "precision": spec.get("precision", "exact"), "dictionary": dictionary}
         trainee = new_trainee(run_config(settings, OBJECTIVES["local"]), model, STEPS)
         state = {name: tensor.detach() for name, tensor in trainee.sae.state_dict().items()}
@@ -89,6 +91,10 @@ class Endwise(Peer):
             state["b_enc"] = state["b_enc"].clone()
             state["b_enc"][::10] = SILENT
         trainee.sae.load_state_dict(state)
+        if spec.get("aux"):
+            trainee.tokens = SILENCE
+            trainee.last_fired.fill_(SILENCE)
+            trainee.last_fired[::10] = -1
         tokens = torch.zeros(1, rows, dtype=torch.int64)
         clean = Clean(tokens, {trainee.site: self.rows[None]}, None)
         model.clean = lambda *_args, **_kwargs: clean  # the model does not run: its pass is given

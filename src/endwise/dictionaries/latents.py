@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from endwise.kernels import Found, Pairs, kernels_for
 from endwise.kernels.interface import PerPair
 
+MOSTLY = 3 / 4
+"""Share of pairs that are not 0 from which on leaving out the others gains nothing."""
+
 
 class Latents(ABC):
     @abstractmethod
@@ -226,7 +229,7 @@ class _ActiveValues(Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        pairs: Pairs = ctx.pairs
+        upstream, pairs = _without_zeros(upstream, ctx.pairs)
         kernels = kernels_for(x.device)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
@@ -251,7 +254,9 @@ class _WeightedRows(Function):
         scaled = values if norms is None else values / norms[pairs.features]
         ctx.save_for_backward(scaled, weight, norms)
         ctx.pairs = pairs
-        return kernels_for(weight.device).weighted_sums(weight, pairs.features, pairs.row_starts, scaled)
+        some, own = _without_zeros(scaled, pairs)
+        ctx.summed = own
+        return kernels_for(weight.device).weighted_sums(weight, own.features, own.row_starts, some)
 
     @staticmethod
     @once_differentiable
@@ -263,12 +268,19 @@ class _WeightedRows(Function):
         products = kernels.dot_products(weight, pairs.features, upstream, pairs)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            order, rows, starts = pairs.by_feature
-            d_weight = kernels.weighted_sums(upstream, rows, starts, scaled[order])
+            some = scaled if ctx.summed is pairs else scaled[scaled != 0]
+            order, rows, starts = ctx.summed.by_feature
+            d_weight = kernels.weighted_sums(upstream, rows, starts, some[order])
             if norms is not None:
                 along = _per_feature(scaled * products, pairs) / norms.square()
                 d_weight.addcmul_(weight, along[:, None], value=-1)
         return products if norms is None else products / norms[pairs.features], d_weight, None, None
+
+
+def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[PerPair, Pairs]:
+    """Leave out pairs that add nothing to a sum, where they are many, as of latents just under their thresholds."""
+    there = numbers != 0
+    return (numbers, pairs) if there.sum() > MOSTLY * len(numbers) else (numbers[there], pairs.where(there))
 
 
 def _per_feature(numbers: PerPair, pairs: Pairs) -> Float[Tensor, " d_sae"]:
