@@ -277,7 +277,7 @@ class _WeightedRows(Function):
         return products if norms is None else products / norms[pairs.features], d_weight, None, None
 
 
-def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[PerPair, Pairs]:
+def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[Float[Tensor, " some"], Pairs]:
     """Leave out pairs that add nothing to a sum, where they are many, as of latents just under their thresholds."""
     there = numbers != 0
     return (numbers, pairs) if there.sum() > MOSTLY * len(numbers) else (numbers[there], pairs.where(there))
