@@ -2,9 +2,8 @@
 
 Those of each row are for the kernels to find (`Kernels.largest`). Of a step, candidates are the few (row, feature)
 pairs above a bound that a sample of the rows suggests; what is chosen among them is what would be chosen among all,
-since the bound is lowered where there are too few. Ties go to the lower feature, and
-of a step to the earlier row. Only positive values are chosen. NaN always is, so that it stays in the latents and stops
-a run.
+since the bound is lowered where there are too few. Ties go to the lower feature, and of a step to the earlier row. Only
+positive values are chosen. NaN always is, so that it stays in the latents and stops a run.
 """
 
 from collections.abc import Iterator, Mapping
