@@ -280,7 +280,8 @@ class _WeightedRows(Function):
 def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[Float[Tensor, " some"], Pairs]:
     """Leave out pairs that add nothing to a sum, where they are many, as of latents just under their thresholds."""
     there = numbers != 0
-    return (numbers, pairs) if there.sum() > MOSTLY * len(numbers) else (numbers[there], pairs.where(there))
+    places = there.nonzero()[:, 0]
+    return (numbers, pairs) if len(places) > MOSTLY * len(numbers) else (numbers[places], pairs.where(there))
 
 
 def _per_feature(numbers: PerPair, pairs: Pairs) -> Float[Tensor, " d_sae"]:
