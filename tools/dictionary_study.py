@@ -339,7 +339,8 @@ def main() -> None:
         return
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:
-        missing = [config for curve in curves for config in curve.wanted() if row_of(config) is None]
+        wanted = {fingerprint(config): config for curve in curves for config in curve.wanted()}
+        missing = [config for config in wanted.values() if row_of(config) is None]
         if not missing:
             break
         batch = next(batches(missing))
