@@ -61,6 +61,8 @@ class CountingSAE(SAE):
         before = torch.relu(x.float() @ self.encoder + self.b_enc)
         if not self.training:
             return DenseLatents(before.where(before > self.share * self.largest, 0.0))
+        if not self.counts:
+            return DenseLatents(before)
         kept = before.detach() if counted is None else before.detach().where(counted[..., None], 0.0)
         self.seen = self.seen + kept.flatten(0, -2).sum(0)
         return DenseLatents(before)

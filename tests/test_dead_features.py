@@ -297,8 +297,7 @@ def test_behind_a_norm_features_are_resampled_in_the_norms_space():
     sae = NormedSAE(ReluSAE.build(config, D, 3), "whitening")
     with torch.no_grad():
         sae.see_first(x, x)
-    assert sae.wants_losses(5, 10) == 8192
-    assert not sae.wants_losses(4, 10)
+    assert sae.wants_losses(10) == {5: 8192}
     inside = deepcopy(sae.inner)
     made = [TokenLosses(each, each, torch.ones(50), DEAD, np.random.default_rng(0)) for each in (x, sae.norm.of(x))]
     assert torch.equal(sae.see_losses(made[0]), inside.see_losses(made[1]))

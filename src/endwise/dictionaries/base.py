@@ -115,6 +115,9 @@ class SAE(nn.Module, ABC):
 
     seed: int = 0
     """Of what is drawn in training."""
+    counts: bool = True
+    """Whether what is encoded in training now is what a step splices, or trains on where nothing is spliced; if not
+    (`aside`), nothing of it may enter running statistics."""
     world: World = ALONE
     """The processes that train it, over which an architecture that chooses among all tokens of a step agrees with the
     others as it encodes in training."""
@@ -184,6 +187,15 @@ class SAE(nn.Module, ABC):
         """Agree from now on with the other processes of a training (`world`)."""
         self.world = world
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, what is encoded in training is beside what the step splices, and enters no running statistics."""
+        before, self.counts = self.counts, False
+        try:
+            yield
+        finally:
+            self.counts = before
+
     def begin_step(self, done: float) -> None:
         """Prepare a training step: move what is annealed.
 
@@ -216,9 +228,9 @@ class SAE(nn.Module, ABC):
         whitening, the first `b_dec`.
         """
 
-    def wants_losses(self, done: int, steps: int) -> int:
-        """Return how many tokens `see_losses` wants after `done` of `steps` steps; 0: it wants none then."""
-        return 0
+    def wants_losses(self, steps: int) -> Mapping[int, int]:
+        """Return how many tokens `see_losses` wants, by how many of `steps` steps are done when it does."""
+        return {}
 
     def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
         """Replace features by others that the losses ask for, and return which."""

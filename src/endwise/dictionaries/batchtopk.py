@@ -140,7 +140,8 @@ class BatchTopKSAE(LinearSAE):
             competing if most is None else competing.where(~competing.isnan(), 0.0).topk(most, sorted=False).values
         )
         cut = cut_of(largest.float() if largest.dtype.itemsize < 4 else largest, count, self.world)
-        self._smallest = cut.smallest
+        if self.counts:
+            self._smallest = cut.smallest
         return cut.kept(competing) | (values > cut.smallest) if counted is not None else cut.kept(values)
 
     def after_step(self) -> None:

@@ -126,10 +126,9 @@ class DeadFeatures:
         missing = torch.relu(sae.thresholds()[chosen] - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
         return missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in
 
-    def wants_losses(self, done: int, steps: int) -> int:
-        """Return how many tokens are to be drawn from after `done` steps; 0 where nothing is resampled."""
-        due = {max(1, round(share * steps)) for share in self.config.resample_at}
-        return self.config.resample_tokens if done in due else 0
+    def wants_losses(self, steps: int) -> Mapping[int, int]:
+        """Return how many tokens are to be drawn from, by the steps that are done when features are resampled."""
+        return {max(1, round(share * steps)): self.config.resample_tokens for share in self.config.resample_at}
 
     @torch.no_grad()
     def resample(self, sae: "LinearSAE", seen: TokenLosses) -> Int64[Tensor, " features"]:

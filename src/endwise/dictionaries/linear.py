@@ -186,8 +186,8 @@ class LinearSAE(SAE):
     def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         return {**self.auxiliary(seen), **(self.dead.terms(self, seen) if self.dead else {})}
 
-    def wants_losses(self, done: int, steps: int) -> int:
-        return self.dead.wants_losses(done, steps) if self.dead else 0
+    def wants_losses(self, steps: int) -> Mapping[int, int]:
+        return self.dead.wants_losses(steps) if self.dead else {}
 
     def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
         return self.dead.resample(self, seen) if self.dead else super().see_losses(seen)

@@ -10,7 +10,8 @@ an architecture adds are of the normalised input.
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -280,6 +281,11 @@ class NormedSAE(SAE):
         super().join(world)
         self.inner.join(world)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        with self.inner.aside():
+            yield
+
     def begin_step(self, done: float) -> None:
         self.inner.begin_step(done)
 
@@ -304,8 +310,8 @@ class NormedSAE(SAE):
                 self.raw = False
         self._show(x, target, self.inner.first_tokens, self.inner.see_first)
 
-    def wants_losses(self, done: int, steps: int) -> int:
-        return self.inner.wants_losses(done, steps)
+    def wants_losses(self, steps: int) -> Mapping[int, int]:
+        return self.inner.wants_losses(steps)
 
     def see_losses(self, seen: TokenLosses) -> Int64[Tensor, " features"]:
         return self.inner.see_losses(replace(seen, x=self._seen(seen.x), target=self.norm.target(seen.target, seen.x)))

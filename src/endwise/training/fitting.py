@@ -3,7 +3,7 @@ features at the steps in between that a recipe states.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from rich.console import Console
@@ -14,9 +14,9 @@ from endwise.common.seeds import numpy_stream
 from endwise.common.terminal import show
 from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.tokens import BatchOrder, Corpus
+from endwise.training.joint import AnyTrainee, met_in_use
 from endwise.training.members import Member
 from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
@@ -29,7 +29,9 @@ Text = tuple[LanguageModel, Corpus, BatchOrder]
 def fit_first(text: Text, member: Member) -> None:
     """Show dictionaries whose training starts the first of their training text (`SAE.see_first`)."""
     for part in member.trainee.parts:
-        _show(text, part, part.sae.first_tokens, range(len(text[-1])), part.sae.see_first)
+        if part.sae.first_tokens:
+            with torch.no_grad():
+                part.sae.see_first(*_activations(text, part, part, part.sae.first_tokens, range(len(text[-1]))))
 
 
 def measure_start(text: Text, member: Member, display: bool) -> None:
@@ -38,7 +40,7 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
         if (start := recipe.init_from) is None:
             continue
         with torch.no_grad():
-            read, written = _activations(text, part.place, COMPARED_ON, range(len(text[-1])))
+            read, written = _activations(text, part, part, COMPARED_ON, range(len(text[-1])))
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
         folder.note_start(taken.record)
         if not taken.kept:
@@ -47,12 +49,15 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
 
 def fit_last(text: Text, member: Member) -> None:
     """Show dictionaries that are trained the latest of their training text, and where that is short what would have
-    come next (`SAE.see_last`).
+    come next (`SAE.see_last`). Of several that are spliced jointly each is shown what it meets with the earlier ones in
+    place, which are fitted before it.
     """
     for part in member.trainee.parts:
         total = part.total_steps
         steps = itertools.chain(range(total - 1, -1, -1), range(total, len(text[-1])))
-        _show(text, part, part.sae.last_tokens, steps, part.sae.see_last)
+        if part.sae.last_tokens:
+            with torch.no_grad():
+                part.sae.see_last(*_activations(text, member.trainee, part, part.sae.last_tokens, steps))
 
 
 def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:
@@ -60,7 +65,7 @@ def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None
     optimiser's moments of features that it replaces start again from 0.
     """
     for part, recipe in zip(member.trainee.parts, member.of_each(), strict=True):
-        if wanted := part.sae.wants_losses(done, part.total_steps):
+        if wanted := part.sae.wants_losses(part.total_steps).get(done):
             shown = _with_losses(text, tail, part, wanted, range(done - 1, -1, -1))
             generator = numpy_stream(recipe.seed, "resampling", done)
             features = part.sae.see_losses(TokenLosses(*shown, part.dead(), generator))
@@ -116,15 +121,11 @@ def losses_of(trainee: Trainee, tail: LanguageModel, clean: Clean, mask: TokenMa
     return read[mask], target[mask], torch.stack(losses) if losses else read.new_zeros(0)
 
 
-def _show(text: Text, part: Trainee, tokens: int, steps: Iterable[int], see: Callable[[Tensor, Tensor], None]) -> None:
-    if tokens:
-        with torch.no_grad():
-            see(*_activations(text, part.place, tokens, steps))
-
-
-def _activations(text: Text, place: Place, tokens: int, steps: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Collect what is read and what is written, `[tokens width]`, of the tokens that count in the batches of `steps`,
-    as many as there are up to `tokens`.
+def _activations(
+    text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Iterable[int]
+) -> tuple[Tensor, Tensor]:
+    """Collect what a part of a trainee meets (`met_in_use`), `[tokens width]`, of the tokens that count in the
+    batches of `steps`, as many as there are up to `tokens`.
     """
     model, corpus, order = text
     found: list[tuple[Tensor, Tensor]] = []
@@ -133,12 +134,10 @@ def _activations(text: Text, place: Place, tokens: int, steps: Iterable[int]) ->
     size = sequences_at_a_time(corpus.context, model.device)
     while count < tokens and (some := list(itertools.islice(sequences, size))):
         batch = corpus.batch(some).to(model.device)
-        clean = model.clean(batch.tokens, record=place.sites)
-        found.append((_counted(clean, place.reads, batch.mask), _counted(clean, place.writes, batch.mask)))
+        read, written = (
+            each[batch.mask].float() for each in met_in_use(trainee, part, model, batch.tokens, batch.mask)
+        )
+        found.append((read, written))
         count += len(found[-1][0])
     read, written = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
     return read, written
-
-
-def _counted(clean: Clean, site: Site, mask: TokenMask) -> Tensor:
-    return clean.activations[site][mask].float()

@@ -1,18 +1,19 @@
 """Several dictionaries of one model in training for one loss: all reconstructions are in place in one spliced pass."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from endwise.common.axes import AnyWidth, TokenMask
+from endwise.common.axes import AnyWidth, TokenMask, Tokens
 from endwise.common.errors import ConfigError
 from endwise.common.processes import World
 from endwise.config.places import Inputs
 from endwise.config.run import TrainingConfig
-from endwise.dictionaries import Latents
+from endwise.dictionaries import Latents, at_inference
 from endwise.models.joint_pass import JointGradients, JointPass, JointRows
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.readout import Readout
@@ -20,7 +21,7 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import Scalar
 from endwise.runs.checkpoints import Checkpoint
 from endwise.training.objectives import LaterLatents, Objective
-from endwise.training.trainee import Trainee, harmless, not_finite
+from endwise.training.trainee import Met, Trainee, harmless, not_finite
 
 SHARED_TENSORS = "random."
 """What a checkpoint has one of, whatever the number of places: the states of generators."""
@@ -32,7 +33,9 @@ class JointTrainee:
     Each place is a `Trainee` with its terms at the site, optimiser and counters. Terms of the pass are here: their
     gradient is that of one spliced pass in which each dictionary encodes what the model computes with the earlier
     reconstructions in place. Dictionaries that read what none of the others changes (*heads*) encode all sequences of a
-    pass at once, as in a run of one place; the others encode a microbatch at a time, inside the pass.
+    pass at once, as in a run of one place; the others encode a microbatch at a time, inside the pass, and once more for
+    their own terms. Running statistics of a dictionary, and what is fitted after the last step (thresholds), are of the
+    latents that are spliced; L0, and what has fired, of those that its own terms are computed on.
 
     Args:
         parts: in any order.
@@ -60,7 +63,8 @@ class JointTrainee:
                 "Leave it out, or add a later place."
             )
         for part in self.parts:
-            if any(part.sae.wants_losses(done, part.total_steps) for done in range(1, part.total_steps + 1)):
+            part.is_spliced = bool(objective.terms)
+            if part.sae.wants_losses(part.total_steps):
                 raise ConfigError(
                     f"dictionary.resample_at at {part.place.name}: a loss of several places jointly is none of one of "
                     "them, by which its features could be resampled. Leave it out, or set joint: false."
@@ -123,11 +127,23 @@ class JointTrainee:
             at = found.at.get(part.place)
             read, target = (at.read, at.found) if at and self.inputs == "spliced" else part.meets(clean)
             gradient = at.value if at and self.objective.terms else None
-            part.learn(part.encode(read, target, mask), mask, tokens_in_step, gradient, is_in=True)
+            with part.sae.aside() if at else nullcontext():
+                encoded = part.encode(read, target, mask)
+            part.learn(encoded, mask, tokens_in_step, gradient, is_in=True)
         for parameter, gradient in zip(self._later_parameters(), found.parameters, strict=bool(found.parameters)):
             own = gradient / tokens_in_step
             parameter.grad = own if parameter.grad is None else parameter.grad + own
         self._latents.clear()
+
+    @property
+    def _runs_pass(self) -> bool:
+        return bool(self.objective.terms) or (self.inputs == "spliced" and bool(self._later))
+
+    def before(self, part: Trainee) -> list[Trainee]:
+        """Return those whose reconstructions are in place where a part reads in the pass; without a pass, none."""
+        if not self._runs_pass or part in self._heads:
+            return []
+        return [each for each in self.parts if each.place < part.place]
 
     def _later_parameters(self) -> list[Tensor]:
         return [parameter for part in self._later for parameter in part.sae.parameters()]
@@ -141,7 +157,7 @@ class JointTrainee:
             values: the heads' reconstructions.
         """
         terms = bool(self.objective.terms)
-        if not terms and (self.inputs == "clean" or not self._later):
+        if not self._runs_pass:
             return JointGradients({}, [], {})
         record = {*self.objective.sites, *([self.parts[-1].site] if self._later else [])}
         functions = {part.place: partial(self._reconstruct, part) for part in self._later}
@@ -157,7 +173,7 @@ class JointTrainee:
         x = harmless(x, mask)
         with part.products():
             latents = self._latents[part.place] = part.sae.encode(x, mask)
-            return part.sae.reconstruct(latents, x)
+            return part.sae.spliced(latents, x) if part.is_spliced else part.sae.reconstruct(latents, x)
 
     def _loss(self, readout: Readout, rows: JointRows) -> Scalar:
         loss = torch.zeros((), device=rows.mask.device)
@@ -171,7 +187,7 @@ class JointTrainee:
         return loss
 
     def _later_latents(self, part: Trainee, rows: JointRows) -> LaterLatents:
-        with torch.no_grad(), part.products():
+        with torch.no_grad(), part.products(), part.sae.aside():
             clean = part.sae.encode(harmless(rows.clean.activations[part.place.reads], rows.mask), rows.mask)
         return LaterLatents(clean, self._latents[part.place], part.sae.d_in)
 
@@ -246,6 +262,22 @@ class JointTrainee:
             start = f"{part.place}:"
             own = {n.removeprefix(start): each for n, each in checkpoint.tensors.items() if n.startswith(start)}
             part.restore(Checkpoint({**own, **shared}, checkpoint.state))
+
+
+def met_in_use(trainee: "AnyTrainee", part: Trainee, model: LanguageModel, tokens: Tokens, mask: TokenMask) -> Met:
+    """Return what one of a trainee's parts meets outside training, where those that it is spliced with are in place."""
+    earlier = trainee.before(part) if isinstance(trainee, JointTrainee) else []
+    if not earlier:
+        return part.meets(model.clean(tokens, record=part.place.sites))
+    record = {site for each in earlier for site in each.place.sites}
+    joint = JointPass(model, {each.place: partial(_as_used, each) for each in earlier}, part.place.sites, final=False)
+    with torch.no_grad(), at_inference(each.sae for each in earlier):
+        spliced = joint.run(model.clean(tokens, record=record), {}, mask).spliced.activations
+    return spliced[part.place.reads], spliced[part.place.writes]
+
+
+def _as_used(part: Trainee, x: AnyWidth, _mask: TokenMask) -> AnyWidth:
+    return part.sae.reconstruct(part.sae.encode(x), x)
 
 
 AnyTrainee = Trainee | JointTrainee

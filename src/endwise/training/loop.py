@@ -61,7 +61,7 @@ def _resample(prepared: Prepared, done: int) -> None:
     """Replace dead features of those for which that is due after `done` steps, in one process for all."""
     group, world = prepared.group, prepared.world
     parts = [part for member in group.members for part in member.trainee.parts]
-    if not any(part.sae.wants_losses(done, prepared.steps) for part in parts):
+    if not any(done in part.sae.wants_losses(prepared.steps) for part in parts):
         return
     with world.together("resampling dead features"):
         if world.is_first:

@@ -31,6 +31,10 @@ UNCHECKED = ("optimizer.", "random.cuda.")
 """A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
 
 
+Met = tuple[AnyWidth, AnyWidth]
+"""What is read at a place, and what is to be written."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The SAE's pass over a batch, its graph still open."""
@@ -57,6 +61,7 @@ class Trainee:
         self._objective, self.total_steps = objective, total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.step, self.tokens = 0, 0
+        self.is_spliced = bool(objective.spliced_terms)  # a joint pass, whose terms are not in `objective`, sets it
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
@@ -132,7 +137,7 @@ class Trainee:
             gradient = self._tail_gradient(tail, clean, encoded.reconstruction, mask)
         self.learn(encoded, mask, tokens_in_step, gradient)
 
-    def meets(self, clean: Clean) -> tuple[AnyWidth, AnyWidth]:
+    def meets(self, clean: Clean) -> Met:
         """Return what is read and what is to be written in a pass without reconstructions."""
         return clean.activations[self.place.reads], clean.activations[self.place.writes]
 
@@ -143,7 +148,7 @@ class Trainee:
         with self.products():
             latents = self.sae.encode(read, mask)
             nested = self.sae.nested(latents, read) if self.objective.site_terms else ()
-            if self.objective.spliced_terms:
+            if self.is_spliced:
                 reconstruction = self.sae.spliced(latents, read)
             else:
                 reconstruction = nested[-1] if nested else self.sae.reconstruct(latents, read)
