@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
-from endwise import SAE, train, train_together
+from endwise import SAE, train, train_places, train_together
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
@@ -194,6 +194,27 @@ def test_it_goes_on_exactly_though_what_it_started_from_is_gone(model, corpora, 
         train(configs[1], resume=True, from_step=0, **settings)
     shutil.copytree(ours.folder, start)
     assert_same(train(configs[1], resume=True, from_step=0, **settings), whole)
+
+
+def test_several_places_begin_again_from_what_they_began_with_alone(model, corpora, ours, tmp_path):
+    """Jointly or apart; once a checkpoint is there, what one of them started from may be gone."""
+    start = tmp_path / "start"
+    shutil.copytree(ours.folder, start)
+    base = recipe(tmp_path / "x", "e2e", checkpoint_every=10).model_dump(mode="json")
+    values = {key: value for key, value in base.items() if key not in ("site", "writes", "init_from")}
+    values |= {"places": [{"site": "blocks.0.hook_resid_pre"}, {"site": SITE, "init_from": str(start)}]}
+    settings = {"model": model, "corpora": corpora, "display": False}
+    for joint in (True, False):
+        given = values | {"joint": joint, "out": str(tmp_path / f"{joint}")}
+        whole = train_places(given, **settings).saes[SITE].b_enc
+        assert torch.equal(train_places(given, resume=True, from_step=0, **settings).saes[SITE].b_enc, whole)
+        start.rename(tmp_path / "gone")
+        assert torch.equal(train_places(given, resume=True, from_step=10, **settings).saes[SITE].b_enc, whole)
+        write_foreign(start)
+        with pytest.raises(RunFolderError, match=rf"places/{SITE} was started on other SAE that it started from"):
+            train_places(given, resume=True, from_step=0, **settings)
+        shutil.rmtree(start)
+        (tmp_path / "gone").rename(start)
 
 
 def test_another_start_is_another_run(model, corpora, ours, started, tmp_path):

@@ -148,8 +148,12 @@ class Member:
         assert isinstance(self.config, RunConfig)
         return [self.config]
 
-    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any]) -> None:
-        """Writes what the folders of several places are made of: see `RunFolder.describe`."""
+    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any] | None) -> None:
+        """Writes what the folders of several places are made of: see `RunFolder.describe`.
+
+        Args:
+            stands_on: `provenance.described`, of a run that starts now.
+        """
 
     def finished(self, text: Mapping[str, Any]) -> "Run | PlacesRun":
         """The run, after its last step."""
@@ -224,12 +228,12 @@ class JointMember(Member):
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
         return zip(self.trainee.parts, self.folders, self.of_places, strict=True)
 
-    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any]) -> None:
+    def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any] | None) -> None:
         assert isinstance(self.config, PlacesConfig)
         for recipe, folder in zip(self.recipes, self.folders, strict=True):
             if not folder.has_run():
                 folder.create(recipe)
-            folder.describe(recipe, data, {**stands_on, **beginning(recipe)})
+            folder.describe(recipe, data, None if stands_on is None else {**stands_on, **beginning(recipe)})
             mark_part(folder.path, self.config)
 
     def finished(self, text: Mapping[str, Any]) -> PlacesRun:

@@ -65,7 +65,7 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
         member.folder.take_over(member.config, member.trainee.step)
         digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
         member.folder.describe(member.config, data, digests)
-        member.describe_places(data, stands_on)
+        member.describe_places(data, stands_on if member.trainee.step == 0 else None)
 
 
 def start_apart(folder: RunFolder, config: PlacesConfig, resume: bool | Literal["if_started"]) -> None:
@@ -122,7 +122,8 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
     check_resumed(folder, member.config, stands_on, corpora)
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)
     if checkpoint is None:
-        check_resumed(folder, member.config, beginning(member.config), corpora)
+        for (_, its_folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
+            check_resumed(its_folder, recipe, beginning(recipe), corpora)
         return 0
     trainee.restore(checkpoint)
     position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")
