@@ -87,6 +87,20 @@ def test_a_point_of_two_grids_is_one():
     assert len({p.key for p in made}) == 3
 
 
+def test_layers_in_one_file():
+    """By `site`; or by `place`, where what is read and what is written go together."""
+    sites = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)]
+    found = points({"site": sites, COEFFICIENT: [1, 2]})
+    assert [(point.config.site, point.config.objective.coefficient) for point in found] == [
+        (site, coefficient) for site in sites for coefficient in (1, 2)
+    ]
+    places = [f"blocks.{layer}.mlp_in -> blocks.{layer}.hook_mlp_out" for layer in range(3)]
+    found = points({"place": [*places, SITE], COEFFICIENT: [1, 2]}, settings={"writes": "blocks.3.hook_resid_pre"})
+    assert [point.config.place for point in found] == [place for place in (*places, SITE) for _ in range(2)]
+    assert found[:2] == points({"site": "blocks.0.mlp_in", "writes": "blocks.0.hook_mlp_out", COEFFICIENT: [1, 2]})
+    assert points({}, settings={"place": places[1]}) == points({"place": places[1]})
+
+
 def test_sections_may_be_written_out():
     nested = points(
         {"training": {"learning_rate": [1e-3, 1e-2]}, "objective": {"sparsity": {"coefficient": 2}}},
@@ -160,6 +174,9 @@ BAD_SWEEPS = {
     "a target in the settings": ([{}], {"settings": {"target": {"l0": 40}}}, ["stands in a grid"]),
     "too many points": ([{"seed": [*range(400)], "data.seed": [*range(400)]}], {}, ["160,000"]),
     "an unknown recipe": ([{}], {"recipe": "embedded-layer3-e2"}, ["did you mean embedded-layer3-e2e"]),
+    "a recipe of several places": ([{}], {"recipe": {"places": [{"site": SITE}]}}, ["one place each", "list `site`"]),
+    "a key of several places": ([{"joint": [True, False]}], {}, ["grid 1", "'joint'", "endwise train"]),
+    "a place and a site": ([{"place": SITE, "site": SITE}], {}, ["place and site exclude each other"]),
     "no recipe's name": ([{}], {"recipe": ""}, ["recipe"]),
 }
 

@@ -20,7 +20,7 @@ from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.models.sites import ARROW, Place
 from endwise.runs.folder import RunFolder
-from endwise.sweeps.sweep_config import OUT, RANGE, TARGET, SweepConfig, Target, flattened, takes_whole_numbers
+from endwise.sweeps.sweep_config import OUT, PLACE, RANGE, TARGET, SweepConfig, Target, flattened, takes_whole_numbers
 
 KIND = "objective.kind"
 LARGEST = 100_000
@@ -81,7 +81,7 @@ def _recipe(sweep: SweepConfig) -> dict[str, Any]:
     _check_no_folder(settings, "settings")
     if TARGET in settings:
         raise ConfigError("settings: a target stands in a grid. Move it there.")
-    return RunConfig.changed({key: value for key, value in base.items() if key != OUT}, settings)
+    return RunConfig.changed({key: value for key, value in base.items() if key != OUT}, _in_two(settings, "settings"))
 
 
 def _check_no_folder(keys: Mapping[str, Any], where: str) -> None:
@@ -126,7 +126,7 @@ def _log_range(key: str, given: Mapping[str, Any], where: str) -> list[int | flo
 def _points(base: dict[str, Any], axes: Mapping[str, Sequence[Any]], name: str) -> Iterator[Point]:
     """A grid's points."""
     combined = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-    choices = [(f"{name} ({_said(choice)})", flattened(choice, name)) for choice in combined]
+    choices = [(f"{name} ({_said(choice)})", _in_two(flattened(choice, name), name)) for choice in combined]
     several = len({str(choice.get(KIND)) for _, choice in choices}) > 1
     for source, choice in choices:
         unused = [f"objective.{key}" for key in UNUSED_WEIGHTS.get(str(choice.get(KIND)), ())]
@@ -134,6 +134,17 @@ def _points(base: dict[str, Any], axes: Mapping[str, Sequence[Any]], name: str) 
             choice = {key: value for key, value in choice.items() if key not in unused}
         own = _of_architecture(_without(base, unused), choice)
         yield _point(*own, source)
+
+
+def _in_two(keys: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys with the two that `place` stands for."""
+    if PLACE not in keys:
+        return keys
+    if both := keys.keys() & {"site", "writes"}:
+        raise ConfigError(f"{where}: {PLACE} and {min(both)} exclude each other. Leave one out.")
+    site, arrow, writes = str(keys[PLACE]).partition(ARROW)
+    own = {"site": site, "writes": writes if arrow else None}
+    return {key: value for key, value in keys.items() if key != PLACE} | own
 
 
 def _said(choice: Mapping[str, Any]) -> str:

@@ -10,10 +10,13 @@ from pydantic.fields import FieldInfo
 
 from endwise.common.errors import ConfigError
 from endwise.config.base import Config, apply_overrides, read_yaml, section_of
+from endwise.config.places import PlacesConfig
 from endwise.config.recipes import find_sweep
 from endwise.config.run import Positive, RunConfig
 
-RANGE, TARGET, OUT = "log_range", "target", "out"
+RANGE, TARGET, PLACE, OUT = "log_range", "target", "place", "out"
+OF_SEVERAL = PlacesConfig.model_fields.keys() - RunConfig.model_fields.keys()
+"""Keys of a recipe for several places alone."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -128,7 +131,8 @@ class SweepConfig(EngineConfig):
     grids: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """The runs are those of all grids. A grid sets dotted keys of the recipe: to a value; to each of a list; or to each
     of `{log_range: [from, to, how many]}`, whose neighbours have one ratio. All combinations are made. The key `target`
-    takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient. Weights
+    takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient; the key
+    `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone). Weights
     of the objective that a kind does without are left out of its runs where a grid chooses the kind, and so are keys of
     the dictionary that an architecture does without where it chooses that."""
     search: SearchConfig = SearchConfig()
@@ -227,9 +231,14 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _check_exists(key: str, where: str) -> None:
+    if key.partition(".")[0] in OF_SEVERAL:
+        raise ConfigError(
+            f"{where}: a sweep's runs have one place each, and no key {key!r:.80}. For many layers in one file list "
+            "`site`, or `place`, in a grid; train several places of one run with endwise train, a recipe a setting."
+        )
     fields = recipe_fields()
     sections = {name.rpartition(".")[0] for name in fields}
-    if key in fields or key in sections or key == TARGET:
+    if key in fields or key in sections or key in (TARGET, PLACE):
         return
     within = next((name for name in (*fields, TARGET) if key.startswith(f"{name}.")), None)
     if within in fields and get_origin(fields[within].annotation) is dict:
