@@ -15,7 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from endwise.training.planning.flops import forward_flops, gradient_flops, product_flops
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("harness", "shapes", "flops", "ours", "reference", "versus_reference", "many_in_one_pass", "sae_step")
+MODULES = (
+    *("harness", "shapes", "flops", "ours", "reference"),
+    *("versus_reference", "many_in_one_pass", "sae_step", "joint_worker", "joint_step"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +239,15 @@ def test_the_tail_runs_in_the_precision_asked_for(bench, gpt2, prepared, precisi
     assert side.tail.dtype == (torch.float32 if precision == "exact" else torch.bfloat16)
     parts = side.breakdown(1)
     assert parts["tail forward"] > 0 and parts["tail backward"] > 0
+
+
+def test_transcoders_jointly_apart_and_in_single_runs(bench, gpt2):
+    """The three sides take a step of the same members, with as many active features."""
+    more = {"threads": 1, "seed": 0, "shape": vars(gpt2), "objective": "e2e", "ratio": 4, "batch": 2, "context": 8}
+    for how, passes, trainees in (("joint", 1, 1), ("apart", 1, 4), ("single", 4, 4)):
+        side = bench["joint_worker"].Transcoders()
+        side.build({**more, "how": how, "l0": 6.0})
+        assert (len(side.in_one_pass), len(side.trainees)) == (passes, trainees)
+        side.step()
+        assert side.l0() == pytest.approx(6, abs=0.1)
+        assert sum(len(each.parts) for each in side.trainees) == 4 and all(each.step == 1 for each in side.trainees)
