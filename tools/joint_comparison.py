@@ -1,9 +1,9 @@
-"""A replacement model of the embedded one: a transcoder for every MLP, trained in three ways on the same tokens.
+"""A replacement model of the embedded one: a transcoder for every MLP, trained in four ways on the same tokens.
 
     python tools/joint_comparison.py --tokens 100000 --out runs/joint
 
 *local*: each learns the MLP's output. *apart*: each end to end, with the others' MLPs in place. *joint*: all end to
-end, spliced together. TopK, so that all have one L0. Runs lie in `--out` and are taken up where they were left; a JSON
+end, spliced together. *joint-and-local*: that and the first. TopK, so that none has an L0 above k at any place. Runs lie in `--out` and are taken up where they were left; a JSON
 object for each is written into `--rows`, and the table of whatever is there is printed.
 """
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("docs/results/joint"))
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=["local", "apart", "joint"])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for way in arguments.ways:
