@@ -3,8 +3,9 @@
     python tools/joint_comparison.py --tokens 100000 --out runs/joint
 
 *local*: each learns the MLP's output. *apart*: each end to end, with the others' MLPs in place. *joint*: all end to
-end, spliced together. *joint-and-local*: that and the first. TopK, so that none has an L0 above k at any place. Runs lie in `--out` and are taken up where they were left; a JSON
-object for each is written into `--rows`, and the table of whatever is there is printed.
+end, spliced together. *joint-and-local*: that and the first. TopK, so that none has an L0 above k at any place. Runs
+lie in `--out` and are taken up where they were left; a JSON object for each is written into `--rows`, and the table of
+whatever is there is printed.
 """
 
 import argparse
