@@ -23,6 +23,13 @@ DIVERGED = 2.0
 """How many times its first loss a run may end with."""
 SPARSER = "objective.sparsity.coefficient (a dictionary.k: the other way)"
 """What makes fewer features active, the more of it there is."""
+MANY_LEFT_OUT = 0.05
+"""Of the tokens that count otherwise: more than attention sinks are."""
+FEWER_LEFT_OUT = (
+    "Attention sinks are few; so many positions say that norms at this site are spread out. Raise "
+    "data.leave_out_norms, or unset it."
+)
+
 Record = Mapping[str, Any]
 
 
@@ -94,6 +101,13 @@ def _few_tokens(record: Record) -> str | None:
     )
 
 
+def _many_left_out(record: Record) -> str | None:
+    share = _number(record, "left_out")
+    if not share > MANY_LEFT_OUT:
+        return None
+    return f"For their norm {share:.1%} of the held-out tokens are left out. {FEWER_LEFT_OUT}"
+
+
 def _alive(record: Record) -> str | None:
     alive, features, tokens = (_number(record, name) for name in ("alive", "d_sae", "tokens"))
     if alive == 0 or _number(record, "l0") == 0:
@@ -145,6 +159,7 @@ _RULES: tuple[Callable[[Record], str | None], ...] = (
     _foreign_text,
     _left_out_bos,
     _few_tokens,
+    _many_left_out,
     diverged,
     _worse_than_nothing,
     _alive,

@@ -74,6 +74,9 @@ class DataConfig(Config):
     leave_out_tokens: tuple[tuple[str, Annotated[int, Field(ge=0, le=1000)]], ...] = ()
     """Tokens to leave out besides, each with how many after it in its sequence: of `[["<|im_start|>", 2]]` the head of
     every turn of a chat, the token, the role and the new line."""
+    leave_out_norms: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Leave out positions (attention sinks) at which the norm of what the dictionary reads is more than so many times
+    the median, which is measured once, before the first step; 10 is usual. Unset: none are for their norm."""
     epochs: Positive = 1
     """How often the training corpus may be passed over before it counts as too short."""
     seed: Seed = 0

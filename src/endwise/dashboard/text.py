@@ -46,8 +46,8 @@ class TextReader:
     def read(self, text: str) -> dict[str, Any]:
         """Token by token, as JSON that `text.js` shows; lists have one entry per token.
 
-        A position that was masked in training (BOS, position 0 on request) keeps its own activation in the spliced
-        pass, and no feature is told of it, as in every metric.
+        A position that was masked in training (BOS; on request position 0, or one of outlying norm) keeps its own
+        activation in the spliced pass, and no feature is told of it, as in every metric.
 
         Raises:
             ConfigError: the text has no token or too many, or the model has no tokenizer.
@@ -56,6 +56,7 @@ class TextReader:
         place = Place.of(self.place)
         clean = self.model.clean(tokens, record=place.sites, final=True)
         read = clean.activations[place.reads].float()
+        mask = self.sae.within_limit(read, mask)
         latents = self.sae.encode(read)
         spliced = SplicedPass(self.model, place.writes).run(clean, self.sae.reconstruct(latents, read), mask).final
         assert clean.final is not None and spliced is not None

@@ -1,6 +1,6 @@
 """Sparse dictionaries, one architecture a file; importing one registers it."""
 
-from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass, at_inference
+from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass, at_inference, within_norm
 from endwise.dictionaries.batchtopk import BatchTopKSAE
 from endwise.dictionaries.gated import GatedSAE
 from endwise.dictionaries.jumprelu import JumpReLUSAE
@@ -31,4 +31,5 @@ __all__ = [
     "TrainingPass",
     "at_inference",
     "read_cfg",
+    "within_norm",
 ]

@@ -1,5 +1,6 @@
 """What every sparse dictionary has in common: its parts, its two maps, and its file."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from endwise.common.errors import ConfigError
+from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
@@ -31,6 +32,13 @@ def at_inference(saes: Iterable["SAE"]) -> Iterator[None]:
     finally:
         for sae in training:
             sae.train()
+
+
+def within_norm(
+    x: Float[Tensor, "*rows width"], limit: Tensor | float | None, counted: Bool[Tensor, "*rows"]
+) -> Bool[Tensor, "*rows"]:
+    """Return the rows that count, less those whose L2 norm is above a limit; see `SAE.within_limit`."""
+    return counted if limit is None else counted & ~(x.float().norm(dim=-1) > limit)
 
 
 @dataclass(frozen=True)
@@ -125,9 +133,14 @@ class SAE(nn.Module, ABC):
     b_enc: nn.Parameter
     b_dec: nn.Parameter
 
+    norm_limit: Float64[Tensor, ""] | None
+    """L2 norm above which an input is left out of losses, k and metrics (`data.leave_out_norms`), in training and after
+    it; None: none is. NaN until it was measured."""
+
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
+        self.register_buffer("norm_limit", None)
 
     @classmethod
     @abstractmethod
@@ -154,6 +167,17 @@ class SAE(nn.Module, ABC):
         Args:
             counted: the rows that count, for architectures that choose among all rows of a batch; None: all do.
         """
+
+    def leave_out_above(self, limit: float | None) -> None:
+        """Set `norm_limit`."""
+        device = self.b_enc.device
+        self.norm_limit = None if limit is None else torch.tensor(limit, dtype=torch.float64, device=device)
+
+    def within_limit(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
+        """Return the rows that count, less those whose norm is above `norm_limit`. A norm that is NaN is above none, so
+        that whoever meets it tells.
+        """
+        return within_norm(x, self.norm_limit, counted)
 
     @abstractmethod
     def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
@@ -306,10 +330,12 @@ class SAE(nn.Module, ABC):
             metadata: what says nothing of the function, for readers.
             format_name: one of `formats.FORMATS`.
         """
-        exported = self.export()
+        exported, about = self.export(), dict(metadata or {})
+        if self.norm_limit is not None and not self.norm_limit.isnan():
+            about["endwise"] = {**about.get("endwise", {}), "norm_limit": float(self.norm_limit)}
         of_two = {"d_out": self.d_out} if self.d_out != self.d_in else {}
         config = {"d_in": self.d_in, "d_sae": self.d_sae, **of_two, **exported.settings}
-        stored = Stored(exported.architecture or self.architecture, config, exported.tensors, metadata or {})
+        stored = Stored(exported.architecture or self.architecture, config, exported.tensors, about)
         FORMATS[format_name].write(expanded(folder), stored)
 
     @staticmethod
@@ -326,4 +352,17 @@ class SAE(nn.Module, ABC):
             from endwise.dictionaries.normed import NormedSAE  # which is an SAE
 
             sae = NormedSAE(sae, stored.config["normalize"])
+        sae.leave_out_above(_norm_limit(stored.metadata))
         return sae.to(device).requires_grad_(False).eval()
+
+
+def _norm_limit(metadata: Mapping[str, Any]) -> float | None:
+    """What a file says of `SAE.norm_limit`."""
+    own = metadata.get("endwise")
+    limit = own.get("norm_limit") if isinstance(own, Mapping) else None
+    if limit is not None and not (isinstance(limit, float) and 0 < limit < math.inf):
+        raise FormatError(
+            f"metadata.endwise.norm_limit, the norm above which inputs are left out, is {limit!r:.40}, no number above "
+            "0. Restore the file."
+        )
+    return limit

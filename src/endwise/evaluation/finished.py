@@ -61,4 +61,9 @@ def load_sae(path: Path, config: RunConfig, model: LanguageModel) -> SAE:
                 "Correct site or model.name in its config.yaml, or restore its sae/."
             )
     RunFolder(path).weights_digest()
+    if config.data.leave_out_norms is not None and sae.norm_limit is None:
+        raise FormatError(
+            f"The SAE in {path} does not say above which norm it leaves positions out (metadata.endwise.norm_limit), "
+            f"and data.leave_out_norms is {config.data.leave_out_norms:g}. Restore its sae/."
+        )
     return sae

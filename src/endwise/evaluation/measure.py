@@ -23,6 +23,7 @@ from endwise.common.remarks import remarks_on
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
+from endwise.evaluation.counting import Counting
 from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
@@ -135,7 +136,9 @@ class Evaluation:
         return {**nested, "baselines": vars(self.baselines), **self.facts}
 
 
-_Key = tuple[str, int | None] | tuple[Site, str]
+_Spot = tuple[Site, Counting]
+"""A site that is written, and the tokens that count for who writes it."""
+_Key = tuple[str, int | None] | tuple[_Spot, str]
 """What is measured: an SAE, whole or its first features alone; or a site at its mean or at zero."""
 
 
@@ -162,42 +165,57 @@ def measure(
     """
     sequences = sequences_of(corpus, config)
     places = {name: Place.of(place) for name, (place, _) in saes.items()}
-    sites = sorted({place.writes for place in places.values()})
-    means = site_means(model, sites, corpus, config, sequences, world)
+    spots = {name: (places[name].writes, Counting.of([(places[name], sae)])) for name, (_, sae) in saes.items()}
+    means = site_means(model, sorted(set(spots.values())), corpus, config, sequences, world)
     shares: dict[str, tuple[int | None, ...]] = {name: (None, *(prefixes or {}).get(name, ())) for name in saes}
     collected = {(name, length): Collector() for name in saes for length in shares[name]}
-    ablations = {(site, kind): Collector() for site in sites for kind in ("mean", "zero") if baselines}
+    ablations = {(spot, kind): Collector() for spot in means for kind in ("mean", "zero") if baselines}
     collectors: dict[_Key, Collector] = {**collected, **ablations}
-    later = {site: residuals_after(model, site) for site in sites}
-    recorded = {*sites, *(place.reads for place in places.values()), *(s for group in later.values() for s in group)}
+    later = {site: residuals_after(model, site) for site, _ in means}
+    recorded = {s for place in places.values() for s in place.sites} | {s for group in later.values() for s in group}
     with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
         for batch in batches_of(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
-            passes: dict[_Key, Effect] = {}
+            passes: dict[Counting, dict[_Key, Effect]] = {counting: {} for _, counting in means}
+            masks = {counting: counting.of_these(clean, batch.mask) for counting in passes}
             for name, (_, sae) in saes.items():
-                site, read = places[name].writes, clean.activations[places[name].reads]
-                whole = sae.encode(read)
+                (site, counting), read = spots[name], clean.activations[places[name].reads]
+                whole, mask = sae.encode(read), masks[counting]
                 for key in ((name, length) for length in shares[name]):
                     latents = _first(whole, key[1], sae.d_sae)
                     estimate = sae.reconstruct(latents, read)
-                    collected[key].add_latents(latents, batch.mask)
-                    collected[key].add(fit_sums(clean.activations[site], estimate, means[site], batch.mask))
-                    passes[key] = _splice(model, clean, site, estimate, later[site], batch.mask)
-            for site, kind in ablations:
-                estimate = means[site].instead_of(clean.activations[site], kind)
-                passes[site, kind] = _splice(model, clean, site, estimate, (), batch.mask)
-            finals = [spliced.final for spliced in passes.values()]
-            compared = model.readout.compare(final_of(clean), finals, batch.tokens, batch.mask)
-            for (key, spliced), comparison in zip(passes.items(), compared, strict=True):
-                collectors[key].add(prediction_sums(comparison, batch.mask) | spliced.downstream)
+                    collected[key].add_latents(latents, mask)
+                    collected[key].add(fit_sums(clean.activations[site], estimate, means[spots[name]], mask))
+                    collected[key].add({"left_out": (batch.mask & ~mask).sum(-1)} if counting.limits else {})
+                    passes[counting][key] = _splice(model, clean, site, estimate, later[site], mask)
+            for spot, kind in ablations:
+                estimate = means[spot].instead_of(clean.activations[spot[0]], kind)
+                passes[spot[1]][spot, kind] = _splice(model, clean, spot[0], estimate, (), masks[spot[1]])
+            for counting, effects in passes.items():
+                for key, sums in _compared(model, clean, effects, masks[counting]).items():
+                    collectors[key].add(sums)
     for collector in collectors.values():
         collector.merge(world)
     facts = {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
-    found = {
-        name: _summarise(places[name], sae, {n: collected[name, n] for n in shares[name]}, ablations, config)
-        for name, (_, sae) in saes.items()
+    found: dict[str, Evaluation] = {}
+    for name, (_, sae) in saes.items():
+        bounds = {kind: each for (spot, kind), each in ablations.items() if spot == spots[name]}
+        own = {length: collected[name, length] for length in shares[name]}
+        found[name] = _summarise(places[name], sae, own, bounds, config)
+    text = corpus.text_digest(sequences)
+    return {name: replace(each, text=text, facts={**facts, **each.facts}) for name, each in found.items()}
+
+
+def _compared(
+    model: LanguageModel, clean: Clean, effects: "Mapping[_Key, Effect]", mask: TokenMask
+) -> "dict[_Key, dict[str, Tensor]]":
+    """The sums of passes that count the same tokens."""
+    finals = [effect.final for effect in effects.values()]
+    compared = model.readout.compare(final_of(clean), finals, clean.tokens, mask)
+    return {
+        key: prediction_sums(comparison, mask) | effect.downstream
+        for (key, effect), comparison in zip(effects.items(), compared, strict=True)
     }
-    return {name: replace(each, text=corpus.text_digest(sequences), facts=facts) for name, each in found.items()}
 
 
 def _first(latents: Latents, length: int | None, d_sae: int) -> Latents:
@@ -283,20 +301,31 @@ def _normed(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def site_means(
-    model: LanguageModel, sites: list[Site], corpus: Corpus, config: EvaluationConfig, sequences: range, world: World
-) -> dict[Site, Means]:
-    totals = {site: [torch.zeros(model.width(site), dtype=torch.float64) for _ in range(2)] for site in sites}
-    count = torch.zeros((), dtype=torch.int64)
+    model: LanguageModel,
+    spots: Sequence[_Spot],
+    corpus: Corpus,
+    config: EvaluationConfig,
+    sequences: range,
+    world: World,
+) -> dict[_Spot, Means]:
+    """The mean activation of each site over the tokens that count for it."""
+    totals = {spot: [torch.zeros(model.width(spot[0]), dtype=torch.float64) for _ in range(2)] for spot in spots}
+    counts = {spot: torch.zeros((), dtype=torch.int64) for spot in spots}
+    recorded = {read for site, counting in spots for read in (site, *counting.sites)}
     with world.together("evaluating"):
         for batch in batches_of(corpus, config.batch, sequences, model.device, world):
-            clean = model.clean(batch.tokens, record=sites)
-            count += batch.mask.sum().cpu()
-            for site, (raw, normed) in totals.items():
-                kept = clean.activations[site][batch.mask].float()
+            clean = model.clean(batch.tokens, record=recorded)
+            for (site, counting), (raw, normed) in totals.items():
+                mask = counting.of_these(clean, batch.mask)
+                counts[site, counting] += mask.sum().cpu()
+                kept = clean.activations[site][mask].float()
                 raw += kept.sum(0, dtype=torch.float64).cpu()
                 normed += _normed(kept).sum(0, dtype=torch.float64).cpu()
-    world.add([count, *(total for pair in totals.values() for total in pair)])
-    return {site: Means(*((total / count).float().to(model.device) for total in pair)) for site, pair in totals.items()}
+    world.add([*counts.values(), *(total for pair in totals.values() for total in pair)])
+    return {
+        spot: Means(*((total / counts[spot]).float().to(model.device) for total in pair))
+        for spot, pair in totals.items()
+    }
 
 
 def fit_sums(activation: Activation, estimate: Activation, means: Means, mask: TokenMask) -> dict[str, Tensor]:
@@ -388,7 +417,7 @@ def _summarise(
     place: Place,
     sae: SAE,
     collected: Mapping[int | None, Collector],
-    ablations: Mapping[tuple[Site, str], Collector],
+    ablations: Mapping[str, Collector],
     config: EvaluationConfig,
 ) -> Evaluation:
     sums, site = collected[None].sums(), place.writes
@@ -399,9 +428,19 @@ def _summarise(
             prefixes[f"{name}.{length}"] = replace(metric, numerator=f"{name}.{length}")
     intervals = intervals_of(sums, config, prefixes)
     ablated = (
-        mean_ce(ablations[site, kind].sums(), "ce_spliced") if (site, kind) in ablations else math.nan
-        for kind in ("mean", "zero")
+        mean_ce(ablations[kind].sums(), "ce_spliced") if kind in ablations else math.nan for kind in ("mean", "zero")
     )
     baselines = Baselines(mean_ce(sums, "ce_clean"), *ablated)
     tokens, reads = int(sums["tokens"].sum()), None if place.reads == site else place.reads
-    return Evaluation(site, sae.d_sae, collected[None].firings(), tokens, intervals, baselines, sums, reads=reads)
+    facts = share_left_out(sums)
+    return Evaluation(
+        site, sae.d_sae, collected[None].firings(), tokens, intervals, baselines, sums, facts=facts, reads=reads
+    )
+
+
+def share_left_out(sums: Sums) -> dict[str, float]:
+    """`left_out`, the share of the text's tokens that are left out for their norm; empty where none would be."""
+    if "left_out" not in sums:
+        return {}
+    left_out = float(sums["left_out"].sum())
+    return {"left_out": left_out / max(1.0, left_out + float(sums["tokens"].sum()))}

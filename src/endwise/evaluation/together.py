@@ -15,6 +15,7 @@ from endwise.common.processes import ALONE, World
 from endwise.common.statistics import Interval
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
+from endwise.evaluation.counting import Counting
 from endwise.evaluation.measure import (
     Baselines,
     Collector,
@@ -28,6 +29,7 @@ from endwise.evaluation.measure import (
     prediction_sums,
     residuals_after,
     sequences_of,
+    share_left_out,
     site_means,
 )
 from endwise.evaluation.text_check import facts_of_text
@@ -88,11 +90,14 @@ def measure_together(
     world: World = ALONE,
 ) -> JointEvaluation:
     """Evaluates all SAEs in one spliced pass, in which each encodes what the model computes with the earlier ones'
-    reconstructions in place. `measure` evaluates each alone, and says what the arguments are.
+    reconstructions in place. `measure` evaluates each alone, and says what the arguments are. A token that one of them
+    leaves out for its norm counts for none.
     """
     sequences = sequences_of(corpus, config)
     sites = sorted(place.writes for place in saes)
-    means = site_means(model, sites, corpus, config, sequences, world)
+    counting = Counting.of(saes.items())
+    found_means = site_means(model, [(site, counting) for site in sites], corpus, config, sequences, world)
+    means = {site: each for (site, _), each in found_means.items()}
     later = residuals_after(model, sites[0])
     recorded = {*sites, *later, *(place.reads for place in saes)}
     constants = {"mean": {site: means[site].raw for site in sites}} if baselines else {}
@@ -102,18 +107,20 @@ def measure_together(
         for batch in batches_of(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
             found: dict[Place, Latents] = {}
+            mask = counting.of_these(clean, batch.mask)
             functions = {place: partial(_reconstruct, found, place, sae) for place, sae in saes.items()}
-            joint = JointPass(model, functions, later).run(clean, {}, batch.mask)
+            joint = JointPass(model, functions, later).run(clean, {}, mask)
             for place, at in joint.at.items():
-                seen.places[place].add_latents(found[place], batch.mask)
-                fitted = fit_sums(at.found, at.value, means[place.writes], batch.mask)
-                seen.places[place].add({**fitted, "tokens": batch.mask.sum(-1)})
-            effect = effect_of(joint.spliced, clean, later, batch.mask)
-            finals = [effect.final, *(_at(model, clean, values, batch.mask) for values in constants.values())]
-            compared = model.readout.compare(final_of(clean), finals, batch.tokens, batch.mask)
-            seen.whole.add(prediction_sums(compared[0], batch.mask) | effect.downstream)
+                seen.places[place].add_latents(found[place], mask)
+                fitted = fit_sums(at.found, at.value, means[place.writes], mask)
+                seen.places[place].add({**fitted, "tokens": mask.sum(-1)})
+            effect = effect_of(joint.spliced, clean, later, mask)
+            finals = [effect.final, *(_at(model, clean, values, mask) for values in constants.values())]
+            compared = model.readout.compare(final_of(clean), finals, batch.tokens, mask)
+            seen.whole.add(prediction_sums(compared[0], mask) | effect.downstream)
+            seen.whole.add({"left_out": (batch.mask & ~mask).sum(-1)} if counting.limits else {})
             for collector, comparison in zip(seen.ablated.values(), compared[1:], strict=True):
-                collector.add(prediction_sums(comparison, batch.mask))
+                collector.add(prediction_sums(comparison, mask))
     seen.merge(world)
     known = {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
     return _summarised(saes, seen, config, corpus.text_digest(sequences), known)
@@ -149,6 +156,6 @@ def _summarised(
         baselines=Baselines(mean_ce(sums, "ce_clean"), bounds.get("mean", math.nan), bounds.get("zero", math.nan)),
         sums=sums,
         text=text,
-        facts=facts,
+        facts={**facts, **share_left_out(sums)},
         places=places,
     )

@@ -169,6 +169,7 @@ class Attribution:
         place = Place.of(place)
         with torch.no_grad():
             read = clean.activations[place.reads]
+            mask = self.sae.within_limit(read, mask)
             latents = self.sae.encode(read)
             reconstruction = self.sae.reconstruct(latents, read)
         losses: list[Loss] = ["ce", "kl"] if self.kl else ["ce"]

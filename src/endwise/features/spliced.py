@@ -25,6 +25,7 @@ class SplicedBatch:
     site: Site
     """Where the reconstruction is put."""
     mask: TokenMask
+    """The tokens that count for the SAE."""
     read: Activation
     """What the SAE encoded."""
     latents: Latents
@@ -37,6 +38,7 @@ class SplicedBatch:
     def of(cls, model: LanguageModel, sae: SAE, clean: Clean, place: Place | Site, mask: TokenMask) -> "SplicedBatch":
         reads, site = Place.of(place).reads, Place.of(place).writes
         read = clean.activations[reads]
+        mask = sae.within_limit(read, mask)
         latents = sae.encode(read)
         reconstruction = sae.reconstruct(latents, read)
         parts = SplicedPass(model, site).in_parts(clean, reconstruction, mask)

@@ -153,8 +153,11 @@ class RunFolder:
             write_json(self.digests_file, {"seed": config.seed, **digests})
 
     def note_start(self, record: Mapping[str, Any]) -> None:
-        """Put down what it changed to take over the SAE that the run starts from."""
-        write_json(self.start_file, {"seed": self.config().seed, **record})
+        """Put down what is measured before the first step, beside what was: what it changed to take over the SAE that
+        the run starts from, which positions are left out.
+        """
+        before = read_json(self.start_file) if self.start_file.exists() else {}
+        write_json(self.start_file, {**before, "seed": self.config().seed, **record})
 
     def digests(self) -> dict[str, Any]:
         """What the run stands on, as far as its folder tells: nothing, of one that an older version started.

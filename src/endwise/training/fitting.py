@@ -10,14 +10,16 @@ from rich.console import Console
 from torch import Tensor
 
 from endwise.common.axes import TokenMask
+from endwise.common.remarks import FEWER_LEFT_OUT
 from endwise.common.seeds import numpy_stream
 from endwise.common.terminal import show
 from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
-from endwise.tokens import BatchOrder, Corpus
+from endwise.tokens import BatchOrder, Corpus, TokenBatch
 from endwise.training.joint import AnyTrainee, met_in_use
 from endwise.training.members import Member
+from endwise.training.outliers import MEASURED_ON, CountedTokens, Outliers
 from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
 from endwise.training.trainee import Trainee, harmless
@@ -32,6 +34,22 @@ def fit_first(text: Text, member: Member) -> None:
         if part.sae.first_tokens:
             with torch.no_grad():
                 part.sae.see_first(*_activations(text, part, part, part.sae.first_tokens, range(len(text[-1]))))
+
+
+def measure_norms(text: Text, member: Member, display: bool) -> None:
+    """Set the norm above which each dictionary whose training starts leaves positions out; put it down in the run's
+    folder, and say so where these are many.
+    """
+    for (part, folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
+        if (multiple := recipe.data.leave_out_norms) is None:
+            continue
+        with torch.no_grad():
+            read, _ = _activations(text, part, part, MEASURED_ON, range(len(text[-1])))
+        found = Outliers.of(part.place, multiple, read.norm(dim=-1))
+        part.sae.leave_out_above(found.limit)
+        folder.note_start(found.record)
+        if found.many:
+            show(f"! {found} {FEWER_LEFT_OUT}", Console(stderr=True, quiet=not display))
 
 
 def measure_start(text: Text, member: Member, display: bool) -> None:
@@ -85,9 +103,10 @@ def _with_losses(
         for step in steps:
             batch = corpus.batch(order[step]).to(model.device)
             clean = clean_passes(model, tail, [part], batch.tokens)[part.site]
+            mask = part.sae.within_limit(clean.activations[part.place.reads], batch.mask)
             for row in range(len(batch.tokens)):
                 rows = slice(row, row + 1)
-                found.append(losses_of(part, tail, clean.rows(rows), batch.mask[rows]))
+                found.append(losses_of(part, tail, clean.rows(rows), mask[rows]))
             if sum(len(losses) for *_, losses in found) >= tokens:
                 break
     read, written, losses = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
@@ -134,10 +153,17 @@ def _activations(
     size = sequences_at_a_time(corpus.context, model.device)
     while count < tokens and (some := list(itertools.islice(sequences, size))):
         batch = corpus.batch(some).to(model.device)
-        read, written = (
-            each[batch.mask].float() for each in met_in_use(trainee, part, model, batch.tokens, batch.mask)
-        )
+        mask = _counted(trainee, model, batch)
+        read, written = (each[mask].float() for each in met_in_use(trainee, part, model, batch.tokens, mask))
         found.append((read, written))
         count += len(found[-1][0])
     read, written = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))
     return read, written
+
+
+def _counted(trainee: AnyTrainee, model: LanguageModel, batch: TokenBatch) -> TokenMask:
+    """The positions that count for a trainee, by the clean pass; where nothing is left out, that is not needed."""
+    if all(part.sae.norm_limit is None for part in trainee.parts):
+        return batch.mask
+    clean = model.clean(batch.tokens, record={part.place.reads for part in trainee.parts})
+    return CountedTokens(trainee).of_these(clean, batch.mask)

@@ -1,5 +1,6 @@
 """All that is decided before the first step: model, text, order, steps, and each recipe's SAE and folder."""
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
-from endwise.training.fitting import fit_first, measure_start
+from endwise.training.fitting import fit_first, measure_norms, measure_start
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, JointMember, Member
 from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
@@ -121,6 +122,7 @@ def prepare(
             start_or_resume(group, model, corpora, request.from_step)
             text = (model, corpora.train, order)
             new = [m for m in group.members if m.trainee.step == 0]
+            group.each(partial(measure_norms, text, display=request.display), new)
             group.each(partial(fit_first, text), new)
             group.each(partial(measure_start, text, display=request.display), new)
     broadcast_state(group, world)
@@ -292,6 +294,7 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int, objective: 
         sae = new_dictionary(config, model, place)
     else:
         sae = _taken_over(config, width, model.width(place.writes), d_sae)
+    sae.leave_out_above(None if config.data.leave_out_norms is None else math.nan)  # to be measured
     return Trainee(sae.to(model.device), place, objective, config.training, steps)
 
 

@@ -15,6 +15,7 @@ from endwise.models.sites import Site
 from endwise.models.splicing import clean_by_tail
 from endwise.tokens import TokenBatch
 from endwise.training.joint import AnyTrainee
+from endwise.training.outliers import CountedTokens
 
 Failed = Callable[[AnyTrainee, Exception, bool], None]
 
@@ -42,18 +43,20 @@ def take_step(
     tail = tail or model
     tokens_in_step, positions = batch.mask.sum(), world.total(batch.tokens.numel())
     world.add([tokens_in_step])
-    left = list(trainees)
+    left, counted = list(trainees), {trainee: CountedTokens(trainee) for trainee in trainees}
     _each(left, failed, lambda each: each.begin_step())
     size = -(-len(batch.tokens) // accumulation)
     for start in range(0, len(batch.tokens), size):
         rows = slice(start, start + size)
         clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows]), batch.mask[rows]
-        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], mask, tokens_in_step))  # noqa: B023
+        masks = {each: counted[each].of_these(clean[each.site], mask) for each in left}
+        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], masks[each], tokens_in_step))  # noqa: B023
     if world.size > 1:
         _let_go_together(left, trainees, failed, world)
         for each in left:  # all of them before any takes its step, so that a lost process finds them at one step
             each.add_up(world)
-    _each(left, failed, lambda each: each.finish_step(tokens_in_step, positions), whole=False)
+            counted[each].add_up(world)
+    _each(left, failed, lambda each: each.finish_step(counted[each].settle(tokens_in_step), positions), whole=False)
 
 
 def _let_go_together(

@@ -27,6 +27,8 @@ CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
 DEAD_SHARE = 20
 """Training is so many times as long as a feature may be silent before it counts as dead, unless a recipe says."""
+LEFT_OUT = "left_out"
+"""Of a step's tokens that count in the batch, the share that is left out for its norm (`SAE.norm_limit`)."""
 UNCHECKED = ("optimizer.", "random.cuda.")
 """A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
 
@@ -72,7 +74,8 @@ class Trainee:
         self._watched = [*self._weights, "gradient_norm"]
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
         """Step at which each watched number was first not finite; -1: never."""
-        self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, "gradient_norm"]}
+        further = ["gradient_norm"] if sae.norm_limit is None else ["gradient_norm", LEFT_OUT]
+        self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, *further]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
 
     @property
@@ -241,6 +244,9 @@ class Trainee:
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
 
+    def note_left_out(self, share: Tensor) -> None:
+        self._sums[LEFT_OUT] += share
+
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
         self.update(self.found_bad(), tokens_in_step, tokens)
@@ -272,10 +278,7 @@ class Trainee:
 
     def alive(self) -> Tensor:
         """Number of features that fired within the window of latest training tokens (`training.alive_window`)."""
-        return self._alive().sum()
-
-    def _alive(self) -> Tensor:
-        return (self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)
+        return ((self.last_fired >= 0) & (self.tokens - self.last_fired < self.config.alive_window)).sum()
 
     def dead(self) -> Tensor:
         """Features that have fired on none of the latest tokens; in the first of training, none."""

@@ -26,6 +26,7 @@ from endwise.common.statistics import resampling_weights
 from endwise.common.tensor_files import write_tensors
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
+from endwise.evaluation.counting import Counting
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, model_of
 from endwise.formats import weights_file
@@ -126,11 +127,12 @@ def measure_directions(
         own = {path: missing[path] for path in group}
         loaded, wanted = model_of(own, model), settings[group[0]]["tokens"]
         texts = corpora_of_runs(own, loaded, corpora, evaluation_tokens=wanted)
-        for place in dict.fromkeys(missing[path].place for path in group):
-            here = {path: settings[path] for path in group if missing[path].place == place}
-            text = TextAtSite.first(loaded, loaded.place(place), texts.heldout, wanted, first.evaluation.batch)
-            saes = {path: load_sae(path, missing[path], loaded) for path in here}
-            measured = _measure(text, saes, here, list(found.values()))
+        placed = {path: (loaded.place(own[path].place), load_sae(path, own[path], loaded)) for path in group}
+        spots = {path: (place, Counting.of([(place, sae)])) for path, (place, sae) in placed.items()}
+        for place, counting in dict.fromkeys(spots.values()):
+            here = {path: settings[path] for path in group if spots[path] == (place, counting)}
+            text = TextAtSite.first(loaded, place, texts.heldout, wanted, first.evaluation.batch, counting)
+            measured = _measure(text, {path: placed[path][1] for path in here}, here, list(found.values()))
             for path, each in measured.items():
                 each.write(path / FILE)
             found |= measured

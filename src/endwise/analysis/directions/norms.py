@@ -18,6 +18,7 @@ from endwise.common.errors import FormatError
 from endwise.common.files import read_json, write_json
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.dictionaries import SAE
+from endwise.evaluation.counting import Counting
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.tokens import Corpus
@@ -109,7 +110,8 @@ def norms(
         ConfigError: fewer tokens than one sequence has.
     """
     collector = NormCollector()
-    for part in TextAtSite.first(model, site, corpus, tokens, batch).batches():
+    counting = Counting.of([(Place.of(site), sae)])
+    for part in TextAtSite.first(model, site, corpus, tokens, batch, counting).batches():
         collector.add(part, sae(part.read.float()))
     return collector.norms(resamples, seed)
 

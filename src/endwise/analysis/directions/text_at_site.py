@@ -8,6 +8,7 @@ import torch
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
+from endwise.evaluation.counting import EVERY, Counting
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.tokens import Corpus
@@ -61,10 +62,18 @@ class TextAtSite:
     """Sequences at a time."""
     reads: Site | None = None
     """The site that a transcoder reads which writes `site`."""
+    counting: Counting = EVERY
+    """Which tokens count, of those that do in the corpus."""
 
     @classmethod
     def first(
-        cls, model: LanguageModel, place: Place | Site, corpus: Corpus, tokens: int, batch: int = 16
+        cls,
+        model: LanguageModel,
+        place: Place | Site,
+        corpus: Corpus,
+        tokens: int,
+        batch: int = 16,
+        counting: Counting = EVERY,
     ) -> "TextAtSite":
         """The first `tokens` tokens, in whole sequences.
 
@@ -79,7 +88,7 @@ class TextAtSite:
             raise ConfigError(f"{tokens} held-out tokens were asked for, but one sequence alone has {corpus.context}.")
         place = Place.of(place)
         reads = None if place.reads == place.writes else place.reads
-        return cls(model, place.writes, corpus, sequences, batch, reads)
+        return cls(model, place.writes, corpus, sequences, batch, reads, counting)
 
     def of_at_most(self, tokens: int) -> "TextAtSite":
         """The same, or its first sequences: no more than `tokens` tokens, but one sequence at least."""
@@ -94,4 +103,5 @@ class TextAtSite:
             sites = {self.site} if self.reads is None else {self.site, self.reads}
             clean = self.model.clean(text.tokens, record=sites, final=final)
             starts = self.corpus.document_starts(rows).to(self.model.device)
-            yield SiteBatch(clean, clean.activations[self.site], text.mask, starts, self.reads)
+            mask = self.counting.of_these(clean, text.mask)
+            yield SiteBatch(clean, clean.activations[self.site], mask, starts, self.reads)

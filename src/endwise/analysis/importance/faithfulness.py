@@ -83,7 +83,7 @@ class FaithfulnessSums:
     def add_between(self, model: LanguageModel, clean: Clean, place: Place | Site, mask: TokenMask) -> None:
         """As `add`, of the counts that `narrow` took up, by importance alone."""
         read, site = clean.activations[Place.of(place).reads], Place.of(place).writes
-        latents = self.sae.encode(read)
+        latents, mask = self.sae.encode(read), self.sae.within_limit(read, mask)
         for n in self.between:
             value = self.sae.reconstruct(latents.only(self._places[0] < n), read)
             self._between.setdefault(n, []).append(spliced_ce(model, clean, site, mask, value).cpu().numpy())

@@ -15,6 +15,7 @@ from endwise.common.errors import ConfigError, DataError
 from endwise.common.files import expanded
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
+from endwise.evaluation.counting import Counting
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, heldout_fingerprint, model_of
 from endwise.features.attribution import Attribution
@@ -28,6 +29,8 @@ from endwise.tokens import Corpora, Corpus, TokenBatch
 
 BLOCKS = 20
 """Runs of neighbouring sequences whose sums are kept apart, for intervals of what is not a sum over tokens."""
+Spot = tuple[Site, Counting]
+"""A site that is written, and the tokens that count for who writes it."""
 ABLATED = 100
 """Features that are ablated one by one, unless asked otherwise."""
 
@@ -124,9 +127,13 @@ class _Group:
         """All that are read or written."""
         return sorted({site for place, _ in self.saes.values() for site in place.sites})
 
+    def spot(self, path: Path) -> Spot:
+        """Where a run's SAE writes, and the tokens that count for it."""
+        return self.saes[path][0].writes, Counting.of([self.saes[path]])
+
     @property
-    def written(self) -> list[Site]:
-        return sorted({place.writes for place, _ in self.saes.values()})
+    def spots(self) -> list[Spot]:
+        return sorted({self.spot(path) for path in self.saes})
 
     @property
     def half(self) -> int:
@@ -154,39 +161,40 @@ class _Group:
             path: MeasuredImportance(
                 importance[path],
                 ablations[path].result(importance[path]),
-                curves[path].result(*torch.cat(bounds[place.writes], dim=1).numpy()),
+                curves[path].result(*torch.cat(bounds[self.spot(path)], dim=1).numpy()),
                 {**heldout, **self.settings[path]},
             )
-            for path, (place, _) in self.saes.items()
+            for path in self.saes
         }
 
-    def _attribute(self, advance: Callable[[int], None]) -> tuple[dict[Path, Attribution], dict[Site, Tensor]]:
-        """The pass over all sequences; with it the mean activation of each site."""
+    def _attribute(self, advance: Callable[[int], None]) -> tuple[dict[Path, Attribution], dict[Spot, Tensor]]:
+        """The pass over all sequences; with it the mean activation of each site over the tokens that count there."""
         kl = any(self.settings[path]["kl"] for path in self.saes)
         blocks = min(BLOCKS, self.sequences) // 2 * 2
         attributions = {p: Attribution(sae, self.sequences, blocks, kl=kl) for p, (_, sae) in self.saes.items()}
-        sums = {site: torch.zeros(self.model.width(site), dtype=torch.float64) for site in self.written}
-        tokens = 0
+        sums = {spot: torch.zeros(self.model.width(spot[0]), dtype=torch.float64) for spot in self.spots}
+        tokens = dict.fromkeys(sums, 0)
         for batch in self._batches(range(self.sequences)):
             clean = self.model.clean(batch.tokens, record=self.sites, final=kl)
-            tokens += int(batch.mask.sum())
-            for site, total in sums.items():
-                total += clean.activations[site][batch.mask].double().sum(0).cpu()
+            for spot, total in sums.items():
+                mask = spot[1].of_these(clean, batch.mask)
+                tokens[spot] += int(mask.sum())
+                total += clean.activations[spot[0]][mask].double().sum(0).cpu()
             for path, (place, _) in self.saes.items():
                 attributions[path].add(self.model, clean, place, batch.mask)
             advance(len(batch.tokens))
-        means = {site: (total / max(1, tokens)).float().to(self.model.device) for site, total in sums.items()}
+        means = {spot: (total / max(1, tokens[spot])).float().to(self.model.device) for spot, total in sums.items()}
         return attributions, means
 
     def _second_half(
         self,
         ablations: Mapping[Path, AblationSums],
         curves: Mapping[Path, FaithfulnessSums],
-        means: Mapping[Site, Tensor],
+        means: Mapping[Spot, Tensor],
         advance: Callable[[int], None],
-    ) -> dict[Site, list[Tensor]]:
-        """The pass over the second half; per site and batch `[3 batch]`: CE clean and mean-ablated, predictions."""
-        bounds: dict[Site, list[Tensor]] = {site: [] for site in self.written}
+    ) -> dict[Spot, list[Tensor]]:
+        """The pass over the second half; per spot and batch `[3 batch]`: CE clean and mean-ablated, predictions."""
+        bounds: dict[Spot, list[Tensor]] = {spot: [] for spot in self.spots}
         for batch in self._batches(range(self.half, self.sequences)):
             clean = self.model.clean(batch.tokens, record=self.sites, final=True)
             whole = {}
@@ -194,21 +202,21 @@ class _Group:
                 spliced = SplicedBatch.of(self.model, sae, clean, place, batch.mask)
                 ablations[path].add(self.model, spliced)
                 curves[path].add(self.model, spliced)
-                whole[place.writes] = spliced.whole
-            for site, compared in whole.items():
-                constant = means[site].expand_as(clean.activations[site])
-                ablated = spliced_ce(self.model, clean, site, batch.mask, constant)
+                whole[self.spot(path)] = spliced
+            for spot, spliced in whole.items():
+                constant, compared = means[spot].expand_as(clean.activations[spot[0]]), spliced.whole
+                ablated = spliced_ce(self.model, clean, spot[0], spliced.mask, constant)
                 of_clean = compared.ce_clean.sum(1, dtype=torch.float64)
-                bounds[site].append(torch.stack([of_clean, ablated, compared.predicts.sum(1).double()]).cpu())
+                bounds[spot].append(torch.stack([of_clean, ablated, compared.predicts.sum(1).double()]).cpu())
             advance(len(batch.tokens))
         return bounds
 
     def _in_between(
-        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Site, list[Tensor]], display: bool
+        self, curves: Mapping[Path, FaithfulnessSums], bounds: Mapping[Spot, list[Tensor]], display: bool
     ) -> None:
         """Further passes over the second half, for as long as a curve asks for more counts."""
-        bases = {site: float(torch.cat(each, dim=1)[1].sum()) for site, each in bounds.items()}
-        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.saes[p][0].writes])}:
+        bases = {spot: float(torch.cat(each, dim=1)[1].sum()) for spot, each in bounds.items()}
+        while wanted := {p: each for p, each in curves.items() if each.narrow(bases[self.spot(p)])}:
             sites = sorted({site for path in wanted for site in self.saes[path][0].sites})
             with counting("features that carry most", self.sequences - self.half, display) as advance:
                 for batch in self._batches(range(self.half, self.sequences)):

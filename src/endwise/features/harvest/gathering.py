@@ -120,7 +120,8 @@ class Gathered:
         """
         place = Place.of(place)
         with torch.no_grad():
-            latents = self.sae.encode(clean.activations[place.reads])
+            read = clean.activations[place.reads]
+            latents, mask = self.sae.encode(read), self.sae.within_limit(read, mask)
             firings = Firings.of(latents, mask, numbers, self.sae.d_sae)
             self._add_counts(firings)
             self.together.add(firings)
