@@ -305,19 +305,19 @@ def test_every_metric_is_that_of_a_masked_text(run, twin):
 
 def test_importance_harvest_directions_and_the_dashboard_too(run, twin, model, corpora, named):
     texts = {run.folder: corpora, twin: named}
+    harvests = [harvest([p], model=model, corpora=t)[p] for p, t in texts.items()]
+    assert [each.about["attributed_predictions"] > 0 for each in harvests] == [True, True]
+    assert harvests[0].about["tokens"] == harvests[1].about["tokens"]
+    for name in harvests[0].features.column_names:
+        one, other = (each.features[name].to_pylist() for each in harvests)
+        assert str(one) == str(other), name
     importance = [measure_importance([p], ablate=3, model=model, corpora=t)[p] for p, t in texts.items()]
     for name in ("ce", "firings", "ce_second", "predictions_blocks", "tokens_blocks"):
         assert np.array_equal(*(getattr(each.importance, name) for each in importance)), name
     for name in ("ce", "kl", "sequences"):
         assert np.array_equal(*(getattr(each.ablations, name) for each in importance)), name
-    for name in ("ce", "clean_ce", "mean_ablated_ce", "predictions"):
-        if hasattr(importance[0].faithfulness, name):
-            assert np.array_equal(*(getattr(each.faithfulness, name) for each in importance)), name
-    harvests = [harvest([p], model=model, corpora=t)[p] for p, t in texts.items()]
-    assert harvests[0].about["tokens"] == harvests[1].about["tokens"]
-    for name in harvests[0].features.column_names:
-        one, other = (each.features[name].to_pylist() for each in harvests)
-        assert str(one) == str(other), name
+    for name in ("ce", "clean", "mean_ablated", "predictions"):
+        assert np.array_equal(*(getattr(each.faithfulness, name) for each in importance)), name
     found = [measure_directions([p], tokens=256, directions=2, model=model, corpora=t)[p] for p, t in texts.items()]
     assert found[0].norms == found[1].norms and np.array_equal(found[0].variance, found[1].variance)
     assert np.array_equal(found[0].kl.estimate, found[1].kl.estimate, equal_nan=True)
