@@ -1,7 +1,6 @@
 """The k·B largest features of a step: against slow definitions, over processes, rivals' numbers, and in training."""
 
 import json
-import threading
 
 import pytest
 import torch
@@ -10,11 +9,11 @@ from torch.func import functional_call
 
 import endwise
 from endwise.common.errors import ConfigError
-from endwise.common.processes import World
 from endwise.config.run import RunConfig
 from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents, selection
 from endwise.dictionaries.selection import Annealed, cut_of
 from endwise.training.planning.plan import plan
+from meeting import Meeting, of_process
 from rivals import rival
 from topk_family import KINDS, before, coarse, exact, largest_of_step, passed, recipe, trained_as
 
@@ -151,46 +150,6 @@ def test_gradients_are_finite_differences(size):
         way = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
         measured = (call(leaf.detach() + 1e-6 * way) - call(leaf.detach() - 1e-6 * way)) / 2e-6
         torch.testing.assert_close((gradient * way).sum(), measured, rtol=1e-5, atol=1e-6)
-
-
-class Meeting:
-    """Processes of one run as threads that add up their tensors."""
-
-    def __init__(self, size):
-        self.barrier, self.held, self.size, self.sums = threading.Barrier(size), [None] * size, size, 0
-
-    def add(self, rank, tensors):
-        self.held[rank] = [tensor.clone() for tensor in tensors]
-        self.barrier.wait(20)
-        totals = [torch.stack(each).sum(0) for each in zip(*self.held, strict=True)]
-        self.sums += rank == 0
-        self.barrier.wait(20)
-        for tensor, total in zip(tensors, totals, strict=True):
-            tensor.copy_(total)
-
-    def run(self, task):
-        found, errors = [None] * self.size, []
-
-        def one(rank):
-            world = World(rank, self.size)
-            object.__setattr__(world, "add", lambda tensors: self.add(rank, tensors))
-            try:
-                found[rank] = task(world)
-            except Exception as error:  # noqa: BLE001  Whatever it is, it is told below.
-                errors.append(error)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors, errors
-        return found
-
-
-def of_process(world, n):
-    return slice(n * world.rank // world.size, n * (world.rank + 1) // world.size)
 
 
 @pytest.mark.parametrize("size", [32, F])

@@ -18,6 +18,7 @@ from endwise.training import loop
 from endwise.training.fitting import losses_of
 from endwise.training.setup import new_trainee
 from endwise.training.step import clean_passes, take_step
+from meeting import Meeting, of_process
 from rivals import rival
 from small_gpt2 import CONTEXT, recipe
 
@@ -76,6 +77,37 @@ def asked_by_gradient(error, gradient):
         return None
     down = -gradient / gradient.norm()
     return (error @ down).clamp_min(0.0) * down
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("gradient", [None, gradient_at_site()], ids=["residual", "gradient"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_processes_divide_by_the_variance_of_all(processes, gradient, empty):
+    """Shares of other sizes, heights and numbers of rows that count, one of them with none."""
+    alone = dictionary(aux=1 / 32)
+    seen = a_pass(alone, gradient)
+    counted = MASK & (torch.arange(3) > 0)[:, None] if empty else MASK
+    x = seen.x * torch.tensor([1.0, 3.0, 0.2])[:, None, None]
+
+    def terms(sae, own):
+        latents = sae.encode(x[own])
+        asks = None if gradient is None else gradient[own]
+        found = sae.own_terms(TrainingPass(x[own], x[own], latents, sae.decode(latents), counted[own], DEAD, asks))
+        weights = [sae.encoder, sae.b_enc, sae.decoder]
+        term = found["dead_aux"]
+        grads = torch.autograd.grad(term, weights) if term.requires_grad else [torch.zeros_like(w) for w in weights]
+        return term.detach(), *grads
+
+    def share(world):
+        sae = dictionary(aux=1 / 32)
+        sae.join(world)
+        assert sae.sums_as_it_learns
+        return terms(sae, of_process(world, 3))
+
+    found = Meeting(processes).run(share)
+    for expected, *parts in zip(terms(alone, slice(None)), *found, strict=True):
+        torch.testing.assert_close(torch.stack(parts).sum(0), expected)
+    assert float(found[-1][0]) > 0 and not dictionary(revive=0.1).sums_as_it_learns
 
 
 @pytest.mark.parametrize("norm", ["unit", "free"])

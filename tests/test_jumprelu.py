@@ -9,11 +9,13 @@ from torch.nn.functional import normalize
 import endwise
 from endwise import SAE
 from endwise.common.errors import ConfigError
+from endwise.common.processes import ALONE
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.method import COEFFICIENT, Knob, Method
 from endwise.config.run import RunConfig
 from endwise.dictionaries import JumpReLUSAE, SparseLatents, TrainingPass
 from endwise.dictionaries.jumprelu import JumpReLUConfig
+from meeting import Meeting, of_process
 from rivals import batches, rival, rivals
 
 D, F = 12, 90
@@ -391,6 +393,27 @@ def test_a_target_is_the_knob_and_its_coefficient_a_part_of_the_method():
     stronger["objective"]["sparsity"]["coefficient"] = 0.9
     assert Method.of(RunConfig.build(stronger)).digest != Method.of(one).digest
     assert Knob.of(RunConfig.build(recipe("x"))).name == COEFFICIENT
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["dense", "sparse"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_processes_have_one_mean_of_each_feature(share, empty):
+    """What they add up to is the penalty of all tokens, and its gradient."""
+    x = torch.randn(3, 20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x *= torch.tensor([1.0, 3.0, 0.3])[:, None, None]
+    counted = MASK & (torch.arange(3) > 0)[:, None] if empty else MASK
+
+    def penalty(own, world=ALONE):
+        sae = dictionary(settings("tanh_quadratic", decoder_norm="free"), share)
+        sae.join(world)
+        assert sae.sums_as_it_learns
+        total = sae.encode(x[own], counted[own]).penalty(1.0, counted[own]).sum()
+        return total.detach(), *torch.autograd.grad(total, [sae.encoder, sae.b_enc, sae.decoder])
+
+    found = Meeting(2).run(lambda world: penalty(of_process(world, 3), world))
+    for expected, *parts in zip(penalty(slice(None)), *found, strict=True):
+        torch.testing.assert_close(torch.stack(parts).sum(0), expected)
+    assert not dictionary(settings("tanh")).sums_as_it_learns
 
 
 def test_a_penalty_over_the_pass_refuses_several_passes_a_step():

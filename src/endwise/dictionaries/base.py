@@ -220,6 +220,11 @@ class SAE(nn.Module, ABC):
         finally:
             self.counts = before
 
+    @property
+    def sums_as_it_learns(self) -> bool:
+        """Whether it adds up sums over the processes while it learns from a pass: all of them must come that far."""
+        return False
+
     def begin_step(self, done: float) -> None:
         """Prepare a training step: move what is annealed.
 

@@ -8,7 +8,8 @@ A feature is dead that has fired on none of the latest `dead_window` training to
 
       mean Σ_d (t − ẑ·D)² / mean Σ_d (t − mean t)²,      t = e = a − x̂,
 
-  means over the step's rows that count, t without gradient, no bias; where nothing is predicted it is about 1;
+  means over the step's rows that count (in all processes), t without gradient, no bias; where nothing is predicted it
+  is about 1;
 - its counterpart for objectives that are measured behind the site, where much of e changes nothing. With g = ∂L/∂x̂ the
   gradient of the spliced terms in the same row and u = −g/‖g‖ the direction in which they fall,
 
@@ -35,6 +36,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import TokenLosses, TrainingPass
@@ -107,8 +109,10 @@ class DeadFeatures:
         if not len(dead):
             return seen.target.new_zeros(())
         asked = self.asked_for(seen)
+        variance = variance_of(asked.target, sae.world)
         z = sae.before(seen.x[asked.rows], dead)
-        return unexplained(sae, asked.target, z, dead, self.config.aux_k or max(1, sae.d_in // 2), self.config)
+        error = unpredicted(sae, asked.target, z, dead, self.config.aux_k or max(1, sae.d_in // 2), self.config)
+        return (error / variance).where(variance > 0, 0.0)
 
     def asked_for(self, seen: TrainingPass) -> "Asked":
         """What dead features are to predict."""
@@ -171,7 +175,17 @@ def along_gradient(
     return Asked(rows, (residual[rows] * down).sum(-1, keepdim=True).clamp_min(0.0) * down)
 
 
-def unexplained(
+def variance_of(target: Float[Tensor, "n d_out"], world: World = ALONE) -> Float[Tensor, ""]:
+    """Return mean Σ_d (t − mean t)², over the rows of all processes; 0 where there are none."""
+    count = target.new_tensor(len(target))
+    total = target.sum(0)
+    world.add([count, total])
+    squares = (target - total / count.clamp_min(1)).square().sum()
+    world.add([squares])
+    return squares / count.clamp_min(1)
+
+
+def unpredicted(
     sae: "LinearSAE",
     target: Float[Tensor, "n d_out"],
     z: Float[Tensor, "n dead"],
@@ -179,7 +193,7 @@ def unexplained(
     k: int,
     config: DeadConfig,
 ) -> Float[Tensor, ""]:
-    """Σ over rows of Σ_d (t − ẑ·D)², divided by the targets' variance, mean Σ_d (t − mean t)²; 0 if that is 0.
+    """Return Σ over rows of Σ_d (t − ẑ·D)².
 
     Args:
         z: pre-activations of the features `dead`, of which the `k` largest of each row take part.
@@ -196,6 +210,4 @@ def unexplained(
         values, rows = z.gather(-1, chosen).view(-1), torch.arange(n, device=z.device)
         pairs = Pairs(rows.repeat_interleave(k), dead[chosen.view(-1)], rows * k, sae.d_sae)
         predicted = sae.sums(SparseLatents(values if config.aux_negative else torch.relu(values), pairs, (n,)))
-    variance = (target - target.mean(0)).square().sum() / n
-    error = (target - predicted).square().sum()
-    return (error / variance).where(variance > 0, 0.0)
+    return (target - predicted).square().sum()

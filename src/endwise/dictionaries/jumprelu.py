@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig, KnobRule
 from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, NearlySparseLatents, SparseLatents, encode_sparse
@@ -50,7 +51,7 @@ class JumpReLUConfig(LinearConfig):
     architecture: str = "jumprelu"
     penalty: Penalty = "l0"
     """Per token, times λ: `l0` Σ H; `quadratic` (2/L0*)·(Σ H − L0*)²; `tanh` Σ tanh(s·f·‖d‖); `tanh_quadratic`
-    Σ p·(1 + p/r) with p a feature's mean of tanh(s·f·‖d‖) over all tokens of a pass."""
+    Σ p·(1 + p/r) with p a feature's mean of tanh(s·f·‖d‖) over all tokens of a step."""
     target_l0: Above0 | None = None
     """L0*, for `quadratic` alone."""
     tanh_scale: Above0 = 4.0
@@ -128,7 +129,7 @@ class JumpReLUSAE(LinearSAE):
         if (near := self._sparse(x, self.threshold - bandwidth / 2, bandwidth)) is not None:
             return near
         values, gates = self._jump(self.before(x), bandwidth, None)
-        return DenseJumps(values, gates=Gates(gates, self.config, self.penalty_norms()))
+        return DenseJumps(values, gates=self._gates(gates))
 
     def _sparse(self, x: Tensor, edge: Tensor, bandwidth: Tensor | None) -> SparseLatents | None:
         """The features above an edge of each, if they are few; with a bandwidth, with the gates of those."""
@@ -136,12 +137,19 @@ class JumpReLUSAE(LinearSAE):
         if found is None or bandwidth is None:
             return found
         values, gates = self._jump(found.values, bandwidth, found.places)
-        return SparseJumps(values, found.places, found.shape, gates=Gates(gates, self.config, self.penalty_norms()))
+        return SparseJumps(values, found.places, found.shape, gates=self._gates(gates))
+
+    def _gates(self, values: Tensor) -> "Gates":
+        return Gates(values, self.config, self.penalty_norms(), self.world)
 
     def _jump(self, z: Tensor, bandwidth: Tensor, pairs: Pairs | None) -> tuple[Tensor, Tensor]:
         both = self.config.straight_through == "both"
         result: Any = _Jump.apply(z, self.threshold, bandwidth, both, pairs)
         return result
+
+    @property
+    def sums_as_it_learns(self) -> bool:
+        return self.config.penalty == "tanh_quadratic" or super().sums_as_it_learns
 
     def thresholds(self) -> Float[Tensor, " d_sae"]:
         return self.threshold
@@ -232,6 +240,8 @@ class Gates:
     config: JumpReLUConfig
     norms: Float[Tensor, " d_sae"] | None
     """L2 norms of the directions; None: all are 1."""
+    world: World = ALONE
+    """The processes whose tokens are those of the step."""
 
     @property
     def counts(self) -> bool:
@@ -256,9 +266,16 @@ class Gates:
         return 2 / self.config.target_l0 * (sums - self.config.target_l0).square()
 
     def of_pass(self, sums: Float[Tensor, " d_sae"], mask: Bool[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-        """The penalty that all rows share, from the features' sums of terms."""
-        means = sums / mask.sum().clamp_min(1)
-        return (means * (1 + means / self.config.rare)).sum() * mask
+        """The penalty that all rows of all processes share, from the features' sums of terms in this one."""
+        total, own = sums.detach().clone(), mask.sum()
+        count = own.clone()
+        self.world.add([total, count])
+        means = (sums + (total - sums.detach())) / count.clamp_min(1)
+        shared = (means * (1 + means / self.config.rare)).sum()
+        if self.world.size > 1:
+            # Its rows are a part of those that have this penalty, but its terms move that of all.
+            shared = shared.detach() + (shared - shared.detach()) * (count.to(shared.dtype) / own.clamp_min(1))
+        return shared * mask
 
 
 @dataclass(frozen=True)

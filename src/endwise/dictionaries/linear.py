@@ -15,7 +15,7 @@ from endwise.common.errors import ConfigError
 from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
-from endwise.dictionaries.dead import DeadConfig, DeadFeatures
+from endwise.dictionaries.dead import AUX, DeadConfig, DeadFeatures
 from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse
 from endwise.formats import Layout
 
@@ -178,6 +178,10 @@ class LinearSAE(SAE):
     @property
     def dead_window(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]  a recipe says it
         return self.dead.config.dead_window if self.dead else None
+
+    @property
+    def sums_as_it_learns(self) -> bool:
+        return self.dead is not None and AUX in self.dead.weights
 
     @property
     def own_weights(self) -> Mapping[str, float]:

@@ -286,6 +286,10 @@ class NormedSAE(SAE):
         with self.inner.aside():
             yield
 
+    @property
+    def sums_as_it_learns(self) -> bool:
+        return self.inner.sums_as_it_learns
+
     def begin_step(self, done: float) -> None:
         self.inner.begin_step(done)
 

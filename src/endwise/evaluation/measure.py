@@ -172,7 +172,7 @@ def measure(
     ablations = {(spot, kind): Collector() for spot in means for kind in ("mean", "zero") if baselines}
     collectors: dict[_Key, Collector] = {**collected, **ablations}
     later = {site: residuals_after(model, site) for site, _ in means}
-    recorded = {s for place in places.values() for s in place.sites} | {s for group in later.values() for s in group}
+    recorded = {site for place in places.values() for site in place.sites}.union(*later.values())
     with world.together("evaluating"), torch.no_grad(), at_inference(sae for _, sae in saes.values()):
         for batch in batches_of(corpus, config.batch, sequences, model.device, world):
             clean = model.clean(batch.tokens, record=recorded, final=True)
@@ -184,9 +184,9 @@ def measure(
                 for key in ((name, length) for length in shares[name]):
                     latents = _first(whole, key[1], sae.d_sae)
                     estimate = sae.reconstruct(latents, read)
+                    left_out = {"left_out": (batch.mask & ~mask).sum(-1)} if counting.limits else {}
                     collected[key].add_latents(latents, mask)
-                    collected[key].add(fit_sums(clean.activations[site], estimate, means[spots[name]], mask))
-                    collected[key].add({"left_out": (batch.mask & ~mask).sum(-1)} if counting.limits else {})
+                    collected[key].add(fit_sums(clean.activations[site], estimate, means[spots[name]], mask) | left_out)
                     passes[counting][key] = _splice(model, clean, site, estimate, later[site], mask)
             for spot, kind in ablations:
                 estimate = means[spot].instead_of(clean.activations[spot[0]], kind)
@@ -196,14 +196,16 @@ def measure(
                     collectors[key].add(sums)
     for collector in collectors.values():
         collector.merge(world)
-    facts = {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
+    text, facts = corpus.text_digest(sequences), {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
     found: dict[str, Evaluation] = {}
     for name, (_, sae) in saes.items():
-        bounds = {kind: each for (spot, kind), each in ablations.items() if spot == spots[name]}
-        own = {length: collected[name, length] for length in shares[name]}
-        found[name] = _summarise(places[name], sae, own, bounds, config)
-    text = corpus.text_digest(sequences)
-    return {name: replace(each, text=text, facts={**facts, **each.facts}) for name, each in found.items()}
+        own, bounds = {n: collected[name, n] for n in shares[name]}, _bounds(ablations, spots[name])
+        found[name] = replace(_summarise(places[name], sae, own, bounds, config, facts), text=text)
+    return found
+
+
+def _bounds(ablations: "Mapping[tuple[_Spot, str], Collector]", spot: "_Spot") -> "dict[str, Collector]":
+    return {kind: each for (where, kind), each in ablations.items() if where == spot}
 
 
 def _compared(
@@ -419,6 +421,7 @@ def _summarise(
     collected: Mapping[int | None, Collector],
     ablations: Mapping[str, Collector],
     config: EvaluationConfig,
+    facts: Mapping[str, Any],
 ) -> Evaluation:
     sums, site = collected[None].sums(), place.writes
     prefixes: dict[str, Metric] = {}
@@ -432,7 +435,7 @@ def _summarise(
     )
     baselines = Baselines(mean_ce(sums, "ce_clean"), *ablated)
     tokens, reads = int(sums["tokens"].sum()), None if place.reads == site else place.reads
-    facts = share_left_out(sums)
+    facts = {**facts, **share_left_out(sums)}
     return Evaluation(
         site, sae.d_sae, collected[None].firings(), tokens, intervals, baselines, sums, facts=facts, reads=reads
     )

@@ -153,9 +153,7 @@ class RunFolder:
             write_json(self.digests_file, {"seed": config.seed, **digests})
 
     def note_start(self, record: Mapping[str, Any]) -> None:
-        """Put down what is measured before the first step, beside what was: what it changed to take over the SAE that
-        the run starts from, which positions are left out.
-        """
+        """Put down, beside what was, what is measured before the first step."""
         before = read_json(self.start_file) if self.start_file.exists() else {}
         write_json(self.start_file, {**before, "seed": self.config().seed, **record})
 
@@ -191,8 +189,7 @@ class RunFolder:
         return digest
 
     def fingerprint(self, side: str) -> str | None:
-        """Of the training (`train`) or held-out text (`heldout`), as `Corpus.fingerprint` tells it; None: nothing tells
-        it.
+        """Of the training (`train`) or held-out text (`heldout`), as `Corpus.fingerprint` tells it; None: unknown.
 
         Raises:
             RunFolderError, FormatError: `data.json` is there, but does not tell it as it is written.

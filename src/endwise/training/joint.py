@@ -21,7 +21,7 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import Scalar
 from endwise.runs.checkpoints import Checkpoint
 from endwise.training.objectives import LaterLatents, Objective
-from endwise.training.trainee import Met, Trainee, harmless, not_finite
+from endwise.training.trainee import Met, Trainee, all_or_none, harmless, not_finite
 
 SHARED_TENSORS = "random."
 """What a checkpoint has one of, whatever the number of places: the states of generators."""
@@ -118,9 +118,10 @@ class JointTrainee:
 
     def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
         """Adds the gradient of some of the step's sequences: see `Trainee.accumulate`."""
-        heads = {part.place: part.encode(*part.meets(clean), mask) for part in self._heads}
-        values = {place.writes: encoded.reconstruction for place, encoded in heads.items()}
-        found = self._joint_pass(tail, clean, values, mask)
+        with all_or_none([part.sae for part in self.parts]):
+            heads = {part.place: part.encode(*part.meets(clean), mask) for part in self._heads}
+            values = {place.writes: encoded.reconstruction for place, encoded in heads.items()}
+            found = self._joint_pass(tail, clean, values, mask)
         for part in self._heads:
             part.learn(heads.pop(part.place), mask, tokens_in_step, found.values.get(part.site))
         for part in self._later:

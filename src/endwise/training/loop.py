@@ -1,17 +1,18 @@
 """The training loop: one clean pass serves every SAE in training, each with its own objective, optimiser and folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, ProcessLost, TrainingStopped, out_of_memory
 from endwise.common.stopping import polite_stop
 from endwise.config.run import EvaluationConfig
+from endwise.dictionaries import SAE
 from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
-from endwise.training.fitting import fit_last, resample
+from endwise.training.fitting import Text, fit_last, resample
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
@@ -43,9 +44,7 @@ def run_loop(prepared: Prepared) -> None:
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
             group.agree(world)
             done = step + 1
-            _resample(prepared, done)
-            if done == steps:
-                _fit_last(prepared)
+            _fit_after(prepared, done)
             _record(prepared, done, shown)
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
@@ -57,27 +56,27 @@ def run_loop(prepared: Prepared) -> None:
             member.folder.mirror.ended("finished")
 
 
-def _resample(prepared: Prepared, done: int) -> None:
-    """Replace dead features of those for which that is due after `done` steps, in one process for all."""
-    group, world = prepared.group, prepared.world
-    parts = [part for member in group.members for part in member.trainee.parts]
-    if not any(done in part.sae.wants_losses(prepared.steps) for part in parts):
-        return
-    with world.together("resampling dead features"):
-        if world.is_first:
-            text = (prepared.model, prepared.corpora.train, prepared.order)
-            group.each(partial(resample, text, prepared.tail, done))
-    broadcast_state(group, world)
+def _fit_after(prepared: Prepared, done: int) -> None:
+    """Replace dead features where that is due after `done` steps; set thresholds after the last."""
+    steps, tail = prepared.steps, prepared.tail
+    _fit(
+        prepared,
+        lambda sae: sae.wants_losses(steps).get(done, 0),
+        "resampling dead features",
+        lambda text, member: resample(text, tail, done, member),
+    )
+    if done == steps:
+        _fit(prepared, lambda sae: sae.last_tokens, "fitting thresholds", fit_last)
 
 
-def _fit_last(prepared: Prepared) -> None:
-    """Fit what is fitted after the last step, in one process for all."""
+def _fit(prepared: Prepared, due: Callable[[SAE], int], what: str, act: Callable[[Text, Member], None]) -> None:
+    """Do what is fitted to activations in one process for all, where it is due for any dictionary."""
     group, world = prepared.group, prepared.world
-    if not any(part.sae.last_tokens for member in group.members for part in member.trainee.parts):
+    if not any(due(part.sae) for member in group.members for part in member.trainee.parts):
         return
-    with world.together("fitting thresholds"):
+    with world.together(what):
         if world.is_first:
-            group.each(partial(fit_last, (prepared.model, prepared.corpora.train, prepared.order)))
+            group.each(partial(act, (prepared.model, prepared.corpora.train, prepared.order)))
     broadcast_state(group, world)
 
 

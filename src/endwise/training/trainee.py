@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -135,9 +136,10 @@ class Trainee:
         Args:
             tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
-        encoded, gradient = self.encode(*self.meets(clean), mask), None
-        if self.objective.spliced_terms:
-            gradient = self._tail_gradient(tail, clean, encoded.reconstruction, mask)
+        with all_or_none([self.sae]):
+            encoded, gradient = self.encode(*self.meets(clean), mask), None
+            if self.objective.spliced_terms:
+                gradient = self._tail_gradient(tail, clean, encoded.reconstruction, mask)
         self.learn(encoded, mask, tokens_in_step, gradient)
 
     def meets(self, clean: Clean) -> Met:
@@ -341,10 +343,7 @@ class Trainee:
         """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
         own = self.checkpoint().tensors
         check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
-        weights = {
-            key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")
-        }
-        self.sae.load_state_dict(weights)
+        self.sae.load_state_dict(_weights_in(checkpoint))
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
         for name, tensor in own_tensors(self._schedule).items():
@@ -359,6 +358,17 @@ def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activat
         return None
     (found,) = torch.autograd.grad(loss, reconstruction, retain_graph=True, allow_unused=True)
     return found
+
+
+def _weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The SAE's own tensors, by their names in it."""
+    return {key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")}
+
+
+def all_or_none(saes: Sequence[SAE]) -> AbstractContextManager[None]:
+    """Within it, what fails in one process fails in all, where one of the dictionaries goes on to sums over them."""
+    world = next((sae.world for sae in saes if sae.world.size > 1 and sae.sums_as_it_learns), None)
+    return nullcontext() if world is None else world.together("a pass of training")
 
 
 def not_finite(step: int, name: str) -> NotFinite:
