@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import warm
 from endwise import RunConfig, train_together
@@ -96,6 +97,23 @@ def test_two_processes_give_the_curve_of_one(made, alone, tmp_path):
     assert code == 0, errors
     assert out.count("Trained e2e_ds") == 1
     assert_same_curve(tmp_path / "run", alone)
+
+
+def test_terms_over_all_tokens_of_a_step(made, tmp_path):
+    """A penalty of features' means, and an auxiliary term that is divided by a variance."""
+    dictionary = {"architecture": "jumprelu", "size": 40, "penalty": "tanh_quadratic", "threshold_init": 0.5}
+    dictionary |= {"aux": 0.5, "aux_negative": True, "dead_window": 40}
+    curves = []
+    for processes in (1, 2):
+        file = write_recipe(made, tmp_path / f"of{processes}", accumulation=1, tokens=400)
+        values = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump(values | {"dictionary": dictionary}))
+        code, _, errors = launch(processes, "train", file, "--quiet")
+        assert code == 0, errors
+        curves.append(RunFolder(tmp_path / f"of{processes}").metrics())
+    assert len(curves[0]) == 10 and any(line["dead_aux"] > 0 for line in curves[0])
+    for one, other in zip(*curves, strict=True):
+        assert_close(other, one, f"step {one['step']}")
 
 
 def test_a_stop_stops_all_and_another_number_of_processes_goes_on(made, alone, tmp_path):
