@@ -112,5 +112,5 @@ class CountedTokens:
             part.note_left_out(self._left_out / tokens_in_step)
             for parameter in part.sae.parameters():
                 if parameter.grad is not None:
-                    parameter.grad *= tokens_in_step.double() / counted
+                    parameter.grad *= tokens_in_step.double() / counted.clamp_min(1)
         return counted
