@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## train the three kinds of SAE on the embedded model and compare them
+demo: $(VENV)/.installed ## train four kinds of SAE on the embedded model and compare them
 	$(BIN)/endwise quickstart --out "$(OUT)"
 
 test: $(VENV)/.installed-dev ## run the tests

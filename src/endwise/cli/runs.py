@@ -24,7 +24,7 @@ def quickstart(
     out: Annotated[Path, Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
     seed: Annotated[int, Option(help="Seed of every SAE's initialisation.")] = 0,
 ) -> None:
-    """Train the three kinds of SAE on the embedded model and compare them (a few minutes on two cores)."""
+    """Train the paper's three kinds of SAE and the recommended one on the embedded model and compare them (minutes)."""
     from endwise.paper.quickstart import quickstart as run
 
     run(out, seed=seed, overrides=overrides or ())

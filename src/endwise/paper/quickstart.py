@@ -1,4 +1,4 @@
-"""The paper's comparison on the embedded model, in minutes: three kinds of SAE, a few coefficients each, one report."""
+"""The paper's comparison and the recommended recipe on the embedded model, in minutes, with one report."""
 
 import itertools
 import shlex
