@@ -16,9 +16,11 @@ from endwise.dictionaries.normed import RIDGE, Fitted, NormedSAE, PerToken, norm
 from endwise.features.attribution import Attribution
 from endwise.features.spliced import SplicedBatch
 from rivals import rival, rivals
-from test_product import NEEDED, shipped
+from test_product import FACTORS
 
 D, F = 8, 24
+NEEDED = {"k": 4}
+"""Values for keys that an architecture may ask for."""
 FITTED, PER_TOKEN = ("scalar", "whitening"), ("layer_norm", "constant_norm_rescale")
 THEIRS = [name for name in rivals("sae_lens", "inference") if name.endswith(("_layer_norm", "_constant_norm"))]
 
@@ -94,7 +96,7 @@ def test_what_is_undone_and_its_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", [*FITTED, *PER_TOKEN])
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", FACTORS["architecture"])
 def test_every_architecture_is_saved_as_it_is_used(name, kind, tmp_path):
     """Trained or not, what is saved computes the same, and what depends on the token is in the file alone."""
     inner, config = built(name, kind)

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from endwise.common.errors import RunFolderError
+from endwise.config.method import Method
 from endwise.config.objective import KINDS
+from endwise.config.recipes import find_recipe
+from endwise.config.run import RunConfig
 from endwise.paper.quickstart import quickstart, recipes
 from endwise.runs.folder import RunFolder
 
@@ -15,7 +18,7 @@ from endwise.runs.folder import RunFolder
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    small = ("training.tokens=8192", "evaluation.tokens=4096", "dictionary.ratio=2")
+    small = ("training.tokens=4096", "evaluation.tokens=2048", "dictionary.ratio=2")
     return out, quickstart(out, seed=3, overrides=small, display=False)
 
 
@@ -27,11 +30,11 @@ def test_summary_has_the_promised_fields(finished):
     for run in content["runs"]:
         assert {"kind", "site", "coefficient", "seed", "l0", "alive", "d_sae", "ce_increase", "kl"} <= set(run)
         assert {"explained_variance", "downstream_mse", "tokens", "seconds", "folder"} <= set(run)
-        assert run["seed"] == 3 and run["d_sae"] == 256 and run["tokens"] == 8192
+        assert run["seed"] == 3 and run["d_sae"] == 256 and run["tokens"] == 4096
         assert math.isfinite(run["ce_increase"]) and run["l0"] > 0 and run["seconds"] > 0
         assert len(run["downstream_mse"]) == 3
         assert RunFolder.open(Path(run["folder"])).evaluation()["l0"] == run["l0"]
-    assert set(content["features_at_equal_ce"]) == {"e2e", "e2e_ds"}
+    assert set(content["features_at_equal_ce"]) == {"e2e", "e2e_ds", "e2e_ds-jumprelu"}
 
 
 def test_report_shows_every_run(finished):
@@ -53,4 +56,16 @@ def test_each_kind_gets_the_same_setting(tmp_path):
     for config in configs:
         ours, first = config.training.model_dump(), configs[0].training.model_dump()
         assert ours | {"learning_rate": 0} == first | {"learning_rate": 0}
-        assert (config.site, config.dictionary, config.seed) == (configs[0].site, configs[0].dictionary, 0)
+        assert (config.site, config.dictionary.ratio, config.seed) == (configs[0].site, configs[0].dictionary.ratio, 0)
+    paper = [config for config in configs if Method.of(config).is_preset]
+    assert len(paper) == 9 and all(config.dictionary == configs[0].dictionary for config in paper)
+
+
+def test_what_it_recommends_is_the_recipe_that_ships(tmp_path):
+    """At another length."""
+    recommended = [config for config in recipes(tmp_path, 0) if not Method.of(config).is_preset]
+    default = RunConfig.read(find_recipe("embedded-default"))
+    assert default.dictionary in [config.dictionary for config in recommended]
+    for config in recommended:
+        assert config.objective == default.objective and Method.of(config) == Method.of(default)
+        assert config.training.learning_rate == default.training.learning_rate

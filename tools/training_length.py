@@ -19,8 +19,9 @@ import numpy as np
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train_together
 from endwise.analysis.ratios import percent, ratio_of
+from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary
-from endwise.paper.quickstart import COEFFICIENTS, SITE, recipe
+from endwise.paper.quickstart import recipes
 from endwise.runs.folder import RunFolder
 
 RATES = {"local": (1.6e-2, 3.2e-2), "e2e": (8e-3, 1.6e-2), "e2e_ds": (8e-3, 1.6e-2)}
@@ -28,16 +29,15 @@ HELDOUT_TOKENS = 100_000
 
 
 def configurations(out: Path, kind: str, tokens: int, rates: Sequence[float]) -> list[RunConfig]:
-    return [
-        _configuration(out, kind, tokens, rate, coefficient) for rate in rates for coefficient in COEFFICIENTS[kind]
-    ]
+    bases = [config for config in recipes(out, seed=0) if Method.of(config).key == kind]
+    return [_configuration(base, out, tokens, rate) for rate in rates for base in bases]
 
 
-def _configuration(out: Path, kind: str, tokens: int, rate: float, coefficient: float) -> RunConfig:
-    base = recipe(out / f"{tokens}-{kind}-{rate:g}-{coefficient:g}", kind, coefficient, seed=0)
+def _configuration(base: RunConfig, out: Path, tokens: int, rate: float) -> RunConfig:
     training = base.training.model_copy(update={"learning_rate": rate, "tokens": tokens, "checkpoint_every": 200})
     evaluation = base.evaluation.model_copy(update={"tokens": HELDOUT_TOKENS})
-    return base.model_copy(update={"training": training, "evaluation": evaluation})
+    folder = out / f"{tokens}-{base.objective.kind}-{rate:g}-{base.objective.coefficient:g}"
+    return base.model_copy(update={"training": training, "evaluation": evaluation, "out": folder})
 
 
 def train(out: Path, kinds: list[str], tokens: int, rates: Sequence[float] | None) -> None:
@@ -63,7 +63,7 @@ def summaries(configs: list[RunConfig], skip: int) -> list[tuple[RunConfig, RunS
     model = load_model("embedded")
     first, wanted = configs[0], skip + HELDOUT_TOKENS
     corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=wanted)
-    saes = {str(config.out): (model.site(SITE), SAE.load(config.out)) for config in configs if config.out}
+    saes = {str(config.out): (model.site(config.site), SAE.load(config.out)) for config in configs if config.out}
     evaluations = measure(model, saes, corpora.heldout, first.evaluation.model_copy(update={"skip": skip}))
     return [(config, RunSummary.of(config, evaluations[str(config.out)], 0.0, str(config.out))) for config in configs]
 
