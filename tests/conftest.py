@@ -45,7 +45,10 @@ settings.register_profile("endwise", deadline=None, derandomize=True)
 settings.load_profile("endwise")
 
 
-SLOWEST_FIRST = ("reproduction_whole", "engines", "planning", "docs", "faults", "distributed", "checkpoints", "sweeps")
+SLOWEST_FIRST = (
+    *("reproduction_whole", "engines", "planning", "docs", "faults", "distributed", "checkpoints", "sweeps"),
+    *("downstream", "product", "quickstart"),
+)
 """Test files that take the longest, which pytest-xdist should not be left with at the end (see `PYTEST_ARGS`)."""
 
 
