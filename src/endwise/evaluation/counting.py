@@ -37,3 +37,5 @@ class Counting:
 
 EVERY = Counting()
 """What the text's mask says."""
+Spot = tuple[Site, Counting]
+"""A site that is written, and the tokens that count for who writes it."""

@@ -23,7 +23,7 @@ from endwise.common.remarks import remarks_on
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
-from endwise.evaluation.counting import Counting
+from endwise.evaluation.counting import Counting, Spot
 from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
@@ -136,9 +136,7 @@ class Evaluation:
         return {**nested, "baselines": vars(self.baselines), **self.facts}
 
 
-_Spot = tuple[Site, Counting]
-"""A site that is written, and the tokens that count for who writes it."""
-_Key = tuple[str, int | None] | tuple[_Spot, str]
+_Key = tuple[str, int | None] | tuple[Spot, str]
 """What is measured: an SAE, whole or its first features alone; or a site at its mean or at zero."""
 
 
@@ -204,7 +202,7 @@ def measure(
     return found
 
 
-def _bounds(ablations: "Mapping[tuple[_Spot, str], Collector]", spot: "_Spot") -> "dict[str, Collector]":
+def _bounds(ablations: "Mapping[tuple[Spot, str], Collector]", spot: Spot) -> "dict[str, Collector]":
     return {kind: each for (where, kind), each in ablations.items() if where == spot}
 
 
@@ -304,12 +302,12 @@ def _normed(x: Tensor) -> Tensor:
 @torch.no_grad()
 def site_means(
     model: LanguageModel,
-    spots: Sequence[_Spot],
+    spots: Sequence[Spot],
     corpus: Corpus,
     config: EvaluationConfig,
     sequences: range,
     world: World,
-) -> dict[_Spot, Means]:
+) -> dict[Spot, Means]:
     """The mean activation of each site over the tokens that count for it."""
     totals = {spot: [torch.zeros(model.width(spot[0]), dtype=torch.float64) for _ in range(2)] for spot in spots}
     counts = {spot: torch.zeros((), dtype=torch.int64) for spot in spots}

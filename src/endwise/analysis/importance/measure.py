@@ -15,7 +15,7 @@ from endwise.common.errors import ConfigError, DataError
 from endwise.common.files import expanded
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
-from endwise.evaluation.counting import Counting
+from endwise.evaluation.counting import Counting, Spot
 from endwise.evaluation.finished import load_sae, sharing_groups
 from endwise.evaluation.provenance import corpora_of_runs, heldout_fingerprint, model_of
 from endwise.features.attribution import Attribution
@@ -29,8 +29,6 @@ from endwise.tokens import Corpora, Corpus, TokenBatch
 
 BLOCKS = 20
 """Runs of neighbouring sequences whose sums are kept apart, for intervals of what is not a sum over tokens."""
-Spot = tuple[Site, Counting]
-"""A site that is written, and the tokens that count for who writes it."""
 ABLATED = 100
 """Features that are ablated one by one, unless asked otherwise."""
 
