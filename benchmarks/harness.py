@@ -320,6 +320,18 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def unquiet(timing: Mapping[str, Any]) -> str:
+    """What is to be said beside a timing that other work disturbed throughout; nothing of others."""
+    return "" if timing["quiet"] else "  (never quiet: all samples taken)"
+
+
+def give_out(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print a result as one line of JSON, and write it to a file where one is asked for."""
+    if out:
+        write_json(out, result)
+    print(json.dumps(result))
+
+
 def write_json(path: Path, value: Any) -> None:
     """As a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ the beginning, files, attribution and all.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Side, Worker, cores, machine, serve, time_in_turn, worker_environment, write_json
+from harness import Side, Worker, cores, give_out, machine, serve, time_in_turn, unquiet, worker_environment
 from importance import Act
 
 ACTS = ("spliced", "harvest", "harvest+ce")
@@ -164,7 +163,7 @@ def main() -> int:
     for act, timing in found["timings"].items():
         print(
             f"  {act:11} {tokens / timing['seconds']:,.0f} tokens/s, {timing['samples']} samples, "
-            f"{timing['discarded']} discarded" + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+            f"{timing['discarded']} discarded" + unquiet(timing)
         )
     shares, whole = found["throughput/spliced"], found["whole"]
     for act, share in shares.items():
@@ -172,9 +171,7 @@ def main() -> int:
     if whole:
         print(f"{whole['tokens']:,} tokens took {whole['seconds']:.0f} s and {whole['mib']:.0f} MiB of files")
     result = {"machine": machine(arguments.threads), "spec": spec, **found}
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    give_out(result, arguments.out)
     slow = whole is not None and whole["seconds"] > BAR_SECONDS * whole["tokens"] / 1_000_000
     return int(min(shares.values()) < BAR_THROUGHPUT or slow)
 

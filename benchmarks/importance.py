@@ -14,7 +14,6 @@ Needs endwise alone. Per batch, in turn (`harness.py`), in one process:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 from endwise.training.planning.flops import forward_flops, gradient_flops, product_flops
 from flops import stretches
-from harness import Side, Worker, cores, machine, serve, time_in_turn, worker_environment, write_json
+from harness import Side, Worker, cores, give_out, machine, serve, time_in_turn, unquiet, worker_environment
 from shapes import SHAPES, Shape
 
 ACTS = ("logits", "forward", "spliced", "ce", "kl", "ce+kl")
@@ -176,16 +175,14 @@ def main() -> int:
             forwards = timing["seconds"] / site["timings"]["logits"]["seconds"]
             print(
                 f"  {act:8} {timing['seconds']:.4f} s/batch = {forwards:.2f} logits, {timing['samples']} samples, "
-                f"{timing['discarded']} discarded" + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+                f"{timing['discarded']} discarded" + unquiet(timing)
             )
         products = ", ".join(f"{act} {ratio:.2f}" for act, ratio in site["least"].items())
         print(f"  matrix products alone, in forward passes: {products}")
     worst = max(site["ratios"]["ce/logits"] for site in sites)
     print(f"attribution of the CE costs at most {worst:.2f} forward passes (bar: {BAR})")
     result = {"machine": machine(arguments.threads), "sites": sites, "worst": worst}
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    give_out(result, arguments.out)
     return int(worst > BAR)
 
 

@@ -8,13 +8,12 @@ with the allocator as it is and tuned (`harness.TUNED`), all in one run and time
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Worker, WorkerError, cores, machine, time_in_turn, worker_environment, write_json
+from harness import Worker, WorkerError, cores, give_out, machine, time_in_turn, unquiet, worker_environment
 from shapes import GPT2, OBJECTIVES
 
 HERE = Path(__file__).parent
@@ -85,8 +84,7 @@ def show(result: dict[str, Any]) -> None:
         timing = side["timing"]
         print(
             f"{name:16} {timing['seconds']:9.4f} {timing['samples']:5} {timing['discarded']:7} "
-            f"{side['peak_gib']:9.2f} {side['l0']:7.1f}"
-            + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+            f"{side['peak_gib']:9.2f} {side['l0']:7.1f}" + unquiet(timing)
         )
     for pair, ratio in result["ratios"].items():
         print(f"{pair}: {ratio:.2f}×")
@@ -96,9 +94,7 @@ def main() -> int:
     arguments = parse()
     result = {"machine": machine(arguments.threads), **run(arguments)}
     show(result)
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    give_out(result, arguments.out)
     return 0
 
 

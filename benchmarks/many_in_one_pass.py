@@ -7,14 +7,13 @@ Needs endwise alone. The SAEs differ in their sparsity coefficient; both sides a
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Worker, cores, machine, time_in_turn, worker_environment, write_json
+from harness import Worker, cores, give_out, machine, time_in_turn, unquiet, worker_environment
 from shapes import OBJECTIVES, SHAPES, Shape
 
 HERE = Path(__file__).parent
@@ -77,13 +76,10 @@ def main() -> int:
         timing = side["timing"]
         print(
             f"{name:5} {timing['seconds']:.4f} s/step, {timing['samples']} samples, {timing['discarded']} discarded, "
-            f"peak {side['peak_gib']:.2f} GiB, L0 {side['l0']:.1f}"
-            + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+            f"peak {side['peak_gib']:.2f} GiB, L0 {side['l0']:.1f}" + unquiet(timing)
         )
     print(f"{result['saes']} in one pass cost {result['many/one']:.2f} times as much as one alone")
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    give_out(result, arguments.out)
     return 0
 
 

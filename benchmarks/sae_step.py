@@ -26,13 +26,12 @@ Everything else as in `versus_reference.py`.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Worker, WorkerError, cores, machine, time_in_turn, worker_environment, write_json
+from harness import Worker, WorkerError, cores, give_out, machine, time_in_turn, unquiet, worker_environment
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated")
@@ -133,8 +132,7 @@ def show(result: dict[str, Any]) -> None:
         timing = peer["timing"]
         print(
             f"{name:40} {peer['tokens_per_second']:10,.0f} {timing['seconds']:9.4f} {timing['samples']:5} "
-            f"{timing['discarded']:7} {peer['peak_gib']:9.2f} {peer['l0']:8.1f}"
-            + ("" if timing["quiet"] else "  (never quiet: all samples taken)")
+            f"{timing['discarded']:7} {peer['peak_gib']:9.2f} {peer['l0']:8.1f}" + unquiet(timing)
         )
     for pair, ratio in result["ratios"].items():
         print(f"{pair}: {ratio:.2f} ×")
@@ -152,9 +150,7 @@ def main() -> int:
     arguments = parse()
     result = {"machine": machine(arguments.threads), **run(arguments)}
     show(result)
-    if arguments.out:
-        write_json(arguments.out, result)
-    print(json.dumps(result))
+    give_out(result, arguments.out)
     return int(bool(result["failed"]))
 
 
