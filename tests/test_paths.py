@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from endwise import SAE, load_model, read_harvest
@@ -69,3 +70,40 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunFolderError, match=r"Cannot write .*file.*Not a directory.*choose another folder"):
             check_can_write(folder)
+
+
+GROUP = get_command(app)
+WRITING = [name for name, each in GROUP.commands.items() if any(option.name == "out" for option in each.params)]
+COMPARING = ["compare-explanations", "directions", "geometry", "importance", "pareto"]
+
+
+def refused(*arguments):
+    """The message of a command that must end before the work."""
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == RunFolderError.exit_code, done.output
+    return done.stderr
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_every_command_with_an_out_asks_before_the_work_if_it_can_be_written(name, tmp_path, monkeypatch):
+    """Before anything else is read: no run that is named is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    assert set(COMPARING) < set(WRITING)
+    needed = [each for each in GROUP.commands[name].params if each.param_type_name == "argument" and each.required]
+    assert f"Cannot write {Path('file/out')}" in refused(name, *["no-such"] * len(needed), "--out", "file/out")
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_where_results_go_by_themselves_is_asked_for_too(name, tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert f"Cannot write {tmp_path / 'file'}" in refused(name, tmp_path / "file" / "run")
+
+
+def test_a_dashboard_that_cannot_be_written_is_not_begun(tmp_path):
+    write_harvested_run(tmp_path / "run", d_sae=12)
+    (tmp_path / "run" / "dashboard").write_text("text")
+    said = []
+    with pytest.raises(RunFolderError, match="Cannot write"):
+        write_dashboard([tmp_path / "run"], say=said.append)
+    assert not said

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from endwise.common.errors import EndwiseError
-from endwise.common.files import expanded
+from endwise.common.files import check_can_write, expanded
 from endwise.common.remedies import reason, remedy
 from endwise.common.text import printable
 
@@ -50,6 +50,21 @@ def results_folder(name: str, where: str = "beside the first") -> Any:
     return Option(help=f"Folder for tables, figures and {name}.html; unset: {name}/ {where}.")
 
 
+def results_beside(runs: list[Path], name: str, in_sweep: bool = False) -> Path:
+    """Return the folder for results where `--out` is unset: beside the first run or, with `in_sweep`, in a first folder
+    that is no run itself.
+
+    Raises:
+        RunFolderError: nothing can be written there, which is better known before the work than after it.
+    """
+    from endwise.runs.folder import RunFolder
+
+    inside = in_sweep and not RunFolder(runs[0]).has_run()
+    folder = (runs[0] if inside else runs[0].parent) / name
+    check_can_write(folder)
+    return folder
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -77,14 +92,16 @@ def _at_home(value: Any) -> Any:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Adds a command. Our own errors end it with one message and an exit code; anything else is a bug and keeps its
-    traceback.
+    """Add a command. A folder `--out` that cannot be written ends it before the work. Our own errors end it with one
+    message and an exit code; anything else is a bug and keeps its traceback.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
+            if isinstance(out := kwargs.get("out"), Path):
+                check_can_write(out)
             return function(*args, **kwargs)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)

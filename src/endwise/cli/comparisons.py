@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_folder, status
+from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_beside, results_folder, status
 
 
 @command
@@ -16,12 +16,11 @@ def pareto(
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
     from endwise.analysis.pareto.curves import pareto as compare
     from endwise.analysis.pareto.page import print_pareto, write_pareto
-    from endwise.runs.folder import RunFolder
 
+    out = out or results_beside(runs, "pareto", in_sweep=True)
     found = compare(runs)
     print_pareto(found)
-    beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
-    echo(f"The page, figures and tables: {write_pareto(found, out or beside / 'pareto')}")
+    echo(f"The page, figures and tables: {write_pareto(found, out)}")
 
 
 @command
@@ -46,8 +45,8 @@ def geometry(
     from endwise.analysis.geometry.page import print_geometry, write_geometry
     from endwise.common.errors import ConfigError
     from endwise.common.machine import parse_size
-    from endwise.runs.folder import RunFolder
 
+    out = out or results_beside(runs, "geometry", in_sweep=True)
     pairs = [tuple(text.split(",")) for text in pair or ()]
     for each in pairs:
         if len(each) != 2:
@@ -56,9 +55,7 @@ def geometry(
     found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=telling)
     print_geometry(found)
     maps = feature_maps(found, say=telling) if umap else None
-    beside = runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]
-    path = write_geometry(found, out or beside / "geometry", threshold=threshold, maps=maps)
-    echo(f"The page, figures and tables: {path}")
+    echo(f"The page, figures and tables: {write_geometry(found, out, threshold=threshold, maps=maps)}")
 
 
 @command
@@ -73,10 +70,8 @@ def importance(
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
     from endwise.analysis.importance.study import importance as measure
-    from endwise.common.files import check_can_write
 
-    out = out or runs[0].parent / "importance"
-    check_can_write(out)
+    out = out or results_beside(runs, "importance")
     found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
     print_importance(found)
     echo(f"The page, figures and tables: {write_importance(found, out)}")
@@ -100,10 +95,8 @@ def directions(
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions
     from endwise.analysis.directions.study import directions as compare
-    from endwise.common.files import check_can_write
 
-    out = out or runs[0].parent / "directions"
-    check_can_write(out)
+    out = out or results_beside(runs, "directions")
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
     print_directions(found)
     echo(f"The page, figures and tables: {write_directions(found, out)}")

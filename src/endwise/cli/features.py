@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from endwise.cli.app import Quiet, command, echo, results_folder, status
+from endwise.cli.app import Quiet, command, echo, results_beside, results_folder, status
 
 if TYPE_CHECKING:
     from endwise.explaining.endpoint import Endpoint
@@ -231,6 +231,7 @@ def compare_explanations(
     from endwise.analysis.interpretability.page import print_interpretability, write_interpretability
     from endwise.analysis.interpretability.study import interpretability as compare
 
+    out = out or results_beside(runs, "interpretability")
     found = compare(runs)
     print_interpretability(found)
-    echo(f"The page, figures and tables: {write_interpretability(found, out or runs[0].parent / 'interpretability')}")
+    echo(f"The page, figures and tables: {write_interpretability(found, out)}")

@@ -15,7 +15,7 @@ from typing import Any
 from endwise import __version__
 from endwise.analysis.geometry.cosines import MEMORY
 from endwise.common.errors import RunFolderError
-from endwise.common.files import PARTIAL, cannot_write, expanded, write_atomic
+from endwise.common.files import PARTIAL, cannot_write, check_can_write, expanded, write_atomic
 from endwise.common.text import printable
 from endwise.dashboard.nearest import Dictionary, all_neighbours
 from endwise.dashboard.run_data import write_run_data
@@ -54,6 +54,7 @@ def write_dashboard(
     """
     sources = read_sources(runs)
     folder = default_folder([source.path for source in sources]) if out is None else expanded(out)
+    check_can_write(folder / _DATA)
     say = say or (lambda _: None)
     partial = folder / _DATA / PARTIAL
     try:
