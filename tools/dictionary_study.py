@@ -5,7 +5,9 @@ is chosen at the middle level, on held-out text that nothing is reported on; the
 The kinds and architectures named there as finalists get further levels and seeds; `equal_cost` gives cheaper kinds as
 many more tokens as a step of them costs less. Each run leaves one row, `rows/<hash of its recipe>.json`, beside that
 file; a run whose row is there is not made again, wherever the command is started. Runs of one site and one text are
-trained side by side in one pass. What is found is printed and written to `table.md`.
+trained side by side in one pass. What is found is printed and written to `table.md` (every point) and `ratios.csv`
+(every curve against the best with local, and against the paper's). With `--keep` the run folders stay, and `seeds.csv`
+says how alike the features of different seeds are.
 """
 
 import argparse
@@ -16,19 +18,27 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import yaml
 
 from endwise import SAE, RunConfig, corpora_for, load_model, measure, train, train_together
 from endwise.analysis.geometry.cosines import nearest_across
-from endwise.common.files import write_json
+from endwise.analysis.importance.concentration import HALF, carrying, count_with
+from endwise.analysis.importance.measure import measure_importance
+from endwise.analysis.pareto.curves import front
+from endwise.analysis.ratios import Ratio, ratio_of
+from endwise.common.files import write_atomic, write_json
+from endwise.common.tables import as_csv
 from endwise.config.base import with_values
+from endwise.config.method import Knob, Method
+from endwise.config.objective import LABELS
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
@@ -42,6 +52,10 @@ PAPER = "standard"
 PAPER_RUNS = HERE.parent / "paper-embedded" / "tables" / "runs.csv"
 TOGETHER = 6
 """Most runs in one pass."""
+IMPORTANCE_TOKENS = 20480
+"""Held-out tokens of which importance is measured."""
+REFERENCES = (("local", "batchtopk"), ("e2e", PAPER), ("e2e_ds", PAPER))
+"""What every curve is held against."""
 Row = dict[str, Any]
 
 
@@ -69,6 +83,12 @@ class Setting:
         """Three; a finalist's five at equal tokens."""
         further = self.own.get("further", {}).get(self.kind, []) if self.final and self.tokens is None else []
         return sorted([*self.own["levels"][self.kind], *further])
+
+    @property
+    def method(self) -> Method:
+        """What stays the same along the curve."""
+        longer = "" if self.tokens is None else f", {self.tokens:,} tokens"
+        return Method(f"{self.kind} {self.architecture}{longer}", f"{LABELS[self.kind]} {self.architecture}{longer}")
 
     @property
     def final(self) -> bool:
@@ -132,16 +152,17 @@ def paper_rows(site: str, kind: str, seed: int, experiment: str) -> list[Row]:
     with PAPER_RUNS.open(newline="") as file:
         found = [run for run in csv.DictReader(file) if (run["site"], run["kind"]) == (site, kind)]
     chosen = next(run["learning_rate"] for run in found if run["experiments"] == "curves")
+    numbers = ("l0", "ce_increase", "alive", "learning_rate", "coefficient")
     return [
-        {name: float(run[name]) for name in ("l0", "ce_increase", "alive", "learning_rate")}
+        {name: float(run[name]) for name in numbers} | {"folder": run["run"]}
         for run in found
         if (run["experiments"], run["seed"], run["learning_rate"]) == (experiment, str(seed), chosen)
     ]
 
 
 def l0_at(curve: Sequence[Row], ce_increase: float) -> float:
-    """L0 of a curve at a CE increase, on straight lines between the points in the logarithms of both; the first and the
-    last line are extended.
+    """L0 of a curve at a CE increase, on straight lines between the points in the logarithms of both. The first and the
+    last line are extended, since rates are compared wherever their middle level falls.
     """
     points = sorted((math.log(row["ce_increase"]), math.log(row["l0"])) for row in curve)
     at, after = math.log(ce_increase), 1
@@ -212,15 +233,23 @@ def make(configs: list[RunConfig], kept: Path | None) -> None:
                 write_json(ROWS / f"{failure.folder.name}.json", {"failed": str(failure.error), **machine()})
         seconds = (time.monotonic() - start) / len(configs)
         saes = {run.folder.name: SAE.load(run.folder) for run in runs}
+        folders = [run.folder for run in runs]
+        carried = measure_importance(folders, tokens=IMPORTANCE_TOKENS, ablate=0, model=model, corpora=corpora)
         placed_saes = {name: (model.place(first.place), sae) for name, sae in saes.items()}
         reported = measure(model, placed_saes, corpora.heldout, first.evaluation)
         tuned = measure(model, placed_saes, corpora.heldout, tuning, baselines=False)
         for config in configs:
             name = fingerprint(config)
             if name in saes:
+                folder, importance = scratch / name, carried[scratch / name]
                 if kept is not None:
-                    saes[name].save(kept / name)
-                write_json(row_file(config), row(config, reported[name], tuned[name], seconds))
+                    shutil.copytree(folder, kept / name, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+                concentration = {
+                    "half": count_with(HALF, importance.importance.ce_second),
+                    "carrying": carrying(importance.faithfulness).estimate,
+                }
+                measured = row(config, reported[name], tuned[name], seconds)
+                write_json(row_file(config), measured | {"importance": concentration})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -240,21 +269,45 @@ def machine() -> dict[str, str]:
     return {"machine": platform.machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
-def ratio(curve: Setting) -> tuple[float, float] | None:
-    """The smallest and the largest ratio of its L0 to that of standard e2e of the same site and seed at equal CE
-    increase, over the CE increases that both curves reach; None where there are none, or rows are missing.
-    """
-    own = [row for row in curve.rows() if row and "failed" not in row]
-    base = [row for row in Setting(curve.site, "e2e", PAPER, curve.study, curve.seed).rows() if row]
-    if len(own) < 2 or len(base) < 2:
-        return None
-    low = max(min(row["ce_increase"] for row in rows) for rows in (own, base))
-    high = min(max(row["ce_increase"] for row in rows) for rows in (own, base))
-    if low >= high:
-        return None
-    at = np.geomspace(low, high, 20)
-    ratios = [l0_at(own, ce) / l0_at(base, ce) for ce in at]
-    return min(ratios), max(ratios)
+def summaries(curve: Setting) -> list[RunSummary]:
+    """The points of a curve, of one seed."""
+    known = {each.name for each in fields(RunSummary)} - {"method", "knob"}
+    found = []
+    for row in curve.rows():
+        if row and "failed" not in row:
+            value = row.get("knob.value") or row["coefficient"]
+            nothing = dict.fromkeys(("kl", "explained_variance", "seconds", "d_sae", "alive_tokens"), 0)
+            whole: Row = {"site": curve.site, "downstream_mse": {}, "tokens": curve.tokens or 0, **nothing, **row}
+            whole |= {"seed": curve.seed, "data_seed": curve.seed, "text": None, "heldout": None}
+            own = {name: given for name, given in whole.items() if name in known}
+            found.append(RunSummary(method=curve.method, knob=Knob(value, curve.own["knob"]), **own))
+    return found
+
+
+def over_seeds(curve: Setting) -> list[RunSummary]:
+    """The points of all its seeds. A level that another level beats in both numbers, in any seed, is no part of it."""
+    seeds = [summaries(replace(curve, seed=seed)) for seed in (0, *curve.study["seeds"])]
+    beaten = {run.knob for runs in seeds for run in runs if run.folder not in front(runs, "l0", "ce_increase")}
+    return [run for runs in seeds for run in runs if run.knob not in beaten]
+
+
+def ratio(curve: Setting, kind: str, architecture: str) -> Ratio:
+    """Its L0 relative to that of another curve of its site, at equal CE increase."""
+    other = Setting(curve.site, kind, architecture, curve.study)
+    runs = [*over_seeds(curve), *over_seeds(other)]
+    return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=other.method)
+
+
+def ratios(curves: Sequence[Setting]) -> Iterator[Row]:
+    """Each curve against `REFERENCES`. Intervals are over seeds alone: the rows hold no sums of single sequences."""
+    for curve in curves:
+        for kind, architecture in REFERENCES:
+            if curve.seed == 0 and (curve.tokens, curve.kind, curve.architecture) != (None, kind, architecture):
+                told = ratio(curve, kind, architecture).to_row()
+                named = {"site": curve.site, "method": curve.method.label, "relative_to": f"{kind} {architecture}"}
+                kept = ("ratio", "seeds.low", "seeds.high", "over.low", "over.high", "crossings", "seeds", "reason")
+                ends = {f"at_{end}_ce": told[f"ratio_at_ends.{end}"] for end in ("low", "high")}
+                yield named | {name: told[name] for name in kept} | ends
 
 
 def costs(curves: Sequence[Setting]) -> dict[str, float]:
@@ -276,9 +329,9 @@ def costs(curves: Sequence[Setting]) -> dict[str, float]:
 
 
 def table(curves: Sequence[Setting]) -> str:
-    """Every level that was measured, and each curve against the paper's e2e."""
+    """Every level that was measured."""
     lines = [
-        "| site | kind | architecture | tokens | seed | rate | L0 → CE increase | alive | L0 ÷ standard e2e's |",
+        "| site | kind | architecture | tokens | seed | rate | L0 → CE increase | alive | features that carry 90 % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for curve in curves:
@@ -287,8 +340,7 @@ def table(curves: Sequence[Setting]) -> str:
             whole = [row for row in rows if "failed" not in row]
             points = ", ".join(f"{row['l0']:.1f} → {row['ce_increase']:.3f}" for row in whole)
             alive = " ".join(f"{row['alive']:.0f}" for row in whole)
-            found = ratio(curve)
-            told = "–" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
+            carried = " ".join(f"{row['importance']['carrying']:.0f}" if "importance" in row else "–" for row in whole)
             tokens = curve.tokens or curve.study["base"]["training"]["tokens"]
             parts = (
                 curve.site,
@@ -298,17 +350,17 @@ def table(curves: Sequence[Setting]) -> str:
                 curve.seed,
                 f"{rows[0]['learning_rate']:g}",
             )
-            lines.append(f"| {' | '.join(map(str, parts))} | {points} | {alive} | {told} |")
+            lines.append(f"| {' | '.join(map(str, parts))} | {points} | {alive} | {carried} |")
     return "\n".join(lines)
 
 
-def stability(curves: Sequence[Setting], kept: Path) -> Iterator[str]:
-    """Of each curve with two seeds or more that are kept: how near a feature's direction is to the nearest of another
-    seed, on average over features that are alive.
+def stability(curves: Sequence[Setting], kept: Path) -> Iterator[Row]:
+    """Of each level with two seeds or more that are kept: the cosine of a feature's direction with the nearest one of
+    another seed, on average over all features.
     """
     for curve in curves:
         rate = curve.rate()
-        if curve.seed == 0 and curve.final and curve.tokens is None and rate is not None:
+        if curve.seed == 0 and curve.architecture != PAPER and curve.tokens is None and rate is not None:
             seeds = [replace(curve, seed=seed) for seed in (0, *curve.study["seeds"])]
             for level in curve.levels:
                 paths = [kept / fingerprint(seed.recipe(level, rate)) for seed in seeds]
@@ -316,14 +368,19 @@ def stability(curves: Sequence[Setting], kept: Path) -> Iterator[str]:
                 if len(own) > 1:
                     first, *others = (torch.nn.functional.normalize(directions, dim=-1) for directions in own)
                     near = [nearest_across(first, other)[0].best.mean().item() for other in others]
-                    yield f"{curve.site} {curve.kind} {curve.architecture} {level:g}: {np.mean(near):.3f}"
+                    named = {"site": curve.site, "method": curve.method.label, "level": level}
+                    yield named | {"seeds": len(own), "cosine": float(np.mean(near))}
+
+
+def write_rows(rows: Iterable[Row], file: Path) -> None:
+    write_atomic(file, as_csv(pa.Table.from_pylist(list(rows))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
     parser.add_argument("--only", nargs="*", default=[], help="architectures, kinds and sites to train")
-    parser.add_argument("--keep", type=Path, help="a folder for the SAEs; with it, how alike seeds are is printed")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs; with it, seeds.csv is written")
     parser.add_argument("--costs", action="store_true", help="time a step of each on an idle machine, and end")
     arguments = parser.parse_args()
     study = yaml.safe_load((HERE / "study.yaml").read_text())
@@ -349,8 +406,9 @@ def main() -> None:
     told = table(settings(study))
     (HERE / "table.md").write_text(told + "\n")
     print(told)
+    write_rows(ratios(settings(study)), HERE / "ratios.csv")
     if arguments.keep is not None:
-        print(*stability(curves, arguments.keep), sep="\n")
+        write_rows(stability(settings(study), arguments.keep), HERE / "seeds.csv")
 
 
 if __name__ == "__main__":
