@@ -1,1 +1,1 @@
-"""What finished runs tell, alone and against each other."""
+"""Questions about finished runs, alone and against each other."""

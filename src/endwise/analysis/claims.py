@@ -18,7 +18,7 @@ class Claim:
     published: str | None
     """The paper's number; None where it has none."""
     ours: str
-    """What was measured, with 95 % intervals; or why nothing was. Parts are separated by `; `."""
+    """Numbers measured, with 95 % intervals; or why there are none. Parts are separated by `; `."""
     verdict: Verdict
     timed: bool = False
     """It rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
@@ -32,7 +32,7 @@ def shown_if_all(holds: Sequence[bool]) -> Verdict:
 
 
 def all_shown(verdicts: Iterable[Verdict]) -> Verdict:
-    """Of several places: one that is not shown decides; one that cannot be tested leaves it open."""
+    """Judge several places: one that is not shown decides; one that cannot be tested leaves it open."""
     found = set(verdicts)
     if "not shown" in found:
         return "not shown"
@@ -40,7 +40,7 @@ def all_shown(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def are_similar(runs: Iterable[RunSummary]) -> bool:
-    """Whether runs that were chosen for their CE increases have similar ones."""
+    """Tell if runs that were chosen for their CE increases have similar ones."""
     increases = [run.ce_increase for run in runs]
     return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)
 

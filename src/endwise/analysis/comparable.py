@@ -18,7 +18,7 @@ from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
 
 HELDOUT_TEXT = "held-out text"
-"""What a band is over that is no band over seeds."""
+"""Name of what a band is over that is not over seeds."""
 
 
 NOT_RUNS = ("trials", "checkpoints", "sae")
@@ -37,7 +37,7 @@ that is compared depends.
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs must have in common to be compared."""
+    """Settings that runs must have in common to be compared."""
 
     model: str
     site: str
@@ -166,7 +166,7 @@ def _main_method(methods: Sequence[Method]) -> Method:
 
 
 def _recipe(path: Path) -> dict[str, str]:
-    """What a run's recipe holds of what it must have in common with those that it is compared with. Of `evaluation` the
+    """Read from a run's recipe what it must have in common with those that it is compared with. Of `evaluation` the
     number of tokens is not, since of that it counts what was measured.
     """
     config = RunFolder(path).config()
@@ -207,7 +207,7 @@ def runs_in(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def columns_of(setting: Setting) -> dict[str, Any]:
-    """What the rows of one set have in common."""
+    """Name what the rows of one set have in common."""
     return {
         "model": setting.model,
         "site": setting.site,

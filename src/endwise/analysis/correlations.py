@@ -57,7 +57,7 @@ def resampled_points(points: int, resamples: int, seed: int) -> Floats:
 
 
 def interval_of(values: Floats) -> Interval:
-    """Of values for the weights of `resampled_points`."""
+    """Make the interval of values for the weights of `resampled_points`."""
     return percentile_interval(values[1:], float(values[0]))
 
 

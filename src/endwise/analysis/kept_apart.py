@@ -14,7 +14,7 @@ Recipe = dict[str, str]
 
 
 def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSummary, Recipe]]:
-    """What each run must have in common with those that it is compared with, and the digests of what it stands on.
+    """Add what each run must have in common with those that it is compared with, and the digests of what it stands on.
 
     A digest that some run's folder does not tell (an older version made it) keeps no runs apart; that is said, once.
     """
@@ -39,7 +39,7 @@ def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSum
 
 
 def _digest(told: object) -> str | None:
-    """Of text, that of all its documents, which is the last."""
+    """Return a part's digest; of text, that of all its documents, which is the last."""
     if isinstance(told, dict):
         told = next(reversed(told.values()), None)
     return told if isinstance(told, str) else None

@@ -27,7 +27,7 @@ def stream(run: RunSummary) -> np.random.Generator:
 
 
 def counts(features: int, generator: np.random.Generator, resamples: int = RESAMPLES) -> Iterator[Floats]:
-    """How often each resample draws each feature, `[some resamples, features]` at a time."""
+    """Count how often each resample draws each feature, `[some resamples, features]` at a time."""
     size = max(1, _CHUNK // features)
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)

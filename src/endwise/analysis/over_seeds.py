@@ -54,7 +54,7 @@ class OverSeeds(Interval):
 
     @property
     def holds_seeds(self) -> bool:
-        """Whether the interval holds what other seeds would change."""
+        """True if the interval holds what other seeds would change."""
         return self.seeds >= LEAST_SEEDS
 
     @property
@@ -129,6 +129,6 @@ def rests_on(runs: Sequence[RunSummary]) -> str:
 
 
 def over(what: str, runs: Sequence[RunSummary]) -> str:
-    """What an interval is over: `over features and 3 seeds (initialisation)`, or `over features alone, one seed`."""
+    """Say what an interval holds: `over features and 3 seeds (initialisation)`, or `over features alone, one seed`."""
     holds = len({run.seeds for run in runs}) >= LEAST_SEEDS
     return f"over {what} and {rests_on(runs)}" if holds else f"over {what} alone, {rests_on(runs)}"

@@ -1,4 +1,4 @@
-"""How every question about finished runs is shown: on a terminal, and as tables, figures and a page, set by set."""
+"""Presentation of every question about finished runs: on a terminal, and as tables, figures and a page, set by set."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

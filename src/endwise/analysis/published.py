@@ -44,7 +44,7 @@ SIMILAR_L0 = (
 """Table 3: runs with a similar L0."""
 
 LAYERS = (2, 6, 10)
-"""Of 12; the order of the tuples below."""
+"""Layers, of 12; the order of the tuples below."""
 
 NORM_RATIO: dict[Kind, tuple[float, ...]] = {
     "local": (0.98, 0.92, 0.91),
@@ -62,7 +62,7 @@ TRAINING_HOURS: dict[Kind, tuple[float, ...]] = {
 
 
 def relative_to_local(rows: tuple[Published, ...], kind: Kind, metric: str) -> list[float]:
-    """Of each layer, the kind's number divided by local's."""
+    """Divide the kind's number by local's, layer by layer."""
     by_layer = {(row.layer, row.kind): float(getattr(row, metric)) for row in rows}
     return [by_layer[layer, kind] / by_layer[layer, "local"] for layer in LAYERS]
 

@@ -1,4 +1,4 @@
-"""How much of one thing a method has or needs relative to another: ratios of curves, with paired intervals.
+"""Ratios of how much a method has or needs of one thing relative to another: ratios of curves, with paired intervals.
 
 A method's runs, one per value of its knob (its sparsity coefficient, say), are points of a curve. Two curves are
 compared only where both were measured. Where the ratio stays on one side of 1 over that whole range, one figure is
@@ -56,7 +56,7 @@ Ends = tuple[float, float]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much of one thing a method has or needs relative to another; or why that cannot be said."""
+    """Ratio of how much one method has or needs to how much another does; or why that cannot be said."""
 
     estimate: float | None
     """None where the curves cross, or determine no ratio."""
@@ -67,26 +67,26 @@ class Ratio:
     at_ends: Ends | None = None
     """The ratio at both ends of that range."""
     crossings: tuple[float, ...] = ()
-    """Where in that range it is 1, in passing from one side to the other."""
+    """Levels in that range at which it is 1, in passing from one side to the other."""
     seeds: int = 1
     """That both methods have, and that determine a ratio each."""
     varied: str = ""
-    """What these seeds are of."""
+    """Things that these seeds vary."""
     over_text: Ends | None = None
     """95 % over held-out text alone."""
     over_seeds: Ends | None = None
     """95 % over seeds alone, where there are `LEAST_SEEDS` or more."""
     reason: str | None = None
-    """Why the estimate, or only the interval, is missing."""
+    """Reason why the estimate, or only the interval, is missing."""
 
     @property
     def holds_seeds(self) -> bool:
-        """Whether the interval holds what other seeds would change."""
+        """True if the interval holds what other seeds would change."""
         return self.seeds >= LEAST_SEEDS
 
     @property
     def below(self) -> Verdict:
-        """Whether it is below 1: over the whole range, and with the whole of an interval that holds seeds."""
+        """Judge whether it is below 1: over the whole range, and with the whole of an interval that holds seeds."""
         if self.crossings:
             return "not shown"
         if self.estimate is None or self.interval is None or not self.holds_seeds:
@@ -292,7 +292,7 @@ def _ratio_of_runs(
 
 
 def below(ratios: Iterable[Ratio]) -> Verdict:
-    """Whether all ratios that could be measured are below 1 (`Ratio.below`)."""
+    """Judge if all ratios that could be measured are below 1 (`Ratio.below`)."""
     return all_shown(ratio.below for ratio in ratios if ratio.estimate is not None or ratio.crossings)
 
 
@@ -376,7 +376,7 @@ def _ratio_of_curves(curve: _Curve, other: _Curve, at: str) -> float:
 
 
 def _crossings(curve: _Curve, other: _Curve, over: Ends) -> tuple[float, ...]:
-    """Where the curves change sides. Between neighbouring points of either the difference of their logarithms is
+    """Find where the curves change sides. Between neighbouring points of either the difference of their logarithms is
     linear, so that none is missed.
     """
     knots = np.unique([*over, *(x for x in (*curve.x, *other.x) if over[0] < x < over[1])])

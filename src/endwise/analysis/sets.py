@@ -1,4 +1,4 @@
-"""What every question about finished runs has in common: sets of runs that can be compared, and tables of them."""
+"""Sets of runs that can be compared, and tables of them, as every question about finished runs has them."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -138,7 +138,7 @@ COLUMNS: dict[str, Callable[[RunSummary], str]] = {
     "EV": lambda run: f"{run.explained_variance:.3f}",
     "later MSE": _later_mse,
 }
-"""What tables tell of a run, by its heading."""
+"""Cells that tables have of a run, by their heading."""
 
 
 def run_table(runs: Iterable[RunSummary | Measured], *columns: str | Column) -> Table:
@@ -157,7 +157,7 @@ def run_table(runs: Iterable[RunSummary | Measured], *columns: str | Column) -> 
 
 
 def columns_of_run(run: RunSummary) -> dict[str, Any]:
-    """What tells a run apart in a table on disk."""
+    """Name a run in a table on disk."""
     return {"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed}
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: the application they belong to, how they speak, how they fail."""
+"""Application that all commands belong to: how they speak, how they fail."""
 
 import os
 import sys

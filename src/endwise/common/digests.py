@@ -70,7 +70,7 @@ def _read(path: Path) -> str:
 
 
 def of_files(files: Iterable[Path], folder: Path) -> str:
-    """Of several files of a folder, by their names in it; wherever the folder lies.
+    """Digest several files of a folder, by their names in it; wherever the folder lies.
 
     Raises:
         OSError: one cannot be read.
@@ -79,11 +79,11 @@ def of_files(files: Iterable[Path], folder: Path) -> str:
 
 
 _PASSING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
-"""Of a `config.json`: what changes by saving it again, or is said elsewhere."""
+"""Keys of a `config.json` that change by saving it again, or is said elsewhere."""
 
 
 def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bool = False) -> str:
-    """Of the files that transformers makes a model of: its configuration, its weights and an adapter beside them.
+    """Digest the files that transformers makes a model of: its configuration, its weights and an adapter beside them.
 
     Args:
         with_code: Python files count too.
@@ -107,7 +107,7 @@ def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bo
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of each tensor's name, type, shape and bytes; about a second a gigabyte."""
+    """Digest each tensor's name, type, shape and bytes; about a second a gigabyte."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

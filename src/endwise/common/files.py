@@ -162,7 +162,7 @@ _REMEDY = "Restore it from a copy, or have it written again."
 
 
 def there_is(path: Path) -> bool:
-    """Whether there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
+    """Tell if there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
     where `Path.exists` raises.
     """
     return os.path.exists(path)  # noqa: PTH110
@@ -179,6 +179,6 @@ def expanded(path: str | Path) -> Path:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative file name, taken from a folder, names something in it, on any operating system."""
+    """Tell if a relative file name, taken from a folder, names something in it, on any operating system."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return bool(name) and not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)

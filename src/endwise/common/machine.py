@@ -1,4 +1,4 @@
-"""What this machine has room for: memory that a new process could take, and free disk."""
+"""Room that this machine has: memory that a new process could take, and free disk."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """What each limit leaves: v2 in one tree, v1 in the memory controller's. A group's limit holds for those below."""
+    """Yield what each limit leaves: v2 in one tree, v1 in the memory controller's; it holds for groups below."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

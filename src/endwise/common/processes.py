@@ -23,7 +23,7 @@ from endwise.common.errors import ConfigError, ElsewhereFailed, ProcessLost
 
 TIMEOUT_VARIABLE = "ENDWISE_TIMEOUT"
 TIMEOUT_SECONDS = 600.0
-"""How long a process waits for the others before it gives up; longer than the longest evaluation, checkpoint, or
+"""Time that a process waits for the others before it gives up; longer than the longest evaluation, checkpoint, or
 tokenising that one does while another has the text already."""
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """True in the process that writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -78,7 +78,7 @@ class World:
         return int(count)
 
     def gather(self, value: T) -> list[T]:
-        """What every process gave, in the order of their ranks."""
+        """Return what every process gave, in the order of their ranks."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -112,7 +112,7 @@ class World:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """What is done within it fails in all processes or in none.
+        """Make what is done within it fail in all processes or in none.
 
         Raises:
             ElsewhereFailed: `what` failed in another process, which tells the reason.
@@ -159,12 +159,12 @@ def joined() -> Iterator[World]:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Tell if a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all."""
+    """Tell if this process speaks for all."""
     return not launched() or os.environ["RANK"] == "0"
 
 

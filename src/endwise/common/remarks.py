@@ -1,4 +1,4 @@
-"""What a reader of measured numbers must be told before he believes them: each remark with its remedy.
+"""Remarks that a reader of measured numbers needs before believing them, each with its remedy.
 
 Every remark is computed here, from the record that was measured (`evaluation.json`, or as much of it as there is), and
 shown wherever its numbers are: on the terminal, in tables, in JSON and on every page.
@@ -18,13 +18,13 @@ ROUNDING = 1e-3
 FAR_BELOW = -1.0
 """An explained variance under this: the error is more than twice what the site's mean would leave."""
 ENOUGH = 0.95
-"""Of the held-out tokens asked for: what whole sequences and masked first positions leave out is less than the rest."""
+"""Share of the held-out tokens asked for: whole sequences and masked first positions leave out less than the rest."""
 DIVERGED = 2.0
-"""How many times its first loss a run may end with."""
+"""Multiple of its first loss that a run may end with."""
 SPARSER = "objective.sparsity.coefficient (a dictionary.k: the other way)"
-"""What makes fewer features active, the more of it there is."""
+"""Setting that makes fewer features active, the more of it there is."""
 MANY_LEFT_OUT = 0.05
-"""Of the tokens that count otherwise: more than attention sinks are."""
+"""Share of the tokens that count otherwise: more than attention sinks are."""
 FEWER_LEFT_OUT = (
     "Attention sinks are few; so many positions say that norms at this site are spread out. Raise "
     "data.leave_out_norms, or unset it."
@@ -34,7 +34,7 @@ Record = Mapping[str, Any]
 
 
 def remarks_on(record: Record) -> list[str]:
-    """What of a record cannot be, or is not what was asked for; empty where nothing is known against it.
+    """List what in a record cannot be, or is not what was asked for; empty where nothing is known against it.
 
     Args:
         record: as `evaluation.json`; what it lacks (an older one has fewer keys) is not judged.
@@ -43,7 +43,7 @@ def remarks_on(record: Record) -> list[str]:
 
 
 def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
-    """Of several runs' remarks each once, with the names of its runs in front."""
+    """List each of several runs' remarks once, with the names of its runs in front."""
     names: dict[str, list[str]] = {}
     for name, own in remarks.items():
         for remark in own:

@@ -1,4 +1,4 @@
-"""What to do when the operating system refuses to read or write: one remedy for each of its error numbers."""
+"""Remedies for when the operating system refuses to read or write: one remedy for each of its error numbers."""
 
 import errno
 import re
@@ -47,7 +47,7 @@ _OTHERWISE = "Check that path, its permissions and its disk"
 
 
 def remedy(error: BaseException, elsewhere: str | None = None) -> str:
-    """What can be done about the system's error, in one sentence.
+    """Say what can be done about the system's error, in one sentence.
 
     Args:
         elsewhere: how to take another place instead ("choose another folder"), where there is a way.
@@ -74,7 +74,7 @@ def number(error: BaseException) -> int | None:
 
 
 _OF_THE_FILE = (None, errno.ENOENT, errno.EINVAL)
-"""What is gone can be made again; the last is that of a file too short to map."""
+"""Errors of a file that can be made again; the last is that of a file too short to map."""
 
 
 def unreadable(path: Path, error: BaseException) -> Unreadable | None:

@@ -20,7 +20,7 @@ from endwise.common.seeds import numpy_stream
 
 Floats = NDArray[np.float64]
 Numbers = np.ndarray | Sequence[Any] | float | int
-"""What numpy turns into an array of float64."""
+"""Values that numpy turns into an array of float64."""
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
@@ -119,7 +119,7 @@ def normal_interval(estimate: float, error: float) -> Interval:
 
 
 def exp_interval(interval: Interval) -> Interval:
-    """Of a logarithm, the interval of the number."""
+    """Turn the interval of a logarithm into that of the number."""
     return Interval(*(float(np.exp(end)) for end in (interval.low, interval.high, interval.estimate)))
 
 
@@ -140,7 +140,7 @@ def student_t(share: float, freedom: float | int) -> float:
 
 @lru_cache(maxsize=2)
 def resampling_weights(sequences: int, resamples: int, seed: int) -> Floats:
-    """How often each resample draws each sequence: `[resamples, sequences]`, rows summing to `sequences`. Read-only."""
+    """Count how often each resample draws each sequence: `[resamples, sequences]`, rows of that sum. Read-only."""
     generator = numpy_stream(seed, "bootstrap")
     counts = generator.multinomial(sequences, np.full(sequences, 1 / sequences), size=resamples).astype(np.float64)
     counts.flags.writeable = False

@@ -1,4 +1,4 @@
-"""What is shown on a terminal, or told to whatever reads the output: no number and no name is ever cut."""
+"""Output on a terminal, or to whatever reads it: no number and no name is ever cut."""
 
 import textwrap
 from collections.abc import Collection, Iterator, Sequence

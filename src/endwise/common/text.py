@@ -24,7 +24,7 @@ def printable(text: object) -> str:
 
 
 def model_title(name: str) -> str:
-    """What a model is called where a title has room for a name: its folder's, not the path on somebody's machine.
+    """Name a model where a title has room for a name: its folder's, not the path on somebody's machine.
 
     Args:
         name: as a recipe has it: `embedded`, a local folder, or a hub id, which stays whole.

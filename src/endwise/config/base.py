@@ -35,7 +35,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_named(cls, value: Any) -> Any:
-        """What no file system, hub or tokenizer takes, and each fails of in its own way."""
+        """Refuse what no file system, hub or tokenizer takes, and each fails on in its own way."""
         if isinstance(value, str | Path):
             text = str(value)
             if not value or len(text) > LONGEST:

@@ -22,11 +22,11 @@ SIZES = {"size", "ratio"}
 
 
 class KnobRule(NamedTuple):
-    """How a key is told that is varied along a curve."""
+    """Form in which a key is written that varies along a curve."""
 
     label: str
     sparser: bool = False
-    """Whether more of it means fewer active features."""
+    """True if more of it means fewer active features."""
 
 
 class DictionaryConfig(Config):
@@ -35,12 +35,12 @@ class DictionaryConfig(Config):
     knobs: ClassVar[Mapping[str, KnobRule]] = {}
     """Keys that are varied along a curve in place of the sparsity coefficient where they are set."""
     batchwise: ClassVar[bool] = False
-    """Whether a token's latents in training, or a term, depend on the other tokens of a pass: more than one pass a step
+    """True if a token's latents in training, or a term, depend on the other tokens of a pass: more than one pass a step
     (`training.accumulation`) would be another training, and is refused."""
     penalised: ClassVar[bool] = True
-    """Whether a sparsity coefficient sets how many features are active; if not, a recipe needs none."""
+    """True if a sparsity coefficient sets how many features are active; if not, a recipe needs none."""
     powers: ClassVar[bool] = True
-    """Whether the penalty is one of |c|^p, so that `objective.sparsity.p` says something of it."""
+    """True if the penalty is one of |c|^p, so that `objective.sparsity.p` says something of it."""
     architecture: str = "standard"
     """SAELens's name of it; `relu` is another word for `standard`."""
     size: Positive | None = None

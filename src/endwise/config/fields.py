@@ -1,4 +1,4 @@
-"""What a recipe's fields are: they say what is computed (identity), or how it is executed (execution).
+"""Fields of a recipe: they say what is computed (identity), or how it is executed (execution).
 
 A field is of the identity unless it is marked. Execution may change at any time: on resuming, among runs that are
 compared, in a sweep that is begun again. Everything that asks whether two recipes agree asks here.
@@ -14,7 +14,7 @@ from endwise.config.base import Config
 
 
 class Mark(Enum):
-    """What the metadata of a field says of it: `Annotated[int, EXECUTION]`."""
+    """Marks in the metadata of a field: `Annotated[int, EXECUTION]`."""
 
     EXECUTION = "execution"
     """It says how something is executed. Of the numbers that are written it changes no more than the rounding."""
@@ -26,7 +26,7 @@ EXECUTION, SHARED = Mark.EXECUTION, Mark.SHARED
 
 
 def identity(config: Config, *, short: bool = False) -> dict[str, Any]:
-    """What a recipe or a section of it computes: its fields as JSON has them, nested, without those of execution.
+    """Return what a recipe or a section of it computes: its fields as JSON, nested, without those of execution.
 
     Args:
         short: without those at their defaults too, so that a new field leaves it as it was.
@@ -36,7 +36,7 @@ def identity(config: Config, *, short: bool = False) -> dict[str, Any]:
 
 
 def shared(config: Config) -> dict[str, Any]:
-    """What recipes whose SAEs train in one pass agree in, execution included."""
+    """Return what recipes whose SAEs train in one pass agree in, execution included."""
     kept: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
@@ -63,7 +63,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _part(value: Any, dumped: Any, keeps: Callable[[FieldInfo], bool], short: bool) -> Any:
-    """Of what a value was dumped as, the fields that are kept, of sections in lists and mappings too."""
+    """Keep some fields of what a value was dumped as, of sections in lists and mappings too."""
     if isinstance(value, Config):
         kept: dict[str, Any] = {}
         for name, field in type(value).model_fields.items():

@@ -1,4 +1,4 @@
-"""What a curve is: a method, all that SAEs are trained with, and a knob, the one setting that varies along it."""
+"""Curves: a method, all that SAEs are trained with, and a knob, the one setting that varies along it."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Knob:
     """The recipe's key."""
     label: str = "λ"
     sparser: bool = True
-    """Whether more of it means fewer active features."""
+    """True if more of it means fewer active features."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Knob":
@@ -70,16 +70,16 @@ def _with(section: Config, path: list[str], value: float) -> Config:
 
 @dataclass(frozen=True)
 class Method:
-    """What runs of one curve have in common: objective and dictionary, less the knob and the dictionary's size."""
+    """Training of all runs of a curve: objective and dictionary, less the knob and the dictionary's size."""
 
     key: str
     """A preset's name (`e2e_ds`), or what stands in its place; of one set of runs, no two methods have one key."""
     label: str
-    """What legends and tables call it."""
+    """Name in legends and tables."""
     content: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The settings that make it, by key."""
     number: int = field(default=0, compare=False, repr=False)
-    """Of those of a set of runs that are no presets, from 0 on: picks its colour."""
+    """Number among those of a set of runs that are no presets, from 0 on: picks its colour."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Method":

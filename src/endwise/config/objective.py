@@ -1,4 +1,4 @@
-"""What an SAE is trained for, as a recipe says it: a list of named, weighted terms, of which the paper's kinds are
+"""Objectives as a recipe says them: a list of named, weighted terms, of which the paper's kinds are
 presets.
 """
 
@@ -27,7 +27,7 @@ PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e
 OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
 """Terms that have a key of their own in `objective`, in the order in which they are added up."""
 COLUMNS = ("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout")
-"""What a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
+"""Columns that a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
 
 TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
 """Every term that a recipe can name."""
@@ -43,8 +43,8 @@ class SparsityConfig(Config):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps over which λ rises linearly from 0."""
     p_end: Annotated[float, Field(gt=0)] | None = None
-    """What p falls to in the course of training (p-annealing; usual: 0.2). With every change the penalty is rescaled so
-    that its mean stays as it was."""
+    """Power that p falls to in the course of training (p-annealing; usual: 0.2). With every change the penalty is
+    rescaled so that its mean stays as it was."""
     p_steps: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the steps after which p is `p_end`."""
     p_changes: Positive = 10
@@ -76,8 +76,8 @@ class WeightedTerm:
 
 
 class ObjectiveConfig(Config):
-    """What the SAE is trained for: a sum of weighted terms. `kind` is the paper's preset of weights; those below
-    override it term by term, and `terms` adds others.
+    """Objective that the SAE is trained for: a sum of weighted terms. `kind` is the paper's preset of weights; those
+    below override it term by term, and `terms` adds others.
     """
 
     kind: Kind | None = None
@@ -150,7 +150,7 @@ class ObjectiveConfig(Config):
 
     @property
     def method(self) -> dict[str, Any]:
-        """What an SAE is trained for, all but the sparsity coefficient. Runs that differ in it are of two methods."""
+        """Return the objective without the sparsity coefficient. Runs that differ in it are of two methods."""
         sites = None if self.downstream_sites is None else list(self.downstream_sites)
         settings = {name: term.model_dump(mode="json", exclude={"weight"}) for name, term in self.terms.items()}
         further = {f"terms.{name}": of for name, of in settings.items() if of}

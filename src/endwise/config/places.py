@@ -42,12 +42,12 @@ class PlacesConfig(Config):
     places: Annotated[tuple[PlaceConfig, ...], Field(min_length=1)]
     """Each a `site`, and what differs there from `dictionary`, `objective`, `seed` and `init_from` of the recipe."""
     joint: bool = True
-    """Whether all reconstructions are in place in one spliced pass, with one loss; if not, each is trained as it would
+    """Puts all reconstructions in place in one spliced pass, with one loss; if false, each is trained as it would
     be alone, in one clean pass with the others."""
     inputs: Inputs = "clean"
-    """What the terms at each place (`local_mse`, `sparsity`, the dictionary's own) are computed on, if joint: the
-    model's own activation, or that of the spliced pass, which the earlier reconstructions have changed. Their gradient
-    goes into that place's dictionary alone."""
+    """Inputs that the terms at each place (`local_mse`, `sparsity`, the dictionary's own) are computed on, if joint:
+    the model's own activation, or that of the spliced pass, which the earlier reconstructions have changed. Their
+    gradient goes into that place's dictionary alone."""
     data: Annotated[DataConfig, SHARED] = DataConfig()
     training: TrainingConfig
     """Learning rate and clipping are of each dictionary; so are its Adam's moments."""
@@ -64,7 +64,7 @@ class PlacesConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, values: Any) -> Any:
-        """What stands for every place, in each of them."""
+        """Put what stands for every place into each of them."""
         if not isinstance(values, Mapping) or not isinstance(values.get("places"), Sequence):
             return values
         shared = {key: values[key] for key in OF_A_PLACE if key in values}
@@ -120,7 +120,7 @@ class PlacesConfig(Config):
 
     @property
     def init_from(self) -> None:
-        """What each place starts from is its own matter."""
+        """Nothing: what each place starts from is its own matter."""
         return
 
     @property

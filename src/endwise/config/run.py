@@ -21,7 +21,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Config):
-    """Which language model, and how it is held in memory."""
+    """Language model, and how it is held in memory."""
 
     name: str = "embedded"
     """`embedded`, a local folder, or a Hugging Face hub id."""
@@ -41,7 +41,7 @@ class ModelConfig(Config):
 
 
 class DataConfig(Config):
-    """Where tokens come from and how they are packed into sequences."""
+    """Source of tokens, and how they are packed into sequences."""
 
     source: str = "embedded"
     """`embedded`, a `.txt`/`.jsonl`/`.parquet`/`.npy` file or a folder of them, or a Hugging Face dataset id."""
@@ -78,7 +78,7 @@ class DataConfig(Config):
     """Leave out positions (attention sinks) at which the norm of what the dictionary reads is more than so many times
     the median, which is measured once, before the first step; 10 is usual. Unset: none are for their norm."""
     epochs: Positive = 1
-    """How often the training corpus may be passed over before it counts as too short."""
+    """Times that the training corpus may be passed over before it counts as too short."""
     seed: Seed = 0
     """Order of the training sequences; separate from the run's seed."""
     heldout: str | None = None
@@ -112,7 +112,7 @@ class TrainingConfig(Config):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls to the floor after the warm-up; `constant`: not at all."""
+    """Way in which the rate falls to the floor after the warm-up; `constant`: not at all."""
     decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the steps, the last, over which the rate falls; before them it is constant. Unset: all after the
     warm-up."""
@@ -152,7 +152,7 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """How a finished SAE is measured on held-out text."""
+    """Measurement of a finished SAE on held-out text."""
 
     tokens: Positive = 500_000
     """Held-out tokens for every metric; alive features are counted over exactly these."""

@@ -28,9 +28,9 @@ class Dictionary:
     """One run's decoder, of which only the features that fired count."""
 
     features: NDArray[np.int64]
-    """Which they are."""
+    """Their numbers."""
     directions: Tensor
-    """Of these, of unit length, `[n d_model]`."""
+    """Decoder directions of these, of unit length, `[n d_model]`."""
     d_sae: int
     place: tuple[object, ...]
     """Model and site: directions of two places have nothing to do with each other."""

@@ -67,7 +67,7 @@ class DashboardServer(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """What a browser on this machine calls the server."""
+        """Names by which a browser on this machine calls the server."""
         port = self.server_address[1]
         names = (HOST, "localhost")
         return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())

@@ -51,7 +51,7 @@ def dashboard_server(
 
 
 def _written(source: DashboardRun) -> float:
-    """When what is shown of a run was written last."""
+    """Return when what is shown of a run was written last."""
     files = (source.harvest.folder / "harvest.json", source.path / EXPLANATIONS_FOLDER / "explanations.json")
     return max(file.stat().st_mtime for file in files if file.exists())
 

@@ -78,7 +78,7 @@ def write_dashboard(
 
 
 def default_folder(runs: Sequence[Path]) -> Path:
-    """Where the site of these runs goes."""
+    """Return where the site of these runs goes."""
     return (runs[0] if len(runs) == 1 else runs[0].parent) / FOLDER
 
 
@@ -112,7 +112,7 @@ def _write_runs(
 
 
 def _digest(folder: Path) -> str:
-    """Of every file's place and content."""
+    """Digest every file's place and content."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.js")):
         digest.update(file.relative_to(folder).as_posix().encode())

@@ -47,7 +47,7 @@ class DashboardRun:
         return sae
 
     def facts(self) -> dict[str, Any]:
-        """What a reader is told of the run as a whole."""
+        """Facts for a reader about the run as a whole."""
         measured = RunFolder(self.path).measured() or {}
         firings = self.harvest.firings
         knob, tokens = Knob.of(self.config), int(self.harvest.about["tokens"])

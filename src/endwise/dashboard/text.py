@@ -1,4 +1,4 @@
-"""What fires on a text that someone types, and what the model predicts there, clean and on the reconstruction."""
+"""Readings of a text that someone types: what fires there, and what the model predicts, clean and reconstructed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class TextReader:
     sae: SAE
     place: Place | Site
     data: DataConfig
-    """How sequences begin, as in training: with BOS or not, and whether position 0 counts."""
+    """Settings by which sequences begin, as in training: with BOS or not, and whether position 0 counts."""
 
     @property
     def most_tokens(self) -> int:

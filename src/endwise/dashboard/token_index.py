@@ -1,4 +1,4 @@
-"""Which features have to do with a token: an index that is made when a dashboard is written.
+"""Index of the features that have to do with a token: an index that is made when a dashboard is written.
 
 A feature is listed under a token for up to three reasons: the token is where one of its contexts peaks (`PEAK`); it
 fires there with half of that context's peak or more (`ACTIVE`); or its direction raises the token's logit (`BOOSTED`).

@@ -1,4 +1,4 @@
-"""What every sparse dictionary has in common: its parts, its two maps, and its file."""
+"""Base of every sparse dictionary: its parts, its two maps, and its file."""
 
 import math
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class Exported:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The architecture's own, by the names of its `layout`."""
     architecture: str | None = None
-    """What computes this function outside training, where that is another architecture; None: this one."""
+    """Architecture that computes this function outside training, where that is another architecture; None: this one."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class TrainingPass:
     """A pass over some of a step's rows, as an architecture's own terms see it."""
 
     x: Float[Tensor, "*rows d_in"]
-    """What was encoded."""
+    """Input that was encoded."""
     target: Float[Tensor, "*rows d_out"]
-    """What the reconstruction stands for: `x`, or of a transcoder the activation that it writes."""
+    """Activation that the reconstruction stands for: `x`, or of a transcoder the activation that it writes."""
     latents: Latents
     reconstruction: Float[Tensor, "*rows d_out"]
     counted: Bool[Tensor, "*rows"]
     dead: Bool[Tensor, " d_sae"]
     """Features that have fired on none of the latest training tokens (`SAE.dead_window`)."""
     gradient: Float[Tensor, "*rows d_out"] | None = None
-    """Of the objective's spliced terms, weighted and summed over tokens, at the reconstruction; None: it has none."""
+    """Gradient of the objective's spliced terms, weighted, summed over tokens, at the reconstruction; None: of none."""
     at_site: Float[Tensor, "*rows d_out"] | None = None
-    """Of its terms at the site, likewise, for dictionaries that want it (`SAE.wants_gradient`)."""
+    """Gradient of its terms at the site, likewise, for dictionaries that want it (`SAE.wants_gradient`)."""
 
     @property
     def gradients(self) -> Float[Tensor, "*rows d_out"]:
-        """Of all terms that read the reconstruction."""
+        """Gradient of all terms that read the reconstruction."""
         given = [each for each in (self.gradient, self.at_site) if each is not None]
         return torch.stack(given).sum(0) if given else torch.zeros_like(self.reconstruction)
 
@@ -106,9 +106,9 @@ class SAE(nn.Module, ABC):
     Config: ClassVar[type[DictionaryConfig]] = DictionaryConfig
     """Its section of a recipe."""
     layout: ClassVar[Layout] = Layout()
-    """What it keeps in a file."""
+    """Tensors and settings that it keeps in a file."""
     two_widths: ClassVar[bool] = False
-    """Whether it can be of two widths; then `build` takes `d_out` besides."""
+    """True if it can be of two widths; then `build` takes `d_out` besides."""
     first_tokens: int = 0
     """Tokens whose activations `see_first` wants before the first step of a training that starts."""
     last_tokens: int = 0
@@ -117,14 +117,14 @@ class SAE(nn.Module, ABC):
     """Training tokens without firing after which a feature counts as dead; None: `training.alive_window`, but at most a
     twentieth of all training tokens."""
     wants_gradient: ClassVar[bool] = False
-    """Whether its own terms read the gradient of the objective's terms at the site too (`TrainingPass.at_site`)."""
+    """True if its own terms read the gradient of the objective's terms at the site too (`TrainingPass.at_site`)."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
 
     seed: int = 0
-    """Of what is drawn in training."""
+    """Seed of what is drawn in training."""
     counts: bool = True
-    """Whether what is encoded in training now is what a step splices, or trains on where nothing is spliced; if not
+    """True if what is encoded in training now is what a step splices, or trains on where nothing is spliced; if not
     (`aside`), nothing of it may enter running statistics."""
     world: World = ALONE
     """The processes that train it, over which an architecture that chooses among all tokens of a step agrees with the
@@ -222,7 +222,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def sums_as_it_learns(self) -> bool:
-        """Whether it adds up sums over the processes while it learns from a pass: all of them must come that far."""
+        """True if it adds up sums over the processes while it learns from a pass: all of them must come that far."""
         return False
 
     def begin_step(self, done: float) -> None:
@@ -273,7 +273,7 @@ class SAE(nn.Module, ABC):
         """Fit what is fitted after training to `last_tokens` activations of the latest training text: thresholds."""
 
     def step_statistics(self) -> Sequence[Tensor]:
-        """What this process's share of a step adds to the running statistics: tensors that are summed over all
+        """Return what this process's share of a step adds to the running statistics: tensors that are summed over all
         processes in place, before `after_step`.
         """
         return ()
@@ -362,7 +362,7 @@ class SAE(nn.Module, ABC):
 
 
 def _norm_limit(metadata: Mapping[str, Any]) -> float | None:
-    """What a file says of `SAE.norm_limit`."""
+    """Read `SAE.norm_limit` from a file's metadata."""
     own = metadata.get("endwise")
     limit = own.get("norm_limit") if isinstance(own, Mapping) else None
     if limit is not None and not (isinstance(limit, float) and 0 < limit < math.inf):

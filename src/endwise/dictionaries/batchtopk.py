@@ -32,7 +32,7 @@ class BatchTopKConfig(TopKConfig):
 
     architecture: str = "batchtopk"
     threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Of the moving average of the smallest value kept, by which features are chosen outside training until the
+    """Rate of the moving average of the smallest value kept, by which features are chosen outside training until the
     threshold is set at the end."""
 
     @property

@@ -1,4 +1,4 @@
-"""What is done for features that have stopped firing, as options of every dictionary of two matrices.
+"""Means for features that have stopped firing, as options of every dictionary of two matrices.
 
 A feature is dead that has fired on none of the latest `dead_window` training tokens. For them there are
 
@@ -54,7 +54,7 @@ AUX, PRE_ACTIVATION = "dead_aux", "pre_activation"
 
 
 class DeadConfig(DictionaryConfig):
-    """What is done for dead features; by default nothing."""
+    """Settings of what is done for dead features; by default nothing."""
 
     dead_window: Positive | None = None
     """Training tokens without firing after which a feature counts as dead; unset: `training.alive_window`, but at most
@@ -65,15 +65,15 @@ class DeadConfig(DictionaryConfig):
     aux_k: Positive | None = None
     """Dead features per token that take part in it, those with the largest pre-activations; unset: half the width."""
     aux_target: Literal["objective", "residual", "gradient"] = "objective"
-    """What they predict: `residual`, all that is left; `gradient`, the part of it along −∂loss/∂x̂ of the spliced terms;
-    `objective`, the second where there are spliced terms, the first where there are none."""
+    """Target of their prediction: `residual`, all that is left; `gradient`, the part of it along −∂loss/∂x̂ of the
+    spliced terms; `objective`, the second where there are spliced terms, the first where there are none."""
     aux_negative: bool = False
-    """Whether they take part with pre-activations below 0 too (SAELens), which of ReLU features are most."""
+    """True if they take part with pre-activations below 0 too (SAELens), which of ReLU features are most."""
     revive: NotBelow0 = 0.0
     """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token, θ = 0 without thresholds (Anthropic:
     3e-6)."""
     revives: Literal["dead", "all"] = "dead"
-    """Whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
+    """Features whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
 
     resample_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the steps after which dead features are resampled (Bricken et al. 2023: 0.125, 0.25, 0.375, 0.5)."""
@@ -95,7 +95,7 @@ class DeadFeatures:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Of each term, by name; without those of weight 0."""
+        """Weight of each term, by name; without those of weight 0."""
         weights = {AUX: self.config.aux, PRE_ACTIVATION: self.config.revive}
         return {name: weight for name, weight in weights.items() if weight}
 
@@ -115,7 +115,7 @@ class DeadFeatures:
         return (error / variance).where(variance > 0, 0.0)
 
     def asked_for(self, seen: TrainingPass) -> "Asked":
-        """What dead features are to predict."""
+        """Return what dead features are to predict."""
         residual = (seen.target - seen.reconstruction).detach()
         if self.config.aux_target == "residual" or (self.config.aux_target == "objective" and seen.gradient is None):
             return Asked(seen.counted, residual[seen.counted])
@@ -155,7 +155,7 @@ class DeadFeatures:
 
 @dataclass(frozen=True)
 class Asked:
-    """What dead features are to predict, in the rows where anything is asked for."""
+    """Target of dead features, in the rows where anything is asked for."""
 
     rows: Bool[Tensor, "*rows"]
     target: Float[Tensor, "n d_out"]

@@ -63,7 +63,7 @@ class JumpReLUConfig(LinearConfig):
     bandwidth: Above0 = 0.5
     """ε, the width in which a threshold feels pre-activations, in units of the typical pre-activation."""
     straight_through: Literal["threshold", "both"] = "threshold"
-    """Where the step's gradient goes: to θ alone (DeepMind), or to pre-activations too (Anthropic)."""
+    """Target of the step's gradient: to θ alone (DeepMind), or to pre-activations too (Anthropic)."""
 
     @model_validator(mode="after")
     def _target_as_needed(self) -> "JumpReLUConfig":
@@ -97,7 +97,7 @@ class JumpReLUSAE(LinearSAE):
         self.unit: Tensor
         """The typical pre-activation: of what `bandwidth` and `threshold_init` are multiples."""
         self.starts = False
-        """Whether thresholds are still to be set."""
+        """True while thresholds are still to be set."""
 
     @classmethod
     def build(cls, config: JumpReLUConfig, d_in: int, seed: int, d_out: int | None = None) -> "JumpReLUSAE":
@@ -233,7 +233,7 @@ def _summed(numbers: Tensor, pairs: Pairs | None, features: int) -> Float[Tensor
 
 @dataclass(frozen=True)
 class Gates:
-    """What the penalty of JumpReLU latents is made of, beside their values."""
+    """Parts of the penalty of JumpReLU latents, beside their values."""
 
     values: Tensor
     """H, 0 or 1, in the places of the latents' values."""
@@ -248,7 +248,7 @@ class Gates:
         return self.config.penalty in ("l0", "quadratic")
 
     def terms(self, latents: Tensor, pairs: Pairs | None, mask: Tensor | None) -> Tensor:
-        """What the penalty sums over features: H, or tanh(s·f·‖d‖); 0 where rows do not count.
+        """Return what the penalty sums over features: H, or tanh(s·f·‖d‖); 0 where rows do not count.
 
         Args:
             mask: by place, or such that it is stretched over features.

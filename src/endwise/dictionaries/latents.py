@@ -42,7 +42,7 @@ class Latents(ABC):
 
     @abstractmethod
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
-        """Which features are non-zero anywhere in the mask."""
+        """Mark the features that are non-zero anywhere in the mask."""
 
     @abstractmethod
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
@@ -61,7 +61,7 @@ class Latents(ABC):
 class DenseLatents(Latents):
     values: Float[Tensor, "*rows d_sae"]
     norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
-    """What values are multiplied by in the penalty: norms of their directions; None: 1."""
+    """Factors of values in the penalty: norms of their directions; None: 1."""
 
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         return self.values
@@ -101,7 +101,7 @@ class SparseLatents(Latents):
     values: PerPair
     places: Pairs
     shape: tuple[int, ...]
-    """Of the rows, less the axis of features."""
+    """Shape of the rows, less the axis of features."""
     norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
     """As of dense ones."""
 

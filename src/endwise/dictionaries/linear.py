@@ -1,4 +1,4 @@
-"""What dictionaries of two matrices share: their weights, first values, unit norms, skip connection, and file."""
+"""Dictionaries of two matrices: their weights, first values, unit norms, skip connection, and file."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -29,7 +29,7 @@ Initialisation = Literal["reference", "transposed"]
 
 
 class LinearConfig(DeadConfig):
-    """What every dictionary of two matrices can be told."""
+    """Settings of every dictionary of two matrices."""
 
     initialisation: Initialisation = "reference"
     """`reference`: encoder and biases uniform in ±1/√fan_in, decoder orthogonal (paper's code). `transposed`: decoder
@@ -80,9 +80,9 @@ class LinearSAE(SAE):
         super().__init__(d_in, d_sae, d_out)
         self.unit_norm = unit_norm
         self.dead: DeadFeatures | None = None
-        """What training does for dead features."""
+        """Means of training for dead features."""
         self.replaces: tuple[SAE, ...] = ()
-        """What it was made of, until its thresholds are fitted to that."""
+        """Dictionary that it was made of, until its thresholds are fitted to that."""
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.decoder = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -144,7 +144,7 @@ class LinearSAE(SAE):
         return linear(x.to(weight.dtype), weight, bias)
 
     def thresholds(self) -> Float[Tensor, " d_sae"]:
-        """What a pre-activation must exceed for its feature to be active: 0 without thresholds of its own."""
+        """Values that a pre-activation must exceed for its feature to be active: 0 without thresholds of its own."""
         return torch.zeros_like(self.b_enc)
 
     def sums(self, latents: SparseLatents) -> Float[Tensor, "*rows d_out"]:

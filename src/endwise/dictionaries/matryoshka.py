@@ -23,7 +23,7 @@ from endwise.kernels import Pairs
 GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 """Shares of the first groups of features; the last has the rest."""
 SHORTEST, EXPONENT = 1 / 32, 0.5
-"""Of random prefixes: the shortest's share of all features, and α of P(length > m) ∝ m^−α."""
+"""Law of random prefixes: the shortest's share of all features, and α of P(length > m) ∝ m^−α."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -105,7 +105,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         return list(itertools.accumulate(self._by_group(latents, sizes), initial=rest))[1:]
 
     def _by_group(self, latents: Latents, sizes: list[int]) -> Sequence[Float[Tensor, "*rows d_out"]]:
-        """What each group adds to the reconstruction."""
+        """Return what each group adds to the reconstruction."""
         if (sparse := latents.pairs()) is None:
             groups = zip(latents.dense().split(sizes, -1), self.W_dec.split(sizes), strict=True)
             return [values @ directions for values, directions in groups]

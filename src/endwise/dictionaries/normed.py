@@ -39,7 +39,7 @@ RIDGE = 1e-3
 
 
 class Norm(nn.Module):
-    """What is done to the input, and undone at the output."""
+    """Change of the input that is undone at the output."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

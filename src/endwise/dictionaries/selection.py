@@ -1,4 +1,4 @@
-"""Which features are among the k largest, of each row or of a whole step: selection that top-k dictionaries share.
+"""Selection of the k largest features, of each row or of a whole step: selection that top-k dictionaries share.
 
 Those of each row are for the kernels to find (`Kernels.largest`). Of a step, candidates are the few (row, feature)
 pairs above a bound that a sample of the rows suggests; what is chosen among them is what would be chosen among all,
@@ -39,7 +39,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class TopKConfig(LinearConfig):
-    """How many features are active."""
+    """Number of features that are active."""
 
     penalised: ClassVar[bool] = False
     knobs: ClassVar[Mapping[str, KnobRule]] = {"k": KnobRule("k", sparser=False)}
@@ -77,12 +77,12 @@ class Annealed(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Where a step's k·B largest end."""
+    """End of a step's k·B largest."""
 
     smallest: Float[Tensor, ""]
-    """Of those that are kept; infinite, if nothing is."""
+    """Smallest of those that are kept; infinite, if nothing is."""
     ties: Tensor
-    """How many of those that equal it are kept in this process."""
+    """Number of those that equal it and are kept in this process."""
 
     def kept(self, values: Float[Tensor, "*places"]) -> Bool[Tensor, "*places"]:
         """Mark what is kept of this process's values, which lie in the order of rows."""
@@ -127,7 +127,7 @@ def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE
 
 
 def _digits(bits: int, width: int) -> Iterator[tuple[int, int]]:
-    """Where each digit of so many bits begins, from the highest on, and how many bits it has."""
+    """Yield where each digit of so many bits begins, from the highest on, and how many bits it has."""
     while bits > 0:
         ones = bits % width or width
         bits -= ones

@@ -9,7 +9,7 @@ from endwise.common.errors import ModelError
 
 
 def folder() -> Path:
-    """Where the model, its tokenizer and the two token streams lie.
+    """Return the folder of the model, its tokenizer and the two token streams.
 
     Raises:
         ModelError: this installation has lost them.

@@ -1,4 +1,4 @@
-"""Which tokens of a text count for dictionaries that leave out positions of outlying norm."""
+"""Tokens of a text that count for dictionaries that leave out positions of outlying norm."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Counting:
 
     @property
     def sites(self) -> set[Site]:
-        """What a clean pass must have recorded."""
+        """Sites that a clean pass must have recorded."""
         return {site for site, _ in self.limits}
 
     def of_these(self, clean: Clean, mask: TokenMask) -> TokenMask:
@@ -36,6 +36,6 @@ class Counting:
 
 
 EVERY = Counting()
-"""What the text's mask says."""
+"""Tokens that the text's mask counts."""
 Spot = tuple[Site, Counting]
 """A site that is written, and the tokens that count for who writes it."""

@@ -95,7 +95,7 @@ class Evaluation:
     text: str | None = None
     """Digest of the sequences that it was measured on (`Corpus.text_digest`)."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known of the measurement: `asked_tokens`, those of `facts_of_text`, how training went (`loss`)."""
+    """Further facts about the measurement: `asked_tokens`, those of `facts_of_text`, how training went (`loss`)."""
     reads: Site | None = None
     """The site that the SAE reads, where it is another than `site`, which it writes."""
 
@@ -105,7 +105,7 @@ class Evaluation:
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader must be told of these numbers."""
+        """Remarks that a reader of these numbers needs."""
         return remarks_on(self._record())
 
     @property
@@ -137,7 +137,7 @@ class Evaluation:
 
 
 _Key = tuple[str, int | None] | tuple[Spot, str]
-"""What is measured: an SAE, whole or its first features alone; or a site at its mean or at zero."""
+"""Subject of a measurement: an SAE, whole or its first features alone; or a site at its mean or at zero."""
 
 
 def measure(
@@ -237,7 +237,7 @@ class Means:
     layernorm: Tensor
 
     def instead_of(self, activation: Activation, kind: str) -> Activation:
-        """What is the same for every token: the mean, or zero."""
+        """Return what is the same for every token: the mean, or zero."""
         constant = self.raw if kind == "mean" else torch.zeros_like(self.raw)
         return constant.to(activation.dtype).expand_as(activation)
 
@@ -329,7 +329,7 @@ def site_means(
 
 
 def fit_sums(activation: Activation, estimate: Activation, means: Means, mask: TokenMask) -> dict[str, Tensor]:
-    """What the explained variances are made of: error and variance are squared L2 norms per token."""
+    """Sum what the explained variances are made of: error and variance are squared L2 norms per token."""
     sums: dict[str, Tensor] = {}
     x, y = activation.float(), estimate.float()
     for suffix, truth, guess, mean in (
@@ -346,7 +346,7 @@ def fit_sums(activation: Activation, estimate: Activation, means: Means, mask: T
 
 @dataclass(frozen=True)
 class Effect:
-    """What a spliced pass leads to."""
+    """Outcome of a spliced pass."""
 
     final: Activation
     downstream: dict[str, Tensor]

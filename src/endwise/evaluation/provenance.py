@@ -1,4 +1,4 @@
-"""What a run stands on: its text, its tokenizer, its model's weights, the SAE it began with. Is it still the same?
+"""Provenance of a run, its text, tokenizer, model's weights and the SAE it began with, compared with what is there now.
 
 When a run starts, digests of all of it are put down in its folder (`digests.json`); whoever reads a run gets model and
 text from here, and is refused what the run does not stand on. What an older run's folder does not tell is said to be
@@ -26,7 +26,7 @@ from endwise.tokens import Corpora, Corpus, corpora_for
 
 TEXTS = {"train": "training text", "heldout": "held-out text"}
 PARTS = {**TEXTS, "model": "model weights", "tokenizer": "tokenizer", "init_from": "SAE that it started from"}
-"""What a run stands on, as a sentence calls it, by its key in `digests.json`."""
+"""Words for what a run stands on, by its key in `digests.json`."""
 Side = Literal["train", "heldout"]
 
 Runs = Mapping[Path, RunConfig]
@@ -34,7 +34,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
-    """What runs that start now have in common in their `digests.json`."""
+    """Describe what runs that start now have in common in their `digests.json`."""
     return {
         **{side: getattr(corpora, side).digests() for side in TEXTS},
         "model": model.weights_digest(),
@@ -45,8 +45,8 @@ def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
 
 
 def beginning(config: Recipe) -> dict[str, Any]:
-    """What a run that starts now has of its own there: the SAE in `init_from`, and which of its recipe's names are
-    relative paths.
+    """Describe what a run that starts now has of its own there: the SAE in `init_from`, and which of its recipe's names
+    are relative paths.
 
     Raises:
         FormatError: `init_from` is a run whose SAE is not what its training wrote, or holds none.
@@ -111,8 +111,8 @@ def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:
 
 
 def as_recorded(folder: RunFolder, model: LanguageModel, now: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is now, with the weights digested as the run's folder has them, where they can be: those of a model
-    made in Python are compared with those of the model that its name gives.
+    """Describe what there is now, with the weights digested as the run's folder has them, where they can be: those of a
+    model made in Python are compared with those of the model that its name gives.
     """
     before = folder.digests().get("model")
     return {**now} if _same(before, now["model"]) is not None else {**now, "model": model.weights_digest(before)}
@@ -167,7 +167,7 @@ def check_texts(runs: Runs, corpora: Corpora, refused: Sequence[Side]) -> None:
 
 
 def heldout_fingerprint(path: Path, corpora: Corpora | None = None) -> str | None:
-    """Of the held-out text that a run is measured on: its own, or of loaded corpora."""
+    """Return the fingerprint of the held-out text that a run is measured on: its own, or of loaded corpora."""
     return RunFolder(path).fingerprint("heldout") if corpora is None else corpora.heldout.fingerprint()
 
 
@@ -217,7 +217,7 @@ def _same(before: object, now: object) -> bool | None:
 
 
 def _same_text(folder: RunFolder, side: str, corpus: Corpus, grows: bool) -> bool | None:
-    """Whether a corpus is the one that the run was started on; one that is read as far as needed may be longer or
+    """Tell if a corpus is the one that the run was started on; one that is read as far as needed may be longer or
     shorter.
     """
     fingerprint, before = folder.fingerprint(side), folder.digests().get(side)
@@ -232,7 +232,7 @@ def _same_text(folder: RunFolder, side: str, corpus: Corpus, grows: bool) -> boo
 
 
 def _unknown(folder: RunFolder, now: Mapping[str, Any]) -> list[str]:
-    """What there is now, and cannot be compared with what there was."""
+    """List what there is now, and cannot be compared with what there was."""
     record = folder.digests()
     return [PARTS[part] for part in now if now[part] is not None and _same(record.get(part), now[part]) is None]
 
@@ -270,7 +270,7 @@ def _names(config: Recipe) -> dict[str, str]:
 
 @contextmanager
 def naming_relative(path: Path, config: Recipe) -> Iterator[None]:
-    """What is not found within it is said to be relative, where it is, and where the run was started."""
+    """Add to an error about a file not found that the path is relative, where it is, and where the run was started."""
     try:
         yield
     except (ConfigError, DataError, FormatError, ModelError) as error:

@@ -24,7 +24,7 @@ _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
 Floats = NDArray[np.float64]
 Seeds = tuple[int, int]
-"""Of the SAE's first weights, and of the order of the training text."""
+"""Seeds of the SAE's first weights, and of the order of the training text."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class RunSummary:
     """One evaluated run: what it is, what it measured, what it cost."""
 
     method: Method
-    """What was trained: runs of one curve agree in it."""
+    """Method by which it was trained: runs of one curve agree in it."""
     site: str
     knob: Knob
-    """Where it stands on the curve."""
+    """Place on the curve."""
     seed: int
     l0: float
     alive: int
@@ -61,11 +61,11 @@ class RunSummary:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
     data_seed: int = 0
-    """Of the order of the training text."""
+    """Seed of the order of the training text."""
     model: str = ""
     learning_rate: float | None = None
     remarks: tuple[str, ...] = ()
-    """What a reader must be told of these numbers, computed from the record (`endwise.common.remarks`)."""
+    """Remarks that a reader of these numbers needs, computed from the record (`endwise.common.remarks`)."""
     start: str | None = None
     """The folder of the SAE that training began with; None: random weights."""
     text: str | None = None
@@ -165,7 +165,7 @@ class RunSummary:
 
     @property
     def seeds(self) -> Seeds:
-        """What tells apart the repeats of one setting."""
+        """Seeds, which tell apart the repeats of one setting."""
         return self.seed, self.data_seed
 
     def to_json(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def knob_labels(runs: Iterable[RunSummary]) -> str:
 
 
 def what_varies(runs: Sequence[RunSummary]) -> str:
-    """What the seeds of runs are of; empty where all have one."""
+    """Name what the seeds of runs are of; empty where all have one."""
     varying = {
         "initialisation": {run.seed for run in runs},
         "order of the text": {run.data_seed for run in runs},
@@ -246,7 +246,7 @@ def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> 
 
 
 def other_text(runs: Sequence[RunSummary]) -> str | None:
-    """Why the runs' numbers say nothing of each other, if they were measured on different text, as far as is told."""
+    """Say why the runs' numbers cannot be compared, if they were measured on different text, as far as is known."""
     for told in ([run.text for run in runs], [run.heldout for run in runs]):
         if None not in told:
             return "the runs were measured on different held-out text" if len(set(told)) > 1 else None
@@ -254,7 +254,7 @@ def other_text(runs: Sequence[RunSummary]) -> str | None:
 
 
 def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str | None:
-    """Why the runs cannot share resamples, if they cannot."""
+    """Say why the runs cannot share resamples, if they cannot."""
     if reason := other_text(runs):
         return reason
     wanted = (names or {"l0", "ce_increase", "predictions"}) | {"tokens"}

@@ -1,4 +1,4 @@
-"""Whether a text is the model's own: what is asked of it before training, and recorded with every measurement."""
+"""Checks that a text is the model's own, made before training, and recorded with every measurement."""
 
 from typing import Any
 

@@ -69,7 +69,7 @@ class JointEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one pass over the text has collected."""
+    """Sums that one pass over the text has collected."""
 
     whole: Collector
     ablated: Mapping[str, Collector]

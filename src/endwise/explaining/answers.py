@@ -51,7 +51,7 @@ def _is_choice(value: Any) -> bool:
 
 
 def _json(answer: str) -> Any:
-    """What an answer is as JSON, alone or fenced; None where it is none."""
+    """Parse an answer as JSON, alone or fenced; None where it is none."""
     fenced = _FENCED.findall(answer)
     for text in (answer, *reversed(fenced)):
         try:

@@ -47,7 +47,7 @@ class Asker(Protocol):
 
 @dataclass(frozen=True)
 class Explained:
-    """What was found of one run."""
+    """Findings about one run."""
 
     rows: tuple[Explanation, ...]
     left_out: dict[int, str]
@@ -101,7 +101,7 @@ class Asking:
         return dict(zip(order, [*order[1:], order[0]], strict=True))
 
     async def _explanations(self, samples: Sequence[ScoringSample]) -> dict[int, str]:
-        """Of those for which one could be had, by feature."""
+        """Ask for explanations, by feature; of those for which one could be had."""
         found = await _together([self._in_turn(self._explanation, sample) for sample in samples])
         return {sample.feature: text for sample, text in zip(samples, found, strict=True) if text is not None}
 
@@ -144,7 +144,7 @@ class Asking:
     async def _answered(
         self, model: str, prompt: str, stand_in: str, read: Callable[[str], Read | None]
     ) -> Read | None:
-        """What an answer reads as, asked for once more if it cannot be read; None: neither could, or a call failed."""
+        """Read an answer, asked for once more if it cannot be read; None: neither could, or a call failed."""
         for asked in (prompt, prompt + REMINDER):
             answer = await self.asker.ask(self.settings.request(model, asked), self.cache, stand_in)
             if answer is None:

@@ -23,7 +23,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and what it took."""
+    """Answer of a model, and what it took."""
 
     text: str
     tokens_in: int | None = None

@@ -42,7 +42,7 @@ def check_least(options: object, bounds: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How calls are made."""
+    """Settings of how calls are made."""
 
     timeout: float = 120.0
     """Seconds for one attempt, from its start to the answer's last byte."""
@@ -65,7 +65,7 @@ class RetryPolicy:
 
 @dataclass
 class CallStats:
-    """What was done, for progress and for the record."""
+    """Counts of what was done, for progress and for the record."""
 
     calls: int = 0
     """Answered over the network."""
@@ -92,7 +92,7 @@ class CallStats:
 
 
 class Retryable(Exception):
-    """What may be gone at another attempt."""
+    """Fault that may be gone at another attempt."""
 
     def __init__(self, why: str, wait: float | None = None) -> None:
         super().__init__(why)

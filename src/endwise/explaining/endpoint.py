@@ -1,4 +1,4 @@
-"""Where calls go and with which key: checked before the first call, so that a key never leaves for elsewhere."""
+"""Endpoint of calls, and its key: checked before the first call, so that a key never leaves for elsewhere."""
 
 import ipaddress
 import os
@@ -16,7 +16,7 @@ class Endpoint:
     """An OpenAI-compatible endpoint."""
 
     url: str
-    """Of chat completions."""
+    """Address of chat completions."""
     key: str | None = field(default=None, repr=False)
     """Sent as a bearer token; never written, logged or part of a message."""
     key_variable: str | None = None

@@ -26,7 +26,7 @@ CHARACTERS_PER_TOKEN = 4
 class Estimate:
     runs: int
     features: int
-    """Of all runs."""
+    """Number over all runs."""
     left_out: int
     stats: CallStats
     """Calls to be made, answers that are kept, tokens."""
@@ -55,10 +55,10 @@ class _Estimator:
 
 
 def estimate(prepared: Sequence[PreparedRun], settings: Settings, endpoint: Endpoint) -> Estimate:
-    """What explaining will take: the work is gone through with stand-ins for answers that are not kept yet, without a
-    call and without a file. So the number of calls is that of the work itself, but for those that must be asked a
-    second time. Tokens are counted as characters / 4, as English mostly comes to; a model that thinks before it answers
-    writes more than is counted.
+    """Estimate what explaining will take: the work is gone through with stand-ins for answers that are not kept yet,
+    without a call and without a file. So the number of calls is that of the work itself, but for those that must be
+    asked a second time. Tokens are counted as characters / 4, as English mostly comes to; a model that thinks before it
+    answers writes more than is counted.
 
     Raises:
         FormatError, RunFolderError: kept answers cannot be read, or another process uses them.
@@ -88,7 +88,7 @@ def _tokens(text: str) -> int:
 
 @dataclass(frozen=True)
 class ExplainingPlan:
-    """What is known before the first call."""
+    """Facts known before the first call."""
 
     prepared: tuple[PreparedRun, ...]
     settings: Settings

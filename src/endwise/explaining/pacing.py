@@ -1,4 +1,4 @@
-"""When the next call may start: so many a minute, none while the server has asked to wait; and how long to back off."""
+"""Pace of calls: so many a minute, none while the server has asked to wait; and how long to back off."""
 
 import asyncio
 import random

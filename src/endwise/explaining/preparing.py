@@ -41,7 +41,7 @@ class Choice:
 
     how: Literal["all", "random", "top", "named"]
     count: int | None = None
-    """Of `random` and `top`."""
+    """Number of features, for `random` and `top`."""
     named: tuple[int, ...] = ()
 
     def candidates(self, harvest: Harvest, seed: int) -> list[int]:
@@ -99,7 +99,7 @@ def parse_features(text: str) -> Choice:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What will be asked about one run."""
+    """Questions that will be asked about one run."""
 
     run: Path
     harvest: Harvest

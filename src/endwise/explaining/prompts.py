@@ -17,7 +17,7 @@ LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Places:
-    """What a prompt of one purpose may and must have filled in."""
+    """Places that a prompt of one purpose may and must have filled in."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ("count",)

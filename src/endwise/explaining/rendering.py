@@ -1,4 +1,4 @@
-"""How texts are written in a prompt: one line each, the tokens at which a feature fires between << and >>."""
+"""Writing of texts in a prompt: one line each, the tokens at which a feature fires between << and >>."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,13 +6,13 @@ from endwise.common.text import printable
 from endwise.explaining.samples import Text
 
 MARKED_SHARE = 0.3
-"""Of the greatest activation in a text, above which a token is marked (as Paulo et al. 2024 have it)."""
+"""Share of the greatest activation in a text, above which a token is marked (as Paulo et al. 2024 have it)."""
 STRONGEST = 10
 """Activations are told in steps from 1 to this, relative to the feature's greatest."""
 
 
 def marks_of(text: Text) -> tuple[bool, ...]:
-    """Which tokens are marked: at least the one at which the feature fires most."""
+    """Mark tokens: at least the one at which the feature fires most."""
     most = max(text.activations)
     return tuple(each > MARKED_SHARE * most and each > 0 for each in text.activations)
 

@@ -1,4 +1,4 @@
-"""Which texts of a feature are shown to the explainer, and which are asked about: never the same, nor overlapping ones.
+"""Choice of a feature's texts to show to the explainer, and of those to ask about: never the same, nor overlapping.
 
 A text in which the feature does not fire is one that the harvest keeps for another feature, from a sequence of which it
 keeps none for this one. A harvest keeps only some of a feature's texts, so a feature that fires often may fire in such
@@ -35,7 +35,7 @@ class Text:
         return cls(context.feature, context.sequence, context.start, context.tokens, context.activations)
 
     def overlaps(self, other: "Text") -> bool:
-        """Whether they share a token of the corpus, or read alike throughout."""
+        """Tell if they share a token of the corpus, or read alike throughout."""
         if self.tokens == other.tokens:
             return True
         ends = self.start + len(self.tokens), other.start + len(other.tokens)
@@ -48,7 +48,7 @@ class ScoringSample:
 
     feature: int
     greatest: float
-    """Of its activations in the texts that are shown."""
+    """Greatest of its activations in the texts that are shown."""
     shown: tuple[Text, ...]
     active: tuple[Text, ...]
     """It fires in them; held out from those that are shown."""
@@ -58,7 +58,7 @@ class ScoringSample:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many texts a sample takes."""
+    """Numbers of texts that a sample takes."""
 
     shown: int
     held: int

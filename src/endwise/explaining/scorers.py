@@ -1,4 +1,4 @@
-"""How well an explanation predicts a feature, each way a class: what is asked, how it is read, what it comes to.
+"""Scorers of how well an explanation predicts a feature, each a class: what is asked, how answers are read and counted.
 
 Detection and fuzzing are those of Paulo et al. 2024 (arXiv 2410.13928; EleutherAI's delphi). A scorer of another kind,
 simulation say, is one more class and one more line in `SCORERS`: it asks for numbers, reads them, correlates them.
@@ -21,11 +21,11 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Question(Generic[Read]):
-    """What one call asks."""
+    """Question that one call asks."""
 
     items: tuple[str, ...]
     truth: Read
-    """What a perfect answer reads as."""
+    """Reading of a perfect answer."""
     stand_in: str
     """An answer of the length that is expected, for the estimate."""
 
@@ -33,7 +33,7 @@ class Question(Generic[Read]):
 @runtime_checkable
 class Scorer(Protocol[Read]):
     name: str
-    """Of its scores and of its prompt's file."""
+    """Name of its scores and of its prompt's file."""
     places: Places
 
     def questions(
@@ -61,7 +61,7 @@ def balanced_accuracy(truth: Sequence[bool], chosen: Sequence[bool]) -> float | 
 
 
 class _Choosing:
-    """What scorers share that ask for one choice an item."""
+    """Base of scorers that ask for one choice an item."""
 
     places = Places(required=("explanation", "examples"))
 

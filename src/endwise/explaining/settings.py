@@ -1,4 +1,4 @@
-"""What `endwise explain` is asked to do, checked before anything is read or paid."""
+"""Settings of `endwise explain`, checked before anything is read or paid."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Settings:
     model: str
     """As the endpoint calls it."""
     scorer_model: str | None = None
-    """Which is asked with an explanation; None: the same."""
+    """Model that is asked with an explanation; None: the same."""
     features: str = "random:200"
     """`all`, `random:N`, `top:N` by importance, or numbers and ranges, `1,5,10-20`."""
     seed: int = 0
@@ -73,7 +73,7 @@ class Settings:
         return {name: value for name, value in body.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """What decides on the numbers, for the record; how patiently they were asked for does not."""
+        """Return what decides on the numbers, for the record; how patiently they were asked for does not."""
         record = {name: value for name, value in vars(self).items() if name not in ("retry", "prompts")}
         return {**record, "scorers": list(self.scorers), "extra": dict(self.extra), "scorer_model": self.scorer}
 

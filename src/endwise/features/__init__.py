@@ -1,1 +1,1 @@
-"""What single features of a finished SAE do: measurements that run the model."""
+"""Features of a finished SAE, and what they do: measurements that run the model."""

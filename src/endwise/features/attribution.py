@@ -48,7 +48,7 @@ def spliced_gradients(
     mask: TokenMask,
     losses: Sequence[Loss] = ("ce",),
 ) -> dict[Loss, Activation]:
-    """Of the sum of each loss over the batch, by the reconstruction; 0 at masked positions.
+    """Compute the gradients of each loss, summed over the batch, by the reconstruction; 0 at masked positions.
 
     One forward pass of the tail, and a backward pass to the reconstruction for each loss.
 
@@ -73,7 +73,7 @@ def _total(readout: Readout, loss: Loss, part: SplicedRows) -> Tensor:
 
 @dataclass(frozen=True)
 class Contributions:
-    """Of one sequence: sums over its tokens that count, per feature."""
+    """Contributions in one sequence: sums over its tokens that count, per feature."""
 
     firings: Int64[Tensor, " d_sae"]
     active: Sums
@@ -222,7 +222,7 @@ class Attribution:
 
 
 class _LossSums:
-    """Of one loss: Σ a, Σ |a| by token, and what the standard error of R = Σ a / Σ n is made of, per feature.
+    """Sums of one loss: Σ a, Σ |a| by token, and what the standard error of R = Σ a / Σ n is made of, per feature.
 
     a is a sequence's sum, n the number of its terms. Linearised, the error of a ratio of sums over S independent
     sequences is √(S/(S−1) · Σ (a − R·n)²) / Σ n, which needs Σ a², Σ a·n and Σ n² alone.

@@ -1,4 +1,4 @@
-"""What a run keeps of its features' explanations: the folder `explanations/` in the run's own.
+"""Explanations that a run keeps of its features: the folder `explanations/` in the run's own.
 
 explanations.parquet  one row per explained feature, ascending; a score that was not measured is null
 explanations.json     with which settings, of which SAE, and which features were left out, with the reason
@@ -27,7 +27,7 @@ EXPLANATIONS_FOLDER = "explanations"
 EXPLANATIONS_FORMAT = 1
 
 CONTROLS = ("", "shuffled", "random")
-"""How a feature is scored: with its own explanation; with another feature's; and, in its place, a set of random texts
+"""Ways of scoring a feature: with its own explanation; with another feature's; and, in its place, a set of random texts
 with an explanation made of them."""
 TEXT_COLUMNS = ("explanation", "explainer", "scorer", "random_explanation")
 
@@ -94,7 +94,7 @@ class Explanations:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all scores that some feature has, in order."""
+        """Names of all scores that some feature has, in order."""
         return tuple(dict.fromkeys(name for each in self.rows for name in each.scores))
 
 

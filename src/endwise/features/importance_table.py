@@ -1,4 +1,4 @@
-"""What a run keeps of its features' importance: `importance.safetensors` in its folder.
+"""Importance of a run's features, as its folder keeps it: `importance.safetensors` in its folder.
 
 Three measurements on held-out text, each against the SAE's own spliced pass: an estimate for every feature
 (`FeatureImportance`), the exact effect of zeroing some of them (`Ablations`), and what is left when only the most
@@ -85,7 +85,7 @@ class FeatureImportance:
         return _of_half(self.kl_blocks, self.tokens_blocks, half) if self.has_kl else np.full_like(self.kl, np.nan)
 
     def curvature_of_half(self, half: Literal[0, 1]) -> Floats:
-        """What `ce_second` and the KL's second-order estimate add to the first-order one, on one half."""
+        """Return what `ce_second` and the KL's second-order estimate add to the first-order one, on one half."""
         return _of_half(self.squares_blocks, self.predictions_blocks, half) / 2
 
     @property
@@ -125,7 +125,7 @@ class Ablations:
     """Rise of KL(clean ‖ spliced), nats per token."""
     kl_se: Floats
     sequences: Counts
-    """Of the half: those in which the feature fires. In all others zeroing it changes nothing."""
+    """Sequences of the half in which the feature fires. In all others zeroing it changes nothing."""
     estimated_ce: Floats
     """To first order, on the same sequences."""
     estimated_kl: Floats
@@ -181,7 +181,7 @@ class MeasuredImportance:
     ablations: Ablations
     faithfulness: Faithfulness
     settings: Mapping[str, Any]
-    """What it was measured with: two measurements with equal settings are equal."""
+    """Settings of the measurement: two measurements with equal settings are equal."""
 
 
 def read_importance(run: Path) -> FeatureImportance | None:

@@ -23,15 +23,15 @@ class SplicedBatch:
     clean: Clean
     """It recorded the site and the final hidden state."""
     site: Site
-    """Where the reconstruction is put."""
+    """Site at which the reconstruction is put."""
     mask: TokenMask
     """The tokens that count for the SAE."""
     read: Activation
-    """What the SAE encoded."""
+    """Activation that the SAE encoded."""
     latents: Latents
     reconstruction: Activation
     whole: Comparison
-    """Of the spliced pass with the reconstruction as it is."""
+    """Comparison of the spliced pass with the reconstruction as it is."""
 
     @classmethod
     @torch.no_grad()

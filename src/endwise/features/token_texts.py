@@ -1,4 +1,4 @@
-"""How the tokens of a text are written one by one: together they are what the tokenizer's `decode` makes of them."""
+"""Texts of single tokens: together they are what the tokenizer's `decode` makes of them."""
 
 import os.path
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from itertools import pairwise
 Decode = Callable[[Sequence[int]], str]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What bytes that are no whole character are decoded to."""
+"""Character to which bytes are decoded that are no whole one."""
 
 
 def pieces(tokens: Sequence[int], decode: Decode, word: Callable[[int], str]) -> list[str]:

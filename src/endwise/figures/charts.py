@@ -1,4 +1,4 @@
-"""What a figure shows, apart from how it is drawn: one description for the printed and for the interactive figure."""
+"""Content of a figure, apart from how it is drawn: one description for the printed and for the interactive figure."""
 
 import re
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Mark:
     x: float
     y: float
     hover: str = ""
-    """What tells of it where the figure can be pointed at; lines parted by newlines, plain text."""
+    """Text shown where the figure can be pointed at; lines parted by newlines, plain text."""
     x_ends: Ends | None = None
     """95 % interval."""
     y_ends: Ends | None = None
@@ -44,7 +44,7 @@ class Band:
     low: tuple[float, ...]
     high: tuple[float, ...]
     of: str
-    """What it is over: `held-out text`, `3 seeds`."""
+    """Name of what it is over: `held-out text`, `3 seeds`."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Series:
     method: Method
     marks: tuple[Mark, ...]
     label: str = ""
-    """What tells it from others of its method in the panel; unset where it is the only one."""
+    """Label among others of its method in the panel; unset where it is the only one."""
     joined: bool = True
     """A line joins the marks in the order they are given."""
     marked: bool = True
     """The marks are drawn, and not only the line through them."""
     rank: int = 0
-    """Of several series of one method in a panel: 0, 1, 2, ... from the first to the last, told apart by their dashes,
-    and all but the first by hollow markers."""
+    """Number among several series of one method in a panel: 0, 1, 2, ... from the first to the last, told apart by
+    their dashes, and all but the first by hollow markers."""
     band: Band | None = None
 
 
@@ -91,7 +91,7 @@ class Chart:
     """Stem of its files, and its id on a page: letters, digits, `_`, `.` and `-` (see `as_name`)."""
     title: str
     caption: str
-    """What is drawn, in which units, with which intervals."""
+    """Sentences on what is drawn, in which units, with which intervals."""
     panels: tuple[Panel, ...]
     """Side by side."""
     large: bool = False

@@ -47,7 +47,7 @@ def div(chart: Chart) -> str:
 
 
 def library() -> str:
-    """What a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
+    """Return what a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
     resources = files("endwise.figures")
     css = resources.joinpath("interactive.css").read_text(encoding="utf-8")
     return f"<style>\n{css}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
@@ -60,7 +60,7 @@ def script_policy() -> str:
 
 
 def in_words(panel: Panel) -> str:
-    """What the panel shows, for those who do not see it."""
+    """Describe the panel for those who do not see it."""
     parts = []
     for series in panel.series:
         points = ", ".join(f"{mark.y:.4g} at {_place(panel.x, mark.x)}" for mark in series.marks[: style.CROWD])

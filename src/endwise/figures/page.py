@@ -1,4 +1,4 @@
-"""What every page has in common: one file that needs nothing else, its style, its head and its foot."""
+"""Pages, each one file that needs nothing else, its style, its head and its foot."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

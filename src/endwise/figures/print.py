@@ -30,7 +30,7 @@ LEGEND_ROW = 0.18
 COLUMNS = 3
 DPI = 300
 HATCH = "/////"
-"""Of every band that is over something else than the chart's first."""
+"""Hatching of every band that is over something else than the chart's first."""
 
 _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType: text stays text, which journals ask for

@@ -1,4 +1,4 @@
-"""How figures look, however they are drawn: colours, markers, dashes, the range of an axis and its round numbers."""
+"""Style of figures, however they are drawn: colours, markers, dashes, the range of an axis and its round numbers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -55,12 +55,12 @@ def marker_of(method: Method) -> str:
 
 
 def name_of(series: Series) -> str:
-    """What a legend calls it."""
+    """Return its name in a legend."""
     return f"{series.method.label}, {series.label}" if series.label else series.method.label
 
 
 def first_of_each_name(chart: Chart) -> dict[str, Series]:
-    """What a legend shows, method by method: series of one name look alike in all panels, and a line and the marks
+    """List what a legend shows, method by method: series of one name look alike in all panels, and a line and the marks
     about it are one.
     """
     firsts: dict[str, Series] = {}
@@ -73,12 +73,12 @@ def first_of_each_name(chart: Chart) -> dict[str, Series]:
 
 
 def bands_of(chart: Chart) -> list[str]:
-    """What its bands are over, each once; all but the first are hatched."""
+    """List what its bands are over, each once; all but the first are hatched."""
     return list(dict.fromkeys(s.band.of for panel in chart.panels for s in panel.series if s.band is not None))
 
 
 def signs_of(chart: Chart) -> dict[str, str]:
-    """What a legend tells besides names: each in words, and its sign (`band`, `hatched`, `interval` or `front`)."""
+    """List a legend's other entries: each in words, and its sign (`band`, `hatched`, `interval` or `front`)."""
     signs = {f"95 % band over {of}": "hatched" if number else "band" for number, of in enumerate(bands_of(chart))}
     marks = [mark for panel in chart.panels for series in panel.series for mark in series.marks]
     signs |= {"95 % interval": "interval"} if any(mark.x_ends or mark.y_ends for mark in marks) else {}
@@ -86,7 +86,7 @@ def signs_of(chart: Chart) -> dict[str, str]:
 
 
 def distances(values: Sequence[tuple[float, Ends | None]]) -> tuple[list[float], list[float]] | None:
-    """How far below and above each value its interval ends, 0 where one has none; None if none has."""
+    """Measure how far below and above each value its interval ends, 0 where one has none; None if none has."""
     if all(ends is None for _, ends in values):
         return None
     below = [0.0 if ends is None else max(0.0, value - ends[0]) for value, ends in values]
@@ -117,7 +117,7 @@ def drawn_band(band: Band, panel: Panel) -> list[tuple[float, float, float]]:
 
 
 def left_out(panel: Panel) -> str:
-    """How many marks an axis has no place for; empty if none."""
+    """Say how many marks an axis has no place for; empty if none."""
     count = sum(len(series.marks) - len(drawn(series, panel)) for series in panel.series)
     if not count:
         return ""

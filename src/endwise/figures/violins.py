@@ -10,7 +10,7 @@ from endwise.config.method import Method
 from endwise.figures.charts import Mark, Series
 
 HALF_WIDTH = 0.26
-"""Of a violin at its widest; neighbours stand 1 apart."""
+"""Half the width of a violin at its widest; neighbours stand 1 apart."""
 NARROWEST = 0.01
 """Bandwidth of the density where values hardly differ."""
 POINTS = 48

@@ -18,7 +18,7 @@ class CrossEntropy(NamedTuple):
     losses: Float[Tensor, " n"]
     """Nats, in fp32 (float64 for hidden states in float64); 0 in rows that do not count."""
     gradient: Float[Tensor, "n d_model"] | None
-    """Of each row's loss by its own hidden state, in its dtype."""
+    """Gradient of each row's loss by its own hidden state, in its dtype."""
 
 
 def chunked_cross_entropy(

@@ -61,7 +61,7 @@ def _rows_at_once(x: Tensor, weight: Tensor) -> int:
 
 
 def _joined(x: Tensor, weight: Tensor, limit: int, active: Active) -> Found | None:
-    """What is found in all rows, some at a time; None if it is more than the limit."""
+    """Join what is found in all rows, some at a time; None if it is more than the limit."""
     size = _rows_at_once(x, weight)
     places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
     found, start = 0, 0
@@ -121,8 +121,8 @@ def _screened(weight: Tensor, bias: Tensor, above: Tensor) -> Active:
 
 
 def _screened_largest(weight: Tensor, bias: Tensor, k: int) -> Active:
-    """Where the screen's bounds are large, k exact values in each row bound the k-th largest from below; no number
-    whose bound is less can be among the k largest.
+    """Find k values a row; where the screen's bounds are large, k exact values in each row bound the k-th largest from
+    below; no number whose bound is less can be among the k largest.
     """
     screen, exact = Screen(weight, bias), _at_places(weight, bias)
 

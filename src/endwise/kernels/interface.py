@@ -1,4 +1,4 @@
-"""What the kernels compute.
+"""Interface of the kernels.
 
 A sparse matrix `Z [n d_sae]` (latents) is a list of *pairs*, the (row, feature) places where it is not zero, and one
 number per pair. Everything a sparse dictionary needs from it, forward and backward, is one of two operations: a
@@ -31,10 +31,10 @@ class FeatureOrder(NamedTuple):
     """The same pairs sorted by feature; within a feature, by row."""
 
     order: Index
-    """Where each pair stood in the order of rows."""
+    """Place of each pair in the order of rows."""
     rows: Index
     starts: Int[Tensor, " d_sae"]
-    """Where each feature's pairs begin."""
+    """Places where each feature's pairs begin."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pairs:
     rows: Index
     features: Index
     row_starts: Int[Tensor, " n"]
-    """Where each row's pairs begin."""
+    """Places where each row's pairs begin."""
     n_features: int
 
     @property
@@ -90,11 +90,11 @@ class Divergence(NamedTuple):
     total: Float[Tensor, ""]
     """fp32 (float64 for hidden states in float64), summed over rows."""
     gradient: Float[Tensor, "n d_model"]
-    """Of the total by the spliced hidden states, in their dtype."""
+    """Gradient of the total by the spliced hidden states, in their dtype."""
 
 
 def rows_per_chunk(vocab: int, width: int, on_gpu: bool) -> int:
-    """How many rows' logits are held at once."""
+    """Return how many rows' logits are held at once."""
     elements = GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS
     wanted = max(min(width * ROWS_PER_WIDTH, ROWS_ENOUGH), elements / vocab)
     return ROWS_TOGETHER * max(1, round(wanted / ROWS_TOGETHER))
@@ -102,7 +102,7 @@ def rows_per_chunk(vocab: int, width: int, on_gpu: bool) -> int:
 
 class Kernels(ABC):
     def rows_per_chunk(self, unembedding: Unembedding) -> int:
-        """How many rows' logits `kl`, and other reductions over the vocabulary, hold at once."""
+        """Return how many rows' logits `kl`, and other reductions over the vocabulary, hold at once."""
         return rows_per_chunk(*unembedding.weight.shape, on_gpu=unembedding.weight.is_cuda)
 
     @abstractmethod
@@ -114,7 +114,7 @@ class Kernels(ABC):
         limit: int,
         above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
     ) -> Found | None:
-        """Where `x·weightᵀ + bias` is above `above` or NaN, with the values there; None if at more than `limit` places.
+        """Find where `x·weightᵀ + bias` is above `above` or NaN, with the values there; None if more than `limit`.
 
         Args:
             above: one number, or one for each feature; None: 0.

@@ -54,7 +54,7 @@ def _logits(unembedding: Unembedding, clean: Tensor, spliced: Tensor, buffers: B
 
 
 def _slices(logits: Tensor) -> list[slice]:
-    """Of the vocabulary. A GPU, which keeps nothing in its cache from one operation to the next, takes it whole."""
+    """Slice the vocabulary. A GPU, which keeps nothing in its cache between operations, takes it whole."""
     vocab, rows = logits.shape
     size = vocab if logits.is_cuda else max(1, SLICE_ELEMENTS // rows)
     return [slice(start, start + size) for start in range(0, vocab, size)]

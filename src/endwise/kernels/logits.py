@@ -38,11 +38,11 @@ class Buffers:
 
     @property
     def rounds(self) -> bool:
-        """Whether the products are computed in less than fp32."""
+        """True if the products are computed in less than fp32."""
         return self.half is not None
 
     def product(self, unembedding: Unembedding, hidden: Tensor, number: int) -> Float[Tensor, "vocab rows"]:
-        """Of the unembedding with hidden states, in the pass's buffer."""
+        """Multiply the unembedding with hidden states, in the pass's buffer."""
         shape = len(unembedding.weight), len(hidden)
         out = _shaped(self.logits[number], *shape)
         if self.half is None:

@@ -32,7 +32,7 @@ WIDTH_MULTIPLE = 32
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware: in tiles (AMX), or in vectors (AVX512-BF16)."""
+    """Tell if the processor multiplies bf16 matrices in hardware: in tiles (AMX), or in vectors (AVX512-BF16)."""
     return device.type == "cpu" and any(supported() for supported in _SUPPORTED)
 
 
@@ -62,7 +62,7 @@ class Screen:
         return places_above(self.bounds(x), x.new_zeros(()))
 
     def bounds(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_sae"]:
-        """What no pre-activation, less what it must exceed, is above, in bf16; nor, rounded to bf16, what it is."""
+        """Bound from above, in bf16, pre-activations less what they must exceed; and, rounded to bf16, themselves."""
         norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
         return _widened(x, norms, torch.ones_like(norms)) @ self.weight.T
 

@@ -8,9 +8,9 @@ MERGING = (
     "PeftModel.from_pretrained(base, adapter).merge_and_unload(){}. (One of prompts or prefixes cannot be merged, and "
     "endwise takes no model with it.)"
 )
-"""How a model comes to hold its adapter in its own weights; what is done with it follows."""
+"""Advice on merging an adapter into a model's own weights; what is done with it follows."""
 PACKAGES = ("peft", "adapters")
-"""Whose modules change what the modules compute that they stand in for."""
+"""Packages whose modules change what the modules compute that they stand in for."""
 
 
 def refuse_adapted(model: nn.Module, name: str) -> None:

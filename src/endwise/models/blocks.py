@@ -89,7 +89,7 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a block is called with.
+    """Return what a block is called with.
 
     Raises:
         ModelError: neither a positional argument nor one named `hidden_states`.

@@ -1,4 +1,4 @@
-"""What a language model must hold to, tried on a short pass before any long work: that it is finite, that it does not
+"""Checks of a language model, tried on a short pass before any long work: that it is finite, that it does not
 look ahead, and that what follows a site is computed from the site's value as it is in the whole model.
 """
 
@@ -16,7 +16,7 @@ from endwise.models.sites import Part, Site
 
 FIRST = Site(0, Part.RESID_PRE)
 FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
-"""What a model may raise that is run otherwise than it expects."""
+"""Errors that a model may raise when it is run otherwise than it expects."""
 
 
 @runtime_checkable
@@ -134,7 +134,7 @@ def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any
 
 
 def _reason(model: Tried, other: Tokens, site: Site, clean: Any, reasons: Mapping[Site, str]) -> str | None:
-    """Why no SAE can be spliced in at a site; `reasons` has it of all sites after."""
+    """Say why no SAE can be spliced in at a site; `reasons` has it of all sites after."""
     value, after = clean.activations[site], Site(site.layer, Part.RESID_POST)
     if site == FIRST:  # nothing is skipped
         return None
@@ -156,7 +156,7 @@ def _reason(model: Tried, other: Tokens, site: Site, clean: Any, reasons: Mappin
 
 
 def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
-    """Why what a replay gives is not what the whole model gave."""
+    """Say why what a replay gives is not what the whole model gave."""
     beside = "what comes after it needs more of what comes before than the residual stream"
     try:
         found = replay()

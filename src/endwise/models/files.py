@@ -75,7 +75,7 @@ def _file(source: str, name: str, revision: str) -> Path | None:
 
 
 def check_files(source: str, gguf_file: str | None) -> None:
-    """What is to be refused before transformers reads any of it."""
+    """Refuse what must not be read before transformers reads any of it."""
     if gguf_file is not None and not stays_inside(gguf_file):
         raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
     folder = Path(source)
@@ -129,7 +129,7 @@ def _check_shards(index: Path) -> None:
 
 
 def _check_config(folder: Path) -> None:
-    """What transformers would take at its word: it makes as many blocks as the configuration says."""
+    """Refuse what transformers would believe unchecked: it makes as many blocks as the configuration says."""
     file = folder / "config.json"
     if not there_is(file):
         return

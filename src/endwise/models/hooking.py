@@ -18,7 +18,7 @@ NEEDS: dict[Part, tuple[Part, ...]] = {
     Part.MLP_IN: (Part.RESID_PRE, Part.ATTN_OUT),
     Part.MLP_OUT: (Part.RESID_PRE, Part.ATTN_OUT),
 }
-"""What besides its own value a replay from a part needs: what the block had computed before it and reads again."""
+"""Values besides its own that a replay from a part needs: what the block had computed before it and reads again."""
 RESIDUAL = (Part.RESID_PRE, Part.RESID_MID, Part.RESID_POST)
 
 

@@ -14,19 +14,19 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import Scalar, SplicedRows, microbatches
 
 Reconstruct = Callable[[AnyWidth, TokenMask], AnyWidth]
-"""What a joint pass puts at a place: a function of what is read there, and of the positions that count."""
+"""Reconstruction put at a place by a joint pass: a function of what is read there, and of the positions that count."""
 
 
 @dataclass(frozen=True)
 class AtPlace:
-    """What a joint pass meets at a place that has a function."""
+    """Values that a joint pass meets at a place that has a function."""
 
     read: AnyWidth
-    """What the function was given."""
+    """Input of the function."""
     found: AnyWidth
-    """What the model computes at the site that is written."""
+    """Value that the model computes at the site that is written."""
     value: AnyWidth
-    """What the function gave for it."""
+    """Value that the function gave for it."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class JointRows(SplicedRows):
 
 @dataclass(frozen=True)
 class JointGradients:
-    """What the backward pass of a joint pass leaves, and what it met. All are sums over tokens."""
+    """Gradients that the backward pass of a joint pass leaves, and what it met. All are sums over tokens."""
 
     values: Mapping[Site, AnyWidth]
     """At the values that were given; 0 at masked positions."""
     parameters: Sequence[Tensor]
     """At the parameters asked for."""
     at: Mapping[Place, AtPlace]
-    """Of each place that has a function, what was read and found in the whole pass, without its graph, and in place of
+    """Values read and found at each place that has a function in the whole pass, without its graph, and in place of
     the value the gradient there."""
 
 
@@ -155,7 +155,7 @@ class _Visit:
         return {site: partial(self._act, site) for site in {*self._values, *self._writes, *self._reads}}
 
     def _act(self, site: Site, found: Tensor) -> Tensor:
-        """What the model goes on with at a site; who reads it there is given that."""
+        """Return what the model continues with at a site; who reads it there is given that."""
         value = self._values.get(site)
         if site in self._writes:
             place, function = self._writes[site]

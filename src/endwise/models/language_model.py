@@ -80,7 +80,7 @@ class LanguageModel:
         self.stored: Callable[[], str] | None = None
         """The digest of the files that its weights were loaded from; None: they were not, or not by `load_model`."""
         self.commit: str | None = None
-        """Of a model from the hub."""
+        """Commit of a model from the hub."""
         self._loaded = self._changes()
 
     @property
@@ -106,7 +106,7 @@ class LanguageModel:
         return LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
 
     def weights_digest(self, like: object = None) -> str:
-        """What tells the weights from others, after a word for what it was made of: `files` for a model as it was
+        """Digest the weights, after a word for what it was made of: `files` for a model as it was
         loaded, otherwise `tensors`, with their type. Only digests of one word can be compared.
 
         Args:
@@ -126,7 +126,7 @@ class LanguageModel:
             raise ModelError(f"The files that {self.name} was loaded from cannot be read again: {error}") from None
 
     def _changes(self) -> list[int]:
-        """How often each weight was written to in place."""
+        """Count how often each weight was written to in place."""
         weights = (parameter for parameter in self.model.parameters() if not parameter.is_inference())
         return [weight._version for weight in weights]  # noqa: SLF001  Autograd's own counter.
 

@@ -98,7 +98,7 @@ def _bars_on_a_terminal() -> Iterator[None]:
 
 
 def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
-    """Where the files of a model lie that was loaded: the folder given, or the hub's snapshot of it."""
+    """Find the files of a model that was loaded: the folder given, or the hub's snapshot of it."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -152,7 +152,7 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str)
 def arguments_for(
     name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """What transformers reads a model from, and with which arguments."""
+    """Return what transformers reads a model from, and with which arguments."""
     source = str(embedded.folder()) if name == "embedded" else name
     check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -190,7 +190,7 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
 
 
 def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
-    """Which of the causes it is that no tokenizer could be read."""
+    """Find the cause why no tokenizer could be read."""
     told = _one_line(error)
     if "gguf_file" not in shared and not tokenizer_files(source, shared["revision"]):
         return f"{source} holds no file of one. Save its tokenizer there: tokenizer.save_pretrained(FOLDER)."

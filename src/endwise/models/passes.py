@@ -1,4 +1,4 @@
-"""What passes through a model take and give."""
+"""Records that passes through a model take and give."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Patch = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Clean:
-    """What the original model's pass recorded."""
+    """Record of the original model's pass."""
 
     tokens: Tokens
     activations: dict[Site, AnyWidth]
@@ -31,7 +31,7 @@ class Clean:
 
 @dataclass(frozen=True)
 class Spliced:
-    """What a pass with reconstructions in place recorded."""
+    """Record of a pass with reconstructions in place."""
 
     activations: dict[Site, AnyWidth]
     final: Activation | None

@@ -1,4 +1,4 @@
-"""What a few short passes of a model tell: its sites, their widths, and whether it can be taken at all."""
+"""Probing of a model by a few short passes: its sites, their widths, and whether it can be taken at all."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -37,16 +37,16 @@ CORE = (Part.RESID_PRE, Part.ATTN_OUT, Part.MLP_OUT, Part.RESID_POST)
 
 @dataclass
 class Known:
-    """What is known of a model's sites."""
+    """Knowledge of a model's sites."""
 
     widths: dict[Site, int] = field(default_factory=dict)
-    """Of every site that has a value."""
+    """Width of every site that has a value."""
     unspliceable: dict[Site, str] = field(default_factory=dict)
     """Those that cannot be spliced at, each with the reason."""
     absent: dict[Site, str] = field(default_factory=dict)
     """Sites that one might look for, each with why the model has none."""
     returns: dict[nn.Module, int | None] = field(default_factory=dict)
-    """Of each block and part of one, the length of the tuple that it returns; None: a bare tensor."""
+    """Length of the tuple that it returns; None: a bare tensor."""
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def _check_readout(model: Tried, final: Activation, logits: Tensor) -> None:
 
 
 def _adds_up(at: Mapping[Part, Tensor | None]) -> bool:
-    """Whether resid_pre + attn_out + mlp_out = resid_post, to rounding."""
+    """Tell if resid_pre + attn_out + mlp_out = resid_post, to rounding."""
     pre, attention, mlp, post = (at[part] for part in CORE)
     if pre is None or attention is None or mlp is None or post is None or not pre.shape == attention.shape == mlp.shape:
         return False

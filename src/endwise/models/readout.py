@@ -61,7 +61,7 @@ class Readout:
         return _KLFromHidden.apply(spliced.flatten(0, 1), clean.flatten(0, 1), keep, self.unembedding)  # pyright: ignore[reportReturnType]
 
     def cross_entropy(self, hidden: Activation, tokens: Tokens, mask: TokenMask) -> Float[Tensor, "batch pos"]:
-        """Of each prediction against the token that follows, in nats; 0 at positions that predict none that counts.
+        """Compute the cross-entropy with the token that follows, in nats; 0 where none that counts does.
 
         Differentiable in `hidden`; the gradient is computed in the same chunked pass, where it is asked for.
         """
@@ -100,7 +100,7 @@ class Readout:
 
 
 def next_tokens(tokens: Tokens, mask: TokenMask) -> tuple[Tokens, TokenMask]:
-    """What each position is to predict, and the positions that predict a token which counts."""
+    """Return what each position is to predict, and the positions that predict a token which counts."""
     predicts = mask.clone()
     predicts[:, -1] = False
     predicts[:, :-1] &= mask[:, 1:]  # a masked token (padding) is no target

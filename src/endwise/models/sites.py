@@ -9,20 +9,20 @@ from endwise.common.errors import SiteError
 
 
 class Part(StrEnum):
-    """Where in a block. The order is the order of computation."""
+    """Places in a block. The order is the order of computation."""
 
     RESID_PRE = "hook_resid_pre"
     """The residual stream entering the block."""
     ATTN_Z = "attn.hook_z"
-    """What attention's output projection receives: the heads' results, one after the other."""
+    """Input of attention's output projection: the heads' results, one after the other."""
     ATTN_OUT = "hook_attn_out"
-    """What attention adds to the residual stream."""
+    """Value that attention adds to the residual stream."""
     RESID_MID = "hook_resid_mid"
     """The residual stream between attention and the MLP, where the one comes after the other."""
     MLP_IN = "mlp_in"
     """The tensor that the MLP module receives: after the norm before it, weight and bias included."""
     MLP_OUT = "hook_mlp_out"
-    """What the MLP adds to the residual stream."""
+    """Value that the MLP adds to the residual stream."""
     RESID_POST = "hook_resid_post"
     """The residual stream leaving the block."""
 
@@ -78,7 +78,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a dictionary stands: an SAE reads and writes one site, a transcoder reads one and writes a later one.
+    """Place of a dictionary: an SAE reads and writes one site, a transcoder reads one and writes a later one.
 
     Written `blocks.3.hook_resid_pre`, or `blocks.3.mlp_in -> blocks.3.hook_mlp_out`.
 
@@ -87,9 +87,9 @@ class Place:
     """
 
     reads: Site
-    """What the dictionary encodes."""
+    """Site that the dictionary encodes."""
     writes: Site
-    """Whose activation its reconstruction stands for."""
+    """Site whose activation its reconstruction stands for."""
 
     def __post_init__(self) -> None:
         if self.writes < self.reads:

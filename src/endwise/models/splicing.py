@@ -153,7 +153,7 @@ def refuse_width(model: LanguageModel, site: Site, width: int | None) -> None:
 
 
 def _patch_of(place: Place, sae: Callable[[Tensor], Tensor]) -> dict[Site, Callable[[Tensor], Tensor]]:
-    """What a whole pass puts at a place: where two sites are meant, the value is kept at the first for the second."""
+    """Return what a whole pass puts at a place: of two sites, the value is kept at the first for the second."""
     if place.reads == place.writes:
         return {place.reads: sae}
     kept: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a token of training costs each kind, measured on runs that train alone, one after another."""
+"""Costs of a token of training, kind by kind, measured on runs that train alone, one after another."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def _read(file: Path) -> list[Cost]:
 
 
 def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
-    """Of a recipe; of a site or size that was not measured, what the kind costs at the first."""
+    """Return a recipe's cost; of a site or size that was not measured, what the kind costs at the first."""
     of_kind = [cost for cost in costs if cost.kind == config.objective.name]
     for cost in of_kind:
         if cost.site == config.site and cost.ratio == config.dictionary.ratio:
@@ -96,8 +96,8 @@ def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
 
 
 def relative_to_local(costs: list[Cost], kind: Kind, site: str) -> Interval | None:
-    """What the kind costs as a multiple of local at a site, with the study's dictionary. The interval spans all that is
-    within both kinds' own; without one, its ends are NaN. None: they were not both timed there.
+    """Return what the kind costs as a multiple of local at a site, with the study's dictionary. The interval spans all
+    that is within both kinds' own; without one, its ends are NaN. None: they were not both timed there.
     """
     own = {cost.kind: cost for cost in costs if (cost.site, cost.ratio) == (site, None)}
     if kind not in own or "local" not in own:

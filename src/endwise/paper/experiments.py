@@ -25,7 +25,7 @@ class Experiments:
     folder: Path
 
     def rates(self, choose: Callable[[Sequence[float]], float]) -> Rates:
-        """Of those that are tried, one for every kind and site."""
+        """Choose, of those that are tried, one for every kind and site."""
         return {
             site: {kind: choose(self.study.kind(kind, site).learning_rates) for kind in self.study.kinds}
             for site in self.study.sites

@@ -14,7 +14,7 @@ CE, L0 = AXIS["ce_increase"], AXIS["l0"]
 
 
 def learning_rates(runs: Sequence[tuple[float, RunSummary]], site: str) -> Chart:
-    """What the learning rate does, at one coefficient a kind."""
+    """Draw what the learning rate does, at one coefficient a kind."""
     rate = Axis("learning rate", log=True)
     axes = {"l0": Axis("L0: features per token", log=True), "ce_increase": CE, "alive": Axis("alive features")}
     panels = []

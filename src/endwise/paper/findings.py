@@ -1,4 +1,4 @@
-"""What a study's runs show: read from their folders, joined into tables, the same however often it was interrupted."""
+"""Findings of a study's runs: read from their folders, joined into tables, the same after any interruption."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -42,18 +42,18 @@ class Findings:
     experiments: Mapping[str, tuple[MeasuredStudy, ...]]
     mitigations: Mitigations | None
     settings: EvaluationConfig
-    """How its runs were measured, and how intervals are drawn."""
+    """Settings by which its runs were measured, and intervals are drawn."""
 
     def summaries(self, experiment: str) -> list[RunSummary]:
         return [run.summary for run in self.experiments[experiment]]
 
     def middle_coefficient(self, kind: Kind) -> float:
-        """Of the kind's curve at the first site."""
+        """Return the middle one of the kind's curve at the first site."""
         study = self.made.experiments.study
         return middle(study.kind(kind, study.site).coefficients)
 
     def is_base(self, point: CostPoint) -> bool:
-        """Whether a variant is the study's own training."""
+        """Tell if a variant is the study's own training."""
         curves = {run.folder for run in (*self.summaries("curves"), *self.summaries("seeds"))}
         return all(run.folder in curves for run in point.variant.runs)
 
@@ -103,7 +103,7 @@ _ABSENT = ("learning_rates", "curves", "starts", "seeds", "sizes", "lengths")
 
 
 def _norms(runs: Sequence[MeasuredStudy], out: Path) -> dict[str, Norms]:
-    """Of each run, measured once and kept in the study's folder."""
+    """Read each run's lengths, measured once and kept in the study's folder."""
     loaded, result = ModelCache(), {}
     for run in runs:
         config, folder = run.config, folder_of(run.config)
@@ -168,7 +168,7 @@ def _grouped(made: StudyRuns, kind: Kind, way: Way, runs: Sequence[MeasuredStudy
 
 
 def label(config: RunConfig, made: StudyRuns, way: Way) -> str:
-    """What tells a variant from the others."""
+    """Name what tells a variant from the others."""
     factor = config.training.tokens / made.experiments.tokens
     if way == "dictionary":
         ratio, size = config.dictionary.ratio, config.dictionary.size

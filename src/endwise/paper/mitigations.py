@@ -1,4 +1,4 @@
-"""What a CE increase costs: the paper's three ways to train end to end for less, each as a curve.
+"""Costs of a CE increase: the paper's three ways to train end to end for less, each as a curve.
 
 The ways are fewer training tokens, a smaller dictionary, and a start from a local SAE. Each variant is a short curve of
 runs; its CE increase is read off at one L0, the same for all variants, and never beyond what was measured.
@@ -33,14 +33,14 @@ class Variant:
     kind: Kind
     way: Way
     label: str
-    """What it does otherwise: `0.5 × tokens`, `3 features per dimension`."""
+    """Change that it makes: `0.5 × tokens`, `3 features per dimension`."""
     runs: tuple[RunSummary, ...]
     started: bool
     """From a local SAE."""
     tokens: int
     """Training tokens of a run, the local phase it may have begun with counted."""
     seconds: float
-    """What these take on the machine that the costs were measured on."""
+    """Time that these take on the machine that the costs were measured on."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CostPoint:
     """Nats per token at the common L0, the geometric mean over seeds; 95 % over held-out text, and over seeds too where
     there are `LEAST_SEEDS` or more."""
     reason: str | None
-    """Why there is none."""
+    """Reason why there is none."""
     by_seed: Mapping[Seeds, float] = field(default_factory=dict)
     """It of each seed."""
     draws: Mapping[Seeds, Floats] = field(default_factory=dict, repr=False, compare=False)
@@ -103,7 +103,7 @@ class Mitigations:
 
 
 def reaches(point: CostPoint, reference: CostPoint, within: float) -> bool:
-    """Whether the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
+    """Tell if the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
     ratio = point.relative_to(reference)
     return ratio.interval is not None and ratio.holds_seeds and ratio.interval[1] < within
 

@@ -1,4 +1,4 @@
-"""How long a study's runs are, so that all of them fit a budget; decided once, and kept in the study's folder."""
+"""Plan of how long a study's runs are, so that all fit a budget; decided once, and kept in the study's folder."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, Recipes] = {
 }
 """In the order in which they are carried out; a budget that is too small for all drops the last ones first."""
 INDISPENSABLE = 2
-"""Of them, that are carried out whatever the budget."""
+"""Number of them that are carried out whatever the budget."""
 
 
 @dataclass(frozen=True)

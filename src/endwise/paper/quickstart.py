@@ -29,7 +29,7 @@ from endwise.training.members import Run
 from endwise.training.train import train_together
 
 SWEEP = "embedded-kinds"
-"""What is trained, as a sweep that ships."""
+"""Sweep that ships, of what is trained."""
 
 
 def recipes(out: Path, seed: int, overrides: Sequence[str] = ()) -> list[RunConfig]:

@@ -25,7 +25,7 @@ class Reproduced:
 
     @property
     def remarks(self) -> list[str]:
-        """What must be told of the runs' numbers (`endwise.common.remarks`)."""
+        """Remarks on the runs' numbers (`endwise.common.remarks`)."""
         folders = (folder_of(each) for name in self.runs.plan.experiments for each in self.runs.finished(name))
         return remarks_of(map(RunSummary.read, dict.fromkeys(folders)))
 

@@ -25,7 +25,7 @@ from endwise.sweeps.sweep_config import SearchConfig
 from endwise.sweeps.tasks import folder_of, is_finished
 
 CLOSE = 1.02
-"""Of learning rates that need numbers of features within this factor the smallest is taken."""
+"""Factor within which learning rates that need like numbers of features count as equal: the smallest is taken."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StudyRuns:
     rates: Rates
     costs: list[Cost]
     failures: Mapping[Path, str]
-    """Why a run is not there."""
+    """Reasons why a run is not there."""
 
     def finished(self, experiment: str) -> list[RunConfig]:
         """The finished runs of an experiment."""

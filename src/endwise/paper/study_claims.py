@@ -89,7 +89,7 @@ def _norms(found: Findings) -> Claim:
 
 
 def _learning_rate(found: Findings) -> Claim:
-    """Of each kind, the chosen rate against the highest, both with the middle coefficient and one seed."""
+    """Compare each kind's chosen rate with the highest, both with the middle coefficient and one seed."""
     told = []
     site = found.made.experiments.study.site
     for kind in found.made.experiments.study.kinds:
@@ -155,14 +155,14 @@ def _lengths(found: Findings) -> Claim:
 
 
 def _gains_more(ratio: Ratio, local: Ratio) -> bool:
-    """Whether what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
+    """Tell if what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
     apart.
     """
     return ratio.interval is not None and local.interval is not None and ratio.interval[1] < local.interval[0]
 
 
 def _seeds(found: Findings) -> Claim:
-    """Whether kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
+    """Judge if kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
     told, holds = [], []
     for site, summary in found.sites.items():
         for kind, ratio in to_local(summary, "features_at_equal_ce").items():
@@ -199,7 +199,7 @@ def _cost(found: Findings, kind: Kind) -> Claim:
 
 
 def _mitigation(found: Findings, way: Way) -> Claim:
-    """Whether a cheaper variant of an end-to-end kind does as well as its full training."""
+    """Judge if a cheaper variant of an end-to-end kind does as well as its full training."""
     words, published = {
         "tokens": ("Training on fewer tokens", "e2e+ds saturates at 400k samples, e2e at 800k"),
         "dictionary": ("A smaller dictionary", "5 features per dimension are acceptable on TinyStories-1M"),
@@ -264,7 +264,7 @@ def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
 
 
 def _is_cheaper(point: CostPoint, base: CostPoint) -> bool:
-    """Whether a variant takes less time with no larger dictionary, which by timings alone may cost less."""
+    """Tell if a variant takes less time with no larger dictionary, which by timings alone may cost less."""
     variant, full = point.variant, base.variant
     return variant.seconds < full.seconds and variant.runs[0].d_sae <= full.runs[0].d_sae
 

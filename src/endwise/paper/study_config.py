@@ -18,7 +18,7 @@ Positives = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_lengt
 
 
 class KindConfig(Config):
-    """How one kind is trained."""
+    """Training of one kind."""
 
     coefficients: Positives
     """Sparsity coefficients, one run each."""
@@ -34,8 +34,8 @@ class StudyConfig(EngineConfig):
     """
 
     recipe: dict[str, Any]
-    """What all runs share: model, data, dictionary, training, evaluation. `training.tokens` is each run's length where
-    no budget is given."""
+    """Settings that all runs share: model, data, dictionary, training, evaluation. `training.tokens` is each run's
+    length where no budget is given."""
     sites: Annotated[dict[str, dict[Kind, dict[str, Any]]], Field(min_length=1)]
     """Each with what its kinds do otherwise there. At the first one lengths, sizes and starts are compared."""
     kinds: dict[Kind, KindConfig]
@@ -78,7 +78,7 @@ class StudyConfig(EngineConfig):
         }
 
     def kind(self, kind: Kind, site: str) -> KindConfig:
-        """How a kind is trained at a site."""
+        """Return how a kind is trained at a site."""
         changes = self.sites[site].get(kind, {})
         return KindConfig.build({**self.kinds[kind].model_dump(), **changes}, f"sites.{site}.{kind}")
 

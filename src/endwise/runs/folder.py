@@ -58,7 +58,7 @@ from endwise.runs.trackers import Mirror
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 LAST_BYTES = 1 << 16
-"""Of a file's end, in which its last whole line lies: more than a line of `metrics.jsonl` takes."""
+"""Bytes of a file's end, in which its last whole line lies: more than a line of `metrics.jsonl` takes."""
 
 
 class RunFolder:
@@ -77,7 +77,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock_file = path / ".lock"
         self.mirror = Mirror()
-        """Who hears of what is written here."""
+        """Trackers that hear of what is written here."""
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -116,7 +116,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
 
     def _is_foreign(self, file: Path) -> bool:
-        """Whether a file is more than what a process that was killed before its run began leaves."""
+        """Tell if a file is more than what a process that was killed before its run began leaves."""
         return file != self._lock_file and not file.name.endswith(PARTIAL)
 
     def create(self, config: Recipe) -> None:
@@ -158,7 +158,7 @@ class RunFolder:
         write_json(self.start_file, {**before, "seed": self.config().seed, **record})
 
     def digests(self) -> dict[str, Any]:
-        """What the run stands on, as far as its folder tells: nothing, of one that an older version started.
+        """Read what the run stands on, as far as its folder says: nothing, of one that an older version started.
 
         Raises:
             FormatError: the file is there, but cannot be read.
@@ -189,7 +189,7 @@ class RunFolder:
         return digest
 
     def fingerprint(self, side: str) -> str | None:
-        """Of the training (`train`) or held-out text (`heldout`), as `Corpus.fingerprint` tells it; None: unknown.
+        """Read that of the training (`train`) or held-out text (`heldout`), see `Corpus.fingerprint`; None: unknown.
 
         Raises:
             RunFolderError, FormatError: `data.json` is there, but does not tell it as it is written.
@@ -230,7 +230,7 @@ class RunFolder:
         return config
 
     def has_run(self) -> bool:
-        """Whether a run has been started here."""
+        """Tell if a run has been started here."""
         return there_is(self.config_file)
 
     def check_exists(self) -> None:
@@ -345,7 +345,7 @@ class RunFolder:
         return found
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step lies, if there is one."""
+        """Return where the checkpoint of a step lies, if there is one."""
         return self.checkpoints / f"step-{step:09d}.safetensors"
 
     def saved_steps(self) -> list[int]:
@@ -385,7 +385,7 @@ def _step_of(line: str) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat the run: versions, platform, command."""
+    """Return what a reader needs to repeat the run: versions, platform, command."""
     versions: dict[str, str | None] = {}
     for package in REPORTED_PACKAGES:
         try:

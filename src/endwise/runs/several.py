@@ -1,4 +1,4 @@
-"""Where a run of several places keeps each of them, and what tells such a place's folder from a run's."""
+"""Folders of a run of several places, and what tells such a place's folder from a run's."""
 
 import shlex
 from pathlib import Path
@@ -28,7 +28,7 @@ def mark_part(folder: Path, config: PlacesConfig) -> None:
 
 
 def is_part(folder: Path) -> bool:
-    """Whether a folder is one place of a run that trains several jointly."""
+    """Tell if a folder is one place of a run that trains several jointly."""
     return there_is(folder / PART)
 
 

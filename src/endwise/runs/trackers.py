@@ -22,7 +22,7 @@ Status = Literal["finished", "interrupted", "failed"]
 
 @runtime_checkable  # the tests check types as they run
 class Tracker(Protocol):
-    """What listens to one run, from one start of it to its end or interruption."""
+    """Listener to one run, from one start of it to its end or interruption."""
 
     def started(self, config: Recipe, folder: Path, step: int | None) -> None:
         """Hear of a run that starts (step 0), is resumed, or is measured (None) by this process.

@@ -1,4 +1,4 @@
-"""Whether something that a run keeps was gathered from the weights that its SAE has now."""
+"""Checks that something a run keeps was gathered from the weights that its SAE has now."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where tasks are carried out. An engine takes tasks and gives back what became of their runs, in any order."""
+"""Engines that carry out tasks. One takes tasks and returns the outcomes of their runs, in any order."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -24,7 +24,7 @@ WAIT_SECONDS = 1.0
 CONNECT_SECONDS = 15.0
 
 TOLD = (exceptions.RayTaskError, exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError)
-"""What another worker would fail of as well; Ray's other errors are losses."""
+"""Errors that another worker would meet as well; Ray's other errors are losses."""
 
 
 class OnRay(Remote):
@@ -37,7 +37,7 @@ class OnRay(Remote):
     def __init__(self, config: RayConfig) -> None:
         super().__init__(config.retries)
         self._owned = not ray.is_initialized()
-        """Whether the connection is this sweep's, and not one that the caller had made."""
+        """True if the connection is this sweep's, and not one that the caller had made."""
         if self._owned:
             _connect(config.address)
         try:
@@ -82,8 +82,8 @@ class OnRay(Remote):
 
 
 def options_of(config: RayConfig) -> dict[str, Any]:
-    """Of a Ray task. Ray's own retries are off: losses are counted here, those for want of memory too, which Ray
-    otherwise retries without end. A worker that had GPU memory ends with its task and so gives it back.
+    """Return the options of a Ray task. Ray's own retries are off: losses are counted here, those for want of memory
+    too, which Ray otherwise retries without end. A worker that had GPU memory ends with its task and so gives it back.
     """
     calls = 1 if config.gpus else 0  # 0: any number
     shares = {"num_cpus": config.cpus, "num_gpus": config.gpus}

@@ -25,12 +25,12 @@ except ImportError as error:
     raise ConfigError(f"engine: slurm needs submitit ({error}). Install it: pip install 'endwise[slurm]'") from None
 
 TIMEOUTS = 10_000
-"""How often a job may reach its time limit: always, but submitit wants a number."""
+"""Times that a job may reach its time limit: always, but submitit wants a number."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a job does."""
+    """Task that a job does."""
 
     task: Task
     directory: Path
@@ -61,7 +61,7 @@ class Assignment:
         return outcomes
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again: the same, since all that is done lies in the run folders."""
+        """Return what submitit queues again: the same, since all that is done lies in the run folders."""
         return DelayedSubmission(self)
 
 
@@ -89,7 +89,7 @@ class OnSlurm(Remote):
     queue_seconds = 15.0
     """Between two looks at the queue, which a cluster's users share; results are files, looked for more often."""
     lag_seconds = 30.0
-    """How long a result may take to be seen here once its job has left the queue."""
+    """Time that a result may take to be seen here once its job has left the queue."""
 
     def __init__(self, config: SlurmConfig, folder: Path) -> None:
         super().__init__(config.retries, config.at_once)
@@ -211,7 +211,7 @@ class _Queue:
 
 
 def _run(*command: str) -> str | None:
-    """What a command says; None: it failed."""
+    """Run a command and return what it says; None: it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Where a point of a sweep stands, and the run that it needs next; read from its run folders alone."""
+"""Progress of a point of a sweep, and the run that it needs next; read from its run folders alone."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -28,16 +28,16 @@ class PointProgress:
     result: RunConfig | None = None
     """Its run, once that is trained and measured."""
     error: str | None = None
-    """Why there will be none."""
+    """Reason why there will be none."""
     run: RunConfig | None = None
     """The run that was last asked for."""
     on_trial: bool = False
-    """Whether that is one of a search, and not the point's own."""
+    """True if that is one of a search, and not the point's own."""
     _given_out: set[Path] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
-        """Of the run that was last asked for."""
+        """Folder of the run that was last asked for."""
         return self.out if self.run is None else folder_of(self.run)
 
     def due(self) -> RunConfig | None:
@@ -61,7 +61,7 @@ class PointProgress:
         self._given_out.add(self.folder)
 
     def note(self, outcome: Outcome) -> None:
-        """What became of its run."""
+        """Take note of its run's outcome."""
         if outcome.error is None:
             return
         self.error = outcome.error

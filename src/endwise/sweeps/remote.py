@@ -1,4 +1,4 @@
-"""What engines with workers elsewhere share: who carries out what, what is given out again, how all is stopped.
+"""Base of engines with workers elsewhere: who carries out what, what is given out again, how all is stopped.
 
 A worker carries out a task in the directory of the sweep, and whatever happens comes back as text.
 """
@@ -51,7 +51,7 @@ class Remote(ABC):
     """
 
     visible_seconds = 60.0
-    """How long a file that another machine wrote may take to be seen here: what NFS keeps in mind by default."""
+    """Time that a file that another machine wrote may take to be seen here: what NFS keeps in mind by default."""
 
     def __init__(self, retries: int, at_once: int | None = None) -> None:
         self._retries, self._at_once = retries, at_once
@@ -74,7 +74,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
-        """Of a job that has ended; None: it was told to stop.
+        """Return the outcomes of a job that has ended; None: it was told to stop.
 
         Raises:
             Lost: it has left no result.
@@ -125,7 +125,7 @@ class Remote(ABC):
                 self._full = True
 
     def _outcomes(self, handle: Any, job: Job) -> Iterator[list[Outcome]]:
-        """What became of a task, unless it is given out again."""
+        """Return the outcomes of a task, unless it is given out again."""
         try:
             outcomes = self._result(handle, job.task)
         except Lost as error:

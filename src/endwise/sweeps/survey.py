@@ -1,4 +1,4 @@
-"""What can be said of a sweep before anything is trained: where its points stand, and which are bound to fail."""
+"""Survey of a sweep before anything is trained: where its points stand, and which are bound to fail."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from endwise.training.planning.outline import outline_model
 
 @dataclass(frozen=True)
 class PointStatus:
-    """What a sweep would do for a point now."""
+    """Next act of a sweep for a point."""
 
     point: Point
     folder: Path
-    """Of the run that is next, or of the one that is finished."""
+    """Folder of the run that is next, or of the one that is finished."""
     state: str
     passes: int | None = None
     """The number of the pass in which it would be trained or measured; equal numbers share one."""
 
 
 def survey(config: SweepConfig | Mapping[str, Any] | str | Path) -> list[PointStatus]:
-    """Where every point of a sweep stands; nothing is trained or written.
+    """Report where every point of a sweep stands; nothing is trained or written.
 
     Raises:
         ConfigError: see `sweep`.

@@ -22,15 +22,15 @@ from endwise.sweeps.watching import Watch
 
 @dataclass(frozen=True)
 class Sweep:
-    """What became of a sweep's points."""
+    """Outcomes of a sweep's points."""
 
     runs: Mapping[Point, Path]
     """The folder of each point that is trained and measured."""
     failures: Mapping[Point, str]
-    """Why each of the others is not."""
+    """Reason why each of the others is not."""
     folder: Path
     places: Mapping[Point, Path]
-    """Of all points, in the order of the sweep, the folder of the latest run."""
+    """Folder of the latest run of each point, in the order of the sweep."""
     rows: Sequence[Mapping[str, Any]] = ()
     """The table of all points, once it is written."""
 

@@ -21,7 +21,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Target(Config):
-    """What a run is to reach; its sparsity coefficient is searched for."""
+    """Target that a run is to reach; its sparsity coefficient is searched for."""
 
     ce_increase: Annotated[float, Field(gt=0)] | None = None
     """Nats per token."""
@@ -47,14 +47,14 @@ class Target(Config):
 
 
 class SearchConfig(Config):
-    """How the coefficient that meets a target is looked for; the recipe's own is the first that is tried."""
+    """Search for the coefficient that meets a target; the recipe's own is the first that is tried."""
 
     tokens: Share = 0.2
     """Length of a trial, as a share of `training.tokens`."""
     trials: Annotated[int, Field(ge=2, le=50)] = 6
     """Most trials of a point."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """How far from the target, as a share of it, counts as met."""
+    """Distance from the target, as a share of it, counts as met."""
     corrections: Annotated[int, Field(ge=0, le=10)] = 1
     """Further runs at full length where the first ends outside the tolerance, as trials are shorter than it."""
 
@@ -70,7 +70,7 @@ class RayConfig(Config):
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs that a task asks for; 0.25 lets four tasks share one. Above 1 a whole number."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a task is started again whose worker or machine was lost; it resumes from its last checkpoints."""
+    """Times that a task is started again whose worker or machine was lost; it resumes from its last checkpoints."""
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "RayConfig":
@@ -85,11 +85,11 @@ class SlurmConfig(Config):
     cluster: Literal["slurm", "local"] = "slurm"
     """`local` runs the jobs as processes of this machine, to try a sweep out."""
     partition: str | None = None
-    """Of the cluster; unset: its default one."""
+    """Partition of the cluster; unset: its default one."""
     minutes: Positive = 240
     """Time limit of a job. One that comes near it saves, is queued again, and resumes from there."""
     save_seconds: Annotated[int, Field(gt=0, le=65535)] = 120
-    """How long before its time limit a job begins to save: longer than a step, a checkpoint and an evaluation."""
+    """Time before its limit at which a job begins to save: longer than a step, a checkpoint and an evaluation."""
     cpus: Positive = 4
     """Cores of a job, and threads that it computes with."""
     gpus: Annotated[int, Field(ge=0)] = 1
@@ -99,7 +99,7 @@ class SlurmConfig(Config):
     at_once: Positive = 16
     """Jobs in the queue at a time."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a job is submitted again that ended without a result; it resumes from its last checkpoints."""
+    """Times that a job is submitted again that ended without a result; it resumes from its last checkpoints."""
     options: dict[str, bool | int | str] = Field(default_factory=dict)
     """Further options of `sbatch`, by their names with underscores, e.g. `account: mine` or `exclusive: true`."""
 
@@ -113,10 +113,10 @@ class SlurmConfig(Config):
 
 
 class EngineConfig(Config):
-    """Where runs are carried out."""
+    """Engine that carries out the runs."""
 
     engine: Literal["in_process", "ray", "slurm"] = "in_process"
-    """Where tasks (runs, or groups of runs in one pass) are carried out."""
+    """Name of what carries out tasks (runs, or groups of runs in one pass)."""
     ray: RayConfig = RayConfig()
     slurm: SlurmConfig = SlurmConfig()
 
@@ -179,7 +179,7 @@ def as_sweep(config: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfi
 
 
 def _is_own(override: str) -> bool:
-    """Whether a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
+    """Tell if a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
     first, dot, _ = override.partition("=")[0].partition(".")
     return first in SweepConfig.model_fields and not (first == "settings" and dot)
 
@@ -220,7 +220,7 @@ def flattened(values: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
 
 
 def takes_whole_numbers(key: str) -> bool:
-    """Whether a field's numbers have no fractions."""
+    """Tell if a field's numbers have no fractions."""
     field = recipe_fields().get(key)
     return field is not None and int in (kinds := _kinds(field.annotation)) and float not in kinds
 

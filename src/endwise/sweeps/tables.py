@@ -49,8 +49,8 @@ def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], f
 
 
 def measured(point: Point, path: Path) -> dict[str, Any]:
-    """What a finished run measured, flat: nested names joined by dots, ends of intervals as `.low` and `.high`. With it
-    where its knob stood, and how far from its target it is, as a share of it.
+    """Return what a finished run measured, flat: nested names joined by dots, ends of intervals as `.low` and `.high`.
+    With it where its knob stood, and how far from its target it is, as a share of it.
     """
     folder = RunFolder(path)
     evaluation = folder.evaluation() or {}

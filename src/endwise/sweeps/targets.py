@@ -32,7 +32,7 @@ class SearchError(EndwiseError):
 
 @dataclass(frozen=True)
 class Trial:
-    """Where a run stood, and the metric that it ended with."""
+    """Knob of a run, and the metric that it ended with."""
 
     at: float
     """The knob's value."""
@@ -92,12 +92,12 @@ def next_value(
 
 
 def miss(trial: Trial, target: Target) -> float:
-    """How far a run is from the target, as a share of it."""
+    """Measure how far a run is from the target, as a share of it."""
     return abs(trial.value / target.value - 1)
 
 
 def slope_at(trials: Sequence[Trial], target: Target) -> float | None:
-    """Of log metric over log knob, between the two trials that are nearest to the target."""
+    """Estimate the slope of log metric over log knob, between the two trials that are nearest to the target."""
     points = sorted(((math.log(t.at), _log_miss(t, target)) for t in trials), key=lambda point: abs(point[1]))
     if len(points) < 2 or points[0][0] == points[1][0]:
         return None
@@ -105,7 +105,7 @@ def slope_at(trials: Sequence[Trial], target: Target) -> float | None:
 
 
 def _sign(target: Target, knob: Knob) -> int:
-    """Of the slope of log metric over log knob."""
+    """Sign of the slope of log metric over log knob."""
     return -1 if (target.metric == "l0") == knob.sparser else 1
 
 

@@ -26,11 +26,11 @@ MEASURED = ("ce_increase", "l0", "alive")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """Outcome of a run."""
 
     folder: Path
     error: str | None = None
-    """Why it has not ended; None: it is trained and measured."""
+    """Reason why it has not ended; None: it is trained and measured."""
 
 
 Task = tuple[RunConfig, ...]
@@ -57,7 +57,7 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether the folder holds the SAE that the recipe asks for, trained to its last step.
+    """Tell if the folder holds the SAE that the recipe asks for, trained to its last step.
 
     Raises:
         RunFolderError: it holds the run of another recipe, or what it holds cannot be read.
@@ -76,7 +76,7 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run is trained and measured.
+    """Tell if the run is trained and measured.
 
     Raises:
         EndwiseError: see `is_trained`.
@@ -85,8 +85,8 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
-    """What the run measured; None where that is not there, is damaged, or is of other weights than its SAE has now,
-    since it can be measured again.
+    """Read what the run measured; None where that is not there, is damaged, or is of other weights than its SAE has
+    now, since it can be measured again.
     """
     try:
         evaluation = RunFolder(folder_of(config)).measured() or {}
@@ -133,7 +133,7 @@ class ModelCache:
 
 
 _Errors = dict[Path, str]
-"""Why each run failed that did."""
+"""Errors of the runs that failed."""
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Worker:
 
 
 def _in_halves(act: Callable[[list[RunConfig]], _Errors], configs: list[RunConfig], error: Exception) -> _Errors:
-    """What failed for all, tried with each half of them, down to the one whose fault it is."""
+    """Try what failed for all with each half of them, down to the one whose fault it is."""
     if len(configs) == 1:
         return {folder_of(configs[0]): _told(error)}
     middle = len(configs) // 2

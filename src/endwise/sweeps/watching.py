@@ -1,4 +1,4 @@
-"""What a user sees while a sweep runs: all of its runs, read from their folders, wherever they are carried out."""
+"""Display of a sweep: all of its runs, read from their folders, wherever they are carried out."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ ORDER = ("training", "measuring", "failed", "waiting", "finished")
 
 @dataclass
 class RunStatus:
-    """What a run's folder tells of it."""
+    """Status of a run, by its folder."""
 
     config: RunConfig
     state: str = "waiting"
@@ -46,7 +46,7 @@ class RunStatus:
 
     @classmethod
     def at_start(cls, config: RunConfig) -> "RunStatus":
-        """Of a run that is to be carried out; what earlier sweeps spent on it is set aside."""
+        """Read the status of a run that is to be carried out; what earlier sweeps spent on it is set aside."""
         standing = cls(config)
         standing.look()
         standing.state, standing._seconds_before = "waiting", standing.seconds

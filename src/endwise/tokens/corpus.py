@@ -38,7 +38,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become sequences."""
+    """Way in which documents become sequences."""
 
     context: int
     packing: Literal["stream", "document"] = "stream"
@@ -74,11 +74,11 @@ class Documents:
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     hashes: NDArray[np.uint64]
-    """Of each document's ids, separator aside."""
+    """Hash of each document's ids, separator aside."""
     comparable: NDArray[np.bool_]
-    """Where a hash stands for a document; False for fragments too short to say anything."""
+    """True where a hash stands for a document; False for fragments too short to say anything."""
     inside: "Documents | None" = None
-    """Of rows, what separators cut each into, by which they are compared as well; None: these are no rows."""
+    """Documents that separators cut each row into, by which they are compared as well; None: these are no rows."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -157,7 +157,7 @@ class Corpus:
         return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask))
 
     def document_starts(self, indices: Iterable[SupportsIndex]) -> TokenMask:
-        """Where in the sequences at `indices` the first token of a document stands, on the CPU.
+        """Mark where in the sequences at `indices` the first token of a document stands, on the CPU.
 
         A document begins after a separator, or where the text does. What is cut from text without separators (rows of
         ids, pieces of one long array) are no documents, and have no beginnings.
@@ -174,7 +174,7 @@ class Corpus:
 
     @cached_property
     def _beginnings(self) -> NDArray[np.int64]:
-        """Where documents begin, ascending: in the array of ids or, with stream packing, in the joined text."""
+        """Places where documents begin, ascending: in the array of ids or, with stream packing, in the joined text."""
         rows, separator = self.documents, self.layout.separator
         documents = rows.inside or rows
         if separator is None:
@@ -212,7 +212,7 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def digests(self) -> dict[str, str]:
-        """Of the first 1, 2, 4, … documents and of all that the sequences are cut from, by how many they are.
+        """Digest the first 1, 2, 4, … documents and all that the sequences are cut from, by how many they are.
 
         A source that is read only as far as needed has more documents another time; those of before come first. So two
         corpora are of one text where their digests of equally many documents agree.
@@ -228,7 +228,7 @@ class Corpus:
         return digest.hexdigest()
 
     def _documents_used(self) -> int:
-        """Of a corpus that ends before its text does, the documents that its sequences reach into."""
+        """Count the documents that the sequences reach into, of a corpus that ends before its text does."""
         if self._limit is None or len(self) < self._limit:
             return len(self.documents)
         if self.layout.packing == "document":
@@ -240,7 +240,7 @@ class Corpus:
         return int(np.searchsorted(self.documents.starts, last, side="right"))
 
     def text_digest(self, sequences: range) -> str:
-        """Of sequences as a model is given them, with what counts of them: equal for equal text, wherever it comes
+        """Digest sequences as a model is given them, with what counts of them: equal for equal text, wherever it comes
         from.
         """
         digest = hashlib.sha256()
@@ -270,7 +270,7 @@ class Corpora:
     dropped: int = 0
     """Documents of the training source that are identical to held-out ones, and so are not trained on."""
     commit: str | None = None
-    """Of `data.source`, where it is a data set on the hub."""
+    """Commit of `data.source`, where it is a data set on the hub."""
 
     def __post_init__(self) -> None:
         check_disjoint(self.train, self.heldout)
@@ -296,7 +296,7 @@ class Corpora:
 
 
 class BatchOrder:
-    """Which sequences each batch holds, by the batch's number alone: the cursor of a run is one integer.
+    """Sequences that each batch holds, by the batch's number alone: the cursor of a run is one integer.
 
     Every epoch is a permutation of its own, drawn from the seed and the epoch's number. Batches are cut from the epochs
     laid end to end, so a batch may hold the last sequences of one epoch and the first of the next; only what is left
@@ -336,7 +336,7 @@ def check_disjoint(train: Corpus, heldout: Corpus) -> None:
 
 
 def shared_with(documents: Documents, others: Documents) -> NDArray[np.bool_]:
-    """Which of `documents` are identical to one of `others`. A row is, too, if a document in it is."""
+    """Mark those of `documents` that are identical to one of `others`. A row is, too, if a document in it is."""
     shared = documents.comparable & np.isin(documents.hashes, compared(others))
     if documents.inside is not None:
         inside = documents.inside

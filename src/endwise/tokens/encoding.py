@@ -1,4 +1,4 @@
-"""How text becomes ids: a tokenizer, its special tokens, and which ids are allowed."""
+"""Encoding of text into ids: a tokenizer, its special tokens, and which ids are allowed."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from endwise.common.errors import DataError
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes ids, and which ids are allowed."""
+    """Way in which text becomes ids, and the ids that are allowed."""
 
     tokenizer: Any | None
     separator: int | None
     vocab_size: int
     specials: bool = False
-    """Whether special tokens that are written out in text, such as `<|endoftext|>`, count as those tokens."""
+    """True if special tokens that are written out in text, such as `<|endoftext|>`, count as those tokens."""
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Of each text; nothing is put before or after it."""
+        """Encode each text; nothing is put before or after it."""
         return text_ids(self.tokenizer, texts, self.specials)
 
     @property

@@ -1,4 +1,4 @@
-"""Which files a local source is made of: those of one split, in a fixed order. What is left out is said."""
+"""Files of a local source: those of one split, in a fixed order. What is left out is said."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""What `datasets` looks for in the names of files and folders."""
+"""Words that `datasets` looks for in the names of files and folders."""
 _READ = "Give one with .txt, .jsonl, .parquet or .npy files."
 _NAMED = 3
 """Left-out files that a line names."""

@@ -26,7 +26,7 @@ EMBEDDED_EOS = 0
 
 @runtime_checkable
 class Reader(Protocol):
-    """What reads tokens: as much of a language model as loading text needs."""
+    """Reader of tokens: as much of a language model as loading text needs."""
 
     @property
     def tokenizer(self) -> Any | None: ...
@@ -231,7 +231,7 @@ class _Loader:
         return self._open(source, Quota(self._layout, train, excluded=compared(held))), held
 
     def _source(self, name: str, split: str, side: str) -> TextSource | Documents:
-        """Where documents come from; the embedded corpus is there already, for a model of its vocabulary."""
+        """Open the source of documents; the embedded corpus is there already, for a model of its vocabulary."""
         own = name == self._data.source
         config, revision = (self._data.dataset_config, self._data.revision) if own else (None, None)
         if name != EMBEDDED:

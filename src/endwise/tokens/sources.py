@@ -1,4 +1,4 @@
-"""Where documents come from: files, folders of files, Hugging Face datasets. Nothing is tokenised here."""
+"""Sources of documents: files, folders of files, Hugging Face datasets. Nothing is tokenised here."""
 
 import gzip
 import io
@@ -57,9 +57,9 @@ class TextSource:
     size: int | None = None
     """For the progress display only."""
     has_columns: bool = True
-    """Whether `data.column` says anything about it."""
+    """True if `data.column` says anything about it."""
     commit: str | None = None
-    """Of a data set on the hub, where it could be learnt."""
+    """Commit of a data set on the hub, where it could be learnt."""
 
 
 def open_source(
@@ -108,7 +108,7 @@ def refuse_hub_settings(name: str, config: str | None, revision: str | None) -> 
 
 
 def _kind(file: Path) -> str | None:
-    """Which of `READERS` reads a file."""
+    """Name of the one of `READERS` that reads a file."""
     return next((kind for kind in READERS if file.name.lower().endswith(kind)), None)
 
 
@@ -293,7 +293,7 @@ READERS: dict[str, Reader] = {
 }
 WITH_COLUMNS = (".jsonl", ".jsonl.gz", ".parquet")
 PLAIN = (".txt", ".jsonl", ".npy")
-"""Whose size in bytes is how much there is to read."""
+"""Suffixes of files whose size in bytes is how much there is to read."""
 
 
 def choose_column(names: Iterable[str], column: str | None, where: str) -> str:

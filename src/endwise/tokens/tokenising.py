@@ -48,7 +48,7 @@ Ids = NDArray[Any]
 
 @dataclass(frozen=True)
 class Quota:
-    """How much of a source is enough, so that a streamed one is not read to its end.
+    """Amount of a source that is enough, so that a streamed one is not read to its end.
 
     A streamed source has no last documents to hold out until it is read whole. Each document goes to a side by its
     hash instead, which depends on nothing else and sends identical documents to the same side.
@@ -59,7 +59,7 @@ class Quota:
     """Sequences wanted."""
     heldout: int = 0
     share: float = 0.0
-    """Of the documents, held out."""
+    """Share of the documents that is held out."""
     excluded: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     """Hashes of documents that do not count, since they are held out elsewhere."""
 
@@ -70,7 +70,7 @@ class Quota:
     def counted(
         self, lengths: NDArray[np.int64], hashes: NDArray[np.uint64], rows: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How much of sequences' payload each document or row fills, on the training side and held out."""
+        """Count how much of sequences' payload each document or row fills, on the training side and held out."""
         if rows:
             filled = lengths // self.layout.payload * self.layout.payload
         elif self.layout.packing == "stream":
@@ -82,7 +82,7 @@ class Quota:
         return filled * ~held, filled * held
 
     def met(self, train: int, heldout: int) -> bool:
-        """Whether positions counted on both sides are enough."""
+        """Tell if positions counted on both sides are enough."""
         payload = self.layout.payload
         return train >= self.train * payload and heldout >= self.heldout * payload
 
@@ -97,7 +97,7 @@ class Quota:
 
 
 def held_by_hash(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Which documents of a streamed source are held out."""
+    """Mark the documents of a streamed source that are held out."""
     return hashes < np.uint64(share * 2**64)
 
 
@@ -114,7 +114,7 @@ class Builder:
         self._mark()
         self._take_up()
         self.goes_on = self._consumed > 0
-        """Whether an earlier attempt left something to go on with."""
+        """True if an earlier attempt left something to resume from."""
 
     def write(self) -> None:
         """Writes the folder to its end.
@@ -140,7 +140,7 @@ class Builder:
             self._keep(file, exhausted)
 
     def _read(self, file: BinaryIO, progress: Progress) -> bool:
-        """Whether the source was read to its end."""
+        """Read; tell if the source was read to its end."""
         task = progress.add_task(
             printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=self._written
         )

@@ -1,4 +1,4 @@
-"""What a user sees while training runs: a live table on a terminal, some lines now and then in a log."""
+"""Display of training: a live table on a terminal, some lines now and then in a log."""
 
 import time
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ class Display:
         return Grid(headings, rows, self._heading(done), words=("loss terms",))
 
     def _names(self) -> dict[Path, str]:
-        """What tells the runs apart: objective, knob, site and seed, and the folder where these are alike."""
+        """Name the runs apart: objective, knob, site and seed, and the folder where these are alike."""
         described = {folder: _description(row.config) for folder, row in self._rows.items()}
         names: dict[Path, str] = {}
         for folder, text in described.items():

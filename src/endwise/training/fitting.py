@@ -1,4 +1,4 @@
-"""What is fitted to activations rather than trained: scales before the first step, thresholds after the last, dead
+"""Fits to activations, for what is not trained: scales before the first step, thresholds after the last, dead
 features at the steps in between that a recipe states.
 """
 

@@ -24,7 +24,7 @@ from endwise.training.objectives import LaterLatents, Objective
 from endwise.training.trainee import Met, Trainee, all_or_none, harmless, not_finite
 
 SHARED_TENSORS = "random."
-"""What a checkpoint has one of, whatever the number of places: the states of generators."""
+"""Prefix of what a checkpoint has one of, whatever the number of places: the states of generators."""
 
 
 class JointTrainee:
@@ -73,7 +73,7 @@ class JointTrainee:
         self._sums = {term.name: torch.zeros((), device=device) for term in objective.terms}
         self._first_bad = torch.full((len(self._sums),), -1, dtype=torch.int64, device=device)
         self._latents: dict[Place, Latents] = {}
-        """Of the microbatch that is in the pass."""
+        """Latents of the microbatch that is in the pass."""
 
     @property
     def config(self) -> TrainingConfig:
@@ -97,17 +97,17 @@ class JointTrainee:
 
     @property
     def site(self) -> Site:
-        """Where the spliced pass begins."""
+        """Site where the spliced pass begins."""
         return self.parts[0].site
 
     @property
     def sites(self) -> set[Site]:
-        """What the clean pass records for the places."""
+        """Sites that the clean pass records for the places."""
         return {site for part in self.parts for site in part.place.sites}
 
     @property
     def later_sites(self) -> set[Site]:
-        """What is recorded after `site` besides, by the model that runs the spliced pass."""
+        """Sites recorded after `site` besides, by the model that runs the spliced pass."""
         return {*self.objective.sites, *(site for site in self.sites if self.site < site)}
 
     def begin_step(self) -> None:
@@ -282,4 +282,4 @@ def _as_used(part: Trainee, x: AnyWidth, _mask: TokenMask) -> AnyWidth:
 
 
 AnyTrainee = Trainee | JointTrainee
-"""What takes a step: the dictionary of one place, or those of several."""
+"""Trainee that takes a step: the dictionary of one place, or those of several."""

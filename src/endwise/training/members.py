@@ -41,7 +41,7 @@ class _Recorded:
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader must be told of the run."""
+        """Remarks that a reader of the run needs."""
         return remarks_on(self.record)
 
     @property
@@ -59,7 +59,7 @@ class Run(_Recorded):
     seconds: float
     """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What is known at the end that remarks are computed from: the loss, the last evaluation, the text."""
+    """Facts at the end that remarks are computed from: the loss, the last evaluation, the text."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Failure:
     step: int
     """Steps that its weights had taken."""
     checkpoint: Path | None
-    """What it can be looked at or gone on from; None: nothing could be saved."""
+    """State to look at or to resume from; None: nothing could be saved."""
 
     @property
     def kept(self) -> str:
@@ -104,7 +104,7 @@ class Failure:
 
 
 class SomeFailed(TrainingStopped):
-    """Of SAEs trained together some could not go on; those that could are finished and saved.
+    """Failure of some SAEs of several trained together; the others are finished and saved.
 
     Args:
         failures: what ended each of them.
@@ -129,13 +129,13 @@ class Member:
     folder: RunFolder
     metadata: dict[str, Any]
     writes: bool = True
-    """Of several processes that train it, the first alone writes."""
+    """True in the first of several processes that train it, which alone writes."""
     seconds: float = 0.0
     """Its share of the wall-clock so far."""
     line: dict[str, Any] | None = None
-    """Of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
+    """Line of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
     heldout: dict[str, float] = field(default_factory=dict)
-    """What the latest evaluation on schedule measured."""
+    """Metrics of the latest evaluation on schedule."""
     seconds_before: float = 0.0
     """Wall-clock of the run before this process took it up."""
 
@@ -215,7 +215,7 @@ class JointMember(Member):
     recipes: Sequence[RunConfig] = ()
     """Each place's, as a recipe for one, in the order of `trainee.parts`."""
     of_places: Sequence[Mapping[str, Any]] = ()
-    """What is said of each SAE in its files."""
+    """Metadata of each SAE in its files."""
 
     @property
     def folders(self) -> list[RunFolder]:
@@ -260,7 +260,7 @@ class Group:
         self._alone = len(self.members) == 1
         self._shared = 0.0
         self.text: Mapping[str, Any] = {}
-        """What was measured of the text beforehand (`text_check`)."""
+        """Measurements of the text, made beforehand (`text_check`)."""
         self.shown: Display | None = None
         """Tells of failures and has the time; there while training runs."""
 

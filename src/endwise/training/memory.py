@@ -1,4 +1,4 @@
-"""What a run that ran out of memory goes on with."""
+"""Remedy for a run that ran out of memory: the command that resumes it."""
 
 import shlex
 

@@ -1,4 +1,4 @@
-"""What an SAE is trained for: a sum of weighted terms, each a small object that says what it needs.
+"""Objective that an SAE is trained for: a sum of weighted terms, each a small object that says what it needs.
 
 Every term is a sum over tokens of one number per token; the objective divides by the number of tokens that count. So a
 batch can be cut into microbatches, and masked positions drop out, without any term knowing about either.
@@ -30,10 +30,10 @@ class Term(ABC):
     """A named, weighted part of an objective."""
 
     name: ClassVar[str]
-    """What it is registered by, and logged under."""
+    """Name by which it is registered and logged."""
     unit: ClassVar[str]
     Settings: ClassVar[type[TermConfig]] = TermConfig
-    """What a recipe can say of it."""
+    """Settings that a recipe can give."""
     coefficient: float
 
     @classmethod
@@ -52,7 +52,7 @@ class SplicedTerm(Term):
     sites: tuple[Site, ...] = ()
     """Later sites whose activations it reads, in both passes."""
     final: bool = False
-    """Whether it reads the final hidden states."""
+    """True if it reads the final hidden states."""
 
     @abstractmethod
     def total(self, readout: Readout, clean: Clean, spliced: Spliced, mask: TokenMask) -> Scalar:
@@ -81,10 +81,10 @@ class PlacesTerm(Term):
 
 @dataclass(frozen=True)
 class LaterLatents:
-    """What a dictionary makes of its input, which earlier reconstructions have changed."""
+    """Latents of a dictionary whose input earlier reconstructions have changed."""
 
     clean: Latents
-    """Of the model's own activation; no gradient enters them."""
+    """Latents of the model's own activation; no gradient enters them."""
     spliced: Latents
     d_in: int
 
@@ -165,7 +165,7 @@ class Sparsity(SiteTerm):
     p_changes: int = 10
     """These four are followed by `training.sparsity`."""
     scale: Tensor | None = None
-    """What keeps the penalty as large as before p fell; logged with it."""
+    """Factor that keeps the penalty as large as before p fell; logged with it."""
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
         total = latents.penalty(self.p, mask).sum() / activation.shape[-1]
@@ -205,7 +205,7 @@ class Objective:
     sites: tuple[Site, ...] = field(init=False)
     """Later sites that must be recorded in both passes."""
     final: bool = field(init=False)
-    """Whether the final hidden state must be recorded."""
+    """True if the final hidden state must be recorded."""
 
     def __post_init__(self) -> None:
         sites = {site for term in self.spliced_terms for site in term.sites}

@@ -20,17 +20,17 @@ MEASURED_ON = 16_384
 
 @dataclass(frozen=True)
 class Outliers:
-    """What is left out at a place, measured before the first step."""
+    """Tokens left out at a place, measured before the first step."""
 
     place: str
     multiple: float
     """`data.leave_out_norms`."""
     median_norm: float
-    """Of what is read, over tokens that count."""
+    """Median norm of what is read, over tokens that count."""
     limit: float
     """The multiple of it: `SAE.norm_limit`, by which everything goes from then on."""
     share: float
-    """Of those tokens, the ones above the limit."""
+    """Share of those tokens that are above the limit."""
     tokens: int
 
     @classmethod
@@ -53,7 +53,7 @@ class Outliers:
 
     @property
     def many(self) -> bool:
-        """Whether they are more than attention sinks are."""
+        """True if they are more than attention sinks are."""
         return self.share > MANY_LEFT_OUT
 
     @property

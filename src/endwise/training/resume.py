@@ -1,4 +1,4 @@
-"""How a run begins: its folder started, or taken up where its last whole checkpoint left it."""
+"""Beginning of a run: its folder started, or taken up where its last whole checkpoint left it."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -42,12 +42,12 @@ from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
 
 Resume = bool | Literal["if_started"]
-"""Whether to resume the run in the recipe's folder; `if_started`: start it, unless it is there already."""
+"""Choice to resume the run in the recipe's folder; `if_started`: start it, unless it is there already."""
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What a call of `train_together` asks for.
+    """Request that a call of `train_together` makes.
 
     Args:
         configs: recipes that agree in all that one pass shares.
@@ -78,7 +78,7 @@ class Prepared:
 
     model: LanguageModel
     tail: LanguageModel
-    """What runs everything after the sites: `model`, or its copy in bf16."""
+    """Model that runs everything after the sites: `model`, or its copy in bf16."""
     group: Group
     corpora: Corpora
     order: BatchOrder
@@ -234,7 +234,7 @@ def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: Wo
 def _new_member(
     start: Recipe, config: Recipe, folder: RunFolder, model: LanguageModel, steps: int, context: int
 ) -> Member:
-    """What is trained in a folder.
+    """Make what is trained in a folder.
 
     Args:
         start: the recipe as the dictionaries are made by it.
@@ -386,7 +386,7 @@ UNPROCESSED = {
 
 
 def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[str, Any]:
-    """What SAELens wants to know of an SAE, and under `endwise` how ours was trained.
+    """Describe an SAE for SAELens, and under `endwise` how ours was trained.
 
     With `HookedTransformer` it reads our site names. What the SAE reads are the activations of the model as it is on
     the hub: SAELens says so when it loads one, and passes on that nothing in the weights is to be processed.

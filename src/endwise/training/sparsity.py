@@ -1,4 +1,4 @@
-"""What becomes of the sparsity penalty in the course of training: its warm-up, and powers that fall (p-annealing)."""
+"""Course of the sparsity penalty in training: its warm-up, and powers that fall (p-annealing)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ class SparsitySchedule:
         self.state = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=device)
         """s, and the two sums."""
         self.seen = torch.zeros(2, dtype=torch.float64, device=device)
-        """What the step adds to them."""
+        """Amounts that the step adds to them."""
 
     @classmethod
     def of(cls, objective: Objective, steps: int, device: torch.device) -> "SparsitySchedule | None":

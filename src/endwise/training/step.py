@@ -73,7 +73,7 @@ def _let_go_together(
 
 
 def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
-    """What runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
+    """Return what runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
 
     Raises:
         ConfigError: exact precision is asked of a model in half precision.

@@ -1,4 +1,4 @@
-"""What taking a finished dictionary over changes: measured where training starts, and told."""
+"""Changes made by taking a finished dictionary over: measured where training starts, and reported."""
 
 from dataclasses import asdict, dataclass
 
@@ -54,7 +54,7 @@ class TakenOver:
 
     @property
     def kept(self) -> bool:
-        """Whether it is the same function."""
+        """True if it is the same function."""
         return self.change <= SAME
 
     @property

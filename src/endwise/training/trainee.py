@@ -29,13 +29,13 @@ CLIP_EPSILON = 1e-6
 DEAD_SHARE = 20
 """Training is so many times as long as a feature may be silent before it counts as dead, unless a recipe says."""
 LEFT_OUT = "left_out"
-"""Of a step's tokens that count in the batch, the share that is left out for its norm (`SAE.norm_limit`)."""
+"""Share of a step's tokens that count in the batch which is left out for its norm (`SAE.norm_limit`)."""
 UNCHECKED = ("optimizer.", "random.cuda.")
 """A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
 
 
 Met = tuple[AnyWidth, AnyWidth]
-"""What is read at a place, and what is to be written."""
+"""Activations: what is read at a place, and what is to be written."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Encoded:
 
     read: AnyWidth
     target: AnyWidth
-    """What the reconstruction stands for."""
+    """Activation that the reconstruction stands for."""
     latents: Latents
     reconstruction: Activation
     nested: Sequence[Activation]
@@ -70,7 +70,7 @@ class Trainee:
         """Training tokens seen when each feature last fired; -1: never."""
         self._schedule = SparsitySchedule.of(objective, total_steps, device)
         self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.own_weights)
-        """Of every term, the dictionary's own included."""
+        """Weight of every term, the dictionary's own included."""
         self._per_token = [*self._weights, "l0"]
         self._watched = [*self._weights, "gradient_norm"]
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
@@ -81,7 +81,7 @@ class Trainee:
 
     @property
     def site(self) -> Site:
-        """Whose activation the reconstruction stands for."""
+        """Site whose activation the reconstruction stands for."""
         return self.place.writes
 
     @property
@@ -91,12 +91,12 @@ class Trainee:
 
     @property
     def sites(self) -> set[Site]:
-        """What the clean pass records for the place."""
+        """Sites that the clean pass records for the place."""
         return set(self.place.sites)
 
     @property
     def later_sites(self) -> set[Site]:
-        """What is recorded after `site` besides, by the model that runs the spliced pass."""
+        """Sites recorded after `site` besides, by the model that runs the spliced pass."""
         return set(self.objective.sites)
 
     @property
@@ -109,12 +109,12 @@ class Trainee:
         return self.config.microbatch
 
     def objective_at(self, step: int) -> Objective:
-        """What the step after `step` others is trained for: one objective, whose penalty may change."""
+        """Return what the step after `step` others is trained for: one objective, whose penalty may change."""
         return self._objective if self._schedule is None else self._schedule.objective(self._objective, step)
 
     @property
     def objective(self) -> Objective:
-        """What the step that comes, or is being taken, is trained for."""
+        """Objective of the step that comes, or is being taken."""
         return self.objective_at(self.step)
 
     def begin_step(self) -> None:
@@ -254,7 +254,7 @@ class Trainee:
         self.update(self.found_bad(), tokens_in_step, tokens)
 
     def found_bad(self) -> Tensor:
-        """Whether a number was not finite at this step, or at any since the last report."""
+        """Tell if a number was not finite at this step, or at any since the last report."""
         self._norm = torch.nn.utils.get_total_norm(self._gradients())
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))

@@ -30,7 +30,7 @@ class Summary:
     zero_ablated_ce: float | None = None
     resamples: int = 1000
     seed: int = 12345
-    """Of the resamples."""
+    """Seed of the resamples."""
     model: str = ""
     command: str = ""
     seconds: float | None = None
@@ -47,7 +47,7 @@ class Summary:
 
     @property
     def baseline(self) -> Method:
-        """What the others are related to: local where it is there, otherwise the first."""
+        """Method that the others are related to: local where it is there, otherwise the first."""
         return baseline_of(self.methods)
 
     @property
@@ -83,7 +83,7 @@ class Summary:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """What the numbers show, and what they do not, in plain sentences."""
+        """Sentences that say what the numbers show, and what they do not."""
         base, ratios = self.baseline.label, self.features_at_equal_ce
         sentences = [_features_verdict(method.label, base, ratios[method.key]) for method in self.compared]
         for pair, ratio in self.downstream.items():

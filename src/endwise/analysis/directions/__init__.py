@@ -1,1 +1,1 @@
-"""Which directions of the activation does a dictionary keep, and which does the model use?"""
+"""Directions of the activation: those that a dictionary keeps, and those that the model uses."""

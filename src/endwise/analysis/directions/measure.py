@@ -50,17 +50,17 @@ SAME_VARIANCE = 1e-6
 
 @dataclass(frozen=True)
 class RunDirections:
-    """What one run's SAE does with lengths and with the principal directions of the activations at its site; directions
+    """Effect of one run's SAE on lengths and with the principal directions of the activations at its site; directions
     in the order of their variance, `[d_model]` each.
     """
 
     settings: Mapping[str, Any]
-    """Of the measurement: text, site, seeds, and which SAE."""
+    """Settings of the measurement: text, site, seeds, and which SAE."""
     norms: Norms
     variance: Floats
-    """Of the activations along each direction."""
+    """Variance of the activations along each direction."""
     kl: Estimates
-    """Of the resample ablation, nats per token; the same for all runs of one model, site and text. NaN where a
+    """KL of the resample ablation, nats per token; the same for all runs of one model, site and text. NaN where a
     direction was not ablated."""
     correlation: Estimates
     explained_variance: Estimates
@@ -74,7 +74,7 @@ class RunDirections:
 
     @property
     def variance_share(self) -> Floats:
-        """Of the activations' variance, by direction."""
+        """Share of the activations' variance, by direction."""
         return self.variance / max(float(self.variance.sum()), np.finfo(float).tiny)
 
     def write(self, file: Path) -> None:
@@ -174,7 +174,7 @@ def _text_of(settings: Mapping[str, Any]) -> str:
 
 
 def _kept(path: Path, settings: Mapping[str, Any]) -> RunDirections | None:
-    """What was measured before with the same settings; what cannot be read is measured again."""
+    """Read what was measured before with the same settings; what cannot be read is measured again."""
     try:
         kept = RunDirections.read(path / FILE)
     except FormatError:
@@ -213,7 +213,7 @@ def _measure(
 
 
 def _known_kl(known: Iterable[RunDirections], text: str, variance: Floats) -> Estimates | None:
-    """Of another run with the same directions."""
+    """Find the KL in another run with the same directions."""
     for each in known:
         if each.text == text and np.allclose(each.variance, variance, rtol=SAME_VARIANCE, atol=1e-9 * variance.sum()):
             return each.kl
@@ -221,7 +221,7 @@ def _known_kl(known: Iterable[RunDirections], text: str, variance: Floats) -> Es
 
 
 def chosen(width: int, directions: int | None) -> list[int]:
-    """Which directions are ablated: all of few, or the first and as many of the others, spread evenly."""
+    """Choose the directions to ablate: all of few, or the first and as many of the others, spread evenly."""
     top = (width if width <= SMALL else TOP) if directions is None else directions
     if 2 * top >= width:
         return list(range(width))

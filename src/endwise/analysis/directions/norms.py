@@ -1,4 +1,4 @@
-"""How long a reconstruction is and which way it points, compared with the activation (paper, figures 10 and 11)."""
+"""Length and direction of a reconstruction, compared with the activation (paper, figures 10 and 11)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,13 +26,14 @@ from endwise.tokens import Corpus
 SAMPLE = {"others": 1500, "position_0": 100, "starts": 500}
 """Tokens of each group that are kept one by one, for a scatter plot."""
 BINS = 200
-"""Of the cosine's histogram, from −1 to 1."""
+"""Number of bins in the cosine's histogram, from −1 to 1."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Of one SAE on held-out text. Position 0 is apart, since models keep an activation of its own there, often many
-    times as long as any other; and so are document starts at other positions, where packed text starts again.
+    """Lengths and cosines of one SAE on held-out text. Position 0 is apart, since models keep an activation of its own
+    there, often many times as long as any other; and so are document starts at other positions, where packed text
+    starts again.
 
     Lengths are L2 norms; intervals are 95 % bootstrap ones over sequences.
     """
@@ -131,7 +132,7 @@ class NormCollector:
         self._groups.append(_stacked([batch.where(group) for group in WHERE]))
 
     def norms(self, resamples: int, seed: int) -> Norms:
-        """What all batches together show."""
+        """Join what all batches show."""
         a, b, cosines = np.concatenate(self._lengths, axis=1)
         groups: dict[Where, NDArray[np.bool_]] = dict(zip(WHERE, np.concatenate(self._groups, axis=1), strict=True))
         ratios = b / np.maximum(a, np.finfo(np.float32).tiny)

@@ -25,7 +25,7 @@ class Principal:
 
     mean: Float[Tensor, " d_model"]
     variance: Float[Tensor, " d_model"]
-    """Of the activations along each direction (divided by the number of tokens), descending."""
+    """Variance of the activations along each direction (divided by the number of tokens), descending."""
     directions: Float[Tensor, "d_model d_model"]
     """One unit vector a row, orthogonal, in the order of `variance`; its largest entry is positive."""
     tokens: int
@@ -97,7 +97,7 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """How an SAE reconstructs each direction v; with x = ⟨a − ā, v⟩ and y = ⟨â − ā, v⟩ of each token."""
+    """Reconstruction of each direction v by an SAE; with x = ⟨a − ā, v⟩ and y = ⟨â − ā, v⟩ of each token."""
 
     correlation: Estimates
     """Pearson's, of x and y over tokens. 0 where y never changes."""
@@ -124,7 +124,7 @@ class AlongDirections:
         self._sums.append(torch.stack([part.where(counted, 0.0).sum(1) for part in parts]).cpu().numpy())
 
     def reconstructed(self, resamples: int, seed: int) -> Reconstructed:
-        """What all batches together show."""
+        """Join what all batches show."""
         sums = np.concatenate(self._sums, axis=1)
         weights = resampling_weights(sums.shape[1], resamples, seed)
         drawn = np.stack([weights @ each for each in sums])

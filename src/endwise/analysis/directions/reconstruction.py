@@ -17,7 +17,7 @@ LATER = {
     "downstream_mse": Axis("mean squared error per dimension", log=True),
     "downstream_cosine": Axis("cosine, spliced and original"),
 }
-"""What is measured at every later residual stream."""
+"""Measures at every later residual stream."""
 
 
 def downstream(similar: Mapping[str, Sequence[RunSummary]], name: str = "downstream") -> Chart:

@@ -1,4 +1,4 @@
-"""What the model does with each direction at a site: the KL when its component is another token's (paper, figure 22).
+"""Use that the model makes of each direction at a site: the KL when its component is another token's (figure 22).
 
 The component ⟨a, v⟩ of every token that counts is replaced by that of another token, all at once, one direction at a
 time; the rest of the activation stays. So a direction is put out of use while its distribution stays what it was, and

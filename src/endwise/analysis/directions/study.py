@@ -36,12 +36,12 @@ PAIRS = (("e2e", "local"), ("e2e_ds", "local"), ("e2e", "e2e_ds"))
 
 @dataclass(frozen=True)
 class Follows:
-    """How far a run's reconstruction of directions follows their use: rank correlations over directions, with 95 %
+    """Agreement of a run's reconstruction of directions with their use: rank correlations over directions, with 95 %
     bootstrap intervals.
     """
 
     rank: Interval
-    """Of the correlation between original and reconstructed component with the resample-ablation KL."""
+    """Correlation of how well a component is reconstructed with the resample-ablation KL."""
     given_variance: Interval
     """The same given the directions' variance, which drives both."""
     directions: int
@@ -54,7 +54,7 @@ class Contrast:
     method: Method
     reference: Method
     runs: tuple[RunSummary, ...]
-    """Of both."""
+    """Runs of both methods."""
     directions: int
     own: OverSeeds
     """`Follows.rank` of `method`."""
@@ -86,7 +86,7 @@ class Directions:
     follows: Mapping[str, Follows]
     """By run folder; none where fewer than `LEAST` directions were ablated."""
     contrasts: tuple[Contrast, ...]
-    """Of `by_seed`, where CE increases are similar."""
+    """Comparisons of the runs in `by_seed`, where CE increases are similar."""
     downstream: Ratio | None
     """Downstream MSE of e2e+ds relative to e2e at equal CE increase; None where one is missing."""
 
@@ -97,7 +97,7 @@ class Directions:
 
     @property
     def claims(self) -> list[Claim]:
-        """What the paper says of lengths, later layers and dropped directions, held against the runs."""
+        """Verdicts on what the paper says of lengths, later layers and dropped directions."""
         pairs = pairs_of([("e2e", "local"), ("e2e_ds", "local")], methods_of(self.runs))
         return [
             norm_claim({self.setting.site: list(self.by_seed.values())}, self.norms),
@@ -178,7 +178,7 @@ Pair = tuple[RunSummary, RunSummary]
 
 
 def _pairs(by_seed: Mapping[Seeds, Sequence[RunSummary]], method: Method, reference: Method) -> list[Pair]:
-    """Of each seed that has runs of both methods at a similar CE increase, these."""
+    """Find the pair of each seed that has runs of both methods at a similar CE increase."""
     chosen = [{run.method: run for run in runs} for runs in by_seed.values()]
     pairs = [(of[method], of[reference]) for of in chosen if {method, reference} <= set(of)]
     return [pair for pair in pairs if are_similar(pair)]
@@ -243,7 +243,7 @@ Floats = NDArray[np.float64]
 
 
 def _of_seed(run: RunDirections, other: RunDirections, at: NDArray[np.intp], weights: Floats) -> tuple[Floats, ...]:
-    """Of either run the correlation of what is kept with the KL, then that of what is dropped; each as it is and given
+    """Correlate what either run keeps with the KL, then that of what is dropped; each as it is and given
     the variance, `[1 + resamples]`.
     """
     kl, variance = run.kl.estimate[at], run.variance[at]
@@ -293,7 +293,7 @@ def _lengths(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Nor
 
 
 def _in_order(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Norms]) -> Verdict:
-    """Whether e2e's reconstructions are shorter than e2e+ds's, these than local's, and these than the activations."""
+    """Judge if e2e's reconstructions are shorter than e2e+ds's, these than local's, and these than the activations."""
     e2e, e2e_ds, local = (
         [measured[run.folder].ratio for runs in choices for run in runs if run.method == PRESET_METHODS[of]]
         for of in ("e2e", "e2e_ds", "local")
@@ -344,7 +344,7 @@ def _later_told(ratio: Ratio) -> str:
 
 
 def _missing(found: Directions, method: Method, other: Method) -> str:
-    """Why two methods cannot be compared at a similar CE increase."""
+    """Say why two methods cannot be compared at a similar CE increase."""
     if any({method, other} <= {run.method for run in runs} for runs in found.by_seed.values()):
         similar = bool(_pairs(found.by_seed, method, other))
         return "too few directions were ablated" if similar else "no two runs of a seed have a similar CE increase"
@@ -362,7 +362,7 @@ def _later_cosines(found: Directions) -> list[str]:
 
 
 def _dropped_claims(found: Directions, method: Method, base: Method) -> list[Claim]:
-    """Whether what a method drops is used less, and whether that is more than a matter of variance."""
+    """Judge if what a method drops is used less, and if that is more than a matter of variance."""
     name, other = method.label, base.label
     words = [
         f"What {name} drops is what the model uses least: over directions, its reconstruction follows their use",

@@ -34,7 +34,7 @@ class SiteBatch:
 
     @property
     def read(self) -> Activation:
-        """What the dictionary at the site reads: the activation there, or what a transcoder reads."""
+        """Input of the dictionary at the site: the activation there, or what a transcoder reads."""
         return self.activation if self.reads is None else self.clean.activations[self.reads]
 
     def where(self, group: Where) -> TokenMask:
@@ -63,7 +63,7 @@ class TextAtSite:
     reads: Site | None = None
     """The site that a transcoder reads which writes `site`."""
     counting: Counting = EVERY
-    """Which tokens count, of those that do in the corpus."""
+    """Tokens that count, of those that do in the corpus."""
 
     @classmethod
     def first(

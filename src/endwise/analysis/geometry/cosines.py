@@ -10,7 +10,7 @@ from torch import Tensor
 MEMORY = 512 << 20
 """Bytes that a search may hold beside the directions themselves and its result."""
 SIDE = 4096
-"""Of a tile at most: larger ones are multiplied no faster."""
+"""Rows of a tile at most: larger ones are multiplied no faster."""
 _PER_PAIR = 16
 """Bytes a tile takes at most for each of its pairs: the product, its transpose, and what the reductions make."""
 _UNIT = 1e-4
@@ -18,7 +18,7 @@ _UNIT = 1e-4
 
 Directions = Float[Tensor, "n d_model"]
 Others = Float[Tensor, "m _"]
-"""Of the same width; others are refused in words."""
+"""Directions of the same width; others are refused in words."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Nearest:
 
     cosine: Float[Tensor, "n k"]
     index: Int64[Tensor, "n k"]
-    """Which of the others; of several at one cosine, any."""
+    """Number of the other; of several at one cosine, any."""
 
     @property
     def best(self) -> Float[Tensor, " n"]:

@@ -45,7 +45,7 @@ class FeatureMap:
 
     runs: tuple[RunSummary, ...]
     run: NDArray[np.int64]
-    """Which of the runs, `[n]` as all that follow."""
+    """Number of the run, `[n]` as all that follow."""
     features: NDArray[np.int64]
     places: NDArray[np.float32]
     """`[n 2]`"""
@@ -173,7 +173,7 @@ def region_rows(of: FeatureMap) -> list[dict[str, Any]]:
 
 
 def run_names(runs: Sequence[RunSummary]) -> list[str]:
-    """What tells the runs of a map apart: their method, and the knob and the seed where there are several."""
+    """Name the runs of a map apart: their method, and the knob and the seed where there are several."""
     methods = [run.method for run in runs]
     return [
         run.method.label if methods.count(run.method) == 1 else f"{run.method.label}, {run.knob}, seed {run.seed}"
@@ -191,7 +191,7 @@ def _typical(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[
 
 
 def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int, FeatureMap]:
-    """Of every set that has enough alive features, by its place; with top tokens where the model can be loaded.
+    """Lay out every set that has enough alive features, by its place; with top tokens where the model can be loaded.
 
     Raises:
         ConfigError: the extra `umap` is not installed, or no set has enough.
@@ -210,7 +210,7 @@ def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int
 
 
 def model_tokens(run: RunSummary) -> Tokens | None:
-    """What tells top tokens, if the run's model can be loaded and its site is in the residual stream."""
+    """Return what names top tokens, if the run's model can be loaded and its site is in the residual stream."""
     try:
         model = model_of({Path(run.folder): RunFolder.open(Path(run.folder)).config()})
     except ModelError:

@@ -55,7 +55,7 @@ def kind_cosines(found: Geometry, name: str) -> Chart:
 
 
 def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
-    """Which runs a comparison at similar CE increase is of."""
+    """Say which runs a comparison at similar CE increase is of."""
     if not runs:
         return ""
     listed = ", ".join(f"{run.method.label} {run.knob} ({run.ce_increase:+.3f}, {run.alive:,} alive)" for run in runs)
@@ -78,7 +78,7 @@ def trade_offs(found: Geometry, name: str) -> Chart:
 
 
 def threshold_curves(found: Geometry, name: str) -> Chart | None:
-    """How much of a dictionary is found again with another seed, over what counts as found; None without twins."""
+    """Draw how much of a dictionary another seed finds again, over the threshold; None without twins."""
     every = recurrences(found)
     by_method = {run.method: of for run in found.seeded for of in every if run in found.twins(of.run)}
     series = []
@@ -103,7 +103,7 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
 
 
 def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, Measure | None]]]) -> tuple[Panel, ...]:
-    """Of each title a histogram of every measure that there is, all in the same bins."""
+    """Draw for each title a histogram of every measure that there is, all in the same bins."""
     known = {title: [(run, of.all_values) for run, of in each if of is not None] for title, each in parts.items()}
     sizes = [len(values) for each in known.values() for _, values in each]
     if not sizes:

@@ -1,4 +1,4 @@
-"""How dictionaries lie: each alive feature's greatest cosine within its dictionary, across seeds and across kinds.
+"""Geometry of dictionaries: each alive feature's greatest cosine within its dictionary, across seeds and across kinds.
 
 Alive are the features that fired at least once on the held-out tokens; dictionaries are compared only where these were
 equally many, of one model and one site. *Within* is the cosine of a feature's decoder direction with the nearest other
@@ -34,7 +34,7 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.weights import check_same_weights
 
 Importance = NDArray[np.float64]
-"""Of every feature, alive or not, `[d_sae]`; nats per token."""
+"""Importance of every feature, alive or not, `[d_sae]`; nats per token."""
 Said = Callable[[str], None]
 
 
@@ -71,7 +71,7 @@ class Similarity:
         return self.ranked[:, 0]
 
     def among(self, candidates: float) -> NDArray[np.float64]:
-        """What the greatest cosine is on average if only so many of the candidates, chosen at random, are there.
+        """Estimate the mean greatest cosine if only so many of the candidates, chosen at random, are there.
 
         Each stands in with probability p = candidates / self.candidates, so the j-th nearest is the nearest left with
         probability p·(1 − p)^(j−1). What lies beyond the k ranked counts as the k-th: too high, but its weight
@@ -89,7 +89,7 @@ class Pair:
     """Two dictionaries."""
 
     there: Similarity
-    """Of the first's features, in the second."""
+    """Cosines of the first's features, in the second."""
     back: Similarity
     matching: Matching
     """One to one; its rows are places among the alive features."""
@@ -115,7 +115,7 @@ class Geometry:
     """By run folder, of the runs of which it was measured."""
 
     def between(self, run: RunSummary, other: RunSummary) -> Similarity | None:
-        """Of the features of `run`, in `other`."""
+        """Return the cosines of the features of `run`, in `other`."""
         if (pair := self.pairs.get((run.folder, other.folder))) is not None:
             return pair.there
         pair = self.pairs.get((other.folder, run.folder))
@@ -168,7 +168,7 @@ def geometry(
 
 
 def measured_importance(run: Path) -> Importance | None:
-    """What `endwise importance` found: the rise of CE if a feature is zeroed, to second order, nats per token."""
+    """Read what `endwise importance` found: the rise of CE if a feature is zeroed, to second order, nats per token."""
     measured = read_measured(run)
     if measured is None:
         return None
@@ -305,6 +305,6 @@ def _across_kinds(similar: Sequence[RunSummary], runs: Sequence[RunSummary]) -> 
 
 
 def at_common_seeds(runs: Sequence[RunSummary], others: Sequence[RunSummary]) -> list[tuple[RunSummary, RunSummary]]:
-    """Of either, those of one seed."""
+    """Pair the runs of one seed."""
     by_seed = {run.seeds: run for run in others}
     return [(run, by_seed[run.seeds]) for run in runs if run.seeds in by_seed]

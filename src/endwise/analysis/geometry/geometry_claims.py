@@ -29,8 +29,8 @@ EQUALLY_MANY = ", among equally many"
 
 
 def differences(found: Geometry) -> list[SimilarityDifference]:
-    """Of every two presets, and of each further method and the baseline, within and across seeds; and, towards and from
-    each preset, of the other two.
+    """List those of every two presets, and of each further method and the baseline, within and across seeds; and,
+    towards and from each preset, of the other two.
     """
     made = [
         _difference(found, name, a, b, equally_many)
@@ -91,7 +91,7 @@ def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: 
 def _between(
     found: Geometry, name: str, methods: tuple[Method, Method], pairs: Sequence[tuple[Method, Method]]
 ) -> SimilarityDifference:
-    """How much nearer the features of the first pair's first lie to its second than those of the other pair."""
+    """Measure how much nearer the features of the first pair's first lie to its second than those of the other pair."""
     runs = {run.method: run for run in found.similar}
     wanted = list(dict.fromkeys(method for side in zip(*pairs, strict=True) for method in side))
     if (missing := _missing(runs, wanted, "two alive features")) is not None:

@@ -21,7 +21,7 @@ from endwise.analysis.geometry.cosines import Directions, Nearest, Others, neare
 EXACT = 4096
 CANDIDATES = 16
 _ALONE = 4.0
-"""What it costs to have no partner; having one costs 2 − cosine, 1 to 3."""
+"""Cost of having no partner; having one costs 2 − cosine, 1 to 3."""
 
 Indices = NDArray[np.int64]
 Cosines = NDArray[np.float32]
@@ -36,14 +36,14 @@ class Matching:
     cosine: Cosines
     method: Literal["Hungarian", "Hungarian among candidates"]
     bound: float
-    """Which the mean cosine of no matching of the smaller dictionary exceeds: the mean of its directions' nearest."""
+    """Bound on the mean cosine of any matching of the smaller dictionary: the mean of its directions' nearest."""
 
     @property
     def mean(self) -> float:
         return float(self.cosine.mean(dtype=np.float64))
 
     def share_above(self, threshold: float) -> float:
-        """Of the pairs, those with at least this cosine."""
+        """Share of the pairs that have at least this cosine."""
         return float((self.cosine >= threshold).mean())
 
 
@@ -80,8 +80,8 @@ def _candidates(of_a: Nearest, of_b: Nearest) -> tuple[Indices, Indices, Cosines
 
 
 def _best_of(rows: Indices, columns: Indices, values: Cosines, n_rows: int, n_columns: int) -> Indices:
-    """Which of the pairs are matched. Every row has a column of its own besides, which stands for being alone, so that
-    there always is a matching of all rows.
+    """Choose the pairs that are matched. Every row has a column of its own besides, which stands for being alone, so
+    that there always is a matching of all rows.
     """
     own = np.arange(n_rows)
     costs = np.concatenate([2.0 - values.astype(np.float64), np.full(n_rows, _ALONE)])

@@ -134,7 +134,7 @@ def _cells(row: Row, columns: Sequence[Column]) -> list[object]:
 
 
 def _seeds(row: Row) -> str:
-    """How many; with one or two, that the interval does not hold them."""
+    """Say how many; with one or two, that the interval does not hold them."""
     held = "" if row["seeds"] >= LEAST_SEEDS else "; over features alone"
     varied = f" ({row['seeds_vary']})" if row["seeds_vary"] else ""
     return f"{row['seeds']}{varied}{held}"

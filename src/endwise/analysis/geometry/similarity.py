@@ -39,7 +39,7 @@ class Measure:
     draws: Mapping[Seeds, Floats]
     """By seed the mean over features in each resample."""
     runs: Mapping[Seeds, RunSummary]
-    """Whose features these are."""
+    """Runs whose features these are."""
     of_pairs: bool = False
     """Each seed's is a mean over the others, so that two have one cosine in common."""
 
@@ -66,7 +66,7 @@ class Measure:
 
     @property
     def all_values(self) -> NDArray:
-        """Of all seeds' features, one after another."""
+        """Values of all seeds' features, one after another."""
         return np.concatenate(list(self.values.values()))
 
 
@@ -80,7 +80,7 @@ class SimilarityDifference:
     interval: OverSeeds | None = None
     """Over features, and over seeds where there are enough."""
     runs: tuple[RunSummary, ...] = ()
-    """Of `a`, one of each seed that both have."""
+    """Runs of `a`, one of each seed that both have."""
     paired: bool = False
     """Both are of the same features, which were then drawn together."""
     reason: str | None = None
@@ -120,7 +120,7 @@ def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> Over
 
 
 def within(found: Geometry, run: RunSummary, among: float | None = None) -> Measure | None:
-    """Of a run and its twins; None where none has two alive features.
+    """Measure a run and its twins; None where none has two alive features.
 
     Args:
         among: as if only so many others were there (see `Similarity.among`).
@@ -134,7 +134,7 @@ def within(found: Geometry, run: RunSummary, among: float | None = None) -> Meas
 
 
 def across_seeds(found: Geometry, run: RunSummary, among: float | None = None) -> Measure | None:
-    """Of each twin's features the mean over the other twins of the greatest cosine there; None without twins."""
+    """Average, for each twin's features, over the other twins of the greatest cosine there; None without twins."""
     values = {}
     for one in found.twins(run):
         others = [each for other in found.twins(run) if (each := found.between(one, other)) is not None]
@@ -153,20 +153,20 @@ def alive_of(found: Geometry, run: RunSummary) -> float:
 
 
 def across_kinds(found: Geometry, run: RunSummary, other: RunSummary) -> Measure | None:
-    """Of the features of `run`, in `other`, twin by twin of one seed; None where no seed has both."""
+    """Compare the features of `run` with those of `other`, twin by twin of one seed; None where no seed has both."""
     pairs = at_common_seeds(found.twins(run), found.twins(other))
     values = {one.seeds: (one, each.cosine) for one, two in pairs if (each := found.between(one, two)) is not None}
     return Measure.of(run, values) if values else None
 
 
 def mean_of(similarity: Similarity) -> Interval:
-    """Of the cosines, with its interval over features."""
+    """Mean of the cosines, with its interval over features."""
     draws = resampled_means(similarity.cosine, stream(similarity.run))
     return percentile_interval(draws, float(similarity.cosine.mean(dtype=np.float64)))
 
 
 def quantiles(similarity: Similarity) -> list[Interval]:
-    """Of the cosines, at `QUANTILES`, with intervals over features."""
+    """Quantiles of the cosines, at `QUANTILES`, with intervals over features."""
     draws = resampled_quantiles(similarity.cosine, QUANTILES, stream(similarity.run))
     estimates = np.quantile(similarity.cosine.astype(np.float64), QUANTILES)
     return [percentile_interval(draws[:, i], float(estimate)) for i, estimate in enumerate(estimates)]

@@ -1,4 +1,4 @@
-"""Which features another seed finds again, and whether these carry more of the model's function than others.
+"""Features that another seed finds again, and whether these carry more of the model's function than others.
 
 A feature *recurs* in another seed's dictionary at a threshold if its greatest cosine there reaches it. Its *recurrence*
 is the share of the other seeds in which it does; a feature is *stable* if that is half or more.
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stability:
-    """Of the features of one run, seen from its twins."""
+    """Cosines of the features of one run, seen from its twins."""
 
     run: RunSummary
     features: NDArray[np.int64]
@@ -49,7 +49,7 @@ class Stability:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """How much of a kind's dictionary recurs, over thresholds; mean over its seeds."""
+    """Share of a kind's dictionary that recurs, over thresholds; mean over its seeds."""
 
     run: RunSummary
     """The one whose twins these are."""
@@ -61,8 +61,8 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class StableFunction:
-    """What the stable features of one run carry. Importance is its absolute value, since a feature that hurts the
-    prediction does something too.
+    """Share of the function that the stable features of one run carry. Importance is its absolute value, since a
+    feature that hurts the prediction does something too.
     """
 
     run: RunSummary
@@ -124,7 +124,7 @@ def stable_function(of: Stability, importance: Importance, threshold: float = TH
 
 
 def stable_functions(found: Geometry, threshold: float = THRESHOLD) -> list[StableFunction]:
-    """Of every run that has twins and whose features' importance is known."""
+    """Measure every run that has twins and whose features' importance is known."""
     made = []
     for run in found.runs:
         own = stability(found, run) if run.folder in found.importance else None

@@ -41,7 +41,7 @@ def pair_rows(found: Geometry, threshold: float = THRESHOLD) -> list[Row]:
 
 
 def difference_rows(found: Geometry) -> list[Row]:
-    """What the methods differ by."""
+    """List what the methods differ by."""
     return [
         {**_setting(found), "measure": each.name, "a": each.a.label, "b": each.b.label}
         | interval_columns("difference", each.interval)
@@ -51,7 +51,7 @@ def difference_rows(found: Geometry) -> list[Row]:
 
 
 def recurrences(found: Geometry) -> list[Recurrence]:
-    """Of each set of twins, once."""
+    """Measure each set of twins, once."""
     made: dict[tuple[str, ...], Recurrence] = {}
     for run in found.runs:
         key = tuple(twin.folder for twin in found.twins(run))
@@ -76,7 +76,7 @@ def recurrence_rows(found: Geometry) -> list[Row]:
 
 
 def seed_rows(found: Geometry) -> list[Row]:
-    """Of each set of twins, within and across seeds."""
+    """List each set of twins, within and across seeds."""
     rows = []
     for of in recurrences(found):
         measures = {"within": within(found, of.run), "across_seeds": across_seeds(found, of.run)}
@@ -88,7 +88,7 @@ def seed_rows(found: Geometry) -> list[Row]:
 
 
 def function_rows(found: Geometry, threshold: float = THRESHOLD) -> list[Row]:
-    """What stable features carry, one row a run whose features' importance is known."""
+    """List what stable features carry, one row a run whose features' importance is known."""
     return [
         {
             **_run(of.run),
@@ -171,5 +171,5 @@ def _kind(run: RunSummary) -> Row:
 
 
 def _seeds(runs: Sequence[RunSummary]) -> Row:
-    """How many, and what they vary."""
+    """Say how many there are, and what they vary."""
     return {"seeds": len(runs), "seeds_vary": what_varies(runs) or None}

@@ -1,1 +1,1 @@
-"""Which features does the model use, and how many carry most of the effect?"""
+"""Features that the model uses, and the number that carries most of the effect."""

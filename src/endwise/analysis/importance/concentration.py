@@ -26,7 +26,7 @@ def cumulative_share(importance: Floats) -> Floats:
 
 
 def count_with(share: float, importance: Floats) -> float:
-    """How many of the most important features hold a share of Σ|importance|; the last one counts in part. NaN if the
+    """Count the most important features that hold a share of Σ|importance|; the last one counts in part. NaN if the
     sum is 0.
     """
     shares = np.concatenate([[0.0], cumulative_share(importance)])
@@ -107,7 +107,7 @@ def _carrying(curve: Faithfulness) -> Floats:
 
 
 def carrying(curve: Faithfulness) -> Interval:
-    """How many of the most important features carry `CARRIED` of what the SAE carries; 95 % over sequences."""
+    """Count the most important features that carry `CARRIED` of what the SAE carries; 95 % over sequences."""
     return interval_of(_carrying(curve))
 
 

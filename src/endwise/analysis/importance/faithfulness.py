@@ -114,7 +114,7 @@ class FaithfulnessSums:
 
 
 def _places(order: Counts, d_sae: int) -> Tensor:
-    """Of every feature its place in the order, from 0; those that are not in it come last."""
+    """Return every feature's place in the order, from 0; those that are not in it come last."""
     places = np.full(d_sae, d_sae)
     places[order] = np.arange(len(order))
     return torch.from_numpy(places)

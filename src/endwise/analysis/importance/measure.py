@@ -76,7 +76,7 @@ def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl
 
 
 def _serves(old: MeasuredImportance, settings: Mapping[str, Any], heldout: str | None) -> bool:
-    """Whether a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
+    """Tell if a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
     do.
     """
     if old.settings.get("heldout") != heldout:
@@ -126,7 +126,7 @@ class _Group:
         return sorted({site for place, _ in self.saes.values() for site in place.sites})
 
     def spot(self, path: Path) -> Spot:
-        """Where a run's SAE writes, and the tokens that count for it."""
+        """Return where a run's SAE writes, and the tokens that count for it."""
         return self.saes[path][0].writes, Counting.of([self.saes[path]])
 
     @property

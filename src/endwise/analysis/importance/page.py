@@ -33,7 +33,7 @@ MOST_MARKS = 1500
 """Features of a run in a scatter plot."""
 _CARRIED = f"{100 * CARRIED:.0f} %"
 MOST_POINTS = 160
-"""Of a curve over ranks."""
+"""Points of a curve over ranks."""
 
 
 def importance_charts(study: ImportanceStudy, number: int) -> list[Chart]:
@@ -193,7 +193,7 @@ def _run_mark(run: ImportantRun, count: Interval) -> Mark:
 
 
 def _where(study: ImportanceStudy) -> str:
-    """What the figures of single runs show."""
+    """Say what the figures of single runs show."""
     chosen = ", ".join(
         f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f})" for run in study.similar
     )

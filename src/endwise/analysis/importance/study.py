@@ -1,4 +1,4 @@
-"""Which features matter, and on how few the model's behaviour rests: measured runs, compared method by method."""
+"""Features that matter, and the few on which the model's behaviour rests: measured runs, compared method by method."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
 Row = dict[str, Any]
 Order = Literal["first", "second"]
 ESTIMATES: dict[Order, str] = {"first": "estimated", "second": "second"}
-"""How their arrays are called."""
+"""Prefixes of the arrays' names."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
 
     @cached_property
     def baseline(self) -> Method:
-        """What the others are related to."""
+        """Method that the others are related to."""
         return baseline_of(self.methods)
 
     def _counts(self, method: Method) -> list[Claim]:

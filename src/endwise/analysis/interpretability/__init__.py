@@ -1,1 +1,1 @@
-"""How well do explanations predict where features fire?"""
+"""Explanations, and how well they predict where features fire."""

@@ -1,4 +1,4 @@
-"""How interpretable features are, method by method: means with intervals, differences with permutation tests, verdicts.
+"""Interpretability of features, method by method: means with intervals, differences with permutation tests, verdicts.
 
 Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike. Of each
 seed one run a method is compared, those of the most similar CE increase or L0; of two runs equally many features. A
@@ -29,9 +29,9 @@ from endwise.evaluation.summary import RunSummary, estimate
 from endwise.features.explanations import Explanations, read_explanations
 
 MARGIN = 0.05
-"""Of balanced accuracy, within which two means count as equal."""
+"""Difference in balanced accuracy within which two means count as equal."""
 LEAST_FEATURES = 10
-"""Of a run, for a comparison."""
+"""Features that a comparison takes of each run."""
 At = Literal["ce_increase", "l0"]
 AT: dict[At, str] = {"ce_increase": "CE increase", "l0": "L0"}
 PAIRS = (("e2e", "local"), ("e2e_ds", "local"), ("e2e_ds", "e2e"))
@@ -45,7 +45,7 @@ class ExplainedRun:
     explanations: Explanations
 
     def scores(self, name: str) -> Floats:
-        """Of every feature that has this one, `[features]`."""
+        """Return this score of every feature that has it, `[features]`."""
         values = (each.value(name) for each in self.explanations.rows)
         return np.array([value for value in values if value is not None], dtype=np.float64)
 
@@ -74,7 +74,7 @@ class ScoreDifference:
     run: ExplainedRun
     other: ExplainedRun
     features: int
-    """Of each."""
+    """Number that each has."""
     difference: Interval
     """Mean of `run` less mean of `other`, with its bootstrap interval over features."""
     draws: Floats
@@ -98,18 +98,18 @@ class Interpretability(RunSet[ExplainedRun]):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of all scores, controls among them."""
+        """Names of all scores, controls among them."""
         return tuple(dict.fromkeys(name for run in self.runs for name in run.explanations.names))
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """Of scores with a feature's own explanation."""
+        """Names of scores with a feature's own explanation."""
         return tuple(name for name in self.names if "." not in name)
 
     @cached_property
     def differences(self) -> tuple[ScoreDifference, ...]:
-        """Of every pair of methods that a seed has, at either similarity, of every score with the features' own
-        explanations.
+        """Differences of every pair of methods that a seed has, at either similarity, in every score with the features'
+        own explanations.
         """
         found = [
             _difference(name, at, of[method], of[other])
@@ -123,7 +123,7 @@ class Interpretability(RunSet[ExplainedRun]):
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """Of the paper, §3.3: what its figure 9 and table 4 say of e2e+ds and local."""
+        """Verdicts on the paper's §3.3: what its figure 9 and table 4 say of e2e+ds and local."""
         return (
             self._claim(
                 "At similar CE increase, features of e2e+ds are not less interpretable than local's",
@@ -186,7 +186,7 @@ def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
 
 
 def _conditions(run: ExplainedRun) -> str:
-    """What must agree for scores to be compared: models, prompts, texts, numbers of items; not the endpoint."""
+    """Name what must agree for scores to be compared: models, prompts, texts, numbers of items; not the endpoint."""
     about = run.explanations.about
     return json.dumps([about.get(name) for name in ("settings", "prompts", "corpus")], sort_keys=True)
 
@@ -216,7 +216,7 @@ def _told(of: Sequence[ScoreDifference], mean: OverSeeds) -> str:
 
 
 def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
-    """Why differences cannot bear a verdict, if they cannot."""
+    """Say why differences cannot bear a verdict, if they cannot."""
     if not chosen:
         return f"no seed has both kinds with {LEAST_FEATURES} scored features"
     for each in chosen:

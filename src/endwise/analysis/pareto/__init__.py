@@ -1,1 +1,1 @@
-"""How much of the model does each method keep, at what number of active features?"""
+"""Share of the model that each method keeps, against its number of active features."""

@@ -26,7 +26,7 @@ GRID = 40
 """Points of a band."""
 RESAMPLES, SEED = 1000, 12345
 AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
-"""What is drawn against what: x, y."""
+"""Pairs that are drawn against each other: x, y."""
 
 
 Floats = NDArray[np.float64]
@@ -40,9 +40,9 @@ class Pareto:
     runs: tuple[RunSummary, ...]
     """By method, knob, seed and learning rate."""
     summary: Summary
-    """Of the runs of one learning rate a method, where it has several."""
+    """Comparison of the runs of one learning rate a method, where it has several."""
     remarks: tuple[str, ...] = ()
-    """Which rate that is."""
+    """Sentences that name that rate."""
 
     @property
     def methods(self) -> list[Method]:
@@ -50,7 +50,7 @@ class Pareto:
 
     @property
     def is_compared(self) -> bool:
-        """Whether there are several methods, so that one can be related to another."""
+        """True if there are several methods, so that one can be related to another."""
         return len(self.methods) > 1
 
     @property
@@ -97,7 +97,7 @@ def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
 
 
 def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
-    """Of one method's runs that were trained at several learning rates with the same knob and seed, the rate that has
+    """Find, for one method's runs at several learning rates with the same knob and seed, the rate that has
     more of them than any other: that of a curve, rather than those that were tried for it. None: there are no such
     runs, or no such rate.
     """
@@ -108,7 +108,7 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 
 
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
-    """Whether runs of one method share knob and seed."""
+    """Tell if runs of one method share knob and seed."""
     return len({(run.knob, run.seeds) for run in runs}) < len(runs)
 
 

@@ -31,7 +31,7 @@ from endwise.figures.page import Wide, escape, table
 
 WAY_OVER_SEEDS = "Student's t"
 OTHER_SEEDS = "other seeds"
-"""What the runs are called that lie beside the curve of the first seed."""
+"""Label of the runs that lie beside the curve of the first seed."""
 AXIS = {
     "l0": Axis("L0: features per token", log=True),
     "alive": Axis("alive features", log=True),
@@ -41,7 +41,7 @@ AXIS = {
 
 
 def described(run: RunSummary) -> str:
-    """What a run is and what it measured, line by line."""
+    """Describe a run and what it measured, line by line."""
     return "\n".join(
         [
             f"{run.method.label}, {run.knob}, seed {run.seed}",
@@ -142,7 +142,7 @@ def _points(one: Pareto) -> Grid:
 
 
 _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (False, False): ""}
-"""Whether a run lies on the front of CE increase over L0, and on that over alive features."""
+"""Label by whether a run lies on the front of CE increase over L0, and on that over alive features."""
 
 
 def _told(one: Pareto) -> list[Grid | str]:
@@ -182,7 +182,7 @@ def _parts(one: Pareto, figures: str) -> list[str]:
 
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
-    """Of `ratio_rows`: the figure with its interval, or why there is none; both ends of the range, and the range; the
+    """Show `ratio_rows`: the figure with its interval, or why there is none; both ends of the range, and the range; the
     intervals over text and over seeds alone. The site is told where there are several.
     """
     cells, rows = [], list(rows)

@@ -1,4 +1,4 @@
-"""What the first features of a dictionary reconstruct alone: a curve for each run that has such prefixes."""
+"""Prefixes, the first features of a dictionary spliced alone: a curve for each run that has such prefixes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ AXES = (
     ("l0", Axis("L0 of the prefix: features per token", log=True)),
     ("length", Axis("features of the prefix", log=True)),
 )
-"""What is drawn along x, of each panel."""
+"""Names and axes of x, panel by panel."""
 
 
 def prefix_rows(runs: Iterable[RunSummary]) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""What each feature fires on, gathered in one pass over a corpus."""
+"""Harvests: what each feature fires on, gathered in one pass over a corpus."""

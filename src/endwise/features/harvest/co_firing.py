@@ -1,4 +1,4 @@
-"""Which features fire together: the features of a random sample of tokens are kept, and counted at the end.
+"""Features that fire together: the features of a random sample of tokens are kept, and counted at the end.
 
 A table of all pairs has d_sae² entries. A sample of tokens has as many as they have active features, whatever d_sae is,
 and gives every pair's counts at these tokens exactly; where the text has no more tokens than the sample may have, at
@@ -54,7 +54,7 @@ class TokenSample:
 
 
 class CoFiring(NamedTuple):
-    """Of every feature, those that fire with it, by the greatest share; equal ones ascending."""
+    """Partners of every feature: those that fire with it, by the greatest share; equal ones ascending."""
 
     features: list[NDArray[np.int32]]
     jaccard: list[NDArray[np.float32]]

@@ -61,7 +61,7 @@ def write_harvest(
 
 
 def _write_tokenizer(model: LanguageModel, path: Path) -> None:
-    """Of tokenizers that are code, not a file, nothing is kept."""
+    """Write the tokenizer's file; of tokenizers that are code nothing is kept."""
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     if backend is None:
         path.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def _ranked_sample(slots: Slots, features: slice, groups: int) -> dict[str, NDAr
 
 
 def _places(runs: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each element its place in its run of equal ones, and the run's length."""
+    """Return each element's place in its run of equal ones, and the run's length."""
     first = np.concatenate([[True], runs[1:] != runs[:-1]]) if len(runs) else np.zeros(0, bool)
     number = np.cumsum(first) - 1
     starts = np.flatnonzero(first)

@@ -1,4 +1,4 @@
-"""Where features fire in a batch, as a list of places, whether the latents came dense or sparse."""
+"""Places where features fire in a batch, as a list of places, whether the latents came dense or sparse."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ class Firings:
     features: Int64[Tensor, " firings"]
     values: Float[Tensor, " firings"]
     numbers: Int64[Tensor, " batch"]
-    """Of the sequences, in the corpus."""
+    """Numbers of the sequences in the corpus."""
     context: int
     """Positions per sequence."""
     d_sae: int
@@ -55,7 +55,7 @@ class Firings:
         return self.rows % self.context
 
     def strongest(self, among: Bool[Tensor, " firings"]) -> Int64[Tensor, " cells"]:
-        """Of those in `among`, for each feature and sequence the one with the greatest value; of equal ones the first
+        """Find in `among`, for each feature and sequence, the one with the greatest value; of equal ones the first
         in the text.
         """
         chosen = among.nonzero()[:, 0]

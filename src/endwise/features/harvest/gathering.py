@@ -1,4 +1,4 @@
-"""What is gathered of one SAE's features while the text goes by; none of it depends on the order of the text."""
+"""Sums and contexts of one SAE's features, gathered while the text goes by; none depends on the order of the text."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ its mantissa are the bin's number."""
 _FIRST_BIN = (127 + _FIRST_EXPONENT) << (23 - _STEP_BITS)
 _SEQUENCE_BITS = 32
 _PARTS = ("activation", "ce", "squares", "top", "sample", "together")
-"""Of what is gathered, that which is no tensor itself."""
+"""Parts of what is gathered that are no tensors themselves."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How much is kept of every feature."""
+    """Numbers of what is kept of every feature."""
 
     top: int = 24
     """Contexts of the greatest activations, each from another sequence."""
@@ -68,7 +68,7 @@ def bin_edges() -> Tensor:
 
 
 def bins_of(values: Tensor) -> Int64[Tensor, " values"]:
-    """Of positive values of float32."""
+    """Return the bins of positive values of float32."""
     bits = values.contiguous().view(torch.int32)
     return ((bits >> _STEP_BITS) - _FIRST_BIN).clamp(0, BINS - 1).long()
 
@@ -206,5 +206,5 @@ class Gathered:
 
 
 def share_of_tokens(tokens: int) -> float:
-    """Of so many positions, those to draw so that about `SAMPLED_TOKENS` are."""
+    """Return the share of so many positions to draw so that about `SAMPLED_TOKENS` are."""
     return min(1.0, SAMPLED_TOKENS / max(1, tokens))

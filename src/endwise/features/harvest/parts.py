@@ -1,4 +1,4 @@
-"""What a shard of a harvest has gathered so far, on the disk: `harvest/parts/` in the run's folder."""
+"""Files of what a shard of a harvest has gathered so far, on the disk: `harvest/parts/` in the run's folder."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ class Parts:
         write_tensors(self.file(shard), gathered.tensors(), {"endwise": json.dumps(about)})
 
     def next_batch(self, shard: int) -> int | None:
-        """Where the shard stands; None if nothing is there that was gathered with these settings."""
+        """Return where the shard stands; None if nothing is there that was gathered with these settings."""
         try:
             with safe_open(self.file(shard), framework="pt") as opened:
                 about = json.loads((opened.metadata() or {})["endwise"])
@@ -86,7 +86,7 @@ class Parts:
             shutil.rmtree(self.folder)
 
     def clear_partials(self) -> None:
-        """What processes that were killed left half-written; other shards' are left alone while they write."""
+        """Remove what processes that were killed left half-written; other shards' are left alone while they write."""
         if self.shards == 1:
             remove_partials(self.folder)
 

@@ -1,4 +1,4 @@
-"""What is asked of a harvest: which text, how much of it, and what to keep."""
+"""Requests for a harvest: which text, how much of it, and what to keep."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,7 +58,7 @@ class Request:
         }
 
     def fingerprint(self, path: Path, corpora: Corpora | None) -> str | None:
-        """Of the text that is wanted, where it is a run's own or of loaded corpora: see `Corpus.fingerprint`."""
+        """Return `Corpus.fingerprint` of the text that is wanted, where it is a run's own or of loaded corpora."""
         if isinstance(self.text, Path):
             return None
         return RunFolder(path).fingerprint(self.text) if corpora is None else getattr(corpora, self.text).fingerprint()

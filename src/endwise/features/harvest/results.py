@@ -1,4 +1,4 @@
-"""What a harvest keeps of a run's features: the folder `harvest/` in the run's own.
+"""Results that a harvest keeps of a run's features: the folder `harvest/` in the run's own.
 
 harvest.json        what was harvested and from which text; written last, so a folder that has it is whole
 features.parquet    one row per feature, in their order
@@ -81,17 +81,17 @@ class Context:
     rank: int
     sequence: int
     position: int
-    """Of the token at which it fires, in the sequence."""
+    """Position of the token at which it fires, in the sequence."""
     activation: float
     start: int
-    """Of the first token kept, in the sequence."""
+    """Position of the first token kept, in the sequence."""
     tokens: tuple[int, ...]
     activations: tuple[float, ...]
     """The feature's, at each of these tokens."""
 
     @property
     def peak(self) -> int:
-        """Which of `tokens` it fires at."""
+        """Number of the token in `tokens` at which it fires."""
         return self.position - self.start
 
 
@@ -121,7 +121,7 @@ class Harvest:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """How each token is written, by its number."""
+        """Texts of the tokens, by their numbers."""
         return _read(self.folder / "vocabulary.parquet", VOCABULARY_SCHEMA)["text"].to_pylist()
 
     def written(self, tokens: Sequence[int]) -> list[str]:

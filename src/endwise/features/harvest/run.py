@@ -30,7 +30,7 @@ from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
 
 LONG_TEXT, LONG_TEXT_EVERY = 64, 2
-"""Of a text of more batches than this, the CE is attributed in every second one: it takes longer than all else."""
+"""Batches of a text beyond which the CE is attributed in every second one: it takes longer than all else."""
 
 OF_RUN = "text_of_run"
 """The setting that holds the fingerprint of the run's own text: of one that is streamed, what is read may be more or
@@ -103,7 +103,7 @@ def harvest(
 
 
 def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) -> bool:
-    """Whether a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
+    """Tell if a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
     wherever from, has what is asked.
     """
     before: Mapping[str, Any] = old.about.get("settings", {})
@@ -175,13 +175,13 @@ class _Group:
             return {path: self._finish(path, each) for path, each in gathered.items()}
 
     def _span(self, shard: int) -> range:
-        """Of the batches of the text, a shard's."""
+        """Return a shard's batches of the text."""
         batches, shards = -(-self.sequences // self.batch), self.request.shards
         return range(batches * shard // shards, batches * (shard + 1) // shards)
 
     @property
     def _attributed_every(self) -> int:
-        """Of the batches, those whose CE is attributed."""
+        """Step from one batch whose CE is attributed to the next."""
         return LONG_TEXT_EVERY if self.sequences > LONG_TEXT * self.batch else 1
 
     @property

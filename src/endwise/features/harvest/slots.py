@@ -85,7 +85,7 @@ class Slots:
             self.least = self.keys.amin(1)
 
     def _best(self, given: Candidates, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each feature no more candidates than it has slots, sorted by feature and key, and each one's rank."""
+        """Keep no more candidates of a feature than it has slots, sorted by feature and key, and each one's rank."""
         numbers = numbers[given.keys[numbers].argsort(descending=True)]
         numbers = numbers[given.features[numbers].argsort(stable=True)]
         features = given.features[numbers].contiguous()

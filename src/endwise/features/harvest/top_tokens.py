@@ -1,4 +1,4 @@
-"""Which tokens a direction speaks for: those whose logits it raises most, and lowers most."""
+"""Tokens that a direction speaks for: those whose logits it raises most, and lowers most."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _ROWS = 512
 
 @dataclass(frozen=True)
 class TokenEffects:
-    """Of each direction, the tokens whose logits it changes most; all `[n count]`."""
+    """Tokens whose logits each direction changes most; all `[n count]`."""
 
     boosted: NDArray[np.int64]
     """The greatest rise first."""

@@ -1,1 +1,1 @@
-"""What a run will cost, found before it is run."""
+"""Plans of what a run will cost, found before it is run."""

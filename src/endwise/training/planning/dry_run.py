@@ -82,7 +82,7 @@ class DryRun:
         self.recipes = sorted(recipes, key=lambda recipe: self.model.place(recipe.place))
         self.places = [self.model.place(recipe.place) for recipe in self.recipes]
         self.site = self.places[0].writes
-        """Where the (first) spliced pass begins."""
+        """Site where the (first) spliced pass begins."""
         self.objectives = self._objectives()
         self.context = _context(config, self.model)
         whole = self.joint and any(recipe.dictionary.batchwise for recipe in self.recipes[1:])
@@ -102,7 +102,7 @@ class DryRun:
 
     @property
     def final(self) -> bool:
-        """Whether passes go on to the unembedding."""
+        """True if passes continue to the unembedding."""
         return any(objective.final for objective in self.objectives.values())
 
     def encodings(self) -> list[tuple[SAE, int]]:
@@ -122,7 +122,7 @@ class DryRun:
         return [_DryJoint(parts, self.objectives[self.site], self.config.inputs, training.microbatch)]
 
     def stages(self, accumulation: int, microbatch: int, *, only_step: bool = False) -> dict[str, Held]:
-        """What each stage of the run (`STEP`, `EVALUATION`, and on a CPU `CHECKPOINT`) holds when it holds most."""
+        """Return what each stage (`STEP`, `EVALUATION`, and on a CPU `CHECKPOINT`) holds when it holds most."""
         training = self.config.training.model_copy(update={"microbatch": microbatch})
         with self.trace, standing_in("cpu", self.kernels):
             trainees = self._trainees(training)
@@ -227,7 +227,7 @@ class DryRun:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Of all blocks, in the order of computation."""
+        """Pieces of all blocks, in the order of computation."""
         config: Any = self.model.model.config.get_text_config()
         return [
             piece
@@ -236,12 +236,12 @@ class DryRun:
         ]
 
     def pieces_before(self, site: Site) -> int:
-        """How many pieces come before a site."""
+        """Count the pieces that come before a site."""
         return 2 * site.layer + {Part.RESID_PRE: 0, Part.MLP_OUT: 2, Part.RESID_POST: 2}.get(site.part, 1)
 
     @property
     def end(self) -> int:
-        """How many pieces the clean pass runs."""
+        """Number of pieces that the clean pass runs."""
         if self.final:
             return len(self.pieces)
         sites = [site for objective in self.objectives.values() for site in objective.sites]
@@ -254,7 +254,7 @@ class DryRun:
         return module
 
     def embedding_parameters(self) -> int:
-        """Of everything that comes before the blocks, less an embedding that is the unembedding too."""
+        """Count the parameters of all that comes before the blocks, less an embedding that is the unembedding too."""
         model = self.model.model
         tied = {id(parameter) for parameter in _parameters(self.unembedding)}
         first = id(next(iter(find_blocks(model, self.model.n_layers)[0].module.parameters())))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 PRODUCTS_PER_ACTIVE_LATENT = 4
 """Each of d_model multiply-adds: decoder forward, gradient of the latent, of the decoder's and of the encoder's row."""
 DENSE_FORWARD_PRODUCTS, DENSE_GRADIENT_PRODUCTS = 2, 3
-"""Of a dense dictionary, each `d_model × d_sae` multiply-adds a token: encoder and decoder; the gradients of the
-latents and of the two matrices. The input needs none."""
+"""Products of a dense dictionary, each `d_model × d_sae` multiply-adds a token: encoder and decoder; the gradients of
+the latents and of the two matrices. The input needs none."""
 OPTIMISER_OPERATIONS = 17
 """For each parameter and step: 14 of Adam's update, one to clip and two for the gradient's norm."""
 
@@ -23,9 +23,9 @@ class Stretch:
     weights: int
     """Elements of the matrices that each token is multiplied with."""
     width: int = 0
-    """Of all attention heads' queries together; 0: no attention."""
+    """Width of all attention heads' queries together; 0: no attention."""
     window: int | None = None
-    """How far back attention reaches; None: to the start."""
+    """Tokens back that attention reaches; None: to the start."""
 
     def products(self, context: int, pairs: int | None = None) -> tuple[int, int]:
         """Forward operations on one sequence: its linear maps, and its attention's two products.
@@ -44,12 +44,12 @@ def attention_pairs(context: int, window: int | None) -> int:
 
 
 def forward_flops(stretches: Iterable[Stretch], context: int, pairs: int | None = None) -> int:
-    """Of one sequence."""
+    """Count those of one sequence."""
     return sum(sum(stretch.products(context, pairs)) for stretch in stretches)
 
 
 def gradient_flops(stretches: Iterable[Stretch], context: int, pairs: int | None = None) -> int:
-    """Of the activations' gradient through stretches whose weights are frozen, on one sequence.
+    """Count those of the activations' gradient through stretches whose weights are frozen, on one sequence.
 
     One product for each linear map; four for attention's two, since both of their factors depend on activations.
     """
@@ -63,5 +63,5 @@ def product_flops(tokens: int, inner: int, columns: int) -> int:
 
 
 def sparse_flops(tokens: int, d_model: int, l0: float) -> float:
-    """What a sparse dictionary costs besides its encoder's product, forward and backward."""
+    """Count what a sparse dictionary costs besides its encoder's product, forward and backward."""
     return PRODUCTS_PER_ACTIVE_LATENT * 2 * tokens * d_model * l0

@@ -1,4 +1,4 @@
-"""What memory a computation holds, found by running it on tensors that have a shape and a dtype but no values.
+"""Memory that a computation holds, found by running it on tensors that have a shape and a dtype but no values.
 
 PyTorch's fake tensors live on its meta device and claim to be on another one. Every operation, forward and backward,
 passes through `MemoryTrace`, which follows the storages that are alive: views share one, and what autograd keeps for
@@ -23,7 +23,7 @@ aten: Any = torch.ops.aten
 
 @dataclass(frozen=True)
 class Held:
-    """What is held at one moment, in bytes by part."""
+    """Memory held at one moment, in bytes by part."""
 
     parts: dict[str, int]
     during: str
@@ -62,7 +62,7 @@ class MemoryTrace:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is made within it counts as this part's."""
+        """Count what is made within it as this part's."""
         before, self._part = self._part, name
         try:
             yield
@@ -166,12 +166,12 @@ def _experts(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _all_places(mask: Tensor) -> Tensor:
-    """How many features are dead, or rows count, is not known before: no more than all of them."""
+    """Return room for all places: how many features are dead, or rows count, is not known before."""
     return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.int64)
 
 
 def _indexed(tensor: Tensor, indices: Any) -> Tensor:
-    """Of a mask, all places count."""
+    """Index a tensor; of a mask, all places count."""
     first = indices[0]
     if len(indices) == 1 and first is not None and first.dtype == torch.bool:
         return tensor.new_empty(first.numel(), *tensor.shape[first.dim() :])

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: parameters, memory by part, operations per token, and what will not fit.
+"""Plan of a run's needs, before it starts: parameters, memory by part, operations per token, and what will not fit.
 
 No weight is read: see `dry_run` for how memory is found, `flops` for how operations are counted.
 """
@@ -42,14 +42,14 @@ from endwise.training.setup import default_folder
 
 PROCESS = "process"
 CUDA_CONTEXT = 1 << 29
-"""What CUDA and its libraries take on a device before the first tensor, about."""
+"""Bytes that CUDA and its libraries take on a device before the first tensor, about."""
 REMEDIES = {
     MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed)",
     **dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMISER, SAVING), "a smaller dictionary.size (or dictionary.ratio)"),
     **dict.fromkeys((CLEAN, LATENTS), "a larger training.accumulation (or a smaller training.batch)"),
     **dict.fromkeys((TAIL, READOUT), "a smaller training.microbatch"),
 }
-"""What lowers each part."""
+"""Settings that lower each part."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Parameters:
     after_site: int
     """The rest, which the spliced pass runs too, less the unembedding."""
     unembedding: int
-    """Where it is tied to the embedding, both."""
+    """Parameters of both, where it is tied to the embedding."""
     dictionary: int
 
 
@@ -94,7 +94,7 @@ class Flops:
     readout_forward: float
     readout_backward: float
     optimiser: float
-    """Of a step, shared among its tokens."""
+    """Operations of a step, shared among its tokens."""
 
     @property
     def per_token(self) -> float:
@@ -110,7 +110,7 @@ class Need:
     available: int | None
     """None: unknown."""
     advice: str | None = None
-    """Where it does not fit: what takes most, and what to change."""
+    """Advice where it does not fit: what takes most, and what to change."""
 
     @property
     def fits(self) -> bool:
@@ -123,30 +123,30 @@ class TrainingPlan:
     site: str
     kind: str
     splices: bool
-    """Whether the objective has terms that read the spliced pass."""
+    """True if the objective has terms that read the spliced pass."""
     device: str
     dtype: str
     processes: int
     context: int
     sequences: int
-    """Of each batch in one process."""
+    """Sequences of each batch in one process."""
     accumulation: int
     microbatch: int
     steps: int
     d_model: int
-    """Of several places, the largest."""
+    """Width; of several places, the largest."""
     d_sae: int
-    """Of all places together."""
+    """Features of all places together."""
     parameters: Parameters
     stages: tuple[Stage, ...]
     checkpoint_bytes: int
-    """Of one file, but for its header."""
+    """Size of one file, but for its header."""
     sae_bytes: int
     flops: Flops
     sparse_flops: float | None
     """Per token, at most, once latents are sparse; None on a GPU, where they stay dense."""
     total_flops: float
-    """Of the run, all processes together, with dense latents; evaluations are left out."""
+    """Operations of the run, all processes together, with dense latents; evaluations are left out."""
     needs: tuple[Need, ...]
 
     @property
@@ -165,7 +165,7 @@ class TrainingPlan:
 
 
 def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> TrainingPlan:
-    """What one of a run's processes will need.
+    """Plan what one of a run's processes will need.
 
     Args:
         processes: that share each batch in data-parallel training; each holds model, SAE and optimiser in full.
@@ -275,7 +275,7 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
 
 
 def _memory_needs(dry_run: DryRun, stages: Mapping[str, Held], processes: int, memory: int | None) -> Iterator[Need]:
-    """Of the device; where that is a GPU, of its host too."""
+    """Yield the needs of the device; where that is a GPU, of its host too."""
     own = resident_memory()
     spare = available_memory()
     host = None if spare is None else (spare + own) // processes
