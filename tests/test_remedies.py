@@ -86,7 +86,7 @@ def test_numbers_of_libraries_that_keep_them_in_their_text(given, expected):
 @pytest.mark.parametrize("name", ["EACCES", "EIO", "EMFILE", "ESTALE"])
 def test_a_file_that_the_system_does_not_give_is_not_called_damaged(name, tmp_path, monkeypatch):
     ReluSAE(4, 6).save(tmp_path)
-    monkeypatch.setattr("endwise.formats.saelens.load_file", raising(error(name)))
+    monkeypatch.setattr("endwise.formats.reading.load_file", raising(error(name)))
     monkeypatch.setattr("endwise.runs.checkpoints.safe_open", raising(error(name)))
     for read in (lambda: SAE.load(tmp_path), lambda: read_checkpoint(tmp_path / "step")):
         with pytest.raises(Unreadable) as caught:

@@ -10,7 +10,7 @@ from endwise import SAE
 from endwise.common.errors import FormatError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries import NormedSAE, ReluSAE
-from endwise.formats import FORMATS, Stored
+from endwise.formats import FORMATS, Stored, metadata_at
 from rivals import rival, rivals
 
 D, F, OUT = 6, 20, 5
@@ -122,3 +122,13 @@ def test_a_transcoder_behind_a_norm_of_each_token_is_not_written(tmp_path, norm)
         NormedSAE(transcoder(D, skip=False), norm).save(tmp_path / "t", TRANSCODES)
     assert not (tmp_path / "t").exists()
     NormedSAE(transcoder(D, skip=False), norm).save(tmp_path / "sae")
+
+
+def test_what_is_older_than_version_6_tells_where_it_belongs(tmp_path):
+    """The paper's own SAEs are stored so."""
+    ReluSAE(D, F).save(tmp_path)
+    old = {"d_in": D, "d_sae": F, "hook_point": "blocks.6.hook_resid_pre", "hook_point_head_index": None}
+    old |= {"model_name": "gpt2-small", "context_size": 512, "prepend_bos": False, "l1_coefficient": 5, "seed": 0}
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
+    expected = {"hook_name": "blocks.6.hook_resid_pre", "model_name": "gpt2-small", "context_size": 512}
+    assert metadata_at(tmp_path) == expected | {"prepend_bos": False}

@@ -1,28 +1,40 @@
 """Formats of SAE files, one a file; importing one here registers it."""
 
-from endwise.formats.base import (
-    FORMATS,
-    NATIVE,
-    Format,
-    Layout,
-    Stored,
-    format_at,
-    metadata_at,
-    stored_at,
-    weights_file,
-)
+from endwise.formats.base import FORMATS, NATIVE, Format, Layout, Stored
 from endwise.formats.circuit_tracer import CircuitTracer
+from endwise.formats.dictionary_learning import DictionaryLearning
+from endwise.formats.e2e_sae import E2eSae
+from endwise.formats.finding import format_at, located, metadata_at, stored_at, weights_file
+from endwise.formats.gemma_scope import GemmaScope
+from endwise.formats.gemma_scope_2 import GemmaScope2
+from endwise.formats.goodfire import Goodfire
+from endwise.formats.llama_scope import LlamaScope
+from endwise.formats.llamascopium import Llamascopium
+from endwise.formats.openai import OpenAI
+from endwise.formats.qwen_scope import QwenScope
 from endwise.formats.saelens import SAELens
+from endwise.formats.sparsify import Sparsify
 
 __all__ = [
     "FORMATS",
     "NATIVE",
     "CircuitTracer",
+    "DictionaryLearning",
+    "E2eSae",
     "Format",
+    "GemmaScope",
+    "GemmaScope2",
+    "Goodfire",
     "Layout",
+    "LlamaScope",
+    "Llamascopium",
+    "OpenAI",
+    "QwenScope",
     "SAELens",
+    "Sparsify",
     "Stored",
     "format_at",
+    "located",
     "metadata_at",
     "stored_at",
     "weights_file",

@@ -113,14 +113,20 @@ class Format(ABC):
                 these architectures computes.
         """
 
-    @abstractmethod
     def write(self, path: Path, stored: Stored) -> None:
-        """Write an SAE, so that whoever knows the format reads the same function.
+        """Write an SAE, so that whoever knows the format reads the same function; a format that is only read does not
+        say how.
 
         Raises:
-            FormatError: the format cannot say what this function is.
+            FormatError: the format cannot say what this function is, or is only read.
             RunFolderError: the disk is full or the folder cannot be written.
         """
+        raise FormatError(f"{self.name} is read and not written. Write {NATIVE}, or another format of docs/formats.md.")
+
+    @property
+    def writes(self) -> bool:
+        """Whether SAEs are written in it."""
+        return type(self).write is not Format.write
 
     @abstractmethod
     def weights(self, path: Path) -> Path:
@@ -146,48 +152,6 @@ def added(kind: Kind) -> Kind:
     """Decorate a format's class, so that an instance of it is known by its name."""
     FORMATS.add(kind.name)(kind())
     return kind
-
-
-def format_at(path: Path) -> tuple[Format, Path] | None:
-    """The format of the SAE at a path and where it lies: there, or in the path's `sae`, as in a run folder."""
-    for place in (path, path / "sae"):
-        for name in FORMATS.names():
-            if FORMATS[name].detects(place):
-                return FORMATS[name], place
-    return None
-
-
-def stored_at(path: Path, layouts: Mapping[str, Layout]) -> Stored:
-    """Read the SAE at a path, in whatever format it is.
-
-    Raises:
-        FormatError: see `Format.read`; of a path at which no format detects one, as the native format tells it.
-    """
-    form, place = _located(path)
-    stored = form.read(place, layouts)
-    if stored.architecture not in layouts:
-        raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
-    return stored
-
-
-def weights_file(path: Path) -> Path:
-    """The file that holds the weights of the SAE at a path; the native format's, where there is none."""
-    form, place = _located(path)
-    return form.weights(place)
-
-
-def metadata_at(path: Path) -> Mapping[str, Any]:
-    """Read what the file at a path says beside the function.
-
-    Raises:
-        FormatError: see `Format.metadata`.
-    """
-    form, place = _located(path)
-    return form.metadata(place)
-
-
-def _located(path: Path) -> tuple[Format, Path]:
-    return format_at(path) or (FORMATS[NATIVE], path)
 
 
 def check_tensors(

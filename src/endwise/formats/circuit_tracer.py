@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from endwise.common.errors import FormatError
 from endwise.common.files import write_atomic
-from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
-from endwise.formats.base import Format, Layout, Stored, added, check_tensors
+from endwise.formats.base import Format, Layout, Stored, added
+from endwise.formats.reading import assembled, safetensors_at, taken, whole, yaml_at
 
 CONFIG_FILE, KIND = "config.yaml", "transcoder_set"
 LAYER_FILE = re.compile(r"layer_([0-9]{1,6})\.safetensors")
 THRESHOLD = "activation_function.threshold"
-LARGEST = 1_000_000
-"""Bytes of a configuration."""
+_NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_OWN = {"W_skip": "W_skip", THRESHOLD: "threshold"}
 _PLACE = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _OURS = {"mlp.hook_in": "mlp_in", "mlp.hook_out": "hook_mlp_out"}
 """circuit-tracer's names of what the MLP receives and of what it adds, in a block; others are the same."""
@@ -59,27 +57,19 @@ class CircuitTracer(Format):
                 f"{path} is a set of transcoders, one for each layer. Give the file of one: {', '.join(layers[:5])}"
                 f"{', ...' if len(layers) > 5 else ''} there."
             )
-        config, found = _config(path.parent), _tensors(path)
-        d_sae, d_in = found["W_enc"].shape if found.get("W_enc") is not None and found["W_enc"].ndim == 2 else (0, 0)
-        architecture = _architecture(path, config, found)
-        if architecture not in layouts:
-            raise FormatError(f"{path}: {architecture} is not one of {', '.join(layouts)}.")
+        config, found = _config(path.parent), safetensors_at(path)
         found.pop("k", None)
-        threshold = found.pop(THRESHOLD, None)
-        if architecture == "jumprelu" and threshold is not None:
-            found["threshold"] = threshold.expand(d_sae) if threshold.numel() == 1 else threshold
-            if (found["threshold"] < 0).any():
-                raise FormatError(f"{path}: thresholds must be at least 0; below it, endwise has no latents.")
-        of = {"d_in": d_in, "d_sae": d_sae}
+        architecture = _architecture(path, config, found)
+        names = {**_NAMES, **{name: ours for name, ours in _OWN.items() if name in found}}
+        tensors = taken(path, found, names)
+        if "threshold" in tensors and (tensors["threshold"] < 0).any():
+            raise FormatError(f"{path}: thresholds must be at least 0; below it, endwise has no latents.")
+        own = {}
         if architecture == "topk":
-            of["k"] = _k(path, config, d_sae)
+            own["k"] = whole(path.parent / CONFIG_FILE, config, "k", len(tensors["b_enc"]))
             warnings.warn(f"{path}: {_NEGATIVE}", stacklevel=4)
-        shapes = layouts[architecture].of_transcoder("W_skip" in found).shapes(of)
-        tensors = {name: found[name].mT if name == "W_enc" and d_in else found[name] for name in found}
-        if others := sorted(set(found) - set(shapes)):
-            raise FormatError(f"{path} also holds {', '.join(others)[:200]}, which endwise does not know.")
-        check_tensors(path, tensors, shapes, f"W_enc, [{d_sae} {d_in}]")
-        return Stored(architecture, of, tensors, self.metadata(path))
+        about = self.metadata(path)
+        return assembled(path, architecture, tensors, layouts, config=own, metadata=about, transcodes=True)
 
     def write(self, path: Path, stored: Stored) -> None:
         """
@@ -115,26 +105,7 @@ class CircuitTracer(Format):
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        if path.stat().st_size > LARGEST:
-            raise FormatError(f"{path} has more than {LARGEST:,} bytes, which no set needs. Restore it.")
-        config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FormatError(f"{folder} holds no {CONFIG_FILE}, which says what the set's transcoders compute.") from None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read as YAML: {error!s:.200}. Restore it.") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} must hold a mapping. Restore it.")
-    return config
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
-        raise unreadable(path, error) or damaged from None
+    return yaml_at(folder / CONFIG_FILE)
 
 
 def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -144,14 +115,6 @@ def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     if thresholds and activation in ("relu", "topk"):
         raise FormatError(f"{path} holds thresholds, while {CONFIG_FILE} says activation: {activation}. Correct one.")
     return {"topk": "topk", "relu": "standard"}.get(str(activation), "jumprelu" if thresholds else "standard")
-
-
-def _k(path: Path, config: Mapping[str, Any], d_sae: int) -> int:
-    k = config.get("k")
-    if type(k) is not int or not 1 <= k <= d_sae:
-        told = f"k must be a whole number from 1 to {d_sae}, the features, not {k!r:.80}"
-        raise FormatError(f"{path.parent / CONFIG_FILE}: {told}. Correct it.")
-    return k
 
 
 def _told(path: Path, stored: Stored) -> dict[str, Any]:

@@ -6,21 +6,18 @@ Before its version 6, SAELens wrote one flat object, in which settings of the tr
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from endwise.common.errors import FormatError
-from endwise.common.files import read_json, write_json
-from endwise.common.remedies import unreadable
+from endwise.common.files import read_json, there_is, write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import PER_TOKEN, Format, Layout, Stored, added, check_tensors
+from endwise.formats.reading import safetensors_at
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HEADS_JOINED = "hook_z"
@@ -61,6 +58,15 @@ n_batches_for_norm_estimate sparsity
 """
 """Where the SAE belongs, and how it was trained, in the words of all of SAELens's versions."""
 
+_ABOUT = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"} | {
+    name: name
+    for name in (
+        *("model_name", "hook_name", "hook_head_index", "model_from_pretrained_kwargs", "prepend_bos", "context_size"),
+        *("dataset_path", "neuronpedia_id", "seqpos_slice", "sae_lens_training_version"),
+    )
+}
+"""What files before version 6 say of where an SAE belongs, with the names that it has under `metadata` since."""
+
 _FOLDED = {"topk": {"rescale_acts_by_decoder_norm"}}
 """An architecture's keys that are made part of the weights as they are read."""
 _NOT_OURS = "endwise computes no such function, and no conversion keeps it."
@@ -93,14 +99,13 @@ class SAELens(Format):
     name = "saelens"
 
     def detects(self, path: Path) -> bool:
-        """By the configuration, which is written last."""
-        return (path / CFG_FILE).exists()
+        """By the configuration, which is written last, and by the weights, since others call their own alike."""
+        return there_is(path / CFG_FILE) and there_is(path / WEIGHTS_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, cfg = path / CFG_FILE, read_cfg(path)
         architecture, layout = _found(file, cfg, layouts)
         _check_function(file, cfg, layout, _FOLDED.get(architecture, set()))
-        _warn_of_processing(file, cfg)
         config = {key: cfg[key] for key in ("d_in", "d_sae", *layout.settings) if key in cfg}
         if cfg.get("normalize_activations") in PER_TOKEN:
             config["normalize"] = cfg["normalize_activations"]
@@ -162,6 +167,10 @@ def read_cfg(folder: Path) -> dict[str, Any]:
             raise FormatError(f"{path}: {key} must be true or false, not {cfg[key]!r:.80}. Correct it.")
     if not isinstance(cfg.setdefault("metadata", {}), dict):
         raise FormatError(f"{path}: metadata must be an object, not {cfg['metadata']!r:.80}. Correct it.")
+    if _is_old(cfg):  # which had beside the function what is under metadata since
+        cfg["metadata"] = {ours: cfg[name] for name, ours in _ABOUT.items() if cfg.get(name) is not None} | cfg[
+            "metadata"
+        ]
     return cfg
 
 
@@ -277,26 +286,9 @@ def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout, folded: 
         )
 
 
-def _warn_of_processing(path: Path, cfg: Mapping[str, Any]) -> None:
-    """An SAE of a model whose weights TransformerLens centred reads activations that Hugging Face's model has not."""
-    given = cfg["metadata"].get("model_from_pretrained_kwargs") or cfg.get("model_from_pretrained_kwargs")
-    if isinstance(given, dict) and given.get("center_writing_weights"):
-        warnings.warn(
-            f"{path}: this SAE was trained on a model loaded with center_writing_weights, whose activations have their "
-            "mean over the dimensions taken out; the Hugging Face model's have it, so that the SAE reads them wrongly.",
-            stacklevel=4,
-        )
-
-
 def _read_weights(folder: Path, cfg: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise FormatError(f"{folder} holds no {WEIGHTS_FILE}; only safetensors weights are read.") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        damaged = FormatError(f"{path} is not a valid safetensors file ({error}). Restore it.")
-        raise unreadable(path, error) or damaged from None
+    tensors = safetensors_at(path)
     shapes = layout.shapes(cfg)
     scales = {name: (cfg["d_sae"],) for name in _SCALES if name in tensors}
     if others := sorted(set(tensors) - set(shapes) - set(scales)):

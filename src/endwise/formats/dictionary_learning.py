@@ -1,0 +1,173 @@
+"""dictionary_learning's folder of one trainer: `ae.pt` and `config.json` (saprmarks, Karvonen).
+
+`trainer.dict_class` of the configuration says which of seven classes it is, and so the names and the function:
+
+    AutoEncoder, BatchTopKSAE, AutoEncoderTopK, GatedAutoEncoder, MatryoshkaBatchTopKSAE subtract b_dec from the input;
+    AutoEncoderNew and JumpReluAutoEncoder do not.
+
+BatchTopK and Matryoshka are used above their one threshold, TopK by its k largest, whatever threshold it holds. Of an
+AutoEncoder the package's own loader moves the norms of directions into the latents, and so does this one.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from endwise.common.errors import FormatError
+from endwise.common.files import there_is, write_atomic, write_json
+from endwise.common.tensor_files import laid_out
+from endwise.formats.base import Format, Layout, Stored, added
+from endwise.formats.reading import Named, assembled, config_at, known, pickle_at, taken, told, whole
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
+_LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
+_PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_GATED = {
+    "encoder.weight": "W_enc.T",
+    "decoder.weight": "W_dec.T",
+    "decoder_bias": "b_dec",
+    "r_mag": "r_mag",
+    "gate_bias": "b_gate",
+    "mag_bias": "b_mag",
+}
+_THRESHOLD = {"threshold": "threshold"}
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One of the package's classes."""
+
+    architecture: str
+    """By our name."""
+    names: Named
+    subtracts: bool
+    """Whether it subtracts b_dec."""
+    left: tuple[str, ...] = ()
+    """Tensors of a file that say nothing of the function."""
+
+
+CLASSES = {
+    "AutoEncoder": _Class("standard", {**_LINEAR, "bias": "b_dec"}, True),
+    "AutoEncoderNew": _Class("standard", {**_LINEAR, "decoder.bias": "b_dec"}, False),
+    "GatedAutoEncoder": _Class("gated", _GATED, True),
+    "JumpReluAutoEncoder": _Class("jumprelu", {**_PLAIN, **_THRESHOLD}, False),
+    "AutoEncoderTopK": _Class("topk", {**_LINEAR, "b_dec": "b_dec"}, True, ("k", "threshold")),
+    "BatchTopKSAE": _Class("jumprelu", {**_LINEAR, "b_dec": "b_dec", **_THRESHOLD}, True, ("k",)),
+    "MatryoshkaBatchTopKSAE": _Class("jumprelu", {**_PLAIN, **_THRESHOLD}, True, ("k", "group_sizes")),
+}
+_WRITTEN = {
+    "standard": "AutoEncoderNew",
+    "gated": "GatedAutoEncoder",
+    "topk": "AutoEncoderTopK",
+    "jumprelu": "JumpReluAutoEncoder",
+}
+
+
+@added
+class DictionaryLearning(Format):
+    """The folder of a trainer."""
+
+    name = "dictionary_learning"
+
+    def detects(self, path: Path) -> bool:
+        return there_is(path / WEIGHTS_FILE) and there_is(path / CONFIG_FILE)
+
+    def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
+        file, trainer = path / CONFIG_FILE, _trainer(path)
+        kind = CLASSES[known(file, trainer, "dict_class", tuple(CLASSES))]
+        weights, config = path / WEIGHTS_FILE, {"d_in": whole(file, trainer, "activation_dim")}
+        config["d_sae"] = whole(file, trainer, "dict_size")
+        found = pickle_at(weights)
+        tensors = taken(weights, found, kind.names, kind.left)
+        if kind.architecture == "topk":
+            config["k"] = whole(file, trainer, "k", config["d_sae"])
+            if isinstance(k := found.get("k"), Tensor) and (k.numel() != 1 or int(k) != config["k"]):
+                raise FormatError(f"{weights} and {CONFIG_FILE} disagree in k: {k!r:.80}, {config['k']}. Correct one.")
+        stored = assembled(
+            *(weights, kind.architecture, tensors, layouts),
+            config=config,
+            metadata=self.metadata(path),
+            subtracts_b_dec=kind.subtracts,
+            told_by=CONFIG_FILE,
+        )
+        return _unit_directions(stored) if trainer["dict_class"] == "AutoEncoder" else stored
+
+    def write(self, path: Path, stored: Stored) -> None:
+        name = _WRITTEN.get(stored.architecture)
+        if name is None or stored.transcodes or "normalize" in stored.config:
+            what = "transcoder" if stored.transcodes else stored.architecture
+            raise FormatError(
+                f"dictionary_learning has {', '.join(_WRITTEN)} alone, which write what they read and have no norm of "
+                f"each token, and no such {what:.80}. Write {path} in another format."
+            )
+        kind, tensors = CLASSES[name], {key: each.detach().float() for key, each in stored.tensors.items()}
+        if kind.subtracts != stored.subtracts_b_dec:
+            shift = tensors["b_dec"] @ tensors["W_enc"] * (1 if kind.subtracts else -1)
+            for bias, exponent in (("b_enc", None), ("b_gate", None), ("b_mag", "r_mag")):
+                if bias in tensors:
+                    tensors[bias] = tensors[bias] + (shift if exponent is None else shift * tensors[exponent].exp())
+        written = {theirs: _as_theirs(tensors, ours) for theirs, ours in kind.names.items()}
+        trainer: dict[str, Any] = {"dict_class": name, "activation_dim": stored.config["d_in"]}
+        trainer["dict_size"] = stored.config["d_sae"]
+        if name == "AutoEncoderTopK":
+            trainer["k"] = stored.config["k"]
+            written |= {"k": torch.tensor(stored.config["k"], dtype=torch.int), "threshold": torch.tensor(-1.0)}
+        content = io.BytesIO()
+        torch.save(laid_out(written), content)
+        write_atomic(path / WEIGHTS_FILE, content.getvalue())
+        site, block, layer = str(stored.metadata.get("hook_name", "")), "blocks.", None
+        if site.startswith(block) and site.split(".")[1].isdecimal():
+            layer = int(site.split(".")[1])
+        about = told(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
+        write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": _buffer(stored)})
+
+    def weights(self, path: Path) -> Path:
+        return path / WEIGHTS_FILE
+
+    def metadata(self, path: Path) -> Mapping[str, Any]:
+        config, trainer = config_at(path / CONFIG_FILE), _trainer(path)
+        buffer = config.get("buffer")
+        layer, module = trainer.get("layer"), trainer.get("submodule_name")
+        site = None
+        if type(layer) is int and layer >= 0:
+            site = f"blocks.{layer}.hook_resid_post" if module is None or str(module)[:10] == "resid_post" else None
+        if isinstance(module, str) and module.startswith("blocks."):
+            site = module
+        return told(
+            hook_name=site,
+            model_name=trainer.get("lm_name"),
+            hf_hook_name=module,
+            context_size=buffer.get("ctx_len") if isinstance(buffer, dict) else None,
+            dict_class=trainer.get("dict_class"),
+        )
+
+
+def _trainer(path: Path) -> dict[str, Any]:
+    trainer = config_at(path / CONFIG_FILE).get("trainer")
+    if not isinstance(trainer, dict):
+        raise FormatError(f"{path / CONFIG_FILE} must have a section trainer, which says the dict_class. Restore it.")
+    return trainer
+
+
+def _buffer(stored: Stored) -> dict[str, Any]:
+    return told(ctx_len=stored.metadata.get("context_size"))
+
+
+def _as_theirs(tensors: Mapping[str, Tensor], ours: str) -> Tensor:
+    return tensors[ours.removesuffix(".T")].mT if ours.endswith(".T") else tensors[ours]
+
+
+def _unit_directions(stored: Stored) -> Stored:
+    """Return the same function with directions of norm 1, unless they have it."""
+    tensors = {name: tensor.float() for name, tensor in stored.tensors.items()}
+    norms = tensors["W_dec"].norm(dim=-1)
+    if torch.allclose(norms, torch.ones_like(norms)):
+        return stored
+    tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms}
+    tensors["W_dec"] = tensors["W_dec"] / norms.clamp_min(1e-12)[:, None]
+    return Stored(stored.architecture, stored.config, tensors, stored.metadata, stored.subtracts_b_dec)
