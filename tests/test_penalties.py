@@ -48,7 +48,7 @@ def train(sae, stored, schedule, *, subtracts=True, clip=None):
             torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
         adam.step()
         used.append((term.p, term.coefficient * float(term.scale)))
-        schedule.after_step(step)
+        schedule.after_step(step, {}, 1.0, torch.tensor(True))
         if sae.unit_norm:
             with torch.no_grad():
                 sae.decoder.copy_(normalize(sae.decoder, dim=-1))
@@ -125,7 +125,7 @@ def test_no_change_of_p_moves_the_mean_penalty():
         latents = sae.encode(x)
         schedule.see(step, latents, ROWS)
         totals.append(float(schedule.term(step).total(x, x, latents, ROWS).detach()))
-        schedule.after_step(step)
+        schedule.after_step(step, {}, 1.0, torch.tensor(True))
     assert totals == pytest.approx([totals[0]] * 10, rel=1e-5)
 
 

@@ -28,12 +28,15 @@ class Knob:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Knob":
-        """Find the knob of a recipe: the one that its dictionary has, where it is set, otherwise the sparsity
-        coefficient.
+        """Find the knob of a recipe: the one that its dictionary has, where it is set, otherwise the target of its
+        sparsity, or the coefficient.
         """
         for name, rule in config.dictionary.knobs.items():
             if (value := getattr(config.dictionary, name)) is not None:
                 return cls(float(value), f"dictionary.{name}", *rule)
+        sparsity = config.objective.sparsity
+        if sparsity is not None and sparsity.target_l0 is not None:
+            return cls(sparsity.target_l0, "objective.sparsity.target_l0", "target L0", sparser=False)
         if (coefficient := config.objective.coefficient) is None:
             raise ConfigError(f"Nothing in the recipe says how sparse its {config.dictionary.architecture} SAE is.")
         return cls(coefficient)
@@ -89,7 +92,7 @@ class Method:
         aside = {"architecture", "size", "ratio", knob.name.removeprefix("dictionary.")}
         own = dictionary.model_dump(mode="json", exclude=aside, exclude_defaults=True)
         content = config.objective.method | {f"dictionary.{name}": value for name, value in own.items()}
-        if knob.name != COEFFICIENT and config.objective.coefficient is not None:
+        if knob.name != COEFFICIENT and config.objective.coefficient is not None and not config.objective.is_steered:
             content["sparsity.coefficient"] = config.objective.coefficient
         key = config.objective.method_kind
         label = LABELS.get(key, key)

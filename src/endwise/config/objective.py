@@ -26,7 +26,10 @@ PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e
 """By kind, the reconstruction terms that it has."""
 OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
 """Terms that have a key of their own in `objective`, in the order in which they are added up."""
-COLUMNS = ("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout")
+COLUMNS = (
+    *("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout"),
+    *("left_out", "sparsity_coefficient"),
+)
 """Columns that a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
 
 TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
@@ -36,7 +39,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 class SparsityConfig(Config):
     coefficient: NonNegative
-    """λ, the weight of the sparsity penalty."""
+    """λ, the weight of the sparsity penalty. With `target_l0`: where λ starts, by default at 0.1."""
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """Active features per token that λ is steered to in training."""
     p: Annotated[float, Field(gt=0)] = 1.0
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
@@ -49,6 +54,21 @@ class SparsityConfig(Config):
     """Share of the steps after which p is `p_end`."""
     p_changes: Positive = 10
     """In how many equal changes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("target_l0") is not None:
+            return {"coefficient": 0.1, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _can_be_steered(self) -> "SparsityConfig":
+        if self.target_l0 is not None and self.coefficient == 0:
+            raise ValueError(
+                "coefficient is 0, and steering towards target_l0 multiplies it: give a coefficient above 0, or none"
+            )
+        return self
 
     def without_powers(self) -> "SparsityConfig":
         """The same, for a penalty that is not one of powers."""
@@ -135,6 +155,11 @@ class ObjectiveConfig(Config):
         return None if self.sparsity is None else self.sparsity.coefficient
 
     @property
+    def is_steered(self) -> bool:
+        """Whether λ follows a target."""
+        return self.sparsity is not None and self.sparsity.target_l0 is not None
+
+    @property
     def weighted_terms(self) -> list[WeightedTerm]:
         """Every term with what it is built from; of weight 0 only sparsity is kept."""
         weights = self.weights
@@ -157,6 +182,8 @@ class ObjectiveConfig(Config):
         sparsity = self.sparsity
         penalty = {} if sparsity is None else {"p": sparsity.p, **sparsity.model_dump(exclude_defaults=True)}
         penalty.pop("coefficient", None)
+        if self.is_steered:
+            penalty["target_l0"] = "steered"
         return {**self.weights, "downstream_sites": sites, **penalty, **further}
 
     @property

@@ -224,6 +224,12 @@ class RunConfig(Config):
         architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
+        fixed = [name for name in self.dictionary.knobs if getattr(self.dictionary, name) is not None]
+        if sparsity is not None and sparsity.target_l0 is not None and fixed:
+            raise ValueError(
+                f"objective.sparsity.target_l0 is {sparsity.target_l0:g} and dictionary.{fixed[0]} is "
+                f"{getattr(self.dictionary, fixed[0]):g}, which sets how many features are active already: give one"
+            )
         powerless = self.dictionary.penalised and not self.dictionary.powers
         if sparsity is not None and powerless and (sparsity.p != 1 or sparsity.p_end is not None):
             warnings.warn(

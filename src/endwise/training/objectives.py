@@ -36,6 +36,11 @@ class Term(ABC):
     """Settings that a recipe can give."""
     coefficient: float
 
+    @property
+    def weight(self) -> float | Tensor:
+        """Weight of the term in this step; a tensor where the device computes it."""
+        return self.coefficient
+
     @classmethod
     def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "Term":
         """Build the term of a recipe for an SAE at `site`.
@@ -163,9 +168,16 @@ class Sparsity(SiteTerm):
     p_end: float | None = None
     p_steps: float = 0.8
     p_changes: int = 10
-    """These four are followed by `training.sparsity`."""
+    target_l0: float | None = None
+    """These five are followed by `training.sparsity`."""
     scale: Tensor | None = None
     """Factor that keeps the penalty as large as before p fell; logged with it."""
+    steered: Tensor | None = None
+    """λ in place of `coefficient`, where it follows a target."""
+
+    @property
+    def weight(self) -> float | Tensor:
+        return self.coefficient if self.steered is None else self.steered
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
         total = latents.penalty(self.p, mask).sum() / activation.shape[-1]

@@ -1,6 +1,6 @@
-"""Course of the sparsity penalty in training: its warm-up, and powers that fall (p-annealing)."""
+"""Course of the sparsity penalty in training: warm-up, falling powers (p-annealing), a λ that follows L0."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from endwise.common.axes import TokenMask
 from endwise.dictionaries import Latents
 from endwise.training.objectives import Objective, Sparsity
+from endwise.training.steering import Steering
 
 WINDOW = 10
 """Steps before a change of p over which both penalties are compared."""
@@ -24,6 +25,7 @@ class SparsitySchedule:
         powers: p from each of `starts` on.
         starts: steps, ascending, the first 0.
         warm: steps over which the weight rises linearly from 0.
+        steering: what multiplies the weight.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class SparsitySchedule:
         starts: Sequence[int],
         warm: int = 0,
         window: int = WINDOW,
+        steering: Steering | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._term, self._powers, self._starts, self._warm, self._window = term, powers, starts, warm, window
+        self.steering = steering
         self.state = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=device)
         """s, and the two sums."""
         self.seen = torch.zeros(2, dtype=torch.float64, device=device)
@@ -45,14 +49,16 @@ class SparsitySchedule:
     def of(cls, objective: Objective, steps: int, device: torch.device) -> "SparsitySchedule | None":
         """Plan the penalty of an objective over so many steps; None: it stays as it is."""
         term = next((each for each in objective.site_terms if isinstance(each, Sparsity)), None)
-        if term is None or (term.p_end is None and not term.warmup):
+        if term is None or (term.p_end is None and not term.warmup and term.target_l0 is None):
             return None
         changes = {0: term.p}
         if term.p_end is not None:
             for number in range(1, term.p_changes + 1):
                 share = number / term.p_changes
                 changes[round(term.p_steps * steps * share)] = term.p + (term.p_end - term.p) * share
-        return cls(term, list(changes.values()), list(changes), round(term.warmup * steps), device=device)
+        warm = round(term.warmup * steps)
+        steering = None if term.target_l0 is None else Steering(term.target_l0, steps, warm, device)
+        return cls(term, list(changes.values()), list(changes), warm, steering=steering, device=device)
 
     def objective(self, objective: Objective, step: int) -> Objective:
         """Return the objective of the step after `step` others."""
@@ -60,8 +66,10 @@ class SparsitySchedule:
 
     def term(self, step: int) -> Sparsity:
         """Return the penalty of the step after `step` others."""
-        warm = min(1.0, step / self._warm) if self._warm else 1.0
-        return replace(self._term, coefficient=self._term.coefficient * warm, p=self._power(step), scale=self.state[0])
+        planned = self._term.coefficient * (min(1.0, step / self._warm) if self._warm else 1.0)
+        steered = None if self.steering is None else planned * self.steering.factor()
+        changed = {"coefficient": planned, "steered": steered, "p": self._power(step), "scale": self.state[0]}
+        return replace(self._term, **changed)
 
     def see(self, step: int, latents: Latents, mask: TokenMask) -> None:
         """Compare the penalties of before and after the change that comes, if it is near."""
@@ -71,8 +79,22 @@ class SparsitySchedule:
                 both = [latents.penalty(p, mask).sum() for p in (self._power(step), self._power(change))]
             self.seen += torch.stack(both)
 
-    def after_step(self, step: int) -> None:
-        """Follow the step after `step` others, once `seen` is that of all processes."""
+    @property
+    def columns(self) -> list[str]:
+        """Name what is logged of it: λ, where it follows a target."""
+        return [] if self.steering is None else [coefficient_of(self._term.name)]
+
+    def after_step(self, step: int, values: Mapping[str, Tensor], pace: float, counts: Tensor) -> None:
+        """Follow the step after `step` others, once `seen` is that of all processes.
+
+        Args:
+            values: what is logged of it; `columns` are filled in.
+            pace: its learning rate over the largest one.
+            counts: whether it changed the weights.
+        """
+        if self.steering is not None:
+            values[coefficient_of(self._term.name)].add_(self.term(step).weight)
+            self.steering.after_step(step, values["l0"], pace, counts)
         self.state[1:] += self.seen
         self.seen.zero_()
         if step + 1 in self._starts[1:]:
@@ -84,6 +106,13 @@ class SparsitySchedule:
         return next(p for p, start in zip(reversed(self._powers), reversed(self._starts), strict=True) if start <= step)
 
 
+def coefficient_of(term: str) -> str:
+    """Name the column of a term's weight, where it changes."""
+    return f"{term}_coefficient"
+
+
 def own_tensors(schedule: SparsitySchedule | None) -> dict[str, Tensor]:
     """Name what a checkpoint keeps of it."""
-    return {} if schedule is None else {"sparsity": schedule.state}
+    if schedule is None:
+        return {}
+    return {"sparsity": schedule.state} | ({} if schedule.steering is None else {"steering": schedule.steering.state})

@@ -22,7 +22,7 @@ from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass, SplicedRows
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.training.objectives import Objective
-from endwise.training.sparsity import SparsitySchedule, own_tensors
+from endwise.training.sparsity import SparsitySchedule, coefficient_of, own_tensors
 
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
@@ -76,6 +76,7 @@ class Trainee:
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
         """Step at which each watched number was first not finite; -1: never."""
         further = ["gradient_norm"] if sae.norm_limit is None else ["gradient_norm", LEFT_OUT]
+        further += [] if self._schedule is None else self._schedule.columns
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, *further]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
 
@@ -205,7 +206,7 @@ class Trainee:
             totals = [term.total(target, each, encoded.latents, mask) for each in encoded.nested]
             total = totals[0] if len(totals) == 1 else torch.stack(totals).mean()
             self._sums[term.name] += total.detach()
-            loss = loss + term.coefficient * total
+            loss = loss + term.weight * total
         return loss
 
     def _own_loss(self, seen: TrainingPass) -> Float[Tensor, ""]:
@@ -270,10 +271,11 @@ class Trainee:
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.sae.after_step()
-        if self._schedule is not None:
-            self._schedule.after_step(self.step)
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
+        if self._schedule is not None:
+            pace = rate_factor(self.step, self.total_steps, self.config)
+            self._schedule.after_step(self.step, self._sums, pace, found_inf == 0)
         self.step += 1
         self.tokens += tokens
         self.last_fired.masked_fill_(self._fired & (found_inf == 0), self.tokens)
@@ -322,8 +324,8 @@ class Trainee:
 
     def weighted(self, values: Mapping[str, float]) -> list[float]:
         """The loss, term by term."""
-        terms = {term.name: term.coefficient for term in self.objective_at(max(self.step - 1, 0)).terms}
-        return [weight * values[name] for name, weight in (self._weights | terms).items()]
+        weights = self._weights | {e.name: e.coefficient for e in self.objective_at(max(self.step - 1, 0)).terms}
+        return [values.get(coefficient_of(name), weight) * values[name] for name, weight in weights.items()]
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training goes on from. The place in the data and in the schedule is the step."""
@@ -335,8 +337,7 @@ class Trainee:
             "total_steps": self.total_steps,
             "tokens": self.tokens,
         }
-        scheduled = own_tensors(self._schedule)
-        own = {"last_fired": self.last_fired, **scheduled, **generator_states()}
+        own = {"last_fired": self.last_fired, **own_tensors(self._schedule), **generator_states()}
         return Checkpoint({**weights, **optimizer, **own}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
