@@ -222,3 +222,11 @@ for name in endwise.__all__:
     assert value.__name__ == name, name
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_warning_is_one_line_without_code():
+    code, _, told = run_warm("plan", "embedded-default", "dictionary.architecture=topk", "dictionary.k=16")
+    assert code == 0
+    warned = [line for line in told.splitlines() if line.startswith("warning: ")]
+    assert any("left out" in line for line in warned), told
+    assert "UserWarning" not in told and "read_recipe" not in told

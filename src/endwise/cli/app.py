@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -76,6 +77,15 @@ def echo(text: str, err: bool = False) -> None:
 def status(text: str) -> None:
     """To stderr: what is being done, while it is."""
     echo(text, err=True)
+
+
+def warnings_in_one_line() -> None:
+    """Show a warning by what it says, without the line of code that gave it."""
+
+    def shown(message: Warning | str, *_: Any, **__: Any) -> None:
+        status(f"warning: {' '.join(str(message).split())}")
+
+    warnings.showwarning = shown
 
 
 def _fail(message: str, code: int) -> NoReturn:
