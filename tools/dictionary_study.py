@@ -292,9 +292,9 @@ def over_seeds(curve: Setting) -> list[RunSummary]:
 
 
 def ratio(curve: Setting, kind: str, architecture: str) -> Ratio:
-    """Its L0 relative to that of another curve of its site, at equal CE increase."""
-    other = Setting(curve.site, kind, architecture, curve.study)
-    runs = [*over_seeds(curve), *over_seeds(other)]
+    """Its L0 relative to that of another curve of its site, at equal CE increase, over the seeds that it has."""
+    other, own = Setting(curve.site, kind, architecture, curve.study), over_seeds(curve)
+    runs = [*own, *(run for run in over_seeds(other) if run.seeds in {each.seeds for each in own})]
     return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=other.method)
 
 
