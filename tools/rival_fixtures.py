@@ -16,6 +16,12 @@ every kind, SAELens's opens them, compares latents and outputs, and fails where 
 
     python tools/rival_fixtures.py written FOLDER
     rival/bin/python tools/rival_fixtures.py open FOLDER
+
+Files of other packages' formats (`tests/made_formats.py`, and those that endwise writes) are opened by the packages
+themselves, likewise in two steps, of which the second fails where latents or outputs differ by more than 1e-5:
+
+    python tools/rival_fixtures.py made FOLDER
+    rival/bin/python tools/rival_fixtures.py read FOLDER sae-lens   # or dictionary-learning, or eai-sparsify
 """
 
 import argparse
@@ -41,12 +47,19 @@ def main() -> int:
         commands.add_parser(rival, help=f"write the fixtures of {rival}, which must be installed here")
     for name, does in (("written", "write every kind of file with endwise"), ("open", "open them in SAELens")):
         commands.add_parser(name, help=does).add_argument("folder", type=Path)
+    commands.add_parser("made", help="make a file of each format, with endwise").add_argument("folder", type=Path)
+    reading = commands.add_parser("read", help="open them in the package")
+    reading.add_argument("folder", type=Path)
+    reading.add_argument("package", choices=list(RIVALS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if given.command in ("written", "open"):
         module = importlib.import_module(f"rival_packages.{'writing' if given.command == 'written' else 'opening'}")
         return int(module.run(given.folder))
+    if given.command in ("made", "read"):
+        module = importlib.import_module("rival_packages.formats_read")
+        return int(module.make(given.folder) if given.command == "made" else module.read(given.folder, given.package))
     importlib.import_module(RIVALS[given.command]).write()
     return 0
 

@@ -350,7 +350,20 @@ class SAE(nn.Module, ABC):
         Raises:
             FormatError: there is none, it is not what its format says, or what it says of the function is none of ours.
         """
-        stored = stored_at(expanded(folder), {name: ARCHITECTURES[name].kept() for name in ARCHITECTURES.names()})
+        return SAE.of(stored_at(expanded(folder), SAE.layouts()), device)
+
+    @staticmethod
+    def layouts() -> dict[str, Layout]:
+        """Return what each architecture may keep in a file, by its name."""
+        return {name: ARCHITECTURES[name].kept() for name in ARCHITECTURES.names()}
+
+    @staticmethod
+    def of(stored: Stored, device: str | torch.device = "cpu") -> "SAE":
+        """Return the dictionary that a file tells of.
+
+        Raises:
+            FormatError: what it says of the function is none of ours.
+        """
         architecture: type[SAE] = ARCHITECTURES[stored.architecture]
         sae = architecture.from_tensors(stored.as_used(architecture.layout), stored.config)
         if "normalize" in stored.config:

@@ -55,6 +55,7 @@ class GatedSAE(LinearSAE):
     layout = Layout(
         tensors={"b_gate": ("d_sae",), "b_mag": ("d_sae",), "r_mag": ("d_sae",)},
         biases={"b_gate": None, "b_mag": "r_mag"},
+        rule="ReLU(e^r_mag·z + b_mag) where z + b_gate > 0",
     )
     sparse_below = SPARSE_BELOW
     wants_gradient = True

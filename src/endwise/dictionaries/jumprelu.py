@@ -85,7 +85,7 @@ class JumpReLUSAE(LinearSAE):
 
     architecture = "jumprelu"
     Config = JumpReLUConfig
-    layout = Layout(tensors={"threshold": ("d_sae",)})
+    layout = Layout(tensors={"threshold": ("d_sae",)}, rule="z where z > θ")
     sparse_below = SPARSE_BELOW
     first_tokens = FIRST_TOKENS
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse
 from endwise.dictionaries.linear import LinearSAE
+from endwise.formats import Layout
 
 SPARSE_BELOW = 1 / 32
 """Largest share of active features for which sparse latents cost less than dense ones (docs/performance.md)."""
@@ -20,6 +21,7 @@ class ReluSAE(LinearSAE):
     """`c = ReLU(W_eᵀ·x + b_e)`, `x̂ = c·D + b_d`; nothing is subtracted from the input (paper §2, eq. 1-2)."""
 
     architecture = "standard"
+    layout = Layout(rule="ReLU(z)")
     sparse_below = SPARSE_BELOW
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:

@@ -40,7 +40,7 @@ class TopKSAE(LinearSAE):
 
     architecture = "topk"
     Config = PerTokenConfig
-    layout = Layout(settings=frozenset({"k"}))
+    layout = Layout(settings=frozenset({"k"}), rule="the {k} largest of ReLU(z)")
     sparse_below = SPARSE_BELOW
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, k: Annealed, **settings: Any) -> None:

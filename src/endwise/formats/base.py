@@ -34,6 +34,8 @@ class Layout:
     for it. Without `b_enc` among them, the architecture has none."""
     settings: frozenset[str] = frozenset()
     """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+    rule: str = ""
+    """The latents in symbols, of pre-activations z, with settings in braces; empty: the architecture's name."""
     norms: bool = False
     """Whether it can stand behind a norm of each token, `normalize` of its configuration (`PER_TOKEN`)."""
     transcodes: bool = False
@@ -80,6 +82,16 @@ class Stored:
         d_in, of = self.config["d_in"], self.metadata
         elsewhere = of.get("hook_name_out") not in (None, of.get("hook_name"))
         return self.skips or elsewhere or self.config.get("d_out", d_in) != d_in
+
+    def rule(self, layout: Layout) -> str:
+        """Return the function in symbols, by which it was read."""
+        reads = {"": "x"} | {norm: f"{norm}(x)" for norm in PER_TOKEN}
+        x = reads[self.config.get("normalize", "")]
+        z = f"({x} − b_dec)·W_enc" if self.subtracts_b_dec else f"{x}·W_enc"
+        latents = layout.rule.format_map(self.config) or self.architecture
+        bias = " + b_enc" if "b_enc" in layout.biases else ""
+        undone = ", the norm undone" if "normalize" in self.config else ""
+        return f"z = {z}{bias}; f = {latents}; output f·W_dec + b_dec{' + x·W_skipᵀ' if self.skips else ''}{undone}"
 
     def as_used(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors in float32, of the same function with nothing subtracted from what is encoded."""

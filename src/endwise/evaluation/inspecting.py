@@ -1,0 +1,187 @@
+"""An SAE of anybody's: what its file says it is, measured on a little text, and held to what the file states."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from endwise.common.errors import ConfigError, FormatError, SiteError
+from endwise.common.files import expanded
+from endwise.config.run import DataConfig, EvaluationConfig
+from endwise.dictionaries import SAE
+from endwise.evaluation.measure import Evaluation, measure
+from endwise.formats import FORMATS, Stored, located, stored_at
+from endwise.models.language_model import LanguageModel
+from endwise.models.sites import ARROW, Place
+from endwise.tokens import corpora_for
+
+FAR, TOO_FAR = 1.5, 4.0
+"""Factors between a measured and a stated L0 that are told of, and refused. On other text than it was trained on, the
+L0 of an SAE that is read rightly changes by less than the first."""
+ROWS, SAME = 64, 1e-4
+"""Random inputs by which what was written is compared with what was read, and the largest difference, as a share of the
+root mean square, that is taken for rounding of another order of sums."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a file says."""
+
+    path: Path
+    format_name: str
+    weights: Path
+    stored: Stored
+    rule: str
+    """The function, in symbols."""
+    sae: SAE
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str | None:
+        """The place that it says it belongs to, as `Place.name` writes it; None: it does not."""
+        reads, writes = (self.stored.metadata.get(name) for name in ("hook_name", "hook_name_out"))
+        if not isinstance(reads, str):
+            return None
+        return f"{reads}{ARROW}{writes}" if isinstance(writes, str) and writes != reads else reads
+
+    @property
+    def stated_l0(self) -> float | None:
+        """The mean number of active features that the file, or its path, states."""
+        of = self.stored.metadata
+        stated = of.get("stated_l0", of.get("l0"))
+        known = isinstance(stated, int | float) and not isinstance(stated, bool) and 0 < stated < math.inf
+        return float(stated) if known else None
+
+    @property
+    def bos(self) -> bool:
+        """Whether it was trained on sequences that start with BOS."""
+        return self.stored.metadata.get("prepend_bos") is True
+
+    def lines(self) -> list[str]:
+        """Say what it is, a line for each fact."""
+        sae, of = self.sae, self.stored.metadata
+        widths = f"width {sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} to {sae.d_out}"
+        kind = "transcoder" if self.stored.transcodes else "SAE"
+        belongs = f"{self.place or 'not said'} of {of.get('model_name', 'a model that is not said')}"
+        about = [f"{name} {of[name]}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
+        stated = [] if self.stated_l0 is None else [f"states: L0 {self.stated_l0:g}"]
+        return [
+            f"{self.path}: {self.format_name}, a {self.stored.architecture} {kind} of {sae.d_sae:,} features, {widths}",
+            ", ".join([f"place: {belongs}", *about]),
+            f"read as: {self.rule}",
+            *stated,
+            *(f"! {remark}" for remark in self.remarks),
+        ]
+
+
+def inspect(path: str | Path) -> Inspected:
+    """Read an SAE in any format, and tell by which rule.
+
+    Raises:
+        FormatError: see `SAE.load`.
+    """
+    path = expanded(path)
+    form, place = located(path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stored = stored_at(path, SAE.layouts())
+    layout = SAE.layouts()[stored.architecture]
+    remarks = tuple(dict.fromkeys(str(each.message) for each in said if each.category is UserWarning))
+    return Inspected(path, form.name, form.weights(place), stored, stored.rule(layout), SAE.of(stored), remarks)
+
+
+def measured(
+    found: Inspected, model: LanguageModel, data: DataConfig, tokens: int, site: str | None = None
+) -> Evaluation:
+    """Measure an SAE on the first held-out tokens of some text.
+
+    Args:
+        site: the place, where the file says none or another is meant.
+
+    Raises:
+        ConfigError: no place is said.
+        SiteError: the model has no such site, or one of another width.
+        DataError: the text is too short.
+    """
+    name = site or found.place
+    if name is None:
+        raise ConfigError(f"{found.path} does not say where it belongs. Name the place with --site.")
+    place, sae = Place.parse(name), found.sae.to(model.device)
+    for what, site_of, width in (("reads", place.reads, sae.d_in), ("writes", place.writes, sae.d_out)):
+        if model.width(site_of) != width:
+            raise SiteError(
+                f"{found.path} {what} activations of width {width}, and {site_of} of {model.name} has width "
+                f"{model.width(site_of)}. Give the model and the site that it was trained on."
+            )
+    given = found.stored.metadata
+    if data.context is None and type(context := given.get("context_size")) is int and context > 0:
+        data = data.model_copy(update={"context": min(context, model.context or context)})
+    corpora = corpora_for(model, data, training_tokens=1, evaluation_tokens=tokens)
+    config = EvaluationConfig(tokens=tokens, during_training_tokens=1)
+    return measure(model, {"it": (place, sae)}, corpora.heldout, config)["it"]
+
+
+def verdict(found: Inspected, evaluation: Evaluation) -> list[str]:
+    """Compare what was measured with what is stated, and return what to beware of.
+
+    Raises:
+        FormatError: they are so far apart, or the reconstruction so bad, that the file is not read as it was trained,
+            or not at its place.
+    """
+    l0, stated, path = evaluation["l0"], found.stated_l0, found.path
+    bounds, remedy = evaluation.baselines, "Check the model, the site and the text, and do not use this reading."
+    if evaluation["explained_variance.pooled"] <= 0:
+        raise FormatError(
+            f"{path}: read as it says, it explains {evaluation['explained_variance.pooled']:.3f} of the variance at "
+            f"{evaluation.place}, less than the mean does. {remedy}"
+        )
+    if stated is not None and not 1 / TOO_FAR < max(l0, 1e-9) / stated < TOO_FAR:
+        raise FormatError(f"{path}: L0 is {l0:.1f} where {stated:g} is stated. {remedy}")
+    told = []
+    if stated is not None and not 1 / FAR < l0 / stated < FAR:
+        told.append(f"L0 is {l0:.1f} where {stated:g} is stated: this text, or the reading, may be another.")
+    if evaluation["ce_spliced"] > bounds.mean_ablated:
+        told.append("Spliced in, it costs more than the site's mean would: the place may be another.")
+    return told
+
+
+def convert(path: str | Path, target: str | Path, format_name: str) -> float:
+    """Write an SAE in another format, read it back, and return the largest difference of latents and outputs on random
+    inputs, as a share of their root mean square.
+
+    Raises:
+        FormatError: it cannot be read, the format cannot say it, or what was written is another function.
+        ConfigError: there is no such format, or an SAE at the target already.
+    """
+    form, target = FORMATS[format_name], expanded(target)
+    if not form.writes:
+        writing = ", ".join(name for name in FORMATS.names() if FORMATS[name].writes)
+        raise ConfigError(f"{format_name} is read and not written. Written are {writing}.")
+    if form.weights(target).exists():
+        raise ConfigError(f"{form.weights(target)} is there already. Name another place to write to.")
+    found = inspect(path)
+    found.sae.save(target, _kept(found.stored.metadata), format_name=format_name)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        again = SAE.load(target)
+        x = torch.randn(ROWS, found.sae.d_in, generator=torch.Generator().manual_seed(0))
+        both = [(sae.encode(x).dense(), sae(x)) for sae in (found.sae, again)]
+    apart = max(
+        float((ours - theirs).abs().max() / ours.square().mean().sqrt().clamp_min(1e-12))
+        for ours, theirs in zip(*both, strict=True)
+    )
+    if not apart < SAME:
+        raise FormatError(
+            f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those of "
+            f"{path}. Do not use it."
+        )
+    return apart
+
+
+def _kept(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written of the old file's words: all but the versions of what wrote it."""
+    return {name: value for name, value in metadata.items() if name != "sae_lens_version"}
