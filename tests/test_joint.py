@@ -471,8 +471,11 @@ def test_an_override_that_no_place_would_follow_is_refused(tmp_path):
     )
     file = tmp_path / "kept.yaml"
     file.write_text(config.to_yaml())
-    with pytest.raises(ConfigError, match=r"^dictionary\.size: every place of .* value of its own"):
+    with pytest.raises(ConfigError, match=r"^dictionary\.size: every place has a value of its own.*places\.0\.dict"):
         read_recipe(file, ["dictionary.size=9"])
+    assert [each.dictionary.size for each in read_recipe(file, ["places.1.dictionary.size=9"]).places] == [40, 9]
+    with pytest.raises(ConfigError, match=r"'places\.2\.seed': the list has the entries 0 to 1, and no '2'"):
+        read_recipe(file, ["places.2.seed=9"])
     file.write_text(yaml.safe_dump(several("x", [{"site": "blocks.1.hook_resid_pre"}])))
     assert read_recipe(file, ["seed=9"]).seed == 9
 

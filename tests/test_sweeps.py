@@ -174,8 +174,8 @@ BAD_SWEEPS = {
     "a target in the settings": ([{}], {"settings": {"target": {"l0": 40}}}, ["stands in a grid"]),
     "too many points": ([{"seed": [*range(400)], "data.seed": [*range(400)]}], {}, ["160,000"]),
     "an unknown recipe": ([{}], {"recipe": "embedded-layer3-e2"}, ["did you mean embedded-layer3-e2e"]),
-    "a recipe of several places": ([{}], {"recipe": {"places": [{"site": SITE}]}}, ["one place each", "list `site`"]),
-    "a key of several places": ([{"joint": [True, False]}], {}, ["grid 1", "'joint'", "endwise train"]),
+    "a key of several places": ([{"joint": [True, False]}], {}, ["grid 1 (joint=True)", "joint: there is no such key"]),
+    "a place of none": ([{"places.0.seed": 1}], {}, ["grid 1", "site", "no such key"]),
     "a place and a site": ([{"place": SITE, "site": SITE}], {}, ["place and site exclude each other"]),
     "no recipe's name": ([{}], {"recipe": ""}, ["recipe"]),
 }

@@ -26,7 +26,7 @@ NOT_RUNS = ("trials", "checkpoints", "sae")
 
 
 ASIDE = (
-    *("model.name", "site", "init_from", "training.tokens"),
+    *("model.name", "site", "writes", "init_from", "training.tokens"),
     *("seed", "data.seed", "training.learning_rate"),
     "training.alive_window",
 )
@@ -65,15 +65,18 @@ class Setting:
         return ", ".join([*parts, *(f"{key} {value}" for key, value in self.further)])
 
 
-def comparable(paths: Iterable[str | Path]) -> dict[Setting, list[RunSummary]]:
+def comparable(paths: Iterable[str | Path], *, together: bool = False) -> dict[Setting, list[RunSummary]]:
     """Evaluated runs among and below the paths, in sets that can be compared.
+
+    Args:
+        together: see `runs_in`.
 
     Raises:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
     sets: dict[Setting, list[RunSummary]] = {}
-    for run, setting in with_settings(runs_in(paths)):
+    for run, setting in with_settings(runs_in(paths, together=together)):
         sets.setdefault(setting, []).append(run)
     return {setting: sets[setting] for setting in sorted(sets, key=lambda setting: setting.place)}
 
@@ -169,17 +172,22 @@ def _recipe(path: Path) -> dict[str, str]:
     """Read from a run's recipe what it must have in common with those that it is compared with. Of `evaluation` the
     number of tokens is not, since of that it counts what was measured.
     """
-    config = RunFolder(path).config()
-    own, elsewhere = identity(config), ("objective", "dictionary", "evaluation")
+    config = RunFolder(path).recipe()
+    own, elsewhere = identity(config), ("objective", "dictionary", "evaluation", "places", "joint", "inputs")
     content = flat({key: value for key, value in own.items() if key not in elsewhere})
     content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 
 
-def runs_in(paths: Iterable[str | Path]) -> list[Path]:
-    """The run folders among and below the paths that were measured, each once, in order.
+def runs_in(paths: Iterable[str | Path], *, together: bool = False) -> list[Path]:
+    """The run folders among and below the paths that were measured, each once, in order. In place of a run of several
+    places are those of its places.
 
     A run that is named itself must have been measured; of those that lie below a path, others are passed over.
+
+    Args:
+        together: whether a run of several places comes before its places, as one whose reconstructions are all in
+            place.
 
     Raises:
         RunFolderError: a path is no folder, or has no measured run.
@@ -203,7 +211,10 @@ def runs_in(paths: Iterable[str | Path]) -> list[Path]:
         found |= dict.fromkeys(measured)
     if not found:
         raise RunFolderError("There is no run to compare. Give run folders, or folders that hold some.")
-    return list(found)
+    places = {run: [part.path for part in RunFolder(run).parts()] for run in found}
+    return list(
+        dict.fromkeys(each for run in found for each in [*[run] * (together or run in places[run]), *places[run]])
+    )
 
 
 def columns_of(setting: Setting) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class Config(BaseModel):
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of `values` with each dotted key set, and without what those leave no room for."""
+        """A copy of `values` with each dotted key set, an entry of a list by its number, and without what those leave
+        no room for.
+        """
         return with_values(values, changes)
 
     def to_yaml(self) -> str:
@@ -147,16 +149,31 @@ def with_values(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str,
         path = key.split(".")
         if not all(path):
             raise ConfigError(f"A key must read section.key; given {key!r:.200}.")
-        section = result
+        section: Any = result
         for part in path[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
+            section = section[_at(section, part, key)] if isinstance(section, list) else section.setdefault(part, {})
+            if not isinstance(section, dict | list):
                 raise ConfigError(f"Cannot set {key!r:.200}: {part!r:.80} is a value, not a section.")
-        section[path[-1]] = value
+        section[_at(section, path[-1], key)] = value
     return result
 
 
+def _at(section: Any, part: str, key: str) -> Any:
+    """Where a part of a dotted key leads within its section: an entry of a list by its number."""
+    entries = section if isinstance(section, list) else None
+    if entries is None:
+        return part
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    raise ConfigError(
+        f"Cannot set {key!r:.200}: the list has the entries 0 to {len(entries) - 1}, and no {part!r:.80}. Name one of "
+        "them by its number."
+    )
+
+
 def _copied(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_copied(value) for value in values]
     return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 

@@ -3,15 +3,19 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, TypeVar
 
 from endwise.common.errors import ConfigError
 from endwise.config.base import Config
 from endwise.config.dictionary import DictionaryConfig
 from endwise.config.objective import KINDS, LABELS
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 
+Part = TypeVar("Part", bound=Config)
+AnyRecipe = TypeVar("AnyRecipe", RunConfig, PlacesConfig, Recipe)
 COEFFICIENT = "objective.sparsity.coefficient"
 
 
@@ -27,10 +31,16 @@ class Knob:
     """True if more of it means fewer active features."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Knob":
+    def of(cls, config: Recipe) -> "Knob":
         """Find the knob of a recipe: the one that its dictionary has, where it is set, otherwise the target of its
-        sparsity, or the coefficient.
+        sparsity, or the coefficient. Of several places it is the first one's, at the mean over the places that have it.
         """
+        first, *others = map(cls._of_one, config.recipes)
+        values = [first.value, *(knob.value for knob in others if knob.name == first.name)]
+        return first if len(set(values)) == 1 else replace(first, value=fmean(values))
+
+    @classmethod
+    def _of_one(cls, config: RunConfig) -> "Knob":
         for name, rule in config.dictionary.knobs.items():
             if (value := getattr(config.dictionary, name)) is not None:
                 return cls(float(value), f"dictionary.{name}", *rule)
@@ -56,14 +66,22 @@ class Knob:
             return {"coefficient": self.value}
         return {"coefficient": None, "knob": self.label, "knob.value": self.value}
 
-    def set_in(self, config: RunConfig, value: float) -> RunConfig:
-        """Copy a recipe with another value; of a knob that counts, the nearest whole number from 1 on."""
-        first, *path = self.name.split(".")
-        section = getattr(config, first)
-        return config.model_copy(update={first: _with(section, path, value)})
+    def set_in(self, config: AnyRecipe, value: float) -> AnyRecipe:
+        """Copy a recipe with another value; of a knob that counts, the nearest whole number from 1 on. Of several
+        places all that have the knob are changed by one factor, so that their mean is the value.
+        """
+        path = self.name.split(".")
+        if isinstance(config, RunConfig):
+            return _with(config, path, value)
+        mean, knobs = Knob.of(config).value, map(Knob._of_one, config.recipes)
+        places = [
+            _with(place, path, value * (knob.value / mean)) if knob.name == self.name else place
+            for place, knob in zip(config.places, knobs, strict=True)
+        ]
+        return config.model_copy(update={"places": tuple(places)})
 
 
-def _with(section: Config, path: list[str], value: float) -> Config:
+def _with(section: Part, path: list[str], value: float) -> Part:
     key, *rest = path
     if rest:
         return section.model_copy(update={key: _with(getattr(section, key), rest, value)})
@@ -85,8 +103,34 @@ class Method:
     """Number among those of a set of runs that are no presets, from 0 on: picks its colour."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Method":
-        """Name the method of a recipe by its preset, its further terms and its architecture."""
+    def of(cls, config: Recipe) -> "Method":
+        """Name the method of a recipe by its preset, its further terms and its architecture; of several places by
+        those of the first, with what differs at the others.
+        """
+        first, *others = map(cls._of_one, config.recipes)
+        if isinstance(config, RunConfig):
+            return first
+        apart = {
+            f"places.{number}.{key}": other.content.get(key)
+            for number, other in enumerate(others, 1)
+            for key in {**first.content, **other.content}
+            if other.content.get(key) != first.content.get(key)
+        }
+        first = replace(first, content={**first.content, **apart})
+        return first.jointly(config.place, config.inputs) if config.joint else first.named("apart", "each alone", {})
+
+    def jointly(self, places: str, inputs: str | None) -> "Method":
+        """Tell what is trained at several places jointly from what is trained alone."""
+        return self.named("joint", "jointly", {"joint": places, "inputs": inputs})
+
+    def named(self, key: str, label: str, content: Mapping[str, Any]) -> "Method":
+        """Make it another method, by what more is done."""
+        return replace(
+            self, key=f"{self.key}-{key}", label=f"{self.label}, {label}", content={**self.content, **content}
+        )
+
+    @classmethod
+    def _of_one(cls, config: RunConfig) -> "Method":
         dictionary = config.dictionary
         knob = Knob.of(config)
         aside = {"architecture", "size", "ratio", knob.name.removeprefix("dictionary.")}

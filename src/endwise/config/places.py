@@ -13,6 +13,8 @@ from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, TrainingConfig
 
+JOINED = " + "
+"""What stands between the places of one run in its name."""
 Inputs = Literal["clean", "spliced"]
 OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
 """Keys that stand for every place, unless it has its own."""
@@ -58,8 +60,22 @@ class PlacesConfig(Config):
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """As `RunConfig.changed`, of what stands for every place."""
-        return super().changed(with_room_for(values, changes), changes)
+        """As `RunConfig.changed`, of what stands for every place, or of one by its number: `places.0.seed`.
+
+        Raises:
+            ConfigError: a change of what stands for every place changes nothing, since each has its own value.
+        """
+        values = super().changed(with_room_for(values, changes), changes)
+        for key in changes:
+            places = values.get("places")
+            if not isinstance(places, Sequence) or key.split(".")[0] not in OF_A_PLACE:
+                continue
+            if all(_has(each, key) for each in places):
+                raise ConfigError(
+                    f"{key}: every place has a value of its own, so that one for all would change nothing. Set it at "
+                    f"the places, the first as places.0.{key}."
+                )
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -125,7 +141,7 @@ class PlacesConfig(Config):
 
     @property
     def place(self) -> str:
-        return " + ".join(recipe.place for recipe in self.recipes)
+        return JOINED.join(recipe.place for recipe in self.recipes)
 
     @property
     def recipes(self) -> list[RunConfig]:
@@ -157,16 +173,13 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: it breaks a rule, or an override changes nothing, since every place has its own value.
     """
-    values, changes = read_yaml(path), read_overrides(overrides or [])
-    values = (PlacesConfig if "places" in values else RunConfig).changed(values, changes)
-    for key in changes:
-        places = values.get("places")
-        if key.split(".")[0] in OF_A_PLACE and isinstance(places, Sequence) and all(_has(each, key) for each in places):
-            raise ConfigError(
-                f"{key}: every place of {path} has a value of its own, so that one for all would change nothing. "
-                "Change it at the places, in the recipe of a new run."
-            )
-    return build_recipe(values, str(path))
+    return build_recipe(changed_recipe(read_yaml(path), read_overrides(overrides or [])), str(path))
+
+
+def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change the values of a recipe: see `Config.changed`."""
+    several = "places" in values or "places" in changes
+    return (PlacesConfig if several else RunConfig).changed(values, changes)
 
 
 def _has(values: Any, key: str) -> bool:

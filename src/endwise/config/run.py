@@ -214,6 +214,11 @@ class RunConfig(Config):
         return self.site if self.writes is None else self.writes
 
     @property
+    def recipes(self) -> "list[RunConfig]":
+        """Itself, as a recipe for several places has one for each."""
+        return [self]
+
+    @property
     def seeds(self) -> dict[str, int]:
         """Every seed that the run's numbers depend on, by purpose."""
         return {"initialisation": self.seed, "data": self.data.seed, "evaluation": self.evaluation.seed}

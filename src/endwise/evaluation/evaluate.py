@@ -29,7 +29,7 @@ from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
 from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
-from endwise.runs.several import place_folder, place_folders
+from endwise.runs.several import place_folders
 from endwise.runs.trackers import Mirror
 from endwise.tokens import Corpora, Corpus
 
@@ -89,18 +89,9 @@ def write_evaluation(folder: RunFolder, config: Recipe, evaluation: Evaluation) 
     firings = {"firings": torch.from_numpy(evaluation.firings)}
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
-    weights = {"weights": _weights(folder, config)}
-    record = {**named(config), **seeds, **evaluation.to_json(), **weights}
+    record = {**named(config), **seeds, **evaluation.to_json(), "weights": folder.weights()}
     write_json(folder.evaluation_file, record)
     _mirror(folder, config, record)
-
-
-def _weights(folder: RunFolder, config: Recipe) -> str | dict[str, str]:
-    """Digests of the weights measured; of several places, each one's."""
-    if isinstance(config, RunConfig):
-        return folder.weights_digest()
-    places = {recipe.place: RunFolder(place_folder(folder.path, recipe)) for recipe in config.recipes}
-    return {place: each.weights_digest() for place, each in places.items()}
 
 
 def _mirror(folder: RunFolder, config: Recipe, record: dict[str, Any]) -> None:

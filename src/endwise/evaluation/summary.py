@@ -15,10 +15,12 @@ from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.remarks import gathered, remarks_on
 from endwise.common.statistics import resampled_ratio
 from endwise.config.method import Knob, Method
+from endwise.config.places import Recipe
 from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import read_sums
 from endwise.evaluation.measure import Evaluation
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import joint_with
 
 _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -117,12 +119,13 @@ class RunSummary:
             FormatError: what it holds cannot be read.
         """
         folder = RunFolder.open(path)
-        config, measured = folder.config(), folder.measured()
+        config, measured = folder.recipe(), folder.measured()
         if measured is None:
             raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
         try:
+            explained = measured["explained_variance"] if isinstance(config, RunConfig) else {}
             return cls(
-                method=Method.of(config),
+                method=method_of(path, config),
                 site=config.place,
                 knob=Knob.of(config),
                 seed=config.seed,
@@ -132,13 +135,13 @@ class RunSummary:
                 d_sae=measured["d_sae"],
                 ce_increase=measured["ce_increase"],
                 kl=measured["kl"],
-                explained_variance=measured["explained_variance"]["per_token"],
+                explained_variance=explained.get("per_token", math.nan),
                 downstream_mse=measured["downstream_mse"],
                 downstream_cosine=measured.get("downstream_cosine", {}),
                 tokens=config.training.tokens,
                 seconds=folder.seconds(),
                 folder=str(path),
-                explained_variances=measured["explained_variance"],
+                explained_variances=explained,
                 intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
                 **_origin(config),
                 text=measured.get("text"),
@@ -180,8 +183,14 @@ class RunSummary:
         return record | {name: dict(getattr(self, name)) for name in groups}
 
 
-def _origin(config: RunConfig) -> dict[str, Any]:
-    start = None if config.init_from is None else str(config.init_from)
+def method_of(path: Path, config: Recipe) -> Method:
+    """Name the method of a run folder's recipe, which of one place of a run that trains several jointly says so."""
+    joint = joint_with(path)
+    return Method.of(config) if joint is None else Method.of(config).jointly(*joint)
+
+
+def _origin(config: Recipe) -> dict[str, Any]:
+    start = next((str(each.init_from) for each in config.recipes if each.init_from is not None), None)
     rate = config.training.learning_rate
     return {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
 

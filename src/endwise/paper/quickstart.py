@@ -34,7 +34,8 @@ SWEEP = "embedded-kinds"
 
 def recipes(out: Path, seed: int, overrides: Sequence[str] = ()) -> list[RunConfig]:
     """List the sweep's recipes in its order, each with a folder of its own in `out`."""
-    configs = [point.config for point in points_of(read_sweep(SWEEP, [*overrides, f"seed={seed}"]))]
+    points = points_of(read_sweep(SWEEP, [*overrides, f"seed={seed}"]))
+    configs = [config for point in points for config in point.config.recipes]
     return [config.model_copy(update={"out": out / _name(config)}) for config in configs]
 
 

@@ -52,7 +52,7 @@ from endwise.config.fields import differing
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
 from endwise.formats import weights_file
-from endwise.runs.several import place_folders, resuming
+from endwise.runs.several import is_several, place_folders, resuming
 from endwise.runs.trackers import Mirror
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -304,9 +304,28 @@ class RunFolder:
             write_atomic(self.timings_file, "".join(f"{line}\n" for line in kept).encode())
 
     def seconds(self) -> float:
-        """Wall-clock of training up to the last timed step."""
+        """Wall-clock of training up to the last timed step; of places that are trained apart, of all."""
         seconds = (last_record(self.timings_file) or {}).get("seconds")
-        return float(seconds) if isinstance(seconds, int | float) else 0.0
+        if isinstance(seconds, int | float):
+            return float(seconds)
+        return sum((each.seconds() for each in self.parts() if each is not self), 0.0)
+
+    def parts(self) -> "list[RunFolder]":
+        """Those that hold the run's SAEs: itself, or each place's."""
+        if not is_several(self.path):
+            return [self]
+        return [RunFolder(path) for path in place_folders(self.path, self.recipe())]
+
+    def weights(self) -> str | dict[str, str]:
+        """Return the digest of its SAE's weights; of several places each one's, by the place.
+
+        Raises:
+            FormatError: see `weights_digest`.
+        """
+        recipe = self.recipe() if is_several(self.path) else None
+        if recipe is None:
+            return self.weights_digest()
+        return {each.place: part.weights_digest() for each, part in zip(recipe.recipes, self.parts(), strict=True)}
 
     def metrics(self) -> list[dict[str, Any]]:
         try:
@@ -337,7 +356,7 @@ class RunFolder:
         """
         found = self.evaluation()
         weights = None if found is None else found.get("weights")
-        if weights is not None and self.sae.exists() and weights != self.weights_digest():
+        if weights is not None and all(part.sae.exists() for part in self.parts()) and weights != self.weights():
             raise RunFolderError(
                 f"{self.path} was measured with other weights than its SAE has now. Measure it again: "
                 f"endwise evaluate {shlex.quote(str(self.path))}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from endwise.common.errors import RunFolderError
 from endwise.common.files import read_json, there_is, write_json
-from endwise.config.places import PlacesConfig
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 
 PLACES, PART = "places", "part.json"
@@ -17,14 +17,28 @@ def place_folder(run: Path, recipe: RunConfig) -> Path:
     return run / PLACES / (f"{recipe.site}-to-{recipe.written}" if two else recipe.site)
 
 
-def place_folders(run: Path, config: PlacesConfig) -> list[Path]:
-    """In the order of the recipe."""
-    return [place_folder(run, recipe) for recipe in config.recipes]
+def place_folders(run: Path, config: Recipe) -> list[Path]:
+    """The folders that hold a run's dictionaries, in the order of the recipe: its own, of one place."""
+    return [place_folder(run, recipe) for recipe in config.recipes] if isinstance(config, PlacesConfig) else [run]
+
+
+def is_several(run: Path) -> bool:
+    """Whether a folder is a run of several places."""
+    return there_is(run / PLACES)
 
 
 def mark_part(folder: Path, config: PlacesConfig) -> None:
     """Writes into a place's folder that it is one of several, trained jointly."""
-    write_json(folder / PART, {"seed": config.seed, "run": folder.parent.parent.name, "joint": config.place})
+    told = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
+    write_json(folder / PART, {"seed": config.seed, **told})
+
+
+def joint_with(folder: Path) -> tuple[str, str | None] | None:
+    """Tell of one place of a run that trains several jointly which they are, and what `inputs` is; of others None."""
+    if not is_part(folder):
+        return None
+    part = read_json(folder / PART)
+    return str(part.get("joint")), part.get("inputs")
 
 
 def is_part(folder: Path) -> bool:

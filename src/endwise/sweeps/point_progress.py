@@ -6,7 +6,7 @@ from pathlib import Path
 
 from endwise.common.errors import EndwiseError, FormatError
 from endwise.config.method import Knob
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import Point, placed, with_tokens
 from endwise.sweeps.sweep_config import SearchConfig, Target
@@ -25,11 +25,11 @@ class PointProgress:
     point: Point
     out: Path
     search: SearchConfig
-    result: RunConfig | None = None
+    result: Recipe | None = None
     """Its run, once that is trained and measured."""
     error: str | None = None
     """Reason why there will be none."""
-    run: RunConfig | None = None
+    run: Recipe | None = None
     """The run that was last asked for."""
     on_trial: bool = False
     """True if that is one of a search, and not the point's own."""
@@ -40,7 +40,7 @@ class PointProgress:
         """Folder of the run that was last asked for."""
         return self.out if self.run is None else folder_of(self.run)
 
-    def due(self) -> RunConfig | None:
+    def due(self) -> Recipe | None:
         """The run that is to be made next, if there is one."""
         if self.result is not None or self.error is not None:
             return None
@@ -69,11 +69,11 @@ class PointProgress:
             tokens = f"{self.run.training.tokens:,} tokens (search.tokens)"
             self.error = f"A trial of {tokens} in {self.folder} failed: {outcome.error}"
 
-    def _placed(self, config: RunConfig, folder: str, *, on_trial: bool = False) -> RunConfig:
+    def _placed(self, config: Recipe, folder: str, *, on_trial: bool = False) -> Recipe:
         self.run, self.on_trial = placed(config, self.out / folder), on_trial
         return self.run
 
-    def _next_run(self) -> RunConfig:
+    def _next_run(self) -> Recipe:
         """The first run that is not finished, or else the point's last."""
         config, target = self.point.config, self.point.target
         if target is None:
@@ -92,9 +92,9 @@ class PointProgress:
                 return trial
             trials.append(_trial(trial, target))
 
-    def _full_run(self, target: Target, knob: Knob, slope: float | None) -> RunConfig:
+    def _full_run(self, target: Target, knob: Knob, slope: float | None) -> Recipe:
         """The run at full length with the knob where it was found, or with one corrected by what that reached."""
-        runs: list[tuple[Trial, RunConfig]] = []
+        runs: list[tuple[Trial, Recipe]] = []
         while True:
             run = self._placed(knob.set_in(self.point.config, _rounded(knob.value)), RUNS)
             if not is_finished(run):
@@ -111,7 +111,7 @@ class PointProgress:
             knob = replace(knob, value=step.at)
 
 
-def runs_of(points: Iterable[PointProgress]) -> list[RunConfig]:
+def runs_of(points: Iterable[PointProgress]) -> list[Recipe]:
     """The runs that they ask for, each once though it may be that of several points."""
     return list({each.folder: each.run for each in points if each.run is not None}.values())
 
@@ -120,7 +120,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT}g}")
 
 
-def _trial(config: RunConfig, target: Target) -> Trial:
+def _trial(config: Recipe, target: Target) -> Trial:
     evaluation = evaluation_of(config)
     if evaluation is None:
         file = RunFolder(folder_of(config)).evaluation_file

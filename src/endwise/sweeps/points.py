@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from endwise.common.errors import ConfigError, SiteError
-from endwise.config.base import read_yaml, with_values
+from endwise.config.base import read_yaml
 from endwise.config.dictionary import ARCHITECTURE, DictionaryConfig, of_others
 from endwise.config.fields import identity
-from endwise.config.method import COEFFICIENT, Knob
+from endwise.config.method import COEFFICIENT, AnyRecipe, Knob
+from endwise.config.places import PlacesConfig, Recipe, build_recipe, changed_recipe
 from endwise.config.recipes import find_recipe
-from endwise.config.run import RunConfig
 from endwise.models.sites import ARROW, Place
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.sweep_config import OUT, PLACE, RANGE, TARGET, SweepConfig, Target, flattened, takes_whole_numbers
@@ -38,7 +38,7 @@ UNUSED_WEIGHTS = {
 class Point:
     """A recipe, complete but for its knob (`config.method`) where a target is to be met."""
 
-    config: RunConfig
+    config: Recipe
     target: Target | None = None
 
     @property
@@ -81,7 +81,7 @@ def _recipe(sweep: SweepConfig) -> dict[str, Any]:
     _check_no_folder(settings, "settings")
     if TARGET in settings:
         raise ConfigError("settings: a target stands in a grid. Move it there.")
-    return RunConfig.changed({key: value for key, value in base.items() if key != OUT}, _in_two(settings, "settings"))
+    return changed_recipe({key: value for key, value in base.items() if key != OUT}, _in_two(settings, "settings"))
 
 
 def _check_no_folder(keys: Mapping[str, Any], where: str) -> None:
@@ -177,17 +177,23 @@ def _of_architecture(base: dict[str, Any], choice: dict[str, Any]) -> tuple[dict
 def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
     target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
-    values = with_values(base, choice)
+    values = changed_recipe(base, choice)
+    if both := values.keys() & {"site", "writes"} if "places" in values else ():
+        raise ConfigError(
+            f"{source}: the recipe has `places`, each with a site of its own, so that {min(both)} (or `place`) says "
+            "nothing of it. Leave it out, set one place's as places.0.site, or list `places` in the grid."
+        )
     if target is not None and _needs_coefficient(values) and _coefficient(values) is None:
         raise _no_first_guess(source, COEFFICIENT)
-    config = RunConfig.build(values, source)
+    config = build_recipe(values, source)
     knob = Knob.of(config)
     if target is not None and knob.name in choice:
         raise ConfigError(f"{source}: target and {knob.name} exclude each other. Leave one out.")
     if target is not None and not knob.value:
         raise _no_first_guess(source, knob.name)
     try:
-        Place.parse(config.place)
+        for recipe in config.recipes:
+            Place.parse(recipe.place)
     except SiteError as error:
         raise SiteError(f"{source}: {error}") from None
     return Point(config, target)
@@ -218,18 +224,18 @@ def _coefficient(values: Mapping[str, Any]) -> Any:
     return section
 
 
-def _content(config: RunConfig) -> str:
+def _content(config: Recipe) -> str:
     return json.dumps(identity(config, short=True), sort_keys=True)
 
 
-def fingerprint(config: RunConfig) -> str:
+def fingerprint(config: Recipe) -> str:
     """Ten hexadecimal digits of what a recipe computes; how it is executed, its folder, and whether a default is
     written out do not count.
     """
     return _digits(_content(config))
 
 
-def _fingerprint_of_0_1(config: RunConfig) -> str:
+def _fingerprint_of_0_1(config: Recipe) -> str:
     """As version 0.1 made it, for which execution counted too."""
     new = {"out", "trackers"}
     return _digits(json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True))
@@ -239,21 +245,22 @@ def _digits(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
-def placed(config: RunConfig, folder: Path) -> RunConfig:
-    """The recipe with a folder of its own in `folder`: `<kind>-<knob>-<site>-seed<n>-<fingerprint>`. An SAE that
-    it starts from counts by its name if it lies beside it, so that runs are called alike wherever the folder lies. A
-    run that version 0.1 made keeps its folder.
+def placed(config: AnyRecipe, folder: Path) -> AnyRecipe:
+    """The recipe with a folder of its own in `folder`: `<kind>-<knob>-<site>-seed<n>-<fingerprint>`; several places
+    stand there by their number. An SAE that it starts from counts by its name if it lies beside it, so that runs are
+    called alike wherever the folder lies. A run that version 0.1 made keeps its folder.
     """
     start = config.init_from
     content = config
     if start is not None and start.parent == folder:
         content = config.model_copy(update={"init_from": Path(start.name)})
-    place = config.place.replace(ARROW, "-to-")
+    several = isinstance(config, PlacesConfig)
+    place = f"{len(config.places)}-places" if several else config.place.replace(ARROW, "-to-")
     said = f"{config.objective.name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
     own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
     out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
     return config.model_copy(update={"out": out})
 
 
-def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
+def with_tokens(config: AnyRecipe, tokens: int) -> AnyRecipe:
     return config.model_copy(update={"training": config.training.model_copy(update={"tokens": tokens})})

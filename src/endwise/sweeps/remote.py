@@ -19,7 +19,7 @@ import torch
 from endwise.common.errors import ConfigError, EndwiseError, Interrupted, RunFolderError
 from endwise.common.remedies import reason, remedy
 from endwise.common.stopping import polite_stop
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 from endwise.sweeps.tasks import Outcome, Task, Worker, folder_of, is_finished
 
 
@@ -146,7 +146,7 @@ class Remote(ABC):
         else:
             yield failed(task, f"Every worker that it was given to was lost, the last one so: {told}")
 
-    def _seen(self, outcome: Outcome, config: RunConfig) -> Outcome:
+    def _seen(self, outcome: Outcome, config: Recipe) -> Outcome:
         """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would
         be finished again, and so without end.
         """
@@ -164,7 +164,7 @@ class Remote(ABC):
             time.sleep(1)
         return Outcome(folder, outcome.error)
 
-    def _shows_finished(self, config: RunConfig) -> bool:
+    def _shows_finished(self, config: Recipe) -> bool:
         return is_finished(config)
 
     def _stop(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from endwise.common.errors import ConfigError, ModelError, SiteError
+from endwise.config.places import PlacesConfig
 from endwise.config.run import ModelConfig
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
@@ -15,7 +16,7 @@ from endwise.sweeps.point_progress import PointProgress, runs_of
 from endwise.sweeps.points import Point, points_of
 from endwise.sweeps.sweep_config import SweepConfig, as_sweep
 from endwise.sweeps.tasks import folder_of, is_trained, tasks_of
-from endwise.training.objectives import build_objective
+from endwise.training.objectives import OF_THE_PASS, build_objective
 from endwise.training.planning.memory_trace import MemoryTrace
 from endwise.training.planning.outline import outline_model
 
@@ -79,7 +80,12 @@ def find_faults(due: Iterable[PointProgress]) -> None:
         if model is None:
             continue
         try:
-            build_objective(config.objective, model, model.place(config.place).writes)
+            places = {recipe: model.place(recipe.place) for recipe in config.recipes}
+            if isinstance(config, PlacesConfig) and config.joint:
+                build_objective(config.objective, model, min(places.values()).writes, OF_THE_PASS)
+                continue
+            for recipe, place in places.items():
+                build_objective(recipe.objective, model, place.writes)
         except (ConfigError, SiteError) as error:
             each.error = str(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.files import write_atomic
 from endwise.common.processes import launched
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 from endwise.sweeps.engines import Engine, engine_of
 from endwise.sweeps.point_progress import PointProgress, runs_of
 from endwise.sweeps.points import Point, points_of
@@ -124,7 +124,7 @@ def _due(progress: Iterable[PointProgress], watch: Watch, *, check: bool) -> lis
     return [each for each in due if each.on_trial] or due
 
 
-def _to_come(progress: Iterable[PointProgress], runs: Iterable[RunConfig]) -> list[RunConfig]:
+def _to_come(progress: Iterable[PointProgress], runs: Iterable[Recipe]) -> list[Recipe]:
     """Full runs that are sure to follow those that are carried out now."""
     now = set(runs)
     return [

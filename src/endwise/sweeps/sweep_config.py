@@ -1,6 +1,7 @@
 """The file of a sweep: a recipe, what varies in it by dotted keys, and where the runs are carried out."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -10,13 +11,14 @@ from pydantic.fields import FieldInfo
 
 from endwise.common.errors import ConfigError
 from endwise.config.base import Config, apply_overrides, read_yaml, section_of
-from endwise.config.places import PlacesConfig
 from endwise.config.recipes import find_sweep
 from endwise.config.run import Positive, RunConfig
 
 RANGE, TARGET, PLACE, OUT = "log_range", "target", "place", "out"
-OF_SEVERAL = PlacesConfig.model_fields.keys() - RunConfig.model_fields.keys()
+OF_SEVERAL = ("places", "joint", "inputs")
 """Keys of a recipe for several places alone."""
+OF_ONE = re.compile(r"places\.\d+\.")
+"""What a key of one of several places begins with."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -134,7 +136,8 @@ class SweepConfig(EngineConfig):
     takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient; the key
     `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone). Weights
     of the objective that a kind does without are left out of its runs where a grid chooses the kind, and so are keys of
-    the dictionary that an architecture does without where it chooses that."""
+    the dictionary that an architecture does without where it chooses that. Of a recipe with `places` a key stands for
+    every place, or for one by its number (`places.0.dictionary.k`)."""
     search: SearchConfig = SearchConfig()
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
@@ -221,7 +224,7 @@ def flattened(values: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
 
 def takes_whole_numbers(key: str) -> bool:
     """Tell if a field's numbers have no fractions."""
-    field = recipe_fields().get(key)
+    field = recipe_fields().get(OF_ONE.sub("", key))
     return field is not None and int in (kinds := _kinds(field.annotation)) and float not in kinds
 
 
@@ -231,14 +234,9 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _check_exists(key: str, where: str) -> None:
-    if key.partition(".")[0] in OF_SEVERAL:
-        raise ConfigError(
-            f"{where}: a sweep's runs have one place each, and no key {key!r:.80}. For many layers in one file list "
-            "`site`, or `place`, in a grid; train several places of one run with endwise train, a recipe a setting."
-        )
-    fields = recipe_fields()
+    fields, key = recipe_fields(), OF_ONE.sub("", key)
     sections = {name.rpartition(".")[0] for name in fields}
-    if key in fields or key in sections or key in (TARGET, PLACE):
+    if key in fields or key in sections or key in (TARGET, PLACE, *OF_SEVERAL):
         return
     within = next((name for name in (*fields, TARGET) if key.startswith(f"{name}.")), None)
     if within in fields and get_origin(fields[within].annotation) is dict:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from endwise.common.remarks import gathered, show_remarks
 from endwise.common.tables import as_csv, as_table, write_table
 from endwise.common.terminal import Grid, show
 from endwise.config.fields import flat
-from endwise.config.method import COEFFICIENT, Knob, Method
-from endwise.config.run import RunConfig
+from endwise.config.method import COEFFICIENT, Knob
+from endwise.config.places import JOINED, Recipe
+from endwise.evaluation.summary import method_of
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import PLACES, is_several
 from endwise.sweeps.points import KIND, Point
 from endwise.sweeps.survey import PointStatus
-from endwise.sweeps.sweep_config import recipe_fields
+from endwise.sweeps.sweep_config import OF_ONE, recipe_fields
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -28,7 +30,7 @@ NAMED = (KIND, "site", "seed", COEFFICIENT, "out")
 
 def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], folder: Path) -> list[dict[str, Any]]:
     """`summary.parquet` and `summary.csv`, with wall-clock in `timings.csv` apart, so that a sweep made twice gives the
-    same tables wherever it lies.
+    same tables wherever it lies. A run of several places has a row for all of them together, then one for each alone.
 
     Returns:
         The rows.
@@ -41,11 +43,19 @@ def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], f
             rows.append(row | {"status": "failed", "error": failures[point]})
         else:
             rows.append(row | measured(point, path))
+            rows += _rows_of_places(path, folder, keys)
     write_table(rows, folder / "summary")
     finished = [path for point, path in places.items() if point not in failures]
     timings = [{"run": _within(path, folder), "seconds": RunFolder(path).seconds()} for path in finished]
     write_atomic(folder / "timings.csv", as_csv(as_table(timings)))
     return rows
+
+
+def _rows_of_places(run: Path, folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for part in RunFolder(run).parts() if is_several(run) else ():
+        point = Point(part.config())
+        row = {"run": _within(part.path, folder), "status": "finished", "error": None, **_identity(point, keys)}
+        yield row | measured(point, part.path)
 
 
 def measured(point: Point, path: Path) -> dict[str, Any]:
@@ -55,8 +65,8 @@ def measured(point: Point, path: Path) -> dict[str, Any]:
     folder = RunFolder(path)
     evaluation = folder.evaluation() or {}
     intervals = evaluation.pop("intervals", {})
-    config = folder.config()
-    row: dict[str, Any] = {**Knob.of(config).columns, "method": Method.of(config).label}
+    config = folder.recipe()
+    row: dict[str, Any] = {**Knob.of(config).columns, "method": method_of(path, config).label}
     if point.target is not None:
         row["target_miss"] = evaluation[point.target.metric] / point.target.value - 1
     for name, value in flat(evaluation).items():
@@ -87,15 +97,23 @@ def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     return named | {key: _plain(content.get(key)) for key in keys}
 
 
-def _differing(configs: Iterable[RunConfig]) -> list[str]:
+def _differing(configs: Iterable[Recipe]) -> list[str]:
     """Keys in which recipes differ that have no column yet."""
     contents = [_content(config) for config in configs]
     keys = dict.fromkeys(key for content in contents for key in content if key not in (*SHOWN, *NAMED))
     return [key for key in keys if len({_plain(content.get(key)) for content in contents}) > 1]
 
 
-def _content(config: RunConfig) -> dict[str, Any]:
-    return flat(config.model_dump(mode="json"))
+def _content(config: Recipe) -> dict[str, Any]:
+    """A recipe's values by key; where several places differ, each one's by its number."""
+    content = config.model_dump(mode="json")
+    places = [flat(place) for place in content.pop("places", ())]
+    own: dict[str, Any] = {}
+    for key in dict.fromkeys(key for place in places for key in place):
+        values = [place.get(key) for place in places]
+        alike = all(value == values[0] for value in values)
+        own |= {key: values[0]} if alike else {f"places.{number}.{key}": each for number, each in enumerate(values)}
+    return flat(content) | own
 
 
 def _plain(value: Any) -> Any:
@@ -109,14 +127,16 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         return
-    own = [key for key in finished[0] if key in ("site", "seed", *SHOWN) or key in recipe_fields()]
+    own = [key for key in finished[0] if key in ("site", "seed", *SHOWN) or OF_ONE.sub("", key) in recipe_fields()]
     own = [key for key in own if len({row.get(key) for row in finished}) > 1]
     searched = any(row["target"] for row in finished)
-    words = [key.rpartition(".")[2] for key in own] + ["kind"] + ["target"] * searched
+    words = (
+        [f"{''.join(OF_ONE.findall(key))}{key.rpartition('.')[2]}" for key in own] + ["kind"] + ["target"] * searched
+    )
     table: list[list[str]] = []
     for row in finished:
         ends = [row.get(f"ce_increase.{end}", math.nan) for end in ("low", "high")]
-        cells = [row["run"].rpartition("-")[2], *(_shown(row[key]) for key in own), row["method"]]
+        cells = [_end_of(row["run"]).partition(" ")[0], *(_shown(row[key]) for key in own), row["method"]]
         cells += [_target(row)] if searched else []
         knob = row["knob.value"] if row["coefficient"] is None else row["coefficient"]
         cells += [f"{knob:.4g}", f"{row['l0']:.1f}", f"{row['alive']:,}"]
@@ -125,8 +145,14 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     knobs = ", ".join(dict.fromkeys(row.get("knob") or "λ" for row in finished))
     show(Grid(("run", *words, knobs, "L0", "alive", "CE increase [95 %]"), table, words=words), console)
     show("A run is named by the end of its folder's name.", console)
-    own_remarks = {row["run"].rpartition("-")[2]: str(row.get("remarks") or "").splitlines() for row in finished}
+    own_remarks = {_end_of(row["run"]): str(row.get("remarks") or "").splitlines() for row in finished}
     show_remarks(gathered(own_remarks), console)
+
+
+def _end_of(run: str) -> str:
+    """Name a run by the end of its folder's name, and one of several places by itself too."""
+    whole, _, place = run.partition(f"/{PLACES}/")
+    return whole.rpartition("-")[2] + (f" {place}" if place else "")
 
 
 def _target(row: Mapping[str, Any]) -> str:
@@ -138,6 +164,8 @@ def _target(row: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and (others := value.count(JOINED)):
+        return f"{others + 1} places"
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

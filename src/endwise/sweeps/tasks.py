@@ -1,5 +1,6 @@
 """Tasks: runs that share a pass, carried out wherever an engine puts them, in any state that an earlier end left."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from endwise.common.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
 from endwise.config.fields import identity, shared
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import evaluate
 from endwise.evaluation.finished import unfinished
@@ -15,10 +17,11 @@ from endwise.formats import format_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import place_folders
 from endwise.tokens import Corpora
 from endwise.training.members import SomeFailed
 from endwise.training.setup import corpora_of, model_for
-from endwise.training.train import train_together
+from endwise.training.train import train_places, train_together
 
 MEASURED = ("ce_increase", "l0", "alive")
 """Numbers that every evaluation holds."""
@@ -33,17 +36,21 @@ class Outcome:
     """Reason why it has not ended; None: it is trained and measured."""
 
 
-Task = tuple[RunConfig, ...]
-"""Recipes, each with its folder, whose SAEs train in one pass."""
+Task = tuple[Recipe, ...]
+"""Recipes, each with its folder, whose SAEs train in one pass: of one place, or one of several."""
 
 
-def tasks_of(configs: Iterable[RunConfig], together: int) -> list[Task]:
-    """Groups what can train in one pass: one kind at one site of one model, on the same batches.
+def tasks_of(configs: Iterable[Recipe], together: int) -> list[Task]:
+    """Groups what can train in one pass: one kind at one site of one model, on the same batches; a run of several
+    places is a pass by itself.
 
     Runs of several kinds could share a pass too; but then a local run would be charged for the end-to-end ones' time.
     """
-    groups: dict[str, list[RunConfig]] = {}
+    groups: dict[str, list[Recipe]] = {}
     for config in configs:
+        if isinstance(config, PlacesConfig):
+            groups[str(folder_of(config))] = [config]
+            continue
         alike = (shared(config), config.place, config.objective.name, config.evaluation.model_dump_json())
         groups.setdefault(repr(alike), []).append(config)
     return [
@@ -51,13 +58,13 @@ def tasks_of(configs: Iterable[RunConfig], together: int) -> list[Task]:
     ]
 
 
-def folder_of(config: RunConfig) -> Path:
+def folder_of(config: Recipe) -> Path:
     assert config.out is not None, "the recipes of a sweep are placed"
     return config.out
 
 
-def is_trained(config: RunConfig) -> bool:
-    """Tell if the folder holds the SAE that the recipe asks for, trained to its last step.
+def is_trained(config: Recipe) -> bool:
+    """Tell if the folder holds the SAEs that the recipe asks for, trained to their last step.
 
     Raises:
         RunFolderError: it holds the run of another recipe, or what it holds cannot be read.
@@ -66,16 +73,17 @@ def is_trained(config: RunConfig) -> bool:
     folder = RunFolder(folder_of(config))
     if not folder.has_run():
         return False
-    kept, start = folder.config(), config.init_from
+    kept, start = folder.recipe(), config.init_from
     if start is not None and kept.init_from is not None and kept.init_from.name == start.name:
         kept = kept.model_copy(update={"init_from": start})  # the same, as a folder that was moved has it
     if identity(kept) != identity(config):
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
     # What is detected is whole: a process that was killed before has saved none.
-    return format_at(folder.sae) is not None and unfinished(folder.path, config) is None
+    parts = zip(place_folders(folder.path, config), config.recipes, strict=True)
+    return all(format_at(path / "sae") is not None and unfinished(path, recipe) is None for path, recipe in parts)
 
 
-def is_finished(config: RunConfig) -> bool:
+def is_finished(config: Recipe) -> bool:
     """Tell if the run is trained and measured.
 
     Raises:
@@ -84,7 +92,7 @@ def is_finished(config: RunConfig) -> bool:
     return is_trained(config) and evaluation_of(config) is not None
 
 
-def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
+def evaluation_of(config: Recipe) -> dict[str, Any] | None:
     """Read what the run measured; None where that is not there, is damaged, or is of other weights than its SAE has
     now, since it can be measured again.
     """
@@ -101,18 +109,18 @@ def evaluation_of(config: RunConfig) -> dict[str, Any] | None:
 class ModelCache:
     """The model and the sequences that the latest task used, kept for the next."""
 
-    load_for_training: Callable[[RunConfig], LanguageModel] = model_for
+    load_for_training: Callable[[Recipe], LanguageModel] = model_for
     _model: tuple[object, LanguageModel] | None = field(default=None)
     _corpora: tuple[object, Corpora] | None = field(default=None)
 
     def clear(self) -> None:
         self._model = self._corpora = None
 
-    def model(self, config: RunConfig) -> LanguageModel:
+    def model(self, config: Recipe) -> LanguageModel:
         """As training asks for it."""
         return self._load((config.model, config.training.precision), lambda: self.load_for_training(config))
 
-    def exact_model(self, config: RunConfig) -> LanguageModel:
+    def exact_model(self, config: Recipe) -> LanguageModel:
         """As `evaluate` loads it, whatever the precision of training."""
         if config.training.precision == "exact" or find_device(config.model.device).type == "cpu":
             return self.model(config)
@@ -124,12 +132,21 @@ class ModelCache:
             self._model = (key, load())
         return self._model[1]
 
-    def corpora(self, config: RunConfig) -> Corpora:
+    def corpora(self, config: Recipe) -> Corpora:
         key = (config.model, config.data, config.training.tokens, config.evaluation)
         if self._corpora is None or self._corpora[0] != key:
             self._corpora = None
             self._corpora = (key, corpora_of([config], self.model(config)))
         return self._corpora[1]
+
+
+def train_recipes(configs: Sequence[Recipe], **options: Any) -> None:
+    """Trains a task's SAEs, as `train_together` or `train_places`."""
+    for config in configs:
+        if isinstance(config, PlacesConfig):
+            train_places(config, **options)
+    if alone := [config for config in configs if isinstance(config, RunConfig)]:
+        train_together(alone, **options)
 
 
 _Errors = dict[Path, str]
@@ -141,11 +158,11 @@ class Worker:
     """Carries out tasks one after another, each with what the one before it left loaded.
 
     Args:
-        train: as `train_together`.
+        train: as `train_together`, of recipes for several places too.
         measure: as `evaluate`.
     """
 
-    train: Callable[..., object] = train_together
+    train: Callable[..., object] = train_recipes
     measure: Callable[..., object] = evaluate
     loaded: ModelCache = field(default_factory=ModelCache)
 
@@ -167,7 +184,7 @@ class Worker:
         errors |= self._measure(unmeasured) if unmeasured else {}
         return [Outcome(folder_of(config), errors.get(folder_of(config))) for config in task]
 
-    def _train(self, configs: list[RunConfig]) -> _Errors:
+    def _train(self, configs: list[Recipe]) -> _Errors:
         try:
             first = pinned(folder_of(configs[0]), configs[0])
             loads: dict[str, Any] = {"model": self.loaded.model(first), "corpora": self.loaded.corpora(first)}
@@ -175,21 +192,29 @@ class Worker:
             return {folder_of(config): _told(error) for config in configs}
         try:
             for config in configs:  # what was measured of a run before its end is not what it ended with
-                RunFolder(folder_of(config)).evaluation_file.unlink(missing_ok=True)
+                for path in (folder_of(config), *place_folders(folder_of(config), config)):
+                    RunFolder(path).evaluation_file.unlink(missing_ok=True)
             self.train(configs, **loads, resume="if_started", display=False)
         except SomeFailed as some:  # each failure as its run would tell it alone
-            return {failure.folder: f"{_told(failure.error)} {failure.kept}" for failure in some.failures}
+            places = {path: config for config in configs for path in place_folders(folder_of(config), config)}
+            told: dict[Path, list[str]] = {}
+            for failure in some.failures:
+                run = folder_of(places[failure.folder])
+                where = "" if run == failure.folder else f"{failure.folder.name}: "
+                told.setdefault(run, []).append(f"{where}{_told(failure.error)} {failure.kept}")
+            return {run: " ".join(lines) for run, lines in told.items()}
         except (Interrupted, ProcessLost):
             raise
         except Exception as error:  # noqa: BLE001  As above.
             return _in_halves(self._train, configs, error)
         return {}
 
-    def _measure(self, configs: list[RunConfig]) -> _Errors:
+    def _measure(self, configs: list[Recipe]) -> _Errors:
         try:
             first = pinned(folder_of(configs[0]), configs[0])
             corpora = self.loaded.corpora(first)
-            check_texts({folder_of(config): config for config in configs}, corpora, ["heldout"])
+            parts = [zip(place_folders(folder_of(each), each), each.recipes, strict=True) for each in configs]
+            check_texts(dict(itertools.chain(*parts)), corpora, ["heldout"])
             folders = [folder_of(config) for config in configs]
             self.measure(folders, corpora=corpora, model=self.loaded.exact_model(first))
         except Exception as error:  # noqa: BLE001  As above.
@@ -197,7 +222,7 @@ class Worker:
         return {}
 
 
-def _in_halves(act: Callable[[list[RunConfig]], _Errors], configs: list[RunConfig], error: Exception) -> _Errors:
+def _in_halves(act: Callable[[list[Recipe]], _Errors], configs: list[Recipe], error: Exception) -> _Errors:
     """Try what failed for all with each half of them, down to the one whose fault it is."""
     if len(configs) == 1:
         return {folder_of(configs[0]): _told(error)}
@@ -205,9 +230,9 @@ def _in_halves(act: Callable[[list[RunConfig]], _Errors], configs: list[RunConfi
     return act(configs[:middle]) | act(configs[middle:])
 
 
-def _sorted_out(configs: Iterable[RunConfig], done: Callable[[RunConfig], bool]) -> tuple[list[RunConfig], _Errors]:
+def _sorted_out(configs: Iterable[Recipe], done: Callable[[Recipe], bool]) -> tuple[list[Recipe], _Errors]:
     """Those of which something is not done, and what is wrong with those of which that cannot be said."""
-    waiting: list[RunConfig] = []
+    waiting: list[Recipe] = []
     errors: _Errors = {}
     for config in configs:
         try:
@@ -218,12 +243,12 @@ def _sorted_out(configs: Iterable[RunConfig], done: Callable[[RunConfig], bool])
     return waiting, errors
 
 
-def _standing_together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+def _standing_together(configs: Sequence[Recipe]) -> list[list[Recipe]]:
     """Splits recipes into those whose runs can be taken up from one step; a process that was killed between two saves
     leaves some behind.
     """
     left = {folder_of(config): set(RunFolder(folder_of(config)).saved_steps()) or {0} for config in configs}
-    groups: list[list[RunConfig]] = []
+    groups: list[list[Recipe]] = []
     while left:
         step = min(max(steps) for steps in left.values())
         chosen = [folder for folder, steps in left.items() if step in steps]

@@ -18,7 +18,7 @@ from endwise.common.errors import FormatError
 from endwise.common.terminal import Cell, Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
-from endwise.config.run import RunConfig
+from endwise.config.places import Recipe
 from endwise.runs.folder import RunFolder, last_record
 from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
@@ -34,7 +34,7 @@ ORDER = ("training", "measuring", "failed", "waiting", "finished")
 class RunStatus:
     """Status of a run, by its folder."""
 
-    config: RunConfig
+    config: Recipe
     state: str = "waiting"
     tokens: int = 0
     """That it was trained on."""
@@ -45,7 +45,7 @@ class RunStatus:
     _seconds_before: float = 0.0
 
     @classmethod
-    def at_start(cls, config: RunConfig) -> "RunStatus":
+    def at_start(cls, config: Recipe) -> "RunStatus":
         """Read the status of a run that is to be carried out; what earlier sweeps spent on it is set aside."""
         standing = cls(config)
         standing.look()
@@ -65,14 +65,18 @@ class RunStatus:
     def look(self) -> None:
         """Reads the latest; a line that is just being written waits for the next look."""
         folder = RunFolder(folder_of(self.config))
-        line, timing = last_record(folder.metrics_file), last_record(folder.timings_file)
+        lines = [
+            last_record(each.metrics_file) for each in ([folder] if folder.metrics_file.exists() else folder.parts())
+        ]
+        line = lines[0]
         tokens, step = _number(line, "tokens"), _number(line, "step")
         if tokens is not None and step and tokens != self.tokens:
-            self.tokens, self.l0 = int(tokens), _number(line, "l0")
+            l0s = [l0 for each in lines if (l0 := _number(each, "l0")) is not None]
+            self.tokens, self.l0 = int(tokens), sum(l0s) if len(l0s) == len(lines) else None
             self.state = "training" if step < self.config.training.tokens * step // tokens else "measuring"
-        if line is not None and isinstance(heldout := line.get("heldout"), dict):
+        if line is not None and len(lines) == 1 and isinstance(heldout := line.get("heldout"), dict):
             self.ce_increase = _number(heldout, "ce_increase")
-        self.seconds = _number(timing, "seconds") or self.seconds
+        self.seconds = folder.seconds() or self.seconds
 
     def end(self, outcome: Outcome) -> None:
         self.look()
@@ -102,7 +106,7 @@ class Watch:
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
         self._runs: dict[Path, RunStatus] = {}
-        self._to_come: Sequence[RunConfig] = ()
+        self._to_come: Sequence[Recipe] = ()
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._started = self._said = time.monotonic()
@@ -125,7 +129,7 @@ class Watch:
             self._live.update(self._table(), refresh=True)
             self._live.__exit__(kind, error, trace)
 
-    def expect(self, configs: Iterable[RunConfig], to_come: Sequence[RunConfig] = ()) -> None:
+    def expect(self, configs: Iterable[Recipe], to_come: Sequence[Recipe] = ()) -> None:
         """Runs that are to be carried out now.
 
         Args:
@@ -208,7 +212,7 @@ class Watch:
         return {folder: name + ends[folder] for folder, name in names.items()}
 
 
-def seconds_left(runs: Sequence[RunStatus], elapsed: float, to_come: Sequence[RunConfig] = ()) -> float | None:
+def seconds_left(runs: Sequence[RunStatus], elapsed: float, to_come: Sequence[Recipe] = ()) -> float | None:
     """Wall-clock to the end, if what is left costs per token what runs of its kind cost so far, and if as many go on
     side by side, with as much time between them, as did in the seconds that have elapsed. None: nothing to go by.
     """

@@ -81,7 +81,7 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    return [_compared(setting, runs) for setting, runs in comparable(paths).items()]
+    return [_compared(setting, runs) for setting, runs in comparable(paths, together=True).items()]
 
 
 def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
