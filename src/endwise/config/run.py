@@ -46,7 +46,8 @@ class DataConfig(Config):
     source: str = "embedded"
     """`embedded`, a `.txt`/`.jsonl`/`.parquet`/`.npy` file or a folder of them, or a Hugging Face dataset id."""
     column: str | None = None
-    """Column holding text (or token ids); unset: `text`, `input_ids` or `tokens`, whichever is there."""
+    """Column holding text, token ids or conversations; unset: `text`, `input_ids`, `tokens` or `messages`, whichever is
+    there."""
     dataset_config: str | None = None
     """Name of the configuration of a Hugging Face dataset on the hub."""
     revision: str | None = None
@@ -74,6 +75,10 @@ class DataConfig(Config):
     leave_out_tokens: tuple[tuple[str, Annotated[int, Field(ge=0, le=1000)]], ...] = ()
     """Tokens to leave out besides, each with how many after it in its sequence: of `[["<|im_start|>", 2]]` the head of
     every turn of a chat, the token, the role and the new line."""
+    leave_out_roles: tuple[Literal["system", "developer", "user", "assistant", "tool", "template"], ...] = ()
+    """Of conversations (a column of `messages`, written by the model's chat template), whose tokens to leave out;
+    `template` stands for those that are in no message's content: `[system, user, template]` keeps what the assistant
+    says."""
     leave_out_norms: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Leave out positions (attention sinks) at which the norm of what the dictionary reads is more than so many times
     the median, which is measured once, before the first step; 10 is usual. Unset: none are for their norm."""

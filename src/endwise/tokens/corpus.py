@@ -49,11 +49,13 @@ class Layout:
     mask_first_position: bool = False
     left_out: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     """Ids that do not count, each with how many positions after it do not either; ascending."""
+    roles: tuple[str, ...] = field(default=(), repr=False)
+    """Of conversations, whose tokens do not count."""
 
     @property
     def content(self) -> str:
         """All that it says; a layout that leaves nothing out says nothing of that."""
-        return f"{self!r}{self.left_out or ''}"
+        return f"{self!r}{self.left_out or ''}{self.roles or ''}"
 
     @property
     def payload(self) -> int:
@@ -79,6 +81,8 @@ class Documents:
     """True where a hash stands for a document; False for fragments too short to say anything."""
     inside: "Documents | None" = None
     """Documents that separators cut each row into, by which they are compared as well; None: these are no rows."""
+    left_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """Spans `[spans, 2]` of `tokens` that do not count, one after another."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -86,7 +90,16 @@ class Documents:
     def where(self, kept: NDArray[np.bool_]) -> "Documents":
         inside = None if self.inside is None else self.inside.where(kept[self.row_of(self.inside)])
         starts, ends, hashes, comparable = self.starts[kept], self.ends[kept], self.hashes[kept], self.comparable[kept]
-        return Documents(self.tokens, starts, ends, hashes, comparable, inside)
+        return Documents(self.tokens, starts, ends, hashes, comparable, inside, self.left_out)
+
+    def counting(self, part: slice) -> NDArray[np.bool_]:
+        """Where in a part of `tokens` positions count."""
+        counts = np.ones(part.stop - part.start, dtype=bool)
+        first = int(np.searchsorted(self.left_out[:, 1], part.start, side="right"))
+        last = int(np.searchsorted(self.left_out[:, 0], part.stop))
+        for begin, end in (self.left_out[first:last] - part.start).tolist():
+            counts[max(begin, 0) : end] = False
+        return counts
 
     def row_of(self, inside: "Documents") -> NDArray[np.int64]:
         """The row in which each of the documents lies."""
@@ -139,13 +152,15 @@ class Corpus:
         Raises:
             IndexError: an index is not in `range(len(self))`.
         """
-        rows = [self._text(int(index)) for index in indices]
+        rows = [self._parts(int(index)) for index in indices]
+        documents = self.documents
         bos = int(self.layout.bos is not None)
         tokens = np.full((len(rows), self.context), self.layout.pad, dtype=np.int64)
         mask = np.zeros((len(rows), self.context), dtype=bool)
-        for row, text in enumerate(rows):
+        for row, parts in enumerate(rows):
+            text = np.concatenate([documents.tokens[part] for part in parts])
             tokens[row, bos : bos + len(text)] = text
-            mask[row, bos : bos + len(text)] = True
+            mask[row, bos : bos + len(text)] = np.concatenate([documents.counting(part) for part in parts])
         if self.layout.bos is not None:
             tokens[:, 0] = self.layout.bos
         if self.layout.mask_first_position:
@@ -190,20 +205,22 @@ class Corpus:
         within = starts < self._ends[span]
         return (self._offsets[span] + starts - self._starts[span])[within]
 
-    def _text(self, index: int) -> NDArray[np.unsignedinteger]:
+    def _parts(self, index: int) -> list[slice]:
+        """What of the documents' ids a sequence is made of."""
         if not 0 <= index < len(self):
             raise IndexError(f"Sequence {index} of a corpus of {len(self)}.")
         if self.layout.packing == "document":
-            return self.documents.tokens[self._starts[index] : self._ends[index]]
+            return [slice(int(self._starts[index]), int(self._ends[index]))]
         start = index * self.layout.payload
-        parts, left = [], self.layout.payload
+        parts: list[slice] = []
+        left = self.layout.payload
         span = int(np.searchsorted(self._offsets, start, side="right")) - 1
         while left:
             begin = int(self._starts[span]) + start - int(self._offsets[span])
-            parts.append(self.documents.tokens[begin : min(int(self._ends[span]), begin + left)])
-            left -= len(parts[-1])
+            parts.append(slice(begin, min(int(self._ends[span]), begin + left)))
+            left -= parts[-1].stop - begin
             start, span = int(self._offsets[span + 1]), span + 1
-        return np.concatenate(parts)
+        return parts
 
     def fingerprint(self) -> str:
         """Equal for equal documents in equal order, packed alike; 16 hexadecimal digits."""

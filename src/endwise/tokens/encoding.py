@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
 from endwise.common.errors import DataError
+from endwise.tokens.chats import ChatEncoding
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Encoding:
     vocab_size: int
     specials: bool = False
     """True if special tokens that are written out in text, such as `<|endoftext|>`, count as those tokens."""
+    roles: tuple[str, ...] = ()
+    """See `ChatEncoding.left_out`."""
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Encode each text; nothing is put before or after it."""
@@ -43,6 +47,17 @@ class Encoding:
             content.pop("truncation", None)
             content.pop("padding", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def chats(self) -> ChatEncoding:
+        """How conversations become ids."""
+        return ChatEncoding(self.tokenizer, self.roles)
+
+    @property
+    def of_chats(self) -> list[Any]:
+        """Equal where conversations become the same; empty where the tokenizer writes none."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        return [template, list(self.roles)] if template else []
 
 
 def special_ids(tokenizer: Any) -> set[int]:

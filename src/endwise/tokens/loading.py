@@ -13,6 +13,7 @@ from endwise.common.digests import cache_folder
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import expanded
 from endwise.config.run import DataConfig
+from endwise.tokens.chats import no_roles
 from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
 from endwise.tokens.encoding import Encoding, outside_vocabulary, special_ids
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
@@ -120,7 +121,10 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
         if context < 2:
             raise DataError(f"data.context is {context}; with data.prepend_bos it must be at least 2.")
     left_out = tuple(sorted(_left_out(data, tokenizer).items()))
-    return Layout(context, data.packing, bos, _separator(data, tokenizer), data.mask_first_position, left_out)
+    separator, roles = _separator(data, tokenizer), tuple(sorted(set(data.leave_out_roles)))
+    if roles and EMBEDDED in (data.source, data.heldout):
+        raise no_roles("the embedded corpus")
+    return Layout(context, data.packing, bos, separator, data.mask_first_position, left_out, roles)
 
 
 def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:
@@ -143,7 +147,7 @@ def _id_of(token: str, setting: str, tokenizer: Any) -> int:
 
 
 def _encoding(data: DataConfig, layout: Layout, tokenizer: Any | None, vocab_size: int) -> Encoding:
-    encoding = Encoding(tokenizer, layout.separator, vocab_size, data.special_tokens)
+    encoding = Encoding(tokenizer, layout.separator, vocab_size, data.special_tokens, layout.roles)
     for setting, token in (("data.separator", layout.separator), ("data.prepend_bos", layout.bos)):
         if token is not None and token >= vocab_size:
             raise outside_vocabulary(f"The tokenizer (for {setting})", token, encoding)

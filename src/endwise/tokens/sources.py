@@ -18,9 +18,10 @@ from endwise.common.digests import cache_folder, of_text
 from endwise.common.errors import DataError, FormatError, RunFolderError
 from endwise.common.files import expanded, read_json, stays_inside, there_is, write_json
 from endwise.common.remedies import reason, remedy
+from endwise.tokens.chats import Chat
 from endwise.tokens.folders import check_split, files_of_split, no_split
 
-COLUMNS = ("text", "input_ids", "tokens")
+COLUMNS = ("text", "input_ids", "tokens", "messages")
 """Looked for in this order where `data.column` is unset."""
 ROWS_AT_ONCE = 1000
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
@@ -37,11 +38,12 @@ class SourceLost(DataError):
 
 @dataclass(frozen=True)
 class Document:
-    """Text, or token ids."""
+    """Text, token ids, or a conversation."""
 
-    content: str | NDArray[Any]
-    form: Literal["document", "row", "stream"] = "document"
-    """`row` and `stream` are joined documents already (a 2-D or 1-D array): no separator is added to them."""
+    content: str | NDArray[Any] | Chat
+    form: Literal["document", "chat", "row", "stream"] = "document"
+    """A `chat` is a document, whatever separators stand in it; `row` and `stream` are joined documents already (a 2-D
+    or 1-D array): no separator is added to them."""
     size: int = 1
     """This document's part of `TextSource.size`."""
 
@@ -210,7 +212,14 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
                 raise DataError(f"{where} must be an object such as {{'text': ...}}, not {type(record).__name__}.")
             value = record[choose_column(record, column, where)]
             if value is not None:
-                yield Document(_checked(value, where), size=len(line.encode()))
+                if _is_chat(value):
+                    yield Document(Chat.of(value, where), "chat", len(line.encode()))
+                else:
+                    yield Document(_checked(value, where), size=len(line.encode()))
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _checked(value: Any, where: str) -> str | NDArray[Any]:
@@ -223,7 +232,10 @@ def _checked(value: Any, where: str) -> str | NDArray[Any]:
     except (ValueError, OverflowError):  # lists of unequal lengths
         ids = None
     if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.signedinteger)):
-        raise DataError(f"{where}: a document must be text or a list of token ids, not {value!r:.60}. Set data.column.")
+        raise DataError(
+            f"{where}: a document must be text, a list of token ids or one of messages, not {value!r:.60}. Set "
+            "data.column."
+        )
     return ids.astype(np.int64)
 
 
@@ -241,7 +253,7 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
 
 
 def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
-    """Rows of one Arrow column, strings or lists of integers; nulls are left out."""
+    """Rows of one Arrow column, strings, lists of integers or conversations; nulls are left out."""
     from pyarrow import types
 
     if types.is_dictionary(values.type):  # a column of categories
@@ -257,9 +269,12 @@ def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
                 raise DataError(f"{where} holds a list of token ids with a null in it. Remove it.")
             if row.is_valid:
                 yield Document(row.values.to_numpy(zero_copy_only=False))
+    elif hasattr(values.type, "value_type") and types.is_struct(values.type.value_type):
+        yield from (Document(Chat.of(chat, where), "chat") for chat in values.to_pylist() if chat)
     else:
         raise DataError(
-            f"{where} holds {values.type}; a document must be text or a list of token ids. Set data.column."
+            f"{where} holds {values.type}; a document must be text, a list of token ids or one of messages. Set "
+            "data.column."
         )
 
 

@@ -24,7 +24,19 @@ from endwise.common.text import printable
 from endwise.tokens.corpus import Documents
 from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.sources import SourceLost, TextSource
-from endwise.tokens.tokenising import ENDS, HASHES, INFO, INNER_ENDS, INNER_HASHES, TOKENS, Builder, Quota, documents_at
+from endwise.tokens.tokenising import (
+    ENDS,
+    HASHES,
+    INFO,
+    INNER_ENDS,
+    INNER_HASHES,
+    LEFT_ENDS,
+    LEFT_STARTS,
+    TOKENS,
+    Builder,
+    Quota,
+    documents_at,
+)
 
 VERSION = 2
 """Raised when the same source would be stored otherwise than before."""
@@ -42,6 +54,7 @@ def open_store(source: TextSource, encoding: Encoding, payload: int, cache: Path
     """
     parts = [VERSION, source.identity, encoding.fingerprint(), encoding.separator, encoding.dtype.name, payload]
     parts += [encoding.specials, quota.key() if quota else None]
+    parts += encoding.of_chats if source.has_columns else []
     folder = cache / "tokens" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     stored = _load(folder)
     if stored is None or not _suffices(stored.info, quota):
@@ -78,6 +91,11 @@ def _load(folder: Path) -> _Stored | None:
         if len(ends) != info["documents"] or len(hashes) != len(ends) or len(tokens) != ends[-1]:
             return None
         documents = documents_at(tokens, ends, hashes, info["compared_from"])
+        if info.get("left_out"):
+            left = np.stack([np.load(folder / LEFT_STARTS), np.load(folder / LEFT_ENDS)], axis=1)
+            if len(left) != info["left_out"]:
+                return None
+            documents = replace(documents, left_out=left)
         return _Stored(_as_rows(folder, documents, info) if info["inner"] else documents, info)
     except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError):
         return None

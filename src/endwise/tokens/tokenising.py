@@ -2,7 +2,8 @@
 
 A folder in the making holds `tokens.npy` (every document's ids, one after another), `ends.npy` (where each document
 ends), `hashes.npy`, and `info.json`, which is written last and says how far the other files count. Of rows that were
-packed before, those two say where rows end, and `inner-ends.npy` and `inner-hashes.npy` where documents in them do.
+packed before, those two say where rows end, and `inner-ends.npy` and `inner-hashes.npy` where documents in them do. Of
+conversations, `left-starts.npy` and `left-ends.npy` say which spans of ids do not count.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import replacing, write_json
 from endwise.common.terminal import Bars
 from endwise.common.text import printable
+from endwise.tokens.chats import TEMPLATE, Chat, no_roles, spans
 from endwise.tokens.corpus import Documents, Layout
 from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, SourceLost, TextSource
@@ -41,7 +43,9 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new attempt at a source that was lost."""
 TOKENS, ENDS, HASHES, INFO = "tokens.npy", "ends.npy", "hashes.npy", "info.json"
 INNER_ENDS, INNER_HASHES = "inner-ends.npy", "inner-hashes.npy"
+LEFT_STARTS, LEFT_ENDS = "left-starts.npy", "left-ends.npy"
 _CODES: dict[str, Literal["q", "Q"]] = {ENDS: "q", HASHES: "Q", INNER_ENDS: "q", INNER_HASHES: "Q"}
+_CODES |= {LEFT_STARTS: "q", LEFT_ENDS: "q"}
 
 Ids = NDArray[Any]
 
@@ -65,7 +69,8 @@ class Quota:
 
     def key(self) -> list[Any]:
         digest = hashlib.sha256(np.sort(self.excluded).tobytes()).hexdigest()
-        return [asdict(self.layout), self.share, digest]
+        layout = {name: value for name, value in asdict(self.layout).items() if name != "roles" or value}
+        return [layout, self.share, digest]
 
     def counted(
         self, lengths: NDArray[np.int64], hashes: NDArray[np.uint64], rows: bool
@@ -148,8 +153,8 @@ class Builder:
         self._mark()
         for batch in _batches(self._rows_marked(progress.console)):
             before = len(self._arrays[ENDS])
-            for document, ids in zip(batch, self._encoded(batch), strict=True):
-                self._add(document, ids, file)
+            for document, (ids, left) in zip(batch, self._encoded(batch), strict=True):
+                self._add(document, ids, left, file)
             self._consumed += len(batch)
             self._mark()
             progress.update(task, advance=sum(document.size for document in batch), tokens=self._written)
@@ -180,6 +185,7 @@ class Builder:
             size = header + info["tokens"] * self._encoding.dtype.itemsize
             lengths: dict[str, int] = {ENDS: info["documents"], HASHES: info["documents"]}
             lengths |= {INNER_ENDS: info["inner"], INNER_HASHES: info["inner"]}
+            lengths |= {LEFT_STARTS: info["left_out"], LEFT_ENDS: info["left_out"]}
             if any(length > len(arrays[name]) for name, length in lengths.items()) or tokens.stat().st_size < size:
                 return
             if int(arrays[ENDS][lengths[ENDS] - 1] if lengths[ENDS] else 0) != info["tokens"]:
@@ -205,7 +211,7 @@ class Builder:
             with replacing(self._folder / name) as partial, partial.open("wb") as target:
                 np.save(target, np.array(values, dtype=values.typecode))
         info = {"source": self._source.name, "documents": len(self._arrays[ENDS]), "tokens": self._written}
-        info["inner"] = len(self._arrays[INNER_ENDS])
+        info |= {"inner": len(self._arrays[INNER_ENDS]), "left_out": len(self._arrays[LEFT_ENDS])}
         info |= {"largest": self._largest, "compared_from": WINDOW if self._joined else 1, "exhausted": exhausted}
         write_json(self._folder / INFO, info | self._counted | {"consumed": self._consumed})
 
@@ -223,18 +229,24 @@ class Builder:
                 document = replace(document, form="row")
             yield document
 
-    def _encoded(self, batch: list[Document]) -> Iterator[Ids]:
-        """Ids of each document."""
+    def _encoded(self, batch: list[Document]) -> Iterator[tuple[Ids, NDArray[np.bool_] | None]]:
+        """Ids of each document, and which of them do not count, where it is told.
+
+        Raises:
+            NoTokenizer, DataError: there is none for text, or for conversations; or roles are named of what has none.
+        """
         texts = [document.content for document in batch if isinstance(document.content, str)]
         if texts and self._encoding.tokenizer is None:
             raise NoTokenizer(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
         encoded = iter(self._encoding.ids(texts) if texts else ())
         self._tell_of_specials(texts)
         for document in batch:
-            if isinstance(document.content, str):
-                yield np.asarray(next(encoded), dtype=np.int64)
-            else:
-                yield document.content
+            if isinstance(document.content, Chat):
+                yield self._encoding.chats.encoded(document.content)
+                continue
+            if self._encoding.roles:
+                raise no_roles(self._source.name)
+            yield np.asarray(next(encoded), np.int64) if isinstance(document.content, str) else document.content, None
 
     def _tell_of_specials(self, texts: list[str]) -> None:
         """Says once that a text holds the separator in letters, which its author may have meant to end a document."""
@@ -251,9 +263,9 @@ class Builder:
             )
             Console(stderr=True).print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
-    def _add(self, document: Document, ids: Ids, file: BinaryIO) -> None:
+    def _add(self, document: Document, ids: Ids, left: NDArray[np.bool_] | None, file: BinaryIO) -> None:
         separator = self._encoding.separator
-        if document.form == "document":
+        if document.form in ("document", "chat"):
             if separator is None:
                 raise DataError(
                     f"{self._source.name}: documents need a separator, and the tokenizer has no end-of-sequence token. "
@@ -265,6 +277,11 @@ class Builder:
                 ids = np.append(ids, np.asarray(separator, dtype=np.int64))
         else:
             self._joined = True
+        if left is not None and left.any():
+            ended = np.append(left, [TEMPLATE in self._encoding.roles] * (len(ids) - len(left)))
+            for begin, end in spans(ended, self._written).tolist():
+                self._arrays[LEFT_STARTS].append(begin)
+                self._arrays[LEFT_ENDS].append(end)
         row = document.form == "row"
         if self._arrays[ENDS] and row != bool(self._arrays[INNER_ENDS]):
             raise DataError(
@@ -364,7 +381,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pieces(ids: Ids, form: str, separator: int | None) -> Iterator[Ids]:
-    """Cuts after every separator. A stream that has none is cut where its content says (see `_content_cuts`)."""
+    """Cuts after every separator, but of conversations, whose turns it may end. A stream that has none is cut where its
+    content says (see `_content_cuts`).
+    """
+    if form == "chat":
+        yield ids
+        return
     start = 0
     while start < len(ids):
         block = np.asarray(ids[start : start + BLOCK])
