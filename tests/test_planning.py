@@ -239,6 +239,50 @@ def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
     assert found.total_flops == pytest.approx(found.flops.per_token * 64 * CONTEXT)
 
 
+DICTIONARIES = {
+    "standard": [{}, {"revive": 0.1}, {"aux": 0.1}, {"skip": True}, {"normalize": "whitening"}],
+    "gated": [{}, {"aux": 0.1}],
+    "topk": [{"k": 4}, {"k": 4, "aux": 0.1, "k_aux": 3}],
+    "batchtopk": [{"k": 4}, {"k": 4, "aux": 0.1}],
+    "jumprelu": [{}, {"penalty": "tanh"}, {"revive": 0.1}],
+    "matryoshka_batchtopk": [{"k": 4}, {"k": 4, "aux": 0.1}, {"k": 4, "random_prefixes": 3}],
+}
+"""Each with what adds to a step's products."""
+
+
+@pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
+@pytest.mark.parametrize("kind", ["local", "e2e"])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [(name, options) for name, each in DICTIONARIES.items() for options in each],
+    ids=lambda value: str(value).replace("'", ""),
+)
+def test_a_dictionarys_operations_are_those_of_its_step(stored, kind, architecture, options):
+    """A whole step on real tensors, less what the model's own passes take, which another test counts."""
+    values = recipe(stored("gpt2"), kind, size=400).model_dump(mode="json")
+    values["dictionary"] = {"architecture": architecture, "size": 400, **options}
+    if options.get("skip"):
+        values |= {"site": "blocks.1.mlp_in", "writes": "blocks.1.hook_mlp_out"}
+    config = RunConfig.build(values)
+    dry_run, batch = dry(config), batch_of(config)
+    with standing_in("cpu", dry_run.kernels):
+        model, trainee = real_trainee(config)
+        trainee.tokens = 1 << 30  # long after any feature fired
+        clean = model.clean(batch.tokens, trainee.sites)
+        trainee.begin_step()
+        with FlopCounterMode(display=False) as counter:
+            encoded = trainee.encode(*trainee.meets(clean), batch.mask)
+            gradient = torch.ones_like(encoded.reconstruction) if kind == "e2e" else None
+            trainee.learn(encoded, batch.mask, batch.mask.sum(), gradient)
+    assert trainee.dead().all()
+    found = plan(config).flops
+    planned = found.sae_forward + found.sae_backward + found.sae_own
+    assert planned == counter.get_total_flops() / batch.mask.numel()
+    product = 2 * WIDTH * 400
+    own = found.sae_own + found.sae_forward - 2 * product
+    assert own >= {"revive": 2 * product, "aux": 5 * product}.get(next(iter(options.keys() & {"revive", "aux"}), ""), 0)
+
+
 @pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
 @pytest.mark.parametrize("kind", ["local", "e2e_ds"])
 @pytest.mark.parametrize(

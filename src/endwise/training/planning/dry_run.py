@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from endwise.common.axes import Activation, AnyWidth, TokenMask
 from endwise.common.errors import ConfigError
@@ -141,6 +142,30 @@ class DryRun:
             for held in found.values():
                 held.parts[ALLOCATOR] = ALLOCATOR_BYTES
         return found
+
+    def dictionary_flops(self) -> list[tuple[float, float]]:
+        """Count each dictionary's operations on a token, latents dense and all features dead, as the step's code does
+        them: of encoding and reconstructing; and of the gradients, with the terms at the site and its own.
+        """
+        sequences = self.sequences // self.accumulation
+        training = self.config.training.model_copy(update={"microbatch": self.microbatch})
+        counts: list[tuple[float, float]] = []
+        with self.trace, standing_in("cpu", self.kernels):
+            trainees = self._trainees(training)
+            mask = torch.ones(sequences, self.context, dtype=torch.bool)
+            for part in (part for trainee in trainees for part in trainee.parts):
+                part.begin_step()
+                part.is_spliced = any(each.spliced_terms or each.places_terms for each in self.objectives.values())
+                values = {site: torch.zeros(*mask.shape, self.model.width(site)) for site in part.place.sites}
+                with FlopCounterMode(display=False) as forward:
+                    encoded = part.encode(values[part.place.reads], values[part.place.writes], mask)
+                gradient = torch.zeros_like(encoded.reconstruction) if part.is_spliced else None
+                with FlopCounterMode(display=False) as backward:
+                    part.learn(encoded, mask, mask.sum(), gradient)
+                counts.append((forward.get_total_flops() / mask.numel(), backward.get_total_flops() / mask.numel()))
+            for trainee in trainees:
+                trainee.leave()
+        return counts
 
     def _settle(self, trainees: "Sequence[_DryTrainee | _DryJoint]") -> None:
         """Takes a step without a gradient, after which the optimisers have their moments."""

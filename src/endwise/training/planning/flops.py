@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 PRODUCTS_PER_ACTIVE_LATENT = 4
 """Each of d_model multiply-adds: decoder forward, gradient of the latent, of the decoder's and of the encoder's row."""
-DENSE_FORWARD_PRODUCTS, DENSE_GRADIENT_PRODUCTS = 2, 3
-"""Products of a dense dictionary, each `d_model × d_sae` multiply-adds a token: encoder and decoder; the gradients of
-the latents and of the two matrices. The input needs none."""
+DENSE_GRADIENT_PRODUCTS = 3
+"""Products of a dense dictionary, each `d_model × d_sae` multiply-adds a token: the gradients of the latents and of the
+two matrices. The input needs none."""
 OPTIMISER_OPERATIONS = 17
 """For each parameter and step: 14 of Adam's update, one to clip and two for the gradient's norm."""
 

@@ -29,7 +29,6 @@ from endwise.training.planning.dry_run import (
     DryRun,
 )
 from endwise.training.planning.flops import (
-    DENSE_FORWARD_PRODUCTS,
     DENSE_GRADIENT_PRODUCTS,
     OPTIMISER_OPERATIONS,
     forward_flops,
@@ -81,13 +80,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations for each training token: matrix products, and the optimiser's."""
+    """Floating-point operations for each training token: matrix products, and the optimiser's. Those of dictionaries
+    are counted as their own code does them.
+    """
 
     clean_prefix: float
     clean_tail: float
     clean_readout: float
     sae_forward: float
     sae_backward: float
+    """Of the reconstruction's gradient."""
+    sae_own: float
+    """Of the dictionary's own terms (auxiliary ones, prefixes), forward and backward, as if all features were dead."""
     tail_forward: float
     tail_backward: float
     """Gradients of activations alone: the model is frozen."""
@@ -246,10 +250,12 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     passes = [site for site, each in dry_run.objectives.items() if each.spliced_terms or each.places_terms]
     starts = map(dry_run.pieces_before, passes)
     tails = [[piece.stretch for piece in dry_run.pieces[start : dry_run.end]] for start in starts]
-    product = sum(
-        times * (product_flops(1, sae.d_in, sae.d_sae) + product_flops(1, sae.d_sae, sae.d_out)) / 2
-        for sae, times in dry_run.encodings()
-    )
+    encodings, counted = dry_run.encodings(), dry_run.dictionary_flops()
+    products = [
+        (product_flops(1, sae.d_in, sae.d_sae) + product_flops(1, sae.d_sae, sae.d_out)) / 2 for sae, _ in encodings
+    ]
+    backward = [DENSE_GRADIENT_PRODUCTS * product for product in products]
+    times = [times for _, times in encodings]
     readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.final else 0)
     readouts = readout * sum(objective.final for objective in dry_run.objectives.values())
     parameters = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
@@ -257,8 +263,9 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
         clean_prefix=forward_flops(head, context) / context,
         clean_tail=forward_flops(tail, context) / context,
         clean_readout=readout,
-        sae_forward=float(DENSE_FORWARD_PRODUCTS * product),
-        sae_backward=float(DENSE_GRADIENT_PRODUCTS * product),
+        sae_forward=sum(n * forward for n, (forward, _) in zip(times, counted, strict=True)),
+        sae_backward=sum(n * each for n, each in zip(times, backward, strict=True)),
+        sae_own=sum(learning - each for (_, learning), each in zip(counted, backward, strict=True)),
         tail_forward=sum(forward_flops(each, context) for each in tails) / context,
         tail_backward=sum(gradient_flops(each, context) for each in tails) / context,
         readout_forward=readouts,
@@ -268,10 +275,10 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     if dry_run.device.type == "cuda":
         return flops, None
     sparse = sum(
-        times * sparse_flops(1, (sae.d_in + sae.d_out) // 2, sae.sparse_below * sae.d_sae)
-        for sae, times in dry_run.encodings()
+        times * (sparse_flops(1, (sae.d_in + sae.d_out) // 2, sae.sparse_below * sae.d_sae) - product)
+        for product, (sae, times) in zip(products, encodings, strict=True)
     )
-    return flops, flops.per_token - flops.sae_forward - flops.sae_backward + product + sparse
+    return flops, flops.per_token - flops.sae_backward + sparse
 
 
 def _memory_needs(dry_run: DryRun, stages: Mapping[str, Held], processes: int, memory: int | None) -> Iterator[Need]:

@@ -13,6 +13,7 @@ LABELS = {
     "clean_readout": "unembedding of the clean pass",
     "sae_forward": "SAE forward",
     "sae_backward": "SAE backward",
+    "sae_own": "SAE's own terms",
     "tail_forward": "spliced tail forward",
     "tail_backward": "spliced tail backward",
     "readout_forward": "unembedding of the spliced pass",
