@@ -150,7 +150,7 @@ def test_from_a_file_to_sequences(make, tmp_path, packing, eos, streaming):
             assert text.startswith("Hello.Yes: ") and "short" not in text and "<" not in text
         documents = [len(each.train.documents) + len(each.heldout.documents) for each in (plain, kept)]
         assert documents[0] == documents[1] and (streaming or documents[1] == 24)
-    if packing == "document":
+    if packing == "document" and not streaming:
         starts = kept.train.batch(range(len(kept.train))).tokens[:, 0]
         assert (starts == tokenizer.convert_tokens_to_ids("<|im_start|>")).sum() == len(kept.train.documents)
 
@@ -173,7 +173,7 @@ BAD = {
     "embedded": ("embedded", {"leave_out_roles": ["user"]}, {}, "the embedded corpus holds no conversations"),
     "other keys": ([[{"from": "human", "value": "x"}]], {}, {}, r"line 1: message 1 must have a role and a content"),
     "parts": ([[{"role": "user", "content": [{"type": "text"}]}]], {}, {}, "content that are text"),
-    "mixed": ([[{"role": "user", "content": "x"}, 3]], {}, {}, "a list of token ids or one of messages"),
+    "mixed": ([[{"role": "user", "content": "x"}, 3]], {}, {}, "a list of token ids, or of messages"),
 }
 
 
@@ -206,8 +206,8 @@ def test_a_run_leaves_out_what_the_recipe_says(make, tmp_path):
     roles = ["system", "user", "template"]
     data = {"source": str(lines_of(tmp_path, many(60))), "leave_out_roles": roles, "cache": str(tmp_path / "cache")}
     values |= {"model": {"name": str(tmp_path / "model"), "device": "cpu"}, "data": data}
-    values["evaluation"] = {"tokens": 64, "during_training_tokens": 32}
+    values["evaluation"] = {"tokens": 256, "during_training_tokens": 128}
     run = train(RunConfig.build(values), display=False)
     measured = evaluate(run.folder)[run.folder]
     heldout = load(tmp_path / "chats.jsonl", make(), tmp_path, leave_out_roles=roles).heldout
-    assert 0 < measured.tokens == int(heldout.batch(range(4)).mask.sum()) < 64
+    assert 0 < measured.tokens == int(heldout.batch(range(16)).mask.sum()) < 256

@@ -929,7 +929,7 @@ def test_a_column_that_is_not_there(tmp_path, load, suffix):
     with pytest.raises(DataError, match=r"no column story; it has .*other.*data\.column"):
         load(source, column="story")
     if suffix != ".jsonl":
-        with pytest.raises(DataError, match=r"no column text or input_ids or tokens; it has .*words"):
+        with pytest.raises(DataError, match=r"no column text or input_ids or tokens or messages; it has .*words"):
             load(source)
 
 

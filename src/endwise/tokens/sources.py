@@ -233,7 +233,7 @@ def _checked(value: Any, where: str) -> str | NDArray[Any]:
         ids = None
     if ids is None or ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.signedinteger)):
         raise DataError(
-            f"{where}: a document must be text, a list of token ids or one of messages, not {value!r:.60}. Set "
+            f"{where}: a document must be text or a list of token ids, or of messages, not {value!r:.60}. Set "
             "data.column."
         )
     return ids.astype(np.int64)
@@ -273,7 +273,7 @@ def _arrow_documents(values: Any, where: str) -> Iterator[Document]:
         yield from (Document(Chat.of(chat, where), "chat") for chat in values.to_pylist() if chat)
     else:
         raise DataError(
-            f"{where} holds {values.type}; a document must be text, a list of token ids or one of messages. Set "
+            f"{where} holds {values.type}; a document must be text or a list of token ids, or of messages. Set "
             "data.column."
         )
 
