@@ -21,8 +21,8 @@ TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
 PLAIN = f"{{% for m in messages %}}{TURN}{{% endfor %}}"
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] | trim }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] | trim }}<|im_end|>"
-    "{% endif %}\n{% endfor %}"
+    "{% generation %}{{ m['content'] | trim }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m['content'] | trim }}<|im_end|>{% endif %}\n{% endfor %}"
 )
 STRICT = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -39,6 +39,8 @@ class DictionaryConfig(Config):
     (`training.accumulation`) would be another training, and is refused."""
     penalised: ClassVar[bool] = True
     """True if a sparsity coefficient sets how many features are active; if not, a recipe needs none."""
+    counting: ClassVar[tuple[str, ...]] = ()
+    """Keys that count features, of which there cannot be more than the dictionary has."""
     powers: ClassVar[bool] = True
     """True if the penalty is one of |c|^p, so that `objective.sparsity.p` says something of it."""
     architecture: str = "standard"
@@ -52,7 +54,14 @@ class DictionaryConfig(Config):
     def _one_size(self) -> "DictionaryConfig":
         if (self.size is None) == (self.ratio is None):
             raise ValueError("give exactly one of size (features) and ratio (features per dimension of the site)")
+        if self.size is not None and (told := self._too_many(self.size)):
+            raise ValueError(told)
         return self
+
+    def _too_many(self, features: int) -> str | None:
+        counts = {name: getattr(self, name) or 0 for name in self.counting}
+        told = (f"{name} is {count:g}, more than the {features} features there are" for name, count in counts.items())
+        return next((each for each, count in zip(told, counts.values(), strict=True) if count > features), None)
 
     @model_serializer(mode="wrap")
     def _named(self, handler: Any) -> dict[str, Any]:
@@ -65,8 +74,15 @@ class DictionaryConfig(Config):
         return {"architecture": self.architecture, **values}
 
     def features(self, width: int) -> int:
-        """`d_sae` for a site of this width."""
-        return self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
+        """Return `d_sae` for a site of this width.
+
+        Raises:
+            ConfigError: a key counts more features than that.
+        """
+        features = self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
+        if told := self._too_many(features):
+            raise ConfigError(f"dictionary: {told}. Lower it, or raise dictionary.ratio.")
+        return features
 
     def prefixes(self, width: int) -> tuple[int, ...]:
         """Numbers of first features that are meant to reconstruct alone, ascending, the whole left out: evaluations

@@ -47,6 +47,7 @@ class JumpReLUConfig(LinearConfig):
     """
 
     knobs: ClassVar[Mapping[str, KnobRule]] = {"target_l0": KnobRule("target L0")}
+    counting: ClassVar[tuple[str, ...]] = ("target_l0",)
     powers: ClassVar[bool] = False
     architecture: str = "jumprelu"
     penalty: Penalty = "l0"

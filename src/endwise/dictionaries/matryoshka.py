@@ -4,7 +4,7 @@ arXiv 2503.17547), trained on what they reconstruct or on what the model makes o
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class MatryoshkaConfig(BatchTopKConfig):
     """BatchTopK whose first features reconstruct alone."""
 
+    counting: ClassVar[tuple[str, ...]] = (*BatchTopKConfig.counting, "random_prefixes")
     architecture: str = "matryoshka_batchtopk"
-    groups: tuple[Share, ...] = GROUPS
+    groups: Annotated[tuple[Share, ...], Field(min_length=1)] = GROUPS
     """Shares of the features that each group has, the first group first; a last one has the rest. A prefix is a group
     with all before it."""
-    random_prefixes: Positive | None = None
+    random_prefixes: Annotated[Positive, Field(ge=2)] | None = None
     """Prefixes of which all but the whole dictionary are drawn for each step, in place of those of `groups`."""
 
     @model_validator(mode="after")

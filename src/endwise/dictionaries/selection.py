@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,6 +42,7 @@ class TopKConfig(LinearConfig):
     """Number of features that are active."""
 
     penalised: ClassVar[bool] = False
+    counting: ClassVar[tuple[str, ...]] = ("k", "k_start")
     knobs: ClassVar[Mapping[str, KnobRule]] = {"k": KnobRule("k", sparser=False)}
     k: Positive
     """Active features per token."""
@@ -49,13 +50,6 @@ class TopKConfig(LinearConfig):
     """k in the first step, from where it moves linearly to `k`; unset: it is `k` throughout. Usual: 10·k."""
     k_steps: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps after which it is `k`."""
-
-    @model_validator(mode="after")
-    def _features_enough(self) -> "TopKConfig":
-        for name in ("k", "k_start"):
-            if self.size is not None and (getattr(self, name) or 0) > self.size:
-                raise ValueError(f"{name} is {getattr(self, name)}, more than the {self.size} features there are")
-        return self
 
 
 class Annealed(NamedTuple):

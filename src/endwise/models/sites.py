@@ -49,6 +49,11 @@ class Site:
         """Sorts sites in the order in which a forward pass reaches them."""
         return self.layer, _ORDER[self.part]
 
+    @property
+    def stream(self) -> "Site":
+        """The same tensor by one name: what leaves a block is what enters the next."""
+        return Site(self.layer + 1, Part.RESID_PRE) if self.part is Part.RESID_POST else self
+
     def __lt__(self, other: "Site") -> bool:
         return self.depth < other.depth
 

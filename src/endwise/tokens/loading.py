@@ -142,7 +142,9 @@ def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:
 def _id_of(token: str, setting: str, tokenizer: Any) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
-        raise DataError(f"{setting} is {token!r}, which is no single token of the tokenizer's vocabulary.")
+        raise DataError(
+            f"{setting} is {token!r}, which is no single token of the tokenizer's vocabulary. Write it as that does."
+        )
     return found
 
 

@@ -173,6 +173,11 @@ class Member:
         return command_in_less_memory(self.trainee, str(self.folder.path), context, shared=shared)
 
     @property
+    def architectures(self) -> list[str]:
+        """Of each dictionary, in the order of `outputs`."""
+        return [part.sae.architecture for part in self.trainee.parts]
+
+    @property
     def at_end(self) -> bool:
         return self.trainee.step == self.trainee.total_steps
 
@@ -203,6 +208,7 @@ class Member:
             its_folder.note_weights(whole=True)
         checkpoint = trainee.checkpoint()
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
+        state["architectures"] = self.architectures
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
         folder.mirror.line("checkpoint", {"step": trainee.step, "file": str(folder.checkpoint(trainee.step))})
         folder.drop_old_checkpoints(self.config.training.keep_checkpoints)

@@ -125,6 +125,11 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
         for (_, its_folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
             check_resumed(its_folder, recipe, beginning(recipe), corpora)
         return 0
+    if (kept := checkpoint.state.get("architectures", member.architectures)) != member.architectures:
+        raise RunFolderError(
+            f"{folder.path} holds a checkpoint of a {', '.join(kept)} dictionary, but its config.yaml says "
+            f"{', '.join(member.architectures)}. Restore config.yaml, or start a new run."
+        )
     trainee.restore(checkpoint)
     position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")
     if type(position) is not int or position < 0 or not (line is None or isinstance(line, dict)):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from endwise.common.errors import ConfigError, DataError, FormatError
+from endwise.common.errors import ConfigError, DataError, FormatError, SiteError
 from endwise.common.machine import available_memory, size_text
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
@@ -24,11 +24,12 @@ from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.dictionaries.normed import normed, taken_over
-from endwise.evaluation.provenance import naming_relative, pinned
+from endwise.evaluation.provenance import naming_relative, pinned, tell
 from endwise.evaluation.text_check import tried_on
+from endwise.formats import metadata_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
-from endwise.models.sites import Place
+from endwise.models.sites import ARROW, Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
@@ -344,10 +345,25 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
             f"init_from: the dictionary in {config.init_from} writes width {sae.d_out:,}, but {config.written} has "
             f"{d_out:,}. Choose the site that it was trained to write."
         )
+    _tell_of_another_place(config)
     try:
         return taken_over(sae, config.dictionary, config.seed)
     except ConfigError as error:
         raise ConfigError(f"init_from: {config.init_from}: {error}") from None
+
+
+def _tell_of_another_place(config: RunConfig) -> None:
+    """Say it where what training starts from was trained at another place, as far as its file tells."""
+    assert config.init_from is not None
+    metadata = metadata_at(config.init_from)
+    read = str(metadata.get("hook_name"))
+    try:
+        kept = Place.parse(f"{read}{ARROW}{metadata.get('hook_name_out') or read}")
+        here = Place.parse(config.place)
+    except SiteError:  # by another name than ours, which says nothing
+        return
+    if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
+        tell(f"init_from: {config.init_from} was trained at {kept}, and goes on at {here}. If not meant, correct site.")
 
 
 def _check_memory(width: int, d_sae: int) -> None:
