@@ -273,6 +273,22 @@ def test_prefixes_are_a_line_for_each_run():
     assert not any(panel.series for panel in prefix_chart([plain], "a site", "prefixes-1").panels)
 
 
+def test_prefixes_of_several_seeds_are_one_line_of_their_means():
+    nested = [
+        with_prefixes(run, {48: (l0, ce), 336: (4 * l0, ce / 2)})
+        for seed, l0, ce in ((0, 1.0, 4.0), (1, 1.5, 3.0))
+        for run in curve(seed=seed)[:2]
+    ]
+    chart = prefix_chart([*nested, with_prefixes(curve()[2], {48: (2.0, 1.0)})], "a site", "prefixes-1")
+    for panel, first in zip(chart.panels, (1.25, 48), strict=True):
+        lines = [series for series in panel.series if series.joined]
+        assert [series.label for series in lines] == ["λ 1, 2 seeds", "λ 2, 2 seeds", "λ 4, seed 0"]
+        assert [(mark.x, mark.y) for mark in lines[0].marks[:1]] == [(first, 3.5)] and not lines[0].marked
+        dots = [series for series in panel.series if not series.joined]
+        assert [len(series.marks) for series in dots] == [6, 6] and [series.rank for series in dots] == [0, 1]
+    assert "the line is that of their means" in chart.caption
+
+
 def test_prefixes_are_told_in_a_summary_as_in_the_run():
     run = with_prefixes(curve()[0], {48: (1.5, 3.0)})
     assert json.loads(json.dumps(run.to_json()))["prefixes"] == {"48": [1.5, 3.0]}
