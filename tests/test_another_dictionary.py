@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import counting_sae
 import endwise
+from endwise.cli import app
 from endwise.common.errors import ConfigError
 from endwise.config.run import RunConfig
 
@@ -132,10 +134,34 @@ def test_it_is_swept_and_drawn(model, tmp_path):
     assert sum(len(each.runs) for each in found) == 4
 
 
-def test_it_is_planned():
+def test_it_is_planned_with_its_own_term():
+    """Encoder and decoder, three gradients; its term encodes once more, and has that product's gradient."""
     from endwise.training.planning.plan import plan
 
-    assert plan(RunConfig.build(recipe("x"))).d_sae == 24
+    found = plan(RunConfig.build(recipe("x")))
+    product = 2 * 24 * found.d_model
+    assert found.d_sae == 24
+    flops = found.flops
+    assert [flops.sae_forward, flops.sae_backward, flops.sae_own] == [2 * product, 3 * product, 2 * product]
+
+
+def test_it_is_drawn_shown_and_exported_by_every_command(runs, tmp_path):
+    """Curves, geometry, importance, the dashboard, and Neuronpedia's files, as from the command line."""
+    folders = [str(run.folder) for run in runs.values()]
+    commands = {
+        "pareto/pareto.html": ["pareto", *folders, "--out", str(tmp_path / "pareto")],
+        "geometry/geometry.html": ["geometry", *folders, "--out", str(tmp_path / "geometry")],
+        "importance/importance.html": [
+            *("importance", *folders, "--tokens", "256", "--ablate", "2", "--out", str(tmp_path / "importance"))
+        ],
+        "": ["harvest", *folders, "--tokens", "512"],
+        "dashboard/index.html": ["dashboard", *folders, "--out", str(tmp_path / "dashboard"), "--quiet"],
+        "exported": ["export-neuronpedia", folders[0], "--out", str(tmp_path / "exported")],
+    }
+    for made, command in commands.items():
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / made).exists(), (made, result.output)
 
 
 def test_its_features_are_harvested(runs, model):
