@@ -159,7 +159,7 @@ def with_values(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _at(section: Any, part: str, key: str) -> Any:
-    """Where a part of a dotted key leads within its section: an entry of a list by its number."""
+    """Return the key or place of a part of a dotted key in its section: in a list, the entry of that number."""
     entries = section if isinstance(section, list) else None
     if entries is None:
         return part

@@ -14,7 +14,7 @@ from endwise.config.objective import ObjectiveConfig
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, TrainingConfig
 
 JOINED = " + "
-"""What stands between the places of one run in its name."""
+"""Words between the places of one run in its name."""
 Inputs = Literal["clean", "spliced"]
 OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
 """Keys that stand for every place, unless it has its own."""

@@ -76,8 +76,8 @@ class DataConfig(Config):
     """Tokens to leave out besides, each with how many after it in its sequence: of `[["<|im_start|>", 2]]` the head of
     every turn of a chat, the token, the role and the new line."""
     leave_out_roles: tuple[Literal["system", "developer", "user", "assistant", "tool", "template"], ...] = ()
-    """Of conversations (a column of `messages`, written by the model's chat template), whose tokens to leave out;
-    `template` stands for those that are in no message's content: `[system, user, template]` keeps what the assistant
+    """Roles whose tokens to leave out of conversations (a column of `messages`, written by the model's chat template);
+    `template` stands for tokens that are in no message's content: `[system, user, template]` keeps what the assistant
     says."""
     leave_out_norms: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Leave out positions (attention sinks) at which the norm of what the dictionary reads is more than so many times

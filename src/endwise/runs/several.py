@@ -23,7 +23,7 @@ def place_folders(run: Path, config: Recipe) -> list[Path]:
 
 
 def is_several(run: Path) -> bool:
-    """Whether a folder is a run of several places."""
+    """Tell if a folder is a run of several places."""
     return there_is(run / PLACES)
 
 

@@ -18,7 +18,7 @@ RANGE, TARGET, PLACE, OUT = "log_range", "target", "place", "out"
 OF_SEVERAL = ("places", "joint", "inputs")
 """Keys of a recipe for several places alone."""
 OF_ONE = re.compile(r"places\.\d+\.")
-"""What a key of one of several places begins with."""
+"""Beginning of a key that is of one of several places."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 

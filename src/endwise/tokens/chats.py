@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from endwise.common.errors import DataError, NoTokenizer
 
 TEMPLATE = "template"
-"""What tokens are called that are in no message's content."""
+"""Name of the tokens that are in no message's content."""
 _STAND_IN = "\ue000"
 """Written in a message's place to see where the template puts it; a private character, which text does not hold."""
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -48,7 +48,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class ChatEncoding:
-    """How conversations become ids.
+    """Turns conversations into ids.
 
     Args:
         left_out: roles whose tokens do not count, and `TEMPLATE` for those that are in no content.
@@ -119,7 +119,7 @@ class ChatEncoding:
             raise DataError(f"{chat.where}: the chat template does not take the conversation: {told:.200}") from None
 
     def _place(self, chat: Chat, number: int, text: str) -> tuple[int, int]:
-        """Where in the text a message's content stands: what changes there if another stands in its place."""
+        """Find where a message's content stands in the text: it is what changes if another stands in its place."""
         message = chat.messages[number]
         content = message.get("content", "")
         if not content:
@@ -150,7 +150,7 @@ class ChatEncoding:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Count the characters that two texts begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -162,6 +162,6 @@ def no_roles(name: str) -> DataError:
 
 
 def spans(left: NDArray[np.bool_], start: int) -> NDArray[np.int64]:
-    """Where runs of True begin and end, `[runs, 2]`, the first entry standing at `start`."""
+    """Find where runs of True begin and end, `[runs, 2]`, the first entry standing at `start`."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], left, [False]]).astype(np.int8)))
     return edges.reshape(-1, 2) + start

@@ -50,7 +50,7 @@ class Layout:
     left_out: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     """Ids that do not count, each with how many positions after it do not either; ascending."""
     roles: tuple[str, ...] = field(default=(), repr=False)
-    """Of conversations, whose tokens do not count."""
+    """Roles whose tokens do not count, of conversations."""
 
     @property
     def content(self) -> str:
@@ -93,7 +93,7 @@ class Documents:
         return Documents(self.tokens, starts, ends, hashes, comparable, inside, self.left_out)
 
     def counting(self, part: slice) -> NDArray[np.bool_]:
-        """Where in a part of `tokens` positions count."""
+        """Tell which positions of a part of `tokens` count."""
         counts = np.ones(part.stop - part.start, dtype=bool)
         first = int(np.searchsorted(self.left_out[:, 1], part.start, side="right"))
         last = int(np.searchsorted(self.left_out[:, 0], part.stop))
@@ -206,7 +206,7 @@ class Corpus:
         return (self._offsets[span] + starts - self._starts[span])[within]
 
     def _parts(self, index: int) -> list[slice]:
-        """What of the documents' ids a sequence is made of."""
+        """Find the parts of the documents' ids that a sequence is made of."""
         if not 0 <= index < len(self):
             raise IndexError(f"Sequence {index} of a corpus of {len(self)}.")
         if self.layout.packing == "document":

@@ -174,7 +174,7 @@ class Member:
 
     @property
     def architectures(self) -> list[str]:
-        """Of each dictionary, in the order of `outputs`."""
+        """Architecture of each dictionary, in the order of `outputs`."""
         return [part.sae.architecture for part in self.trainee.parts]
 
     @property

@@ -89,9 +89,9 @@ class Flops:
     clean_readout: float
     sae_forward: float
     sae_backward: float
-    """Of the reconstruction's gradient."""
+    """Gradient of the reconstruction."""
     sae_own: float
-    """Of the dictionary's own terms (auxiliary ones, prefixes), forward and backward, as if all features were dead."""
+    """Terms of the dictionary itself, and prefixes, forward and backward, as if all features were dead."""
     tail_forward: float
     tail_backward: float
     """Gradients of activations alone: the model is frozen."""
