@@ -11,7 +11,7 @@ from endwise.common.errors import ConfigError, Interrupted
 from endwise.config.method import Knob, Method
 from endwise.config.places import PlacesConfig
 from endwise.evaluation.evaluate import evaluate
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, parts_of, seconds_of
 from endwise.sweeps.points import points_of
 from endwise.sweeps.survey import survey
 from endwise.sweeps.tables import print_rows
@@ -119,7 +119,7 @@ def test_every_run_ends_as_it_does_alone(made, whole, tmp_path):
     for point, folder in list(whole.runs.items())[:2]:
         alone = train_places(point.config.model_copy(update={"out": tmp_path / folder.name}), display=False)
         evaluate(alone.folder)
-        for part, own in zip(RunFolder(folder).parts(), alone.folders.values(), strict=True):
+        for part, own in zip(parts_of(folder), alone.folders.values(), strict=True):
             weights = "sae/sae_weights.safetensors"
             assert (part.path / weights).read_bytes() == (own / weights).read_bytes()
             assert part.evaluation_file.read_bytes() == RunFolder(own).evaluation_file.read_bytes()
@@ -133,7 +133,7 @@ def test_the_table_has_a_row_for_all_together_and_one_for_each_place(whole, caps
         together, *alone = rows[3 * number : 3 * number + 3]
         assert whole.folder / together["run"] == folder
         assert float(together["l0"]) == RunFolder(folder).evaluation()["l0"]
-        for row, part in zip(alone, RunFolder(folder).parts(), strict=True):
+        for row, part in zip(alone, parts_of(folder), strict=True):
             assert whole.folder / row["run"] == part.path
             assert float(row["ce_increase"]) == part.evaluation()["ce_increase"]
         assert [float(row["coefficient"]) for row in alone] == coefficients(point.config)
@@ -173,7 +173,7 @@ def test_ctrl_c_and_the_same_command_again(made, whole, tmp_path, monkeypatch, j
     assert not again.failures
     for point, folder in again.runs.items():
         (theirs,) = [path for other, path in whole.runs.items() if other.config == point.config]
-        for part, other in zip(RunFolder(folder).parts(), RunFolder(theirs).parts(), strict=True):
+        for part, other in zip(parts_of(folder), parts_of(theirs), strict=True):
             assert part.evaluation_file.read_bytes() == other.evaluation_file.read_bytes()
         assert RunFolder(folder).evaluation() == RunFolder(theirs).evaluation()
     assert sweep(config, display=False, engine=here(train=never, measure=never)).runs == again.runs
@@ -201,9 +201,9 @@ def test_what_was_measured_with_other_weights_is_measured_again(made, tmp_path):
     config = small_sweep(made, tmp_path, {"joint": [True, False]})
     for folder in sweep(config, display=False).folders:
         run = RunFolder(folder)
-        assert run.seconds() > 0
+        assert seconds_of(folder) > 0
         file = run.evaluation_file
-        file.write_text(file.read_text().replace(RunFolder(run.parts()[1].path).weights_digest(), "0" * 64))
+        file.write_text(file.read_text().replace(RunFolder(parts_of(folder)[1].path).weights_digest(), "0" * 64))
     assert [each.state for each in survey(config)] == ["to be measured", "to be measured"]
     assert not sweep(config, display=False, engine=here(train=never)).failures
 

@@ -15,7 +15,7 @@ from endwise.config.fields import flat, identity
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.summary import RunSummary
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, parts_of
 
 HELDOUT_TEXT = "held-out text"
 """Name of what a band is over that is not over seeds."""
@@ -211,7 +211,7 @@ def runs_in(paths: Iterable[str | Path], *, together: bool = False) -> list[Path
         found |= dict.fromkeys(measured)
     if not found:
         raise RunFolderError("There is no run to compare. Give run folders, or folders that hold some.")
-    places = {run: [part.path for part in RunFolder(run).parts()] for run in found}
+    places = {run: [part.path for part in parts_of(run)] for run in found}
     return list(
         dict.fromkeys(each for run in found for each in [*[run] * (together or run in places[run]), *places[run]])
     )

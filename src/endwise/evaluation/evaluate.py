@@ -28,7 +28,7 @@ from endwise.evaluation.measure import Evaluation, Sums, measure
 from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
 from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, weights_of
 from endwise.runs.several import place_folders
 from endwise.runs.trackers import Mirror
 from endwise.tokens import Corpora, Corpus
@@ -89,7 +89,7 @@ def write_evaluation(folder: RunFolder, config: Recipe, evaluation: Evaluation) 
     firings = {"firings": torch.from_numpy(evaluation.firings)}
     write_tensors(folder.path / SUMS_FILE, sums, {"endwise": json.dumps(seeds)})
     write_tensors(folder.path / FIRINGS_FILE, firings, {"endwise": json.dumps(seeds)})
-    record = {**named(config), **seeds, **evaluation.to_json(), "weights": folder.weights()}
+    record = {**named(config), **seeds, **evaluation.to_json(), "weights": weights_of(folder.path)}
     write_json(folder.evaluation_file, record)
     _mirror(folder, config, record)
 

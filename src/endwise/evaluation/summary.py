@@ -19,7 +19,7 @@ from endwise.config.places import Recipe
 from endwise.config.run import RunConfig
 from endwise.evaluation.evaluate import read_sums
 from endwise.evaluation.measure import Evaluation
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, seconds_of
 from endwise.runs.several import joint_with
 
 _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -139,7 +139,7 @@ class RunSummary:
                 downstream_mse=measured["downstream_mse"],
                 downstream_cosine=measured.get("downstream_cosine", {}),
                 tokens=config.training.tokens,
-                seconds=folder.seconds(),
+                seconds=seconds_of(path),
                 folder=str(path),
                 explained_variances=explained,
                 intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},

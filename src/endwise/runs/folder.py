@@ -304,28 +304,9 @@ class RunFolder:
             write_atomic(self.timings_file, "".join(f"{line}\n" for line in kept).encode())
 
     def seconds(self) -> float:
-        """Wall-clock of training up to the last timed step; of places that are trained apart, of all."""
+        """Wall-clock of training up to the last timed step."""
         seconds = (last_record(self.timings_file) or {}).get("seconds")
-        if isinstance(seconds, int | float):
-            return float(seconds)
-        return sum((each.seconds() for each in self.parts() if each is not self), 0.0)
-
-    def parts(self) -> "list[RunFolder]":
-        """Those that hold the run's SAEs: itself, or each place's."""
-        if not is_several(self.path):
-            return [self]
-        return [RunFolder(path) for path in place_folders(self.path, self.recipe())]
-
-    def weights(self) -> str | dict[str, str]:
-        """Return the digest of its SAE's weights; of several places each one's, by the place.
-
-        Raises:
-            FormatError: see `weights_digest`.
-        """
-        recipe = self.recipe() if is_several(self.path) else None
-        if recipe is None:
-            return self.weights_digest()
-        return {each.place: part.weights_digest() for each, part in zip(recipe.recipes, self.parts(), strict=True)}
+        return float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def metrics(self) -> list[dict[str, Any]]:
         try:
@@ -356,7 +337,7 @@ class RunFolder:
         """
         found = self.evaluation()
         weights = None if found is None else found.get("weights")
-        if weights is not None and all(part.sae.exists() for part in self.parts()) and weights != self.weights():
+        if weights is not None and weights_of(self.path) not in (None, weights):
             raise RunFolderError(
                 f"{self.path} was measured with other weights than its SAE has now. Measure it again: "
                 f"endwise evaluate {shlex.quote(str(self.path))}"
@@ -380,6 +361,35 @@ class RunFolder:
         """All but the latest `keep`."""
         for step in self.saved_steps()[:-keep]:
             self.checkpoint(step).unlink()
+
+
+def parts_of(run: Path) -> list[RunFolder]:
+    """List the folders that hold a run's SAEs: its own, or each place's."""
+    folder = RunFolder(run)
+    if not is_several(folder.path):
+        return [folder]
+    return [RunFolder(path) for path in place_folders(folder.path, folder.recipe())]
+
+
+def seconds_of(run: Path) -> float:
+    """Wall-clock of a run's training, as `RunFolder.seconds`; of places that are trained apart, of all."""
+    folders = {folder.path: folder for folder in (RunFolder(run), *parts_of(run))}
+    return sum(folder.seconds() for folder in folders.values())
+
+
+def weights_of(run: Path) -> str | dict[str, str] | None:
+    """Return the digest of a run's SAE; of several places each one's, by the place. None: it is not there.
+
+    Raises:
+        FormatError: see `RunFolder.weights_digest`.
+    """
+    parts = parts_of(run)
+    if not all(part.sae.exists() for part in parts):
+        return None
+    if not is_several(run):
+        return parts[0].weights_digest()
+    places = (recipe.place for recipe in RunFolder(run).recipe().recipes)
+    return {place: part.weights_digest() for place, part in zip(places, parts, strict=True)}
 
 
 def last_record(file: Path) -> dict[str, Any] | None:

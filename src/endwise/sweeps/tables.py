@@ -16,7 +16,7 @@ from endwise.config.fields import flat
 from endwise.config.method import COEFFICIENT, Knob
 from endwise.config.places import JOINED, Recipe
 from endwise.evaluation.summary import method_of
-from endwise.runs.folder import RunFolder
+from endwise.runs.folder import RunFolder, parts_of, seconds_of
 from endwise.runs.several import PLACES, is_several
 from endwise.sweeps.points import KIND, Point
 from endwise.sweeps.survey import PointStatus
@@ -46,13 +46,13 @@ def write_summary(places: Mapping[Point, Path], failures: Mapping[Point, str], f
             rows += _rows_of_places(path, folder, keys)
     write_table(rows, folder / "summary")
     finished = [path for point, path in places.items() if point not in failures]
-    timings = [{"run": _within(path, folder), "seconds": RunFolder(path).seconds()} for path in finished]
+    timings = [{"run": _within(path, folder), "seconds": seconds_of(path)} for path in finished]
     write_atomic(folder / "timings.csv", as_csv(as_table(timings)))
     return rows
 
 
 def _rows_of_places(run: Path, folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for part in RunFolder(run).parts() if is_several(run) else ():
+    for part in parts_of(run) if is_several(run) else ():
         point = Point(part.config())
         row = {"run": _within(part.path, folder), "status": "finished", "error": None, **_identity(point, keys)}
         yield row | measured(point, part.path)

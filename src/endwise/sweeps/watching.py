@@ -19,7 +19,7 @@ from endwise.common.terminal import Cell, Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
 from endwise.config.places import Recipe
-from endwise.runs.folder import RunFolder, last_record
+from endwise.runs.folder import RunFolder, last_record, parts_of, seconds_of
 from endwise.sweeps.points import Point
 from endwise.sweeps.tasks import Outcome, folder_of
 
@@ -66,7 +66,8 @@ class RunStatus:
         """Reads the latest; a line that is just being written waits for the next look."""
         folder = RunFolder(folder_of(self.config))
         lines = [
-            last_record(each.metrics_file) for each in ([folder] if folder.metrics_file.exists() else folder.parts())
+            last_record(each.metrics_file)
+            for each in ([folder] if folder.metrics_file.exists() else parts_of(folder.path))
         ]
         line = lines[0]
         tokens, step = _number(line, "tokens"), _number(line, "step")
@@ -76,7 +77,7 @@ class RunStatus:
             self.state = "training" if step < self.config.training.tokens * step // tokens else "measuring"
         if line is not None and len(lines) == 1 and isinstance(heldout := line.get("heldout"), dict):
             self.ce_increase = _number(heldout, "ce_increase")
-        self.seconds = folder.seconds() or self.seconds
+        self.seconds = seconds_of(folder.path) or self.seconds
 
     def end(self, outcome: Outcome) -> None:
         self.look()
