@@ -175,7 +175,7 @@ BAD_SWEEPS = {
     "too many points": ([{"seed": [*range(400)], "data.seed": [*range(400)]}], {}, ["160,000"]),
     "an unknown recipe": ([{}], {"recipe": "embedded-layer3-e2"}, ["did you mean embedded-layer3-e2e"]),
     "a key of several places": ([{"joint": [True, False]}], {}, ["grid 1 (joint=True)", "joint: there is no such key"]),
-    "a place of none": ([{"places.0.seed": 1}], {}, ["grid 1", "site", "no such key"]),
+    "a place of none": ([{"places.0.seed": 1}], {}, ["grid 1", "places.0.seed: the recipe has no places"]),
     "a place and a site": ([{"place": SITE, "site": SITE}], {}, ["place and site exclude each other"]),
     "no recipe's name": ([{}], {"recipe": ""}, ["recipe"]),
 }

@@ -68,7 +68,7 @@ def test_a_place_keeps_its_own_value_unless_all_have_one(made, tmp_path):
     points = points_of(small_sweep(made, tmp_path, {COEFFICIENT: [1, 2]}, changes={"places": own}))
     assert [coefficients(point.config) for point in points] == [[5, 1], [5, 2]]
     own[1] = {**own[0], "site": SITES[1]}
-    with pytest.raises(ConfigError, match=rf"^{COEFFICIENT}: every place has a value of its own.*places\.0\."):
+    with pytest.raises(ConfigError, match=rf"^grid 1 .*{COEFFICIENT}: every place has a value of its own.*places\.0\."):
         points_of(small_sweep(made, tmp_path, {COEFFICIENT: [1, 2]}, changes={"places": own}))
 
 

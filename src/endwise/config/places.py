@@ -177,8 +177,14 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Change the values of a recipe: see `Config.changed`."""
+    """Change the values of a recipe: see `Config.changed`.
+
+    Raises:
+        ConfigError: see `PlacesConfig.changed`; or a change is of one place, and there are none.
+    """
     several = "places" in values or "places" in changes
+    if not several and (of_one := next((key for key in changes if key.startswith("places.")), None)):
+        raise ConfigError(f"{of_one}: the recipe has no places. Give the key without `places.` and the number.")
     return (PlacesConfig if several else RunConfig).changed(values, changes)
 
 

@@ -177,7 +177,10 @@ def _of_architecture(base: dict[str, Any], choice: dict[str, Any]) -> tuple[dict
 def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
     target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
-    values = changed_recipe(base, choice)
+    try:
+        values = changed_recipe(base, choice)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     if both := values.keys() & {"site", "writes"} if "places" in values else ():
         raise ConfigError(
             f"{source}: the recipe has `places`, each with a site of its own, so that {min(both)} (or `place`) says "
