@@ -316,7 +316,7 @@ def test_saved_opened_planned_and_swept(runs, model, tmp_path):
     [
         ({"groups": [0.5, 0.5]}, r"groups are 1 of the features in all; leave some for the last group"),
         ({"groups": [0.5, 0.0]}, r"dictionary\.groups\.1: .*greater than 0"),
-        ({"random_prefixes": 0}, r"dictionary\.random_prefixes: .*greater than 0"),
+        ({"random_prefixes": 0}, r"dictionary\.random_prefixes: .*greater than or equal to 2"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(settings, says):

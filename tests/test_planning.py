@@ -242,7 +242,7 @@ def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
 DICTIONARIES = {
     "standard": [{}, {"revive": 0.1}, {"aux": 0.1}, {"skip": True}, {"normalize": "whitening"}],
     "gated": [{}, {"aux": 0.1}],
-    "topk": [{"k": 4}, {"k": 4, "aux": 0.1, "k_aux": 3}],
+    "topk": [{"k": 4}, {"k": 4, "aux": 0.1, "aux_k": 3}],
     "batchtopk": [{"k": 4}, {"k": 4, "aux": 0.1}],
     "jumprelu": [{}, {"penalty": "tanh"}, {"revive": 0.1}],
     "matryoshka_batchtopk": [{"k": 4}, {"k": 4, "aux": 0.1}, {"k": 4, "random_prefixes": 3}],
