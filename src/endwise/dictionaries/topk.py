@@ -84,7 +84,7 @@ class TopKSAE(LinearSAE):
         norms = self.decoder_norms().detach()
         if config.decoder_norm == "unit" and float(norms.max() - norms.min()) > SAME_NORM * float(norms.max()):
             raise ConfigError(
-                f"its directions have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; with unit norms "
+                f"its directions have norms from {float(norms.min()):.6g} to {float(norms.max()):.6g}; with unit norms "
                 "other features would be among the k largest. Set dictionary.decoder_norm=free."
             )
         sae = super().to_train(config)
