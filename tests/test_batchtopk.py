@@ -10,8 +10,8 @@ from torch.func import functional_call
 import endwise
 from endwise.common.errors import ConfigError
 from endwise.config.run import RunConfig
-from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents, selection
-from endwise.dictionaries.selection import Annealed, cut_of
+from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents
+from endwise.dictionaries.selection import Annealed, Encoder, candidates_of_step, cut_of, threshold_for
 from endwise.training.planning.plan import plan
 from meeting import Meeting, of_process
 from rivals import rival
@@ -71,18 +71,25 @@ def test_rows_that_do_not_count_compete_with_none(size):
 
 @pytest.mark.parametrize("multiple", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("level", [0.0, 1.0, 100.0])
-def test_bounds_on_candidates_change_nothing(multiple, level, monkeypatch):
+def test_bounds_on_candidates_change_nothing(multiple, level):
     sae, x = made(), rows()
-    bounds = selection._bounds
 
-    def other(*arguments):
-        found = bounds(*arguments) * level
-        found[0] *= multiple
-        return found
+    class Other(Encoder):
+        def bounds(self, counted, k):
+            found = super().bounds(counted, k) * level
+            found[0] *= multiple
+            return found
 
-    monkeypatch.setattr(selection, "_bounds", other)
+    count = torch.tensor(5 * ROWS)
+    found = candidates_of_step(Other(x, sae.encoder.detach(), sae.b_enc.detach()), None, 5.0, count)
     expected, _ = largest_of_step(before(sae, x), 5, some(share=1.0))
-    assert torch.equal(sae.encode(x).dense().detach().double(), expected)
+    if found is None:  # a bound too low, or after one too high the last, let through more than is worth it
+        assert level != 1.0 or multiple < 1.0
+    else:
+        kept = found.where(cut_of(found.values, count).kept(found.values))
+        chosen = torch.zeros_like(expected)
+        chosen[kept.pairs.rows, kept.pairs.features] = kept.values.double()
+        assert torch.equal(chosen, expected)
 
 
 @pytest.mark.parametrize("size", [32, F])
@@ -227,13 +234,14 @@ def test_outside_training_features_are_active_above_the_threshold(size):
     torch.testing.assert_close(one, other)  # each row for itself
 
 
-@pytest.mark.parametrize("chunk", [1 << 23, 1000])
-def test_at_the_end_k_features_are_active_on_average(chunk, monkeypatch):
-    monkeypatch.setattr(selection, "CHUNK_ELEMENTS", chunk)
+def test_at_the_end_k_features_are_active_on_average():
     sae = BatchTopKSAE.build(BatchTopKSAE.Config(size=F, k=5), D, 0)
     x = torch.randn(999, D, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.see_last(x, x)
+        of_rows = Encoder(x, sae.encoder, sae.b_enc)
+        few_at_a_time = float(threshold_for(of_rows, 5.0, elements=1000))
+        assert float(sae.threshold) == pytest.approx(few_at_a_time, rel=1e-6)
     assert float((sae.before(x) > sae.threshold).sum()) == pytest.approx(5 * 999, abs=2)  # which round otherwise
     assert float(sae.eval().encode(x).l0().mean()) == pytest.approx(5, rel=1e-3)
     sae.b_enc.data -= 1e3

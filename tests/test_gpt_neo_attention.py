@@ -39,11 +39,13 @@ windows = pytest.mark.parametrize("window", [1, 5, LENGTH - 1, LENGTH, LENGTH + 
 rows = pytest.mark.parametrize("at_once", [3, 4, 128, ALL_AT_ONCE])
 
 
-def pair(**changes):
-    """The same model with eager and with fused attention."""
+def pair(at_once=FusedSelfAttention.cpu_rows, **changes):
+    """The same model with eager and with fused attention, of so many queries in one call."""
     eager = build(hf.GPTNeoConfig(**(GPT_NEO | changes))).eval()
     fused = copy.deepcopy(eager)
     assert use_sdpa(fused)
+    for module in attentions(fused):
+        module.cpu_rows = at_once
     return eager, fused
 
 
@@ -104,9 +106,8 @@ def by_definition(module, hidden, visible=None):
 
 @windows
 @rows
-def test_the_logits_are_those_of_the_eager_implementation(window, at_once, monkeypatch, no_eager):
-    monkeypatch.setattr(gpt_neo_attention, "CPU_ROWS", at_once)
-    eager, fused = pair(window_size=window)
+def test_the_logits_are_those_of_the_eager_implementation(window, at_once, no_eager):
+    eager, fused = pair(at_once, window_size=window)
     ids = tokens(length=LENGTH)
     with torch.no_grad():
         expected, logits, truth = (m(ids, use_cache=False).logits for m in (eager, fused, in_float64(eager)))
@@ -120,9 +121,8 @@ def test_the_logits_are_those_of_the_eager_implementation(window, at_once, monke
 @windows
 @rows
 @pytest.mark.parametrize("layer", [0, 1])
-def test_one_layer_and_its_gradient_in_float64_are_the_definitions(window, at_once, layer, monkeypatch, no_eager):
-    monkeypatch.setattr(gpt_neo_attention, "CPU_ROWS", at_once)
-    module = attentions(pair(window_size=window)[1].double())[layer]
+def test_one_layer_and_its_gradient_in_float64_are_the_definitions(window, at_once, layer, no_eager):
+    module = attentions(pair(at_once, window_size=window)[1].double())[layer]
     assert module.attention_type == ("global", "local")[layer]
     generator = torch.Generator().manual_seed(4)
     hidden, back = (torch.randn(2, LENGTH, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -136,7 +136,7 @@ def test_one_layer_and_its_gradient_in_float64_are_the_definitions(window, at_on
 
 
 def test_a_long_sequence_with_the_rows_that_ship(no_eager):
-    length = 2 * gpt_neo_attention.CPU_ROWS + 37
+    length = 2 * FusedSelfAttention.cpu_rows + 37
     eager, fused = pair(window_size=50, max_position_embeddings=length)
     ids, results = tokens(batch=2, length=length), []
     for model in (eager, fused, in_float64(eager)):
@@ -176,11 +176,10 @@ def padded(side):
 @windows
 @pytest.mark.parametrize("at_once", [5, 128])
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
-def test_padding_is_not_seen(side, window, at_once, monkeypatch, no_eager):
-    monkeypatch.setattr(gpt_neo_attention, "CPU_ROWS", at_once)
+def test_padding_is_not_seen(side, window, at_once, no_eager):
     mask, ids, results = padded(side), tokens(length=LENGTH), []
     real = mask.bool()
-    eager, fused = pair(window_size=window)
+    eager, fused = pair(at_once, window_size=window)
     for model in (eager, fused, in_float64(eager)):
         embedded = model.transformer.wte(ids).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
@@ -194,9 +193,8 @@ def test_padding_is_not_seen(side, window, at_once, monkeypatch, no_eager):
 @pytest.mark.parametrize("at_once", [5, 128])
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_padding_in_float64_is_the_definitions(layer, side, at_once, monkeypatch, no_eager):
-    monkeypatch.setattr(gpt_neo_attention, "CPU_ROWS", at_once)
-    module = attentions(pair()[1].double())[layer]
+def test_padding_in_float64_is_the_definitions(layer, side, at_once, no_eager):
+    module = attentions(pair(at_once)[1].double())[layer]
     visible = padded(side).bool()
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     hidden = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -252,9 +250,8 @@ def test_generation_gives_the_same_tokens(options, window, side, no_eager):
 
 @pytest.mark.parametrize("at_once", [2, 128])
 @pytest.mark.parametrize("lengths", [[4, 8], [9, 1, 2], [1, 1, 10], [6, 3, 3]], ids=str)
-def test_pieces_with_a_cache_are_the_whole_without(lengths, at_once, monkeypatch, no_eager):
-    monkeypatch.setattr(gpt_neo_attention, "CPU_ROWS", at_once)
-    eager, fused = pair()
+def test_pieces_with_a_cache_are_the_whole_without(lengths, at_once, no_eager):
+    eager, fused = pair(at_once)
     ids, cache = tokens(length=LENGTH), hf.DynamicCache()
     with torch.no_grad():
         parts = [fused(part, past_key_values=cache, use_cache=True).logits for part in ids.split(lengths, 1)]
@@ -379,8 +376,17 @@ def test_a_model_that_is_handed_over_stays_as_it_is():
     assert kinds(hugging) == {EAGER}
 
 
+@pytest.fixture
+def _agrees_again():
+    """Transformers is compared once per process."""
+    gpt_neo_attention._agrees.cache_clear()
+    yield
+    gpt_neo_attention._agrees.cache_clear()
+
+
+@pytest.mark.usefixtures("_agrees_again")
 def test_where_transformers_computes_otherwise_a_model_stays_eager(saved, monkeypatch):
-    monkeypatch.setattr(gpt_neo_attention, "_agrees", lambda: False)
+    monkeypatch.setattr(EAGER, "_attn", scaled)
     assert kinds(load_model(saved).model) == {EAGER}
     with pytest.raises(ModelError, match="scaled_dot_product_attention"):
         load_model(saved, attention="sdpa")

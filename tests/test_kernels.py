@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from endwise.kernels import Pairs, kernels_for, registered
-from endwise.kernels import eager as eager_module
 from endwise.kernels.screen import Screen
+from own_kernels import OwnKernels, all_kernels
 
 N, D, F = 75, 12, 64
 
 
-def cases():
-    return [pytest.param(kernels, id=name) for name, kernels in registered().items()]
+def cases(**variants):
+    return [pytest.param(kernels, id=name) for name, kernels in all_kernels(**variants).items()]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -64,12 +64,9 @@ def test_no_pairs_at_all(kernels):
     assert kernels.dot_products(table, none, rows, pairs).shape == (0,)
 
 
-@pytest.mark.parametrize("kernels", cases())
-@pytest.mark.parametrize("chunk", [1, 1 << 23])
+@pytest.mark.parametrize("kernels", cases(elements=(1, 1 << 23)))
 @pytest.mark.parametrize("bias", [-2.0, -1e6, 0.0])
-def test_active_finds_every_positive_place_in_order(kernels, chunk, bias, monkeypatch):
-    monkeypatch.setattr(eager_module, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(eager_module, "MOST_ELEMENTS", chunk)
+def test_active_finds_every_positive_place_in_order(kernels, bias):
     x, weight, b = draw(N, D), draw(F, D, seed=1), bias + draw(F, seed=2)
     expected = torch.relu(x @ weight.T + b)
     found = kernels.active(x, weight, b, limit=N * F)
@@ -78,13 +75,10 @@ def test_active_finds_every_positive_place_in_order(kernels, chunk, bias, monkey
     assert found.pairs.row_starts.tolist() == [int((found.pairs.rows < row).sum()) for row in range(N)]
 
 
-@pytest.mark.parametrize("kernels", cases())
-@pytest.mark.parametrize("chunk", [1, 1 << 23])
+@pytest.mark.parametrize("kernels", cases(elements=(1, 1 << 23)))
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_active_finds_every_place_above_a_threshold_with_the_value_there(kernels, chunk, each, dtype, monkeypatch):
-    monkeypatch.setattr(eager_module, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(eager_module, "MOST_ELEMENTS", chunk)
+def test_active_finds_every_place_above_a_threshold_with_the_value_there(kernels, each, dtype):
     x, weight, b = draw(N, D, dtype=dtype), draw(F, D, seed=1, dtype=dtype), draw(F, seed=2, dtype=dtype)
     above = 2 + draw(F, seed=3, dtype=dtype).abs() if each else torch.tensor(2.5, dtype=dtype)
     before = x @ weight.T + b
@@ -105,11 +99,9 @@ def test_active_gives_up_beyond_its_limit(kernels):
     assert kernels.active(x, weight, b, limit=0) is None
 
 
-@pytest.mark.parametrize("screened", [False, True])
-@pytest.mark.parametrize("kernels", cases())
-def test_what_is_not_a_number_stays_visible(kernels, screened, monkeypatch):
+@pytest.mark.parametrize("kernels", cases(screens=(False, True)))
+def test_what_is_not_a_number_stays_visible(kernels):
     """Dense latents would be NaN there, and stop the run."""
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: screened)
     x, weight = draw(N, D, dtype=torch.float32), draw(F, D, seed=1, dtype=torch.float32)
     x[3, 2] = float("nan")
     found = kernels.active(x, weight, draw(F, seed=2, dtype=torch.float32) - 9, limit=N * F)
@@ -153,13 +145,11 @@ def test_a_large_bias_belongs_in_the_margin(size):
 
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])
-def test_the_screened_encoder_is_the_dense_one(spread, monkeypatch):
+def test_the_screened_encoder_is_the_dense_one(spread):
     x, weight, bias = hard_encoder(spread, seed=9)
-    kernels = registered()["eager"]
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: False)
-    dense = kernels.active(x, weight, bias, limit=x.shape[0] * len(weight))
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: True)
-    screened = kernels.active(x, weight, bias, limit=x.shape[0] * len(weight))
+    dense, screened = (
+        OwnKernels(screened).active(x, weight, bias, limit=x.shape[0] * len(weight)) for screened in (False, True)
+    )
     a = torch.zeros(400, 300).index_put((dense.pairs.rows, dense.pairs.features), dense.values)
     b = torch.zeros(400, 300).index_put((screened.pairs.rows, screened.pairs.features), screened.values)
     scale = float((x.norm(dim=1)[:, None] * weight.norm(dim=1)).max())

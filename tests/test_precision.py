@@ -9,7 +9,6 @@ import torch
 from endwise import LanguageModel, RunConfig, measure, train, train_together
 from endwise.common.errors import ConfigError
 from endwise.common.statistics import student_t
-from endwise.training import step
 from endwise.training.setup import new_trainee
 from endwise.training.step import tail_model, take_step
 from small_gpt2 import CONTEXT, SITE, VOCAB, recipe, small_corpora, small_model, write_tokens
@@ -127,10 +126,8 @@ def test_exact_refuses_half_precision(tmp_path, corpora):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_processor_without_bfloat16_is_told_of(tmp_path, monkeypatch):
+def test_a_processor_without_bfloat16_is_told_of(tmp_path):
     mixed = recipe(tmp_path, precision="mixed").training
-    monkeypatch.setattr(step, "has_fast_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="exact"):
-        tail_model(small_model(), mixed)
-    monkeypatch.setattr(step, "has_fast_bfloat16", lambda device: True)
-    tail_model(small_model(), mixed)
+        tail_model(small_model(), mixed, lambda device: False)
+    tail_model(small_model(), mixed, lambda device: True)

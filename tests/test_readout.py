@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from endwise.kernels import interface as module
+from endwise.kernels import standing_in
 from endwise.models.readout import Readout
+from own_kernels import OwnKernels
 
 VOCAB, D = 37, 8
 VARIANTS = {
@@ -46,9 +47,15 @@ def hidden():
     return torch.randn(3, 50, D), torch.randn(3, 50, D), torch.rand(3, 50) > 0.3
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 40 * VOCAB, 1 << 21])
-def test_cross_entropy_and_gradient_equal_the_float64_definition(readout, hidden, chunk_elements, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.fixture(params=[1, 32, 64, None])
+def _in_chunks(request):
+    """Of so many rows; None: as they ship."""
+    with standing_in("cpu", OwnKernels(logits=request.param)):
+        yield
+
+
+@pytest.mark.usefixtures("_in_chunks")
+def test_cross_entropy_and_gradient_equal_the_float64_definition(readout, hidden):
     state, _, mask = hidden
     tokens, weights = torch.randint(VOCAB, (3, 50)), torch.rand(3, 50)
     ours = state.clone().requires_grad_()
@@ -67,9 +74,8 @@ def test_cross_entropy_and_gradient_equal_the_float64_definition(readout, hidden
         assert torch.equal(readout.cross_entropy(state, tokens, mask), losses)
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 40 * VOCAB, 1 << 21])
-def test_kl_and_gradient_equal_the_float64_definition(readout, hidden, chunk_elements, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.usefixtures("_in_chunks")
+def test_kl_and_gradient_equal_the_float64_definition(readout, hidden):
     clean, spliced, mask = hidden
     ours = spliced.clone().requires_grad_()
     total = readout.kl(clean, ours, mask)

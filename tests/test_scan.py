@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from endwise.kernels import eager as eager_module
-from endwise.kernels import registered
 from endwise.kernels.scan import Blocks, places_above
+from own_kernels import all_kernels
 
 ROWS, D = 50, 8
 
@@ -26,8 +25,11 @@ def largest_of(values, k):
     return values.isnan() | (first & (values > 0))
 
 
-def cases():
-    return [pytest.param(kernels, id=name) for name, kernels in registered().items()]
+def cases(**variants):
+    return [pytest.param(kernels, id=name) for name, kernels in all_kernels(**variants).items()]
+
+
+SCREENS = (False, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -56,16 +58,11 @@ def test_a_row_has_k_numbers_at_its_bound_and_few_more(k, width):
         assert float(reached.float().mean()) < 1.2 * k and blocks.size in (32, 64)
 
 
-@pytest.mark.parametrize("screened", [False, True])
-@pytest.mark.parametrize("kernels", cases())
-@pytest.mark.parametrize("chunk", [1, 1 << 23])
+@pytest.mark.parametrize("kernels", cases(screens=SCREENS, elements=(1, 1 << 23)))
 @pytest.mark.parametrize(("size", "k"), [(320, 1), (320, 10), (1024, 4), (100, 3)])
 @pytest.mark.parametrize("bias", [0.0, -8.0, -1e6])
-def test_the_k_largest_of_rows_are_those_of_sorting(kernels, screened, chunk, size, k, bias, monkeypatch):
+def test_the_k_largest_of_rows_are_those_of_sorting(kernels, size, k, bias):
     """With many equal values, with rows of fewer positive ones than k, and with none."""
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: screened)
-    monkeypatch.setattr(eager_module, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(eager_module, "MOST_ELEMENTS", chunk)
     x, weight, b = coarse(ROWS, D), coarse(size, D, seed=1), bias + coarse(size, seed=2)
     x[5] = 0.0
     values = x @ weight.T + b
@@ -80,12 +77,10 @@ def test_the_k_largest_of_rows_are_those_of_sorting(kernels, screened, chunk, si
         assert kernels.largest(x, weight, b, k, len(found.values) // 2 - 1) is None
 
 
-@pytest.mark.parametrize("screened", [False, True])
-@pytest.mark.parametrize("kernels", cases())
+@pytest.mark.parametrize("kernels", cases(screens=SCREENS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_k_largest_of_rows_of_any_length(kernels, screened, dtype, monkeypatch):
+def test_the_k_largest_of_rows_of_any_length(kernels, dtype):
     """Rows and features of norms that differ by orders of magnitude, whose bounds in bf16 are rough."""
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: screened)
     x, weight, b = draw(ROWS, D).to(dtype), draw(640, D, seed=1).to(dtype), draw(640, seed=2).to(dtype)
     x *= torch.logspace(-2, 3, ROWS, dtype=dtype)[:, None]
     weight[::7] *= 50
@@ -97,11 +92,9 @@ def test_the_k_largest_of_rows_of_any_length(kernels, screened, dtype, monkeypat
     torch.testing.assert_close(found.values.double(), values[kept], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("screened", [False, True])
-@pytest.mark.parametrize("kernels", cases())
+@pytest.mark.parametrize("kernels", cases(screens=SCREENS))
 @pytest.mark.parametrize("size", [320, 100])
-def test_nan_is_found_wherever_it_is(kernels, screened, size, monkeypatch):
-    monkeypatch.setattr(eager_module, "has_fast_bfloat16", lambda device: screened)
+def test_nan_is_found_wherever_it_is(kernels, size):
     x, weight, b = coarse(ROWS, D), coarse(size, D, seed=1), coarse(size, seed=2)
     x[[0, 40]] = torch.nan
     b[[3, 9, 77]] = torch.nan

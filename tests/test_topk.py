@@ -115,10 +115,11 @@ def test_gradients_are_finite_differences(size, unit):
         torch.testing.assert_close((gradient * way).sum(), measured, rtol=1e-5, atol=1e-6)
 
 
-def test_sparse_and_dense_latents_have_the_same_gradients(monkeypatch):
+def test_sparse_and_dense_latents_have_the_same_gradients():
     sparse, dense = made(5), made(5)
     for sae, share in ((sparse, 1 / 32), (dense, 0.0)):
-        monkeypatch.setattr(selection, "SPARSE_BELOW", share)
+        sae.sparse_below = share
+        assert isinstance(sae.encode(rows()), SparseLatents if share else DenseLatents)
         (sae(rows()) - rows(seed=2)).square().sum().backward()
     for name, parameter in sparse.named_parameters():
         torch.testing.assert_close(parameter.grad, dense.get_parameter(name).grad, rtol=1e-4, atol=1e-4)

@@ -112,7 +112,7 @@ class BatchTopKSAE(LinearSAE):
         competing = torch.tensor(len(flat), device=x.device) if counted is None else counted.sum()
         self.world.add([competing])
         count = (competing.double() * self.k_now).round().long()
-        encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach())
+        encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         found = None if x.is_cuda else candidates_of_step(encoder, counted, self.k_now, count, self.world)
         if found is not None:
             rows = None if counted is None else counted[found.pairs.rows]

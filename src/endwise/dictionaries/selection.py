@@ -134,11 +134,16 @@ class Encoder(NamedTuple):
     x: Float[Tensor, "n d_in"]
     weight: Float[Tensor, "d_sae d_in"]
     bias: Float[Tensor, " d_sae"]
+    sparse_below: float = SPARSE_BELOW
 
     @property
     def limit(self) -> int:
         """Candidates that are worth their cost."""
-        return int(CANDIDATES * SPARSE_BELOW * len(self.x) * len(self.weight))
+        return int(CANDIDATES * self.sparse_below * len(self.x) * len(self.weight))
+
+    def makes_sparse(self, k: int | float) -> bool:
+        """Return whether k features per row are few enough for sparse latents."""
+        return k <= self.sparse_below * len(self.weight)
 
     def dense(self, rows: Tensor) -> Float[Tensor, "rows d_sae"]:
         return torch.relu(linear(self.x[rows], self.weight, self.bias))
@@ -155,6 +160,15 @@ class Encoder(NamedTuple):
         chosen = (number * GOLDEN % 1 * of.sum()).long()
         return self.dense((~of).sort(stable=True).indices[chosen])
 
+    def bounds(self, counted: Bool[Tensor, " n"] | None, k: float) -> Float[Tensor, " tries"]:
+        """Return bounds on the k·B largest to try in turn, falling to 0."""
+        sample = self.sample(counted).view(-1)
+        wanted = [min(len(sample), max(1, round(more * k * SAMPLE))) for more in MORE]
+        if len(sample) % SAMPLE_BLOCK == 0 and len(sample) >= WIDE_FROM * SAMPLE_BLOCK * wanted[-1]:
+            sample = sample.view(-1, SAMPLE_BLOCK).amax(-1)
+        largest = sample.nan_to_num(nan=0.0).topk(wanted[-1]).values
+        return torch.stack([*(largest[number - 1] for number in wanted), largest.new_zeros(())])
+
     def above(self, bound: Float[Tensor, ""]) -> Found | None:
         """Find the pairs above a bound; None if they are more than is worth it."""
         return kernels_for(self.x.device).active(self.x, self.weight, self.bias, self.limit, bound)
@@ -162,7 +176,7 @@ class Encoder(NamedTuple):
 
 def top_per_row(encoder: Encoder, k: int) -> Found | None:
     """Find each row's k largest positive pre-activations; None where that is for a dense product to find."""
-    if k > SPARSE_BELOW * len(encoder.weight):
+    if not encoder.makes_sparse(k):
         return None
     return kernels_for(encoder.x.device).largest(encoder.x, encoder.weight, encoder.bias, k, encoder.limit)
 
@@ -177,10 +191,10 @@ def candidates_of_step(
         counted: rows that compete.
         k: features wanted per row.
     """
-    if k > SPARSE_BELOW * len(encoder.weight):
+    if not encoder.makes_sparse(k):
         return None
     with world.together("choosing the active features") if world.size > 1 else nullcontext():
-        bounds = _bounds(encoder, counted, k)
+        bounds = encoder.bounds(counted, k)
     world.add([bounds])
     found: Found | None = None
     for bound in bounds / world.size:
@@ -199,20 +213,14 @@ def candidates_of_step(
     return found
 
 
-def _bounds(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float) -> Float[Tensor, " tries"]:
-    """Bounds to try in turn, falling to 0."""
-    sample = encoder.sample(counted).view(-1)
-    wanted = [min(len(sample), max(1, round(more * k * SAMPLE))) for more in MORE]
-    if len(sample) % SAMPLE_BLOCK == 0 and len(sample) >= WIDE_FROM * SAMPLE_BLOCK * wanted[-1]:
-        sample = sample.view(-1, SAMPLE_BLOCK).amax(-1)
-    largest = sample.nan_to_num(nan=0.0).topk(wanted[-1]).values
-    return torch.stack([*(largest[number - 1] for number in wanted), largest.new_zeros(())])
+def threshold_for(encoder: Encoder, k: float, elements: int = CHUNK_ELEMENTS) -> Float[Tensor, ""]:
+    """Find θ above which, of rows `x`, k pre-activations are on average; 0 if there are not so many positive ones.
 
-
-def threshold_for(encoder: Encoder, k: float) -> Float[Tensor, ""]:
-    """Find θ above which, of rows `x`, k pre-activations are on average; 0 if there are not so many positive ones."""
+    Args:
+        elements: of `[rows d_sae]`, held at once.
+    """
     count = round(k * len(encoder.x))
-    size = max(1, CHUNK_ELEMENTS // len(encoder.weight))
+    size = max(1, elements // len(encoder.weight))
     largest = encoder.x.new_zeros(0)
     for rows in torch.arange(len(encoder.x), device=encoder.x.device).split(size):
         values = encoder.dense(rows).view(-1)

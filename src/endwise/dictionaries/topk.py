@@ -58,7 +58,7 @@ class TopKSAE(LinearSAE):
         """Sparse where k is small; on a GPU, where counting would make the host wait, latents are dense."""
         x, k = x.to(self.encoder.dtype), round(self.k_now if self.training else self.k.k)
         flat = x.reshape(-1, self.d_in).detach()
-        encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach())
+        encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         found = None if x.is_cuda else top_per_row(encoder, k)
         if found is not None:
             return sparse_values(x, self.encoder, self.b_enc, found)

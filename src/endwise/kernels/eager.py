@@ -15,25 +15,34 @@ from endwise.kernels.kl import chunked_kl
 from endwise.kernels.scan import Blocks, among_largest, kth_of_rows, places_above
 from endwise.kernels.screen import Screen, has_fast_bfloat16
 
-CHUNK_ELEMENTS, MOST_ELEMENTS = 1 << 23, 1 << 25
-"""Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
-whose product is slow with few rows."""
 PROBE_ROWS, EXCESS = 32, 1.25
 """Rows after which an encoder that is too active for sparse latents is first recognised, and by how much it must be so:
 going on to the end, only to start again the dense way, costs more than a rare wrong guess."""
 
 
 class EagerKernels(Kernels):
+    elements, most_elements = 1 << 23, 1 << 25
+    """Pre-activations held at once, as elements of `[rows d_sae]`: 32 MiB in fp32; up to 128 MiB for wide activations,
+    whose product is slow with few rows."""
+
+    def is_screened(self, x: Tensor) -> bool:
+        """Return whether pre-activations of `x` are first bounded in bf16 (`Screen`)."""
+        return x.dtype == torch.float32 and has_fast_bfloat16(x.device)
+
+    def rows_at_once(self, x: Tensor, weight: Tensor) -> int:
+        d_sae, width = weight.shape
+        return min(len(x), max(PROBE_ROWS, self.elements // d_sae, min(width, self.most_elements // d_sae)))
+
     def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
         above = bias.new_zeros(()) if above is None else above
-        screened = _is_screened(x)
-        active = _screened(weight, bias, above) if screened else _dense(weight, bias, above, _rows_at_once(x, weight))
-        return _joined(x, weight, limit, active)
+        rows = self.rows_at_once(x, weight)
+        active = _screened(weight, bias, above) if self.is_screened(x) else _dense(weight, bias, above, rows)
+        return _joined(x, weight, limit, active, rows)
 
     def largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, limit: int) -> Found | None:
-        if _is_screened(x):
-            return _joined(x, weight, limit, _screened_largest(weight, bias, k))
-        return _joined(x, weight, limit, _dense_largest(weight, bias, k, _rows_at_once(x, weight)))
+        rows = self.rows_at_once(x, weight)
+        largest = _screened_largest(weight, bias, k) if self.is_screened(x) else _dense_largest(weight, bias, k, rows)
+        return _joined(x, weight, limit, largest, rows)
 
     def weighted_sums(self, table: Tensor, entries: Index, bag_starts: Tensor, weights: PerPair) -> Tensor:
         if not len(entries):
@@ -51,18 +60,8 @@ Active = Callable[[Tensor], tuple[Index, PerPair]]
 """From some rows to the flat places, ascending, of the pre-activations that are asked for, and their values."""
 
 
-def _is_screened(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and has_fast_bfloat16(x.device)
-
-
-def _rows_at_once(x: Tensor, weight: Tensor) -> int:
-    d_sae, width = weight.shape
-    return min(len(x), max(PROBE_ROWS, CHUNK_ELEMENTS // d_sae, min(width, MOST_ELEMENTS // d_sae)))
-
-
-def _joined(x: Tensor, weight: Tensor, limit: int, active: Active) -> Found | None:
-    """Join what is found in all rows, some at a time; None if it is more than the limit."""
-    size = _rows_at_once(x, weight)
+def _joined(x: Tensor, weight: Tensor, limit: int, active: Active, size: int) -> Found | None:
+    """Join what is found in all rows, `size` at a time; None if it is more than the limit."""
     places, values = [x.new_empty(0, dtype=torch.int64)], [x.new_empty(0)]  # there may be no rows at all
     found, start = 0, 0
     while start < len(x):

@@ -24,10 +24,6 @@ try:
 except (ImportError, AttributeError):  # a later transformers may arrange GPT-Neo otherwise: no module is replaced then
     _Eager = nn.Module
 
-CPU_ROWS = 128
-"""Queries in one call on a CPU. Its kernel computes keys in blocks of 512, so that short sequences do not gain from
-`is_causal`, nor any from a window; with few queries at a time the keys that none of them sees can be left out."""
-
 
 class FusedSelfAttention(_Eager):
     """GPT-Neo's attention with `scaled_dot_product_attention`.
@@ -36,6 +32,10 @@ class FusedSelfAttention(_Eager):
     `bool[batch 1 query key]`. A query that no key is left for (padding) yields zeros. Attention weights, dropout on
     them and masks of another form are left to the eager implementation.
     """
+
+    cpu_rows = 128
+    """Queries in one call on a CPU. Its kernel computes keys in blocks of 512, so that short sequences do not gain from
+    `is_causal`, nor any from a window; with few queries at a time the keys that none of them sees can be left out."""
 
     def forward(
         self,
@@ -73,7 +73,7 @@ class FusedSelfAttention(_Eager):
         rows, columns = query.shape[-2], key.shape[-2]
         past = columns - rows
         window = self.config.window_size if self.attention_type == "local" else columns
-        step = min(rows, CPU_ROWS) if query.device.type == "cpu" else rows
+        step = min(rows, self.cpu_rows) if query.device.type == "cpu" else rows
         if mask is None and step == columns <= window:  # all in one call, and nothing in a cache
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
         # The module's own mask, causal or banded, for every position that the model has: nothing to build or to keep.
@@ -147,13 +147,14 @@ def _agrees() -> bool:
             generator = torch.Generator().manual_seed(0)
             sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 2}
             sizes |= {"window_size": 3, "attention_types": [[["global", "local"], 1]], "bos_token_id": 0}
-            sizes |= {"max_position_embeddings": CPU_ROWS + 8, "eos_token_id": 0}  # in more than one call
+            length = FusedSelfAttention.cpu_rows + 8  # in more than one call
+            sizes |= {"max_position_embeddings": length, "eos_token_id": 0}
             eager = GPTNeoForCausalLM(GPTNeoConfig(**sizes)).float().eval()
             for parameter in eager.parameters():
                 parameter.normal_(generator=generator)
             fused = copy.deepcopy(eager)
             _install(fused, [module for module in fused.modules() if type(module) is _Eager])
-            tokens = torch.arange(2 * CPU_ROWS + 16).view(2, -1) % 13
+            tokens = torch.arange(2 * length).view(2, -1) % 13
             padding = torch.ones_like(tokens)
             padding[1, :2] = 0
             for given in (None, padding):

@@ -72,8 +72,13 @@ def _let_go_together(
             failed(trainee, error, True)
 
 
-def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
+def tail_model(
+    model: LanguageModel, config: TrainingConfig, is_fast: Callable[[torch.device], bool] = has_fast_bfloat16
+) -> LanguageModel:
     """Return what runs the model after the sites in the precision asked for: the model itself, or its copy in bf16.
+
+    Args:
+        is_fast: whether a processor multiplies bf16 matrices in hardware.
 
     Raises:
         ConfigError: exact precision is asked of a model in half precision.
@@ -81,7 +86,7 @@ def tail_model(model: LanguageModel, config: TrainingConfig) -> LanguageModel:
     if model.dtype in (torch.float32, torch.float64):
         if config.precision == "exact":
             return model
-        if model.device.type == "cpu" and not has_fast_bfloat16(model.device):
+        if model.device.type == "cpu" and not is_fast(model.device):
             warnings.warn(
                 "training.precision=mixed on a processor that does not multiply bf16 matrices in hardware is many "
                 "times slower than training.precision=exact.",
