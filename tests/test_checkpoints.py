@@ -1,7 +1,6 @@
 """A checkpoint holds everything, notices any damage, and a run goes on from it exactly."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,8 +17,7 @@ from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import DataConfig
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from endwise.runs.folder import RunFolder
-from endwise.training import loop
-from endwise.training.trainee import Trainee
+from own_training import acting, reading, stopping, train_with
 from small_gpt2 import CONTEXT, VOCAB, recipe
 
 
@@ -48,16 +46,8 @@ def assert_same_end(run, other):
         assert name.startswith("random.python") or torch.equal(kept.tensors[name], tensor), name
 
 
-def interrupt_at(monkeypatch, step):
-    finish, asked = Trainee.finish_step, []
-
-    def interrupt(self, *arguments, **named):
-        if self.step == step and not asked:
-            asked.append(step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        finish(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, "finish_step", interrupt)
+def interrupt_at(step, configs, model, corpora):
+    train_with(acting(stopping(step, signal.SIGTERM)), configs, model, corpora)
 
 
 CASES = {
@@ -70,44 +60,38 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("step", [0, 6, 13])
-def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, monkeypatch, case, step):
+def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, case, step):
     whole = train(recipe(tmp_path / "whole", "e2e_ds", **CASES[case]), model=model, corpora=corpora, display=False)
     config = recipe(tmp_path / "cut", "e2e_ds", **CASES[case])
-    interrupt_at(monkeypatch, step)
     with pytest.raises(Interrupted, match=f"saved at step {step + 1}"):
-        train(config, model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        interrupt_at(step, [config], model, corpora)
     torch.manual_seed(99)  # what the shared generators were at meanwhile is nothing to it
     random.seed(99)
     assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)
 
 
-def test_on_streamed_text(model, streamed, tmp_path, monkeypatch):
+def test_on_streamed_text(model, streamed, tmp_path):
     def load():
         settings = {"model_context": CONTEXT, "vocab_size": VOCAB, "training_tokens": 1280, "evaluation_tokens": 256}
         return load_corpora(streamed, tokenizer=None, **settings)
 
     values = {**recipe(tmp_path / "whole").model_dump(), "data": streamed.model_dump()}
     whole = train(values, model=model, corpora=load(), display=False)
-    interrupt_at(monkeypatch, 8)
     with pytest.raises(Interrupted):
-        train({**values, "out": tmp_path / "cut"}, model=model, corpora=load(), display=False)
-    monkeypatch.undo()
+        interrupt_at(8, [RunConfig.build({**values, "out": tmp_path / "cut"})], model, load())
     resumed = train({**values, "out": tmp_path / "cut"}, model=model, corpora=load(), display=False, resume=True)
     assert_same_end(resumed.folder, whole.folder)
 
 
-def test_several_in_one_pass(model, corpora, tmp_path, monkeypatch):
+def test_several_in_one_pass(model, corpora, tmp_path):
     def configs(folder):
         return [
             recipe(folder / kind, kind, seed, accumulation=2) for seed, kind in enumerate(("local", "e2e", "e2e_ds"))
         ]
 
     whole = train_together(configs(tmp_path / "whole"), model=model, corpora=corpora, display=False)
-    interrupt_at(monkeypatch, 9)
     with pytest.raises(Interrupted, match="saved at step 10"):
-        train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        interrupt_at(9, configs(tmp_path / "cut"), model, corpora)
     resumed = train_together(configs(tmp_path / "cut"), model=model, corpora=corpora, display=False, resume=True)
     for run, expected in zip(resumed, whole, strict=True):
         assert_same_end(run.folder, expected.folder)
@@ -222,22 +206,18 @@ def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
 
 
 @pytest.mark.parametrize("step", [10, 20])
-def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, monkeypatch, step):
+def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, step):
     settings = {"evaluate_every": 10, "log_every": 1}
     whole = train(recipe(tmp_path / "whole", **settings), model=model, corpora=corpora, display=False)
-    measure = loop.measure
-
-    def fails(*arguments, **named):
-        line = RunFolder(tmp_path / "cut").metrics()[-1]
-        if line["step"] == step - 1:
-            raise ArithmeticError("no number for the evaluation")
-        return measure(*arguments, **named)
-
-    monkeypatch.setattr(loop, "measure", fails)
     config = recipe(tmp_path / "cut", **settings)
+    file = RunFolder(config.out).metrics_file
+
+    def fails(indices):
+        if file.exists() and file.read_text() and RunFolder(config.out).metrics()[-1]["step"] == step - 1:
+            raise ArithmeticError("no number for the evaluation")
+
     with pytest.raises(ArithmeticError):
-        train(config, model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        train(config, model=model, corpora=reading(corpora, fails, "heldout"), display=False)
     folder, checkpoint = saved(tmp_path / "cut")
     assert checkpoint.state["step"] == step and folder.metrics()[-1]["step"] == step - 1
     assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)

@@ -70,25 +70,19 @@ def test_train_then_evaluate_then_sites(place, tmp_path):
     assert len(lines) == 28
 
 
-def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path, monkeypatch):
+def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path):
     from endwise import train
     from endwise.common.errors import TrainingStopped
     from endwise.config.run import RunConfig
-    from endwise.training.trainee import Trainee
+    from own_training import Act, acting, train_with
 
     config = RunConfig.read(place / "recipe.yaml")
     finished, cut = (config.model_copy(update={"out": tmp_path / name}) for name in ("finished", "cut off"))
     train(finished, display=False)
 
-    def poisoned(trainee, *arguments):
-        if trainee.step == 7:
-            trainee.sae.b_dec.grad.fill_(float("nan"))
-        finish(trainee, *arguments)
-
-    finish = Trainee.finish_step
-    monkeypatch.setattr(Trainee, "finish_step", poisoned)
+    poisoned = Act("finish_step", 7, lambda trainee: trainee.sae.b_dec.grad.fill_(float("nan")))
     with pytest.raises(TrainingStopped):
-        train(cut, display=False)
+        train_with(acting(poisoned), [cut])
     said = CliRunner().invoke(app, ["evaluate", str(finished.out), str(cut.out)]).stdout
     (remark,) = [line for line in said.splitlines() if "not finished" in line]
     assert remark == (

@@ -14,11 +14,12 @@ from endwise.dictionaries import DenseLatents, LinearSAE, ReluSAE, TokenLosses, 
 from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.normed import NormedSAE
 from endwise.runs.folder import RunFolder
-from endwise.training import loop
 from endwise.training.fitting import losses_of
 from endwise.training.setup import new_trainee
 from endwise.training.step import clean_passes, take_step
+from endwise.training.trainee import Trainee
 from meeting import Meeting, of_process
+from own_training import train_with
 from rivals import rival
 from small_gpt2 import CONTEXT, recipe
 
@@ -373,32 +374,29 @@ def test_losses_of_tokens_add_up_to_the_objective(kind, model, corpora, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["local", "e2e"])
-def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model, corpora, tmp_path, monkeypatch):
-    seen = []
+def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model, corpora, tmp_path):
+    anew = []
 
-    def with_some_dead(sae, losses):
-        losses.dead[:6] = True
-        return see_losses(sae, losses)
+    class SomeDead(Trainee):
+        def dead(self):
+            dead = super().dead().clone()
+            dead[:6] = True
+            return dead
 
-    def noted(text, tail, done, member):
-        resample(text, tail, done, member)
-        trainee = member.trainee
-        state = trainee.optimizer.state
-        seen.append((trainee.step, [state[p]["exp_avg"][:6].abs().max() for p in trainee.sae.per_feature()]))
-
-    see_losses, resample = ReluSAE.see_losses, loop.resample
-    monkeypatch.setattr(ReluSAE, "see_losses", with_some_dead)
-    monkeypatch.setattr(loop, "resample", noted)
+        def begin_step(self):
+            moments = [self.optimizer.state[p]["exp_avg"][:6] for p in self.sae.per_feature()] if self.step else []
+            if moments and not any(moment.any() for moment in moments):
+                anew.append(self.step)
+            super().begin_step()
 
     def saved(out, **how):
         config = recipe(out, kind, checkpoint_every=1, keep_checkpoints=99)
         config = changed(config, resample_at=[0.3, 0.6], resample_tokens=40)
-        return train(config, model=model, corpora=corpora, display=False, **how).sae
+        return train_with(SomeDead, [config], model, corpora, **how)[0].sae
 
     whole = saved(tmp_path / "a")
     steps = 640 // (4 * CONTEXT)
-    assert [step for step, _ in seen] == [round(0.3 * steps), round(0.6 * steps)]
-    assert not any(float(moment) for _, moments in seen for moment in moments)
+    assert anew == [round(0.3 * steps), round(0.6 * steps)]
     saved(tmp_path / "b")
     for step in (round(0.3 * steps), round(0.3 * steps) - 1):
         again = saved(tmp_path / "b", resume=True, from_step=step)

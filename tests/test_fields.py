@@ -1,7 +1,6 @@
 """What is computed must agree wherever recipes are asked whether they do; how it is executed may change at any time."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,7 @@ from endwise.config.fields import EXECUTION, SHARED, differing, identity, shared
 from endwise.config.run import RunConfig
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import Point, fingerprint, placed
-from endwise.training.trainee import Trainee
+from own_training import Act, acting, raising, stopping, train_with
 from small_gpt2 import recipe
 
 EXECUTED = {
@@ -53,18 +52,9 @@ def changed(config: RunConfig, **training) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update=training)})
 
 
-def interrupted(config, model, corpora, monkeypatch, after):
-    finish = Trainee.finish_step
-
-    def stop(self, *arguments, **named):
-        if self.step == after - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finish(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, "finish_step", stop)
+def interrupted(config, model, corpora, after):
     with pytest.raises(Interrupted):
-        train(config, model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        train_with(acting(stopping(after - 1, signal.SIGTERM)), [config], model, corpora)
 
 
 def lines(folder):
@@ -119,9 +109,9 @@ def test_passes_and_microbatches_change_the_rounding_alone(model, corpora, tmp_p
         torch.testing.assert_close(parts.sae.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_execution_changes_on_resuming_and_is_noted(model, corpora, tmp_path, monkeypatch):
+def test_execution_changes_on_resuming_and_is_noted(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", "e2e")
-    interrupted(config, model, corpora, monkeypatch, after=6)
+    interrupted(config, model, corpora, after=6)
     other = changed(config, microbatch=1, log_every=1, checkpoint_every=4)
     run = train(other, model=model, corpora=corpora, display=False, resume=True)
     folder = RunFolder(run.folder)
@@ -134,9 +124,9 @@ def test_execution_changes_on_resuming_and_is_noted(model, corpora, tmp_path, mo
         torch.testing.assert_close(run.sae.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_computed_cannot_change(model, corpora, tmp_path, monkeypatch):
+def test_what_is_computed_cannot_change(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", "e2e")
-    interrupted(config, model, corpora, monkeypatch, after=2)
+    interrupted(config, model, corpora, after=2)
     before = RunFolder(config.out).config_file.read_bytes()
     with pytest.raises(RunFolderError, match=r"another recipe.*training\.warmup .*\(now 0\.5\)"):
         train(changed(config, warmup=0.5), model=model, corpora=corpora, display=False, resume=True)
@@ -159,17 +149,11 @@ def test_the_command_line_changes_execution_alone(made, tmp_path, monkeypatch):
     assert CliRunner().invoke(app, ["train", "embedded-layer3-e2e", *call[1:]]).exit_code == ConfigError.exit_code
 
 
-def test_out_of_memory_names_the_command_that_helps(model, corpora, tmp_path, monkeypatch):
-    config, accumulate = recipe(tmp_path / "run", "e2e", microbatch=2), Trainee.accumulate
-
-    def fails(self, *arguments, **named):
-        if self.config.microbatch != 1 and self.step == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        accumulate(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, "accumulate", fails)
+def test_out_of_memory_names_the_command_that_helps(model, corpora, tmp_path):
+    config = recipe(tmp_path / "run", "e2e", microbatch=2)
+    full = Act("accumulate", 3, raising(torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(Exception, match=r"`endwise train --resume \S*run training\.microbatch=1`") as stopped:
-        train(config, model=model, corpora=corpora, display=False)
+        train_with(acting(full), [config], model, corpora)
     change = str(stopped.value).split("`")[1].split()[-1]
     done = RunConfig.read(RunFolder(config.out).config_file, [change])
     assert train(done, model=model, corpora=corpora, display=False, resume=True).sae is not None

@@ -13,15 +13,13 @@ import torch
 
 from endwise import SAE, train, train_together
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, RunFolderError, TrainingStopped
-from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
-from endwise.training import loop
-from endwise.training.members import Member, SomeFailed
+from endwise.training.members import SomeFailed
 from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
-from endwise.training.trainee import Trainee
+from own_training import Act, OwnModel, acting, train_with
 from small_gpt2 import recipe
 
 EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
@@ -60,27 +58,28 @@ def alone(model, corpora, tmp_path_factory):
     return [train(config, model=model, corpora=corpora, display=False) for config in configs]
 
 
-def fail_at(monkeypatch, method, kind, step, act):
-    """Runs `act` before a method of one kind's trainee, at one step."""
-    plain = getattr(Trainee, method)
+def at(method, kind, step, do):
+    """Something done before a method of one kind's trainee, at one step."""
     site = next(config.site for config in three(Path("unused")) if config.objective.kind == kind)
-
-    def patched(self, *arguments, **named):
-        if self.site.name == site and self.step == step:
-            act(self)
-        return plain(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, method, patched)
+    return Act(method, step, do, site)
 
 
 def out_of_memory(_trainee):
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
 
-def together(model, corpora, folder, failed, **training):
+def poison(trainee):
+    trainee.sae.b_dec.grad.fill_(float("nan"))
+
+
+def ctrl_c(kind, step):
+    return at("finish_step", kind, step, lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+
+def together(model, corpora, folder, failed, *acts, **training):
     """Trains the three; the one that fails, and the error."""
     with pytest.raises(SomeFailed) as stopped:
-        train_together(three(folder, **training), model=model, corpora=corpora, display=False)
+        train_with(acting(*acts), three(folder, **training), model, corpora)
     (failure,) = stopped.value.failures
     assert failure.folder == folder / failed
     return failure, stopped.value
@@ -108,15 +107,13 @@ def test_accumulated_passes_together_equal_each_alone(model, corpora, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tmp_path, failing, monkeypatch):
+def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tmp_path, failing):
     kind = ("local", "e2e", "e2e_ds")[failing]
-    fail_at(monkeypatch, "finish_step", kind, 4, lambda trainee: trainee.sae.b_dec.grad.fill_(float("nan")))
-    failure, error = together(model, corpora, tmp_path, kind)
+    failure, error = together(model, corpora, tmp_path, kind, at("finish_step", kind, 4, poison))
     assert isinstance(failure.error, TrainingStopped) and failure.step == 4
     for part in ("Of 3 SAEs", "1 failed", str(failure.folder), "step 5", "gradient_norm", "last good state is saved"):
         assert part in str(error)
     assert_others_finished(error, alone, kind)
-    monkeypatch.undo()
     checkpoint = read_checkpoint(failure.checkpoint)
     assert checkpoint.state["step"] == 4 and checkpoint.state["tokens"] == 4 * 32
     config = three(tmp_path / "first steps")[failing]
@@ -129,9 +126,9 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
 
 
 @pytest.mark.parametrize("step", [0, 2, 19])
-def test_at_the_first_step_between_reports_and_at_the_last(model, corpora, alone, tmp_path, step, monkeypatch):
-    fail_at(monkeypatch, "finish_step", "local", step, lambda trainee: trainee.sae.b_enc.grad.fill_(float("inf")))
-    failure, error = together(model, corpora, tmp_path, "local")
+def test_at_the_first_step_between_reports_and_at_the_last(model, corpora, alone, tmp_path, step):
+    infinite = at("finish_step", "local", step, lambda trainee: trainee.sae.b_enc.grad.fill_(float("inf")))
+    failure, error = together(model, corpora, tmp_path, "local", infinite)
     assert read_checkpoint(failure.checkpoint).state["step"] == failure.step == step
     assert_others_finished(error, alone, "local")
 
@@ -142,45 +139,38 @@ def make_unwritable(folder):
     folder.write_text("")
 
 
-def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone, tmp_path, monkeypatch):
-    fail_at(monkeypatch, "finish_step", "e2e", 5, lambda _: make_unwritable(tmp_path / "e2e"))
-    failure, error = together(model, corpora, tmp_path, "e2e")
+def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone, tmp_path):
+    turned = at("finish_step", "e2e", 5, lambda _: make_unwritable(tmp_path / "e2e"))
+    failure, error = together(model, corpora, tmp_path, "e2e", turned)
     assert failure.checkpoint is None
     assert f"Cannot write {tmp_path / 'e2e' / 'metrics.jsonl'}" in str(error)
     assert f"No state of it could be saved in {tmp_path / 'e2e'}" in str(error)
     assert_others_finished(error, alone, "e2e")
 
 
-def test_a_folder_that_cannot_take_the_finished_sae(model, corpora, alone, tmp_path, monkeypatch):
-    write = Member.write
-
-    def full(self):
-        if self.folder.path.name == "local" and self.trainee.step == 20:
-            raise RunFolderError("Cannot write it. Free space on that disk.")
-        write(self)
-
-    monkeypatch.setattr(Member, "write", full)
-    _, error = together(model, corpora, tmp_path, "local")
+def test_a_folder_that_cannot_take_the_finished_sae(model, corpora, alone, tmp_path):
+    in_its_place = at("finish_step", "local", 19, lambda _: (tmp_path / "local" / "sae").write_text("a file"))
+    failure, error = together(model, corpora, tmp_path, "local", in_its_place)
+    assert isinstance(failure.error, RunFolderError) and "Cannot write" in str(error)
     assert_others_finished(error, alone, "local")
 
 
 @pytest.mark.parametrize("method", ["accumulate", "finish_step"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_running_out_of_memory_ends_ones_own_run_only(model, corpora, tmp_path, method, accumulation, monkeypatch):
-    fail_at(monkeypatch, method, "e2e", 7, out_of_memory)
-    _, error = together(model, corpora, tmp_path, "e2e", accumulation=accumulation)
+def test_running_out_of_memory_ends_ones_own_run_only(model, corpora, tmp_path, method, accumulation):
+    full = at(method, "e2e", 7, out_of_memory)
+    _, error = together(model, corpora, tmp_path, "e2e", full, accumulation=accumulation)
     (failure,) = error.failures
     # An optimiser may have been half-way through the weights, so that only the checkpoint of step 6 is trusted.
     assert read_checkpoint(failure.checkpoint).state["step"] == (7 if method == "accumulate" else 6)
     assert "Out of memory (CUDA out of memory. Tried to allocate" in str(error)
     assert error.__cause__ is failure.error
-    monkeypatch.undo()
     configs = [c for c in three(tmp_path / "alone", accumulation=accumulation) if c.objective.kind != "e2e"]
     expected = [train(config, model=model, corpora=corpora, display=False) for config in configs]
     assert_others_finished(error, expected, "e2e")
 
 
-def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, corpora, tmp_path, monkeypatch):
+def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, corpora, tmp_path):
     held, freed = [], []
 
     def fail(trainee):
@@ -191,62 +181,51 @@ def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, cor
         gc.collect()
         freed.append(held[0]() is None)
 
-    fail_at(monkeypatch, "accumulate", "e2e", 7, fail)
-    fail_at(monkeypatch, "begin_step", "local", 10, look)
-    failure, _ = together(model, corpora, tmp_path, "e2e")
+    acts = at("accumulate", "e2e", 7, fail), at("begin_step", "local", 10, look)
+    failure, _ = together(model, corpora, tmp_path, "e2e", *acts)
     assert freed == [True]
     assert "in out_of_memory" in "".join(traceback.format_exception(failure.error))  # where it happened is still told
 
 
-def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path, monkeypatch):
-    measure = loop.measure
-
-    def fails(model, saes, *arguments, **named):
-        if str(tmp_path / "e2e") in saes:
-            raise DataError("A metric is NaN or infinite on some held-out sequence.")
-        return measure(model, saes, *arguments, **named)
-
-    monkeypatch.setattr(loop, "measure", fails)
-    failure, error = together(model, corpora, tmp_path, "e2e")
+def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path):
+    """Its weights are finite after the last step, and their products with held-out text are not."""
+    huge = at("finish_step", "e2e", 19, lambda trainee: trainee.sae.b_dec.data.fill_(3e38))
+    failure, error = together(model, corpora, tmp_path, "e2e", huge)
+    assert isinstance(failure.error, DataError) and "NaN or infinite" in str(failure.error)
     assert read_checkpoint(failure.checkpoint).state["step"] == 20
     assert_others_finished(error, alone, "e2e")
 
 
-def test_when_all_have_failed_it_stops_at_once(model, corpora, tmp_path, monkeypatch):
-    steps = []
-    for kind, step in (("local", 2), ("e2e", 4), ("e2e_ds", 4)):
-        fail_at(monkeypatch, "accumulate", kind, step, out_of_memory)
-    clean = LanguageModel.clean
-    monkeypatch.setattr(LanguageModel, "clean", lambda *a, **b: steps.append(a) or clean(*a, **b))
+def test_when_all_have_failed_it_stops_at_once(model, corpora, tmp_path):
+    steps, ends = [], (("local", 2), ("e2e", 4), ("e2e_ds", 4))
+    failing = acting(*(at("accumulate", kind, step, out_of_memory) for kind, step in ends))
+    counted = OwnModel(model, lambda clean, tokens, **asked: steps.append(tokens) or clean(tokens, **asked))
     with pytest.raises(SomeFailed, match=r"Of 3 SAEs trained together 3 failed.*None finished") as stopped:
-        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+        train_with(failing, three(tmp_path), counted, corpora)
     assert stopped.value.finished == [] and len(stopped.value.failures) == 3
     assert len(steps) == 1 + 5  # the first is of the text, which is tried beforehand
     assert [failure.step for failure in stopped.value.failures] == [2, 4, 4]
 
 
-def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path, monkeypatch):
-    calls, clean = [], LanguageModel.clean
+def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path):
+    calls = []
 
-    def fails(self, *arguments, **named):
-        calls.append(None)
+    def fails(clean, tokens, **asked):
+        calls.append(tokens)
         if len(calls) == 1 + 6:  # the first is of the text, which is tried beforehand
             raise MemoryError("no memory for the clean pass")
-        return clean(self, *arguments, **named)
+        return clean(tokens, **asked)
 
-    monkeypatch.setattr(LanguageModel, "clean", fails)
     with pytest.raises(OutOfMemory, match=r"no memory for the clean pass.*training\.microbatch.*e2e_ds"):
-        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+        train_together(three(tmp_path), model=OwnModel(model, fails), corpora=corpora, display=False)
     for config in three(tmp_path):
         assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 5
 
 
-def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tmp_path, monkeypatch):
-    fail_at(monkeypatch, "accumulate", "local", 3, out_of_memory)
-    fail_at(monkeypatch, "finish_step", "e2e_ds", 9, lambda _: os.kill(os.getpid(), signal.SIGINT))
+def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tmp_path):
+    stopped = acting(at("accumulate", "local", 3, out_of_memory), ctrl_c("e2e_ds", 9))
     with pytest.raises(Interrupted, match=r"saved at step 10.*--resume.*Failed before: .*Out of memory"):
-        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        train_with(stopped, three(tmp_path), model, corpora)
     left = three(tmp_path)[1:]
     for config in left:
         assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 10
@@ -255,24 +234,22 @@ def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tm
         assert_same(run, expected)
 
 
-def test_ctrl_c_between_reports_does_not_save_past_a_number_that_is_not_finite(model, corpora, tmp_path, monkeypatch):
-    def poison(trainee):
-        trainee.sae.b_dec.grad.fill_(float("nan"))
-
-    fail_at(monkeypatch, "finish_step", "local", 12, poison)  # reports are due at steps 12 and 15
-    fail_at(monkeypatch, "finish_step", "e2e_ds", 13, lambda _: os.kill(os.getpid(), signal.SIGINT))
+def test_ctrl_c_between_reports_does_not_save_past_a_number_that_is_not_finite(model, corpora, tmp_path):
+    stopped = acting(at("finish_step", "local", 12, poison), ctrl_c("e2e_ds", 13))  # reports are due at 12 and 15
     with pytest.raises(Interrupted, match="step 13 the term gradient_norm was not finite"):
-        train_together(three(tmp_path), model=model, corpora=corpora, display=False)
+        train_with(stopped, three(tmp_path), model, corpora)
     steps = [read_checkpoint(RunFolder(c.out).latest_checkpoint()).state["step"] for c in three(tmp_path)]
     assert steps == [12, 14, 14]
 
 
-def test_a_failure_is_told_at_once(model, corpora, tmp_path, monkeypatch, capfd):
+def test_a_failure_is_told_at_once(model, corpora, tmp_path, capfd):
     told = []
-    fail_at(monkeypatch, "accumulate", "local", 3, out_of_memory)
-    fail_at(monkeypatch, "begin_step", "e2e", 4, lambda _: told.append(capfd.readouterr().err))
+    acts = (
+        at("accumulate", "local", 3, out_of_memory),
+        at("begin_step", "e2e", 4, lambda _: told.append(capfd.readouterr().err)),
+    )
     with pytest.raises(SomeFailed):
-        train_together(three(tmp_path), model=model, corpora=corpora)
+        train_with(acting(*acts), three(tmp_path), model, corpora, display=True)
     (line,) = [line for line in told[0].splitlines() if not line.startswith("!")]  # remarks on the random model
     assert line.startswith(f"failed: {tmp_path / 'local'}: Out of memory (CUDA out of memory.")
 
@@ -284,8 +261,6 @@ def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypa
         clock[0] += 1.0
 
     monkeypatch.setattr("endwise.training.display.time.monotonic", lambda: clock[0])
-    for step in range(20):
-        fail_at(monkeypatch, "begin_step", "e2e", step, a_second)
-    fail_at(monkeypatch, "accumulate", "local", 12, out_of_memory)
-    _, error = together(model, corpora, tmp_path, "local")
+    acts = [at("begin_step", "e2e", step, a_second) for step in range(20)]
+    _, error = together(model, corpora, tmp_path, "local", *acts, at("accumulate", "local", 12, out_of_memory))
     assert [run.seconds for run in error.finished] == pytest.approx([13 / 3 + 7 / 2] * 2)

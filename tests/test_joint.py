@@ -15,7 +15,6 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError, NotFinite, RunFolderError
 from endwise.config.places import PlacesConfig, read_recipe
 from endwise.config.run import TrainingConfig
-from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.relu import ReluSAE
 from endwise.models.sites import Place
 from endwise.runs.checkpoints import checksum, read_checkpoint
@@ -541,9 +540,10 @@ def test_a_plan_says_what_a_microbatch_saves(made, tmp_path):
     assert held[0] < held[1]
 
 
-def test_a_dictionary_that_chooses_among_all_tokens_takes_the_pass_whole(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(LinearConfig, "batchwise", True)
+def test_a_dictionary_that_chooses_among_all_tokens_takes_the_pass_whole(tmp_path):
     values = several(tmp_path / "x")
+    values["dictionary"] = {"architecture": "batchtopk", "size": 40, "k": 5}
+    del values["objective"]["sparsity"]
     trainee = new_joint_trainee(PlacesConfig.build(values), small_model(), 10)
     assert trainee.microbatch == 4  # the batch
     one = several(tmp_path / "x", values["places"][:1])

@@ -25,12 +25,13 @@ from endwise.models.language_model import Clean
 from endwise.models.sites import Place, Site
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
-from endwise.training import fitting
 from endwise.training.outliers import Outliers
 from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
+from own_training import OwnModel, reading
 from small_gpt2 import CONTEXT, LAYERS, SITE, VOCAB, WIDTH, recipe
 from test_distributed import launch
+from test_standing import word_tokenizer
 
 SINK, MULTIPLE = 7, 10.0
 """A token whose embedding is so large that the residual stream has no other such norm."""
@@ -191,23 +192,22 @@ def test_a_step_is_that_of_a_masked_text(kind, accumulation, architecture, model
         torch.testing.assert_close(weights[name], tensor, **TOLERANCE)
 
 
-def test_what_left_out_positions_hold_changes_nothing(model, corpora, tmp_path, monkeypatch):
+def test_what_left_out_positions_hold_changes_nothing(model, corpora, tmp_path):
     """At a site after which nothing mixes positions, whatever is above the limit gives the same loss and gradient."""
-    plain, last = type(model).clean, f"blocks.{LAYERS - 1}.hook_resid_post"
+    last = f"blocks.{LAYERS - 1}.hook_resid_post"
     batch, found = corpora.train.batch(range(4)), []
     for held in (1e4, 1e6, math.inf):
 
-        def clean(self, tokens, record=(), final=False, held=held):
-            seen = plain(self, tokens, record=record, final=final)
+        def holding(clean, tokens, held=held, **asked):
+            seen = clean(tokens, **asked)
             sinks = (tokens == SINK)[..., None]
             at = {site: value.masked_fill(sinks, held) for site, value in seen.activations.items()}
             return Clean(tokens, at, seen.final)
 
-        monkeypatch.setattr(type(model), "clean", clean)
         config = a_recipe(tmp_path, "e2e").model_copy(update={"site": last})
         trainee = new_trainee(config, model, 10)
         trainee.sae.leave_out_above(100.0)
-        take_step(model, [trainee], batch)
+        take_step(OwnModel(model, holding), [trainee], batch)
         found.append((trainee.report(), trainee.sae.W_dec.clone()))
     for report, weights in found[1:]:
         assert report == found[0][0] and torch.equal(weights, found[0][1])
@@ -244,13 +244,13 @@ def test_one_number_is_kept(run, model, corpora):
     assert about["tokens"] == int((heldout != SINK).sum())
 
 
-def test_resumed_it_ends_in_the_same_bits_by_the_number_that_is_kept(run, model, corpora, tmp_path, monkeypatch):
+def test_resumed_it_ends_in_the_same_bits_by_the_number_that_is_kept(run, model, corpora, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run")
-    monkeypatch.setattr(fitting, "MEASURED_ON", 0)  # nothing could be measured
-    start(model, corpora, a_recipe(tmp_path / "run"), resume=True, from_step=15)
+    read = []
+    start(model, reading(corpora, read.append), a_recipe(tmp_path / "run"), resume=True, from_step=15)
+    assert len(read) == 5  # the batches of the steps to come: nothing was measured anew
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "metrics.jsonl", "start.json"):
         assert (tmp_path / "run" / name).read_bytes() == (run.folder / name).read_bytes()
-    monkeypatch.undo()
     start(model, corpora, a_recipe(tmp_path / "run"), resume=True, from_step=0)
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "metrics.jsonl", "start.json"):
         assert (tmp_path / "run" / name).read_bytes() == (run.folder / name).read_bytes()
@@ -323,13 +323,10 @@ def test_importance_harvest_directions_and_the_dashboard_too(run, twin, model, c
     assert np.array_equal(found[0].kl.estimate, found[1].kl.estimate, equal_nan=True)
 
 
-def test_a_text_that_is_read_says_which_positions_count(run, model, monkeypatch):
-    tokens = torch.tensor([[3, SINK, 5, 6]])
-    reader = TextReader(model, SAE.load(run.folder), model.site(SITE), run.config.data)
-    monkeypatch.setattr(TextReader, "_tokens", lambda *_: (tokens, torch.ones_like(tokens, dtype=torch.bool)))
-    monkeypatch.setattr("endwise.dashboard.text.written_text", lambda _, ids: [str(each) for each in ids])
-    monkeypatch.setattr("endwise.dashboard.text.written", lambda _, token: str(token))
-    assert reader.read("")["counts"] == [True, False, True, True]
+def test_a_text_that_is_read_says_which_positions_count(run, model):
+    own = LanguageModel(model.model, word_tokenizer([f"w{token}" for token in range(2, VOCAB)]))
+    reader = TextReader(own, SAE.load(run.folder), model.site(SITE), run.config.data)
+    assert reader.read(f"w3 w{SINK} w5 w6")["counts"] == [True, False, True, True]
 
 
 # Several places

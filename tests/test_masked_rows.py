@@ -19,6 +19,7 @@ from endwise.models.readout import Readout
 from endwise.models.sites import Site
 from endwise.training.objectives import KL, DownstreamMSE, LocalMSE, Sparsity, build_objective
 from endwise.training.trainee import Trainee
+from own_training import OwnCorpus, OwnModel
 from small_gpt2 import CONTEXT, WIDTH, recipe
 
 BAD = [float("nan"), float("inf"), -float("inf"), 1e30]
@@ -119,38 +120,37 @@ def test_lengths_and_directions_of_reconstructions(bad, mask):
     assert own == norms and np.isfinite(own.ratio.estimate)
 
 
-class Poisoned:
+class Poisoned(OwnModel):
     """Fills masked rows of everything that the clean pass records."""
 
-    def __init__(self, model, mask, monkeypatch):
-        self.bad, plain = 0.0, type(model).clean
+    def __init__(self, like, mask):
+        super().__init__(like, self.spoil)
+        self.mask, self.bad = mask, 0.0
 
-        def clean(self_model, tokens, record=(), final=False):
-            found = plain(self_model, tokens, record=record, final=final)
-            filled = {site: spoilt(value, mask[: len(value)], self.bad) for site, value in found.activations.items()}
-            return Clean(tokens, filled, None if found.final is None else spoilt(found.final, mask, self.bad))
-
-        monkeypatch.setattr(type(model), "clean", clean)
+    def spoil(self, clean, tokens, **asked):
+        found = clean(tokens, **asked)
+        filled = {site: spoilt(value, self.mask[: len(value)], self.bad) for site, value in found.activations.items()}
+        return Clean(tokens, filled, None if found.final is None else spoilt(found.final, self.mask, self.bad))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.0], ids=["sparse", "dense"])
 @pytest.mark.parametrize(("kind", "p"), [("local", 1.0), ("local", 2.0), ("e2e", 1.0), ("e2e", 0.5)])
-def test_gradients_of_every_weight(model, kind, p, share, bad, monkeypatch, tmp_path):
+def test_gradients_of_every_weight(model, kind, p, share, bad, tmp_path):
     mask = torch.ones(2, CONTEXT, dtype=torch.bool)
     mask[0, 0], mask[1, 5:] = False, False
     tokens, site = torch.randint(1, 31, (2, CONTEXT)), model.site(LAST)
-    poison = Poisoned(model, mask, monkeypatch)
+    poisoned = Poisoned(model, mask)
     config = recipe(tmp_path).training
     objective = build_objective(
         ObjectiveConfig.build({"kind": kind, "sparsity": {"coefficient": 0.3, "p": p}}), model, site
     )
     found = []
-    for poison.bad in (0.0, bad):
+    for poisoned.bad in (0.0, bad):
         sae = ReluSAE(WIDTH, 40, seed=1)
         sae.sparse_below = share
         trainee = Trainee(sae, site, objective, config, total_steps=9)
         trainee.begin_step()
-        trainee.accumulate(model, model.clean(tokens, record={site}, final=True), mask, mask.sum())
+        trainee.accumulate(model, poisoned.clean(tokens, record={site}, final=True), mask, mask.sum())
         found.append({name: parameter.grad.clone() for name, parameter in sae.named_parameters()})
         trainee.finish_step(mask.sum(), tokens.numel())
         found[-1] |= {name: torch.tensor(value) for name, value in trainee.report().items()}
@@ -159,22 +159,20 @@ def test_gradients_of_every_weight(model, kind, p, share, bad, monkeypatch, tmp_
         assert value.isfinite().all() and torch.equal(ours[name], value), name
 
 
-def test_an_evaluation(model, corpora, bad, monkeypatch):
+def test_an_evaluation(model, corpora, bad):
     mask = torch.ones(4, CONTEXT, dtype=torch.bool)
     mask[:, 0], mask[2, 4:] = False, False
-    plain = type(corpora.heldout).batch
 
-    def with_mask(self, rows):
-        batch = plain(self, rows)
+    def with_mask(batch, rows):
+        batch = batch(rows)
         batch.mask.copy_(mask.repeat(-(-len(batch.mask) // len(mask)), 1)[: len(batch.mask)])
         return batch
 
-    monkeypatch.setattr(type(corpora.heldout), "batch", with_mask)
-    poison = Poisoned(model, mask, monkeypatch)
+    heldout, poisoned = OwnCorpus(corpora.heldout, with_mask), Poisoned(model, mask)
     sae, settings = ReluSAE(WIDTH, 40, seed=1).requires_grad_(False), EvaluationConfig(tokens=64, batch=4, bootstrap=9)
     found = []
-    for poison.bad in (0.0, bad):
-        measured = measure(model, {"sae": (model.site(LAST), sae)}, corpora.heldout, settings)["sae"]
+    for poisoned.bad in (0.0, bad):
+        measured = measure(poisoned, {"sae": (model.site(LAST), sae)}, heldout, settings)["sae"]
         found.append((measured.sums, measured.metrics, measured.baselines))
     (sums, *expected), (own, *ours) = found
     for name, values in sums.items():

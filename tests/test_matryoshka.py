@@ -18,6 +18,7 @@ from endwise.dictionaries.selection import Annealed
 from endwise.models.splicing import spliced
 from endwise.training.planning.plan import plan
 from endwise.training.trainee import Trainee
+from own_training import train_with
 from rivals import rival
 from topk_family import KINDS, passed, recipe, trained_as
 
@@ -251,18 +252,22 @@ def test_every_objective_trains_it(runs, kind):
     assert all(line["l0"] == pytest.approx(6, abs=0.01) for line in lines)
 
 
-def test_one_tail_serves_all_prefixes(model, tmp_path, monkeypatch):
+def test_one_tail_serves_all_prefixes(model, tmp_path):
     """The spliced pass is entered once a step, with what each sequence's prefix makes of it."""
     seen = []
-    tail = Trainee._tail_gradient
 
-    def counted(self, given, clean, reconstruction, mask):
-        seen.append(reconstruction.detach().clone())
-        return tail(self, given, clean, reconstruction, mask)
+    class Counted(Trainee):
+        def encode(self, *given):
+            encoded = super().encode(*given)
+            assert list(encoded.nested) == [encoded.reconstruction]  # no term at the site reads the prefixes'
+            return encoded
 
-    monkeypatch.setattr(Trainee, "_tail_gradient", counted)
-    monkeypatch.setattr(MatryoshkaSAE, "nested", lambda *_: pytest.fail("no term at the site reads them"))
-    endwise.train(recipe(tmp_path / "run", "matryoshka_batchtopk", "e2e", tokens=512), model=model, display=False)
+        def _tail_gradient(self, *given):
+            seen.append(given)
+            return super()._tail_gradient(*given)
+
+    config = RunConfig.build(recipe(tmp_path / "run", "matryoshka_batchtopk", "e2e", tokens=512))
+    train_with(Counted, [config], model)
     assert len(seen) == 4
 
 

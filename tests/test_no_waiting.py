@@ -9,9 +9,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-import endwise.dictionaries.relu as relu
-from endwise import LanguageModel, train_together
+from endwise import LanguageModel
+from endwise.kernels import standing_in
 from endwise.training.trainee import Trainee
+from own_kernels import DenseKernels
+from own_training import train_with
 from small_gpt2 import recipe, small_corpora, small_model, write_tokens
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
@@ -90,27 +92,27 @@ def guarded_training(model, folder, guard, monkeypatch):
     tokens = write_tokens(folder)
     kinds = ("local", "e2e", "e2e_ds")
     configs = [recipe(folder / kind, kind, log_every=1000, accumulation=2, microbatch=1) for kind in kinds]
-    begin, guarded, left = Trainee.begin_step, ExitStack(), []
+    guarded, left = ExitStack(), []
 
-    def guard_from_here(self):
-        if self.objective.final and self.objective.sites:
-            if self.step == 2:
-                guarded.enter_context(guard())
-            if self.step == 7:
-                left.append(self.step)
-                guarded.close()
-        begin(self)
+    class Guarded(Trainee):
+        def begin_step(self):
+            if self.objective.final and self.objective.sites:
+                if self.step == 2:
+                    guarded.enter_context(guard())
+                if self.step == 7:
+                    left.append(self.step)
+                    guarded.close()
+            super().begin_step()
 
-    monkeypatch.setattr(Trainee, "begin_step", guard_from_here)
     with guarded:
-        runs = train_together(configs, model=model, corpora=small_corpora(tokens), display=False)
+        runs = train_with(Guarded, configs, model, small_corpora(tokens))
     assert left == [7] and len(runs) == 3
 
 
 def test_on_the_cpu(tmp_path, monkeypatch):
     # Sparse latents, which the CPU uses where few features are active, are found by counting; a GPU has dense ones.
-    monkeypatch.setattr(relu, "encode_sparse", lambda *arguments: None)
-    guarded_training(small_model(), tmp_path, no_waiting, monkeypatch)
+    with standing_in("cpu", DenseKernels()):
+        guarded_training(small_model(), tmp_path, no_waiting, monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

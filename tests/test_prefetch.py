@@ -2,8 +2,6 @@
 
 import threading
 import time
-from copy import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from endwise import train
 from endwise.common.errors import DataError, TrainingStopped
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder, Corpus, TokenBatch, read_ahead
-from endwise.training.trainee import Trainee
+from own_training import Act, OwnModel, acting, reading, train_with, with_batches
 from small_gpt2 import recipe, small_model
 
 CPU = torch.device("cpu")
@@ -122,18 +120,6 @@ def test_nothing_to_read():
         assert list(batches) == []
 
 
-def reading(corpora, before):
-    """The corpora, with something done before each batch of the training side is read."""
-    corpus = copy(corpora.train)
-
-    def batch(indices):
-        before(indices)
-        return corpora.train.batch(indices)
-
-    corpus.batch = batch
-    return replace(corpora, train=corpus)
-
-
 def test_training_leaves_no_thread_and_tells_of_a_corpus_gone_bad(corpora, tmp_path):
     """The fixture looks for threads after each of these."""
     model, read = small_model(), []
@@ -152,42 +138,43 @@ def test_training_leaves_no_thread_and_tells_of_a_corpus_gone_bad(corpora, tmp_p
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 def test_training_that_is_broken_off_leaves_no_thread(corpora, tmp_path, error):
-    model, calls = small_model(), []
-    clean = model.clean
+    calls = []
 
-    def breaks(*arguments, **named):
-        calls.append(arguments)
+    def breaks(clean, tokens, **named):
+        calls.append(tokens)
         if len(calls) == 3:
             raise error
-        return clean(*arguments, **named)
+        return clean(tokens, **named)
 
-    model.clean = breaks
     with pytest.raises(error):
-        train(recipe(tmp_path / "run", "local"), model=model, corpora=corpora, display=False)
+        train(recipe(tmp_path / "run", "local"), model=OwnModel(small_model(), breaks), corpora=corpora, display=False)
 
 
-def test_the_next_batches_are_read_while_a_step_runs(corpora, tmp_path, monkeypatch):
-    finish, read = Trainee.finish_step, []
+def test_the_next_batches_are_read_while_a_step_runs(corpora, tmp_path):
+    read, waited = [], []
 
-    def waits(self, *arguments, **named):
-        until(lambda: len(read) == min(20, self.step + 3))  # this step's, and two more
-        finish(self, *arguments, **named)
+    def waits(trainee):
+        until(lambda: len(read) == min(20, trainee.step + 3))  # this step's, and two more
+        waited.append(trainee.step)
 
-    monkeypatch.setattr(Trainee, "finish_step", waits)
-    noted = reading(corpora, read.append)
-    train(recipe(tmp_path / "run", "local"), model=small_model(), corpora=noted, display=False)
+    waiting = acting(*(Act("finish_step", step, waits) for step in range(20)))
+    train_with(waiting, [recipe(tmp_path / "run", "local")], small_model(), reading(corpora, read.append))
+    assert waited == [*range(20)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_batches_come_from_pinned_memory(corpora, monkeypatch):
+def test_on_a_gpu_batches_come_from_pinned_memory(corpora):
     pinned = []
-    to = TokenBatch.to
-    monkeypatch.setattr(
-        TokenBatch, "to", lambda self, device: pinned.append(self.tokens.is_pinned()) or to(self, device)
-    )
+
+    class Noting(TokenBatch):
+        def to(self, device):
+            pinned.append(self.tokens.is_pinned())
+            return super().to(device)
+
+    noting = with_batches(corpora, lambda batch, indices: Noting(*vars(batch(indices)).values()))
     order = BatchOrder(corpora.train, batch=4, seed=0)
     cuda = torch.device("cuda", torch.cuda.current_device())
-    with read_ahead(corpora.train, map(order.__getitem__, range(50)), cuda) as batches:
+    with read_ahead(noting.train, map(order.__getitem__, range(50)), cuda) as batches:
         for number, batch in enumerate(batches):
             assert batch.tokens.device == batch.mask.device == cuda
             assert torch.equal(batch.tokens.cpu(), corpora.train.batch(order[number]).tokens)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from endwise.common.errors import ConfigError, Interrupted, SiteError
 from endwise.config.recipes import find_sweep, sweep_names
 from endwise.evaluation.evaluate import evaluate
 from endwise.runs.folder import RunFolder, last_record
+from endwise.runs.trackers import TRACKERS
 from endwise.sweeps.engines import InProcess
 from endwise.sweeps.points import fingerprint, placed, points_of
 from endwise.sweeps.survey import survey
@@ -32,7 +34,7 @@ from endwise.sweeps.tasks import ModelCache, Outcome, Worker, is_finished, tasks
 from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, seconds_left
 from endwise.training.setup import model_for
 from endwise.training.train import train_together
-from endwise.training.trainee import Trainee
+from own_training import acting, stopping, train_with
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, complete, small_sweep
 
@@ -414,14 +416,12 @@ def test_a_trained_run_without_a_whole_evaluation_is_measured_only(two):
     assert measured == [second]
 
 
-def test_what_was_measured_before_the_end_does_not_count(made, two, tmp_path, monkeypatch):
+def test_what_was_measured_before_the_end_does_not_count(made, two, tmp_path):
     """As `endwise evaluate` does it on a run that was interrupted."""
     config, first, _, table = two
     cut_off = config.model_copy(update={"out": tmp_path / "cut off"})
-    stop_at(monkeypatch, 5)
     with pytest.raises(Interrupted):
-        sweep(cut_off, display=False)
-    monkeypatch.undo()
+        sweep(cut_off, display=False, engine=stopped_at(5))
     for each in survey(cut_off):
         RunFolder(each.folder).evaluation_file.write_bytes(RunFolder(first).evaluation_file.read_bytes())
     assert sweep(cut_off, display=False).summary.read_bytes() == table
@@ -460,26 +460,16 @@ def pretend_unfinished(folder):
     (folder.sae / "cfg.json").write_text(json.dumps(cfg))
 
 
-def stop_at(monkeypatch, step):
-    """Ctrl-C in the midst of a step, once."""
-    plain, asked = Trainee.finish_step, []
-
-    def stopped(self, *arguments):
-        if self.step == step and not asked:
-            asked.append(step)
-            os.kill(os.getpid(), signal.SIGINT)
-        plain(self, *arguments)
-
-    monkeypatch.setattr(Trainee, "finish_step", stopped)
+def stopped_at(step):
+    """An engine that Ctrl-C stops in the midst of a step."""
+    return here(train=partial(train_with, acting(stopping(step))))
 
 
-def test_ctrl_c_in_training_and_in_measuring_and_the_same_command_again(two, tmp_path, monkeypatch):
+def test_ctrl_c_in_training_and_in_measuring_and_the_same_command_again(two, tmp_path):
     config, _, _, table = two
     config = config.model_copy(update={"out": tmp_path / "stopped"})
-    stop_at(monkeypatch, 6)
     with pytest.raises(Interrupted, match=r"Stopped as asked.*stopped; the same command resumes"):
-        sweep(config, display=False)
-    monkeypatch.undo()
+        sweep(config, display=False, engine=stopped_at(6))
     assert [each.state for each in survey(config)] == ["saved at step 7", "saved at step 7"]
 
     def stopped(*arguments, **options):
@@ -887,14 +877,25 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert read_sweep("runs/mine/sweep.yaml") == read_sweep("mine.yaml", command[2:])
 
 
-def test_the_command_is_stopped_and_says_how_to_go_on(made, tmp_path, monkeypatch):
+@TRACKERS.add("stops")
+class Stops:
+    """Presses Ctrl-C at a line of metrics."""
+
+    def started(self, config, folder, step): ...
+
+    def line(self, name, record):
+        if name == "metrics" and record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def ended(self, status): ...
+
+
+def test_the_command_is_stopped_and_says_how_to_go_on(made, tmp_path):
     config = small_sweep(made, tmp_path / "out", {"seed": [0, 1]})
     (tmp_path / "mine.yaml").write_text(config.to_yaml())
-    stop_at(monkeypatch, 3)
-    result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml")])
+    result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml"), "trackers=[stops]"])
     assert result.exit_code == 130
     assert "Traceback" not in result.output and "the same command resumes" in result.stderr
-    monkeypatch.undo()
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml"), "--quiet"])
     assert result.exit_code == 0 and "2 of 2 runs finished" in result.stdout
 

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 import pytest
 
-from endwise import evaluate, train, train_together
+from endwise import evaluate, train
 from endwise.common.errors import ConfigError, TrainingStopped
 from endwise.evaluation.evaluate import write_evaluation
 from endwise.evaluation.measure import measure
 from endwise.runs.folder import RunFolder
 from endwise.runs.trackers import TRACKERS
 from endwise.training.members import SomeFailed
-from endwise.training.trainee import Trainee
+from own_training import Act, acting, raising, train_with
 from small_gpt2 import recipe
 
 SETTINGS = {"log_every": 1, "checkpoint_every": 4, "evaluate_every": 5}
@@ -75,24 +75,15 @@ def assert_mirrored(folder):
     assert sorted(set(saved))[-2:] == run.saved_steps()
 
 
-def fail_at(monkeypatch, step, error, name=None):
-    finish, failed = Trainee.finish_step, []
-
-    def fails(self, *arguments, **named):
-        if self.step == step and not failed and name in (None, self.config.learning_rate):
-            failed.append(step)
-            raise error
-        finish(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, "finish_step", fails)
+def failing(step, error):
+    return acting(Act("finish_step", step, raising(error)))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no more")])
-def test_it_has_the_lines_of_the_folder_after_the_run_was_broken_off_too(model, corpora, tmp_path, monkeypatch, error):
+def test_it_has_the_lines_of_the_folder_after_the_run_was_broken_off_too(model, corpora, tmp_path, error):
     config = tracked(recipe(tmp_path / "run", **SETTINGS), "told")
-    fail_at(monkeypatch, 10, error)
     with pytest.raises((KeyboardInterrupt, TrainingStopped)):
-        train(config, model=model, corpora=corpora, display=False)
+        train_with(failing(10, error), [config], model, corpora)
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     assert Told.heard[config.out][-1] == ("ended", {"status": status})
     assert len(heard(config.out, "failure")) == (status == "failed")
@@ -103,11 +94,10 @@ def test_it_has_the_lines_of_the_folder_after_the_run_was_broken_off_too(model, 
     assert Told.heard[config.out][-1] == ("ended", {"status": "finished"})
 
 
-def test_it_may_join_on_resuming_and_hears_of_the_change(model, corpora, tmp_path, monkeypatch):
+def test_it_may_join_on_resuming_and_hears_of_the_change(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", **SETTINGS)
-    fail_at(monkeypatch, 10, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        train(config, model=model, corpora=corpora, display=False)
+        train_with(failing(10, KeyboardInterrupt()), [config], model, corpora)
     train(tracked(config, "told"), model=model, corpora=corpora, display=False, resume=True)
     (change,) = heard(config.out, "changes")
     assert change["changes"] == {"trackers": [[], ["told"]]} and change["step"] == 8
@@ -134,14 +124,18 @@ def test_one_that_fails_is_told_of_once_and_left_out(model, corpora, tmp_path, c
     assert_mirrored(config.out)
 
 
-def test_of_runs_in_one_pass_each_has_its_own(model, corpora, tmp_path, monkeypatch):
+def test_of_runs_in_one_pass_each_has_its_own(model, corpora, tmp_path):
     configs = [
         tracked(recipe(tmp_path / "a", "e2e", **SETTINGS, learning_rate=1e-3), "told"),
         tracked(recipe(tmp_path / "b", "local", **SETTINGS, learning_rate=1e-2), "told"),
     ]
-    fail_at(monkeypatch, 6, RuntimeError("its own"), 1e-3)
+
+    def fails(trainee):
+        if trainee.config.learning_rate == 1e-3:
+            raise RuntimeError("its own")
+
     with pytest.raises(SomeFailed):
-        train_together(configs, model=model, corpora=corpora, display=False)
+        train_with(acting(Act("finish_step", 6, fails)), configs, model, corpora)
     assert Told.heard[configs[0].out][-1] == ("ended", {"status": "failed"})
     assert Told.heard[configs[1].out][-1] == ("ended", {"status": "finished"})
     assert "its own" in heard(configs[0].out, "failure")[0]["error"]

@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import os
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from endwise.runs.folder import RunFolder
 from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee, rate_factor
+from own_training import acting, reading, stopping, train_with
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, write_tokens
 
 
@@ -143,40 +142,29 @@ def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
     assert not torch.allclose(checkpoint.tensors["sae.decoder"].norm(dim=-1), torch.ones(40))
 
 
-def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path):
     whole = train(recipe(tmp_path / "whole", "e2e"), model=model, corpora=corpora, display=False)
     config = recipe(tmp_path / "cut", "e2e")
-    finish = Trainee.finish_step
-
-    def interrupt(self, *arguments, **named):
-        if self.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        finish(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainee, "finish_step", interrupt)
     with pytest.raises(TrainingStopped, match=r"step 8.*endwise train --resume"):
-        train(config, model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        train_with(acting(stopping(7)), [config], model, corpora)
     resumed = train(config, model=model, corpora=corpora, display=False, resume=True)
     for ours, theirs in zip(resumed.sae.parameters(), whole.sae.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert RunFolder(resumed.folder).metrics_file.read_text() == RunFolder(whole.folder).metrics_file.read_text()
 
 
-def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpora, tmp_path, monkeypatch):
-    import endwise.training.objectives as objectives
+def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpora, tmp_path):
+    class Poisoned(Trainee):
+        """Of its latents the penalty alone is NaN, in the fifth step."""
 
-    plain = objectives.Sparsity.total
+        def encode(self, *given):
+            encoded = super().encode(*given)
+            if self.step != 4:
+                return encoded
+            return replace(encoded, latents=replace(encoded.latents, norms=torch.full((self.sae.d_sae,), torch.nan)))
 
-    def poisoned(self, *arguments):
-        poisoned.calls += 1
-        return plain(self, *arguments) * (float("nan") if poisoned.calls == 5 else 1.0)
-
-    poisoned.calls = 0
-    monkeypatch.setattr(objectives.Sparsity, "total", poisoned)
     with pytest.raises(TrainingStopped, match=r"step 5 the term sparsity.*saved"):
-        train(recipe(tmp_path / "bad"), model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        train_with(Poisoned, [recipe(tmp_path / "bad")], model, corpora)
     kept = read_checkpoint(RunFolder(tmp_path / "bad").latest_checkpoint())
     assert kept.state["step"] == 4
     trainee = new_trainee(recipe(tmp_path / "unused"), model, steps=20)
@@ -267,33 +255,29 @@ def test_too_little_text_to_evaluate_is_refused_before_training(model, corpora, 
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path, monkeypatch):
-    import endwise.training.loop as module
-
-    def fails(*arguments, **options):
-        raise ArithmeticError("no number for the evaluation")
-
-    monkeypatch.setattr(module, "measure", fails)
-    with pytest.raises(ArithmeticError):
-        train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path):
     folder = RunFolder(tmp_path / "run")
+
+    def fails(indices):
+        if folder.metrics_file.exists():
+            raise ArithmeticError("no number for the evaluation")
+
+    with pytest.raises(ArithmeticError):
+        train(recipe(folder.path), model=model, corpora=reading(corpora, fails, "heldout"), display=False)
     assert read_checkpoint(folder.latest_checkpoint()).state["step"] == 20
     assert SAE.load(folder.path).d_sae == 40
 
 
-def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path, monkeypatch):
-    import endwise.training.loop as module
+def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path):
+    slept = []
 
-    plain = module.measure
+    def slow(indices):
+        if RunFolder(tmp_path / "run").metrics_file.exists() and not slept:
+            slept.append(time.sleep(1.5))
 
-    def slow(*arguments, **options):
-        time.sleep(1.5)
-        return plain(*arguments, **options)
-
-    monkeypatch.setattr(module, "measure", slow)
     started = time.monotonic()
-    run = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
-    assert run.seconds <= time.monotonic() - started - 1.5
+    run = train(recipe(tmp_path / "run"), model=model, corpora=reading(corpora, slow, "heldout"), display=False)
+    assert slept and run.seconds <= time.monotonic() - started - 1.5
 
 
 def test_metadata_tells_saelens_where_the_sae_belongs(model, corpora, tmp_path):

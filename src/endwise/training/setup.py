@@ -52,15 +52,17 @@ class TrainingRequest:
 
     Args:
         configs: recipes that agree in all that one pass shares.
+        trainee: makes what trains one dictionary.
 
     Raises:
         ConfigError: they do not agree, or two have one folder.
     """
 
     configs: Sequence[Recipe]
-    resume: Resume
-    from_step: int | None
-    display: bool
+    resume: Resume = False
+    from_step: int | None = None
+    display: bool = True
+    trainee: type[Trainee] = Trainee
 
     def __post_init__(self) -> None:
         _check_shared(self.configs)
@@ -112,7 +114,7 @@ def prepare(
             raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
         steps = _steps(configs, context)
         group = Group(
-            _new_member(_less_its_start(config, folder, request.from_step), config, folder, model, steps, context)
+            _new_member(request, config, folder, model, steps, context)
             for config, folder in zip(configs, folders, strict=True)
         )
         corpora = corpora or corpora_of([settings, *configs[1:]], model)
@@ -233,13 +235,10 @@ def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: Wo
 
 
 def _new_member(
-    start: Recipe, config: Recipe, folder: RunFolder, model: LanguageModel, steps: int, context: int
+    request: TrainingRequest, config: Recipe, folder: RunFolder, model: LanguageModel, steps: int, context: int
 ) -> Member:
-    """Make what is trained in a folder.
-
-    Args:
-        start: the recipe as the dictionaries are made by it.
-    """
+    """Make what is trained in a folder."""
+    start = _less_its_start(config, folder, request.from_step)
     if isinstance(start, PlacesConfig):
         assert isinstance(config, PlacesConfig)
         recipes = sorted(config.recipes, key=lambda recipe: model.place(recipe.place))
@@ -247,7 +246,8 @@ def _new_member(
         trainee = new_joint_trainee(start, model, steps)
         return JointMember(config, trainee, folder, of_places[0], recipes=recipes, of_places=of_places)
     assert isinstance(config, RunConfig)
-    return Member(config, new_trainee(start, model, steps), folder, sae_metadata(config, model, context))
+    trainee = new_trainee(start, model, steps, kind=request.trainee)
+    return Member(config, trainee, folder, sae_metadata(config, model, context))
 
 
 def new_joint_trainee(config: PlacesConfig, model: LanguageModel, steps: int) -> JointTrainee:
@@ -276,7 +276,13 @@ def new_joint_trainee(config: PlacesConfig, model: LanguageModel, steps: int) ->
     return JointTrainee(parts, objective, config.inputs, microbatch)
 
 
-def new_trainee(config: RunConfig, model: LanguageModel, steps: int, objective: Objective | None = None) -> Trainee:
+def new_trainee(
+    config: RunConfig,
+    model: LanguageModel,
+    steps: int,
+    objective: Objective | None = None,
+    kind: type[Trainee] = Trainee,
+) -> Trainee:
     """The SAE that a recipe's training begins with, with its objective and optimiser.
 
     Args:
@@ -296,7 +302,7 @@ def new_trainee(config: RunConfig, model: LanguageModel, steps: int, objective: 
     else:
         sae = _taken_over(config, width, model.width(place.writes), d_sae)
     sae.leave_out_above(None if config.data.leave_out_norms is None else math.nan)  # to be measured
-    return Trainee(sae.to(model.device), place, objective, config.training, steps)
+    return kind(sae.to(model.device), place, objective, config.training, steps)
 
 
 def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE:

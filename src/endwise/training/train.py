@@ -73,7 +73,7 @@ def train_together(
             error is raised).
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
-    runs = _trained(TrainingRequest(configs, resume, from_step, display), model, corpora)
+    runs = trained(TrainingRequest(configs, resume, from_step, display), model, corpora)
     return [run for run in runs if isinstance(run, Run)]
 
 
@@ -101,7 +101,7 @@ def train_places(
     elif not isinstance(config, PlacesConfig):
         config = PlacesConfig.build(dict(config))
     if config.joint:
-        (run,) = _trained(TrainingRequest([config], resume, from_step, display), model, corpora)
+        (run,) = trained(TrainingRequest([config], resume, from_step, display), model, corpora)
         assert isinstance(run, PlacesRun)
         return run
     folder = RunFolder(config.out or default_folder(config))
@@ -113,13 +113,23 @@ def train_places(
         request = TrainingRequest(
             [recipe.model_copy(update={"out": path}) for recipe, path in recipes.values()], resume, from_step, display
         )
-        runs = {run.config.place: run for run in _trained(request, model, corpora) if isinstance(run, Run)}
+        runs = {run.config.place: run for run in trained(request, model, corpora) if isinstance(run, Run)}
     saes = {place: runs[place].sae for place in recipes}
     folders = {place: path for place, (_, path) in recipes.items()}
     return PlacesRun(config, saes, folder.path, folders, sum(run.seconds for run in runs.values()))
 
 
-def _trained(request: TrainingRequest, model: LanguageModel | None, corpora: Corpora | None) -> list[Run | PlacesRun]:
+def trained(
+    request: TrainingRequest, model: LanguageModel | None = None, corpora: Corpora | None = None
+) -> list[Run | PlacesRun]:
+    """Prepare what a request asks for, and train it.
+
+    Args:
+        model, corpora: see `train`.
+
+    Raises:
+        SomeFailed, EndwiseError: see `train_together`.
+    """
     with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
         prepared = prepare(request, world, claims, model, corpora)
         run_loop(prepared)
