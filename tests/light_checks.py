@@ -3,6 +3,8 @@
 jaxtyping binds the arguments of every call and checks them twice, so that the axes of what goes in and comes out are
 compared. Of our functions few name axes. The others get the same type checker directly, which tells as much and takes
 a tenth of the time.
+
+A closure is not checked. It would be decorated again each time it is made, so that the source had to do without.
 """
 
 import inspect
@@ -30,6 +32,8 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     """In jaxtyping's place: `typechecker` alone, for a function whose signature names no axes."""
     if function is None:
         return lambda decorated: jaxtyped(decorated, typechecker=typechecker)
+    if inspect.isfunction(function) and "<locals>" in function.__qualname__:
+        return function  # decorated each time it is made, it would cost more than what it does
     # Of a generator the typechecker would look at nothing before the first value is asked for.
     plain = inspect.isfunction(function) and not inspect.isgeneratorfunction(function)
     if plain and not any(map(names_axes, function.__annotations__.values())):

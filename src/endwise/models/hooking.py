@@ -45,16 +45,27 @@ class SiteHooks:
             hooks.enter_context(self._acting_between(block, act))
             return
         module, before = _where(block, site.part)
-        handle = (
-            module.register_forward_pre_hook(partial(_before, act), with_kwargs=True)
-            if before
-            else module.register_forward_hook(partial(_after, act))
-        )
-        hooks.enter_context(removed(handle))
+
+        def at_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = act(first_input(args, kwargs))
+            return None if changed is None else with_first_input(args, kwargs, changed)
+
+        def at_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+            changed = act(first_tensor(output))
+            return None if changed is None else with_first(output, changed)
+
+        if before:
+            hooks.enter_context(removed(module.register_forward_pre_hook(at_input, with_kwargs=True)))
+        else:
+            hooks.enter_context(removed(module.register_forward_hook(at_output)))
 
     def patch(self, hooks: ExitStack, site: Site, change: Patch) -> None:
-        """Replace the value at a site."""
-        self.on(hooks, site, partial(_changed, change))
+        """Replace the value at a site. An SAE is fp32 whatever the model runs in; the model gets its own dtype back."""
+
+        def changed(value: Tensor) -> Tensor:
+            return (change if isinstance(change, Tensor) else change(value)).to(value.dtype)
+
+        self.on(hooks, site, changed)
 
     def enter_at(
         self, hooks: ExitStack, site: Site, value: Tensor, known: Mapping[Site, Tensor], dtype: torch.dtype
@@ -73,7 +84,7 @@ class SiteHooks:
             self._answer(hooks, last.module, entering)
         else:
             skipped_blocks = self._blocks[:skipped]
-            self.on(hooks, Site(skipped, Part.RESID_PRE), partial(_given, entering))
+            self.on(hooks, Site(skipped, Part.RESID_PRE), lambda _: entering)
         for block in skipped_blocks:
             self._answer(hooks, block.module, None)
         self._enter_inside(hooks, self._blocks[site.layer], site, value, before.get(Part.ATTN_OUT))
@@ -98,7 +109,7 @@ class SiteHooks:
             if part is Part.MLP_OUT:
                 self._answer_branch(hooks, mlp, value)
             else:
-                self.on(hooks, site, partial(_given, value))
+                self.on(hooks, site, lambda _: value)
 
     def _answer_branch(self, hooks: ExitStack, branch: Branch, value: Tensor) -> None:
         for module in {branch.compute, branch.write}:
@@ -207,28 +218,6 @@ def _where(block: Block, part: Part) -> tuple[nn.Module, bool]:
     module, before = found[part]
     assert module is not None
     return module, before
-
-
-# Hooks are partials of functions, not closures: the tests' type checker decorates a closure anew each time it is made.
-
-
-def _before(act: Act, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    changed = act(first_input(args, kwargs))
-    return None if changed is None else with_first_input(args, kwargs, changed)
-
-
-def _after(act: Act, _module: nn.Module, _args: Any, output: Any) -> Any:
-    changed = act(first_tensor(output))
-    return None if changed is None else with_first(output, changed)
-
-
-def _given(value: Tensor, _instead_of: Tensor) -> Tensor:
-    return value
-
-
-def _changed(change: Patch, value: Tensor) -> Tensor:
-    """An SAE is fp32 whatever the model runs in; the model gets its own dtype back."""
-    return (change if isinstance(change, Tensor) else change(value)).to(value.dtype)
 
 
 def _answer_with(value: Tensor | None, size: int | None, *args: Any, **kwargs: Any) -> Any:

@@ -265,10 +265,18 @@ class LanguageModel:
         activations: dict[Site, AnyWidth] = {}
         final_state: dict[str, Activation] = {}
 
+        def keep(site: Site, value: Tensor) -> None:
+            activations[site] = value
+            if len(activations) == len(sites) and not final:
+                raise _Stop
+
+        def keep_final(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            final_state["final"] = arguments[0]
+            raise _Stop
+
         for site in sites:
-            self._sites.on(hooks, site, partial(_keep, activations, site, None if final else len(sites)))
-        at_unembedding = partial(_keep_final, final_state)
-        hooks.enter_context(removed(self._unembedding.register_forward_pre_hook(at_unembedding)))
+            self._sites.on(hooks, site, partial(keep, site))
+        hooks.enter_context(removed(self._unembedding.register_forward_pre_hook(keep_final)))
         return activations, final_state
 
 
@@ -279,18 +287,3 @@ def _readout(unembedding: nn.Module, config: Any) -> Readout:
     weight: Any = unembedding.weight
     bias: Any = getattr(unembedding, "bias", None)
     return Readout(weight, bias, scale, None if softcap is None else float(softcap))
-
-
-# Hooks are partials of functions, not closures: the tests' type checker decorates a closure again each time it is made.
-
-
-def _keep(activations: dict[Site, Tensor], site: Site, enough: int | None, value: Tensor) -> None:
-    """Records the value, and ends the pass when `enough` are recorded."""
-    activations[site] = value
-    if len(activations) == enough:
-        raise _Stop
-
-
-def _keep_final(final_state: dict[str, Activation], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    final_state["final"] = arguments[0]
-    raise _Stop

@@ -86,15 +86,21 @@ def _learn(
     final: list[Activation] = []
     sites = SiteHooks(blocks, known.returns)
     candidates = {Site(layer, part) for layer, block in enumerate(blocks) for part in _core(block)}
+
+    def learn_return(module: nn.Module, _args: Any, output: Any) -> None:
+        runs[module] += 1
+        known.returns[module] = len(output) if isinstance(output, tuple) else None
+
     with ExitStack() as hooks:
         for module in {module for block in blocks for module in _modules(block)}:
-            hooks.enter_context(removed(module.register_forward_hook(partial(_learn_return, runs, known.returns))))
+            hooks.enter_context(removed(module.register_forward_hook(learn_return)))
         for site in candidates:
-            sites.on(hooks, site, partial(_keep, activations, site))
+            sites.on(hooks, site, partial(activations.__setitem__, site))
         for site, module in _read_before(blocks):
             act = partial(_keep_input, activations, site, tokens)
             hooks.enter_context(removed(module.register_forward_pre_hook(act, with_kwargs=True)))
-        hooks.enter_context(removed(unembedding.register_forward_pre_hook(partial(_keep_final, final))))
+        at_unembedding = unembedding.register_forward_pre_hook(lambda _, arguments: final.append(arguments[0]))
+        hooks.enter_context(removed(at_unembedding))
         model.model(input_ids=tokens, use_cache=False)
     if not final or not candidates <= activations.keys():
         raise ModelError(f"{model.name}: a pass does not go through its blocks and its unembedding as expected.")
@@ -134,17 +140,6 @@ def _read_before(blocks: list[Block]) -> Iterator[tuple[Site, nn.Module]]:
             yield Site(layer, Part.MLP_IN), block.mlp.compute
 
 
-def _learn_return(
-    runs: Counter[nn.Module], returns: dict[nn.Module, int | None], module: nn.Module, _args: Any, output: Any
-) -> None:
-    runs[module] += 1
-    returns[module] = len(output) if isinstance(output, tuple) else None
-
-
-def _keep(activations: dict[Site, Tensor], site: Site, value: Tensor) -> None:
-    activations[site] = value
-
-
 def _keep_input(
     activations: dict[Site, Tensor],
     site: Site,
@@ -160,10 +155,6 @@ def _keep_input(
         return
     if value.ndim == 3 and value.shape[:2] == tokens.shape and value.is_floating_point():
         activations[site] = value
-
-
-def _keep_final(final: list[Activation], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    final.append(arguments[0])
 
 
 def _drop_parallel(model: Tried, clean: Clean, known: Known) -> None:

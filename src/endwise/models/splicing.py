@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -157,16 +156,12 @@ def _patch_of(place: Place, sae: Callable[[Tensor], Tensor]) -> dict[Site, Calla
     if place.reads == place.writes:
         return {place.reads: sae}
     kept: list[Tensor] = []
-    return {place.reads: partial(_keep, kept), place.writes: partial(_written, kept, sae)}
 
+    def keep(value: Tensor) -> Tensor:
+        kept[:] = [value]
+        return value
 
-def _keep(kept: list[Tensor], value: Tensor) -> Tensor:
-    kept[:] = [value]
-    return value
-
-
-def _written(kept: list[Tensor], sae: Callable[[Tensor], Tensor], _instead_of: Tensor) -> Tensor:
-    return sae(kept.pop())
+    return {place.reads: keep, place.writes: lambda _: sae(kept.pop())}
 
 
 def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,5 +69,8 @@ def written_text(model: LanguageModel, tokens: Sequence[int]) -> list[str]:
     if model.tokenizer is None:
         return [str(token) for token in tokens]
     decode: Any = model.tokenizer.decode
-    whole = partial(decode, clean_up_tokenization_spaces=False)
-    return pieces(tokens, lambda some: str(whole(list(some))), partial(written, model))
+    return pieces(
+        tokens,
+        lambda some: str(decode(list(some), clean_up_tokenization_spaces=False)),
+        lambda token: written(model, token),
+    )
