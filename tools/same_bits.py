@@ -2,16 +2,23 @@
 
     python tools/same_bits.py ANOTHER_CHECKOUT
 
-On one machine and one thread both must write the same bytes. Ends with exit code 1 where a file differs.
+On one machine and one thread both must write the same values: tensors to the byte, numbers to the last digit. A file of
+one version may hold more than that of another; what both hold is compared, and what one has alone is named. Ends with
+exit code 1 where a value differs.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 OBJECTIVES = {
     "local": ["objective.kind=local"],
@@ -35,16 +42,27 @@ def main() -> None:
     other = parser.parse_args().other.resolve()
     here = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as scratch:
-        digests = {root: _digests(root, Path(scratch, str(number))) for number, root in enumerate((other, here))}
-    differing = [name for name, digest in digests[here].items() if digests[other][name] != digest]
-    print(f"{len(digests[here]) - len(differing)} of {len(digests[here])} files are the same in {other} and {here}")
-    for name in differing:
-        print(f"differs: {name}")
+        ours, theirs = (_written(root, Path(scratch, str(number))) for number, root in enumerate((here, other)))
+    differing = 0
+    for file, own in ours.items():
+        shared = own.keys() & theirs[file].keys()
+        different = sorted(name for name in shared if own[name] != theirs[file][name])
+        differing += len(different)
+        alone = {here: own.keys() - shared, other: theirs[file].keys() - shared}
+        told = [f"{root} alone has {', '.join(sorted(_names(names)))}" for root, names in alone.items() if names]
+        print(f"{file}: {len(shared) - len(different)} of {len(shared)} values are the same", *told, sep="; ")
+        for name in different:
+            print(f"  differs: {name}: {own[name]} here, {theirs[file][name]} there")
     sys.exit(bool(differing))
 
 
-def _digests(root: Path, out: Path) -> dict[str, str]:
-    """What one checkout writes, by file."""
+def _names(values: Any) -> set[str]:
+    """The names of values, whatever their lines."""
+    return {name.partition(": ")[2] or name for name in values}
+
+
+def _written(root: Path, out: Path) -> dict[str, dict[str, str]]:
+    """What one checkout writes: by file, its values."""
     out.mkdir()
     (out / "recipe.yaml").write_text(RECIPE)
     found = {}
@@ -52,9 +70,9 @@ def _digests(root: Path, out: Path) -> dict[str, str]:
         run = out / name
         _endwise(root, out, "train", "recipe.yaml", *changes, f"out={run}")
         _endwise(root, out, "evaluate", str(run))
-        found |= {f"{name}/{file}": _digest(run / file) for file in COMPARED}
+        found |= {f"{name}/{file}": dict(_values(run / file)) for file in COMPARED}
         _endwise(root, out, "train", "--resume", str(run), "--from-step", "4")
-        found |= {f"{name} resumed/{file}": _digest(run / file) for file in COMPARED[:2]}
+        found |= {f"{name} resumed/{file}": dict(_values(run / file)) for file in COMPARED[:2]}
     return found
 
 
@@ -64,8 +82,25 @@ def _endwise(root: Path, folder: Path, *arguments: str) -> None:
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _values(file: Path) -> Iterator[tuple[str, str]]:
+    """The values of a file of tensors, or of lines of JSON, each with its name."""
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            for name, value in _leaves(json.loads(line)):
+                yield f"line {number}: {name}", repr(value)
+        return
+    with safe_open(file, framework="numpy") as opened:
+        for name in opened.keys():  # noqa: SIM118  it is no mapping
+            tensor = opened.get_tensor(name)
+            yield name, f"{tensor.dtype}{list(tensor.shape)} {hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
+
+
+def _leaves(record: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 if __name__ == "__main__":
