@@ -129,6 +129,14 @@ def made(tmp_path_factory):
     return write_tokens(folder)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures for print are empty files: drawing takes longest, and is looked at by other tests."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+
+
 @pytest.fixture(scope="module")
 def models_outlined_once():
     """What every sweep begins with, for modules whose sweeps are all of one model."""

@@ -1,6 +1,5 @@
 """Data files that are damaged, hostile or merely odd: taken as text and ids, or refused by name and line."""
 
-import io
 import json
 import pickle
 
@@ -11,12 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from rich.console import Console
 
 from bad_input import HOSTILE, hidden_in
 from endwise.common.errors import DataError
 from endwise.config.run import DataConfig
-from endwise.tokens import load_corpora, tokenising
+from endwise.tokens import load_corpora
 from test_tokens import VOCAB, make_tokenizer
 
 repeated = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -238,13 +236,13 @@ def test_a_damaged_cache_is_made_anew(load, tmp_path, name, content):
     assert load(tmp_path / "a.txt").describe() == whole
 
 
-def test_the_name_of_a_source_is_text_on_a_terminal(load, tmp_path, monkeypatch):
-    shown = io.StringIO()
-    terminal = Console(file=shown, force_terminal=True, color_system=None, width=200)
-    monkeypatch.setattr(tokenising, "Console", lambda **_: terminal)
+def test_the_name_of_a_source_is_text_on_a_terminal(load, tmp_path, monkeypatch, capsys):
+    for name, value in (("TTY_COMPATIBLE", "1"), ("NO_COLOR", "1"), ("COLUMNS", "200")):
+        monkeypatch.setenv(name, value)
     name = HOSTILE.replace("/", "|") + ".txt"
     (tmp_path / name).write_text(WORDS)
     load(tmp_path / name)
-    assert "\\x1b[31m[red]x[|][|nope]" in shown.getvalue()
+    shown = capsys.readouterr().err
+    assert "\\x1b[31m[red]x[|][|nope]" in shown
     own = "\x1b\r"  # of the progress display's
-    assert hidden_in(shown.getvalue()) <= set(own)
+    assert hidden_in(shown) <= set(own)

@@ -1,8 +1,8 @@
 """A map of features: what lies together, what is told of each, and what is said where there can be none."""
 
-import builtins
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ import torch
 from pyarrow import parquet
 
 import endwise
-from endwise.analysis.geometry import feature_map as module
 from endwise.analysis.geometry.feature_map import (
     feature_map,
     feature_maps,
@@ -23,6 +22,7 @@ from endwise.analysis.geometry.map_page import map_chart
 from endwise.analysis.geometry.page import write_geometry
 from endwise.common.errors import ConfigError
 from endwise.figures.interactive import div, in_words
+from endwise.figures.style import CROWD
 from made_dictionaries import WIDTH, directions, near, write_run
 
 COUNT = 40
@@ -56,14 +56,9 @@ class Flat:
         return directions @ u[:2].T
 
 
-@pytest.fixture
-def flat(monkeypatch):
-    monkeypatch.setattr(module, "umap_class", lambda: Flat)
-
-
-def test_regions_are_the_bundles(found, flat):
+def test_regions_are_the_bundles(found):
     pytest.importorskip("sklearn")
-    made = feature_map(found, tokens=lambda rows: [("a", "<b>") if row[0] > 0 else ("a",) for row in rows])
+    made = feature_map(found, tokens=lambda rows: [("a", "<b>") if row[0] > 0 else ("a",) for row in rows], umap=Flat)
     assert [run.kind for run in made.runs] == ["local", "e2e"]
     assert len(made.run) == 2 * (COUNT - 1)  # the feature that never fired is dead
     assert (made.features == np.tile(np.arange(1, COUNT), 2)).all()
@@ -84,9 +79,9 @@ def test_regions_are_the_bundles(found, flat):
     assert set(map_columns(made)) >= {"run", "kind", "feature", "x", "y", "region", "density", "importance", "tokens"}
 
 
-def test_the_page_tells_of_every_feature_as_text(found, flat, tmp_path):
+def test_the_page_tells_of_every_feature_as_text(found, tmp_path):
     pytest.importorskip("sklearn")
-    made = feature_map(found, tokens=lambda rows: [("<script>", "\x1b")] * len(rows))
+    made = feature_map(found, tokens=lambda rows: [("<script>", "\x1b")] * len(rows), umap=Flat)
     chart = map_chart(made, "map-1")
     assert sum(len(series.marks) for series in chart.panels[0].series) == 2 * (COUNT - 1)
     assert [note.text for note in chart.panels[0].notes] == ["1", "2", "3"]
@@ -100,15 +95,14 @@ def test_the_page_tells_of_every_feature_as_text(found, flat, tmp_path):
     assert (tmp_path / "map-1.png").stat().st_size > 0 and (tmp_path / "map-1.csv").stat().st_size > 0
 
 
-def test_a_crowd_is_thinned_in_the_figure_and_in_words(found, flat, monkeypatch):
+def test_a_crowd_is_thinned_in_the_figure_and_in_words(found):
     pytest.importorskip("sklearn")
-    made = feature_map(found)
-    monkeypatch.setattr("endwise.analysis.geometry.map_page.SHOWN", 40)
-    chart = map_chart(made, "map")
+    chart = map_chart(feature_map(found, umap=Flat), "map", shown=40)
     assert [len(series.marks) for series in chart.panels[0].series] == [20, 20]
     assert "Every 2. feature is shown" in chart.caption
-    monkeypatch.setattr("endwise.figures.style.CROWD", 5)
-    assert "and 15 more" in in_words(chart.panels[0])
+    (panel,) = chart.panels
+    crowd = replace(panel, series=[replace(series, marks=series.marks * 6) for series in panel.series])
+    assert CROWD == 100 and "and 20 more" in in_words(crowd)
 
 
 def test_umap_itself_lays_like_with_like(found):
@@ -132,15 +126,7 @@ def test_what_can_be_mapped(found, tmp_path):
 
 
 def test_without_the_extra_it_is_named(found, monkeypatch):
-    monkeypatch.delitem(sys.modules, "umap", raising=False)
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name == "umap":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "umap", None)  # as Python marks what cannot be imported
     with pytest.raises(ConfigError, match=re.escape("pip install 'endwise[umap]'")):
         feature_maps([found])
 

@@ -5,18 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import endwise.features.harvest.parts as parts_module
 from endwise import Corpora, Corpus, RunConfig, harvest, read_harvest, read_importance, train
 from endwise.analysis.importance.measure import measure_importance
 from endwise.cli import app
@@ -29,7 +28,9 @@ from endwise.features.harvest.co_firing import TokenSample, co_firing
 from endwise.features.harvest.firings import Firings
 from endwise.features.harvest.gathering import BINS, Gathered, Kept, bin_edges, bins_of
 from endwise.features.harvest.neuronpedia import export
+from endwise.features.harvest.parts import Parts
 from endwise.features.harvest.results import TOP
+from endwise.features.harvest.run import LONG_TEXT
 from endwise.features.harvest.slots import EMPTY, Candidates, Slots
 from endwise.features.harvest.sums import FixedPointSums, drawn
 from endwise.features.harvest.top_tokens import written
@@ -217,17 +218,20 @@ def test_importance_is_the_attributions(pair, model):
     np.testing.assert_allclose(found.column("ce_second"), expected.ce_second, rtol=1e-6, atol=1e-9)
 
 
-def test_of_a_long_text_every_second_batch_is_attributed(run, model, corpora, monkeypatch):
-    corpus = corpora.heldout
+def test_of_a_long_text_every_second_batch_is_attributed(run, model, tmp_path):
+    corpus = documents(Layout(CONTEXT, separator=0), [7] * (LONG_TEXT + 4))
     whole = harvested(run, model, corpus)
-    monkeypatch.setattr("endwise.features.harvest.run.LONG_TEXT", 1)
-    found = harvested(run, model, corpus)
-    oracle = Oracle(model, run, corpus)
-    chosen = [rows for rows in range(oracle.sequences) if rows // 4 % 2 == 0]
+    one = shutil.copytree(run, tmp_path / "run")
+    config = RunFolder(one).config()
+    one_by_one = config.evaluation.model_copy(update={"batch": 1})
+    RunFolder(one).config_file.write_text(config.model_copy(update={"evaluation": one_by_one}).to_yaml())
+    found = harvested(one, model, corpus)
+    oracle = Oracle(model, run, corpus, batch=1)
+    chosen = [*range(0, oracle.sequences, 2)]
     attribution = Attribution(oracle.sae, len(chosen), 2)
     site = model.site(SITE)
-    for start in range(0, oracle.sequences, 8):
-        rows = slice(start, start + 4)
+    for start in chosen:
+        rows = slice(start, start + 1)
         clean = model.clean(oracle.text.tokens[rows], record={site})
         attribution.add(model, clean, site, oracle.text.mask[rows])
     expected, fired = attribution.result(), oracle.c[chosen].any((0, 1))
@@ -377,18 +381,15 @@ def test_two_who_come_last_at_once_join_once(run, model, corpora, monkeypatch):
     """The second finds the parts gone: the first has joined its own with them."""
     heldout = corpora.heldout
     harvested(run, model, heldout, shards=2, shard=0)
-    joining = parts_module.Parts.joining
-    passed = []
+    acquire, passed = FileLock.acquire, []
 
-    @contextmanager
-    def overtaken(self):
-        if not passed:
+    def overtaken(self, *arguments, **named):
+        if self.lock_file.endswith(".harvest.lock") and not passed:
             passed.append(True)
             assert harvested(run, model, heldout, shards=2, shard=0) is not None
-        with joining(self):
-            yield
+        return acquire(self, *arguments, **named)
 
-    monkeypatch.setattr(parts_module.Parts, "joining", overtaken)
+    monkeypatch.setattr(FileLock, "acquire", overtaken)
     assert harvested(run, model, heldout, shards=2, shard=1) is None
     assert read_harvest(run) is not None
 
@@ -574,7 +575,7 @@ def test_bad_requests_are_refused_before_any_pass(run, model, corpora):
 
 
 def test_a_run_that_is_being_harvested_is_left_alone(run, model, corpora):
-    parts = parts_module.Parts(run, {}, 1)
+    parts = Parts(run, {}, 1)
     with parts.claimed(0), pytest.raises(RunFolderError, match="Another process"):
         harvested(run, model, corpora.heldout)
 

@@ -25,7 +25,6 @@ from endwise.analysis.importance.study import ImportanceStudy, ImportantRun, fai
 from endwise.cli import app
 from endwise.common.statistics import interval_with_seeds, resampling_weights, student_t
 from endwise.features.importance_table import Ablations, Faithfulness, FeatureImportance, MeasuredImportance
-from endwise.figures import print as printed
 from made_runs import make_run
 from small_gpt2 import data, recipe
 
@@ -290,8 +289,7 @@ def runs(model, corpora, token_files, tmp_path_factory):
     return place
 
 
-def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(printed, "DPI", 20)
+def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path):
     studies = importance([runs], ablate=4, model=model, corpora=corpora)
     assert len(studies) == 1 and [run.summary.kind for run in studies[0].runs] == ["local", "e2e"]
     arguments = ["importance", runs, "--ablate", 4, "--out", tmp_path]  # which finds them measured

@@ -1,6 +1,7 @@
 """Each of the system's errors is told with what helps against it; only a full disk is told to be freed."""
 
 import errno
+import os
 
 import pyarrow as pa
 import pytest
@@ -53,7 +54,7 @@ def error(name, path=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_a_full_disk_is_to_be_freed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "flush", raising(error(name)))
+    monkeypatch.setattr(os, "fsync", raising(error(name)))
     with pytest.raises(RunFolderError) as caught:
         write_atomic(tmp_path / "a", b"")
     told = str(caught.value)

@@ -20,7 +20,7 @@ from endwise.analysis.comparison.printed import print_evaluations, print_summary
 from endwise.common.text import model_title, printable
 from endwise.config.run import ModelConfig
 from endwise.figures.interactive import library
-from endwise.training import display as progress
+from endwise.training.display import LOG_SECONDS, Display
 from small_gpt2 import recipe
 from test_comparison import compare, three_kinds
 from test_progress import LINE
@@ -124,14 +124,14 @@ def test_a_site_and_a_model_in_the_table_of_evaluations(evaluated):
     assert f"{SAFE} of {model_title(SAFE)}, " in shown.getvalue()
 
 
-def test_progress_shows_names_as_text(monkeypatch, capsys):
-    display = progress.Display(steps=10, first=0, tokens_per_step=5, shown=True)
+def test_progress_shows_names_as_text(capsys):
+    display = Display(steps=10, first=0, tokens_per_step=5, shown=True)
     hostile = recipe(Path("unused")).model_copy(update={"site": HOSTILE})
     for folder in (Path(HOSTILE), Path("second") / HOSTILE):
         display.show(folder, hostile, LINE)
     shown, console = tables()
     console.print(display._table(5))
-    monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)
+    display._said -= LOG_SECONDS
     display.advance(5)
     display.fail(Path(HOSTILE), HOSTILE)
     for text in (shown.getvalue(), capsys.readouterr().err):

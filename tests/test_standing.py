@@ -5,6 +5,7 @@ recognised is said.
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -276,8 +277,7 @@ def test_a_change_behind_a_link_in_a_text_of_ones_own_is_noticed(place):
 
 
 def test_the_commit_of_a_data_set_of_ones_own_is_a_part_of_what_was_harvested(place, monkeypatch):
-    commits = {("org/set", None): "a" * 40, ("org/set", "b" * 40): "b" * 40}
-    monkeypatch.setattr(wish, "commit_on_hub", lambda name, revision: commits[name, revision])
+    Hub(monkeypatch).commit = "a" * 40
     recipes = DataConfig(source="org/set", revision="b" * 40)
     assert wish._content(Path("org/set"), DataConfig()) == "a" * 40
     assert wish._content(Path("org/set"), recipes) == "b" * 40
@@ -493,13 +493,15 @@ def test_another_tokenizer_is_recognised_and_the_same_one_saved_again_is_none(mo
 
 def test_the_digest_of_a_large_file_is_kept_and_made_again_when_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ENDWISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "LARGE", 0)
-    monkeypatch.setattr(digests, "SETTLED_NS", -(10**12))
-    file, read = tmp_path / "weights", []
-    monkeypatch.setattr(digests, "_read", lambda path: read.append(path) or sha256(path.read_bytes()).hexdigest())
-    for content, reads in ((b"one", 1), (b"one", 1), (b"two", 2), (b"two", 2)):
-        if not file.exists() or file.read_bytes() != content:
-            file.write_bytes(content)
-            os.utime(file, ns=(0, 0))  # whoever restores the times changes another one
-        assert digests.of_file(file) == sha256(content).hexdigest()
-        assert len(read) == reads
+    later = time.time_ns() + 2 * digests.SETTLED_NS
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    file = tmp_path / "weights"
+    for content in (b"one", b"two"):
+        with file.open("wb") as written:
+            written.write(content)
+            written.truncate(digests.LARGE)
+        os.utime(file, ns=(0, 0))  # whoever restores the times changes another one
+        assert digests.of_file(file) == sha256(file.read_bytes()).hexdigest()
+        (kept,) = (tmp_path / "cache" / "digests").iterdir()
+        kept.write_text(json.dumps(json.loads(kept.read_text()) | {"sha256": "as it is kept"}))
+        assert digests.of_file(file) == "as it is kept"

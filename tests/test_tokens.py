@@ -19,9 +19,10 @@ from endwise import embedded
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.seeds import numpy_stream
 from endwise.config.run import DataConfig
-from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading, tokenising
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading
 from endwise.tokens.corpus import Layout
 from endwise.tokens.encoding import text_ids
+from endwise.tokens.sources import ROWS_AT_ONCE
 from endwise.tokens.tokenising import documents_in
 
 WORDS = 40
@@ -37,13 +38,13 @@ class CountingTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, *arguments, **options)
 
 
-def make_tokenizer(**special):
+def make_tokenizer(kind=CountingTokenizer, **special):
     """Word `w7` has id 7."""
     vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": EOS, "<bos>": BOS, "<unk>": UNK}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokens = {"eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"} | special
-    return CountingTokenizer(tokenizer_object=backend, **{key: value for key, value in tokens.items() if value})
+    return kind(tokenizer_object=backend, **{key: value for key, value in tokens.items() if value})
 
 
 @pytest.fixture
@@ -558,17 +559,17 @@ def test_a_row_that_shares_a_document_with_held_out_rows_is_left_out_whole(tmp_p
     assert corpora.dropped == (2 if streaming else 3) and "training rows" in str(corpora)
 
 
-def test_a_stream_of_rows_is_read_on_for_those_that_are_left_out(tmp_path, load, monkeypatch):
-    monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 8)
+def test_a_stream_of_rows_is_read_on_for_those_that_are_left_out(tmp_path, load):
+    """More rows than are read at once hold as many sequences as are wanted."""
     rng = np.random.default_rng(0)
     same = rng.integers(0, WORDS, 20).tolist()  # a document in every second row
     rows = [
-        [*(same if i % 2 else rng.integers(0, WORDS, 20)), EOS, *rng.integers(0, WORDS, 3), EOS] for i in range(400)
+        [*(same if i % 2 else rng.integers(0, WORDS, 20)), EOS, *rng.integers(0, WORDS, 3), EOS] for i in range(3000)
     ]
     rows = [[int(token) for token in row[:24]] for row in rows]
     source = write_jsonl(tmp_path / "rows.jsonl", rows, "tokens")
-    corpora = load(source, streaming=True, heldout_share=0.3, context=24, model_context=24, train=24 * 50, evaluate=24)
-    assert len(corpora.train) == 50 and corpora.dropped > 5
+    corpora = load(source, streaming=True, heldout_share=0.3, context=24, model_context=24, train=24 * 900, evaluate=24)
+    assert len(corpora.train) == 900 > 0.7 * ROWS_AT_ONCE / 2 and corpora.dropped > 5
     assert all(ids[:20] != same for ids, _ in rows_of(corpora.train))
 
 
@@ -731,26 +732,40 @@ def test_a_failure_leaves_no_half_cache(tmp_path, load):
     assert not [file for file in (tmp_path / "cache" / "tokens").iterdir() if file.suffix != ".lock"]
 
 
-@pytest.mark.parametrize("at", [1, 149, 150, 151, 299])
-def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, monkeypatch, at):
-    monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 50)
-    source = write_jsonl(tmp_path / "a.jsonl", some_documents(300))
+class BreaksOff(CountingTokenizer):
+    """Ctrl-C comes as the ids of a text, counted over all calls, are taken."""
+
+    at = 0
+
+    def __call__(self, texts, **options):
+        before, encoding = self.texts, super().__call__(texts, **options)
+        return {"input_ids": Ids(encoding["input_ids"], self.at - before)}
+
+
+class Ids(list):
+    def __init__(self, ids, at):
+        super().__init__(ids)
+        self.at, self.checked = at, False
+
+    def __iter__(self):
+        for number, ids in enumerate(super().__iter__(), 1):
+            if self.checked and number == self.at:
+                raise KeyboardInterrupt
+            yield ids
+        self.checked = True  # for special tokens, before any is taken
+
+
+@pytest.mark.parametrize("at", [1, 999, 1000, 1001, 2999])
+def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, at):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(3000))
     whole = rows_of(load(source, cache=tmp_path / "whole").train)
-    add, added = tokenising.Builder._add, []
-
-    def breaks_off(self, *arguments):
-        added.append(None)
-        if len(added) == at:
-            raise KeyboardInterrupt
-        add(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenising.Builder, "_add", breaks_off)
-        with pytest.raises(KeyboardInterrupt):
-            load(source, tokenizer=make_tokenizer())
+    breaks_off = make_tokenizer(BreaksOff)
+    breaks_off.at = at
+    with pytest.raises(KeyboardInterrupt):
+        load(source, tokenizer=breaks_off)
     tokenizer = make_tokenizer()
     assert rows_of(load(source, tokenizer=tokenizer).train) == whole
-    assert tokenizer.texts == 300 - (at - 1) // 50 * 50
+    assert tokenizer.texts == 3000 - (at - 1) // ROWS_AT_ONCE * ROWS_AT_ONCE
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, load):
@@ -760,19 +775,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, load):
         load(source, cache=tmp_path / "file")
 
 
-def test_streaming_reads_what_is_needed(tmp_path, load, monkeypatch):
-    monkeypatch.setattr("endwise.tokens.tokenising.ROWS_AT_ONCE", 50)
-    documents = some_documents(2000)
+def test_streaming_reads_what_is_needed(tmp_path, load):
+    documents = some_documents(12_000)
     source = write_jsonl(tmp_path / "a.jsonl", documents)
     tokenizer = make_tokenizer()
-    few = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
-    assert 100 <= tokenizer.texts <= 300
-    assert len(few.train) == 100 and len(few.heldout) >= 20
-    many = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=400)
+    few = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=1600)
+    assert ROWS_AT_ONCE <= tokenizer.texts <= 3 * ROWS_AT_ONCE
+    assert len(few.train) == 1000 and len(few.heldout) >= 200
+    many = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=40_000, evaluate=4000)
     check_disjoint(many.train, few.heldout)
     check_disjoint(few.train, many.heldout)
     counted = tokenizer.texts
-    again = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
+    again = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=1600)
     assert tokenizer.texts == counted
     # What was read for another run changes nothing.
     assert again.describe() == few.describe() and rows_of(again.train) == rows_of(few.train)

@@ -72,12 +72,18 @@ def mapped_runs(found: Geometry) -> tuple[RunSummary, ...]:
 
 
 def feature_map(
-    found: Geometry, runs: Sequence[RunSummary] | None = None, *, tokens: Tokens | None = None, seed: int = SEED
+    found: Geometry,
+    runs: Sequence[RunSummary] | None = None,
+    *,
+    tokens: Tokens | None = None,
+    seed: int = SEED,
+    umap: Callable[..., Any] | None = None,
 ) -> FeatureMap:
     """
     Args:
         runs: the dictionaries to lay out together; None: `mapped_runs`.
         tokens: what gives the top tokens of directions, `[n d_model]`.
+        umap: lays them out, with UMAP's settings; None: `umap_class`.
 
     Raises:
         ConfigError: the extra `umap` is not installed, or there are too few features.
@@ -91,7 +97,7 @@ def feature_map(
         return found.importance.get(run.folder, np.full(run.d_sae, np.nan))
 
     directions = torch.cat([part.directions for part in parts])
-    places = _places(directions.numpy(), seed)
+    places = _places(directions.numpy(), seed, umap or umap_class())
     return FeatureMap(
         runs=chosen,
         run=np.repeat(np.arange(len(parts)), [len(part.features) for part in parts]),
@@ -104,9 +110,9 @@ def feature_map(
     )
 
 
-def _places(directions: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+def _places(directions: NDArray[np.float32], seed: int, umap: Callable[..., Any]) -> NDArray[np.float32]:
     neighbours = min(NEIGHBOURS, len(directions) - 1)
-    mapper = umap_class()(n_neighbors=neighbours, min_dist=0.05, metric="cosine", random_state=seed, n_jobs=1)
+    mapper = umap(n_neighbors=neighbours, min_dist=0.05, metric="cosine", random_state=seed, n_jobs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parts of the graph that nothing joins, which are laid out apart
         return np.asarray(mapper.fit_transform(directions), dtype=np.float32)

@@ -32,9 +32,9 @@ def write_feature_map(of: FeatureMap, out: Path, name: str) -> str:
     return div(chart) + _regions(of)
 
 
-def map_chart(of: FeatureMap, name: str) -> Chart:
-    """Figures 19 and 20; every feature tells what is known of it."""
-    step = -(-len(of.run) // SHOWN)
+def map_chart(of: FeatureMap, name: str, shown: int = SHOWN) -> Chart:
+    """Figures 19 and 20, of `shown` features at most; every one tells what is known of it."""
+    step = -(-len(of.run) // shown)
     ranks: dict[Method, int] = {}
     series = []
     for number, run in enumerate(of.runs):
