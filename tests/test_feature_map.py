@@ -101,7 +101,7 @@ def test_a_crowd_is_thinned_in_the_figure_and_in_words(found):
     assert [len(series.marks) for series in chart.panels[0].series] == [20, 20]
     assert "Every 2. feature is shown" in chart.caption
     (panel,) = chart.panels
-    crowd = replace(panel, series=[replace(series, marks=series.marks * 6) for series in panel.series])
+    crowd = replace(panel, series=tuple(replace(each, marks=each.marks * 6) for each in panel.series))
     assert CROWD == 100 and "and 20 more" in in_words(crowd)
 
 
