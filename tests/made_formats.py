@@ -47,6 +47,17 @@ def plain(act, subtracts=False, skip=False, w=W, b=B, directions=DIRECTIONS, bia
     return computed
 
 
+def centred(function):
+    """The function on the model as it is, of one on a model whose writing weights are centred."""
+
+    def computed(x):
+        mean = x.mean(-1, keepdim=True)
+        latents, output = function(x - mean)
+        return latents, output + mean
+
+    return computed
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of file."""
@@ -275,7 +286,7 @@ KINDS = {
         "e2e_sae",
         "r/samples_9.pt",
         {f"{START}.{name.replace('encoder.', 'encoder.0.')}": tensor for name, tensor in BOTH.items()},
-        plain(relu, directions=UNIT),
+        centred(plain(relu, directions=UNIT)),
         {"tlens_model_name": "gpt2-small"},
         "r/final_config.yaml",
         "r/samples_9.pt",

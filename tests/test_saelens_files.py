@@ -1,17 +1,20 @@
 """SAELens's layout, for every architecture and for transcoders: files that SAELens wrote, and files for it."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from endwise import SAE
+from endwise import SAE, LanguageModel
 from endwise.common.errors import FormatError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries import NormedSAE, ReluSAE
 from endwise.formats import FORMATS, Stored, metadata_at
+from endwise.models.sites import Site
 from rivals import rival, rivals
+from small_gpt2 import CONTEXT, VOCAB, WIDTH, small_model
 
 D, F, OUT = 6, 20, 5
 AT_RUN_TIME = ("_layer_norm", "_constant_norm")
@@ -132,3 +135,51 @@ def test_what_is_older_than_version_6_tells_where_it_belongs(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(old))
     expected = {"hook_name": "blocks.6.hook_resid_pre", "model_name": "gpt2-small", "context_size": 512}
     assert metadata_at(tmp_path) == expected | {"prepend_bos": False}
+
+
+def centred(gpt2):
+    """A GPT-2's weights as TransformerLens centres those that write to the residual stream, in place; what reads it
+    does so behind layer norms, so that the function stays.
+    """
+    gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach().clone())  # tied to what is centred
+    body = gpt2.transformer
+    writing = [body.wte.weight, body.wpe.weight]
+    for block in body.h:
+        writing += [each for part in (block.attn, block.mlp) for each in (part.c_proj.weight, part.c_proj.bias)]
+    with torch.no_grad():
+        for each in writing:
+            each -= each.mean(-1, keepdim=True)
+    return gpt2
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_mid", "blocks.3.hook_mlp_out", "blocks.0.hook_attn_out"]
+)
+def test_an_sae_of_a_centred_model_is_the_same_on_the_model_as_it_is(tmp_path, name):
+    """As TransformerLens 3.9 was seen to do: what a site has there is what it has here less each token's mean."""
+    plain, where = small_model(), Site.parse(name)
+    processed = LanguageModel(centred(deepcopy(plain.model)), None)
+    tokens = torch.randint(1, VOCAB, (6, CONTEXT), generator=torch.Generator().manual_seed(0))
+    here, there = (each.clean(tokens, {where}, True).activations[where] for each in (plain, processed))
+    assert (here.mean(-1).abs() > 0.1).any() and there.mean(-1).abs().max() < 1e-3
+    inside = ReluSAE(WIDTH, F, seed=1).requires_grad_(False)
+    told = {"model_name": "gpt2-small", "hook_name": name}
+    inside.save(tmp_path, told | {"model_from_pretrained_kwargs": {"center_writing_weights": True}})
+    sae = SAE.load(tmp_path)
+    torch.testing.assert_close(sae.encode(here).dense(), inside.encode(there).dense(), rtol=1e-4, atol=1e-3)
+    assert abs(explained(sae(here), here) - explained(inside(there), there)) < 1e-4
+    sae.save(tmp_path / "again")
+    assert torch.equal(SAE.load(tmp_path / "again")(here), sae(here))
+    cfg = json.loads((tmp_path / "again" / "cfg.json").read_text())
+    assert cfg["normalize_activations"] == "none" and cfg["metadata"]["model_from_pretrained_kwargs"]
+    torch.testing.assert_close(load_file(tmp_path / "again" / "sae_weights.safetensors")["W_enc"], inside.W_enc)
+    other = told | {"hook_name": name.replace(name.rpartition(".")[2], "mlp_in")}
+    inside.save(tmp_path, other | {"model_from_pretrained_kwargs": {"center_writing_weights": True}})
+    with pytest.warns(UserWarning, match="whether is not known at this place"):
+        assert torch.equal(SAE.load(tmp_path)(here), inside(here))
+
+
+def explained(estimate, x):
+    """Share of the variance of what the SAE reads, each token's mean taken out, that it explains."""
+    estimate, x = (each - each.mean(-1, keepdim=True) for each in (estimate, x))
+    return float(1 - (estimate - x).square().sum() / (x - x.mean((0, 1))).square().sum())

@@ -270,7 +270,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _norm_undone(self) -> "RunConfig":
         norm = getattr(self.dictionary, "normalize", "none")
-        if norm in ("layer_norm", "constant_norm_rescale") and self.written != self.site:
+        if norm in ("layer_norm", "constant_norm_rescale", "centred") and self.written != self.site:
             raise ValueError(
                 f"dictionary.normalize is {norm}, which is undone at what is read, {self.site}, but {self.written} is "
                 "written. Set dictionary.normalize to scalar or whitening, which fit both, or to none"

@@ -18,7 +18,10 @@ from endwise.common.files import expanded
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
-from endwise.formats import FORMATS, NATIVE, Layout, Stored, stored_at
+from endwise.formats import CENTRED, FORMATS, NATIVE, Layout, Stored, stored_at
+
+PROCESSING = "model_from_pretrained_kwargs"
+"""What an SAE's metadata says of how TransformerLens loads its model."""
 
 
 @contextmanager
@@ -340,6 +343,10 @@ class SAE(nn.Module, ABC):
             about["endwise"] = {**about.get("endwise", {}), "norm_limit": float(self.norm_limit)}
         of_two = {"d_out": self.d_out} if self.d_out != self.d_in else {}
         config = {"d_in": self.d_in, "d_sae": self.d_sae, **of_two, **exported.settings}
+        if config.get("normalize") == CENTRED:  # which is of the model that it belongs to, not of the file
+            del config["normalize"]
+            processed = {**(about.get(PROCESSING) or {}), "center_writing_weights": True}
+            about |= {PROCESSING: processed, "endwise": {**about.get("endwise", {}), CENTRED: True}}
         stored = Stored(exported.architecture or self.architecture, config, exported.tensors, about)
         FORMATS[format_name].write(expanded(folder), stored)
 
@@ -366,10 +373,10 @@ class SAE(nn.Module, ABC):
         """
         architecture: type[SAE] = ARCHITECTURES[stored.architecture]
         sae = architecture.from_tensors(stored.as_used(architecture.layout), stored.config)
-        if "normalize" in stored.config:
+        if stored.norm is not None:
             from endwise.dictionaries.normed import NormedSAE  # which is an SAE
 
-            sae = NormedSAE(sae, stored.config["normalize"])
+            sae = NormedSAE(sae, stored.norm)
         sae.leave_out_above(_norm_limit(stored.metadata))
         return sae.to(device).requires_grad_(False).eval()
 

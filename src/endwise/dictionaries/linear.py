@@ -42,10 +42,11 @@ class LinearConfig(DeadConfig):
     decoder_norm: Literal["unit", "free"] = "unit"
     """`unit`: each decoder row is normalised where it is used. `free`: it is used as it is, and a penalty counts each
     latent times its row's norm (Anthropic 2024, with `initialisation: transposed` and `decoder_init_norm: 0.1`)."""
-    normalize: Literal["none", "scalar", "layer_norm", "constant_norm_rescale", "whitening"] = "none"
+    normalize: Literal["none", "scalar", "layer_norm", "constant_norm_rescale", "centred", "whitening"] = "none"
     """Norm of what is read, undone at what is written: `scalar` brings the mean norm to √d, `whitening` makes all
     directions vary alike (both fitted to the first training text and saved as part of the weights); `layer_norm` and
-    `constant_norm_rescale` divide each token by its own deviation or norm (kept in the file)."""
+    `constant_norm_rescale` divide each token by its own deviation or norm (kept in the file); `centred` takes out each
+    token's mean, as of SAEs of TransformerLens's processed models."""
     skip: bool = False
     """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused of SAEs."""
 

@@ -25,7 +25,7 @@ from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
 from endwise.dictionaries.latents import Latents
 from endwise.dictionaries.linear import LinearSAE
-from endwise.formats import Layout
+from endwise.formats import CENTRED, Layout
 
 FITTED = ("scalar", "whitening")
 """Norms that are the same for all tokens."""
@@ -109,6 +109,27 @@ class PerToken(Norm):
         if self.kind == "layer_norm":
             return x.std(-1, keepdim=True)
         return x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+
+
+class Centred(Norm):
+    """of(x − mean), result + mean, the mean of a token's dimensions: what TransformerLens makes of a residual stream,
+    and of what is added to it, as it centres the weights that write there (`center_writing_weights`).
+    """
+
+    def of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        return x - x.mean(-1, keepdim=True)
+
+    def back(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return y + x.mean(-1, keepdim=True)
+
+    def target(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return y - x.mean(-1, keepdim=True)
+
+    def gradient(self, g: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        return g
+
+    def exported(self, inside: Exported, layout: Layout) -> Exported:
+        return replace(inside, settings={**inside.settings, "normalize": self.kind})
 
 
 class Affine(nn.Module):
@@ -232,7 +253,8 @@ class NormedSAE(SAE):
         super().__init__(inner.d_in, inner.d_sae, inner.d_out)
         self.inner, self.raw = inner, raw
         fitted = kind in FITTED
-        self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else PerToken(kind)
+        of_token = Centred if kind == CENTRED else PerToken
+        self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else of_token(kind)
         self.first_tokens = max(inner.first_tokens, FITTED_ON) if fitted else inner.first_tokens
         self.last_tokens, self.sparse_below = inner.last_tokens, inner.sparse_below
         self.dead_window, self.wants_gradient = inner.dead_window, inner.wants_gradient  # pyright: ignore[reportAttributeAccessIssue]

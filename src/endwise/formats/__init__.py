@@ -1,6 +1,6 @@
 """Formats of SAE files, one a file; importing one here registers it."""
 
-from endwise.formats.base import FORMATS, NATIVE, Format, Layout, Stored
+from endwise.formats.base import CENTRED, FORMATS, NATIVE, Format, Layout, Stored
 from endwise.formats.circuit_tracer import CircuitTracer
 from endwise.formats.dictionary_learning import DictionaryLearning
 from endwise.formats.e2e_sae import E2eSae
@@ -16,6 +16,7 @@ from endwise.formats.saelens import SAELens
 from endwise.formats.sparsify import Sparsify
 
 __all__ = [
+    "CENTRED",
     "FORMATS",
     "NATIVE",
     "CircuitTracer",

@@ -3,6 +3,7 @@
 A format is one file: a subclass of `Format` with a name, an instance of which `FORMATS.add` registers.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,14 @@ SKIP = {"W_skip": ("d_out", "d_in")}
 
 PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 """Norms that depend on the token, by SAELens's names."""
+
+CENTRED = "centred"
+"""Norm of an SAE whose model had its writing weights centred by TransformerLens: a token's mean over the dimensions is
+taken out, and put back."""
+_CENTRED_AT = re.compile(r"blocks\.[0-9]+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
+_LAYER_NORMED = re.compile(r"gpt-?2|gpt-?neo|gpt-?j|pythia|tinystories|(^|/)opt-", re.IGNORECASE)
+"""Models that TransformerLens centres: those whose residual stream is read behind layer norms alone, which take the
+mean out in any case. It leaves others (RMSNorm) as they are, whatever was asked for."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,23 @@ class Stored:
         return any(name in self.tensors for name in SKIP)
 
     @property
+    def norm(self) -> str | None:
+        """The norm of each token that it stands behind, of `PER_TOKEN` or `CENTRED`; None: it stands behind none."""
+        if (own := self.config.get("normalize")) is not None:
+            return own
+        own, at = self.metadata.get("endwise"), self.metadata.get("hook_name")
+        if isinstance(own, Mapping) and own.get(CENTRED) is True:
+            return CENTRED
+        known = _LAYER_NORMED.search(str(self.metadata.get("model_name"))) is not None and not self.transcodes
+        return CENTRED if self.of_centred and known and _CENTRED_AT.fullmatch(str(at)) else None
+
+    @property
+    def of_centred(self) -> bool:
+        """Whether TransformerLens was told to centre the weights of the model that it was trained on."""
+        given = self.metadata.get("model_from_pretrained_kwargs")
+        return isinstance(given, Mapping) and given.get("center_writing_weights") is True
+
+    @property
     def transcodes(self) -> bool:
         """Whether its result stands for another site than the one it reads, as its widths, tensors or metadata tell."""
         d_in, of = self.config["d_in"], self.metadata
@@ -85,12 +111,11 @@ class Stored:
 
     def rule(self, layout: Layout) -> str:
         """Return the function in symbols, by which it was read."""
-        reads = {"": "x"} | {norm: f"{norm}(x)" for norm in PER_TOKEN}
-        x = reads[self.config.get("normalize", "")]
+        x = {None: "x", CENTRED: "(x − mean of x)"}.get(self.norm, f"{self.norm}(x)")
         z = f"({x} − b_dec)·W_enc" if self.subtracts_b_dec else f"{x}·W_enc"
         latents = layout.rule.format_map(self.config) or self.architecture
         bias = " + b_enc" if "b_enc" in layout.biases else ""
-        undone = ", the norm undone" if "normalize" in self.config else ""
+        undone = ", the norm undone" if self.norm is not None else ""
         return f"z = {z}{bias}; f = {latents}; output f·W_dec + b_dec{' + x·W_skipᵀ' if self.skips else ''}{undone}"
 
     def as_used(self, layout: Layout) -> dict[str, Tensor]:

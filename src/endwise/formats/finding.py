@@ -10,6 +10,12 @@ from endwise.common.files import there_is
 from endwise.formats.base import FORMATS, NATIVE, Format, Layout, Stored
 from endwise.formats.reading import READERS
 
+_CENTRED_ELSEWHERE = (
+    "this SAE was trained on a model loaded with center_writing_weights, whose activations have their mean over the "
+    "dimensions taken out; the Hugging Face model's may have it, and whether is not known at this place of this model, "
+    "so that the SAE may read them wrongly."
+)
+
 
 def format_at(path: Path) -> tuple[Format, Path] | None:
     """The format of the SAE at a path and where it lies: there, in the path's `sae`, as in a run folder, or in the
@@ -37,19 +43,9 @@ def stored_at(path: Path, layouts: Mapping[str, Layout]) -> Stored:
     stored = form.read(place, layouts)
     if stored.architecture not in layouts:
         raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
-    _warn_of_processing(place, stored.metadata)
+    if stored.of_centred and stored.norm is None:
+        warnings.warn(f"{place}: {_CENTRED_ELSEWHERE}", stacklevel=3)
     return stored
-
-
-def _warn_of_processing(path: Path, metadata: Mapping[str, Any]) -> None:
-    """An SAE of a model whose weights TransformerLens centred reads activations that Hugging Face's model has not."""
-    given = metadata.get("model_from_pretrained_kwargs")
-    if isinstance(given, dict) and given.get("center_writing_weights"):
-        warnings.warn(
-            f"{path}: this SAE was trained on a model loaded with center_writing_weights, whose activations have their "
-            "mean over the dimensions taken out; the Hugging Face model's have it, so that the SAE reads them wrongly.",
-            stacklevel=4,
-        )
 
 
 def weights_file(path: Path) -> Path:
