@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bad_input import refused, told, write_place
+from bad_input import HOSTILE, hidden_in, refused, told, write_place
 from endwise import SAE, ReluSAE
 from endwise.evaluation.inspecting import inspect
 from endwise.formats import FORMATS, format_at, metadata_at
@@ -110,6 +110,16 @@ def test_what_cannot_be_converted_is_said(tmp_path):
         assert says in refused("convert", path, "--to", to, tmp_path / "to", code=code)
     assert "Cannot write" in refused("convert", path, "--to", "saelens", path / "ae.pt" / "to", code=5)
     assert not (tmp_path / "to").exists()
+
+
+def test_names_that_are_hostile_are_shown_plainly(tmp_path):
+    about = {"hook_name": HOSTILE, "model_name": HOSTILE * 100, "hf_hook_name": ["some"], "prepend_bos": {}, "l0": True}
+    about |= {"endwise": "some", "model_from_pretrained_kwargs": ["some"]}
+    ReluSAE(D, F).save(tmp_path, about)
+    said = told("inspect", tmp_path).stdout
+    assert not hidden_in(said) and len(said) < 1500 and "states" not in said
+    assert "A site is named" in refused("inspect", tmp_path, "--model", "embedded", code=3)
+    told("convert", tmp_path, "--to", "saelens", tmp_path / "again")
 
 
 def test_a_run_is_inspected(tmp_path):

@@ -340,13 +340,13 @@ class SAE(nn.Module, ABC):
         """
         exported, about = self.export(), dict(metadata or {})
         if self.norm_limit is not None and not self.norm_limit.isnan():
-            about["endwise"] = {**about.get("endwise", {}), "norm_limit": float(self.norm_limit)}
+            about["endwise"] = {**_section(about, "endwise"), "norm_limit": float(self.norm_limit)}
         of_two = {"d_out": self.d_out} if self.d_out != self.d_in else {}
         config = {"d_in": self.d_in, "d_sae": self.d_sae, **of_two, **exported.settings}
         if config.get("normalize") == CENTRED:  # which is of the model that it belongs to, not of the file
             del config["normalize"]
-            processed = {**(about.get(PROCESSING) or {}), "center_writing_weights": True}
-            about |= {PROCESSING: processed, "endwise": {**about.get("endwise", {}), CENTRED: True}}
+            about[PROCESSING] = {**_section(about, PROCESSING), "center_writing_weights": True}
+            about["endwise"] = {**_section(about, "endwise"), CENTRED: True}
         stored = Stored(exported.architecture or self.architecture, config, exported.tensors, about)
         FORMATS[format_name].write(expanded(folder), stored)
 
@@ -381,10 +381,15 @@ class SAE(nn.Module, ABC):
         return sae.to(device).requires_grad_(False).eval()
 
 
+def _section(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section of metadata; empty, where a file has something else there."""
+    section = metadata.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
 def _norm_limit(metadata: Mapping[str, Any]) -> float | None:
     """Read `SAE.norm_limit` from a file's metadata."""
-    own = metadata.get("endwise")
-    limit = own.get("norm_limit") if isinstance(own, Mapping) else None
+    limit = _section(metadata, "endwise").get("norm_limit")
     if limit is not None and not (isinstance(limit, float) and 0 < limit < math.inf):
         raise FormatError(
             f"metadata.endwise.norm_limit, the norm above which inputs are left out, is {limit!r:.40}, no number above "

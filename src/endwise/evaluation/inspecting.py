@@ -66,8 +66,8 @@ class Inspected:
         sae, of = self.sae, self.stored.metadata
         widths = f"width {sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} to {sae.d_out}"
         kind = "transcoder" if self.stored.transcodes else "SAE"
-        belongs = f"{self.place or 'not said'} of {of.get('model_name', 'a model that is not said')}"
-        about = [f"{name} {of[name]}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
+        belongs = f"{self.place or 'not said':.160} of {of.get('model_name', 'a model that is not said')!s:.80}"
+        about = [f"{name} {of[name]!s:.80}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
         stated = [] if self.stated_l0 is None else [f"states: L0 {self.stated_l0:g}"]
         return [
             f"{self.path}: {self.format_name}, a {self.stored.architecture} {kind} of {sae.d_sae:,} features, {widths}",
