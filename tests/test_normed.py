@@ -12,7 +12,7 @@ from endwise.common.errors import ConfigError, FormatError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.run import RunConfig
 from endwise.dictionaries import ReluSAE
-from endwise.dictionaries.normed import RIDGE, Fitted, NormedSAE, PerToken, normed
+from endwise.dictionaries.normed import RIDGE, Fitted, NormedSAE, normed
 from endwise.features.attribution import Attribution
 from endwise.features.spliced import SplicedBatch
 from rivals import rival, rivals
@@ -21,7 +21,7 @@ from test_product import FACTORS
 D, F = 8, 24
 NEEDED = {"k": 4}
 """Values for keys that an architecture may ask for."""
-FITTED, PER_TOKEN = ("scalar", "whitening"), ("layer_norm", "constant_norm_rescale")
+FITTED, PER_TOKEN = ("scalar", "whitening"), ("layer_norm", "constant_norm_rescale", "centred")
 THEIRS = [name for name in rivals("sae_lens", "inference") if name.endswith(("_layer_norm", "_constant_norm"))]
 
 
@@ -83,7 +83,7 @@ def test_a_whitening_is_symmetric_and_leaves_a_covariance_of_one():
 
 @pytest.mark.parametrize("kind", [*FITTED, *PER_TOKEN])
 def test_what_is_undone_and_its_gradient(kind):
-    norm = Fitted(kind, D, D) if kind in FITTED else PerToken(kind)
+    norm = NormedSAE(ReluSAE(D, F), kind).norm
     x = activations().double()
     norm.double()
     if isinstance(norm, Fitted):
@@ -120,7 +120,7 @@ def test_every_architecture_is_saved_as_it_is_used(name, kind, tmp_path):
         torch.testing.assert_close(read.decode(read.encode(rows)), whole, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(read.W_dec, sae.W_dec, rtol=1e-4, atol=1e-5)
     told = json.loads((tmp_path / "cfg.json").read_text())["normalize_activations"]
-    assert told == (kind if kind in PER_TOKEN else "none")
+    assert told == (kind if kind in PER_TOKEN and kind != "centred" else "none")
 
 
 @pytest.mark.parametrize("kind", FITTED)

@@ -127,7 +127,7 @@ def test_a_skip_connection_and_two_widths_behind_a_norm(norm, free):
     assert not TakenOver.of(sae, after, x, x[:, :5]).kept
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale", "centred"])
 def test_a_norm_of_each_token_is_kept_and_cannot_be_added(model, tmp_path, norm):
     NormedSAE(finished("standard"), norm).save(tmp_path / "with")
     finished("standard").save(tmp_path / "without")
