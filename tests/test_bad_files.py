@@ -224,7 +224,7 @@ def test_a_whole_checkpoint_of_another_run(run, tensors, state, says):
     changed = {name: tensor for name, tensor in {**whole.tensors, **tensors}.items() if tensor is not None}
     write_checkpoint(file, Checkpoint(changed, whole.state | state))
     message = refused("train", "--resume", run, code=6)
-    assert says in message and "Remove it to go on from the one before" in message
+    assert says in message and "Remove it to resume from the one before" in message
 
 
 @pytest.mark.parametrize(

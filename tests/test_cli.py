@@ -87,7 +87,7 @@ def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path):
     (remark,) = [line for line in said.splitlines() if "not finished" in line]
     assert remark == (
         f"{cut.out} is not finished: its numbers are those of step 7 of 20. "
-        f"Go on with: endwise train --resume '{cut.out}'"
+        f"Resume with: endwise train --resume '{cut.out}'"
     )
 
 

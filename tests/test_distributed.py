@@ -144,7 +144,7 @@ def test_when_one_dies_the_others_end_with_an_error(made, alone, tmp_path, fault
 def test_one_of_several_saes_fails_in_one_process_only(made, tmp_path, method):
     done = spread(2, HERE / "together_apart.py", tmp_path / "two", made, method, ENDWISE_TIMEOUT="60")
     assert "rank 0: Of 3 SAEs trained together 1 failed" in done.stderr, done.stderr
-    assert "failed in another process, which tells why" in done.stderr and "only here" in done.stderr
+    assert "failed in another process, which says why" in done.stderr and "only here" in done.stderr
     alone = train_together(configs(tmp_path / "one"), model=small_model(), corpora=small_corpora(made), display=False)
     for run, kind in zip(alone, KINDS, strict=True):
         ours, theirs = RunFolder(tmp_path / "two" / kind).metrics(), RunFolder(run.folder).metrics()

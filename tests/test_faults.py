@@ -77,7 +77,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(made, tmp_path, number
     (command,) = [line for line in errors.splitlines() if "--resume" in line]
     step = int(command.split("saved at step ")[1].split(".")[0])
     assert RunFolder(tmp_path / "a run").saved_steps()[-1] == step == FAULTY_STEP + 1
-    arguments = shlex.split(command.split("Go on with: endwise ")[1])
+    arguments = shlex.split(command.split("Resume with: endwise ")[1])
     assert arguments == ["train", "--resume", str(tmp_path / "a run")]
     assert end(start(*arguments))[0] == 0
     assert_same_end(tmp_path / "a run", expected_end(made, tmp_path / "whole", log_every=1).folder)

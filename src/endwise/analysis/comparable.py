@@ -127,7 +127,7 @@ def told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
 
 
 def methods_of(runs: Iterable[RunSummary]) -> list[Method]:
-    """List the methods of runs that were told apart: the presets first, as everywhere."""
+    """List the methods of runs that were kept apart: the presets first, as everywhere."""
     return sorted({run.method.key: run.method for run in runs}.values(), key=lambda method: method.place)
 
 

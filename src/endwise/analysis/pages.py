@@ -28,7 +28,7 @@ def print_sets(
     tables: Callable[[S], Iterable[Grid | str]],
     told: Callable[[S], Iterable[Grid | str]],
 ) -> None:
-    """Show of each set its tables, what must be remarked on its runs, and what they tell."""
+    """Show of each set its tables, what must be remarked on its runs, and what they show."""
     console = console or Console()
     for one in found:
         for each in tables(one):

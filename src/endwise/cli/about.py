@@ -1,4 +1,4 @@
-"""Commands that tell what there is."""
+"""Commands that say what there is."""
 
 from typing import Annotated
 

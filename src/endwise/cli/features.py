@@ -189,7 +189,7 @@ def _explain(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    """Say what it will take, ask, explain, and say what came of it."""
+    """Say what it will take, ask, explain, and report."""
     from endwise.explaining.explain import estimate_lines
     from endwise.explaining.explain import explain as run
     from endwise.explaining.explain import plan as make

@@ -36,7 +36,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[Path | None, Option(metavar="RUN", help="Resume the run in this folder.")] = None,
     from_step: Annotated[
-        int | None, Option(min=0, help="With --resume: go on from this step's checkpoint, 0 for the beginning.")
+        int | None, Option(min=0, help="With --resume: start from this step's checkpoint, 0 for the beginning.")
     ] = None,
     or_resume: Annotated[bool, Option("--or-resume", help="Resume the recipe's run if it was started before.")] = False,
     quiet: Quiet = False,

@@ -17,8 +17,8 @@ NARROW = 100
 def counting(
     what: str, total: int, display: bool, *, console: Console | None = None, every: float = LOG_SECONDS
 ) -> Iterator[Callable[[int], None]]:
-    """A function to be told how many more sequences are done: a bar on a terminal, a line now and then in a log, either
-    with the time that is left.
+    """A function to call with the number of sequences newly done: a bar on a terminal, a line now and then in a log,
+    either with the time that is left.
 
     Args:
         console: unset: stderr.

@@ -30,7 +30,7 @@ PROBE = (
     "The quick brown fox, aged 3.14159, didn't jump over 1,024 lazy dogs!\n\n\tdef f(x): return x**2  # naïve café\n"
     "Größe Ελλάδα Москва 東京 عربى 🙂 <|endoftext|> <s></s>   three spaces\r\n"
 )
-"""Encoded to tell tokenizers of one vocabulary apart."""
+"""Text encoded to distinguish tokenizers of one vocabulary."""
 
 
 def cache_folder() -> Path:

@@ -10,13 +10,13 @@
     ├── FormatError        a file is not the format it claims to be
     │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
-    └── TrainingStopped    training cannot go on; what was saved is named
+    └── TrainingStopped    training cannot continue; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
         ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
         ├── SomeFailed     some of the SAEs trained together; it carries those that finished (in `training.members`)
         ├── Interrupted    the user asked to stop; the state is saved
         ├── ProcessLost    of several processes that train one run, another is gone
-        └── ElsewhereFailed  another process failed at what all do, and tells why
+        └── ElsewhereFailed  another process failed at what all do, and says why
 
 Every message states the rule, the value given and what to do next. The command line prints the message alone, without
 a traceback, and exits with the class's `exit_code`.
@@ -84,7 +84,7 @@ class ProcessLost(TrainingStopped):
 
 
 class ElsewhereFailed(TrainingStopped):
-    def __init__(self, message: str = "It failed in another process, which tells why.") -> None:
+    def __init__(self, message: str = "It failed in another process, which says why.") -> None:
         super().__init__(message)
 
 

@@ -44,7 +44,7 @@ def size_text(size: int) -> str:
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that a new process could take: what the kernel counts as available, within the limits of the control groups
-    that this process is in. None where the system does not tell.
+    that this process is in. None where the system does not say.
 
     Args:
         root: where `proc` and `sys` lie.
@@ -91,7 +91,7 @@ def _left(folder: Path, limit: str, used: str) -> int | None:
 
 
 def resident_memory() -> int:
-    """Bytes that this process holds now; where the system does not tell, the most that it has held, or 0."""
+    """Bytes that this process holds now; where the system does not say, the most that it has held, or 0."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmRSS:"):

@@ -115,7 +115,7 @@ class World:
         """Make what is done within it fail in all processes or in none.
 
         Raises:
-            ElsewhereFailed: `what` failed in another process, which tells the reason.
+            ElsewhereFailed: `what` failed in another process, which says why.
         """
         failed: Exception | None = None
         try:
@@ -190,6 +190,6 @@ def _noticing_loss() -> Iterator[None]:
     except (RuntimeError, OSError) as error:  # each backend says it in its own words
         reason = " ".join(str(error).split())[:200]
         raise ProcessLost(
-            f"Another process of this run is gone or does not answer ({reason}). Start all of them again, to go on "
+            f"Another process of this run is gone or does not answer ({reason}). Start all of them again, to resume "
             f"from the last checkpoint; {TIMEOUT_VARIABLE} sets the seconds that a process waits for the others."
         ) from error

@@ -168,7 +168,7 @@ _RULES: tuple[Callable[[Record], str | None], ...] = (
 
 
 MARKED = ("!",)
-"""The heading of a column that says which runs there is something to be told of."""
+"""The heading of a column that says which runs have remarks."""
 
 
 def mark_of(remarks: Collection[str], marked: Collection[str] = MARKED) -> list[str]:

@@ -139,7 +139,7 @@ def _without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dic
         return values
     try:
         old, new = DictionaryConfig.chosen(section), DictionaryConfig.chosen({"architecture": name})
-    except ConfigError:  # which the recipe is refused for, unless the change mends it
+    except ConfigError:  # which the recipe is refused for, unless the change repairs it
         return values
     unused = [key for key in section if key in old.model_fields and key not in new.model_fields]
     if not unused:

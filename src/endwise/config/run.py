@@ -33,7 +33,7 @@ class ModelConfig(Config):
     """Unset: float32, whatever the checkpoint is stored in; for mixed precision on a GPU, bfloat16."""
     device: Annotated[str, EXECUTION] = "auto"
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, ..."""
-    # One function, whichever kernel computes it; a run that goes on elsewhere may have to do without one of them.
+    # One function, whichever kernel computes it; a run that is resumed elsewhere may have to do without one of them.
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"] | None, EXECUTION] = None
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False

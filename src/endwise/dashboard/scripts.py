@@ -1,6 +1,6 @@
 """Data as scripts: Chromium lets a page that was opened from a disk load scripts beside it, but fetch nothing.
 
-Every such file is one call, `endwise.receive("key", value);`, in ASCII, so that no reader needs to be told its
+Every such file is one call, `endwise.receive("key", value);`, in ASCII, so that no reader needs to know its
 encoding, and without `<`, so that nothing in it could end or open a script, wherever it is put.
 """
 

@@ -30,7 +30,7 @@ def dashboard_server(
         port: 0 for any that is free.
         again: write the site in any case.
         model: the runs' own, loaded; unset: each run's is loaded, once for all that name the same.
-        say: is told what is being done.
+        say: called with what is being done.
 
     Raises:
         EndwiseError: what `write_dashboard`, `load_model` and `DashboardServer` raise.

@@ -43,7 +43,7 @@ def write_dashboard(
         runs: run folders; features are compared across those of one model and site.
         out: the folder; unset: `dashboard/` in the run, or beside the first of several.
         memory: bytes that the search for the nearest features may hold beside the dictionaries.
-        say: is told what is being done.
+        say: called with what is being done.
 
     Returns: the page to open.
 

@@ -21,11 +21,11 @@ from endwise.tokens.encoding import text_ids
 
 MOST_TOKENS = 512
 PER_TOKEN = 20
-"""Features of a token that are told, the most active first."""
+"""Features of a token that are listed, the most active first."""
 OVER_TEXT = 60
-"""Features of the whole text that are told, by their greatest activation."""
+"""Features of the whole text that are listed, by their greatest activation."""
 PREDICTED = 6
-"""Tokens of a prediction that are told, the likeliest first."""
+"""Tokens of a prediction that are listed, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextReader:
         """Token by token, as JSON that `text.js` shows; lists have one entry per token.
 
         A position that was masked in training (BOS; on request position 0, or one of outlying norm) keeps its own
-        activation in the spliced pass, and no feature is told of it, as in every metric.
+        activation in the spliced pass, and no feature is listed for it, as in every metric.
 
         Raises:
             ConfigError: the text has no token or too many, or the model has no tokenizer.

@@ -101,7 +101,7 @@ class SAE(nn.Module, ABC):
     `W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]` are the field's names for what the
     function uses; how an architecture stores them is its own matter. An architecture is one file: a subclass that
     `ARCHITECTURES.add` registers, with the section of its settings. Where training and inference differ,
-    `self.training` tells which; buffers are running statistics, which checkpoints keep.
+    `self.training` says which; buffers are running statistics, which checkpoints keep.
     """
 
     architecture: ClassVar[str]
@@ -287,7 +287,7 @@ class SAE(nn.Module, ABC):
         """
 
     def to_train(self, config: DictionaryConfig) -> "SAE":
-        """The same function, in the form that training goes on from.
+        """The same function, in the form that training starts from.
 
         Raises:
             ConfigError: this architecture cannot be trained, or not as the settings say.

@@ -201,7 +201,7 @@ class LinearSAE(SAE):
         return [parameter for name, parameter in self.named_parameters() if name not in ("b_dec", "W_skip")]
 
     def to_train(self, config: DictionaryConfig) -> "LinearSAE":
-        """The same function, in the form that training goes on from: under unit norm, with directions that are
+        """The same function, in the form that training starts from: under unit norm, with directions that are
         normalised where they are used.
 
         A feature's latents are multiplied by the norm that its direction gives up (`rescale`), so that x̂ stays as it

@@ -1,8 +1,8 @@
 """Provenance of a run, its text, tokenizer, model's weights and the SAE it began with, compared with what is there now.
 
-When a run starts, digests of all of it are put down in its folder (`digests.json`); whoever reads a run gets model and
-text from here, and is refused what the run does not stand on. What an older run's folder does not tell is said to be
-unknown, in one line, and goes on. The digest of the SAE itself changes while it is trained: `RunFolder` keeps it.
+When a run starts, digests of all of it are kept in its folder (`digests.json`); whoever reads a run gets model and
+text from here, and is refused what the run does not stand on. What an older run's folder does not have is reported as
+unknown, in one line. The digest of the SAE itself changes while it is trained: `RunFolder` keeps it.
 """
 
 import sys
@@ -66,7 +66,7 @@ def _start_digest(start: Path) -> str:
 def check_resumed(folder: RunFolder, config: Recipe, now: Mapping[str, Any], corpora: Corpora) -> None:
     """
     Args:
-        now: what `described` tells and, of a run that starts from the beginning, `beginning`.
+        now: what `described` returns and, of a run that starts from the beginning, `beginning`.
 
     Raises:
         RunFolderError: the run was started on something else than it would resume on.
@@ -132,7 +132,7 @@ def corpora_of_runs(
     Args:
         model: `model_of` the runs.
         corpora: loaded ones to use instead; that they are not what a run was started on is said, and what is measured
-            on them tells by their digest.
+            on them finds by their digest.
         evaluation_tokens, training_tokens: how much is wanted; of the latter, no less than was trained on is there.
         side: what will be read. That the other one has changed is said.
 
@@ -238,7 +238,7 @@ def _unknown(folder: RunFolder, now: Mapping[str, Any]) -> list[str]:
 
 
 def tell_unknown(unknown: Mapping[Path, list[str]]) -> None:
-    """One line for all runs whose folders do not tell what could be compared."""
+    """One line for all runs whose folders do not hold what could be compared."""
     runs = [str(path) for path, parts in unknown.items() if parts]
     if not runs:
         return

@@ -73,7 +73,7 @@ class RunSummary:
     text: str | None = None
     """Digest of the held-out sequences that it was measured on; None: measured by a version that kept none."""
     heldout: str | None = None
-    """Fingerprint of all its held-out text, where its folder tells it."""
+    """Fingerprint of all its held-out text, where its folder has it."""
     prefixes: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     """L0 and CE increase of the first so many features alone, where an architecture means them to reconstruct alone."""
     sums: Mapping[str, Floats] | None = field(default=None, repr=False, compare=False)

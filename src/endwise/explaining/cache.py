@@ -27,7 +27,7 @@ class Answer:
 
     text: str
     tokens_in: int | None = None
-    """As the server counted them; None where it does not tell."""
+    """As the server counted them; None where it does not say."""
     tokens_out: int | None = None
 
 

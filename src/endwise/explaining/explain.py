@@ -103,7 +103,7 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
         ConfigError: a prompt or `settings.features` breaks a rule.
         RunFolderError, FormatError, DataError: see `prepare`.
     """
-    read_prompts(PURPOSES, settings.prompts)  # which costs least, so that it is told first
+    read_prompts(PURPOSES, settings.prompts)  # which costs least, so that it fails first
     prepared = prepare(list(runs), settings, say)
     return ExplainingPlan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
 

@@ -15,7 +15,7 @@ class Pace:
 
     Args:
         per_minute: starts of calls, evenly spread; None: as many as there are.
-        clock, sleep: by which time is told and passes; unset: the event loop's.
+        clock, sleep: by which time is measured and passes; unset: the event loop's.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Pace:
         return start - now
 
     def pause(self, seconds: float) -> None:
-        """No call starts within these seconds: what one was told holds for all."""
+        """No call starts within these seconds: what one was asked to wait holds for all."""
         self._not_before = max(self._not_before, self._clock() + seconds)
 
     @property

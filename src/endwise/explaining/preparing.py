@@ -21,11 +21,11 @@ from endwise.features.harvest.results import Harvest, open_harvest
 from endwise.runs.folder import RunFolder
 
 Say = Callable[[str], None]
-"""Tells the user a sentence."""
+"""Says a sentence to the user."""
 
 
 def unsaid(text: str) -> None:
-    """Tells nobody."""
+    """Says it to nobody."""
 
 
 SPARE = 2

@@ -8,7 +8,7 @@ from endwise.explaining.samples import Text
 MARKED_SHARE = 0.3
 """Share of the greatest activation in a text, above which a token is marked (as Paulo et al. 2024 have it)."""
 STRONGEST = 10
-"""Activations are told in steps from 1 to this, relative to the feature's greatest."""
+"""Activations are written in steps from 1 to this, relative to the feature's greatest."""
 
 
 def marks_of(text: Text) -> tuple[bool, ...]:

@@ -53,7 +53,7 @@ Choices = list[bool]
 
 
 def balanced_accuracy(truth: Sequence[bool], chosen: Sequence[bool]) -> float | None:
-    """Mean of the shares of true and of false items told rightly: 0 to 1, 0.5 by chance; None without both."""
+    """Mean of the shares of true and of false items judged rightly: 0 to 1, 0.5 by chance; None without both."""
     told, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
     if is_true.all() or not is_true.any():
         return None

@@ -34,7 +34,7 @@ TEXT_COLUMNS = ("explanation", "explainer", "scorer", "random_explanation")
 
 @dataclass(frozen=True)
 class Score:
-    """A balanced accuracy: the mean of the shares of positive and of negative items that were told rightly."""
+    """A balanced accuracy: the mean of the shares of positive and of negative items that were judged rightly."""
 
     value: float | None
     """0.5 is chance; None where no positive, or no negative, item was answered."""

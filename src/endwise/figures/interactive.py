@@ -1,4 +1,4 @@
-"""Figures for a page: each point tells its run. Drawn by plotly.js, which the page carries, so that it opens from a
+"""Figures for a page: each point names its run. Drawn by plotly.js, which the page carries, so that it opens from a
 file without a network; colours are the page's own style sheet's, light or dark.
 """
 
@@ -21,7 +21,7 @@ from endwise.figures.charts import Axis, Chart, Ends, Mark, Panel, Series
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 SYMBOLS |= {"P": "cross", "X": "x", "<": "triangle-left", ">": "triangle-right"}
 HOVER_WIDTH = 46
-"""Characters of a line of what a point tells; longer ones are folded."""
+"""Characters of a line of a point's text; longer ones are folded."""
 
 Json = dict[str, Any]
 

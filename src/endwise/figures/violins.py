@@ -32,7 +32,7 @@ def violin(
     of few values without its outline.
 
     Args:
-        hovers: what each value tells.
+        hovers: the text of each value.
         told: what the mean tells.
     """
     if not len(values):

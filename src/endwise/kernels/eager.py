@@ -17,7 +17,7 @@ from endwise.kernels.screen import Screen, has_fast_bfloat16
 
 PROBE_ROWS, EXCESS = 32, 1.25
 """Rows after which an encoder that is too active for sparse latents is first recognised, and by how much it must be so:
-going on to the end, only to start again the dense way, costs more than a rare wrong guess."""
+continuing to the end, only to start again the dense way, costs more than a rare wrong guess."""
 
 
 class EagerKernels(Kernels):

@@ -41,7 +41,7 @@ class LanguageModel:
         model: any `PreTrainedModel` with a language-modelling head; it is put into `eval()` and its weights frozen.
         tokenizer: needed only to read text.
         name: what run folders call it.
-        no_tokenizer: what goes on from "it has no tokenizer because", where it has none.
+        no_tokenizer: what completes "it has no tokenizer because", where it has none.
 
     Raises:
         ModelError: it holds an adapter; its weights are quantised; its blocks cannot be found, or are none; it looks
@@ -215,7 +215,7 @@ class LanguageModel:
             patch: the value to put at a site, or a function of the value found there; the first site's function is
                 applied to the clean activation.
             record: later sites whose spliced activations to keep.
-            final: whether to go on to the hidden state that enters the unembedding.
+            final: whether to continue to the hidden state that enters the unembedding.
 
         The blocks before the first site do not run, nor the part of its block that came before it. Gradients flow to
         the patches and to nothing else.

@@ -167,7 +167,7 @@ def _drop_parallel(model: Tried, clean: Clean, known: Known) -> None:
         try:
             with torch.enable_grad():
                 depends = model.replay(clean, {attention: leaf}, [mlp], final=False).activations[mlp].requires_grad
-        except FAILURES:  # of which `find_unspliceable` tells
+        except FAILURES:  # which `find_unspliceable` reports
             continue
         if not depends:
             del known.widths[middle]

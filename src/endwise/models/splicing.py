@@ -55,7 +55,7 @@ class SplicedPass:
         model: runs the tail; it may be that of the clean pass in another precision.
         site: where the value is put.
         record: later sites whose activations to keep.
-        final: whether to go on to the hidden state that enters the unembedding.
+        final: whether to continue to the hidden state that enters the unembedding.
         microbatch: sequences at a time in `in_parts` and `gradients`; None: `sequences_at_a_time`.
     """
 
@@ -104,7 +104,7 @@ class SplicedPass:
 
 
 def clean_by_tail(tail: LanguageModel, head: Clean, site: Site, record: Sequence[Site], final: bool) -> Clean:
-    """Go on from a clean pass with the model that runs the spliced one, so that its rounding is on both sides.
+    """Continue a clean pass with the model that runs the spliced one, so that its rounding is on both sides.
 
     Args:
         head: recorded the site, where `tail` takes over.

@@ -78,7 +78,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
 
 
 def check(experiments: Experiments) -> None:
-    """Makes every recipe once, so that a rule that one of them breaks is told of before anything long.
+    """Makes every recipe once, so that a rule that one of them breaks is reported before anything long.
 
     Raises:
         ConfigError: see `RunConfig`.

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with the tensors; the counters as JSON, and a checksum of both, in its header.
 
-A checkpoint holds all that a run goes on from: the *raw* decoder (training on from unit columns would be a different
+A checkpoint holds all that a run is resumed from: the *raw* decoder (training on from unit columns would be a different
 run), the optimiser's moments, the states of the random generators and every counter. Nothing in it can execute code.
 """
 
@@ -93,7 +93,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
 
 
 def check_fits(checkpoint: Checkpoint, own: Mapping[str, Tensor], steps: int) -> None:
-    """Verifies that a checkpoint, whole as it may be, is one of the run that is to go on from it.
+    """Verifies that a checkpoint, whole as it may be, is one of the run that is to be resumed from it.
 
     Args:
         own: the run's tensors by their names in a checkpoint, the optimiser's aside.
@@ -123,4 +123,4 @@ def _kind(tensor: Tensor | None) -> str:
 
 
 def _does_not_fit(reason: str) -> FormatError:
-    return FormatError(f"The checkpoint is none of this run's: {reason}. Remove it to go on from the one before.")
+    return FormatError(f"The checkpoint is none of this run's: {reason}. Remove it to resume from the one before.")

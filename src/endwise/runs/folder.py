@@ -8,7 +8,7 @@ digests.json                    what tells all that the run stands on, and its S
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
-checkpoints/                    what training goes on from (raw weights, optimiser, random generators, counters)
+checkpoints/                    what training is resumed from (raw weights, optimiser, random generators, counters)
 places/                         in place of `sae/`, of several places: each has a run folder there
 part.json                       in such a folder: which run trains it
 evaluation.json                 metrics on held-out text
@@ -110,7 +110,7 @@ class RunFolder:
         """
         if self.has_run():
             raise RunFolderError(
-                f"{self.path} holds a run already. Go on with it (--resume), remove it, or set out=ANOTHER_FOLDER."
+                f"{self.path} holds a run already. Resume it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
         if there_is(self.path) and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
@@ -153,7 +153,7 @@ class RunFolder:
             write_json(self.digests_file, {"seed": config.seed, **digests})
 
     def note_start(self, record: Mapping[str, Any]) -> None:
-        """Put down, beside what was, what is measured before the first step."""
+        """Keep, beside what was, what is measured before the first step."""
         before = read_json(self.start_file) if self.start_file.exists() else {}
         write_json(self.start_file, {**before, "seed": self.config().seed, **record})
 
@@ -166,7 +166,7 @@ class RunFolder:
         return read_json(self.digests_file) if self.digests_file.exists() else {}
 
     def note_weights(self, *, whole: bool) -> None:
-        """Puts down the digest of the SAE's weights; or, before they are written, that nothing can be said of them."""
+        """Keeps the digest of the SAE's weights; or, before they are written, that they have none yet."""
         digests = {key: value for key, value in self.digests().items() if key != "sae"}
         write_json(self.digests_file, digests | ({"sae": of_file(weights_file(self.sae))} if whole else {}))
 
@@ -192,7 +192,7 @@ class RunFolder:
         """Read that of the training (`train`) or held-out text (`heldout`), see `Corpus.fingerprint`; None: unknown.
 
         Raises:
-            RunFolderError, FormatError: `data.json` is there, but does not tell it as it is written.
+            RunFolderError, FormatError: `data.json` is there, but does not hold it as it is written.
         """
         if not self.data_file.exists():
             return None
@@ -279,7 +279,7 @@ class RunFolder:
         return self.metrics_file.stat().st_size
 
     def cut(self, step: int, position: int) -> None:
-        """Drops what was written after a checkpoint (later ones too), which a run that goes on from it writes again.
+        """Drops what was written after a checkpoint (later ones too), which a run that is resumed from it writes again.
 
         Args:
             position: what `position` was at the checkpoint.
@@ -291,7 +291,7 @@ class RunFolder:
         if size < position:
             raise RunFolderError(
                 f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: lines of before are "
-                "missing. Restore it, or go on from an earlier step (--from-step, 0 for the beginning)."
+                "missing. Restore it, or resume from an earlier step (--from-step, 0 for the beginning)."
             )
         for later in self.saved_steps():
             if later > step:

@@ -1,6 +1,6 @@
 """Trackers: whoever listens to a run gets the lines of its folder, as they are written.
 
-The run folder is the truth, and trackers mirror it: one that fails is told once and left out, and training goes on.
+The run folder is the truth, and trackers mirror it: one that fails is reported once, and training continues without.
 A tracker is one file: a class with the methods of `Tracker`, registered by `TRACKERS.add("its name")`, and named in a
 recipe's `trackers`.
 """
@@ -29,8 +29,8 @@ class Tracker(Protocol):
 
         Args:
             folder: holds all lines of before, for a tracker that was not there.
-            step: the step of the checkpoint that the run goes on from. Lines of later steps that were sent before are
-                void: they were cut from the folder, and come again.
+            step: the step of the checkpoint that the run is resumed from. Lines of later steps that were sent before
+                are void: they were cut from the folder, and come again.
         """
         ...
 
@@ -87,7 +87,7 @@ class Mirror(AbstractContextManager["Mirror"]):
         self._each(lambda tracker: tracker.line(name, record))
 
     def ended(self, status: Status) -> None:
-        """Tell the end, after which nothing is heard."""
+        """Report the end, after which nothing is heard."""
         self._each(lambda tracker: tracker.ended(status))
         self._listening = {}
 
@@ -105,7 +105,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 act(tracker)
             except Exception as error:  # noqa: BLE001  Whatever it is, the run does not depend on it.
                 del self._listening[name]
-                told = f"The tracker {name} failed and hears no more of this run, which goes on: {_told(error)}"
+                told = f"The tracker {name} failed and hears no more of this run, which continues: {_told(error)}"
                 print(printable(told), file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,7 @@ class Engine(Protocol):
     """Carries out tasks.
 
     What a task has done lies in its run folders, which every place that an engine uses must see; so a task that was
-    lost is simply given out again, and goes on from there.
+    lost is simply given out again, and resumes from there.
     """
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:

@@ -37,8 +37,8 @@ class Assignment:
     threads: int
 
     def __call__(self) -> list[Outcome] | None:
-        """Carries out the task. Told that its time is nearly over (or that it is preempted, where SLURM tells so by the
-        same signal), it saves before submitit queues it again.
+        """Carries out the task. At the signal that its time is nearly over (or, where SLURM sends it, that it is
+        preempted), it saves before submitit queues it again.
         """
         near_the_end = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
         requeue: Any = signal.getsignal(near_the_end)

@@ -105,7 +105,7 @@ class Remote(ABC):
                 if stop_asked():
                     self._stop()
                     raise Interrupted(
-                        "Stopped as asked; what was in training is saved. The same command goes on from there."
+                        "Stopped as asked; what was in training is saved. The same command resumes from there."
                     )
 
     def close(self) -> None:

@@ -195,7 +195,7 @@ class Worker:
                 for path in (folder_of(config), *place_folders(folder_of(config), config)):
                     RunFolder(path).evaluation_file.unlink(missing_ok=True)
             self.train(configs, **loads, resume="if_started", display=False)
-        except SomeFailed as some:  # each failure as its run would tell it alone
+        except SomeFailed as some:  # each failure as its run would report it alone
             places = {path: config for config in configs for path in place_folders(folder_of(config), config)}
             told: dict[Path, list[str]] = {}
             for failure in some.failures:

@@ -148,7 +148,7 @@ class Watch:
             self._tell(f"failed: {outcome.folder}: {outcome.error}")
 
     def failed(self, point: Point, error: str) -> None:
-        """Tells of a point that fails without a run of its own."""
+        """Reports a point that fails without a run of its own."""
         self._tell(f"failed: {point}: {error}")
 
     def _tell(self, text: str) -> None:
@@ -214,7 +214,7 @@ class Watch:
 
 
 def seconds_left(runs: Sequence[RunStatus], elapsed: float, to_come: Sequence[Recipe] = ()) -> float | None:
-    """Wall-clock to the end, if what is left costs per token what runs of its kind cost so far, and if as many go on
+    """Wall-clock to the end, if what is left costs per token what runs of its kind cost so far, and if as many run
     side by side, with as much time between them, as did in the seconds that have elapsed. None: nothing to go by.
     """
     spent: dict[str, tuple[float, int]] = {}

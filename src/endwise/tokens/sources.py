@@ -402,7 +402,7 @@ def _hub_documents(
 
 
 def commit_on_hub(name: str, revision: str | None) -> str | None:
-    """The commit that a data set's revision is at now; where the hub cannot be asked, the last that it told this cache;
+    """The commit that a data set's revision is at now; where the hub cannot be asked, the last that this cache knows;
     None: there is none, and what is kept goes by the name alone.
     """
     if revision is not None and _COMMIT.fullmatch(revision):

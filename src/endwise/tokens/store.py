@@ -68,8 +68,8 @@ def open_store(source: TextSource, encoding: Encoding, payload: int, cache: Path
                 raise DataError(f"Cannot keep tokenised text in {cache}. {error}") from error
             advice = remedy(error, "set data.cache to another folder")
             raise DataError(
-                f"Cannot keep tokenised text in {cache} ({reason(error)}). {advice} What is there already is gone on "
-                "with."
+                f"Cannot keep tokenised text in {cache} ({reason(error)}). {advice} What is kept there is used "
+                "next time."
             ) from error
     if stored.info["largest"] >= encoding.vocab_size:
         raise outside_vocabulary(source.name, stored.info["largest"], encoding)
@@ -118,7 +118,7 @@ def _suffices(info: dict[str, Any], quota: Quota | None) -> bool:
 
 
 def _build(source: TextSource, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> _Stored:
-    """Builds the store; one that holds too little is where it goes on from."""
+    """Builds the store; one that holds too little is where it resumes from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     if _load(folder) is not None and not partial.exists():
         copy = partial.with_suffix(".copy")

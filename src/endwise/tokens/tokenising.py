@@ -38,7 +38,7 @@ BLOCK = 1 << 22
 WINDOW = 16
 """Tokens that decide a content-defined cut, and the least number in which a fragment of a stream is compared."""
 KEPT_EVERY = 1 << 24
-"""Tokens after which what is done is put down, so that a killed process loses no more than them."""
+"""Tokens after which what is done is saved, so that a killed process loses no more than them."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new attempt at a source that was lost."""
 TOKENS, ENDS, HASHES, INFO = "tokens.npy", "ends.npy", "hashes.npy", "info.json"
@@ -201,7 +201,7 @@ class Builder:
         self._joined, self._counted = joined, counted
 
     def _keep(self, file: BinaryIO, exhausted: bool) -> None:
-        """Puts down what is done so far, so that it can be used, or resumed."""
+        """Saves what is done so far, so that it can be used, or resumed."""
         file.seek(0)
         _write_header(file, self._encoding.dtype, self._written)
         file.seek(0, os.SEEK_END)
@@ -343,7 +343,7 @@ def lasting(source: TextSource, console: Console) -> Iterator[Document]:
             if attempts == len(PAUSES):
                 raise SourceLost(
                     f"{source.name} was lost after {given:,} documents, and did not come back in {attempts} attempts "
-                    f"over {sum(PAUSES):g} seconds ({error}) What was tokenised is kept: start again, to go on from "
+                    f"over {sum(PAUSES):g} seconds ({error}) What was tokenised is kept: start again, to resume from "
                     "there, once it can be read."
                 ) from None
             told = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."

@@ -168,7 +168,7 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
                 continue
             except ProcessLost:
                 raise
-            except Exception:  # noqa: BLE001  Each is measured alone below, and tells what is wrong with it.
+            except Exception:  # noqa: BLE001  Each is measured alone below, and says what is wrong with it.
                 pass
         prepared.group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 

@@ -1,4 +1,4 @@
-"""SAEs trained side by side: what belongs to each, and how one that cannot go on leaves the others to it."""
+"""SAEs trained side by side: what belongs to each, and how one that fails leaves the others to train."""
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ from endwise.training.trainee import Trainee
 
 
 class _Recorded:
-    """A finished run's record, as a reader is told of it."""
+    """A finished run's record, as a reader needs it."""
 
     record: Mapping[str, Any]
 
@@ -182,7 +182,7 @@ class Member:
         return self.trainee.step == self.trainee.total_steps
 
     def save(self) -> None:
-        """Writes the SAE as it is used, and what training goes on from.
+        """Writes the SAE as it is used, and what training is resumed from.
 
         Raises:
             NotFinite: a number was not finite at some step since the last report; nothing is written.
@@ -268,7 +268,7 @@ class Group:
         self.text: Mapping[str, Any] = {}
         """Measurements of the text, made beforehand (`text_check`)."""
         self.shown: Display | None = None
-        """Tells of failures and has the time; there while training runs."""
+        """Display that reports failures and has the time; there while training runs."""
 
     def each(self, act: Callable[[Member], None], members: Iterable[Member] | None = None) -> None:
         """Does each member's own part of something, for all of them or those given; one that fails at it leaves.
@@ -289,7 +289,7 @@ class Group:
         self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
 
     def end(self, member: Member, error: Exception, whole: bool = True) -> None:
-        """Saves a member that cannot go on, tells of it at once, and lets it go.
+        """Saves a member that cannot continue, reports it at once, and lets it go.
 
         Args:
             whole: its weights are those of a whole step; if not, what was last saved of it stays.
@@ -330,7 +330,7 @@ class Group:
             raise error
 
     def agree(self, world: World, stop: bool = False) -> bool:
-        """Lets go of those that failed in another process, so that all processes go on with the same; whether any
+        """Lets go of those that failed in another process, so that all processes continue with the same; tells if any
         process was asked to stop.
 
         Raises:
@@ -348,8 +348,8 @@ class Group:
         return self.members[0].trainee.device
 
     def save_what_can_be(self) -> str:
-        """Saves every member's last good state, where it can be written, for when an error ends them all; tells what
-        came of it.
+        """Saves every member's last good state, where it can be written, for when an error ends them all; says what
+        was saved.
         """
         saved: list[str] = []
         for member in self.members:
@@ -385,11 +385,11 @@ class Group:
         """The commands that take every member up again, and what had ended the others."""
         commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
         failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""
-        return f"Go on with: {commands}{failed}"
+        return f"Resume with: {commands}{failed}"
 
 
 def _release(error: Exception) -> None:
-    """Puts down an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
+    """Keeps an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
     error.add_note("".join(format_exception(error)))
     error.__traceback__ = error.__context__ = error.__cause__ = None
 

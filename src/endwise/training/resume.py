@@ -36,7 +36,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             "(docs/configuration.md marks them)."
         )
     if config.out != kept.out:
-        raise ConfigError("out: a run goes on in its own folder. Move the folder itself, and resume it there.")
+        raise ConfigError("out: a run is resumed in its own folder. Move the folder itself, and resume it there.")
     return config.model_copy(update={"out": path})
 
 
@@ -55,7 +55,7 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
         for member in group.members
         if member.folder.has_run()
     }
-    for member in group.members:  # only now that all can go on is anything changed
+    for member in group.members:  # only now that all can be resumed is anything changed
         if member.folder.path in started:
             member.folder.cut(member.trainee.step, started[member.folder.path])
             member.seconds_before = member.folder.seconds()
@@ -94,7 +94,9 @@ def _latest_of_all(group: Group) -> int:
     saved = [set(member.folder.saved_steps()) for member in group.members]
     common = max(set.intersection(*saved), default=0)
     if not common and any(saved):
-        raise RunFolderError("The runs stand at different steps and cannot go on together; resume each on its own.")
+        raise RunFolderError(
+            "The runs stand at different steps and cannot be resumed together; resume each on its own."
+        )
     return common
 
 
@@ -159,7 +161,7 @@ def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint
         found = f"The one before it, of step {before}, is whole" if before else "No other one is whole"
         where = "there" if before else "the beginning"
         command = f"endwise train --resume {shlex.quote(str(folder.path))} --from-step {before}"
-        raise FormatError(f"{error} {found}; go on from {where} with: {command}") from None
+        raise FormatError(f"{error} {found}; resume from {where} with: {command}") from None
 
 
 def _latest_whole(folder: RunFolder, step: int) -> int:

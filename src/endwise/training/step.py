@@ -34,8 +34,8 @@ def take_step(
     Args:
         batch: with several processes, this one's share of it.
         tail: the model that runs everything after the sites (`tail_model`); unset: `model` itself.
-        failed: told of an error in one trainee's own part, with whether its weights are still those of the step before;
-            that trainee takes no further part in the step. Unset: the error is raised.
+        failed: called with an error in one trainee's own part, and whether its weights are still those of the step
+            before; that trainee takes no further part in the step. Unset: the error is raised.
 
     Raises:
         ProcessLost: another process is gone; every trainee's weights are those of the step before.

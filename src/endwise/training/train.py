@@ -36,12 +36,12 @@ def train(
         config: a recipe: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
         model: a loaded model to use instead of the recipe's.
         corpora: loaded token sequences to use instead of the recipe's.
-        resume: go on from the last checkpoint of the run in the recipe's folder, which on a CPU ends in the same bits
+        resume: start from the last checkpoint of the run in the recipe's folder, which on a CPU ends in the same bits
             as if it had never stopped. `if_started`: start it, unless it is there already.
-        from_step: go on from the checkpoint of this step instead, 0 for the beginning; what came after is done again.
+        from_step: start from the checkpoint of this step instead, 0 for the beginning; what came after is done again.
 
     Raises:
-        EndwiseError: the recipe breaks a rule (before any training), or training cannot go on (after saving).
+        EndwiseError: the recipe breaks a rule (before any training), or training cannot continue (after saving).
     """
     if isinstance(config, str | Path):
         recipe = read_recipe(find_recipe(str(config)))
@@ -65,7 +65,7 @@ def train_together(
     """Trains several SAEs of one model on the same batches; each ends as if it had been trained alone.
 
     The recipes may differ in site, dictionary, objective, seed, folder and in the optimiser's settings, not in the
-    model, the data, `training.tokens` or `training.batch`. One that cannot go on (a number is not finite, its folder
+    model, the data, `training.tokens` or `training.batch`. One that cannot continue (a number is not finite, its folder
     cannot be written, its own part runs out of memory) is saved and left behind; the others train to their end.
 
     Raises:

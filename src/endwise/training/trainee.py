@@ -31,7 +31,7 @@ DEAD_SHARE = 20
 LEFT_OUT = "left_out"
 """Share of a step's tokens that count in the batch which is left out for its norm (`SAE.norm_limit`)."""
 UNCHECKED = ("optimizer.", "random.cuda.")
-"""A checkpoint's tensors that a run which goes on from it may not have yet, or has more or fewer of."""
+"""A checkpoint's tensors that a run that is resumed from it may not have yet, or has more or fewer of."""
 
 
 Met = tuple[AnyWidth, AnyWidth]
@@ -328,7 +328,7 @@ class Trainee:
         return [values.get(coefficient_of(name), weight) * values[name] for name, weight in weights.items()]
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that training goes on from. The place in the data and in the schedule is the step."""
+        """Everything that training is resumed from. The place in the data and in the schedule is the step."""
         weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         optimizer = optimizer_tensors(self.optimizer, self.sae)
         state = {
@@ -367,7 +367,7 @@ def _weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def all_or_none(saes: Sequence[SAE]) -> AbstractContextManager[None]:
-    """Within it, what fails in one process fails in all, where one of the dictionaries goes on to sums over them."""
+    """Within it, what fails in one process fails in all, where one of the dictionaries then sums over them."""
     world = next((sae.world for sae in saes if sae.world.size > 1 and sae.sums_as_it_learns), None)
     return nullcontext() if world is None else world.together("a pass of training")
 

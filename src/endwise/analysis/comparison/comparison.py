@@ -127,7 +127,7 @@ def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> S
 
 
 def summarise_folders(runs: Sequence[RunSummary], **about: Any) -> Summary:
-    """As `summarise`, with the baselines that the first run's folder tells."""
+    """As `summarise`, with the baselines in the first run's folder."""
     baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
     ablated = {f"{name}_ce": baselines.get(name) for name in ("mean_ablated", "zero_ablated")}
     return summarise(runs, clean_ce=baselines.get("clean", math.nan), **ablated, **about)

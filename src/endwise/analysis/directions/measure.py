@@ -41,7 +41,7 @@ VERSION = 1
 ABLATED_TOKENS = 8192
 """Held-out tokens on which directions are ablated, one tail pass a direction."""
 SMALL = 256
-"""Up to this width all directions are ablated unless told otherwise."""
+"""Up to this width all directions are ablated unless asked otherwise."""
 TOP = 64
 """Above it, this many of the first directions, and as many of the others."""
 SAME_VARIANCE = 1e-6
@@ -147,7 +147,7 @@ def _settings(
     with_starts: bool,
     heldout: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """All that a run's numbers follow from, as far as its folder tells."""
+    """All that a run's numbers follow from, as far as its folder has it."""
     if not weights_file(path / "sae").exists():
         raise RunFolderError(f"{path} holds no trained SAE yet; train it first: endwise train --resume {path}")
     data_file = RunFolder(path).data_file

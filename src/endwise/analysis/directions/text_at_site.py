@@ -1,4 +1,4 @@
-"""The activations of held-out text at one site, batch by batch, with position 0 and document starts told apart."""
+"""The activations of held-out text at one site, batch by batch, with position 0 and document starts kept apart."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

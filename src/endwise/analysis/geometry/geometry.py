@@ -150,7 +150,7 @@ def geometry(
         importance: of a run folder what each feature is worth, or None where that is not known; unset:
             `measured_importance`.
         memory: bytes that a search for nearest directions may hold beside the dictionaries themselves.
-        say: told what is compared next.
+        say: called with what is compared next.
 
     Raises:
         RunFolderError: there is no run, or one was not measured yet.

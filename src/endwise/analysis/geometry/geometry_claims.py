@@ -51,7 +51,7 @@ def claims(found: Geometry) -> list[Claim]:
     by_name = {(each.name, each.a, each.b): each for each in differences(found)}
 
     def judge(claim: str, published: str | None, sign: int, *names: tuple[str, Method, Method]) -> Claim:
-        """Tell a control where there is one; it decides nothing, for claim and measure are the paper's."""
+        """Name a control where there is one; it decides nothing, for claim and measure are the paper's."""
         name, a, b = names[0]
         parts, control = [by_name[each] for each in names], by_name.get((f"{name}{EQUALLY_MANY}", a, b))
         known = [*parts] if control is None or control.interval is None else [*parts, control]

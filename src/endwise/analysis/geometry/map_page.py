@@ -33,7 +33,7 @@ def write_feature_map(of: FeatureMap, out: Path, name: str) -> str:
 
 
 def map_chart(of: FeatureMap, name: str, shown: int = SHOWN) -> Chart:
-    """Figures 19 and 20, of `shown` features at most; every one tells what is known of it."""
+    """Figures 19 and 20, of `shown` features at most; every one with what is known of it."""
     step = -(-len(of.run) // shown)
     ranks: dict[Method, int] = {}
     series = []

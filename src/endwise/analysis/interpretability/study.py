@@ -228,7 +228,7 @@ def _untestable(chosen: Sequence[ScoreDifference], at: At) -> str | None:
             if beyond is not None and beyond.low <= 0:
                 return (
                     f"explanations of {side.summary.method.label} score no better than another feature's "
-                    f"({each.name} {bracketed(beyond, '+.3f')}): they tell nothing that could be compared"
+                    f"({each.name} {bracketed(beyond, '+.3f')}): they hold nothing that could be compared"
                 )
     return None
 

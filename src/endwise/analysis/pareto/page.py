@@ -183,7 +183,7 @@ def _parts(one: Pareto, figures: str) -> list[str]:
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
     """Show `ratio_rows`: the figure with its interval, or why there is none; both ends of the range, and the range; the
-    intervals over text and over seeds alone. The site is told where there are several.
+    intervals over text and over seeds alone. The site is named where there are several.
     """
     cells, rows = [], list(rows)
     several = len({row["site"] for row in rows}) > 1

@@ -186,7 +186,7 @@ class Gathered:
             getattr(self, name).merge(getattr(other, name))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, to go on from."""
+        """All of it, to resume from."""
         found = {"histogram": self.histogram, "greatest": self.greatest, "counts": self.counts}
         for name in _PARTS:
             found |= {f"{name}.{part}": tensor for part, tensor in getattr(self, name).tensors().items()}

@@ -67,7 +67,7 @@ def harvest(
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
             the spliced pass forward and backward besides; of a text of more than `LONG_TEXT` batches in every second.
         shards, shard: read only this one (from 0) of so many even parts of the text. Who comes last joins them all.
-            The processes of `torchrun` are the shards of one harvest, without being told.
+            The processes of `torchrun` are the shards of one harvest by themselves.
         again: harvest whatever was harvested before.
         model, corpora: loaded ones to use instead of the recipes'.
         save_seconds: between two savings of what is gathered; 0: after every batch.
@@ -213,7 +213,7 @@ class _Group:
                             self.runs[path].parts.save(self.request.shard, gathered[path], number + 1)
                 if asked_to_stop():
                     again = f"endwise harvest {shlex.join(map(str, self.runs))}"
-                    raise Interrupted(f"Stopped; what was gathered is saved. Go on with the same command: {again}")
+                    raise Interrupted(f"Stopped; what was gathered is saved. Resume with the same command: {again}")
         return gathered
 
     def _sequences_of(self, batches: range) -> int:
