@@ -5,12 +5,9 @@ often as they were, is Pearson's of their average ranks, and these follow from t
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from endwise.common.errors import DataError
-from endwise.common.statistics import Interval, percentile_interval, resampling_weights
-
-Floats = NDArray[np.float64]
+from endwise.common.statistics import Floats, Interval, percentile_interval, resampling_weights
 
 LEAST = 4
 """Points of a correlation."""

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from endwise.analysis.correlations import spearman
 from endwise.common.seeds import numpy_stream
+from endwise.common.statistics import Floats
 from endwise.evaluation.summary import RunSummary
 
 RESAMPLES, SEED = 1000, 12345
 _CHUNK = 4 << 20
 """Counts that are held at a time."""
-
-Floats = NDArray[np.float64]
 
 
 def stream(run: RunSummary) -> np.random.Generator:

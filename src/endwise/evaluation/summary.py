@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.remarks import gathered, remarks_on
-from endwise.common.statistics import resampled_ratio
+from endwise.common.statistics import Floats, resampled_ratio
 from endwise.config.method import Knob, Method
 from endwise.config.places import Recipe
 from endwise.config.run import RunConfig
@@ -24,7 +23,6 @@ from endwise.runs.several import joint_with
 
 _LAYER = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
-Floats = NDArray[np.float64]
 Seeds = tuple[int, int]
 """Seeds of the SAE's first weights, and of the order of the training text."""
 
@@ -83,32 +81,8 @@ class RunSummary:
     @classmethod
     def of(cls, config: RunConfig, evaluation: Evaluation, seconds: float, folder: Path | str) -> "RunSummary":
         """The summary of a trained and measured run."""
-        metrics = evaluation.metrics
-        return cls(
-            method=Method.of(config),
-            site=config.place,
-            knob=Knob.of(config),
-            seed=config.seed,
-            l0=evaluation["l0"],
-            alive=evaluation.alive,
-            alive_tokens=evaluation.tokens,
-            d_sae=evaluation.d_sae,
-            ce_increase=evaluation["ce_increase"],
-            kl=evaluation["kl"],
-            explained_variance=evaluation["explained_variance.per_token"],
-            downstream_mse=_group(metrics, "downstream_mse."),
-            downstream_cosine=_group(metrics, "downstream_cosine."),
-            tokens=config.training.tokens,
-            seconds=seconds,
-            folder=str(folder),
-            explained_variances=_group(metrics, "explained_variance."),
-            intervals={name: (interval.low, interval.high) for name, interval in metrics.items()},
-            **_origin(config),
-            text=evaluation.text,
-            prefixes=_prefixes(_group(metrics, "prefix_l0."), _group(metrics, "prefix_ce_increase.")),
-            remarks=tuple(evaluation.remarks),
-            sums=evaluation.sums,
-        )
+        more = {"method": Method.of(config), "seconds": seconds, "folder": str(folder), "sums": evaluation.sums}
+        return cls._from(config, evaluation.to_json(), **more)
 
     @classmethod
     def read(cls, path: Path) -> "RunSummary":
@@ -123,38 +97,42 @@ class RunSummary:
         if measured is None:
             raise RunFolderError(f"{path} was not measured yet. Measure it: endwise evaluate {shlex.quote(str(path))}")
         try:
-            explained = measured["explained_variance"] if isinstance(config, RunConfig) else {}
-            return cls(
-                method=method_of(path, config),
-                site=config.place,
-                knob=Knob.of(config),
-                seed=config.seed,
-                l0=measured["l0"],
-                alive=measured["alive"],
-                alive_tokens=measured["alive_tokens"],
-                d_sae=measured["d_sae"],
-                ce_increase=measured["ce_increase"],
-                kl=measured["kl"],
-                explained_variance=explained.get("per_token", math.nan),
-                downstream_mse=measured["downstream_mse"],
-                downstream_cosine=measured.get("downstream_cosine", {}),
-                tokens=config.training.tokens,
-                seconds=seconds_of(path),
-                folder=str(path),
-                explained_variances=explained,
-                intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
-                **_origin(config),
-                text=measured.get("text"),
-                heldout=folder.fingerprint("heldout"),
-                prefixes=_prefixes(measured.get("prefix_l0", {}), measured.get("prefix_ce_increase", {})),
-                remarks=tuple(remarks_on(measured)),
-                sums=read_sums(path),
-            )
+            more = {"seconds": seconds_of(path), "heldout": folder.fingerprint("heldout"), "sums": read_sums(path)}
+            return cls._from(config, measured, method=method_of(path, config), folder=str(path), **more)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"{folder.evaluation_file} is not as it is written ({error!r}). Measure the run again: "
                 f"endwise evaluate {shlex.quote(str(path))}"
             ) from None
+
+    @classmethod
+    def _from(cls, config: Recipe, measured: Mapping[str, Any], **more: Any) -> "RunSummary":
+        """
+        Args:
+            measured: as `evaluation.json` has it.
+            more: the fields that are not of it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not as it is written.
+        """
+        named = ("l0", "alive", "alive_tokens", "d_sae", "ce_increase", "kl", "downstream_mse")
+        explained = measured["explained_variance"] if isinstance(config, RunConfig) else {}
+        return cls(
+            site=config.place,
+            knob=Knob.of(config),
+            seed=config.seed,
+            **{name: measured[name] for name in named},
+            explained_variance=explained.get("per_token", math.nan),
+            downstream_cosine=measured.get("downstream_cosine", {}),
+            tokens=config.training.tokens,
+            explained_variances=explained,
+            intervals={name: (low, high) for name, (low, high) in measured["intervals"].items()},
+            **_origin(config),
+            text=measured.get("text"),
+            prefixes=_prefixes(measured.get("prefix_l0", {}), measured.get("prefix_ce_increase", {})),
+            remarks=tuple(remarks_on(measured)),
+            **more,
+        )
 
     @property
     def kind(self) -> str:
@@ -275,10 +253,6 @@ def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str |
     if any(not np.array_equal(count, counts[0]) for count in counts):
         return "the runs were not measured on the same held-out sequences"
     return "one held-out sequence cannot be resampled" if len(counts[0]) < 2 else None
-
-
-def _group(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): metric.estimate for name, metric in metrics.items() if name.startswith(prefix)}
 
 
 def _prefixes(l0: Mapping[str, float], ce_increase: Mapping[str, float]) -> dict[int, tuple[float, float]]:

@@ -5,7 +5,7 @@ Which features are explained is said as `all`, `random:N`, `top:N`, or numbers a
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -114,9 +114,8 @@ class PreparedRun:
     def first(self, count: int, order: Sequence[int]) -> "PreparedRun":
         """Only the first `count` features of an order."""
         kept = set(order[:count])
-        samples = tuple(each for each in self.samples if each.feature in kept)
-        random = tuple(each for each in self.random if each.feature in kept)
-        return PreparedRun(self.run, self.harvest, self.writer, samples, random, self.left_out)
+        samples, random = (tuple(s for s in each if s.feature in kept) for each in (self.samples, self.random))
+        return replace(self, samples=samples, random=random)
 
 
 def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[PreparedRun]:

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from endwise.common.errors import FormatError
 from endwise.common.files import expanded
 from endwise.common.remedies import unreadable
+from endwise.common.statistics import Floats
 from endwise.common.tensor_files import write_tensors
 
 IMPORTANCE_FILE = "importance.safetensors"
 
-Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from endwise.analysis.over_seeds import interval_columns
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio, with_intervals
 from endwise.common.statistics import InterpolationError, Interval, interpolate_at
 from endwise.config.objective import Kind
@@ -69,15 +70,13 @@ class CostPoint:
         return with_intervals(ratio, draws, ratios)
 
     def to_row(self) -> dict[str, Any]:
-        variant, ce = self.variant, self.ce_increase
+        variant = self.variant
         return {
             "kind": variant.kind,
             "way": WAYS[variant.way],
             "variant": variant.label,
             "training_tokens": variant.tokens,
-            "ce_increase": None if ce is None else ce.estimate,
-            "ce_increase.low": None if ce is None else ce.low,
-            "ce_increase.high": None if ce is None else ce.high,
+            **interval_columns("ce_increase", self.ce_increase),
             "seeds": len(self.by_seed),
             "reason": self.reason,
         }

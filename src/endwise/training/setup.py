@@ -21,7 +21,7 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.fields import differing, shared
 from endwise.config.method import Knob
 from endwise.config.places import PlacesConfig, Recipe
-from endwise.config.run import RunConfig
+from endwise.config.run import RunConfig, TrainingConfig
 from endwise.dictionaries import SAE
 from endwise.dictionaries.normed import normed, taken_over
 from endwise.evaluation.provenance import naming_relative, pinned, tell
@@ -173,20 +173,28 @@ def _claimed(config: Recipe, world: World, claims: ExitStack, resume: Resume) ->
     return folder
 
 
-def _steps(configs: Sequence[Recipe], context: int) -> int:
-    """The number of steps; checks that one step and one evaluation get whole sequences."""
-    training = configs[0].training
+def steps_of(training: TrainingConfig, context: int) -> int:
+    """
+    Raises:
+        ConfigError: `training.tokens` are fewer than one step takes.
+    """
     per_step = training.batch * context
     if training.tokens < per_step:
         raise ConfigError(
             f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
             f"(training.batch {training.batch} × context {context}). Raise the one or lower the others."
         )
+    return training.tokens // per_step
+
+
+def _steps(configs: Sequence[Recipe], context: int) -> int:
+    """The number of steps; checks that one evaluation gets whole sequences too."""
+    steps = steps_of(configs[0].training, context)
     for config in configs:
         for key in ("tokens", "during_training_tokens"):
             if (tokens := getattr(config.evaluation, key)) < context:
                 raise ConfigError(f"evaluation.{key} is {tokens}, but one sequence alone has {context}. Raise it.")
-    return training.tokens // per_step
+    return steps
 
 
 def model_for(config: Recipe) -> LanguageModel:

@@ -42,19 +42,11 @@ def print_together(
         alone: each place's own evaluation.
     """
     console = console or Console()
+    forms = {"l0": ".1f", "ce_increase": "+.3f", "explained_variance.per_token": ".3f"}
     rows = []
     for place, among in evaluation.places.items():
-        own = alone[place]
-        rows.append(
-            (
-                place,
-                f"{own['l0']:.1f}",
-                f"{own['ce_increase']:+.3f}",
-                f"{own['explained_variance.per_token']:.3f}",
-                f"{among.metrics['l0'].estimate:.1f}",
-                f"{among.metrics['explained_variance.per_token'].estimate:.3f}",
-            )
-        )
+        own = [f"{alone[place][name]:{form}}" for name, form in forms.items()]
+        rows.append((place, *own, *(f"{among.metrics[n].estimate:{forms[n]}}" for n in forms if n != "ce_increase")))
     show(Grid(("place", "L0", "CE increase", "EV", "L0 among all", "EV among all"), rows), console)
     increase, bounds = evaluation.metrics["ce_increase"], evaluation.baselines
     show(

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from endwise.analysis.directions.text_at_site import SiteBatch, TextAtSite
 from endwise.common.axes import Activation
 from endwise.common.errors import DataError
-from endwise.common.statistics import CONFIDENCE, Interval, resampling_weights
-
-Floats = NDArray[np.float64]
+from endwise.common.statistics import CONFIDENCE, Floats, Interval, resampling_weights
 
 NOTHING = 1e-12
 """A direction with less than this share of the variance is one that the model never writes to, and has no numbers."""

@@ -24,7 +24,7 @@ from endwise.analysis.directions.norms import Norms
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds, with_error
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
-from endwise.common.statistics import Interval, error_of
+from endwise.common.statistics import Floats, Interval, error_of
 from endwise.config.method import PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary, Seeds
 from endwise.models.language_model import LanguageModel
@@ -237,9 +237,6 @@ def contrast(
         dropped=over_seeds(dropped, CORRELATION),
         dropped_given_variance=over_seeds(dropped_given, CORRELATION),
     )
-
-
-Floats = NDArray[np.float64]
 
 
 def _of_seed(run: RunDirections, other: RunDirections, at: NDArray[np.intp], weights: Floats) -> tuple[Floats, ...]:

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from endwise.analysis.geometry.geometry import Geometry, Similarity, at_common_seeds
 from endwise.analysis.over_features import RESAMPLES, resampled_means, resampled_quantiles, stream
 from endwise.analysis.over_seeds import OverSeeds, with_error
-from endwise.common.statistics import Interval, Numbers, percentile_interval, text_error
+from endwise.common.statistics import Floats, Interval, Numbers, percentile_interval, text_error
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, Seeds
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,13 @@ from endwise.analysis.geometry.geometry import Geometry, Importance
 from endwise.analysis.geometry.similarity import mean_over_seeds
 from endwise.analysis.over_features import RESAMPLES, counts, resampled_means, resampled_spearman, stream
 from endwise.analysis.over_seeds import OverSeeds
-from endwise.common.statistics import Interval, percentile_interval
+from endwise.common.statistics import Floats, Interval, percentile_interval
 from endwise.evaluation.summary import RunSummary
 
 THRESHOLD = 0.7
 """At which a feature counts as found again, unless another is given."""
 THRESHOLDS = tuple(round(0.02 * i, 2) for i in range(51))
 STABLE = 0.5
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

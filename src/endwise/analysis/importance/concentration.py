@@ -8,10 +8,8 @@ from numpy.typing import NDArray
 from endwise.analysis.correlations import LEAST, interval_of, resampled_points
 from endwise.analysis.importance.faithfulness import CARRIED
 from endwise.analysis.over_seeds import RATIO, OverSeeds, over_seeds, with_error
-from endwise.common.statistics import CONFIDENCE, Interval, resampling_weights, student_t
+from endwise.common.statistics import CONFIDENCE, Floats, Interval, resampling_weights, student_t
 from endwise.features.importance_table import Faithfulness, FeatureImportance
-
-Floats = NDArray[np.float64]
 
 RESAMPLES, SEED = 1000, 12345
 HALF = 0.5

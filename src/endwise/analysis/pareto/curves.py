@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable, in_order, methods_of
 from endwise.analysis.comparison.comparison import Summary, summarise_folders
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
-from endwise.common.statistics import LEAST_SEEDS, InterpolationError, interpolate_at, interval_over_seeds, log_spaced
+from endwise.common.statistics import (
+    LEAST_SEEDS,
+    Floats,
+    InterpolationError,
+    interpolate_at,
+    interval_over_seeds,
+    log_spaced,
+)
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, resampled
 
@@ -27,9 +33,6 @@ GRID = 40
 RESAMPLES, SEED = 1000, 12345
 AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """Pairs that are drawn against each other: x, y."""
-
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

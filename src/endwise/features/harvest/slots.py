@@ -10,6 +10,8 @@ from torch import Tensor
 EMPTY = torch.iinfo(torch.int64).min
 """The key of a slot in which nothing is."""
 FULL = torch.iinfo(torch.int64).max
+_KEPT = ("keys", "sequences", "positions", "activations")
+"""Numbers of a firing that a slot keeps, besides the activations around it."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +65,11 @@ class Slots:
     def merge(self, other: "Slots") -> None:
         """Takes from another table whatever belongs here."""
         feature, slot = (other.keys > EMPTY).nonzero().unbind(1)
-        place = (feature, slot)
-        self.offer(
-            Candidates(
-                feature,
-                other.keys[place],
-                other.sequences[place],
-                other.positions[place],
-                other.activations[place],
-                lambda some: other.windows[feature[some], slot[some]],
-            )
-        )
+        kept = {name: getattr(other, name)[feature, slot] for name in _KEPT}
+        self.offer(Candidates(feature, **kept, windows=lambda some: other.windows[feature[some], slot[some]]))
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "sequences", "positions", "activations", "windows")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_KEPT, "windows")}
 
     def settle(self) -> None:
         """To be called once `tensors` were filled."""
@@ -94,9 +86,7 @@ class Slots:
         return numbers[kept], ranks[kept]
 
     def _put(self, features: Tensor, slots: Tensor, given: Candidates, numbers: Tensor) -> None:
-        place = (features, slots)
-        self.keys[place] = given.keys[numbers]
-        self.sequences[place] = given.sequences[numbers].to(torch.int32)
-        self.positions[place] = given.positions[numbers].to(torch.int32)
-        self.activations[place] = given.activations[numbers]
-        self.windows[place] = given.windows(numbers)
+        for name in _KEPT:
+            own = getattr(self, name)
+            own[features, slots] = getattr(given, name)[numbers].to(own.dtype)
+        self.windows[features, slots] = given.windows(numbers)

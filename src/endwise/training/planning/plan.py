@@ -37,7 +37,7 @@ from endwise.training.planning.flops import (
     sparse_flops,
 )
 from endwise.training.planning.memory_trace import Held
-from endwise.training.setup import default_folder
+from endwise.training.setup import default_folder, steps_of
 
 PROCESS = "process"
 CUDA_CONTEXT = 1 << 29
@@ -64,18 +64,10 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Held):
     """A part of the run, at the moment at which it holds most."""
 
     name: str
-    during: str
-    """The part that is computed then."""
-    parts: Mapping[str, int]
-    """Bytes."""
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -186,13 +178,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
             f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
         )
     dry_run = DryRun(config, _device(config, memory), training.batch // processes)
-    per_step = training.batch * dry_run.context
-    if training.tokens < per_step:
-        raise ConfigError(
-            f"training.tokens is {training.tokens}, but one step alone takes {per_step} "
-            f"(training.batch {training.batch} × context {dry_run.context}). Raise the one or lower the others."
-        )
-    steps = training.tokens // per_step
+    steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
     flops, sparse = _flops(dry_run, per_step)
     checkpoint, sae = dry_run.file_sizes()
@@ -212,7 +198,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         d_model=max(sae.d_in for sae in dry_run.saes),
         d_sae=sum(sae.d_sae for sae in dry_run.saes),
         parameters=_parameters(dry_run),
-        stages=tuple(Stage(name, held.during, held.parts) for name, held in stages.items()),
+        stages=tuple(Stage(held.parts, held.during, name) for name, held in stages.items()),
         checkpoint_bytes=checkpoint,
         sae_bytes=sae,
         flops=flops,
