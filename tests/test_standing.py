@@ -400,7 +400,7 @@ def test_a_relative_path_that_leads_to_other_text_is_said_to_be_one(place, monke
 
 def test_what_memory_can_be_saved_by_in_a_run_that_was_started_can_be_done(place):
     told = str(out_of_memory(MemoryError(), "endwise train --resume run training.microbatch=1"))
-    assert "up again with `endwise train --resume run training.microbatch=1`" in told
+    assert "Resume this one with `endwise train --resume run training.microbatch=1`" in told
     whole = train(one_recipe(Path("on"), Path("whole")), display=False)
     config = RunFolder(Path("run")).config()
     training = config.training.model_copy(update={"microbatch": 1, "accumulation": 2})

@@ -92,7 +92,7 @@ def out_of_memory(error: BaseException, command: str | None = None) -> OutOfMemo
     """An allocation's failure as an error that says what to do; None for any other error.
 
     Args:
-        command: what takes the run up again in less memory.
+        command: what resumes the run in less memory.
     """
     told = " ".join(str(error).split())
     if not (isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told):
@@ -101,5 +101,5 @@ def out_of_memory(error: BaseException, command: str | None = None) -> OutOfMemo
         f"Out of memory ({told[:200] or 'MemoryError'}). Lower training.microbatch (the spliced pass, which e2e spends "
         "most on) or raise training.accumulation (all activations), neither of which changes what is learnt. A new "
         "run may also have a smaller training.batch or dictionary.size, or fewer SAEs that train together. endwise "
-        "plan shows what takes how much." + (f" Take this one up again with `{command}`." if command else "")
+        "plan shows what takes how much." + (f" Resume this one with `{command}`." if command else "")
     )

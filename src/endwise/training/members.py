@@ -382,7 +382,7 @@ class Group:
         return runs
 
     def how_to_go_on(self) -> str:
-        """The commands that take every member up again, and what had ended the others."""
+        """The commands that resume every member, and what had ended the others."""
         commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
         failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""
         return f"Resume with: {commands}{failed}"

@@ -7,7 +7,7 @@ from endwise.training.joint import AnyTrainee
 
 
 def command_in_less_memory(trainee: AnyTrainee, folder: str, context: int, *, shared: bool) -> str | None:
-    """The command that takes a run up again in less memory; None: its passes hold one sequence each already.
+    """The command that resumes a run in less memory; None: its passes hold one sequence each already.
 
     Args:
         context: tokens per sequence.
