@@ -24,7 +24,7 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
     steps = config.training.tokens // (config.training.batch * context)
     if step >= steps:
         return None
-    return f"{path} is not finished: its numbers are those of step {step} of {steps}. Resume it: {resuming(path)}"
+    return f"{path} is not finished: its numbers are those of step {step} of {steps}. Resume with: {resuming(path)}"
 
 
 def named(config: Recipe) -> dict[str, Any]:
