@@ -46,8 +46,8 @@ def assert_same_end(run, other):
         assert name.startswith("random.python") or torch.equal(kept.tensors[name], tensor), name
 
 
-def interrupt_at(step, configs, model, corpora):
-    train_with(acting(stopping(step, signal.SIGTERM)), configs, model, corpora)
+def interrupt_at(step, configs, model, corpora, **request):
+    train_with(acting(stopping(step, signal.SIGTERM)), configs, model, corpora, **request)
 
 
 CASES = {
@@ -261,12 +261,10 @@ def test_a_refused_start_touches_nothing_below_it(model, corpora, tmp_path):
     assert other.read_text() == "being written"
 
 
-def test_time_goes_on_where_it_was(model, corpora, tmp_path, monkeypatch):
+def test_time_goes_on_where_it_was(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", log_every=1)
-    interrupt_at(monkeypatch, 9)
     with pytest.raises(Interrupted):
-        train(config, model=model, corpora=corpora, display=False)
-    monkeypatch.undo()
+        interrupt_at(9, [config], model, corpora)
     before = RunFolder(tmp_path / "run").seconds()
     train(config, model=model, corpora=corpora, display=False, resume=True)
     lines = [json.loads(line) for line in RunFolder(tmp_path / "run").timings_file.read_text().splitlines()]
@@ -275,12 +273,10 @@ def test_time_goes_on_where_it_was(model, corpora, tmp_path, monkeypatch):
     assert lines[10]["seconds"] > before > 0
 
 
-def test_starting_or_going_on_is_one_command(model, corpora, tmp_path, monkeypatch):
+def test_starting_or_going_on_is_one_command(model, corpora, tmp_path):
     config = recipe(tmp_path / "run")
-    interrupt_at(monkeypatch, 5)
     with pytest.raises(Interrupted):
-        train(config, model=model, corpora=corpora, display=False, resume="if_started")
-    monkeypatch.undo()
+        interrupt_at(5, [config], model, corpora, resume="if_started")
     with pytest.raises(RunFolderError, match=r"holds a run already.*--resume"):
         train(config, model=model, corpora=corpora, display=False)
     run = train(config, model=model, corpora=corpora, display=False, resume="if_started")

@@ -879,12 +879,15 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
 
 @TRACKERS.add("stops")
 class Stops:
-    """Presses Ctrl-C at a line of metrics."""
+    """Presses Ctrl-C once, at a line of metrics."""
+
+    pressed = False
 
     def started(self, config, folder, step): ...
 
     def line(self, name, record):
-        if name == "metrics" and record["step"] == 3:
+        if name == "metrics" and record["step"] == 6 and not Stops.pressed:
+            Stops.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
 
     def ended(self, status): ...
@@ -893,6 +896,7 @@ class Stops:
 def test_the_command_is_stopped_and_says_how_to_go_on(made, tmp_path):
     config = small_sweep(made, tmp_path / "out", {"seed": [0, 1]})
     (tmp_path / "mine.yaml").write_text(config.to_yaml())
+    Stops.pressed = False
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "mine.yaml"), "trackers=[stops]"])
     assert result.exit_code == 130
     assert "Traceback" not in result.output and "the same command resumes" in result.stderr

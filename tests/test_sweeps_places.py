@@ -18,7 +18,7 @@ from endwise.sweeps.tables import print_rows
 from endwise.sweeps.tasks import Worker, is_finished, tasks_of
 from endwise.sweeps.watching import RunStatus
 from small_sweeps import COEFFICIENT, small_recipe
-from test_sweeps import here, never, stop_at
+from test_sweeps import Stops, here, never
 
 pytestmark = pytest.mark.usefixtures("models_outlined_once")
 SITES = ["blocks.1.hook_resid_pre", "blocks.3.hook_resid_pre"]
@@ -159,15 +159,12 @@ def test_curves_are_of_all_together_and_of_each_place(whole):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_ctrl_c_and_the_same_command_again(made, whole, tmp_path, monkeypatch, joint):
-    config = small_sweep(made, tmp_path / "stopped", {COEFFICIENT: [0.3, 1.0]}, changes={"joint": joint})
-    stop_at(monkeypatch, 6)
-    if joint:
-        monkeypatch.undo()
-        stop_joint_at(monkeypatch, 6)
+def test_ctrl_c_and_the_same_command_again(made, whole, tmp_path, joint):
+    grid, Stops.pressed = {COEFFICIENT: [0.3, 1.0]}, False
+    config = small_sweep(made, tmp_path / "stopped", grid, changes={"joint": joint})
+    stopped = small_sweep(made, tmp_path / "stopped", grid, changes={"joint": joint, "trackers": ["stops"]})
     with pytest.raises(Interrupted, match="Stopped as asked"):
-        sweep(config, display=False)
-    monkeypatch.undo()
+        sweep(stopped, display=False)
     assert [each.passes for each in survey(config)] == [1, 2]
     again = sweep(config, display=False)
     assert not again.failures
@@ -177,24 +174,6 @@ def test_ctrl_c_and_the_same_command_again(made, whole, tmp_path, monkeypatch, j
             assert part.evaluation_file.read_bytes() == other.evaluation_file.read_bytes()
         assert RunFolder(folder).evaluation() == RunFolder(theirs).evaluation()
     assert sweep(config, display=False, engine=here(train=never, measure=never)).runs == again.runs
-
-
-def stop_joint_at(monkeypatch, step):
-    """As `stop_at`, where the step is taken of several places at once."""
-    import os
-    import signal
-
-    from endwise.training.joint import JointTrainee
-
-    plain, asked = JointTrainee.finish_step, []
-
-    def stopped(self, *arguments):
-        if self.step == step and not asked:
-            asked.append(step)
-            os.kill(os.getpid(), signal.SIGINT)
-        plain(self, *arguments)
-
-    monkeypatch.setattr(JointTrainee, "finish_step", stopped)
 
 
 def test_what_was_measured_with_other_weights_is_measured_again(made, tmp_path):
