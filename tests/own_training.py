@@ -30,8 +30,15 @@ class Act:
 
 
 def stopping(step, number=signal.SIGINT):
-    """Ctrl-C, or another signal, in the midst of a step."""
-    return Act("finish_step", step, lambda _: os.kill(os.getpid(), number))
+    """Ctrl-C, or another signal, in the midst of a step; once, of however many trainees."""
+    pressed = []
+
+    def press(_trainee):
+        if not pressed:
+            pressed.append(number)
+            os.kill(os.getpid(), number)
+
+    return Act("finish_step", step, press)
 
 
 def raising(error):
