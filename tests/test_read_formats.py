@@ -254,6 +254,8 @@ WRITTEN = [
     ],
     ("gemma-scope", "standard", False, site("hook_resid_post"), "gemma-scope-2b-pt-res/layer_3"),
     ("gemma-scope", "jumprelu", False, MLP, "gemma-scope-2b-pt-transcoders/layer_3"),
+    ("gemma-scope-2", "standard", False, site("attn.hook_z"), "s"),
+    ("gemma-scope-2", "jumprelu", True, MLP | {"model_name": "google/gemma-3-1b-pt", "stated_l0": 60.0}, "s"),
 ]
 
 
@@ -298,6 +300,11 @@ def test_what_is_written_has_their_names(tmp_path):
         ("dictionary_learning", lambda: finished("topk", True), "no such transcoder"),
         ("dictionary_learning", lambda: NormedSAE(ReluSAE(D, F), "layer_norm"), "no norm of each token"),
         ("gemma-scope", lambda: finished("topk"), "would be topk"),
+        ("gemma-scope-2", lambda: finished("topk"), "would be topk"),
+        ("gemma-scope-2", lambda: finished("jumprelu"), "has places of hook_resid_post, .* this one is None"),
+        ("gemma-scope", lambda: NormedSAE(finished("jumprelu"), "centred"), "a norm of each token"),
+        ("dictionary_learning", lambda: NormedSAE(finished("jumprelu"), "centred"), "no norm of each token"),
+        ("sparsify", lambda: NormedSAE(finished("topk"), "centred"), "no topk with a norm of each token"),
         ("openai", lambda: finished("topk"), "openai is read and not written"),
     ],
 )

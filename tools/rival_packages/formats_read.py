@@ -20,6 +20,7 @@ WRITTEN = {
     "sparsify": ("topk",),
     "dictionary_learning": ("standard", "gated", "topk", "jumprelu", "batchtopk"),
     "gemma-scope": ("standard", "jumprelu"),
+    "gemma-scope-2": ("standard", "jumprelu"),
 }
 """Architectures that endwise writes in each format."""
 
@@ -37,7 +38,9 @@ def make(folder: Path) -> int:
     for form, architectures in WRITTEN.items():
         for name in architectures:
             path = folder / "written" / f"{form}-2b-pt-res_{name}"
-            finished(name).save(path, {"hook_name": "blocks.3.hook_resid_post"}, format_name=form)
+            finished(name).save(
+                path, {"hook_name": "blocks.3.hook_resid_post", "model_name": "google/gemma-3-1b-pt"}, format_name=form
+            )
             paths[path.name] = (form, path)
     for name, (form, path) in paths.items():
         with warnings.catch_warnings():

@@ -123,8 +123,8 @@ def _told(path: Path, stored: Stored) -> dict[str, Any]:
     activation = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(stored.architecture)
     if match is None:
         raise FormatError(f"{path.name!r:.80}: a layer of circuit-tracer's is written to layer_<number>.safetensors.")
-    if activation is None or "normalize" in stored.config:
-        what = f"{stored.architecture}{' with a norm of each token' if 'normalize' in stored.config else ''}"
+    if activation is None or stored.norm is not None:
+        what = f"{stored.architecture}{' with a norm of each token' if stored.norm is not None else ''}"
         raise FormatError(f"circuit-tracer has transcoders of standard, topk and jumprelu alone, and no {what:.80}.")
     if stored.config.get("d_out", stored.config["d_in"]) != stored.config["d_in"]:
         raise FormatError("circuit-tracer's transcoders write as wide as they read; this one does not.")

@@ -99,7 +99,7 @@ class DictionaryLearning(Format):
 
     def write(self, path: Path, stored: Stored) -> None:
         name = _WRITTEN.get(stored.architecture)
-        if name is None or stored.transcodes or "normalize" in stored.config:
+        if name is None or stored.transcodes or stored.norm is not None:
             what = "transcoder" if stored.transcodes else stored.architecture
             raise FormatError(
                 f"dictionary_learning has {', '.join(_WRITTEN)} alone, which write what they read and have no norm of "

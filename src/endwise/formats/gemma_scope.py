@@ -51,7 +51,7 @@ class GemmaScope(Format):
         return assembled(file, "jumprelu", taken(file, found, _NAMES), layouts, metadata=about, transcodes=transcodes)
 
     def write(self, path: Path, stored: Stored) -> None:
-        if stored.architecture not in ("standard", "jumprelu") or stored.skips or "normalize" in stored.config:
+        if stored.architecture not in ("standard", "jumprelu") or stored.skips or stored.norm is not None:
             raise FormatError(
                 f"Gemma Scope has features above thresholds alone (standard, jumprelu), without a skip connection or a "
                 f"norm of each token; {path} would be {stored.architecture:.80}. Write it in another format."

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from endwise.common.files import there_is
+import torch
+
+from endwise.common.errors import FormatError
+from endwise.common.files import there_is, write_json
+from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import Format, Layout, Stored, added
 from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
 
@@ -44,6 +48,27 @@ class GemmaScope2(Format):
             told_by="w_enc",
         )
 
+    def write(self, path: Path, stored: Stored) -> None:
+        if stored.architecture not in ("standard", "jumprelu") or stored.norm is not None:
+            raise FormatError(
+                f"Gemma Scope 2 has features above thresholds alone (standard, jumprelu) and no norm of each token; "
+                f"{path} would be {stored.architecture:.80}. Write it in another format."
+            )
+        about = stored.metadata
+        reads = _module(path, about.get("hook_name"))
+        writes = _module(path, about.get("hook_name_out", about.get("hook_name")))
+        tensors = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
+        if stored.subtracts_b_dec:
+            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+        tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
+        written = {theirs: tensors[ours] for theirs, ours in _NAMES.items()}
+        written |= {SKIP: tensors["W_skip"].mT} if stored.skips else {}
+        write_tensors(path / WEIGHTS_FILE, written, {})
+        model, l0 = about.get("model_name"), about.get("stated_l0")
+        config = told(model_name=model, l0=l0, hf_hook_point_out=None if writes == reads else writes)
+        own = {"architecture": "jump_relu", "width": stored.config["d_sae"], "affine_connection": stored.skips}
+        write_json(path / CONFIG_FILE, {**own, "hf_hook_point_in": reads, **config})
+
     def weights(self, path: Path) -> Path:
         return path / WEIGHTS_FILE
 
@@ -60,6 +85,29 @@ class GemmaScope2(Format):
             model_name=_model(config.get("model_name")),
             stated_l0=float(l0) if isinstance(l0, int | float) and type(l0) is not bool else None,
         )
+
+
+_MODULES = {
+    "hook_resid_post": "output",
+    "hook_mlp_out": "post_feedforward_layernorm.output",
+    "mlp_in": "pre_feedforward_layernorm.output",
+    "attn.hook_z": "self_attn.o_proj.input",
+}
+
+
+def _module(path: Path, site: Any) -> str:
+    """Return the module path of a site.
+
+    Raises:
+        FormatError: the format has none for it.
+    """
+    block, _, part = str(site).removeprefix("blocks.").partition(".")
+    if not block.isdecimal() or part not in _MODULES:
+        raise FormatError(
+            f"{path}: Gemma Scope 2 has places of {', '.join(_MODULES)} alone, and this one is {site!r:.80} "
+            "(metadata.hook_name, hook_name_out). Write it in another format."
+        )
+    return f"model.layers.{block}.{_MODULES[part]}"
 
 
 def _model(name: Any) -> str | None:

@@ -52,8 +52,8 @@ class Sparsify(Format):
         )
 
     def write(self, path: Path, stored: Stored) -> None:
-        if stored.architecture != "topk" or "normalize" in stored.config:
-            what = f"{stored.architecture}{' with a norm of each token' if 'normalize' in stored.config else ''}"
+        if stored.architecture != "topk" or stored.norm is not None:
+            what = f"{stored.architecture}{' with a norm of each token' if stored.norm is not None else ''}"
             raise FormatError(f"sparsify has topk alone, and no {what:.80}. Write {path} in another format.")
         d_in, d_sae = stored.config["d_in"], stored.config["d_sae"]
         if stored.config.get("d_out", d_in) != d_in:
