@@ -48,6 +48,12 @@ def test_what_a_dictionary_cannot_have_is_one_line(made, tmp_path, name, command
     assert told in " ".join(said.split()) and "Traceback" not in said
 
 
+def test_a_target_above_the_number_of_features_is_one_line(made, tmp_path):
+    objective = {"kind": "local", "sparsity": {"target_l0": 41}}
+    said = " ".join(refused(tmp_path, made, "train", objective=objective).split())
+    assert "objective.sparsity.target_l0 is 41, more than the 40 features there are. Lower it, or raise" in said
+
+
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"

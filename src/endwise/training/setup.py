@@ -305,6 +305,12 @@ def new_trainee(
     objective = objective or build_objective(config.objective, model, place.writes)
     d_sae = config.dictionary.features(width)
     _check_memory(width, d_sae)
+    sparsity = config.objective.sparsity
+    if sparsity is not None and (sparsity.target_l0 or 0) > d_sae:
+        raise ConfigError(
+            f"objective.sparsity.target_l0 is {sparsity.target_l0:g}, more than the {d_sae} features there are. Lower "
+            "it, or raise dictionary.size."
+        )
     if config.init_from is None:
         sae = new_dictionary(config, model, place)
     else:
