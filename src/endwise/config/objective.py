@@ -156,7 +156,7 @@ class ObjectiveConfig(Config):
 
     @property
     def is_steered(self) -> bool:
-        """Whether λ follows a target."""
+        """True where λ follows a target."""
         return self.sparsity is not None and self.sparsity.target_l0 is not None
 
     @property

@@ -21,7 +21,7 @@ from endwise.dictionaries.latents import Latents
 from endwise.formats import CENTRED, FORMATS, NATIVE, Layout, Stored, stored_at
 
 PROCESSING = "model_from_pretrained_kwargs"
-"""What an SAE's metadata says of how TransformerLens loads its model."""
+"""Key of an SAE's metadata for how TransformerLens loads its model."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ root mean square, that is taken for rounding of another order of sums."""
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a file says."""
+    """Contents of a file, as it says itself."""
 
     path: Path
     format_name: str
@@ -58,7 +58,7 @@ class Inspected:
 
     @property
     def bos(self) -> bool:
-        """Whether it was trained on sequences that start with BOS."""
+        """True where it was trained on sequences that start with BOS."""
         return self.stored.metadata.get("prepend_bos") is True
 
     def lines(self) -> list[str]:

@@ -139,7 +139,7 @@ class ChatEncoding:
         return first, last
 
     def _marked(self, chat: Chat, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Which tokens the template marks as generated; None: it marks none."""
+        """Find the tokens that the template marks as generated; None: it marks none."""
         if not _MARKS.search(self.template):
             return None
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

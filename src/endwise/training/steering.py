@@ -11,12 +11,11 @@ AVERAGED = 0.03
 """Share of the steps over which L0 is averaged; `LEAST_AVERAGED` of them or more."""
 LEAST_AVERAGED = 10
 PROPORTION, INTEGRAL = 1.0, 0.5
-"""Of the error, what enters the logarithm of the coefficient at once, and what is added over as many steps as L0 is
-averaged."""
+"""Shares of the error that enter the logarithm of the coefficient: at once, and over as many steps as L0 is averaged."""
 FAR = 2.0
 """The error is cut off here: where L0 is e² times too large or small, no more is added than there."""
 MOST_FASTER = 10.0
-"""Where the learning rate has fallen L0 follows more slowly, and more is added in proportion; up to so many times."""
+"""Bound on how much more is added, in proportion, once the learning rate has fallen and L0 follows more slowly."""
 BOUND = 1e4
 """The coefficient stays within so many times where it starts."""
 
