@@ -573,7 +573,7 @@ def test_a_damaged_checkpoint_is_told_with_its_remedy(two):
     swept = sweep(config, display=False)
     (why,) = swept.failures.values()
     assert swept.folders == [first]
-    command = why.split("go on from there with: endwise ")[1].split()
+    command = why.split("resume from there with: endwise ")[1].split()
     assert command == ["train", "--resume", str(second), "--from-step", "8"]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert sweep(config, display=False).summary.read_bytes() == table
