@@ -106,6 +106,7 @@ def test_it_holds_all_that_a_run_goes_on_from(model, corpora, tmp_path):
     assert moments <= checkpoint.tensors.keys()
     assert {"last_fired", "random.torch", "random.numpy", "random.python"} <= checkpoint.tensors.keys()
     assert checkpoint.state == {
+        "architectures": ["standard"],
         "phase": "finished",
         "step": 20,
         "total_steps": 20,
