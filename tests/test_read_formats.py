@@ -19,6 +19,7 @@ from endwise.formats.reading import site_of_module
 from made_formats import CENTRED, KINDS, MLP, D, F, X, drawn, site
 
 READ = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+PICKLED = {name: kind for name, kind in KINDS.items() if kind.file.endswith((".pt", ".pth"))}
 
 
 def load(path):
@@ -79,7 +80,7 @@ def test_tensors_that_are_wrong_are_refused(tmp_path, kind, how):
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 900
 
 
-@pytest.mark.parametrize("kind", [each for each in KINDS.values() if each.file.endswith((".pt", ".pth"))], ids=str)
+@pytest.mark.parametrize("kind", PICKLED.values(), ids=PICKLED)
 def test_a_pickle_with_code_is_not_run(tmp_path, kind):
     class Runs:
         def __reduce__(self):
