@@ -21,7 +21,7 @@ import endwise
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.measure import measure
 from endwise.runs.checkpoints import write_checkpoint
-from endwise.tokens.corpus import Corpus, Documents, Layout, TokenBatch
+from endwise.tokens.corpus import Corpus, Documents, SequenceLayout, TokenBatch
 from endwise.training.planning.dry_run import CHECKPOINT, EVALUATION, STEP, DryRun
 from endwise.training.setup import new_trainee
 from endwise.training.step import tail_model, take_step
@@ -68,7 +68,7 @@ def corpus_of(tokens: torch.Tensor) -> Corpus:
     ids = tokens.reshape(-1).numpy().astype(np.uint32)
     ends = [np.array([value]) for value in (0, len(ids))]
     documents = Documents(ids, *ends, hashes=np.zeros(1, np.uint64), comparable=np.zeros(1, bool))
-    return Corpus(documents, Layout(tokens.shape[1]))
+    return Corpus(documents, SequenceLayout(tokens.shape[1]))
 
 
 def recipe(case: Case, folder: str) -> RunConfig:

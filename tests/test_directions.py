@@ -29,7 +29,7 @@ from endwise.dictionaries import ReluSAE
 from endwise.evaluation.summary import RunSummary
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import Corpus
-from endwise.tokens.corpus import Layout
+from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
 from made_runs import make_run
 from own_training import OwnModel, raising
@@ -43,7 +43,7 @@ def text(model):
     """Short documents, some of which begin in the middle of a sequence."""
     random = np.random.default_rng(0)
     documents = [[*random.integers(1, VOCAB, length), SEPARATOR] for length in (3, 2, 7, 4, 1, 9, 5, 30)]
-    packed = Layout(CONTEXT, separator=SEPARATOR)
+    packed = SequenceLayout(CONTEXT, separator=SEPARATOR)
     corpus = Corpus(documents_in(np.concatenate(documents).astype(np.uint16), SEPARATOR), packed)
     return TextAtSite.first(model, model.site(SITE), corpus, SEQUENCES * CONTEXT, batch=2)
 
@@ -84,7 +84,7 @@ def test_directions_are_the_eigenvectors_of_the_covariance(text, whole, with_sta
 
 
 def test_one_token_gives_no_directions(text):
-    bos_only = replace(text, corpus=Corpus(text.corpus.documents, Layout(2, separator=SEPARATOR)), sequences=1)
+    bos_only = replace(text, corpus=Corpus(text.corpus.documents, SequenceLayout(2, separator=SEPARATOR)), sequences=1)
     with pytest.raises(DataError, match="at least two tokens"):
         principal(bos_only)
 

@@ -22,7 +22,7 @@ from endwise.analysis.geometry.geometry_claims import claims, differences
 from endwise.analysis.geometry.page import print_geometry, write_geometry
 from endwise.analysis.geometry.similarity import (
     QUANTILES,
-    Measure,
+    MeanSimilarity,
     across_kinds,
     across_seeds,
     mean_over_seeds,
@@ -180,7 +180,7 @@ def test_intervals_are_those_of_a_slow_resample(found):
     similarity = found.within[run.folder]
     values = similarity.cosine.astype(np.float64)
     means = slow_draws(lambda drawn: values[drawn].mean(), run, len(values))
-    measure = Measure.of(run, {(0, 0): (run, values)})
+    measure = MeanSimilarity.of(run, {(0, 0): (run, values)})
     assert (measure.interval.low, measure.interval.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     drawn = slow_draws(lambda drawn: np.quantile(values[drawn], QUANTILES), run, len(values))
     for i, interval in enumerate(quantiles(similarity)):

@@ -35,7 +35,7 @@ from endwise.features.harvest.slots import EMPTY, Candidates, Slots
 from endwise.features.harvest.sums import FixedPointSums, drawn
 from endwise.features.harvest.top_tokens import written
 from endwise.runs.folder import RunFolder
-from endwise.tokens.corpus import Layout
+from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
 from small_gpt2 import CONTEXT, SITE, VOCAB, data, recipe
 
@@ -60,11 +60,11 @@ def documents(layout, lengths, seed=0):
 
 
 LAYOUTS = {
-    "stream": Layout(CONTEXT, separator=0),
-    "bos": Layout(CONTEXT, bos=0, separator=0),
-    "document": Layout(CONTEXT, packing="document", separator=0),
-    "document_bos": Layout(CONTEXT, packing="document", bos=0, separator=0),
-    "first_masked": Layout(CONTEXT, separator=0, mask_first_position=True),
+    "stream": SequenceLayout(CONTEXT, separator=0),
+    "bos": SequenceLayout(CONTEXT, bos=0, separator=0),
+    "document": SequenceLayout(CONTEXT, packing="document", separator=0),
+    "document_bos": SequenceLayout(CONTEXT, packing="document", bos=0, separator=0),
+    "first_masked": SequenceLayout(CONTEXT, separator=0, mask_first_position=True),
 }
 
 
@@ -124,7 +124,7 @@ def number(stream, sequence, position):
 
 
 def harvested(run, model, corpus, **changes):
-    heldout = Corpora(train=documents(Layout(CONTEXT, separator=0), [9] * 20, seed=9), heldout=corpus)
+    heldout = Corpora(train=documents(SequenceLayout(CONTEXT, separator=0), [9] * 20, seed=9), heldout=corpus)
     settings = {"tokens": corpus.tokens, "kept": KEPT, "model": model, "corpora": heldout, "again": True} | changes
     (found,) = harvest([run], **settings).values()
     return found
@@ -219,7 +219,7 @@ def test_importance_is_the_attributions(pair, model):
 
 
 def test_of_a_long_text_every_second_batch_is_attributed(run, model, tmp_path):
-    corpus = documents(Layout(CONTEXT, separator=0), [7] * (LONG_TEXT + 4))
+    corpus = documents(SequenceLayout(CONTEXT, separator=0), [7] * (LONG_TEXT + 4))
     whole = harvested(run, model, corpus)
     one = shutil.copytree(run, tmp_path / "run")
     config = RunFolder(one).config()

@@ -56,3 +56,12 @@ def test_every_room_is_on_a_floor():
     rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert len(layers) <= 9
     assert rooms - {"__init__"} == {room.strip() for layer in layers for room in layer.split("|")}
+
+
+def test_no_name_of_a_class_stands_for_two_things():
+    found = {}
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(path.name)
+    assert {name: files for name, files in found.items() if len(files) > 1 and not name.startswith("_")} == {}

@@ -11,7 +11,7 @@ from endwise.analysis.directions.text_at_site import WHERE, TextAtSite
 from endwise.common.errors import ConfigError, FormatError
 from endwise.dictionaries import ReluSAE
 from endwise.tokens import Corpus
-from endwise.tokens.corpus import Layout
+from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
 from small_gpt2 import CONTEXT, SITE, VOCAB, WIDTH
 
@@ -31,7 +31,9 @@ def corpus():
     """Short documents, so that many begin in the middle of a sequence, one of them at position 0."""
     random = np.random.default_rng(0)
     documents = [[*random.integers(1, VOCAB, length), SEPARATOR] for length in (3, 2, 7, 4, 1, 9, 5, 30)]
-    return Corpus(documents_in(np.concatenate(documents).astype(np.uint16), SEPARATOR), Layout(CONTEXT, separator=0))
+    return Corpus(
+        documents_in(np.concatenate(documents).astype(np.uint16), SEPARATOR), SequenceLayout(CONTEXT, separator=0)
+    )
 
 
 @pytest.fixture(scope="module")

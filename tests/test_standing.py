@@ -39,7 +39,7 @@ from endwise.features.harvest.run import harvest
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.tasks import evaluation_of
 from endwise.tokens import Corpus
-from endwise.tokens.corpus import Layout
+from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.sources import open_source
 from endwise.tokens.tokenising import documents_in
 from made_runs import make_run
@@ -439,7 +439,7 @@ def test_a_data_set_on_the_hub_is_kept_by_its_commit(monkeypatch, tmp_path):
 def test_digests_of_more_text_hold_those_of_less():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, 2000).astype(np.uint16)
-    documents, layout = documents_in(tokens, 0), Layout(CONTEXT, separator=0)
+    documents, layout = documents_in(tokens, 0), SequenceLayout(CONTEXT, separator=0)
     few = documents.where(np.arange(len(documents)) < 21)
     less, more = Corpus(few, layout).digests(), Corpus(documents, layout)
     assert list(less) == ["1", "2", "4", "8", "16", "21"]
@@ -454,7 +454,7 @@ def test_digests_of_more_text_hold_those_of_less():
 
 def test_text_that_is_read_as_far_as_needed_may_be_longer_or_shorter_now(tmp_path):
     rng = np.random.default_rng(1)
-    tokens, layout = rng.integers(0, VOCAB, 2000).astype(np.uint16), Layout(CONTEXT, separator=0)
+    tokens, layout = rng.integers(0, VOCAB, 2000).astype(np.uint16), SequenceLayout(CONTEXT, separator=0)
     documents = documents_in(tokens, 0)
 
     def first(count: int) -> Corpus:

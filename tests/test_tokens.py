@@ -20,7 +20,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.seeds import numpy_stream
 from endwise.config.run import DataConfig
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading
-from endwise.tokens.corpus import Layout
+from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.encoding import text_ids
 from endwise.tokens.sources import ROWS_AT_ONCE
 from endwise.tokens.tokenising import documents_in
@@ -165,8 +165,8 @@ def test_tokens_that_are_left_out_do_not_count(tmp_path, load, packing, special,
 
 def test_a_layout_that_leaves_nothing_out_is_what_it_was():
     """Digests of run folders are made of what it says."""
-    assert Layout(8, "stream", None, 3).content == (
-        "Layout(context=8, packing='stream', bos=None, separator=3, mask_first_position=False)"
+    assert SequenceLayout(8, "stream", None, 3).content == (
+        "SequenceLayout(context=8, packing='stream', bos=None, separator=3, mask_first_position=False)"
     )
 
 
@@ -195,7 +195,7 @@ def test_packing_loses_no_token(documents, kept, context, packing, bos):
     everything = documents_in(flat, separator)
     assert len(everything) == len(documents)
     keep = kept.draw(st.lists(st.booleans(), min_size=len(documents), max_size=len(documents)).filter(any))
-    corpus = Corpus(everything.where(np.array(keep)), Layout(context, packing, bos, separator))
+    corpus = Corpus(everything.where(np.array(keep)), SequenceLayout(context, packing, bos, separator))
     remaining = [document for document, wanted in zip(documents, keep, strict=True) if wanted]
     rows = rows_of(corpus)
     assert rows == packed(remaining, context, packing, bos, separator=separator)

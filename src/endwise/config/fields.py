@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from endwise.config.base import Config
 
 
-class Mark(Enum):
+class FieldMark(Enum):
     """Marks in the metadata of a field: `Annotated[int, EXECUTION]`."""
 
     EXECUTION = "execution"
@@ -22,7 +22,7 @@ class Mark(Enum):
     """SAEs that train in one pass agree in it."""
 
 
-EXECUTION, SHARED = Mark.EXECUTION, Mark.SHARED
+EXECUTION, SHARED = FieldMark.EXECUTION, FieldMark.SHARED
 
 
 def identity(config: Config, *, short: bool = False) -> dict[str, Any]:

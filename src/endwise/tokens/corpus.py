@@ -37,7 +37,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """Way in which documents become sequences."""
 
     context: int
@@ -115,7 +115,9 @@ class Corpus:
     that does not fit is left out. `limit` keeps the first sequences only.
     """
 
-    def __init__(self, documents: Documents, layout: Layout, name: str = "corpus", limit: int | None = None) -> None:
+    def __init__(
+        self, documents: Documents, layout: SequenceLayout, name: str = "corpus", limit: int | None = None
+    ) -> None:
         self.layout, self.name, self.documents, self._limit = layout, name, documents, limit
         if layout.packing == "document":
             self._starts, self._ends = _pieces(documents.inside or documents, layout)
@@ -367,7 +369,7 @@ def compared(documents: Documents) -> NDArray[np.uint64]:
     return own if documents.inside is None else np.concatenate([own, compared(documents.inside)])
 
 
-def _spans(documents: Documents, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _spans(documents: Documents, layout: SequenceLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Neighbouring documents joined: usually one span holds them all. Of each row, what fills whole sequences."""
     starts, ends = documents.starts, documents.ends
     if documents.inside is not None:
@@ -376,7 +378,7 @@ def _spans(documents: Documents, layout: Layout) -> tuple[NDArray[np.int64], NDA
     return starts[np.concatenate([[True], breaks])], ends[np.concatenate([breaks, [True]])]
 
 
-def _pieces(documents: Documents, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _pieces(documents: Documents, layout: SequenceLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Each document cut into pieces of at most the payload; none for a separator alone."""
     starts, ends = documents.starts, documents.ends
     separated = documents.tokens[ends - 1] == (-1 if layout.separator is None else layout.separator)

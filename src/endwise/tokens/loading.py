@@ -14,7 +14,7 @@ from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import expanded
 from endwise.config.run import DataConfig
 from endwise.tokens.chats import no_roles
-from endwise.tokens.corpus import Corpora, Corpus, Documents, Layout, compared, shared_with
+from endwise.tokens.corpus import Corpora, Corpus, Documents, SequenceLayout, compared, shared_with
 from endwise.tokens.encoding import Encoding, outside_vocabulary, special_ids
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, open_source, refuse_hub_settings
@@ -105,7 +105,7 @@ def _name(data: DataConfig, source: str) -> str:
     return f"{source} at revision {data.revision}" if pinned else source
 
 
-def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) -> Layout:
+def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) -> SequenceLayout:
     context = data.context or model_context
     if context is None:
         raise DataError("The model names no longest context. Set data.context, the tokens per sequence.")
@@ -124,7 +124,7 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
     separator, roles = _separator(data, tokenizer), tuple(sorted(set(data.leave_out_roles)))
     if roles and EMBEDDED in (data.source, data.heldout):
         raise no_roles("the embedded corpus")
-    return Layout(context, data.packing, bos, separator, data.mask_first_position, left_out, roles)
+    return SequenceLayout(context, data.packing, bos, separator, data.mask_first_position, left_out, roles)
 
 
 def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:
@@ -148,7 +148,7 @@ def _id_of(token: str, setting: str, tokenizer: Any) -> int:
     return found
 
 
-def _encoding(data: DataConfig, layout: Layout, tokenizer: Any | None, vocab_size: int) -> Encoding:
+def _encoding(data: DataConfig, layout: SequenceLayout, tokenizer: Any | None, vocab_size: int) -> Encoding:
     encoding = Encoding(tokenizer, layout.separator, vocab_size, data.special_tokens, layout.roles)
     for setting, token in (("data.separator", layout.separator), ("data.prepend_bos", layout.bos)):
         if token is not None and token >= vocab_size:
@@ -169,7 +169,7 @@ def _separator(data: DataConfig, tokenizer: Any | None) -> int | None:
 class _Loader:
     """Opens the sources of a recipe."""
 
-    def __init__(self, data: DataConfig, layout: Layout, encoding: Encoding) -> None:
+    def __init__(self, data: DataConfig, layout: SequenceLayout, encoding: Encoding) -> None:
         self._data, self._layout, self._encoding = data, layout, encoding
         self.commit: str | None = None
         source = _name(data, data.heldout or data.source)

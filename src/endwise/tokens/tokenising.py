@@ -28,7 +28,7 @@ from endwise.common.files import replacing, write_json
 from endwise.common.terminal import Bars
 from endwise.common.text import printable
 from endwise.tokens.chats import TEMPLATE, Chat, no_roles, spans
-from endwise.tokens.corpus import Documents, Layout
+from endwise.tokens.corpus import Documents, SequenceLayout
 from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.sources import ROWS_AT_ONCE, Document, SourceLost, TextSource
 
@@ -58,7 +58,7 @@ class Quota:
     hash instead, which depends on nothing else and sends identical documents to the same side.
     """
 
-    layout: Layout
+    layout: SequenceLayout
     train: int
     """Sequences wanted."""
     heldout: int = 0

@@ -383,7 +383,8 @@ def _tell_of_another_place(config: RunConfig) -> None:
     except SiteError:  # by another name than ours, which says nothing
         return
     if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
-        tell(f"init_from: {config.init_from} was trained at {kept}, and trains on at {here}. If not meant, correct site.")
+        told = f"init_from: {config.init_from} was trained at {kept}, and trains on at {here}."
+        tell(f"{told} If not meant, correct site.")
 
 
 def _check_memory(width: int, d_sae: int) -> None:

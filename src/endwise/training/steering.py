@@ -11,7 +11,7 @@ AVERAGED = 0.03
 """Share of the steps over which L0 is averaged; `LEAST_AVERAGED` of them or more."""
 LEAST_AVERAGED = 10
 PROPORTION, INTEGRAL = 1.0, 0.5
-"""Shares of the error that enter the logarithm of the coefficient: at once, and over as many steps as L0 is averaged."""
+"""Shares of the error that enter log λ: at once, and over as many steps as L0 is averaged."""
 FAR = 2.0
 """The error is cut off here: where L0 is e² times too large or small, no more is added than there."""
 MOST_FASTER = 10.0

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from endwise.analysis.comparable import methods_of
 from endwise.analysis.geometry.geometry import Geometry
-from endwise.analysis.geometry.similarity import Measure, across_kinds, across_seeds, mean_of, within
+from endwise.analysis.geometry.similarity import MeanSimilarity, across_kinds, across_seeds, mean_of, within
 from endwise.analysis.geometry.stability import THRESHOLDS
 from endwise.analysis.geometry.tables import recurrences
 from endwise.analysis.pareto.page import AXIS, described, value
@@ -102,7 +102,7 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
     return Chart(name, "What another seed finds again", caption, (panel,))
 
 
-def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, Measure | None]]]) -> tuple[Panel, ...]:
+def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, MeanSimilarity | None]]]) -> tuple[Panel, ...]:
     """Draw for each title a histogram of every measure that there is, all in the same bins."""
     known = {title: [(run, of.all_values) for run, of in each if of is not None] for title, each in parts.items()}
     sizes = [len(values) for each in known.values() for _, values in each]

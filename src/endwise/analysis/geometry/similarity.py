@@ -27,7 +27,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeanSimilarity:
     """A mean over features, by seed."""
 
     run: RunSummary
@@ -49,7 +49,7 @@ class Measure:
         resamples: int = RESAMPLES,
         *,
         of_pairs: bool = False,
-    ) -> "Measure":
+    ) -> "MeanSimilarity":
         draws = {seeds: resampled_means(of, stream(own), resamples) for seeds, (own, of) in values.items()}
         runs = {seeds: own for seeds, (own, _) in values.items()}
         return cls(run, {seeds: of for seeds, (_, of) in values.items()}, draws, runs, of_pairs)
@@ -85,7 +85,7 @@ class SimilarityDifference:
 
 
 def difference(
-    name: str, a: Measure, b: Measure, methods: tuple[Method, Method], *, paired: bool = False
+    name: str, a: MeanSimilarity, b: MeanSimilarity, methods: tuple[Method, Method], *, paired: bool = False
 ) -> SimilarityDifference:
     """Over the seeds that both have.
 
@@ -117,7 +117,7 @@ def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> Over
     return with_error(middle + spread * (given - middle), text_error(mean), alone=alone)
 
 
-def within(found: Geometry, run: RunSummary, among: float | None = None) -> Measure | None:
+def within(found: Geometry, run: RunSummary, among: float | None = None) -> MeanSimilarity | None:
     """Measure a run and its twins; None where none has two alive features.
 
     Args:
@@ -128,17 +128,17 @@ def within(found: Geometry, run: RunSummary, among: float | None = None) -> Meas
         for one in found.twins(run)
         if one.folder in found.within
     }
-    return Measure.of(run, values) if values else None
+    return MeanSimilarity.of(run, values) if values else None
 
 
-def across_seeds(found: Geometry, run: RunSummary, among: float | None = None) -> Measure | None:
+def across_seeds(found: Geometry, run: RunSummary, among: float | None = None) -> MeanSimilarity | None:
     """Average, for each twin's features, over the other twins of the greatest cosine there; None without twins."""
     values = {}
     for one in found.twins(run):
         others = [each for other in found.twins(run) if (each := found.between(one, other)) is not None]
         if others:
             values[one.seeds] = (one, np.mean([_values(each, among) for each in others], axis=0))
-    return Measure.of(run, values, of_pairs=True) if values else None
+    return MeanSimilarity.of(run, values, of_pairs=True) if values else None
 
 
 def _values(of: Similarity, among: float | None) -> Floats:
@@ -150,11 +150,11 @@ def alive_of(found: Geometry, run: RunSummary) -> float:
     return float(np.mean([one.alive for one in found.twins(run)]))
 
 
-def across_kinds(found: Geometry, run: RunSummary, other: RunSummary) -> Measure | None:
+def across_kinds(found: Geometry, run: RunSummary, other: RunSummary) -> MeanSimilarity | None:
     """Compare the features of `run` with those of `other`, twin by twin of one seed; None where no seed has both."""
     pairs = at_common_seeds(found.twins(run), found.twins(other))
     values = {one.seeds: (one, each.cosine) for one, two in pairs if (each := found.between(one, two)) is not None}
-    return Measure.of(run, values) if values else None
+    return MeanSimilarity.of(run, values) if values else None
 
 
 def mean_of(similarity: Similarity) -> Interval:

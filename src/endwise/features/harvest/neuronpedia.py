@@ -50,7 +50,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 
 
 @dataclass(frozen=True)
-class Exported:
+class NeuronpediaExport:
     folder: Path
     """`OUT/<model>/<source>`"""
     features: int
@@ -66,7 +66,7 @@ def export(
     release: str = "endwise",
     creator: str = "endwise",
     creator_id: str | None = None,
-) -> Exported:
+) -> NeuronpediaExport:
     """Writes a run's harvest as Neuronpedia imports it; files of an earlier export are replaced.
 
     Args:
@@ -99,7 +99,7 @@ def export(
     for number, start in enumerate(range(0, found.d_sae, BATCH)):
         features = range(start, min(start + BATCH, found.d_sae))
         written += _write_batch(folder, number, found, names, features)
-    return Exported(folder, found.d_sae, written)
+    return NeuronpediaExport(folder, found.d_sae, written)
 
 
 @dataclass(frozen=True)
