@@ -305,9 +305,9 @@ def ratios(curves: Sequence[Setting]) -> Iterator[Row]:
             if curve.seed == 0 and (curve.tokens, curve.kind, curve.architecture) != (None, kind, architecture):
                 told = ratio(curve, kind, architecture).to_row()
                 named = {"site": curve.site, "method": curve.method.label, "relative_to": f"{kind} {architecture}"}
-                kept = ("ratio", "seeds.low", "seeds.high", "over.low", "over.high", "crossings", "seeds", "reason")
-                ends = {f"at_{end}_ce": told[f"ratio_at_ends.{end}"] for end in ("low", "high")}
-                yield named | {name: told[name] for name in kept} | ends
+                ends = [f"{of}.{end}" for of in ("over", "ratio_at_ends") for end in ("low", "high")]
+                over = {"ratio": told["ratio"], "low": told["seeds.low"], "high": told["seeds.high"]}
+                yield named | over | {name: told[name] for name in (*ends, "crossings", "seeds", "reason")}
 
 
 def costs(curves: Sequence[Setting]) -> dict[str, float]:
