@@ -121,12 +121,24 @@ class Stored:
     def as_used(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors in float32, of the same function with nothing subtracted from what is encoded."""
         tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
-        if self.subtracts_b_dec:
-            # (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc)
-            shift = tensors["b_dec"] @ tensors["W_enc"]
-            for bias, scale in layout.biases.items():
-                tensors[bias] = tensors[bias] - (shift if scale is None else shift * tensors[scale].exp())
-        return tensors
+        return shifted(tensors, -1, layout.biases) if self.subtracts_b_dec else tensors
+
+
+def shifted(tensors: Mapping[str, Tensor], times: int, biases: Mapping[str, str | None]) -> dict[str, Tensor]:
+    """Return tensors of the same function under the other rule of what is encoded: x, or x − b_dec.
+
+    (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc), so b_dec·W_enc is added to the biases.
+
+    Args:
+        times: −1 where b_dec is no longer subtracted, 1 where it now is.
+        biases: see `Layout.biases`.
+    """
+    shift = tensors["b_dec"] @ tensors["W_enc"] * times
+    added_to = {
+        bias: tensors[bias] + (shift if scale is None else shift * tensors[scale].exp())
+        for bias, scale in biases.items()
+    }
+    return {**tensors, **added_to}
 
 
 class Format(ABC):

@@ -21,8 +21,8 @@ from torch import Tensor
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is, write_atomic, write_json
 from endwise.common.tensor_files import laid_out
-from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import Named, assembled, config_at, known, pickle_at, taken, told, whole
+from endwise.formats.base import Format, Layout, Stored, added, shifted
+from endwise.formats.reading import TRANSPOSED, Named, assembled, config_at, known, pickle_at, taken, told, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
@@ -107,10 +107,8 @@ class DictionaryLearning(Format):
             )
         kind, tensors = CLASSES[name], {key: each.detach().float() for key, each in stored.tensors.items()}
         if kind.subtracts != stored.subtracts_b_dec:
-            shift = tensors["b_dec"] @ tensors["W_enc"] * (1 if kind.subtracts else -1)
-            for bias, exponent in (("b_enc", None), ("b_gate", None), ("b_mag", "r_mag")):
-                if bias in tensors:
-                    tensors[bias] = tensors[bias] + (shift if exponent is None else shift * tensors[exponent].exp())
+            own = {"b_gate": None, "b_mag": "r_mag"} if name == "GatedAutoEncoder" else {"b_enc": None}
+            tensors = shifted(tensors, 1 if kind.subtracts else -1, own)
         written = {theirs: _as_theirs(tensors, ours) for theirs, ours in kind.names.items()}
         trainer: dict[str, Any] = {"dict_class": name, "activation_dim": stored.config["d_in"]}
         trainer["dict_size"] = stored.config["d_sae"]
@@ -159,7 +157,7 @@ def _buffer(stored: Stored) -> dict[str, Any]:
 
 
 def _as_theirs(tensors: Mapping[str, Tensor], ours: str) -> Tensor:
-    return tensors[ours.removesuffix(".T")].mT if ours.endswith(".T") else tensors[ours]
+    return tensors[ours.removesuffix(TRANSPOSED)].mT if ours.endswith(TRANSPOSED) else tensors[ours]
 
 
 def _unit_directions(stored: Stored) -> Stored:

@@ -14,7 +14,7 @@ from torch import Tensor
 from endwise.common.errors import FormatError
 from endwise.common.files import read_json, there_is, write_json
 from endwise.common.tensor_files import write_tensors
-from endwise.formats.base import Format, Layout, Stored, added
+from endwise.formats.base import Format, Layout, Stored, added, shifted
 from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -59,12 +59,9 @@ class Sparsify(Format):
         if stored.config.get("d_out", d_in) != d_in:
             raise FormatError("sparsify's transcoders write as wide as they read; this one does not.")
         tensors = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
-        b_enc = tensors["b_enc"]
-        if not stored.transcodes and not stored.subtracts_b_dec:
-            b_enc = b_enc + tensors["b_dec"] @ tensors["W_enc"]
-        elif stored.transcodes and stored.subtracts_b_dec:
-            b_enc = b_enc - tensors["b_dec"] @ tensors["W_enc"]
-        written = {"encoder.weight": tensors["W_enc"].mT, "encoder.bias": b_enc}
+        if stored.subtracts_b_dec == stored.transcodes:
+            tensors = shifted(tensors, -1 if stored.transcodes else 1, {"b_enc": None})
+        written = {"encoder.weight": tensors["W_enc"].mT, "encoder.bias": tensors["b_enc"]}
         written |= {name: tensors[name] for name in ("W_dec", "b_dec", "W_skip") if name in tensors}
         write_tensors(path / WEIGHTS_FILE, written, {})
         cfg = {

@@ -1,4 +1,4 @@
-"""A run on tensors without values: what the step that training takes holds in memory, and of what it consists.
+"""A dry run on fake tensors: the peak memory of a training step, by component.
 
 The language model is made from its configuration, on fake tensors, and the code that training runs is run on them
 (`memory_trace`), so that what is alive at once need not be said a second time. Followed are two microbatches of two
