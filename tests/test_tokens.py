@@ -166,7 +166,7 @@ def test_tokens_that_are_left_out_do_not_count(tmp_path, load, packing, special,
 def test_a_layout_that_leaves_nothing_out_is_what_it_was():
     """Digests of run folders are made of what it says."""
     assert SequenceLayout(8, "stream", None, 3).content == (
-        "SequenceLayout(context=8, packing='stream', bos=None, separator=3, mask_first_position=False)"
+        "Layout(context=8, packing='stream', bos=None, separator=3, mask_first_position=False)"
     )
 
 

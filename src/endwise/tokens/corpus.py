@@ -47,15 +47,19 @@ class SequenceLayout:
     separator: int | None = None
     """Id that ends documents."""
     mask_first_position: bool = False
-    left_out: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    left_out: tuple[tuple[int, int], ...] = ()
     """Ids that do not count, each with how many positions after it do not either; ascending."""
-    roles: tuple[str, ...] = field(default=(), repr=False)
+    roles: tuple[str, ...] = ()
     """Roles whose tokens do not count, of conversations."""
 
     @property
     def content(self) -> str:
-        """All that it says; a layout that leaves nothing out says nothing of that."""
-        return f"{self!r}{self.left_out or ''}{self.roles or ''}"
+        """All that it says, in words that digests on the disk are made of: no name in here may change. A layout that
+        leaves nothing out says nothing of that.
+        """
+        parts = ("context", "packing", "bos", "separator", "mask_first_position")
+        told = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
+        return f"Layout({told}){self.left_out or ''}{self.roles or ''}"
 
     @property
     def payload(self) -> int:
