@@ -7,10 +7,12 @@ from typer import Argument, Option
 
 from endwise.cli.app import command, echo
 
+NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
+
 
 @command
 def inspect(
-    path: Annotated[Path, Argument(help="A folder or file with an SAE, of any format; a run folder will do.")],
+    path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
     model: Annotated[
         str | None, Option(help="Measure it on this model: embedded, a local folder, or a Hugging Face hub id.")
     ] = None,
@@ -52,14 +54,15 @@ def inspect(
 
 @command
 def convert(
-    path: Annotated[Path, Argument(help="A folder or file with an SAE, of any format.")],
+    path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
     target: Annotated[Path, Argument(help="Folder or file to write; there must be no SAE yet.")],
     to: Annotated[str, Option("--to", metavar="FORMAT", help="saelens, sparsify, dictionary_learning, ...")],
 ) -> None:
     """Write an SAE in another format, read it back, and compare both."""
     from endwise.common.files import check_can_write
+    from endwise.common.hub import shown
     from endwise.evaluation.inspecting import convert as run
 
     check_can_write(target.parent)
     apart = run(path, target, to)
-    echo(f"{target}: {to}, latents and outputs within {apart:.1e} of those of {path}")
+    echo(f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}")

@@ -10,6 +10,7 @@
     ├── FormatError        a file is not the format it claims to be
     │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
+    ├── HubError           the Hugging Face hub does not have or give what is named, or does not take what is sent
     └── TrainingStopped    training cannot continue; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
         ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
@@ -65,6 +66,10 @@ class TrainingStopped(EndwiseError):
 
 class EndpointError(EndwiseError):
     exit_code = 9
+
+
+class HubError(EndwiseError):
+    exit_code = 10
 
 
 class Interrupted(TrainingStopped):

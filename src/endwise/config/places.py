@@ -11,7 +11,7 @@ from endwise.config.base import Config, read_overrides, read_yaml
 from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
-from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, TrainingConfig
+from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, Start, TrainingConfig
 
 JOINED = " + "
 """Words between the places of one run in its name."""
@@ -34,7 +34,7 @@ class PlaceConfig(Config):
     objective: ObjectiveConfig
     """Keys that differ from the recipe's `objective`; if joint, of terms at the place (`sparsity`, `local_mse`)."""
     seed: Seed = 0
-    init_from: Path | None = None
+    init_from: Start | None = None
 
 
 class PlacesConfig(Config):

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, model_validator
 
+from endwise.common.hub import shown
 from endwise.config.base import Config, Positive
 from endwise.config.dictionary import DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Start = Annotated[Path, PlainSerializer(shown, return_type=str, when_used="json")]
+"""Path or name of an SAE."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -193,9 +196,10 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: Seed = 0
     """Initialisation of the SAE."""
-    init_from: Path | None = None
-    """A run folder, or a folder in SAELens's layout: training starts from the SAE in it rather than from random
-    weights. The optimiser and its schedule start from the beginning."""
+    init_from: Start | None = None
+    """An SAE, by its path (a run folder will do), `hf://owner/name[@revision]/path` on the Hugging Face hub, or
+    `release/sae_id` of SAELens's registry: training starts from it rather than from random weights. The optimiser and
+    its schedule start from the beginning."""
     trackers: Annotated[tuple[str, ...], EXECUTION] = ()
     """Names of those who get the run folder's lines as they are written. One that fails does not end the run."""
     out: Annotated[Path | None, EXECUTION] = None

@@ -352,10 +352,15 @@ class SAE(nn.Module, ABC):
 
     @staticmethod
     def load(folder: Path | str, device: str | torch.device = "cpu") -> "SAE":
-        """Read an SAE from a folder or a file, in any format that is known (`formats.FORMATS`); a run folder will do.
+        """Read an SAE in any format that is known (`formats.FORMATS`).
+
+        Args:
+            folder: a folder, which may be a run's, or a file; `hf://owner/name[@revision]/path` of the Hugging Face
+                hub; or `release/sae_id` of SAELens's registry.
 
         Raises:
             FormatError: there is none, it is not what its format says, or what it says of the function is none of ours.
+            HubError: the hub does not have it, or does not give it.
         """
         return SAE.of(stored_at(expanded(folder), SAE.layouts()), device)
 

@@ -11,6 +11,7 @@ import torch
 
 from endwise.common.errors import ConfigError, FormatError, SiteError
 from endwise.common.files import expanded
+from endwise.common.hub import shown
 from endwise.config.run import DataConfig, EvaluationConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.measure import Evaluation, measure
@@ -31,7 +32,8 @@ root mean square, that is taken for rounding of another order of sums."""
 class Inspected:
     """Contents of a file, as it says itself."""
 
-    path: Path
+    name: str
+    """The path, or the name on the hub."""
     format_name: str
     weights: Path
     stored: Stored
@@ -70,7 +72,7 @@ class Inspected:
         about = [f"{name} {of[name]!s:.80}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
         stated = [] if self.stated_l0 is None else [f"states: L0 {self.stated_l0:g}"]
         return [
-            f"{self.path}: {self.format_name}, a {self.stored.architecture} {kind} of {sae.d_sae:,} features, {widths}",
+            f"{self.name}: {self.format_name}, a {self.stored.architecture} {kind} of {sae.d_sae:,} features, {widths}",
             ", ".join([f"place: {belongs}", *about]),
             f"read as: {self.rule}",
             *stated,
@@ -82,7 +84,7 @@ def inspect(path: str | Path) -> Inspected:
     """Read an SAE in any format, and tell by which rule.
 
     Raises:
-        FormatError: see `SAE.load`.
+        FormatError, HubError: see `SAE.load`.
     """
     path = expanded(path)
     form, place = located(path)
@@ -91,7 +93,7 @@ def inspect(path: str | Path) -> Inspected:
         stored = stored_at(path, SAE.layouts())
     layout = SAE.layouts()[stored.architecture]
     remarks = tuple(dict.fromkeys(str(each.message) for each in said if each.category is UserWarning))
-    return Inspected(path, form.name, form.weights(place), stored, stored.rule(layout), SAE.of(stored), remarks)
+    return Inspected(shown(path), form.name, form.weights(place), stored, stored.rule(layout), SAE.of(stored), remarks)
 
 
 def measured(
@@ -109,12 +111,12 @@ def measured(
     """
     name = site or found.place
     if name is None:
-        raise ConfigError(f"{found.path} does not say where it belongs. Name the place with --site.")
+        raise ConfigError(f"{found.name} does not say where it belongs. Name the place with --site.")
     place, sae = Place.parse(name), found.sae.to(model.device)
     for what, site_of, width in (("reads", place.reads, sae.d_in), ("writes", place.writes, sae.d_out)):
         if model.width(site_of) != width:
             raise SiteError(
-                f"{found.path} {what} activations of width {width}, and {site_of} of {model.name} has width "
+                f"{found.name} {what} activations of width {width}, and {site_of} of {model.name} has width "
                 f"{model.width(site_of)}. Give the model and the site that it was trained on."
             )
     given = found.stored.metadata
@@ -132,7 +134,7 @@ def verdict(found: Inspected, evaluation: Evaluation) -> list[str]:
         FormatError: they are so far apart, or the reconstruction so bad, that the file is not read as it was trained,
             or not at its place.
     """
-    l0, stated, path = evaluation["l0"], found.stated_l0, found.path
+    l0, stated, path = evaluation["l0"], found.stated_l0, found.name
     bounds, remedy = evaluation.baselines, "Check the model, the site and the text, and do not use this reading."
     if evaluation["explained_variance.pooled"] <= 0:
         raise FormatError(
@@ -177,7 +179,7 @@ def convert(path: str | Path, target: str | Path, format_name: str) -> float:
     if not apart < SAME:
         raise FormatError(
             f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those of "
-            f"{path}. Do not use it."
+            f"{found.name}. Do not use it."
         )
     return apart
 

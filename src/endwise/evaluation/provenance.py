@@ -14,14 +14,16 @@ from typing import Any, Literal, TypeVar
 from endwise.common.digests import of_file, of_tokenizer
 from endwise.common.errors import ConfigError, DataError, FormatError, ModelError, RunFolderError
 from endwise.common.files import expanded, there_is
+from endwise.common.hub import shown
 from endwise.common.processes import is_first_process
 from endwise.common.text import printable
-from endwise.config.places import Recipe
+from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
-from endwise.formats import weights_file
+from endwise.formats import at_commit, here, weights_file
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
+from endwise.runs.several import place_folder
 from endwise.tokens import Corpora, Corpus, corpora_for
 
 TEXTS = {"train": "training text", "heldout": "held-out text"}
@@ -45,15 +47,20 @@ def described(model: LanguageModel, corpora: Corpora) -> dict[str, Any]:
 
 
 def beginning(config: Recipe) -> dict[str, Any]:
-    """Describe what a run that starts now has of its own there: the SAE in `init_from`, and which of its recipe's names
-    are relative paths.
+    """Describe what a run that starts now has of its own there: the SAE in `init_from`, its commit if it is on the hub,
+    and which of its recipe's names are relative paths.
 
     Raises:
         FormatError: `init_from` is a run whose SAE is not what its training wrote, or holds none.
+        HubError: it is on the hub, and not to be had.
     """
     names = {key: name for key, name in _names(config).items() if there_is(Path(name))}
     relative = {key: name for key, name in names.items() if not Path(name).is_absolute()}
-    return {"init_from": None if config.init_from is None else _start_digest(config.init_from), "relative": relative}
+    if config.init_from is None:
+        return {"init_from": None, "relative": relative}
+    found = here(config.init_from)
+    commit = {} if found.commit is None else {"init_from_commit": found.commit}
+    return {"init_from": _start_digest(found.path), **commit, "relative": relative}
 
 
 def _start_digest(start: Path) -> str:
@@ -173,7 +180,14 @@ def heldout_fingerprint(path: Path, corpora: Corpora | None = None) -> str | Non
 
 def pinned(path: Path, config: AnyRecipe) -> AnyRecipe:
     """A run's recipe with the hub's commits as they were when it started, where it names none."""
-    commits = RunFolder(path).digests().get("commits")
+    if isinstance(config, PlacesConfig):
+        own = [pinned(place_folder(path, recipe), recipe).init_from for recipe in config.recipes]
+        places = [place.model_copy(update={"init_from": each}) for place, each in zip(config.places, own, strict=True)]
+        config = config.model_copy(update={"places": tuple(places)})
+    digests = RunFolder(path).digests()
+    if isinstance(config, RunConfig) and config.init_from and isinstance(at := digests.get("init_from_commit"), str):
+        config = config.model_copy(update={"init_from": at_commit(config.init_from, at)})
+    commits = digests.get("commits")
     commits = commits if isinstance(commits, dict) else {}
     for section in ("model", "data"):
         part, commit = getattr(config, section), commits.get(section)
@@ -205,7 +219,7 @@ def _check(path: Path, config: Recipe, now: Mapping[str, Any], corpora: Corpora 
 def _place(part: str, config: Recipe, corpus: Corpus | None) -> str:
     if corpus is not None:
         return f"{corpus.name} holds"
-    return f"{config.init_from} holds" if part == "init_from" else f"{config.model.name} has"
+    return f"{shown(config.init_from or '')} holds" if part == "init_from" else f"{config.model.name} has"
 
 
 def _same(before: object, now: object) -> bool | None:
@@ -262,7 +276,7 @@ def tell(line: str) -> None:
 
 def _names(config: Recipe) -> dict[str, str]:
     """The recipe's names that may be paths."""
-    start = None if config.init_from is None else str(config.init_from)
+    start = None if config.init_from is None else shown(config.init_from)
     names = {"model.name": config.model.name, "data.source": config.data.source, "data.heldout": config.data.heldout}
     names |= {"init_from": start}
     return {key: name for key, name in names.items() if name is not None and name != "embedded"}

@@ -10,6 +10,7 @@ from endwise.formats.gemma_scope_2 import GemmaScope2
 from endwise.formats.goodfire import Goodfire
 from endwise.formats.llama_scope import LlamaScope
 from endwise.formats.llamascopium import Llamascopium
+from endwise.formats.naming import at_commit, here, on_hub
 from endwise.formats.openai import OpenAI
 from endwise.formats.qwen_scope import QwenScope
 from endwise.formats.saelens import SAELens
@@ -34,9 +35,12 @@ __all__ = [
     "SAELens",
     "Sparsify",
     "Stored",
+    "at_commit",
     "format_at",
+    "here",
     "located",
     "metadata_at",
+    "on_hub",
     "stored_at",
     "weights_file",
 ]

@@ -1,13 +1,15 @@
-"""Which format an SAE at a path has, and reading it by that."""
+"""Which format an SAE has, by its path or its name (`naming`), and reading it by that."""
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is
-from endwise.formats.base import FORMATS, NATIVE, Format, Layout, Stored
+from endwise.formats.base import FORMATS, NATIVE, PER_TOKEN, Format, Layout, Stored
+from endwise.formats.naming import here
 from endwise.formats.reading import READERS
 
 _CENTRED_ELSEWHERE = (
@@ -32,44 +34,62 @@ def format_at(path: Path) -> tuple[Format, Path] | None:
     return None
 
 
-def stored_at(path: Path, layouts: Mapping[str, Layout]) -> Stored:
-    """Read the SAE at a path, in whatever format it is.
+def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
+    """Read the SAE of a name, in whatever format it is. What the registry that names it tells is added.
 
     Raises:
         FormatError: see `Format.read`; of a folder in which no format detects one, as the native format tells it, and
             of a file, what it holds.
+        HubError: see `naming.here`.
     """
-    form, place = located(path)
+    found = here(name)
+    form, place = _located(found.path)
     stored = form.read(place, layouts)
     if stored.architecture not in layouts:
         raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
+    stored = replace(stored, metadata=found.told(stored.metadata))
+    norm = None if found.named is None else found.named.overrides.get("normalize_activations")
+    if norm in PER_TOKEN and layouts[stored.architecture].norms:
+        stored = replace(stored, config={**stored.config, "normalize": norm})
     if stored.of_centred and stored.norm is None:
         warnings.warn(f"{place}: {_CENTRED_ELSEWHERE}", stacklevel=3)
     return stored
 
 
-def weights_file(path: Path) -> Path:
-    """The file that holds the weights of the SAE at a path; the native format's, where there is none."""
+def weights_file(name: Path) -> Path:
+    """The file that holds the weights of the SAE of a name; the native format's, where there is none.
+
+    Raises:
+        HubError: see `naming.here`.
+    """
+    path = here(name).path
     form, place = format_at(path) or (FORMATS[NATIVE], path)
     return form.weights(place)
 
 
-def metadata_at(path: Path) -> Mapping[str, Any]:
-    """Read what the file at a path says beside the function.
+def metadata_at(name: Path) -> Mapping[str, Any]:
+    """Read what the files of a name, and the registry that names it, say beside the function.
 
     Raises:
         FormatError: see `Format.metadata`.
+        HubError: see `naming.here`.
     """
-    form, place = located(path)
-    return form.metadata(place)
+    found = here(name)
+    form, place = _located(found.path)
+    return found.told(form.metadata(place))
 
 
-def located(path: Path) -> tuple[Format, Path]:
-    """Return `format_at`, or the native format where a path is no file of tensors.
+def located(name: Path) -> tuple[Format, Path]:
+    """Return `format_at` of a name, or the native format where it is no file of tensors.
 
     Raises:
         FormatError: it is one in no format that is known.
+        HubError: see `naming.here`.
     """
+    return _located(here(name).path)
+
+
+def _located(path: Path) -> tuple[Format, Path]:
     if (found := format_at(path)) is not None:
         return found
     if path.suffix in READERS and there_is(path) and path.is_file():

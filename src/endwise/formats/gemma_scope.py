@@ -36,7 +36,7 @@ class GemmaScope(Format):
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, about = self.weights(path), self.metadata(path)
-        if any("embedding" in part for part in path.resolve().parts):
+        if any("embedding" in part for part in file.parent.resolve().parts):
             raise FormatError(f"{file} is of the model's embeddings by its path, which is no site of endwise's.")
         found = {f"W_{name[2:]}" if name[:2] == "w_" else name: tensor for name, tensor in arrays_at(file).items()}
         if "scaling_factor" in found and (found["scaling_factor"] == 1).all():

@@ -64,7 +64,8 @@ class OpenAI(Format):
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         place = re.search(
-            rf"({'|'.join(_PLACES)})[^/\\]*[/\\]autoencoders[/\\]([0-9]{{1,6}})\.pt$", str(path.resolve())
+            rf"({'|'.join(_PLACES)})[^/\\]*[/\\]autoencoders[/\\]([0-9]{{1,6}})\.pt$",
+            str(path.parent.resolve() / path.name),
         )
         site = None if place is None else f"blocks.{int(place[2])}.{_PLACES[place[1]]}"
         return told(hook_name=site, model_name=None if place is None else "gpt2")

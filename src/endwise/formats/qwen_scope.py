@@ -37,7 +37,7 @@ class QwenScope(Format):
             known(file, stated, "hook_point", ("resid_post",), "resid_post")
             config = {ours: whole(file, stated, theirs) for theirs, ours in (("d_model", "d_in"), ("d_sae", "d_sae"))}
             k = whole(file, stated, "k", config["d_sae"])
-        elif named := _REPOSITORY.search(str(path.resolve())):
+        elif named := _REPOSITORY.search(str(path.parent.resolve() / path.name)):
             k = whole(path, {"k": int(named["k"])}, "k", len(tensors["b_enc"]))
         else:
             raise FormatError(
@@ -51,7 +51,7 @@ class QwenScope(Format):
         return path
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
-        match, named = FILE.fullmatch(path.name), _REPOSITORY.search(str(path.resolve()))
+        match, named = FILE.fullmatch(path.name), _REPOSITORY.search(str(path.parent.resolve() / path.name))
         stated = _config(path).get("base_model")
         model = stated if isinstance(stated, str) else f"Qwen/{named['model']}" if named else None
         return told(hook_name=f"blocks.{int(match[1])}.hook_resid_post" if match else None, model_name=model)

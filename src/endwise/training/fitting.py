@@ -14,6 +14,7 @@ from endwise.common.remarks import FEWER_LEFT_OUT
 from endwise.common.seeds import numpy_stream
 from endwise.common.terminal import show
 from endwise.dictionaries import SAE, TokenLosses, at_inference
+from endwise.evaluation.provenance import pinned
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.tokens import BatchOrder, Corpus, TokenBatch
@@ -55,7 +56,7 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
 def measure_start(text: Text, member: Member, display: bool) -> None:
     """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line."""
     for (part, folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
-        if (start := recipe.init_from) is None:
+        if (start := pinned(folder.path, recipe).init_from) is None:
             continue
         with torch.no_grad():
             read, written = _activations(text, part, part, COMPARED_ON, range(len(text[-1])))

@@ -9,7 +9,7 @@ from endwise.common.errors import ConfigError, FormatError, RunFolderError, Unre
 from endwise.common.processes import World
 from endwise.config.fields import differing, identity
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
-from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described
+from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described, pinned
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint
 from endwise.runs.folder import RunFolder
@@ -125,7 +125,7 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
     checkpoint = _checkpoint_to_go_on_from(folder, from_step)
     if checkpoint is None:
         for (_, its_folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
-            check_resumed(its_folder, recipe, beginning(recipe), corpora)
+            check_resumed(its_folder, recipe, beginning(pinned(its_folder.path, recipe)), corpora)
         return 0
     if (kept := checkpoint.state.get("architectures", member.architectures)) != member.architectures:
         raise RunFolderError(

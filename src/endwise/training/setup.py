@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from endwise.common.errors import ConfigError, DataError, FormatError, SiteError
+from endwise.common.errors import ConfigError, DataError, FormatError, HubError, SiteError
+from endwise.common.hub import shown
 from endwise.common.machine import available_memory, size_text
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
@@ -338,9 +339,9 @@ def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE
 
 
 def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:
-    """The recipe without `init_from`, which may be gone or another by now, where a checkpoint holds the weights."""
+    """The recipe without `init_from` where a checkpoint holds the weights, else with the commit that the run began with."""
     if from_step == 0 or not folder.saved_steps():
-        return config
+        return pinned(folder.path, config)
     if isinstance(config, PlacesConfig):
         places = [place.model_copy(update={"init_from": None}) for place in config.places]
         return config.model_copy(update={"places": tuple(places)})
@@ -350,32 +351,32 @@ def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) ->
 def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
     """The SAE in `init_from`, made ready for training."""
     assert config.init_from is not None
+    start = shown(config.init_from)
     try:
         sae = SAE.load(config.init_from)
-    except FormatError as error:
-        raise FormatError(f"init_from: {error}") from None
+    except (FormatError, HubError) as error:
+        raise type(error)(f"init_from: {error}") from None
     if (sae.d_in, sae.d_sae) != (width, d_sae):
         raise ConfigError(
-            f"init_from: the SAE in {config.init_from} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
+            f"init_from: the SAE in {start} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
             f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
             "site that it was trained at."
         )
     if sae.d_out != d_out:
         raise ConfigError(
-            f"init_from: the dictionary in {config.init_from} writes width {sae.d_out:,}, but {config.written} has "
+            f"init_from: the dictionary in {start} writes width {sae.d_out:,}, but {config.written} has "
             f"{d_out:,}. Choose the site that it was trained to write."
         )
-    _tell_of_another_place(config)
+    _tell_of_another_place(config, start)
     try:
         return taken_over(sae, config.dictionary, config.seed)
     except ConfigError as error:
-        raise ConfigError(f"init_from: {config.init_from}: {error}") from None
+        raise ConfigError(f"init_from: {start}: {error}") from None
 
 
-def _tell_of_another_place(config: RunConfig) -> None:
+def _tell_of_another_place(config: RunConfig, start: str) -> None:
     """Say it where what training starts from was trained at another place, as far as its file tells."""
-    assert config.init_from is not None
-    metadata = metadata_at(config.init_from)
+    metadata = metadata_at(Path(start))
     read = str(metadata.get("hook_name"))
     try:
         kept = Place.parse(f"{read}{ARROW}{metadata.get('hook_name_out') or read}")
@@ -383,7 +384,7 @@ def _tell_of_another_place(config: RunConfig) -> None:
     except SiteError:  # by another name than ours, which says nothing
         return
     if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
-        told = f"init_from: {config.init_from} was trained at {kept}, and trains on at {here}."
+        told = f"init_from: {start} was trained at {kept}, and trains on at {here}."
         tell(f"{told} If not meant, correct site.")
 
 
