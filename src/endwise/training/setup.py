@@ -339,7 +339,7 @@ def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE
 
 
 def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:
-    """The recipe without `init_from` where a checkpoint holds the weights, else with the commit that the run began with."""
+    """The recipe without `init_from` where a checkpoint holds the weights, else with the commit that the run pinned."""
     if from_step == 0 or not folder.saved_steps():
         return pinned(folder.path, config)
     if isinstance(config, PlacesConfig):
