@@ -155,6 +155,21 @@ def evaluate(
 
 
 @command
+def track(
+    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    to: Annotated[
+        list[str] | None,
+        Option(metavar="TRACKER", help="wandb, tensorboard, trackio or mlflow; unset: the recipe's trackers."),
+    ] = None,
+) -> None:
+    """Send run folders to trackers: what they have not got yet, in the tracked runs that are there already."""
+    from endwise.runs.tracking.track import track as send
+
+    for run in runs:
+        echo(f"{run}: sent to {', '.join(send(run, to or ()))}")
+
+
+@command
 def sweep(
     sweep: Annotated[str, Argument(help="A sweep's path, or the name of one that ships.")],
     overrides: Annotated[

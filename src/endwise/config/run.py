@@ -201,7 +201,8 @@ class RunConfig(Config):
     `release/sae_id` of SAELens's registry: training starts from it rather than from random weights. The optimiser and
     its schedule start from the beginning."""
     trackers: Annotated[tuple[str, ...], EXECUTION] = ()
-    """Names of those who get the run folder's lines as they are written. One that fails does not end the run."""
+    """Names of those who get what the run folder holds: `wandb`, `tensorboard`, `trackio`, `mlflow`, or others that are
+    installed. One that fails or hangs does not end the run."""
     out: Annotated[Path | None, EXECUTION] = None
     """Run folder; unset: runs/<a name made from the recipe>."""
 

@@ -19,6 +19,7 @@ explanations/                   what a language model says of features, with sco
 directions.safetensors          lengths and principal directions, once `endwise directions` has measured them
 harvest/                        what each feature fires on, raises and fires with, if `endwise harvest` gathered it
 .harvest.lock                   held by the process that joins a harvest's shards
+trackers/                       of each tracker what was sent, and the log of the process that sends
 dashboard/                      its features as a site, made from `harvest/` by `endwise dashboard`
 .lock                           held by the process that trains here
 """

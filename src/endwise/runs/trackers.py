@@ -2,7 +2,7 @@
 
 The run folder is the truth, and trackers mirror it: one that fails is reported once, and training continues without.
 A tracker is one file: a class with the methods of `Tracker`, registered by `TRACKERS.add("its name")`, and named in a
-recipe's `trackers`.
+recipe's `trackers`. Those that ship (`tracking`) work in processes of their own.
 """
 
 import sys
@@ -49,8 +49,12 @@ class Tracker(Protocol):
         ...
 
 
-TRACKERS: Registry[Callable[[], Tracker]] = Registry("trackers", "endwise.runs.trackers")
+TRACKERS: Registry[Callable[[], Tracker]] = Registry("trackers", "endwise.runs.tracking")
 """Classes of trackers, by the names that recipes call them by; each run has an instance of its own."""
+
+
+class NotSent(Exception):
+    """A tracker lacks lines of the run; the message says so, and how they are sent."""
 
 
 class Mirror(AbstractContextManager["Mirror"]):
@@ -65,6 +69,15 @@ class Mirror(AbstractContextManager["Mirror"]):
         """A mirror of new trackers.
 
         Raises:
+            ConfigError: see `made`.
+        """
+        return cls(cls.made(names))
+
+    @staticmethod
+    def made(names: Iterable[str]) -> dict[str, Tracker]:
+        """New trackers by their names.
+
+        Raises:
             ConfigError: one is not known, or cannot be made here.
         """
         made: dict[str, Tracker] = {}
@@ -76,7 +89,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 raise ConfigError(
                     f"The tracker {name} cannot be set up ({_told(error)}). Set it up, or leave it out of trackers."
                 ) from error
-        return cls(made)
+        return made
 
     def started(self, config: Recipe, folder: Path, step: int | None) -> None:
         """Begin to send: until then nothing is heard."""
@@ -105,7 +118,8 @@ class Mirror(AbstractContextManager["Mirror"]):
                 act(tracker)
             except Exception as error:  # noqa: BLE001  Whatever it is, the run does not depend on it.
                 del self._listening[name]
-                told = f"The tracker {name} failed and hears no more of this run, which continues: {_told(error)}"
+                failed = f"The tracker {name} failed and hears no more of this run, which continues: {_told(error)}"
+                told = str(error) if isinstance(error, NotSent) else failed
                 print(printable(told), file=sys.stderr, flush=True)
 
 
