@@ -145,6 +145,7 @@ def trained_by(dict_class, tensors, oracle, **more):
     trainer = {"dict_class": dict_class, "activation_dim": D, "dict_size": F, "layer": 3, "lm_name": "a/model", **more}
     config = {"trainer": trainer, "buffer": {"ctx_len": 64}}
     about = {**site("hook_resid_post"), "model_name": "a/model", "context_size": 64, "dict_class": dict_class}
+    about |= {"stated_l0": float(more["k"])} if "k" in more else {}
     return Kind("dictionary_learning", "t/ae.pt", tensors, oracle, config, "t/config.json", about=about)
 
 

@@ -15,6 +15,7 @@ from .config.run import RunConfig as RunConfig
 from .dictionaries import SAE as SAE
 from .dictionaries import Latents as Latents
 from .dictionaries import ReluSAE as ReluSAE
+from .evaluation.adopting import adopt as adopt
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.measure import Evaluation as Evaluation
 from .evaluation.measure import measure as measure

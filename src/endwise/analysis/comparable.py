@@ -14,6 +14,7 @@ from endwise.common.text import model_title, model_titles
 from endwise.config.fields import flat, identity
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
+from endwise.evaluation.provenance import tell
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder, parts_of
 
@@ -43,6 +44,7 @@ class Setting:
     site: str
     alive_tokens: int
     tokens: int
+    """Training tokens; 0: not known, of SAEs that were trained elsewhere."""
     d_sae: int
     started: bool
     """From another SAE."""
@@ -54,13 +56,21 @@ class Setting:
         start = run.start is not None
         return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, start, tuple(further))
 
+    def agrees(self, other: "Setting") -> bool:
+        """Tell if all that is known of both is the same."""
+        known = dict(other.further)
+        own = (self.model, self.site, self.alive_tokens, self.d_sae)
+        same = own == (other.model, other.site, other.alive_tokens, other.d_sae)
+        return same and all(known.get(key, value) == value for key, value in self.further)
+
     @property
     def place(self) -> tuple[Any, ...]:
         """Order settings: by model, site, start, size and length."""
         return self.model, self.site, self.started, self.d_sae, self.tokens, self.further
 
     def __str__(self) -> str:
-        parts = [f"{self.d_sae:,} features", f"{self.tokens:,} training tokens"]
+        trained = f"{self.tokens:,} training tokens" if self.tokens else "trained elsewhere"
+        parts = [f"{self.d_sae:,} features", trained]
         parts += ["from another SAE"] if self.started else []
         return ", ".join([*parts, *(f"{key} {value}" for key, value in self.further)])
 
@@ -90,17 +100,33 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
     """
     runs = with_digests([(RunSummary.read(path), _recipe(path)) for path in folders])
     keys = sorted({key for _, recipe in runs for key in recipe})
-    differing = [key for key in keys if len({recipe.get(key) for _, recipe in runs}) > 1]
+    differing = [key for key in keys if len({recipe[key] for _, recipe in runs if key in recipe}) > 1]
     titles = model_titles(run.model for run, _ in runs)
     settings = []
     for run, recipe in runs:
         model = titles[run.model]
         alike = [("model.name", model)] if model != model_title(run.model) else []
-        settings.append((run, Setting.of(run, [*alike, *((key, recipe.get(key, "")) for key in differing)])))
+        told = [(key, recipe[key]) for key in differing if key in recipe]
+        settings.append((run, Setting.of(run, [*alike, *told])))
+    settings = _beside(settings)
     apart = {}
     for setting in {setting for _, setting in settings}:
         apart |= {run.folder: run for run in told_apart([run for run, of in settings if of == setting])}
     return [(apart[run.folder], setting) for run, setting in settings]
+
+
+def _beside(runs: Sequence[tuple[RunSummary, Setting]]) -> list[tuple[RunSummary, Setting]]:
+    """Put an SAE that was trained elsewhere, how long is not known, among the runs that it can be compared with in all
+    else, if these are of one setting.
+    """
+    found = []
+    for run, setting in runs:
+        others = {other for _, other in runs if other.tokens and setting.agrees(other)} if not run.tokens else set()
+        if len(others) == 1:
+            beside = ", ".join(map(str, others))
+            tell(f"{run.folder} was trained elsewhere, for how long is not known; it stands beside runs of {beside}.")
+        found.append((run, others.pop() if len(others) == 1 else setting))
+    return found
 
 
 def told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
@@ -173,7 +199,7 @@ def _recipe(path: Path) -> dict[str, str]:
     number of tokens is not, since of that it counts what was measured.
     """
     config = RunFolder(path).recipe()
-    own, elsewhere = identity(config), ("objective", "dictionary", "evaluation", "places", "joint", "inputs")
+    own, elsewhere = identity(config), ("objective", "dictionary", "evaluation", "places", "joint", "inputs", "adopted")
     content = flat({key: value for key, value in own.items() if key not in elsewhere})
     content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}

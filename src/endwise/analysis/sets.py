@@ -127,7 +127,7 @@ KNOB = "knob"
 COLUMNS: dict[str, Callable[[RunSummary], str]] = {
     "kind": lambda run: run.method.label,
     KNOB: lambda run: f"{run.knob.value:g}",
-    "seed": lambda run: str(run.seed),
+    "seed": lambda run: str(run.seed) if run.trained_here else "–",
     "L0": lambda run: f"{run.l0:.1f}",
     "alive": lambda run: f"{run.alive:,}",
     "CE": _ce_increase,

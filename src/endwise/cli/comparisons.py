@@ -5,10 +5,12 @@ from typing import Annotated
 
 from typer import Option
 
+from endwise.cli.adopted import taking_saes
 from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_beside, results_folder, status
 
 
 @command
+@taking_saes
 def pareto(
     runs: Measured,
     out: Annotated[Path | None, results_folder("pareto", "in the first, or beside it if it is a run")] = None,
@@ -24,6 +26,7 @@ def pareto(
 
 
 @command
+@taking_saes
 def geometry(
     runs: Measured,
     pair: Annotated[
@@ -59,6 +62,7 @@ def geometry(
 
 
 @command
+@taking_saes
 def importance(
     runs: Measured,
     tokens: Tokens = None,
@@ -78,6 +82,7 @@ def importance(
 
 
 @command
+@taking_saes
 def directions(
     runs: Measured,
     tokens: Tokens = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from endwise.cli.adopted import taking_saes
 from endwise.cli.app import Quiet, command, echo, results_beside, results_folder, status
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @command
+@taking_saes
 def harvest(
     runs: Annotated[list[Path], Argument(help="Run folders.")],
     tokens: Annotated[
@@ -89,6 +91,7 @@ def export_neuronpedia(
 
 
 @command
+@taking_saes
 def dashboard(
     runs: Annotated[list[Path], Argument(help="Harvested run folders, shown side by side.")],
     memory: Annotated[
@@ -107,6 +110,7 @@ def dashboard(
 
 
 @command
+@taking_saes
 def serve(
     runs: Annotated[list[Path], Argument(help="Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,

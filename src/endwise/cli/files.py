@@ -1,10 +1,12 @@
 """Commands for files of SAEs, of whatever format."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from endwise.cli.adopted import MODEL
 from endwise.cli.app import command, echo
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
@@ -26,22 +28,20 @@ def inspect(
     Exit code: 0 if it is read, 6 if it is not, or is far from what it states.
     """
     from endwise.evaluation.inspecting import inspect as look
-    from endwise.evaluation.inspecting import measured, verdict
+    from endwise.evaluation.inspecting import measured, text_for, verdict
 
     found = look(path)
     for line in found.lines():
         echo(line)
     if model is None:
         return
-    from endwise.config.run import DataConfig
     from endwise.models.loading import load_model
 
     loaded = load_model(model)
-    has_bos = getattr(loaded.tokenizer, "bos_token_id", None) is not None
-    if found.bos and not has_bos:
-        echo(f"! It was trained on text that begins with BOS, which {model} has none of.")
-    values = {"source": data, "context": context, "prepend_bos": found.bos and has_bos}
-    result = measured(found, loaded, DataConfig.build(values, source="the options"), tokens, site)
+    text, remark = text_for(found, loaded, data, context)
+    if remark is not None:
+        echo(f"! {remark}")
+    result = measured(found, loaded, text, tokens, site)
     bounds = result.baselines
     echo(
         f"measured on {result.tokens:,} tokens at {result.place} of {model}: L0 {result['l0']:.1f}, explained variance "
@@ -50,6 +50,26 @@ def inspect(
     )
     for line in verdict(found, result):
         echo(f"! {line}")
+
+
+@command
+def adopt(
+    path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
+    out: Annotated[Path, Option(help="The run folder to make; nothing may be there yet.")],
+    model: Annotated[str | None, Option(help=MODEL)] = None,
+    data: Annotated[str | None, Option(help="Text to measure it on, as data.source of a recipe.")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    tokens: Annotated[
+        int | None, Option(min=1, help="Held-out tokens to measure it on; unset: 500,000 at most.")
+    ] = None,
+    context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
+    name: Annotated[str | None, Option(help="What tables and legends call it; unset: the end of its path.")] = None,
+) -> None:
+    """Make a run folder of a finished SAE of anybody's, which all commands read that read runs."""
+    from endwise.evaluation.adopting import adopt as run
+
+    run(path, model=model, data=data, site=site, out=out, context=context, tokens=tokens, name=name)
+    echo(f"Next: endwise evaluate {shlex.quote(str(out))}")
 
 
 @command

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from endwise.cli.adopted import taking_saes
 from endwise.cli.app import Quiet, Tokens, command, echo
 
 Overrides = Annotated[
@@ -115,6 +116,7 @@ def plan(
 
 
 @command
+@taking_saes
 def evaluate(
     runs: Annotated[list[Path], Argument(help="Run folders.")],
     tokens: Tokens = None,

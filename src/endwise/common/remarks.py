@@ -17,6 +17,9 @@ ROUNDING = 1e-3
 """Nats per token that are no difference."""
 FAR_BELOW = -1.0
 """An explained variance under this: the error is more than twice what the site's mean would leave."""
+FAR = 1.5
+"""Factor between a measured and a stated L0 that is told of. On other text than it was trained on, the L0 of an SAE
+that is read rightly changes by less."""
 ENOUGH = 0.95
 """Share of the held-out tokens asked for: whole sequences and masked first positions leave out less than the rest."""
 DIVERGED = 2.0
@@ -144,6 +147,20 @@ def _worse_than_nothing(record: Record) -> str | None:
     )
 
 
+def not_as_stated(record: Record) -> str | None:
+    """The remark on an SAE whose L0 is far from what its file states."""
+    l0, stated = _number(record, "l0"), _number(record, "adopted", "stated_l0")
+    if not stated > 0 or 1 / FAR < l0 / stated < FAR:
+        return None
+    return f"L0 is {l0:.1f} where {stated:g} is stated: this text, or the reading, may be another."
+
+
+def _told_when_adopted(record: Record) -> str | None:
+    adopted = record.get("adopted")
+    remarks = adopted.get("remarks") if isinstance(adopted, Mapping) else None
+    return " ".join(map(str, remarks)) if isinstance(remarks, list) and remarks else None
+
+
 def diverged(record: Record) -> str | None:
     """The remark on a training that ended with a higher loss than it began with."""
     first, last = _number(record, "loss", "first"), _number(record, "loss", "last")
@@ -156,11 +173,13 @@ def diverged(record: Record) -> str | None:
 
 
 _RULES: tuple[Callable[[Record], str | None], ...] = (
+    _told_when_adopted,
     _foreign_text,
     _left_out_bos,
     _few_tokens,
     _many_left_out,
     diverged,
+    not_as_stated,
     _worse_than_nothing,
     _alive,
     _far_off,

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, TypeVar
 
 from endwise.common.errors import ConfigError
+from endwise.config.adopted import AdoptedConfig
 from endwise.config.base import Config
 from endwise.config.dictionary import DictionaryConfig
 from endwise.config.objective import KINDS, LABELS
@@ -44,6 +46,8 @@ class Knob:
         for name, rule in config.dictionary.knobs.items():
             if (value := getattr(config.dictionary, name)) is not None:
                 return cls(float(value), f"dictionary.{name}", *rule)
+        if isinstance(config, AdoptedConfig):
+            return cls(*config.stated)
         sparsity = config.objective.sparsity
         if sparsity is not None and sparsity.target_l0 is not None:
             return cls(sparsity.target_l0, "objective.sparsity.target_l0", "target L0", sparser=False)
@@ -135,7 +139,11 @@ class Method:
         knob = Knob.of(config)
         aside = {"architecture", "size", "ratio", knob.name.removeprefix("dictionary.")}
         own = dictionary.model_dump(mode="json", exclude=aside, exclude_defaults=True)
-        content = config.objective.method | {f"dictionary.{name}": value for name, value in own.items()}
+        content = {f"dictionary.{name}": value for name, value in own.items()}
+        if isinstance(config, AdoptedConfig):
+            label = config.objective.label
+            return cls(re.sub(r"[^\w.]+", "-", label), label, {**content, "from": config.family})
+        content = config.objective.method | content
         if knob.name != COEFFICIENT and config.objective.coefficient is not None and not config.objective.is_steered:
             content["sparsity.coefficient"] = config.objective.coefficient
         key = config.objective.method_kind

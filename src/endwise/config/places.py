@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.common.errors import ConfigError
+from endwise.config.adopted import AdoptedConfig
 from endwise.config.base import Config, read_overrides, read_yaml
 from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
@@ -158,12 +159,13 @@ Recipe = RunConfig | PlacesConfig
 
 
 def build_recipe(values: Mapping[str, Any], source: str = "the configuration") -> Recipe:
-    """Validate a recipe, which is one for several places if it has the key `places`.
+    """Validate a recipe, which is one for several places if it has the key `places`, and of an SAE that was trained
+    elsewhere if it has the key `adopted`.
 
     Raises:
         ConfigError: it breaks a rule.
     """
-    kind = PlacesConfig if "places" in values else RunConfig
+    kind = PlacesConfig if "places" in values else AdoptedConfig if "adopted" in values else RunConfig
     return kind.build(dict(values), source)
 
 

@@ -91,7 +91,8 @@ def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
 
 
 def _described(config: RunConfig) -> str:
-    return f"{Method.of(config).label} {Knob.of(config)} seed {config.seed}"
+    seed = f" seed {config.seed}" if config.training.tokens else ""
+    return f"{Method.of(config).label} {Knob.of(config)}{seed}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

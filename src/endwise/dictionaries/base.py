@@ -18,10 +18,7 @@ from endwise.common.files import expanded
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
-from endwise.formats import CENTRED, FORMATS, NATIVE, Layout, Stored, stored_at
-
-PROCESSING = "model_from_pretrained_kwargs"
-"""Key of an SAE's metadata for how TransformerLens loads its model."""
+from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored, stored_at
 
 
 @contextmanager

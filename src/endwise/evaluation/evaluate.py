@@ -20,6 +20,7 @@ from endwise.common.files import expanded, write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import write_tensors
+from endwise.config.adopted import AdoptedConfig
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.dictionaries import SAE
@@ -172,7 +173,8 @@ def _evaluate_group(
         measured = measure(model, saes, heldout, settings, prefixes=prefixes, world=world)
     except DataError as error:
         raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
-    return {path: _with_course(measured[str(path)], RunFolder(path)) for path in configs}
+    told = {path: {"adopted": config.facts} for path, config in configs.items() if isinstance(config, AdoptedConfig)}
+    return {path: _with_course(measured[str(path)], RunFolder(path), told.get(path, {})) for path in configs}
 
 
 def _evaluate_together(
@@ -214,5 +216,5 @@ def _loaded(
         return model, corpora.heldout, {path: load_sae(path, config, model) for path, config in configs.items()}
 
 
-def _with_course(evaluation: Evaluation, folder: RunFolder) -> Evaluation:
-    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course()})
+def _with_course(evaluation: Evaluation, folder: RunFolder, told: Mapping[str, Any] | None = None) -> Evaluation:
+    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course(), **(told or {})})

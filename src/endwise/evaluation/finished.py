@@ -32,7 +32,7 @@ def named(config: Recipe) -> dict[str, Any]:
         "kind": config.objective.name,
         "site": config.place,
         "coefficient": config.objective.coefficient,
-        "seed": config.seed,
+        "seed": config.seed if config.training.tokens else None,
     }
 
 

@@ -17,6 +17,7 @@ from endwise.common.files import expanded, there_is
 from endwise.common.hub import shown
 from endwise.common.processes import is_first_process
 from endwise.common.text import printable
+from endwise.config.adopted import AdoptedConfig
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.formats import at_commit, here, weights_file
@@ -211,8 +212,9 @@ def _check(path: Path, config: Recipe, now: Mapping[str, Any], corpora: Corpora 
         if part not in refused:
             tell(told)
             continue
+        another = f"remove {path}, and adopt again" if isinstance(config, AdoptedConfig) else "start a new run"
         raise RunFolderError(
-            f"{told} Restore what the run was started on, or start a new run.{_relative(path, config, there=True)}"
+            f"{told} Restore what the run was started on, or {another}.{_relative(path, config, there=True)}"
         )
 
 

@@ -50,7 +50,7 @@ class RunSummary:
     downstream_mse: Mapping[str, float]
     """By later site, in the order of the model."""
     tokens: int
-    """Training tokens."""
+    """Training tokens; 0: trained elsewhere, for how long is not known."""
     seconds: float
     """Wall-clock of training."""
     folder: str
@@ -140,6 +140,21 @@ class RunSummary:
         return self.method.key
 
     @property
+    def trained_here(self) -> bool:
+        """True if its training is known: seeds, tokens, learning rate."""
+        return self.tokens > 0
+
+    @property
+    def point(self) -> str:
+        """Where it stands among the runs of its method: `λ 3, seed 0`."""
+        return f"{self.knob}, seed {self.seed}" if self.trained_here else str(self.knob)
+
+    @property
+    def title(self) -> str:
+        """Name of it among other runs: `e2e, λ 3, seed 0`."""
+        return f"{self.method.label}, {self.point}"
+
+    @property
     def coefficient(self) -> float:
         """The knob's value, by its old name."""
         return self.knob.value
@@ -169,7 +184,7 @@ def method_of(path: Path, config: Recipe) -> Method:
 
 def _origin(config: Recipe) -> dict[str, Any]:
     start = next((str(each.init_from) for each in config.recipes if each.init_from is not None), None)
-    rate = config.training.learning_rate
+    rate = config.training.learning_rate if config.training.tokens else None
     return {"model": config.model.name, "learning_rate": rate, "start": start, "data_seed": config.data.seed}
 
 

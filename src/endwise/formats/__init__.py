@@ -1,10 +1,10 @@
 """Formats of SAE files, one a file; importing one here registers it."""
 
-from endwise.formats.base import CENTRED, FORMATS, NATIVE, Format, Layout, Stored
+from endwise.formats.base import CENTRED, FORMATS, NATIVE, PROCESSING, Format, Layout, Stored
 from endwise.formats.circuit_tracer import CircuitTracer
 from endwise.formats.dictionary_learning import DictionaryLearning
 from endwise.formats.e2e_sae import E2eSae
-from endwise.formats.finding import format_at, located, metadata_at, stored_at, weights_file
+from endwise.formats.finding import format_at, located, metadata_at, processing_remark, stored_at, weights_file
 from endwise.formats.gemma_scope import GemmaScope
 from endwise.formats.gemma_scope_2 import GemmaScope2
 from endwise.formats.goodfire import Goodfire
@@ -20,6 +20,7 @@ __all__ = [
     "CENTRED",
     "FORMATS",
     "NATIVE",
+    "PROCESSING",
     "CircuitTracer",
     "DictionaryLearning",
     "E2eSae",
@@ -41,6 +42,7 @@ __all__ = [
     "located",
     "metadata_at",
     "on_hub",
+    "processing_remark",
     "stored_at",
     "weights_file",
 ]

@@ -20,6 +20,8 @@ TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "
 SKIP = {"W_skip": ("d_out", "d_in")}
 """What a transcoder with a linear path beside its features has besides."""
 
+PROCESSING, FOLDED = "model_from_pretrained_kwargs", "fold_value_biases"
+"""Key of an SAE's metadata for what TransformerLens does to the weights as it loads its model; a key within it."""
 PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 """Norms that depend on the token, by SAELens's names."""
 
@@ -99,8 +101,49 @@ class Stored:
     @property
     def of_centred(self) -> bool:
         """Whether TransformerLens was told to centre the weights of the model that it was trained on."""
-        given = self.metadata.get("model_from_pretrained_kwargs")
-        return isinstance(given, Mapping) and given.get("center_writing_weights") is True
+        return self._processing.get("center_writing_weights") is True
+
+    @property
+    def lacks_value_biases(self) -> bool:
+        """Whether it reads heads' results without their value biases, which TransformerLens was told to fold into what
+        attention adds to the residual stream.
+        """
+        return self._of_heads and self._processing.get(FOLDED) is True
+
+    @property
+    def of_unknown_processing(self) -> bool:
+        """Whether what TransformerLens did to the model may have changed what it reads, and is not undone."""
+        return self.of_centred and self.norm is None and not (self._of_heads and self._processing.get(FOLDED) is False)
+
+    @property
+    def _of_heads(self) -> bool:
+        return str(self.metadata.get("hook_name")).endswith("attn.hook_z")
+
+    @property
+    def _processing(self) -> Mapping[str, Any]:
+        """What TransformerLens was told to do to the model's weights."""
+        given = self.metadata.get(PROCESSING)
+        return given if isinstance(given, Mapping) else {}
+
+    def with_value_bias(self, bias: Tensor, layout: Layout) -> "Stored":
+        """Return what reads heads' results as they are, and gives them back so, by f(x − b) + b.
+
+        Args:
+            bias: b, `[d_in]`, which the heads' results of the model as it is have besides.
+
+        Raises:
+            FormatError: it is a transcoder, or stands behind a norm of each token.
+        """
+        if bool(bias.any()) and (self.transcodes or self.norm is not None):
+            raise FormatError(
+                "It reads heads' results of a model whose value biases were folded (fold_value_biases), and is a "
+                "transcoder or stands behind a norm: endwise cannot give it the values that it was trained on."
+            )
+        whole = replace(self, metadata={**self.metadata, PROCESSING: {**self._processing, FOLDED: False}})
+        if not bool(bias.any()):
+            return whole
+        tensors = shifted(self.as_used(layout), 1, layout.biases)  # which makes b_dec what is subtracted
+        return replace(whole, tensors={**tensors, "b_dec": tensors["b_dec"] + bias}, subtracts_b_dec=True)
 
     @property
     def transcodes(self) -> bool:

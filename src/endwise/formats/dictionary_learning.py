@@ -142,6 +142,7 @@ class DictionaryLearning(Format):
             hf_hook_name=module,
             context_size=buffer.get("ctx_len") if isinstance(buffer, dict) else None,
             dict_class=trainer.get("dict_class"),
+            stated_l0=float(k) if type(k := trainer.get("k")) is int and k > 0 else None,
         )
 
 

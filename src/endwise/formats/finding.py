@@ -18,6 +18,11 @@ _CENTRED_ELSEWHERE = (
     "so that the SAE may read them wrongly."
 )
 
+_FOLDED_BIASES = (
+    "this SAE was trained on heads' results without their value biases (fold_value_biases), which those of the Hugging "
+    "Face model have. endwise adopt, which is given the model, makes an SAE of it that reads them as they are."
+)
+
 
 def format_at(path: Path) -> tuple[Format, Path] | None:
     """The format of the SAE at a path and where it lies: there, in the path's `sae`, as in a run folder, or in the
@@ -51,9 +56,16 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
     norm = None if found.named is None else found.named.overrides.get("normalize_activations")
     if norm in PER_TOKEN and layouts[stored.architecture].norms:
         stored = replace(stored, config={**stored.config, "normalize": norm})
-    if stored.of_centred and stored.norm is None:
-        warnings.warn(f"{place}: {_CENTRED_ELSEWHERE}", stacklevel=3)
+    if (remark := processing_remark(stored)) is not None:
+        warnings.warn(f"{place}: {remark}", stacklevel=3)
     return stored
+
+
+def processing_remark(stored: Stored) -> str | None:
+    """Tell of what TransformerLens did to the model that an SAE was trained on, and is not undone here."""
+    if stored.lacks_value_biases:
+        return _FOLDED_BIASES
+    return _CENTRED_ELSEWHERE if stored.of_unknown_processing else None
 
 
 def weights_file(name: Path) -> Path:
@@ -92,10 +104,10 @@ def located(name: Path) -> tuple[Format, Path]:
 def _located(path: Path) -> tuple[Format, Path]:
     if (found := format_at(path)) is not None:
         return found
-    if path.suffix in READERS and there_is(path) and path.is_file():
-        holds = ", ".join(sorted(READERS[path.suffix](path)))
+    if there_is(path) and path.is_file():
+        names = sorted(READERS[path.suffix](path)) if path.suffix in READERS else ["no tensors of an SAE"]
         raise FormatError(
-            f"{path} holds {holds[:300] or 'nothing'}, which is no SAE in a format that endwise knows: "
+            f"{path} holds {', '.join(names)[:300] or 'nothing'}, which is no SAE in a format that endwise knows: "
             f"{', '.join(FORMATS.names())}. Give the whole folder, if settings lie beside it."
         )
     return FORMATS[NATIVE], path

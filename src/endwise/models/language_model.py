@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from endwise.common.axes import Activation, AnyWidth, Tokens
 from endwise.common.digests import of_tensors
 from endwise.common.errors import FormatError, ModelError, SiteError
 from endwise.models.adapters import refuse_adapted
-from endwise.models.blocks import find_blocks
+from endwise.models.blocks import find_blocks, first_input, with_first_input
 from endwise.models.fused_gelu import fuse_gelu
 from endwise.models.hooking import SiteHooks, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
@@ -28,6 +29,8 @@ from endwise.models.readout import Readout
 from endwise.models.sites import Part, Place, Site
 
 PROBE_TOKENS = 8
+SAME_BIAS = 1e-4
+"""Difference of a bias among positions, as a share of its largest value, that is rounding."""
 
 
 class _Stop(Exception):
@@ -192,6 +195,28 @@ class LanguageModel:
     def logits(self, tokens: Tokens) -> Tensor:
         """The model's own logits, `[batch pos vocab]`."""
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    @torch.no_grad()
+    def value_bias(self, layer: int) -> Float[Tensor, " width"]:
+        """Return what a block's value biases add to its heads' results, as `attn.hook_z` has them (a bias that several
+        heads share is repeated): what these are where attention reads zeros, since each head's weights add up to 1.
+
+        Raises:
+            ModelError: the heads' results differ among positions then, so that they are no bias.
+        """
+        attention, site = self._blocks[layer].attention, self.readable(Site(layer, Part.ATTN_Z))
+        assert attention is not None
+
+        def reading_zeros(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return with_first_input(args, kwargs, torch.zeros_like(first_input(args, kwargs)))
+
+        with removed(attention.compute.register_forward_pre_hook(reading_zeros, with_kwargs=True)):
+            tokens = torch.arange(min(PROBE_TOKENS, self.context or PROBE_TOKENS), device=self.device)[None]
+            found = self.clean(tokens % self.vocab_size, [site]).activations[site][0].float()
+        bias = found[0]
+        if float((found - bias).abs().max()) > SAME_BIAS * float(bias.abs().max()):
+            raise ModelError(f"{self.name}: the heads of block {layer} have no value bias that is alike everywhere.")
+        return bias
 
     @torch.no_grad()
     def clean(self, tokens: Tokens, record: Collection[Site] = (), final: bool = False) -> Clean:

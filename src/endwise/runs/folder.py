@@ -52,7 +52,7 @@ from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
-from endwise.formats import weights_file
+from endwise.formats import format_at, weights_file
 from endwise.runs.several import is_several, place_folders, resuming
 from endwise.runs.trackers import Mirror
 
@@ -240,7 +240,7 @@ class RunFolder:
             RunFolderError: no run has been started here.
         """
         if not self.has_run():
-            raise RunFolderError(f"{self.path} is not a run folder (it holds no config.yaml).")
+            raise _no_run(self.path)
 
     def config(self) -> RunConfig:
         """
@@ -362,6 +362,11 @@ class RunFolder:
         """All but the latest `keep`."""
         for step in self.saved_steps()[:-keep]:
             self.checkpoint(step).unlink()
+
+
+def _no_run(path: Path) -> RunFolderError:
+    adopt = " Make one of the SAE in it: endwise adopt." if format_at(path) is not None else ""
+    return RunFolderError(f"{path} is not a run folder (it holds no config.yaml).{adopt}")
 
 
 def parts_of(run: Path) -> list[RunFolder]:

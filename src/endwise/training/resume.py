@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from endwise.common.errors import ConfigError, FormatError, RunFolderError, Unreadable
 from endwise.common.processes import World
+from endwise.config.adopted import refuse_adopted
 from endwise.config.fields import differing, identity
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described, pinned
@@ -28,6 +29,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     folder = RunFolder.open(path)
     check_whole(path)
     kept = folder.recipe()
+    refuse_adopted(kept, path)
     config = read_recipe(folder.config_file, list(overrides))
     if apart := differing(identity(kept), identity(config)):
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 from endwise.common.errors import ConfigError, TrainingStopped, out_of_memory
 from endwise.common.processes import joined
 from endwise.common.seeds import shared_generators
+from endwise.config.adopted import refuse_adopted
 from endwise.config.places import PlacesConfig, build_recipe, read_recipe
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
@@ -130,6 +131,8 @@ def trained(
     Raises:
         SomeFailed, EndwiseError: see `train_together`.
     """
+    for config in request.configs:
+        refuse_adopted(config)
     with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
         prepared = prepare(request, world, claims, model, corpora)
         run_loop(prepared)

@@ -181,10 +181,7 @@ def region_rows(of: FeatureMap) -> list[dict[str, Any]]:
 def run_names(runs: Sequence[RunSummary]) -> list[str]:
     """Name the runs of a map apart: their method, and the knob and the seed where there are several."""
     methods = [run.method for run in runs]
-    return [
-        run.method.label if methods.count(run.method) == 1 else f"{run.method.label}, {run.knob}, seed {run.seed}"
-        for run in runs
-    ]
+    return [run.method.label if methods.count(run.method) == 1 else run.title for run in runs]
 
 
 def _typical(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[str]:

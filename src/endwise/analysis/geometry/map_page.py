@@ -39,7 +39,7 @@ def map_chart(of: FeatureMap, name: str, shown: int = SHOWN) -> Chart:
     series = []
     for number, run in enumerate(of.runs):
         rank = ranks[run.method] = ranks.get(run.method, -1) + 1
-        label = f"{run.knob}, seed {run.seed}" if sum(run.method == one.method for one in of.runs) > 1 else ""
+        label = run.point if sum(run.method == one.method for one in of.runs) > 1 else ""
         marks = tuple(_marks(of, number, step))
         series.append(Series(run.method, marks, label, joined=False, rank=rank))
     centres = [np.median(of.places[of.region == region], axis=0) for region in range(1, of.regions + 1)]

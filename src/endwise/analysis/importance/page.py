@@ -202,7 +202,7 @@ def _where(study: ImportanceStudy) -> str:
 
 
 def _named(run: ImportantRun) -> str:
-    return f"{run.summary.method.label}, {run.summary.knob}, seed {run.summary.seed}"
+    return run.summary.title
 
 
 def print_importance(studies: Sequence[ImportanceStudy], console: Console | None = None) -> None:

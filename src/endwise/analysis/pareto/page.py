@@ -44,9 +44,9 @@ def described(run: RunSummary) -> str:
     """Describe a run and what it measured, line by line."""
     return "\n".join(
         [
-            f"{run.method.label}, {run.knob}, seed {run.seed}",
+            run.title,
             run.site,
-            f"{run.tokens:,} training tokens, {run.d_sae:,} features",
+            f"{f'{run.tokens:,} training tokens' if run.trained_here else 'trained elsewhere'}, {run.d_sae:,} features",
             *([] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]),
             f"L0 {run.l0:.1f}, {run.alive:,} alive",
             f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}",

@@ -65,7 +65,7 @@ def _lines(x: str, runs: Sequence[RunSummary], rank: int) -> Iterator[Series]:
     """One run's line with its marks; of several seeds that of their means, and all marks."""
     method, knob, marks = runs[0].method, runs[0].knob, [_marks(x, run) for run in runs]
     if len(runs) == 1:
-        yield Series(method, marks[0], f"{knob}, seed {runs[0].seed}", rank=rank)
+        yield Series(method, marks[0], runs[0].point, rank=rank)
         return
     label = f"{knob}, {len(runs)} seeds"
     means = (Mark(fmean(m.x for m in at), fmean(m.y for m in at)) for at in zip(*marks, strict=True))
@@ -77,7 +77,7 @@ def _marks(x: str, run: RunSummary) -> tuple[Mark, ...]:
     marks: list[Mark] = []
     for row in prefix_rows([run]):
         length, l0, ce_increase = row["features"], row["l0"], row["ce_increase"]
-        hover = f"{run.method.label}, {run.knob}, seed {run.seed}\nthe first {length:,} of {run.d_sae:,} features\n"
+        hover = f"{run.title}\nthe first {length:,} of {run.d_sae:,} features\n"
         hover += f"L0 {l0:.1f}, CE increase {ce_increase:+.3f}\n{run.folder}"
         ends = {key: (row[f"{key}.low"], row[f"{key}.high"]) for key in NUMBERS if f"{key}.low" in row}
         across = (length, None) if x == "length" else (l0, ends.get("l0"))

@@ -57,7 +57,7 @@ const overview = {
       fact("dead", write.count(dead), `${write.number((100 * dead) / run.d_sae, 2)} %`),
       fact("L0", write.number(run.l0), "per token"),
       run.ce_increase === null ? "" : fact("CE increase", write.signed(run.ce_increase), "nats"),
-      fact(run.knob || "λ", write.number(run.knob_value ?? run.coefficient), `seed ${run.seed}`),
+      fact(run.knob || "λ", write.number(run.knob_value ?? run.coefficient), run.seed == null ? "" : `seed ${run.seed}`),
     );
     const name = el("h2", {}, run.swatch(), el("span.name", {}, run.name), el("span.kind", {}, run.kindName));
     const { x, y } = this.axes;

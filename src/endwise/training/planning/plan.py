@@ -12,6 +12,7 @@ import torch
 
 from endwise.common.errors import ConfigError
 from endwise.common.machine import available_memory, free_disk, resident_memory, size_text
+from endwise.config.adopted import refuse_adopted
 from endwise.config.places import Recipe
 from endwise.models.loading import find_device
 from endwise.training.planning.dry_run import (
@@ -171,6 +172,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     Raises:
         EndwiseError: the recipe cannot be run at all, here or elsewhere.
     """
+    refuse_adopted(config)
     training = config.training
     if processes < 1 or training.batch % (processes * training.accumulation):
         raise ConfigError(
