@@ -123,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({})
         elif parts[:2] == ["api", "models"]:
             self.of_repository("/".join(parts[2:4]), parts[4] if parts[4:] else "info", parts[5:])
+        elif len(parts) < 3:
+            self.refuse(404)
         elif parts[1].endswith(".git"):
             self.of_repository(f"{parts[0]}/{parts[1].removesuffix('.git')}", "batch", [])
         else:
@@ -150,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command in ("POST", "PUT") and not self.knows_token:
             return self.refuse(401)
         found = repository.at(rest[0] if rest else "main")
-        if found is None:
+        if found is None and what != "branch":
             return self.refuse(404, "RevisionNotFound")
         return getattr(self, f"of_{what}")(name, repository, found, rest)
 

@@ -57,7 +57,9 @@ def asking(what: str) -> Iterator[None]:
     except EndwiseError:
         raise
     except Exception as error:
-        if (said := refusal(error)) is None:
+        cause = error.__cause__  # of a thread that uploads, whose failure huggingface_hub tells in words of its own
+        said = refusal(error) or (refusal(cause) if isinstance(cause, Exception) else None)
+        if said is None:
             raise
         raise HubError(f"{what} {said}.") from None
 

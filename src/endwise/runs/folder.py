@@ -10,6 +10,7 @@ timings.jsonl                   wall-clock, kept apart so that two identical run
 sae/                            the SAE as it is used, in SAELens's layout
 checkpoints/                    what training is resumed from (raw weights, optimiser, random generators, counters)
 places/                         in place of `sae/`, of several places: each has a run folder there
+hub.json                        of a run that was pulled from the hub: its repository and commit
 part.json                       in such a folder: which run trains it
 evaluation.json                 metrics on held-out text
 evaluation_sums.safetensors     the same per sequence, which paired comparisons are made of
@@ -48,6 +49,7 @@ from endwise.common.files import (
     write_atomic,
     write_json,
 )
+from endwise.common.hub import shown
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
