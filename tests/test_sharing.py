@@ -219,6 +219,9 @@ def test_it_comes_back_as_the_run_that_it_was(runs, hub, tmp_path, model, corpor
 def test_one_run_is_pulled_alone_and_never_over_another(runs, hub, tmp_path):
     push([runs / "weak", runs / "strong"], NAME)
     assert pull(f"{NAME}/weak", tmp_path / "one") == [tmp_path / "one"]
+    result = told("evaluate", f"hf://{NAME}/weak")
+    assert result.exit_code == 5 and f"hf://{NAME}/weak is not a run folder" in result.stderr
+    assert f"endwise pull hf://{NAME}/weak" in result.stderr
     assert RunFolder(tmp_path / "one").has_run() and not any("strong" in each for each in hub.sent)
     with pytest.raises(RunFolderError, match="is there already"):
         pull(f"{NAME}/weak", tmp_path / "one")

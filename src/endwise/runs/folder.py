@@ -367,8 +367,12 @@ class RunFolder:
 
 
 def _no_run(path: Path) -> RunFolderError:
-    adopt = " Make one of the SAE in it: endwise adopt." if format_at(path) is not None else ""
-    return RunFolderError(f"{path} is not a run folder (it holds no config.yaml).{adopt}")
+    name, way = shown(path), ""
+    if name.startswith("hf://"):
+        way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of an SAE of others: endwise adopt."
+    elif format_at(path) is not None:
+        way = " Make one of the SAE in it: endwise adopt."
+    return RunFolderError(f"{name} is not a run folder (it holds no config.yaml).{way}")
 
 
 def parts_of(run: Path) -> list[RunFolder]:
