@@ -15,6 +15,7 @@ from endwise import SAE, evaluate, pareto, train, train_places
 from endwise.cli import app
 from endwise.common.errors import ConfigError, HubError, RunFolderError
 from endwise.common.files import read_json, write_json
+from endwise.dictionaries import ReluSAE
 from endwise.runs.folder import RunFolder
 from endwise.sharing.card import plain
 from endwise.sharing.pulling import pull
@@ -219,9 +220,8 @@ def test_it_comes_back_as_the_run_that_it_was(runs, hub, tmp_path, model, corpor
 def test_one_run_is_pulled_alone_and_never_over_another(runs, hub, tmp_path):
     push([runs / "weak", runs / "strong"], NAME)
     assert pull(f"{NAME}/weak", tmp_path / "one") == [tmp_path / "one"]
-    result = told("evaluate", f"hf://{NAME}/weak")
-    assert result.exit_code == 5 and f"hf://{NAME}/weak is not a run folder" in result.stderr
-    assert f"endwise pull hf://{NAME}/weak" in result.stderr
+    with pytest.raises(RunFolderError, match=f"hf://{NAME}/weak is not a run folder .*endwise pull hf://{NAME}/weak"):
+        evaluate(f"hf://{NAME}/weak")
     assert RunFolder(tmp_path / "one").has_run() and not any("strong" in each for each in hub.sent)
     with pytest.raises(RunFolderError, match="is there already"):
         pull(f"{NAME}/weak", tmp_path / "one")
@@ -253,6 +253,23 @@ def test_a_run_of_several_places(hub, tmp_path, model, corpora):
     (back,) = pull(f"{NAME}/both", tmp_path / "back")
     assert RunFolder(back).measured()["ce_increase"] == RunFolder(tmp_path / "both").measured()["ce_increase"]
     assert len(pareto([back])) == len(pareto([tmp_path / "both"]))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_adopted_sae_goes_up_and_comes_back(made, hub, tmp_path):
+    """What it says of where it was adopted from loses its folder."""
+    from endwise.evaluation.adopting import adopt
+
+    ReluSAE(16, 40).save(tmp_path / "theirs" / "sae_of_others", {"hook_name": SITE})
+    options = {"model": str(made / "model"), "data": str(made / "train.npy"), "context": 8, "tokens": 64}
+    run = adopt(tmp_path / "theirs" / "sae_of_others", out=tmp_path / "adopted", **options)
+    evaluate(run)
+    push([run], NAME)
+    for name, content in hub.repositories[NAME].files.items():
+        assert str(tmp_path).encode() not in content, name
+    (back,) = pull(f"{NAME}/adopted", tmp_path / "back")
+    assert RunFolder(back).recipe().adopted.path == "sae_of_others"
+    assert pareto([back])[0].runs[0].ce_increase == pareto([run])[0].runs[0].ce_increase
 
 
 def test_the_weights_tell_of_no_folder_and_stay_the_same_numbers(runs, hub):

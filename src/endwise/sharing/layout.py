@@ -76,8 +76,7 @@ def stage(run: Path, target: Path) -> None:
         raise ConfigError(f"{run}: {name!r:.80} holds more than letters, digits, dots, - and _. Rename the folder.")
     if folder.measured() is None:
         raise RunFolderError(f"{run} was not measured yet, which its card tells. Measure it: endwise evaluate {run}")
-    names = [recipe.model.name, recipe.data.source, recipe.data.heldout, *(each.init_from for each in recipe.recipes)]
-    local = [str(each) for each in names if each is not None and Path(each).is_absolute()]
+    local = [path for path in dict.fromkeys(_paths(recipe.model_dump(mode="json"))) if len(Path(path).parts) > 1]
     words = {path: model_title(path) for path in local}
     parts = place_folders(run, recipe) if is_several(run) else []
     for part in parts or [run]:
@@ -86,6 +85,15 @@ def stage(run: Path, target: Path) -> None:
     for part, at in [(run, target), *((part, target / part.name) for part in parts)]:
         _files_staged(part, at / OWN, _Words(words))
     _check_hidden(target, [*local, str(Path.home())])
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """List the absolute paths in a value of JSON."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _paths(each)
 
 
 def _sae_staged(folder: RunFolder, target: Path, words: _Words) -> dict[str, str]:
