@@ -12,6 +12,7 @@ from endwise.evaluation.evaluate import write_evaluation
 from endwise.evaluation.measure import measure
 from endwise.runs.folder import RunFolder
 from endwise.runs.trackers import TRACKERS
+from endwise.runs.tracking.track import track
 from endwise.training.members import SomeFailed
 from own_training import Act, acting, raising, train_with
 from small_gpt2 import recipe
@@ -113,6 +114,19 @@ def test_it_hears_what_was_measured(made, tmp_path):
     evaluate(tmp_path / "run")
     (record,) = heard(tmp_path / "run", "evaluation")
     assert record == json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+
+def test_a_run_that_is_there_is_sent_whole(model, corpora, tmp_path):
+    config = recipe(tmp_path / "run", **SETTINGS)
+    run = train(config, model=model, corpora=corpora, display=False)
+    site = model.site(config.site)
+    evaluation = measure(model, {"run": (site, run.sae)}, corpora.heldout, config.evaluation)["run"]
+    write_evaluation(RunFolder(run.folder), config, evaluation)
+    for metrics in (RunFolder(run.folder).metrics(), []):
+        assert track(run.folder, ["told"]) == ["told"]
+        assert heard(run.folder, "metrics") == metrics and len(heard(run.folder, "evaluation")) == 1
+        assert Told.heard.pop(run.folder)[-1] == ("ended", {"status": "finished"})
+        RunFolder(run.folder).metrics_file.unlink(missing_ok=True)
 
 
 def test_one_that_fails_is_told_of_once_and_left_out(model, corpora, tmp_path, capsys):

@@ -45,7 +45,8 @@ def track(run: str | Path, to: Sequence[str] = ()) -> list[str]:
 def _send(folder: RunFolder, tracker: Tracker) -> None:
     if isinstance(tracker, Outside):
         return tracker.finish("finished", None)
-    for name, records in (("metrics", folder.metrics()), ("evaluation", [folder.evaluation()])):
+    metrics = folder.metrics() if folder.metrics_file.exists() else []  # an adopted SAE has none
+    for name, records in (("metrics", metrics), ("evaluation", [folder.evaluation()])):
         for record in records:
             if record is not None:
                 tracker.line(name, record)
