@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -229,13 +230,32 @@ def test_one_run_is_pulled_alone_and_never_over_another(runs, hub, tmp_path):
     assert result.exit_code == 10 and "no such path" in result.stderr and not (tmp_path / "two").exists()
 
 
-def test_other_saes_are_pulled_as_they_are(hub, tmp_path):
-    made = KINDS["sparsify"].made(tmp_path / "made")
+@pytest.mark.parametrize("kind", [*KINDS][:: max(1, len(KINDS) // 12)])
+def test_other_saes_are_pulled_as_they_are(hub, tmp_path, kind):
+    made = KINDS[kind].made(tmp_path / "made")
     hub.put("someone/foreign", tmp_path / "made")
     inside = made.relative_to(tmp_path / "made").as_posix()
-    (path,) = pull(f"hf://someone/foreign/{inside}", tmp_path / "out" / made.name)
+    (path,) = pull(f"hf://someone/foreign/{inside}", tmp_path / "runs" / "foreign" / inside)
     x = torch.randn(5, 6)
-    torch.testing.assert_close(SAE.load(path)(x), SAE.load(made)(x), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(SAE.load(path)(x), SAE.load(made)(x), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_recipe_from_elsewhere_runs_no_code_and_tells_nobody(runs, hub, tmp_path):
+    push([runs / "weak"], NAME)
+    repository, file = hub.repositories[NAME], "weak/endwise/config.yaml"
+    recipe = yaml.safe_load(repository.files[file])
+    recipe["model"]["trust_remote_code"] = True
+    recipe |= {"trackers": ["wandb"], "out": "/tmp/elsewhere"}
+    repository.commit(repository.files | {file: yaml.safe_dump(recipe).encode()})
+    (run,) = pull(f"{NAME}/weak", tmp_path / "one")
+    read = RunFolder(run).recipe()
+    assert (read.model.trust_remote_code, read.trackers, read.out) == (False, (), None)
+    repository.commit(repository.files | {file: b"- [broken"})
+    assert told("pull", f"{NAME}/weak", tmp_path / "two").exit_code == 6
+    assert [each.name for each in tmp_path.iterdir() if "two" in each.name] == []
 
 
 def test_a_run_of_several_places(hub, tmp_path, model, corpora):

@@ -24,6 +24,7 @@ from endwise.common.errors import ConfigError, RunFolderError
 from endwise.common.files import read_json
 from endwise.common.text import model_title
 from endwise.formats import FORMATS, NATIVE
+from endwise.formats.reading import yaml_at
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import PART, PLACES, is_several, place_folders
 
@@ -35,8 +36,8 @@ FILES = (
     *("evaluation.json", "evaluation_sums.safetensors", "evaluation_firings.safetensors"),
 )
 """What goes up of a run folder beside its SAE."""
-_OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache")
-"""Keys that say where a run lay, and how it was started."""
+_OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache", "trackers")
+"""Keys that say where a run lay, how it was started, and who was told of it."""
 _HEADER = 8
 """Bytes of the length of a safetensors file's header."""
 
@@ -164,10 +165,20 @@ def pushed(folder: Path) -> Iterator[Path]:
 
 
 def restored(source: Path, target: Path) -> None:
-    """Make a run folder of what `stage` laid out, of which the SAE may be missing."""
+    """Make a run folder of what `stage` laid out, of which the SAE may be missing. A recipe that comes from elsewhere
+    runs no code of a model's, and names no trackers and no folders here, whatever it says.
+
+    Raises:
+        FormatError: the recipe is none.
+    """
     target.mkdir(parents=True)
-    for file in sorted((source / OWN).iterdir()):
+    for file in sorted(each for each in (source / OWN).iterdir() if each.name in FILES):
         shutil.copyfile(file, target / file.name)
+    recipe = {key: value for key, value in yaml_at(target / FILES[0]).items() if key not in ("out", "trackers")}
+    for section, key in (("model", "trust_remote_code"), ("data", "cache")):
+        if isinstance(recipe.get(section), dict):
+            recipe[section].pop(key, None)
+    (target / FILES[0]).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     for file in (each for each in source.iterdir() if each.is_file()):
         (target / "sae").mkdir(exist_ok=True)
         shutil.copyfile(file, target / "sae" / file.name)

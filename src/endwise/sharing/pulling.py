@@ -1,14 +1,17 @@
 """Bringing what is on the Hugging Face hub to a local folder: pushed runs as run folders, other SAEs as they are."""
 
 import glob
+import os
 import shutil
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 from endwise.common.errors import RunFolderError
-from endwise.common.files import check_can_write, expanded, there_is, write_json
+from endwise.common.files import PARTIAL, check_can_write, expanded, there_is, write_json
 from endwise.common.hub import asking
-from endwise.formats import here, on_hub
-from endwise.formats.fetching import files_of
+from endwise.formats import on_hub
+from endwise.formats.fetching import chosen, files_of
 from endwise.formats.naming import OnHub
 from endwise.sharing.layout import OWN, pushed, restored
 
@@ -37,18 +40,14 @@ def pull(name: str, out: str | Path | None = None) -> list[Path]:
     check_can_write(target)
     with asking(str(found)):
         files = [file for file in files_of(found.repo, found.revision) if _below(file, found.inside)]
-    ours = [file for file in files if f"/{OWN}/config.yaml" in f"/{file}"]
-    if not ours:
-        at = here(str(found))
-        weights = at.path if at.path.is_file() else None
-        _placed(weights or at.path, target / weights.name if weights else target, found, at.commit)
-        return [target / weights.name if weights else target]
-    snapshot = _fetched(found, files)
-    runs = list(pushed(snapshot / found.inside))
-    targets = [target if run == snapshot / found.inside else target / run.name for run in runs]
-    for run, place in zip(runs, targets, strict=True):
-        _placed(run, place, found, snapshot.name)
-    return targets
+    if any(f"/{OWN}/config.yaml" in f"/{file}" for file in files):
+        snapshot = _fetched(found, files)
+        runs = list(pushed(snapshot / found.inside))
+        targets = [target if run == snapshot / found.inside else target / run.name for run in runs]
+        for run, place in zip(runs, targets, strict=True):
+            _placed(place, found, snapshot.name, partial(restored, run))
+        return targets
+    return [_foreign(found, target)]
 
 
 def _below(file: str, inside: str) -> bool:
@@ -63,22 +62,37 @@ def _fetched(found: OnHub, files: list[str]) -> Path:
         return Path(snapshot_download(found.repo, revision=found.revision, allow_patterns=patterns))
 
 
-def _placed(source: Path, target: Path, found: OnHub, commit: str | None) -> None:
-    """Put a run, or the files of an SAE, into its place, all at once."""
+def _foreign(found: OnHub, target: Path) -> Path:
+    """Bring the files of an SAE of others, as they lie in its folder; returns its path."""
+    with asking(str(found)):
+        wanted, place = chosen(files_of(found.repo, found.revision), found.inside, str(found))
+    snapshot, at = _fetched(found, wanted), PurePosixPath(place)
+    file = next((each for each in (at, *at.parents) if str(each) in wanted), None)
+    folder = at if file is None else file.parent
+    own = {each: PurePosixPath(each).relative_to(folder) for each in wanted if folder in PurePosixPath(each).parents}
+
+    def write(partial: Path) -> None:
+        for each, below in own.items():
+            (partial / below).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(snapshot / each, partial / below)
+
+    _placed(target, found, snapshot.name, write)
+    return target / at.relative_to(folder)
+
+
+def _placed(target: Path, found: OnHub, commit: str, write: Callable[[Path], None]) -> None:
+    """Have a folder written, which appears at once and whole.
+
+    Raises:
+        RunFolderError: there is something in its place.
+    """
     if there_is(target):
         raise RunFolderError(f"{target} is there already. Name another folder, or remove it.")
-    partial = target.parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    unready = target.parent / f".{target.name}.{os.getpid()}{PARTIAL}"
     try:
-        if (source / OWN / "config.yaml").is_file():
-            restored(source, partial)
-        elif source.is_dir():
-            shutil.copytree(source, partial)
-        else:
-            shutil.copyfile(source, partial)
-        if partial.is_dir():
-            write_json(partial / ORIGIN, {"repository": found.repo, "path": found.inside, "commit": commit})
-        partial.rename(target)
+        unready.parent.mkdir(parents=True, exist_ok=True)
+        write(unready)
+        write_json(unready / ORIGIN, {"repository": found.repo, "path": found.inside, "commit": commit})
+        unready.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unready, ignore_errors=True)
