@@ -100,14 +100,15 @@ def test_two_processes_give_the_curve_of_one(made, alone, tmp_path):
 
 
 def test_terms_over_all_tokens_of_a_step(made, tmp_path):
-    """A penalty of features' means, and an auxiliary term that is divided by a variance."""
+    """A penalty of features' means, an auxiliary term that is divided by a variance, and terms that are balanced."""
     dictionary = {"architecture": "jumprelu", "size": 40, "penalty": "tanh_quadratic", "threshold_init": 0.5}
     dictionary |= {"aux": 0.5, "aux_negative": True, "dead_window": 40}
     curves = []
     for processes in (1, 2):
         file = write_recipe(made, tmp_path / f"of{processes}", accumulation=1, tokens=400)
         values = yaml.safe_load(file.read_text())
-        file.write_text(yaml.safe_dump(values | {"dictionary": dictionary}))
+        objective = values["objective"] | {"balance": "loss"}
+        file.write_text(yaml.safe_dump(values | {"dictionary": dictionary, "objective": objective}))
         code, _, errors = launch(processes, "train", file, "--quiet")
         assert code == 0, errors
         curves.append(RunFolder(tmp_path / f"of{processes}").metrics())

@@ -262,9 +262,9 @@ def test_one_tail_serves_all_prefixes(model, tmp_path):
             assert list(encoded.nested) == [encoded.reconstruction]  # no term at the site reads the prefixes'
             return encoded
 
-        def _tail_gradient(self, *given):
+        def _pulls(self, *given):
             seen.append(given)
-            return super()._tail_gradient(*given)
+            return super()._pulls(*given)
 
     config = RunConfig.build(recipe(tmp_path / "run", "matryoshka_batchtopk", "e2e", tokens=512))
     train_with(Counted, [config], model)

@@ -28,13 +28,16 @@ OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
 """Terms that have a key of their own in `objective`, in the order in which they are added up."""
 COLUMNS = (
     *("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout"),
-    *("left_out", "sparsity_coefficient"),
+    "left_out",
 )
 """Columns that a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
+COEFFICIENT = "_coefficient"
+"""End of the name of a column that holds a term's weight, where it changes."""
 
 TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
 """Every term that a recipe can name."""
 NonNegative = Annotated[float, Field(ge=0)]
+Balance = Literal["loss", "gradient"]
 
 
 class SparsityConfig(Config):
@@ -112,6 +115,10 @@ class ObjectiveConfig(Config):
     """β, total weight of the later sites' mean squared error, shared equally among them. Preset: 0, 0, required."""
     downstream_sites: tuple[str, ...] | None = None
     """Unset: `hook_resid_pre` of every later block, as in the reference code."""
+    balance: Balance | None = None
+    """Weights of terms that read the spliced pass are shares of the local error: each is multiplied by the local mean
+    squared error over the term (`loss`), or by the ratio of their gradients' norms at the reconstruction (`gradient`),
+    of the step's tokens. With `kl: 0.5`, `local_mse: 0.5` and `loss`: the finetuning of arXiv 2503.17272."""
     terms: dict[str, SerializeAsAny[TermConfig]] = Field(default_factory=dict)
     """Further terms by the name they are registered by, each with its weight, or with `weight` and its settings."""
 
@@ -184,7 +191,8 @@ class ObjectiveConfig(Config):
         penalty.pop("coefficient", None)
         if self.is_steered:
             penalty["target_l0"] = "steered"
-        return {**self.weights, "downstream_sites": sites, **penalty, **further}
+        balance = {} if self.balance is None else {"balance": self.balance}
+        return {**self.weights, "downstream_sites": sites, **balance, **penalty, **further}
 
     @property
     def name(self) -> str:
@@ -209,7 +217,7 @@ def _term(name: Any, value: Any) -> Any:
     """A registered term's settings, of the class that the term says."""
     if name in OWN_KEYS:
         raise ValueError(f"{name} has a key of its own; set objective.{name}")
-    if name in COLUMNS:
+    if name in COLUMNS or str(name).endswith(COEFFICIENT):
         raise ValueError(f"no term can be called {name}, which metrics.jsonl has a number of")
     try:
         settings = TERMS[str(name)].Settings

@@ -19,7 +19,7 @@ JOINED = " + "
 Inputs = Literal["clean", "spliced"]
 OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
 """Keys that stand for every place, unless it has its own."""
-OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "terms")
+OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "balance", "terms")
 """Keys of an objective that one spliced pass has one of."""
 
 
@@ -103,6 +103,11 @@ class PlacesConfig(Config):
     @model_validator(mode="after")
     def _one_loss(self) -> "PlacesConfig":
         first = self.places[0].objective
+        if self.joint and first.balance is not None:
+            raise ValueError(
+                f"objective.balance is {first.balance}, which weighs terms by the local error of one place; the loss "
+                "of a joint pass is of several. Leave it out, or set joint: false"
+            )
         for place in self.places[1:] if self.joint else ():
             both = [
                 {key: getattr(objective, key) for key in OF_THE_PASS} | objective.weights | {"local_mse": None}

@@ -292,6 +292,21 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _balanced_in_one_pass(self) -> "RunConfig":
+        balance = self.objective.balance
+        if balance is not None and self.training.accumulation > 1:
+            raise ValueError(
+                f"training.accumulation is {self.training.accumulation}, but objective.balance weighs terms by all "
+                "tokens of a step: set it to 1, and training.microbatch to bound memory"
+            )
+        if balance is not None and getattr(self.dictionary, "resample_at", ()):
+            raise ValueError(
+                f"objective.balance is {balance}, whose weights are of whole steps, and dictionary.resample_at asks "
+                "for the loss of each token. Leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exact_is_float32(self) -> "RunConfig":
         if self.training.precision == "exact" and self.model.dtype not in (None, "float32"):
             raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
-from endwise.config.objective import TERMS, ObjectiveConfig, TermConfig
+from endwise.config.objective import TERMS, Balance, ObjectiveConfig, TermConfig
 from endwise.dictionaries import Latents
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Readout
@@ -214,6 +214,8 @@ class Objective:
     spliced_terms: tuple[SplicedTerm, ...] = ()
     site_terms: tuple[SiteTerm, ...] = ()
     places_terms: tuple[PlacesTerm, ...] = ()
+    balance: Balance | None = None
+    """Way in which spliced terms are brought to one size (`training.tail_terms`)."""
     sites: tuple[Site, ...] = field(init=False)
     """Later sites that must be recorded in both passes."""
     final: bool = field(init=False)
@@ -225,14 +227,20 @@ class Objective:
         object.__setattr__(self, "final", any(term.final for term in self.spliced_terms))
 
     @classmethod
-    def of(cls, terms: Iterable[Term]) -> "Objective":
+    def of(cls, terms: Iterable[Term], balance: Balance | None = None) -> "Objective":
         """Make the objective that is the sum of `terms`, which are added up in their order."""
         terms = tuple(terms)
         return cls(
             tuple(term for term in terms if isinstance(term, SplicedTerm)),
             tuple(term for term in terms if isinstance(term, SiteTerm)),
             tuple(term for term in terms if isinstance(term, PlacesTerm)),
+            balance,
         )
+
+    @property
+    def backward_passes(self) -> int:
+        """Passes back through the tail that spliced terms take: one, or one for each that is balanced."""
+        return len(self.spliced_terms) if self.balance else min(1, len(self.spliced_terms))
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -266,7 +274,8 @@ def build_objective(
             "recipe with several `places` and `joint: true`, or leave the term out."
         )
     asked = [term for term in terms if issubclass(TERMS[term.name], kinds)]
-    return Objective.of(TERMS[term.name].build(term.weight, term.settings, model, site) for term in asked)
+    built = [TERMS[term.name].build(term.weight, term.settings, model, site) for term in asked]
+    return Objective.of(built, config.balance)
 
 
 def downstream_sites(given: tuple[str, ...] | None, model: LanguageModel, site: Site) -> tuple[Site, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from endwise.common.axes import TokenMask
+from endwise.config.objective import COEFFICIENT
 from endwise.dictionaries import Latents
 from endwise.training.objectives import Objective, Sparsity
 from endwise.training.steering import Steering
@@ -62,7 +63,8 @@ class SparsitySchedule:
 
     def objective(self, objective: Objective, step: int) -> Objective:
         """Return the objective of the step after `step` others."""
-        return Objective.of(self.term(step) if each is self._term else each for each in objective.terms)
+        terms = (self.term(step) if each is self._term else each for each in objective.terms)
+        return Objective.of(terms, objective.balance)
 
     def term(self, step: int) -> Sparsity:
         """Return the penalty of the step after `step` others."""
@@ -108,7 +110,7 @@ class SparsitySchedule:
 
 def coefficient_of(term: str) -> str:
     """Name the column of a term's weight, where it changes."""
-    return f"{term}_coefficient"
+    return f"{term}{COEFFICIENT}"
 
 
 def own_tensors(schedule: SparsitySchedule | None) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,12 +16,12 @@ from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries import SAE, Latents, TrainingPass
 from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.readout import Readout
 from endwise.models.sites import Place, Site
-from endwise.models.splicing import SplicedPass, SplicedRows
+from endwise.models.splicing import SplicedPass
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
 from endwise.training.objectives import Objective
 from endwise.training.sparsity import SparsitySchedule, coefficient_of, own_tensors
+from endwise.training.tail_terms import Pulls, balanced, pulls
 
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
@@ -77,6 +76,7 @@ class Trainee:
         """Step at which each watched number was first not finite; -1: never."""
         further = ["gradient_norm"] if sae.norm_limit is None else ["gradient_norm", LEFT_OUT]
         further += [] if self._schedule is None else self._schedule.columns
+        further += [coefficient_of(term.name) for term in objective.spliced_terms if objective.balance]
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, *further]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
 
@@ -137,10 +137,15 @@ class Trainee:
         Args:
             tail: the model that runs the spliced pass, and that ran the clean pass after the site.
         """
-        with all_or_none([self.sae]):
-            encoded, gradient = self.encode(*self.meets(clean), mask), None
-            if self.objective.spliced_terms:
-                gradient = self._tail_gradient(tail, clean, encoded.reconstruction, mask)
+        objective, gradient, found = self.objective, None, None
+        with all_or_none([self.sae], also=objective.balance is not None):
+            encoded = self.encode(*self.meets(clean), mask)
+            if objective.spliced_terms:
+                found = self._pulls(tail, clean, encoded.reconstruction, encoded.target, mask)
+        if found is not None:
+            gradient, weights = balanced(objective, found, self.sae.world)
+            for name, weight in weights.items():
+                self._see(coefficient_of(name), weight)
         self.learn(encoded, mask, tokens_in_step, gradient)
 
     def meets(self, clean: Clean) -> Met:
@@ -217,22 +222,16 @@ class Trainee:
             loss = loss + weight * own[name]
         return loss
 
-    def _tail_gradient(
-        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
-    ) -> Activation:
-        """Gradient of the spliced terms' sum at the reconstruction. Masked positions keep their own activation."""
+    def _pulls(
+        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, target: Activation, mask: TokenMask
+    ) -> Pulls:
+        """Go through the tail and back. Masked positions keep their own activation."""
         objective = self.objective
         spliced = SplicedPass(tail, self.site, objective.sites, objective.final, self.config.microbatch)
-        (gradient,) = spliced.gradients(clean, reconstruction, mask, [partial(self._spliced_loss, tail.readout)])
-        return gradient
+        return pulls(spliced, objective, clean, reconstruction, target, mask, self._see)
 
-    def _spliced_loss(self, readout: Readout, part: SplicedRows) -> Float[Tensor, ""]:
-        loss = torch.zeros((), device=part.mask.device)
-        for term in self.objective.spliced_terms:
-            total = term.total(readout, part.clean, part.spliced, part.mask)
-            self._sums[term.name] += total.detach()
-            loss = loss + term.coefficient * total
-        return loss
+    def _see(self, name: str, total: Tensor) -> None:
+        self._sums[name] += total
 
     def add_up(self, world: World) -> None:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
@@ -366,9 +365,11 @@ def _weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")}
 
 
-def all_or_none(saes: Sequence[SAE]) -> AbstractContextManager[None]:
-    """Within it, what fails in one process fails in all, where one of the dictionaries then sums over them."""
-    world = next((sae.world for sae in saes if sae.world.size > 1 and sae.sums_as_it_learns), None)
+def all_or_none(saes: Sequence[SAE], also: bool = False) -> AbstractContextManager[None]:
+    """Within it, what fails in one process fails in all, where one of the dictionaries then sums over them, or
+    something else does.
+    """
+    world = next((sae.world for sae in saes if sae.world.size > 1 and (also or sae.sums_as_it_learns)), None)
     return nullcontext() if world is None else world.together("a pass of training")
 
 

@@ -40,6 +40,7 @@ from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
 from endwise.training.setup import new_dictionary
 from endwise.training.step import clean_passes
+from endwise.training.tail_terms import Pulls
 from endwise.training.trainee import Trainee
 
 FOLLOWED = 2
@@ -326,15 +327,16 @@ class _DryTrainee(Trainee):
         on_gpu = self._planned.type == "cuda"
         return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "mixed" and on_gpu)
 
-    def _tail_gradient(
-        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, mask: TokenMask
-    ) -> Activation:
-        rows = slice(0, FOLLOWED * (self.config.microbatch or 1))
+    def _pulls(
+        self, tail: LanguageModel, clean: Clean, reconstruction: Activation, target: Activation, mask: TokenMask
+    ) -> Pulls:
+        rows, count = slice(0, FOLLOWED * (self.config.microbatch or 1)), self.objective.backward_passes
         with self.trace.part(TAIL):
-            rest = torch.empty_like(reconstruction[rows.stop :])
-            some = super()._tail_gradient(tail, clean.rows(rows), reconstruction[rows], mask[rows])
+            rest = [torch.empty_like(reconstruction[rows.stop :]) for _ in range(count)]
+            some = super()._pulls(tail, clean.rows(rows), reconstruction[rows], target[rows], mask[rows])
+            sizes = some.sizes
             del rest, some
-            return torch.empty_like(reconstruction)
+            return Pulls([torch.empty_like(reconstruction) for _ in range(count)], sizes)
 
 
 class _DryJoint(JointTrainee):

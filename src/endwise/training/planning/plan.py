@@ -235,9 +235,12 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
-    passes = [site for site, each in dry_run.objectives.items() if each.spliced_terms or each.places_terms]
+    passes = {site: each for site, each in dry_run.objectives.items() if each.spliced_terms or each.places_terms}
     starts = map(dry_run.pieces_before, passes)
     tails = [[piece.stretch for piece in dry_run.pieces[start : dry_run.end]] for start in starts]
+    backs = [
+        tail for tail, each in zip(tails, passes.values(), strict=True) for _ in range(max(1, each.backward_passes))
+    ]
     encodings, counted = dry_run.encodings(), dry_run.dictionary_flops()
     products = [
         (product_flops(1, sae.d_in, sae.d_sae) + product_flops(1, sae.d_sae, sae.d_out)) / 2 for sae, _ in encodings
@@ -255,7 +258,7 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
         sae_backward=sum(n * each for n, each in zip(times, backward, strict=True)),
         sae_own=sum(learning - each for (_, learning), each in zip(counted, backward, strict=True)),
         tail_forward=sum(forward_flops(each, context) for each in tails) / context,
-        tail_backward=sum(gradient_flops(each, context) for each in tails) / context,
+        tail_backward=sum(gradient_flops(each, context) for each in backs) / context,
         readout_forward=readouts,
         readout_backward=readouts,
         optimiser=OPTIMISER_OPERATIONS * parameters / per_step,
