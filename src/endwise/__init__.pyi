@@ -24,6 +24,8 @@ from .features.harvest.results import read_harvest as read_harvest
 from .features.harvest.run import harvest as harvest
 from .features.importance_table import FeatureImportance as FeatureImportance
 from .features.importance_table import read_importance as read_importance
+from .finetuning import Finetuned as Finetuned
+from .finetuning import finetune as finetune
 from .models.language_model import LanguageModel as LanguageModel
 from .models.loading import load_model as load_model
 from .models.sites import Site as Site

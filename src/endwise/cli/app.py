@@ -42,6 +42,10 @@ app = typer.Typer(
 )
 
 Measured = Annotated[list[Path], Argument(help="Measured run folders, or folders that hold some (a sweep's).")]
+Overrides = Annotated[
+    list[str] | None,
+    Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
+]
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
 Tokens = Annotated[int | None, Option(min=1, help="Held-out tokens, instead of each recipe's.")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from endwise.cli.adopted import MODEL
-from endwise.cli.app import command, echo
+from endwise.cli.app import Overrides, Quiet, command, echo
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
@@ -86,3 +86,39 @@ def convert(
     check_can_write(target.parent)
     apart = run(path, target, to)
     echo(f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}")
+
+
+@command
+def finetune(
+    path: Annotated[Path, Argument(metavar="SAE", help="A folder or file with an SAE, of any format.")],
+    overrides: Overrides = None,
+    model: Annotated[str, Option(help="embedded, a local folder, or a Hugging Face hub id.")] = "embedded",
+    data: Annotated[str, Option(help="Text to tune on, as data.source of a recipe.")] = "embedded",
+    tokens: Annotated[int, Option(min=1, help="Tokens to train on.")] = 1_000_000,
+    out: Annotated[Path | None, Option(help="Run folder; the same command resumes there. Unset: in runs/.")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    check: Annotated[list[str] | None, Option(help="Text of another kind to measure it on as well.")] = None,
+    measure_on: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 100_000,
+    context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a finished SAE on what the model predicts with it, and give it back in its format, with a report.
+
+    Exit code: 0 if it was tuned, 6 if it cannot be read or is far from what it states, 7 if training stopped.
+    """
+    from endwise.common.terminal import Grid, show
+    from endwise.finetuning import Settings
+    from endwise.finetuning import finetune as run
+
+    settings = Settings(data, tokens, measure_on, context, overrides or ())
+    made = run(path, model=model, settings=settings, out=out, site=site, check=check or (), say=echo, display=not quiet)
+    for name, each in {"text like that it was tuned on": made.text, **made.others}.items():
+        show(Grid((f"on {name}", "before", "after"), list(each.rows())))
+    ratio = made.text.ce_increase
+    echo(f"CE increase: {ratio.estimate:.1%} of what it was, 95 % [{ratio.low:.1%}, {ratio.high:.1%}] over text")
+    moved = made.moved.quantiles(made.moved.decoder)
+    echo(f"Decoder directions moved to cosine {moved[0.5]:.3f} with their start (median; 5 %: {moved[0.05]:.3f})")
+    for remark in made.remarks:
+        echo(f"! {remark}")
+    echo(f"The tuned SAE: {made.folder / 'sae'}" + (f", and {made.given_back}" if made.given_back else ""))
+    echo(f"The report: {made.folder / 'finetune.html'}")

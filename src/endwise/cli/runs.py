@@ -8,12 +8,7 @@ import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Quiet, Tokens, command, echo
-
-Overrides = Annotated[
-    list[str] | None,
-    Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
-]
+from endwise.cli.app import Overrides, Quiet, Tokens, command, echo
 
 DOES_NOT_FIT = 8
 """The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""

@@ -283,6 +283,10 @@ class SAE(nn.Module, ABC):
         changed no weight, comes here too.
         """
 
+    def section(self) -> dict[str, Any]:
+        """Return the `dictionary` of a recipe whose `init_from` takes it over as the same function."""
+        return {"architecture": self.architecture, "size": self.d_sae}
+
     def to_train(self, config: DictionaryConfig) -> "SAE":
         """The same function, in the form that training starts from.
 

@@ -200,6 +200,9 @@ class LinearSAE(SAE):
     def per_feature(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if name not in ("b_dec", "W_skip")]
 
+    def section(self) -> dict[str, Any]:
+        return {**super().section(), **({} if self.W_skip is None else {"skip": True})}
+
     def to_train(self, config: DictionaryConfig) -> "LinearSAE":
         """The same function, in the form that training starts from: under unit norm, with directions that are
         normalised where they are used.

@@ -299,6 +299,9 @@ class NormedSAE(SAE):
     def _seen(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         return self.norm.of(x.to(self.b_dec.dtype))
 
+    def section(self) -> dict[str, Any]:
+        return {**self.inner.section(), "normalize": self.norm.kind}
+
     def join(self, world: World) -> None:
         super().join(world)
         self.inner.join(world)

@@ -75,6 +75,14 @@ class TopKSAE(LinearSAE):
             raise FormatError(f"k must be a whole number from 1 to {cfg['d_sae']}, the features, not {k!r:.80}.")
         return super().from_tensors(tensors, cfg)
 
+    def section(self) -> dict[str, Any]:
+        return {**super().section(), "k": self.k.k, "decoder_norm": "unit" if self._norms_alike() else "free"}
+
+    def _norms_alike(self) -> bool:
+        """Tell if unit norms would choose the same features."""
+        norms = self.decoder_norms().detach()
+        return float(norms.max() - norms.min()) <= SAME_NORM * float(norms.max())
+
     def to_train(self, config: Any) -> "LinearSAE":
         """As `LinearSAE.to_train`, with the k of the recipe.
 
@@ -82,7 +90,7 @@ class TopKSAE(LinearSAE):
             ConfigError: directions differ in norm, so that unit norms would change what is chosen.
         """
         norms = self.decoder_norms().detach()
-        if config.decoder_norm == "unit" and float(norms.max() - norms.min()) > SAME_NORM * float(norms.max()):
+        if config.decoder_norm == "unit" and not self._norms_alike():
             raise ConfigError(
                 f"its directions have norms from {float(norms.min()):.6g} to {float(norms.max()):.6g}; with unit norms "
                 "other features would be among the k largest. Set dictionary.decoder_norm=free."

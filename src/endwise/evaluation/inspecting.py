@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,20 +209,32 @@ def convert(path: str | Path, target: str | Path, format_name: str) -> float:
     if form.weights(target).exists():
         raise ConfigError(f"{form.weights(target)} is there already. Name another place to write to.")
     found = inspect(path)
-    found.sae.save(target, kept(found.stored.metadata), format_name=format_name)
+    return written(found.sae, target, found.stored.metadata, format_name)
+
+
+def written(sae: SAE, target: Path, metadata: Mapping[str, Any], format_name: str) -> float:
+    """Write an SAE in a format, read it back, and return how far it is apart: see `convert`.
+
+    Args:
+        metadata: words of the file that it came from.
+
+    Raises:
+        FormatError: the format cannot say it, or what was written is another function.
+    """
+    sae.save(target, kept(metadata), format_name=format_name)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         again = SAE.load(target)
-        x = torch.randn(ROWS, found.sae.d_in, generator=torch.Generator().manual_seed(0))
-        both = [(sae.encode(x).dense(), sae(x)) for sae in (found.sae, again)]
+        x = torch.randn(ROWS, sae.d_in, generator=torch.Generator().manual_seed(0))
+        both = [(each.encode(x).dense(), each(x)) for each in (deepcopy(sae).cpu(), again)]
     apart = max(
         float((ours - theirs).abs().max() / ours.square().mean().sqrt().clamp_min(1e-12))
         for ours, theirs in zip(*both, strict=True)
     )
     if not apart < SAME:
         raise FormatError(
-            f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those of "
-            f"{found.name}. Do not use it."
+            f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those that "
+            "were to be written. Do not use it."
         )
     return apart
 

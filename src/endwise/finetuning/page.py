@@ -1,0 +1,127 @@
+"""The report of a finetuning: one HTML file that needs nothing else."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from endwise.common.text import model_title
+from endwise.config.method import Method
+from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
+from endwise.figures.interactive import div
+from endwise.figures.page import escape, page, table
+from endwise.finetuning.moved import QUANTILES
+from endwise.finetuning.result import Finetuned
+from endwise.finetuning.texts import BeforeAfter
+
+BINS = 40
+"""Of the histogram of cosines."""
+COURSE = (("CE increase", "ce_increase", "nats per token"), ("KL", "kl", "nats per token"), ("L0", "l0", "features"))
+"""Panels of the course on held-out text: title, column, unit."""
+
+
+def report_html(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the page. Everything that comes from a file is escaped.
+
+    Args:
+        metrics: the lines of the run's metrics.jsonl.
+    """
+    charts = [chart for chart in (_course(of, metrics), _moved(of)) if any(panel.series for panel in chart.panels)]
+    body = [
+        _tiles(of),
+        _list("remarks", of.remarks),
+        _section("On text like that it was tuned on", _table(of.text)),
+        *(_section(f"On {name}", _table(each)) for name, each in of.others.items()),
+        _section("The course", *map(div, charts[:1])),
+        _section("How far features moved", *map(div, charts[1:]), _quantiles(of)),
+        _section("The SAE", _list("verdicts", _facts(of))),
+    ]
+    return page(
+        title="An SAE, tuned on what the model predicts",
+        eyebrow=f"{escape(model_title(of.config.model.name))} · <code>{escape(of.config.place)}</code>",
+        lead=f"{escape(of.source.path.name)}, {escape(of.source.format_name)}: tuned on "
+        f"{of.config.training.tokens:,} tokens, and measured before and after on the same held-out text.",
+        body="\n".join(body),
+        interactive=True,
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _list(kind: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="{kind}">{items}</ul>' if items else ""
+
+
+def _tiles(of: Finetuned) -> str:
+    ratio = of.text.ce_increase
+    shown = (
+        (f"{ratio.estimate:.0%}", f"95 % [{ratio.low:.0%}, {ratio.high:.0%}] over text", "of the CE increase is left"),
+        (f"{of.text.l0:.1%}", f"{of.text.before['l0']:.1f} → {of.text.after['l0']:.1f}", "of the L0 that it had"),
+    )
+    tiles = "".join(
+        f'<div class="tile"><p class="number">{escape(number)}</p><p class="range">{escape(ends)}</p>'
+        f'<p class="what">{escape(what)}</p></div>'
+        for number, ends, what in shown
+    )
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _table(of: BeforeAfter) -> str:
+    return table(("", "before", "after"), of.rows())
+
+
+def _quantiles(of: Finetuned) -> str:
+    rows = [
+        (f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values()))
+        for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder))
+    ]
+    return table(("", *(f"{share:.0%}" for share in QUANTILES)), rows)
+
+
+def _course(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> Chart:
+    method, lines = Method.of(of.config), [line for line in metrics if "heldout" in line]
+    panels = []
+    for title, name, unit in COURSE:
+        marks = (Mark(0, of.text.before[name]), *(Mark(line["tokens"], line["heldout"][name]) for line in lines))
+        axes = Axis("training tokens"), Axis(f"{title}, {unit}")
+        panels.append(Panel(title, *axes, (Series(method, marks),) if lines else ()))
+    tokens = of.config.evaluation.during_training_tokens
+    caption = (
+        f"Short evaluations in training, on the first {tokens:,} held-out tokens; the first mark is the SAE as it "
+        f"came, on {of.text.before.tokens:,}. One run."
+    )
+    return Chart("course", "The course of tuning", caption, tuple(panels))
+
+
+def _moved(of: Finetuned) -> Chart:
+    method = Method.of(of.config)
+    panels = tuple(
+        Panel(title, Axis("cosine with its start"), Axis("features", from_zero=True), tuple(_bars(method, cosines, of)))
+        for title, cosines in (("Decoder", of.moved.decoder), ("Encoder", of.moved.encoder))
+    )
+    caption = f"Cosine of each feature's direction with its start, of the {of.moved.fired.sum():,} that fired."
+    return Chart("moved", "How far features moved", caption, panels)
+
+
+def _bars(method: Method, cosines: np.ndarray, of: Finetuned) -> Iterator[Series]:
+    known = cosines[of.moved.fired & np.isfinite(cosines)]
+    if len(known):
+        counts, edges = np.histogram(known, BINS, (min(float(known.min()), 0.9), 1.0 + 1e-6))
+        centres = (edges[:-1] + edges[1:]) / 2
+        yield Series(
+            method, tuple(Mark(float(x), float(y)) for x, y in zip(centres, counts, strict=True)), marked=False
+        )
+
+
+def _facts(of: Finetuned) -> Iterator[str]:
+    yield f"It came as {of.source.format_name} from {of.source.path}, read as {of.source.rule}."
+    yield f"In SAELens's layout: {of.folder / 'sae'}"
+    yield f"Given back as it came: {of.given_back}" if of.given_back else str(of.refused)
+    training = of.config.training
+    yield (
+        f"Objective {of.config.objective.name}, learning rate {training.learning_rate:g} falling on a line to 0, "
+        f"{training.batch} sequences of {of.config.data.context} tokens a step."
+    )
