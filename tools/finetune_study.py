@@ -17,10 +17,11 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).parents[1] / "src" / "endwise" / "embedded" / "data"
 LAYER, FEATURES, TOKENS, SHARE = 3, 512, 4_000_000, 0.1
-CONTEXT, SEQUENCES, BATCH = 256, 64, 2048
+CONTEXT, SEQUENCES, BATCH, SMALL_BATCH = 256, 64, 2048, 256
 SETTINGS = {
     "standard": {"l1_coefficient": 10.0},
     "topk": {"k": 16},
@@ -29,6 +30,16 @@ SETTINGS = {
     "matryoshka_batchtopk": {"k": 16, "matryoshka_widths": [64, 256, FEATURES]},
 }
 RATES = dict.fromkeys(SETTINGS, 3e-3)
+CLASSES = {
+    "standard": "Standard",
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka_batchtopk": "MatryoshkaBatchTopK",
+}
+"""SAELens's names of its classes."""
+SMALL, SMALL_SETTINGS = 24, {"standard": {"l1_coefficient": 2.0}, "jumprelu": {"l0_coefficient": 30.0}}
+"""Features of those that tests tune."""
 
 
 def train(folder: Path, seeds: list[int], architectures: list[str], tokens: int) -> None:
@@ -37,58 +48,122 @@ def train(folder: Path, seeds: list[int], architectures: list[str], tokens: int)
         for seed in seeds:
             at = folder / f"{architecture}-{seed}"
             if not (at / "again" / "sae_weights.safetensors").exists():
-                _train(at, architecture, seed, tokens)
+                batches, rate = _activations(seed), RATES[architecture]
+                sae = _saelens(architecture, seed, FEATURES)
+                at80 = {BATCH * round(0.8 * tokens / BATCH): at / "at80"}
+                sae = _fit(sae, batches, tokens, rate, rate / 10, "cosineannealing", at80)
+                sae.save_inference_model(str(at / "at100"))
+                for name, (start, end) in {"on": (rate / 10, rate / 10), "again": (rate, 0.0)}.items():
+                    more = _fit(copy.deepcopy(sae), batches, round(SHARE * tokens), start, end, "constant", {})
+                    more.save_inference_model(str(at / name))
 
 
-def _train(at: Path, architecture: str, seed: int, tokens: int) -> None:
+def _saelens(architecture: str, seed: int, features: int) -> Any:
+    """An SAE of SAELens's, to be trained."""
     import sae_lens
     import torch
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(seed)
-    names = {name: f"{name.title().replace('_', '')}" for name in SETTINGS}
-    names |= {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
-    names |= {"matryoshka_batchtopk": "MatryoshkaBatchTopK"}
-    stem = names[architecture]
     metadata = SAEMetadata(model_name="embedded", hook_name=f"blocks.{LAYER}.hook_resid_pre", context_size=CONTEXT)
-    width = json.loads((DATA / "config.json").read_text())["n_embd"]
-    config = getattr(sae_lens, f"{stem}TrainingSAEConfig")(
-        d_in=width, d_sae=FEATURES, normalize_activations="none", metadata=metadata, **SETTINGS[architecture]
+    of_small = SMALL_SETTINGS.get(architecture, {}) if features == SMALL else {}
+    settings = {**SETTINGS[architecture], **of_small, "d_sae": features, "d_in": _width(), "metadata": metadata}
+    if "matryoshka_widths" in settings:
+        settings["matryoshka_widths"] = [features // 8, features // 2, features]
+    if "k" in settings:
+        settings["k"] = min(settings["k"], features // 6)
+    config = getattr(sae_lens, f"{CLASSES[architecture]}TrainingSAEConfig")(**settings)
+    return getattr(sae_lens, f"{CLASSES[architecture]}TrainingSAE")(config)
+
+
+def _fit(
+    sae: Any,
+    batches: Iterator,
+    samples: int,
+    rate: float,
+    end: float,
+    schedule: str,
+    saved: dict[int, Path],
+    size: int = BATCH,
+) -> Any:
+    """Train with SAELens's trainer on batches of `size` tokens, and save the SAE where so many are seen."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    def provider() -> Iterator:
+        for number, batch in enumerate(batches):
+            if number * size in saved:
+                sae.save_inference_model(str(saved[number * size]))
+            yield batch
+
+    about = SAETrainerConfig(
+        total_training_samples=samples,
+        train_batch_size_samples=size,
+        lr=rate,
+        lr_end=end,
+        lr_scheduler_name=schedule,
+        lr_decay_steps=0 if end else samples // size,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=1,
     )
-    sae = getattr(sae_lens, f"{stem}TrainingSAE")(config)
-    batches, rate = _activations(seed), RATES[architecture]
-
-    def fit(sae, samples: int, rate: float, end: float, schedule: str, saved: dict[int, Path]):
-        def provider() -> Iterator:
-            for number, batch in enumerate(batches):
-                if (number * BATCH) in saved:
-                    sae.save_inference_model(str(saved[number * BATCH]))
-                yield batch
-
-        about = SAETrainerConfig(
-            total_training_samples=samples,
-            train_batch_size_samples=BATCH,
-            lr=rate,
-            lr_end=end,
-            lr_scheduler_name=schedule,
-            lr_decay_steps=0 if end else samples // BATCH,
-            logger=LoggingConfig(log_to_wandb=False),
-            n_batches_for_norm_estimate=1,
-        )
-        return SAETrainer(cfg=about, sae=sae, data_provider=provider()).fit()
-
-    at80 = BATCH * round(0.8 * tokens / BATCH)
-    sae = fit(sae, tokens, rate, rate / 10, "cosineannealing", {at80: at / "at80"})
-    sae.save_inference_model(str(at / "at100"))
-    for name, (start, end) in {"on": (rate / 10, rate / 10), "again": (rate, 0.0)}.items():
-        more = fit(copy.deepcopy(sae), round(SHARE * tokens), start, end, "constant", {})
-        more.save_inference_model(str(at / name))
+    return SAETrainer(cfg=about, sae=sae, data_provider=provider()).fit()
 
 
-def _activations(seed: int) -> Iterator:
-    """Batches of the residual stream, in an order that the seed draws anew for every epoch."""
+def small(folder: Path, tokens: int) -> None:
+    """Train small SAEs with each package that can be imported, which tests tune (tests/fixtures/trained)."""
+    from importlib.util import find_spec
+
+    if find_spec("sae_lens"):
+        for architecture in SETTINGS:
+            sae, batches = _saelens(architecture, 0, SMALL), _activations(0, SMALL_BATCH)
+            sae = _fit(sae, batches, tokens, 3e-3, 3e-4, "cosineannealing", {}, SMALL_BATCH)
+            sae.save_inference_model(str(folder / f"sae_lens_{architecture}"))
+    if find_spec("dictionary_learning"):
+        _dictionary_learning(folder / "dictionary_learning_topk", tokens)
+    if find_spec("sparsify"):
+        _sparsify(folder / "sparsify_topk", tokens)
+
+
+def _dictionary_learning(at: Path, tokens: int) -> None:
+    import torch
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+
+    steps = tokens // SMALL_BATCH
+    trainer = TopKTrainer(
+        steps=steps, activation_dim=_width(), dict_size=SMALL, k=SMALL // 6, layer=LAYER, lm_name="embedded",
+        dict_class=AutoEncoderTopK, lr=3e-3, warmup_steps=10, decay_start=steps // 2, seed=0, device="cpu",
+    )  # fmt: skip
+    for step, batch in zip(range(steps), _activations(0, SMALL_BATCH), strict=False):
+        trainer.update(step, batch)
+    at.mkdir(parents=True, exist_ok=True)
+    torch.save(trainer.ae.state_dict(), at / "ae.pt")
+    (at / "config.json").write_text(json.dumps({"trainer": trainer.config}, indent=2))
+
+
+def _sparsify(at: Path, tokens: int) -> None:
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    torch.manual_seed(0)
+    coder = SparseCoder(_width(), SparseCoderConfig(num_latents=SMALL, k=SMALL // 6))
+    optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
+    for step, batch in zip(range(tokens // SMALL_BATCH), _activations(0, SMALL_BATCH), strict=False):
+        if step == 0:
+            coder.b_dec.data = batch.mean(0)
+        coder.set_decoder_norm_to_unit_norm()
+        optimizer.zero_grad()
+        coder(batch).fvu.backward()
+        optimizer.step()
+    coder.set_decoder_norm_to_unit_norm()
+    coder.save_to_disk(at)
+
+
+def _width() -> int:
+    return json.loads((DATA / "config.json").read_text())["n_embd"]
+
+
+def _activations(seed: int, size: int = BATCH) -> Iterator:
+    """Batches of `size` tokens of the residual stream, in an order that the seed draws anew for every epoch."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,9 +184,9 @@ def _activations(seed: int) -> Iterator:
             found = held.pop().flatten(0, 1)
             found = found[torch.from_numpy(drawn.permutation(len(found)))]
             left = found if not len(left) else torch.cat([left, found])
-            while len(left) >= BATCH:
-                yield left[:BATCH]
-                left = left[BATCH:]
+            while len(left) >= size:
+                yield left[:size]
+                left = left[size:]
 
 
 def main() -> None:
@@ -122,8 +197,11 @@ def main() -> None:
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--architectures", nargs="+", default=["standard", "topk"], choices=SETTINGS)
     training.add_argument("--tokens", type=int, default=TOKENS)
+    fixtures = commands.add_parser("small")
+    fixtures.add_argument("folder", type=Path)
+    fixtures.add_argument("--tokens", type=int, default=400_000)
     given = vars(parser.parse_args())
-    {"train": train}[given.pop("command")](**given)
+    {"train": train, "small": small}[given.pop("command")](**given)
 
 
 if __name__ == "__main__":
