@@ -14,7 +14,7 @@ from endwise.finetuning.moved import Moved
 from endwise.finetuning.page import report_html
 from endwise.finetuning.recipe import Settings, agreed, data_of, recipe_of
 from endwise.finetuning.result import Finetuned
-from endwise.finetuning.texts import MEASURED_ON, BeforeAfter, Both, Said, compared, on_others
+from endwise.finetuning.texts import BeforeAfter, Both, Said, compared, on_others
 from endwise.formats import FORMATS, NATIVE
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
@@ -24,6 +24,8 @@ from endwise.training.train import train
 
 RESULT, REPORT, GIVEN_BACK = "finetune.json", "finetune.html", "tuned"
 """Names in the run folder."""
+CHECKED_ON = 16_384
+"""Tokens on which an SAE is checked before it is tuned, and measured on other text; `Settings.measured_on`, if less."""
 FAR_L0 = 0.03
 """Change of L0, as a share, up to which before and after are compared at equal L0."""
 
@@ -62,7 +64,8 @@ def finetune(
         say(line)
     loaded = load_model(model) if isinstance(model, str) else model
     data = data_of(found, loaded, settings)
-    first = measured(found, loaded, data, MEASURED_ON, site)
+    few = min(CHECKED_ON, settings.measured_on)
+    first = measured(found, loaded, data, few, site)
     for line in verdict(found, first):
         say(f"! {line}")
     refused = _not_written(found)
@@ -76,7 +79,7 @@ def finetune(
     both: Both = {"before": (first.place, found.sae), "after": (first.place, run.sae)}
     text = compared(loaded, both, corpora, recipe.evaluation)
     write_evaluation(RunFolder.open(folder), recipe, text.after)
-    others = dict(on_others(loaded, both, recipe.data, check, say))
+    others = dict(on_others(loaded, both, recipe.data, check, few, say))
     result = Finetuned(
         sae=run.sae,
         config=recipe,
@@ -95,7 +98,7 @@ def finetune(
 
 
 def _default_folder(found: Inspected) -> Path:
-    return Path("runs") / f"finetuned-{found.path.stem}-{of_file(found.weights)[:8]}"
+    return Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
 
 
 def _target(found: Inspected, folder: Path) -> Path:
@@ -135,9 +138,9 @@ def _remarks(text: BeforeAfter, others: Mapping[str, BeforeAfter], of_run: Seque
     if abs(text.l0 - 1) > FAR_L0:
         told.append(f"L0 is {text.l0:.1%} of what it was, so before and after are not compared at equal L0.")
     told += [
-        f"On {name} the CE increase is {each.ce_increase.estimate:.0%} of what it was. Tune on such text too, if the "
-        "SAE is to be used on it."
+        f"On {name} the KL is {each.ratio('kl').estimate:.0%} of what it was. Tune on such text too, if the SAE is to "
+        "be used on it."
         for name, each in others.items()
-        if each.ce_increase.low > 1
+        if each.ratio("kl").low > 1
     ]
     return list(dict.fromkeys(told))

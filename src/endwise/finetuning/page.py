@@ -1,6 +1,7 @@
 """The report of a finetuning: one HTML file that needs nothing else."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def report_html(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> str:
     return page(
         title="An SAE, tuned on what the model predicts",
         eyebrow=f"{escape(model_title(of.config.model.name))} · <code>{escape(of.config.place)}</code>",
-        lead=f"{escape(of.source.path.name)}, {escape(of.source.format_name)}: tuned on "
+        lead=f"{escape(Path(*Path(of.source.name).parts[-2:]))}, {escape(of.source.format_name)}: tuned on "
         f"{of.config.training.tokens:,} tokens, and measured before and after on the same held-out text.",
         body="\n".join(body),
         interactive=True,
@@ -85,7 +86,10 @@ def _course(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> Chart:
     method, lines = Method.of(of.config), [line for line in metrics if "heldout" in line]
     panels = []
     for title, name, unit in COURSE:
-        marks = (Mark(0, of.text.before[name]), *(Mark(line["tokens"], line["heldout"][name]) for line in lines))
+        marks = (
+            Mark(0.0, of.text.before[name]),
+            *(Mark(float(line["tokens"]), line["heldout"][name]) for line in lines),
+        )
         axes = Axis("training tokens"), Axis(f"{title}, {unit}")
         panels.append(Panel(title, *axes, (Series(method, marks),) if lines else ()))
     tokens = of.config.evaluation.during_training_tokens
@@ -117,7 +121,7 @@ def _bars(method: Method, cosines: np.ndarray, of: Finetuned) -> Iterator[Series
 
 
 def _facts(of: Finetuned) -> Iterator[str]:
-    yield f"It came as {of.source.format_name} from {of.source.path}, read as {of.source.rule}."
+    yield f"It came as {of.source.format_name} from {of.source.name}, read as {of.source.rule}."
     yield f"In SAELens's layout: {of.folder / 'sae'}"
     yield f"Given back as it came: {of.given_back}" if of.given_back else str(of.refused)
     training = of.config.training

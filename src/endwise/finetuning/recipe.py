@@ -96,7 +96,7 @@ def recipe_of(
         "data": data.model_dump(mode="json", exclude_defaults=True),
         "training": training,
         "evaluation": evaluation,
-        "init_from": str(found.path),
+        "init_from": found.name,
         "out": str(out),
     }
     return RunConfig.build(RunConfig.changed(values, read_overrides(list(settings.overrides))))

@@ -33,7 +33,7 @@ class Finetuned:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "source": str(self.source.path),
+            "source": self.source.name,
             "format": self.source.format_name,
             "read_as": self.source.rule,
             "given_back": None if self.given_back is None else str(self.given_back),

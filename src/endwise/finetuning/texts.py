@@ -18,8 +18,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
 from endwise.tokens import Corpora, corpora_for
 
-MEASURED_ON = 16_384
-"""Tokens of other text."""
+RESAMPLES = 1000
 CODE = "code"
 """Text of another kind that is always there: Python's standard library."""
 CHARACTERS = 12
@@ -43,11 +42,13 @@ class BeforeAfter:
     before: Evaluation
     after: Evaluation
 
+    def ratio(self, name: str) -> Interval:
+        """Return CE increase or KL, after over before, paired by sequence: text alone is in the interval."""
+        return bootstrap_ratio(self.after.sums[name], self.before.sums[name], resamples=RESAMPLES, seed=0)
+
     @property
     def ce_increase(self) -> Interval:
-        """CE increase after over before, paired by sequence: text alone is in the interval."""
-        sums = self.after.sums["ce_increase"], self.before.sums["ce_increase"]
-        return bootstrap_ratio(*sums, resamples=1000, seed=0)
+        return self.ratio("ce_increase")
 
     @property
     def l0(self) -> float:
@@ -81,31 +82,24 @@ def compared(model: LanguageModel, both: Both, corpora: Corpora, config: Evaluat
 
 
 def on_others(
-    model: LanguageModel, both: Both, data: DataConfig, sources: Sequence[str], say: Said
+    model: LanguageModel, both: Both, data: DataConfig, sources: Sequence[str], tokens: int, say: Said
 ) -> Iterator[tuple[str, BeforeAfter]]:
     """Measure on text of other kinds, as far as it can be read: what `sources` name, and code.
 
     Args:
         data: of the text that was tuned on.
     """
-    for source in sources:
-        yield from _on_one(source, source, model, both, data, say)
     with TemporaryDirectory(prefix="endwise-") as scratch:
         file = Path(scratch) / f"{CODE}.jsonl"
-        write_atomic(file, _code(CHARACTERS * MEASURED_ON).encode())
-        yield from _on_one(CODE, str(file), model, both, data, say)
-
-
-def _on_one(
-    name: str, source: str, model: LanguageModel, both: Both, data: DataConfig, say: Said
-) -> Iterator[tuple[str, BeforeAfter]]:
-    plain = DataConfig(source=source, context=data.context, prepend_bos=data.prepend_bos, heldout_share=0.9)
-    try:
-        corpora = corpora_for(model, plain, training_tokens=1, evaluation_tokens=MEASURED_ON)
-    except EndwiseError as error:
-        say(f"! Not measured on {name}: {error}")
-        return
-    yield name, compared(model, both, corpora, EvaluationConfig(tokens=MEASURED_ON, during_training_tokens=1))
+        write_atomic(file, _code(CHARACTERS * tokens).encode())
+        for name, source in {**{each: each for each in sources}, CODE: str(file)}.items():
+            plain = DataConfig(source=source, context=data.context, prepend_bos=data.prepend_bos, heldout_share=0.9)
+            try:
+                corpora = corpora_for(model, plain, training_tokens=1, evaluation_tokens=tokens)
+            except EndwiseError as error:
+                say(f"! Not measured on {name}: {error}")
+                continue
+            yield name, compared(model, both, corpora, EvaluationConfig(tokens=tokens, during_training_tokens=1))
 
 
 def _code(characters: int) -> str:

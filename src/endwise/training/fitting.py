@@ -54,7 +54,9 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
 
 
 def measure_start(text: Text, member: Member, display: bool) -> None:
-    """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line."""
+    """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line; and let
+    a λ that is steered begin at the size that fits it.
+    """
     for (part, folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
         if (start := pinned(folder.path, recipe).init_from) is None:
             continue
@@ -62,6 +64,10 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
             read, written = _activations(text, part, part, COMPARED_ON, range(len(text[-1])))
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
         folder.note_start(taken.record)
+        if part.schedule is not None:
+            with torch.no_grad(), part.sae.aside():
+                latents = part.sae.encode(read)
+                part.schedule.start(latents, part.sae.reconstruct(latents, read), written)
         if not taken.kept:
             show(f"! {taken}", Console(stderr=True, quiet=not display))
 

@@ -6,12 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from endwise.common.axes import TokenMask
+from endwise.common.axes import Activation, TokenMask
 from endwise.config.objective import COEFFICIENT
 from endwise.dictionaries import Latents
+from endwise.models.splicing import squared_error
 from endwise.training.objectives import Objective, Sparsity
 from endwise.training.steering import Steering
 
+START = 0.5
+"""Share of the local error that the penalty of a finished dictionary has, where its λ is steered."""
 WINDOW = 10
 """Steps before a change of p over which both penalties are compared."""
 
@@ -60,6 +63,15 @@ class SparsitySchedule:
         warm = round(term.warmup * steps)
         steering = None if term.target_l0 is None else Steering(term.target_l0, steps, warm, device)
         return cls(term, list(changes.values()), list(changes), warm, steering=steering, device=device)
+
+    def start(self, latents: Latents, reconstruction: Activation, target: Activation) -> None:
+        """Begin where the penalty of a finished dictionary weighs `START` of its local error, on some tokens. A λ that
+        follows a target would otherwise spend a short training on finding its size, while L0 goes astray.
+        """
+        mask = torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device)
+        penalty = self._term.coefficient * float(self._term.total(target, reconstruction, latents, mask))
+        if self.steering is not None and penalty > 0:
+            self.steering.start(START * float(squared_error(reconstruction, target, mask)) / penalty)
 
     def objective(self, objective: Objective, step: int) -> Objective:
         """Return the objective of the step after `step` others."""

@@ -39,6 +39,10 @@ class Steering:
         self.state = torch.full((2,), float("nan"), dtype=torch.float64, device=device)
         """e and I; NaN before the first step that is followed."""
 
+    def start(self, factor: float) -> None:
+        """Begin at another λ / λ₀ than 1."""
+        self.state[1] = math.log(min(max(factor, 1 / BOUND), BOUND))
+
     def factor(self) -> Tensor:
         """Return λ / λ₀ of the coming step."""
         error, total = self.state.nan_to_num(0.0)

@@ -67,7 +67,7 @@ class Trainee:
         device = sae.b_enc.device
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
-        self._schedule = SparsitySchedule.of(objective, total_steps, device)
+        self.schedule = SparsitySchedule.of(objective, total_steps, device)
         self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.own_weights)
         """Weight of every term, the dictionary's own included."""
         self._per_token = [*self._weights, "l0"]
@@ -75,7 +75,7 @@ class Trainee:
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
         """Step at which each watched number was first not finite; -1: never."""
         further = ["gradient_norm"] if sae.norm_limit is None else ["gradient_norm", LEFT_OUT]
-        further += [] if self._schedule is None else self._schedule.columns
+        further += [] if self.schedule is None else self.schedule.columns
         further += [coefficient_of(term.name) for term in objective.spliced_terms if objective.balance]
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, *further]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
@@ -111,7 +111,7 @@ class Trainee:
 
     def objective_at(self, step: int) -> Objective:
         """Return what the step after `step` others is trained for: one objective, whose penalty may change."""
-        return self._objective if self._schedule is None else self._schedule.objective(self._objective, step)
+        return self._objective if self.schedule is None else self.schedule.objective(self._objective, step)
 
     @property
     def objective(self) -> Objective:
@@ -181,8 +181,8 @@ class Trainee:
             is_in: it is in the weights' gradient already.
         """
         loss = self._site_loss(encoded, encoded.target, mask)
-        if self._schedule is not None:
-            self._schedule.see(self.step, encoded.latents, mask)
+        if self.schedule is not None:
+            self.schedule.see(self.step, encoded.latents, mask)
         if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
             at_site = _gradient_at(encoded.reconstruction, loss) if self.sae.wants_gradient else None
@@ -237,7 +237,7 @@ class Trainee:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
         names, fired = list(self._per_token), self._fired.int()
         sums = torch.stack([self._sums[name] for name in names])
-        scheduled = [] if self._schedule is None else [self._schedule.seen]
+        scheduled = [] if self.schedule is None else [self.schedule.seen]
         world.add([*self._gradients(), *self.sae.step_statistics(), sums, fired, *scheduled])
         for name, total in zip(names, sums, strict=True):
             self._sums[name].copy_(total)
@@ -272,9 +272,9 @@ class Trainee:
         self.sae.after_step()
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
-        if self._schedule is not None:
+        if self.schedule is not None:
             pace = rate_factor(self.step, self.total_steps, self.config)
-            self._schedule.after_step(self.step, self._sums, pace, found_inf == 0)
+            self.schedule.after_step(self.step, self._sums, pace, found_inf == 0)
         self.step += 1
         self.tokens += tokens
         self.last_fired.masked_fill_(self._fired & (found_inf == 0), self.tokens)
@@ -336,7 +336,7 @@ class Trainee:
             "total_steps": self.total_steps,
             "tokens": self.tokens,
         }
-        own = {"last_fired": self.last_fired, **own_tensors(self._schedule), **generator_states()}
+        own = {"last_fired": self.last_fired, **own_tensors(self.schedule), **generator_states()}
         return Checkpoint({**weights, **optimizer, **own}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -346,7 +346,7 @@ class Trainee:
         self.sae.load_state_dict(_weights_in(checkpoint))
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
-        for name, tensor in own_tensors(self._schedule).items():
+        for name, tensor in own_tensors(self.schedule).items():
             tensor.copy_(checkpoint.tensors[name])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
