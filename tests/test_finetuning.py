@@ -12,13 +12,14 @@ import endwise
 from endwise.cli import app
 from endwise.common.errors import ConfigError, FormatError
 from endwise.evaluation.inspecting import inspect
-from endwise.finetuning import Settings, finetune
+from endwise.finetuning import TuningSettings, finetune
 from endwise.finetuning.moved import Moved
 from endwise.runs.folder import RunFolder
+from endwise.training.sparsity import START
 
 TRAINED = Path(__file__).parent / "fixtures" / "trained"
 SITE = "blocks.3.hook_resid_pre"
-FEW = Settings(tokens=12_800, measured_on=2048, context=64, overrides=("training.evaluate_every=200",))
+FEW = TuningSettings(tokens=12_800, measured_on=2048, context=64, overrides=("training.evaluate_every=200",))
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
 
 
@@ -53,8 +54,10 @@ def test_it_predicts_better_at_the_same_l0_and_comes_back_as_it_came(embedded, t
 
 def test_what_was_started_is_resumed_and_another_is_refused(embedded, tmp_path):
     path, out = TRAINED / "sae_lens_standard", tmp_path / "run"
-    settings = Settings(tokens=2048, measured_on=2048, context=64)
+    settings = TuningSettings(tokens=2048, measured_on=2048, context=64)
     first = finetune(path, model=embedded, settings=settings, out=out)
+    line = RunFolder(out).metrics()[0]  # λ begins at the size at which the penalty weighs half of the local error
+    assert line["sparsity_coefficient"] * line["sparsity"] == pytest.approx(START * line["local_mse"], rel=0.3)
     bits = (out / "sae" / "sae_weights.safetensors").read_bytes()
     folder = RunFolder(out)
     for checkpoint in folder.saved_steps()[-1:]:
@@ -64,19 +67,23 @@ def test_what_was_started_is_resumed_and_another_is_refused(embedded, tmp_path):
     assert (out / "sae" / "sae_weights.safetensors").read_bytes() == bits
     assert again.to_json() == first.to_json()
     with pytest.raises(ConfigError, match=r"holds another run \(training.batch|holds another run \(training.tokens"):
-        finetune(path, model=embedded, settings=Settings(tokens=4096, measured_on=2048, context=64), out=out)
+        finetune(path, model=embedded, settings=TuningSettings(tokens=4096, measured_on=2048, context=64), out=out)
 
 
-def test_what_cannot_be_given_back_is_said_before_training(embedded, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*center_writing_weights")
+def test_what_cannot_be_given_back_is_said_before_training(embedded, tmp_path):
     """A format that is only read: the reference's own."""
-    sae = endwise.SAE.load(TRAINED / "sae_lens_standard")
+    sae, name = endwise.SAE.load(TRAINED / "sae_lens_standard"), SITE.replace(".", "-")
+    norms = sae.W_dec.norm(dim=1)  # which the reference takes out
     state = {
-        "encoder.0.weight": sae.W_enc.T, "encoder.0.bias": sae.b_enc, "decoder.weight": sae.W_dec.T,
+        "encoder.0.weight": (sae.W_enc * norms).T,
+        "encoder.0.bias": sae.b_enc * norms,
+        "decoder.weight": sae.W_dec.T,
         "decoder.bias": sae.b_dec,
-    }  # fmt: skip
-    torch.save({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "sae.pt")
+    }
+    torch.save({f"{name}.{part}": tensor.contiguous() for part, tensor in state.items()}, tmp_path / "sae.pt")
     said = []
-    settings = Settings(tokens=640, measured_on=2048, context=64)
+    settings = TuningSettings(tokens=640, measured_on=2048, context=64)
     tuned = finetune(
         tmp_path / "sae.pt", model=embedded, settings=settings, out=tmp_path / "run", site=SITE, say=said.append
     )

@@ -109,10 +109,10 @@ def finetune(
     from rich.console import Console
 
     from endwise.common.terminal import Grid, show
-    from endwise.finetuning import Settings
+    from endwise.finetuning import TuningSettings
     from endwise.finetuning import finetune as run
 
-    settings = Settings(data, tokens, measure_on, context, overrides or ())
+    settings = TuningSettings(data, tokens, measure_on, context, overrides or ())
     made = run(path, model=model, settings=settings, out=out, site=site, check=check or (), say=echo, display=not quiet)
     for name, each in {"text like that it was tuned on": made.text, **made.others}.items():
         show(Grid((f"on {name}", "before", "after"), list(each.rows())), Console())

@@ -14,7 +14,6 @@ from endwise.common.errors import ConfigError, EndwiseError, ModelError
 from endwise.common.files import PARTIAL, cannot_write, check_can_write, expanded, there_is
 from endwise.common.hub import shown
 from endwise.config.adopted import AdoptedConfig
-from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.places import Recipe
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig
 from endwise.dictionaries import SAE
@@ -115,6 +114,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     found = inspect(path)
     section, model = _model(found, belongs)
     place, stored = belonging(found, model, belongs.site)
+    sae = SAE.of(stored)
     data, remark = _text(found, model, belongs)
     corpora, evaluation = _corpora(model, data, belongs)
     stated = found.stored.metadata.get("model_name")
@@ -122,7 +122,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
         "model": section,
         "site": place.reads.name,
         "writes": None if place.writes == place.reads else place.writes.name,
-        "dictionary": _section(stored),
+        "dictionary": sae.section(),
         "data": data,
         "evaluation": evaluation,
         "adopted": {
@@ -137,7 +137,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
         },
     }
     config = AdoptedConfig.build(values, f"what {shown(path)} says of itself")
-    _write(folder, config, SAE.of(stored), kept(stored.metadata), model, corpora)
+    _write(folder, config, sae, kept(stored.metadata), model, corpora)
     tell(
         f"{shown(path)}: no run folder of endwise's; adopted as {folder}: {config.objective.name}, "
         f"{found.sae.d_sae:,} features at {place} of {model.name}"
@@ -229,14 +229,6 @@ def _other_model(stated: object, model: LanguageModel) -> str | None:
     if not isinstance(stated, str) or stated.rpartition("/")[2].lower() in model.name.lower():
         return None
     return f"It says that it is of the model {stated[:LONGEST]}, and is read with {model.name}."
-
-
-def _section(stored: Stored) -> dict[str, Any]:
-    """The dictionary, by the keys of a recipe."""
-    known = ARCHITECTURES[stored.architecture].Config.model_fields
-    told = {**stored.config, "normalize": stored.norm, "skip": stored.skips or None, "size": stored.config["d_sae"]}
-    settings = {key: value for key, value in told.items() if key in known and value is not None}
-    return {"architecture": stored.architecture, **settings}
 
 
 def _write(

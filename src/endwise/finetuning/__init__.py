@@ -1,7 +1,7 @@
 """A finished SAE of anybody's, tuned on what the model predicts with it in place."""
 
 from endwise.finetuning.finetune import finetune
-from endwise.finetuning.recipe import Settings
+from endwise.finetuning.recipe import TuningSettings
 from endwise.finetuning.result import Finetuned
 
-__all__ = ["Finetuned", "Settings", "finetune"]
+__all__ = ["Finetuned", "TuningSettings", "finetune"]

@@ -5,14 +5,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from endwise.common.digests import of_file
-from endwise.common.errors import FormatError, RunFolderError
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.common.files import check_can_write, expanded, write_atomic, write_json
+from endwise.config.run import DataConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import write_evaluation
-from endwise.evaluation.inspecting import Inspected, inspect, measured, verdict, written
+from endwise.evaluation.inspecting import Inspected, inspect, measured, text_for, verdict, written
+from endwise.evaluation.measure import Evaluation
 from endwise.finetuning.moved import Moved
 from endwise.finetuning.page import report_html
-from endwise.finetuning.recipe import Settings, agreed, data_of, recipe_of
+from endwise.finetuning.recipe import TuningSettings, agreed, recipe_of
 from endwise.finetuning.result import Finetuned
 from endwise.finetuning.texts import BeforeAfter, Both, Said, compared, on_others
 from endwise.formats import FORMATS, NATIVE
@@ -25,7 +27,7 @@ from endwise.training.train import train
 RESULT, REPORT, GIVEN_BACK = "finetune.json", "finetune.html", "tuned"
 """Names in the run folder."""
 CHECKED_ON = 16_384
-"""Tokens on which an SAE is checked before it is tuned, and measured on other text; `Settings.measured_on`, if less."""
+"""Tokens on which an SAE is checked before it is tuned, and measured on other text; `TuningSettings.measured_on`, if less."""
 FAR_L0 = 0.03
 """Change of L0, as a share, up to which before and after are compared at equal L0."""
 
@@ -34,7 +36,7 @@ def finetune(
     path: str | Path,
     *,
     model: str | LanguageModel = "embedded",
-    settings: Settings = Settings(),  # noqa: B008  frozen
+    settings: TuningSettings = TuningSettings(),  # noqa: B008  frozen
     out: str | Path | None = None,
     site: str | None = None,
     check: Sequence[str] = (),
@@ -57,17 +59,12 @@ def finetune(
         ConfigError: no place is known, a setting breaks a rule, or `out` holds another run.
         EndwiseError: see `train`.
     """
-    found = inspect(path)
-    folder = _default_folder(found) if out is None else expanded(out)
+    found, folder = _readable(path, say), None if out is None else expanded(out)
+    folder = folder or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
     check_can_write(folder)
-    for line in found.lines():
-        say(line)
     loaded = load_model(model) if isinstance(model, str) else model
-    data = data_of(found, loaded, settings)
     few = min(CHECKED_ON, settings.measured_on)
-    first = measured(found, loaded, data, few, site)
-    for line in verdict(found, first):
-        say(f"! {line}")
+    data, first = _checked(found, loaded, settings, few, site, say)
     refused = _not_written(found)
     say(f"! {refused}" if refused else f"The tuned SAE will be given back as {found.format_name}.")
     name = model if isinstance(model, str) else model.name
@@ -76,7 +73,7 @@ def finetune(
     corpora = corpora_for(loaded, recipe.data, training_tokens=tokens, evaluation_tokens=evaluated)
     say(f"Tuning at {first.place} on {tokens:,} tokens: {folder}")
     run = train(recipe, model=loaded, corpora=corpora, resume="if_started", display=display)
-    both: Both = {"before": (first.place, found.sae), "after": (first.place, run.sae)}
+    both: Both = {"before": (first.place, found.sae.to(loaded.device)), "after": (first.place, run.sae)}
     text = compared(loaded, both, corpora, recipe.evaluation)
     write_evaluation(RunFolder.open(folder), recipe, text.after)
     others = dict(on_others(loaded, both, recipe.data, check, few, say))
@@ -97,8 +94,29 @@ def finetune(
     return result
 
 
-def _default_folder(found: Inspected) -> Path:
-    return Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
+def _readable(path: str | Path, say: Said) -> Inspected:
+    """Read what is to be tuned, and say what it is."""
+    found = inspect(path)
+    for line in found.lines():
+        say(line)
+    if found.stored.lacks_value_biases:
+        raise ConfigError(
+            f"{found.name} reads heads without their value biases. Make an SAE of it that reads the model as it is "
+            "(endwise adopt), and tune that."
+        )
+    return found
+
+
+def _checked(
+    found: Inspected, model: LanguageModel, settings: TuningSettings, tokens: int, site: str | None, say: Said
+) -> tuple[DataConfig, Evaluation]:
+    """Choose the text, and measure on a little of it whether the SAE is what it states."""
+    data, remark = text_for(found, model, settings.data, settings.context)
+    data = data.model_copy(update={"context": data.context or model.context})
+    evaluation = measured(found, model, data, tokens, site)
+    for line in [*([remark] if remark else []), *verdict(found, evaluation)]:
+        say(f"! {line}")
+    return data, evaluation
 
 
 def _target(found: Inspected, folder: Path) -> Path:

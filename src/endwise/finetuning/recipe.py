@@ -13,7 +13,6 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.fields import differing
 from endwise.config.run import DataConfig, RunConfig
 from endwise.evaluation.inspecting import Inspected
-from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 
@@ -32,7 +31,7 @@ STEERED, SAME_L0 = "objective.sparsity.target_l0", 1e-3
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuningSettings:
     """What a user says of a finetuning.
 
     Args:
@@ -49,18 +48,8 @@ class Settings:
     overrides: Sequence[str] = ()
 
 
-def data_of(found: Inspected, model: LanguageModel, settings: Settings) -> DataConfig:
-    """Make a recipe's `data` as the SAE's training had it, as far as its file tells."""
-    context, given = settings.context, found.stored.metadata.get("context_size")
-    if context is None and type(given) is int and given > 0:
-        context = min(given, model.context or given)
-    begins = found.bos and getattr(model.tokenizer, "bos_token_id", None) is not None
-    values = {"source": settings.data, "context": context or model.context, "prepend_bos": begins}
-    return DataConfig.build(values, source="the options")
-
-
 def recipe_of(
-    found: Inspected, place: Place, l0: float, model: str, data: DataConfig, out: Path, settings: Settings
+    found: Inspected, place: Place, l0: float, model: str, data: DataConfig, out: Path, settings: TuningSettings
 ) -> RunConfig:
     """Make the recipe.
 

@@ -66,8 +66,8 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
         folder.note_start(taken.record)
         if part.schedule is not None:
             with torch.no_grad(), part.sae.aside():
-                latents = part.sae.encode(read)
-                part.schedule.start(latents, part.sae.reconstruct(latents, read), written)
+                latents = part.sae.encode(read[None])
+                part.schedule.start(latents, part.sae.reconstruct(latents, read[None]), written[None])
         if not taken.kept:
             show(f"! {taken}", Console(stderr=True, quiet=not display))
 
