@@ -27,7 +27,7 @@ from endwise.training.train import train
 RESULT, REPORT, GIVEN_BACK = "finetune.json", "finetune.html", "tuned"
 """Names in the run folder."""
 CHECKED_ON = 16_384
-"""Tokens on which an SAE is checked before it is tuned, and measured on other text; `TuningSettings.measured_on`, if less."""
+"""Tokens for the check before, and of other text; `TuningSettings.measured_on`, if less."""
 FAR_L0 = 0.03
 """Change of L0, as a share, up to which before and after are compared at equal L0."""
 
