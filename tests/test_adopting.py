@@ -1,5 +1,6 @@
 """SAEs that are no runs of ours, taken by every command that takes runs."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from endwise.config.adopted import AdoptedConfig
 from endwise.evaluation.evaluate import read_sums
 from endwise.evaluation.inspecting import inspect
 from endwise.runs.folder import RunFolder
+from hub_server import asked, hub_server
 from made_saes import AT_SITE, FOREIGN, filled, gemma_scope, saelens
 from small_gpt2 import SITE, WIDTH
 
@@ -140,6 +142,9 @@ def test_beside_a_run_it_is_of_its_model_and_text(place, foreign, cache, tmp_pat
     assert "stands beside runs of 40 features, 640 training tokens" in said.stderr
     page = (tmp_path / "pareto" / "pareto.html").read_text()
     assert "saelens standard" in page and "e2e" in page and "trained elsewhere" in page
+    rows = list(csv.DictReader((tmp_path / "pareto" / "points.csv").read_text().splitlines()))
+    told_of = {row["kind"]: (row["seed"], row["training_tokens"]) for row in rows}
+    assert told_of == {"e2e": ("0", "640"), "foreign0-standard-saelens-standard": ("", "")}
     own, its = RunFolder(place / "run"), RunFolder(adopted)
     assert own.evaluation()["text"] == its.evaluation()["text"]
     went_well("geometry", *given, "--pair", f"{place / 'run'},{foreign['saelens']}", "--quiet", "--out", tmp_path / "g")
@@ -266,8 +271,8 @@ def test_of_a_model_whose_weights_were_centred(place, cache, tmp_path):
 
 
 def test_several_of_one_family_are_one_curve(place, cache, tmp_path):
-    """Those that state an L0, in one folder; of another folder they are another's, and one that states none is its own
-    method."""
+    """Those that state an L0, whose paths differ in numbers alone; others are another's, and one that states none is a
+    method of its own."""
     saes = [gemma_scope(tmp_path, l0) for l0 in (12, 20)] + [gemma_scope(tmp_path / "other", 12), saelens(tmp_path)]
     given = [*saes, *where(place), "--site", SITE]
     went_well("evaluate", *given)
@@ -285,6 +290,15 @@ def test_several_of_one_family_are_one_curve(place, cache, tmp_path):
 def test_a_name_of_ones_own(place, foreign, tmp_path):
     went_well("adopt", foreign["saelens"], *where(place), "--out", tmp_path / "run", "--name", "mine")
     assert "mine, saelens standard" in went_well("evaluate", tmp_path / "run").output
+
+
+def test_by_its_name_on_the_hub(place, cache, tmp_path):
+    with hub_server() as hub, asked(hub, tmp_path / "hub"):
+        hub.put("someone/some", saelens(tmp_path))
+        said = went_well("evaluate", "hf://someone/some", *where(place)).output
+    assert "hf://someone/some: no run folder of endwise's; adopted as" in said
+    origin = RunFolder(the_only(cache)).config().adopted
+    assert (origin.path, origin.name) == ("hf://someone/some", "someone/some")
 
 
 def test_served_beside_its_model(cache, tmp_path):

@@ -158,7 +158,7 @@ def run_table(runs: Iterable[RunSummary | Measured], *columns: str | Column) -> 
 
 def columns_of_run(run: RunSummary) -> dict[str, Any]:
     """Name a run in a table on disk."""
-    return {"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed}
+    return run.told({"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed})
 
 
 def title_of(setting: Setting) -> str:

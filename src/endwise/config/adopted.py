@@ -68,8 +68,8 @@ class AdoptedConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _of_unknown_making(cls, values: Any) -> Any:
-        """Name what is not known by where the SAE is from: those of one folder and format are of one method where they
-        state what sets their L0; of others each is one of its own.
+        """Name what is not known by where the SAE is from: those of one format and `family` are of one method, where
+        they state what sets their L0; of others each is one of its own.
         """
         if not isinstance(values, Mapping) or not isinstance(origin := values.get("adopted"), Mapping):
             return values
@@ -105,8 +105,8 @@ class AdoptedConfig(RunConfig):
 
     @property
     def family(self) -> str:
-        """Folder that it lies in: SAEs of another one are of another making."""
-        return re.split(r"[/\\][^/\\]*$", self.adopted.path)[0]
+        """Return the path without its numbers, in which SAEs of one making differ: layer, size, sparsity."""
+        return re.sub(r"[0-9]+", "#", self.adopted.path)
 
 
 def refuse_adopted(config: object, folder: Path | None = None) -> None:

@@ -144,6 +144,11 @@ class RunSummary:
         """True if its training is known: seeds, tokens, learning rate."""
         return self.tokens > 0
 
+    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row of a table on it without what is not known of its training."""
+        unknown = () if self.trained_here else ("seed", "data_seed", "training_tokens")
+        return {name: None if name in unknown else value for name, value in row.items()}
+
     @property
     def point(self) -> str:
         """Where it stands among the runs of its method: `λ 3, seed 0`."""

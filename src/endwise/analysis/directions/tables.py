@@ -79,7 +79,7 @@ def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
     similar = any(run in runs for runs in one.by_seed.values())
     measured = {"at_similar_ce": similar, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
-    return {**columns_of(one.setting), **columns_of_run(run), **measured}
+    return run.told({**columns_of(one.setting), **columns_of_run(run), **measured})
 
 
 def claim_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:

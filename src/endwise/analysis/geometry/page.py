@@ -159,6 +159,10 @@ def _named(row: Row) -> str:
     return f"{row['kind']}, {row['knob']}"
 
 
+def _which(row: Row) -> str:
+    return _named(row) if row["seed"] is None else f"{_named(row)}, seed {row['seed']}"
+
+
 _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
     ("less", lambda row: f"{row['a']} − {row['b']}"),
@@ -168,7 +172,7 @@ _DIFFERENCES: Sequence[Column] = (
     ("", lambda row: "paired" if row["paired"] else ""),
 )
 _PAIRS: Sequence[Column] = (
-    ("features of", lambda row: f"{_named(row)}, seed {row['seed']}"),
+    ("features of", _which),
     ("nearest in", lambda row: row["nearest_in.kind"]),
     ("", lambda row: row["relation"]),
     ("greatest cosine [95 % over features]", _ends("mean")),
@@ -184,13 +188,13 @@ _SEEDS: Sequence[Column] = (
 )
 _PERCENT = ("{:.0f} % [{:.0f}, {:.0f}]", 100)
 _FUNCTION: Sequence[Column] = (
-    ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
+    ("run", _which),
     ("stable features [95 % over features]", _ends("stable_features", *_PERCENT)),
     ("their share of importance [95 %]", _ends("importance_of_stable", *_PERCENT)),
     ("Spearman of cosine and importance [95 %]", _ends("spearman")),
 )
 _WITHIN: Sequence[Column] = (
-    ("run", lambda row: f"{_named(row)}, seed {row['seed']}"),
+    ("run", _which),
     ("L0", lambda row: f"{row['l0']:.1f}"),
     ("alive", lambda row: f"{row['alive']:,}"),
     ("CE increase", lambda row: f"{row['ce_increase']:+.3f}"),

@@ -31,7 +31,7 @@ def prefix_rows(runs: Iterable[RunSummary]) -> list[dict[str, Any]]:
             for name, of_prefix in NUMBERS.items():
                 ends = run.intervals.get(name if length == run.d_sae else f"{of_prefix}.{length}")
                 row |= dict(zip((f"{name}.low", f"{name}.high"), ends, strict=True)) if ends else {}
-            rows.append(row)
+            rows.append(run.told(row))
     return rows
 
 
