@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,9 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     RunFolder(folder).check_free()
     check_can_write(folder)
     found = inspect(path)
+    ours = found.stored.metadata.get("endwise")
+    if belongs.data is None and isinstance(ours, Mapping) and "step" in ours:
+        RunFolder(path).check_exists()  # which says how to bring a run of ours here
     section, model = _model(found, belongs)
     place, stored = belonging(found, model, belongs.site)
     sae = SAE.of(stored)
