@@ -42,12 +42,12 @@ def pull(
     name: Annotated[
         str, Argument(metavar="OWNER/NAME[/PATH]", help="With @REVISION behind NAME; or release/sae_id of SAELens.")
     ],
-    out: Annotated[Path | None, Argument(help="Folder; unset: runs/NAME/PATH.")] = None,
+    target: Annotated[Path | None, Argument(metavar="[OUT]", help="Folder; unset: runs/NAME/PATH.")] = None,
 ) -> None:
     """Bring runs from the Hugging Face hub to folders that evaluate and pareto read; other SAEs as they are."""
     from endwise.runs.folder import RunFolder
     from endwise.sharing.pulling import pull as run
 
-    for path in run(name, out):
+    for path in run(name, target):
         verb = "evaluate" if RunFolder(path).has_run() else "inspect"
         echo(f"{path}\nNext: endwise {verb} {shlex.quote(str(path))}")
