@@ -86,7 +86,7 @@ def test_any_lines_of_jsonl(load, tmp_path, lines):
 
 @repeated
 @given(content=st.binary() | st.text().map(str.encode))
-@pytest.mark.parametrize("name", ["a.txt", "a.npy", "a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.txt", "a.npy", "a.parquet", "a.jsonl", "a.csv", "a.txt.zst"])
 def test_any_bytes_in_a_file_of_any_kind(load, tmp_path, name, content):
     (tmp_path / name).write_bytes(WORDS.encode() * (name == "a.txt") + content)
     taken_or_refused(load, tmp_path / name)

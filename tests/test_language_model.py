@@ -676,12 +676,23 @@ def test_scaled_branches_and_scaled_logits():
     [
         (nn.Sequential(UnknownBlock(), UnknownBlock(), UnknownBlock()), r"aside \(2\)"),
         (nn.ModuleList(UnknownBlock() for _ in range(4)), r"stack \(4\), aside \(2\)"),
-        (nn.ModuleList([UnknownBlock(), UnknownBlock(), Part2(0)]), r"stack \(3\), aside \(2\)"),
     ],
 )
 def test_a_model_whose_blocks_are_not_found_is_refused(stack, said):
-    with pytest.raises(ModelError, match=rf"UnknownModel has no list of 3 equal blocks .* module lists: {said}"):
+    with pytest.raises(ModelError, match=rf"UnknownModel has no list of 3 blocks .* module lists: {said}"):
         LanguageModel(unknown(stack, num_hidden_layers=3))
+
+
+def test_blocks_of_several_kinds_offer_what_each_has():
+    """As of a hybrid model: attention in some, a state space in others."""
+    stack = nn.ModuleList([UnknownBlock(), UnknownBlock("mixer"), UnknownBlock()])
+    stack[1].__class__ = type("OtherBlock", (UnknownBlock,), {})
+    model, ids = LanguageModel(unknown(stack, num_hidden_layers=3), name="mine"), tokens()
+    parts = [[site.part for site in model.sites() if site.layer == layer] for layer in range(3)]
+    assert parts == [[part for part in Part if part is not Z], [PRE, POST], [part for part in Part if part is not Z]]
+    clean = model.clean(ids, model.sites(), final=True)
+    for site in model.sites():
+        assert torch.equal(model.replay(clean, {site: clean.activations[site]}).final, clean.final)
 
 
 def test_blocks_that_the_model_does_not_run_are_refused():

@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +38,8 @@ from tiny_models import (
     build,
     tokens,
 )
+
+models_tried = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tools" / "models_tried.py")))
 
 
 def make_tokenizer():
@@ -278,6 +283,29 @@ def test_a_checkpoint_that_lacks_weights_is_refused(copy):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         load_model(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_of_a_model_that_sees_images_the_text_part_is_taken(tmp_path, kind):
+    hugging = models_tried.made(kind, {})
+    hugging.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    ids = tokens()
+    assert type(model.model) is type(hugging) and len(model.sites()) == 4 * len(Part)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids), hugging.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    site = Site(1, Part.MLP_OUT)
+    clean = model.clean(ids, [site], final=True)
+    assert torch.equal(model.replay(clean, {site: clean.activations[site]}).final, clean.final)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mamba", "mixtral", "gemma3"])
+def test_the_table_of_models_tried_is_what_the_tool_writes(kind):
+    known = {kind: values for families in models_tried.FAMILIES.values() for kind, values in families.items()}
+    page = models_tried.PAGE.read_text(encoding="utf-8")
+    assert models_tried.row(kind, known[kind]) in page.splitlines()
+    table = page[page.index(models_tried.BEGIN) : page.index(models_tried.END)]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(known)
 
 
 def test_an_encoder_without_a_language_modelling_head_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Packing against a slow definition; every source; every error; the cache; and that the two sides share nothing."""
 
+import csv
 import gzip
 import json
 import os
@@ -250,19 +251,44 @@ def write_parquet(path, documents, column):
     return path
 
 
+def write_csv(path, documents, column):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        rows = csv.writer(file)
+        rows.writerows([["other", "text"], [1, ""], []])
+        rows.writerows([1, as_text(ids).replace(" ", "\r\n", 1)] for ids in documents)
+    return path
+
+
+def zst(write, suffix):
+    """Pack what a function writes, each half by itself, as tools that append to such files do."""
+
+    def write_packed(path, documents, column):
+        plain = write(path.with_suffix(suffix), documents, column)
+        content = plain.read_bytes()
+        plain.unlink()
+        codec = pa.Codec("zstd")
+        half = len(content) // 2
+        path.write_bytes(b"".join(codec.compress(part, asbytes=True) for part in (content[:half], content[half:])))
+        return path
+
+    return write_packed
+
+
 def write_txt(path, documents, column):
     path.write_text("\n \n\n".join(as_text(ids).replace(" ", "\n", 1) for ids in documents), encoding="utf-8-sig")
     return path
 
 
-WRITERS = {".jsonl": write_jsonl, ".parquet": write_parquet, ".txt": write_txt, "": save_dataset}
+WRITERS = {".jsonl": write_jsonl, ".parquet": write_parquet, ".txt": write_txt, "": save_dataset, ".csv": write_csv}
+WRITERS |= {f".{kind}.zst": zst(WRITERS[f".{kind}"], f".{kind}") for kind in ("txt", "jsonl", "csv")}
+TEXT_ALONE = (".txt", ".csv", ".txt.zst", ".jsonl.zst", ".csv.zst")
 
 
 @pytest.mark.parametrize("column", ["text", "input_ids", "tokens"])
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_source_gives_the_same_documents(tmp_path, load, suffix, column):
-    if suffix == ".txt" and column != "text":
-        pytest.skip("a .txt file has no columns")
+    if suffix in TEXT_ALONE and column != "text":
+        pytest.skip("this file is written with text alone")
     documents = some_documents(25)
     source = WRITERS[suffix](tmp_path / f"source{suffix}", documents, column)
     corpora = load(source, tokenizer=make_tokenizer())
@@ -314,6 +340,28 @@ def test_a_damaged_gzip_file(tmp_path, load, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match="not a gzip file that can be read"):
         load(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("content", [b"not zst", pa.Codec("zstd").compress(b"w1 " * 900, asbytes=True)[:-9]])
+def test_a_damaged_zst_file(tmp_path, load, content):
+    (tmp_path / "a.txt.zst").write_bytes(content)
+    with pytest.raises(DataError, match="not a zst file that can be read"):
+        load(tmp_path / "a.txt.zst")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("text,other\nw1 w2,1\nw3\n", r"line 3: a row has 1 fields, and the first line names 2 columns"),
+        ('text\n"w1" w2\n', r"line 2 is not CSV"),
+        ("body\nw1\n", r"has no column text or .*; it has body"),
+        ("text\n", "it holds no document"),
+    ],
+)
+def test_a_csv_file_that_is_none(tmp_path, load, content, why):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=why):
+        load(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(
@@ -964,9 +1012,9 @@ def test_files_that_cannot_be_read(tmp_path, load):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         load(tmp_path / "latin.txt")
-    (tmp_path / "a.csv").write_text("text\nw1\n")
-    with pytest.raises(DataError, match=r"extension '\.csv' is none of \.txt, \.jsonl"):
-        load(tmp_path / "a.csv")
+    (tmp_path / "a.doc").write_text("text\nw1\n")
+    with pytest.raises(DataError, match=r"extension '\.doc' is none of \.txt, \.jsonl"):
+        load(tmp_path / "a.doc")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="holds no file"):
         load(tmp_path / "folder")

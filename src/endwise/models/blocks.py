@@ -42,23 +42,23 @@ class Block:
 def find_blocks(model: nn.Module, n_layers: int | None) -> list[Block]:
     """The model's blocks, in order.
 
+    Blocks may be of several kinds (attention here, a state space there) where the configuration says how many there
+    are.
+
     Raises:
-        ModelError: no list of equal modules looks like them.
+        ModelError: no list of modules looks like them.
     """
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
-    fitting = {
-        name: modules
-        for name, modules in lists.items()
-        if (n_layers is None or len(modules) == n_layers) and len({type(module) for module in modules}) == 1
-    }
+    as_many = {name: modules for name, modules in lists.items() if n_layers is None or len(modules) == n_layers}
+    fitting = {name: modules for name, modules in as_many.items() if len({type(module) for module in modules}) == 1}
     with_attention = {name: modules for name, modules in fitting.items() if _child(modules[0], ATTENTION_NAMES)}
-    candidates = with_attention or fitting
+    candidates = with_attention or fitting or (as_many if n_layers is not None else {})
     if not candidates:
         found = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
         raise ModelError(
-            f"{type(model).__name__} has no list of {n_layers} equal blocks that sites could be named after; "
+            f"{type(model).__name__} has no list of {n_layers} blocks that sites could be named after; "
             f"its module lists: {found}."
         )
     shallowest = min(candidates, key=lambda name: name.count("."))

@@ -306,9 +306,9 @@ class LanguageModel:
 
 
 def _readout(unembedding: nn.Module, config: Any) -> Readout:
-    """Scale and soft-cap as the families that have them name them: Cohere, Granite, Gemma."""
+    """Scale and soft-cap as the families that have them name them: Cohere, Granite, Gemma, RecurrentGemma."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     weight: Any = unembedding.weight
     bias: Any = getattr(unembedding, "bias", None)
     return Readout(weight, bias, scale, None if softcap is None else float(softcap))

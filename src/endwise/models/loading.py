@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as bars
 
 from endwise import embedded
@@ -127,7 +135,7 @@ def _weighted(
             refuse_quantised_config(config, name)
             refuse_packed_files(weight_files(source, shared["revision"], config), name)
             weights |= {"config": config, "use_safetensors": True}
-        return _from_pretrained(source, attention, weights)
+        return _from_pretrained(reader_of(config), source, attention, weights)
     except ModelError:
         raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
@@ -161,14 +169,23 @@ def arguments_for(
     return source, shared
 
 
-def _from_pretrained(source: str, attention: str | None, weights: dict[str, Any]) -> Any:
+def reader_of(config: Any) -> Any:
+    """Return the class of transformers' that makes a model of this configuration: of one that reads images too, and is
+    no causal model in its list, the class for both, whose text part is spliced.
+    """
+    kind = type(config)
+    with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+
+
+def _from_pretrained(reader: Any, source: str, attention: str | None, weights: dict[str, Any]) -> Any:
     """The model and what transformers says of its weights."""
     try:
-        return AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
+        return reader.from_pretrained(source, attn_implementation=attention or "sdpa", **weights)
     except ValueError as error:
         if attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
             raise
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **weights)
+        loaded = reader.from_pretrained(source, attn_implementation="eager", **weights)
         if not use_sdpa(loaded[0]) and attention == "sdpa":
             raise
         return loaded

@@ -17,7 +17,8 @@ from endwise.tokens.chats import no_roles
 from endwise.tokens.corpus import Corpora, Corpus, Documents, SequenceLayout, compared, shared_with
 from endwise.tokens.encoding import Encoding, outside_vocabulary, special_ids
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, TextSource, open_source, refuse_hub_settings
+from endwise.tokens.readers import ROWS_AT_ONCE, Document
+from endwise.tokens.sources import TextSource, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
 from endwise.tokens.tokenising import Quota, documents_in, held_by_hash
 

@@ -30,7 +30,8 @@ from endwise.common.text import printable
 from endwise.tokens.chats import TEMPLATE, Chat, no_roles, spans
 from endwise.tokens.corpus import Documents, SequenceLayout
 from endwise.tokens.encoding import Encoding, outside_vocabulary
-from endwise.tokens.sources import ROWS_AT_ONCE, Document, SourceLost, TextSource
+from endwise.tokens.readers import ROWS_AT_ONCE, Document, SourceLost
+from endwise.tokens.sources import TextSource
 
 PEEKED_ROWS = 64
 BLOCK = 1 << 22

@@ -3,14 +3,14 @@
 from functools import partial
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from endwise.common.errors import ModelError
 from endwise.config.run import ModelConfig
 from endwise.models.files import refuse_adapter
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.loading import LOADING, arguments_for, explained
+from endwise.models.loading import LOADING, arguments_for, explained, reader_of
 from endwise.models.plain_weights import refuse_quantised_config
 from endwise.training.planning.memory_trace import MemoryTrace
 
@@ -31,9 +31,8 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
             refuse_adapter(source, settings.name, shared["revision"])
             config = AutoConfig.from_pretrained(source, **shared)
             refuse_quantised_config(config, settings.name)
-            make = partial(
-                AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=shared["trust_remote_code"]
-            )
+            code = shared["trust_remote_code"]
+            make = partial(reader_of(config).from_config, config, dtype=dtype, trust_remote_code=code)
             with trace:
                 try:
                     model = make(attn_implementation=settings.attention or "sdpa")
