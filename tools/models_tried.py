@@ -89,7 +89,7 @@ FAMILIES: dict[str, dict[str, Overrides]] = {
 
 def small(kind: str, overrides: Overrides) -> hf.PretrainedConfig:
     """A family's configuration, as small as a test needs it."""
-    whole = CONFIG_MAPPING[kind]
+    whole: Any = CONFIG_MAPPING[kind]
     default = whole()
     text = getattr(default, "text_config", None)
     if text is None:
