@@ -21,7 +21,7 @@ from endwise.models.sites import Part
 
 PAGE = Path(__file__).parents[1] / "docs" / "sites.md"
 BEGIN, END = "<!-- written by tools/models_tried.py -->", "<!-- end of the table -->"
-WIDTH, VOCAB, CONTEXT = 32, 48, 32
+WIDTH, VOCAB, CONTEXT, SEPARATOR = 32, 48, 32, 5
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "lru_width"), WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "attention_hidden_size", "mamba_d_ssm"), 64),
@@ -136,6 +136,10 @@ def _particular(model: LanguageModel) -> str:
     kinds = sorted({type(block.module).__name__ for block in model._blocks})  # noqa: SLF001
     told = [f"blocks of {len(kinds)} kinds"] if len(kinds) > 1 else []
     told += [f"{len(model.unspliceable)} sites are not offered"] if model.unspliceable else []
+    try:
+        model.attend_within(SEPARATOR)
+    except ModelError:
+        told.append("documents of one sequence cannot be kept apart")
     return "; ".join(told)
 
 

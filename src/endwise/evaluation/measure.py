@@ -162,6 +162,7 @@ def measure(
         ConfigError: fewer tokens are asked for than one sequence has.
     """
     sequences = sequences_of(corpus, config)
+    model.attend_within(corpus.layout.ends)
     places = {name: Place.of(place) for name, (place, _) in saes.items()}
     spots = {name: (places[name].writes, Counting.of([(places[name], sae)])) for name, (_, sae) in saes.items()}
     means = site_means(model, sorted(set(spots.values())), corpus, config, sequences, world)

@@ -32,6 +32,7 @@ def _bos_left_out(model: LanguageModel, corpus: Corpus) -> str | None:
 def tried_on(model: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     """The record (`remarks`) of the model on about `TRIED_TOKENS` tokens: what training can be warned of beforehand."""
     batch = corpus.batch(range(min(len(corpus), max(1, TRIED_TOKENS // corpus.context)))).to(model.device)
+    model.attend_within(corpus.layout.ends)
     final = model.clean(batch.tokens, record=(), final=True).final
     assert final is not None
     _, predicts = next_tokens(batch.tokens, batch.mask)

@@ -20,6 +20,7 @@ from endwise.common.digests import of_tensors
 from endwise.common.errors import FormatError, ModelError, SiteError
 from endwise.models.adapters import refuse_adapted
 from endwise.models.blocks import find_blocks, first_input, with_first_input
+from endwise.models.documents import positions, refuse_joined
 from endwise.models.fused_gelu import fuse_gelu
 from endwise.models.hooking import SiteHooks, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
@@ -77,6 +78,7 @@ class LanguageModel:
         self.readout = _readout(unembedding, text_config)
         self._known = Known()
         self._sites = SiteHooks(self._blocks, self._known.returns)
+        self._separator: int | None = None
         length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
         tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
         probe(self, tokens, self._blocks, unembedding, self._known)
@@ -106,7 +108,29 @@ class LanguageModel:
         for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
             if name in stored and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
                 tensor.data = tensor.data.to(torch.bfloat16)
-        return LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
+        made = LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
+        made.attend_within(self._separator)
+        return made
+
+    def attend_within(self, separator: int | None) -> None:
+        """Have every later pass keep documents of one sequence apart: attention stops at the joints, and positions
+        begin anew there. Other passes of the Hugging Face model, as in `endwise.spliced`, are its own.
+
+        Args:
+            separator: id of the token that ends a document; None: attention goes across, as the model's own does.
+
+        Raises:
+            ModelError: the model cannot (a state space, say), which a short pass finds out.
+        """
+        if separator == self._separator:
+            return
+        before, self._separator = self._separator, separator
+        try:
+            if separator is not None:
+                refuse_joined(self, separator, 3 * PROBE_TOKENS)
+        except ModelError:
+            self._separator = before
+            raise
 
     def weights_digest(self, like: object = None) -> str:
         """Digest the weights, after a word for what it was made of: `files` for a model as it was
@@ -194,7 +218,7 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
         """The model's own logits, `[batch pos vocab]`."""
-        return self.model(input_ids=tokens, use_cache=False).logits
+        return self.model(**self._inputs(tokens)).logits
 
     @torch.no_grad()
     def value_bias(self, layer: int) -> Float[Tensor, " width"]:
@@ -277,9 +301,13 @@ class LanguageModel:
                 self._sites.patch(hooks, self.site(site), change)
             yield
 
+    def _inputs(self, tokens: Tokens) -> dict[str, Any]:
+        own = {} if self._separator is None else {"position_ids": positions(tokens, self._separator)}
+        return {"input_ids": tokens, "use_cache": False, **own}
+
     def _forward(self, tokens: Tokens) -> None:
         try:
-            self.model(input_ids=tokens, use_cache=False)
+            self.model(**self._inputs(tokens))
         except _Stop:
             return
 

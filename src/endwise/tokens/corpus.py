@@ -51,6 +51,8 @@ class SequenceLayout:
     """Ids that do not count, each with how many positions after it do not either; ascending."""
     roles: tuple[str, ...] = ()
     """Roles whose tokens do not count, of conversations."""
+    apart: bool = False
+    """True where the model is to attend within documents alone; sequences are the same."""
 
     @property
     def content(self) -> str:
@@ -59,7 +61,12 @@ class SequenceLayout:
         """
         parts = ("context", "packing", "bos", "separator", "mask_first_position")
         told = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
-        return f"Layout({told}){self.left_out or ''}{self.roles or ''}"
+        return f"Layout({told}){self.left_out or ''}{self.roles or ''}{'apart' if self.apart else ''}"
+
+    @property
+    def ends(self) -> int | None:
+        """Id of the token behind which attention stops, for `LanguageModel.attend_within`; None: it does not stop."""
+        return self.separator if self.apart else None
 
     @property
     def payload(self) -> int:
@@ -264,9 +271,9 @@ class Corpus:
 
     def text_digest(self, sequences: range) -> str:
         """Digest sequences as a model is given them, with what counts of them: equal for equal text, wherever it comes
-        from.
+        from, that is read alike.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"apart" if self.layout.apart else b"")
         for start in range(0, len(sequences), _AT_ONCE):
             batch = self.batch(sequences[start : start + _AT_ONCE])
             digest.update(batch.tokens.numpy().astype("<i8").tobytes())

@@ -125,7 +125,13 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
     separator, roles = _separator(data, tokenizer), tuple(sorted(set(data.leave_out_roles)))
     if roles and EMBEDDED in (data.source, data.heldout):
         raise no_roles("the embedded corpus")
-    return SequenceLayout(context, data.packing, bos, separator, data.mask_first_position, left_out, roles)
+    if data.document_attention and separator is None:
+        raise DataError(
+            "data.document_attention is set, but the tokenizer has no EOS, so that no token ends a document. Set "
+            "data.separator."
+        )
+    settings = (data.mask_first_position, left_out, roles, data.document_attention)
+    return SequenceLayout(context, data.packing, bos, separator, *settings)
 
 
 def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:

@@ -119,6 +119,8 @@ def prepare(
             for config, folder in zip(configs, folders, strict=True)
         )
         corpora = corpora or corpora_of([settings, *configs[1:]], model)
+        for each in (model, tail):
+            each.attend_within(corpora.train.layout.ends)
         order = _order(first, corpora, steps)
     _check_same_text(corpora, world)
     with world.together("starting the run"):

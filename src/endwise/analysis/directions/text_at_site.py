@@ -97,6 +97,7 @@ class TextAtSite:
     @torch.no_grad()
     def batches(self, final: bool = False) -> Iterator[SiteBatch]:
         """One clean pass, as far as the site or, with `final`, to the end."""
+        self.model.attend_within(self.corpus.layout.ends)
         for start in range(0, self.sequences, self.batch):
             rows = range(start, min(start + self.batch, self.sequences))
             text = self.corpus.batch(rows).to(self.model.device)

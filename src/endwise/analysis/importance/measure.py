@@ -224,5 +224,6 @@ class _Group:
                     advance(len(batch.tokens))
 
     def _batches(self, sequences: range) -> Iterator[TokenBatch]:
+        self.model.attend_within(self.corpus.layout.ends)
         for start in range(sequences.start, sequences.stop, self.batch):
             yield self.corpus.batch(range(start, min(start + self.batch, sequences.stop))).to(self.model.device)

@@ -223,6 +223,7 @@ class _Group:
         rows = range(number * self.batch, min((number + 1) * self.batch, self.sequences))
         text = self.corpus.batch(rows).to(self.model.device)
         sites = {site for path in gathered for site in self.runs[path].place.sites}
+        self.model.attend_within(self.corpus.layout.ends)
         clean = self.model.clean(text.tokens, record=sites)
         attribute = number % self._attributed_every == 0
         numbers = torch.arange(rows.start, rows.stop, device=self.model.device)
