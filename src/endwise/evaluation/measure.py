@@ -162,7 +162,6 @@ def measure(
         ConfigError: fewer tokens are asked for than one sequence has.
     """
     sequences = sequences_of(corpus, config)
-    model.attend_within(corpus.layout.ends)
     places = {name: Place.of(place) for name, (place, _) in saes.items()}
     spots = {name: (places[name].writes, Counting.of([(places[name], sae)])) for name, (_, sae) in saes.items()}
     means = site_means(model, sorted(set(spots.values())), corpus, config, sequences, world)
@@ -310,6 +309,7 @@ def site_means(
     world: World,
 ) -> dict[Spot, Means]:
     """The mean activation of each site over the tokens that count for it."""
+    model.attend_within(corpus.layout.ends)
     totals = {spot: [torch.zeros(model.width(spot[0]), dtype=torch.float64) for _ in range(2)] for spot in spots}
     counts = {spot: torch.zeros((), dtype=torch.int64) for spot in spots}
     recorded = {read for site, counting in spots for read in (site, *counting.sites)}

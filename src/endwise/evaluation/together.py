@@ -94,7 +94,6 @@ def measure_together(
     leaves out for its norm counts for none.
     """
     sequences = sequences_of(corpus, config)
-    model.attend_within(corpus.layout.ends)
     sites = sorted(place.writes for place in saes)
     counting = Counting.of(saes.items())
     found_means = site_means(model, [(site, counting) for site in sites], corpus, config, sequences, world)
