@@ -379,10 +379,13 @@ def test_quantised_weights_are_refused_whether_or_not_the_configuration_tells_of
     weights |= {f"{PACKED}.{name}": value for name, value in packed.items()}
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     if told:
-        change_config(copy, quantization_config={"quant_method": layout})
-    with pytest.raises(ModelError, match=r"copy is quantised.*lose their scales.*dequantize") as error:
+        change_config(copy, quantization_config={"quant_method": f"{layout} of nobody's"})
+    refused = (
+        r"copy (cannot be loaded|needs a package)" if told else r"copy is quantised.*lose their scales.*dequantize"
+    )
+    with pytest.raises(ModelError, match=refused) as error:
         load_model(str(copy))
-    assert (f"by {layout} (quantization_config" if told else PACKED) in str(error.value)
+    assert told or PACKED in str(error.value)
 
 
 def test_quantised_weights_in_several_files_are_refused(llama, tmp_path):
@@ -465,13 +468,12 @@ def test_an_adapter_beside_a_model_is_refused_whether_or_not_peft_is_installed(c
         load_model(str(copy))
 
 
-@pytest.mark.parametrize("config", [{"base_model_name_or_path": "somebody/base"}, {}, []])
-def test_an_adapter_alone_is_called_one(tmp_path, config):
+@pytest.mark.parametrize("config", [{}, [], {"base_model_name_or_path": 1}])
+def test_an_adapter_that_names_no_base_is_refused(tmp_path, config):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    for weights in ("adapter_model.bin", "adapter_model.safetensors"):
-        (tmp_path / weights).touch()
-        with pytest.raises(ModelError, match=r"is an adapter.*not a model\. Merge it into its base model"):
-            load_model(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"is an adapter.*not a model.*does not say of which.*merge_and_unload"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("package", ["peft.tuners.lora.layer", "adapters.methods.lora"])

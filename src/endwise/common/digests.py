@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,21 @@ def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bo
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Digest each tensor's name, type, shape and bytes; about a second a gigabyte."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    whole = {key: each for name, tensor in tensors.items() for key, each in _parts(name, tensor)}
+    for name, tensor in sorted(whole.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that one is made of: itself, or of a quantiser's its numbers and scales."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for part in flatten()[0]:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def of_tokenizer(tokenizer: Any | None) -> str | None:

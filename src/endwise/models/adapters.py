@@ -1,5 +1,10 @@
 """Adapters (LoRA and its like): small weights beside a model's own, with which it is another model of the same name."""
 
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from torch import nn
 
 from endwise.common.errors import ModelError
@@ -9,6 +14,7 @@ MERGING = (
     "endwise takes no model with it.)"
 )
 """Advice on merging an adapter into a model's own weights; what is done with it follows."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PACKAGES = ("peft", "adapters")
 """Packages whose modules change what the modules compute that they stand in for."""
 
@@ -28,3 +34,54 @@ def refuse_adapted(model: nn.Module, name: str) -> None:
                 "it, that is not the same model. For the model alone, load it again; for both, give what merging them "
                 f"returns: {MERGING.format('')}"
             )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Small weights that stand beside those of a base model, in a folder of their own."""
+
+    name: str
+    base: str
+    """Name of the model that it is based on."""
+    revision: str | None
+    """Of the base, on the hub."""
+    folder: Path
+
+    def merged(self, model: Any, tokenizer: Any | None) -> Any:
+        """The base model with the adapter in its weights.
+
+        Args:
+            model: the base.
+            tokenizer: the adapter's own; where it has more tokens than the base has embeddings, these are added first.
+
+        Raises:
+            ModelError: peft is not installed, or it cannot be merged, or not all of it belongs to this base.
+        """
+        try:
+            from peft import PeftModel  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ModelError(
+                f'{self.name} is an adapter of {self.base!r:.100}, which peft merges: pip install "endwise[peft]". Or '
+                f"give the merged model: {MERGING.format('.save_pretrained(FOLDER)')}"
+            ) from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what they tell of is looked at below
+                if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+                    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+                adapted = PeftModel.from_pretrained(model, str(self.folder))
+                told = adapted.load_adapter(str(self.folder), "default")  # again, for what it says of the keys
+                apart = [*told.missing_keys, *told.unexpected_keys]
+                merged = None if apart else adapted.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise self._not_merged(told) from error
+        if merged is None:
+            raise self._not_merged(f"they do not agree in {len(apart)} tensors ({', '.join(apart[:2])})")
+        return merged
+
+    def _not_merged(self, why: str) -> ModelError:
+        return ModelError(
+            f"The adapter {self.name} cannot be merged into {self.base}: {why}. Name the base that it was trained on "
+            "in its adapter_config.json, or give the merged model. (One of prompts or prefixes cannot be merged.)"
+        )

@@ -80,6 +80,26 @@ def refuse_lookahead(model: Tried, tokens: Tokens, vocab_size: int) -> None:
             )
 
 
+def refuse_no_gradients(model: Tried, tokens: Tokens) -> None:
+    """
+    Raises:
+        ModelError: of a quantised model, whose quantiser gives no gradient to what its layers are given.
+    """
+    clean = model.clean(tokens, [FIRST])
+    value = clean.activations[FIRST].clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            model.replay(clean, {FIRST: value}).final.float().square().sum().backward()
+        why = None if value.grad is not None and _finite(value.grad) and bool(value.grad.any()) else "it gives none"
+    except FAILURES as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    if why is not None:
+        raise ModelError(
+            f"{model.name} is quantised, and no gradient goes through its layers ({why}), which training and "
+            "importance need. Give the checkpoint that it was made from, or another quantiser's."
+        )
+
+
 def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activations: Mapping[Site, Tensor]) -> None:
     """
     Args:

@@ -10,7 +10,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from endwise.common.errors import ConfigError, FormatError, ModelError
 from endwise.common.files import read_json, stays_inside, there_is
-from endwise.models.adapters import MERGING
+from endwise.models.adapters import ADAPTER_WEIGHTS, MERGING, Adapter
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
@@ -18,31 +18,41 @@ TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tek
 MOST_LAYERS = 10_000
 
 
-def refuse_adapter(source: str, name: str, revision: str) -> None:
-    """transformers reads an adapter, or leaves it, depending on whether peft is installed: never here.
+def find_adapter(source: str, name: str, revision: str) -> Adapter | None:
+    """Find out if a folder, or the hub's repository, is an adapter. transformers reads one that lies beside a model's
+    weights, or leaves it, depending on whether peft is installed: never here.
 
     Raises:
-        ModelError: the folder, or the hub's repository, is an adapter or holds one beside a model's weights.
+        ModelError: it holds one beside a model's weights, which does not say what it is based on, or is a pickle.
     """
     found = find_adapter_config_file(source, revision=revision)
     if found is None:
-        return
+        return None
     try:
-        base = read_json(Path(found)).get("base_model_name_or_path")
+        config = read_json(Path(found))
     except FormatError:
-        base = None
+        config = {}
+    base, its_revision = config.get("base_model_name_or_path"), config.get("revision")
     of = f" of {base!r:.100}" if isinstance(base, str) and base else ""
-    merge = MERGING.format(".save_pretrained(FOLDER)")
-    if _file(source, "config.json", revision) is None:
+    if _file(source, "config.json", revision) is not None:
         raise ModelError(
-            f"{name} is an adapter{of} (adapter_config.json), not a model. Merge it into its base model first, and "
-            f"give that folder: {merge}"
+            f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
+            "that is not the same model. For the model alone, give a folder without the adapter's files; for both, "
+            f"merge them, and give that folder: {MERGING.format('.save_pretrained(FOLDER)')}"
         )
-    raise ModelError(
-        f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
-        "that is not the same model. For the model alone, give a folder without the adapter's files; for both, merge "
-        f"them, and give that folder: {merge}"
-    )
+    if not of:
+        raise ModelError(
+            f"{name} is an adapter (adapter_config.json), not a model, and does not say of which "
+            "(base_model_name_or_path). Merge it into its base model first, and give that folder: "
+            f"{MERGING.format('.save_pretrained(FOLDER)')}"
+        )
+    weights = _file(source, ADAPTER_WEIGHTS, revision)
+    if weights is None:
+        raise ModelError(
+            f"{name} is an adapter{of} that has no {ADAPTER_WEIGHTS}; pickles can run any code when read. Save it "
+            "again with save_pretrained(FOLDER)."
+        )
+    return Adapter(name, str(base), its_revision if isinstance(its_revision, str) else None, weights.parent)
 
 
 def weight_files(source: str, revision: str, config: Any) -> list[Path]:

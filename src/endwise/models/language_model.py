@@ -20,11 +20,12 @@ from endwise.common.digests import of_tensors
 from endwise.common.errors import FormatError, ModelError, SiteError
 from endwise.models.adapters import refuse_adapted
 from endwise.models.blocks import find_blocks, first_input, with_first_input
+from endwise.models.checks import refuse_no_gradients
 from endwise.models.documents import positions, refuse_joined
 from endwise.models.fused_gelu import fuse_gelu
 from endwise.models.hooking import SiteHooks, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
-from endwise.models.plain_weights import refuse_quantised
+from endwise.models.plain_weights import is_quantised, refuse_quantised
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sites import Part, Place, Site
@@ -48,9 +49,10 @@ class LanguageModel:
         no_tokenizer: what completes "it has no tokenizer because", where it has none.
 
     Raises:
-        ModelError: it holds an adapter; its weights are quantised; its blocks cannot be found, or are none; it looks
-            ahead; a pass gives NaN or infinity; or its logits are not what its unembedding makes of its last hidden
-            state, so that predictions could not be compared from hidden states.
+        ModelError: it holds an adapter; its weights are quantised, but not by a quantiser of transformers' that
+            gradients go through; its blocks cannot be found, or are none; it looks ahead; a pass gives NaN or infinity;
+            or its logits are not what its unembedding makes of its last hidden state, so that predictions could not be
+            compared from hidden states.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class LanguageModel:
         length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
         tokens = (torch.arange(length, device=self.device) * 7919 % self.vocab_size)[None]
         probe(self, tokens, self._blocks, unembedding, self._known)
+        if is_quantised(model):
+            refuse_no_gradients(self, tokens)
         self.stored: Callable[[], str] | None = None
         """The digest of the files that its weights were loaded from; None: they were not, or not by `load_model`."""
         self.commit: str | None = None
@@ -102,7 +106,16 @@ class LanguageModel:
         return self.model.device
 
     def in_bfloat16(self) -> "LanguageModel":
-        """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is."""
+        """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is.
+
+        Raises:
+            ModelError: it is quantised, and has no other weights.
+        """
+        if is_quantised(self.model):
+            raise ModelError(
+                f"{self.name} is quantised and cannot be copied in bf16. For training.precision mixed load it with "
+                "model.dtype bfloat16; or set training.precision to exact."
+            )
         copied = copy.deepcopy(self.model)
         stored = copied.state_dict().keys()
         for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):

@@ -1,7 +1,7 @@
 """Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,17 @@ from transformers import (
 from transformers.utils import logging as bars
 
 from endwise import embedded
-from endwise.common.digests import of_stored_model
+from endwise.common.digests import of_files, of_stored_model, of_text
 from endwise.common.errors import ConfigError, ModelError
 from endwise.common.files import at_home, there_is
 from endwise.common.processes import local_rank
 from endwise.common.remedies import number, remedy
 from endwise.common.remedies import reason as system_reason
-from endwise.models.files import check_files, refuse_adapter, tokenizer_files, weight_files
+from endwise.models.adapters import ADAPTER_WEIGHTS, Adapter
+from endwise.models.files import check_files, find_adapter, tokenizer_files, weight_files
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.plain_weights import refuse_packed_files, refuse_quantised, refuse_quantised_config
+from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADING = Lock()
@@ -63,8 +64,8 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
 
     Raises:
-        ModelError: there is no such model, its weights are pickles or quantised, it is an adapter or has one beside
-            it, or it is not one that endwise can splice.
+        ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one
+            beside it, or it is not one that endwise can splice.
         ConfigError: the device or the dtype does not exist.
     """
     name = at_home(name)
@@ -72,9 +73,9 @@ def load_model(
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
-    source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
+    source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
     with LOADING, _bars_on_a_terminal():
-        model, info = _weighted(source, name, shared, attention, DTYPES[dtype])
+        model, info = _weighted(source, name, shared, attention, DTYPES[dtype], place)
         if info["missing_keys"]:
             absent = sorted(map(str, info["missing_keys"]))
             raise ModelError(
@@ -82,14 +83,63 @@ def load_model(
                 "...), which would stay random. Is it a causal language model, and complete?"
             )
         refuse_quantised(model, name)
-        for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
-            parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
-        loaded = _spliceable(model.to(place), _tokenizer(source, shared), name)
-    loaded.commit = getattr(model.config, "_commit_hash", None)
-    folder = _folder_of(source, gguf_file, loaded.commit or shared["revision"])
+        if not is_quantised(model):  # which is on its device already, in its own types
+            for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
+                parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
+            model = model.to(place)
+        tokenizer = _tokenizer(source, shared)
+        if adapter is not None:
+            model, tokenizer = _merged(adapter, model, tokenizer, trust_remote_code)
+        loaded = _spliceable(model, tokenizer, name)
+    commit = getattr(model.config, "_commit_hash", None)
+    loaded.commit = commit if adapter is None else None  # it would be the base's
+    folder = _folder_of(source, gguf_file, commit or shared["revision"])
     if folder is not None:
-        loaded.stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
+        stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
+        loaded.stored = stored if adapter is None else partial(_of_adapted, stored, adapter)
     return loaded
+
+
+def based_on(
+    name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[str, dict[str, Any], Adapter | None]:
+    """Return what `arguments_for` does and, where that is an adapter, it, with what its base is read from.
+
+    Raises:
+        ModelError: see `find_adapter`; or an adapter is based on another.
+    """
+    source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
+    try:
+        adapter = find_adapter(source, name, shared["revision"])
+        if adapter is not None:
+            source, shared = arguments_for(at_home(adapter.base), None, adapter.revision, trust_remote_code)
+            if find_adapter(source, adapter.base, shared["revision"]) is not None:
+                raise ModelError(f"{name} is an adapter of an adapter, {adapter.base}. Merge that one first.")
+    except (ModelError, ConfigError):
+        raise
+    except Exception as error:
+        raise ModelError(explained(name, error)) from error
+    return source, shared, adapter
+
+
+def _merged(
+    adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase | str, trust_remote_code: bool
+) -> tuple[Any, PreTrainedTokenizerBase | str]:
+    """The base with the adapter in its weights, and the tokenizer of the two: the adapter's, where it has one."""
+    if is_quantised(model):
+        raise ModelError(
+            f"{adapter.name} is an adapter of a quantised model, {adapter.base}, whose weights it cannot be merged "
+            "into. Set base_model_name_or_path in its adapter_config.json to the checkpoint that was quantised."
+        )
+    folder, own = str(adapter.folder), None
+    if tokenizer_files(folder, "main"):
+        tokenizer = own = _tokenizer(folder, {"revision": "main", "trust_remote_code": trust_remote_code})
+    return adapter.merged(model, None if isinstance(own, str) else own), tokenizer
+
+
+def _of_adapted(base: Callable[[], str], adapter: Adapter) -> str:
+    files = [adapter.folder / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
+    return of_text(base(), of_files(files, adapter.folder))
 
 
 @contextmanager
@@ -117,7 +167,7 @@ def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None
 
 
 def _weighted(
-    source: str, name: str, shared: dict[str, Any], attention: str | None, dtype: torch.dtype
+    source: str, name: str, shared: dict[str, Any], attention: str | None, dtype: torch.dtype, place: torch.device
 ) -> tuple[Any, dict[str, Any]]:
     """The model with its weights, and what transformers says of them.
 
@@ -126,15 +176,16 @@ def _weighted(
     """
     weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **shared}
     try:
-        refuse_adapter(source, name, shared["revision"])
         config = AutoConfig.from_pretrained(source, **shared)
         if "gguf_file" in shared:
             if hasattr(transformers, "GgufConfig"):  # else it may leave weights packed, for kernels of its own
                 weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
-            refuse_quantised_config(config, name)
-            refuse_packed_files(weight_files(source, shared["revision"], config), name)
             weights |= {"config": config, "use_safetensors": True}
+            if quantiser_of(config) is None:
+                refuse_packed_files(weight_files(source, shared["revision"], config), name)
+            else:
+                weights["device_map"] = {"": place}
         return _from_pretrained(reader_of(config), source, attention, weights)
     except ModelError:
         raise

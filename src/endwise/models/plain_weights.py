@@ -1,6 +1,7 @@
 """Weights that are no plain floats: packed by a quantiser, they mean nothing without its scales and its code.
 
-endwise casts weights, reads the unembedding itself and copies models in bf16, all of which would drop the scales.
+endwise casts weights, reads the unembedding itself and copies models in bf16, all of which would drop the scales. A
+model that a quantiser of transformers' runs is taken as it is: none of that is done to it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,22 +27,38 @@ _REMEDY = (
 )
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Tell if a quantiser of transformers' packed the model's weights, and computes with them."""
+    return getattr(model, "hf_quantizer", None) is not None and next(_quantised_parts(model), None) is not None
+
+
 def refuse_quantised(model: nn.Module, name: str) -> None:
     """
     Raises:
-        ModelError: the model says that it is quantised, or holds parameters or modules that are.
+        ModelError: the model says that it is quantised, or holds parameters or modules that are, without a quantiser of
+            transformers' that knows how to compute with them; or its unembedding is quantised.
     """
-    refuse_quantised_config(getattr(model, "config", None), name)
+    if is_quantised(model):
+        get: Any = getattr(model, "get_output_embeddings", lambda: None)
+        weight = getattr(get(), "weight", None)
+        if isinstance(weight, torch.Tensor) and not _is_plain(weight):
+            raise ModelError(
+                f"{name}: its unembedding is quantised ({type(weight.data).__name__} of {weight.dtype}), and "
+                "predictions are compared by it. Quantise the rest alone (llm_int8_skip_modules or "
+                "modules_to_not_convert: [lm_head])."
+            )
+        return
+    if (method := quantiser_of(getattr(model, "config", None))) is not None:
+        raise ModelError(f"{name} is quantised{method}. {_REMEDY}")
     found = next(_quantised_parts(model), None)
+    if getattr(model, "is_quantized", False) is True:
+        found = f"{type(model).__name__}.is_quantized is true"
     if found is not None:
         raise ModelError(f"{name} is quantised: {found}. {_REMEDY}")
 
 
-def refuse_quantised_config(config: Any, name: str) -> None:
-    """
-    Raises:
-        ModelError: a configuration of transformers' names a quantiser.
-    """
+def quantiser_of(config: Any) -> str | None:
+    """Say by which quantiser a configuration of transformers' says that the weights are packed; None: by none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     for section in (config, text):
         for key in ("quantization_config", "compression_config"):
@@ -49,7 +66,8 @@ def refuse_quantised_config(config: Any, name: str) -> None:
             if found is not None:
                 told = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
                 method = f" by {getattr(told, 'value', told)!s:.40}" if told else ""
-                raise ModelError(f"{name} is quantised{method} ({key} in its config.json). {_REMEDY}")
+                return f"{method} ({key} in its config.json)"
+    return None
 
 
 def refuse_packed_files(files: list[Path], name: str) -> None:
@@ -79,17 +97,18 @@ def _is_weight(key: str) -> bool:
     return named or "weight" in parts or last[-1] in PACKED
 
 
+def _is_plain(value: torch.Tensor) -> bool:
+    return value.dtype in PLAIN and type(value.data).__module__.partition(".")[0] == "torch"
+
+
 def _quantised_parts(model: nn.Module) -> Iterator[str]:
-    """transformers' mark; parameters of another dtype, or of a class with arithmetic of its own (torchao, quanto); the
+    """Parameters of another dtype, or of a class with arithmetic of its own (torchao, quanto); the
     packed buffers of GPTQ and AWQ; and modules of a quantiser's, PyTorch's own among them.
     """
-    if getattr(model, "is_quantized", False) is True:
-        yield f"{type(model).__name__}.is_quantized is true"
     for name, value in model.named_parameters():
-        if value.dtype not in PLAIN:
-            yield f"{name} is of {value.dtype}"
-        if type(value.data).__module__.partition(".")[0] != "torch":
-            yield f"{name} is a {type(value.data).__name__}"
+        if not _is_plain(value):
+            of = f"of {value.dtype}" if value.dtype not in PLAIN else f"a {type(value.data).__name__}"
+            yield f"{name} is {of}"
     for name, value in model.named_buffers():
         if value.dtype not in PLAIN and _is_weight(name):
             yield f"{name} is of {value.dtype}"

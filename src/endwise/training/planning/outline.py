@@ -7,11 +7,10 @@ from transformers import AutoConfig
 
 from endwise.common.errors import ModelError
 from endwise.config.run import ModelConfig
-from endwise.models.files import refuse_adapter
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.loading import LOADING, arguments_for, explained, reader_of
-from endwise.models.plain_weights import refuse_quantised_config
+from endwise.models.loading import LOADING, based_on, explained, reader_of
+from endwise.models.plain_weights import quantiser_of
 from endwise.training.planning.memory_trace import MemoryTrace
 
 
@@ -25,12 +24,16 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
     Raises:
         ModelError: there is no such model, or it cannot be followed without values.
     """
-    source, shared = arguments_for(settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
+    named = (settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
+    source, shared, _ = based_on(*named)  # an adapter's shapes are those of its base
     with LOADING:
         try:
-            refuse_adapter(source, settings.name, shared["revision"])
             config = AutoConfig.from_pretrained(source, **shared)
-            refuse_quantised_config(config, settings.name)
+            if (method := quantiser_of(config)) is not None:
+                raise ModelError(
+                    f"{settings.name} is quantised{method}: without its weights nothing is known of what a pass takes. "
+                    "Plan with the checkpoint that it was made from, which takes more."
+                )
             code = shared["trust_remote_code"]
             make = partial(reader_of(config).from_config, config, dtype=dtype, trust_remote_code=code)
             with trace:
