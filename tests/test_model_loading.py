@@ -1,5 +1,6 @@
 """Every way to name a model, every option, and every refusal; nothing here has a network."""
 
+import base64
 import errno
 import json
 import os
@@ -540,6 +541,38 @@ def needs_sentencepiece(*_, **__):
 
 
 # Numbers that are none
+
+
+def test_a_tokenizer_in_python_reads_text_too(tmp_path):
+    """One that no file of the tokenizers library stands for, as ByT5's bytes."""
+    build(hf.LlamaConfig(**GROUPED | {"vocab_size": 400})).save_pretrained(tmp_path / "model")
+    hf.ByT5Tokenizer().save_pretrained(tmp_path / "model")
+    assert_reads_text(tmp_path)
+
+
+def test_a_tiktoken_file_is_read(tmp_path):
+    pytest.importorskip("tiktoken")
+    build(hf.LlamaConfig(**GROUPED | {"vocab_size": 400})).save_pretrained(tmp_path / "model")
+    pieces = [bytes([byte]) for byte in range(256)] + [b" a", b"te", b"xt", b"text"]
+    lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
+    (tmp_path / "model" / "tiktoken.model").write_text("\n".join(lines))
+    end = {"content": "<|end|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    config["added_tokens_decoder"] = {"270": {**end, "normalized": False}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert_reads_text(tmp_path)
+
+
+def assert_reads_text(folder):
+    text = [f"a small text, number {number}" for number in range(30)]
+    (folder / "text.txt").write_text("\n\n".join(text))
+    model = load_model(str(folder / "model"))
+    data = DataConfig(source=str(folder / "text.txt"), context=8, cache=folder / "cache")
+    ids = corpora_for(model, data, training_tokens=64, evaluation_tokens=8).train.documents.tokens.tolist()
+    expected = [
+        [*model.tokenizer(each, add_special_tokens=False).input_ids, model.tokenizer.eos_token_id] for each in text
+    ]
+    assert ids == [token for each in expected for token in each] and len(ids) > 200
 
 
 def test_weights_that_hold_nan_are_told_as_such(copy):

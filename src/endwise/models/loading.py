@@ -109,16 +109,18 @@ def based_on(
         ModelError: see `find_adapter`; or an adapter is based on another.
     """
     source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
+    asked = name
     try:
         adapter = find_adapter(source, name, shared["revision"])
         if adapter is not None:
+            asked = adapter.base
             source, shared = arguments_for(at_home(adapter.base), None, adapter.revision, trust_remote_code)
             if find_adapter(source, adapter.base, shared["revision"]) is not None:
                 raise ModelError(f"{name} is an adapter of an adapter, {adapter.base}. Merge that one first.")
     except (ModelError, ConfigError):
         raise
     except Exception as error:
-        raise ModelError(explained(name, error)) from error
+        raise ModelError(explained(asked, error)) from error
     return source, shared, adapter
 
 
