@@ -25,7 +25,7 @@ from endwise.models.documents import positions, refuse_joined
 from endwise.models.fused_gelu import fuse_gelu
 from endwise.models.hooking import SiteHooks, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
-from endwise.models.plain_weights import is_quantised, refuse_quantised
+from endwise.models.plain_weights import is_quantised, refuse_copying, refuse_quantised
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sites import Part, Place, Site
@@ -106,16 +106,10 @@ class LanguageModel:
         return self.model.device
 
     def in_bfloat16(self) -> "LanguageModel":
-        """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is.
-
-        Raises:
-            ModelError: it is quantised, and has no other weights.
+        """A copy with weights in bf16, for the tail in mixed precision; the original stays as it is. A quantised model
+        has none (`ModelError`).
         """
-        if is_quantised(self.model):
-            raise ModelError(
-                f"{self.name} is quantised and cannot be copied in bf16. For training.precision mixed load it with "
-                "model.dtype bfloat16; or set training.precision to exact."
-            )
+        refuse_copying(self.model, self.name)
         copied = copy.deepcopy(self.model)
         stored = copied.state_dict().keys()
         for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):

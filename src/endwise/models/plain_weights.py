@@ -57,6 +57,18 @@ def refuse_quantised(model: nn.Module, name: str) -> None:
         raise ModelError(f"{name} is quantised: {found}. {_REMEDY}")
 
 
+def refuse_copying(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        ModelError: the model is quantised, and has no weights that bf16 could be made of.
+    """
+    if is_quantised(model):
+        raise ModelError(
+            f"{name} is quantised and cannot be copied in bf16. For training.precision mixed load it with model.dtype "
+            "bfloat16; or set training.precision to exact."
+        )
+
+
 def quantiser_of(config: Any) -> str | None:
     """Say by which quantiser a configuration of transformers' says that the weights are packed; None: by none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
