@@ -75,7 +75,8 @@ def load_model(
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
     with LOADING, _bars_on_a_terminal():
-        model, info = _weighted(source, name, shared, attention, DTYPES[dtype], place)
+        asked = name if adapter is None else adapter.base
+        model, info = _weighted(source, asked, shared, attention, DTYPES[dtype], place)
         if info["missing_keys"]:
             absent = sorted(map(str, info["missing_keys"]))
             raise ModelError(
