@@ -77,13 +77,13 @@ def load_model(
     with LOADING, _bars_on_a_terminal():
         asked = name if adapter is None else adapter.base
         model, info = _weighted(source, asked, shared, attention, DTYPES[dtype], place)
+        refuse_quantised(model, name)
         if info["missing_keys"]:
             absent = sorted(map(str, info["missing_keys"]))
             raise ModelError(
                 f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
                 "...), which would stay random. Is it a causal language model, and complete?"
             )
-        refuse_quantised(model, name)
         if not is_quantised(model):  # which is on its device already, in its own types
             for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
                 parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
