@@ -382,7 +382,7 @@ def test_packed_weights_that_no_quantiser_of_transformers_reads_are_refused(copy
     if told:
         change_config(copy, quantization_config={"quant_method": f"{layout} of nobody's"})
     refused = r"copy is quantised.*lose their scales.*dequantize"
-    unread = "|copy cannot be loaded .* ignore_mismatched_sizes" if told else ""  # where the shapes are others too
+    unread = "|copy cannot be loaded .*ignore_mismatched_sizes" if told else ""  # where the shapes are others too
     with pytest.raises(ModelError, match=refused + unread) as error:
         load_model(str(copy))
     words = [f"by {layout} of nobody's (quantization_config", "mismatched"] if told else [PACKED]
