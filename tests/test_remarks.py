@@ -74,6 +74,15 @@ def test_what_cannot_be_is_said_with_a_remedy(name):
     assert said in remark and remedy in remark
 
 
+def test_of_one_that_was_trained_elsewhere_what_its_file_states_counts_too():
+    """What to do is to check where it belongs, since nobody here trains it."""
+    stated = {"stated_l0": 90.0, "remarks": ["It says that it is of another model."]}
+    assert remarks_on({**SOUND, "adopted": {"stated_l0": 25.0, "remarks": []}}) == []
+    own, l0, silent = remarks_on({**SOUND, "alive": 0, "adopted": stated})
+    assert own == stated["remarks"][0] and "30.0 where 90 is stated" in l0
+    assert "Check that it belongs to this model, place and text" in silent and "learning_rate" not in silent
+
+
 def test_one_remark_on_several_runs_is_told_once():
     assert gathered({"a": ["x", "y"], "b": ["y"]}) == ["a: x", "a, b: y"]
 

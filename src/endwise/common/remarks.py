@@ -62,6 +62,11 @@ def _number(record: Record, *keys: str) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
+def _remedy(record: Record, training: str) -> str:
+    """Advise on an SAE by how it could be trained; on one that was trained elsewhere, by where it may belong."""
+    return "Check that it belongs to this model, place and text." if "adopted" in record else training
+
+
 def _foreign_text(record: Record) -> str | None:
     clean, mean, zero = (_number(record, "baselines", name) for name in ("clean", "mean_ablated", "zero_ablated"))
     vocabulary = _number(record, "vocabulary")
@@ -114,14 +119,13 @@ def _many_left_out(record: Record) -> str | None:
 def _alive(record: Record) -> str | None:
     alive, features, tokens = (_number(record, name) for name in ("alive", "d_sae", "tokens"))
     if alive == 0 or _number(record, "l0") == 0:
-        return (
-            "No feature fires: the SAE gives one constant, whatever it reads. Train again with a lower "
-            f"training.learning_rate or {SPARSER}."
+        return "No feature fires: the SAE gives one constant, whatever it reads. " + _remedy(
+            record, f"Train again with a lower training.learning_rate or {SPARSER}."
         )
     if alive == features:
         return (
             f"All {features:,.0f} features fired within {tokens:,.0f} tokens: the dictionary may be too small, or "
-            f"hardly trained. Raise dictionary.size or training.tokens, or {SPARSER}."
+            f"hardly trained. {_remedy(record, f'Raise dictionary.size or training.tokens, or {SPARSER}.')}"
         )
     return None
 
@@ -143,14 +147,15 @@ def _worse_than_nothing(record: Record) -> str | None:
         return None
     return (
         f"With the SAE the model's CE is {spliced:.3f} nats per token, above the {mean:.3f} with the site at its mean: "
-        f"it keeps nothing that the model uses. Lower training.learning_rate or {SPARSER}, or train longer."
+        "it keeps nothing that the model uses. "
+        + _remedy(record, f"Lower training.learning_rate or {SPARSER}, or train longer.")
     )
 
 
 def not_as_stated(record: Record) -> str | None:
     """The remark on an SAE whose L0 is far from what its file states."""
     l0, stated = _number(record, "l0"), _number(record, "adopted", "stated_l0")
-    if not stated > 0 or 1 / FAR < l0 / stated < FAR:
+    if not stated > 0 or math.isnan(l0) or 1 / FAR < l0 / stated < FAR:
         return None
     return f"L0 is {l0:.1f} where {stated:g} is stated: this text, or the reading, may be another."
 
