@@ -39,9 +39,25 @@ def main(run: Path, case: Path) -> None:
             spliced = _cross_entropy(model.model(tokens).logits, tokens)
     tensors = {"tokens": tokens, "activations": activations, "latents": latents, "outputs": outputs}
     save_file({name: each.contiguous() for name, each in tensors.items()}, case / "case.safetensors")
+    _transcoders(case / "transcoders", model)
     about = {"site": config.site, "clean": clean, "spliced": spliced, "endwise": endwise.__version__}
     (case / "case.json").write_text(json.dumps(about, indent=2) + "\n")
     print(f"{case}: cross-entropy {clean:.5f} clean, {spliced:.5f} with the SAE at {config.site}")
+
+
+def _transcoders(folder: Path, model: endwise.LanguageModel) -> None:
+    """A set of transcoders with skip connections, with what each makes of some inputs."""
+    tensors = {}
+    for layer in range(model.n_layers):
+        place = model.place(f"blocks.{layer}.mlp_in -> blocks.{layer}.hook_mlp_out")
+        width = model.width(place.reads)
+        sae = endwise.ReluSAE(width, 2 * width, seed=layer, skip=True).requires_grad_(False)
+        torch.nn.init.normal_(sae.W_skip, generator=torch.Generator().manual_seed(layer))
+        about = {"hook_name": place.reads.name, "hook_name_out": place.writes.name, "model_name": model.name}
+        sae.save(folder / f"layer_{layer}.safetensors", about, format_name="circuit-tracer")
+        x = torch.randn(64, width, generator=torch.Generator().manual_seed(layer))
+        tensors |= {f"{layer}.x": x, f"{layer}.latents": sae.encode(x).dense(), f"{layer}.outputs": sae(x)}
+    save_file({name: each.contiguous() for name, each in tensors.items()}, folder.parent / "transcoders.safetensors")
 
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
