@@ -52,6 +52,7 @@ def _transcoders(folder: Path, model: endwise.LanguageModel) -> None:
         place = model.place(f"blocks.{layer}.mlp_in -> blocks.{layer}.hook_mlp_out")
         width = model.width(place.reads)
         sae = endwise.ReluSAE(width, 2 * width, seed=layer, skip=True).requires_grad_(False)
+        assert sae.W_skip is not None
         torch.nn.init.normal_(sae.W_skip, generator=torch.Generator().manual_seed(layer))
         about = {"hook_name": place.reads.name, "hook_name_out": place.writes.name, "model_name": model.name}
         sae.save(folder / f"layer_{layer}.safetensors", about, format_name="circuit-tracer")

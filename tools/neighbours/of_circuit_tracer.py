@@ -2,11 +2,10 @@
 
 import torch
 import yaml
-from circuit_tracer.transcoder.single_layer_transcoder import (  # pyright: ignore[reportMissingImports]
-    load_transcoder_set,
-)
-from meeting import compared, given
+from circuit_tracer.transcoder import single_layer_transcoder  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
+
+from meeting import compared, given
 
 
 def main() -> None:
@@ -15,7 +14,9 @@ def main() -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     paths = {layer: str(folder / f"layer_{layer}.safetensors") for layer in range(len(list(folder.glob("layer_*"))))}
     hooks = config["feature_input_hook"], config["feature_output_hook"]
-    found = load_transcoder_set(paths, config.get("scan", config["model_name"]), *hooks, device=torch.device("cpu"))
+    found = single_layer_transcoder.load_transcoder_set(
+        paths, config.get("scan", config["model_name"]), *hooks, device=torch.device("cpu")
+    )
     print(f"a set of {len(paths)} layers, reading {hooks[0]}, writing {hooks[1]}")
     for layer in paths:
         x = tensors[f"{layer}.x"]
