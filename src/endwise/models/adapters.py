@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from endwise.common.errors import ModelError
@@ -58,7 +59,7 @@ class Adapter:
             ModelError: peft is not installed, or it cannot be merged, or not all of it belongs to this base.
         """
         try:
-            from peft import PeftModel  # pyright: ignore[reportMissingImports]
+            from peft import PeftModel, get_peft_model_state_dict  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ModelError(
                 f'{self.name} is an adapter of {self.base!r:.100}, which peft merges: pip install "endwise[peft]". Or '
@@ -70,8 +71,7 @@ class Adapter:
                 if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
                 adapted = PeftModel.from_pretrained(model, str(self.folder))
-                told = adapted.load_adapter(str(self.folder), "default")  # again, for what it says of the keys
-                apart = [*told.missing_keys, *told.unexpected_keys]
+                apart = sorted(self._stored() ^ get_peft_model_state_dict(adapted).keys())
                 merged = None if apart else adapted.merge_and_unload(safe_merge=True)
         except Exception as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -79,6 +79,10 @@ class Adapter:
         if merged is None:
             raise self._not_merged(f"they do not agree in {len(apart)} tensors ({', '.join(apart[:2])})")
         return merged
+
+    def _stored(self) -> set[str]:
+        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            return set(file.keys())
 
     def _not_merged(self, why: str) -> ModelError:
         return ModelError(
