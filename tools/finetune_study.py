@@ -125,31 +125,49 @@ def small(folder: Path, tokens: int) -> None:
 
 
 def tune(folder: Path, tokens: int, measured_on: int) -> None:
-    """Tune every `at100` on a tenth of its tokens, and tell all apart on the same held-out text."""
+    """Tune every `at100` on a tenth of its tokens, and tell all apart on the same held-out text: `table.md`, a row an
+    SAE, and `ratios.csv`, CE increase over that of `at100` with an interval over seeds.
+    """
+    import numpy as np
+
     import endwise
+    from endwise.common.statistics import interval_over_seeds
+    from endwise.common.tables import write_table
     from endwise.finetuning import TuningSettings, finetune
 
-    model, lines = endwise.load_model("embedded"), []
-    heading = ["| SAE | CE increase | L0 | explained variance | of at100's CE increase |", "|---|---|---|---|---|"]
+    model, shares = endwise.load_model("embedded"), {}
+    lines = ["| SAE | CE increase | L0 | explained variance | of at100's CE increase |", "|---|---|---|---|---|"]
     for at in sorted(folder.glob("*-*")):
         settings = TuningSettings(tokens=round(SHARE * tokens), measured_on=measured_on)
         tuned = finetune(at / "at100", model=model, settings=settings, out=at / "tuned", say=print)
         saes = {name: endwise.SAE.load(at / name) for name in ("at80", "at100", "on", "again")} | {"tuned": tuned.sae}
-        place = model.place(tuned.config.place)
-        corpora = endwise.corpora_for(
-            model, tuned.config.data, training_tokens=tuned.config.training.tokens, evaluation_tokens=measured_on
-        )
-        found = endwise.measure(
-            model, {name: (place, sae) for name, sae in saes.items()}, corpora.heldout, tuned.config.evaluation
-        )
+        place, trained = model.place(tuned.config.place), tuned.config.training.tokens
+        data, evaluation = tuned.config.data, tuned.config.evaluation
+        heldout = endwise.corpora_for(model, data, training_tokens=trained, evaluation_tokens=measured_on).heldout
+        found = endwise.measure(model, {name: (place, sae) for name, sae in saes.items()}, heldout, evaluation)
         for name, each in found.items():
             share = each["ce_increase"] / found["at100"]["ce_increase"]
+            shares.setdefault((at.name.rpartition("-")[0], name), []).append(share)
             lines.append(
                 f"| {at.name} {name} | {each['ce_increase']:.4f} | {each['l0']:.2f} | "
                 f"{each['explained_variance.pooled']:.4f} | {share:.1%} |"
             )
-        (folder / "table.md").write_text("\n".join([*heading, *lines]) + "\n")
-    print("\n".join([*heading, *lines]))
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    rows = []
+    for (architecture, name), values in shares.items():
+        interval = interval_over_seeds(np.array(values)) if len(values) > 1 else None
+        ends = {} if interval is None else {"ratio": interval.estimate, "low": interval.low, "high": interval.high}
+        rows.append(
+            {
+                "architecture": architecture,
+                "sae": name,
+                "ratio": sum(values) / len(values),
+                **ends,
+                "seeds": len(values),
+            }
+        )
+    write_table(rows, folder / "ratios")
+    print("\n".join(lines), *rows, sep="\n")
 
 
 def _dictionary_learning(at: Path, tokens: int) -> None:
