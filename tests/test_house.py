@@ -43,9 +43,9 @@ def test_nothing_is_longer_than_can_be_read_at_once(what, most):
     for path in sources():
         text = path.read_text(encoding="utf-8")
         nodes = [node for node in ast.walk(ast.parse(text)) if what in kinds and isinstance(node, kinds[what])]
-        lengths = {f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1 for node in nodes}
-        lengths |= {path.name: len(text.splitlines())} if what == "file" else {}
-        long += [f"{name} {length}" for name, length in lengths.items() if length > most]
+        lengths = [(f"{path.name}:{node.name}", node.end_lineno - node.lineno + 1) for node in nodes]
+        lengths += [(path.name, len(text.splitlines()))] if what == "file" else []
+        long += [f"{name} {length}" for name, length in lengths if length > most]
     assert not long
 
 

@@ -91,15 +91,20 @@ def harvest(
         configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
-        found = {} if again else {path: read_harvest(path) for path in configs}
-        results: dict[Path, Harvest | None] = {
-            path: old for path, old in found.items() if old and _serves(old, settings[path], texts[path])
-        }
+        results = {} if again else _earlier(settings, texts)
         for paths in sharing_groups({path: each for path, each in configs.items() if path not in results}, tokens):
             group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
+
+
+def _earlier(
+    settings: Mapping[Path, Mapping[str, Any]], texts: Mapping[Path, str | None]
+) -> dict[Path, Harvest | None]:
+    """The harvests of before that will do, by run."""
+    found = {path: read_harvest(path) for path in settings}
+    return {path: old for path, old in found.items() if old and _serves(old, settings[path], texts[path])}
 
 
 def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) -> bool:
