@@ -209,7 +209,7 @@ def _width() -> int:
 
 
 def _activations(seed: int, size: int = BATCH) -> Iterator:
-    """Batches of `size` tokens of the residual stream, in an order that the seed draws anew for every epoch."""
+    """Batches of `size` tokens of the residual stream, in an order that the seed draws for every epoch."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM

@@ -111,6 +111,7 @@ def finetune(
     from endwise.common.terminal import Grid, show
     from endwise.finetuning import TuningSettings
     from endwise.finetuning import finetune as run
+    from endwise.finetuning.finetune import REPORT
 
     settings = TuningSettings(data, tokens, measure_on, context, overrides or ())
     made = run(path, model=model, settings=settings, out=out, site=site, check=check or (), say=echo, display=not quiet)
@@ -123,4 +124,4 @@ def finetune(
     for remark in made.remarks:
         echo(f"! {remark}")
     echo(f"The tuned SAE: {made.folder / 'sae'}" + (f", and {made.given_back}" if made.given_back else ""))
-    echo(f"The report: {made.folder / 'finetune.html'}")
+    echo(f"The report: {made.folder / REPORT}")

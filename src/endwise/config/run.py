@@ -66,7 +66,7 @@ class DataConfig(Config):
     """`stream`: documents joined by the separator and cut into full sequences, attending across the joints as in the
     paper. `document`: one document per sequence, cut at the context and padded on the right; padding is masked."""
     document_attention: bool = False
-    """Keep the documents of a sequence apart: attention stops at the separator, and positions begin anew behind it, in
+    """Keep the documents of a sequence apart: attention stops at the separator, and positions start at 0 after it, in
     every pass, clean and spliced. Refused where the model's attention cannot (state spaces, ALiBi)."""
     separator: str | None = None
     """Token between documents; unset: the tokenizer's EOS. Required where the tokenizer has none."""

@@ -1,4 +1,4 @@
-"""Several documents in one sequence, each attending to itself alone: by positions that begin anew at every joint.
+"""Several documents in one sequence, each attending to itself alone: by positions that start at 0 at every joint.
 
 transformers makes the mask of such a sequence from its positions, where a family's attention takes masks. Whether a
 model does so is tried on a few tokens, never taken from its name.

@@ -121,7 +121,7 @@ class LanguageModel:
 
     def attend_within(self, separator: int | None) -> None:
         """Have every later pass keep documents of one sequence apart: attention stops at the joints, and positions
-        begin anew there. Other passes of the Hugging Face model, as in `endwise.spliced`, are its own.
+        start at 0 there. Other passes of the Hugging Face model, as in `endwise.spliced`, are its own.
 
         Args:
             separator: id of the token that ends a document; None: attention goes across, as the model's own does.

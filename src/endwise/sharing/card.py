@@ -21,7 +21,7 @@ from endwise.runs.several import PLACES
 
 CARD = "README.md"
 BEGIN, END = "<!-- endwise: from here -->", "<!-- endwise: to here -->"
-"""Between them stands what is written anew at every push; what a user writes around them stays."""
+"""Between them stands what is written again at every push; what a user writes around them stays."""
 _FIGURES = "figures"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MARKS = re.compile(r"[|*`\[\]\\#~$]|(?<!\w)_|_(?!\w)")

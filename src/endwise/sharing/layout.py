@@ -44,7 +44,7 @@ _HEADER = 8
 
 @dataclass(frozen=True)
 class _Words:
-    """Words of a run, with what is written for each: paths of this machine, and digests of what is written anew."""
+    """Words of a run, with what is written for each: paths of this machine, and digests of what is written again."""
 
     instead: Mapping[str, str]
 
