@@ -2,15 +2,20 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import endwise
 from endwise.common.errors import ConfigError
+from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.method import Knob, Method
+from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
-from endwise.training.steering import BOUND, Steering
+from endwise.dictionaries import at_inference
+from endwise.dictionaries.normed import normed
+from endwise.training.steering import BOUND, MOST_LEFT, Steering, settled
 from test_penalties import recipe
 
 COUNTS = torch.tensor(True)
@@ -123,3 +128,65 @@ def test_what_sets_the_number_already_refuses_it(dictionary, sparsity, message):
     values["objective"]["sparsity"] = {"target_l0": 12.0, **sparsity}
     with pytest.raises(ConfigError, match=message):
         RunConfig.build(values)
+
+
+def random_sae(architecture, **settings):
+    """A dictionary with random weights, and what it reads: about a fifth of its features are active."""
+    config = RunConfig.build(recipe("x") | {"dictionary": {"architecture": architecture, "size": 60, **settings}})
+    sae = normed(ARCHITECTURES[architecture].build(config.dictionary, 12, seed=0), config.dictionary)
+    x = 1 + torch.randn(3000, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.see_first(x, x)
+        sae.raise_bar(0.8)
+    return sae.requires_grad_(False), x
+
+
+def l0_of(sae, x):
+    with at_inference([sae]):
+        return float(sae.encode(x).l0().mean())
+
+
+@pytest.mark.parametrize("ratio", [0.83, 1.2])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("standard", {}), ("gated", {}), ("jumprelu", {"threshold_init": 0.5}), ("standard", {"normalize": "layer_norm"})],
+)
+def test_what_is_left_of_an_error_is_made_up_for_by_one_amount_for_all(architecture, settings, ratio):
+    sae, x = random_sae(architecture, **settings)
+    before, bars = l0_of(sae, x), {name: each.clone() for name, each in sae.named_parameters()}
+    assert settled(sae, x, before * ratio) == pytest.approx(before, rel=1e-6)
+    assert l0_of(sae, x) == pytest.approx(before * ratio, rel=2.1e-3)
+    moved = [each - bars[name] for name, each in sae.named_parameters() if not torch.equal(each, bars[name])]
+    assert len(moved) == 1 and moved[0].ndim == 1
+    assert moved[0].std() < 1e-5 < abs(moved[0].mean())
+
+
+def test_what_is_too_far_off_stays_as_it_is_trained():
+    sae, x = random_sae("standard")
+    bars, before = sae.b_enc.clone(), l0_of(sae, x)
+    for target in (before * 1.01 * MOST_LEFT, before / 1.01 / MOST_LEFT, before):
+        settled(sae, x, target)
+        assert torch.equal(sae.b_enc, bars)
+
+
+def test_each_of_several_places_ends_at_its_target(tmp_path, capsys):
+    """The later one is measured on what the earlier one's reconstruction makes of its input."""
+    values = recipe(tmp_path / "run")
+    values["places"] = [{"site": values.pop("site")}, {"site": "blocks.2.hook_resid_pre"}]
+    values["dictionary"] = {"size": 200}
+    values["training"] |= {"tokens": 12800, "learning_rate": 3e-3}
+    values["evaluation"] |= {"tokens": 4096, "during_training_tokens": 4096}
+    values["objective"] = {"kind": "local", "sparsity": {"target_l0": 40, "coefficient": 0.3}}
+    run = endwise.train_places(PlacesConfig.build(values), model=endwise.load_model("embedded"))
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    trained = [place["l0"] for place in last["places"].values()]
+    assert last["heldout"]["l0"] == pytest.approx(80, rel=0.03)
+    assert max(abs(l0 / 40 - 1) for l0 in trained) > 0.05, "nothing was left to make up for"
+    assert "L0 ended" not in capsys.readouterr().out
+
+
+def test_a_target_that_is_missed_is_told_of(tmp_path, capsys):
+    endwise.train(recipe(tmp_path / "run", target_l0=12.0), model=endwise.load_model("embedded"))
+    assert re.search(
+        r"blocks\.4\.hook_resid_pre: L0 ended at [\d.]+, and .*target_l0 is 12\. Raise", capsys.readouterr().err
+    )

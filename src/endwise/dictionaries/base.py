@@ -269,6 +269,11 @@ class SAE(nn.Module, ABC):
         """Parameters whose first axis is that of the features."""
         return ()
 
+    def raise_bar(self, by: float) -> None:
+        """Raise by one amount what each feature's pre-activation must exceed for it to be active, by parameters of one
+        axis alone; an architecture that does not say how stays as it is.
+        """
+
     def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         """Fit what is fitted after training to `last_tokens` activations of the latest training text: thresholds."""
 

@@ -156,6 +156,10 @@ class JumpReLUSAE(LinearSAE):
         return self.threshold
 
     @torch.no_grad()
+    def raise_bar(self, by: float) -> None:
+        self.threshold.add_(by).clamp_(min=0)
+
+    @torch.no_grad()
     def after_step(self) -> None:
         self.threshold.clamp_(min=0)
 

@@ -148,6 +148,10 @@ class LinearSAE(SAE):
         """Values that a pre-activation must exceed for its feature to be active: 0 without thresholds of its own."""
         return torch.zeros_like(self.b_enc)
 
+    @torch.no_grad()
+    def raise_bar(self, by: float) -> None:
+        self.b_enc.sub_(by)
+
     def sums(self, latents: SparseLatents) -> Float[Tensor, "*rows d_out"]:
         """Sum the features' directions, each times its latent, without the bias."""
         norms = self.decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None

@@ -348,6 +348,9 @@ class NormedSAE(SAE):
     def per_feature(self) -> Sequence[nn.Parameter]:
         return self.inner.per_feature()
 
+    def raise_bar(self, by: float) -> None:
+        self.inner.raise_bar(by)
+
     def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         self._show(x, target, self.inner.last_tokens, self.inner.see_last)
 

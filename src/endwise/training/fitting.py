@@ -21,6 +21,7 @@ from endwise.tokens import BatchOrder, Corpus, TokenBatch
 from endwise.training.joint import AnyTrainee, met_in_use
 from endwise.training.members import Member
 from endwise.training.outliers import MEASURED_ON, CountedTokens, Outliers
+from endwise.training.steering import MOST_LEFT, SETTLED_ON, settled
 from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
 from endwise.training.trainee import Trainee, harmless
@@ -83,6 +84,25 @@ def fit_last(text: Text, member: Member) -> None:
         if part.sae.last_tokens:
             with torch.no_grad():
                 part.sae.see_last(*_activations(text, member.trainee, part, part.sae.last_tokens, steps))
+
+
+def meet_target(text: Text, display: bool, member: Member) -> None:
+    """Bring the L0 of dictionaries whose λ followed a target to it, where it is not far (`steering.settled`)."""
+    for part in member.trainee.parts:
+        if (target := target_l0(part)) is not None:
+            with torch.no_grad():
+                read, _ = _activations(text, member.trainee, part, SETTLED_ON, range(part.total_steps - 1, -1, -1))
+            l0 = settled(part.sae, read, target)
+            if not 1 / MOST_LEFT <= l0 / target <= MOST_LEFT:
+                found = f"L0 ended at {l0:.3g}, and objective.sparsity.target_l0 is {target:g}"
+                advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
+                show(f"! {part.place}: {found}. {advice}", Console(stderr=True, quiet=not display))
+
+
+def target_l0(part: Trainee) -> float | None:
+    """Return the number of active features that λ is steered to in the last steps; None: it is not."""
+    steering = None if part.schedule is None else part.schedule.steering
+    return None if steering is None else steering.target
 
 
 def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from endwise.common.errors import DataError, Interrupted, OutOfMemory, ProcessLost, TrainingStopped, out_of_memory
 from endwise.common.stopping import polite_stop
 from endwise.config.run import EvaluationConfig
-from endwise.dictionaries import SAE
 from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
-from endwise.training.fitting import Text, fit_last, resample
+from endwise.training.fitting import Text, fit_last, meet_target, resample, target_l0
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
@@ -61,18 +61,20 @@ def _fit_after(prepared: Prepared, done: int) -> None:
     steps, tail = prepared.steps, prepared.tail
     _fit(
         prepared,
-        lambda sae: sae.wants_losses(steps).get(done, 0),
+        lambda part: part.sae.wants_losses(steps).get(done, 0),
         "resampling dead features",
         lambda text, member: resample(text, tail, done, member),
     )
     if done == steps:
-        _fit(prepared, lambda sae: sae.last_tokens, "fitting thresholds", fit_last)
+        _fit(prepared, lambda part: part.sae.last_tokens, "fitting thresholds", fit_last)
+        met = lambda text, member: meet_target(text, prepared.display, member)  # noqa: E731
+        _fit(prepared, target_l0, "meeting the target of L0", met)
 
 
-def _fit(prepared: Prepared, due: Callable[[SAE], int], what: str, act: Callable[[Text, Member], None]) -> None:
+def _fit(prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Callable[[Text, Member], None]) -> None:
     """Do what is fitted to activations in one process for all, where it is due for any dictionary."""
     group, world = prepared.group, prepared.world
-    if not any(due(part.sae) for member in group.members for part in member.trainee.parts):
+    if not any(due(part) for member in group.members for part in member.trainee.parts):
         return
     with world.together(what):
         if world.is_first:
