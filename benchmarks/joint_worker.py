@@ -10,7 +10,7 @@ from endwise.config.places import PlacesConfig
 from endwise.models.language_model import LanguageModel
 from endwise.tokens import TokenBatch
 from endwise.training.joint import AnyTrainee
-from endwise.training.setup import new_joint_trainee, new_trainee
+from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.step import take_step
 from harness import Side, serve
 from ours import CALIBRATION_ROWS, bias_shift

@@ -18,7 +18,7 @@ from endwise.config.run import RunConfig
 from endwise.models.language_model import LanguageModel
 from endwise.models.readout import Readout
 from endwise.tokens import TokenBatch
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from endwise.training.step import tail_model, take_step
 from endwise.training.trainee import Trainee
 from harness import Side, serve

@@ -22,8 +22,8 @@ from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.measure import measure
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens.corpus import Corpus, Documents, SequenceLayout, TokenBatch
+from endwise.training.making import new_trainee
 from endwise.training.planning.dry_run import CHECKPOINT, EVALUATION, STEP, DryRun
-from endwise.training.setup import new_trainee
 from endwise.training.step import tail_model, take_step
 from harness import Side, Worker, cores, machine, resident, serve, worker_environment, write_json
 from shapes import GPT2, OBJECTIVES, TINYSTORIES, Shape, random_model

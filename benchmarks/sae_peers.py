@@ -64,7 +64,7 @@ class Endwise(Peer):
     def make(self, spec: dict[str, Any]) -> None:
         from endwise.models.language_model import Clean
         from endwise.tokens import TokenBatch
-        from endwise.training.setup import new_trainee
+        from endwise.training.making import new_trainee
         from endwise.training.step import take_step
         from ours import bias_shift, gpt2_of_width, run_config
         from shapes import OBJECTIVES, Shape

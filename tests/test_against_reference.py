@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from endwise import LanguageModel, RunConfig
 from endwise.dictionaries import ReluSAE
 from endwise.tokens import TokenBatch
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from endwise.training.step import take_step
 
 FOLDER = Path(__file__).parent / "fixtures" / "reference"

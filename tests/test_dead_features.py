@@ -15,7 +15,7 @@ from endwise.dictionaries.linear import LinearConfig
 from endwise.dictionaries.normed import NormedSAE
 from endwise.runs.folder import RunFolder
 from endwise.training.fitting import losses_of
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from endwise.training.step import clean_passes, take_step
 from endwise.training.trainee import Trainee
 from meeting import Meeting, of_process

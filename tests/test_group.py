@@ -16,8 +16,8 @@ from endwise.common.errors import DataError, Interrupted, OutOfMemory, RunFolder
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
+from endwise.training.making import new_trainee
 from endwise.training.members import SomeFailed
-from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
 from own_training import Act, OwnModel, acting, train_with
 from small_gpt2 import recipe

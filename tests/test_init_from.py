@@ -12,8 +12,8 @@ from endwise import SAE, train, train_places, train_together
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
+from endwise.training.making import new_trainee
 from endwise.training.planning.plan import plan
-from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
 from small_gpt2 import SITE, WIDTH, recipe
 from small_sweeps import complete

@@ -21,9 +21,9 @@ from endwise.runs.checkpoints import checksum, read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import TokenBatch
 from endwise.training.joint import JointTrainee
+from endwise.training.making import new_joint_trainee
 from endwise.training.objectives import KL, DownstreamMSE, FeatureMSE, LocalMSE, Objective, Sparsity
 from endwise.training.planning.plan import plan
-from endwise.training.setup import new_joint_trainee
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from small_gpt2 import CONTEXT, LAYERS, recipe, small_corpora, small_model, write_tokens

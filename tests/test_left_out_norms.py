@@ -25,8 +25,8 @@ from endwise.models.language_model import Clean
 from endwise.models.sites import Place, Site
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
+from endwise.training.making import new_trainee
 from endwise.training.outliers import Outliers
-from endwise.training.setup import new_trainee
 from endwise.training.step import take_step
 from own_training import OwnModel, reading
 from small_gpt2 import CONTEXT, LAYERS, SITE, VOCAB, WIDTH, recipe

@@ -8,9 +8,9 @@ from torch.nn.functional import normalize
 
 from endwise import LanguageModel
 from endwise.tokens import TokenBatch
-from endwise.training.setup import new_trainee
+from endwise.training.course import rate_factor
+from endwise.training.making import new_trainee
 from endwise.training.step import take_step
-from endwise.training.trainee import rate_factor
 from small_gpt2 import LAYERS, VOCAB, recipe, small_model
 
 STEPS, LAYER = 50, 1

@@ -15,7 +15,8 @@ from endwise.config.run import RunConfig
 from endwise.features.spliced import SplicedBatch
 from endwise.models.sites import Part, Place
 from endwise.tokens import TokenBatch
-from endwise.training.setup import default_folder, new_trainee
+from endwise.training.making import new_trainee
+from endwise.training.setup import default_folder
 from endwise.training.step import take_step
 from own_transcoder import OwnConfig, OwnTranscoder
 from tiny_models import hooked, patched_logits, tiny, tokens, values_at, width

@@ -20,6 +20,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Part
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens import TokenBatch
+from endwise.training.making import new_trainee
 from endwise.training.planning.dry_run import (
     ALLOCATOR,
     CHECKPOINT,
@@ -36,7 +37,6 @@ from endwise.training.planning.dry_run import (
 from endwise.training.planning.flops import forward_flops, gradient_flops
 from endwise.training.planning.memory_trace import MemoryTrace
 from endwise.training.planning.plan import plan
-from endwise.training.setup import new_trainee
 from endwise.training.step import tail_model, take_step
 from tiny_models import CONTEXT, FAMILIES, VOCAB, WIDTH, build, tokens
 

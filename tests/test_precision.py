@@ -9,7 +9,7 @@ import torch
 from endwise import LanguageModel, RunConfig, measure, train, train_together
 from endwise.common.errors import ConfigError
 from endwise.common.statistics import student_t
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from endwise.training.step import tail_model, take_step
 from small_gpt2 import CONTEXT, SITE, VOCAB, recipe, small_corpora, small_model, write_tokens
 

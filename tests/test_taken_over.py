@@ -15,7 +15,7 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.run import RunConfig
 from endwise.dictionaries import NormedSAE
 from endwise.runs.folder import RunFolder
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from endwise.training.taking_over import SAME, TakenOver
 
 NAMES = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")

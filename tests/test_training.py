@@ -17,9 +17,10 @@ from endwise.evaluation.measure import residuals_after
 from endwise.models.splicing import later_residuals
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
-from endwise.training.setup import new_trainee
+from endwise.training.course import rate_factor
+from endwise.training.making import new_trainee
 from endwise.training.step import take_step
-from endwise.training.trainee import Trainee, rate_factor
+from endwise.training.trainee import Trainee
 from own_training import acting, reading, stopping, train_with
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, write_tokens
 

@@ -12,7 +12,7 @@ from endwise.config.run import RunConfig
 from endwise.features.attribution import Attribution
 from endwise.features.spliced import SplicedBatch
 from endwise.models.sites import Site
-from endwise.training.setup import new_trainee
+from endwise.training.making import new_trainee
 from tiny_models import patched_logits, tiny, tokens, values_at
 
 READS, WRITES = "blocks.2.mlp_in", "blocks.2.hook_mlp_out"

@@ -70,7 +70,7 @@ def train(
         if result.diverged:
             echo(f"Diverged, and of no use: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
-        echo(f"Trained {config.objective.name} at {config.place}: {result.folder}")
+        echo(f"Trained {config.objective_name} at {config.place}: {result.folder}")
         echo(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 

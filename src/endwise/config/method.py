@@ -146,8 +146,13 @@ class Method:
         content = config.objective.method | content
         if knob.name != COEFFICIENT and config.objective.coefficient is not None and not config.objective.is_steered:
             content["sparsity.coefficient"] = config.objective.coefficient
-        key = config.objective.method_kind
-        label = LABELS.get(key, key)
+        kinds = [phase.objective.method_kind for phase in config.in_phases]
+        key, label = "-then-".join(kinds), " → ".join(LABELS.get(kind, kind) for kind in kinds)
+        for number, (own, phase) in enumerate(zip(config.phases, config.in_phases, strict=False)):
+            settings = phase.objective.method | own.model_dump(
+                mode="json", exclude={"objective"}, exclude_defaults=True
+            )
+            content |= {f"phases.{number}.{name}": value for name, value in settings.items()}
         if dictionary.architecture == DictionaryConfig.model_fields["architecture"].default:
             return cls(key, label, content)
         content["dictionary.architecture"] = dictionary.architecture

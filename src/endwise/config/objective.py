@@ -18,17 +18,30 @@ if TYPE_CHECKING:
 Kind = Literal["local", "e2e", "e2e_ds"]
 KINDS: tuple[Kind, ...] = ("local", "e2e", "e2e_ds")
 LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
-"""The kinds as the paper writes them, in the order of every table and legend."""
+"""The paper's kinds as it writes them, in the order of every table and legend."""
 PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
-"""By kind, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which is required.
+"""By kind of the paper, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which
+is required.
 """
 PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
-"""By kind, the reconstruction terms that it has."""
+"""By kind of the paper, the reconstruction terms that it has."""
+FURTHER_PRESETS: dict[str, dict[str, Any]] = {
+    "horizon": {"horizon": 1, "downstream_mse": 1.0, "errors": "relative"},
+    "finetune": {"kl": 0.5, "local_mse": 0.5, "balance": "loss"},
+}
+"""By further kind, the values that it sets, unless a recipe does."""
+HORIZON_ENDS: dict[int | str, dict[str, float]] = {
+    0: {"local_mse": 1.0, "downstream_mse": 0.0},
+    "all": {"kl": 0.5},
+}
+"""Weights that the kind `horizon` sets at the ends of the dial, unless a recipe does: local, and e2e+ds."""
 OWN_KEYS = ("kl", "downstream_mse", "local_mse", "sparsity")
 """Terms that have a key of their own in `objective`, in the order in which they are added up."""
+PHASE = "phase"
+"""Column of the number of a line's phase, from 1."""
 COLUMNS = (
     *("loss", "l0", "gradient_norm", "alive", "step", "tokens", "learning_rate", "seed", "heldout"),
-    "left_out",
+    *("left_out", PHASE),
 )
 """Columns that a line of metrics.jsonl holds beside the terms, none of which can have such a name."""
 COEFFICIENT = "_coefficient"
@@ -38,6 +51,8 @@ TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
 """Every term that a recipe can name."""
 NonNegative = Annotated[float, Field(ge=0)]
 Balance = Literal["loss", "gradient"]
+Errors = Literal["absolute", "relative"]
+Horizon = int | Literal["all"]
 
 
 class SparsityConfig(Config):
@@ -103,8 +118,9 @@ class ObjectiveConfig(Config):
     below override it term by term, and `terms` adds others.
     """
 
-    kind: Kind | None = None
-    """Unset: only the terms that have a weight below."""
+    kind: Literal["local", "e2e", "e2e_ds", "horizon", "finetune"] | None = None
+    """The paper's `local`, `e2e` or `e2e_ds`; `horizon`: errors of the blocks within `horizon`; `finetune`: of a
+    finished SAE (arXiv 2503.17272). Unset: only the terms that have a weight below."""
     sparsity: SparsityConfig | None = None
     """Required, but for dictionaries that set the number of active features otherwise: these have no penalty."""
     kl: NonNegative | None = None
@@ -114,7 +130,15 @@ class ObjectiveConfig(Config):
     downstream_mse: NonNegative | None = None
     """β, total weight of the later sites' mean squared error, shared equally among them. Preset: 0, 0, required."""
     downstream_sites: tuple[str, ...] | None = None
-    """Unset: `hook_resid_pre` of every later block, as in the reference code."""
+    """Unset: `hook_resid_pre` of every later block, as in the reference code; of a finite `horizon`, the residual
+    stream after each block within it."""
+    horizon: Horizon | None = None
+    """Blocks after the site that passes go through: 0 is local training; `all` (as unset): to the predictions, which
+    terms of a finite horizon cannot read. One beyond the last block ends there. Unset, for the kind `horizon`: 1."""
+    errors: Errors | None = None
+    """`relative`: every squared error of an activation is divided by the variance of the clean activations at its site,
+    measured before the first step; at a position whose norm is more than 10 times the median, by that position's own
+    mean square. `absolute`: by nothing. Unset: `absolute`, for the kind `horizon` `relative`."""
     balance: Balance | None = None
     """Weights of terms that read the spliced pass are shares of the local error: each is multiplied by the local mean
     squared error over the term (`loss`), or by the ratio of their gradients' norms at the reconstruction (`gradient`),
@@ -128,6 +152,25 @@ class ObjectiveConfig(Config):
         if not isinstance(given, dict):
             return given
         return {name: _term(name, value) for name, value in given.items()}
+
+    @field_validator("horizon", mode="before")
+    @classmethod
+    def _counts_blocks(cls, given: Any) -> Any:
+        if given not in (None, "all") and (type(given) is not int or given < 0):
+            raise ValueError("must be a number of blocks, 0 or more, or all")
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_kind(cls, given: Any) -> Any:
+        """Fill in what a kind that is not the paper's stands for."""
+        if not isinstance(given, dict) or not isinstance(kind := given.get("kind"), str):
+            return given
+        own = {name: value for name, value in given.items() if value is not None}
+        preset = FURTHER_PRESETS.get(kind, {})
+        reach = own.get("horizon", preset.get("horizon"))
+        ends = HORIZON_ENDS.get(reach, {}) if "horizon" in preset and isinstance(reach, int | str) else {}
+        return given | preset | ends | own
 
     @model_validator(mode="after")
     def _resolved(self) -> "ObjectiveConfig":
@@ -145,6 +188,23 @@ class ObjectiveConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _within_the_horizon(self) -> "ObjectiveConfig":
+        if self.horizon in (None, "all"):
+            return self
+        later = self._spliced
+        if ahead := [name for name in later if getattr(TERMS[name], "final", False)]:
+            raise ValueError(
+                f"horizon is {self.horizon}, and {ahead[0]} reads the predictions, to which only horizon all goes. Set "
+                f"{ahead[0]} to 0 (or kind to horizon, which has none), or horizon to all"
+            )
+        if self.horizon == 0 and later:
+            raise ValueError(
+                f"horizon is 0, which ends at the site, and {later[0]} reads what comes after it. Set {later[0]} to 0 "
+                "(or kind to local), or horizon to 1 or more"
+            )
+        return self
+
     def __hash__(self) -> int:
         return hash((*(vars(self)[name] for name in vars(self) if name != "terms"), frozenset(self.terms.items())))
 
@@ -152,7 +212,7 @@ class ObjectiveConfig(Config):
     def weights(self) -> dict[str, float]:
         """Weight of each reconstruction term after the preset is applied."""
         given = {"kl": self.kl, "local_mse": self.local_mse, "downstream_mse": self.downstream_mse}
-        preset = PRESETS[self.kind] if self.kind else {}
+        preset = PRESETS.get(self.kind or "", {})
         own = {term: preset.get(term, 0.0) if value is None else value for term, value in given.items()}
         return own | {name: term.weight for name, term in self.terms.items()}
 
@@ -172,7 +232,8 @@ class ObjectiveConfig(Config):
         weights = self.weights
         settings: dict[str, dict[str, Any]] = {
             **{name: term.model_dump(exclude={"weight"}) for name, term in self.terms.items()},
-            "downstream_mse": {"sites": self.downstream_sites},
+            "downstream_mse": {"sites": self.downstream_sites, "errors": self.errors},
+            "local_mse": {"errors": self.errors},
         }
         names = ("kl", "downstream_mse", "local_mse", *self.terms)
         terms = [WeightedTerm(name, weights[name], settings.get(name, {})) for name in names if weights[name]]
@@ -191,14 +252,19 @@ class ObjectiveConfig(Config):
         penalty.pop("coefficient", None)
         if self.is_steered:
             penalty["target_l0"] = "steered"
-        balance = {} if self.balance is None else {"balance": self.balance}
-        return {**self.weights, "downstream_sites": sites, **balance, **penalty, **further}
+        further |= {} if self.balance is None else {"balance": self.balance}
+        further |= {} if self.errors in (None, "absolute") else {"errors": self.errors}
+        further |= {"horizon": self.horizon} if self._reach else {}
+        return {**self.weights, "downstream_sites": sites, **penalty, **further}
 
     @property
     def name(self) -> str:
         """The kind, and the terms that are added to it: what folders, lines and tables call the objective."""
         own = [term for term in ("kl", "local_mse", "downstream_mse") if self.weights[term]]
-        start = [self.kind or self._preset or "+".join(own)]
+        if self._reach:
+            start = [self._reach, *(term for term in own if term != "downstream_mse")]
+        else:
+            start = [(self.kind != "horizon" and self.kind) or self._preset or "+".join(own)]
         return "+".join(part for part in (*start, *(name for name, term in self.terms.items() if term.weight)) if part)
 
     @property
@@ -207,8 +273,18 @@ class ObjectiveConfig(Config):
         return self._preset if self._preset and not any(term.weight for term in self.terms.values()) else self.name
 
     @property
+    def _spliced(self) -> list[str]:
+        """Terms that read the spliced pass."""
+        return [name for name, weight in self.weights.items() if weight and TERMS[name].is_spliced]
+
+    @property
+    def _reach(self) -> str | None:
+        """The finite horizon of its terms, as a name."""
+        return f"horizon{self.horizon}" if self.horizon not in (None, "all") and self._spliced else None
+
+    @property
     def _preset(self) -> str | None:
-        """The kind that has just those terms with keys of their own which these weights keep."""
+        """The paper's kind that has just those terms with keys of their own which these weights keep."""
         kept = {term for term in ("kl", "local_mse", "downstream_mse") if self.weights[term]}
         return next((kind for kind, terms in PRESET_TERMS.items() if terms == kept), None)
 

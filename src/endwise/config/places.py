@@ -12,6 +12,7 @@ from endwise.config.base import Config, read_overrides, read_yaml
 from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
+from endwise.config.phases import PhaseConfig, given_values, refuse_shares, spelled_out, with_objective
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig, RunConfig, Seed, Start, TrainingConfig
 
 JOINED = " + "
@@ -51,6 +52,8 @@ class PlacesConfig(Config):
     """Inputs that the terms at each place (`local_mse`, `sparsity`, the dictionary's own) are computed on, if joint:
     the model's own activation, or that of the spliced pass, which the earlier reconstructions have changed. Their
     gradient goes into that place's dictionary alone."""
+    phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(spelled_out)] = ()
+    """As in a recipe for one place, of all places alike."""
     data: Annotated[DataConfig, SHARED] = DataConfig()
     training: TrainingConfig
     """Learning rate and clipping are of each dictionary; so are its Adam's moments."""
@@ -82,6 +85,7 @@ class PlacesConfig(Config):
     @classmethod
     def _filled_in(cls, values: Any) -> Any:
         """Put what stands for every place into each of them."""
+        values = with_objective(values)
         if not isinstance(values, Mapping) or not isinstance(values.get("places"), Sequence):
             return values
         shared = {key: values[key] for key in OF_A_PLACE if key in values}
@@ -121,6 +125,36 @@ class PlacesConfig(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _each_phase_is_a_recipe(self) -> "PlacesConfig":
+        refuse_shares(self.phases)
+        try:
+            _ = self.in_phases
+        except ConfigError as error:
+            raise ValueError(f"in a phase: {' '.join(str(error).split())}") from None
+        return self
+
+    @property
+    def in_phases(self) -> "list[PlacesConfig]":
+        """As `RunConfig.in_phases`."""
+        if not self.phases:
+            return [self]
+        values, found = self.model_dump(exclude={"phases"}), []
+        for phase in self.phases:
+            places = [
+                {**place.model_dump(), "objective": phase.objective_over(given_values(place.objective))}
+                for place in self.places
+            ]
+            rate = {"learning_rate": phase.learning_rate or self.training.learning_rate}
+            own = {"places": places, "training": values["training"] | rate}
+            found.append(PlacesConfig.build({**values, **own}, "the recipe"))
+        return found
+
+    @property
+    def objective_name(self) -> str:
+        """As `RunConfig.objective_name`, of the first place."""
+        return self.recipes[0].objective_name
+
     @property
     def dictionary(self) -> DictionaryConfig:
         """That of the first place."""
@@ -156,7 +190,7 @@ class PlacesConfig(Config):
 
     def recipe(self, place: PlaceConfig) -> RunConfig:
         """That of one place by itself."""
-        shared = {"model", "data", "training", "evaluation", "trackers"}
+        shared = {"model", "data", "training", "evaluation", "trackers", "phases"}
         return RunConfig.build({**self.model_dump(include=shared), **place.model_dump()}, "the recipe")
 
 

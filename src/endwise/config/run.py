@@ -11,11 +11,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, model_validator
 
+from endwise.common.errors import ConfigError
 from endwise.common.hub import shown
 from endwise.config.base import Config, Positive
 from endwise.config.dictionary import DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
+from endwise.config.phases import (
+    PhaseConfig,
+    given_values,
+    refuse_shares,
+    refuse_two_units,
+    spelled_out,
+    with_objective,
+)
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Start = Annotated[Path, PlainSerializer(shown, return_type=str, when_used="json")]
@@ -195,6 +204,10 @@ class RunConfig(Config):
     """The site that the reconstruction stands for; unset: `site`, which is read. A transcoder writes a later one."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
+    """Unset, but for `sparsity` and `errors`, where phases have terms: that of the last."""
+    phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(spelled_out)] = ()
+    """Stretches of the training that differ in objective or learning rate, or a word for a list of them: `staged`
+    (local, horizon, e2e+ds), `finetune` (local, then ½·(MSE + α·KL)), `horizon`. Unset: one, of `objective`."""
     data: Annotated[DataConfig, SHARED] = DataConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -236,6 +249,29 @@ class RunConfig(Config):
     def seeds(self) -> dict[str, int]:
         """Every seed that the run's numbers depend on, by purpose."""
         return {"initialisation": self.seed, "data": self.data.seed, "evaluation": self.evaluation.seed}
+
+    @property
+    def in_phases(self) -> "list[RunConfig]":
+        """Each phase as a recipe of its own, with its objective and learning rate; of a training of one, itself."""
+        if not self.phases:
+            return [self]
+        values, base = self.model_dump(exclude={"phases"}), given_values(self.objective)
+        found = []
+        for phase in self.phases:
+            rate = {"learning_rate": phase.learning_rate or self.training.learning_rate}
+            own = {"objective": phase.objective_over(base), "training": values["training"] | rate}
+            found.append(type(self).build({**values, **own}, "the recipe"))
+        return found
+
+    @property
+    def objective_name(self) -> str:
+        """Name of the objective, or of those of the phases in their order."""
+        return "-then-".join(phase.objective.name for phase in self.in_phases)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_last_phase(cls, values: Any) -> Any:
+        return with_objective(values)
 
     @model_validator(mode="after")
     def _penalty_as_needed(self) -> "RunConfig":
@@ -317,4 +353,13 @@ class RunConfig(Config):
                 f"training.precision exact needs model.dtype float32, given {self.model.dtype}; leave model.dtype "
                 "unset, or set training.precision=mixed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_phase_is_a_recipe(self) -> "RunConfig":
+        refuse_shares(self.phases)
+        try:
+            refuse_two_units([phase.objective for phase in self.in_phases])
+        except ConfigError as error:
+            raise ValueError(f"in a phase: {' '.join(str(error).split())}") from None
         return self

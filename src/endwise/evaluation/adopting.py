@@ -143,7 +143,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     config = AdoptedConfig.build(values, f"what {shown(path)} says of itself")
     _write(folder, config, sae, kept(stored.metadata), model, corpora)
     tell(
-        f"{shown(path)}: no run folder of endwise's; adopted as {folder}: {config.objective.name}, "
+        f"{shown(path)}: no run folder of endwise's; adopted as {folder}: {config.objective_name}, "
         f"{found.sae.d_sae:,} features at {place} of {model.name}"
     )
     for remark in config.adopted.remarks:

@@ -29,7 +29,7 @@ def unfinished(path: Path, config: RunConfig) -> str | None:
 
 def named(config: Recipe) -> dict[str, Any]:
     return {
-        "kind": config.objective.name,
+        "kind": config.objective_name,
         "site": config.place,
         "coefficient": config.objective.coefficient,
         "seed": config.seed if config.training.tokens else None,

@@ -126,6 +126,6 @@ def _facts(of: Finetuned) -> Iterator[str]:
     yield f"Given back as it came: {of.given_back}" if of.given_back else str(of.refused)
     training = of.config.training
     yield (
-        f"Objective {of.config.objective.name}, learning rate {training.learning_rate:g} falling on a line to 0, "
+        f"Objective {of.config.objective_name}, learning rate {training.learning_rate:g} falling on a line to 0, "
         f"{training.batch} sequences of {of.config.data.context} tokens a step."
     )

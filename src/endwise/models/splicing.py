@@ -164,11 +164,18 @@ def _patch_of(place: Place, sae: Callable[[Tensor], Tensor]) -> dict[Site, Calla
     return {place.reads: keep, place.writes: lambda _: sae(kept.pop())}
 
 
-def squared_error(estimate: Activation, truth: Activation, mask: TokenMask) -> Scalar:
-    """Σ over the mask's tokens of the mean over dims of the squared difference, in fp32 (float64 stays float64)."""
+def squared_error(
+    estimate: Activation, truth: Activation, mask: TokenMask, scale: Callable[[Activation], Tensor] | None = None
+) -> Scalar:
+    """Σ over the mask's tokens of the mean over dims of the squared difference, in fp32 (float64 stays float64).
+
+    Args:
+        scale: of the true activation, what each token's is divided by.
+    """
     difference = estimate - truth if estimate.dtype == torch.float64 else estimate.float() - truth.float()
     # Masked before it is squared: the gradient of a square that overflows would be 0 · ∞.
-    return difference.where(mask[..., None], 0.0).square().mean(-1).sum()
+    errors = difference.where(mask[..., None], 0.0).square().mean(-1)
+    return (errors if scale is None else errors / scale(truth).where(mask, 1.0)).sum()
 
 
 def later_residuals(model: LanguageModel, site: Site) -> tuple[Site, ...]:

@@ -87,7 +87,7 @@ def _read(file: Path) -> list[Cost]:
 
 def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
     """Return a recipe's cost; of a site or size that was not measured, what the kind costs at the first."""
-    of_kind = [cost for cost in costs if cost.kind == config.objective.name]
+    of_kind = [cost for cost in costs if cost.kind == config.objective_name]
     for cost in of_kind:
         if cost.site == config.site and cost.ratio == config.dictionary.ratio:
             return cost.seconds_per_token

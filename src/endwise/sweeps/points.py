@@ -51,7 +51,7 @@ class Point:
 
     def __str__(self) -> str:
         aim = Knob.of(self.config).tag if self.target is None else str(self.target)
-        return f"{self.config.objective.name} {aim} {self.config.place} seed {self.config.seed}"
+        return f"{self.config.objective_name} {aim} {self.config.place} seed {self.config.seed}"
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
@@ -259,7 +259,7 @@ def placed(config: AnyRecipe, folder: Path) -> AnyRecipe:
         content = config.model_copy(update={"init_from": Path(start.name)})
     several = isinstance(config, PlacesConfig)
     place = f"{len(config.places)}-places" if several else config.place.replace(ARROW, "-to-")
-    said = f"{config.objective.name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
+    said = f"{config.objective_name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
     own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
     out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
     return config.model_copy(update={"out": out})

@@ -16,7 +16,7 @@ from endwise.sweeps.point_progress import PointProgress, runs_of
 from endwise.sweeps.points import Point, points_of
 from endwise.sweeps.sweep_config import SweepConfig, as_sweep
 from endwise.sweeps.tasks import folder_of, is_trained, tasks_of
-from endwise.training.objectives import OF_THE_PASS, build_objective
+from endwise.training.making import pass_phases, phases_of
 from endwise.training.planning.memory_trace import MemoryTrace
 from endwise.training.planning.outline import outline_model
 
@@ -80,12 +80,13 @@ def find_faults(due: Iterable[PointProgress]) -> None:
         if model is None:
             continue
         try:
-            places = {recipe: model.place(recipe.place) for recipe in config.recipes}
+            for recipe in config.recipes:
+                model.place(recipe.place)
             if isinstance(config, PlacesConfig) and config.joint:
-                build_objective(config.objective, model, min(places.values()).writes, OF_THE_PASS)
+                pass_phases(config, model)
                 continue
-            for recipe, place in places.items():
-                build_objective(recipe.objective, model, place.writes)
+            for recipe in config.recipes:
+                phases_of(recipe, model)
         except (ConfigError, SiteError) as error:
             each.error = str(error)
 

@@ -85,7 +85,7 @@ def _within(path: Path, folder: Path) -> str:
 def _identity(point: Point, keys: Iterable[str]) -> dict[str, Any]:
     config = point.config
     named = {
-        "kind": config.objective.name,
+        "kind": config.objective_name,
         "site": config.place,
         "coefficient": None,
         **(Knob.of(config).columns if point.target is None else {}),

@@ -51,7 +51,7 @@ def tasks_of(configs: Iterable[Recipe], together: int) -> list[Task]:
         if isinstance(config, PlacesConfig):
             groups[str(folder_of(config))] = [config]
             continue
-        alike = (shared(config), config.place, config.objective.name, config.evaluation.model_dump_json())
+        alike = (shared(config), config.place, config.objective_name, config.evaluation.model_dump_json())
         groups.setdefault(repr(alike), []).append(config)
     return [
         tuple(group[start : start + together]) for group in groups.values() for start in range(0, len(group), together)

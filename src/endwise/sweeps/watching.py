@@ -202,7 +202,7 @@ class Watch:
         sites, seeds = ({getattr(config, key) for config in configs.values()} for key in ("place", "seed"))
         names: dict[Path, str] = {}
         for folder, config in configs.items():
-            parts = [config.objective.name, Knob.of(config).tag]
+            parts = [config.objective_name, Knob.of(config).tag]
             parts += [config.place] if len(sites) > 1 else []
             parts += [f"seed {config.seed}"] if len(seeds) > 1 else []
             names[folder] = " ".join(parts)
@@ -220,15 +220,15 @@ def seconds_left(runs: Sequence[RunStatus], elapsed: float, to_come: Sequence[Re
     spent: dict[str, tuple[float, int]] = {}
     for run in runs:
         if run.tokens and run.seconds:
-            seconds, tokens = spent.get(run.config.objective.name, (0.0, 0))
-            spent[run.config.objective.name] = seconds + run.seconds, tokens + run.tokens
+            seconds, tokens = spent.get(run.config.objective_name, (0.0, 0))
+            spent[run.config.objective_name] = seconds + run.seconds, tokens + run.tokens
     now = sum(run.spent for run in runs)
     if not now:
         return None
     average = sum(seconds for seconds, _ in spent.values()) / sum(tokens for _, tokens in spent.values())
     rates = {kind: seconds / tokens for kind, (seconds, tokens) in spent.items()}
     left = [(run.config, run.left) for run in runs] + [(config, config.training.tokens) for config in to_come]
-    work = sum(tokens * rates.get(config.objective.name, average) for config, tokens in left)
+    work = sum(tokens * rates.get(config.objective_name, average) for config, tokens in left)
     return work * elapsed / now
 
 

@@ -136,8 +136,8 @@ class Display:
 
 def _description(config: Recipe) -> str:
     if isinstance(config, PlacesConfig):
-        return f"{config.objective.name} at {len(config.places)} places seed {config.seed}"
-    return f"{config.objective.name} {Knob.of(config).tag} {config.place} seed {config.seed}"
+        return f"{config.objective_name} at {len(config.places)} places seed {config.seed}"
+    return f"{config.objective_name} {Knob.of(config).tag} {config.place} seed {config.seed}"
 
 
 def _numbers(row: _Row) -> str:

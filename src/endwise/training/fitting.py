@@ -16,7 +16,8 @@ from endwise.common.terminal import show
 from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.evaluation.provenance import pinned
 from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.splicing import SplicedPass, sequences_at_a_time
+from endwise.models.sites import Site
+from endwise.models.splicing import SplicedPass, microbatches, sequences_at_a_time
 from endwise.tokens import BatchOrder, Corpus, TokenBatch
 from endwise.training.joint import AnyTrainee, met_in_use
 from endwise.training.members import Member
@@ -54,6 +55,35 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
             show(f"! {found} {FEWER_LEFT_OUT}", Console(stderr=True, quiet=not display))
 
 
+def measure_error_scales(text: Text, member: Member) -> None:
+    """Measure what relative errors are divided by, on the first of the training text, and put it down in the run's
+    folder.
+    """
+    courses = {part.course for part in member.trainee.parts} | {member.trainee.course}
+    scales = [scale for course in courses for scale in course.scales]
+    if not scales:
+        return
+    model, corpus, order = text
+    sites, count = {scale.site for scale in scales}, 0
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for step in range(len(order)):
+        batch = corpus.batch(order[step]).to(model.device)
+        mask = _counted(member.trainee, model, batch)
+        for rows in microbatches(len(mask), mask):
+            clean = model.clean(batch.tokens[rows], record=sites)
+            for site in sites:
+                found[site].append(clean.activations[site][mask[rows]].float())
+        count += int(mask.sum())
+        if count >= MEASURED_ON:
+            break
+    together = {site: torch.cat(each)[:MEASURED_ON] for site, each in found.items()}
+    for scale in scales:
+        scale.measure(together[scale.site])
+    record = {scale.site.name: scale.record for scale in sorted(scales, key=lambda scale: scale.site)}
+    for _, folder, _ in member.outputs():
+        folder.note_start({"error_scales": record})
+
+
 def measure_start(text: Text, member: Member, display: bool) -> None:
     """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line; and let
     a λ that is steered begin at the size that fits it.
@@ -65,10 +95,9 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
             read, written = _activations(text, part, part, COMPARED_ON, range(len(text[-1])))
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
         folder.note_start(taken.record)
-        if part.schedule is not None:
-            with torch.no_grad(), part.sae.aside():
-                latents = part.sae.encode(read[None])
-                part.schedule.start(latents, part.sae.reconstruct(latents, read[None]), written[None])
+        with torch.no_grad(), part.sae.aside():
+            latents = part.sae.encode(read[None])
+            part.course.start(latents, part.sae.reconstruct(latents, read[None]), written[None])
         if not taken.kept:
             show(f"! {taken}", Console(stderr=True, quiet=not display))
 
@@ -101,8 +130,8 @@ def meet_target(text: Text, display: bool, member: Member) -> None:
 
 def target_l0(part: Trainee) -> float | None:
     """Return the number of active features that λ is steered to in the last steps; None: it is not."""
-    steering = None if part.schedule is None else part.schedule.steering
-    return None if steering is None else steering.target
+    schedule = part.course.schedule(part.total_steps - 1)
+    return None if schedule is None or schedule.steering is None else schedule.steering.target
 
 
 def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:

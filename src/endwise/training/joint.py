@@ -20,9 +20,12 @@ from endwise.models.readout import Readout
 from endwise.models.sites import Place, Site
 from endwise.models.splicing import Scalar
 from endwise.runs.checkpoints import Checkpoint
+from endwise.training.course import Course, Phases
 from endwise.training.objectives import LaterLatents, Objective
 from endwise.training.trainee import Met, Trainee, all_or_none, harmless, not_finite
 
+OF_THE_PASS = "pass."
+"""Prefix of what a checkpoint has of the pass."""
 SHARED_TENSORS = "random."
 """Prefix of what a checkpoint has one of, whatever the number of places: the states of generators."""
 
@@ -49,31 +52,39 @@ class JointTrainee:
     """
 
     def __init__(
-        self, parts: Sequence[Trainee], objective: Objective, inputs: Inputs, microbatch: int | None = None
+        self, parts: Sequence[Trainee], objective: Phases, inputs: Inputs, microbatch: int | None = None
     ) -> None:
         self.parts = sorted(parts, key=lambda part: part.place)
-        self.objective, self.inputs, self.microbatch = objective, inputs, microbatch
+        self.inputs, self.microbatch = inputs, microbatch
+        self.course = Course(objective, self.config, self.total_steps, self.device)
+        objectives = [phase.objective for phase in self.course.phases]
         first = self.parts[0].site
         self._heads = [part for part in self.parts if part.place.reads < first or part is self.parts[0]]
         self._later = [part for part in self.parts if part not in self._heads]
-        if objective.places_terms and not self._later:
+        of_places = [term.name for each in objectives for term in each.places_terms]
+        if of_places and not self._later:
             raise ConfigError(
-                f"objective.terms.{objective.places_terms[0].name} compares latents of places that read what an "
+                f"objective.terms.{of_places[0]} compares latents of places that read what an "
                 f"earlier one has changed; of {', '.join(part.place.name for part in self.parts)} none does. "
                 "Leave it out, or add a later place."
             )
         for part in self.parts:
-            part.is_spliced = bool(objective.terms)
+            part.join(self.course)
             if part.sae.wants_losses(part.total_steps):
                 raise ConfigError(
                     f"dictionary.resample_at at {part.place.name}: a loss of several places jointly is none of one of "
                     "them, by which its features could be resampled. Leave it out, or set joint: false."
                 )
-        device = self.parts[0].device
-        self._sums = {term.name: torch.zeros((), device=device) for term in objective.terms}
-        self._first_bad = torch.full((len(self._sums),), -1, dtype=torch.int64, device=device)
+        names = dict.fromkeys(term.name for each in objectives for term in each.terms)
+        self._sums = {name: torch.zeros((), device=self.device) for name in names}
+        self._first_bad = torch.full((len(self._sums),), -1, dtype=torch.int64, device=self.device)
         self._latents: dict[Place, Latents] = {}
         """Latents of the microbatch that is in the pass."""
+
+    @property
+    def objective(self) -> Objective:
+        """Terms of the pass in the step that comes, or is being taken."""
+        return self.course.objective(self.step)
 
     @property
     def config(self) -> TrainingConfig:
@@ -225,9 +236,10 @@ class JointTrainee:
             for part in self.parts:
                 part.go_back(bad[0])
             raise not_finite(*bad)
-        of_pass = {name: float(total) for name, total in self._sums.items()}
+        terms = self.course.objective(self.step - 1).terms
+        of_pass = {term.name: float(self._sums[term.name]) for term in terms}
         places = {part.place.name: part.values() for part in self.parts}
-        weighted = [term.coefficient * of_pass[term.name] for term in self.objective.terms]
+        weighted = [term.coefficient * of_pass[term.name] for term in terms]
         for part in self.parts:
             weighted += part.weighted(places[part.place.name])
         own = {part.place.name: {**places[part.place.name], "alive": int(part.alive())} for part in self.parts}
@@ -236,6 +248,7 @@ class JointTrainee:
             "tokens": self.tokens,
             "learning_rate": float(self.parts[0].optimizer.param_groups[0]["lr"]),
             "loss": sum(weighted),
+            **self.course.named(self.step - 1),
             **of_pass,
             "l0": sum(each["l0"] for each in own.values()),
             "alive": sum(each["alive"] for each in own.values()),
@@ -254,6 +267,7 @@ class JointTrainee:
         for part in self.parts:
             for name, tensor in part.checkpoint().tensors.items():
                 tensors[name if name.startswith(SHARED_TENSORS) else f"{part.place}:{name}"] = tensor
+        tensors |= {f"{OF_THE_PASS}{name}": tensor for name, tensor in self.course.tensors().items()}
         return Checkpoint(tensors, self.parts[0].checkpoint().state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -263,6 +277,7 @@ class JointTrainee:
             start = f"{part.place}:"
             own = {n.removeprefix(start): each for n, each in checkpoint.tensors.items() if n.startswith(start)}
             part.restore(Checkpoint({**own, **shared}, checkpoint.state))
+        self.course.restore({name.removeprefix(OF_THE_PASS): each for name, each in checkpoint.tensors.items()})
 
 
 def met_in_use(trainee: "AnyTrainee", part: Trainee, model: LanguageModel, tokens: Tokens, mask: TokenMask) -> Met:

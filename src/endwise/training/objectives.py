@@ -8,6 +8,7 @@ MSE, sparsity). The second kind never causes a spliced pass. A further term is a
 by its name, which a recipe then gives a weight under `objective.terms`; it is logged under that name.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
-from endwise.config.objective import TERMS, Balance, ObjectiveConfig, TermConfig
+from endwise.config.objective import TERMS, Balance, Horizon, ObjectiveConfig, TermConfig, WeightedTerm
 from endwise.dictionaries import Latents
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Readout
-from endwise.models.sites import Site
+from endwise.models.sites import Part, Site
 from endwise.models.splicing import Scalar, later_residuals, squared_error
+from endwise.training.error_scale import ErrorScale
 
 
 class Term(ABC):
@@ -32,8 +34,12 @@ class Term(ABC):
     name: ClassVar[str]
     """Name by which it is registered and logged."""
     unit: ClassVar[str]
+    is_spliced: ClassVar[bool] = False
+    """True if it reads the spliced pass."""
     Settings: ClassVar[type[TermConfig]] = TermConfig
     """Settings that a recipe can give."""
+    scales: tuple[ErrorScale, ...] = ()
+    """Sizes of activations that it divides by, to be measured before the first step."""
     coefficient: float
 
     @property
@@ -54,6 +60,7 @@ class Term(ABC):
 class SplicedTerm(Term):
     """A term that compares the spliced pass with the clean one, and says what of them must be recorded."""
 
+    is_spliced = True
     sites: tuple[Site, ...] = ()
     """Later sites whose activations it reads, in both passes."""
     final: bool = False
@@ -78,6 +85,8 @@ class PlacesTerm(Term):
     """A term of several places that are spliced jointly: it compares the latents of the later ones with those that they
     have in the clean pass.
     """
+
+    is_spliced = True
 
     @abstractmethod
     def total(self, places: Sequence["LaterLatents"], mask: TokenMask) -> Scalar:
@@ -123,18 +132,25 @@ class DownstreamMSE(SplicedTerm):
     unit = "activation² per token and dimension"
     coefficient: float
     sites: tuple[Site, ...]
+    scales: tuple[ErrorScale, ...] = ()
+    """One for each site, or none."""
 
     @classmethod
     def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "DownstreamMSE":
         """
         Raises:
-            ConfigError: a downstream site does not come after the site, or there is none.
+            ConfigError: a downstream site does not come after the site, or there is none, or it is past the horizon.
             SiteError: a downstream site does not exist in the model.
         """
-        return cls(weight, downstream_sites(settings["sites"], model, site))
+        sites = downstream_sites(settings["sites"], settings.get("end"), model, site)
+        return cls(weight, sites, scales_at(sites, settings, model))
 
     def total(self, readout: Readout, clean: Clean, spliced: Spliced, mask: TokenMask) -> Scalar:
-        errors = [squared_error(spliced.activations[site], clean.activations[site], mask) for site in self.sites]
+        scales = self.scales or [None] * len(self.sites)
+        errors = [
+            squared_error(spliced.activations[site], clean.activations[site], mask, scale)
+            for site, scale in zip(self.sites, scales, strict=True)
+        ]
         return torch.stack(errors).mean()
 
 
@@ -146,9 +162,15 @@ class LocalMSE(SiteTerm):
     name = "local_mse"
     unit = "activation² per token and dimension"
     coefficient: float
+    scales: tuple[ErrorScale, ...] = ()
+    """That of the site, or none."""
+
+    @classmethod
+    def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "LocalMSE":
+        return cls(weight, scales_at((site,), settings, model))
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
-        return squared_error(reconstruction, activation, mask)
+        return squared_error(reconstruction, activation, mask, *self.scales)
 
 
 @TERMS.add("sparsity")
@@ -216,6 +238,8 @@ class Objective:
     places_terms: tuple[PlacesTerm, ...] = ()
     balance: Balance | None = None
     """Way in which spliced terms are brought to one size (`training.tail_terms`)."""
+    local_scale: tuple[ErrorScale, ...] = ()
+    """That of local errors, where these are relative."""
     sites: tuple[Site, ...] = field(init=False)
     """Later sites that must be recorded in both passes."""
     final: bool = field(init=False)
@@ -227,7 +251,9 @@ class Objective:
         object.__setattr__(self, "final", any(term.final for term in self.spliced_terms))
 
     @classmethod
-    def of(cls, terms: Iterable[Term], balance: Balance | None = None) -> "Objective":
+    def of(
+        cls, terms: Iterable[Term], balance: Balance | None = None, local_scale: tuple[ErrorScale, ...] = ()
+    ) -> "Objective":
         """Make the objective that is the sum of `terms`, which are added up in their order."""
         terms = tuple(terms)
         return cls(
@@ -235,7 +261,17 @@ class Objective:
             tuple(term for term in terms if isinstance(term, SiteTerm)),
             tuple(term for term in terms if isinstance(term, PlacesTerm)),
             balance,
+            local_scale,
         )
+
+    @property
+    def scales(self) -> list[ErrorScale]:
+        """All that errors are divided by; several may be of one site."""
+        return [*self.local_scale, *(scale for term in self.terms for scale in term.scales)]
+
+    def local_error(self, reconstruction: Activation, target: Activation, mask: TokenMask) -> Scalar:
+        """Return the sum over the mask's tokens of local errors, in the unit of the objective."""
+        return squared_error(reconstruction, target, mask, *self.local_scale)
 
     @property
     def backward_passes(self) -> int:
@@ -254,16 +290,22 @@ OF_THE_PASS: tuple[type[Term], ...] = (SplicedTerm, PlacesTerm)
 
 
 def build_objective(
-    config: ObjectiveConfig, model: LanguageModel, site: Site, kinds: tuple[type[Term], ...] = OF_ONE
+    config: ObjectiveConfig,
+    model: LanguageModel,
+    site: Site,
+    kinds: tuple[type[Term], ...] = OF_ONE,
+    last: Site | None = None,
 ) -> Objective:
     """Build the terms that a recipe names; a term of weight 0 is left out.
 
     Args:
-        site: where the spliced pass begins.
+        site: where the spliced pass begins, and what local errors are of.
         kinds: of terms; the others are left out.
+        last: the last site that is written in the pass, from which the horizon is counted; None: `site`.
 
     Raises:
-        ConfigError: a downstream site does not come after the site, or there is none; or a term needs several places.
+        ConfigError: a downstream site does not come after the site, or there is none; a site is past the horizon; or a
+            term needs several places.
         SiteError: a downstream site does not exist in the model.
     """
     terms = config.weighted_terms
@@ -274,13 +316,55 @@ def build_objective(
             "recipe with several `places` and `joint: true`, or leave the term out."
         )
     asked = [term for term in terms if issubclass(TERMS[term.name], kinds)]
-    built = [TERMS[term.name].build(term.weight, term.settings, model, site) for term in asked]
-    return Objective.of(built, config.balance)
+    end = horizon_end(config.horizon, model, last or site)
+    built = [TERMS[term.name].build(term.weight, {**term.settings, **_end(term, end)}, model, site) for term in asked]
+    objective = Objective.of(built, config.balance, scales_at((site,), {"errors": config.errors}, model))
+    if end is not None and (far := [each.name for each in objective.sites if end < each.stream]):
+        raise ConfigError(
+            f"{far[0]} lies past the horizon: of {(last or site).name}, horizon {config.horizon} ends at "
+            f"{end.name}. Raise objective.horizon, or name a site before that."
+        )
+    return objective
 
 
-def downstream_sites(given: tuple[str, ...] | None, model: LanguageModel, site: Site) -> tuple[Site, ...]:
-    """Find the later sites that are named, or those of the default, in the model."""
-    sites = later_residuals(model, site) if given is None else tuple(model.readable(name) for name in given)
+def _end(term: WeightedTerm, end: Site | None) -> dict[str, Site | None]:
+    return {"end": end} if term.name == DownstreamMSE.name else {}
+
+
+def horizon_end(horizon: Horizon | None, model: LanguageModel, site: Site) -> Site | None:
+    """Return the last site of passes that go `horizon` blocks past a site; None: they go to the predictions. A horizon
+    beyond the last block ends with it, which is said.
+    """
+    if horizon in (None, "all"):
+        return None
+    start = site.layer if site.part is Part.RESID_PRE else site.layer + 1
+    end = start + int(horizon)
+    if end > model.n_layers:
+        warnings.warn(
+            f"objective.horizon {horizon} goes past the last block of {model.name}; from {site.name} it ends after "
+            f"{model.n_layers - start}.",
+            stacklevel=2,
+        )
+        end = model.n_layers
+    return Site(end, Part.RESID_PRE)
+
+
+def downstream_sites(
+    given: tuple[str, ...] | None, end: Site | None, model: LanguageModel, site: Site
+) -> tuple[Site, ...]:
+    """Find the later sites that are named, or those of the default, in the model.
+
+    Args:
+        end: where the horizon is; None: there is none.
+    """
+    if given is not None:
+        sites = tuple(model.readable(name) for name in given)
+    elif end is None:
+        sites = later_residuals(model, site)
+    else:
+        after_last = model.readable(Site(model.n_layers - 1, Part.RESID_POST))
+        streams = [each for each in (*later_residuals(model, site), after_last) if site.stream < each.stream]
+        sites = tuple(each for each in streams if not end < each.stream)
     early = [later.name for later in sites if not site < later]
     if early or not sites:
         found = f"not later: {', '.join(early)}" if early else f"{site.name} has none"
@@ -289,3 +373,8 @@ def downstream_sites(given: tuple[str, ...] | None, model: LanguageModel, site: 
             "Name later sites, or use kind e2e, which needs none."
         )
     return sites
+
+
+def scales_at(sites: Sequence[Site], settings: Mapping[str, Any], model: LanguageModel) -> tuple[ErrorScale, ...]:
+    """Return what squared errors at the sites are divided by; none where they are absolute."""
+    return tuple(ErrorScale(site, model.device) for site in sites) if settings.get("errors") == "relative" else ()

@@ -13,6 +13,7 @@ from endwise.common.remarks import MANY_LEFT_OUT
 from endwise.models.language_model import Clean
 from endwise.models.sites import Place
 from endwise.training.joint import AnyTrainee
+from endwise.training.trainee import LEFT_OUT
 
 MEASURED_ON = 16_384
 """Tokens of training text over which the median norm is taken."""
@@ -109,7 +110,7 @@ class CountedTokens:
             return tokens_in_step
         counted = tokens_in_step - self._left_out
         for part in self._trainee.parts:
-            part.note_left_out(self._left_out / tokens_in_step)
+            part.see(LEFT_OUT, self._left_out / tokens_in_step)
             for parameter in part.sae.parameters():
                 if parameter.grad is not None:
                     parameter.grad *= tokens_in_step.double() / counted.clamp_min(1)

@@ -1,6 +1,5 @@
 """All that is decided before the first step: model, text, order, steps, and each recipe's SAE and folder."""
 
-import math
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,36 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
-from endwise.common.errors import ConfigError, DataError, FormatError, HubError, SiteError
-from endwise.common.hub import shown
-from endwise.common.machine import available_memory, size_text
+from endwise.common.errors import ConfigError, DataError
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
 from endwise.common.terminal import show
-from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.fields import differing, shared
 from endwise.config.method import Knob
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig, TrainingConfig
-from endwise.dictionaries import SAE
-from endwise.dictionaries.normed import normed, taken_over
-from endwise.evaluation.provenance import naming_relative, pinned, tell
+from endwise.evaluation.provenance import naming_relative, pinned
 from endwise.evaluation.text_check import tried_on
-from endwise.formats import metadata_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import find_device, load_model
-from endwise.models.sites import ARROW, Place
+from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
-from endwise.training.fitting import fit_first, measure_norms, measure_start
-from endwise.training.joint import JointTrainee
+from endwise.training.fitting import fit_first, measure_error_scales, measure_norms, measure_start
+from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
-from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
 from endwise.training.resume import broadcast_state, start_or_resume
 from endwise.training.step import tail_model
 from endwise.training.trainee import Trainee
@@ -129,6 +120,7 @@ def prepare(
             text = (model, corpora.train, order)
             new = [m for m in group.members if m.trainee.step == 0]
             group.each(partial(measure_norms, text, display=request.display), new)
+            group.each(partial(measure_error_scales, text), new)
             group.each(partial(fit_first, text), new)
             group.each(partial(measure_start, text, display=request.display), new)
     broadcast_state(group, world)
@@ -261,85 +253,6 @@ def _new_member(
     return Member(config, trainee, folder, sae_metadata(config, model, context))
 
 
-def new_joint_trainee(config: PlacesConfig, model: LanguageModel, steps: int) -> JointTrainee:
-    """The SAEs that a joint recipe's training begins with.
-
-    Raises:
-        ConfigError, FormatError: see `new_trainee`; or a dictionary that chooses among all tokens of a pass would see
-            some of them at a time.
-    """
-    recipes = sorted(config.recipes, key=lambda recipe: model.place(recipe.place))
-    first = model.place(recipes[0].place).writes
-    objective = build_objective(config.objective, model, first, OF_THE_PASS)
-    parts = [
-        new_trainee(each, model, steps, build_objective(each.objective, model, first, (SiteTerm,))) for each in recipes
-    ]
-    training = config.training
-    microbatch, whole = training.microbatch, training.batch // training.accumulation
-    if any(recipe.dictionary.batchwise for recipe in recipes[1:]):
-        if microbatch is not None and microbatch < whole:
-            raise ConfigError(
-                f"training.microbatch is {microbatch}, but a dictionary that comes after another one is of an "
-                "architecture that chooses among all tokens of a step, and encodes inside the spliced pass. Leave it "
-                "unset: all sequences go through that pass at once."
-            )
-        microbatch = whole
-    return JointTrainee(parts, objective, config.inputs, microbatch)
-
-
-def new_trainee(
-    config: RunConfig,
-    model: LanguageModel,
-    steps: int,
-    objective: Objective | None = None,
-    kind: type[Trainee] = Trainee,
-) -> Trainee:
-    """The SAE that a recipe's training begins with, with its objective and optimiser.
-
-    Args:
-        objective: another than the recipe's.
-
-    Raises:
-        ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
-        FormatError: `init_from` holds no SAE.
-    """
-    place = model.place(config.place)
-    width = model.width(place.reads)
-    objective = objective or build_objective(config.objective, model, place.writes)
-    d_sae = config.dictionary.features(width)
-    _check_memory(width, d_sae)
-    sparsity = config.objective.sparsity
-    if sparsity is not None and (sparsity.target_l0 or 0) > d_sae:
-        raise ConfigError(
-            f"objective.sparsity.target_l0 is {sparsity.target_l0:g}, more than the {d_sae} features there are. Lower "
-            "it, or raise dictionary.size."
-        )
-    if config.init_from is None:
-        sae = new_dictionary(config, model, place)
-    else:
-        sae = _taken_over(config, width, model.width(place.writes), d_sae)
-    sae.leave_out_above(None if config.data.leave_out_norms is None else math.nan)  # to be measured
-    return kind(sae.to(model.device), place, objective, config.training, steps)
-
-
-def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE:
-    """Make the dictionary of a recipe, with its first weights.
-
-    Raises:
-        ConfigError: the place's two sites are of two widths, and the architecture writes as wide as it reads.
-    """
-    architecture = ARCHITECTURES[config.dictionary.architecture]
-    d_in, d_out = model.width(place.reads), model.width(place.writes)
-    if architecture.two_widths:
-        return normed(architecture.build(config.dictionary, d_in, config.seed, d_out=d_out), config.dictionary)
-    if d_out != d_in:
-        raise ConfigError(
-            f"site {place.reads.name} has width {d_in} and writes {place.writes.name} has width {d_out}, but a "
-            f"{config.dictionary.architecture} dictionary writes as wide as it reads. Choose sites of one width."
-        )
-    return architecture.build(config.dictionary, d_in, config.seed)
-
-
 def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:
     """The recipe without `init_from` where a checkpoint holds the weights, else with the commit that the run pinned."""
     if from_step == 0 or not folder.saved_steps():
@@ -350,69 +263,15 @@ def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) ->
     return config.model_copy(update={"init_from": None})
 
 
-def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
-    """The SAE in `init_from`, made ready for training."""
-    assert config.init_from is not None
-    start = shown(config.init_from)
-    try:
-        sae = SAE.load(config.init_from)
-    except (FormatError, HubError) as error:
-        raise type(error)(f"init_from: {error}") from None
-    if (sae.d_in, sae.d_sae) != (width, d_sae):
-        raise ConfigError(
-            f"init_from: the SAE in {start} has {sae.d_sae:,} features of width {sae.d_in:,}, but "
-            f"dictionary and site ask for {d_sae:,} of width {width:,}. Set dictionary.size={sae.d_sae}, or choose the "
-            "site that it was trained at."
-        )
-    if sae.d_out != d_out:
-        raise ConfigError(
-            f"init_from: the dictionary in {start} writes width {sae.d_out:,}, but {config.written} has "
-            f"{d_out:,}. Choose the site that it was trained to write."
-        )
-    _tell_of_another_place(config, start)
-    try:
-        return taken_over(sae, config.dictionary, config.seed)
-    except ConfigError as error:
-        raise ConfigError(f"init_from: {start}: {error}") from None
-
-
-def _tell_of_another_place(config: RunConfig, start: str) -> None:
-    """Say it where what training starts from was trained at another place, as far as its file tells."""
-    metadata = metadata_at(Path(start))
-    read = str(metadata.get("hook_name"))
-    try:
-        kept = Place.parse(f"{read}{ARROW}{metadata.get('hook_name_out') or read}")
-        here = Place.parse(config.place)
-    except SiteError:  # by another name than ours, which says nothing
-        return
-    if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
-        told = f"init_from: {start} was trained at {kept}, and trains on at {here}."
-        tell(f"{told} If not meant, correct site.")
-
-
-def _check_memory(width: int, d_sae: int) -> None:
-    """An SAE is made in the machine's memory, wherever it then goes; a system that lends more than it has would be
-    stopped by its kernel, without a word.
-    """
-    needed = 2 * width * d_sae * torch.float32.itemsize
-    memory = available_memory()
-    if memory is not None and needed > memory:
-        raise ConfigError(
-            f"dictionary asks for {d_sae:,} features at a site of width {width:,}, whose weights alone take "
-            f"{size_text(needed)}; this machine has {size_text(memory)} free. Lower dictionary.size or "
-            "dictionary.ratio."
-        )
-
-
 def default_folder(config: Recipe) -> Path:
     """`runs/<model>-<site>-<kind>-<knob>-seed<n>`; for several places their number in place of site and knob."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.model.name).name)[:80]
     if isinstance(config, PlacesConfig):
         how = "joint" if config.joint else "apart"
-        return Path("runs") / f"{model}-{len(config.places)}-places-{how}-{config.objective.name}-seed{config.seed}"
+        return Path("runs") / f"{model}-{len(config.places)}-places-{how}-{config.objective_name}-seed{config.seed}"
     knob = Knob.of(config).tag
     place = "-to-".join(site.name for site in Place.parse(config.place).sites)
-    return Path("runs") / f"{model}-{place}-{config.objective.name}-{knob}-seed{config.seed}"
+    return Path("runs") / f"{model}-{place}-{config.objective_name}-{knob}-seed{config.seed}"
 
 
 UNPROCESSED = {
@@ -442,7 +301,7 @@ def sae_metadata(config: RunConfig, model: LanguageModel, context: int) -> dict[
         "prepend_bos": config.data.prepend_bos,
         "dataset_path": config.data.source,
         "endwise": {
-            "kind": config.objective.name,
+            "kind": config.objective_name,
             "sparsity_coefficient": config.objective.coefficient,
             "seed": config.seed,
             "unit_norm_decoder": True,

@@ -9,7 +9,6 @@ from torch import Tensor
 from endwise.common.axes import Activation, TokenMask
 from endwise.config.objective import COEFFICIENT
 from endwise.dictionaries import Latents
-from endwise.models.splicing import squared_error
 from endwise.training.objectives import Objective, Sparsity
 from endwise.training.steering import Steering
 
@@ -27,7 +26,7 @@ class SparsitySchedule:
 
     Args:
         powers: p from each of `starts` on.
-        starts: steps, ascending, the first 0.
+        starts: steps, ascending, the first that of its first step.
         warm: steps over which the weight rises linearly from 0.
         steering: what multiplies the weight.
     """
@@ -50,37 +49,42 @@ class SparsitySchedule:
         """Amounts that the step adds to them."""
 
     @classmethod
-    def of(cls, objective: Objective, steps: int, device: torch.device) -> "SparsitySchedule | None":
-        """Plan the penalty of an objective over so many steps; None: it stays as it is."""
-        term = next((each for each in objective.site_terms if isinstance(each, Sparsity)), None)
+    def of(cls, objective: Objective, steps: int, device: torch.device, first: int = 0) -> "SparsitySchedule | None":
+        """Plan the penalty of an objective over `steps` steps, after `first` others; None: it stays as it is."""
+        term = penalty_of(objective)
         if term is None or (term.p_end is None and not term.warmup and term.target_l0 is None):
             return None
-        changes = {0: term.p}
+        changes = {first: term.p}
         if term.p_end is not None:
             for number in range(1, term.p_changes + 1):
                 share = number / term.p_changes
-                changes[round(term.p_steps * steps * share)] = term.p + (term.p_end - term.p) * share
+                changes[first + round(term.p_steps * steps * share)] = term.p + (term.p_end - term.p) * share
         warm = round(term.warmup * steps)
-        steering = None if term.target_l0 is None else Steering(term.target_l0, steps, warm, device)
+        steering = None if term.target_l0 is None else Steering(term.target_l0, steps, warm, device, first)
         return cls(term, list(changes.values()), list(changes), warm, steering=steering, device=device)
 
-    def start(self, latents: Latents, reconstruction: Activation, target: Activation) -> None:
+    def start(self, objective: Objective, latents: Latents, reconstruction: Activation, target: Activation) -> None:
         """Begin where the penalty of a finished dictionary weighs `START` of its local error, on some tokens. A λ that
         follows a target would otherwise spend a short training on finding its size, while L0 goes astray.
         """
         mask = torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device)
         penalty = self._term.coefficient * float(self._term.total(target, reconstruction, latents, mask))
         if self.steering is not None and penalty > 0:
-            self.steering.start(START * float(squared_error(reconstruction, target, mask)) / penalty)
+            self.steering.start(START * float(objective.local_error(reconstruction, target, mask)) / penalty)
+
+    def take_over(self, weight: float | Tensor) -> None:
+        """Begin with the λ of another penalty, where it is steered."""
+        if self.steering is not None:
+            self.steering.start(weight / self._term.coefficient)
 
     def objective(self, objective: Objective, step: int) -> Objective:
         """Return the objective of the step after `step` others."""
-        terms = (self.term(step) if each is self._term else each for each in objective.terms)
-        return Objective.of(terms, objective.balance)
+        terms = (self.term(step) if isinstance(each, Sparsity) else each for each in objective.terms)
+        return Objective.of(terms, objective.balance, objective.local_scale)
 
     def term(self, step: int) -> Sparsity:
         """Return the penalty of the step after `step` others."""
-        planned = self._term.coefficient * (min(1.0, step / self._warm) if self._warm else 1.0)
+        planned = self._term.coefficient * (min(1.0, (step - self._starts[0]) / self._warm) if self._warm else 1.0)
         steered = None if self.steering is None else planned * self.steering.factor()
         changed = {"coefficient": planned, "steered": steered, "p": self._power(step), "scale": self.state[0]}
         return replace(self._term, **changed)
@@ -120,13 +124,16 @@ class SparsitySchedule:
         return next(p for p, start in zip(reversed(self._powers), reversed(self._starts), strict=True) if start <= step)
 
 
+def penalty_of(objective: Objective) -> Sparsity | None:
+    """Return the penalty among an objective's terms."""
+    return next((each for each in objective.site_terms if isinstance(each, Sparsity)), None)
+
+
 def coefficient_of(term: str) -> str:
     """Name the column of a term's weight, where it changes."""
     return f"{term}{COEFFICIENT}"
 
 
-def own_tensors(schedule: SparsitySchedule | None) -> dict[str, Tensor]:
+def own_tensors(schedule: SparsitySchedule) -> dict[str, Tensor]:
     """Name what a checkpoint keeps of it."""
-    if schedule is None:
-        return {}
     return {"sparsity": schedule.state} | ({} if schedule.steering is None else {"steering": schedule.steering.state})

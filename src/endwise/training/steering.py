@@ -45,17 +45,18 @@ class Steering:
         target: active features per token.
         steps: of the run.
         warm: steps over which λ rises; it is steered after them, and after `UNSTEERED` of all.
+        first: steps before it.
     """
 
-    def __init__(self, target: float, steps: int, warm: int, device: torch.device | str) -> None:
-        self.target, self._begins = target, max(warm, round(UNSTEERED * steps))
+    def __init__(self, target: float, steps: int, warm: int, device: torch.device | str, first: int = 0) -> None:
+        self.target, self._begins = target, first + max(warm, round(UNSTEERED * steps))
         self._averaged = max(LEAST_AVERAGED, round(AVERAGED * steps))
         self.state = torch.full((2,), float("nan"), dtype=torch.float64, device=device)
         """e and I; NaN before the first step that is followed."""
 
-    def start(self, factor: float) -> None:
+    def start(self, factor: float | Tensor) -> None:
         """Begin at another λ / λ₀ than 1."""
-        self.state[1] = math.log(min(max(factor, 1 / BOUND), BOUND))
+        self.state[1] = torch.as_tensor(factor, dtype=torch.float64).clamp(1 / BOUND, BOUND).log()
 
     def factor(self) -> Tensor:
         """Return λ / λ₀ of the coming step."""

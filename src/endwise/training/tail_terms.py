@@ -24,7 +24,7 @@ from endwise.common.processes import World
 from endwise.config.objective import Balance
 from endwise.models.language_model import Clean
 from endwise.models.readout import Readout
-from endwise.models.splicing import Scalar, SplicedPass, SplicedRows, squared_error
+from endwise.models.splicing import Scalar, SplicedPass, SplicedRows
 from endwise.training.objectives import Objective, SplicedTerm
 
 EPSILON = 1e-8
@@ -71,7 +71,7 @@ def pulls(
     losses = [partial(_unweighted, term, readout, noted) for term in terms]
     gradients = spliced.gradients(clean, reconstruction, mask, losses)
     local = reconstruction.detach().requires_grad_()
-    error = squared_error(local, target, mask)
+    error = objective.local_error(local, target, mask)
     (at_local,) = torch.autograd.grad(error, local)
     size = _SIZES[objective.balance]
     found = [size(total, each) for total, each in zip(totals.values(), gradients, strict=True)]

@@ -1,6 +1,5 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step that joins them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass
 from endwise.runs.checkpoints import Checkpoint, check_fits, optimizer_tensors, restore_optimizer
+from endwise.training.course import Course, Phases
 from endwise.training.objectives import Objective
-from endwise.training.sparsity import SparsitySchedule, coefficient_of, own_tensors
+from endwise.training.sparsity import coefficient_of
 from endwise.training.tail_terms import Pulls, balanced, pulls
 
 CLIP_EPSILON = 1e-6
@@ -57,26 +57,26 @@ class Trainee:
     """
 
     def __init__(
-        self, sae: SAE, place: Place | Site, objective: Objective, config: TrainingConfig, total_steps: int
+        self, sae: SAE, place: Place | Site, objective: Phases, config: TrainingConfig, total_steps: int
     ) -> None:
-        self.sae, self.place, self.config = sae.train(), Place.of(place), config
-        self._objective, self.total_steps = objective, total_steps
+        self.sae, self.place, self.config, self.total_steps = sae.train(), Place.of(place), config, total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.step, self.tokens = 0, 0
-        self.is_spliced = bool(objective.spliced_terms)  # a joint pass, whose terms are not in `objective`, sets it
         device = sae.b_enc.device
+        self.course = self._pass = Course(objective, config, total_steps, device)
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
-        self.schedule = SparsitySchedule.of(objective, total_steps, device)
-        self._weights = {term.name: term.coefficient for term in objective.terms} | dict(sae.own_weights)
-        """Weight of every term, the dictionary's own included."""
-        self._per_token = [*self._weights, "l0"]
-        self._watched = [*self._weights, "gradient_norm"]
+        objectives = [phase.objective for phase in self.course.phases]
+        names = dict.fromkeys(term.name for each in objectives for term in each.terms)
+        self._terms = [*names, *sae.own_weights]
+        """Every term of any phase, the dictionary's own included."""
+        self._per_token = [*self._terms, "l0"]
+        self._watched = [*self._terms, "gradient_norm"]
         self._first_bad = torch.full((len(self._watched),), -1, dtype=torch.int64, device=device)
         """Step at which each watched number was first not finite; -1: never."""
         further = ["gradient_norm"] if sae.norm_limit is None else ["gradient_norm", LEFT_OUT]
-        further += [] if self.schedule is None else self.schedule.columns
-        further += [coefficient_of(term.name) for term in objective.spliced_terms if objective.balance]
+        further += self.course.columns
+        further += [coefficient_of(term.name) for each in objectives if each.balance for term in each.spliced_terms]
         self._sums = {name: torch.zeros((), device=device) for name in [*self._per_token, *further]}
         self._fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=device)
 
@@ -109,18 +109,23 @@ class Trainee:
         """Sequences at a time in the spliced pass; None: `sequences_at_a_time`."""
         return self.config.microbatch
 
-    def objective_at(self, step: int) -> Objective:
-        """Return what the step after `step` others is trained for: one objective, whose penalty may change."""
-        return self._objective if self.schedule is None else self.schedule.objective(self._objective, step)
-
     @property
     def objective(self) -> Objective:
         """Objective of the step that comes, or is being taken."""
-        return self.objective_at(self.step)
+        return self.course.objective(self.step)
+
+    @property
+    def is_spliced(self) -> bool:
+        """True if the reconstruction goes into a spliced pass in the step that comes, or is being taken."""
+        objective = self._pass.objective(self.step)
+        return bool(objective.spliced_terms or objective.places_terms)
+
+    def join(self, course: Course) -> None:
+        """Go into the pass of several places, whose terms are those of its own course."""
+        self._pass = course
 
     def begin_step(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rate_factor(self.step, self.total_steps, self.config)
+        self.course.prepare(self.optimizer, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.sae.begin_step(self.step / self.total_steps)
         for total in self._sums.values():
@@ -145,7 +150,7 @@ class Trainee:
         if found is not None:
             gradient, weights = balanced(objective, found, self.sae.world)
             for name, weight in weights.items():
-                self._see(coefficient_of(name), weight)
+                self.see(coefficient_of(name), weight)
         self.learn(encoded, mask, tokens_in_step, gradient)
 
     def meets(self, clean: Clean) -> Met:
@@ -166,33 +171,27 @@ class Trainee:
         return Encoded(read, target, latents, reconstruction, nested or [reconstruction])
 
     def learn(
-        self,
-        encoded: Encoded,
-        mask: TokenMask,
-        tokens_in_step: Tensor,
-        gradient: Activation | None = None,
-        *,
-        is_in: bool = False,
+        self, encoded: Encoded, mask: TokenMask, tokens: Tensor, gradient: Activation | None = None, is_in: bool = False
     ) -> None:
         """Add the gradient of the terms at the site and of the dictionary's own, and count what fired.
 
         Args:
+            tokens: of the step.
             gradient: of the spliced terms' sum at the reconstruction; None: there are none.
             is_in: it is in the weights' gradient already.
         """
         loss = self._site_loss(encoded, encoded.target, mask)
-        if self.schedule is not None:
-            self.schedule.see(self.step, encoded.latents, mask)
+        self.course.see(self.step, encoded.latents, mask)
         if self.sae.own_weights:
             pair = (encoded.latents, encoded.reconstruction)
             at_site = _gradient_at(encoded.reconstruction, loss) if self.sae.wants_gradient else None
             seen = TrainingPass(encoded.read, encoded.target, *pair, mask, self.dead(), gradient, at_site)
             loss = loss + self._own_loss(seen)
-        outputs = [loss / tokens_in_step] if loss.requires_grad else []
+        outputs = [loss / tokens] if loss.requires_grad else []
         gradients: list[Tensor | None] = [None] * len(outputs)
         if gradient is not None and not is_in:
             outputs.append(encoded.reconstruction)
-            gradients.append(gradient / tokens_in_step)
+            gradients.append(gradient / tokens)
         if outputs:
             torch.autograd.backward(outputs, gradients)
         self._sums["l0"] += encoded.latents.l0().where(mask, 0.0).sum()
@@ -228,16 +227,17 @@ class Trainee:
         """Go through the tail and back. Masked positions keep their own activation."""
         objective = self.objective
         spliced = SplicedPass(tail, self.site, objective.sites, objective.final, self.config.microbatch)
-        return pulls(spliced, objective, clean, reconstruction, target, mask, self._see)
+        return pulls(spliced, objective, clean, reconstruction, target, mask, self.see)
 
-    def _see(self, name: str, total: Tensor) -> None:
+    def see(self, name: str, total: Tensor) -> None:
+        """Add to a number of the step."""
         self._sums[name] += total
 
     def add_up(self, world: World) -> None:
         """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
         names, fired = list(self._per_token), self._fired.int()
         sums = torch.stack([self._sums[name] for name in names])
-        scheduled = [] if self.schedule is None else [self.schedule.seen]
+        scheduled = [schedule.seen for schedule in self.course.schedules]
         world.add([*self._gradients(), *self.sae.step_statistics(), sums, fired, *scheduled])
         for name, total in zip(names, sums, strict=True):
             self._sums[name].copy_(total)
@@ -245,9 +245,6 @@ class Trainee:
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-
-    def note_left_out(self, share: Tensor) -> None:
-        self._sums[LEFT_OUT] += share
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
         """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
@@ -272,9 +269,7 @@ class Trainee:
         self.sae.after_step()
         for name in self._per_token:
             self._sums[name] /= tokens_in_step
-        if self.schedule is not None:
-            pace = rate_factor(self.step, self.total_steps, self.config)
-            self.schedule.after_step(self.step, self._sums, pace, found_inf == 0)
+        self.course.after_step(self.step, self._sums, found_inf == 0)
         self.step += 1
         self.tokens += tokens
         self.last_fired.masked_fill_(self._fired & (found_inf == 0), self.tokens)
@@ -303,6 +298,7 @@ class Trainee:
             "tokens": self.tokens,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "loss": sum(self.weighted(values)),
+            **self.course.named(self.step - 1),
             **values,
             "alive": int(self.alive()),
         }
@@ -318,13 +314,18 @@ class Trainee:
         self.tokens, self.step = self.tokens * step // self.step, step
 
     def values(self) -> dict[str, float]:
-        """The latest step's sums, per token; waits for the device."""
-        return {name: float(total) for name, total in self._sums.items()}
+        """The latest step's sums, per token, of the terms that it had; waits for the device."""
+        missing = set(self._terms) - set(self._weights())
+        without = missing | set(map(coefficient_of, missing))
+        return {name: float(total) for name, total in self._sums.items() if name not in without}
+
+    def _weights(self) -> dict[str, float]:
+        """Weight of every term of the latest step, the dictionary's own included."""
+        return {e.name: e.coefficient for e in self.course.objective(self.step - 1).terms} | dict(self.sae.own_weights)
 
     def weighted(self, values: Mapping[str, float]) -> list[float]:
         """The loss, term by term."""
-        weights = self._weights | {e.name: e.coefficient for e in self.objective_at(max(self.step - 1, 0)).terms}
-        return [values.get(coefficient_of(name), weight) * values[name] for name, weight in weights.items()]
+        return [values.get(coefficient_of(name), weight) * values[name] for name, weight in self._weights().items()]
 
     def checkpoint(self) -> Checkpoint:
         """Everything that training is resumed from. The place in the data and in the schedule is the step."""
@@ -336,7 +337,7 @@ class Trainee:
             "total_steps": self.total_steps,
             "tokens": self.tokens,
         }
-        own = {"last_fired": self.last_fired, **own_tensors(self.schedule), **generator_states()}
+        own = {"last_fired": self.last_fired, **self.course.tensors(), **generator_states()}
         return Checkpoint({**weights, **optimizer, **own}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -346,8 +347,7 @@ class Trainee:
         self.sae.load_state_dict(_weights_in(checkpoint))
         restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
         self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
-        for name, tensor in own_tensors(self.schedule).items():
-            tensor.copy_(checkpoint.tensors[name])
+        self.course.restore(checkpoint.tensors)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
 
@@ -388,19 +388,3 @@ def harmless(activation: Activation, mask: TokenMask) -> Activation:
     largest = torch.finfo(torch.float32).max ** 0.5
     harmless = mask | (activation.abs().amax(-1) < largest)
     return activation.where(harmless[..., None], 0.0)
-
-
-def rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Share of the learning rate at `step` (from 0): linear warm-up to 1, then down to the floor on a cosine or a line,
-    over the last steps that `decay` says, or over all that are left.
-    """
-    warmup = round(config.warmup * total_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    start = warmup if config.decay is None else max(warmup, total_steps - round(config.decay * total_steps))
-    if config.schedule == "constant" or step < start:
-        return 1.0
-    progress = (step - start) / max(1, total_steps - start)
-    if config.schedule == "linear":
-        return 1 - (1 - config.floor) * progress
-    return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2

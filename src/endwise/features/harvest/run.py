@@ -257,7 +257,7 @@ class _Group:
             "format": HARVEST_FORMAT,
             "model": self.model.name,
             "site": run.place.name,
-            "kind": run.config.objective.name,
+            "kind": run.config.objective_name,
             "seed": run.config.seed,
             "d_sae": run.sae.d_sae,
             "tokens": gathered.tokens,

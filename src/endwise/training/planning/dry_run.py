@@ -34,11 +34,11 @@ from endwise.models.loading import DTYPES
 from endwise.models.sites import Part, Place, Site
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.training.joint import JointTrainee
+from endwise.training.making import new_dictionary
 from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.outline import outline_model
-from endwise.training.setup import new_dictionary
 from endwise.training.step import clean_passes
 from endwise.training.tail_terms import Pulls
 from endwise.training.trainee import Trainee
@@ -85,7 +85,8 @@ class DryRun:
         self.places = [self.model.place(recipe.place) for recipe in self.recipes]
         self.site = self.places[0].writes
         """Site where the (first) spliced pass begins."""
-        self.objectives = self._objectives()
+        with trace:
+            self.objectives = self._objectives()
         self.context = _context(config, self.model)
         whole = self.joint and any(recipe.dictionary.batchwise for recipe in self.recipes[1:])
         at_a_time = sequences if whole else config.training.microbatch or sequences_at_a_time(self.context, device)
@@ -98,7 +99,8 @@ class DryRun:
     def _objectives(self) -> dict[Site, Objective]:
         """By the site where it begins, what each spliced pass is compared by."""
         if self.joint:
-            return {self.site: build_objective(self.config.objective, self.model, self.site, OF_THE_PASS)}
+            last = self.places[-1].writes
+            return {self.site: build_objective(self.config.objective, self.model, self.site, OF_THE_PASS, last)}
         places = zip(self.recipes, self.places, strict=True)
         return {place.writes: build_objective(each.objective, self.model, place.writes) for each, place in places}
 
@@ -156,7 +158,6 @@ class DryRun:
             mask = torch.ones(sequences, self.context, dtype=torch.bool)
             for part in (part for trainee in trainees for part in trainee.parts):
                 part.begin_step()
-                part.is_spliced = any(each.spliced_terms or each.places_terms for each in self.objectives.values())
                 values = {site: torch.zeros(*mask.shape, self.model.width(site)) for site in part.place.sites}
                 with FlopCounterMode(display=False) as forward:
                     encoded = part.encode(values[part.place.reads], values[part.place.writes], mask)

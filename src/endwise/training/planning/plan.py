@@ -3,7 +3,8 @@
 No weight is read: see `dry_run` for how memory is found, `flops` for how operations are counted.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ class Need:
 
 
 @dataclass(frozen=True)
+class PhasePlan:
+    """A phase of the run: see `config.phases`."""
+
+    kind: str
+    share: float
+    learning_rate: float
+    flops_per_token: float
+    """Operations for each of its tokens, with dense latents."""
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     model: str
     site: str
@@ -145,6 +157,8 @@ class TrainingPlan:
     total_flops: float
     """Operations of the run, all processes together, with dense latents; evaluations are left out."""
     needs: tuple[Need, ...]
+    phases: tuple[PhasePlan, ...] = ()
+    """Of a run of several. The rest is then of all: memory of the one that needs most, operations on average."""
 
     @property
     def fits(self) -> bool:
@@ -173,6 +187,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         EndwiseError: the recipe cannot be run at all, here or elsewhere.
     """
     refuse_adopted(config)
+    if config.phases:
+        return _of_phases(config, [plan(each, processes=processes, memory=memory) for each in config.in_phases])
     training = config.training
     if processes < 1 or training.batch % (processes * training.accumulation):
         raise ConfigError(
@@ -187,7 +203,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     return TrainingPlan(
         model=config.model.name,
         site=config.place,
-        kind=config.objective.name,
+        kind=config.objective_name,
         splices=any(each.spliced_terms or each.places_terms for each in dry_run.objectives.values()),
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
@@ -207,6 +223,32 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         sparse_flops=sparse,
         total_flops=flops.per_token * steps * per_step,
         needs=(*_memory_needs(dry_run, stages, processes, memory), _disk_need(dry_run, steps)),
+    )
+
+
+def _of_phases(config: Recipe, plans: Sequence[TrainingPlan]) -> TrainingPlan:
+    """Join the plans of the phases of one run."""
+    shares = [phase.share for phase in config.phases]
+    most = max(plans, key=lambda each: max(stage.bytes for stage in each.stages))
+    flops = {
+        name: math.fsum(share * getattr(each.flops, name) for share, each in zip(shares, plans, strict=True))
+        for name in vars(most.flops)
+    }
+    sparse = [each.sparse_flops for each in plans]
+    phases = (
+        PhasePlan(each.kind, phase.share, phase.learning_rate or config.training.learning_rate, each.flops.per_token)
+        for each, phase in zip(plans, config.phases, strict=True)
+    )
+    return replace(
+        most,
+        kind=config.objective_name,
+        splices=any(each.splices for each in plans),
+        flops=Flops(**flops),
+        sparse_flops=math.fsum(share * each for share, each in zip(shares, sparse, strict=True) if each is not None)
+        if None not in sparse
+        else None,
+        total_flops=math.fsum(share * each.total_flops for share, each in zip(shares, plans, strict=True)),
+        phases=tuple(phases),
     )
 
 

@@ -27,7 +27,8 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     console = console or Console()
     for line in _heading(plan):
         show(line, console)
-    for table in (_parameters(plan), _memory(plan), _flops(plan), _needs(plan)):
+    phases = [_phases(plan)] if plan.phases else []
+    for table in (*phases, _parameters(plan), _memory(plan), _flops(plan), _needs(plan)):
         show(table, console)
     for need in plan.needs:
         if need.advice:
@@ -44,6 +45,19 @@ def _heading(plan: TrainingPlan) -> tuple[str, ...]:
         f"{plan.d_sae:,} features of width {plan.d_model:,}",
         f"{plan.steps:,} steps of {plan.sequences} × {plan.context:,} tokens{passes}{shared}{tail}; {plan.device}",
     )
+
+
+def _phases(plan: TrainingPlan) -> Grid:
+    rows = [
+        (
+            f"{number} {each.kind}",
+            f"{100 * each.share:g} %",
+            f"{each.learning_rate:g}",
+            f"{each.flops_per_token / 1e6:,.2f}",
+        )
+        for number, each in enumerate(plan.phases, 1)
+    ]
+    return Grid(("phase", "of the tokens", "learning rate", "Mflop per token"), rows)
 
 
 def _parameters(plan: TrainingPlan) -> Grid:
