@@ -15,9 +15,15 @@ NARROW = 100
 
 @contextmanager
 def counting(
-    what: str, total: int, display: bool, *, console: Console | None = None, every: float = LOG_SECONDS
+    what: str,
+    total: int,
+    display: bool,
+    *,
+    console: Console | None = None,
+    every: float = LOG_SECONDS,
+    unit: str = "sequences",
 ) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of sequences newly done: a bar on a terminal, a line now and then in a log,
+    """A function to call with the number of `unit` newly done: a bar on a terminal, a line now and then in a log,
     either with the time that is left.
 
     Args:
@@ -45,7 +51,7 @@ def counting(
             now = time.monotonic()
             if not console.is_terminal and now - said > every and done:
                 left = (now - started) / done * (total - done)
-                told = f"{what}: {done:,} of {total:,} sequences · {left / 60:.1f} min left"
+                told = f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left"
                 console.print(told, highlight=False, soft_wrap=True)
                 said = now
 
