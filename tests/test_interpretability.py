@@ -13,11 +13,9 @@ from endwise.analysis.interpretability.page import print_interpretability, write
 from endwise.analysis.interpretability.study import (
     ExplainedRun,
     Interpretability,
-    difference_rows,
-    equal_samples,
     mean_rows,
-    permutation_test,
 )
+from endwise.analysis.scored import difference_rows, equal_samples, permutation_test
 from endwise.common.statistics import interval_with_seeds
 from endwise.config.method import PRESET_METHODS
 from endwise.features.explanations import Explanation, Explanations, Score

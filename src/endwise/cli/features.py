@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Quiet, command, echo, results_beside, results_folder, status
+from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_beside, results_folder, status
 
 if TYPE_CHECKING:
     from endwise.explaining.endpoint import Endpoint
@@ -239,3 +239,40 @@ def compare_explanations(
     found = compare(runs)
     print_interpretability(found)
     echo(f"The page, figures and tables: {write_interpretability(found, out)}")
+
+
+@command
+@taking_saes
+def patterns(
+    runs: Measured,
+    tokens: Tokens = None,
+    contexts: Annotated[int, Option(help="Firings of a feature that its patterns are made of.")] = 16,
+    longest: Annotated[int, Option(help="Tokens of a pattern, at most.")] = 6,
+    kept: Annotated[float, Option(help="Share of an activation that a pattern must keep.")] = 0.5,
+    substitutes: Annotated[int, Option(help="Tokens tried in the place of each, at random and by likeness.")] = 8,
+    random: Annotated[int, Option(help="Control: so many random directions.")] = 100,
+    seed: Annotated[int, Option(help="Of contexts, substitutes and controls.")] = 0,
+    again: Annotated[bool, Option("--again", help="Make again what was made before.")] = False,
+    json: Annotated[bool, Option("--json", help="Print the means as JSON.")] = False,
+    out: Annotated[Path | None, results_folder("patterns")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Explain features by patterns of tokens, without a language model, and test them on other text, kind by kind."""
+    from json import dumps
+
+    from endwise.analysis.patterns.page import print_patterns, write_patterns_page
+    from endwise.analysis.patterns.study import mean_rows
+    from endwise.analysis.patterns.study import patterns as explain_by
+    from endwise.features.patterns.settings import PatternSettings
+
+    settings = PatternSettings(
+        kept=kept, contexts=contexts, longest=longest, substitutes=substitutes, random=random, seed=seed
+    )
+    out = out or results_beside(runs, "patterns")
+    found = explain_by(runs, tokens=tokens, settings=settings, again=again, display=not quiet)
+    page = write_patterns_page(found, out)
+    if json:
+        typer.echo(dumps(mean_rows(found), indent=2))
+        return
+    print_patterns(found)
+    echo(f"The page, figures and tables: {page}")

@@ -65,6 +65,18 @@ class Patterns:
     about: Mapping[str, Any]
     """Content of `patterns.json`."""
 
+    @classmethod
+    def of(
+        cls, patterns: Sequence[Pattern], texts: Sequence[str], scores: pa.Table, about: Mapping[str, Any]
+    ) -> "Patterns":
+        """Of patterns by feature, each with its text."""
+        own: dict[int, list[Pattern]] = {}
+        told: dict[int, list[str]] = {}
+        for each, text in zip(patterns, texts, strict=True):
+            own.setdefault(each.feature, []).append(each)
+            told.setdefault(each.feature, []).append(text)
+        return cls(own, told, scores, about)
+
     def values(self, name: str) -> Floats:
         """A column of `scores` of every feature, `[d_sae]`; with `.random` after it of the random directions. NaN where
         it was not measured.
@@ -87,7 +99,8 @@ def read_patterns(run: Path) -> Patterns | None:
     try:
         about = read_format(about_file, PATTERNS_FORMAT)
         scores = parquet.read_table(folder / "scores.parquet").select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
-        patterns, texts = _by_feature(parquet.read_table(folder / "patterns.parquet"))
+        rows = parquet.read_table(folder / "patterns.parquet").cast(PATTERN_SCHEMA).to_pylist()
+        found = Patterns.of([_pattern(row) for row in rows], [str(row["text"]) for row in rows], scores, about)
         own = [row for row, control in enumerate(scores["control"].to_pylist()) if not control]
         if scores["feature"].to_pylist()[: len(own)] != own or len(own) != about["d_sae"]:
             raise ValueError(f"scores.parquet must have a row for each of {about['d_sae']} features, in order")
@@ -97,12 +110,10 @@ def read_patterns(run: Path) -> Patterns | None:
             f"{folder} is not what endwise patterns writes ({error}). Make them again with --again."
         ) from None
     check_same_weights(run, weights, "explained by patterns", f"Make them again with --again, or move {folder} away.")
-    return Patterns(patterns, texts, scores, about)
+    return found
 
 
-def write_patterns(
-    run: Path, patterns: Sequence[Pattern], texts: Sequence[str], scores: pa.Table, about: Mapping[str, Any]
-) -> None:
+def write_patterns(run: Path, made: Patterns) -> None:
     """Each file whole or not at all; the parts go.
 
     Raises:
@@ -111,9 +122,10 @@ def write_patterns(
     folder = run / PATTERNS_FOLDER
     with suppress(OSError):
         (folder / "patterns.json").unlink()
-    write_parquet(pattern_table(patterns, texts), folder / "patterns.parquet")
-    write_parquet(scores, folder / "scores.parquet")
-    write_json(folder / "patterns.json", {"format": PATTERNS_FORMAT, **about})
+    rows = [(each, text) for f in made.patterns for each, text in zip(made.patterns[f], made.texts[f], strict=True)]
+    write_parquet(pattern_table([each for each, _ in rows], [text for _, text in rows]), folder / "patterns.parquet")
+    write_parquet(made.scores, folder / "scores.parquet")
+    write_json(folder / "patterns.json", {"format": PATTERNS_FORMAT, **made.about})
     shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
@@ -126,15 +138,6 @@ def pattern_table(patterns: Sequence[Pattern], texts: Sequence[str] | None = Non
         "text": texts or [None] * len(patterns),
     }
     return pa.table(columns, schema=PATTERN_SCHEMA)
-
-
-def _by_feature(table: pa.Table) -> tuple[dict[int, list[Pattern]], dict[int, list[str]]]:
-    patterns: dict[int, list[Pattern]] = {}
-    texts: dict[int, list[str]] = {}
-    for row in table.cast(PATTERN_SCHEMA).to_pylist():
-        patterns.setdefault(row["feature"], []).append(_pattern(row))
-        texts.setdefault(row["feature"], []).append(str(row["text"] or ""))
-    return patterns, texts
 
 
 def _pattern(row: Mapping[str, Any]) -> Pattern:

@@ -59,6 +59,7 @@ def find_patterns(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
     display: bool = False,
+    block: int = BLOCK,
 ) -> dict[Path, Patterns]:
     """Makes patterns of every feature of finished runs from the first half of held-out text, scores them on the second,
     and writes `patterns/` into each run's folder. What was made with the same settings is read, what was stopped is
@@ -69,6 +70,7 @@ def find_patterns(
         again: make whatever was made before.
         model, corpora: loaded ones to use instead of the recipes'.
         display: show progress on stderr.
+        block: features that are looked at together, and kept as soon as their patterns are found.
 
     Raises:
         ConfigError: fewer than two sequences, which cannot be halved.
@@ -90,9 +92,8 @@ def find_patterns(
             with held(
                 path / f".{PATTERNS_FOLDER}.lock", f"Another process makes patterns of {path}. Wait for its end."
             ):
-                made.write(path, config.evaluation.batch, display)
-            if (there := read_patterns(path)) is not None:
-                results[path] = there
+                results[path] = made.made(path, config.evaluation.batch, display, block)
+                write_patterns(path, results[path])
     return {path: results[path] for path in configs}
 
 
@@ -128,25 +129,29 @@ class Making:
     record: Mapping[str, Any]
     """All that the patterns depend on."""
 
-    def write(self, run: Path, batch: int, display: bool) -> None:
-        """Make, score and write them.
+    def made(self, run: Path, batch: int, display: bool = False, block: int = BLOCK) -> Patterns:
+        """Make and score them.
 
         Args:
+            run: the folder in which those of each block are kept as soon as they are found.
             batch: sequences that are read at a time.
+            block: features that are looked at together.
         """
         first, second = self._halves(batch)
         settings = self._fitting(first)
         watched = Watched.of(self.model, self.place, self.sae, settings.random, settings.seed)
         with counting("contexts of features", len(first.sequences), display) as advance:
             found = sample(watched, first, settings, advance)
-        patterns = self._patterns(run, found, ShortTexts(found.watched, first.before), settings, display)
+        texts = ShortTexts(found.watched, first.before)
+        with counting("patterns", found.watched.count, display, unit="features") as advance:
+            patterns = self._patterns(PatternParts(run, self.record), found, texts, settings, block, advance)
         own = [each for each in patterns if each.feature < self.sae.d_sae]
         of = exchanged(np.unique([each.feature for each in own]).astype(np.int64), found.watched.count, settings.seed)
         with counting("foretelling", len(second.sequences), display) as advance:
             foretold = self._foretell(found.watched, patterns, second, of, advance)
         scores = score_table(found, patterns, *foretold, settings)
-        texts = [_text(each.labels, self.model) for each in own]
-        write_patterns(run, own, texts, scores, self._about(first, second, foretold[0].tokens))
+        texts_of_own = [_text(each.labels, self.model) for each in own]
+        return Patterns.of(own, texts_of_own, scores, self._about(first, second, foretold[0].tokens))
 
     def _halves(self, batch: int) -> tuple[Half, Half]:
         sequences = self.record["tokens"] // self.corpus.context
@@ -170,7 +175,13 @@ class Making:
         return replace(self.settings, longest=max(1, min(self.settings.longest, most)))
 
     def _patterns(
-        self, run: Path, found: ContextSample, texts: ShortTexts, settings: PatternSettings, display: bool
+        self,
+        parts: PatternParts,
+        found: ContextSample,
+        texts: ShortTexts,
+        settings: PatternSettings,
+        block: int,
+        advance: Advance,
     ) -> list[Pattern]:
         """Patterns of everything watched, block by block; those that were found before are read.
 
@@ -178,19 +189,18 @@ class Making:
             Interrupted: the user asked to stop.
         """
         substitutes = Substitutes.of(self.model, found.unigrams, settings)
-        parts, patterns = PatternParts(run, self.record), list[Pattern]()
-        count = found.watched.count
-        with counting("patterns", count, display, unit="features") as advance, polite_stop() as asked_to_stop:
-            for start in range(0, count, BLOCK):
-                block = range(start, min(start + BLOCK, count))
-                known = parts.load(block)
+        patterns: list[Pattern] = []
+        with polite_stop() as asked_to_stop:
+            for start in range(0, found.watched.count, block):
+                features = range(start, min(start + block, found.watched.count))
+                known = parts.load(features)
                 if known is None:
-                    known = patterns_of(block, found, texts, substitutes, settings)
-                    parts.save(block, known)
+                    known = patterns_of(features, found, texts, substitutes, settings)
+                    parts.save(features, known)
                 patterns += known
-                advance(len(block))
+                advance(len(features))
                 if asked_to_stop():
-                    again = f"endwise patterns {shlex.quote(str(run))}"
+                    again = f"endwise patterns {shlex.quote(str(parts.run))}"
                     raise Interrupted(f"Stopped; what was found is saved. Resume with the same command: {again}")
         return patterns
 

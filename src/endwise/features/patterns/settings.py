@@ -12,9 +12,9 @@ LARGEST = 10_000
 class PatternSettings:
     kept: float = 0.5
     """Share of an activation that a suffix, or a substitution in it, must keep."""
-    contexts: int = 32
+    contexts: int = 16
     """Firings of a feature that patterns are made of, drawn at random from those of the first half."""
-    longest: int = 8
+    longest: int = 6
     """Tokens of a suffix, at most."""
     substitutes: int = 8
     """Tokens, drawn by how often they occur, that are tried in the place of each token; and as many of those nearest to

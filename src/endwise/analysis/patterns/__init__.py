@@ -1,0 +1,1 @@
+"""How well patterns of tokens foretell where features fire, kind by kind."""
