@@ -28,7 +28,7 @@ from endwise.dictionaries import SAE
 from endwise.features.harvest.results import TOP, read_harvest
 from endwise.figures.style import COLOURS
 from made_dictionaries import directions, write_run
-from made_harvests import write_harvested_run, write_said
+from made_harvests import write_foretold, write_harvested_run, write_said
 
 FEATURES = 2 * SHARD + 20
 
@@ -55,6 +55,7 @@ def place(tmp_path_factory):
         write_harvested_run(folder / "e2e", FEATURES, kind="e2e", seed=1, measured=False),
     ]
     write_said(runs[0], {0: (f"the end of a text {HOSTILE}", 0.9, 0.7), 3: ("threes", None, None)})
+    write_foretold(runs[0], {0: [frozenset({5}), None, frozenset(range(20, 32))], 3: [frozenset({7})]})
     page = write_dashboard(runs)
     site = received(page.parent / "data" / "site.js")
     return runs, page.parent, [page.parent / site["data"] / str(number) for number in range(2)], site
@@ -128,6 +129,19 @@ def test_the_overview_has_every_feature(place):
         for feature, found in sums.items():
             assert tops[feature] == printable(harvest.vocabulary[max(found, key=found.get)])
     assert [run["alive"] for run in site["runs"]] == [int((read_harvest(run).firings > 0).sum()) for run in runs]
+
+
+def test_patterns_are_those_that_were_made(place):
+    runs, _, data, _ = place
+    vocabulary = [printable(text) for text in read_harvest(runs[0]).vocabulary]
+    shard = received(data[0] / "features-0.js")
+    page, texts = shard["features"][0], shard["texts"]
+    ((places, activation, contexts),) = page["p"]["l"]
+    assert (activation, contexts, page["p"]["n"], page["p"]["s"]) == (1.25, 7, 1, [0.8, 0.9, 0.7, 0.6])
+    assert places[1] == 0 and [texts[at] for at in places[0][0]] == [vocabulary[5]] and places[0][1] == 0
+    assert [texts[at] for at in places[2][0]] == vocabulary[20:28] and places[2][1] == 4
+    assert shard["features"][1]["p"] == {"s": [None] * 4, "l": [], "n": 0}
+    assert "p" not in received(data[1] / "features-0.js")["features"][0]
 
 
 def test_explanations_are_those_that_were_given(place):

@@ -55,8 +55,8 @@ def find(model, corpora):
 
 
 def same(one, other):
-    assert one.scores.equals(other.scores) and one.texts == other.texts and one.about == other.about
-    assert one.patterns == other.patterns
+    assert one.scores.equals(other.scores) and one.texts == other.texts and one.patterns == other.patterns
+    assert {**one.about, "format": 1} == {**other.about, "format": 1}
 
 
 def test_what_is_written_is_read(runs, find):

@@ -14,9 +14,15 @@ from endwise.dashboard.sources import DashboardRun
 from endwise.dashboard.token_index import TokenIndex
 from endwise.features.explanations import Explanations
 from endwise.features.harvest.results import TOP, Context, Harvest
+from endwise.features.patterns.files import Patterns
+from endwise.features.patterns.trie import Pattern
 
 SHARD = 128
 """Features of one file."""
+SHOWN_SCORES = ("f1", "precision", "recall", "correlation")
+"""Scores of patterns."""
+PATTERNS, ALTERNATIVES = 12, 8
+"""Patterns of a feature that are shown, those of most contexts first, and tokens of one place in them."""
 
 
 def write_run_data(
@@ -25,6 +31,7 @@ def write_run_data(
     key: str,
     neighbours: Mapping[int, Neighbours],
     explanations: Explanations | None,
+    patterns: Patterns | None = None,
 ) -> dict[str, Any]:
     """Writes `overview.js`, `features-<n>.js`, `tokens.js` and `tokens-<n>.js` into a new folder.
 
@@ -36,7 +43,7 @@ def write_run_data(
     """
     folder.mkdir(parents=True)
     index, tops = TokenIndex(), np.full(source.harvest.d_sae, -1, dtype=np.int64)
-    for place, shard in enumerate(_shards(source, neighbours, index, tops)):
+    for place, shard in enumerate(_shards(source, neighbours, index, tops, patterns)):
         _write(folder, f"features-{place}", key, shard)
     for place, part in enumerate(index.parts(source.harvest.vocabulary)):
         _write(folder, f"tokens-{place - 1}" if place else "tokens", key, part)
@@ -83,10 +90,15 @@ def _overview(source: DashboardRun, tops: np.ndarray, explanations: Explanations
 
 
 def _shards(
-    source: DashboardRun, neighbours: Mapping[int, Neighbours], index: TokenIndex, tops: np.ndarray
+    source: DashboardRun,
+    neighbours: Mapping[int, Neighbours],
+    index: TokenIndex,
+    tops: np.ndarray,
+    patterns: Patterns | None,
 ) -> Iterator[dict[str, Any]]:
     """The features' pages, `SHARD` at a time; what is seen on the way goes into the index and the top tokens."""
     harvest = source.harvest
+    columns = {} if patterns is None else {name: patterns.values(name) for name in SHOWN_SCORES}
     contexts = harvest.all_contexts()
     upcoming = next(contexts, None)
     for first in range(0, harvest.d_sae, SHARD):
@@ -97,8 +109,28 @@ def _shards(
                 own, upcoming = upcoming[1], next(contexts, None)
             index.add(feature, own, row["boosted"] or ())
             tops[feature] = top_token(own)
-            pages.append(_page(row, own, neighbours, texts, harvest))
+            page = _page(row, own, neighbours, texts, harvest)
+            if patterns is not None:
+                found = patterns.patterns.get(feature, ())
+                scores = [float(values[feature]) for values in columns.values()]
+                page["p"] = {"s": short(scores, 3), "l": _patterns(found, texts, harvest), "n": len(found)}
+            pages.append(page)
         yield {"texts": texts.all, "features": pages}
+
+
+def _patterns(patterns: Sequence[Pattern], texts: Texts, harvest: Harvest) -> list[list[Any]]:
+    """Of each pattern its places (the tokens that serve, and how many more there are; 0 where any does), its activation
+    and its contexts.
+    """
+    found = []
+    for each in patterns[:PATTERNS]:
+        places = []
+        for label in each.labels:
+            tokens = sorted(label or ())
+            shown = [texts.place(harvest.vocabulary[token]) for token in tokens[:ALTERNATIVES]]
+            places.append([shown, len(tokens) - len(shown)] if tokens else 0)
+        found.append([places, *short([each.activation], 3), each.contexts])
+    return found
 
 
 def top_token(contexts: Sequence[Context]) -> int:

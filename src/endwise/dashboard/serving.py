@@ -11,6 +11,7 @@ from endwise.dashboard.text import TextReader
 from endwise.evaluation.finished import load_sae
 from endwise.evaluation.provenance import model_of, pinned
 from endwise.features.explanations import EXPLANATIONS_FOLDER
+from endwise.features.patterns.files import PATTERNS_FOLDER
 from endwise.models.language_model import LanguageModel
 
 
@@ -26,7 +27,7 @@ def dashboard_server(
 
     Args:
         runs: as for `write_dashboard`; the site lies where that puts it, and is written if it is not there or older
-            than a harvest or an explanation that it shows.
+            than a harvest, explanations or patterns that it shows.
         port: 0 for any that is free.
         again: write the site in any case.
         model: the runs' own, loaded; unset: each run's is loaded, once for all that name the same.
@@ -52,7 +53,11 @@ def dashboard_server(
 
 def _written(source: DashboardRun) -> float:
     """Return when what is shown of a run was written last."""
-    files = (source.harvest.folder / "harvest.json", source.path / EXPLANATIONS_FOLDER / "explanations.json")
+    files = (
+        source.harvest.folder / "harvest.json",
+        source.path / EXPLANATIONS_FOLDER / "explanations.json",
+        source.path / PATTERNS_FOLDER / "patterns.json",
+    )
     return max(file.stat().st_mtime for file in files if file.exists())
 
 

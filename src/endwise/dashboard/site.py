@@ -22,6 +22,7 @@ from endwise.dashboard.run_data import write_run_data
 from endwise.dashboard.scripts import script
 from endwise.dashboard.sources import DashboardRun, read_sources
 from endwise.features.explanations import read_explanations
+from endwise.features.patterns.files import read_patterns
 
 FOLDER = "dashboard"
 INDEX = "index.html"
@@ -50,7 +51,7 @@ def write_dashboard(
     Raises:
         ConfigError: no run, or one twice.
         RunFolderError: a folder is no run, was not harvested, or the site cannot be written.
-        FormatError: a harvest or an SAE cannot be read, or they do not belong together.
+        FormatError: a harvest, explanations, patterns or an SAE cannot be read, or they do not belong together.
     """
     sources = read_sources(runs)
     folder = default_folder([source.path for source in sources]) if out is None else expanded(out)
@@ -104,7 +105,8 @@ def _write_runs(
     told = []
     for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
         say(f"{source.path}: {source.harvest.d_sae:,} features")
-        about = write_run_data(source, folder / str(place), str(place), near, read_explanations(source.path))
+        told_by = read_explanations(source.path), read_patterns(source.path)
+        about = write_run_data(source, folder / str(place), str(place), near, *told_by)
         facts = {"name": source.name, "folder": str(source.path), **source.facts()}
         shown = {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         told.append({**shown, **about})

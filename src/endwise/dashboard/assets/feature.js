@@ -21,7 +21,7 @@ const feature = {
       el(
         "div.columns",
         {},
-        el("div.main", {}, this.contexts(page, columns.max[number])),
+        el("div.main", {}, this.patterns(page), this.contexts(page, columns.max[number])),
         el("div.side", {}, this.histogram(page), this.logits(page), this.nearest(runs, place, page), this.together(run, page)),
       ),
     );
@@ -74,6 +74,24 @@ const feature = {
 
   card(title, ...content) {
     return el("section.card", {}, el("h2", {}, title), ...content);
+  },
+
+  // What foretells it, of `endwise patterns`: for each place the tokens that serve, or any.
+  patterns(page) {
+    if (!page.p) return null;
+    const [f1, precision, recall, correlation] = page.p.s.map((value) => write.number(value));
+    const scores = page.p.s[0] === null ? "It fires too seldom for a score." : `On other text: F1 ${f1} (precision ${precision}, recall ${recall}), correlation ${correlation}.`;
+    const place = (each) => {
+      if (each === 0) return el("span.any", { title: "Any token" }, "any");
+      const [texts, more] = each;
+      const shown = texts.flatMap((text, at) => [at ? " | " : null, token(page.texts[text])]);
+      return el("span.place", {}, ...shown, more ? ` + ${more}` : null);
+    };
+    const rows = page.p.l.map(([places, activation, contexts]) =>
+      el("li", {}, el("span.activation", { title: `Mean of ${contexts} contexts` }, write.number(activation, 3, true)), el("p", {}, places.map(place))));
+    const rest = page.p.n > rows.length ? ` ${page.p.n - rows.length} more are not shown.` : "";
+    const none = rows.length ? "" : "No few tokens keep its activation. ";
+    return this.card("Patterns that foretell it", rows.length ? el("ol.patterns", {}, rows) : null, el("p.note", {}, `${none}${scores}${rest}`));
   },
 
   contexts(page, max) {
