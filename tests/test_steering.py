@@ -118,7 +118,13 @@ def test_without_a_coefficient_it_starts_low():
             {},
             r"target_l0 is 12 and dictionary\.target_l0 is 9",
         ),
-        ({}, {"coefficient": 0}, "coefficient is 0, and steering"),
+        ({}, {"coefficient": 0}, "coefficient is 0, and steering towards target_l0"),
+        ({}, {"target_ce_increase": 0.2}, "target_l0 and target_ce_increase are both given"),
+        (
+            {"architecture": "jumprelu", "penalty": "quadratic", "target_l0": 9},
+            {"target_l0": None, "target_ce_increase": 0.2},
+            r"target_ce_increase is 0\.2 and dictionary\.target_l0 is 9",
+        ),
         ({}, {"target_l0": 0}, "greater than 0"),
     ],
 )
@@ -146,6 +152,10 @@ def l0_of(sae, x):
         return float(sae.encode(x).l0().mean())
 
 
+def settle(sae, x, target):
+    return settled(sae, Steering(target, 100, 0, "cpu"), lambda: float(sae.encode(x).l0().mean()), 1e-3)
+
+
 @pytest.mark.parametrize("ratio", [0.83, 1.2])
 @pytest.mark.parametrize(
     ("architecture", "settings"),
@@ -154,7 +164,7 @@ def l0_of(sae, x):
 def test_what_is_left_of_an_error_is_made_up_for_by_one_amount_for_all(architecture, settings, ratio):
     sae, x = random_sae(architecture, **settings)
     before, bars = l0_of(sae, x), {name: each.clone() for name, each in sae.named_parameters()}
-    assert settled(sae, x, before * ratio) == pytest.approx(before, rel=1e-6)
+    assert settle(sae, x, before * ratio) == pytest.approx(before, rel=1e-6)
     assert l0_of(sae, x) == pytest.approx(before * ratio, rel=2.1e-3)
     moved = [each - bars[name] for name, each in sae.named_parameters() if not torch.equal(each, bars[name])]
     assert len(moved) == 1 and moved[0].ndim == 1
@@ -165,7 +175,7 @@ def test_what_is_too_far_off_stays_as_it_is_trained():
     sae, x = random_sae("standard")
     bars, before = sae.b_enc.clone(), l0_of(sae, x)
     for target in (before * 1.01 * MOST_LEFT, before / 1.01 / MOST_LEFT, before):
-        settled(sae, x, target)
+        settle(sae, x, target)
         assert torch.equal(sae.b_enc, bars)
 
 

@@ -19,6 +19,8 @@ from endwise.config.run import RunConfig
 Part = TypeVar("Part", bound=Config)
 AnyRecipe = TypeVar("AnyRecipe", RunConfig, PlacesConfig, Recipe)
 COEFFICIENT = "objective.sparsity.coefficient"
+TARGETS = {"target_l0": ("target L0", False), "target_ce_increase": ("target CE increase", True)}
+"""By key of what λ is steered to, the label of that knob, and whether more of it means fewer active features."""
 
 
 @dataclass(frozen=True, order=True)
@@ -49,8 +51,9 @@ class Knob:
         if isinstance(config, AdoptedConfig):
             return cls(*config.stated)
         sparsity = config.objective.sparsity
-        if sparsity is not None and sparsity.target_l0 is not None:
-            return cls(sparsity.target_l0, "objective.sparsity.target_l0", "target L0", sparser=False)
+        if sparsity is not None and sparsity.target is not None:
+            name, value = sparsity.target
+            return cls(value, f"objective.sparsity.{name}", *TARGETS[name])
         if (coefficient := config.objective.coefficient) is None:
             raise ConfigError(f"Nothing in the recipe says how sparse its {config.dictionary.architecture} SAE is.")
         return cls(coefficient)

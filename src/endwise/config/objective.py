@@ -55,11 +55,18 @@ Errors = Literal["absolute", "relative"]
 Horizon = int | Literal["all"]
 
 
+TARGETS = ("target_l0", "target_ce_increase")
+"""Keys of what λ can be steered to."""
+
+
 class SparsityConfig(Config):
     coefficient: NonNegative
-    """λ, the weight of the sparsity penalty. With `target_l0`: where λ starts, by default at 0.1."""
+    """λ, the weight of the sparsity penalty. With a target: where λ starts, by default at 0.1."""
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """Active features per token that λ is steered to in training."""
+    target_ce_increase: Annotated[float, Field(gt=0)] | None = None
+    """CE increase, nats per token, that λ is steered to instead. It is measured on 32,768 tokens of held-out text,
+    those after `evaluation.skip` and `evaluation.tokens`."""
     p: Annotated[float, Field(gt=0)] = 1.0
     """The penalty is the mean over tokens of Σ|c|^p / d_model."""
 
@@ -76,17 +83,25 @@ class SparsityConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _start(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("target_l0") is not None:
+        if isinstance(given, dict) and any(given.get(name) is not None for name in TARGETS):
             return {"coefficient": 0.1, **given}
         return given
 
     @model_validator(mode="after")
     def _can_be_steered(self) -> "SparsityConfig":
-        if self.target_l0 is not None and self.coefficient == 0:
+        if self.target_l0 is not None and self.target_ce_increase is not None:
+            raise ValueError("target_l0 and target_ce_increase are both given, and λ can follow one of them: give one")
+        if self.target is not None and self.coefficient == 0:
             raise ValueError(
-                "coefficient is 0, and steering towards target_l0 multiplies it: give a coefficient above 0, or none"
+                f"coefficient is 0, and steering towards {self.target[0]} multiplies it: give a coefficient above 0, "
+                "or none"
             )
         return self
+
+    @property
+    def target(self) -> tuple[str, float] | None:
+        """Key and value of what λ is steered to; None: it is not."""
+        return next(((name, value) for name in TARGETS if (value := getattr(self, name)) is not None), None)
 
     def without_powers(self) -> "SparsityConfig":
         """The same, for a penalty that is not one of powers."""
@@ -224,7 +239,7 @@ class ObjectiveConfig(Config):
     @property
     def is_steered(self) -> bool:
         """True where λ follows a target."""
-        return self.sparsity is not None and self.sparsity.target_l0 is not None
+        return self.sparsity is not None and self.sparsity.target is not None
 
     @property
     def weighted_terms(self) -> list[WeightedTerm]:
@@ -250,8 +265,8 @@ class ObjectiveConfig(Config):
         sparsity = self.sparsity
         penalty = {} if sparsity is None else {"p": sparsity.p, **sparsity.model_dump(exclude_defaults=True)}
         penalty.pop("coefficient", None)
-        if self.is_steered:
-            penalty["target_l0"] = "steered"
+        if sparsity is not None and sparsity.target is not None:
+            penalty[sparsity.target[0]] = "steered"
         further |= {} if self.balance is None else {"balance": self.balance}
         further |= {} if self.errors in (None, "absolute") else {"errors": self.errors}
         further |= {"horizon": self.horizon} if self._reach else {}

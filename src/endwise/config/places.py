@@ -112,6 +112,12 @@ class PlacesConfig(Config):
                 f"objective.balance is {first.balance}, which weighs terms by the local error of one place; the loss "
                 "of a joint pass is of several. Leave it out, or set joint: false"
             )
+        by_ce = [place.site for place in self.places if (s := place.objective.sparsity) and s.target_ce_increase]
+        if self.joint and by_ce:
+            raise ValueError(
+                f"at {by_ce[0]} objective.sparsity.target_ce_increase is given, and a joint pass has one CE increase, "
+                "of all places together. Give target_l0, or set joint: false"
+            )
         for place in self.places[1:] if self.joint else ():
             both = [
                 {key: getattr(objective, key) for key in OF_THE_PASS} | objective.weights | {"local_mse": None}

@@ -280,9 +280,9 @@ class RunConfig(Config):
         if self.dictionary.penalised and sparsity is None:
             raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
         fixed = [name for name in self.dictionary.knobs if getattr(self.dictionary, name) is not None]
-        if sparsity is not None and sparsity.target_l0 is not None and fixed:
+        if sparsity is not None and sparsity.target is not None and fixed:
             raise ValueError(
-                f"objective.sparsity.target_l0 is {sparsity.target_l0:g} and dictionary.{fixed[0]} is "
+                f"objective.sparsity.{sparsity.target[0]} is {sparsity.target[1]:g} and dictionary.{fixed[0]} is "
                 f"{getattr(self.dictionary, fixed[0]):g}, which sets how many features are active already: give one"
             )
         powerless = self.dictionary.penalised and not self.dictionary.powers

@@ -21,6 +21,7 @@ from endwise.runs.several import place_folders
 from endwise.tokens import Corpora
 from endwise.training.members import SomeFailed
 from endwise.training.setup import corpora_of, model_for
+from endwise.training.targets import held_out_wanted
 from endwise.training.train import train_places, train_together
 
 MEASURED = ("ce_increase", "l0", "alive")
@@ -133,7 +134,8 @@ class ModelCache:
         return self._model[1]
 
     def corpora(self, config: Recipe) -> Corpora:
-        key = (config.model, config.data, config.training.tokens, config.evaluation)
+        held = held_out_wanted(config, self.model(config))
+        key = (config.model, config.data, config.training.tokens, config.evaluation, held)
         if self._corpora is None or self._corpora[0] != key:
             self._corpora = None
             self._corpora = (key, corpora_of([config], self.model(config)))

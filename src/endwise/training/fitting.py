@@ -22,7 +22,6 @@ from endwise.tokens import BatchOrder, Corpus, TokenBatch
 from endwise.training.joint import AnyTrainee, met_in_use
 from endwise.training.members import Member
 from endwise.training.outliers import MEASURED_ON, CountedTokens, Outliers
-from endwise.training.steering import MOST_LEFT, SETTLED_ON, settled
 from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
 from endwise.training.trainee import Trainee, harmless
@@ -36,7 +35,7 @@ def fit_first(text: Text, member: Member) -> None:
     for part in member.trainee.parts:
         if part.sae.first_tokens:
             with torch.no_grad():
-                part.sae.see_first(*_activations(text, part, part, part.sae.first_tokens, range(len(text[-1]))))
+                part.sae.see_first(*activations(text, part, part, part.sae.first_tokens, range(len(text[-1]))))
 
 
 def measure_norms(text: Text, member: Member, display: bool) -> None:
@@ -47,7 +46,7 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
         if (multiple := recipe.data.leave_out_norms) is None:
             continue
         with torch.no_grad():
-            read, _ = _activations(text, part, part, MEASURED_ON, range(len(text[-1])))
+            read, _ = activations(text, part, part, MEASURED_ON, range(len(text[-1])))
         found = Outliers.of(part.place, multiple, read.norm(dim=-1))
         part.sae.leave_out_above(found.limit)
         folder.note_start(found.record)
@@ -92,7 +91,7 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
         if (start := pinned(folder.path, recipe).init_from) is None:
             continue
         with torch.no_grad():
-            read, written = _activations(text, part, part, COMPARED_ON, range(len(text[-1])))
+            read, written = activations(text, part, part, COMPARED_ON, range(len(text[-1])))
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
         folder.note_start(taken.record)
         with torch.no_grad(), part.sae.aside():
@@ -112,26 +111,7 @@ def fit_last(text: Text, member: Member) -> None:
         steps = itertools.chain(range(total - 1, -1, -1), range(total, len(text[-1])))
         if part.sae.last_tokens:
             with torch.no_grad():
-                part.sae.see_last(*_activations(text, member.trainee, part, part.sae.last_tokens, steps))
-
-
-def meet_target(text: Text, display: bool, member: Member) -> None:
-    """Bring the L0 of dictionaries whose λ followed a target to it, where it is not far (`steering.settled`)."""
-    for part in member.trainee.parts:
-        if (target := target_l0(part)) is not None:
-            with torch.no_grad():
-                read, _ = _activations(text, member.trainee, part, SETTLED_ON, range(part.total_steps - 1, -1, -1))
-            l0 = settled(part.sae, read, target)
-            if not 1 / MOST_LEFT <= l0 / target <= MOST_LEFT:
-                found = f"L0 ended at {l0:.3g}, and objective.sparsity.target_l0 is {target:g}"
-                advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
-                show(f"! {part.place}: {found}. {advice}", Console(stderr=True, quiet=not display))
-
-
-def target_l0(part: Trainee) -> float | None:
-    """Return the number of active features that λ is steered to in the last steps; None: it is not."""
-    schedule = part.course.schedule(part.total_steps - 1)
-    return None if schedule is None or schedule.steering is None else schedule.steering.target
+                part.sae.see_last(*activations(text, member.trainee, part, part.sae.last_tokens, steps))
 
 
 def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:
@@ -196,7 +176,7 @@ def losses_of(trainee: Trainee, tail: LanguageModel, clean: Clean, mask: TokenMa
     return read[mask], target[mask], torch.stack(losses) if losses else read.new_zeros(0)
 
 
-def _activations(
+def activations(
     text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Iterable[int]
 ) -> tuple[Tensor, Tensor]:
     """Collect what a part of a trainee meets (`met_in_use`), `[tokens width]`, of the tokens that count in the

@@ -12,12 +12,13 @@ from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
-from endwise.training.fitting import Text, fit_last, meet_target, resample, target_l0
+from endwise.training.fitting import Text, fit_last, resample
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
 from endwise.training.setup import Prepared
 from endwise.training.step import take_step
+from endwise.training.targets import meet_target, steering_of, tell_increase
 from endwise.training.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
@@ -40,6 +41,7 @@ def run_loop(prepared: Prepared) -> None:
         if any(member.line is not None for member in group.members):  # what a resumed run owes
             _record(prepared, first, shown)
         for step, batch in zip(remaining, batches, strict=True):
+            group.each(partial(tell_increase, model, prepared.corpora.heldout, world, step))
             trainees = [member.trainee for member in group.members]
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
             group.agree(world)
@@ -67,8 +69,8 @@ def _fit_after(prepared: Prepared, done: int) -> None:
     )
     if done == steps:
         _fit(prepared, lambda part: part.sae.last_tokens, "fitting thresholds", fit_last)
-        met = lambda text, member: meet_target(text, prepared.display, member)  # noqa: E731
-        _fit(prepared, target_l0, "meeting the target of L0", met)
+        met = lambda text, member: meet_target(text, prepared.corpora.heldout, prepared.display, member)  # noqa: E731
+        _fit(prepared, steering_of, "meeting the target of sparsity", met)
 
 
 def _fit(prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Callable[[Text, Member], None]) -> None:

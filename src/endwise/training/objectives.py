@@ -191,7 +191,8 @@ class Sparsity(SiteTerm):
     p_steps: float = 0.8
     p_changes: int = 10
     target_l0: float | None = None
-    """These five are followed by `training.sparsity`."""
+    target_ce_increase: float | None = None
+    """These six are followed by `training.sparsity`."""
     scale: Tensor | None = None
     """Factor that keeps the penalty as large as before p fell; logged with it."""
     steered: Tensor | None = None
@@ -200,6 +201,11 @@ class Sparsity(SiteTerm):
     @property
     def weight(self) -> float | Tensor:
         return self.coefficient if self.steered is None else self.steered
+
+    @property
+    def target(self) -> float | None:
+        """What λ follows, if anything."""
+        return self.target_l0 if self.target_ce_increase is None else self.target_ce_increase
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
         total = latents.penalty(self.p, mask).sum() / activation.shape[-1]

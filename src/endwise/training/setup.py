@@ -32,6 +32,7 @@ from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
 from endwise.training.resume import broadcast_state, start_or_resume
 from endwise.training.step import tail_model
+from endwise.training.targets import held_out_wanted
 from endwise.training.trainee import Trainee
 
 Resume = bool | Literal["if_started"]
@@ -202,9 +203,8 @@ def model_for(config: Recipe) -> LanguageModel:
 
 def corpora_of(configs: Sequence[Recipe], model: LanguageModel) -> Corpora:
     """The sequences that recipes of one `data` section and one length are trained and measured on."""
-    evaluation_tokens = max(each.evaluation.needed for each in configs)
-    training = configs[0].training
-    return corpora_for(model, configs[0].data, training_tokens=training.tokens, evaluation_tokens=evaluation_tokens)
+    held, first = max(held_out_wanted(each, model) for each in configs), configs[0]
+    return corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=held)
 
 
 def _order(config: Recipe, corpora: Corpora, steps: int) -> BatchOrder:

@@ -52,7 +52,7 @@ class SparsitySchedule:
     def of(cls, objective: Objective, steps: int, device: torch.device, first: int = 0) -> "SparsitySchedule | None":
         """Plan the penalty of an objective over `steps` steps, after `first` others; None: it stays as it is."""
         term = penalty_of(objective)
-        if term is None or (term.p_end is None and not term.warmup and term.target_l0 is None):
+        if term is None or (term.p_end is None and not term.warmup and term.target is None):
             return None
         changes = {first: term.p}
         if term.p_end is not None:
@@ -60,7 +60,8 @@ class SparsitySchedule:
                 share = number / term.p_changes
                 changes[first + round(term.p_steps * steps * share)] = term.p + (term.p_end - term.p) * share
         warm = round(term.warmup * steps)
-        steering = None if term.target_l0 is None else Steering(term.target_l0, steps, warm, device, first)
+        by_ce = term.target_ce_increase is not None
+        steering = None if term.target is None else Steering(term.target, steps, warm, device, first, by_ce=by_ce)
         return cls(term, list(changes.values()), list(changes), warm, steering=steering, device=device)
 
     def start(self, objective: Objective, latents: Latents, reconstruction: Activation, target: Activation) -> None:

@@ -1,10 +1,9 @@
-"""A sparsity coefficient that follows L0: it is steered to a number of active features in the course of one run."""
+"""A sparsity coefficient that follows a target of L0, or of the CE increase, in the course of one run."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from endwise.dictionaries import SAE, at_inference
@@ -14,6 +13,8 @@ UNSTEERED = 0.05
 AVERAGED = 0.03
 """Share of the steps over which L0 is averaged; `LEAST_AVERAGED` of them or more."""
 LEAST_AVERAGED = 10
+CES_AVERAGED = 4
+"""Measurements of the CE increase that are averaged: each is of other text, and there are few."""
 PROPORTION, INTEGRAL = 1.0, 0.5
 """Shares of the error that enter log λ: at once, and over as many steps as L0 is averaged."""
 FAR = 2.0
@@ -22,16 +23,12 @@ MOST_FASTER = 10.0
 """Bound on how much more is added, in proportion, once the learning rate has fallen and L0 follows more slowly."""
 BOUND = 1e4
 """The coefficient stays within so many times where it starts."""
-SETTLED_ON = 16_384
-"""Tokens of training text by which L0 is brought to its target after the last step."""
-MOST_LEFT = 1.25
-"""Largest ratio of L0 and its target, either way, that is made up for then."""
+MOST_LEFT = 1.5
+"""Largest ratio of what is steered and its target, either way, that is made up for after the last step."""
 CLOSE = 0.002
 """Error that is left of it."""
 TRIALS = 40
-"""Most measurements of L0 that this takes; usual are ten."""
-ROWS = 1024
-"""Tokens at a time there."""
+"""Most measurements that this takes; usual are ten."""
 
 
 class Steering:
@@ -42,17 +39,38 @@ class Steering:
     steers by I alone, in steps of ±0.001 whatever e is, which takes 700 steps to double λ.
 
     Args:
-        target: active features per token.
+        target: active features per token, or nats per token.
         steps: of the run.
         warm: steps over which λ rises; it is steered after them, and after `UNSTEERED` of all.
         first: steps before it.
+        by_ce: the target is one of the CE increase, which λ raises where it lowers L0: e has the opposite sign. It is
+            followed where a step had it measured (`tell`), and averaged over `CES_AVERAGED` measurements.
     """
 
-    def __init__(self, target: float, steps: int, warm: int, device: torch.device | str, first: int = 0) -> None:
-        self.target, self._begins = target, first + max(warm, round(UNSTEERED * steps))
-        self._averaged = max(LEAST_AVERAGED, round(AVERAGED * steps))
+    def __init__(
+        self,
+        target: float,
+        steps: int,
+        warm: int,
+        device: torch.device | str,
+        first: int = 0,
+        *,
+        by_ce: bool = False,
+    ) -> None:
+        self.target, self.by_ce, self._begins = target, by_ce, first + max(warm, round(UNSTEERED * steps))
+        self._averaged = CES_AVERAGED if by_ce else max(LEAST_AVERAGED, round(AVERAGED * steps))
         self.state = torch.full((2,), float("nan"), dtype=torch.float64, device=device)
         """e and I; NaN before the first step that is followed."""
+        self._told = self.state[0].clone()
+
+    def tell(self, ce_increase: Tensor) -> None:
+        """Have the coming step followed by what was measured before it."""
+        self._told.copy_(ce_increase)
+
+    def error(self, value: Tensor) -> Tensor:
+        """Return the logarithm of a value over its target, positive where λ has to rise."""
+        found = torch.log(value.double().clamp_min(torch.finfo(torch.float64).tiny) / self.target)
+        return -found if self.by_ce else found
 
     def start(self, factor: float | Tensor) -> None:
         """Begin at another λ / λ₀ than 1."""
@@ -72,9 +90,11 @@ class Steering:
             pace: its learning rate over the largest one.
             counts: whether it changed the weights.
         """
+        value = self._told.clone() if self.by_ce else l0
+        self._told.fill_(math.nan)
         if step < self._begins:
             return
-        found = torch.log(l0.double() / self.target).clamp(-FAR, FAR)
+        found = self.error(value).clamp(-FAR, FAR)
         error, total = self.state
         error = torch.where(error.isnan(), found, error + (found - error) / self._averaged)
         faster = min(MOST_FASTER, 1 / pace) if pace > 0 else MOST_FASTER
@@ -84,28 +104,31 @@ class Steering:
 
 
 @torch.no_grad()
-def settled(sae: SAE, x: Float[Tensor, "tokens d_in"], target: float) -> float:
-    """Raise or lower what all features must exceed by one amount, such that on average `target` of them are active;
-    return L0 as it was. Where that is further from the target than `MOST_LEFT`, nothing is changed: such thresholds
-    would be far from those that the weights were trained with.
+def settled(sae: SAE, steering: Steering, measure: Callable[[], float], step: float) -> float:
+    """Raise or lower what all features must exceed by one amount, such that the target is met; return what was
+    measured before. Where that is further from the target than `MOST_LEFT`, nothing is changed: such thresholds would
+    be far from those that the weights were trained with.
+
+    Args:
+        measure: measures the dictionary as it is, L0 or the CE increase.
+        step: that is tried first.
     """
     with at_inference([sae]):
         bars = [each for each in sae.parameters() if each.ndim == 1]
         trained = [each.clone() for each in bars]
 
         def error(by: float) -> float:
-            """Log of L0 over its target with the bar raised by so much."""
+            """Raise the bar by so much from where it was; return `Steering.error`."""
             for each, start in zip(bars, trained, strict=True):
                 each.copy_(start)
             sae.raise_bar(by)
-            active = sum(float(sae.encode(rows).l0().sum()) for rows in x.split(ROWS))
-            return math.log(max(active, 1) / (len(x) * target))
+            return float(steering.error(torch.tensor(measure())))
 
-        first = error(0.0)
-        start = 1e-3 * float(x.square().mean().sqrt())
-        if CLOSE < abs(first) <= math.log(MOST_LEFT) and not _solved(error, first, start):
+        before = measure()
+        first = float(steering.error(torch.tensor(before)))
+        if CLOSE < abs(first) <= math.log(MOST_LEFT) and not _solved(error, first, step):
             error(0.0)
-        return math.exp(first) * target
+        return before
 
 
 def _solved(error: Callable[[float], float], first: float, step: float) -> bool:
