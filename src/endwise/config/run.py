@@ -154,6 +154,15 @@ class TrainingConfig(Config):
     """Steps between checkpoints; unset: only at the end and on interruption."""
     keep_checkpoints: Annotated[Positive, EXECUTION] = 2
     """The latest of them stay; more than one, in case that the last is damaged."""
+    save_at: Annotated[tuple[Positive, ...] | Literal["log"], EXECUTION] = ()
+    """Training tokens after which the SAE, as it is then, is saved in the run's folder `saes`; `log`: after 1, 2, 4, 8,
+    … steps."""
+
+    def saves_after(self, step: int, tokens: int) -> bool:
+        """Tell if the SAE is saved after so many steps, each of so many tokens."""
+        if self.save_at == "log":
+            return step & (step - 1) == 0
+        return any((step - 1) * tokens < each <= step * tokens for each in self.save_at)
 
     @model_validator(mode="after")
     def _passes_of_equal_size(self) -> "TrainingConfig":

@@ -8,6 +8,7 @@ digests.json                    what tells all that the run stands on, and its S
 metrics.jsonl                   numbers of the method: one line per logged step
 timings.jsonl                   wall-clock, kept apart so that two identical runs have identical metrics
 sae/                            the SAE as it is used, in SAELens's layout
+saes/                           the same after fewer steps, where the recipe asks for it (`training.save_at`)
 checkpoints/                    what training is resumed from (raw weights, optimiser, random generators, counters)
 places/                         in place of `sae/`, of several places: each has a run folder there
 hub.json                        of a run that was pulled from the hub: its repository and commit

@@ -114,6 +114,8 @@ def _record(prepared: Prepared, done: int, shown: Display) -> None:
         with shown.paused():
             _evaluate_briefly(prepared, evaluated)
     group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
+    size = group.members[0].config.training.batch * prepared.corpora.train.context
+    group.each(Member.save_as_it_is, [m for m in group.members if m.config.training.saves_after(done, size)])
 
 
 def _evaluation_due(member: Member, done: int) -> bool:

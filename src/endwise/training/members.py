@@ -191,6 +191,21 @@ class Member:
         self.trainee.report()
         self.write()
 
+    def save_as_it_is(self) -> None:
+        """Writes the SAE beside those of other steps, to be looked at.
+
+        Raises:
+            NotFinite, RunFolderError: see `save`.
+        """
+        self.trainee.report()
+        if self.writes:
+            for part, its_folder, metadata in self.outputs():
+                place = its_folder.path / "saes" / f"step-{self.trainee.step:09d}"
+                part.sae.save(place, self._with_step(metadata))
+
+    def _with_step(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        return {**metadata, "endwise": {**metadata["endwise"], "step": self.trainee.step}}
+
     def save_last_good(self) -> None:
         """As `save`, but where a number was not finite, the state before that step."""
         with suppress(NotFinite):
@@ -204,7 +219,7 @@ class Member:
         trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
         for part, its_folder, metadata in self.outputs():
             its_folder.note_weights(whole=False)
-            part.sae.save(its_folder.sae, {**metadata, "endwise": {**metadata["endwise"], "step": trainee.step}})
+            part.sae.save(its_folder.sae, self._with_step(metadata))
             its_folder.note_weights(whole=True)
         checkpoint = trainee.checkpoint()
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
