@@ -89,7 +89,7 @@ class Course:
         """Return what the step after `step` others is trained for: of one phase one objective, whose penalty may
         change.
         """
-        objective, schedule = self.phases[self.number(step)].objective, self.schedule(step)
+        objective, schedule = self.phases[self.number(step)].objective.at(step), self.schedule(step)
         return objective if schedule is None else schedule.objective(objective, step)
 
     def named(self, step: int) -> dict[str, int]:

@@ -47,6 +47,10 @@ class Term(ABC):
         """Weight of the term in this step; a tensor where the device computes it."""
         return self.coefficient
 
+    def at(self, step: int) -> "Term":
+        """Return what the term is in the step after `step` others, where it draws something for each."""
+        return self
+
     @classmethod
     def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "Term":
         """Build the term of a recipe for an SAE at `site`.
@@ -270,6 +274,12 @@ class Objective:
             local_scale,
         )
 
+    def at(self, step: int) -> "Objective":
+        """Return the objective of the step after `step` others (`Term.at`)."""
+        terms = [term.at(step) for term in self.terms]
+        same = all(new is old for new, old in zip(terms, self.terms, strict=True))
+        return self if same else Objective.of(terms, self.balance, self.local_scale)
+
     @property
     def scales(self) -> list[ErrorScale]:
         """All that errors are divided by; several may be of one site."""
@@ -384,3 +394,6 @@ def downstream_sites(
 def scales_at(sites: Sequence[Site], settings: Mapping[str, Any], model: LanguageModel) -> tuple[ErrorScale, ...]:
     """Return what squared errors at the sites are divided by; none where they are absolute."""
     return tuple(ErrorScale(site, model.device) for site in sites) if settings.get("errors") == "relative" else ()
+
+
+import endwise.training.kl_subset  # noqa: E402, F401  It adds its term, which is made of what stands above.
