@@ -11,7 +11,7 @@ from endwise.cli.adopted import taking_saes
 from endwise.cli.app import Overrides, Quiet, Tokens, command, echo
 
 DOES_NOT_FIT = 8
-"""The exit code of `plan` for a run that will not fit; 1 to 7 and 9 are those of errors."""
+"""The exit code of `plan` for a run that will not fit; 1 to 7 and 9 up are those of errors."""
 
 
 @command

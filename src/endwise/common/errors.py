@@ -11,6 +11,7 @@
     │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
     ├── HubError           the Hugging Face hub does not have or give what is named, or does not take what is sent
+    ├── SuiteFailed        a benchmark suite of others failed; its log is named
     └── TrainingStopped    training cannot continue; what was saved is named
         ├── NotFinite      a loss or a gradient is NaN or infinite
         ├── OutOfMemory    the device or the machine has no more; the settings to lower are named
@@ -70,6 +71,10 @@ class EndpointError(EndwiseError):
 
 class HubError(EndwiseError):
     exit_code = 10
+
+
+class SuiteFailed(EndwiseError):
+    exit_code = 11
 
 
 class Interrupted(TrainingStopped):

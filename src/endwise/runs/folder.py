@@ -22,6 +22,7 @@ directions.safetensors          lengths and principal directions, once `endwise 
 harvest/                        what each feature fires on, raises and fires with, if `endwise harvest` gathered it
 .harvest.lock                   held by the process that joins a harvest's shards
 trackers/                       of each tracker what was sent, and the log of the process that sends
+bench/                          what benchmark suites of others say of it, once `endwise bench` has run them
 dashboard/                      its features as a site, made from `harvest/` by `endwise dashboard`
 .lock                           held by the process that trains here
 """

@@ -1,0 +1,49 @@
+"""The command that runs benchmark suites of others."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from endwise.cli.app import command, echo
+
+
+@command
+def bench(
+    run: Annotated[Path, Argument(help="A run folder with an SAE.")],
+    settings: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changes to the suite's settings.")
+    ] = None,
+    suite: Annotated[str, Option(help="saebench-core, saebench-sparse-probing, sae-probes, ...")] = "saebench-core",
+    python: Annotated[
+        Path | None, Option(help="Interpreter of the environment that has the suite; unset: this one.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="A local folder or a Hugging Face hub id; unset: that of the recipe.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        Option(help="run: the run's held-out text; or a folder of local data; unset: the suite's own data sets."),
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for the results; unset: bench/ in the run.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it would ask the network for.")] = False,
+) -> None:
+    """Run a benchmark suite of others on a run, in an environment of its own: SAEBench's, sae-probes."""
+    from rich.console import Console
+
+    from endwise.common.terminal import Grid, show
+    from endwise.suites.bench import Benching
+
+    benching = Benching(run, suite, python=python, model=model, data=data, out=out, overrides=settings)
+    asked = benching.asks()
+    echo(f"{suite} asks the Hugging Face hub for " + (", ".join(asked) if asked else "nothing"))
+    if dry_run:
+        return
+    found = benching.start(echo)
+    headings = (suite, "its number", *(["endwise evaluate"] if found.ours else []))
+    rows = [
+        (name, f"{value:.4f}", *([f"{found.ours[name]:.4f}" if name in found.ours else ""] if found.ours else []))
+        for name, value in found.numbers.items()
+    ]
+    show(Grid(headings, rows), Console())
+    echo(f"Its numbers: {found.file}")
