@@ -40,10 +40,11 @@ def bench(
     if dry_run:
         return
     found = benching.start(echo)
-    headings = (suite, "its number", *(["endwise evaluate"] if found.ours else []))
+    others = [found.ours] if found.ours else []
+    headings = (suite, "its number", *("endwise evaluate" for _ in others))
     rows = [
-        (name, f"{value:.4f}", *([f"{found.ours[name]:.4f}" if name in found.ours else ""] if found.ours else []))
-        for name, value in found.numbers.items()
+        (name, *(f"{each[name]:.5g}" if name in each else "" for each in [found.numbers, *others]))
+        for name in found.numbers
     ]
     show(Grid(headings, rows), Console())
     echo(f"Its numbers: {found.file}")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from opening import Assignment, done
+from opening import BenchJob, done
 from sae_probes import DATASETS, run_sae_evals  # pyright: ignore[reportAttributeAccessIssue]
 from sae_probes.generate_model_activations import ensure_dataset_activations  # pyright: ignore[reportMissingImports]
 
@@ -14,7 +14,7 @@ LONGEST = 1024
 """Tokens of a text that sae-probes reads."""
 
 
-def main(job: Assignment) -> None:
+def main(job: BenchJob) -> None:
     given, model, device = job.settings, job.open_model(), job.device
     tasks = list(given["datasets"] or DATASETS)
     if unknown := set(tasks) - set(DATASETS):
@@ -47,4 +47,4 @@ def main(job: Assignment) -> None:
 
 
 if __name__ == "__main__":
-    main(Assignment.given())
+    main(BenchJob.given())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset
-from opening import Assignment, done
+from opening import BenchJob, done
 from sae_bench.evals.core import main as core  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core.eval_config import CoreEvalConfig  # pyright: ignore[reportMissingImports]
 from sae_bench.sae_bench_utils import general_utils, get_eval_uuid  # pyright: ignore[reportMissingImports]
@@ -19,7 +19,7 @@ MEASURED = (
 )  # fmt: skip
 
 
-def main(job: Assignment) -> None:
+def main(job: BenchJob) -> None:
     given, model = job.settings, job.open_model()
     _, sae, _ = general_utils.load_and_format_sae(job.name, job.open_sae(), job.device)
     config = CoreEvalConfig(
@@ -56,4 +56,4 @@ def main(job: Assignment) -> None:
 
 
 if __name__ == "__main__":
-    main(Assignment.given())
+    main(BenchJob.given())

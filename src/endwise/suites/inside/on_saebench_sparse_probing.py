@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd  # pyright: ignore[reportMissingImports]
-from opening import Assignment, done
+from opening import BenchJob, done
 from sae_bench.evals.sparse_probing import main as probing  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.sparse_probing.eval_config import (  # pyright: ignore[reportMissingImports]
     SparseProbingEvalConfig,
@@ -12,7 +12,7 @@ from sae_bench.evals.sparse_probing.eval_config import (  # pyright: ignore[repo
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils  # pyright: ignore[reportMissingImports]
 
 
-def main(job: Assignment) -> None:
+def main(job: BenchJob) -> None:
     given, model = job.settings, job.open_hooked()
     if job.local:
         add_local(Path(job.local), given["data_sets"])
@@ -58,4 +58,4 @@ def add_local(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Assignment.given())
+    main(BenchJob.given())

@@ -12,7 +12,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Assignment:
+class BenchJob:
     """What `endwise bench` wrote for the program; the folder that it starts in is its own."""
 
     name: str
@@ -27,7 +27,7 @@ class Assignment:
     """File of sequences of tokens to measure on instead."""
 
     @classmethod
-    def given(cls) -> "Assignment":
+    def given(cls) -> "BenchJob":
         return cls(**json.loads(Path(sys.argv[1]).read_text()))
 
     @property
