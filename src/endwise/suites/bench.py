@@ -216,5 +216,8 @@ def _folder(data: str) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without the paths that lead this interpreter to its packages."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    """Ours, without the paths that lead this interpreter to its packages, and without checks of shapes and types: those
+    of SAEBench 0.6.0 refuse its own probes under jaxtyping 0.3, and a model of TransformerLens's bridge.
+    """
+    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return {**ours, "JAXTYPING_DISABLE": "1"}

@@ -13,7 +13,7 @@ from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
 
 
 def main(job: BenchJob) -> None:
-    given, model = job.settings, job.open_hooked()
+    given, model = job.settings, job.open_model()
     if job.local:
         add_local(Path(job.local), given["data_sets"])
     _, sae, _ = general_utils.load_and_format_sae(job.name, job.open_sae(), job.device)

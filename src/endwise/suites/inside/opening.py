@@ -40,40 +40,14 @@ class BenchJob:
         return sae
 
     def open_model(self) -> Any:
-        """The plain model. A folder is opened by TransformerLens's bridge, which knows more of them."""
-        if not Path(self.model).is_dir():
-            return self.open_hooked()
-        from transformer_lens.model_bridge import TransformerBridge  # pyright: ignore[reportMissingImports]
+        """The plain model. A folder is opened by TransformerLens's bridge, as its own models know names alone."""
+        if Path(self.model).is_dir():
+            from transformer_lens.model_bridge import TransformerBridge  # pyright: ignore[reportMissingImports]
 
-        return TransformerBridge.boot_transformers(self.model, device=self.device)
-
-    def open_hooked(self) -> Any:
-        """The plain model as TransformerLens's own."""
+            return TransformerBridge.boot_transformers(self.model, device=self.device)
         from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]
-        from transformer_lens import loading_from_pretrained as loading  # pyright: ignore[reportMissingImports]
 
-        if not Path(self.model).is_dir():
-            return HookedTransformer.from_pretrained_no_processing(self.model, device=self.device)
-        config = loading.get_pretrained_model_config(self._linked(), device=self.device)
-        model = HookedTransformer(config)
-        weights = loading.get_pretrained_state_dict(self._linked(), config)
-        kept = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-        model.load_and_process_state_dict(weights, **dict.fromkeys(kept, False))
-        return model.to(self.device)
-
-    def _linked(self) -> str:
-        """The model's folder by a name that says nothing: from words in it TransformerLens would judge what it is."""
-        folder = Path("model")
-        if not folder.exists():
-            folder.mkdir()
-            for file in Path(self.model).iterdir():
-                (folder / file.name).symlink_to(file)
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").unlink()
-            # It reads a key of GPT-2's that transformers 5 no longer writes.
-            told = {"n_ctx": config["n_positions"]} if "n_positions" in config else {}
-            (folder / "config.json").write_text(json.dumps({**told, **config}))
-        return str(folder)
+        return HookedTransformer.from_pretrained_no_processing(self.model, device=self.device)
 
     @property
     def name_of_model(self) -> str:
