@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from endwise.common.counting import counting
+from endwise.config.run import RunConfig
 from endwise.training import display as progress
 from endwise.training.display import Display
 from small_gpt2 import recipe
@@ -122,3 +123,15 @@ def test_a_bar_gives_way_and_never_its_name(columns):
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "features that carry most" in said and "…" not in said
     assert columns < 60 or "25%" in said
+
+
+def test_a_run_of_several_phases_names_the_one_it_is_in(clock, capsys):
+    values = recipe(Path("unused")).model_dump(exclude_unset=True) | {"phases": "staged"}
+    values["objective"] = {"sparsity": {"coefficient": 0.3}}
+    line = {"phase": 2, "loss": 0.7, "downstream_mse": 0.25, "sparsity": 1.5, "l0": 12.3, "alive": 1234}
+    display = Display(steps=100, first=0, tokens_per_step=50, shown=True)
+    display.show(FOLDER, RunConfig.build(values), line)
+    text = rendered(display, 20)
+    assert "phase 2 of 3, horizon1  downstream_mse 0.25  sparsity 1.5" in text
+    assert "local-then-horizon1-then-e2e_ds" in text.replace("\n", "")
+    assert "phase 2 of 3, horizon1 · loss 0.7" in logged(display, clock, capsys, 30)[0]

@@ -14,8 +14,6 @@ import argparse
 import csv
 import json
 import math
-import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,10 +26,8 @@ import pyarrow as pa
 import torch
 import yaml
 
-from endwise import SAE, RunConfig, corpora_for, load_model, measure, train, train_together
+from endwise import SAE, RunConfig, load_model, train
 from endwise.analysis.geometry.cosines import nearest_across
-from endwise.analysis.importance.concentration import HALF, carrying, count_with
-from endwise.analysis.importance.measure import measure_importance
 from endwise.analysis.pareto.curves import front
 from endwise.analysis.ratios import Ratio, ratio_of
 from endwise.common.files import write_atomic, write_json
@@ -39,24 +35,18 @@ from endwise.common.tables import as_csv
 from endwise.config.base import with_values
 from endwise.config.method import Knob, Method
 from endwise.config.objective import LABELS
-from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import fingerprint
-from endwise.training.members import SomeFailed
+from study_rows import Row, Rows, batches, machine
 
 HERE = Path(__file__).parent.parent / "docs" / "results" / "dictionaries"
-ROWS = HERE / "rows"
+ROWS = Rows(HERE / "rows")
 PAPER = "standard"
 """The architecture that docs/results/paper-embedded.md has trained at the same sites, sizes and lengths."""
 PAPER_RUNS = HERE.parent / "paper-embedded" / "tables" / "runs.csv"
-TOGETHER = 6
-"""Most runs in one pass."""
-IMPORTANCE_TOKENS = 20480
-"""Held-out tokens of which importance is measured."""
 REFERENCES = (("local", "batchtopk"), ("e2e", PAPER), ("e2e_ds", PAPER))
 """What every curve is held against."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ class Setting:
         tuning = self.tuning()
         if len(tuning) == 1:
             return tuning[0].training.learning_rate
-        rows = [row_of(config) for config in tuning]
+        rows = [ROWS.of(config) for config in tuning]
         if None in rows:
             return None
         curve = paper_rows(self.site, self.kind, 0, "learning_rates")
@@ -137,7 +127,7 @@ class Setting:
         if self.architecture == PAPER:
             return [*paper_rows(self.site, self.kind, self.seed, "seeds" if self.seed else "curves")]
         rate = self.rate()
-        return [None if rate is None else row_of(self.recipe(level, rate)) for level in self.levels]
+        return [None if rate is None else ROWS.of(self.recipe(level, rate)) for level in self.levels]
 
     def wanted(self) -> list[RunConfig]:
         """What can be trained now: the runs that choose the rate or, once it is chosen, the levels."""
@@ -193,80 +183,6 @@ def settings(study: dict[str, Any]) -> list[Setting]:
         for curve in (*paper, *finalists)
     ]
     return [*first, *longer, *again]
-
-
-def row_file(config: RunConfig) -> Path:
-    return ROWS / f"{fingerprint(config)}.json"
-
-
-def row_of(config: RunConfig) -> Row | None:
-    """The row of a run that was made before, here or elsewhere."""
-    file = row_file(config)
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def batches(configs: list[RunConfig]) -> Iterator[list[RunConfig]]:
-    """Runs that share their passes: of one site, text and length."""
-    groups: dict[tuple[Any, ...], list[RunConfig]] = {}
-    for config in configs:
-        groups.setdefault((config.site, config.data.seed, config.training.tokens), []).append(config)
-    for group in groups.values():
-        for start in range(0, len(group), TOGETHER):
-            yield group[start : start + TOGETHER]
-
-
-def make(configs: list[RunConfig], kept: Path | None) -> None:
-    """Train and measure runs together, and write the row of each; with `kept`, keep each SAE there besides."""
-    first = configs[0]
-    model = load_model("embedded")
-    tuning = first.evaluation.model_copy(update={"skip": first.evaluation.tokens})
-    corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=tuning.needed)
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        placed = [config.model_copy(update={"out": scratch / fingerprint(config)}) for config in configs]
-        start = time.monotonic()
-        try:
-            runs = train_together(placed, model=model, corpora=corpora, display=False)
-        except SomeFailed as error:
-            runs = error.finished
-            for failure in error.failures:
-                write_json(ROWS / f"{failure.folder.name}.json", {"failed": str(failure.error), **machine()})
-        seconds = (time.monotonic() - start) / len(configs)
-        saes = {run.folder.name: SAE.load(run.folder) for run in runs}
-        folders = [run.folder for run in runs]
-        carried = measure_importance(folders, tokens=IMPORTANCE_TOKENS, ablate=0, model=model, corpora=corpora)
-        placed_saes = {name: (model.place(first.place), sae) for name, sae in saes.items()}
-        reported = measure(model, placed_saes, corpora.heldout, first.evaluation)
-        tuned = measure(model, placed_saes, corpora.heldout, tuning, baselines=False)
-        for config in configs:
-            name = fingerprint(config)
-            if name in saes:
-                folder, importance = scratch / name, carried[scratch / name]
-                if kept is not None:
-                    shutil.copytree(folder, kept / name, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
-                concentration = {
-                    "half": count_with(HALF, importance.importance.ce_second),
-                    "carrying": carrying(importance.faithfulness).estimate,
-                }
-                measured = row(config, reported[name], tuned[name], seconds)
-                write_json(row_file(config), measured | {"importance": concentration})
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def row(config: RunConfig, reported: Evaluation, tuned: Evaluation, seconds: float) -> Row:
-    """What is kept of one run."""
-    summary = RunSummary.of(config, reported, seconds, fingerprint(config)).to_json()
-    return {
-        **summary,
-        "architecture": config.dictionary.architecture,
-        "tuning": {name: tuned[name] for name in ("l0", "ce_increase")},
-        **machine(),
-    }
-
-
-def machine() -> dict[str, str]:
-    return {"machine": platform.machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
 def summaries(curve: Setting) -> list[RunSummary]:
@@ -397,12 +313,12 @@ def main() -> None:
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:
         wanted = {fingerprint(config): config for curve in curves for config in curve.wanted()}
-        missing = [config for config in wanted.values() if row_of(config) is None]
+        missing = [config for config in wanted.values() if ROWS.of(config) is None]
         if not missing:
             break
         batch = next(batches(missing))
         print(f"{len(missing)} runs to make; now {', '.join(map(fingerprint, batch))}", flush=True)
-        make(batch, arguments.keep)
+        ROWS.make(batch, arguments.keep)
     told = table(settings(study))
     (HERE / "table.md").write_text(told + "\n")
     print(told)

@@ -15,6 +15,7 @@ from endwise.common.counting import LOG_SECONDS
 from endwise.common.terminal import Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
+from endwise.config.objective import PHASE
 from endwise.config.places import PlacesConfig, Recipe
 
 TABLE_SECONDS = 0.2
@@ -116,9 +117,10 @@ class Display:
         names, rows = self._names(), []
         for folder, row in self._rows.items():
             line = row.line
-            terms = [name for name in (*row.config.objective.weights, "sparsity") if name in line]
+            weighted = {name for phase in row.config.in_phases for name in phase.objective.weights}
+            terms = [name for name in line if name in weighted or name == "sparsity"]
             increase = "–" if row.ce_increase is None else f"{row.ce_increase:+.3f}"
-            loss = "  ".join(f"{name} {line[name]:.3g}" for name in terms)
+            loss = "  ".join([*filter(None, [_phase(row)]), *(f"{name} {line[name]:.3g}" for name in terms)])
             rows.append((names[folder], loss, f"{line['l0']:.1f}", f"{line['alive']:,}", increase))
         headings = ("SAE", "loss terms", "L0", "alive", "CE increase (held out)")
         return Grid(headings, rows, self._heading(done), words=("loss terms",))
@@ -141,7 +143,15 @@ def _description(config: Recipe) -> str:
 
 
 def _numbers(row: _Row) -> str:
-    known = [f"loss {row.line['loss']:.4g}", f"L0 {row.line['l0']:.1f}"]
+    known = [_phase(row), f"loss {row.line['loss']:.4g}", f"L0 {row.line['l0']:.1f}"]
     if row.ce_increase is not None:
         known.append(f"CE increase {row.ce_increase:+.3f}")
-    return " · ".join(known)
+    return " · ".join(filter(None, known))
+
+
+def _phase(row: _Row) -> str:
+    """Name the phase of the latest line, where there are several."""
+    if (number := row.line.get(PHASE)) is None:
+        return ""
+    phases = row.config.in_phases
+    return f"phase {number} of {len(phases)}, {phases[number - 1].objective.name}"

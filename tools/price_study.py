@@ -1,0 +1,242 @@
+"""End-to-end training at local's price: `python tools/price_study.py --minutes 60`.
+
+What is trained stands in docs/results/price/study.yaml: methods, each a change of the base recipe, at levels of one
+knob. For every site and method the learning rate is chosen at the middle level, on held-out text that nothing is
+reported on; then all levels are trained at that rate, finalists with further levels and seeds. Each run leaves one
+row, `rows/<hash of its recipe>.json`, so that the command, started again elsewhere, makes only the missing ones.
+
+Written are `table.md` (every point), and `price.csv`: of each method its cost, in operations and in seconds of a step
+relative to local training, and its L0 relative to local's at equal CE increase. `--costs` times the steps, on an idle
+machine.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from endwise import RunConfig, load_model, train
+from endwise.analysis.pareto.curves import front
+from endwise.analysis.ratios import Ratio, ratio_of
+from endwise.common.files import write_atomic, write_json
+from endwise.config.base import with_values
+from endwise.config.method import Knob, Method
+from endwise.evaluation.summary import RunSummary
+from endwise.runs.folder import RunFolder
+from endwise.training.planning.plan import plan
+from study_rows import Row, Rows, batches, machine
+
+HERE = Path(__file__).parent.parent / "docs" / "results" / "price"
+ROWS = Rows(HERE / "rows", importance=False)
+COSTS = HERE / "costs.json"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method at a site, of one seed."""
+
+    study: dict[str, Any]
+    site: str
+    name: str
+    seed: int = 0
+
+    @property
+    def own(self) -> dict[str, Any]:
+        return self.study["methods"][self.name]
+
+    @property
+    def is_final(self) -> bool:
+        return self.name in self.study["finalists"]
+
+    @property
+    def levels(self) -> list[float]:
+        return sorted([*self.study["levels"], *(self.study["further"] if self.is_final else [])])
+
+    @property
+    def rates(self) -> list[float]:
+        return self.own.get("rates", {}).get(self.site, self.study["rates"])
+
+    def recipe(self, level: float, rate: float, seed: int | None = None) -> RunConfig:
+        """Return the recipe at one level of the knob."""
+        base, own = self.study["base"], self.own
+        objective = {**base["objective"], **own.get("objective", {})}
+        values = {**base, "site": self.site, "objective": objective}
+        values |= {"phases": own["phases"]} if "phases" in own else {}
+        seed = self.seed if seed is None else seed
+        changes = {self.study["knob"]: level, "training.learning_rate": rate, "seed": seed, "data.seed": seed}
+        changes |= {"training.tokens": own["tokens"]} if "tokens" in own else {}
+        return RunConfig.build(with_values(values, changes), self.name)
+
+    def tuning(self) -> list[RunConfig]:
+        """Return the runs by which the learning rate is chosen."""
+        levels = self.study["levels"]
+        return [self.recipe(levels[len(levels) // 2], rate, 0) for rate in self.rates]
+
+    def rate(self) -> float | None:
+        """Return the rate with the smallest CE increase at the middle level, which all have one L0 at, on text for
+        tuning; None while a run is missing.
+        """
+        rows = [ROWS.of(config) for config in self.tuning()]
+        if None in rows:
+            return None
+        found = {row["tuning"]["ce_increase"]: row["learning_rate"] for row in rows if row and "failed" not in row}
+        return found[min(found)] if found else None
+
+    def wanted(self) -> list[RunConfig]:
+        """Return what can be trained now."""
+        rate = self.rate()
+        return self.tuning() if rate is None else [self.recipe(level, rate) for level in self.levels]
+
+    @property
+    def method(self) -> Method:
+        return Method(self.name, self.name)
+
+    def rows(self) -> list[Row]:
+        rate = self.rate()
+        if rate is None:
+            return []
+        found = [ROWS.of(self.recipe(level, rate)) for level in self.levels]
+        return [row for row in found if row is not None and "failed" not in row]
+
+    def summaries(self) -> list[RunSummary]:
+        """Return its points; one that another beats in both numbers is no part of the curve."""
+        known = {each.name for each in fields(RunSummary)} - {"method", "knob"}
+        found = []
+        for row in self.rows():
+            own = {name: value for name, value in row.items() if name in known}
+            own |= {"seed": self.seed, "data_seed": self.seed, "tokens": 0, "text": None, "heldout": None}
+            found.append(RunSummary(method=self.method, knob=Knob(row["knob.value"], self.study["knob"]), **own))
+        whole = front(found, "l0", "ce_increase")
+        return [run for run in found if run.folder in whole]
+
+    @cached_property
+    def operations(self) -> float:
+        """Operations of the whole training, once latents are sparse, with all its tokens."""
+        config = self.tuning()[0]
+        planned = plan(config)
+        return (planned.sparse_flops or planned.flops.per_token) * config.training.tokens
+
+
+def curves_of(study: dict[str, Any]) -> list[Curve]:
+    """Every curve: seed 0's of all methods, then other seeds of the finalists."""
+    first = [Curve(study, site, name) for site in study["sites"] for name in study["methods"]]
+    again = [replace(curve, seed=seed) for seed in study["seeds"] for curve in first if curve.is_final]
+    return [*first, *again]
+
+
+def ratio(curve: Curve) -> Ratio:
+    """Return its L0 relative to the reference's at equal CE increase, over the seeds that both have."""
+    study = curve.study
+    seeds = [replace(curve, seed=seed) for seed in (0, *study["seeds"])]
+    own = [run for each in seeds for run in each.summaries()]
+    others = [run for each in seeds for run in replace(each, name=study["reference"]).summaries()]
+    runs = [*own, *(run for run in others if run.seed in {each.seed for each in own})]
+    reference = Method(study["reference"], study["reference"])
+    return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=reference)
+
+
+def prices(curves: Sequence[Curve]) -> Iterator[Row]:
+    """Each method at each site: what it costs, and what it saves."""
+    timed = json.loads(COSTS.read_text())["milliseconds a step"] if COSTS.exists() else {}
+    for curve in curves:
+        reference = replace(curve, name=curve.study["reference"])
+        if curve.seed or not curve.rows() or not reference.rows():
+            continue
+        row: Row = {"site": curve.site, "method": curve.name, "operations": curve.operations / reference.operations}
+        tokens = [each.tuning()[0].training.tokens for each in (curve, reference)]
+        seconds = [timed.get(f"{each.site} {each.name}", float("nan")) for each in (curve, reference)]
+        row["seconds"] = seconds[0] * tokens[0] / (seconds[1] * tokens[1])
+        if curve.name != reference.name:
+            found = ratio(curve).to_row()
+            row |= {"l0": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
+            ends = [f"{of}.{end}" for of in ("over", "ratio_at_ends") for end in ("low", "high")]
+            row |= {name: found[name] for name in (*ends, "crossings", "seeds", "reason")}
+        yield row
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Every level that was measured."""
+    lines = [
+        "| site | method | seed | rate | L0 → CE increase | last downstream MSE | alive |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for curve in curves:
+        if rows := curve.rows():
+            points = ", ".join(f"{row['l0']:.1f} → {row['ce_increase']:.3f}" for row in rows)
+            last = " ".join(f"{[*row['downstream_mse'].values()][-1]:.2f}" for row in rows)
+            alive = " ".join(f"{row['alive']:.0f}" for row in rows)
+            lines.append(
+                f"| {curve.site} | {curve.name} | {curve.seed} | {curve.rate():g} | {points} | {last} | {alive} |"
+            )
+    return "\n".join(lines)
+
+
+def costs(curves: Sequence[Curve]) -> dict[str, float]:
+    """Milliseconds of a step of each method on one thread, on average over a training of 60 steps less its first ten.
+    The machine must be idle.
+    """
+    torch.set_num_threads(1)
+    model, found = load_model("embedded"), {}
+    for curve in curves:
+        with tempfile.TemporaryDirectory() as folder:
+            config = curve.tuning()[0]
+            tokens = 60 * config.training.batch * (model.context or 1)
+            training = config.training.model_copy(update={"tokens": tokens, "log_every": 1})
+            placed = config.model_copy(update={"training": training, "out": Path(folder) / "run"})
+            run = train(placed, model=model, display=False)
+            lines = RunFolder.open(run.folder).timings_file.read_text().splitlines()
+        seconds = np.array([json.loads(line)["seconds"] for line in lines])
+        found[f"{curve.site} {curve.name}"] = 1e3 * float(np.mean(np.diff(seconds)[10:]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
+    parser.add_argument("--only", nargs="*", default=[], help="methods and sites to train")
+    parser.add_argument("--costs", action="store_true", help="time a step of each on an idle machine, and end")
+    arguments = parser.parse_args()
+    study = yaml.safe_load((HERE / "study.yaml").read_text())
+    only, curves = set(arguments.only), curves_of(study)
+    chosen = [
+        curve
+        for curve in curves
+        if (curve.name in only or not only & set(study["methods"]))
+        and (curve.site in only or not only & set(study["sites"]))
+    ]
+    if arguments.costs:
+        timed = costs([curve for curve in chosen if curve.seed == 0])
+        write_json(COSTS, {"milliseconds a step": timed, **machine()})
+        return
+    ends = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < ends:
+        missing = [config for curve in chosen for config in curve.wanted() if ROWS.of(config) is None]
+        if not missing:
+            break
+        batch = next(batches(missing))
+        print(f"{len(missing)} runs to make; now {', '.join(config.objective_name for config in batch)}", flush=True)
+        ROWS.make(batch)
+    told = table(curves)
+    write_atomic(HERE / "table.md", f"{told}\n".encode())
+    print(told)
+    rows = list(prices(curves))
+    if rows:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        with (HERE / "price.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
