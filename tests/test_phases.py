@@ -234,3 +234,10 @@ def test_a_plan_weighs_the_phases_by_their_tokens():
     assert whole.flops.per_token == pytest.approx(0.6 * alone[0] + 0.3 * alone[1] + 0.1 * alone[2])
     assert alone[0] < alone[1] < alone[2]
     assert whole.fits and whole.kind == "local-then-horizon1-then-e2e_ds"
+
+
+def test_before_the_first_step_the_first_phase_is_told(model, tmp_path):
+    values = {"sparsity": {"coefficient": 0.3, "p_end": 0.2, "warmup": 0.1}}
+    trainee = new_trainee(phased(tmp_path, objective=values), model, 20)
+    assert trainee.report()["phase"] == 1
+    assert {"local_mse", "sparsity"} <= trainee.report().keys()

@@ -82,13 +82,14 @@ class Course:
         return [scale for phase in self.phases for scale in phase.objective.scales]
 
     def number(self, step: int) -> int:
-        """Return the number, from 0, of the phase of the step after `step` others."""
+        """Return the number, from 0, of the phase of the step after `step` others; before any, of the first."""
         return max(number for number, start in enumerate(self._starts) if start <= step or number == 0)
 
     def objective(self, step: int) -> Objective:
         """Return what the step after `step` others is trained for: of one phase one objective, whose penalty may
         change.
         """
+        step = max(step, 0)
         objective, schedule = self.phases[self.number(step)].objective.at(step), self.schedule(step)
         return objective if schedule is None else schedule.objective(objective, step)
 
