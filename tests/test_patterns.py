@@ -1,5 +1,7 @@
 """Patterns of planted features, whose trigger is known; and of any features against slow definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from endwise.features.patterns.substitution import Substitutes
 from endwise.features.patterns.trie import Pattern, Tries, merged
 from endwise.features.patterns.watching import Watched
 from endwise.models.sites import Place
+from endwise.tokens import Corpus
 from remembering import CONTEXT, PLACE, VOCAB, planted, remembering, text
 from small_gpt2 import SITE, small_corpora, small_model, write_tokens
 
@@ -322,10 +325,6 @@ def test_one_sequence_cannot_be_halved(corpus, tmp_path):
 
 
 def test_a_bos_is_no_token_of_a_pattern(tmp_path):
-    from dataclasses import replace
-
-    from endwise.tokens import Corpus
-
     stream = text(tmp_path)
     corpus = Corpus(stream.documents, replace(stream.layout, bos=0), limit=100)
     making = Making(
@@ -340,3 +339,11 @@ def test_a_bos_is_no_token_of_a_pattern(tmp_path):
     # behind a BOS, as the shortest text is read, token 3 alone does not make it fire; nor does it where a text begins
     assert {each.labels for each in made.patterns[0]} == {(None, frozenset({3}))}
     assert VOCAB > 3 and made.values("f1")[0] == pytest.approx(1)
+
+
+def test_a_model_in_half_precision_will_do(small, tmp_path):
+    making = replace(small, model=small.model.in_bfloat16())
+    made = making.made(tmp_path, 8)
+    exact = small.made(tmp_path / "exact", 8)
+    close = np.abs(made.values("firings") - exact.values("firings")) <= 0.1 * exact.values("firings")
+    assert close.all() and np.nanmean(made.values("f1")) == pytest.approx(np.nanmean(exact.values("f1")), abs=0.1)

@@ -8,16 +8,25 @@ before is read, so that the command may be stopped at any time and started again
 
 import argparse
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from dictionary_study import HERE, Setting
 from endwise import evaluate, load_model, train_together
+from endwise.analysis.claims import SIMILAR
 from endwise.analysis.patterns.page import print_patterns, write_patterns_page
-from endwise.analysis.patterns.study import patterns
+from endwise.analysis.patterns.study import PatternRun, PatternStudy, patterns
+from endwise.analysis.scored import AT, At, ScoreDifference, mean_difference
+from endwise.common.files import write_atomic
+from endwise.common.tables import write_table
 from endwise.config.run import RunConfig
+from endwise.evaluation.summary import estimate
 from endwise.features.patterns.run import find_patterns
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import fingerprint
@@ -33,11 +42,23 @@ LEVELS = (
     ("local", "standard", 0.5),
     ("local", "standard", 2),
     ("e2e_ds", "standard", 1),
-    ("e2e_ds", "standard", 2),
 )
 """Objective, dictionary and its knob."""
 TOKENS = 102_400
 """Held-out tokens, of which the first half makes the patterns and the second tests them."""
+PAIRS = (
+    ("e2e_ds", "local"),
+    ("e2e_ds-jumprelu", "local-jumprelu"),
+    ("e2e_ds-jumprelu", "e2e_ds"),
+    ("local-jumprelu", "local"),
+    ("local-gated", "local"),
+    ("local-batchtopk", "local"),
+    ("local-batchtopk", "local-jumprelu"),
+    ("local-gated", "local-jumprelu"),
+)
+"""Kinds that are compared, the first less the second."""
+COMPARED = ("f1", "explained", "correlation")
+MEANS = ("f1", "precision", "recall", "correlation", "explained", "f1.shuffled", "f1.random")
 
 
 def recipes(seed: int) -> dict[str, RunConfig]:
@@ -58,9 +79,70 @@ def recipes(seed: int) -> dict[str, RunConfig]:
     return found
 
 
+def pair_rows(found: PatternStudy) -> Iterator[dict[str, Any]]:
+    """Mean differences over seeds of every pair, each of the two runs a seed whose CE increases or L0s are closest."""
+    for pair in PAIRS:
+        runs = tuple(run for run in found.runs if run.summary.method.key in pair)
+        of_pair = PatternStudy(found.setting, runs).differences
+        for at, score in product(AT, COMPARED):
+            some = [each for each in of_pair if (each.at, each.name) == (at, score)]
+            sign = 1 if some[0].run.summary.method.key == pair[0] else -1
+            mean = mean_difference(some)
+            ends = sorted((sign * mean.low, sign * mean.high))
+            values = [estimate(side.summary, at) for each in some for side in (each.run, each.other)]
+            yield {
+                "kind": pair[0],
+                "other": pair[1],
+                "at": at,
+                "score": score,
+                "seeds": mean.seeds,
+                "difference": sign * mean.estimate,
+                "low": ends[0],
+                "high": ends[1],
+                "p": " ".join(f"{each.p:.2g}" for each in some),
+                "features": " ".join(str(each.features) for each in some),
+                "at.low": min(values),
+                "at.high": max(values),
+                "similar": all(_alike(each, at) for each in some),
+            }
+
+
+def _alike(each: ScoreDifference[PatternRun], at: At) -> bool:
+    values = [estimate(side.summary, at) for side in (each.run, each.other)]
+    return max(values) <= SIMILAR * min(values)
+
+
+def table(found: PatternStudy, pairs: list[dict[str, Any]]) -> str:
+    """Means over features and seeds of every kind and level, then the pairs."""
+    lines = [f"| dictionary | knob | L0 | CE increase | scored | served | {' | '.join(MEANS)} |"]
+    lines.append("|---" * (6 + len(MEANS)) + "|")
+    groups: dict[tuple[str, float], list[PatternRun]] = {}
+    for run in found.runs:
+        groups.setdefault((run.summary.method.label, run.summary.knob.value), []).append(run)
+    for (label, knob), runs in groups.items():
+        told = [f"{np.mean([run.summary.l0 for run in runs]):.1f}"]
+        told += [f"{np.mean([run.summary.ce_increase for run in runs]):.3f}"]
+        told += [" / ".join(str(run.features) for run in runs)]
+        told += [f"{np.mean([run.values('served').sum() / run.values('sampled').sum() for run in runs]):.2f}"]
+        told += [f"{np.mean([np.nanmean(run.values(name)) for run in runs]):.3f}" for name in MEANS]
+        lines.append(f"| {label} | {knob:g} | {' | '.join(told)} |")
+    lines += ["", "| first less second | at similar | score | difference | p, by seed | features each | similar |"]
+    lines.append("|---" * 7 + "|")
+    for row in pairs:
+        difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        ends = f"{row['at.low']:.3g} to {row['at.high']:.3g}"
+        alike = "yes" if row["similar"] else "no"
+        at = AT[row["at"]]
+        names = f"{row['kind']} − {row['other']}"
+        cells = (names, f"{at}, {ends}", row["score"], difference, row["p"], row["features"], alike)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, required=True, help="a folder for the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for tables and figures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this time")
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
@@ -83,7 +165,10 @@ def main() -> None:
                 print(f"{folder.name}: {time.monotonic() - begun:.0f} s, {torch.get_num_threads()} threads", flush=True)
     found = patterns(whole, tokens=TOKENS, model=model)
     print_patterns(found)
-    print(write_patterns_page(found, RESULTS))
+    pairs = list(pair_rows(found[0]))
+    write_table(pairs, arguments.out / "pairs")
+    write_atomic(arguments.out / "table.md", table(found[0], pairs).encode())
+    print(write_patterns_page(found, arguments.out))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from .analysis.importance.study import ImportanceStudy as ImportanceStudy
 from .analysis.importance.study import importance as importance
 from .analysis.pareto.curves import Pareto as Pareto
 from .analysis.pareto.curves import pareto as pareto
+from .analysis.patterns.study import PatternStudy as PatternStudy
+from .analysis.patterns.study import patterns as patterns
 from .common.errors import EndwiseError as EndwiseError
 from .config.run import DataConfig as DataConfig
 from .config.run import EvaluationConfig as EvaluationConfig
@@ -24,6 +26,8 @@ from .features.harvest.results import read_harvest as read_harvest
 from .features.harvest.run import harvest as harvest
 from .features.importance_table import FeatureImportance as FeatureImportance
 from .features.importance_table import read_importance as read_importance
+from .features.patterns.files import Patterns as Patterns
+from .features.patterns.files import read_patterns as read_patterns
 from .finetuning import Finetuned as Finetuned
 from .finetuning import finetune as finetune
 from .models.language_model import LanguageModel as LanguageModel

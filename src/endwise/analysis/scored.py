@@ -137,7 +137,7 @@ class ScoredSet(RunSet[S]):
         if why := _untestable(chosen, at):
             return Claim(claim, published, why, "not testable here")
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
-        means = {name: _over_seeds(of) for name, of in by_name.items() if of}
+        means = {name: mean_difference(of) for name, of in by_name.items() if of}
         told = "; ".join(_told(by_name[name], each) for name, each in means.items())
         return Claim(claim, published, told, judged(*((each, holds(each)) for each in means.values())))
 
@@ -154,7 +154,8 @@ def _difference(name: str, at: At, run: S, other: S) -> ScoreDifference[S] | Non
     return ScoreDifference(name, at, run, other, len(a), interval, draws, permutation_test(a, b, generator))
 
 
-def _over_seeds(differences: Sequence[ScoreDifference[Any]]) -> OverSeeds:
+def mean_difference(differences: Sequence[ScoreDifference[Any]]) -> OverSeeds:
+    """Average one score's differences over seeds, with an interval that holds features and seeds."""
     return over_seeds(np.stack([[each.difference.estimate, *each.draws] for each in differences]))
 
 
