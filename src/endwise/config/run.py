@@ -110,6 +110,9 @@ class DataConfig(Config):
     """Split of `heldout` (or of `source`, if `heldout` is unset) to evaluate on."""
     cache: Annotated[Path | None, EXECUTION] = None
     """Folder for tokenised text; unset: `$ENDWISE_CACHE` or `~/.cache/endwise`."""
+    activations: Annotated[Path | None, EXECUTION] = None
+    """Folder in which clean activations of training sequences are kept, for steps that read no spliced pass: a second
+    epoch, or another run at that site, then does without the model. Unset: nowhere."""
 
 
 class TrainingConfig(Config):

@@ -36,7 +36,7 @@ FILES = (
     *("evaluation.json", "evaluation_sums.safetensors", "evaluation_firings.safetensors"),
 )
 """What goes up of a run folder beside its SAE."""
-_OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache", "trackers")
+_OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache", "activations", "trackers")
 """Keys that say where a run lay, how it was started, and who was told of it."""
 _HEADER = 8
 """Bytes of the length of a safetensors file's header."""

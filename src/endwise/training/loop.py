@@ -43,7 +43,7 @@ def run_loop(prepared: Prepared) -> None:
         for step, batch in zip(remaining, batches, strict=True):
             group.each(partial(tell_increase, model, prepared.corpora.heldout, world, step))
             trainees = [member.trainee for member in group.members]
-            take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world)
+            take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world, prepared.kept)
             group.agree(world)
             done = step + 1
             _fit_after(prepared, done)

@@ -28,6 +28,7 @@ from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, corpora_for
 from endwise.training.fitting import fit_first, measure_error_scales, measure_norms, measure_start
+from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
 from endwise.training.resume import broadcast_state, start_or_resume
@@ -81,6 +82,7 @@ class Prepared:
     steps: int
     display: bool
     world: World
+    kept: KeptActivations | None = None
 
 
 def prepare(
@@ -128,7 +130,11 @@ def prepare(
     for part in (part for member in group.members for part in member.trainee.parts):
         part.sae.join(world)
     group.text = _text_tried(model, corpora, request.display, world)
-    return Prepared(model, tail, group, corpora, order, steps, request.display, world)
+    trainees = [member.trainee for member in group.members]
+    kept = kept_for(first, model, tail, trainees, corpora.train, steps, world, request.display)
+    if kept is not None:
+        claims.callback(kept.close)
+    return Prepared(model, tail, group, corpora, order, steps, request.display, world, kept)
 
 
 def _check_shared(configs: Sequence[Recipe]) -> None:

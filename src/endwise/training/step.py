@@ -15,6 +15,7 @@ from endwise.models.sites import Site
 from endwise.models.splicing import clean_by_tail
 from endwise.tokens import TokenBatch
 from endwise.training.joint import AnyTrainee
+from endwise.training.kept_activations import KeptActivations, reads_splice
 from endwise.training.outliers import CountedTokens
 
 Failed = Callable[[AnyTrainee, Exception, bool], None]
@@ -28,6 +29,7 @@ def take_step(
     failed: Failed | None = None,
     tail: LanguageModel | None = None,
     world: World = ALONE,
+    kept: KeptActivations | None = None,
 ) -> None:
     """One optimiser step of every trainee on one batch, in `accumulation` passes of equal numbers of sequences.
 
@@ -36,6 +38,7 @@ def take_step(
         tail: the model that runs everything after the sites (`tail_model`); unset: `model` itself.
         failed: called with an error in one trainee's own part, and whether its weights are still those of the step
             before; that trainee takes no further part in the step. Unset: the error is raised.
+        kept: clean passes that are on the disk, for a pass that no trainee continues after the sites.
 
     Raises:
         ProcessLost: another process is gone; every trainee's weights are those of the step before.
@@ -48,7 +51,7 @@ def take_step(
     size = -(-len(batch.tokens) // accumulation)
     for start in range(0, len(batch.tokens), size):
         rows = slice(start, start + size)
-        clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows]), batch.mask[rows]
+        clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows], kept), batch.mask[rows]
         masks = {each: counted[each].of_these(clean[each.site], mask) for each in left}
         _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], masks[each], tokens_in_step))  # noqa: B023
     if world.size > 1:
@@ -102,7 +105,11 @@ def tail_model(
 
 
 def clean_passes(
-    model: LanguageModel, tail: LanguageModel, trainees: Sequence[AnyTrainee], tokens: Tokens
+    model: LanguageModel,
+    tail: LanguageModel,
+    trainees: Sequence[AnyTrainee],
+    tokens: Tokens,
+    kept: KeptActivations | None = None,
 ) -> dict[Site, Clean]:
     """By the site that is written, what the trainees there are compared with.
 
@@ -114,6 +121,8 @@ def clean_passes(
     later = {site: {s for trainee in needs[site] for s in trainee.later_sites} for site in sites}
     final = {site: any(trainee.objective.final for trainee in needs[site]) for site in sites}
     local = {site for trainee in trainees for site in trainee.sites}
+    if kept is not None and not any(reads_splice(trainee.objective) or trainee.later_sites for trainee in trainees):
+        return dict.fromkeys(sites, kept.clean(tokens))
     if tail is model:
         clean = model.clean(tokens, record=local.union(*later.values()), final=any(final.values()))
         return dict.fromkeys(sites, clean)
