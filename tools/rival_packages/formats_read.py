@@ -61,9 +61,12 @@ def read(folder: Path, package: str) -> int:
         if about["format"] not in openers:
             continue
         with torch.no_grad():
-            latents, outputs = openers[about["format"]](folder / about["path"], given["inputs"])
+            found = openers[about["format"]](folder / about["path"], given["inputs"])
+        if found is None:
+            sys.stdout.write(f"{name}: of a version that the package does not open\n")
+            continue
         apart = [
-            _apart(theirs, given[f"{name}.{what}"]) for what, theirs in (("latents", latents), ("outputs", outputs))
+            _apart(theirs, given[f"{name}.{what}"]) for what, theirs in zip(("latents", "outputs"), found, strict=True)
         ]
         sys.stdout.write(f"{name}: latents {apart[0]:.1e}, outputs {apart[1]:.1e}\n")
         worst, opened = max([worst, *apart], key=lambda each: (each != each, each)), opened + 1
@@ -137,8 +140,47 @@ def _qwen_scope(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return _by_sae_lens(path, x, "qwen_scope", "Qwen/SAE-Res-Qwen3-8B-Base-W0K-L0_3", path.name)
 
 
-PACKAGES: Mapping[str, Mapping[str, Callable[[Path, Tensor], tuple[Tensor, Tensor]]]] = {
+def _by_openai(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    autoencoder: Any = importlib.import_module("sparse_autoencoder.model").Autoencoder
+    tensors = torch.load(path, weights_only=True)
+    if "decoder.linear.weight" in tensors:  # which its `from_state_dict` does not open
+        made = autoencoder(*tensors["encoder.weight"].shape, tied=True)
+        made.load_state_dict(tensors, strict=False)
+    else:
+        made = autoencoder.from_state_dict(tensors, strict=False)
+    latents, about = made.encode(x)
+    return latents, made.decode(latents, about)
+
+
+def _by_e2e_sae(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """On a model with centred writing weights, whose activations are those of the plain one less their means."""
+    tensors = {name.partition(".")[2]: each for name, each in torch.load(path, weights_only=True).items()}
+    sae = importlib.import_module("e2e_sae.models.sparsifiers").SAE(x.shape[1], FEATURES)
+    sae.load_state_dict(tensors)
+    mean = x.mean(-1, keepdim=True)
+    output, latents = sae(x - mean)
+    return latents, output + mean
+
+
+def _by_llamascopium(path: Path, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """As it is trained: on activations brought to the norm √d. It no longer opens files from before its version 2."""
+    if "encoder.weight" in load_file(path / "sae_weights.safetensors"):
+        return None
+    coder: Any = importlib.import_module("llamascopium.models.sae").SparseAutoEncoder
+    sae = coder.from_pretrained(str(path), device="cpu", dtype=torch.float32)
+    norms = getattr(sae, "dataset_average_activation_norm", None) or {}
+    scale = x.shape[1] ** 0.5 / norms[sae.cfg.hook_point_in] if norms else 1.0
+    latents = sae.encode(x * scale)
+    output = sae.decode(latents) / scale
+    # It chooses by latents of unit directions, and then divides by the directions' norms; endwise keeps the former.
+    return (latents * sae.W_D.norm(dim=1) if sae.cfg.act_fn == "topk" else latents), output
+
+
+PACKAGES: Mapping[str, Mapping[str, Callable[[Path, Tensor], tuple[Tensor, Tensor] | None]]] = {
     "eai-sparsify": {"sparsify": _by_sparsify},
+    "llamascopium": {"llamascopium": _by_llamascopium},
+    "openai": {"openai": _by_openai},
+    "e2e-sae": {"e2e_sae": _by_e2e_sae},
     "dictionary-learning": {"dictionary_learning": _by_dictionary_learning},
     "sae-lens": {
         "gemma-scope": _gemma_scope,
