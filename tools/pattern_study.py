@@ -2,8 +2,8 @@
 
 The runs are some of tools/dictionary_study.py's: at layer 3, at levels where their CE increases or their L0s are
 similar, three seeds. Those that FOLDER does not hold yet, under the hash of the recipe, are trained; each is measured,
-and explained by patterns, as `endwise patterns` does. What is found goes to docs/results/patterns. Whatever was made
-before is read, so that the command may be stopped at any time and started again.
+and explained by patterns, as `endwise patterns` does, whose page goes to FOLDER/page. Tables of kinds and pairs go to
+docs/results/patterns. Whatever was made before is read, so that the command may be stopped and started again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from endwise.analysis.patterns.page import print_patterns, write_patterns_page
 from endwise.analysis.patterns.study import PatternRun, PatternStudy, patterns
 from endwise.analysis.scored import AT, At, ScoreDifference, mean_difference
 from endwise.common.files import write_atomic
-from endwise.common.tables import write_table
+from endwise.common.tables import as_csv, as_table
 from endwise.config.run import RunConfig
 from endwise.evaluation.summary import estimate
 from endwise.features.patterns.run import find_patterns
@@ -79,11 +79,19 @@ def recipes(seed: int) -> dict[str, RunConfig]:
     return found
 
 
+class Pair(PatternStudy):
+    """Two kinds, compared by fewer scores."""
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        return COMPARED
+
+
 def pair_rows(found: PatternStudy) -> Iterator[dict[str, Any]]:
     """Mean differences over seeds of every pair, each of the two runs a seed whose CE increases or L0s are closest."""
     for pair in PAIRS:
         runs = tuple(run for run in found.runs if run.summary.method.key in pair)
-        of_pair = PatternStudy(found.setting, runs).differences
+        of_pair = Pair(found.setting, runs).differences
         for at, score in product(AT, COMPARED):
             some = [each for each in of_pair if (each.at, each.name) == (at, score)]
             sign = 1 if some[0].run.summary.method.key == pair[0] else -1
@@ -142,7 +150,7 @@ def table(found: PatternStudy, pairs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, required=True, help="a folder for the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for tables and figures")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for the tables")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this time")
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
@@ -166,9 +174,9 @@ def main() -> None:
     found = patterns(whole, tokens=TOKENS, model=model)
     print_patterns(found)
     pairs = list(pair_rows(found[0]))
-    write_table(pairs, arguments.out / "pairs")
+    write_atomic(arguments.out / "pairs.csv", as_csv(as_table(pairs)))
     write_atomic(arguments.out / "table.md", table(found[0], pairs).encode())
-    print(write_patterns_page(found, arguments.out))
+    print(write_patterns_page(found, arguments.keep / "page"))
 
 
 if __name__ == "__main__":
