@@ -9,8 +9,8 @@ The folders are documented at docs.neuronpedia.org/api-and-data/exports. What a 
 Neuronpedia's database (apps/webapp/prisma/schema.prisma of github.com/hijohnnylin/neuronpedia) and is imported as such
 (apps/webapp/app/api/admin/import/route.ts): each line of a file has the same columns, one that it does not know is
 refused in the first four and dropped in the others, and what has a default (the time of creation, for one) may be left
-out. Which numbers belong into them is read off SAEDashboard's own export (sae_dashboard/neuronpedia/neuronpedia_export.py
-and neuronpedia_converter.py of github.com/jbloomAus/SAEDashboard).
+out. Which numbers belong into them is read off SAEDashboard's own export
+(sae_dashboard/neuronpedia/neuronpedia_export.py and neuronpedia_converter.py of github.com/jbloomAus/SAEDashboard).
 """
 
 import gzip
