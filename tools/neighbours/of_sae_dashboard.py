@@ -49,8 +49,9 @@ def hooked(folder: Path) -> Any:
         (plain / "config.json").write_text(json.dumps({"n_ctx": config.get("n_positions"), **config}))
         told = loading.get_pretrained_model_config(str(plain), device="cpu")
         told.tokenizer_name = None
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(plain / "tokenizer.json"), eos_token="<|endoftext|>")
-        tokenizer.bos_token = tokenizer.pad_token = tokenizer.eos_token
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+        file = str(plain / "tokenizer.json")  # whose class transformers 4 does not know
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, name_or_path="model", add_bos_token=True, **special)
         model = HookedSAETransformer(told, tokenizer=tokenizer)
         weights = loading.get_pretrained_state_dict(str(plain), told)
     kept = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
