@@ -25,12 +25,14 @@ EXECUTED = {
     "model.device",
     "model.attention",
     "data.cache",
+    "data.activations",
     "training.accumulation",
     "training.microbatch",
     "training.log_every",
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.save_at",
     "evaluation.batch",
     "trackers",
     "out",
@@ -73,11 +75,12 @@ def test_what_a_recipe_executes_with_is_what_this_page_says():
     config = RunConfig.build(recipe(Path("run")).model_dump())
     assert set(differing(config.model_dump(mode="json"), identity(config))) <= EXECUTED
     everything = {"model": {"device": "cpu", "attention": "eager"}, "data": {"cache": "a"}, "evaluation": {"batch": 3}}
+    everything["data"] |= {"activations": "b"}
     values = yaml.safe_load(config.to_yaml())
     for section, keys in everything.items():
         values[section] |= keys
     values["training"] |= {"microbatch": 1, "accumulation": 2, "log_every": 7, "evaluate_every": 8}
-    values["training"] |= {"checkpoint_every": 9, "keep_checkpoints": 3}
+    values["training"] |= {"checkpoint_every": 9, "keep_checkpoints": 3, "save_at": "log"}
     other = RunConfig.build(values | {"out": "elsewhere", "trackers": ["any"]})
     assert set(differing(config.model_dump(mode="json"), other.model_dump(mode="json"))) == EXECUTED
     assert identity(config) == identity(other)

@@ -81,7 +81,7 @@ def test_a_weight_alone_and_a_section_with_it_are_the_same_recipe():
         ({"kind": "e2e", "terms": {"next_cosine": {"weight": 1, "ahed": 2}}}, "ahed.*did you mean 'ahead'"),
         ({"kind": "e2e", "terms": {"next_cosine": {"ahead": 2}}}, "weight: this key is required"),
         ({"kind": "e2e", "terms": 3}, "terms"),
-        ({}, "give kind .local, e2e, e2e_ds., or a weight"),
+        ({}, "give kind .local, e2e, e2e_ds, horizon, finetune., or a weight"),
     ],
 )
 def test_a_recipe_that_has_it_wrong_is_refused(fields, says):
