@@ -193,6 +193,7 @@ def llama_scope(gate, include=True):
 
     config = {"hook_point_in": "blocks.3.mlp_in", "hook_point_out": "blocks.3.hook_mlp_out", "act_fn": "jumprelu"}
     config |= {"jump_relu_threshold": 0.4, "d_model": D, "d_sae": F, "top_k": 50, "norm_activation": "dataset-wise"}
+    config |= {"apply_decoder_bias_to_pre_encoder": False}
     config |= {"dataset_average_activation_norm": {"in": NORM_IN, "out": NORM_OUT}}
     config |= {"sparsity_include_decoder_norm": include, **({"gate": gate} if gate else {})}
     folder, about = "Llama3_1-8B-L3M-2x", {**MLP, "model_name": "meta-llama/Llama-3.1-8B", "stated_l0": 50.0}

@@ -4,6 +4,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,17 @@ def test_settings_that_are_not_understood_are_refused(tmp_path, name, config, sa
     with pytest.raises(FormatError, match=says) as refused:
         load(KINDS[name].but(config).made(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+def test_llama_scopes_own_defaults_hold_where_nothing_is_said(tmp_path):
+    """lm-saes subtracts the decoder's bias, and takes the norm of each token, unless a file says otherwise."""
+    kind = KINDS["llama-scope"]
+    for key, says in (("apply_decoder_bias_to_pre_encoder", "True"), ("norm_activation", "'token-wise'")):
+        path = replace(kind, config={name: kind.config[name] for name in kind.config if name != key}).made(
+            tmp_path / key
+        )
+        with pytest.raises(FormatError, match=f"{key} is {says}"):
+            SAE.load(path)
 
 
 @pytest.mark.parametrize("kind", CONFIGURED.values(), ids=CONFIGURED)

@@ -24,7 +24,8 @@ themselves, likewise in two steps, of which the second fails where latents or ou
     rival/bin/python tools/rival_fixtures.py read FOLDER sae-lens   # or another of `formats_read.PACKAGES`
 
 `e2e-sae` needs e2e-sae 2.1.1; `openai` the repository openai/sparse_autoencoder on PYTHONPATH; `llamascopium`
-OpenMOSS/Language-Model-SAEs there, `src`, and beside SAELens the packages that it imports.
+OpenMOSS/Language-Model-SAEs there, `src`, and beside SAELens the packages that it imports; `lm-saes` the same as it was
+in December 2024 (2320def2).
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> int:
     commands.add_parser("made", help="make a file of each format, with endwise").add_argument("folder", type=Path)
     reading = commands.add_parser("read", help="open them in the package")
     reading.add_argument("folder", type=Path)
-    reading.add_argument("package", choices=[*RIVALS, "e2e-sae", "llamascopium", "openai"])
+    reading.add_argument("package", choices=[*RIVALS, "e2e-sae", "llamascopium", "lm-saes", "openai"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

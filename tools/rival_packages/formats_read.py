@@ -63,7 +63,7 @@ def read(folder: Path, package: str) -> int:
         with torch.no_grad():
             found = openers[about["format"]](folder / about["path"], given["inputs"])
         if found is None:
-            sys.stdout.write(f"{name}: of a version that the package does not open\n")
+            sys.stdout.write(f"{name}: not a file of this version of the package\n")
             continue
         apart = [
             _apart(theirs, given[f"{name}.{what}"]) for what, theirs in zip(("latents", "outputs"), found, strict=True)
@@ -176,8 +176,19 @@ def _by_llamascopium(path: Path, x: Tensor) -> tuple[Tensor, Tensor] | None:
     return (latents * sae.W_D.norm(dim=1) if sae.cfg.act_fn == "topk" else latents), output
 
 
+def _by_lm_saes(path: Path, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """By the package of the release; the other readings that `gate` names are not its own."""
+    if "gate" in json.loads((path / "hyperparams.json").read_text()):
+        return None
+    coder: Any = importlib.import_module("lm_saes.sae").SparseAutoEncoder
+    sae = coder.from_pretrained(str(path), device="cpu", dtype=torch.float32)
+    latents = sae.encode(x)
+    return latents, sae.decode(latents)
+
+
 PACKAGES: Mapping[str, Mapping[str, Callable[[Path, Tensor], tuple[Tensor, Tensor] | None]]] = {
     "eai-sparsify": {"sparsify": _by_sparsify},
+    "lm-saes": {"llama-scope": _by_lm_saes},
     "llamascopium": {"llamascopium": _by_llamascopium},
     "openai": {"openai": _by_openai},
     "e2e-sae": {"e2e_sae": _by_e2e_sae},

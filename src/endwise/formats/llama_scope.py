@@ -48,9 +48,9 @@ class LlamaScope(Format):
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, weights, config = path / CONFIG_FILE, path / WEIGHTS_FILE, config_at(path / CONFIG_FILE)
         known(file, config, "act_fn", ("jumprelu",))
-        for key, value in (("use_glu_encoder", False), ("apply_decoder_bias_to_pre_encoder", False)):
-            known(file, config, key, (value,), value)
-        known(file, config, "norm_activation", ("dataset-wise",), "dataset-wise")
+        known(file, config, "use_glu_encoder", (False,), False)
+        known(file, config, "apply_decoder_bias_to_pre_encoder", (False,), True)  # lm-saes's own defaults, from here on
+        known(file, config, "norm_activation", ("dataset-wise",), "token-wise")
         tensors = checked(weights, taken(weights, safetensors_at(weights), _NAMES))
         d_model, threshold, norm = whole(file, config, "d_model"), config.get("jump_relu_threshold"), {}
         if isinstance(config.get("dataset_average_activation_norm"), dict):
