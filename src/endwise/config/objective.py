@@ -47,7 +47,7 @@ COLUMNS = (
 COEFFICIENT = "_coefficient"
 """End of the name of a column that holds a term's weight, where it changes."""
 
-TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.objectives")
+TERMS: "Registry[type[Term]]" = Registry("terms", "endwise.training.terms")
 """Every term that a recipe can name."""
 NonNegative = Annotated[float, Field(ge=0)]
 Balance = Literal["loss", "gradient"]

@@ -394,6 +394,3 @@ def downstream_sites(
 def scales_at(sites: Sequence[Site], settings: Mapping[str, Any], model: LanguageModel) -> tuple[ErrorScale, ...]:
     """Return what squared errors at the sites are divided by; none where they are absolute."""
     return tuple(ErrorScale(site, model.device) for site in sites) if settings.get("errors") == "relative" else ()
-
-
-import endwise.training.kl_subset  # noqa: E402, F401  It adds its term, which is made of what stands above.
