@@ -66,8 +66,10 @@ class Rows:
                     write_json(self.folder / f"{failure.folder.name}.json", {"failed": str(failure.error), **machine()})
             seconds = (time.monotonic() - start) / len(configs)
             saes = {run.folder.name: SAE.load(run.folder) for run in runs}
-            measured = {"folders": [run.folder for run in runs], "model": model, "corpora": corpora}
-            carried = measure_importance(**measured, tokens=IMPORTANCE_TOKENS, ablate=0) if self.importance else {}
+            carried = {}
+            if self.importance:
+                folders = [run.folder for run in runs]
+                carried = measure_importance(folders, tokens=IMPORTANCE_TOKENS, ablate=0, model=model, corpora=corpora)
             placed_saes = {name: (model.place(first.place), sae) for name, sae in saes.items()}
             reported = measure(model, placed_saes, corpora.heldout, first.evaluation)
             tuned = measure(model, placed_saes, corpora.heldout, tuning, baselines=False)
