@@ -183,7 +183,7 @@ def write_said(run, told) -> None:
     write_explanations(run, rows, {})
 
 
-def write_foretold(run, of) -> None:
+def write_predicted(run, of) -> None:
     """Patterns as `endwise patterns` writes them, with an F1 of 0.8, a precision of 0.9 and a recall of 0.7.
 
     Args:

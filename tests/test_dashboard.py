@@ -28,7 +28,7 @@ from endwise.dictionaries import SAE
 from endwise.features.harvest.results import TOP, read_harvest
 from endwise.figures.style import COLOURS
 from made_dictionaries import directions, write_run
-from made_harvests import write_foretold, write_harvested_run, write_said
+from made_harvests import write_harvested_run, write_predicted, write_said
 
 FEATURES = 2 * SHARD + 20
 
@@ -55,7 +55,7 @@ def place(tmp_path_factory):
         write_harvested_run(folder / "e2e", FEATURES, kind="e2e", seed=1, measured=False),
     ]
     write_said(runs[0], {0: (f"the end of a text {HOSTILE}", 0.9, 0.7), 3: ("threes", None, None)})
-    write_foretold(runs[0], {0: [frozenset({5}), None, frozenset(range(20, 32))], 3: [frozenset({7})]})
+    write_predicted(runs[0], {0: [frozenset({5}), None, frozenset(range(20, 32))], 3: [frozenset({7})]})
     page = write_dashboard(runs)
     site = received(page.parent / "data" / "site.js")
     return runs, page.parent, [page.parent / site["data"] / str(number) for number in range(2)], site

@@ -14,7 +14,7 @@ from endwise.common.text import printable
 from endwise.dashboard import write_dashboard
 from endwise.dashboard.serving import dashboard_server
 from endwise.features.harvest.results import TOP, read_harvest
-from made_harvests import write_foretold, write_harvested_run, write_said
+from made_harvests import write_harvested_run, write_predicted, write_said
 from small_gpt2 import SITE
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -106,7 +106,7 @@ def one(runs):
 @pytest.fixture(scope="module")
 def site(runs, one):
     """Of all runs, the first explained, which it was not when `one` was written."""
-    write_foretold(runs[0], {0: [frozenset({5, 6}), None]})
+    write_predicted(runs[0], {0: [frozenset({5, 6}), None]})
     write_said(runs[0], {0: ("ends of texts", 0.93, 0.71), 1: ("something with exclamation", 0.81, None)})
     return write_dashboard(runs).as_uri()
 
@@ -119,7 +119,7 @@ def hostile(tmp_path_factory):
     run = write_harvested_run(folder, 60, texts=texts, groups=SOME, width=load_model().width(SITE))
     said = {feature: ATTACKS[feature % len(ATTACKS)] * 2 for feature in range(60)}
     write_said(run, {feature: (text, 0.5, None) for feature, text in said.items()})
-    write_foretold(run, {feature: [frozenset({feature})] for feature in range(60)})
+    write_predicted(run, {feature: [frozenset({feature})] for feature in range(60)})
     return run, write_dashboard([run]), said
 
 
@@ -275,10 +275,10 @@ def test_a_feature_shows_what_the_harvest_says(opened, site, runs):
     row = harvest.features.slice(0, 1).to_pylist()[0]
     assert page.locator("h1").inner_text() == "Feature 0"
     assert page.locator(".title .explanation").inner_text() == "ends of texts detection 0.93 fuzzing 0.71"
-    foretold = page.locator(".card", has_text="Patterns that foretell it")
+    predicted = page.locator(".card", has_text="Patterns that predict it")
     either = f"{written(harvest, 5)} | {written(harvest, 6)}"
-    assert foretold.locator(".place, .any").all_inner_texts() == [either, "any"]
-    assert "F1 0.8 (precision 0.9, recall 0.7), correlation 0.6" in foretold.inner_text()
+    assert predicted.locator(".place, .any").all_inner_texts() == [either, "any"]
+    assert "F1 0.8 (precision 0.9, recall 0.7), correlation 0.6" in predicted.inner_text()
     assert "0.3 %" in page.locator(".tiles").inner_text() and "1,200" in page.locator(".tiles").inner_text()
     assert page.locator(".histogram .bar-of").count() == len(row["histogram"])
     tall = page.locator(".histogram .bar-of").evaluate_all(

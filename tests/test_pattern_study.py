@@ -139,12 +139,12 @@ def test_a_run_that_was_not_measured_is_no_subject_of_a_comparison(runs, model, 
         patterns(runs, settings=SETTINGS, model=model, corpora=corpora)
 
 
-def foretold(kind, f1, shuffled, seed=0, features=40):
+def predicted(kind, f1, shuffled, seed=0, features=40):
     """A run whose features' F1 lie evenly 0.1 around a mean; one further feature is dead."""
     around = np.linspace(-0.1, 0.1, features)
     count, nothing = features + 1, [None]
     columns = {name: [100] * features + [0] for name in ("firings", "sampled", "served", "patterns")}
-    columns |= {name: [50] * features + [0] for name in ("fired", "foretold", "both")}
+    columns |= {name: [50] * features + [0] for name in ("fired", "predicted", "both")}
     columns |= {"f1": [*(f1 + around), *nothing], "f1.shuffled": [*(shuffled + around[::-1]), *nothing]}
     columns |= {"explained": [*(f1 + around >= 0.5).astype(float), *nothing]}
     columns |= {name: [0.5] * features + nothing for name in ("precision", "recall", "correlation")}
@@ -161,7 +161,7 @@ def foretold(kind, f1, shuffled, seed=0, features=40):
 
 
 def study(seeds=(0, 1, 2), **means):
-    runs = tuple(foretold(kind, f1, 0.1, seed) for kind, f1 in means.items() for seed in seeds)
+    runs = tuple(predicted(kind, f1, 0.1, seed) for kind, f1 in means.items() for seed in seeds)
     return PatternStudy(Setting.of(runs[0].summary), runs)
 
 
@@ -169,7 +169,7 @@ def test_kinds_are_compared_by_f1():
     found = study(local=0.4, e2e_ds=0.5)
     verdicts = {claim.claim: claim.verdict for claim in found.claims}
     assert verdicts == {
-        f"At similar {at}, patterns foretell e2e+ds's features better than local's": "shown"
+        f"At similar {at}, patterns predict e2e+ds's features better than local's": "shown"
         for at in ("CE increase", "L0")
     }
     assert "f1 +0.100 [" in found.claims[0].ours and "40 features each" in found.claims[0].ours

@@ -10,7 +10,7 @@ from endwise import ReluSAE
 from endwise.common.errors import ConfigError
 from endwise.features.patterns.run import Making, patterns_of
 from endwise.features.patterns.sampling import Half, sample
-from endwise.features.patterns.scores import ForetoldSums, exchanged
+from endwise.features.patterns.scores import PredictedSums, exchanged
 from endwise.features.patterns.settings import PatternSettings
 from endwise.features.patterns.short_texts import ShortTexts, distinct
 from endwise.features.patterns.substitution import Substitutes
@@ -63,7 +63,7 @@ def test_the_pattern_of_a_planted_feature_is_its_trigger(made, name):
 
 
 @pytest.mark.parametrize("name", [name for name, patterns in WANTED.items() if patterns])
-def test_a_planted_trigger_foretells_its_feature(made, name):
+def test_a_planted_trigger_predicts_its_feature(made, name):
     feature = list(PLANTED).index(name)
     assert made.values("f1")[feature] == pytest.approx(1, abs=1e-9)
     assert made.values("explained")[feature] == 1
@@ -85,14 +85,14 @@ def test_a_feature_that_never_fires_is_not_scored(made):
     assert np.isnan([made.values(name)[feature] for name in ("f1", "recall", "correlation", "explained")]).all()
 
 
-def test_another_features_patterns_foretell_little(made):
+def test_another_features_patterns_predict_little(made):
     local = [list(PLANTED).index(name) for name in ("token", "bigram", "pair with a gap", "either of two")]
     shuffled = made.values("f1.shuffled")[local]
     assert (shuffled < 0.2).all()  # what chance gives a feature of this density beside one that always fires
     assert np.abs(made.values("correlation.shuffled")[local]).max() < 0.1
 
 
-def test_random_directions_are_foretold_worse_than_features_that_read_few_tokens(made):
+def test_random_directions_are_predicted_worse_than_features_that_read_few_tokens(made):
     random = made.values("f1.random")
     assert 0 < len(random) <= 7  # as many as there are features whose density they could take over
     sparse = made.values("firings.random") < 1000
@@ -267,7 +267,7 @@ def test_scores_are_their_definitions(small):
     watched = found.watched
     made = patterns_of(range(watched.count), found, ShortTexts(watched, first.before), substitutes, settings)
     of = exchanged(np.arange(12), watched.count, 0)
-    own, others = small._foretell(watched, made, second, of, lambda _: None)
+    own, others = small._predict(watched, made, second, of, lambda _: None)
     batch = small.corpus.batch(second.sequences)
     y = watched.values(watched.read(batch.tokens, batch.mask)[0].flatten(0, 1)).double().numpy()
     y = np.where(batch.mask.flatten().numpy()[:, None], y, 0)
@@ -275,17 +275,17 @@ def test_scores_are_their_definitions(small):
     for (row, feature), activation in naive_matches(made, batch.tokens, 0).items():
         x[row, feature] = activation if batch.mask.flatten()[row] else 0
     assert sorted(of.tolist()) == list(range(watched.count)) and (of[:12] != np.arange(12)).all()
-    for result, foretold in ((own, x), (others, x[:, of])):
-        both = ((y > 0) & (foretold > 0)).sum(0)
+    for result, predicted in ((own, x), (others, x[:, of])):
+        both = ((y > 0) & (predicted > 0)).sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            np.testing.assert_allclose(result.precision, both / (foretold > 0).sum(0))
+            np.testing.assert_allclose(result.precision, both / (predicted > 0).sum(0))
             np.testing.assert_allclose(result.recall, both / (y > 0).sum(0))
             harmonic = 2 / (1 / result.precision + 1 / result.recall)
             np.testing.assert_allclose(result.f1[both > 0], harmonic[both > 0])
         assert (result.f1[(both == 0) & ((y > 0).sum(0) > 0)] == 0).all()
         for feature in range(watched.count):
-            if y[:, feature].std() and foretold[:, feature].std():
-                expected = np.corrcoef(y[:, feature], foretold[:, feature])[0, 1]
+            if y[:, feature].std() and predicted[:, feature].std():
+                expected = np.corrcoef(y[:, feature], predicted[:, feature])[0, 1]
                 assert result.correlation[feature] == pytest.approx(expected, abs=1e-9)
 
 
@@ -307,7 +307,7 @@ def test_sums_are_the_same_however_the_text_is_divided(small):
     order = [np.lexsort((*each.windows.T, each.activations, each.features)) for each in (found, other)]
     assert (found.windows[order[0]] == other.windows[order[1]]).all()
     assert (found.firings == other.firings).all()
-    assert ForetoldSums(3).result().f1.shape == (3,)
+    assert PredictedSums(3).result().f1.shape == (3,)
 
 
 @pytest.mark.parametrize(

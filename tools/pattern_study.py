@@ -1,4 +1,4 @@
-"""Compare kinds by how well patterns foretell their features: `python tools/pattern_study.py --keep FOLDER`.
+"""Compare kinds by how well patterns predict their features: `python tools/pattern_study.py --keep FOLDER`.
 
 The runs are some of tools/dictionary_study.py's: at layer 3, at levels where their CE increases or their L0s are
 similar, three seeds. Those that FOLDER does not hold yet, under the hash of the recipe, are trained; each is measured,

@@ -1,4 +1,4 @@
-"""Interpretability of features, method by method: how well explanations by a language model foretell them.
+"""Interpretability of features, method by method: how well explanations by a language model predict them.
 
 Runs are compared where their recipes may be (see `pareto`) and their explanations were made and scored alike.
 """

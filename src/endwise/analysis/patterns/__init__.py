@@ -1,1 +1,1 @@
-"""How well patterns of tokens foretell where features fire, kind by kind."""
+"""How well patterns of tokens predict where features fire, kind by kind."""

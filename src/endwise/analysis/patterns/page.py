@@ -43,7 +43,7 @@ def score_chart(found: PatternStudy, at: At, name: str) -> Chart:
         f"or more in each half of the text. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, "
         "the hollow mark the mean."
     )
-    title = f"How well patterns foretell where features fire, at similar {AT[at]}"
+    title = f"How well patterns predict where features fire, at similar {AT[at]}"
     return Chart(name, title, caption, panels(found, at, DRAWN, _titles, _hovers))
 
 
@@ -92,7 +92,7 @@ def write_patterns_page(found: Sequence[PatternStudy], out: Path) -> Path:
         out,
         "patterns",
         title="Features explained by patterns",
-        lead=f"{sum(map(_features, runs)):,} features of {len(runs)} sparse autoencoders, foretold by the few tokens "
+        lead=f"{sum(map(_features, runs)):,} features of {len(runs)} sparse autoencoders, predicted by the few tokens "
         "that make them fire; only runs of one set are compared.",
         tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
         charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],

@@ -62,7 +62,7 @@ class PatternStudy(ScoredSet[PatternRun]):
         present = set(self.methods)
         return tuple(
             self.claim(
-                f"At similar {AT[at]}, patterns foretell {one.label}'s features better than {other.label}'s",
+                f"At similar {AT[at]}, patterns predict {one.label}'s features better than {other.label}'s",
                 None,
                 at,
                 (one, other),

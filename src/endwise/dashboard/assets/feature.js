@@ -76,7 +76,7 @@ const feature = {
     return el("section.card", {}, el("h2", {}, title), ...content);
   },
 
-  // What foretells it, of `endwise patterns`: for each place the tokens that serve, or any.
+  // What predicts it, of `endwise patterns`: for each place the tokens that serve, or any.
   patterns(page) {
     if (!page.p) return null;
     const [f1, precision, recall, correlation] = page.p.s.map((value) => write.number(value));
@@ -91,7 +91,7 @@ const feature = {
       el("li", {}, el("span.activation", { title: `Mean of ${contexts} contexts` }, write.number(activation, 3, true)), el("p", {}, places.map(place))));
     const rest = page.p.n > rows.length ? ` ${page.p.n - rows.length} more are not shown.` : "";
     const none = rows.length ? "" : "No few tokens keep its activation. ";
-    return this.card("Patterns that foretell it", rows.length ? el("ol.patterns", {}, rows) : null, el("p.note", {}, `${none}${scores}${rest}`));
+    return this.card("Patterns that predict it", rows.length ? el("ol.patterns", {}, rows) : null, el("p.note", {}, `${none}${scores}${rest}`));
   },
 
   contexts(page, max) {

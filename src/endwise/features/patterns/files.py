@@ -37,7 +37,7 @@ PATTERN_SCHEMA = pa.schema(
         "text": pa.string(),  # for a reader
     }
 )
-COUNTS = ("firings", "sampled", "served", "patterns", "fired", "foretold", "both")
+COUNTS = ("firings", "sampled", "served", "patterns", "fired", "predicted", "both")
 """Firings in the first half; contexts drawn of them, and those that a suffix serves; patterns; and in the second half
 tokens at which it fires, at which a pattern fits, and both."""
 MEASURES = ("f1", "precision", "recall", "correlation", "explained")
@@ -54,7 +54,7 @@ SCORE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Patterns:
-    """All patterns of a run, and how well they foretell."""
+    """All patterns of a run, and how well they predict."""
 
     patterns: Mapping[int, Sequence[Pattern]]
     """By feature, those of most contexts first; of features that have any."""

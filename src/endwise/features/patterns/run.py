@@ -1,4 +1,4 @@
-"""`find_patterns`: patterns of the features of finished runs and how well they foretell, resumed where stopped."""
+"""`find_patterns`: patterns of the features of finished runs and how well they predict, resumed where stopped."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from endwise.features.patterns.files import (
     write_patterns,
 )
 from endwise.features.patterns.sampling import Advance, ContextSample, Half, sample
-from endwise.features.patterns.scores import Foretold, ForetoldSums, exchanged
+from endwise.features.patterns.scores import Predicted, PredictedSums, exchanged
 from endwise.features.patterns.settings import PatternSettings
 from endwise.features.patterns.short_texts import ShortTexts
 from endwise.features.patterns.substitution import Substitutes, generalised
@@ -147,11 +147,11 @@ class Making:
             patterns = self._patterns(PatternParts(run, self.record), found, texts, settings, block, advance)
         own = [each for each in patterns if each.feature < self.sae.d_sae]
         of = exchanged(np.unique([each.feature for each in own]).astype(np.int64), found.watched.count, settings.seed)
-        with counting("foretelling", len(second.sequences), display) as advance:
-            foretold = self._foretell(found.watched, patterns, second, of, advance)
-        scores = score_table(found, patterns, *foretold, settings)
+        with counting("predicting", len(second.sequences), display) as advance:
+            predicted = self._predict(found.watched, patterns, second, of, advance)
+        scores = score_table(found, patterns, *predicted, settings)
         texts_of_own = [_text(each.labels, self.model) for each in own]
-        return Patterns.of(own, texts_of_own, scores, self._about(first, second, foretold[0].tokens))
+        return Patterns.of(own, texts_of_own, scores, self._about(first, second, predicted[0].tokens))
 
     def _halves(self, batch: int) -> tuple[Half, Half]:
         sequences = self.record["tokens"] // self.corpus.context
@@ -204,12 +204,12 @@ class Making:
                     raise Interrupted(f"Stopped; what was found is saved. Resume with the same command: {again}")
         return patterns
 
-    def _foretell(
+    def _predict(
         self, watched: Watched, patterns: Sequence[Pattern], text: Half, of: NDArray[np.int64], advance: Advance
-    ) -> tuple[Foretold, Foretold]:
+    ) -> tuple[Predicted, Predicted]:
         """Sums over the second half, with patterns of a feature's own and with another's."""
         tries = Tries(patterns, self.model.vocab_size)
-        own, others = ForetoldSums(watched.count), ForetoldSums(watched.count, of)
+        own, others = PredictedSums(watched.count), PredictedSums(watched.count, of)
         for numbers, batch in text.batches(self.model, advance):
             read, mask = watched.read(batch.tokens, batch.mask)
             firings = watched.firings(read, mask, numbers)
@@ -225,7 +225,7 @@ class Making:
             "d_sae": self.sae.d_sae,
             "corpus": self.corpus.describe(),
             "sequences": [len(first.sequences), len(second.sequences)],
-            "foretold_tokens": tokens,
+            "predicted_tokens": tokens,
             "settings": self.record,
         }
 
@@ -243,7 +243,7 @@ def patterns_of(
 
 
 def score_table(
-    found: ContextSample, patterns: Sequence[Pattern], own: Foretold, others: Foretold, settings: PatternSettings
+    found: ContextSample, patterns: Sequence[Pattern], own: Predicted, others: Predicted, settings: PatternSettings
 ) -> pa.Table:
     """`SCORE_SCHEMA`: of every feature, and of the random directions that were given a threshold."""
     count, d_sae = found.watched.count, found.watched.sae.d_sae
@@ -261,7 +261,7 @@ def score_table(
         "sampled": np.bincount(found.features, minlength=count),
         "served": served.astype(np.int64),
         "patterns": np.bincount(of, minlength=count),
-        **{name: getattr(own, name) for name in ("fired", "foretold", "both")},
+        **{name: getattr(own, name) for name in ("fired", "predicted", "both")},
         **measures,
         "explained": np.where(scored, own.f1 >= settings.explained, np.nan),
         "f1.shuffled": np.where(shuffled, others.f1, np.nan),

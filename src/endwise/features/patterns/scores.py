@@ -1,4 +1,4 @@
-"""How well patterns foretell where features fire on text that they were not made from, and how strongly."""
+"""How well patterns predict where features fire on text that they were not made from, and how strongly."""
 
 from dataclasses import dataclass
 
@@ -14,37 +14,37 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Predicted:
     """Sums over the tokens that count, `[features]` each."""
 
     tokens: int
     fired: Counts
     """Tokens at which the feature fires."""
-    foretold: Counts
+    predicted: Counts
     """Tokens at which a pattern fits."""
     both: Counts
     sums: Floats
-    """Σ y, Σ y², Σ x, Σ x², Σ xy of its activation y and the foretold one x, either 0 where there is none,
+    """Σ y, Σ y², Σ x, Σ x², Σ xy of its activation y and the predicted one x, either 0 where there is none,
     `[5 features]`."""
 
     @property
     def precision(self) -> Floats:
-        """Share of the tokens that are foretold at which it fires; NaN where none is foretold."""
-        return _ratio(self.both, self.foretold)
+        """Share of the tokens that are predicted at which it fires; NaN where none is predicted."""
+        return _ratio(self.both, self.predicted)
 
     @property
     def recall(self) -> Floats:
-        """Share of the tokens at which it fires that are foretold; NaN where it fires at none."""
+        """Share of the tokens at which it fires that are predicted; NaN where it fires at none."""
         return _ratio(self.both, self.fired)
 
     @property
     def f1(self) -> Floats:
-        """2 · both / (fired + foretold), the harmonic mean of precision and recall; 0 where nothing is foretold."""
-        return _ratio(2 * self.both, self.fired + self.foretold)
+        """2 · both / (fired + predicted), the harmonic mean of precision and recall; 0 where nothing is predicted."""
+        return _ratio(2 * self.both, self.fired + self.predicted)
 
     @property
     def correlation(self) -> Floats:
-        """Pearson's, over all tokens, of the activation and the foretold one; 0 where what is foretold is the same
+        """Pearson's, over all tokens, of the activation and the predicted one; 0 where what is predicted is the same
         everywhere, NaN where the activation is.
         """
         y, yy, x, xx, xy = self.sums
@@ -55,7 +55,7 @@ class Foretold:
         return np.where(variances[0] > 0, found, np.nan)
 
 
-class ForetoldSums:
+class PredictedSums:
     """
     Args:
         features: their number.
@@ -89,9 +89,9 @@ class ForetoldSums:
         for place, (some, weights) in enumerate(weighted):
             self._sums[place] += np.bincount(some, weights, minlength=size)
 
-    def result(self) -> Foretold:
-        fired, foretold, both = self._counts
-        return Foretold(self._tokens, fired, foretold, both, self._sums)
+    def result(self) -> Predicted:
+        fired, predicted, both = self._counts
+        return Predicted(self._tokens, fired, predicted, both, self._sums)
 
 
 def exchanged(features: NDArray[np.int64], count: int, seed: int) -> Counts:
