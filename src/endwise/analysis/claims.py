@@ -21,7 +21,7 @@ class Claim:
     """Numbers measured, with 95 % intervals; or why there are none. Parts are separated by `; `."""
     verdict: Verdict
     timed: bool = False
-    """It rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
+    """The claim rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
 
 
 def shown_if_all(holds: Sequence[bool]) -> Verdict:

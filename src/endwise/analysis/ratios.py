@@ -69,7 +69,7 @@ class Ratio:
     crossings: tuple[float, ...] = ()
     """Levels in that range at which it is 1, in passing from one side to the other."""
     seeds: int = 1
-    """That both methods have, and that determine a ratio each."""
+    """Seeds that both methods have, and that determine a ratio each."""
     varied: str = ""
     """Things that these seeds vary."""
     over_text: Ends | None = None

@@ -49,7 +49,7 @@ def _violin(run: ScoredRun, name: str, place: int, hovers: Sequence[str]) -> lis
 
 
 def told_of(runs: Iterable[S], features: Callable[[S], int]) -> str:
-    """What a caption says of the runs."""
+    """Words of a caption on the runs."""
     return ", ".join(
         f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f}, "
         f"L0 {run.summary.l0:.1f}, {features(run)} features)"

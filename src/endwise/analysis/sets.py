@@ -44,7 +44,7 @@ class RunSet(Generic[M]):
 
     @property
     def methods(self) -> list[Method]:
-        """Those that have runs, the presets first."""
+        """Methods that have runs, the presets first."""
         return methods_of(summaries(self))
 
     def closest(self, metric: str) -> tuple[M, ...]:

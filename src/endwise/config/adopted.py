@@ -35,7 +35,7 @@ class OriginConfig(Config):
     stated_l0: float | None = None
     """The mean number of active features that the file states."""
     remarks: tuple[str, ...] = ()
-    """What to beware of, found as it was read."""
+    """Caveats found as it was read."""
 
 
 class UnknownObjective(ObjectiveConfig):
@@ -100,7 +100,7 @@ class AdoptedConfig(RunConfig):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its file states and what to beware of, for remarks on its numbers."""
+        """Statements of its file and caveats, for remarks on its numbers."""
         return {"stated_l0": self.adopted.stated_l0, "remarks": list(self.adopted.remarks)}
 
     @property

@@ -17,7 +17,7 @@ class FieldMark(Enum):
     """Marks in the metadata of a field: `Annotated[int, EXECUTION]`."""
 
     EXECUTION = "execution"
-    """It says how something is executed. Of the numbers that are written it changes no more than the rounding."""
+    """A setting of how something is executed: it changes no more of the numbers written than their rounding."""
     SHARED = "shared"
     """SAEs that train in one pass agree in it."""
 

@@ -163,12 +163,12 @@ class PlacesConfig(Config):
 
     @property
     def dictionary(self) -> DictionaryConfig:
-        """That of the first place."""
+        """Dictionary of the first place."""
         return self.places[0].dictionary
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """That of the first place, whose terms of the spliced pass are those of all."""
+        """Objective of the first place, whose terms of the spliced pass are those of all."""
         return self.places[0].objective
 
     @property
@@ -195,7 +195,7 @@ class PlacesConfig(Config):
         return [self.recipe(place) for place in self.places]
 
     def recipe(self, place: PlaceConfig) -> RunConfig:
-        """That of one place by itself."""
+        """Recipe of one place by itself."""
         shared = {"model", "data", "training", "evaluation", "trackers", "phases"}
         return RunConfig.build({**self.model_dump(include=shared), **place.model_dump()}, "the recipe")
 

@@ -119,7 +119,7 @@ def _shards(
 
 
 def _patterns(patterns: Sequence[Pattern], texts: Texts, harvest: Harvest) -> list[list[Any]]:
-    """Of each pattern its places (the tokens that serve, and how many more there are; 0 where any does), its activation
+    """Places of each pattern (the tokens that serve, and how many more there are; 0 where any does), its activation
     and its contexts.
     """
     found = []

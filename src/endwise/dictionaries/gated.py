@@ -184,7 +184,7 @@ class DenseGated(DenseLatents):
     """ReLU(π)."""
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
-        """That of the gates."""
+        """Return the penalty of the gates."""
         return self.gates.penalty(p, mask)
 
 
@@ -196,5 +196,5 @@ class SparseGated(NearlySparseLatents):
     """ReLU(π)."""
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
-        """That of the gates."""
+        """Return the penalty of the gates."""
         return self.gates.penalty(p, mask)

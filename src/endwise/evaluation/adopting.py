@@ -223,7 +223,7 @@ def _corpora(model: LanguageModel, data: DataConfig, belongs: Belonging) -> tupl
 
 
 def _standing(found: Inspected, stored: Stored) -> list[str]:
-    """What was remarked as it was read, less what is settled where its model and place are known."""
+    """Remarks from reading, less those settled by a known model and place."""
     before, now = processing_remark(found.stored), processing_remark(stored)
     return [each for each in found.remarks if before is None or before not in each] + ([] if now is None else [now])
 

@@ -19,7 +19,7 @@ class Counting:
 
     @classmethod
     def of(cls, saes: Iterable[tuple[Place, SAE]]) -> "Counting":
-        """That of dictionaries which are in place at once; of one alone, its own."""
+        """Make it for dictionaries that are in place at once, or for one alone."""
         limits = {(place.reads, float(sae.norm_limit)) for place, sae in saes if sae.norm_limit is not None}
         return cls(tuple(sorted(limits)))
 

@@ -151,7 +151,7 @@ class RunSummary:
 
     @property
     def point(self) -> str:
-        """Where it stands among the runs of its method: `λ 3, seed 0`."""
+        """Label among the runs of its method: `λ 3, seed 0`."""
         return f"{self.knob}, seed {self.seed}" if self.trained_here else str(self.knob)
 
     @property

@@ -51,9 +51,9 @@ class ScoringSample:
     """Greatest of its activations in the texts that are shown."""
     shown: tuple[Text, ...]
     active: tuple[Text, ...]
-    """It fires in them; held out from those that are shown."""
+    """Contexts in which it fires, held out from those that are shown."""
     inactive: tuple[Text, ...]
-    """It is not known to fire in them."""
+    """Contexts in which it is not known to fire."""
 
 
 @dataclass(frozen=True)

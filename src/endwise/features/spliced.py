@@ -21,7 +21,7 @@ class SplicedBatch:
     """Some sequences with their clean pass, and what one SAE makes of it."""
 
     clean: Clean
-    """It recorded the site and the final hidden state."""
+    """Clean pass that recorded the site and the final hidden state."""
     site: Site
     """Site at which the reconstruction is put."""
     mask: TokenMask

@@ -33,7 +33,7 @@ class Mark:
     """95 % interval."""
     y_ends: Ends | None = None
     front: bool = False
-    """It lies on the Pareto front of its panel."""
+    """Marks a point on the Pareto front of its panel."""
 
 
 @dataclass(frozen=True)

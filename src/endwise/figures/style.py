@@ -154,7 +154,7 @@ def log_ticks(low: float, high: float, upright: bool = False) -> list[float]:
 
 
 def _apart(ticks: list[float], low: float, high: float, upright: bool) -> list[float]:
-    """Those whose labels leave each other room, from the lowest on."""
+    """Ticks whose labels leave each other room, from the lowest on."""
     kept = ticks[:1]
     for tick in ticks[1:]:
         letters = (len(tick_text(kept[-1])) + len(tick_text(tick))) / 2

@@ -1,4 +1,4 @@
-"""How far the features of an SAE moved: the cosine of each one's directions with their start."""
+"""Distance that the features of an SAE moved: the cosine of each one's directions with their start."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ from endwise.finetuning.result import Finetuned
 from endwise.finetuning.texts import BeforeAfter
 
 BINS = 40
-"""Of the histogram of cosines."""
+"""Bins of the histogram of cosines."""
 COURSE = (("CE increase", "ce_increase", "nats per token"), ("KL", "kl", "nats per token"), ("L0", "l0", "features"))
 """Panels of the course on held-out text: title, column, unit."""
 

@@ -32,7 +32,7 @@ STEERED, SAME_L0 = "objective.sparsity.target_l0", 1e-3
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """What a user says of a finetuning.
+    """Settings that a user gives a finetuning.
 
     Args:
         data: text, as `data.source` of a recipe.

@@ -1,4 +1,4 @@
-"""What came of tuning an SAE."""
+"""Result of tuning an SAE."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What every format of an SAE's file has in common: what a file tells, and how it is detected, read and written.
+"""Common ground of all formats of an SAE's file: contents, detection, reading and writing.
 
 A format is one file: a subclass of `Format` with a name, an instance of which `FORMATS.add` registers.
 """
@@ -18,7 +18,7 @@ from endwise.common.registry import Registry
 TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 """The tensors that all architectures have, and their axes."""
 SKIP = {"W_skip": ("d_out", "d_in")}
-"""What a transcoder with a linear path beside its features has besides."""
+"""Tensors of a transcoder with a linear path beside its features."""
 
 PROCESSING, FOLDED = "model_from_pretrained_kwargs", "fold_value_biases"
 """Key of an SAE's metadata for what TransformerLens does to the weights as it loads its model; a key within it."""
@@ -36,7 +36,7 @@ mean out in any case. It leaves others (RMSNorm) as they are, whatever was asked
 
 @dataclass(frozen=True)
 class Layout:
-    """What one architecture keeps in a file, by which anything else in it is noticed."""
+    """Tensors that one architecture keeps in a file; anything else in it is noticed."""
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
@@ -48,11 +48,11 @@ class Layout:
     rule: str = ""
     """The latents in symbols, of pre-activations z, with settings in braces; empty: the architecture's name."""
     norms: bool = False
-    """Whether it can stand behind a norm of each token, `normalize` of its configuration (`PER_TOKEN`)."""
+    """True where it can stand behind a norm of each token, `normalize` of its configuration (`PER_TOKEN`)."""
     transcodes: bool = False
-    """Whether it can be a transcoder, with a `d_out`."""
+    """True where it can be a transcoder, with a `d_out`."""
     skip: bool = False
-    """Whether its transcoders can have a skip connection."""
+    """True where its transcoders can have a skip connection."""
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of an SAE with this configuration, by name."""
@@ -78,13 +78,13 @@ class Stored:
     tensors: Mapping[str, Tensor]
     """`W_enc [d_in d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]`, and the architecture's own."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What says nothing of the function: where the SAE belongs, and how it was trained."""
+    """Entries that leave the function as it is: where the SAE belongs, and how it was trained."""
     subtracts_b_dec: bool = False
     """The file's rule: whether `b_dec` is subtracted from what is encoded."""
 
     @property
     def skips(self) -> bool:
-        """Whether a linear path runs beside the features."""
+        """True where a linear path runs beside the features."""
         return any(name in self.tensors for name in SKIP)
 
     @property
@@ -100,19 +100,19 @@ class Stored:
 
     @property
     def of_centred(self) -> bool:
-        """Whether TransformerLens was told to centre the weights of the model that it was trained on."""
+        """True where TransformerLens was told to centre the weights of the model that it was trained on."""
         return self._processing.get("center_writing_weights") is True
 
     @property
     def lacks_value_biases(self) -> bool:
-        """Whether it reads heads' results without their value biases, which TransformerLens was told to fold into what
-        attention adds to the residual stream.
+        """True where it reads heads' results without their value biases, which TransformerLens was told to fold into
+        what attention adds to the residual stream.
         """
         return self._of_heads and self._processing.get(FOLDED) is True
 
     @property
     def of_unknown_processing(self) -> bool:
-        """Whether what TransformerLens did to the model may have changed what it reads, and is not undone."""
+        """True where TransformerLens may have changed what it reads, and that is not undone."""
         return self.of_centred and self.norm is None and not (self._of_heads and self._processing.get(FOLDED) is False)
 
     @property
@@ -121,7 +121,7 @@ class Stored:
 
     @property
     def _processing(self) -> Mapping[str, Any]:
-        """What TransformerLens was told to do to the model's weights."""
+        """Changes to the model's weights that TransformerLens was told to make."""
         given = self.metadata.get(PROCESSING)
         return given if isinstance(given, Mapping) else {}
 
@@ -147,7 +147,7 @@ class Stored:
 
     @property
     def transcodes(self) -> bool:
-        """Whether its result stands for another site than the one it reads, as its widths, tensors or metadata tell."""
+        """True where its result stands for another site than the one it reads, by its widths, tensors or metadata."""
         d_in, of = self.config["d_in"], self.metadata
         elsewhere = of.get("hook_name_out") not in (None, of.get("hook_name"))
         return self.skips or elsewhere or self.config.get("d_out", d_in) != d_in
@@ -191,7 +191,7 @@ class Format(ABC):
 
     @abstractmethod
     def detects(self, path: Path) -> bool:
-        """Whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
+        """Tell whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
 
     @abstractmethod
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
@@ -217,7 +217,7 @@ class Format(ABC):
 
     @property
     def writes(self) -> bool:
-        """Whether SAEs are written in it."""
+        """True where SAEs are written in it."""
         return type(self).write is not Format.write
 
     @abstractmethod

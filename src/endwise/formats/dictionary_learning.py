@@ -46,7 +46,7 @@ class _Class:
     """By our name."""
     names: Named
     subtracts: bool
-    """Whether it subtracts b_dec."""
+    """True where it subtracts b_dec."""
     left: tuple[str, ...] = ()
     """Tensors of a file that say nothing of the function."""
 

@@ -1,4 +1,4 @@
-"""Which format an SAE has, by its path or its name (`naming`), and reading it by that."""
+"""Detection of an SAE's format, by its path or its name (`naming`), and reading by that."""
 
 import warnings
 from collections.abc import Mapping

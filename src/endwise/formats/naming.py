@@ -33,9 +33,9 @@ class OnHub:
     revision: str | None = None
     """A branch, tag or commit; None: `main`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the registry that names it tells, by SAELens's names; a file that says it is believed rather."""
+    """Entries of the registry that names it, by SAELens's names; its file's own take precedence."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """What the registry tells, whatever the file says."""
+    """Entries of the registry that take precedence over the file's."""
 
     def __str__(self) -> str:
         at = "" if self.revision is None else f"@{quote(self.revision, safe='')}"

@@ -17,7 +17,7 @@ from endwise.formats.reading import assembled, known, names_in, pickle_at, taken
 
 _NAMES = {"pre_bias": "b_dec", "encoder.weight": "W_enc.T", "latent_bias": "b_enc"}
 _DECODERS = {"decoder.weight": "W_dec.T", "decoder.linear.weight": "W_dec"}
-"""Of its own, and tied to the encoder."""
+"""Decoders of two kinds: its own, and tied to the encoder."""
 _LEFT = {
     "activation",
     "activation_state_dict",

@@ -1,4 +1,4 @@
-"""What readers of formats share: files of tensors and settings read without running or believing what they hold."""
+"""Reading of tensors and settings for all formats, without running or trusting what the files hold."""
 
 import re
 import warnings
@@ -126,7 +126,7 @@ READERS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = {
     ".pt": pickle_at,
     ".pth": pickle_at,
 }
-"""What reads a file of tensors, by the end of its name."""
+"""Readers of a file of tensors, by the end of its name."""
 
 
 def names_in(path: Path) -> frozenset[str]:

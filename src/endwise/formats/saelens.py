@@ -56,7 +56,7 @@ run_name eval_every_n_wandb_logs log_activations_store_to_wandb log_optimizer_st
 logger n_checkpoints checkpoint_path save_final_checkpoint output_path resume resume_from_checkpoint verbose
 n_batches_for_norm_estimate sparsity
 """
-"""Where the SAE belongs, and how it was trained, in the words of all of SAELens's versions."""
+"""Keys of where the SAE belongs and how it was trained, of all of SAELens's versions."""
 
 _ABOUT = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"} | {
     name: name
@@ -65,7 +65,7 @@ _ABOUT = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
         *("dataset_path", "neuronpedia_id", "seqpos_slice", "sae_lens_training_version"),
     )
 }
-"""What files before version 6 say of where an SAE belongs, with the names that it has under `metadata` since."""
+"""Keys before version 6 of where an SAE belongs, with their names under `metadata` since."""
 
 _FOLDED = {"topk": {"rescale_acts_by_decoder_norm"}}
 """An architecture's keys that are made part of the weights as they are read."""
@@ -78,7 +78,7 @@ _OTHERS = {
         "(save_inference_model)",
     ),
 }
-"""What else SAELens knows, and how each can be used."""
+"""Further keys of SAELens, and how each can be used."""
 _NORMALISATIONS = {
     **dict.fromkeys(PER_TOKEN, "of a transcoder SAELens applies it to the input and undoes it nowhere. Use it there"),
     "expected_average_only_in": (
@@ -216,7 +216,7 @@ def _architecture(cfg: Mapping[str, Any]) -> Any:
 
 
 def _k(file: Path, cfg: Mapping[str, Any]) -> int:
-    """How many features a token has; before version 6 it is an argument of the activation."""
+    """Features per token; before version 6 it is an argument of the activation."""
     arguments = cfg.get("activation_fn_kwargs")
     k = cfg.get("k", arguments.get("k") if isinstance(arguments, dict) else None)
     if type(k) is not int or not 1 <= k <= cfg["d_sae"]:

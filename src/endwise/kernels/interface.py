@@ -52,7 +52,7 @@ class Pairs:
         return len(self.row_starts)
 
     def where(self, kept: Bool[Tensor, " pairs"]) -> "Pairs":
-        """Those that are kept, of the same rows."""
+        """Latents that are kept, of the same rows."""
         rows = self.rows[kept]
         starts = torch.searchsorted(rows, torch.arange(self.n_rows, device=rows.device))
         return Pairs(rows, self.features[kept], starts, self.n_features)
@@ -72,7 +72,7 @@ class Found(NamedTuple):
     values: PerPair
 
     def where(self, kept: Bool[Tensor, " pairs"]) -> "Found":
-        """Those that are kept."""
+        """Latents that are kept."""
         return Found(self.pairs.where(kept), self.values[kept])
 
 

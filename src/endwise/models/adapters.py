@@ -45,7 +45,7 @@ class Adapter:
     base: str
     """Name of the model that it is based on."""
     revision: str | None
-    """Of the base, on the hub."""
+    """Revision of the base on the hub."""
     folder: Path
 
     def merged(self, model: Any, tokenizer: Any | None) -> Any:

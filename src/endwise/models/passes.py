@@ -9,7 +9,7 @@ from endwise.common.axes import Activation, AnyWidth, Tokens
 from endwise.models.sites import Site
 
 Act = Callable[[Tensor], Tensor | None]
-"""Is called with the value at a site; what it returns, unless None, takes the value's place."""
+"""Hook called with the value at a site; its result, unless None, takes the value's place."""
 Patch = Tensor | Callable[[Tensor], Tensor]
 
 

@@ -42,7 +42,7 @@ class Known:
     widths: dict[Site, int] = field(default_factory=dict)
     """Width of every site that has a value."""
     unspliceable: dict[Site, str] = field(default_factory=dict)
-    """Those that cannot be spliced at, each with the reason."""
+    """Sites that cannot be spliced at, each with the reason."""
     absent: dict[Site, str] = field(default_factory=dict)
     """Sites that one might look for, each with why the model has none."""
     returns: dict[nn.Module, int | None] = field(default_factory=dict)

@@ -53,9 +53,9 @@ class CostPoint:
     reason: str | None
     """Reason why there is none."""
     by_seed: Mapping[Seeds, float] = field(default_factory=dict)
-    """It of each seed."""
+    """Value of each seed."""
     draws: Mapping[Seeds, Floats] = field(default_factory=dict, repr=False, compare=False)
-    """It of each seed in each resample of the held-out text, which are the same for all variants; NaN where one
+    """Value of each seed in each resample of the held-out text, which are the same for all variants; NaN where one
     determines none."""
 
     def relative_to(self, reference: "CostPoint") -> Ratio:

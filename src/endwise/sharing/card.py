@@ -25,7 +25,7 @@ BEGIN, END = "<!-- endwise: from here -->", "<!-- endwise: to here -->"
 _FIGURES = "figures"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MARKS = re.compile(r"[|*`\[\]\\#~$]|(?<!\w)_|_(?!\w)")
-"""What Markdown takes for more than itself; an underscore within a word is one."""
+"""Characters that Markdown reads as markup; an underscore within a word is one."""
 _AXES = {"l0": "L0", "alive": "alive features", "ce_increase": "CE increase", "kl": "KL"}
 _NUMBERS = (
     ("L0", measured("l0", ".1f")),

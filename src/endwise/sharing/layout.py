@@ -35,7 +35,7 @@ FILES = (
     *("config.yaml", "data.json", "digests.json", "environment.json", "start.json", PART),
     *("evaluation.json", "evaluation_sums.safetensors", "evaluation_firings.safetensors"),
 )
-"""What goes up of a run folder beside its SAE."""
+"""Files of a run folder that go up beside its SAE."""
 _OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache", "activations", "trackers")
 """Keys that say where a run lay, how it was started, and who was told of it."""
 _HEADER = 8

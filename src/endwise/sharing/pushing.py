@@ -18,7 +18,7 @@ from endwise.sharing.layout import OWN, pushed, restored, stage
 
 @dataclass(frozen=True)
 class Push:
-    """What was pushed, or would be."""
+    """Files that were pushed, or would be."""
 
     repo: str
     files: dict[str, int]

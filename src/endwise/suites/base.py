@@ -30,8 +30,8 @@ class Suite(ABC, Generic[Given]):
     module: ClassVar[str]
     """The module by which an environment is asked if it is there."""
     program: ClassVar[Path]
-    """What its interpreter runs, in a folder of its own: it reads `job.json` (`inside/opening.py` says what is in it),
-    keeps what it makes in `results/` and `cache/`, and at the end writes its numbers as an object, `done.json`.
+    """Program that its interpreter runs, in a folder of its own: it reads `job.json` (see `inside/opening.py`), keeps
+    what it makes in `results/` and `cache/`, and at the end writes its numbers as an object, `done.json`.
     """
     Settings: ClassVar[Any]
     """Class of its settings: a `Config`."""

@@ -50,12 +50,12 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Bench:
-    """What a suite found."""
+    """Results of a suite."""
 
     file: Path
     numbers: Mapping[str, float]
     ours: Mapping[str, float]
-    """What `endwise evaluate` found on the same text, of numbers that both have."""
+    """Results of `endwise evaluate` on the same text, of numbers that both have."""
 
 
 class Benching:

@@ -206,7 +206,7 @@ class _Queue:
         return self._ids is None or job_id in self._ids
 
     def forget(self) -> None:
-        """Has the next question asked again."""
+        """Have the next question asked again."""
         self._looked = -math.inf
 
 

@@ -70,7 +70,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _ended(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        """Those that have ended, after waiting for about a second."""
+        """Return jobs that have ended, after waiting for about a second."""
 
     @abstractmethod
     def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
@@ -82,7 +82,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _ask_to_stop(self, jobs: Sequence[Any]) -> None:
-        """Has running jobs save and end, and takes back those that have not begun."""
+        """Have running jobs save and end, and take back those that have not begun."""
 
     @abstractmethod
     def _kill(self, jobs: Sequence[Any]) -> None:

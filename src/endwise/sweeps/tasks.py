@@ -233,7 +233,7 @@ def _in_halves(act: Callable[[list[Recipe]], _Errors], configs: list[Recipe], er
 
 
 def _sorted_out(configs: Iterable[Recipe], done: Callable[[Recipe], bool]) -> tuple[list[Recipe], _Errors]:
-    """Those of which something is not done, and what is wrong with those of which that cannot be said."""
+    """Return tasks that are not done, and the faults of those whose state cannot be read."""
     waiting: list[Recipe] = []
     errors: _Errors = {}
     for config in configs:

@@ -37,7 +37,7 @@ class RunStatus:
     config: Recipe
     state: str = "waiting"
     tokens: int = 0
-    """That it was trained on."""
+    """Tokens that it was trained on."""
     seconds: float = 0.0
     """Wall-clock of its training, which those of one pass spend together."""
     l0: float | None = None

@@ -27,7 +27,7 @@ from endwise.tokens.readers import (
 )
 
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
-"""Those that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
+"""Libraries that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
 ANSWER_SECONDS = 10.0
 """To wait for the hub's answer."""
 _COMMIT = re.compile("[0-9a-f]{40}")

@@ -18,7 +18,7 @@ from endwise.training.objectives import SplicedTerm
 
 class KLSubsetConfig(TermConfig):
     stride: Annotated[int, Field(ge=2)] = 4
-    """Of so many neighbouring positions one is compared."""
+    """One of so many neighbouring positions is compared."""
 
 
 @TERMS.add("kl_subset")

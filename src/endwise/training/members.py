@@ -286,7 +286,7 @@ class Group:
         """Display that reports failures and has the time; there while training runs."""
 
     def each(self, act: Callable[[Member], None], members: Iterable[Member] | None = None) -> None:
-        """Does each member's own part of something, for all of them or those given; one that fails at it leaves.
+        """Do each member's own part of something, for all of them or those given; one that fails at it leaves.
 
         Raises:
             TrainingStopped: none is left; of an only member its own error.

@@ -167,7 +167,7 @@ class LocalMSE(SiteTerm):
     unit = "activation² per token and dimension"
     coefficient: float
     scales: tuple[ErrorScale, ...] = ()
-    """That of the site, or none."""
+    """Scale of the site, or none."""
 
     @classmethod
     def build(cls, weight: float, settings: Mapping[str, Any], model: LanguageModel, site: Site) -> "LocalMSE":
@@ -208,7 +208,7 @@ class Sparsity(SiteTerm):
 
     @property
     def target(self) -> float | None:
-        """What λ follows, if anything."""
+        """Controller that λ follows, if any."""
         return self.target_l0 if self.target_ce_increase is None else self.target_ce_increase
 
     def total(self, activation: Activation, reconstruction: Activation, latents: Latents, mask: TokenMask) -> Scalar:
@@ -249,7 +249,7 @@ class Objective:
     balance: Balance | None = None
     """Way in which spliced terms are brought to one size (`training.tail_terms`)."""
     local_scale: tuple[ErrorScale, ...] = ()
-    """That of local errors, where these are relative."""
+    """Scale of local errors, where these are relative."""
     sites: tuple[Site, ...] = field(init=False)
     """Later sites that must be recorded in both passes."""
     final: bool = field(init=False)
@@ -302,7 +302,7 @@ class Objective:
 OF_ONE: tuple[type[Term], ...] = (SplicedTerm, SiteTerm)
 """The terms of a dictionary that is spliced alone."""
 OF_THE_PASS: tuple[type[Term], ...] = (SplicedTerm, PlacesTerm)
-"""Those that several places have in common when they are spliced jointly; each has its `SiteTerm`s besides."""
+"""Terms that several places have in common when they are spliced jointly; each has its `SiteTerm`s besides."""
 
 
 def build_objective(

@@ -131,7 +131,7 @@ def clean_passes(
 
 
 def _each(left: list[AnyTrainee], failed: Failed | None, act: Callable[[AnyTrainee], None], whole: bool = True) -> None:
-    """Does something with every trainee that is left, and takes out those that fail at it."""
+    """Do something with every trainee that is left, and take out those that fail at it."""
     for trainee in tuple(left):
         try:
             act(trainee)

@@ -42,7 +42,7 @@ class Summary:
 
     @property
     def methods(self) -> list[Method]:
-        """Those that have runs."""
+        """Methods that have runs."""
         return methods_of(self.runs)
 
     @property
@@ -52,7 +52,7 @@ class Summary:
 
     @property
     def compared(self) -> list[Method]:
-        """Those that are related to the baseline; where that is local, all presets, whether they have runs or not."""
+        """Methods related to the baseline; where that is local, all presets, with runs or without."""
         presets = PRESET_METHODS.values() if self.baseline == LOCAL else ()
         return [method for method in dict.fromkeys((*presets, *self.methods)) if method != self.baseline]
 
@@ -181,7 +181,7 @@ def _features_verdict(name: str, base: str, ratio: Ratio) -> str:
         return f"How many features {name} needs at {base}'s CE increase cannot be said from these runs: {ratio.reason}."
     fact = f"{percent(ratio, seeds=False)} of {base}'s features per token at the same CE increase"
     if ratio.interval is None:
-        return f"{name} needs {fact}; how sure that is, is not known: {ratio.reason}."
+        return f"{name} needs {fact}; no interval: {ratio.reason}."
     if not ratio.holds_seeds:
         return f"{name} needs {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
@@ -202,7 +202,7 @@ def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     where = "at their closest CE increases" if ratio.over is None else "at the same CE increase"
     fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s {where}"
     if ratio.interval is None:
-        return f"{name} against {other}: {fact}; how sure that is, is not known: {ratio.reason}."
+        return f"{name} against {other}: {fact}; no interval: {ratio.reason}."
     if not ratio.holds_seeds:
         return f"{name} against {other}: {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:

@@ -56,7 +56,7 @@ class FeatureMap:
     importance: NDArray[np.float64]
     """NaN where it was not measured."""
     tokens: tuple[tuple[str, ...], ...] | None
-    """Those whose logits it raises most."""
+    """Tokens whose logits it raises most."""
 
     @property
     def regions(self) -> int:

@@ -1,1 +1,1 @@
-"""How well patterns of tokens predict where features fire, kind by kind."""
+"""Scores of token patterns as predictors of where features fire, kind by kind."""

@@ -69,7 +69,7 @@ class Patterns:
     def of(
         cls, patterns: Sequence[Pattern], texts: Sequence[str], scores: pa.Table, about: Mapping[str, Any]
     ) -> "Patterns":
-        """Of patterns by feature, each with its text."""
+        """Patterns by feature, each with its text."""
         own: dict[int, list[Pattern]] = {}
         told: dict[int, list[str]] = {}
         for each, text in zip(patterns, texts, strict=True):
@@ -150,7 +150,7 @@ class PatternParts:
 
     run: Path
     settings: Mapping[str, Any]
-    """Those made with other settings are not read."""
+    """Skips patterns made with other settings."""
 
     def load(self, block: range) -> list[Pattern] | None:
         """None where there are none of these settings."""

@@ -110,7 +110,7 @@ def _settings(
 
 
 def _made_before(path: Path, settings: Mapping[str, Any]) -> Patterns | None:
-    """Those of other settings, weights or text do not serve."""
+    """Patterns of other settings, weights or text are not used."""
     with suppress(FileNotFoundError, FormatError, ValueError):
         if read_format(path / PATTERNS_FOLDER / "patterns.json", PATTERNS_FORMAT).get("settings") == settings:
             return read_patterns(path)

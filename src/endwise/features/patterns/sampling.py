@@ -43,7 +43,7 @@ class Half:
 
     @property
     def before(self) -> tuple[int, ...]:
-        """What stands before a short text that is read by itself: a BOS where sequences begin with one; otherwise the
+        """Tokens before a short text that is read by itself: a BOS where sequences begin with one; otherwise the
         separator, after which documents begin in a stream.
         """
         layout = self.corpus.layout
@@ -60,11 +60,11 @@ class ContextSample:
     firings: NDArray[np.int64]
     """Tokens of the half at which each fires, `[watched]`."""
     unigrams: NDArray[np.int64]
-    """How often each token occurs in the half, `[vocab]`."""
+    """Occurrences of each token in the half, `[vocab]`."""
     features: NDArray[np.int64]
-    """Of each context, ascending, `[contexts]`."""
+    """Feature of each context, ascending, `[contexts]`."""
     activations: NDArray[np.float32]
-    """At its last token."""
+    """Activation at its last token."""
     windows: NDArray[np.int64]
     """The tokens that end each context, `[contexts longest]`; -1 before a sequence's beginning."""
 
@@ -119,7 +119,7 @@ def _offer(slots: Slots, found: Firings, seed: int) -> None:
 
 
 def _thresholds(along: list[tuple[Tensor, TokenBatch, Tensor]], firings: Tensor, settings: PatternSettings) -> Tensor:
-    """Of each random direction the value that it exceeds at as many tokens as some feature, drawn at random, fires at;
+    """Threshold of each random direction: exceeded at as many tokens as some feature, drawn at random, fires at;
     infinite where there are fewer features that fire often enough.
     """
     values = torch.cat([projected[batch.mask] for projected, batch, _ in along])

@@ -1,4 +1,4 @@
-"""How well patterns predict where features fire on text that they were not made from, and how strongly."""
+"""Scores of patterns as predictors of where features fire, and how strongly, on text that they were not made from."""
 
 from dataclasses import dataclass
 

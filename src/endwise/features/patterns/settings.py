@@ -28,7 +28,7 @@ class PatternSettings:
     random: int = 100
     """Control: random directions, each with a threshold at which it fires as often as some feature."""
     seed: int = 0
-    """Of contexts, substitutes, and controls."""
+    """Seed of contexts, substitutes, and controls."""
 
     def __post_init__(self) -> None:
         """

@@ -46,7 +46,7 @@ class Matches:
     """Tokens, `[batch pos]` flattened."""
     features: NDArray[np.int64]
     activations: NDArray[np.float64]
-    """Of the most specific pattern that fits."""
+    """Activation of the most specific pattern that fits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Tries:
         self._vocabulary = vocabulary
         children: dict[tuple[int, int, Label], int] = {}
         nodes: list[tuple[int, int]] = [(-1, 0)]
-        """Of each node its feature, and how many tokens on its way are fixed."""
+        """Feature of each node, and the number of fixed tokens on its way."""
         ends: dict[int, float] = {}
         for each in merged(patterns):
             node, fixed = 0, 0

@@ -22,7 +22,7 @@ class Watched:
     place: Place
     sae: SAE
     directions: Float[Tensor, "random d_in"]
-    """Of unit length."""
+    """Random directions of unit length."""
     thresholds: Float[Tensor, " random"]
 
     @classmethod
@@ -43,7 +43,7 @@ class Watched:
     def read(
         self, tokens: Tokens, mask: TokenMask
     ) -> tuple[Float[Tensor, "batch pos d_in"], Bool[Tensor, "batch pos"]]:
-        """What the SAE reads in the clean pass, which goes no further than that, and where it counts."""
+        """Run the clean pass as far as the SAE reads, and return what it reads and the mask of counted tokens."""
         read = self.model.clean(tokens, record=[self.place.reads]).activations[self.place.reads]
         return read, self.sae.within_limit(read, mask)
 

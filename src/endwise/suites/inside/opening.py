@@ -1,4 +1,4 @@
-"""What all programs here begin and end with: the job, the SAE and its model as SAELens opens them, the numbers."""
+"""Beginning and end of all programs here: the job, the SAE and its model as SAELens opens them, the numbers."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class BenchJob:
-    """What `endwise bench` wrote for the program; the folder that it starts in is its own."""
+    """Job that `endwise bench` wrote for the program; the folder that it starts in is its own."""
 
     name: str
     sae: str

@@ -380,7 +380,7 @@ def _keeping(kept: list[Latents], sae: SAE, x: Activation, mask: TokenMask) -> A
 
 
 class _DenseKernels(EagerKernels):
-    """Those of a dictionary too active for sparse latents, with the planned device's chunks."""
+    """Latents of a dictionary too active for sparse ones, with the planned device's chunks."""
 
     def __init__(self, trace: MemoryTrace, on_gpu: bool) -> None:
         self._trace, self._on_gpu = trace, on_gpu

@@ -158,7 +158,7 @@ class TrainingPlan:
     """Operations of the run, all processes together, with dense latents; evaluations are left out."""
     needs: tuple[Need, ...]
     phases: tuple[PhasePlan, ...] = ()
-    """Of a run of several. The rest is then of all: memory of the one that needs most, operations on average."""
+    """Places of a run of several. The rest is then of all: memory of the one that needs most, operations on average."""
 
     @property
     def fits(self) -> bool:
