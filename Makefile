@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+SITE ?= $(CURDIR)/site
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH ?= .venv-bench
 BENCH_ARGS ?= --out runs/benchmark.json
@@ -14,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs site bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,14 +36,18 @@ format: $(VENV)/.installed-dev ## put the code into the form that `make lint` as
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev ## write docs/configuration.md from the source
+docs: $(VENV)/.installed-dev ## write docs/configuration.md and docs/cli.md from the source
 	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/cli_reference.py
+
+site: $(VENV)/.installed-dev ## write the documentation as a site that opens from the disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 
 bench: $(BENCH)/.installed ## time a training step against the paper's own code (benchmarks/README.md)
 	$(BENCH)/bin/python benchmarks/versus_reference.py $(BENCH_ARGS)
 
 clean: ## remove the environments, builds and caches; runs stay
-	rm -rf $(VENV) $(BENCH) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -55,7 +60,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,ray,slurm,umap]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,gguf,ray,slurm,umap]'
 	@touch $@ $(VENV)/.installed
 
 # The paper's code and transformer-lens ask for much that is not used here, so without their requirements.

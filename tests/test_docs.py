@@ -116,6 +116,17 @@ def test_configuration_reference_is_up_to_date():
     assert tool["TARGET"].read_text(encoding="utf-8") == tool["reference"](), "run `make docs`"
 
 
+def test_command_reference_is_up_to_date():
+    tool = runpy.run_path(str(ROOT / "tools" / "cli_reference.py"))
+    assert tool["PAGE"].read_text(encoding="utf-8") == tool["render"](), "run `make docs`"
+
+
+def test_python_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: endwise\.(\w+)$", page, re.MULTILINE)
+    assert len(named) == len(set(named)) and set(named) == set(endwise.__all__) - {"__version__"}
+
+
 def test_changelog_tells_this_version():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest[1] == endwise.__version__ == version("endwise")

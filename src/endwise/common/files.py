@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(lock: Path, taken: str | None = None) -> Iterator[None]:
-    """Holds a lock file, its folder made if need be. The operating system frees it when the process ends, however it
+    """Hold a lock file, its folder made if need be. The operating system frees it when the process ends, however it
     ends.
 
     Args:
@@ -65,7 +65,7 @@ def held(lock: Path, taken: str | None = None) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Puts `content` in the place of what `path` held (see `replacing`)."""
+    """Put `content` in the place of what `path` held (see `replacing`)."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 
@@ -98,7 +98,7 @@ def check_can_write(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Returns once the disk has what was written to a file, or which names a folder holds."""
+    """Return once the disk has what was written to a file, or which names a folder holds."""
     if os.name == "nt" and path.is_dir():  # where a folder cannot be opened, names are flushed with their files
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -109,7 +109,7 @@ def flush(path: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what processes that were killed left half-written, in a folder that no other process writes to."""
+    """Remove what processes that were killed left half-written, in a folder that no other process writes to."""
     for partial in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             partial.unlink()

@@ -49,7 +49,7 @@ class World:
         return items[start:end]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the sum over all processes in place of each tensor.
+        """Put the sum over all processes in place of each tensor.
 
         Raises:
             ProcessLost: another process is gone, or does not answer in time.

@@ -68,7 +68,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Puts the generators back to `generator_states`; a GPU that is not here any more is left out."""
+    """Put the generators back to `generator_states`; a GPU that is not here any more is left out."""
     torch.set_rng_state(states["random.torch"])
     position, has_gauss = states["random.numpy.position"].tolist()
     keys = states["random.numpy"].numpy().astype(np.uint32)

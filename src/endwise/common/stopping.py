@@ -14,7 +14,7 @@ _listening: list[threading.Event] = []
 
 @contextmanager
 def polite_stop() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once.
+    """Turn the first Ctrl-C (or SIGTERM) into a question the loop asks after each step; the second acts at once.
 
     A scheduler and `torchrun` may each pass on the same SIGTERM, so one that comes right after another is no second.
     Off the main thread, which alone gets signals, only `ask_to_stop` is heard.

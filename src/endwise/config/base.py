@@ -61,7 +61,7 @@ class Config(BaseModel):
 
     @classmethod
     def build(cls: type[Section], values: dict[str, Any], source: str = "the configuration") -> Section:
-        """Validates `values`.
+        """Validate `values`.
 
         Raises:
             ConfigError: one line per broken rule, each with the field, the value and the remedy.
@@ -75,7 +75,7 @@ class Config(BaseModel):
 
     @classmethod
     def read(cls: type[Section], path: Path, overrides: list[str] | None = None) -> Section:
-        """Reads a YAML file and applies overrides of the form `section.key=value` (the value is YAML)."""
+        """Read a YAML file and apply overrides of the form `section.key=value` (the value is YAML)."""
         return cls.build(cls.changed(read_yaml(path), read_overrides(overrides or [])), source=str(path))
 
     @classmethod

@@ -33,7 +33,7 @@ def write_run_data(
     explanations: Explanations | None,
     patterns: Patterns | None = None,
 ) -> dict[str, Any]:
-    """Writes `overview.js`, `features-<n>.js`, `tokens.js` and `tokens-<n>.js` into a new folder.
+    """Write `overview.js`, `features-<n>.js`, `tokens.js` and `tokens-<n>.js` into a new folder.
 
     Args:
         key: what each file's content is handed to the page under, before `/overview` and so on.

@@ -38,7 +38,7 @@ def write_dashboard(
     memory: int = MEMORY,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes the site of one or several harvested runs. Until its end, a site that was there stays as it was.
+    """Write the site of one or several harvested runs. Until its end, a site that was there stays as it was.
 
     Args:
         runs: run folders; features are compared across those of one model and site.

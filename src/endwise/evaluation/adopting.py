@@ -80,7 +80,11 @@ def adopt(
 
     Args:
         path: a folder or file with it, or its name (see `SAE.load`).
-        model, data, site, context, tokens: see `Belonging`.
+        model: name or path of its model, or a loaded one; None: the one that the file names.
+        data: text to measure it on, as `data.source` of a recipe.
+        site: its place, where the file names none.
+        context: tokens per sequence; None: as it was trained, or as the model has.
+        tokens: held-out tokens to measure it on; None: as by default, or all of a shorter text.
         out: the run folder; None: one in the cache, which is found again for the same files and words.
         name: what tables and legends call it; None: the end of its path.
 

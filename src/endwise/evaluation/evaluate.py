@@ -45,13 +45,14 @@ def evaluate(
     corpora: Corpora | None = None,
     tokens: int | None = None,
 ) -> dict[Path, Evaluation]:
-    """Measures finished runs on held-out text and writes `evaluation.json` into each; under `torchrun` its processes
+    """Measure finished runs on held-out text and write `evaluation.json` into each; under `torchrun` its processes
     share the work.
 
     Args:
         runs: run folders; those of one model and one corpus share every clean pass. Of a run of several places each
             is measured alone, in its own folder, and all together (`JointEvaluation`), in the run's.
-        model, corpora: loaded ones to use instead of the recipes'.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
 
     Raises:
@@ -96,7 +97,7 @@ def write_evaluation(folder: RunFolder, config: Recipe, evaluation: Evaluation) 
 
 
 def _mirror(folder: RunFolder, config: Recipe, record: dict[str, Any]) -> None:
-    """Sends an evaluation to the run's trackers, as far as they are to be had here."""
+    """Send an evaluation to the run's trackers, as far as they are to be had here."""
     try:
         mirror = Mirror.named(config.trackers)
     except ConfigError as error:

@@ -150,7 +150,7 @@ def measure(
     prefixes: Mapping[str, Sequence[int]] | None = None,
     world: World = ALONE,
 ) -> dict[str, Evaluation]:
-    """Evaluates every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
+    """Evaluate every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
 
     Args:
         saes: each with its place; a site is an SAE's. Of a transcoder, what is compared is what it writes.
@@ -259,7 +259,7 @@ class Collector:
         self.add({"l0": latents.l0().where(mask, 0.0).sum(-1)})
 
     def merge(self, world: World) -> None:
-        """Brings together what the processes collected, in the order of the batches, which they took in turns."""
+        """Bring together what the processes collected, in the order of the batches, which they took in turns."""
         if world.size == 1:
             return
         gathered = world.gather((self._parts, self._firings))

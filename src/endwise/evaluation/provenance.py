@@ -85,7 +85,7 @@ def check_resumed(folder: RunFolder, config: Recipe, now: Mapping[str, Any], cor
 
 
 def check_start(config: RunConfig) -> None:
-    """Says so where `init_from` holds another SAE by now than the run in the recipe's folder began with. A start that
+    """Say so where `init_from` holds another SAE by now than the run in the recipe's folder began with. A start that
     was kept without its SAE is none to be compared.
     """
     start, out = config.init_from, config.out
@@ -198,7 +198,7 @@ def pinned(path: Path, config: AnyRecipe) -> AnyRecipe:
 
 
 def _check(path: Path, config: Recipe, now: Mapping[str, Any], corpora: Corpora | None, refused: Sequence[str]) -> None:
-    """Refuses other parts than the run stands on; says so of those that are not `refused`."""
+    """Refuse other parts than the run stands on; say so of those that are not `refused`."""
     record = RunFolder(path).digests()
     for part in now:
         corpus = None if corpora is None else getattr(corpora, part, None)

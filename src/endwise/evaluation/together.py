@@ -89,7 +89,7 @@ def measure_together(
     baselines: bool = True,
     world: World = ALONE,
 ) -> JointEvaluation:
-    """Evaluates all SAEs in one spliced pass, in which each encodes what the model computes with the earlier ones'
+    """Evaluate all SAEs in one spliced pass, in which each encodes what the model computes with the earlier ones'
     reconstructions in place. `measure` evaluates each alone, and says what the arguments are. A token that one of them
     leaves out for its norm counts for none.
     """

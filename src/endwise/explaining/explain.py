@@ -97,7 +97,7 @@ class ExplainingPlan:
 
 
 def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = unsaid) -> ExplainingPlan:
-    """Chooses features and texts, and counts the calls; nothing is asked.
+    """Choose features and texts, and count the calls; nothing is asked.
 
     Raises:
         ConfigError: a prompt or `settings.features` breaks a rule.
@@ -109,7 +109,7 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
 
 
 def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explanations], CallStats]:
-    """Makes the calls that were planned and writes each run's `explanations/`; what was answered before is not asked
+    """Make the calls that were planned and write each run's `explanations/`; what was answered before is not asked
     again. By run folder, and what it took.
 
     Raises:
@@ -154,7 +154,7 @@ def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, cl
 
 @asynccontextmanager
 async def _telling(stats_by_run: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
-    """Says now and then how far it is."""
+    """Say now and then how far it is."""
 
     async def tell() -> None:
         while True:

@@ -31,7 +31,7 @@ class Pace:
         self._not_before = 0.0
 
     def reserve(self) -> float:
-        """Takes the next place; the seconds until it comes."""
+        """Take the next place; the seconds until it comes."""
         now = self._clock()
         start = max(now, self._next, self._not_before)
         self._next = start + self._between

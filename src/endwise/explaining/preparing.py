@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 
 def unsaid(text: str) -> None:
-    """Says it to nobody."""
+    """Say it to nobody."""
 
 
 SPARE = 2

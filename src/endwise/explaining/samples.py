@@ -109,7 +109,7 @@ def split(
 
 
 def _in_turns(groups: Sequence[list[Text]], count: int) -> list[Text]:
-    """Takes `count` texts, or all there are, off the groups, one of each in turns."""
+    """Take `count` texts, or all there are, off the groups, one of each in turns."""
     taken: list[Text] = []
     while len(taken) < count and any(groups):
         for group in groups:

@@ -61,7 +61,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def save(chart: Chart, folder: Path) -> list[Path]:
-    """Writes `<name>.pdf` and `<name>.png`, each whole or not at all.
+    """Write `<name>.pdf` and `<name>.png`, each whole or not at all.
 
     Raises:
         RunFolderError: the folder cannot be written.

@@ -34,7 +34,7 @@ _BY_DEVICE: dict[str, Kernels] = {}
 
 
 def register(device_type: str, kernels: Kernels) -> None:
-    """Makes `kernels` the implementation for devices of a type (`cpu`, `cuda`, ...)."""
+    """Make `kernels` the implementation for devices of a type (`cpu`, `cuda`, ...)."""
     _BY_DEVICE[device_type] = kernels
 
 

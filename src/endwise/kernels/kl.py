@@ -61,7 +61,7 @@ def _slices(logits: Tensor) -> list[slice]:
 
 
 def _weights(p: Tensor, q: Tensor, slices: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
-    """Puts the weights in the place of the logits; Σ e^z_P·(z_P − z_Q) and the two totals, each `[rows]`."""
+    """Put the weights in the place of the logits; Σ e^z_P·(z_P − z_Q) and the two totals, each `[rows]`."""
     p_top, q_top = p.amax(0), q.amax(0)
     sums = p.new_empty(3, len(slices), p.shape[1])
     scratch = torch.empty_like(p[slices[0]])
@@ -79,7 +79,7 @@ def _weights(p: Tensor, q: Tensor, slices: list[slice]) -> tuple[Tensor, Tensor,
 def _difference(
     p: Tensor, q: Tensor, p_scale: Tensor, q_scale: Tensor, slope: Tensor | float, slices: list[slice]
 ) -> None:
-    """Puts Q − P, times the slope, in the place of the spliced weights.
+    """Put Q − P, times the slope, in the place of the spliced weights.
 
     Rounded alike on both sides (no fused multiply-add), so that equal states have no gradient at all.
     """

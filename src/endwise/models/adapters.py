@@ -21,7 +21,7 @@ PACKAGES = ("peft", "adapters")
 
 
 def refuse_adapted(model: nn.Module, name: str) -> None:
-    """Looks for modules of packages of adapters, whichever way they came into the model and whether they are on or off.
+    """Look for modules of packages of adapters, whichever way they came into the model and whether they are on or off.
 
     Raises:
         ModelError: it holds one: what it computes depends on what is switched on at the time.

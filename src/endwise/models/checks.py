@@ -61,7 +61,7 @@ def refuse_not_finite(model: Tried, activations: Mapping[Site, Tensor], final: T
 
 
 def refuse_lookahead(model: Tried, tokens: Tokens, vocab_size: int) -> None:
-    """Changes the probe's tokens one at a time: the states that earlier predictions are made of must stay.
+    """Change the probe's tokens one at a time: the states that earlier predictions are made of must stay.
 
     Raises:
         ModelError: an earlier one changes.
@@ -124,7 +124,7 @@ def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activat
 
 
 def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any) -> dict[Site, str]:
-    """Replays the model from every site with the site's own value, which must change nothing.
+    """Replay the model from every site with the site's own value, which must change nothing.
 
     Args:
         other: tokens of the same shape as those that `clean` read; with their value at the last block's output, the

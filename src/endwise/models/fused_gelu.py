@@ -9,7 +9,7 @@ from transformers.activations import NewGELUActivation
 
 
 def fuse_gelu(model: nn.Module) -> None:
-    """Puts `nn.GELU(approximate="tanh")` in the place of every activation that is the same function."""
+    """Put `nn.GELU(approximate="tanh")` in the place of every activation that is the same function."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:

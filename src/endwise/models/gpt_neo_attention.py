@@ -97,7 +97,7 @@ class FusedSelfAttention(_Eager):
 
 
 def use_sdpa(model: PreTrainedModel) -> bool:
-    """Gives a GPT-Neo model fused attention, in place: this instance's, no other's.
+    """Give a GPT-Neo model fused attention, in place: this instance's, no other's.
 
     The model gets a configuration of its own, which then names `sdpa`, so that transformers makes the masks for it.
 

@@ -251,7 +251,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def clean(self, tokens: Tokens, record: Collection[Site] = (), final: bool = False) -> Clean:
-        """Runs the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
+        """Run the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
         wanted = {self.readable(site) for site in record}
         for site in record:
             wanted |= needed(site)
@@ -263,7 +263,7 @@ class LanguageModel:
     def replay(
         self, clean: Clean, patch: Mapping[Site, Patch], record: Collection[Site] = (), final: bool = True
     ) -> Spliced:
-        """Runs the tail of the model from the first patched site on, with the patches in place.
+        """Run the tail of the model from the first patched site on, with the patches in place.
 
         Args:
             clean: the clean pass of the same tokens, which recorded the first patched site; it may be that of the same
@@ -321,7 +321,7 @@ class LanguageModel:
     def _recording(
         self, hooks: ExitStack, sites: set[Site], final: bool
     ) -> tuple[dict[Site, AnyWidth], dict[str, Activation]]:
-        """Installs the hooks that fill the two records, and that end the pass when they are full."""
+        """Install the hooks that fill the two records, and that end the pass when they are full."""
         activations: dict[Site, AnyWidth] = {}
         final_state: dict[str, Activation] = {}
 

@@ -51,7 +51,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Loads a causal language model and its tokenizer, frozen and ready to be spliced.
+    """Load a causal language model and its tokenizer, frozen and ready to be spliced.
 
     Args:
         name: `embedded`, a local folder, or a hub id.

@@ -83,7 +83,7 @@ def quantiser_of(config: Any) -> str | None:
 
 
 def refuse_packed_files(files: list[Path], name: str) -> None:
-    """Looks at the headers of the safetensors files that hold the model's weights.
+    """Look at the headers of the safetensors files that hold the model's weights.
 
     Whole numbers have their place beside weights (masks, positions), but no weight is made of them.
 

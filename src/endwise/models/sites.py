@@ -46,7 +46,7 @@ class Site:
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Sorts sites in the order in which a forward pass reaches them."""
+        """Sort sites in the order in which a forward pass reaches them."""
         return self.layer, _ORDER[self.part]
 
     @property

@@ -73,7 +73,7 @@ class Findings:
 
 
 def find(made: StudyRuns, out: Path) -> Findings:
-    """Reads a study's finished runs and compares them; measures what needs the model once more, and keeps it."""
+    """Read a study's finished runs and compare them; measure what needs the model once more, and keep it."""
     read = {
         name: tuple(MeasuredStudy(config, RunSummary.read(folder_of(config))) for config in made.finished(name))
         for name in made.plan.experiments

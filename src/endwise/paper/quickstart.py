@@ -46,7 +46,7 @@ def _name(config: RunConfig) -> str:
 def quickstart(
     out: Path | str = Path("runs/quickstart"), *, seed: int = 0, overrides: Sequence[str] = (), display: bool = True
 ) -> Summary:
-    """Trains, evaluates and compares; writes the runs, `summary.json` and `report.html` into `out`.
+    """Train, evaluate and compare; write the runs, `summary.json` and `report.html` into `out`.
 
     Args:
         seed: of every SAE's first weights.

@@ -37,7 +37,7 @@ def reproduce(
     budget: str | None = None,
     display: bool = True,
 ) -> Reproduced:
-    """Carries out a study's experiments and writes `report.html`, `tables/` and `figures/`.
+    """Carry out a study's experiments and write `report.html`, `tables/` and `figures/`.
 
     Started again with the same `out` it does nothing twice, and ends with the same tables.
 

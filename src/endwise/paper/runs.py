@@ -47,7 +47,7 @@ class StudyRuns:
 
 
 def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine, display: bool) -> StudyRuns:
-    """Carries out a study's experiments; what is in `out` already is not done again.
+    """Carry out a study's experiments; what is in `out` already is not done again.
 
     Raises:
         ConfigError: the study breaks a rule, or `out` holds another one.
@@ -78,7 +78,7 @@ def make_runs(study: StudyConfig, out: Path, budget: str | None, engine: Engine,
 
 
 def check(experiments: Experiments) -> None:
-    """Makes every recipe once, so that a rule that one of them breaks is reported before anything long.
+    """Make every recipe once, so that a rule that one of them breaks is reported before anything long.
 
     Raises:
         ConfigError: see `RunConfig`.

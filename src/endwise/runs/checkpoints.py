@@ -93,7 +93,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[
 
 
 def check_fits(checkpoint: Checkpoint, own: Mapping[str, Tensor], steps: int) -> None:
-    """Verifies that a checkpoint, whole as it may be, is one of the run that is to be resumed from it.
+    """Verify that a checkpoint, whole as it may be, is one of the run that is to be resumed from it.
 
     Args:
         own: the run's tensors by their names in a checkpoint, the optimiser's aside.

@@ -86,7 +86,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Holds the folder (`held`), so that no other process trains in it. One in which no run was started is removed
+        """Hold the folder (`held`), so that no other process trains in it. One in which no run was started is removed
         again.
 
         Raises:
@@ -125,7 +125,7 @@ class RunFolder:
         return file != self._lock_file and not file.name.endswith(PARTIAL)
 
     def create(self, config: Recipe) -> None:
-        """Starts a new run. From here on it can be resumed, so the recipe comes first.
+        """Start a new run. From here on it can be resumed, so the recipe comes first.
 
         Raises:
             RunFolderError: as `check_free`, or the folder cannot be written.
@@ -134,7 +134,7 @@ class RunFolder:
         write_atomic(self.config_file, config.to_yaml().encode())
 
     def take_over(self, config: Recipe, step: int) -> None:
-        """Takes over a recipe that differs in how the run is executed, from this step on: a line of `changes.jsonl`,
+        """Take over a recipe that differs in how the run is executed, from this step on: a line of `changes.jsonl`,
         then `config.yaml`. Where the folder lies is no change.
         """
         kept = self.recipe()
@@ -145,7 +145,7 @@ class RunFolder:
             write_atomic(self.config_file, config.to_yaml().encode())
 
     def describe(self, config: Recipe, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
-        """Writes what the run is made of; on resuming, only what was not written before.
+        """Write what the run is made of; on resuming, only what was not written before.
 
         Args:
             digests: what it stands on (`provenance.described`), of a run that starts now.
@@ -171,7 +171,7 @@ class RunFolder:
         return read_json(self.digests_file) if self.digests_file.exists() else {}
 
     def note_weights(self, *, whole: bool) -> None:
-        """Keeps the digest of the SAE's weights; or, before they are written, that they have none yet."""
+        """Keep the digest of the SAE's weights; or, before they are written, that they have none yet."""
         digests = {key: value for key, value in self.digests().items() if key != "sae"}
         write_json(self.digests_file, digests | ({"sae": of_file(weights_file(self.sae))} if whole else {}))
 
@@ -265,7 +265,7 @@ class RunFolder:
             raise RunFolderError(f"The run in {self.path} cannot be read: {error}") from None
 
     def append(self, file: Path, record: Mapping[str, Any]) -> None:
-        """Adds a line, the whole of it or nothing, and mirrors it."""
+        """Add a line, the whole of it or nothing, and mirror it."""
         size = file.stat().st_size if file.exists() else 0
         try:
             with file.open("a", encoding="utf-8") as lines:
@@ -284,7 +284,7 @@ class RunFolder:
         return self.metrics_file.stat().st_size
 
     def cut(self, step: int, position: int) -> None:
-        """Drops what was written after a checkpoint (later ones too), which a run that is resumed from it writes again.
+        """Drop what was written after a checkpoint (later ones too), which a run that is resumed from it writes again.
 
         Args:
             position: what `position` was at the checkpoint.

@@ -28,7 +28,7 @@ def is_several(run: Path) -> bool:
 
 
 def mark_part(folder: Path, config: PlacesConfig) -> None:
-    """Writes into a place's folder that it is one of several, trained jointly."""
+    """Write into a place's folder that it is one of several, trained jointly."""
     told = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
     write_json(folder / PART, {"seed": config.seed, **told})
 

@@ -17,7 +17,7 @@ class Engine(Protocol):
     """
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
-        """Yields the outcomes of each task as it ends.
+        """Yield the outcomes of each task as it ends.
 
         Raises:
             Interrupted: the user asked to stop.
@@ -25,7 +25,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back what was started or reserved."""
+        """Give back what was started or reserved."""
         ...
 
 

@@ -37,7 +37,7 @@ class Assignment:
     threads: int
 
     def __call__(self) -> list[Outcome] | None:
-        """Carries out the task. At the signal that its time is nearly over (or, where SLURM sends it, that it is
+        """Carry out the task. At the signal that its time is nearly over (or, where SLURM sends it, that it is
         preempted), it saves before submitit queues it again.
         """
         near_the_end = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]

@@ -62,7 +62,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _submit(self, task: Task) -> Any:
-        """Gives a task to the scheduler; its handle, which can be hashed.
+        """Give a task to the scheduler; its handle, which can be hashed.
 
         Raises:
             Refused: the scheduler does not take it.
@@ -86,7 +86,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _kill(self, jobs: Sequence[Any]) -> None:
-        """Ends jobs at once."""
+        """End jobs at once."""
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         """See `Engine`.
@@ -109,7 +109,7 @@ class Remote(ABC):
                     )
 
     def close(self) -> None:
-        """Ends what is still being carried out (nothing, unless an error ended the sweep), and lets it save."""
+        """End what is still being carried out (nothing, unless an error ended the sweep), and let it save."""
         with polite_stop(), self._killing():
             self._stop()
 
@@ -137,7 +137,7 @@ class Remote(ABC):
             yield [self._seen(outcome, config) for outcome, config in zip(outcomes, job.task, strict=True)]
 
     def _again(self, job: Job, told: str) -> Iterator[list[Outcome]]:
-        """Gives out once more what lost its worker; a group that it happens to each time, one run at a time."""
+        """Give out once more what lost its worker; a group that it happens to each time, one run at a time."""
         task = job.task
         if job.losses_left:
             self._waiting.appendleft(Job(task, job.losses_left - 1))
@@ -168,7 +168,7 @@ class Remote(ABC):
         return is_finished(config)
 
     def _stop(self) -> None:
-        """Returns when no job is left."""
+        """Return when no job is left."""
         self._waiting.clear()
         if self._given:
             self._ask_to_stop(list(self._given))
@@ -193,7 +193,7 @@ _worker = Worker()
 
 
 def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:
-    """Carries out a task; None: it was told to stop, and what it had done is saved.
+    """Carry out a task; None: it was told to stop, and what it had done is saved.
 
     Args:
         directory: the sweep's working directory. Paths in recipes mean the same there as they did to the sweep, and run

@@ -67,7 +67,7 @@ def _state(progress: PointProgress) -> str:
 
 
 def find_faults(due: Iterable[PointProgress]) -> None:
-    """Ends the points of which it is known already that their model has no such site, so that nobody waits for it.
+    """End the points of which it is known already that their model has no such site, so that nobody waits for it.
 
     A model that cannot be outlined here may yet be loaded where the run is carried out.
     """

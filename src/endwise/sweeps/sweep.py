@@ -51,7 +51,7 @@ class Sweep:
 def sweep(
     config: SweepConfig | Mapping[str, Any] | str | Path, *, display: bool = True, engine: Engine | None = None
 ) -> Sweep:
-    """Trains and measures every point of a sweep, and writes the table of them (`summary.parquet`, `summary.csv`).
+    """Train and measure every point of a sweep, and write the table of them (`summary.parquet`, `summary.csv`).
 
     Run again, it skips what is finished and resumes what was interrupted.
 

@@ -42,7 +42,7 @@ Task = tuple[Recipe, ...]
 
 
 def tasks_of(configs: Iterable[Recipe], together: int) -> list[Task]:
-    """Groups what can train in one pass: one kind at one site of one model, on the same batches; a run of several
+    """Group what can train in one pass: one kind at one site of one model, on the same batches; a run of several
     places is a pass by itself.
 
     Runs of several kinds could share a pass too; but then a local run would be charged for the end-to-end ones' time.
@@ -143,7 +143,7 @@ class ModelCache:
 
 
 def train_recipes(configs: Sequence[Recipe], **options: Any) -> None:
-    """Trains a task's SAEs, as `train_together` or `train_places`."""
+    """Train a task's SAEs, as `train_together` or `train_places`."""
     for config in configs:
         if isinstance(config, PlacesConfig):
             train_places(config, **options)
@@ -169,7 +169,7 @@ class Worker:
     loaded: ModelCache = field(default_factory=ModelCache)
 
     def carry_out(self, task: Task) -> list[Outcome]:
-        """Trains what is not trained, each run from its last checkpoint, and measures what is not measured.
+        """Train what is not trained, each run from its last checkpoint, and measure what is not measured.
 
         A run that fails leaves the others to their end; where all of a task fail together, smaller groups of them are
         tried, so that what is wrong with one ends its own run only.
@@ -246,7 +246,7 @@ def _sorted_out(configs: Iterable[Recipe], done: Callable[[Recipe], bool]) -> tu
 
 
 def _standing_together(configs: Sequence[Recipe]) -> list[list[Recipe]]:
-    """Splits recipes into those whose runs can be taken up from one step; a process that was killed between two saves
+    """Split recipes into those whose runs can be taken up from one step; a process that was killed between two saves
     leaves some behind.
     """
     left = {folder_of(config): set(RunFolder(folder_of(config)).saved_steps()) or {0} for config in configs}

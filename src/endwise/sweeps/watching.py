@@ -63,7 +63,7 @@ class RunStatus:
         return max(0.0, self.seconds - self._seconds_before)
 
     def look(self) -> None:
-        """Reads the latest; a line that is just being written waits for the next look."""
+        """Read the latest; a line that is just being written waits for the next look."""
         folder = RunFolder(folder_of(self.config))
         lines = [
             last_record(each.metrics_file)
@@ -148,7 +148,7 @@ class Watch:
             self._tell(f"failed: {outcome.folder}: {outcome.error}")
 
     def failed(self, point: Point, error: str) -> None:
-        """Reports a point that fails without a run of its own."""
+        """Report a point that fails without a run of its own."""
         self._tell(f"failed: {point}: {error}")
 
     def _tell(self, text: str) -> None:

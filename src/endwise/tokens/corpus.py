@@ -352,7 +352,7 @@ class BatchOrder:
 
 
 def check_disjoint(train: Corpus, heldout: Corpus) -> None:
-    """Verifies that no held-out document is trained on. Documents are compared by a 64-bit hash of their ids.
+    """Verify that no held-out document is trained on. Documents are compared by a 64-bit hash of their ids.
 
     Raises:
         DataError: some are on both sides.

@@ -50,7 +50,7 @@ class Encoding:
 
     @cached_property
     def chats(self) -> ChatEncoding:
-        """Turns conversations into ids."""
+        """Turn conversations into ids."""
         return ChatEncoding(self.tokenizer, self.roles)
 
     @property

@@ -282,7 +282,7 @@ class _Loader:
         return documents
 
     def _check_rows(self, name: str, documents: Documents) -> None:
-        """Refuses rows, packed before, that are too short to stay so, or begin with the BOS that is put before."""
+        """Refuse rows, packed before, that are too short to stay so, or begin with the BOS that is put before."""
         bos, packing = self._layout.bos, self._layout.packing
         if documents.inside is None or packing == "document":
             return

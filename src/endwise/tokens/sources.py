@@ -52,7 +52,7 @@ class TextSource:
 def open_source(
     name: str, column: str | None, config: str | None, split: str, streaming: bool, revision: str | None = None
 ) -> TextSource:
-    """Finds the documents named in a recipe, without reading them.
+    """Find the documents named in a recipe, without reading them.
 
     Args:
         name: a file, a folder (of files, or saved by `datasets`), or a Hugging Face dataset id.

@@ -118,7 +118,7 @@ def _suffices(info: dict[str, Any], quota: Quota | None) -> bool:
 
 
 def _build(source: TextSource, encoding: Encoding, payload: int, quota: Quota | None, folder: Path) -> _Stored:
-    """Builds the store; one that holds too little is where it resumes from."""
+    """Build the store; one that holds too little is where it resumes from."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     if _load(folder) is not None and not partial.exists():
         copy = partial.with_suffix(".copy")
@@ -145,7 +145,7 @@ def _build(source: TextSource, encoding: Encoding, payload: int, quota: Quota | 
 
 @contextmanager
 def _building(folder: Path, name: str) -> Iterator[None]:
-    """Holds a store against other processes that would build it too."""
+    """Hold a store against other processes that would build it too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:

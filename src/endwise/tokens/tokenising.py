@@ -123,7 +123,7 @@ class Builder:
         """True if an earlier attempt left something to resume from."""
 
     def write(self) -> None:
-        """Writes the folder to its end.
+        """Write the folder to its end.
 
         Raises:
             SourceLost: the source went away and did not come back; what was tokenised is kept in the folder.
@@ -167,18 +167,18 @@ class Builder:
         return True
 
     def _mark(self) -> None:
-        """Remembers where a batch of documents begins."""
+        """Remember where a batch of documents begins."""
         lengths = {name: len(values) for name, values in self._arrays.items()}
         self._begun = (lengths, self._written, self._largest, self._joined)
 
     def _roll_back(self) -> None:
-        """Takes back a batch that was interrupted, whose documents do not count as consumed."""
+        """Take back a batch that was interrupted, whose documents do not count as consumed."""
         lengths, self._written, self._largest, self._joined = self._begun
         for name, length in lengths.items():
             del self._arrays[name][length:]
 
     def _take_up(self) -> None:
-        """Resumes from what the folder holds, if it is whole as far as its `info.json` says."""
+        """Resume from what the folder holds, if it is whole as far as its `info.json` says."""
         try:
             info = json.loads((self._folder / INFO).read_text())
             arrays = {name: np.load(self._folder / name) for name in self._arrays}
@@ -202,7 +202,7 @@ class Builder:
         self._joined, self._counted = joined, counted
 
     def _keep(self, file: BinaryIO, exhausted: bool) -> None:
-        """Saves what is done so far, so that it can be used, or resumed."""
+        """Save what is done so far, so that it can be used, or resumed."""
         file.seek(0)
         _write_header(file, self._encoding.dtype, self._written)
         file.seek(0, os.SEEK_END)
@@ -250,7 +250,7 @@ class Builder:
             yield np.asarray(next(encoded), np.int64) if isinstance(document.content, str) else document.content, None
 
     def _tell_of_specials(self, texts: list[str]) -> None:
-        """Says once that a text holds the separator in letters, which its author may have meant to end a document."""
+        """Say once that a text holds the separator in letters, which its author may have meant to end a document."""
         separator = self._encoding.separator
         if self._told or self._encoding.specials or separator is None:
             return
@@ -308,7 +308,7 @@ class Builder:
         self._largest = max(self._largest, largest)
 
     def _has_enough(self, new: int) -> bool:
-        """Counts the last `new` documents; whether the quota is met."""
+        """Count the last `new` documents; tell whether the quota is met."""
         if self._quota is None:
             return False
         all_ends, hashes = self._arrays[ENDS], self._arrays[HASHES]
@@ -382,7 +382,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pieces(ids: Ids, form: str, separator: int | None) -> Iterator[Ids]:
-    """Cuts after every separator, but of conversations, whose turns it may end. A stream that has none is cut where its
+    """Cut after every separator, but of conversations, whose turns it may end. A stream that has none is cut where its
     content says (see `_content_cuts`).
     """
     if form == "chat":

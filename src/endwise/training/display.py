@@ -85,7 +85,7 @@ class Display:
             row.ce_increase = line["heldout"]["ce_increase"]
 
     def fail(self, folder: Path, message: str) -> None:
-        """Reports at once that a run has ended while others continue."""
+        """Report at once that a run has ended while others continue."""
         if folder in self._rows:
             self._rows[folder].failed = True
         self._console.print(printable(f"failed: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)

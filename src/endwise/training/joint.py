@@ -128,7 +128,7 @@ class JointTrainee:
             total.zero_()
 
     def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
-        """Adds the gradient of some of the step's sequences: see `Trainee.accumulate`."""
+        """Add the gradient of some of the step's sequences: see `Trainee.accumulate`."""
         with all_or_none([part.sae for part in self.parts]):
             heads = {part.place: part.encode(*part.meets(clean), mask) for part in self._heads}
             values = {place.writes: encoded.reconstruction for place, encoded in heads.items()}

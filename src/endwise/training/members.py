@@ -149,7 +149,7 @@ class Member:
         return [self.config]
 
     def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any] | None) -> None:
-        """Writes what the folders of several places are made of: see `RunFolder.describe`.
+        """Write what the folders of several places are made of: see `RunFolder.describe`.
 
         Args:
             stands_on: `provenance.described`, of a run that starts now.
@@ -182,7 +182,7 @@ class Member:
         return self.trainee.step == self.trainee.total_steps
 
     def save(self) -> None:
-        """Writes the SAE as it is used, and what training is resumed from.
+        """Write the SAE as it is used, and what training is resumed from.
 
         Raises:
             NotFinite: a number was not finite at some step since the last report; nothing is written.
@@ -192,7 +192,7 @@ class Member:
         self.write()
 
     def save_as_it_is(self) -> None:
-        """Writes the SAE beside those of other steps, to be looked at.
+        """Write the SAE beside those of other steps, to be looked at.
 
         Raises:
             NotFinite, RunFolderError: see `save`.
@@ -300,11 +300,11 @@ class Group:
                 self.end(member, error)
 
     def failed(self, trainee: AnyTrainee, error: Exception, whole: bool) -> None:
-        """Ends the member of a trainee: what `training.take_step` calls."""
+        """End the member of a trainee: what `training.take_step` calls."""
         self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
 
     def end(self, member: Member, error: Exception, whole: bool = True) -> None:
-        """Saves a member that cannot continue, reports it at once, and lets it go.
+        """Save a member that cannot continue, report it at once, and let it go.
 
         Args:
             whole: its weights are those of a whole step; if not, what was last saved of it stays.
@@ -345,7 +345,7 @@ class Group:
             raise error
 
     def agree(self, world: World, stop: bool = False) -> bool:
-        """Lets go of those that failed in another process, so that all processes continue with the same; tells if any
+        """Let go of those that failed in another process, so that all processes continue with the same; tell if any
         process was asked to stop.
 
         Raises:
@@ -363,7 +363,7 @@ class Group:
         return self.members[0].trainee.device
 
     def save_what_can_be(self) -> str:
-        """Saves every member's last good state, where it can be written, for when an error ends them all; says what
+        """Save every member's last good state, where it can be written, for when an error ends them all; say what
         was saved.
         """
         saved: list[str] = []
@@ -378,7 +378,7 @@ class Group:
         return "Its state could not be saved; what was saved before is as it was."
 
     def share_time(self) -> None:
-        """Shares the wall-clock since the last call equally among those who spent it."""
+        """Share the wall-clock since the last call equally among those who spent it."""
         if self.shown is not None:
             now = self.shown.seconds
             for member in self.members:
@@ -404,7 +404,7 @@ class Group:
 
 
 def _release(error: Exception) -> None:
-    """Keeps an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
+    """Keep an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
     error.add_note("".join(format_exception(error)))
     error.__traceback__ = error.__context__ = error.__cause__ = None
 

@@ -96,7 +96,7 @@ class CountedTokens:
         return counted
 
     def add_up(self, world: World) -> None:
-        """Adds up over the processes."""
+        """Add up over the processes."""
         if self._limited:
             world.add([self._left_out])
 

@@ -43,7 +43,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_step: int | None) -> None:
-    """Starts every member's folder, or takes up the run that it holds.
+    """Start every member's folder, or take up the run that it holds.
 
     Raises:
         RunFolderError: the run was started with another recipe, model or text, or has no checkpoint of that step.
@@ -103,7 +103,7 @@ def _latest_of_all(group: Group) -> int:
 
 
 def broadcast_state(group: Group, world: World) -> None:
-    """Gives every process the state that the first one starts from, whatever its own arithmetic made of the seed."""
+    """Give every process the state that the first one starts from, whatever its own arithmetic made of the seed."""
     if world.size == 1:
         return
     for member in group.members:
@@ -115,7 +115,7 @@ def broadcast_state(group: Group, world: World) -> None:
 
 
 def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
-    """Restores a member, and changes nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
+    """Restore a member, and change nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
     if apart := differing(identity(folder.recipe()), identity(member.config)):
         told = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])

@@ -88,7 +88,7 @@ class Prepared:
 def prepare(
     request: TrainingRequest, world: World, claims: ExitStack, model: LanguageModel | None, corpora: Corpora | None
 ) -> Prepared:
-    """Claims the folders, loads model and text, makes every SAE, and starts or resumes every run.
+    """Claim the folders, load model and text, make every SAE, and start or resume every run.
 
     Args:
         claims: holds the folders until it is closed.
@@ -233,7 +233,7 @@ def _check_same_text(corpora: Corpora, world: World) -> None:
 
 
 def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: World) -> dict[str, Any]:
-    """Measures the model on a little of the text, and says at once what speaks against it."""
+    """Measure the model on a little of the text, and say at once what speaks against it."""
     record: dict[str, Any] = {}
     with world.together("trying the model on the text"):
         if world.is_first:

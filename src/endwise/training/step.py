@@ -65,7 +65,7 @@ def take_step(
 def _let_go_together(
     left: list[AnyTrainee], trainees: Sequence[AnyTrainee], failed: Failed | None, world: World
 ) -> None:
-    """Takes out those that failed in another process, whose share of the gradient is missing."""
+    """Take out those that failed in another process, whose share of the gradient is missing."""
     for trainee, gone in zip(trainees, world.any([each not in left for each in trainees]), strict=True):
         if gone and trainee in left:
             left.remove(trainee)

@@ -31,7 +31,7 @@ def train(
     from_step: int | None = None,
     display: bool = True,
 ) -> Run:
-    """Trains one SAE as its recipe says. Under `torchrun` all its processes train that one SAE (docs/scaling.md).
+    """Train one SAE as its recipe says. Under `torchrun` all its processes train that one SAE (docs/scaling.md).
 
     Args:
         config: a recipe: an object, a mapping of its fields, the path of a YAML file, or the name of one that ships.
@@ -63,7 +63,7 @@ def train_together(
     from_step: int | None = None,
     display: bool = True,
 ) -> list[Run]:
-    """Trains several SAEs of one model on the same batches; each ends as if it had been trained alone.
+    """Train several SAEs of one model on the same batches; each ends as if it had been trained alone.
 
     The recipes may differ in site, dictionary, objective, seed, folder and in the optimiser's settings, not in the
     model, the data, `training.tokens` or `training.batch`. One that cannot continue (a number is not finite, its folder
@@ -87,11 +87,14 @@ def train_places(
     from_step: int | None = None,
     display: bool = True,
 ) -> PlacesRun:
-    """Trains SAEs at several places of one model, as one recipe says: jointly, or each as it would be alone.
+    """Train SAEs at several places of one model, as one recipe says: jointly, or each as it would be alone.
 
     Args:
         config: a recipe with `places`: an object, a mapping of its fields, or the path of a YAML file.
-        model, corpora, resume, from_step: see `train`.
+        model: see `train`, as for those below.
+        corpora: loaded token sequences.
+        resume: start from the last checkpoint.
+        from_step: start from the checkpoint of this step instead.
 
     Raises:
         SomeFailed: some of several that are not trained jointly failed.

@@ -133,7 +133,7 @@ class Trainee:
         self._fired.zero_()
 
     def accumulate(self, tail: LanguageModel, clean: Clean, mask: TokenMask, tokens_in_step: Tensor) -> None:
-        """Adds the gradient of some of the step's sequences.
+        """Add the gradient of some of the step's sequences.
 
         The spliced pass runs on a detached copy of the reconstruction, one microbatch after another; its gradient there
         then enters the SAE together with the site terms' gradient, in one backward pass. Memory is bounded by one
@@ -234,7 +234,7 @@ class Trainee:
         self._sums[name] += total
 
     def add_up(self, world: World) -> None:
-        """Adds up over the processes what each accumulated: gradients, sums, and which features fired."""
+        """Add up over the processes what each accumulated: gradients, sums, and which features fired."""
         names, fired = list(self._per_token), self._fired.int()
         sums = torch.stack([self._sums[name] for name in names])
         scheduled = [schedule.seen for schedule in self.course.schedules]
@@ -247,7 +247,7 @@ class Trainee:
         return [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
-        """Clips, checks, updates. A step with a number that is not finite changes no weight, nor does any later one."""
+        """Clip, check, update. A step with a number that is not finite changes no weight, nor does any later one."""
         self.update(self.found_bad(), tokens_in_step, tokens)
 
     def found_bad(self) -> Tensor:
@@ -341,7 +341,7 @@ class Trainee:
         return Checkpoint({**weights, **optimizer, **own}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts everything back as it was at a checkpoint, the generators that all code shares included."""
+        """Put everything back as it was at a checkpoint, the generators that all code shares included."""
         own = self.checkpoint().tensors
         check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
         self.sae.load_state_dict(_weights_in(checkpoint))

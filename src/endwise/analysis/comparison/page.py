@@ -19,7 +19,7 @@ from endwise.figures.style import style_of
 
 
 def write_report(summary: Summary, path: Path | str) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises:
         RunFolderError: the file cannot be written.

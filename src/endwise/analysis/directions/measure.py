@@ -114,7 +114,7 @@ def measure_directions(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
 ) -> dict[Path, RunDirections]:
-    """Measures run folders, or reads what was measured before; arguments and errors as for `directions`."""
+    """Measure run folders, or read what was measured before; arguments and errors as for `directions`."""
     configs = {path: RunFolder.open(path).config() for path in map(expanded, runs)}
     heldout = None if corpora is None else corpora.heldout.describe()
     settings = {

@@ -105,7 +105,7 @@ def norms(
     resamples: int = 1000,
     seed: int = 12345,
 ) -> Norms:
-    """Measures lengths and directions on the first `tokens` tokens of a corpus; masked positions do not count.
+    """Measure lengths and directions on the first `tokens` tokens of a corpus; masked positions do not count.
 
     Raises:
         ConfigError: fewer tokens than one sequence has.

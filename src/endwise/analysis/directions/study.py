@@ -115,7 +115,7 @@ def directions(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
 ) -> list[Directions]:
-    """Measures evaluated runs, or reads what was measured before, and compares those that can be compared.
+    """Measure evaluated runs, or read what was measured before, and compare those that can be compared.
 
     Args:
         runs: run folders, or folders that hold some at any depth.
@@ -123,7 +123,8 @@ def directions(
         directions: resample-ablate this many of the first principal directions and as many of the others, spread
             evenly; None: all up to `SMALL` dimensions, `TOP` above.
         with_starts: position 0 and document starts count among the tokens that the directions are of.
-        model, corpora: loaded ones to use instead of the recipes'.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
 
     Raises:
         RunFolderError: there is no run, or one was not evaluated yet.

@@ -102,7 +102,7 @@ class _Best:
         self.index = torch.full(shape, -1, dtype=torch.int64, device=device)
 
     def update(self, rows: slice, tile: Tensor, offset: int) -> None:
-        """Takes in the cosines of `rows` with the others from `offset` on, `[rows, columns]`."""
+        """Take in the cosines of `rows` with the others from `offset` on, `[rows, columns]`."""
         if self.k == 1:
             found = tile.max(1, keepdim=True)
             better = found.values > self.cosine[rows]

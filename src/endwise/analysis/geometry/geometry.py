@@ -142,7 +142,7 @@ def geometry(
     memory: int = MEMORY,
     say: Said | None = None,
 ) -> list[Geometry]:
-    """Compares the dictionaries of measured runs, in as many sets as can be compared.
+    """Compare the dictionaries of measured runs, in as many sets as can be compared.
 
     Args:
         paths: run folders, or folders that hold some at any depth.

@@ -63,7 +63,7 @@ class FaithfulnessSums:
         self._sums.append(torch.stack(curves).cpu().numpy())
 
     def narrow(self, mean_ablated: float) -> bool:
-        """Takes up further counts (`between`) about that which carries `CARRIED`; False where none are left to measure.
+        """Take up further counts (`between`) about that which carries `CARRIED`; False where none are left to measure.
 
         Args:
             mean_ablated: the summed CE with the site at its mean, over the sequences that were added.

@@ -44,7 +44,7 @@ def measure_importance(
     corpora: Corpora | None = None,
     display: bool = False,
 ) -> dict[Path, MeasuredImportance]:
-    """Measures run folders, or reads what was measured before; arguments and errors as for `importance`."""
+    """Measure run folders, or read what was measured before; arguments and errors as for `importance`."""
     if ablate < 0:
         raise ConfigError(f"The number of features to ablate (ablate) must be 0 or more; given {ablate}.")
     configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}

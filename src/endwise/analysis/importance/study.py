@@ -188,7 +188,7 @@ def importance(
     corpora: Corpora | None = None,
     display: bool = False,
 ) -> list[ImportanceStudy]:
-    """Measures what every feature of runs is worth, and writes `importance.safetensors` into each; what was measured
+    """Measure what every feature of runs is worth, and write `importance.safetensors` into each; what was measured
     with the same settings is read. Compares what can be compared.
 
     Args:
@@ -198,7 +198,8 @@ def importance(
         ablate: features of each run to ablate one by one.
         kl: attribute the KL besides the CE, which needs the whole clean pass and a second backward pass.
         again: measure whatever was measured before.
-        model, corpora: loaded ones to use instead of the recipes'.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
         display: show progress on stderr.
 
     Raises:

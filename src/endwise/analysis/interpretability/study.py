@@ -85,7 +85,7 @@ class Interpretability(ScoredSet[ExplainedRun]):
 
 
 def interpretability(paths: Iterable[str | Path]) -> list[Interpretability]:
-    """Compares explained runs, in as many sets as can be compared.
+    """Compare explained runs, in as many sets as can be compared.
 
     Args:
         paths: evaluated run folders, or folders that hold some at any depth; below a folder, runs that were not

@@ -75,7 +75,7 @@ class BandOf:
 
 
 def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
-    """Compares evaluated runs, in as many sets as can be compared.
+    """Compare evaluated runs, in as many sets as can be compared.
 
     Args:
         paths: run folders, or folders that hold some at any depth (a sweep's).

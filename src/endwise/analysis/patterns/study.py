@@ -85,11 +85,16 @@ def patterns(
     corpora: Corpora | None = None,
     display: bool = False,
 ) -> list[PatternStudy]:
-    """Explains the features of runs by patterns, and compares what can be compared.
+    """Explain the features of runs by patterns, and compare what can be compared.
 
     Args:
         paths: evaluated run folders, or folders that hold some at any depth (a sweep's).
-        tokens, settings, again, model, corpora, display: as for `find_patterns`, with its errors.
+        tokens: as for `find_patterns`, with its errors, like all that follow.
+        settings: of contexts, substitutes and controls.
+        again: make whatever was made before.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
+        display: show progress on stderr.
 
     Raises:
         RunFolderError: there is no run, or one was not evaluated yet.

@@ -178,7 +178,7 @@ class Gathered:
             self.squares.add_all(each.signed[0].square())
 
     def merge(self, other: "Gathered") -> None:
-        """Adds what was gathered from other sequences."""
+        """Add what was gathered from other sequences."""
         self.histogram += other.histogram
         self.counts += other.counts
         self.greatest = torch.maximum(self.greatest, other.greatest)

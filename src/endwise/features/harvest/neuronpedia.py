@@ -67,7 +67,7 @@ def export(
     creator: str = "endwise",
     creator_id: str | None = None,
 ) -> NeuronpediaExport:
-    """Writes a run's harvest as Neuronpedia imports it; files of an earlier export are replaced.
+    """Write a run's harvest as Neuronpedia imports it; files of an earlier export are replaced.
 
     Args:
         model_id: Neuronpedia's id of the model; None: made from the model's name.

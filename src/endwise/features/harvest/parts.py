@@ -36,7 +36,7 @@ class Parts:
 
     @contextmanager
     def claimed(self, shard: int) -> Iterator[None]:
-        """Holds a shard, so that no other process reads the same.
+        """Hold a shard, so that no other process reads the same.
 
         Raises:
             RunFolderError: another process holds it, or the folder cannot be written.
@@ -47,14 +47,14 @@ class Parts:
 
     @contextmanager
     def joining(self) -> Iterator[None]:
-        """Waits until no other process is joining the shards. It is not in the folder of the parts, which the first who
+        """Wait until no other process is joining the shards. It is not in the folder of the parts, which the first who
         can join them removes.
         """
         with held(self.run / ".harvest.lock"):
             yield
 
     def load(self, shard: int, into: Gathered) -> int | None:
-        """Fills `into` with what the shard has gathered.
+        """Fill `into` with what the shard has gathered.
 
         Returns:
             The number of the batch to resume at; None if nothing is there that was gathered with these settings.

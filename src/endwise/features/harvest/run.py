@@ -53,7 +53,7 @@ def harvest(
     save_seconds: float = 30.0,
     display: bool = False,
 ) -> dict[Path, Harvest | None]:
-    """Gathers what every feature of finished runs does on a text, and writes `harvest/` into each run's folder.
+    """Gather what every feature of finished runs does on a text, and write `harvest/` into each run's folder.
 
     A run that was harvested with the same settings is read, not harvested again; one that was interrupted is resumed
     and ends in the same files.
@@ -66,10 +66,12 @@ def harvest(
         kept: how much to keep of every feature.
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
             the spliced pass forward and backward besides; of a text of more than `LONG_TEXT` batches in every second.
-        shards, shard: read only this one (from 0) of so many even parts of the text. Who comes last joins them all.
+        shards: number of even parts of the text, of which one is read.
+        shard: number of that part, from 0. Who comes last joins them all.
             The processes of `torchrun` are the shards of one harvest by themselves.
         again: harvest whatever was harvested before.
-        model, corpora: loaded ones to use instead of the recipes'.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
         save_seconds: between two savings of what is gathered; 0: after every batch.
         display: show progress on stderr.
 
@@ -237,7 +239,7 @@ class _Group:
                 each.add(self.model, clean, self.runs[path].place, text.mask, numbers, attribute)
 
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
-        """Joins the shards, if all are there, and writes the files; of two who come last, the first."""
+        """Join the shards, if all are there, and write the files; of two who come last, the first."""
         run, shards = self.runs[path], self.request.shards
         with run.parts.joining():
             others = [shard for shard in range(shards) if shard != self.request.shard]

@@ -63,7 +63,7 @@ class Slots:
         self.least[features] = self.keys[features].amin(1)
 
     def merge(self, other: "Slots") -> None:
-        """Takes from another table whatever belongs here."""
+        """Take from another table whatever belongs here."""
         feature, slot = (other.keys > EMPTY).nonzero().unbind(1)
         kept = {name: getattr(other, name)[feature, slot] for name in _KEPT}
         self.offer(Candidates(feature, **kept, windows=lambda some: other.windows[feature[some], slot[some]]))

@@ -24,7 +24,7 @@ class FixedPointSums:
         """In units of 2^-32, from 0 to below 2^32."""
 
     def add(self, places: Int64[Tensor, " values"], values: Float[Tensor, " values"]) -> None:
-        """Adds each value to the sum at its place."""
+        """Add each value to the sum at its place."""
         self.fraction.index_add_(0, places, _fixed(values))
         self._carry()
 

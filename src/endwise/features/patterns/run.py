@@ -61,14 +61,15 @@ def find_patterns(
     display: bool = False,
     block: int = BLOCK,
 ) -> dict[Path, Patterns]:
-    """Makes patterns of every feature of finished runs from the first half of held-out text, scores them on the second,
-    and writes `patterns/` into each run's folder. What was made with the same settings is read, what was stopped is
+    """Make patterns of every feature of finished runs from the first half of held-out text, score them on the second,
+    and write `patterns/` into each run's folder. What was made with the same settings is read, what was stopped is
     resumed.
 
     Args:
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
         again: make whatever was made before.
-        model, corpora: loaded ones to use instead of the recipes'.
+        model: a loaded one to use instead of the recipes'.
+        corpora: loaded token sequences, likewise.
         display: show progress on stderr.
         block: features that are looked at together, and kept as soon as their patterns are found.
 

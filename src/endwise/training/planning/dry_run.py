@@ -170,7 +170,7 @@ class DryRun:
         return counts
 
     def _settle(self, trainees: "Sequence[_DryTrainee | _DryJoint]") -> None:
-        """Takes a step without a gradient, after which the optimisers have their moments."""
+        """Take a step without a gradient, after which the optimisers have their moments."""
         for trainee in trainees:
             trainee.begin_step()
         for sae in self.saes:
@@ -315,7 +315,7 @@ class _DryTrainee(Trainee):
         self._hooks = [each.register_post_accumulate_grad_hook(self._claim) for each in sae.parameters()]
 
     def leave(self) -> None:
-        """Leaves the SAE as it was."""
+        """Leave the SAE as it was."""
         for hook in self._hooks:
             hook.remove()
         self.sae.zero_grad(set_to_none=True)

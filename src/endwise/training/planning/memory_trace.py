@@ -78,7 +78,7 @@ class MemoryTrace:
         self._held[name] = self._held.get(name, 0) + size
 
     def start(self) -> None:
-        """Looks for the peak from here on."""
+        """Look for the peak from here on."""
         self._peak, self._peak_bytes = Held(dict(self._held), self._part), self._bytes
 
     def peak(self) -> Held:
