@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 SITE ?= $(CURDIR)/site
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Arguments and results of every function are checked against their annotations, axes of tensors included.
+CHECKED := --jaxtyping-packages=endwise,beartype.beartype
 BENCH ?= .venv-bench
 BENCH_ARGS ?= --out runs/benchmark.json
 
@@ -24,7 +26,8 @@ demo: $(VENV)/.installed ## train four kinds of SAE on the embedded model and co
 	$(BIN)/endwise quickstart --out "$(OUT)"
 
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/shapes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(CHECKED) tests/shapes
 
 lint: $(VENV)/.installed-dev ## run the static checks
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The type checks that tests run under, at their least cost.
+"""The type checks that tests/shapes runs under, at their least cost.
 
 jaxtyping binds the arguments of every call and checks them twice, so that the axes of what goes in and comes out are
 compared. Of our functions few name axes. The others get the same type checker directly, which tells as much and takes

@@ -9,7 +9,7 @@
 | `vocab`    | size of the model's vocabulary                                |
 | `n`        | any number of rows, usually `batch * pos` flattened           |
 
-The annotations are checked at run time under pytest only (`--jaxtyping-packages` in pyproject.toml), so that they
+The annotations are checked at run time under pytest only (`make test`, tests/shapes), so that they
 cost nothing in use.
 """
 

@@ -1,4 +1,6 @@
-"""Tests run under type checks: of axes, and of everything else."""
+"""Tests of this folder run under type checks: of axes, and of everything else. They walk every public
+procedure once; the others run without, which takes half the time.
+"""
 
 from collections.abc import Callable
 
@@ -16,12 +18,20 @@ from light_checks import names_axes
 Rows = Float[Tensor, "*rows"]
 
 
+@pytest.fixture
+def checked(request):
+    if not request.config.getoption("jaxtyping_packages"):
+        pytest.skip("without --jaxtyping-packages=endwise,beartype.beartype (make test) nothing is checked")
+
+
+@pytest.mark.usefixtures("checked")
 def test_axes_are_compared():
     Screen(torch.ones(3, 2), torch.ones(3))
     with pytest.raises(TypeCheckError, match="d_sae"):
         Screen(torch.ones(3, 2), torch.ones(4))
 
 
+@pytest.mark.usefixtures("checked")
 def test_what_names_no_axes_is_checked_as_well():
     with pytest.raises(BeartypeCallHintViolation, match="wrong"):
         Interval("wrong", 1.0, 0.5)  # a dataclass
