@@ -41,7 +41,6 @@ from endwise.training.planning.flops import (
 from endwise.training.planning.memory_trace import Held
 from endwise.training.setup import default_folder, steps_of
 
-PROCESS = "process"
 CUDA_CONTEXT = 1 << 29
 """Bytes that CUDA and its libraries take on a device before the first tensor, about."""
 REMEDIES = {
