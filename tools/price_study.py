@@ -1,6 +1,6 @@
 """End-to-end training at local's price: `python tools/price_study.py --minutes 60`.
 
-What is trained stands in docs/results/price/study.yaml: methods, each a change of the base recipe, at levels of one
+What is trained stands in docs/results/price/study.yaml (or another's, `--study smollm2`): methods, each a change of the base recipe, at levels of one
 knob. For every site and method the learning rate is chosen at the middle level, on held-out text that nothing is
 reported on; then all levels are trained at that rate, finalists with further levels and seeds. Each run leaves one
 row, `rows/<hash of its recipe>.json`, so that the command, started again elsewhere, makes only the missing ones.
@@ -13,6 +13,7 @@ machine.
 import argparse
 import csv
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,19 +34,40 @@ from endwise.config.base import with_values
 from endwise.config.method import Knob, Method
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.folder import RunFolder
+from endwise.sweeps.points import fingerprint
 from endwise.training.planning.plan import plan
 from study_rows import Row, Rows, batches, machine
 
-HERE = Path(__file__).parent.parent / "docs" / "results" / "price"
-ROWS = Rows(HERE / "rows", importance=False)
-COSTS = HERE / "costs.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one study trains, and the folder of its results."""
+
+    folder: Path
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "study.yaml").read_text())
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.folder / "rows", importance=False)
+
+    @property
+    def costs_file(self) -> Path:
+        return self.folder / "costs.json"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
 
 
 @dataclass(frozen=True)
 class Curve:
     """A method at a site, of one seed."""
 
-    study: dict[str, Any]
+    study: Study
     site: str
     name: str
     seed: int = 0
@@ -59,34 +81,47 @@ class Curve:
         return self.name in self.study["finalists"]
 
     @property
+    def is_wanted(self) -> bool:
+        return self.site in self.own.get("sites", [self.site])
+
+    @property
+    def middle(self) -> float:
+        levels = self.study["levels"]
+        return levels[len(levels) // 2]
+
+    @property
     def levels(self) -> list[float]:
-        return sorted([*self.study["levels"], *(self.study["further"] if self.is_final else [])])
+        levels = self.own.get("levels", self.study["levels"])
+        return sorted([*levels, *(self.study["further"] if self.is_final else [])])
 
     @property
     def rates(self) -> list[float]:
         return self.own.get("rates", {}).get(self.site, self.study["rates"])
+
+    @property
+    def knob(self) -> str:
+        return self.own.get("knob", self.study["knob"])
 
     def recipe(self, level: float, rate: float, seed: int | None = None) -> RunConfig:
         """Return the recipe at one level of the knob."""
         base, own = self.study["base"], self.own
         objective = {**base["objective"], **own.get("objective", {})}
         values = {**base, "site": self.site, "objective": objective}
-        values |= {"phases": own["phases"]} if "phases" in own else {}
+        values |= {key: own[key] for key in ("data", "dictionary", "phases") if key in own}
         seed = self.seed if seed is None else seed
-        changes = {self.study["knob"]: level, "training.learning_rate": rate, "seed": seed, "data.seed": seed}
-        changes |= {"training.tokens": own["tokens"]} if "tokens" in own else {}
+        changes = {f"training.{key}": value for key, value in own.get("training", {}).items()}
+        changes |= {self.knob: level, "training.learning_rate": rate, "seed": seed, "data.seed": seed}
         return RunConfig.build(with_values(values, changes), self.name)
 
     def tuning(self) -> list[RunConfig]:
         """Return the runs by which the learning rate is chosen."""
-        levels = self.study["levels"]
-        return [self.recipe(levels[len(levels) // 2], rate, 0) for rate in self.rates]
+        return [self.recipe(self.middle, rate, 0) for rate in self.rates]
 
     def rate(self) -> float | None:
         """Return the rate with the smallest CE increase at the middle level, which all have one L0 at, on text for
         tuning; None while a run is missing.
         """
-        rows = [ROWS.of(config) for config in self.tuning()]
+        rows = [self.study.rows.of(config) for config in self.tuning()]
         if None in rows:
             return None
         found = {row["tuning"]["ce_increase"]: row["learning_rate"] for row in rows if row and "failed" not in row}
@@ -105,7 +140,7 @@ class Curve:
         rate = self.rate()
         if rate is None:
             return []
-        found = [ROWS.of(self.recipe(level, rate)) for level in self.levels]
+        found = [self.study.rows.of(self.recipe(level, rate)) for level in self.levels]
         return [row for row in found if row is not None and "failed" not in row]
 
     def summaries(self) -> list[RunSummary]:
@@ -115,7 +150,7 @@ class Curve:
         for row in self.rows():
             own = {name: value for name, value in row.items() if name in known}
             own |= {"seed": self.seed, "data_seed": self.seed, "tokens": 0, "text": None, "heldout": None}
-            found.append(RunSummary(method=self.method, knob=Knob(row["knob.value"], self.study["knob"]), **own))
+            found.append(RunSummary(method=self.method, knob=Knob(row["knob.value"], self.knob), **own))
         whole = front(found, "l0", "ce_increase")
         return [run for run in found if run.folder in whole]
 
@@ -127,9 +162,10 @@ class Curve:
         return (planned.sparse_flops or planned.flops.per_token) * config.training.tokens
 
 
-def curves_of(study: dict[str, Any]) -> list[Curve]:
+def curves_of(study: Study) -> list[Curve]:
     """Every curve: seed 0's of all methods, then other seeds of the finalists."""
-    first = [Curve(study, site, name) for site in study["sites"] for name in study["methods"]]
+    every = [Curve(study, site, name) for site in study["sites"] for name in study["methods"]]
+    first = [curve for curve in every if curve.is_wanted]
     again = [replace(curve, seed=seed) for seed in study["seeds"] for curve in first if curve.is_final]
     return [*first, *again]
 
@@ -147,8 +183,9 @@ def ratio(curve: Curve) -> Ratio:
 
 def prices(curves: Sequence[Curve]) -> Iterator[Row]:
     """Each method at each site: what it costs, and what it saves."""
-    timed = json.loads(COSTS.read_text())["milliseconds a step"] if COSTS.exists() else {}
     for curve in curves:
+        costs_file = curve.study.costs_file
+        timed = json.loads(costs_file.read_text())["milliseconds a step"] if costs_file.exists() else {}
         reference = replace(curve, name=curve.study["reference"])
         if curve.seed or not curve.rows() or not reference.rows():
             continue
@@ -186,7 +223,8 @@ def costs(curves: Sequence[Curve]) -> dict[str, float]:
     The machine must be idle.
     """
     torch.set_num_threads(1)
-    model, found = load_model("embedded"), {}
+    found: dict[str, float] = {}
+    model = load_model(**curves[0].tuning()[0].model.model_dump())
     for curve in curves:
         with tempfile.TemporaryDirectory() as folder:
             config = curve.tuning()[0]
@@ -202,11 +240,14 @@ def costs(curves: Sequence[Curve]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="price", help="the folder of docs/results that holds its study.yaml")
+    parser.add_argument("--inputs", type=Path, default=Path(), help="where relative paths of its recipes start")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
     parser.add_argument("--only", nargs="*", default=[], help="methods and sites to train")
     parser.add_argument("--costs", action="store_true", help="time a step of each on an idle machine, and end")
     arguments = parser.parse_args()
-    study = yaml.safe_load((HERE / "study.yaml").read_text())
+    study = Study(RESULTS / arguments.study)
+    os.chdir(arguments.inputs)
     only, curves = set(arguments.only), curves_of(study)
     chosen = [
         curve
@@ -216,23 +257,24 @@ def main() -> None:
     ]
     if arguments.costs:
         timed = costs([curve for curve in chosen if curve.seed == 0])
-        write_json(COSTS, {"milliseconds a step": timed, **machine()})
+        write_json(study.costs_file, {"milliseconds a step": timed, **machine()})
         return
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:
-        missing = [config for curve in chosen for config in curve.wanted() if ROWS.of(config) is None]
+        wanted = {fingerprint(config): config for curve in chosen for config in curve.wanted()}
+        missing = [config for config in wanted.values() if study.rows.of(config) is None]
         if not missing:
             break
         batch = next(batches(missing))
         print(f"{len(missing)} runs to make; now {', '.join(config.objective_name for config in batch)}", flush=True)
-        ROWS.make(batch)
+        study.rows.make(batch)
     told = table(curves)
-    write_atomic(HERE / "table.md", f"{told}\n".encode())
+    write_atomic(study.folder / "table.md", f"{told}\n".encode())
     print(told)
     rows = list(prices(curves))
     if rows:
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        with (HERE / "price.csv").open("w", newline="") as file:
+        with (study.folder / "price.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -51,7 +51,7 @@ class Rows:
     def make(self, configs: Sequence[RunConfig], kept: Path | None = None) -> None:
         """Train and measure runs together, and write the row of each; with `kept`, keep each SAE there besides."""
         first = configs[0]
-        model = load_model("embedded")
+        model = load_model(**first.model.model_dump())
         tuning = first.evaluation.model_copy(update={"skip": first.evaluation.tokens})
         corpora = corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=tuning.needed)
         scratch = Path(tempfile.mkdtemp())
