@@ -1,9 +1,10 @@
 """End-to-end training at local's price: `python tools/price_study.py --minutes 60`.
 
-What is trained stands in docs/results/price/study.yaml (or another's, `--study smollm2`): methods, each a change of the base recipe, at levels of one
-knob. For every site and method the learning rate is chosen at the middle level, on held-out text that nothing is
-reported on; then all levels are trained at that rate, finalists with further levels and seeds. Each run leaves one
-row, `rows/<hash of its recipe>.json`, so that the command, started again elsewhere, makes only the missing ones.
+What is trained stands in docs/results/price/study.yaml (or another folder's: `--study smollm2`): methods, each a change
+of the base recipe, at levels of one knob. For every site and method the learning rate is chosen at the middle level, on
+held-out text that nothing is reported on; then all levels are trained at that rate, finalists with further levels and
+seeds. Each run leaves one row, `rows/<hash of its recipe>.json`, so that the command, started again elsewhere, makes
+only the missing ones.
 
 Written are `table.md` (every point), and `price.csv`: of each method its cost, in operations and in seconds of a step
 relative to local training, and its L0 relative to local's at equal CE increase. `--costs` times the steps, on an idle
