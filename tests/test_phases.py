@@ -13,7 +13,7 @@ from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.training.course import Course, Phase, rate_factor
 from endwise.training.making import new_joint_trainee, new_trainee
-from endwise.training.objectives import LocalMSE, Objective, Sparsity
+from endwise.training.objectives import KL, LocalMSE, Objective, Sparsity
 from endwise.training.planning.plan import plan
 from endwise.training.step import take_step
 from endwise.training.train import train_places
@@ -125,13 +125,37 @@ def test_a_steered_coefficient_continues_and_a_new_target_starts_where_it_was():
     weights = []
     for step in range(100):
         l0 = torch.tensor(20.0 if step < 60 else 4.0)
-        values = {"l0": l0, "sparsity_coefficient": torch.zeros(())}
+        values = {"l0": l0, "local_mse": torch.ones(()), "sparsity_coefficient": torch.zeros(())}
         weights.append(float(course.schedule(step).term(step).weight))
         course.after_step(step, values, torch.tensor(True))
     assert weights[2] == pytest.approx(0.3) and weights[29] > 0.5
     assert weights[30] == pytest.approx(weights[29], rel=0.2) and weights[30] != weights[29]
     assert weights[60] == pytest.approx(weights[59], rel=0.2)
     assert weights[99] == pytest.approx(weights[60], rel=1e-6)  # at its target it stays
+
+
+@pytest.mark.parametrize(
+    ("balance", "kl", "ratio"),
+    [(None, 0.6, 0.6 * 2 / 3), ("gradient", 0.6, 0.6 * 0.5 / 3), (None, 0.0, 1.0), (None, 1e6, 100.0)],
+)
+def test_a_penalty_keeps_its_share_of_the_loss_where_other_terms_begin(balance, kl, ratio):
+    """At its target λ would stay; after the first step of a phase it is multiplied, once, by what the errors, weighted,
+    are of those of the step before.
+    """
+    penalty = Sparsity(0.3, target_l0=8.0)
+    phases = [Phase(Objective.of([LocalMSE(1.5), penalty]), 0.5), Phase(Objective.of([KL(2.0), penalty], balance), 0.5)]
+    made = [Course(phases, recipe("unused").training, 40, torch.device("cpu")) for _ in range(2)]
+    weights = []
+    for step in range(40):
+        if step == 20:  # what a checkpoint keeps is enough
+            made[1].restore({name: tensor.clone() for name, tensor in made[0].tensors().items()})
+        course = made[step >= 20]
+        terms = {"local_mse": torch.tensor(2.0), "kl": torch.tensor(kl), "kl_coefficient": torch.tensor(0.5)}
+        terms["sparsity_coefficient"] = torch.zeros(())
+        weights.append(float(course.schedule(step).term(step).weight))
+        course.after_step(step, {"l0": torch.tensor(8.0), **terms}, torch.tensor(True))
+    assert weights[:21] == pytest.approx([0.3] * 21)
+    assert weights[21:] == pytest.approx([0.3 * ratio] * 19)
 
 
 def test_places_have_phases_alike(model, corpora, tmp_path):

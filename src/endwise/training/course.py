@@ -14,7 +14,11 @@ from endwise.config.run import TrainingConfig
 from endwise.dictionaries import Latents
 from endwise.training.error_scale import ErrorScale, restore_scales, scale_tensors
 from endwise.training.objectives import Objective
-from endwise.training.sparsity import SparsitySchedule, own_tensors, penalty_of
+from endwise.training.sparsity import SparsitySchedule, coefficient_of, errors_of, own_tensors, penalty_of
+from endwise.training.steering import Steering
+
+MOST_AT_ONCE = 100.0
+"""Bound on the ratio, either way, by which λ changes where a phase begins."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Course:
 
     The training's warm-up and decay span all phases; within a phase its own learning rate is the largest. A penalty
     spans all phases in a row that have the same: its warm-up, its falling powers and a λ that is steered continue from
-    one to the next. Where a phase has another, that one starts, a λ that it steers where λ was.
+    one to the next. Where a phase has another, that one starts, a λ that it steers where λ was. After the first step of
+    a phase with other terms a steered λ is multiplied by what the weighted errors are of those of the last step before:
+    the penalty keeps its share of the loss, whatever the size of the new terms.
 
     Args:
         steps: of the whole training.
@@ -57,6 +63,8 @@ class Course:
         shares = [phase.share for phase in self.phases]
         self._starts = [round(steps * math.fsum(shares[:number])) for number in range(len(shares))]
         self._schedules = self._plan_penalties(device)
+        self._error = torch.full((), float("nan"), device=device)
+        """Weighted sum of the latest step's terms but for the penalty."""
 
     def _plan_penalties(self, device: torch.device) -> list[SparsitySchedule | None]:
         """By phase, what changes its penalty: one for all in a row that have the same; None: nothing does."""
@@ -136,6 +144,24 @@ class Course:
             last = penalty if schedule is None else schedule.term(step + 1)
             if last is not None:
                 following.take_over(last.weight)
+        if schedule is not None and schedule.steering is not None:
+            self._keep_share(step, values, counts, schedule.steering)
+
+    def _keep_share(self, step: int, values: Mapping[str, Tensor], counts: Tensor, steering: Steering) -> None:
+        """Multiply λ, after the first step of a phase with other terms, by how the weighted errors have changed."""
+        objective, number = self.objective(step), self.number(step)
+        balanced = {coefficient_of(each.name) for each in objective.spliced_terms} if objective.balance else set()
+        error = self._error.new_zeros(())
+        for each in errors_of(objective):
+            name = coefficient_of(each.name)
+            error = error + (values[name] if name in balanced else each.weight) * values[each.name]
+        before = self.phases[number - 1].objective.at(step)
+        others = errors_of(objective) != errors_of(before) or objective.balance != before.balance
+        if number and step == self._starts[number] and others:
+            ratio = error / self._error
+            usable = counts & (error > 0) & (self._error > 0) & torch.isfinite(ratio)
+            steering.multiply(torch.where(usable, ratio, 1.0).clamp(1 / MOST_AT_ONCE, MOST_AT_ONCE))
+        self._error.copy_(torch.where(counts, error, self._error))
 
     @property
     def columns(self) -> list[str]:
@@ -144,12 +170,15 @@ class Course:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name what a checkpoint keeps of it."""
-        return self._of_penalties() | scale_tensors(self.scales)
+        own = {"phases.error": self._error} if len(self.phases) > 1 and self.columns else {}
+        return own | self._of_penalties() | scale_tensors(self.scales)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` named."""
         for name, tensor in self._of_penalties().items():
             tensor.copy_(tensors[name])
+        if "phases.error" in tensors:
+            self._error.copy_(tensors["phases.error"])
         restore_scales(self.scales, tensors)
 
     def _of_penalties(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from endwise.common.axes import Activation, TokenMask
 from endwise.config.objective import COEFFICIENT
 from endwise.dictionaries import Latents
-from endwise.training.objectives import Objective, Sparsity
+from endwise.training.objectives import Objective, Sparsity, Term
 from endwise.training.steering import Steering
 
 START = 0.5
@@ -128,6 +128,11 @@ class SparsitySchedule:
 def penalty_of(objective: Objective) -> Sparsity | None:
     """Return the penalty among an objective's terms."""
     return next((each for each in objective.site_terms if isinstance(each, Sparsity)), None)
+
+
+def errors_of(objective: Objective) -> tuple[Term, ...]:
+    """Return an objective's terms but for the penalty."""
+    return tuple(each for each in objective.terms if not isinstance(each, Sparsity))
 
 
 def coefficient_of(term: str) -> str:

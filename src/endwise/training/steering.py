@@ -76,6 +76,10 @@ class Steering:
         """Begin at another λ / λ₀ than 1."""
         self.state[1] = torch.as_tensor(factor, dtype=torch.float64).clamp(1 / BOUND, BOUND).log()
 
+    def multiply(self, ratio: Tensor) -> None:
+        """Multiply λ, once, by a ratio above 0."""
+        self.state[1] = (self.state[1].nan_to_num(0.0) + ratio.double().log()).clamp(-math.log(BOUND), math.log(BOUND))
+
     def factor(self) -> Tensor:
         """Return λ / λ₀ of the coming step."""
         error, total = self.state.nan_to_num(0.0)

@@ -315,8 +315,9 @@ class Trainee:
 
     def values(self) -> dict[str, float]:
         """The latest step's sums, per token, of the terms that it had; waits for the device."""
-        missing = set(self._terms) - set(self._weights())
-        without = missing | set(map(coefficient_of, missing))
+        objective, missing = self.course.objective(self.step - 1), set(self._terms) - set(self._weights())
+        fixed = () if objective.balance else (each.name for each in objective.spliced_terms)
+        without = missing | set(map(coefficient_of, {*missing, *fixed}))
         return {name: float(total) for name, total in self._sums.items() if name not in without}
 
     def _weights(self) -> dict[str, float]:
