@@ -255,7 +255,7 @@ def test_a_plan_weighs_the_phases_by_their_tokens():
     ]
     assert [phase.kind for phase in whole.phases] == list(kinds)
     assert [phase.flops_per_token for phase in whole.phases] == pytest.approx(alone)
-    assert whole.flops.per_token == pytest.approx(0.6 * alone[0] + 0.3 * alone[1] + 0.1 * alone[2])
+    assert whole.flops.per_token == pytest.approx(0.72 * alone[0] + 0.2 * alone[1] + 0.08 * alone[2])
     assert alone[0] < alone[1] < alone[2]
     assert whole.fits and whole.kind == "local-then-horizon1-then-e2e_ds"
 

@@ -20,9 +20,9 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
         {"share": 0.1, "objective": {"kind": "finetune"}},
     ],
     "staged": [
-        {"share": 0.6, "objective": {"kind": "local", **_RELATIVE}},
-        {"share": 0.3, "objective": {"kind": "horizon", **_RELATIVE}},
-        {"share": 0.1, "objective": {"kind": "e2e_ds", "downstream_mse": 0.5, "balance": "gradient", **_RELATIVE}},
+        {"share": 0.72, "objective": {"kind": "local", **_RELATIVE}},
+        {"share": 0.2, "objective": {"kind": "horizon", **_RELATIVE}},
+        {"share": 0.08, "objective": {"kind": "e2e_ds", "downstream_mse": 0.5, "balance": "gradient", **_RELATIVE}},
     ],
 }
 """Lists of phases that one word stands for."""
