@@ -14,6 +14,7 @@ machine.
 import argparse
 import csv
 import json
+import math
 import os
 import tempfile
 import time
@@ -31,6 +32,7 @@ from endwise import RunConfig, load_model, train
 from endwise.analysis.pareto.curves import front
 from endwise.analysis.ratios import Ratio, ratio_of
 from endwise.common.files import write_atomic, write_json
+from endwise.common.statistics import LEAST_SEEDS, interval_over_seeds
 from endwise.config.base import with_values
 from endwise.config.method import Knob, Method
 from endwise.evaluation.summary import RunSummary
@@ -171,15 +173,28 @@ def curves_of(study: Study) -> list[Curve]:
     return [*first, *again]
 
 
-def ratio(curve: Curve) -> Ratio:
-    """Return its L0 relative to the reference's at equal CE increase, over the seeds that both have."""
+def ratio(curve: Curve, seeds: Sequence[int] | None = None) -> Ratio:
+    """Return its L0 relative to the reference's at equal CE increase, over the seeds that both have, or those given."""
     study = curve.study
-    seeds = [replace(curve, seed=seed) for seed in (0, *study["seeds"])]
+    seeds = [replace(curve, seed=seed) for seed in seeds or (0, *study["seeds"])]
     own = [run for each in seeds for run in each.summaries()]
     others = [run for each in seeds for run in replace(each, name=study["reference"]).summaries()]
     runs = [*own, *(run for run in others if run.seed in {each.seed for each in own})]
     reference = Method(study["reference"], study["reference"])
     return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=reference)
+
+
+def saving(curve: Curve) -> Row:
+    """Return its saving of L0 as a share of that of `full`, both in logarithms; over seeds, where three have one."""
+    shares = []
+    for seed in (0, *curve.study["seeds"]):
+        both = [ratio(each, [seed]).estimate for each in (curve, replace(curve, name=curve.study["full"]))]
+        if all(both):
+            shares.append(math.log(both[0]) / math.log(both[1]))
+    if len(shares) < LEAST_SEEDS:
+        return {"saving": shares[0]} if shares else {}
+    found = interval_over_seeds(np.array(shares))
+    return {"saving": found.estimate, "saving.low": found.low, "saving.high": found.high}
 
 
 def prices(curves: Sequence[Curve]) -> Iterator[Row]:
@@ -196,9 +211,9 @@ def prices(curves: Sequence[Curve]) -> Iterator[Row]:
         row["seconds"] = seconds[0] * tokens[0] / (seconds[1] * tokens[1])
         if curve.name != reference.name:
             found = ratio(curve).to_row()
-            row |= {"l0": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
+            row |= {"ratio": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
             ends = [f"{of}.{end}" for of in ("over", "ratio_at_ends") for end in ("low", "high")]
-            row |= {name: found[name] for name in (*ends, "crossings", "seeds", "reason")}
+            row |= {name: found[name] for name in (*ends, "crossings", "seeds", "reason")} | saving(curve)
         yield row
 
 
