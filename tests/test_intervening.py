@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bad_input import refused
-from endwise import Ablate, Clamp, Keep, LanguageModel, Site, Steer, intervene, spliced
+from endwise import Ablate, Clamp, Keep, LanguageModel, ReluSAE, Site, Steer, intervene, spliced
 from endwise.common.errors import ConfigError, ModelError, SiteError
 from endwise.dictionaries import BatchTopKSAE, NormedSAE, TopKSAE
 from endwise.dictionaries.selection import Annealed
@@ -200,7 +200,7 @@ def test_what_is_not_changed_keeps_its_bits():
     """Padding, other positions, special tokens, outliers; and what an edit leaves as it is."""
 
     class Tokenizer:
-        all_special_ids = (3, 4)
+        all_special_ids, added_tokens_decoder = (3, 4), {}
 
     model, (ids, mask), dictionary = LanguageModel(build("llama")), padded("right"), sae()
     model.tokenizer = Tokenizer()

@@ -21,6 +21,7 @@ from endwise.models.language_model import LanguageModel
 from endwise.models.positions import Passed, Passes, Positions, refuse_positions
 from endwise.models.sites import Place, Site
 from endwise.models.splicing import Change, at_places, changed
+from endwise.tokens.encoding import special_ids
 
 FARTHEST = 1e18
 """Length of a change whose square, which a norm takes, just has a place in float32."""
@@ -277,7 +278,7 @@ def _special_ids(model: LanguageModel) -> Sequence[int]:
             f"skip_special_tokens: which tokens of {model.name} are special is not known, since it has no tokenizer "
             f"because {model.no_tokenizer} Leave it out, or name positions."
         )
-    return model.tokenizer.all_special_ids
+    return sorted(special_ids(model.tokenizer))
 
 
 def _scope(now: Passed, positions: Positions, special: Sequence[int] | None) -> TokenMask:
