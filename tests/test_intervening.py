@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bad_input import refused
 from endwise import Ablate, Clamp, Keep, LanguageModel, ReluSAE, Site, Steer, intervene, spliced
 from endwise.common.errors import ConfigError, ModelError, SiteError
 from endwise.dictionaries import BatchTopKSAE, NormedSAE, TopKSAE
@@ -226,7 +225,7 @@ def test_what_is_not_changed_keeps_its_bits():
     assert torch.equal((seen[1] != own).any(-1), where & active)
     assert (where & active).any()
     assert (where & ~active).any()
-    refused(lambda: intervene(tiny("llama"), {PRE: sae()}, [], skip_special_tokens=True).__enter__(), "no tokenizer")
+    refuse(ConfigError, r"has no tokenizer", [Ablate(1)], skip_special_tokens=True)
 
 
 def read_at(dictionary, edits, x, error="keep"):

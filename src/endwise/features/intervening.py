@@ -1,6 +1,7 @@
 """Interventions on features: a Hugging Face model that computes, and generates, with some of its features edited."""
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -98,13 +99,13 @@ class _ByAmount(Intervention):
         if self.relative_to is None:
             return [float(self.amount)] * len(self.features)
         greatest = self.relative_to.column("max_active")
-        return [float(self.amount) * float(greatest[each]) for each in self.features]
+        return [float(self.amount) * (float(greatest[each]) or math.nan) for each in self.features]
 
     def check(self, sae: SAE, dtype: torch.dtype) -> None:
         super().check(sae, dtype)
         name, harvest = type(self).__name__, self.relative_to
-        if isinstance(self.amount, bool) or not math.isfinite(self.amount):
-            raise ConfigError(f"{name} takes a finite number; given {self.amount!r}.")
+        if isinstance(self.amount, bool) or not abs(self.amount) < sys.float_info.max:
+            raise ConfigError(f"{name} takes a finite number; given {self.amount!r:.80}.")
         if harvest is not None and harvest.d_sae != sae.d_sae:
             raise ConfigError(
                 f"{name}: the harvest in {harvest.folder} is of {harvest.d_sae:,} features, and the dictionary has "
@@ -218,8 +219,7 @@ def intervene(
     """
     model = model if isinstance(model, LanguageModel) else LanguageModel(model)
     refuse_positions(positions)
-    if error not in ("keep", "drop"):
-        raise ConfigError(f"error is keep or drop; given {error!r:.80}.")
+    refuse_error(error)
     placed = _placed(model, saes)
     edits = _by_place(model, placed, interventions)
     special = _special_ids(model) if skip_special_tokens else None
@@ -236,6 +236,15 @@ def intervene(
             changes = {place: _change(sae, edits[place], kept, scope) for place, sae in there.items()}
             stack.enter_context(changed(model, changes))
         yield model
+
+
+def refuse_error(error: str) -> None:
+    """
+    Raises:
+        ConfigError: it is none of what `intervene` does with the error of a reconstruction.
+    """
+    if error not in ("keep", "drop"):
+        raise ConfigError(f"error is keep or drop; given {error!r:.80}.")
 
 
 def _placed(model: LanguageModel, saes: Mapping[str | Site | Place, SAE]) -> dict[Place, SAE]:
