@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,17 @@ def save(chart: Chart, folder: Path) -> list[Path]:
             figure.set_layout_engine(None)  # where everything stands is found once
             paths.append(path)
     return paths
+
+
+def picture(chart: Chart) -> str:
+    """Return a chart as SVG that stands in a page: no background, and ink of the page's own colour."""
+    drawn = StringIO()
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": chart.name}):
+        draw(chart).savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = drawn.getvalue()
+    for colour in (INK, MUTED, RULE):
+        svg = svg.replace(colour, "currentColor")
+    return svg[svg.index("<svg") :]
 
 
 def draw(chart: Chart) -> Figure:

@@ -13,6 +13,7 @@ from endwise.common.counting import counting
 from endwise.common.errors import ConfigError, DataError, Interrupted
 from endwise.common.files import expanded
 from endwise.common.processes import joined
+from endwise.common.showing import Several
 from endwise.common.stopping import polite_stop
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
@@ -98,7 +99,8 @@ def harvest(
             group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
-        return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
+        found = {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
+        return Several(found)
 
 
 def _earlier(
