@@ -89,9 +89,8 @@ class Sampling:
     def generate(self, model: LanguageModel, prompt: Tokens) -> list[int]:
         """Return the tokens that follow a prompt, `[1 pos]`, up to EOS."""
         own: Any = model.model.generation_config
-        drawn = {"do_sample": self.temperature > 0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        if self.temperature > 0:
-            drawn["temperature"] = float(self.temperature)
+        drawn: dict[str, Any] = {"do_sample": self.temperature > 0, "repetition_penalty": 1.0}
+        drawn |= {"temperature": float(self.temperature), "top_k": 0, "top_p": 1.0} if self.temperature > 0 else {}
         ends = own.eos_token_id
         pad = own.pad_token_id if own.pad_token_id is not None else ends[0] if isinstance(ends, list) else ends
         config = GenerationConfig(max_new_tokens=self.tokens, eos_token_id=ends, pad_token_id=pad or 0, **drawn)

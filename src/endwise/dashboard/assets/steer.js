@@ -70,7 +70,7 @@ const steering = {
     const text = (title, tokens) => el("div", {}, el("h3", {}, title), el("p.continued", {}, el("span", {}, prompt), tokens.join("")));
     const inside = made.kl_in_prompt === null ? "" : `, ${write.number(made.kl_in_prompt)} over those of the prompt’s`;
     return [
-      el("div.two", {}, text("Clean", made.clean), text("Steered", made.steered)),
+      el("div.two.texts", {}, text("Clean", made.clean), text("Steered", made.steered)),
       el("p.note", {}, `KL(clean ‖ steered) of the next token, both given the clean text: ${write.number(made.kl)} nats, mean over the predictions of its ${made.clean.length} new tokens${inside}.`),
     ];
   },
