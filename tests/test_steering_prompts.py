@@ -105,13 +105,13 @@ def call(*arguments):
 def test_the_command_says_what_the_function_finds(run, embedded):
     found = opened(run)
     harvest = read_harvest(run)
-    edits = [Keep([3, 5, 9, 2]), Ablate([5, 2]), Steer(3, 1.5, relative_to=harvest), Steer(9, -2, relative_to=harvest)]
+    edits = [Keep([0, 5, 1, 2]), Ablate([5, 2]), Steer(0, 1.5, relative_to=harvest), Steer(1, -2, relative_to=harvest)]
     sampling = Sampling(10, 0.5, 4)
     made = steer(
         found.model, {found.place: found.sae}, edits, PROMPT, error="drop", positions=slice(2, None), sampling=sampling
     )
-    asked = (run, "--prompt", PROMPT, "--feature", 3, "--by", 1.5, "--feature", 9, "--by=-2", "--of-max", "--keep")
-    asked += ("3,5,9,2", "--ablate", "5,2", "--error", "drop", "--positions", "2:", "--tokens", 10)
+    asked = (run, "--prompt", PROMPT, "--feature", 0, "--by", 1.5, "--feature", 1, "--by=-2", "--of-max", "--keep")
+    asked += ("0,5,1,2", "--ablate", "5,2", "--error", "drop", "--positions", "2:", "--tokens", 10)
     asked += ("--temperature", 0.5, "--seed", 4)
     said = json.loads(call(*asked, "--json").stdout)
     assert said == {"place": SITE, **made.to_json()}
