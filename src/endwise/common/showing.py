@@ -148,7 +148,7 @@ def shaded(texts: Sequence[str], values: Sequence[float], greatest: float) -> st
     return f'<span class="text">{"".join(spans)}</span>'
 
 
-def bars(counts: Sequence[float], edges: Sequence[float], label: str) -> str:
+def bars(counts: Sequence[float | int], edges: Sequence[float], label: str) -> str:
     """A histogram.
 
     Args:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
 from endwise.common.processes import ALONE, World
-from endwise.common.showing import card
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
+from endwise.dictionaries.shown import ShownDictionary
 from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored, stored_at
 
 
@@ -92,7 +92,7 @@ class TokenLosses:
     """For what is drawn: the same whenever the run comes to this step."""
 
 
-class SAE(nn.Module, ABC):
+class SAE(ShownDictionary, nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
     A transcoder's result stands for the activation at another site, and may be of another width, `d_out`.
@@ -333,22 +333,6 @@ class SAE(nn.Module, ABC):
             tensors: by SAELens's names, in float32; nothing is subtracted from what is encoded.
             cfg: `d_in`, `d_sae`, and the settings of `layout`.
         """
-
-    def extra_repr(self) -> str:
-        """Say what `repr` shows of it."""
-        return ", ".join(f"{name} {fact}" for name, fact in self.shown_facts().items())
-
-    def shown_facts(self) -> dict[str, object]:
-        """Return what a reader wants to know of it first, by names."""
-        width = f"{self.d_in:,}" if self.d_out == self.d_in else f"{self.d_in:,} to {self.d_out:,}"
-        facts: dict[str, object] = {"architecture": self.architecture, "features": f"{self.d_sae:,}", "width": width}
-        normalize = self.section().get("normalize", "none")
-        facts |= {} if normalize == "none" else {"input norm": normalize}
-        facts |= {} if self.norm_limit is None else {"leaves out norms above": f"{float(self.norm_limit):.4g}"}
-        return facts
-
-    def _repr_html_(self) -> str:
-        return card(type(self).__name__, {**self.shown_facts(), "on": f"{self.b_dec.device}, {self.b_dec.dtype}"})
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         return self.reconstruct(self.encode(x), x)
