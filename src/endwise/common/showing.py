@@ -19,26 +19,28 @@ _STYLE = """
   margin: 4px 0 16px; overflow-wrap: anywhere; text-align: left; }
 .endwise p { margin: 6px 0; }
 .endwise .name { font-weight: 650; font-size: 15px; }
-.endwise .note, .endwise dt { opacity: 0.72; font-size: 12px; line-height: 1.35; }
-.endwise dl { display: flex; flex-wrap: wrap; gap: 6px 24px; margin: 6px 0 10px; }
-.endwise dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+.endwise .note, .endwise .of { opacity: 0.72; font-size: 12px; line-height: 1.35; }
+.endwise .of { display: block; }
+.endwise .facts { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 6px 24px; margin: 6px 0 10px; }
+.endwise .facts b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .endwise .parts { display: flex; flex-wrap: wrap; gap: 4px 32px; align-items: flex-start; }
 .endwise .parts > * { flex: 0 1 auto; min-width: 0; }
 .endwise .scroll { overflow-x: auto; max-width: 100%; }
 .endwise table { border-collapse: collapse; margin: 4px 0 10px; font-size: 13px; font-variant-numeric: tabular-nums;
   color: inherit; }
-.endwise th, .endwise td { padding: 2px 12px 2px 0; text-align: right; white-space: nowrap; border: 0;
+.endwise.endwise th, .endwise.endwise td { padding: 2px 12px 2px 0; text-align: right; white-space: nowrap; border: 0;
   border-bottom: 1px solid color-mix(in srgb, currentColor 18%, transparent); background: none; color: inherit; }
-.endwise th:first-child, .endwise td.text, .endwise th.text { text-align: left; }
+.endwise.endwise th:first-child, .endwise.endwise .text { text-align: left; }
 .endwise thead th { opacity: 0.72; font-weight: 500; }
 .endwise tbody th { font-weight: 500; }
-.endwise td.words { white-space: normal; text-align: left; }
-.endwise ol { list-style: none; margin: 4px 0 10px; padding: 0; }
+.endwise.endwise td.words { white-space: normal; text-align: left; min-width: 16rem; }
+.endwise.endwise ol { list-style: none; margin: 4px 0 10px; padding: 0; }
 .endwise li { display: flex; gap: 12px; padding: 3px 0;
   border-bottom: 1px solid color-mix(in srgb, currentColor 12%, transparent); }
 .endwise li > .value { flex: 0 0 3.5rem; text-align: right; opacity: 0.72; font-variant-numeric: tabular-nums; }
-.endwise .text { white-space: pre-wrap; }
+.endwise span.text { white-space: pre-wrap; }
 .endwise svg { display: block; max-width: 100%; height: auto; color: inherit; }
+.endwise .scroll > svg { width: 100%; min-width: 40rem; }
 .endwise svg text { fill: currentColor; }
 """
 
@@ -107,10 +109,12 @@ def card(title: str, facts: Mapping[str, object], parts: Iterable[str] = ()) -> 
     Args:
         parts: HTML.
     """
-    told = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
+    told = "".join(
+        f'<div><span class="of">{escape(name)}</span> <b>{escape(fact)}</b></div>' for name, fact in facts.items()
+    )
     return (
         f'<div class="endwise"><style>{_STYLE}</style><p class="name">{escape(title)}</p>'
-        f"<dl>{told}</dl>{''.join(parts)}</div>"
+        f'<div class="facts">{told}</div>{"".join(parts)}</div>'
     )
 
 

@@ -184,14 +184,12 @@ def _parts(one: Pareto, figures: str) -> list[str]:
 
 def card_parts(one: Pareto) -> Iterable[str]:
     """Show a set as a card: its curves, its runs, and what they come to."""
-    yield picture(pareto_chart(one.runs, one.setting.site, "pareto"))
+    yield f'<div class="scroll">{picture(pareto_chart(one.runs, one.setting.site, "pareto"))}</div>'
     grid = _points(one)
     yield table(grid.headings, grid.rows, text=(1, len(grid.headings) - 1))
-    for told in _told(one):
-        if isinstance(told, Grid):
-            yield table(told.headings, told.rows)
-        else:
-            yield f'<p class="note">{escape(told)}</p>'
+    if one.is_compared:
+        yield ratio_table(ratio_rows([one]))
+    yield from (f'<p class="note">{escape(told)}</p>' for told in _told(one) if isinstance(told, str))
 
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
