@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from endwise.common.text import printable
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 ACCENT = "213, 94, 0"
 """Red, green and blue of what is shaded by a number."""
 _STYLE = """

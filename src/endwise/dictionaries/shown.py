@@ -1,6 +1,6 @@
 """What a dictionary shows of itself, in a line and in a notebook."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from endwise.common.showing import card
 class ShownDictionary:
     """Words on a dictionary for a reader."""
 
-    architecture: Any
+    architecture: ClassVar[str]
     d_in: int
     d_sae: int
     d_out: int
