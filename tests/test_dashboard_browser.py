@@ -558,7 +558,7 @@ def test_a_slider_steers_a_text(opened, served, site, runs):
     texts = ["".join([*found["prompt"], *found[name]]) for name in ("clean", "steered")]
     assert page.locator(".continued").all_text_contents() == texts
     assert "-1.5".replace("-", "−") in page.locator(".steer output").inner_text()
-    page.get_by_label("Activation").select_option("set")
+    page.get_by_label("Activation", exact=True).select_option("set")
     expected = asked("set", -1.5 * greatest)
     until(page, f"document.querySelectorAll('.continued')[1].textContent.endsWith({''.join(expected['steered'])!r})")
 
