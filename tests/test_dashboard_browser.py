@@ -426,7 +426,10 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, select, tex
 
 @pytest.mark.parametrize(("scheme", "width"), product(("light", "dark"), (1280, 390)))
 def test_every_view_can_be_read(opened, site, served, scheme, width):
-    for url, hashes in ((site, ("#/", *(f"#/run/{run}/feature/0" for run in range(3)))), (served, ("#/text",))):
+    for url, hashes in (
+        (site, ("#/", *(f"#/run/{run}/feature/0" for run in range(3)))),
+        (served, ("#/text", "#/run/0/feature/0")),
+    ):
         page = opened(url, scheme=scheme, width=width)
         for hash_ in hashes:
             shown(page, hash_)
@@ -434,12 +437,21 @@ def test_every_view_can_be_read(opened, site, served, scheme, width):
                 page.locator("#text").fill("How to bake a cake.")
                 page.get_by_role("button", name="Read", exact=True).click()
                 page.wait_for_selector(".line .t.on")
+            if url == served and "feature" in hash_:
+                continue_text(page, "How to bake a cake.")
             seen, poor = page.evaluate(CONTRAST)
             assert seen > 30 and poor == []
             assert page.evaluate(NAMELESS) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             ids = page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
             assert len(ids) == len(set(ids))
+
+
+def continue_text(page, text):
+    page.locator(".main textarea").fill(text)
+    page.get_by_role("button", name="Continue the text").click()
+    page.wait_for_selector(".continued")
+    until(page, "document.querySelector('.steer .button').textContent === 'Continue the text'")
 
 
 def test_nothing_of_anyone_elses_runs(opened, hostile):
@@ -483,6 +495,11 @@ def test_nothing_that_is_typed_runs(opened, hostile):
                 page.wait_for_selector(".line .t")
                 page.locator(".line .t").first.click()
                 unhurt(page)
+            shown(page, "#/run/0/feature/0")
+            for attack in ATTACKS[:3]:
+                continue_text(page, attack)
+                unhurt(page)
+                assert page.locator(".continued").first.text_content().startswith(printable(attack))
         finally:
             server.shutdown()
             thread.join()
@@ -523,6 +540,27 @@ def test_which_features_fire_on_a_text(opened, served, runs):
     assert f"Shaded by feature {asked['over_text'][0]['feature']}" in page.locator("#view").inner_text()
     page.get_by_label("With").select_option("1")
     until(page, "document.querySelector('.line').closest('[data-kind]').dataset.kind === 'e2e'")
+
+
+def test_a_slider_steers_a_text(opened, served, site, runs):
+    assert not opened(site + "#/run/0/feature/0").get_by_text("Steer a text with it").is_visible()
+    page = opened(served + "#/run/1/feature/0")
+    page.get_by_label("Strength").fill("-1.5")
+    continue_text(page, "How to bake a cake:")
+    greatest = float(read_harvest(runs[1]).column("max_active")[0])
+
+    def asked(how, by):
+        body = f"{{run: 1, text: 'How to bake a cake:', feature: 0, how: '{how}', by: {by}, tokens: 40}}"
+        options = f"{{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: JSON.stringify({body})}}"
+        return page.evaluate(f"async () => (await fetch('api/steer', {options})).json()")
+
+    found = asked("add", -1.5 * greatest)
+    texts = ["".join([*found["prompt"], *found[name]]) for name in ("clean", "steered")]
+    assert page.locator(".continued").all_text_contents() == texts
+    assert "-1.5".replace("-", "−") in page.locator(".steer output").inner_text()
+    page.get_by_label("Activation", exact=True).select_option("set")
+    expected = asked("set", -1.5 * greatest)
+    until(page, f"document.querySelectorAll('.continued')[1].textContent.endsWith({''.join(expected['steered'])!r})")
 
 
 def test_a_text_that_cannot_be_read_says_why(opened, served, browser):

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from bad_input import refused
-from endwise import load_model
+from endwise import Clamp, Steer, load_model
 from endwise.common.errors import ConfigError, RunFolderError
+from endwise.common.text import printable
 from endwise.config.run import DataConfig
 from endwise.dashboard.server import LARGEST_REQUEST, DashboardServer
 from endwise.dashboard.serving import dashboard_server
 from endwise.dashboard.text import OVER_TEXT, PER_TOKEN, PREDICTED, TextReader
 from endwise.dictionaries import SAE
 from endwise.features.explanations import Explanation, write_explanations
+from endwise.features.steering import Sampling, steer
 from made_harvests import write_harvested_run
 from small_gpt2 import SITE
 
@@ -64,6 +66,12 @@ def ask(server, method="GET", path="/", body=None, **headers):
 def read(server, text=TEXT, **asked):
     body = json.dumps({"text": text, **asked}).encode()
     status, _, content = ask(server, "POST", "/api/text", body, Content_Type="application/json")
+    return status, json.loads(content)
+
+
+def steered(server, **asked):
+    asked = {"text": TEXT, "feature": 3, "by": 6, "tokens": 5} | asked
+    status, _, content = ask(server, "POST", "/api/steer", json.dumps(asked).encode(), Content_Type="application/json")
     return status, json.loads(content)
 
 
@@ -139,6 +147,44 @@ def test_position_0_does_not_count_where_it_was_masked(run, embedded):
     assert found["active"][0] == [] and found["l0"][0] == 0 and found["kl"][0] == 0
 
 
+def test_a_text_is_continued_with_a_feature_added_to_or_set(server, run, embedded):
+    saes = {SITE: SAE.load(run)}
+    for how, edit in (("add", Steer(3, 6)), ("set", Clamp(3, 6))):
+        expected = steer(embedded, saes, [edit], TEXT, sampling=Sampling(5))
+        status, found = steered(server, how=how)
+        assert status == 200
+        for name in ("prompt", "clean", "steered"):
+            assert found[name] == [printable(text) for text in getattr(expected, name)]
+        assert found["kl"] == pytest.approx(expected.kl, rel=1e-3)
+        assert found["kl_in_prompt"] == pytest.approx(expected.kl_in_prompt, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"text": ""}, "empty"),
+        ({"text": "word " * 600}, r"more than 251\. Shorten"),
+        ({"feature": 150}, "no feature 150"),
+        ({"feature": -1}, "no feature -1"),
+        ({"feature": True}, "whole numbers"),
+        ({"feature": None}, "whole numbers"),
+        ({"by": "8"}, "whole numbers"),
+        ({"by": True}, "finite"),
+        ({"by": float("nan")}, "finite"),
+        ({"by": 10**400}, "finite"),
+        ({"by": 1e30}, "overflows"),
+        ({"how": "divide"}, "add or set"),
+        ({"tokens": 0}, "from 1 to 64"),
+        ({"tokens": 65}, "from 1 to 64"),
+        ({"run": 1}, "from 0 to 0"),
+    ],
+)
+def test_a_steering_that_cannot_be_is_refused_in_words(server, asked, told):
+    status, found = steered(server, **asked)
+    assert status == 400 and list(found) == ["error"]
+    assert re.search(told, found["error"])
+
+
 def test_many_at_once_get_what_each_would_get_alone(server):
     texts = [TEXT, "A dog runs.", "The man stands on a ladder.", "Cut the paper."] * 2
     alone = {text: read(server, text)[1] for text in texts}
@@ -172,8 +218,11 @@ def test_a_run_that_is_not_there(server, number):
 
 
 def test_hidden_characters_come_back_written_out(server):
-    status, found = read(server, "a\x1b[31m\u202eb <script>alert(1)</script>\udcff")
+    hostile = "a\x1b[31m\u202eb <script>alert(1)</script>\udcff"
+    status, found = read(server, hostile)
     assert status == 200 and not set("".join(found["tokens"])) & set("\x1b\u202e")
+    status, found = steered(server, text=hostile)
+    assert status == 200 and not set("".join(found["prompt"])) & set("\x1b\u202e")
 
 
 def test_pages_and_their_types(server):
@@ -211,9 +260,9 @@ def test_nothing_outside_the_site_is_served(server, run, path):
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 def test_another_host_is_refused(server, host, method):
     body = json.dumps({"text": TEXT}).encode() if method == "POST" else None
-    path = "/api/text" if method == "POST" else "/"
-    status, _, content = ask(server, method, path, body, Host=host, Content_Type="application/json")
-    assert status == 403 and b"tokens" not in content
+    for path in ("/api/text", "/api/steer") if method == "POST" else ("/",):
+        status, _, content = ask(server, method, path, body, Host=host, Content_Type="application/json")
+        assert status == 403 and b"tokens" not in content
 
 
 def test_localhost_is_this_machine(server):
@@ -222,9 +271,10 @@ def test_localhost_is_this_machine(server):
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
 def test_another_origin_is_refused(server, origin):
-    body = json.dumps({"text": TEXT}).encode()
-    assert ask(server, "POST", "/api/text", body, Origin=origin, Content_Type="application/json")[0] == 403
-    assert ask(server, "POST", "/api/text", body, Origin=server.url[:-1], Content_Type="application/json")[0] == 200
+    body = json.dumps({"text": TEXT, "feature": 3, "by": 1, "tokens": 1}).encode()
+    for path in ("/api/text", "/api/steer"):
+        assert ask(server, "POST", path, body, Origin=origin, Content_Type="application/json")[0] == 403
+        assert ask(server, "POST", path, body, Origin=server.url[:-1], Content_Type="application/json")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -243,8 +293,9 @@ def test_another_origin_is_refused(server, origin):
     ],
 )
 def test_what_is_no_question_is_refused(server, status, body, headers):
-    found, kind, content = ask(server, "POST", "/api/text", body, **headers)
-    assert found == status and kind["Content-Type"] == "application/json" and set(json.loads(content)) == {"error"}
+    for path in ("/api/text", "/api/steer"):
+        found, kind, content = ask(server, "POST", path, body, **headers)
+        assert found == status and kind["Content-Type"] == "application/json" and set(json.loads(content)) == {"error"}
     assert ask(server, "POST", "/", b"", Content_Type="application/json")[0] == 404
     assert ask(server, "PUT", "/", b"")[0] == 501
 

@@ -2,12 +2,14 @@
 
 import io
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from endwise.common.counting import counting
+from endwise.common.counting import LOG_SECONDS, counting
 from endwise.config.run import RunConfig
 from endwise.training import display as progress
 from endwise.training.display import Display
@@ -32,7 +34,7 @@ def rendered(display, done):
 
 
 def logged(display, clock, capsys, done):
-    clock[0] += progress.LOG_SECONDS
+    clock[0] += display._log.every
     display.advance(done)
     return capsys.readouterr().err.splitlines()
 
@@ -101,7 +103,7 @@ def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys)
     for shown in (True, False):
         with counting("harvest", 400, shown) as advance:
             for _ in range(10):
-                clock[0] += progress.LOG_SECONDS / 4
+                clock[0] += LOG_SECONDS / 4
                 advance(20)
         lines = capsys.readouterr().err.splitlines()
         assert lines == (
@@ -112,6 +114,55 @@ def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys)
             if shown
             else []
         )
+
+
+def jupyter(put):
+    """IPython, as a kernel of Jupyter has it."""
+
+    def display(told, raw, display_id):
+        assert raw and display_id
+        put(told["text/plain"])
+        return SimpleNamespace(update=lambda told, raw: put(told["text/plain"], again=True))
+
+    kernel = SimpleNamespace(kernel=object())
+    return {
+        "IPython": SimpleNamespace(get_ipython=lambda: kernel),
+        "IPython.display": SimpleNamespace(display=display),
+    }
+
+
+def marimo(put):
+    output = SimpleNamespace(replace=put)
+    return {"marimo": SimpleNamespace(running_in_notebook=lambda: True, output=output, plain_text=str)}
+
+
+@pytest.mark.parametrize("notebook", [jupyter, marimo])
+def test_in_a_notebook_one_line_takes_the_place_of_the_last(notebook, clock, capsys, monkeypatch):
+    cell, displays = [], []
+
+    def put(text, again=notebook is marimo):
+        displays.extend([] if again else [text])
+        cell[:] = [text]
+
+    for name, module in notebook(put).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    display = Display(steps=100, first=0, tokens_per_step=50, shown=True)
+    display.show(FOLDER, recipe(Path("unused")), LINE)
+    for done in range(10, 60, 10):
+        clock[0] += 2.0
+        display.advance(done)
+        assert len(cell) == 1 and f"step {done}/100" in cell[0]
+    with counting("harvest", 400, True) as advance:
+        for done in range(1, 5):
+            clock[0] += 2.0
+            advance(20)
+            assert cell == [f"harvest: {20 * done} of 400 sequences · {2 * (20 - done) / 60:.1f} min left"]
+    assert len(displays) == (2 if notebook is jupyter else 0)
+    with counting("harvest", 400, False) as advance:
+        clock[0] += 2.0
+        advance(400)
+    assert "80 of" in cell[0]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("columns", [30, 60, 80, 200])

@@ -20,7 +20,7 @@ from endwise.analysis.comparison.printed import print_evaluations, print_summary
 from endwise.common.text import model_title, printable
 from endwise.config.run import ModelConfig
 from endwise.figures.interactive import library
-from endwise.training.display import LOG_SECONDS, Display
+from endwise.training.display import Display
 from small_gpt2 import recipe
 from test_comparison import compare, three_kinds
 from test_progress import LINE
@@ -131,7 +131,7 @@ def test_progress_shows_names_as_text(capsys):
         display.show(folder, hostile, LINE)
     shown, console = tables()
     console.print(display._table(5))
-    display._said -= LOG_SECONDS
+    display._said -= display._log.every
     display.advance(5)
     display.fail(Path(HOSTILE), HOSTILE)
     for text in (shown.getvalue(), capsys.readouterr().err):

@@ -31,7 +31,7 @@ from endwise.sweeps.survey import survey
 from endwise.sweeps.sweep_config import read_sweep
 from endwise.sweeps.tables import print_rows, write_table
 from endwise.sweeps.tasks import ModelCache, Outcome, Worker, is_finished, tasks_of
-from endwise.sweeps.watching import LOG_SECONDS, RunStatus, Watch, seconds_left
+from endwise.sweeps.watching import RunStatus, Watch, seconds_left
 from endwise.training.setup import model_for
 from endwise.training.train import train_together
 from own_training import acting, stopping, train_with
@@ -829,7 +829,7 @@ def test_off_a_terminal_a_line_now_and_then(watched, monkeypatch):
     console, watch, configs = watched(force_terminal=False)
     with watch:
         watch.ended(Outcome(configs[0].out))
-        watch._said -= LOG_SECONDS
+        watch._said -= watch._log.every
         watch._show()
         watch._show()
     (line,) = console.export_text().splitlines()

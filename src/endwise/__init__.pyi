@@ -26,6 +26,12 @@ from .features.harvest.results import read_harvest as read_harvest
 from .features.harvest.run import harvest as harvest
 from .features.importance_table import FeatureImportance as FeatureImportance
 from .features.importance_table import read_importance as read_importance
+from .features.intervening import Ablate as Ablate
+from .features.intervening import Clamp as Clamp
+from .features.intervening import Intervention as Intervention
+from .features.intervening import Keep as Keep
+from .features.intervening import Steer as Steer
+from .features.intervening import intervene as intervene
 from .features.patterns.files import Patterns as Patterns
 from .features.patterns.files import read_patterns as read_patterns
 from .finetuning import Finetuned as Finetuned

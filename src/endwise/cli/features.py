@@ -117,7 +117,9 @@ def serve(
     again: Annotated[bool, Option("--again", help="Write the dashboard again, though it is there.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type?"""
+    """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type, and
+    where does one steer it?
+    """
     from endwise.dashboard.serving import dashboard_server
 
     with dashboard_server(runs, port=port, again=again, say=None if quiet else status) as server:

@@ -8,9 +8,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-LOG_SECONDS = 30.0
+from endwise.common.notebook import running_cell
+from endwise.common.text import printable
+
+LOG_SECONDS, CELL_SECONDS = 30.0, 1.0
 NARROW = 100
 """Columns of a terminal up to which a bar takes what its name and its times leave."""
+
+
+class Log:
+    """Lines on how far something is: in a log below each other, in a notebook in place of each other.
+
+    Args:
+        every: seconds between two of a log.
+    """
+
+    def __init__(self, console: Console, every: float = LOG_SECONDS) -> None:
+        self._console = console
+        self._cell = None if console.quiet else running_cell()
+        self.every = every if self._cell is None else CELL_SECONDS
+
+    def say(self, *lines: str) -> None:
+        if self._cell is not None:
+            self._cell("\n".join(map(printable, lines)))
+            return
+        for line in lines:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -38,7 +61,7 @@ def counting(
         TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
     )
-    shown = display and console.is_terminal
+    shown, log = display and console.is_terminal, Log(console, every)
     with Progress(*columns, console=console, disable=not shown, expand=console.width < NARROW) as progress:
         task = progress.add_task(what, total=total)
         started = said = time.monotonic()
@@ -49,10 +72,9 @@ def counting(
             progress.advance(task, count)
             done += count
             now = time.monotonic()
-            if not console.is_terminal and now - said > every and done:
+            if not console.is_terminal and now - said > log.every and done:
                 left = (now - started) / done * (total - done)
-                told = f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left"
-                console.print(told, highlight=False, soft_wrap=True)
+                log.say(f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left")
                 said = now
 
         yield advance

@@ -1,4 +1,5 @@
-"""The site served to this machine alone, with the model behind it: what fires on a text that someone types.
+"""The site served to this machine alone, with the model behind it: what fires on a text that someone types, and how a
+feature steers it.
 
 Only 127.0.0.1 is listened to. A page of another origin that has its name point here (DNS rebinding) is refused by the
 `Host` it was called with, one that posts here by its `Origin`; nothing outside the site's folder is read.
@@ -8,7 +9,7 @@ import json
 import mimetypes
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +20,7 @@ from endwise.common.errors import ConfigError, EndwiseError
 from endwise.common.remedies import reason, remedy
 from endwise.dashboard.site import check_site
 from endwise.dashboard.text import TextReader
+from endwise.features.intervening import Clamp, Intervention, Steer
 
 HOST = "127.0.0.1"
 LARGEST_REQUEST = 64 << 10
@@ -30,7 +32,9 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-cache",
 }
-_ABOUT, _TEXT = "/api/about", "/api/text"
+_ABOUT = "/api/about"
+EDITS: Mapping[str, Callable[[int, Any], Intervention]] = {"add": Steer, "set": Clamp}
+"""What "how" may be, with a feature and an activation."""
 
 
 class DashboardServer(ThreadingHTTPServer):
@@ -85,13 +89,33 @@ class DashboardServer(ThreadingHTTPServer):
         Raises:
             ConfigError: not `{"run": place, "text": "..."}`, or the text cannot be read.
         """
+        reader, fields = self._asked(asked)
+        with self.model_lock:
+            return reader.read(fields["text"])
+
+    def steer(self, asked: object) -> dict[str, Any]:
+        """
+        Raises:
+            ConfigError: not `{"run": place, "text": "...", "feature": number, "how": "add", "by": activation,
+                "tokens": number}`, or the text cannot be continued so.
+        """
+        reader, fields = self._asked(asked)
+        feature, by, tokens = (fields.get(name) for name in ("feature", "by", "tokens"))
+        edit, number = EDITS.get(str(fields.get("how", "add"))), isinstance(by, int | float)
+        if edit is None or not number or type(feature) is not int or type(tokens) is not int:
+            how = " or ".join(EDITS)
+            raise ConfigError(f'Send "feature" and "tokens", whole numbers, "by", a number, and "how": {how}.')
+        with self.model_lock:
+            return reader.steer(fields["text"], edit(feature, by), tokens)
+
+    def _asked(self, asked: object) -> tuple[TextReader, Mapping[str, Any]]:
+        """Return the reader of the run that is asked, and all that is."""
         if not isinstance(asked, Mapping) or not isinstance(asked.get("text"), str):
             raise ConfigError('Send an object with a "text".')
         run = asked.get("run", 0)
         if type(run) is not int or not 0 <= run < len(self.readers):
             raise ConfigError(f'"run" is a number from 0 to {len(self.readers) - 1}; given {run!r:.40}.')
-        with self.model_lock:
-            return self.readers[run].read(asked["text"])
+        return self.readers[run], asked
 
 
 class _Refused(Exception):
@@ -164,7 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         return file if file.is_relative_to(self.server.folder) and file.is_file() else None
 
     def _post(self) -> tuple[bytes, str]:
-        if urlsplit(self.path).path != _TEXT:
+        answers = {"/api/text": self.server.read_text, "/api/steer": self.server.steer}
+        if (answer := answers.get(urlsplit(self.path).path)) is None:
             raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
         if self.headers.get_content_type() != "application/json":
             raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON (Content-Type: application/json).")
@@ -178,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):
             raise _Refused(HTTPStatus.BAD_REQUEST, "That is not JSON.") from None
-        return _json(self.server.read_text(asked))
+        return _json(answer(asked))
 
 
 def _json(value: Any) -> tuple[bytes, str]:

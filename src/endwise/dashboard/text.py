@@ -9,17 +9,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from endwise.common.errors import ConfigError
-from endwise.common.text import printable, storable
+from endwise.common.text import printable
 from endwise.config.run import DataConfig
 from endwise.dashboard.scripts import short
 from endwise.dictionaries import SAE
 from endwise.features.harvest.top_tokens import written, written_text
+from endwise.features.intervening import Intervention
+from endwise.features.steering import Sampling, steer, typed_tokens
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass
-from endwise.tokens.encoding import text_ids
 
 MOST_TOKENS = 512
+MOST_NEW = 64
+"""Tokens by which a text is continued."""
 PER_TOKEN = 20
 """Features of a token that are listed, the most active first."""
 OVER_TEXT = 60
@@ -52,7 +55,7 @@ class TextReader:
         Raises:
             ConfigError: the text has no token or too many, or the model has no tokenizer.
         """
-        tokens, mask = self._tokens(text)
+        tokens, mask = typed_tokens(self.model, text, self.data, self.most_tokens + self.data.prepend_bos)
         place = Place.of(self.place)
         clean = self.model.clean(tokens, record=place.sites, final=True)
         read = clean.activations[place.reads].float()
@@ -76,23 +79,19 @@ class TextReader:
             "kl": short(compared.kl[0].tolist()),
         }
 
-    def _tokens(self, text: str) -> tuple[Tensor, Tensor]:
-        """`[1 pos]` each."""
-        tokenizer: Any = self.model.tokenizer
-        if tokenizer is None:
-            raise ConfigError(f"This model can read no text: it has no tokenizer because {self.model.no_tokenizer}")
-        (ids,) = text_ids(tokenizer, [storable(text)], self.data.special_tokens)
-        if not ids:
-            raise ConfigError("The text is empty. Type a word or more.")
-        if len(ids) > self.most_tokens:
-            raise ConfigError(f"The text has {len(ids):,} tokens, more than {self.most_tokens:,}. Shorten it.")
-        bos = [tokenizer.bos_token_id] if self.data.prepend_bos else []
-        tokens = torch.tensor([[*bos, *ids]], device=self.model.device)
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        mask[:, : len(bos)] = False
-        if self.data.mask_first_position:
-            mask[:, 0] = False
-        return tokens, mask
+    def steer(self, text: str, edit: Intervention, tokens: int) -> dict[str, Any]:
+        """Continue a text with and without a feature edited, as JSON that `steer.js` shows.
+
+        Raises:
+            ConfigError: see `steer`; or more tokens are asked for than `MOST_NEW`.
+        """
+        if not 1 <= tokens <= MOST_NEW:
+            raise ConfigError(f'"tokens" is a number from 1 to {MOST_NEW}; given {tokens}.')
+        sampling = Sampling(tokens)
+        made = steer(self.model, {self.place: self.sae}, [edit], text, data=self.data, sampling=sampling)
+        shown = {name: list(map(printable, getattr(made, name))) for name in ("prompt", "clean", "steered")}
+        inside = None if made.kl_in_prompt is None else short([made.kl_in_prompt])[0]
+        return {**shown, "kl": short([made.kl])[0], "kl_in_prompt": inside}
 
     def _predictions(self, final: Float[Tensor, "pos d_model"]) -> list[list[list[Any]]]:
         probabilities = self.model.readout.logits(final).softmax(-1)

@@ -18,6 +18,7 @@ from endwise.common.files import expanded
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
+from endwise.dictionaries.shown import ShownDictionary
 from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored, stored_at
 
 
@@ -91,7 +92,7 @@ class TokenLosses:
     """For what is drawn: the same whenever the run comes to this step."""
 
 
-class SAE(nn.Module, ABC):
+class SAE(ShownDictionary, nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
     A transcoder's result stands for the activation at another site, and may be of another width, `d_out`.

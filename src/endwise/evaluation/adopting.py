@@ -120,7 +120,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     ours = found.stored.metadata.get("endwise")
     if belongs.data is None and isinstance(ours, Mapping) and "step" in ours:
         RunFolder(path).check_exists()  # which says how to bring a run of ours here
-    section, model = _model(found, belongs)
+    section, model = model_for(found, belongs)
     place, stored = belonging(found, model, belongs.site)
     sae = SAE.of(stored)
     data, remark = _text(found, model, belongs)
@@ -184,7 +184,13 @@ def digest_of(path: Path) -> str:
     return of_text(form.name, of_file(weights), *(f"{file.name} {of_file(file)}" for file in settings))
 
 
-def _model(found: Inspected, belongs: Belonging) -> tuple[ModelConfig, LanguageModel]:
+def model_for(found: Inspected, belongs: Belonging) -> tuple[ModelConfig, LanguageModel]:
+    """Load the model of an SAE.
+
+    Raises:
+        ConfigError: neither is it said nor does the file name one.
+        ModelError: it cannot be loaded.
+    """
     if isinstance(belongs.model, LanguageModel):
         return ModelConfig.build({"name": belongs.model.name}, "the model"), belongs.model
     if belongs.model is None and belongs.like is not None:

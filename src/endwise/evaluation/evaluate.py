@@ -19,6 +19,7 @@ from endwise.common.errors import ConfigError, DataError, FormatError
 from endwise.common.files import expanded, write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Several
 from endwise.common.tensor_files import write_tensors
 from endwise.config.adopted import AdoptedConfig
 from endwise.config.places import PlacesConfig, Recipe
@@ -76,7 +77,7 @@ def evaluate(
             results[path] = _evaluate_together(RunFolder(path), own, model, corpora, tokens, world)
             if world.is_first:
                 write_evaluation(RunFolder(path), recipe, results[path])
-    return {each: results[each] for path in paths for each in [*of_places.get(path, []), path]}
+    return Several({each: results[each] for path in paths for each in [*of_places.get(path, []), path]})
 
 
 def _of_several(path: Path) -> PlacesConfig | None:

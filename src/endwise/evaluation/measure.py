@@ -5,7 +5,7 @@ and what paired comparisons between runs are made of.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -20,10 +20,12 @@ from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
 from endwise.common.processes import ALONE, World
 from endwise.common.remarks import remarks_on
+from endwise.common.showing import Shown, notes, table
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
 from endwise.evaluation.counting import Counting, Spot
+from endwise.evaluation.metrics import DOWNSTREAM, METRICS, OF_PREFIX, Metric
 from endwise.evaluation.text_check import facts_of_text
 from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.readout import Comparison
@@ -36,41 +38,6 @@ Sums = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """`offset + sign · Σ numerator / Σ denominator` over tokens."""
-
-    numerator: str
-    denominator: str = "tokens"
-    complement: bool = False
-    """Report 1 − ratio (explained variances)."""
-
-
-METRICS: dict[str, Metric] = {
-    "l0": Metric("l0"),
-    "kl": Metric("kl"),
-    "ce_clean": Metric("ce_clean", "predictions"),
-    "ce_spliced": Metric("ce_spliced", "predictions"),
-    "ce_increase": Metric("ce_increase", "predictions"),
-    "top1_agreement": Metric("top1_agreement"),
-    "statistical_distance": Metric("statistical_distance"),
-    "explained_variance.per_token": Metric("unexplained_share", complement=True),
-    "explained_variance.pooled": Metric("error", "variance", complement=True),
-    "explained_variance.per_token_layernorm": Metric("unexplained_share_layernorm", complement=True),
-    "explained_variance.pooled_layernorm": Metric("error_layernorm", "variance_layernorm", complement=True),
-}
-
-
-OF_PREFIX: dict[str, Metric] = {
-    "prefix_l0": METRICS["l0"],
-    "prefix_ce_increase": METRICS["ce_increase"],
-    "prefix_explained_variance": METRICS["explained_variance.per_token"],
-}
-"""Metrics that there is one of for each prefix of features, as in `prefix_l0.128`: of the first 128 alone."""
-DOWNSTREAM = ("downstream_mse", "downstream_cosine")
-"""Metrics that there is one of for each later residual site, as in `downstream_mse.blocks.5.hook_resid_pre`."""
-
-
-@dataclass(frozen=True)
 class Baselines:
     """Cross-entropies that bound the scale, nats per token: the site untouched, at its mean, at zero."""
 
@@ -79,8 +46,8 @@ class Baselines:
     zero_ablated: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """One SAE's metrics with 95 % bootstrap intervals over sequences."""
 
     site: Site
@@ -112,6 +79,21 @@ class Evaluation:
     def alive(self) -> int:
         """Features that fired at least once in `tokens` tokens; compare only equal numbers of tokens."""
         return int((self.firings > 0).sum())
+
+    def shown_facts(self) -> Mapping[str, object]:
+        numbers = {
+            "L0": f"{self['l0']:.1f}",
+            "CE increase": f"{self['ce_increase']:+.4f} nats",
+            "KL": f"{self['kl']:.4f}",
+        }
+        alive = f"{self.alive:,} of {self.d_sae:,}"
+        return {"at": self._record()["site"], **numbers, "alive": alive, "tokens": f"{self.tokens:,}"}
+
+    def shown_parts(self) -> Iterable[str]:
+        rows = [(name, *(f"{each:.4g}" for each in (i.estimate, i.low, i.high))) for name, i in self.metrics.items()]
+        bounds = [(f"CE, {name.replace('_', ' ')}", f"{ce:.4g}") for name, ce in vars(self.baselines).items()]
+        yield notes(self.remarks)
+        yield table(("metric", "estimate", "95 % from", "to"), [*rows, *((*each, "", "") for each in bounds)])
 
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric].estimate

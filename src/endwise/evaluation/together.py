@@ -53,7 +53,7 @@ class AmongOthers:
         return {"d_sae": self.d_sae, "alive": self.alive, **estimates}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointEvaluation(Evaluation):
     """Dictionaries of several places together: `site` is the first that is written, `l0`, `d_sae` and `alive` are sums,
     baselines have all places at their means, or at zero. Downstream metrics are those after the first place; where a

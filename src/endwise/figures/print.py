@@ -1,8 +1,10 @@
 """Figures for print: PDF and PNG of a chart, the same bytes whenever they are drawn."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ DPI = 300
 HATCH = "/////"
 """Hatching of every band that is over something else than the chart's first."""
 
+_TOLD_IN_SVG = ("Creator", "Date", "Format", "Type")
 _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType: text stays text, which journals ask for
     "text.parse_math": False,
@@ -81,6 +84,23 @@ def save(chart: Chart, folder: Path) -> list[Path]:
             figure.set_layout_engine(None)  # where everything stands is found once
             paths.append(path)
     return paths
+
+
+def picture(chart: Chart) -> str:
+    """Return a chart as SVG that stands in a page: no background, and ink of the page's own colour."""
+    drawn = StringIO()
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": chart.name}):
+        draw(chart).savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(_TOLD_IN_SVG))
+    svg = drawn.getvalue()
+    for colour, own in (
+        (INK, "currentColor"),
+        (MUTED, "currentColor"),
+        (RULE, "rgb(128 128 128 / 30%)"),
+        (PAPER, "none"),
+    ):
+        svg = svg.replace(colour, own)
+    svg = re.sub(r"<style[^>]*>\*\{(.*?)\}</style>", "", svg, flags=re.DOTALL)  # which would be the whole page's
+    return svg[svg.index("<svg") :].replace("<svg ", '<svg style="stroke-linejoin: round" ', 1)
 
 
 def draw(chart: Chart) -> Figure:

@@ -117,7 +117,7 @@ class SiteHooks:
 
     def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
         """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
-        hooks.enter_context(_forward(module, partial(_answer_with, value, self._returns[module])))
+        hooks.enter_context(replaced(module, "forward", partial(_answer_with, value, self._returns[module])))
 
     @contextmanager
     def _acting_between(self, block: Block, act: Act) -> Iterator[None]:
@@ -133,7 +133,7 @@ class SiteHooks:
             return
         adding_nothing = partial(self._adding_nothing, block)
         in_two = _InTwo(block.module.forward, block.attention.write, adding_nothing, [act])
-        with _forward(block.module, in_two):
+        with replaced(block.module, "forward", in_two):
             yield
 
     @contextmanager
@@ -235,14 +235,14 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, the module computes something else."""
-    own = module.__dict__.get("forward")  # accelerate, for one, puts a forward on the instance
-    module.forward = forward
+def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a method of the module is another."""
+    own = module.__dict__.get(name)  # accelerate, for one, puts a forward on the instance
+    setattr(module, name, method)
     try:
         yield
     finally:
         if own is None:
-            module.__dict__.pop("forward")
+            module.__dict__.pop(name)
         else:
-            module.forward = own
+            setattr(module, name, own)

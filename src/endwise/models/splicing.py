@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,10 @@ from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.sites import Part, Place, Site
 
 Scalar = Float[Tensor, ""]
+Given = TypeVar("Given", bound=Callable[[Tensor], Tensor])
+Change = Callable[[Tensor, Tensor], Tensor]
+"""What stands at a place's second site, of the activation that is read at the first, `[batch pos d_in]`, and of the
+model's own at the second, `[batch pos d_out]`."""
 CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
 """Tokens at a time in the spliced pass: enough for matrix products at full speed."""
 
@@ -130,14 +135,35 @@ def spliced(
         SiteError: the model has no such site.
         ModelError: an SAE is not as wide as its site.
     """
+    with changed(model, {place: _instead(sae) for place, sae in at_places(model, saes).items()}):
+        yield model
+
+
+def at_places(model: LanguageModel, saes: Mapping[str | Site | Place, Given]) -> dict[Place, Given]:
+    """Find the places of a model that dictionaries are given for.
+
+    Raises:
+        SiteError: the model has no such site.
+        ModelError: a dictionary is not as wide as its site.
+    """
     placed = {model.place(given): sae for given, sae in saes.items()}
     for place, sae in placed.items():
         refuse_width(model, place.reads, getattr(sae, "d_in", None))
         refuse_width(model, place.writes, getattr(sae, "d_out", getattr(sae, "d_in", None)))
+    return placed
+
+
+@contextmanager
+def changed(model: LanguageModel, changes: Mapping[Place, Change]) -> Iterator[None]:
+    """Within it, the Hugging Face model computes, and generates, with changed values where the places write."""
     with ExitStack() as patches:
-        for place in sorted(placed):
-            patches.enter_context(model.patched(_patch_of(place, placed[place])))
-        yield model
+        for place in sorted(changes):
+            patches.enter_context(model.patched(_patch_of(place, changes[place])))
+        yield
+
+
+def _instead(sae: Callable[[Tensor], Tensor]) -> Change:
+    return lambda read, _own: sae(read)
 
 
 def refuse_width(model: LanguageModel, site: Site, width: int | None) -> None:
@@ -151,17 +177,17 @@ def refuse_width(model: LanguageModel, site: Site, width: int | None) -> None:
         )
 
 
-def _patch_of(place: Place, sae: Callable[[Tensor], Tensor]) -> dict[Site, Callable[[Tensor], Tensor]]:
+def _patch_of(place: Place, change: Change) -> dict[Site, Callable[[Tensor], Tensor]]:
     """Return what a whole pass puts at a place: of two sites, the value is kept at the first for the second."""
     if place.reads == place.writes:
-        return {place.reads: sae}
+        return {place.reads: lambda value: change(value, value)}
     kept: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
         kept[:] = [value]
         return value
 
-    return {place.reads: keep, place.writes: lambda _: sae(kept.pop())}
+    return {place.reads: keep, place.writes: lambda own: change(kept.pop(), own)}
 
 
 def squared_error(

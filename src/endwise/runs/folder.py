@@ -58,6 +58,7 @@ from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
 from endwise.formats import format_at, weights_file
 from endwise.runs.several import is_several, place_folders, resuming
+from endwise.runs.shown_run import ShownRun
 from endwise.runs.trackers import Mirror
 
 REPORTED_PACKAGES = ("endwise", "torch", "transformers", "datasets", "safetensors", "numpy")
@@ -66,7 +67,7 @@ LAST_BYTES = 1 << 16
 """Bytes of a file's end, in which its last whole line lies: more than a line of `metrics.jsonl` takes."""
 
 
-class RunFolder:
+class RunFolder(ShownRun):
     def __init__(self, path: Path) -> None:
         self.path = path = expanded(path)
         self.config_file = path / "config.yaml"

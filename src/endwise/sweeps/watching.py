@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from endwise.common.counting import LOG_SECONDS
+from endwise.common.counting import Log
 from endwise.common.errors import FormatError
 from endwise.common.terminal import Cell, Grid
 from endwise.common.text import printable
@@ -100,12 +100,13 @@ def _number(record: dict[str, Any] | None, key: str) -> float | None:
 
 
 class Watch:
-    """On a terminal a live table of all runs; elsewhere a line every `LOG_SECONDS`, and one for each run that fails."""
+    """On a terminal a live table of all runs; elsewhere a line now and then (`Log`); and one for each that fails."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, quiet=not shown)
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
+        self._log = Log(self._console)
         self._runs: dict[Path, RunStatus] = {}
         self._to_come: Sequence[Recipe] = ()
         self._lock = threading.Lock()
@@ -165,9 +166,9 @@ class Watch:
     def _show(self) -> None:
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
-        elif time.monotonic() - self._said >= LOG_SECONDS:
+        elif time.monotonic() - self._said >= self._log.every:
             self._said = time.monotonic()
-            self._console.print(self._heading(), markup=False, highlight=False, soft_wrap=True)
+            self._log.say(self._heading())
 
     def _heading(self) -> str:
         runs = list(self._runs.values())

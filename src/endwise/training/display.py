@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from endwise.common.counting import LOG_SECONDS
+from endwise.common.counting import Log
 from endwise.common.terminal import Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
@@ -32,7 +32,7 @@ class _Row:
 
 
 class Display:
-    """On a terminal one live row per SAE; elsewhere its numbers every `LOG_SECONDS`; nothing when switched off."""
+    """On a terminal one live row per SAE; elsewhere its numbers now and then (`Log`); nothing when switched off."""
 
     def __init__(self, steps: int, first: int, tokens_per_step: int, shown: bool) -> None:
         self._steps, self._first, self._tokens_per_step = steps, first, tokens_per_step
@@ -41,6 +41,7 @@ class Display:
         self._console = Console(stderr=True, quiet=not shown)
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
+        self._log = Log(self._console)
         self._said = self._started
         self._paused = 0.0
 
@@ -96,17 +97,16 @@ class Display:
             if waited >= TABLE_SECONDS or done == self._steps:
                 self._said = time.monotonic()
                 self._live.update(self._table(done), refresh=True)
-        elif waited >= LOG_SECONDS:
+        elif waited >= self._log.every:
             self._said = time.monotonic()
-            for text in self._log(done):
-                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._log.say(*self._lines(done))
 
     def _heading(self, done: int) -> str:
         timing = self.timing(done)
         left = timing["seconds"] / max(1, done - self._first) * (self._steps - done)
         return f"step {done}/{self._steps} · {timing['tokens_per_second']:,.0f} tokens/s · {left / 60:.1f} min left"
 
-    def _log(self, done: int) -> list[str]:
+    def _lines(self, done: int) -> list[str]:
         """One line where one SAE is in training; of several the speed, then a line for each."""
         if len(self._rows) == 1:
             return [f"{self._heading(done)} · {_numbers(row)}" for row in self._rows.values()]

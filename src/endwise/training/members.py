@@ -21,6 +21,7 @@ from endwise.common.errors import (
 )
 from endwise.common.processes import World
 from endwise.common.remarks import diverged, remarks_on
+from endwise.common.showing import Shown
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
@@ -34,10 +35,17 @@ from endwise.training.memory import command_in_less_memory
 from endwise.training.trainee import Trainee
 
 
-class _Recorded:
+class _Recorded(Shown):
     """A finished run's record, as a reader needs it."""
 
+    folder: Path
     record: Mapping[str, Any]
+
+    def shown_facts(self) -> Mapping[str, object]:
+        return RunFolder(self.folder).shown_facts()
+
+    def shown_parts(self) -> Iterable[str]:
+        return RunFolder(self.folder).shown_parts()
 
     @property
     def remarks(self) -> list[str]:
@@ -49,7 +57,7 @@ class _Recorded:
         return diverged(self.record) is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(_Recorded):
     """A trained SAE and where everything about it lies."""
 
@@ -62,7 +70,7 @@ class Run(_Recorded):
     """Facts at the end that remarks are computed from: the loss, the last evaluation, the text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlacesRun(_Recorded):
     """Trained SAEs of several places, and where everything about them lies."""
 

@@ -7,7 +7,7 @@ objective differs in more than the knob, in a weight say, or in the penalty's po
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable, in_order, methods_of
 from endwise.analysis.comparison.comparison import Summary, summarise_folders
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
+from endwise.common.showing import Listed, Shown
 from endwise.common.statistics import (
     LEAST_SEEDS,
     Floats,
@@ -35,8 +36,8 @@ AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 """Pairs that are drawn against each other: x, y."""
 
 
-@dataclass(frozen=True)
-class Pareto:
+@dataclass(frozen=True, repr=False)
+class Pareto(Shown):
     """The runs of one setting, compared."""
 
     setting: Setting
@@ -50,6 +51,15 @@ class Pareto:
     @property
     def methods(self) -> list[Method]:
         return methods_of(self.runs)
+
+    def shown_facts(self) -> Mapping[str, object]:
+        methods = ", ".join(method.label for method in self.methods)
+        return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
+
+    def shown_parts(self) -> Iterable[str]:
+        from endwise.analysis.pareto.page import card_parts
+
+        return card_parts(self)
 
     @property
     def is_compared(self) -> bool:
@@ -84,7 +94,7 @@ def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
         RunFolderError: there is no run, or one was not measured yet.
         FormatError: what a run holds cannot be read.
     """
-    return [_compared(setting, runs) for setting, runs in comparable(paths, together=True).items()]
+    return Listed(_compared(setting, runs) for setting, runs in comparable(paths, together=True).items())
 
 
 def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:

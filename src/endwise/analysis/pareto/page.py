@@ -28,6 +28,7 @@ from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 from endwise.figures.page import Wide, escape, table
+from endwise.figures.print import picture
 
 WAY_OVER_SEEDS = "Student's t"
 OTHER_SEEDS = "other seeds"
@@ -179,6 +180,16 @@ def _parts(one: Pareto, figures: str) -> list[str]:
         return [figures]
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
     return [f'<ul class="verdicts">{sentences}</ul>', figures, ratio_table(ratio_rows([one]))]
+
+
+def card_parts(one: Pareto) -> Iterable[str]:
+    """Show a set as a card: its curves, its runs, and what they come to."""
+    yield f'<div class="scroll">{picture(pareto_chart(one.runs, one.setting.site, "pareto"))}</div>'
+    grid = _points(one)
+    yield table(grid.headings, grid.rows, text=(1, len(grid.headings) - 1))
+    if one.is_compared:
+        yield ratio_table(ratio_rows([one]))
+    yield from (f'<p class="note">{escape(told)}</p>' for told in _told(one) if isinstance(told, str))
 
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:

@@ -3,6 +3,7 @@
 
 const app = {
   served: false,
+  found: Promise.resolve(false), // whether a model stands behind the page
 
   start() {
     const site = endwise.received.get("site");
@@ -13,8 +14,8 @@ const app = {
     addEventListener("hashchange", () => this.route());
     addEventListener("keydown", (event) => this.key(event));
     document.getElementById("to-help").addEventListener("click", () => this.help());
+    if (location.protocol === "http:") this.found = this.findServer();
     this.route();
-    if (location.protocol === "http:") this.findServer();
   },
 
   navigation() {
@@ -39,11 +40,11 @@ const app = {
     show();
   },
 
-  // Whether a model stands behind the page.
   async findServer() {
     const answer = await fetch("api/about").catch(() => null);
     this.served = Boolean(answer && answer.ok && (answer.headers.get("Content-Type") || "").startsWith("application/json"));
     document.getElementById("to-text").hidden = !this.served;
+    return this.served;
   },
 
   async route() {

@@ -21,7 +21,7 @@ const feature = {
       el(
         "div.columns",
         {},
-        el("div.main", {}, this.patterns(page), this.contexts(page, columns.max[number])),
+        el("div.main", {}, steering.card(run, number, columns.max[number]), this.patterns(page), this.contexts(page, columns.max[number])),
         el("div.side", {}, this.histogram(page), this.logits(page), this.nearest(runs, place, page), this.together(run, page)),
       ),
     );

@@ -12,11 +12,11 @@ corpus, so that a context can be found again.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,13 @@ from pyarrow import parquet
 from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.files import expanded, read_format, there_is
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Shown
+from endwise.common.text import printable
 from endwise.features.token_texts import Decode, pieces
 from endwise.runs.weights import check_same_weights
+
+if TYPE_CHECKING:
+    from endwise.features.harvest.feature import HarvestedFeature
 
 HARVEST_FOLDER = "harvest"
 HARVEST_FORMAT = 1
@@ -71,7 +76,7 @@ CONTEXT_SCHEMA = pa.schema(
 VOCABULARY_SCHEMA = pa.schema({"token": pa.int32(), "text": pa.string()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Context:
     """A stretch of text around a token at which a feature fires."""
 
@@ -89,14 +94,28 @@ class Context:
     activations: tuple[float, ...]
     """The feature's, at each of these tokens."""
 
+    written: Callable[[Sequence[int]], list[str]] | None = field(default=None, compare=False)
+    """Writes tokens as text; None: where it comes from has no words for them."""
+
     @property
     def peak(self) -> int:
         """Number of the token in `tokens` at which it fires."""
         return self.position - self.start
 
+    @property
+    def texts(self) -> list[str]:
+        """One text per token."""
+        return [f"{token} " for token in self.tokens] if self.written is None else self.written(self.tokens)
 
-@dataclass(frozen=True)
-class Harvest:
+    def __repr__(self) -> str:
+        texts = self.texts
+        marked = f"{''.join(texts[: self.peak])}«{texts[self.peak]}»{''.join(texts[self.peak + 1 :])}"
+        where = f"sequence {self.sequence}, position {self.position}"
+        return printable(f"Context(feature {self.feature}: {self.activation:.3g} at {where}: {marked!r})")
+
+
+@dataclass(frozen=True, repr=False)
+class Harvest(Shown):
     """A run's harvest, opened; contexts are read when asked for."""
 
     folder: Path
@@ -110,6 +129,26 @@ class Harvest:
     @property
     def d_sae(self) -> int:
         return self.features.num_rows
+
+    def feature(self, number: int) -> "HarvestedFeature":
+        """Return one feature, which shows itself in a notebook.
+
+        Raises:
+            ConfigError: there is none of that number.
+        """
+        from endwise.features.harvest.feature import HarvestedFeature
+
+        return HarvestedFeature.of(self, number)
+
+    def shown_facts(self) -> Mapping[str, object]:
+        alive, about = int((self.firings > 0).sum()), self.about
+        place = {"at": about.get("site", ""), "of": about.get("model", "")}
+        return {**place, "alive": f"{alive:,} of {self.d_sae:,}", "tokens": f"{about['tokens']:,}"}
+
+    def shown_parts(self) -> Iterable[str]:
+        from endwise.features.harvest.feature import overview
+
+        return overview(self)
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers of `features`, `[d_sae]`; NaN for what is not there."""
@@ -159,12 +198,12 @@ class Harvest:
         path = self.folder / "contexts.parquet"
         try:
             with parquet.ParquetFile(path) as file:
-                yield from _by_feature(_rows(file, wanted))
+                yield from _by_feature(_rows(file, wanted), self.written)
         except (OSError, pa.ArrowException) as error:
             raise unreadable(path, error) or _broken(path, error) from None
 
 
-def read_harvest(run: Path) -> Harvest | None:
+def read_harvest(run: str | Path) -> Harvest | None:
     """A run's harvest; None if there is none.
 
     Raises:
@@ -222,10 +261,13 @@ def _rows(file: parquet.ParquetFile, wanted: set[int] | None) -> Iterator[Mappin
                 yield row
 
 
-def _by_feature(rows: Iterator[Mapping[str, Any]]) -> Iterator[tuple[int, list[Context]]]:
+def _by_feature(
+    rows: Iterator[Mapping[str, Any]], written: Callable[[Sequence[int]], list[str]]
+) -> Iterator[tuple[int, list[Context]]]:
     kept: list[Context] = []
     for row in rows:
-        context = Context(**{**row, "tokens": tuple(row["tokens"]), "activations": tuple(row["activations"])})
+        lists = {name: tuple(row[name]) for name in ("tokens", "activations")}
+        context = Context(**{**row, **lists}, written=written)
         if kept and kept[0].feature != context.feature:
             yield kept[0].feature, kept
             kept = []

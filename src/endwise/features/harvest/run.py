@@ -13,6 +13,7 @@ from endwise.common.counting import counting
 from endwise.common.errors import ConfigError, DataError, Interrupted
 from endwise.common.files import expanded
 from endwise.common.processes import joined
+from endwise.common.showing import Several
 from endwise.common.stopping import polite_stop
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
@@ -67,8 +68,7 @@ def harvest(
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
             the spliced pass forward and backward besides; of a text of more than `LONG_TEXT` batches in every second.
         shards: number of even parts of the text, of which one is read.
-        shard: number of that part, from 0. Who comes last joins them all.
-            The processes of `torchrun` are the shards of one harvest by themselves.
+        shard: its number, from 0; who comes last joins all. Processes of `torchrun` are shards by themselves.
         again: harvest whatever was harvested before.
         model: a loaded one to use instead of the recipes'.
         corpora: loaded token sequences, likewise.
@@ -98,7 +98,7 @@ def harvest(
             group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
-        return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
+        return Several({path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs})
 
 
 def _earlier(
