@@ -16,14 +16,11 @@ from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.provenance import tell
 from endwise.evaluation.summary import RunSummary
+from endwise.runs.finding import NOT_RUNS
 from endwise.runs.folder import RunFolder, parts_of
 
 HELDOUT_TEXT = "held-out text"
 """Name of what a band is over that is not over seeds."""
-
-
-NOT_RUNS = ("trials", "checkpoints", "sae")
-"""Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
 
 ASIDE = (

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-LOG_SECONDS = 30.0
+LOG_SECONDS = 60.0
 NARROW = 100
 """Columns of a terminal up to which a bar takes what its name and its times leave."""
 

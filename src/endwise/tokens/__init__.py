@@ -20,7 +20,7 @@ training side, and `check_disjoint` verifies the result.
 """
 
 from endwise.tokens.corpus import BatchOrder, Corpora, Corpus, TokenBatch, check_disjoint
-from endwise.tokens.loading import corpora_for, load_corpora
+from endwise.tokens.loading import check_readable, corpora_for, load_corpora
 from endwise.tokens.prefetch import read_ahead
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Corpus",
     "TokenBatch",
     "check_disjoint",
+    "check_readable",
     "corpora_for",
     "load_corpora",
     "read_ahead",

@@ -11,7 +11,6 @@ import torch
 
 from endwise.common.counting import counting
 from endwise.common.errors import ConfigError, DataError, Interrupted
-from endwise.common.files import expanded
 from endwise.common.processes import joined
 from endwise.common.stopping import polite_stop
 from endwise.config.run import RunConfig
@@ -26,6 +25,7 @@ from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harve
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
+from endwise.runs.finding import trained_runs
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
 
@@ -59,7 +59,7 @@ def harvest(
     and ends in the same files.
 
     Args:
-        runs: run folders; those of one model and one corpus share every clean pass.
+        runs: run folders, or folders that hold some; those of one model and one corpus share every clean pass.
         tokens: positions to read, in whole sequences from the text's beginning; None: each recipe's
             `evaluation.tokens`, or all of a text of one's own.
         text: the recipe's held-out or training text, or the source of another (as `data.source`).
@@ -90,7 +90,7 @@ def harvest(
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
         request = Request(tokens, text, kept or Kept(), importance, shards, shard)
-        configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
+        configs = {path: RunFolder.config_of_trained(path) for path in trained_runs(runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
         results = {} if again else _earlier(settings, texts)
