@@ -41,7 +41,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Measured = Annotated[list[Path], Argument(help="Measured run folders, or folders that hold some (a sweep's).")]
+
+def run_path(text: str) -> Path:
+    """Refuse an empty name, which would mean all runs below the current folder, and stands there by mistake."""
+    if not text:
+        raise typer.BadParameter("a run's name is empty. Give its folder, or . for all runs in this one.")
+    return Path(text)
+
+
+def run_argument(help: str) -> Any:  # noqa: A002  As typer calls it.
+    return Argument(help=help, parser=run_path, metavar="RUN...", show_default=False)
+
+
+OR_FOLDERS = "or folders that hold some (a sweep's)."
+Runs = Annotated[list[Path], run_argument(f"Run folders, {OR_FOLDERS}")]
+Measured = Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),

@@ -10,10 +10,12 @@ from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
 from endwise.cli.app import (
+    OR_FOLDERS,
     Again,
     Json,
     Measured,
     Quiet,
+    Runs,
     Tokens,
     command,
     echo,
@@ -21,6 +23,7 @@ from endwise.cli.app import (
     print_json,
     results_beside,
     results_folder,
+    run_argument,
     status,
 )
 
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 @command
 @taking_saes
 def harvest(
-    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    runs: Runs,
     tokens: Annotated[
         int | None, Option(min=1, help="Tokens to read; unset: the recipe's evaluation.tokens, or all of --corpus.")
     ] = None,
@@ -121,7 +124,7 @@ def export_neuronpedia(
 @command
 @taking_saes
 def dashboard(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders, shown side by side.")],
+    runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS} Shown side by side.")],
     memory: Annotated[
         str, Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
     ] = "512MiB",
@@ -140,7 +143,7 @@ def dashboard(
 @command
 @taking_saes
 def serve(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders, as for endwise dashboard.")],
+    runs: Annotated[list[Path], run_argument("Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
     again: Again = False,
     quiet: Quiet = False,
@@ -155,7 +158,7 @@ def serve(
 
 @command
 def explain(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders.")],
+    runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS}")],
     endpoint: Annotated[
         str, Option(metavar="URL", help="Base of an OpenAI-compatible API, e.g. http://127.0.0.1:8080/v1")
     ],
@@ -268,7 +271,7 @@ def _agreed() -> bool:
 
 @command
 def compare_explanations(
-    runs: Annotated[list[Path], Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
+    runs: Annotated[list[Path], run_argument(f"Explained run folders, {OR_FOLDERS}")],
     out: Annotated[Path | None, results_folder("interpretability")] = None,
     json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Json, Overrides, Quiet, Tokens, command, echo, print_json
+from endwise.cli.app import Json, Overrides, Quiet, Runs, Tokens, command, echo, print_json
 from endwise.cli.overriding import taking_keys
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def plan(
 @command
 @taking_saes
 def evaluate(
-    runs: Annotated[list[Path], Argument(help="Run folders, or folders that hold some (a sweep's).")],
+    runs: Runs,
     tokens: Tokens = None,
     csv: Annotated[Path | None, Option(help="Also write all runs as one CSV table.")] = None,
     json: Json = False,
@@ -204,7 +204,7 @@ def _show_evaluations(configs: "dict[Path, Recipe]", evaluations: "dict[Path, Ev
 
 @command
 def track(
-    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    runs: Runs,
     to: Annotated[
         list[str] | None,
         Option(metavar="TRACKER", help="wandb, tensorboard, trackio or mlflow; unset: the recipe's trackers."),

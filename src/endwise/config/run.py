@@ -58,8 +58,8 @@ class DataConfig(Config):
     """Source of tokens, and how they are packed into sequences."""
 
     source: str = "embedded"
-    """`embedded`, a `.txt`, `.jsonl`, `.csv` (all three also `.gz` or `.zst`), `.parquet` or `.npy` file, a folder of
-    them or of `save_to_disk`, or a Hugging Face dataset id."""
+    """`embedded`, a `.txt`, `.jsonl`, `.json` (one list), `.csv` (all four also `.gz` or `.zst`), `.parquet` or `.npy`
+    file, a folder of them or of `save_to_disk`, or a Hugging Face dataset id."""
     column: str | None = None
     """Column holding text, token ids or conversations; unset: `text`, `input_ids`, `tokens` or `messages`, whichever is
     there."""

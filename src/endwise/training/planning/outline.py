@@ -79,7 +79,8 @@ def sites_of(name: str, *, gguf_file: str | None = None, trust_remote_code: bool
     Raises:
         ModelError: see `load_model`.
     """
-    settings = ModelConfig(name=name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    given = {"name": name, "gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    settings = ModelConfig.build(given, "the model")
     found = (
         _with_random_weights(settings) if "gguf_file" in based_on(at_home(name), gguf_file, None, False)[1] else None
     )
