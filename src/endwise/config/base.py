@@ -76,9 +76,9 @@ class Config(BaseModel):
             raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
     @classmethod
-    def read(cls: type[Section], path: Path, overrides: list[str] | None = None) -> Section:
+    def read(cls: type[Section], path: str | Path, overrides: Sequence[str] | None = None) -> Section:
         """Read a YAML file and apply overrides of the form `section.key=value` (the value is YAML)."""
-        return changed_and_built(read_yaml(path), overrides or [], cls.changed, cls.build, str(path))
+        return changed_and_built(read_yaml(Path(path)), overrides or [], cls.changed, cls.build, str(path))
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

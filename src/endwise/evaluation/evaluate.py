@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from endwise.evaluation.measure import Evaluation, Sums, measure
 from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
 from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
-from endwise.runs.finding import trained_runs
+from endwise.runs.finding import Paths, trained_runs
 from endwise.runs.folder import RunFolder, weights_of
 from endwise.runs.several import place_folders
 from endwise.runs.trackers import Mirror
@@ -40,7 +40,7 @@ FIRINGS_FILE = "evaluation_firings.safetensors"
 
 
 def evaluate(
-    runs: str | Path | Sequence[str | Path],
+    runs: Paths,
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
@@ -61,7 +61,7 @@ def evaluate(
         RunFolderError: a folder is not a run, holds no trained SAE yet, or stands on other text or another model.
         FormatError: an SAE is not what its training wrote.
     """
-    paths = trained_runs([runs] if isinstance(runs, str | Path) else runs)
+    paths = trained_runs(runs)
     several = {path: recipe for path in paths if (recipe := _of_several(path)) is not None}
     of_places = {path: place_folders(path, several[path]) for path in several}
     alone = list(dict.fromkeys(each for path in paths for each in of_places.get(path, [path])))

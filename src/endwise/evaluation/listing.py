@@ -65,6 +65,7 @@ def _listed(path: Path) -> ListedRun:
     try:
         config = folder.recipe()
         measured: Mapping[str, Any] = folder.measured() or {}
+        numbers: dict[str, Any] = {name: measured.get(name) for name in ("l0", "ce_increase", "alive", "d_sae")}
         several = isinstance(config, PlacesConfig)
         return ListedRun(
             path,
@@ -76,7 +77,7 @@ def _listed(path: Path) -> ListedRun:
             "" if several else Knob.of(config).tag,
             config.seed,
             config.training.tokens or None,
-            **{name: measured.get(name) for name in ("l0", "ce_increase", "alive", "d_sae")},
+            **numbers,
         )
     except EndwiseError as error:
         return ListedRun(path, "unreadable", error=" ".join(str(error).split()))

@@ -10,6 +10,13 @@ from endwise.runs.folder import RunFolder, parts_of
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
+Paths = str | Path | Iterable[str | Path]
+
+
+def each_path(paths: Paths) -> list[Path]:
+    """List one path, or several, as a user gives them."""
+    return [expanded(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
 
 def run_folders(path: Path) -> list[Path]:
     """List the runs among a folder and those below it, in order; a run's own places are none of them.
@@ -28,7 +35,7 @@ def run_folders(path: Path) -> list[Path]:
     return [run for run in below if not found & {*run.parents}]
 
 
-def runs_at(paths: Iterable[str | Path], has: Callable[[Path], bool], *, lacking: str, remedy: str) -> list[Path]:
+def runs_at(paths: Paths, has: Callable[[Path], bool], *, lacking: str, remedy: str) -> list[Path]:
     """List what a command that takes runs is given: a run as it is, of a folder of runs those that have what is needed.
 
     Args:
@@ -40,7 +47,7 @@ def runs_at(paths: Iterable[str | Path], has: Callable[[Path], bool], *, lacking
         RunFolderError: a folder has no such run.
     """
     found: dict[Path, None] = {}
-    for path in map(expanded, paths):
+    for path in each_path(paths):
         if RunFolder(path).has_run() or not path.is_dir() or not (below := run_folders(path)):
             found[path] = None  # which is refused in its own words, if it is no run
             continue
@@ -51,7 +58,7 @@ def runs_at(paths: Iterable[str | Path], has: Callable[[Path], bool], *, lacking
     return list(found)
 
 
-def trained_runs(paths: Iterable[str | Path]) -> list[Path]:
+def trained_runs(paths: Paths) -> list[Path]:
     """List the runs among and below the paths; of those below, the trained ones.
 
     Raises:
@@ -65,7 +72,7 @@ def trained_runs(paths: Iterable[str | Path]) -> list[Path]:
     )
 
 
-def harvested_runs(paths: Iterable[str | Path]) -> list[Path]:
+def harvested_runs(paths: Paths) -> list[Path]:
     """As `trained_runs`, of those that were harvested."""
     return runs_at(
         paths,

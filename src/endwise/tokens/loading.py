@@ -1,7 +1,7 @@
 """From a recipe's `data` section to the two corpora of a run."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import as_file, files
 from typing import Any, Protocol, runtime_checkable
@@ -54,7 +54,7 @@ def check_readable(data: DataConfig) -> None:
 
 def corpora_for(
     model: Reader,
-    data: DataConfig,
+    data: DataConfig | Mapping[str, Any],
     *,
     training_tokens: int,
     evaluation_tokens: int,
@@ -76,7 +76,7 @@ def corpora_for(
 
 
 def load_corpora(
-    data: DataConfig,
+    data: DataConfig | Mapping[str, Any],
     *,
     tokenizer: Any | None,
     model_context: int | None,
@@ -92,6 +92,7 @@ def load_corpora(
     documents identical to held-out ones are dropped and counted.
 
     Args:
+        data: a recipe's section, or a mapping of its keys.
         tokenizer: a Hugging Face tokenizer; None for sources of token ids.
         model_context: most positions the model takes; None: it sets no bound.
         vocab_size: ids must be below this.
@@ -103,6 +104,8 @@ def load_corpora(
     Raises:
         DataError: a source is missing, empty, too short, of the wrong kind, or the two overlap wholly.
     """
+    if not isinstance(data, DataConfig):
+        data = DataConfig.build(dict(data), "the data")
     layout = _layout(data, tokenizer, model_context)
     encoding = _encoding(data, layout, tokenizer, vocab_size)
     wanted = max(1, training_tokens // layout.context)

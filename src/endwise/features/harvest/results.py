@@ -164,7 +164,7 @@ class Harvest:
             raise unreadable(path, error) or _broken(path, error) from None
 
 
-def read_harvest(run: Path) -> Harvest | None:
+def read_harvest(run: str | Path) -> Harvest | None:
     """A run's harvest; None if there is none.
 
     Raises:

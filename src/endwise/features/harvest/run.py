@@ -1,7 +1,7 @@
 """`harvest`: one pass over the text for all runs of a model, from wherever each was interrupted."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from endwise.common.counting import counting
 from endwise.common.errors import ConfigError, DataError, Interrupted
+from endwise.common.files import expanded
 from endwise.common.processes import joined
 from endwise.common.stopping import polite_stop
 from endwise.config.run import RunConfig
@@ -25,7 +26,7 @@ from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harve
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
-from endwise.runs.finding import trained_runs
+from endwise.runs.finding import Paths, trained_runs
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
 
@@ -39,10 +40,10 @@ less than that, with a fingerprint of its own.
 
 
 def harvest(
-    runs: Sequence[str | Path],
+    runs: Paths,
     *,
     tokens: int | None = None,
-    text: Text = "heldout",
+    text: Text | str = "heldout",
     kept: Kept | None = None,
     importance: bool = True,
     shards: int = 1,
@@ -89,7 +90,8 @@ def harvest(
             raise ConfigError(f"{world.size} processes under torchrun are as many shards; leave out --shards {shards}.")
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
-        request = Request(tokens, text, kept or Kept(), importance, shards, shard)
+        read: Text = text if text == "heldout" or text == "train" else expanded(text)
+        request = Request(tokens, read, kept or Kept(), importance, shards, shard)
         configs = {path: RunFolder.config_of_trained(path) for path in trained_runs(runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
