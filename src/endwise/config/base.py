@@ -76,6 +76,15 @@ class Config(BaseModel):
             raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
     @classmethod
+    def of(cls: type[Section], given: "Section | Mapping[str, Any]") -> Section:
+        """Take a section as it is, or a mapping of its keys.
+
+        Raises:
+            ConfigError: see `build`.
+        """
+        return given if isinstance(given, cls) else cls.build(dict(given), cls.__name__)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    @classmethod
     def read(cls: type[Section], path: str | Path, overrides: Sequence[str] | None = None) -> Section:
         """Read a YAML file and apply overrides of the form `section.key=value` (the value is YAML)."""
         return changed_and_built(read_yaml(Path(path)), overrides or [], cls.changed, cls.build, str(path))

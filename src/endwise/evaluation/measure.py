@@ -140,10 +140,6 @@ _Key = tuple[str, int | None] | tuple[Spot, str]
 """Subject of a measurement: an SAE, whole or its first features alone; or a site at its mean or at zero."""
 
 
-def _section(config: EvaluationConfig | Mapping[str, Any]) -> EvaluationConfig:
-    return config if isinstance(config, EvaluationConfig) else EvaluationConfig.build(dict(config), "the evaluation")
-
-
 def measure(
     model: LanguageModel,
     saes: Mapping[str, tuple[Place | Site | str, SAE]],
@@ -165,7 +161,7 @@ def measure(
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
     """
-    sequences = sequences_of(corpus, config := _section(config))
+    sequences = sequences_of(corpus, config := EvaluationConfig.of(config))
     places = {name: model.place(place) for name, (place, _) in saes.items()}
     spots = {name: (places[name].writes, Counting.of([(places[name], sae)])) for name, (_, sae) in saes.items()}
     means = site_means(model, sorted(set(spots.values())), corpus, config, sequences, world)

@@ -104,8 +104,7 @@ def load_corpora(
     Raises:
         DataError: a source is missing, empty, too short, of the wrong kind, or the two overlap wholly.
     """
-    if not isinstance(data, DataConfig):
-        data = DataConfig.build(dict(data), "the data")
+    data = DataConfig.of(data)
     layout = _layout(data, tokenizer, model_context)
     encoding = _encoding(data, layout, tokenizer, vocab_size)
     wanted = max(1, training_tokens // layout.context)
