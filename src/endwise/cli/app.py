@@ -145,7 +145,7 @@ def present(json: bool, show: Callable[[], None], write: Callable[[], Path]) -> 
 
 def warnings_in_one_line() -> None:
     """Show a warning by what it says, without the line of code that gave it; transformers' own only if asked for."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see `models.quiet`
 
     def shown(message: Warning | str, *_: Any, **__: Any) -> None:
         status(f"warning: {' '.join(str(message).split())}")

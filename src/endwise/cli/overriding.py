@@ -23,26 +23,30 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def taking_keys(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a command with `overrides` take each of `KEYS` as an option too, which comes after them."""
+def taking_keys(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a command with `overrides` take some of `KEYS` as options too, which come after them; unset: all."""
+    keys = {name: KEYS[name] for name in names or KEYS}
 
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = {name: kwargs.pop(name, None) for name in KEYS}
-        told = [f"{KEYS[name][0]}={_yaml(value)}" for name, value in given.items() if value is not None]
-        before: Any = kwargs.get("overrides")
-        kwargs["overrides"] = [*(before or []), *told]
-        return function(*args, **kwargs)
+    def taking(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = {name: kwargs.pop(name, None) for name in keys}
+            told = [f"{keys[name][0]}={_yaml(value)}" for name, value in given.items() if value is not None]
+            before: Any = kwargs.get("overrides")
+            kwargs["overrides"] = [*(before or []), *told]
+            return function(*args, **kwargs)
 
-    types = {
-        name: Annotated[kind | None, Option(help=f"{told} ({key})", metavar=name.upper())]
-        for name, (key, kind, told) in KEYS.items()
-    }
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
-    signature = inspect.signature(function)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
-    run.__annotations__ = {**function.__annotations__, **types}
-    return run
+        types = {
+            name: Annotated[kind | None, Option(help=f"{told} ({key})", metavar=name.upper())]
+            for name, (key, kind, told) in keys.items()
+        }
+        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
+        signature = inspect.signature(function)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
+        run.__annotations__ = {**function.__annotations__, **types}
+        return run
+
+    return taking
 
 
 def _yaml(value: Any) -> str:

@@ -50,7 +50,7 @@ def quickstart(
 
 
 @command
-@taking_keys
+@taking_keys()
 def train(
     recipe: Annotated[
         str | None, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
@@ -115,7 +115,7 @@ def _saved_steps(config: "Recipe") -> list[list[int]]:
 
 
 @command
-@taking_keys
+@taking_keys()
 def plan(
     recipe: Annotated[
         str, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
@@ -220,7 +220,7 @@ def track(
 
 
 @command
-@taking_keys
+@taking_keys()
 def sweep(
     sweep: Annotated[str, Argument(help="A sweep's path, or the name of one that ships.")],
     overrides: Annotated[

@@ -181,7 +181,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Latents | Tensor) -> Float[Tensor, "*rows d_out"]:
-        """Sum the features' directions, each times its latent (`encode`'s or a tensor `[*rows d_sae]`), and the bias."""
+        """Sum the features' directions, each times its latent (`encode`'s or a tensor `[*rows d_sae]`)."""
 
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Return x̂: what is decoded, and whatever the architecture makes of the input beside its features.

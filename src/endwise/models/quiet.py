@@ -10,17 +10,17 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import modeling_gguf_pytorch_utils as of_gguf
 from transformers.utils import logging
 
-ASKED = "TRANSFORMERS_VERBOSITY"
-"""Environment variable that asks for all that transformers says."""
+ASKED, SILENT = "TRANSFORMERS_VERBOSITY", "error"
+"""Environment variable that asks for what transformers says, and its value that asks for nothing."""
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Leave out what transformers shows within it, unless `TRANSFORMERS_VERBOSITY` is set; downloads keep their bars on
-    a terminal.
+    """Leave out what transformers shows within it, unless `TRANSFORMERS_VERBOSITY` asks for it; downloads keep their
+    bars on a terminal.
     """
     with ExitStack() as restored:
-        if ASKED not in os.environ:
+        if os.environ.get(ASKED, SILENT) == SILENT:
             restored.callback(logging.set_verbosity, logging.get_verbosity())
             logging.set_verbosity_error()
             _hide_bars(restored)
