@@ -24,7 +24,7 @@ def init(
     l0: Annotated[float | None, Option("--l0", min=1, help="Active features per token to aim at.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, Option(min=0, help="Seed of the SAE's first weights.")] = 0,
-    out: Annotated[Path | None, Option(help="The recipe to write; unset: MODEL.yaml here.")] = None,
+    file: Annotated[Path | None, Option("--out", help="The recipe to write; unset: MODEL.yaml here.")] = None,
     again: Again = False,
     json: Json = False,
 ) -> None:
@@ -32,7 +32,7 @@ def init(
     import re
 
     from endwise.common.errors import ConfigError
-    from endwise.common.files import there_is, write_atomic
+    from endwise.common.files import check_can_write, there_is, write_atomic
     from endwise.common.text import model_title
     from endwise.training.planning.printed import print_needs
     from endwise.training.planning.proposal import ProposalSettings, propose
@@ -40,7 +40,8 @@ def init(
     given = {"model": model, "data": data, "tokens": tokens, "l0": l0, "device": device, "seed": seed}
     settings = ProposalSettings.build(given, "the command line")
     name = re.sub(r"[^\w.-]+", "-", model_title(model)).strip("-.") or "recipe"
-    out = out or Path(f"{name}.yaml")
+    out = file or Path(f"{name}.yaml")
+    check_can_write(out.parent)
     if there_is(out) and not again:
         raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
     made = propose(settings)
@@ -68,21 +69,24 @@ def tune(
     budget: Annotated[
         int | None, Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens.")
     ] = None,
-    out: Annotated[Path | None, Option(help="The recipe to write; unset: beside RECIPE, ...-tuned.yaml.")] = None,
+    file: Annotated[
+        Path | None, Option("--out", help="The recipe to write; unset: beside RECIPE, ...-tuned.yaml.")
+    ] = None,
     again: Again = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Find a recipe's learning rate and first λ for a target of L0 or CE increase, by short runs that share a pass."""
     from endwise.common.errors import ConfigError
-    from endwise.common.files import there_is, write_atomic
+    from endwise.common.files import check_can_write, there_is, write_atomic
     from endwise.config.recipes import find_recipe
     from endwise.sweeps.tables import print_trials
     from endwise.sweeps.tuning import tune as find
 
     path = find_recipe(recipe)
     shipped = str(path) != str(Path(recipe).expanduser())
-    out = out or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"
+    out = file or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"
+    check_can_write(out.parent)
     if there_is(out) and not again:
         raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
     wanted = {"target": {"l0": l0, "ce_increase": ce_increase}, "tokens": budget}

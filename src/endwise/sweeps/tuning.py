@@ -34,8 +34,10 @@ FACTORS = (3.0, math.sqrt(3.0))
 """Ratio of neighbouring rates in the first round, and in the second."""
 MEASURED_ON = 32_768
 """Held-out tokens by which runs are compared, after those of the recipe's own evaluations where there are so many."""
+LEAST_STEPS = 100
+"""Steps of the shortest run, from which on λ follows a target."""
 NEAR = 1.25
-"""A run whose L0, or CE increase, is further from the target than by this ratio is not compared with others."""
+"""A run whose L0, or CE increase, is further from the target than by this ratio is compared with no other."""
 LAMBDA = "sparsity_coefficient"
 
 
@@ -113,8 +115,8 @@ def tune(
         display: show training's progress.
 
     Raises:
-        ConfigError: the recipe breaks a rule, or is of several places; the budget is less than one step a round; or no
-            run came near the target.
+        ConfigError: the recipe breaks a rule, or is of several places; the budget is too small or too large; or no run
+            came near the target.
         EndwiseError: see `train`.
     """
     budget = TuningBudget.of(budget)
@@ -130,15 +132,16 @@ def tune(
     coefficient = config.objective.coefficient
     rounds: list[tuple[RateTrial, ...]] = []
     for number, (_, share) in enumerate(ROUNDS):
-        say(f"Round {number + 1} of {len(ROUNDS)}: {', '.join(f'{rate:.2g}' for rate in rates)}")
+        say(f"Round {number + 1} of {len(ROUNDS)}: learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
         trials = search.round(rates, coefficient, share)
         rounds.append(trials)
-        best = _best(trials, budget.target)
-        coefficient = best.coefficient or coefficient
-        if number == 0:
-            rates = [best.learning_rate * FACTORS[1] ** power for power in (-1, 0, 1)]
+        ranked = _ranked(trials)
+        coefficient = ranked[0].coefficient or coefficient
+        if number == 0:  # where no run is near the target none is better, and λ alone is moved
+            middle = ranked[0].learning_rate if ranked[0].is_near else config.training.learning_rate
+            rates = [middle * FACTORS[1] ** power for power in (-1, 0, 1)]
         else:
-            rates = [trial.learning_rate for trial in _ranked(trials)[: ROUNDS[-1][0]]]
+            rates = [trial.learning_rate for trial in ranked[: ROUNDS[-1][0]]]
     best = _best(rounds[-1], budget.target)
     steered = config.objective.is_steered
     found = {"training.learning_rate": float(f"{best.learning_rate:.2g}")}
@@ -194,6 +197,7 @@ class _Search:
             display,
         )
         self.tokens = budget.tokens or config.training.tokens // 2
+        self._check_budget(config.training.tokens, config.training.batch * corpora.train.context)
         held, context = corpora.heldout.tokens, corpora.heldout.context
         own, asked = config.evaluation, max(context, MEASURED_ON // context * context)
         self.is_apart = held >= own.needed + asked
@@ -202,17 +206,27 @@ class _Search:
         few = {"skip": skip, "tokens": min(asked, held - skip), "during_training_tokens": context}
         self.measuring = EvaluationConfig.of({**few, "bootstrap": own.bootstrap, "seed": own.seed})
 
-    def round(self, rates: Sequence[float], coefficient: float | None, share: float) -> tuple[RateTrial, ...]:
-        """Train a run at each rate in one pass, and measure them.
-
-        Raises:
-            ConfigError: a round's part of the budget is less than a step.
+    def _check_budget(self, whole: int, per_step: int) -> None:
         """
-        tokens = int(self.tokens * share)
-        if tokens < self.config.training.batch * self.corpora.train.context:
+        Raises:
+            ConfigError: the shortest run would have too few steps, or the longest be longer than the recipe's.
+        """
+        shares = [share for _, share in ROUNDS]
+        least, most = math.ceil(LEAST_STEPS * per_step / min(shares)), int(whole / max(shares))
+        if least > most:
             raise ConfigError(
-                f"A budget of {self.tokens:,} tokens leaves {tokens:,} to a round, less than one step. Raise --budget."
+                f"training.tokens is {whole:,}, {whole // per_step:,} steps of {per_step:,} tokens: too few to try out "
+                f"settings in shorter runs of {LEAST_STEPS} steps. Lower training.batch, or train longer."
             )
+        if not least <= self.tokens <= most:
+            raise ConfigError(
+                f"The budget is {self.tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps to the shortest "
+                f"run, to {most:,}, training.tokens to the longest. Give another with --budget."
+            )
+
+    def round(self, rates: Sequence[float], coefficient: float | None, share: float) -> tuple[RateTrial, ...]:
+        """Train a run at each rate in one pass, and measure them."""
+        tokens = int(self.tokens * share)
         with tempfile.TemporaryDirectory(prefix="endwise-tune-") as folder:
             configs = [self._short(rate, coefficient, tokens, Path(folder) / str(n)) for n, rate in enumerate(rates)]
             failed: dict[Path, str] = {}
@@ -265,11 +279,18 @@ def _distance(trial: RateTrial) -> float:
 def _best(trials: Sequence[RateTrial], target: Target) -> RateTrial:
     """
     Raises:
-        ConfigError: all failed.
+        ConfigError: none came near the target.
     """
     best = _ranked(trials)[0]
     if best.failed:
         raise ConfigError(f"No rate that was tried for {target} trains: {best.failed} Lower training.learning_rate.")
+    if not best.is_near:
+        last = "" if best.coefficient is None else f", with λ at {best.coefficient:.3g}"
+        raise ConfigError(
+            f"No run came within {NEAR - 1:.0%} of {target}: the nearest, of {best.tokens:,} tokens, ended at L0 "
+            f"{best.l0:.1f} and a CE increase of {best.ce_increase:+.3f}{last}. Raise --budget, or begin nearer: "
+            "objective.sparsity.coefficient."
+        )
     return best
 
 
@@ -292,8 +313,6 @@ def _remarks(
             f"Rates from {rates[0]:.2g} to {rates[-1]:.2g} are not told apart: their intervals overlap, and each is a "
             "run of one seed."
         )
-    if not best.is_near:
-        told.append(f"No run came within {NEAR - 1:.0%} of the target, so that this is a beginning: raise --budget.")
     if not tried[0] < best.learning_rate < tried[-1]:
         told.append("The best rate is at an end of those tried: tune again from the recipe written.")
     lambdas = [trial.coefficient for trial in last if trial.coefficient is not None]

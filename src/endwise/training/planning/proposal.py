@@ -29,6 +29,8 @@ CONTEXT = {"cpu": 256, "cuda": 1024}
 """Tokens per sequence at most."""
 PER_STEP = {"cpu": 2048, "cuda": 16_384}
 """Tokens per optimiser step, about."""
+LEAST_STEPS = 1000
+"""Of a training; with little text batches are smaller."""
 RATIO, LEAST_RATIO = 16, 2
 FEATURES_PER_L0, LEAST_L0, MOST_L0 = 16, 16, 64
 """Target of L0: the site's width over the first, within the others (what the field trains at such widths)."""
@@ -105,8 +107,13 @@ def propose(settings: ProposalSettings) -> Proposal:
     rate = _speed(device) * EFFICIENCY
     needed = made.sparse_flops or made.flops.per_token
     values["training"]["tokens"] = settings.tokens or _tokens(rate * SECONDS / needed, there, batch * context)
+    batch = max(1, min(batch, values["training"]["tokens"] // (LEAST_STEPS * context)))
     steps = values["training"]["tokens"] // (batch * context)
-    values["training"] |= {"evaluate_every": max(1, steps // 20), "checkpoint_every": max(1, steps // 10)}
+    values["training"] |= {
+        "batch": batch,
+        "evaluate_every": max(1, steps // 20),
+        "checkpoint_every": max(1, steps // 10),
+    }
     config = build_recipe(values)
     assert isinstance(config, RunConfig)
     minutes = needed * config.training.tokens / rate / 60
