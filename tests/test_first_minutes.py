@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from bad_input import refused, told, write_place
 from endwise.cli import app
 from endwise.common.doctor import examine
+from endwise.common.remarks import diverged
+from endwise.config.objective import loss_of
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.listing import list_runs
 from endwise.sweeps import tuning
@@ -154,3 +156,12 @@ def test_tuning_aims_where_the_dictionary_sets_its_l0(tmp_path):
     assert tuning._aimed(values, tuning.Target(l0=7))["dictionary"]["k"] == 7
     with pytest.raises(tuning.ConfigError, match=r"dictionary\.k sets how many"):
         tuning._aimed(values, tuning.Target(ce_increase=0.1))
+
+
+def test_a_loss_that_rises_with_its_penalty_has_not_diverged():
+    """A line of a run whose λ rose to a target: all terms but the penalty fell."""
+    first = {"loss": 10.0, "kl": 9.0, "sparsity": 10.0, "sparsity_coefficient": 0.1}
+    last = {"loss": 31.0, "kl": 1.0, "sparsity": 0.1, "sparsity_coefficient": 300.0}
+    assert (loss_of(first), loss_of(last)) == (9.0, 1.0)
+    assert loss_of({"loss": 3.0, "sparsity": 2.0}) == 3.0  # of one weight, it is the objective
+    assert diverged({"loss": {"first": loss_of(first), "last": loss_of(last)}}) is None

@@ -220,8 +220,8 @@ class _Search:
             )
         if not least <= self.tokens <= most:
             raise ConfigError(
-                f"The budget is {self.tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps to the shortest "
-                f"run, to {most:,}, training.tokens to the longest. Give another with --budget."
+                f"The budget is {self.tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps in the "
+                f"shortest run, to {most:,}, training.tokens in the longest. Give another with --budget."
             )
 
     def round(self, rates: Sequence[float], coefficient: float | None, share: float) -> tuple[RateTrial, ...]:
