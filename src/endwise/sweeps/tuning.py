@@ -128,20 +128,7 @@ def tune(
     model = model or model_for(config)
     corpora = corpora or corpora_of([config], model)
     search = _Search(config, budget, model, corpora, display)
-    rates = [config.training.learning_rate * FACTORS[0] ** power for power in (-2, -1, 0, 1, 2)]
-    coefficient = config.objective.coefficient
-    rounds: list[tuple[RateTrial, ...]] = []
-    for number, (_, share) in enumerate(ROUNDS):
-        say(f"Round {number + 1} of {len(ROUNDS)}: learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
-        trials = search.round(rates, coefficient, share)
-        rounds.append(trials)
-        ranked = _ranked(trials)
-        coefficient = ranked[0].coefficient or coefficient
-        if number == 0:  # where no run is near the target none is better, and λ alone is moved
-            middle = ranked[0].learning_rate if ranked[0].is_near else config.training.learning_rate
-            rates = [middle * FACTORS[1] ** power for power in (-1, 0, 1)]
-        else:
-            rates = [trial.learning_rate for trial in ranked[: ROUNDS[-1][0]]]
+    rounds = search.rounds(say)
     best = _best(rounds[-1], budget.target)
     steered = config.objective.is_steered
     found = {"training.learning_rate": float(f"{best.learning_rate:.2g}")}
@@ -223,6 +210,23 @@ class _Search:
                 f"The budget is {self.tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps in the "
                 f"shortest run, to {most:,}, training.tokens in the longest. Give another with --budget."
             )
+
+    def rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:
+        """Carry out all rounds."""
+        first, coefficient = self.config.training.learning_rate, self.config.objective.coefficient
+        rates = [first * FACTORS[0] ** power for power in (-2, -1, 0, 1, 2)]
+        rounds: list[tuple[RateTrial, ...]] = []
+        for number, (_, share) in enumerate(ROUNDS):
+            say(f"Round {number + 1} of {len(ROUNDS)}: learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
+            rounds.append(self.round(rates, coefficient, share))
+            ranked = _ranked(rounds[-1])
+            coefficient = ranked[0].coefficient or coefficient
+            if number == 0:  # where no run is near the target none is better, and λ alone is moved
+                middle = ranked[0].learning_rate if ranked[0].is_near else first
+                rates = [middle * FACTORS[1] ** power for power in (-1, 0, 1)]
+            else:
+                rates = [trial.learning_rate for trial in ranked[: ROUNDS[-1][0]]]
+        return rounds
 
     def round(self, rates: Sequence[float], coefficient: float | None, share: float) -> tuple[RateTrial, ...]:
         """Train a run at each rate in one pass, and measure them."""

@@ -90,8 +90,7 @@ def harvest(
             raise ConfigError(f"{world.size} processes under torchrun are as many shards; leave out --shards {shards}.")
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
-        read: Text = text if text == "heldout" or text == "train" else expanded(text)
-        request = Request(tokens, read, kept or Kept(), importance, shards, shard)
+        request = Request(tokens, _read(text), kept or Kept(), importance, shards, shard)
         configs = {path: RunFolder.config_of_trained(path) for path in trained_runs(runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
@@ -101,6 +100,10 @@ def harvest(
             results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return {path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs}
+
+
+def _read(text: Text | str) -> Text:
+    return text if text == "heldout" or text == "train" else expanded(text)
 
 
 def _earlier(
