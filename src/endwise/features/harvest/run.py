@@ -60,7 +60,7 @@ def harvest(
     and ends in the same files.
 
     Args:
-        runs: run folders, or folders that hold some; those of one model and one corpus share every clean pass.
+        runs: run folders, or folders of them; those of one model and one corpus share every clean pass.
         tokens: positions to read, in whole sequences from the text's beginning; None: each recipe's
             `evaluation.tokens`, or all of a text of one's own.
         text: the recipe's held-out or training text, or the source of another (as `data.source`).
@@ -68,8 +68,7 @@ def harvest(
         importance: where it was not measured (`endwise importance`), attribute the CE in the same pass, which takes
             the spliced pass forward and backward besides; of a text of more than `LONG_TEXT` batches in every second.
         shards: number of even parts of the text, of which one is read.
-        shard: number of that part, from 0. Who comes last joins them all.
-            The processes of `torchrun` are the shards of one harvest by themselves.
+        shard: its number, from 0. Who comes last joins them all; processes of `torchrun` are shards by themselves.
         again: harvest whatever was harvested before.
         model: a loaded one to use instead of the recipes'.
         corpora: loaded token sequences, likewise.
