@@ -111,7 +111,7 @@ def test_a_recipe_is_written_for_a_model(place, tmp_path):
     assert config.objective.sparsity is not None and config.objective.sparsity.target_l0 == 16
     assert "--again" in refused("init", "--out", out)
     assert told("plan", out).exit_code == 0
-    assert "no tokenizer" in refused("init", place / "model", "--out", tmp_path / "other.yaml").lower()
+    assert "vocabulary of 31" in refused("init", place / "model", "--out", tmp_path / "other.yaml", code=4)
 
 
 def trial(rate, score, miss=0.0, failed=""):
