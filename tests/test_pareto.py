@@ -98,8 +98,19 @@ def test_runs_of_two_learning_rates_are_not_averaged():
     ratio = ratio_of(runs, PRESET_METHODS["e2e"], "l0", "ce_increase", 50, 0)
     assert ratio.estimate is None
     assert "e2e has 2 runs of λ 1 and seed 0, of the learning rates 0.001, 0.01" in ratio.reason
-    drawn = [s for s in pareto_chart(runs, "here", "name").panels[0].series if s.method.key == "e2e"]
+    series = pareto_chart(runs, "here", "name").panels[0].series
+    drawn = [s for s in series if s.method.key == "e2e" and s.marked]
     assert [(s.label, len(s.marks)) for s in drawn] == [("learning rate 0.001", 3), ("learning rate 0.01", 3)]
+
+
+def test_a_line_stays_within_its_band_and_meets_its_marks():
+    series = pareto_chart(curve("local", 2.0), "here", "name").panels[0].series
+    (line,) = [s for s in series if s.band is not None]
+    at = {mark.x: mark.y for mark in line.marks}
+    ends = list(zip(line.band.x, line.band.low, line.band.high, strict=True))
+    assert len(ends) > 10 and all(low <= at[x] <= high for x, low, high in ends)
+    (dots,) = [s for s in series if s.marked]
+    assert all(at[mark.x] == mark.y for mark in dots.marks)
 
 
 def test_a_learning_rate_of_its_own_for_each_coefficient_is_a_curve():

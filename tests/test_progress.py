@@ -56,7 +56,7 @@ def test_a_log_gets_a_line_now_and_then_and_nothing_when_quiet(clock, capsys):
         with Display(steps=100, first=0, tokens_per_step=50, shown=shown) as display:
             display.show(FOLDER, recipe(Path("unused")), LINE)
             for step in range(1, 71):
-                clock[0] += 1.0
+                clock[0] += progress.LOG_SECONDS / 30
                 display.advance(step)
             display.fail(FOLDER, "it failed")
         lines = capsys.readouterr().err.splitlines()
@@ -74,6 +74,8 @@ def test_a_log_says_how_training_goes(clock, capsys):
     display.show(FOLDER, config, {**LINE, "l0": 11.0})
     (line,) = logged(display, clock, capsys, 40)
     assert line.startswith("step 40/100 · ") and line.endswith("loss 0.7123 · L0 11.0 · CE increase +0.125")
+    (line,) = logged(display, clock, capsys, 60)  # nothing new was measured, so nothing is said a second time
+    assert line.startswith("step 60/100 · ") and line.endswith("min left")
 
 
 def test_a_log_of_several_has_a_line_for_each_and_marks_the_failed(clock, capsys):
@@ -108,8 +110,8 @@ def test_counting_says_in_a_log_how_much_is_done_and_what_is_left(clock, capsys)
         lines = capsys.readouterr().err.splitlines()
         assert lines == (
             [
-                "harvest: 100 of 400 sequences · 1.9 min left",  # 37.5 s for a quarter
-                "harvest: 200 of 400 sequences · 1.2 min left",
+                "harvest: 100 of 400 sequences · 3.8 min left",  # 75 s for a quarter
+                "harvest: 200 of 400 sequences · 2.5 min left",
             ]
             if shown
             else []

@@ -1021,7 +1021,7 @@ def test_files_that_cannot_be_read(tmp_path, load):
     (tmp_path / "a.parquet").write_text("not one")
     with pytest.raises(DataError, match="not a Parquet file"):
         load(tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_text('"bare"\n')
+    (tmp_path / "a.jsonl").write_text("1\n")
     with pytest.raises(DataError, match="must be an object"):
         load(tmp_path / "a.jsonl")
 

@@ -9,21 +9,17 @@ from typing import Any
 
 from endwise.analysis.kept_apart import with_digests
 from endwise.common.errors import RunFolderError
-from endwise.common.files import expanded
 from endwise.common.text import model_title, model_titles
 from endwise.config.fields import flat, identity
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.provenance import tell
 from endwise.evaluation.summary import RunSummary
+from endwise.runs.finding import NOT_RUNS, Paths, each_path
 from endwise.runs.folder import RunFolder, parts_of
 
 HELDOUT_TEXT = "held-out text"
 """Name of what a band is over that is not over seeds."""
-
-
-NOT_RUNS = ("trials", "checkpoints", "sae")
-"""Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
 
 
 ASIDE = (
@@ -75,7 +71,7 @@ class Setting:
         return ", ".join([*parts, *(f"{key} {value}" for key, value in self.further)])
 
 
-def comparable(paths: Iterable[str | Path], *, together: bool = False) -> dict[Setting, list[RunSummary]]:
+def comparable(paths: Paths, *, together: bool = False) -> dict[Setting, list[RunSummary]]:
     """Evaluated runs among and below the paths, in sets that can be compared.
 
     Args:
@@ -205,7 +201,7 @@ def _recipe(path: Path) -> dict[str, str]:
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 
 
-def runs_in(paths: Iterable[str | Path], *, together: bool = False) -> list[Path]:
+def runs_in(paths: Paths, *, together: bool = False) -> list[Path]:
     """The run folders among and below the paths that were measured, each once, in order. In place of a run of several
     places are those of its places.
 
@@ -219,7 +215,7 @@ def runs_in(paths: Iterable[str | Path], *, together: bool = False) -> list[Path
         RunFolderError: a path is no folder, or has no measured run.
     """
     found: dict[Path, None] = {}
-    for path in map(expanded, paths):
+    for path in each_path(paths):
         if RunFolder(path).has_run():
             found[path] = None
             continue

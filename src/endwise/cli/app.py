@@ -1,9 +1,10 @@
 """Application that all commands belong to: how they speak, how they fail."""
 
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
@@ -36,18 +37,48 @@ app = typer.Typer(
     cls=Commands,
     help="Train sparse autoencoders on what a language model does, and compare them with local ones.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Measured = Annotated[list[Path], Argument(help="Measured run folders, or folders that hold some (a sweep's).")]
+
+def run_path(text: str) -> Path:
+    """Refuse an empty name, which would mean all runs below the current folder, and stands there by mistake."""
+    if not text:
+        raise typer.BadParameter("a run's name is empty. Give its folder, or . for all runs in this one.")
+    return Path(text)
+
+
+def run_argument(help: str) -> Any:  # noqa: A002  As typer calls it.
+    return Argument(help=help, parser=run_path, metavar="RUN...", show_default=False)
+
+
+OR_FOLDERS = "or folders that hold some (a sweep's)."
+Runs = Annotated[list[Path], run_argument(f"Run folders, {OR_FOLDERS}")]
+Measured = Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),
 ]
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead.")]
+Again = Annotated[bool, Option("--again", help="Make again what was made before.")]
 Tokens = Annotated[int | None, Option(min=1, help="Held-out tokens, instead of each recipe's.")]
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from endwise import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
 
 
 def results_folder(name: str, where: str = "beside the first") -> Any:
@@ -83,8 +114,38 @@ def status(text: str) -> None:
     echo(text, err=True)
 
 
+def print_json(value: Any) -> None:
+    """Print a value as JSON; what is no finite number, which JSON has not, as null."""
+    from json import dumps
+
+    typer.echo(dumps(_finite(value), indent=2, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def present(json: bool, show: Callable[[], None], write: Callable[[], Path]) -> None:
+    """Show results, then write their page and tables; as JSON, print the rows of these tables."""
+    from endwise.common.tables import recorded_tables
+
+    if not json:
+        show()
+    with recorded_tables() as tables:
+        page = write()
+    if json:
+        print_json({"page": page, **tables})
+    else:
+        echo(f"The page, figures and tables: {page}")
+
+
 def warnings_in_one_line() -> None:
-    """Show a warning by what it says, without the line of code that gave it."""
+    """Show a warning by what it says, without the line of code that gave it; transformers' own only if asked for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see `models.quiet`
 
     def shown(message: Warning | str, *_: Any, **__: Any) -> None:
         status(f"warning: {' '.join(str(message).split())}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from endwise.cli.app import command, echo
+from endwise.cli.app import Json, command, echo, print_json, status
 
 
 @command
@@ -27,6 +27,7 @@ def bench(
     ] = None,
     out: Annotated[Path | None, Option(help="Folder for the results; unset: bench/ in the run.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it would ask the network for.")] = False,
+    json: Json = False,
 ) -> None:
     """Run a benchmark suite of others on a run, in an environment of its own: SAEBench's, sae-probes."""
     from rich.console import Console
@@ -36,10 +37,14 @@ def bench(
 
     benching = Benching(run, suite, python=python, model=model, data=data, out=out, overrides=settings)
     asked = benching.asks()
-    echo(f"{suite} asks the Hugging Face hub for " + (", ".join(asked) if asked else "nothing"))
+    say = status if json else echo
+    say(f"{suite} asks the Hugging Face hub for " + (", ".join(asked) if asked else "nothing"))
     if dry_run:
         return
-    found = benching.start(echo)
+    found = benching.start(say)
+    if json:
+        print_json({"file": found.file, "numbers": found.numbers, "endwise": found.ours})
+        return
     others = [found.ours] if found.ours else []
     headings = (suite, "its number", *("endwise evaluate" for _ in others))
     rows = [

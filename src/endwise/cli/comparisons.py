@@ -6,7 +6,18 @@ from typing import Annotated
 from typer import Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_beside, results_folder, status
+from endwise.cli.app import (
+    Again,
+    Json,
+    Measured,
+    Quiet,
+    Tokens,
+    command,
+    present,
+    results_beside,
+    results_folder,
+    status,
+)
 
 
 @command
@@ -14,6 +25,7 @@ from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_besi
 def pareto(
     runs: Measured,
     out: Annotated[Path | None, results_folder("pareto", "in the first, or beside it if it is a run")] = None,
+    json: Json = False,
 ) -> None:
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
     from endwise.analysis.pareto.curves import pareto as compare
@@ -21,8 +33,7 @@ def pareto(
 
     out = out or results_beside(runs, "pareto", in_sweep=True)
     found = compare(runs)
-    print_pareto(found)
-    echo(f"The page, figures and tables: {write_pareto(found, out)}")
+    present(json, lambda: print_pareto(found), lambda: write_pareto(found, out))
 
 
 @command
@@ -41,14 +52,18 @@ def geometry(
     ] = "512MiB",
     out: Annotated[Path | None, results_folder("geometry", "beside the first run")] = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Compare dictionaries by the cosines of their features: within each, across seeds, and across kinds."""
     from endwise.analysis.geometry.feature_map import feature_maps
     from endwise.analysis.geometry.geometry import geometry as compare
     from endwise.analysis.geometry.page import print_geometry, write_geometry
     from endwise.common.errors import ConfigError
+    from endwise.common.extras import check_extra
     from endwise.common.machine import parse_size
 
+    if umap:
+        check_extra("umap")
     out = out or results_beside(runs, "geometry", in_sweep=True)
     pairs = [tuple(text.split(",")) for text in pair or ()]
     for each in pairs:
@@ -56,9 +71,12 @@ def geometry(
             raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
     telling = None if quiet else status
     found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=telling)
-    print_geometry(found)
-    maps = feature_maps(found, say=telling) if umap else None
-    echo(f"The page, figures and tables: {write_geometry(found, out, threshold=threshold, maps=maps)}")
+
+    def write() -> Path:
+        maps = feature_maps(found, say=telling) if umap else None
+        return write_geometry(found, out, threshold=threshold, maps=maps)
+
+    present(json, lambda: print_geometry(found), write)
 
 
 @command
@@ -68,17 +86,18 @@ def importance(
     tokens: Tokens = None,
     ablate: Annotated[int, Option(min=0, help="Features of each run to ablate one by one.")] = 100,
     kl: Annotated[bool, Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
-    again: Annotated[bool, Option("--again", help="Measure again what was measured before.")] = False,
+    again: Again = False,
     out: Annotated[Path | None, results_folder("importance")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
     from endwise.analysis.importance.study import importance as measure
 
     out = out or results_beside(runs, "importance")
-    found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=True)
-    print_importance(found)
-    echo(f"The page, figures and tables: {write_importance(found, out)}")
+    found = measure(runs, tokens=tokens, ablate=ablate, kl=kl, again=again, display=not quiet)
+    present(json, lambda: print_importance(found), lambda: write_importance(found, out))
 
 
 @command
@@ -96,6 +115,7 @@ def directions(
         bool, Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
     ] = False,
     out: Annotated[Path | None, results_folder("directions")] = None,
+    json: Json = False,
 ) -> None:
     """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions
@@ -103,5 +123,4 @@ def directions(
 
     out = out or results_beside(runs, "directions")
     found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
-    print_directions(found)
-    echo(f"The page, figures and tables: {write_directions(found, out)}")
+    present(json, lambda: print_directions(found), lambda: write_directions(found, out))

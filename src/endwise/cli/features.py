@@ -9,17 +9,34 @@ import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Measured, Quiet, Tokens, command, echo, results_beside, results_folder, status
+from endwise.cli.app import (
+    OR_FOLDERS,
+    Again,
+    Json,
+    Measured,
+    Quiet,
+    Runs,
+    Tokens,
+    command,
+    echo,
+    present,
+    print_json,
+    results_beside,
+    results_folder,
+    run_argument,
+    status,
+)
 
 if TYPE_CHECKING:
     from endwise.explaining.endpoint import Endpoint
     from endwise.explaining.settings import Settings
+    from endwise.features.harvest.results import Harvest
 
 
 @command
 @taking_saes
 def harvest(
-    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    runs: Runs,
     tokens: Annotated[
         int | None, Option(min=1, help="Tokens to read; unset: the recipe's evaluation.tokens, or all of --corpus.")
     ] = None,
@@ -35,8 +52,9 @@ def harvest(
     ] = False,
     shards: Annotated[int, Option(min=1, help="Parts of the text, each read by a process of its own.")] = 1,
     shard: Annotated[int, Option(min=0, help="Which of them this process reads, from 0.")] = 0,
-    again: Annotated[bool, Option("--again", help="Harvest again what was harvested before.")] = False,
+    again: Again = False,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
     from endwise.common.errors import ConfigError
@@ -57,12 +75,25 @@ def harvest(
         again=again,
         display=not quiet,
     )
-    for path, each in found.items() if is_first_process() else ():
+    if not is_first_process():
+        return
+    if json:
+        print_json([_gathered(path, each) for path, each in found.items()])
+        return
+    for path, each in found.items():
         if each is None:
             echo(f"{path}: this shard is done; the process that is done last joins all {shards}.")
             continue
         alive = int((each.firings > 0).sum())
         echo(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
+
+
+def _gathered(path: Path, found: "Harvest | None") -> dict[str, object]:
+    if found is None:
+        return {"run": path, "joined": False}
+    fired = int((found.firings > 0).sum())
+    told = {"folder": found.folder, "fired": fired, "d_sae": found.d_sae, "tokens": found.about["tokens"]}
+    return {"run": path, "joined": True, **told}
 
 
 @command
@@ -93,7 +124,7 @@ def export_neuronpedia(
 @command
 @taking_saes
 def dashboard(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders, shown side by side.")],
+    runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS} Shown side by side.")],
     memory: Annotated[
         str, Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
     ] = "512MiB",
@@ -112,9 +143,9 @@ def dashboard(
 @command
 @taking_saes
 def serve(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders, as for endwise dashboard.")],
+    runs: Annotated[list[Path], run_argument("Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
-    again: Annotated[bool, Option("--again", help="Write the dashboard again, though it is there.")] = False,
+    again: Again = False,
     quiet: Quiet = False,
 ) -> None:
     """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type, and
@@ -129,7 +160,7 @@ def serve(
 
 @command
 def explain(
-    runs: Annotated[list[Path], Argument(help="Harvested run folders.")],
+    runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS}")],
     endpoint: Annotated[
         str, Option(metavar="URL", help="Base of an OpenAI-compatible API, e.g. http://127.0.0.1:8080/v1")
     ],
@@ -162,6 +193,8 @@ def explain(
     """Have features explained by a language model, and score how well the explanations predict them.
 
     What was answered before is never asked again, so that a call that was interrupted resumes where it was.
+
+    Exit code: 0 if all calls were answered, 9 if some failed.
     """
     from endwise.explaining.client import RetryPolicy
     from endwise.explaining.endpoint import find_endpoint
@@ -195,7 +228,12 @@ def _explain(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    """Say what it will take, ask, explain, and report."""
+    """Say what it will take, ask, explain, and report.
+
+    Raises:
+        EndpointError: calls failed; what the others gave is kept.
+    """
+    from endwise.common.errors import EndpointError
     from endwise.explaining.explain import estimate_lines
     from endwise.explaining.explain import explain as run
     from endwise.explaining.explain import plan as make
@@ -213,6 +251,11 @@ def _explain(
     echo(str(stats))
     if stats.failed or stats.unreadable:
         echo("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
+    if stats.failed:
+        raise EndpointError(
+            f"{stats.failed:,} of {stats.calls + stats.failed:,} calls failed in every attempt, the last one because "
+            f"{stats.last_failure}. See to the server at {endpoint.url}; the same command asks these alone again."
+        )
     echo(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
 
 
@@ -230,8 +273,9 @@ def _agreed() -> bool:
 
 @command
 def compare_explanations(
-    runs: Annotated[list[Path], Argument(help="Explained run folders, or folders that hold some (a sweep's).")],
+    runs: Annotated[list[Path], run_argument(f"Explained run folders, {OR_FOLDERS}")],
     out: Annotated[Path | None, results_folder("interpretability")] = None,
+    json: Json = False,
 ) -> None:
     """Compare how well features can be explained, kind by kind: means, differences with permutation tests, violins."""
     from endwise.analysis.interpretability.page import print_interpretability, write_interpretability
@@ -239,8 +283,7 @@ def compare_explanations(
 
     out = out or results_beside(runs, "interpretability")
     found = compare(runs)
-    print_interpretability(found)
-    echo(f"The page, figures and tables: {write_interpretability(found, out)}")
+    present(json, lambda: print_interpretability(found), lambda: write_interpretability(found, out))
 
 
 @command
@@ -254,16 +297,13 @@ def patterns(
     substitutes: Annotated[int, Option(help="Tokens tried in the place of each, at random and by likeness.")] = 8,
     random: Annotated[int, Option(help="Control: so many random directions.")] = 100,
     seed: Annotated[int, Option(help="Of contexts, substitutes and controls.")] = 0,
-    again: Annotated[bool, Option("--again", help="Make again what was made before.")] = False,
-    json: Annotated[bool, Option("--json", help="Print the means as JSON.")] = False,
+    again: Again = False,
+    json: Json = False,
     out: Annotated[Path | None, results_folder("patterns")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Explain features by patterns of tokens, without a language model, and test them on other text, kind by kind."""
-    from json import dumps
-
     from endwise.analysis.patterns.page import print_patterns, write_patterns_page
-    from endwise.analysis.patterns.study import mean_rows
     from endwise.analysis.patterns.study import patterns as explain_by
     from endwise.features.patterns.settings import PatternSettings
 
@@ -272,9 +312,4 @@ def patterns(
     )
     out = out or results_beside(runs, "patterns")
     found = explain_by(runs, tokens=tokens, settings=settings, again=again, display=not quiet)
-    page = write_patterns_page(found, out)
-    if json:
-        typer.echo(dumps(mean_rows(found), indent=2))
-        return
-    print_patterns(found)
-    echo(f"The page, figures and tables: {page}")
+    present(json, lambda: print_patterns(found), lambda: write_patterns_page(found, out))

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from endwise.cli.adopted import MODEL
-from endwise.cli.app import Overrides, Quiet, command, echo
+from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, status
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
@@ -22,6 +22,7 @@ def inspect(
     tokens: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 16_384,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
     site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    json: Json = False,
 ) -> None:
     """Say what an SAE's file holds: format, kind, place, and the rule by which it is read; with --model, measure it.
 
@@ -31,17 +32,24 @@ def inspect(
     from endwise.evaluation.inspecting import measured, text_for, verdict
 
     found = look(path)
-    for line in found.lines():
-        echo(line)
+    if json and model is None:
+        print_json(found.to_json())
+    if not json:
+        for line in found.lines():
+            echo(line)
     if model is None:
         return
     from endwise.models.loading import load_model
 
     loaded = load_model(model)
     text, remark = text_for(found, loaded, data, context)
-    if remark is not None:
+    if remark is not None and not json:
         echo(f"! {remark}")
     result = measured(found, loaded, text, tokens, site)
+    if json:
+        said = [*([remark] if remark else []), *verdict(found, result)]
+        print_json({**found.to_json(), "measured": result.to_json(), "verdict": said})
+        return
     bounds = result.baselines
     echo(
         f"measured on {result.tokens:,} tokens at {result.place} of {model}: L0 {result['l0']:.1f}, explained variance "
@@ -101,6 +109,7 @@ def finetune(
     measure_on: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 100_000,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Tune a finished SAE on what the model predicts with it, and give it back in its format, with a report.
 
@@ -113,8 +122,12 @@ def finetune(
     from endwise.finetuning import finetune as run
     from endwise.finetuning.finetune import REPORT
 
+    say = status if json else echo
     settings = TuningSettings(data, tokens, measure_on, context, overrides or ())
-    made = run(path, model=model, settings=settings, out=out, site=site, check=check or (), say=echo, display=not quiet)
+    made = run(path, model=model, settings=settings, out=out, site=site, check=check or (), say=say, display=not quiet)
+    if json:
+        print_json(made.to_json())
+        return
     for name, each in {"text like that it was tuned on": made.text, **made.others}.items():
         show(Grid((f"on {name}", "before", "after"), list(each.rows())), Console())
     ratio = made.text.ce_increase

@@ -2,16 +2,30 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Overrides, Quiet, Tokens, command, echo
+from endwise.cli.app import Json, Overrides, Quiet, Runs, Tokens, command, echo, print_json
+from endwise.cli.overriding import taking_keys
+
+if TYPE_CHECKING:
+    from endwise.config.places import Recipe
+    from endwise.evaluation.measure import Evaluation
+    from endwise.sweeps import Sweep
 
 DOES_NOT_FIT = 8
 """The exit code of `plan` for a run that will not fit; 1 to 7 and 9 up are those of errors."""
+
+
+def recipe_completions(incomplete: str) -> list[str]:
+    """List recipes that ship, and those beside, for a shell that completes a name."""
+    from endwise.config.recipes import recipe_names
+
+    beside = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
+    return [name for name in (*recipe_names(), *sorted(beside)) if name.startswith(incomplete)]
 
 
 @command
@@ -19,16 +33,28 @@ def quickstart(
     overrides: Overrides = None,
     out: Annotated[Path, Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
     seed: Annotated[int, Option(help="Seed of every SAE's initialisation.")] = 0,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train the paper's three kinds of SAE and the recommended one on the embedded model and compare them (minutes)."""
+    from endwise.analysis.comparison.printed import print_summary
+    from endwise.common.files import read_json
+    from endwise.paper.quickstart import SUMMARY
     from endwise.paper.quickstart import quickstart as run
 
-    run(out, seed=seed, overrides=overrides or ())
+    summary = run(out, seed=seed, overrides=overrides or (), display=not (quiet or json))
+    if json:
+        print_json(read_json(out / SUMMARY))
+    elif quiet:
+        print_summary(summary)
 
 
 @command
+@taking_keys()
 def train(
-    recipe: Annotated[str | None, Argument(help="A recipe's path, or the name of one that ships.")] = None,
+    recipe: Annotated[
+        str | None, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, Option(metavar="RUN", help="Resume the run in this folder.")] = None,
     from_step: Annotated[
@@ -63,6 +89,7 @@ def train(
         config = read_recipe(find_recipe(recipe or ""), overrides)
     going_on = resume is not None or ("if_started" if or_resume else False)
     options: dict[str, Any] = {"resume": going_on, "from_step": from_step, "display": not quiet}
+    before = _saved_steps(config) if going_on and from_step is None else None
     result = run(config, **options) if isinstance(config, RunConfig) else train_places(config, **options)
     if is_first_process():
         for remark in result.remarks:
@@ -70,27 +97,41 @@ def train(
         if result.diverged:
             echo(f"Diverged, and of no use: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
-        echo(f"Trained {config.objective_name} at {config.place}: {result.folder}")
+        done = "Nothing was left to train of" if before and before == _saved_steps(config) else "Trained"
+        echo(f"{done} {config.objective_name} at {config.place}: {result.folder}")
         echo(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
 
 
+def _saved_steps(config: "Recipe") -> list[list[int]]:
+    """Steps of the checkpoints in a run's folder, or in those of its places."""
+    from endwise.config.run import RunConfig
+    from endwise.runs.folder import RunFolder
+    from endwise.runs.several import place_folders
+    from endwise.training.setup import default_folder
+
+    path = config.out or default_folder(config)
+    folders = [path, *([] if isinstance(config, RunConfig) else place_folders(path, config))]
+    return [steps for each in folders if (steps := RunFolder(each).saved_steps())]
+
+
 @command
+@taking_keys()
 def plan(
-    recipe: Annotated[str, Argument(help="A recipe's path, or the name of one that ships.")],
+    recipe: Annotated[
+        str, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
+    ],
     overrides: Overrides = None,
     memory: Annotated[
         str | None,
         Option(metavar="SIZE", help="Plan for a device with this much memory, e.g. 80GiB, instead of this one's."),
     ] = None,
     processes: Annotated[int, Option(min=1, help="Plan one of this many processes that share each batch.")] = 1,
-    json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what a run will need, before it starts: parameters, memory, operations, and what will not fit.
 
     Exit code: 0 if everything fits, 8 if something does not, another if the recipe breaks a rule.
     """
-    from json import dumps
-
     from endwise.common.machine import parse_size
     from endwise.config.places import read_recipe
     from endwise.config.recipes import find_recipe
@@ -103,7 +144,7 @@ def plan(
         memory=None if memory is None else parse_size(memory),
     )
     if json:
-        typer.echo(dumps(made.to_json(), indent=2))
+        print_json(made.to_json())
     else:
         print_plan(made)
     if not made.fits:
@@ -113,22 +154,17 @@ def plan(
 @command
 @taking_saes
 def evaluate(
-    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    runs: Runs,
     tokens: Tokens = None,
     csv: Annotated[Path | None, Option(help="Also write all runs as one CSV table.")] = None,
+    json: Json = False,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
-    from endwise.analysis.comparison.printed import print_evaluations, print_together
     from endwise.common.files import check_can_write, write_atomic
     from endwise.common.processes import is_first_process
-    from endwise.config.places import PlacesConfig
-    from endwise.config.run import RunConfig
     from endwise.evaluation.evaluate import evaluate as run
     from endwise.evaluation.evaluate import evaluations_csv
-    from endwise.evaluation.finished import unfinished
-    from endwise.evaluation.together import JointEvaluation
     from endwise.runs.folder import RunFolder
-    from endwise.runs.several import place_folder
 
     if csv is not None:
         check_can_write(csv.parent)
@@ -136,6 +172,25 @@ def evaluate(
     if not is_first_process():
         return
     configs = {path: RunFolder.open(path).recipe() for path in evaluations}
+    if json:
+        print_json([{"run": path, **(RunFolder(path).evaluation() or {})} for path in evaluations])
+    else:
+        _show_evaluations(configs, evaluations)
+    for path, evaluation in evaluations.items():
+        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
+    if csv is not None:
+        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
+
+
+def _show_evaluations(configs: "dict[Path, Recipe]", evaluations: "dict[Path, Evaluation]") -> None:
+    """Tables of single places, then of several together, and what is not finished."""
+    from endwise.analysis.comparison.printed import print_evaluations, print_together
+    from endwise.config.places import PlacesConfig
+    from endwise.config.run import RunConfig
+    from endwise.evaluation.finished import unfinished
+    from endwise.evaluation.together import JointEvaluation
+    from endwise.runs.several import place_folder
+
     alone = {path: config for path, config in configs.items() if isinstance(config, RunConfig)}
     print_evaluations(alone, {path: evaluations[path] for path in alone})
     for path, config in configs.items():
@@ -145,28 +200,27 @@ def evaluate(
     for path, config in alone.items():
         if remark := unfinished(path, config):
             echo(remark)
-    for path, evaluation in evaluations.items():
-        write_atomic(path / "evaluation.csv", evaluations_csv(configs, {path: evaluation}).encode())
-    if csv is not None:
-        write_atomic(csv, evaluations_csv(configs, evaluations).encode())
 
 
 @command
 def track(
-    runs: Annotated[list[Path], Argument(help="Run folders.")],
+    runs: Runs,
     to: Annotated[
         list[str] | None,
         Option(metavar="TRACKER", help="wandb, tensorboard, trackio or mlflow; unset: the recipe's trackers."),
     ] = None,
 ) -> None:
     """Send run folders to trackers: what they have not got yet, in the tracked runs that are there already."""
+    from endwise.runs.finding import runs_at
     from endwise.runs.tracking.track import track as send
 
-    for run in runs:
+    given = runs_at(runs, lambda _: True, lacking="is one", remedy="Give run folders.")
+    for run in given:
         echo(f"{run}: sent to {', '.join(send(run, to or ()))}")
 
 
 @command
+@taking_keys()
 def sweep(
     sweep: Annotated[str, Argument(help="A sweep's path, or the name of one that ships.")],
     overrides: Annotated[
@@ -178,6 +232,7 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train and measure every run of a sweep: what is finished is skipped, what was interrupted is resumed.
 
@@ -187,24 +242,37 @@ def sweep(
     from endwise.sweeps import sweep as run
     from endwise.sweeps.survey import survey
     from endwise.sweeps.sweep_config import read_sweep
-    from endwise.sweeps.tables import print_prospects, print_rows
+    from endwise.sweeps.tables import print_prospects
 
     config = read_sweep(sweep, overrides or ())
     if dry_run:
-        print_prospects(survey(config))
+        prospects = survey(config)
+        if json:
+            print_json([{**vars(each), "point": str(each.point)} for each in prospects])
+        else:
+            print_prospects(prospects)
         return
     swept = run(config, display=not quiet)
-    print_rows(swept.rows)
     for point, why in swept.failures.items():
         echo(f"failed: {point} in {swept.places[point]}: {why}", err=True)
-    if missed := swept.missing(config.search.tolerance):
+    if json:
+        print_json({"summary": swept.summary, "runs": swept.rows})
+    else:
+        _show_sweep(swept, config.search.tolerance)
+    if swept.failures:
+        raise typer.Exit(TrainingStopped.exit_code)
+
+
+def _show_sweep(swept: "Sweep", tolerance: float) -> None:
+    from endwise.sweeps.tables import print_rows
+
+    print_rows(swept.rows)
+    if missed := swept.missing(tolerance):
         echo(
-            f"Further than {config.search.tolerance:.0%} from their target: {len(missed)}. To come nearer, raise "
+            f"Further than {tolerance:.0%} from their target: {len(missed)}. To come nearer, raise "
             "search.tokens or search.corrections, and start the sweep again."
         )
     echo(f"{len(swept.runs)} of {len(swept.places)} runs finished. The table of all: {swept.summary}")
-    if swept.failures:
-        raise typer.Exit(TrainingStopped.exit_code)
 
 
 @command
@@ -220,6 +288,7 @@ def reproduce(
         Path | None, Option(help="Folder for runs, tables, figures and report.html; the same command resumes there.")
     ] = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
 
@@ -231,12 +300,15 @@ def reproduce(
     if what != "paper":
         raise ConfigError(f"Only the paper can be reproduced (endwise reproduce paper); given {what!r:.80}.")
     made = run(model, out, budget=budget, display=not quiet)
-    for claim in made.claims:
-        echo(f"{claim.verdict}: {claim.claim} ({claim.ours})")
-    for remark in made.remarks:
-        echo(f"! {remark}")
     for folder, why in made.runs.failures.items():
         echo(f"failed: {folder}: {why}", err=True)
-    echo(f"The report: {made.report}")
+    if json:
+        print_json({"report": made.report, "claims": list(map(vars, made.claims)), "remarks": made.remarks})
+    else:
+        for claim in made.claims:
+            echo(f"{claim.verdict}: {claim.claim} ({claim.ours})")
+        for remark in made.remarks:
+            echo(f"! {remark}")
+        echo(f"The report: {made.report}")
     if made.runs.failures:
         raise typer.Exit(TrainingStopped.exit_code)

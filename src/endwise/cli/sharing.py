@@ -6,12 +6,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from endwise.cli.app import command, echo
+from endwise.cli.app import OR_FOLDERS, command, echo, run_argument
 
 
 @command
 def push(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Measured run folders.")],
+    runs: Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")],
     repo: Annotated[str, Argument(metavar="OWNER/NAME", help="The repository; made if there is none.")],
     private: Annotated[bool, Option("--private", help="Make it private, if it is made.")] = False,
     licence: Annotated[str | None, Option(help="Identifier of the hub's, e.g. mit or apache-2.0.")] = None,

@@ -11,7 +11,7 @@ from rich.table import Column
 from endwise.common.notebook import running_cell
 from endwise.common.text import printable
 
-LOG_SECONDS, CELL_SECONDS = 30.0, 1.0
+LOG_SECONDS, CELL_SECONDS = 60.0, 1.0
 NARROW = 100
 """Columns of a terminal up to which a bar takes what its name and its times leave."""
 

@@ -1,7 +1,9 @@
 """Tables on the disk: rows as parquet and CSV."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,19 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from endwise.common.files import replacing, write_atomic
+
+_WRITTEN: ContextVar[dict[str, list[dict[str, Any]]] | None] = ContextVar("tables", default=None)
+
+
+@contextmanager
+def recorded_tables() -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Yield the rows of all tables that are written within it, by the table's name."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    token = _WRITTEN.set(tables)
+    try:
+        yield tables
+    finally:
+        _WRITTEN.reset(token)
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -32,6 +47,8 @@ def write_columns(columns: Mapping[str, Any], path: Path) -> None:
 def _write(table: pa.Table, path: Path) -> None:
     write_parquet(table, path.with_name(f"{path.name}.parquet"))
     write_atomic(path.with_name(f"{path.name}.csv"), as_csv(table))
+    if (tables := _WRITTEN.get()) is not None:
+        tables[path.name] = table.to_pylist()
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

@@ -1,7 +1,8 @@
 """The ground of all configuration: frozen pydantic models, read from YAML, changed by dotted overrides."""
 
 import difflib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -23,6 +24,7 @@ LINES = 20
 """Broken rules that one message lists."""
 
 Section = TypeVar("Section", bound="Config")
+Built = TypeVar("Built")
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 """No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
 
@@ -74,9 +76,18 @@ class Config(BaseModel):
             raise ConfigError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
     @classmethod
-    def read(cls: type[Section], path: Path, overrides: list[str] | None = None) -> Section:
+    def of(cls: type[Section], given: "Section | Mapping[str, Any]") -> Section:
+        """Take a section as it is, or a mapping of its keys.
+
+        Raises:
+            ConfigError: see `build`.
+        """
+        return given if isinstance(given, cls) else cls.build(dict(given), cls.__name__)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    @classmethod
+    def read(cls: type[Section], path: str | Path, overrides: Sequence[str] | None = None) -> Section:
         """Read a YAML file and apply overrides of the form `section.key=value` (the value is YAML)."""
-        return cls.build(cls.changed(read_yaml(path), read_overrides(overrides or [])), source=str(path))
+        return changed_and_built(read_yaml(Path(path)), overrides or [], cls.changed, cls.build, str(path))
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +130,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
         held = {"NoneType": "is empty", "list": "holds a list"}.get(type(values).__name__, "holds a single value")
         raise ConfigError(f"{path} must hold a mapping of settings (key: value); it {held}. Write its keys into it.")
     return values
+
+
+def changed_and_built(
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    change: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]],
+    build: Callable[[dict[str, Any], str], Built],
+    source: str,
+) -> Built:
+    """Change values and build what they say; where it is the changes that break a rule, the error names them, not the
+    source alone.
+    """
+    changed = change(values, read_overrides(list(overrides)))
+    try:
+        return build(changed, source)
+    except ConfigError:
+        if not overrides or not _builds(build, values):
+            raise
+    return build(changed, f"{source} with {' '.join(f'{each:.200}' for each in overrides)}")
+
+
+def _builds(build: Callable[[dict[str, Any], str], object], values: dict[str, Any]) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            build(values, "")
+        except ConfigError:
+            return False
+    return True
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -304,6 +304,15 @@ class ObjectiveConfig(Config):
         return next((kind for kind, terms in PRESET_TERMS.items() if terms == kept), None)
 
 
+def loss_of(line: Mapping[str, Any]) -> float:
+    """Return the loss of a line of metrics, without a sparsity penalty whose weight changes in training: as λ rises to
+    a target, so does a loss that nothing is wrong with.
+    """
+    ends = [name for name in line if name.endswith(f"sparsity{COEFFICIENT}")]
+    penalties = (float(line[name]) * float(line[name.removesuffix(COEFFICIENT)]) for name in ends)
+    return float(line["loss"]) - sum(penalties)
+
+
 def _term(name: Any, value: Any) -> Any:
     """A registered term's settings, of the class that the term says."""
     if name in OWN_KEYS:

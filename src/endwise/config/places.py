@@ -1,5 +1,6 @@
 """A recipe for several places of one model: what they share, and what each has of its own."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.common.errors import ConfigError
 from endwise.config.adopted import AdoptedConfig
-from endwise.config.base import Config, read_overrides, read_yaml
+from endwise.config.base import Config, changed_and_built, read_yaml
 from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
@@ -20,6 +21,8 @@ JOINED = " + "
 Inputs = Literal["clean", "spliced"]
 OF_A_PLACE = ("dictionary", "objective", "seed", "init_from")
 """Keys that stand for every place, unless it has its own."""
+OF_A_SWEEP = {"recipe", "grids"}
+"""Keys that a sweep must have."""
 OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "balance", "terms")
 """Keys of an objective that one spliced pass has one of."""
 
@@ -220,7 +223,10 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: it breaks a rule, or an override changes nothing, since every place has its own value.
     """
-    return build_recipe(changed_recipe(read_yaml(path), read_overrides(overrides or [])), str(path))
+    values = read_yaml(path)
+    if values.keys() >= OF_A_SWEEP:
+        raise ConfigError(f"{path} is a sweep, of many runs. Train them: endwise sweep {shlex.quote(str(path))}")
+    return changed_and_built(values, overrides or [], changed_recipe, build_recipe, str(path))
 
 
 def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Start = Annotated[Path, PlainSerializer(shown, return_type=str, when_used="json")]
 """Path or name of an SAE."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+FITTED = ("tokens", "during_training_tokens")
+"""Keys of `evaluation` whose defaults are lowered to what is held out."""
 
 
 class ModelConfig(Config):
@@ -56,8 +58,8 @@ class DataConfig(Config):
     """Source of tokens, and how they are packed into sequences."""
 
     source: str = "embedded"
-    """`embedded`, a `.txt`, `.jsonl`, `.csv` (all three also `.gz` or `.zst`), `.parquet` or `.npy` file, a folder of
-    them or of `save_to_disk`, or a Hugging Face dataset id."""
+    """`embedded`, a `.txt`, `.jsonl`, `.json` (one list), `.csv` (all four also `.gz` or `.zst`), `.parquet` or `.npy`
+    file, a folder of them or of `save_to_disk`, or a Hugging Face dataset id."""
     column: str | None = None
     """Column holding text, token ids or conversations; unset: `text`, `input_ids`, `tokens` or `messages`, whichever is
     there."""
@@ -188,7 +190,8 @@ class EvaluationConfig(Config):
     """Measurement of a finished SAE on held-out text."""
 
     tokens: Positive = 500_000
-    """Held-out tokens for every metric; alive features are counted over exactly these."""
+    """Held-out tokens for every metric; alive features are counted over exactly these. Where less text
+    is held out than the default, all of it is taken."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Held-out tokens to leave out before those. Measure the runs that a setting is chosen by with `skip` as large as
     `tokens` of the runs that are reported: then no text is used for both."""
@@ -204,6 +207,23 @@ class EvaluationConfig(Config):
     def needed(self) -> int:
         """Held-out tokens that must be there for all of its evaluations."""
         return self.skip + max(self.tokens, self.during_training_tokens)
+
+    @property
+    def least(self) -> int:
+        """The same, where less text is held out than the default number of tokens (see `within`)."""
+        return self.skip + max(self._given().values(), default=1)
+
+    def within(self, held_out: int) -> "EvaluationConfig":
+        """Return the same for so many held-out tokens, those that are skipped included: a number that is the default is
+        lowered to them, any other stays.
+        """
+        room, given = held_out - self.skip, self._given()
+        fitting = {name: room for name in FITTED if name not in given and getattr(self, name) > room}
+        return self.model_copy(update=fitting) if fitting and room > 0 else self
+
+    def _given(self) -> dict[str, int]:
+        fields, values = type(self).model_fields, {name: getattr(self, name) for name in FITTED}
+        return {name: value for name, value in values.items() if value != fields[name].default}
 
 
 class RunConfig(Config):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import ConfigError, FormatError
-from endwise.common.files import expanded
 from endwise.common.remarks import remarks_on
 from endwise.common.text import model_title
 from endwise.config.method import Knob, Method
@@ -15,6 +14,7 @@ from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.finished import named
 from endwise.features.harvest.results import Harvest, open_harvest
+from endwise.runs.finding import harvested_runs
 from endwise.runs.folder import RunFolder
 
 LONG_NAME = 32
@@ -73,7 +73,7 @@ def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
         RunFolderError: a folder is no run, or was not harvested.
         FormatError: see `open_harvest`.
     """
-    paths = [expanded(run) for run in runs]
+    paths = harvested_runs(runs)
     if not paths:
         raise ConfigError("A dashboard takes one run or more; none was given.")
     resolved = [path.resolve() for path in paths]

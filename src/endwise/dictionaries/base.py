@@ -181,8 +181,8 @@ class SAE(ShownDictionary, nn.Module, ABC):
         return within_norm(x, self.norm_limit, counted)
 
     @abstractmethod
-    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
-        """Sum the features' directions, each times its latent, and the bias."""
+    def decode(self, latents: Latents | Tensor) -> Float[Tensor, "*rows d_out"]:
+        """Sum the features' directions, each times its latent (`encode`'s or a tensor `[*rows d_sae]`)."""
 
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Return x̂: what is decoded, and whatever the architecture makes of the input beside its features.

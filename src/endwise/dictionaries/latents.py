@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from endwise.common.errors import ConfigError
 from endwise.kernels import Found, Pairs, kernels_for
 from endwise.kernels.interface import PerPair
 
@@ -92,6 +93,22 @@ class DenseLatents(Latents):
 
     def _active(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, "flat d_sae"]:
         return ((self.values.detach() != 0) & mask[..., None]).flatten(0, -2)
+
+
+def latents_of(values: Latents | Tensor, d_sae: int) -> Latents:
+    """Take a tensor as latents, `[*rows d_sae]`.
+
+    Raises:
+        ConfigError: it has no value for each feature.
+    """
+    if isinstance(values, Latents):
+        return values
+    if values.shape[-1:] != (d_sae,):
+        raise ConfigError(
+            f"Latents have a value for each of the {d_sae:,} features on their last axis; given the shape "
+            f"{list(values.shape)}. Encode with this SAE."
+        )
+    return DenseLatents(values)
 
 
 @dataclass(frozen=True)

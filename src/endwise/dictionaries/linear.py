@@ -16,7 +16,7 @@ from endwise.common.seeds import torch_stream
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import SAE, Exported, TokenLosses, TrainingPass
 from endwise.dictionaries.dead import AUX, DeadConfig, DeadFeatures
-from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse
+from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse, latents_of
 from endwise.formats import Layout
 
 NORM_FLOOR = 1e-12
@@ -164,8 +164,8 @@ class LinearSAE(SAE):
         """
         return self.decoder_norms() if self.training and not self.unit_norm else None
 
-    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
-        return self.decode_by(latents, self.decoder, self.b_dec)
+    def decode(self, latents: Latents | Tensor) -> Float[Tensor, "*rows d_out"]:
+        return self.decode_by(latents_of(latents, self.d_sae), self.decoder, self.b_dec)
 
     def decode_by(
         self, latents: Latents, decoder: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]

@@ -279,7 +279,7 @@ class NormedSAE(SAE):
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
         return self.inner.encode(self._seen(x), counted)
 
-    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_out"]:
+    def decode(self, latents: Latents | Tensor) -> Float[Tensor, "*rows d_out"]:
         """Sum directions and bias as `W_dec` has them; what a norm undoes for each token, `reconstruct` undoes."""
         return self.norm.decoded(self.inner.decode(latents))
 

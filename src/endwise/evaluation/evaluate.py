@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from endwise.common.errors import ConfigError, DataError, FormatError
-from endwise.common.files import expanded, write_json
+from endwise.common.files import write_json
 from endwise.common.processes import World, joined
 from endwise.common.remedies import unreadable
 from endwise.common.showing import Several
@@ -30,6 +30,7 @@ from endwise.evaluation.measure import Evaluation, Sums, measure
 from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
 from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
+from endwise.runs.finding import Paths, trained_runs
 from endwise.runs.folder import RunFolder, weights_of
 from endwise.runs.several import place_folders
 from endwise.runs.trackers import Mirror
@@ -40,7 +41,7 @@ FIRINGS_FILE = "evaluation_firings.safetensors"
 
 
 def evaluate(
-    runs: str | Path | Sequence[str | Path],
+    runs: Paths,
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
@@ -50,8 +51,9 @@ def evaluate(
     share the work.
 
     Args:
-        runs: run folders; those of one model and one corpus share every clean pass. Of a run of several places each
-            is measured alone, in its own folder, and all together (`JointEvaluation`), in the run's.
+        runs: run folders, or folders that hold some; those of one model and one corpus share every clean pass. Of a
+            run of several places each is measured alone, in its own folder, and all together (`JointEvaluation`), in
+            the run's.
         model: a loaded one to use instead of the recipes'.
         corpora: loaded token sequences, likewise.
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
@@ -60,7 +62,7 @@ def evaluate(
         RunFolderError: a folder is not a run, holds no trained SAE yet, or stands on other text or another model.
         FormatError: an SAE is not what its training wrote.
     """
-    paths = [expanded(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    paths = trained_runs(runs)
     several = {path: recipe for path in paths if (recipe := _of_several(path)) is not None}
     of_places = {path: place_folders(path, several[path]) for path in several}
     alone = list(dict.fromkeys(each for path in paths for each in of_places.get(path, [path])))

@@ -64,6 +64,24 @@ class Inspected:
         """True where it was trained on sequences that start with BOS."""
         return self.stored.metadata.get("prepend_bos") is True
 
+    def to_json(self) -> dict[str, Any]:
+        """All that `lines` says."""
+        sae, of = self.sae, self.stored.metadata
+        return {
+            "name": self.name,
+            "format": self.format_name,
+            "architecture": self.stored.architecture,
+            "transcoder": self.stored.transcodes,
+            "d_in": sae.d_in,
+            "d_out": sae.d_out,
+            "d_sae": sae.d_sae,
+            "place": self.place,
+            "model": of.get("model_name"),
+            "rule": self.rule,
+            "stated_l0": self.stated_l0,
+            "remarks": list(self.remarks),
+        }
+
     def lines(self) -> list[str]:
         """Say what it is, a line for each fact."""
         sae, of = self.sae, self.stored.metadata

@@ -124,9 +124,9 @@ _Key = tuple[str, int | None] | tuple[Spot, str]
 
 def measure(
     model: LanguageModel,
-    saes: Mapping[str, tuple[Place | Site, SAE]],
+    saes: Mapping[str, tuple[Place | Site | str, SAE]],
     corpus: Corpus,
-    config: EvaluationConfig,
+    config: EvaluationConfig | Mapping[str, Any],
     *,
     baselines: bool = True,
     prefixes: Mapping[str, Sequence[int]] | None = None,
@@ -135,7 +135,7 @@ def measure(
     """Evaluate every SAE on `config.tokens` tokens of the held-out corpus, after its first `config.skip`.
 
     Args:
-        saes: each with its place; a site is an SAE's. Of a transcoder, what is compared is what it writes.
+        saes: each with its place, or the place's name. Of a transcoder, what is compared is what it writes.
         baselines: also measure the site at its mean and at zero; without, those two are NaN.
         prefixes: of an SAE, numbers of first features that are measured alone besides.
         world: the processes that share the work; each of them gets the whole result.
@@ -143,8 +143,8 @@ def measure(
     Raises:
         ConfigError: fewer tokens are asked for than one sequence has.
     """
-    sequences = sequences_of(corpus, config)
-    places = {name: Place.of(place) for name, (place, _) in saes.items()}
+    sequences = sequences_of(corpus, config := EvaluationConfig.of(config))
+    places = {name: model.place(place) for name, (place, _) in saes.items()}
     spots = {name: (places[name].writes, Counting.of([(places[name], sae)])) for name, (_, sae) in saes.items()}
     means = site_means(model, sorted(set(spots.values())), corpus, config, sequences, world)
     shares: dict[str, tuple[int | None, ...]] = {name: (None, *(prefixes or {}).get(name, ())) for name in saes}

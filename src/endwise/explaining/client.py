@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -73,6 +73,8 @@ class CallStats:
     """Answered from what was kept."""
     failed: int = 0
     """Calls that failed in every attempt."""
+    last_failure: str = field(default="", compare=False)
+    """Reason why the last of them did."""
     unreadable: int = 0
     """Answers that could not be read, even when asked again."""
     retries: int = 0
@@ -81,7 +83,8 @@ class CallStats:
     """As the server counted, of the calls over the network."""
 
     def __add__(self, other: "CallStats") -> "CallStats":
-        return CallStats(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+        counts = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "last_failure"}
+        return CallStats(**counts, last_failure=other.last_failure or self.last_failure)
 
     def __str__(self) -> str:
         return (
@@ -138,6 +141,7 @@ class Client:
                 answer = await self._patiently(request)
             except Retryable as error:
                 self.stats.failed += 1
+                self.stats.last_failure = str(error)
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= self._retry.give_up:
                     raise EndpointError(

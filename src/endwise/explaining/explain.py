@@ -17,6 +17,7 @@ from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER, Explanations, read_explanations, write_explanations
+from endwise.runs.finding import harvested_runs
 
 PROGRESS_SECONDS = 15.0
 CHARACTERS_PER_TOKEN = 4
@@ -104,7 +105,7 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
         RunFolderError, FormatError, DataError: see `prepare`.
     """
     read_prompts(PURPOSES, settings.prompts)  # which costs least, so that it fails first
-    prepared = prepare(list(runs), settings, say)
+    prepared = prepare(harvested_runs(runs), settings, say)
     return ExplainingPlan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
 
 
@@ -148,7 +149,7 @@ def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, cl
         "corpus": harvest.get("corpus"),
         "explained": len(explained.rows),
         "left_out": {str(feature): why for feature, why in sorted(explained.left_out.items())},
-        "tally": asdict(client.stats),
+        "tally": {name: count for name, count in asdict(client.stats).items() if name != "last_failure"},
     }
 
 

@@ -184,7 +184,7 @@ class MeasuredImportance:
     """Settings of the measurement: two measurements with equal settings are equal."""
 
 
-def read_importance(run: Path) -> FeatureImportance | None:
+def read_importance(run: str | Path) -> FeatureImportance | None:
     """The importance of every feature of a run; None if it was not measured.
 
     Raises:
@@ -194,7 +194,7 @@ def read_importance(run: Path) -> FeatureImportance | None:
     return None if measured is None else measured.importance
 
 
-def read_measured(run: Path) -> MeasuredImportance | None:
+def read_measured(run: str | Path) -> MeasuredImportance | None:
     """Everything that `endwise importance` measured of a run; None if it did not.
 
     Raises:

@@ -70,7 +70,7 @@ def finetune(
     say(f"! {refused}" if refused else f"The tuned SAE will be given back as {found.format_name}.")
     name = model if isinstance(model, str) else model.name
     recipe = agreed(recipe_of(found, first.place, first["l0"], name, data, folder, settings), folder)
-    tokens, evaluated = recipe.training.tokens, held_out_wanted(recipe, loaded)
+    tokens, evaluated = recipe.training.tokens, held_out_wanted(recipe, recipe.data.context or loaded.context)
     corpora = corpora_for(loaded, recipe.data, training_tokens=tokens, evaluation_tokens=evaluated)
     say(f"Tuning at {first.place} on {tokens:,} tokens: {folder}")
     run = train(recipe, model=loaded, corpora=corpora, resume="if_started", display=display)

@@ -34,7 +34,7 @@ def find_adapter(source: str, name: str, revision: str) -> Adapter | None:
         config = {}
     base, its_revision = config.get("base_model_name_or_path"), config.get("revision")
     of = f" of {base!r:.100}" if isinstance(base, str) and base else ""
-    if _file(source, "config.json", revision) is not None:
+    if hub_file(source, "config.json", revision) is not None:
         raise ModelError(
             f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
             "that is not the same model. For the model alone, give a folder without the adapter's files; for both, "
@@ -46,7 +46,7 @@ def find_adapter(source: str, name: str, revision: str) -> Adapter | None:
             "(base_model_name_or_path). Merge it into its base model first, and give that folder: "
             f"{MERGING.format('.save_pretrained(FOLDER)')}"
         )
-    weights = _file(source, ADAPTER_WEIGHTS, revision)
+    weights = hub_file(source, ADAPTER_WEIGHTS, revision)
     if weights is None:
         raise ModelError(
             f"{name} is an adapter{of} that has no {ADAPTER_WEIGHTS}; pickles can run any code when read. Save it "
@@ -58,21 +58,22 @@ def find_adapter(source: str, name: str, revision: str) -> Adapter | None:
 def weight_files(source: str, revision: str, config: Any) -> list[Path]:
     """The safetensors files that transformers takes the weights from, in a folder or, downloaded, from the hub."""
     named = getattr(config, "transformers_weights", None)
-    whole = _file(source, named if isinstance(named, str) else SAFE_WEIGHTS_NAME, revision)
+    whole = hub_file(source, named if isinstance(named, str) else SAFE_WEIGHTS_NAME, revision)
     if whole is not None:
         return [whole] if whole.suffix == ".safetensors" else []
-    index = _file(source, SAFE_WEIGHTS_INDEX_NAME, revision)
+    index = hub_file(source, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is None:
         return []
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [path for shard in shards if (path := _file(source, shard, revision)) is not None]
+    return [path for shard in shards if (path := hub_file(source, shard, revision)) is not None]
 
 
 def tokenizer_files(source: str, revision: str) -> list[Path]:
-    return [path for name in TOKENIZERS if (path := _file(source, name, revision)) is not None]
+    return [path for name in TOKENIZERS if (path := hub_file(source, name, revision)) is not None]
 
 
-def _file(source: str, name: str, revision: str) -> Path | None:
+def hub_file(source: str, name: str, revision: str) -> Path | None:
+    """Find a file of a model, in its folder or, downloaded, from the hub; None: it has none of that name."""
     found = cached_file(
         source,
         name,
@@ -90,10 +91,7 @@ def check_files(source: str, gguf_file: str | None) -> None:
         raise ConfigError(f"model.gguf_file must name a file inside {source}, not {gguf_file!r:.200}. Name it alone.")
     folder = Path(source)
     if there_is(folder) and not folder.is_dir():
-        raise ModelError(
-            f"{source} is a file, and a model is a folder. Give the folder that it lies in; of GGUF files in one, name "
-            "yours with gguf_file."
-        )
+        raise ModelError(f"{source} is a file, and a model is a folder, or a .gguf file. Give the folder it lies in.")
     if there_is(folder) and folder.is_dir():
         if (folder / "sae").is_dir() and not (folder / "config.json").exists():
             raise ModelError(

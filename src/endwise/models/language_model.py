@@ -250,37 +250,37 @@ class LanguageModel:
         return bias
 
     @torch.no_grad()
-    def clean(self, tokens: Tokens, record: Collection[Site] = (), final: bool = False) -> Clean:
+    def clean(self, tokens: Tokens, record: Collection[Site | str] = (), final: bool = False) -> Clean:
         """Run the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
         wanted = {self.readable(site) for site in record}
-        for site in record:
-            wanted |= needed(site)
+        wanted = wanted.union(*map(needed, wanted))
         with ExitStack() as hooks:
             activations, final_state = self._recording(hooks, wanted, final)
             self._forward(tokens)
         return Clean(tokens, activations, final_state.get("final"))
 
     def replay(
-        self, clean: Clean, patch: Mapping[Site, Patch], record: Collection[Site] = (), final: bool = True
+        self, clean: Clean, patch: Mapping[Any, Patch], record: Collection[Site | str] = (), final: bool = True
     ) -> Spliced:
         """Run the tail of the model from the first patched site on, with the patches in place.
 
         Args:
             clean: the clean pass of the same tokens, which recorded the first patched site; it may be that of the same
                 model in another dtype.
-            patch: the value to put at a site, or a function of the value found there; the first site's function is
-                applied to the clean activation.
+            patch: by site, or its name, the value to put there, or a function of the value found there; the first
+                site's function is applied to the clean activation.
             record: later sites whose spliced activations to keep.
             final: whether to continue to the hidden state that enters the unembedding.
 
         The blocks before the first site do not run, nor the part of its block that came before it. Gradients flow to
         the patches and to nothing else.
         """
-        first = min(self.site(site) for site in patch)
+        patch, record = {self.site(at): change for at, change in patch.items()}, {self.readable(at) for at in record}
+        first = min(patch)
         missing = ({first} | needed(first)) - clean.activations.keys()
         if missing:
             raise ModelError(f"A replay from {first} needs a clean pass that recorded it: clean(tokens, [{first}]).")
-        skipped = [site.name for site in record if self.readable(site) < first]
+        skipped = [site.name for site in sorted(record) if site < first]
         if skipped:
             raise ModelError(
                 f"A replay from {first} does not compute {', '.join(skipped)}; read them from the clean pass."
@@ -293,7 +293,7 @@ class LanguageModel:
             for site, change in patch.items():
                 if site != first:
                     self._sites.patch(hooks, site, change)
-            later = set(record) - {first}
+            later = record - {first}
             activations, final_state = self._recording(hooks, later, final)
             if later or final:
                 self._forward(clean.tokens)
@@ -301,7 +301,7 @@ class LanguageModel:
         return Spliced(kept | activations, final_state.get("final"))
 
     @contextmanager
-    def patched(self, patch: Mapping[Site, Patch]) -> Iterator[None]:
+    def patched(self, patch: Mapping[Any, Patch]) -> Iterator[None]:
         """Within it, every forward pass of the model itself runs with the patches in place."""
         with ExitStack() as hooks:
             for site, change in patch.items():

@@ -1,8 +1,7 @@
 """Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -20,20 +19,22 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as bars
 
 from endwise import embedded
 from endwise.common.digests import of_files, of_stored_model, of_text
 from endwise.common.errors import ConfigError, ModelError
+from endwise.common.extras import install_for
 from endwise.common.files import at_home, there_is
 from endwise.common.processes import local_rank
 from endwise.common.remedies import number, remedy
 from endwise.common.remedies import reason as system_reason
 from endwise.models.adapters import ADAPTER_WEIGHTS, Adapter
 from endwise.models.files import check_files, find_adapter, tokenizer_files, weight_files
+from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, with_gguf_file
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
 from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
+from endwise.models.quiet import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADING = Lock()
@@ -74,9 +75,11 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
-    with LOADING, _bars_on_a_terminal():
+    with LOADING, quiet_transformers():
         asked = name if adapter is None else adapter.base
-        model, info = _weighted(source, asked, shared, attention, DTYPES[dtype], place)
+        read, given = kept_weights(source, shared)
+        unpacks = "gguf_file" in given
+        model, info = _weighted(read, asked, given, attention, torch.float32 if unpacks else DTYPES[dtype], place)
         refuse_quantised(model, name)
         if info["missing_keys"]:
             absent = sorted(map(str, info["missing_keys"]))
@@ -84,20 +87,19 @@ def load_model(
                 f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
                 "...), which would stay random. Is it a causal language model, and complete?"
             )
+        tokenizer = _tokenizer(read, given)
+        if unpacks:
+            keep_weights(source, shared, model, tokenizer)
         if not is_quantised(model):  # which is on its device already, in its own types
             for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
-                parameter.data = parameter.data.to(DTYPES[dtype])  # GGUF weights come in the file's own type
+                parameter.data = parameter.data.to(DTYPES[dtype])
             model = model.to(place)
-        tokenizer = _tokenizer(source, shared)
         if adapter is not None:
             model, tokenizer = _merged(adapter, model, tokenizer, trust_remote_code)
         loaded = _spliceable(model, tokenizer, name)
-    commit = getattr(model.config, "_commit_hash", None)
+    commit = getattr(model.config, "_commit_hash", None) or commit_of(source, shared)
     loaded.commit = commit if adapter is None else None  # it would be the base's
-    folder = _folder_of(source, gguf_file, commit or shared["revision"])
-    if folder is not None:
-        stored = partial(of_stored_model, folder, gguf_file, with_code=trust_remote_code)
-        loaded.stored = stored if adapter is None else partial(_of_adapted, stored, adapter)
+    loaded.stored = _digesting(source, shared, commit, adapter)
     return loaded
 
 
@@ -125,6 +127,48 @@ def based_on(
     return source, shared, adapter
 
 
+@dataclass(frozen=True)
+class TokenizerAlone:
+    """Of a language model what reading text for it needs."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    no_tokenizer: str
+    context: int | None
+    vocab_size: int
+
+
+def read_tokenizer(
+    name: str, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False, **_: Any
+) -> TokenizerAlone | None:
+    """Load as much of a model as reading text needs, from its configuration and its tokenizer alone.
+
+    Args:
+        name, gguf_file, revision, trust_remote_code: see `load_model`, whose other arguments are ignored.
+
+    Returns: None where its weights decide (an adapter, a configuration without a size of the vocabulary).
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    name = at_home(name)
+    source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
+    if adapter is not None:
+        return None
+    with LOADING, quiet_transformers():
+        source, shared = kept_weights(source, shared)
+        try:
+            config: Any = AutoConfig.from_pretrained(source, **shared).get_text_config()
+        except Exception as error:  # readers of damaged files raise whatever they stumble over
+            raise ModelError(explained(name, error)) from error
+        tokenizer = _tokenizer(source, shared)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return None
+    told = isinstance(tokenizer, str)
+    context = getattr(config, "max_position_embeddings", None) or None
+    return TokenizerAlone(None if told else tokenizer, tokenizer if told else "", context, vocabulary)
+
+
 def _merged(
     adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase | str, trust_remote_code: bool
 ) -> tuple[Any, PreTrainedTokenizerBase | str]:
@@ -140,22 +184,21 @@ def _merged(
     return adapter.merged(model, None if isinstance(own, str) else own), tokenizer
 
 
+def _digesting(
+    source: str, shared: dict[str, Any], commit: str | None, adapter: Adapter | None
+) -> Callable[[], str] | None:
+    """What digests the files that a model was loaded from; None: they are not to be found."""
+    gguf_file, with_code = shared.get("gguf_file"), shared["trust_remote_code"]
+    folder = _folder_of(source, gguf_file, commit or shared["revision"])
+    if folder is None:
+        return None
+    stored = partial(of_stored_model, folder, gguf_file, with_code=with_code)
+    return stored if adapter is None else partial(_of_adapted, stored, adapter)
+
+
 def _of_adapted(base: Callable[[], str], adapter: Adapter) -> str:
     files = [adapter.folder / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
     return of_text(base(), of_files(files, adapter.folder))
-
-
-@contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
-    """transformers' progress bars are left out of logs and pipes, which they would fill."""
-    hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if hidden:
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hidden:
-            bars.enable_progress_bar()
 
 
 def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
@@ -215,7 +258,7 @@ def arguments_for(
     name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
     """Return what transformers reads a model from, and with which arguments."""
-    source = str(embedded.folder()) if name == "embedded" else name
+    source, gguf_file = (str(embedded.folder()), gguf_file) if name == "embedded" else with_gguf_file(name, gguf_file)
     check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -268,7 +311,7 @@ def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"{source} ships it as Python code, which is not run unless model.trust_remote_code is true."
     if isinstance(error, ImportError) or "is required to read" in told or "pip install" in told:
-        return f"reading that of {source} needs a package that is not installed ({told}). Install it first."
+        return f"reading that of {source} needs a package that is not installed ({told}). {install_for(error, told)}"
     return f"that of {source} cannot be read ({type(error).__name__}: {told}). Restore its files."
 
 
@@ -291,7 +334,7 @@ def _one_line(error: Exception) -> str:
 def explained(name: str, error: Exception) -> str:
     reason = _one_line(error)
     if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed ({reason}). Install it first."
+        return f"{name} needs a package that is not installed ({reason}). {install_for(error, reason)}"
     if "trust_remote_code" in str(error):
         return f"{name} ships Python code of its own, which is not run unless model.trust_remote_code is true."
     lost = isinstance(error, FileNotFoundError) or number(error) is None

@@ -28,6 +28,7 @@ from endwise.tokens import corpora_for
 from endwise.training.members import Run
 from endwise.training.train import train_together
 
+SUMMARY = "summary.json"
 SWEEP = "embedded-kinds"
 """Sweep that ships, of what is trained."""
 
@@ -78,7 +79,7 @@ def quickstart(
     for run in runs:
         write_evaluation(RunFolder.open(run.folder), run.config, evaluations[str(run.folder)])
     summary = compare(runs, evaluations, seconds=time.monotonic() - started)
-    write_json(out / "summary.json", summary.to_json())
+    write_json(out / SUMMARY, summary.to_json())
     write_report(summary, out / "report.html")
     if display:
         print_summary(summary, console)

@@ -31,7 +31,7 @@ class Reproduced:
 
 
 def reproduce(
-    study: StudyConfig | str = "embedded",
+    study: StudyConfig | str | Path = "embedded",
     out: Path | str | None = None,
     *,
     budget: str | None = None,
@@ -50,7 +50,7 @@ def reproduce(
         ConfigError: the study breaks a rule, or `out` holds another one.
         Interrupted: the user asked to stop; what runs is saved.
     """
-    config = study if isinstance(study, StudyConfig) else find_study(study)
+    config = study if isinstance(study, StudyConfig) else find_study(str(study))
     name = "study" if isinstance(study, StudyConfig) else Path(study).stem
     folder = Path("runs") / f"paper-{name}" if out is None else expanded(out)
     with closing(engine_of(config, folder)) as used:

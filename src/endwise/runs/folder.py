@@ -54,6 +54,7 @@ from endwise.common.files import (
 from endwise.common.hub import shown
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
+from endwise.config.objective import loss_of
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
 from endwise.formats import format_at, weights_file
@@ -322,12 +323,12 @@ class RunFolder(ShownRun):
             raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
 
     def course(self) -> dict[str, float]:
-        """The loss that training began with (`first`), and its latest (`last`); empty where none is known."""
+        """See `loss_of`: what training began with (`first`), and its latest (`last`); empty where none is known."""
         try:
             with self.metrics_file.open("rb") as lines:
                 first = json.loads(lines.readline())
             last = last_record(self.metrics_file) or first
-            return {"first": float(first["loss"]), "last": float(last["loss"])}
+            return {"first": loss_of(first), "last": loss_of(last)}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
 

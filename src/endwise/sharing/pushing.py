@@ -7,10 +7,10 @@ from pathlib import Path
 
 from endwise.analysis.pareto.curves import pareto
 from endwise.common.errors import ConfigError, HubError
-from endwise.common.files import expanded
 from endwise.common.hub import asking
 from endwise.formats.fetching import files_of
 from endwise.formats.naming import on_hub
+from endwise.runs.finding import runs_at
 from endwise.runs.folder import RunFolder
 from endwise.sharing.card import CARD, write_card
 from endwise.sharing.layout import OWN, pushed, restored, stage
@@ -60,7 +60,12 @@ def push(
         RunFolderError, FormatError: a run cannot be read, or was not measured.
         HubError: the hub cannot be asked, or does not take it.
     """
-    paths = [expanded(run) for run in runs]
+    paths = runs_at(
+        runs,
+        lambda run: RunFolder(run).evaluation_file.exists(),
+        lacking="was measured",
+        remedy="Measure them: endwise evaluate.",
+    )
     named = on_hub(f"hf://{repo.removeprefix('hf://')}")
     if named is None or named.inside or named.revision is not None:
         raise ConfigError(f"Push to owner/name; given {repo!r:.200}. The branch is said by --revision.")

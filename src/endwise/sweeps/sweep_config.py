@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -10,7 +11,8 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from endwise.common.errors import ConfigError
-from endwise.config.base import Config, apply_overrides, read_yaml, section_of
+from endwise.config.base import Config, apply_overrides, changed_and_built, read_yaml, section_of
+from endwise.config.places import OF_A_SWEEP
 from endwise.config.recipes import find_sweep
 from endwise.config.run import Positive, RunConfig
 
@@ -158,8 +160,10 @@ def read_sweep(name: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """
     path = find_sweep(str(name))
     own = [override for override in overrides if _is_own(override)]
-    values = apply_overrides({"out": f"runs/{path.stem}", **read_yaml(path)}, own)
-    sweep = SweepConfig.build(values, str(path))
+    values = {"out": f"runs/{path.stem}", **read_yaml(path)}
+    if "training" in values and not OF_A_SWEEP & values.keys():
+        raise ConfigError(f"{path} is a recipe, of one run. Train it: endwise train {shlex.quote(str(path))}")
+    sweep = changed_and_built(values, own, SweepConfig.changed, SweepConfig.build, str(path))
     others = [override.removeprefix("settings.") for override in overrides if override not in own]
     changes = flattened(apply_overrides({}, others), "the command line")
     for number, grid in enumerate(sweep.grids, 1):
@@ -252,7 +256,7 @@ def _nearest(key: str) -> str:
     fields = list(recipe_fields())
     last = key.rpartition(".")[2]
     near = [name for name in fields if name.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(key[:200], fields, n=1)
+    near = near or difflib.get_close_matches(key[:200], [*SweepConfig.model_fields, *fields], n=1)
     if not near:
         ends = {name.rpartition(".")[2]: name for name in fields}
         near = [ends[end] for end in difflib.get_close_matches(last[:80], list(ends), n=1)]

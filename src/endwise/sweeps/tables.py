@@ -21,6 +21,7 @@ from endwise.runs.several import PLACES, is_several
 from endwise.sweeps.points import KIND, Point
 from endwise.sweeps.survey import PointStatus
 from endwise.sweeps.sweep_config import OF_ONE, recipe_fields
+from endwise.sweeps.tuning import RateTrial
 
 SHOWN = ("training.tokens", "training.learning_rate", "dictionary.size", "dictionary.ratio", "init_from")
 """Keys of the recipe that are columns of every table; others are where the points differ in them."""
@@ -178,3 +179,16 @@ def print_prospects(prospects: Sequence[PointStatus], console: Console | None = 
     finished = sum(each.state == "finished" for each in prospects)
     due = {each.passes for each in prospects} - {None}
     show(f"{finished} of {len(prospects)} runs finished. Passes to come next: {len(due)}.", console)
+
+
+def print_trials(rounds: Sequence[Sequence[RateTrial]], console: Console | None = None) -> None:
+    """Print the short runs of tuning, round by round."""
+    rows = []
+    for number, trials in enumerate(rounds, 1):
+        for trial in trials:
+            last = "–" if trial.coefficient is None else f"{trial.coefficient:.3g}"
+            numbers = (last, f"{trial.l0:.1f}", f"{trial.ce_increase:+.3f}", f"{trial.miss:+.0%}")
+            cells = ("–", "–", "–", "failed") if trial.failed else numbers
+            rows.append((str(number), f"{trial.tokens:,}", f"{trial.learning_rate:.2g}", *cells))
+    headings = ("round", "tokens", "learning rate", "λ at the end", "L0", "CE increase", "off target")
+    show(Grid(headings, rows), console or Console())

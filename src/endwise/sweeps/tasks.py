@@ -77,7 +77,8 @@ def is_trained(config: Recipe) -> bool:
     kept, start = folder.recipe(), config.init_from
     if start is not None and kept.init_from is not None and kept.init_from.name == start.name:
         kept = kept.model_copy(update={"init_from": start})  # the same, as a folder that was moved has it
-    if identity(kept) != identity(config):
+    fitting = config.model_copy(update={"evaluation": config.evaluation.within(kept.evaluation.needed)})
+    if identity(kept) not in (identity(config), identity(fitting)):
         raise RunFolderError(f"{folder.path} holds the run of another recipe than its name says. Remove it.")
     # What is detected is whole: a process that was killed before has saved none.
     parts = zip(place_folders(folder.path, config), config.recipes, strict=True)
@@ -134,7 +135,7 @@ class ModelCache:
         return self._model[1]
 
     def corpora(self, config: Recipe) -> Corpora:
-        held = held_out_wanted(config, self.model(config))
+        held = held_out_wanted(config, config.data.context or self.model(config).context)
         key = (config.model, config.data, config.training.tokens, config.evaluation, held)
         if self._corpora is None or self._corpora[0] != key:
             self._corpora = None

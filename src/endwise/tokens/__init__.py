@@ -6,6 +6,7 @@ What counts as a document:
 |-------------------------------------|-------------------------------------------------------------------------------|
 | `.txt`, `.txt.gz`                   | lines up to a blank line (use `.jsonl` for documents that hold blank lines)   |
 | `.jsonl`(`.gz`), `.parquet`, HF     | one row: its text, or its token ids; null is no document                      |
+| `.json`(`.gz`)                      | one entry of its list; in a folder only where no file is of another kind      |
 | rows of ids, all of one length that | already packed: cut into sequences row by row, nothing joined or added; what  |
 | fills a sequence; 2-D `.npy`        | is left of a row fills none and is left out; held out and dropped whole       |
 | 1-D `.npy`                          | tokens up to a separator; without any, content-defined pieces (see `store`)   |
@@ -20,7 +21,7 @@ training side, and `check_disjoint` verifies the result.
 """
 
 from endwise.tokens.corpus import BatchOrder, Corpora, Corpus, TokenBatch, check_disjoint
-from endwise.tokens.loading import corpora_for, load_corpora
+from endwise.tokens.loading import check_readable, corpora_for, load_corpora
 from endwise.tokens.prefetch import read_ahead
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Corpus",
     "TokenBatch",
     "check_disjoint",
+    "check_readable",
     "corpora_for",
     "load_corpora",
     "read_ahead",

@@ -20,7 +20,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Words that `datasets` looks for in the names of files and folders."""
-_READ = "Give one with .txt, .jsonl, .csv, .parquet or .npy files."
+_READ = "Give one with .txt, .jsonl, .json, .csv, .parquet or .npy files."
 _NAMED = 3
 """Left-out files that a line names."""
 

@@ -1,7 +1,7 @@
 """From a recipe's `data` section to the two corpora of a run."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import as_file, files
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from endwise.common.digests import cache_folder
 from endwise.common.errors import DataError, NoTokenizer
-from endwise.common.files import expanded
+from endwise.common.files import expanded, there_is
 from endwise.config.run import DataConfig
 from endwise.tokens.chats import no_roles
 from endwise.tokens.corpus import Corpora, Corpus, Documents, SequenceLayout, compared, shared_with
@@ -40,7 +40,26 @@ class Reader(Protocol):
     def vocab_size(self) -> int: ...
 
 
-def corpora_for(model: Reader, data: DataConfig, *, training_tokens: int, evaluation_tokens: int) -> Corpora:
+def check_readable(data: DataConfig) -> None:
+    """Read the first document of each local source: what is missing, or of another kind, is known before long work.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    sides = {data.split: data.source, data.heldout_split or data.split: data.heldout or data.source}
+    for split, name in sides.items():
+        if name != EMBEDDED and there_is(expanded(name)):
+            next(open_source(name, data.column, None, split, streaming=False).read(), None)
+
+
+def corpora_for(
+    model: Reader,
+    data: DataConfig | Mapping[str, Any],
+    *,
+    training_tokens: int,
+    evaluation_tokens: int,
+    least_evaluation_tokens: int | None = None,
+) -> Corpora:
     """Training and held-out sequences for a model: `load_corpora` with its tokenizer, context and vocabulary."""
     try:
         return load_corpora(
@@ -50,19 +69,21 @@ def corpora_for(model: Reader, data: DataConfig, *, training_tokens: int, evalua
             vocab_size=model.vocab_size,
             training_tokens=training_tokens,
             evaluation_tokens=evaluation_tokens,
+            least_evaluation_tokens=least_evaluation_tokens,
         )
     except NoTokenizer as error:
         raise NoTokenizer(f"{error} There is none because {model.no_tokenizer}") from None
 
 
 def load_corpora(
-    data: DataConfig,
+    data: DataConfig | Mapping[str, Any],
     *,
     tokenizer: Any | None,
     model_context: int | None,
     vocab_size: int,
     training_tokens: int,
     evaluation_tokens: int,
+    least_evaluation_tokens: int | None = None,
 ) -> Corpora:
     """Training and held-out sequences, which share no document.
 
@@ -71,16 +92,19 @@ def load_corpora(
     documents identical to held-out ones are dropped and counted.
 
     Args:
+        data: a recipe's section, or a mapping of its keys.
         tokenizer: a Hugging Face tokenizer; None for sources of token ids.
         model_context: most positions the model takes; None: it sets no bound.
         vocab_size: ids must be below this.
         training_tokens: positions to be trained on; whole sequences of them must be there, in `data.epochs` passes.
         evaluation_tokens: held-out positions that must be there; the most that will be evaluated on, so that a
             streamed held-out source is read, and compared with the training side, that far.
+        least_evaluation_tokens: as many will do where no more are there; unset: all of them must be.
 
     Raises:
         DataError: a source is missing, empty, too short, of the wrong kind, or the two overlap wholly.
     """
+    data = DataConfig.of(data)
     layout = _layout(data, tokenizer, model_context)
     encoding = _encoding(data, layout, tokenizer, vocab_size)
     wanted = max(1, training_tokens // layout.context)
@@ -93,7 +117,8 @@ def load_corpora(
         if not data.streaming or missing <= 0 or read == before:
             break
         asked += missing  # what identical text took from the training side is read on for
-    _check_lengths(corpora, data, wanted, wanted_heldout)
+    least = evaluation_tokens if least_evaluation_tokens is None else min(least_evaluation_tokens, evaluation_tokens)
+    _check_lengths(corpora, data, wanted, max(1, least // layout.context))
     return corpora
 
 

@@ -109,14 +109,45 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:  # an integer of thousands of digits is no JSONDecodeError
                 reason = getattr(error, "msg", None) or f"{error}".partition(";")[0]
                 raise DataError(f"{where} is not JSON ({reason}). A .jsonl file has one object per line.") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where} must be an object such as {{'text': ...}}, not {type(record).__name__}.")
-            value = record[choose_column(record, column, where)]
-            if value is not None:
-                if _is_chat(value):
-                    yield Document(Chat.of(value, where), "chat", len(line.encode()))
-                else:
-                    yield Document(_checked(value, where), size=len(line.encode()))
+            yield from _of_record(record, column, where, len(line.encode()))
+
+
+def _of_record(record: Any, column: str | None, where: str, size: int = 1) -> Iterator[Document]:
+    """The document of an object with a column of it, or of a string, which is one itself; null is none."""
+    if isinstance(record, str):
+        if column is not None:
+            raise DataError(f"{where} is a string, with no column {column}. Unset data.column.")
+        value: Any = record
+    elif isinstance(record, dict):
+        value = record[choose_column(record, column, where)]
+    else:
+        given = type(record).__name__
+        raise DataError(f"{where} must be an object such as {{'text': ...}}, or text, not {given}. Correct it.")
+    if _is_chat(value):
+        yield Document(Chat.of(value, where), "chat", size)
+    elif value is not None:
+        yield Document(_checked(value, where), size=size)
+
+
+def _read_json(file: Path, column: str | None) -> Iterator[Document]:
+    """One list of strings or of objects."""
+    with _opened(file) as stream:
+        try:
+            records = json.load(stream)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(
+                f"{file}{where} is not JSON. With one object a line it is a .jsonl file: rename it."
+            ) from None
+    if not isinstance(records, list):
+        raise DataError(
+            f"{file} must hold one list, of texts or of objects such as {{'text': ...}}; it holds a "
+            f"{type(records).__name__}. Write the documents as such a list, or one a line into a .jsonl file."
+        )
+    for number, record in enumerate(records, 1):
+        yield from _of_record(record, column, f"{file}, entry {number}")
 
 
 def _read_csv(file: Path, column: str | None) -> Iterator[Document]:
@@ -223,10 +254,14 @@ _PACKED = ("", ".gz", ".zst")
 READERS: dict[str, Reader] = {
     **{f".txt{packed}": _read_txt for packed in _PACKED},
     **{f".jsonl{packed}": _read_jsonl for packed in _PACKED},
+    **{f".json{packed}": _read_json for packed in _PACKED},
     **{f".csv{packed}": _read_csv for packed in _PACKED},
     ".parquet": _read_parquet,
     ".npy": _read_npy,
 }
+LISTS = tuple(kind for kind, reader in READERS.items() if reader is _read_json)
+"""Suffixes of files that are data where they are named, and in a folder without any of another kind: beside those they
+are mostly what describes them."""
 WITH_COLUMNS = tuple(kind for kind, reader in READERS.items() if reader not in (_read_txt, _read_npy))
 PLAIN = (".txt", ".jsonl", ".npy")
 """Suffixes of files whose size in bytes is how much there is to read."""

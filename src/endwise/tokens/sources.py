@@ -11,8 +11,9 @@ from endwise.common.digests import cache_folder, of_text
 from endwise.common.errors import DataError, FormatError, RunFolderError
 from endwise.common.files import expanded, read_json, stays_inside, there_is, write_json
 from endwise.common.remedies import reason, remedy
-from endwise.tokens.folders import check_split, files_of_split, no_split
+from endwise.tokens.folders import check_split, files_below, files_of_split, no_split
 from endwise.tokens.readers import (
+    LISTS,
     PLAIN,
     READERS,
     ROWS_AT_ONCE,
@@ -96,7 +97,10 @@ def refuse_hub_settings(name: str, config: str | None, revision: str | None) -> 
 
 def _files(path: Path, column: str | None, split: str) -> TextSource:
     if path.is_dir():
-        files = files_of_split(path, split, lambda file: kind_of(file) is not None)
+        lists = not any(kind_of(file) not in (None, *LISTS) for file in files_below(path))  # beside others: no data
+        files = files_of_split(
+            path, split, lambda file: kind_of(file) is not None and (lists or kind_of(file) not in LISTS)
+        )
     else:
         check_split(path, split)
         files = [path]

@@ -29,6 +29,8 @@ class _Row:
     line: dict[str, Any]
     ce_increase: float | None = None
     failed: bool = False
+    said: bool = False
+    """True once a log has a line of these numbers."""
 
 
 class Display:
@@ -81,7 +83,7 @@ class Display:
     def show(self, folder: Path, config: Recipe, line: dict[str, Any]) -> None:
         """A run's latest line of metrics; what the last evaluation found stays until the next."""
         row = self._rows.setdefault(folder, _Row(config, line))
-        row.line = line
+        row.line, row.said = line, False
         if "heldout" in line:
             row.ce_increase = line["heldout"]["ce_increase"]
 
@@ -107,11 +109,16 @@ class Display:
         return f"step {done}/{self._steps} · {timing['tokens_per_second']:,.0f} tokens/s · {left / 60:.1f} min left"
 
     def _lines(self, done: int) -> list[str]:
-        """One line where one SAE is in training; of several the speed, then a line for each."""
+        """One line where one SAE is in training; of several the speed, then a line for each; of each only numbers that
+        are newer than its last line.
+        """
+        new = {folder: row for folder, row in self._rows.items() if not row.said}
+        for row in new.values():
+            row.said = True
         if len(self._rows) == 1:
-            return [f"{self._heading(done)} · {_numbers(row)}" for row in self._rows.values()]
+            return [" · ".join([self._heading(done), *map(_numbers, new.values())])]
         names = self._names()
-        return [self._heading(done), *(f"  {names[folder]}: {_numbers(row)}" for folder, row in self._rows.items())]
+        return [self._heading(done), *(f"  {names[folder]}: {_numbers(row)}" for folder, row in new.items())]
 
     def _table(self, done: int) -> Grid:
         names, rows = self._names(), []

@@ -23,7 +23,7 @@ from endwise.common.processes import World
 from endwise.common.remarks import diverged, remarks_on
 from endwise.common.showing import Shown
 from endwise.config.places import PlacesConfig, Recipe
-from endwise.config.run import RunConfig
+from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import beginning
 from endwise.runs.checkpoints import write_checkpoint
@@ -156,6 +156,10 @@ class Member:
         assert isinstance(self.config, RunConfig)
         return [self.config]
 
+    def measure(self, evaluation: EvaluationConfig) -> None:
+        """Have it measured in another way than its recipe says."""
+        self.config = self.config.model_copy(update={"evaluation": evaluation})
+
     def describe_places(self, data: Mapping[str, Any], stands_on: Mapping[str, Any] | None) -> None:
         """Write what the folders of several places are made of: see `RunFolder.describe`.
 
@@ -253,6 +257,10 @@ class JointMember(Member):
 
     def of_each(self) -> Sequence[RunConfig]:
         return self.recipes
+
+    def measure(self, evaluation: EvaluationConfig) -> None:
+        super().measure(evaluation)
+        self.recipes = [recipe.model_copy(update={"evaluation": evaluation}) for recipe in self.recipes]
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
         return zip(self.trainee.parts, self.folders, self.of_places, strict=True)

@@ -383,10 +383,14 @@ def downstream_sites(
         sites = tuple(each for each in streams if not end < each.stream)
     early = [later.name for later in sites if not site < later]
     if early or not sites:
-        found = f"not later: {', '.join(early)}" if early else f"{site.name} has none"
+        found = (
+            f"not later: {', '.join(early)}" if early else "by default the input of every later block; there is none"
+        )
+        last = Site(model.n_layers - 1, Part.RESID_POST)
+        named = f"objective.downstream_sites=[{last.name}], or " if site < last else ""
         raise ConfigError(
             f"objective.downstream_sites must come after the SAE's own site {site.name} ({found}). "
-            "Name later sites, or use kind e2e, which needs none."
+            f"Set {named}objective.kind=e2e, which needs none."
         )
     return sites
 

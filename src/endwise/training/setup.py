@@ -26,7 +26,7 @@ from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
-from endwise.tokens import BatchOrder, Corpora, corpora_for
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_readable, corpora_for
 from endwise.training.fitting import fit_first, measure_error_scales, measure_norms, measure_start
 from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
@@ -102,6 +102,8 @@ def prepare(
         settings = pinned(folders[0].path, first)
     settings = world.from_first(settings)
     with world.together("loading the model and the data"), naming_relative(folders[0].path, first):
+        if model is None and corpora is None:  # what is wrong with the text is known before weights are read
+            check_readable(first.data)
         model = model or model_for(settings)
         tail = tail_model(model, first.training)
         context = corpora.train.context if corpora is not None else first.data.context or model.context
@@ -113,6 +115,8 @@ def prepare(
             for config, folder in zip(configs, folders, strict=True)
         )
         corpora = corpora or corpora_of([settings, *configs[1:]], model)
+        for member in group.members:
+            _measure_within(member, corpora.heldout, request.display)
         for each in (model, tail):
             each.attend_within(corpora.train.layout.ends)
         order = _order(first, corpora, steps)
@@ -209,8 +213,10 @@ def model_for(config: Recipe) -> LanguageModel:
 
 def corpora_of(configs: Sequence[Recipe], model: LanguageModel) -> Corpora:
     """The sequences that recipes of one `data` section and one length are trained and measured on."""
-    held, first = max(held_out_wanted(each, model) for each in configs), configs[0]
-    return corpora_for(model, first.data, training_tokens=first.training.tokens, evaluation_tokens=held)
+    first, context = configs[0], configs[0].data.context or model.context
+    held, least = (max(held_out_wanted(each, context, least=least) for each in configs) for least in (False, True))
+    data, trained = first.data, first.training.tokens
+    return corpora_for(model, data, training_tokens=trained, evaluation_tokens=held, least_evaluation_tokens=least)
 
 
 def _order(config: Recipe, corpora: Corpora, steps: int) -> BatchOrder:
@@ -267,6 +273,17 @@ def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) ->
         places = [place.model_copy(update={"init_from": None}) for place in config.places]
         return config.model_copy(update={"places": tuple(places)})
     return config.model_copy(update={"init_from": None})
+
+
+def _measure_within(member: Member, heldout: Corpus, display: bool) -> None:
+    """Lower a default number of tokens to measure on to what is held out, and say so."""
+    config, context = member.config, heldout.context
+    others = held_out_wanted(config, context, least=True) - config.evaluation.least
+    fitting = config.evaluation.within((heldout.tokens - others) // context * context)
+    if fitting is not config.evaluation:
+        member.measure(fitting)
+        told = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
+        show(told, Console(stderr=True, quiet=not display))
 
 
 def default_folder(config: Recipe) -> Path:

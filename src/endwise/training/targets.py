@@ -66,12 +66,17 @@ class Slice:
         return [self.sequences[(start + number) % len(self.sequences)] for number in range(count)]
 
 
-def held_out_wanted(config: Recipe, model: LanguageModel) -> int:
-    """Return the tokens of held-out text that a run must have."""
+def held_out_wanted(config: Recipe, context: int | None, *, least: bool = False) -> int:
+    """Return the tokens of held-out text that a run must have.
+
+    Args:
+        context: tokens per sequence.
+        least: see `EvaluationConfig.least`.
+    """
     penalties = (phase.objective.sparsity for each in config.recipes for phase in each.in_phases)
     by_ce = any(each is not None and each.target_ce_increase is not None for each in penalties)
-    context = config.data.context or model.context or 0
-    return config.evaluation.needed + (max(SLICE, context) + context if by_ce else 0)
+    evaluated = config.evaluation.least if least else config.evaluation.needed
+    return evaluated + (max(SLICE, context or 0) + (context or 0) if by_ce else 0)
 
 
 def tell_increase(model: LanguageModel, heldout: Corpus, world: World, step: int, member: Member) -> None:

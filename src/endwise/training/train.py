@@ -21,9 +21,11 @@ from endwise.training.members import PlacesRun, Run
 from endwise.training.resume import start_apart
 from endwise.training.setup import Resume, TrainingRequest, default_folder, prepare
 
+OneRecipe = RunConfig | Mapping[str, Any] | str | Path
+
 
 def train(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+    config: OneRecipe,
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
@@ -44,18 +46,29 @@ def train(
     Raises:
         EndwiseError: the recipe breaks a rule (before any training), or training cannot continue (after saving).
     """
+    settings: dict[str, Any] = {"resume": resume, "from_step": from_step, "display": display}
+    return train_together([config], model=model, corpora=corpora, **settings)[0]
+
+
+def as_recipe(config: OneRecipe) -> RunConfig:
+    """Read a recipe from what a caller may give: an object, a mapping of its fields, a path, or a name.
+
+    Raises:
+        ConfigError: it breaks a rule, or is one for several places.
+    """
     if isinstance(config, str | Path):
         recipe = read_recipe(find_recipe(str(config)))
-    else:
+    elif isinstance(config, RunConfig | Mapping):
         recipe = config if isinstance(config, RunConfig) else build_recipe(config)
+    else:
+        raise ConfigError(f"A recipe is a mapping of its fields, a path, or a name; given {type(config).__name__}.")
     if isinstance(recipe, PlacesConfig):
         raise ConfigError("The recipe has `places`, several of them. Give it to endwise.train_places.")
-    settings: dict[str, Any] = {"resume": resume, "from_step": from_step, "display": display}
-    return train_together([recipe], model=model, corpora=corpora, **settings)[0]
+    return recipe
 
 
 def train_together(
-    configs: Sequence[RunConfig],
+    configs: Sequence[OneRecipe],
     *,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
@@ -74,7 +87,8 @@ def train_together(
             error is raised).
         EndwiseError: see `train`; what all share failed, which stops and saves all.
     """
-    runs = trained(TrainingRequest(configs, resume, from_step, display), model, corpora)
+    recipes = [as_recipe(config) for config in configs]
+    runs = trained(TrainingRequest(recipes, resume, from_step, display), model, corpora)
     return [run for run in runs if isinstance(run, Run)]
 
 

@@ -30,6 +30,7 @@ from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, other_text
 from endwise.features.importance_table import read_measured
+from endwise.runs.finding import Paths, each_path
 from endwise.runs.folder import RunFolder
 from endwise.runs.weights import check_same_weights
 
@@ -135,7 +136,7 @@ def twins(run: RunSummary, runs: Iterable[RunSummary]) -> tuple[RunSummary, ...]
 
 
 def geometry(
-    paths: Iterable[str | Path],
+    paths: Paths,
     *,
     pairs: Iterable[tuple[str | Path, str | Path]] = (),
     importance: Callable[[Path], Importance | None] | None = None,
@@ -160,7 +161,7 @@ def geometry(
     asked = [(expanded(a), expanded(b)) for a, b in pairs]
     for path in (path for pair in asked for path in pair):
         RunFolder(path).check_exists()
-    sets = comparable([*paths, *(path for pair in asked for path in pair)])
+    sets = comparable([*each_path(paths), *(path for pair in asked for path in pair)])
     by_folder = {run.folder: run for runs in sets.values() for run in runs}
     given = [_checked(by_folder[str(a)], by_folder[str(b)]) for a, b in asked]
     look = _Look(memory, say or (lambda _: None), importance or measured_importance)

@@ -1,10 +1,9 @@
 """Features that matter, and the few on which the model's behaviour rests: measured runs, compared method by method."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels
 from endwise.features.importance_table import Faithfulness, MeasuredImportance
 from endwise.models.language_model import LanguageModel
+from endwise.runs.finding import Paths
 from endwise.tokens import Corpora
 
 FOLLOWS = 0.5
@@ -178,7 +178,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
 
 
 def importance(
-    paths: Iterable[str | Path],
+    paths: Paths,
     *,
     tokens: int | None = None,
     ablate: int = ABLATED,

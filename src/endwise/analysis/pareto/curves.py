@@ -9,7 +9,6 @@ objective differs in more than the knob, in a weight say, or in the penalty's po
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from endwise.common.statistics import (
 )
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, resampled
+from endwise.runs.finding import Paths
 
 GRID = 40
 """Points of a band."""
@@ -84,7 +84,7 @@ class BandOf:
     """`held-out text`, or `3 seeds`."""
 
 
-def pareto(paths: Iterable[str | Path]) -> list[Pareto]:
+def pareto(paths: Paths) -> list[Pareto]:
     """Compare evaluated runs, in as many sets as can be compared.
 
     Args:

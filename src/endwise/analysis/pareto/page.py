@@ -110,12 +110,17 @@ def _curve(
     around = band(own, x, y)
     drawn = None if around is None else Band(_listed(around.x), _listed(around.low), _listed(around.high), around.over)
     marks = {seed: [mark(run, x, y, front=run.folder in best) for run in own if run.seed == seed] for seed in seeds}
-    if around is not None and around.over != HELDOUT_TEXT:
-        middle = tuple(Mark(*pair) for pair in zip(_listed(around.x), _listed(around.middle), strict=True))
-        yield Series(method, middle, label, band=drawn, marked=False, rank=rank)
-        yield Series(method, tuple(each for group in marks.values() for each in group), label, joined=False, rank=rank)
-        return
-    yield Series(method, tuple(marks[seeds[0]]), label, band=drawn, rank=rank)
+    if around is not None:  # a line on the band's own interpolation, which straight ones between marks would leave
+        over_text = around.over == HELDOUT_TEXT
+        middle = {*zip(_listed(around.x), _listed(around.middle), strict=True)}
+        middle |= {(each.x, each.y) for each in marks[seeds[0]]} if over_text else set()
+        yield Series(method, tuple(Mark(*pair) for pair in sorted(middle)), label, band=drawn, marked=False, rank=rank)
+        shown = marks[seeds[0]] if over_text else [each for group in marks.values() for each in group]
+        yield Series(method, tuple(shown), label, joined=False, rank=rank)
+        if not over_text:
+            return
+    else:
+        yield Series(method, tuple(marks[seeds[0]]), label, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
         told = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
         yield Series(method, tuple(others), told, joined=False, rank=max(rank, 1))
@@ -176,10 +181,13 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
 
 
 def _parts(one: Pareto, figures: str) -> list[str]:
+    grid = _points(one)
+    words = [place for place, heading in enumerate(grid.headings) if place and heading in grid.words]
+    runs = table(grid.headings, grid.rows, text=words)
     if not one.is_compared:
-        return [figures]
+        return [figures, runs]
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
-    return [f'<ul class="verdicts">{sentences}</ul>', figures, ratio_table(ratio_rows([one]))]
+    return [f'<ul class="verdicts">{sentences}</ul>', figures, ratio_table(ratio_rows([one])), runs]
 
 
 def card_parts(one: Pareto) -> Iterable[str]:

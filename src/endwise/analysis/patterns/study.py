@@ -3,10 +3,9 @@
 Runs are compared where their recipes may be (see `pareto`) and their patterns were made alike, of the same text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from endwise.features.patterns.files import COUNTS, MEASURES, SCORES, Patterns
 from endwise.features.patterns.run import find_patterns
 from endwise.features.patterns.settings import PatternSettings
 from endwise.models.language_model import LanguageModel
+from endwise.runs.finding import Paths
 from endwise.tokens import Corpora
 
 JUDGED = "f1"
@@ -76,7 +76,7 @@ class PatternStudy(ScoredSet[PatternRun]):
 
 
 def patterns(
-    paths: Iterable[str | Path],
+    paths: Paths,
     *,
     tokens: int | None = None,
     settings: PatternSettings | None = None,

@@ -39,6 +39,10 @@ def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
             return path
     if name in names:
         return folder / f"{name}.yaml"
+    other = {"recipe": sweep_names(), "sweep": recipe_names()}[kind]
+    if name in other:
+        verb, what = ("sweep", "sweep") if kind == "recipe" else ("train", "recipe")
+        raise ConfigError(f"{name} is a {what} that ships, and no {kind}. Use it: endwise {verb} {name}")
     near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(names)}"
     raise ConfigError(f"There is no {kind} {name!r}, neither a file nor one that ships; {hint}")

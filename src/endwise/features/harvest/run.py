@@ -1,7 +1,7 @@
 """`harvest`: one pass over the text for all runs of a model, from wherever each was interrupted."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from endwise.features.harvest.results import HARVEST_FORMAT, Harvest, read_harve
 from endwise.features.importance_table import FeatureImportance, read_measured
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
+from endwise.runs.finding import Paths, trained_runs
 from endwise.runs.folder import RunFolder
 from endwise.tokens import Corpora, Corpus
 
@@ -40,10 +41,10 @@ less than that, with a fingerprint of its own.
 
 
 def harvest(
-    runs: Sequence[str | Path],
+    runs: Paths,
     *,
     tokens: int | None = None,
-    text: Text = "heldout",
+    text: Text | str = "heldout",
     kept: Kept | None = None,
     importance: bool = True,
     shards: int = 1,
@@ -60,7 +61,7 @@ def harvest(
     and ends in the same files.
 
     Args:
-        runs: run folders; those of one model and one corpus share every clean pass.
+        runs: run folders, or folders of them; those of one model and one corpus share every clean pass.
         tokens: positions to read, in whole sequences from the text's beginning; None: each recipe's
             `evaluation.tokens`, or all of a text of one's own.
         text: the recipe's held-out or training text, or the source of another (as `data.source`).
@@ -89,8 +90,8 @@ def harvest(
             raise ConfigError(f"{world.size} processes under torchrun are as many shards; leave out --shards {shards}.")
         if world.size > 1:
             shards, shard, display = world.size, world.rank, display and world.is_first
-        request = Request(tokens, text, kept or Kept(), importance, shards, shard)
-        configs = {path: RunFolder.config_of_trained(path) for path in map(expanded, runs)}
+        request = Request(tokens, _read(text), kept or Kept(), importance, shards, shard)
+        configs = {path: RunFolder.config_of_trained(path) for path in trained_runs(runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
         results = {} if again else _earlier(settings, texts)
@@ -99,6 +100,10 @@ def harvest(
             results |= group.harvest(save_seconds, display)
         world.total(0)  # returns when all have come here, the one that joins the shards among them
         return Several({path: results[path] or (read_harvest(path) if world.size > 1 else None) for path in configs})
+
+
+def _read(text: Text | str) -> Text:
+    return text if text == "heldout" or text == "train" else expanded(text)
 
 
 def _earlier(

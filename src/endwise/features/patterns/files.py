@@ -86,13 +86,14 @@ class Patterns:
         return self.scores[column].to_numpy().astype(np.float64)[wanted]
 
 
-def read_patterns(run: Path) -> Patterns | None:
+def read_patterns(run: str | Path) -> Patterns | None:
     """The patterns of a run's features; None if there are none.
 
     Raises:
         FormatError: they are there, but are not what `endwise patterns` writes, or the SAE has other weights now.
     """
-    folder = expanded(run) / PATTERNS_FOLDER
+    run = expanded(run)
+    folder = run / PATTERNS_FOLDER
     about_file = folder / "patterns.json"
     if not about_file.exists():
         return None

@@ -1,25 +1,32 @@
 """A model without its weights: shapes to plan with."""
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import AutoConfig
 
 from endwise.common.errors import ModelError
+from endwise.common.files import at_home
 from endwise.config.run import ModelConfig
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.loading import LOADING, based_on, explained, reader_of
+from endwise.models.loading import LOADING, based_on, explained, load_model, reader_of
 from endwise.models.plain_weights import quantiser_of
+from endwise.models.quiet import quiet_transformers
 from endwise.training.planning.memory_trace import MemoryTrace
 
+MOST_RANDOM = 1 << 30
+"""Parameters of a model that is made with random weights; drawing those of a larger one takes long, and much memory."""
 
-def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace) -> LanguageModel:
+
+def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: AbstractContextManager[object]) -> LanguageModel:
     """The model that `load_model` would give, without its weights: its tensors have shapes and no values.
 
     Args:
         settings: a recipe's; its device is not looked at.
-        trace: within which the model is made and can be run.
+        trace: a `MemoryTrace`, within which the model is made and can be run; or none, for random weights.
 
     Raises:
         ModelError: there is no such model, or it cannot be followed without values.
@@ -51,3 +58,44 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: MemoryTrace)
             raise
         except Exception as error:
             raise ModelError(explained(settings.name, error)) from error
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Sites of a model, by name and in the order of computation."""
+
+    widths: dict[str, int]
+    unspliceable: dict[str, str]
+    """Sites that have a value but take no SAE, each with the reason."""
+
+
+def sites_of(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Sites:
+    """Find where an SAE can be spliced into a model; of a GGUF file, whose weights take long to unpack, with random
+    ones, since which sites there are does not depend on them.
+
+    Args:
+        name, gguf_file, trust_remote_code: see `load_model`.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    given = {"name": name, "gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    settings = ModelConfig.build(given, "the model")
+    found = (
+        _with_random_weights(settings) if "gguf_file" in based_on(at_home(name), gguf_file, None, False)[1] else None
+    )
+    found = found or load_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    widths = {site.name: found.width(site) for site in found.sites()}
+    return Sites(widths, {site.name: why for site, why in sorted(found.unspliceable.items())})
+
+
+def _with_random_weights(settings: ModelConfig) -> LanguageModel | None:
+    """The model of a configuration; None: it is large, or no pass of it is finite."""
+    try:
+        with quiet_transformers():
+            outline = outline_model(settings, torch.float32, MemoryTrace())
+            if sum(each.numel() for each in outline.model.parameters()) <= MOST_RANDOM:
+                return outline_model(settings, torch.float32, nullcontext())
+    except ModelError:  # which reading the weights explains better
+        pass
+    return None

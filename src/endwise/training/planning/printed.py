@@ -36,6 +36,14 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     show("Everything fits." if plan.fits else "It does not fit.", console)
 
 
+def print_needs(plan: TrainingPlan, console: Console | None = None) -> None:
+    """Print what the run is, and what it takes of this machine."""
+    console = console or Console()
+    for line in _heading(plan):
+        show(line, console)
+    show(_needs(plan), console)
+
+
 def _heading(plan: TrainingPlan) -> tuple[str, ...]:
     passes = f" in {plan.accumulation} passes" if plan.accumulation > 1 else ""
     shared = f", in each of {plan.processes} processes" if plan.processes > 1 else ""

@@ -1,0 +1,103 @@
+"""Commands that a new user begins with: a recipe for a model, and settings found for it."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from endwise.cli.app import Again, Json, Overrides, Quiet, command, echo, print_json, status
+from endwise.cli.overriding import taking_keys
+from endwise.cli.runs import recipe_completions
+
+
+@command
+def init(
+    model: Annotated[
+        str, Argument(help="embedded, a local folder or .gguf file, or a Hugging Face hub id.")
+    ] = "embedded",
+    data: Annotated[
+        str | None,
+        Option(help="Text: embedded, a file or folder, or a Hugging Face dataset id; unset: of the hub, or embedded."),
+    ] = None,
+    tokens: Annotated[int | None, Option(min=1, help="Training tokens; unset: about an hour's.")] = None,
+    l0: Annotated[float | None, Option("--l0", min=1, help="Active features per token to aim at.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, Option(min=0, help="Seed of the SAE's first weights.")] = 0,
+    file: Annotated[Path | None, Option("--out", help="The recipe to write; unset: MODEL.yaml here.")] = None,
+    again: Again = False,
+    json: Json = False,
+) -> None:
+    """Write a commented recipe for a model, with site, size, tokens and sparsity chosen for it and this machine."""
+    import re
+
+    from endwise.common.errors import ConfigError
+    from endwise.common.files import check_can_write, there_is, write_atomic
+    from endwise.common.text import model_title
+    from endwise.training.planning.printed import print_needs
+    from endwise.training.planning.proposal import ProposalSettings, propose
+
+    given = {"model": model, "data": data, "tokens": tokens, "l0": l0, "device": device, "seed": seed}
+    settings = ProposalSettings.build(given, "the command line")
+    name = re.sub(r"[^\w.-]+", "-", model_title(model)).strip("-.") or "recipe"
+    out = file or Path(f"{name}.yaml")
+    check_can_write(out.parent)
+    if there_is(out) and not again:
+        raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
+    made = propose(settings)
+    write_atomic(out, made.text.encode())
+    if json:
+        print_json({"recipe": out, "minutes": made.minutes, "remarks": made.remarks, "plan": made.plan.to_json()})
+        return
+    print_needs(made.plan)
+    for remark in made.remarks:
+        echo(f"! {remark}")
+    status(f"Training will take roughly {made.minutes:.0f} minutes here, if the machine is otherwise idle.")
+    echo(f"A recipe for {model_title(model)}, {made.config.training.tokens:,} tokens at {made.config.site}: {out}")
+    echo(f"Next: endwise train {shlex.quote(str(out))}")
+
+
+@command
+@taking_keys("model", "data", "seed", "device")
+def tune(
+    recipe: Annotated[
+        str, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
+    ],
+    overrides: Overrides = None,
+    l0: Annotated[float | None, Option("--l0", help="Active features per token to reach.")] = None,
+    ce_increase: Annotated[float | None, Option("--ce-increase", help="CE increase to reach, nats per token.")] = None,
+    budget: Annotated[
+        int | None, Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens.")
+    ] = None,
+    file: Annotated[
+        Path | None, Option("--out", help="The recipe to write; unset: beside RECIPE, ...-tuned.yaml.")
+    ] = None,
+    again: Again = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Find a recipe's learning rate and first λ for a target of L0 or CE increase, by short runs that share a pass."""
+    from endwise.common.errors import ConfigError
+    from endwise.common.files import check_can_write, there_is, write_atomic
+    from endwise.config.recipes import find_recipe
+    from endwise.sweeps.tables import print_trials
+    from endwise.sweeps.tuning import tune as find
+
+    path = find_recipe(recipe)
+    shipped = str(path) != str(Path(recipe).expanduser())
+    out = file or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"
+    check_can_write(out.parent)
+    if there_is(out) and not again:
+        raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
+    wanted = {"target": {"l0": l0, "ce_increase": ce_increase}, "tokens": budget}
+    made = find(path, wanted, overrides=overrides or (), say=status if not quiet else lambda _: None, display=not quiet)
+    write_atomic(out, made.text.encode())
+    if json:
+        print_json({"recipe": out, **made.to_json()})
+        return
+    print_trials(made.trials)
+    for remark in made.remarks:
+        echo(f"• {remark}")
+    found = "" if made.coefficient is None else f", λ from {made.coefficient:g}"
+    echo(f"Learning rate {made.learning_rate:g}{found}: {out}")
+    echo(f"Next: endwise train {shlex.quote(str(out))}")

@@ -1,0 +1,167 @@
+"""What somebody meets who is new: a recipe for a model, its first run, and what is said of both."""
+
+import json
+import math
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bad_input import refused, told, write_place
+from endwise.cli import app
+from endwise.common.doctor import examine
+from endwise.common.remarks import diverged
+from endwise.config.objective import loss_of
+from endwise.config.run import EvaluationConfig, RunConfig
+from endwise.evaluation.listing import list_runs
+from endwise.sweeps import tuning
+from endwise.sweeps.tuning import RateTrial, tune
+from small_gpt2 import SITE, recipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """A run, made by options in place of dotted keys."""
+    out = place / "runs" / "one"
+    options = ("--seed", 3, "--tokens", 320, "--device", "cpu", "--out", out, "--quiet")
+    assert told("train", place / "recipe.yaml", *options).exit_code == 0
+    return out
+
+
+def as_json(*arguments):
+    result = told(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_options_of_train_are_keys_of_its_recipe(trained, place):
+    kept = yaml.safe_load((trained / "config.yaml").read_text())
+    assert (kept["seed"], kept["training"]["tokens"], kept["model"]["device"]) == (3, 320, "cpu")
+    assert "seed: what a run computes" in refused("train", "--resume", trained, "--seed", 4)
+    said = told("train", "--resume", trained, "--quiet").stdout
+    assert said.startswith("Nothing was left to train")
+    assert "'/nowhere'" in refused("train", place / "recipe.yaml", "--model", "/nowhere")
+    assert "with data.colum=x is not valid" in refused("plan", place / "recipe.yaml", "data.colum=x")
+    assert told("--version").stdout == told("version").stdout
+
+
+def test_runs_are_listed_with_their_state(trained, place):
+    (listed,) = as_json("runs", place / "runs")
+    assert (listed["state"], listed["place"], listed["seed"], listed["l0"]) == ("trained", SITE, 3, None)
+    evaluated = as_json("evaluate", place / "runs", "--tokens", 64)
+    assert [each["run"] for each in evaluated] == [str(trained)]
+    (again,) = list_runs([trained])
+    assert (again.state, again.l0, again.ce_increase) == ("measured", evaluated[0]["l0"], evaluated[0]["ce_increase"])
+    (trained / "config.yaml").rename(trained / "kept")
+    (trained / "config.yaml").write_text("site: 3")
+    try:
+        assert list_runs([trained])[0].state == "unreadable"
+        assert "is not valid" in told("runs", trained).stdout
+    finally:
+        (trained / "kept").replace(trained / "config.yaml")
+    assert "holds no run folder" in refused("runs", place / "model")
+
+
+def test_tables_are_printed_as_json_too(trained, place, undrawn):
+    assert as_json("sites", place / "model")["sites"][SITE] == 16
+    told("evaluate", trained, "--tokens", 64)
+    compared = as_json("pareto", trained)
+    assert compared["points"][0]["l0"] == as_json("evaluate", trained, "--tokens", 64)[0]["l0"]
+    assert as_json("inspect", trained / "sae")["d_sae"] == list_runs([trained])[0].d_sae
+
+
+def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):
+    found = examine()
+    assert found.to_json()["facts"]["packages"].startswith("torch ")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENDWISE_CACHE", str(tmp_path / "file" / "cache"))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert any("ENDWISE_CACHE" in problem for problem in json.loads(result.stdout)["problems"])
+
+
+def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
+    """A number that a recipe gives itself is never lowered; in place of a default, a run keeps what it measured on."""
+    values = yaml.safe_load((place / "recipe.yaml").read_text())
+    own = {key: value for key, value in values["evaluation"].items() if "tokens" not in key}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "evaluation": own, "out": str(tmp_path / "run")}))
+    assert told("train", tmp_path / "recipe.yaml").exit_code == 0
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"]
+    assert (kept["tokens"], kept["during_training_tokens"]) == (512, 512)
+    assert told("train", tmp_path / "recipe.yaml", "--or-resume").stdout.startswith("Nothing was left")
+    assert "512 held-out tokens" in told("evaluate", tmp_path / "run").stdout
+    message = refused("train", tmp_path / "recipe.yaml", "evaluation.tokens=520", f"out={tmp_path / 'other'}", code=4)
+    assert "Lower evaluation.tokens" in message
+    assert EvaluationConfig(tokens=600).within(500).tokens == 600
+    assert EvaluationConfig(skip=100).within(500).needed == 500
+
+
+def test_a_recipe_is_written_for_a_model(place, tmp_path):
+    out = tmp_path / "first.yaml"
+    made = as_json("init", "--out", out, "--tokens", 2048)
+    text = out.read_text()
+    assert made["plan"]["fits"] and made["recipe"] == str(out) and text.count("  # ") > 10
+    config = RunConfig.read(out)
+    assert config.site == "blocks.3.hook_resid_pre" and config.training.tokens == 2048
+    assert config.objective.sparsity is not None and config.objective.sparsity.target_l0 == 16
+    assert "--again" in refused("init", "--out", out)
+    assert told("plan", out).exit_code == 0
+    assert "vocabulary of 31" in refused("init", place / "model", "--out", tmp_path / "other.yaml", code=4)
+
+
+def trial(rate, score, miss=0.0, failed=""):
+    return RateTrial(rate, 1000, 0.1, 16.0, 0.5, score - 0.1, score + 0.1, miss, score, failed)
+
+
+def test_rates_are_ranked_near_the_target_first():
+    trials = [trial(1.0, 0.1, miss=3.0), trial(2.0, 0.6), trial(3.0, 0.5, miss=0.2), trial(4.0, math.inf, failed="NaN")]
+    assert [each.learning_rate for each in tuning._ranked(trials)] == [3, 2, 1, 4]
+
+
+def test_tuning_reads_its_budget_and_writes_what_it_found(model, corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "LEAST_STEPS", 50)
+    values = recipe(tmp_path / "unused", "local", learning_rate=1e-3).model_dump(mode="json")
+    values["objective"]["sparsity"] = {"coefficient": 0.3}
+    values["training"]["tokens"], values["data"]["epochs"] = 6400, 2
+    budget = {"target": {"l0": 6}, "tokens": 9600}
+    found = tune(values, budget, model=model, corpora=corpora, display=False)
+    assert sum(max(each.tokens for each in trials) for trials in found.trials) <= 9600
+    assert [len(trials) for trials in found.trials] == [5, 3, 2]
+    best = min((t for t in found.trials[-1] if t.is_near), key=lambda t: t.score)
+    assert math.isclose(found.learning_rate, best.learning_rate, rel_tol=0.06)
+    assert math.isclose(found.coefficient or 0, best.coefficient, rel_tol=0.01)
+    written = RunConfig.build(yaml.safe_load(found.text))
+    assert written.objective.sparsity is not None and written.objective.sparsity.target_l0 == 6
+    assert written.training.learning_rate == found.learning_rate
+    assert written.objective.coefficient == found.coefficient
+    assert written.training.tokens == values["training"]["tokens"]  # of the recipe, not of its trials
+    comments = [line for line in found.text.splitlines() if line.startswith("# ")]
+    assert comments[1:] == [f"# {remark}" for remark in found.remarks]
+    for tokens in (100, 10**6):
+        with pytest.raises(tuning.ConfigError, match="must be from 9,600"):
+            tune(values, {**budget, "tokens": tokens}, model=model, corpora=corpora)
+
+
+def test_tuning_aims_where_the_dictionary_sets_its_l0(tmp_path):
+    values = {
+        **recipe(tmp_path, "local").model_dump(mode="json"),
+        "dictionary": {"architecture": "topk", "size": 32, "k": 4},
+    }
+    values["objective"] = {"kind": "local"}
+    assert tuning._aimed(values, tuning.Target(l0=7))["dictionary"]["k"] == 7
+    with pytest.raises(tuning.ConfigError, match=r"dictionary\.k sets how many"):
+        tuning._aimed(values, tuning.Target(ce_increase=0.1))
+
+
+def test_a_loss_that_rises_with_its_penalty_has_not_diverged():
+    """A line of a run whose λ rose to a target: all terms but the penalty fell."""
+    first = {"loss": 10.0, "kl": 9.0, "sparsity": 10.0, "sparsity_coefficient": 0.1}
+    last = {"loss": 31.0, "kl": 1.0, "sparsity": 0.1, "sparsity_coefficient": 300.0}
+    assert (loss_of(first), loss_of(last)) == (9.0, 1.0)
+    assert loss_of({"loss": 3.0, "sparsity": 2.0}) == 3.0  # of one weight, it is the objective
+    assert diverged({"loss": {"first": loss_of(first), "last": loss_of(last)}}) is None
