@@ -11,7 +11,7 @@ from endwise.cli import app
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 HEAD = """# Commands
 
-This page is written by `make docs` from what `endwise COMMAND --help` prints. A command
+This page is written by `make docs` from what each command prints with `--help`. A command
 ends with 0 where it did what was asked.
 """
 
