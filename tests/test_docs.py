@@ -1,5 +1,6 @@
 """The documentation holds: its Python runs, its recipes are valid, its commands exist, its links lead somewhere."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -130,3 +131,32 @@ def test_python_reference_has_every_public_name():
 def test_changelog_tells_this_version():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest[1] == endwise.__version__ == version("endwise")
+
+
+def literals() -> list[str]:
+    """Every text in the source, with … for what is put in as the program runs."""
+
+    def text(node: ast.AST) -> str:
+        match node:
+            case ast.Constant(value=str(value)):
+                return value
+            case ast.JoinedStr(values=parts):
+                return "".join(text(part) if isinstance(part, ast.Constant) else "…" for part in parts)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return text(left) + text(right)
+            case _:
+                return "…"
+
+    files = (ROOT / "src").rglob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return [text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)]
+
+
+def test_messages_are_those_of_the_source():
+    page = (ROOT / "docs" / "messages.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(quoted) == len(set(quoted)) == page.count("\n### ")
+    source = literals()
+    for message in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.DOTALL)
+        assert any(pattern.search(literal) for literal in source), f"the source no longer says: {message}"
