@@ -17,6 +17,7 @@ OUTSIDE = {
     "benchmarks/README.md": "benchmarks/README.md",
     "benchmarks/RESULTS.md": "benchmarks/RESULTS.md",
     "tools/neighbours/README.md": "tools/neighbours/README.md",
+    "examples/README.md": "examples/README.md",
 }
 """Pages of the site, and the files of the repository that they are."""
 PAGE_OF = {file: page for page, file in OUTSIDE.items()}
