@@ -1,8 +1,11 @@
-"""The documentation holds: its Python runs, its recipes are valid, its commands exist, its links lead somewhere."""
+"""The documentation holds: its Python and the examples run, its recipes are valid, its commands and links exist."""
 
+import ast
+import json
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +27,7 @@ from endwise.sweeps import SweepConfig
 from endwise.sweeps.points import points_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -130,3 +133,68 @@ def test_python_reference_has_every_public_name():
 def test_changelog_tells_this_version():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest[1] == endwise.__version__ == version("endwise")
+
+
+def literals() -> list[str]:
+    """Every text in the source, with … for what is put in as the program runs."""
+
+    def text(node: ast.AST) -> str:
+        match node:
+            case ast.Constant(value=str(value)):
+                return value
+            case ast.JoinedStr(values=parts):
+                return "".join(text(part) if isinstance(part, ast.Constant) else "…" for part in parts)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return text(left) + text(right)
+            case _:
+                return "…"
+
+    files = (ROOT / "src").rglob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return [text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)]
+
+
+def test_messages_are_those_of_the_source():
+    page = (ROOT / "docs" / "messages.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(quoted) == len(set(quoted)) == page.count("\n### ")
+    source = literals()
+    for message in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.DOTALL)
+        assert any(pattern.search(literal) for literal in source), f"the source no longer says: {message}"
+
+
+def notebook(name: str, **parameters: object) -> None:
+    """Run its code cells in turn, with `parameters` in place of those that its first one sets."""
+    cells = json.loads((ROOT / "examples" / name).read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code[0]["metadata"] == {"tags": ["parameters"]} and not any(cell["outputs"] for cell in code)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for number, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"{name}, code cell {number}", "exec"), names)
+        if number == 0:
+            assert parameters.keys() <= names.keys()
+            names.update(parameters)
+
+
+def script(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_examples_run(tmp_path, monkeypatch, capsys):
+    """Run both scripts and both notebooks in miniature, one on what the other made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+    notebook("own_model.ipynb", TOKENS=2_048, HELDOUT=512)
+    notebook("see_features.ipynb", TOKENS=512)
+    told = capsys.readouterr().out
+    assert "L0 3" in told and "KL 0." in told and "likelier without it" in told
+
+    script("own_model.py", "--tokens", "2_048", "--heldout", "512", "--out", "runs/script")
+    (tmp_path / "runs" / "script" / "sae").rename(tmp_path / "elsewhere")  # as an SAE that somebody else gives away
+    script("see_features.py", "elsewhere", "--model", "embedded", "--text", "embedded", "--tokens", "512")
+    told = capsys.readouterr().out
+    assert (tmp_path / "runs" / "script" / "dashboard" / "index.html").is_file()
+    assert told.count("feature ") == 10 and "importance" in told

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
-PAGES = [README, *sorted(RESULTS.glob("*.md"))]
+PAGES = [README, RESULTS.parent / "tutorial.md", *sorted(RESULTS.glob("*.md"))]
 FIGURE = re.compile(r"(\d+) % \[(\d+), (\d+)\]")
 """A ratio with its 95 % interval."""
 CROSSING = re.compile(r"(\d+) % to (\d+) %")
@@ -36,6 +36,10 @@ def figures():
     return ratios, pairs
 
 
+def rows(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
 def told(page):
     """Its text, without emphasis and line breaks."""
     return " ".join(page.read_text().replace("*", "").split())
@@ -59,7 +63,7 @@ def test_pairs_of_ends_are_in_a_table():
 def test_the_readme_gives_what_the_study_found():
     """The ratios of L0 at equal CE increase, as the study's table has them; those of one seed say so."""
     text = told(README)
-    for row in csv.DictReader((RESULTS / "paper-embedded" / "tables" / "ratios.csv").read_text().splitlines()):
+    for row in rows(RESULTS / "paper-embedded" / "tables" / "ratios.csv"):
         if row["measure"] != "features_at_equal_ce":
             continue
         if row["ratio"]:
@@ -73,10 +77,10 @@ def test_the_readme_gives_what_the_study_found():
 
 def test_no_claim_that_is_called_shown_crosses_or_rests_on_one_seed():
     folder = RESULTS / "paper-embedded" / "tables"
-    for row in csv.DictReader((folder / "ratios.csv").read_text().splitlines()):
+    for row in rows(folder / "ratios.csv"):
         assert not (row["ratio"] and row["crossings"])
     for file in RESULTS.rglob("claims.csv"):
-        for claim in csv.DictReader(file.read_text().splitlines()):
+        for claim in rows(file):
             if claim["verdict"] == "shown":
                 assert "one seed" not in claim["ours"] and "curves cross" not in claim["ours"], claim["claim"]
 
@@ -84,7 +88,21 @@ def test_no_claim_that_is_called_shown_crosses_or_rests_on_one_seed():
 def test_the_readme_s_speeds_are_measured_ones():
     measured = set(re.findall(r"(\d+\.\d) ×", (ROOT / "benchmarks" / "RESULTS.md").read_text()))
     text = told(README)
-    speeds = SPEED.findall(text[text.index("It is fast") : text.index("From Python")])
+    speeds = SPEED.findall(text)
     assert speeds and set(speeds) <= measured, f"{sorted(set(speeds) - measured)} are not in benchmarks/RESULTS.md"
     for named in ("4.3", "7.8", "2.3", "4.1", "11.7", "3.7"):
         assert named in speeds, "as it is and with the allocator tuned"
+
+
+def test_the_tutorial_s_figures_are_its_tables():
+    text, folder = told(RESULTS.parent / "tutorial.md"), RESULTS / "tutorial"
+    (ablated,) = [row for row in rows(folder / "ablations.csv") if row["feature"] == "1183"]
+    (measured,) = rows(folder / "first.csv")
+    assert f"{float(ablated['ce']):.3f} nats per token (standard error {float(ablated['ce.se']):.3f})" in text
+    for name, form in (("l0", "{:.1f}"), ("ce_increase", "{:+.3f}"), ("kl", "{:.3f}"), ("ce_clean", "CE {:.3f}")):
+        assert form.format(float(measured[name])) in text, name
+    assert f"All but {int(measured['d_sae']) - int(measured['alive'])} of the features" in text
+
+
+def test_the_readme_is_short():
+    assert README.read_text().count("\n") < 120

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -17,10 +18,12 @@ OUTSIDE = {
     "benchmarks/README.md": "benchmarks/README.md",
     "benchmarks/RESULTS.md": "benchmarks/RESULTS.md",
     "tools/neighbours/README.md": "tools/neighbours/README.md",
+    "examples/README.md": "examples/README.md",
 }
 """Pages of the site, and the files of the repository that they are."""
 PAGE_OF = {file: page for page, file in OUTSIDE.items()}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FETCHED = re.compile(r'<(?:script|img|link)\b[^>]*?\s(?:src|href)="(https?://[^"]+)"')
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|(!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -64,3 +67,10 @@ def on_page_content(html: str, **_: object) -> str:
         return convert(unescape(match[2]), display="block" if match[1] == "div" else "inline")
 
     return FORMULA.sub(shown, html)
+
+
+def on_post_page(output: str, page: Page, **_: object) -> str:
+    """Refuse a page that fetches something from elsewhere: the site opens from the disk, without a network."""
+    if found := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches {found[1]}. Put it into docs/.")
+    return output

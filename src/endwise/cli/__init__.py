@@ -3,7 +3,7 @@
 from endwise.cli import beginning, about, comparisons, features, steering, files, runs, sharing, bench  # isort: skip  In this order --help lists commands.
 from endwise.cli.app import app, warnings_in_one_line
 
-__all__ = [  # fmt: skip
+__all__ = [
     "about",
     "app",
     "beginning",
