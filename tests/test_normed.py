@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_product import FACTORS
 
 import endwise
 from endwise import SAE
@@ -16,7 +17,6 @@ from endwise.dictionaries.normed import RIDGE, Fitted, NormedSAE, normed
 from endwise.features.attribution import Attribution
 from endwise.features.spliced import SplicedBatch
 from rivals import rival, rivals
-from test_product import FACTORS
 
 D, F = 8, 24
 NEEDED = {"k": 4}

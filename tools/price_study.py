@@ -176,9 +176,9 @@ def curves_of(study: Study) -> list[Curve]:
 def ratio(curve: Curve, seeds: Sequence[int] | None = None) -> Ratio:
     """Return its L0 relative to the reference's at equal CE increase, over the seeds that both have, or those given."""
     study = curve.study
-    seeds = [replace(curve, seed=seed) for seed in seeds or (0, *study["seeds"])]
-    own = [run for each in seeds for run in each.summaries()]
-    others = [run for each in seeds for run in replace(each, name=study["reference"]).summaries()]
+    each_seed = [replace(curve, seed=seed) for seed in seeds or (0, *study["seeds"])]
+    own = [run for each in each_seed for run in each.summaries()]
+    others = [run for each in each_seed for run in replace(each, name=study["reference"]).summaries()]
     runs = [*own, *(run for run in others if run.seed in {each.seed for each in own})]
     reference = Method(study["reference"], study["reference"])
     return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=reference)
@@ -188,9 +188,9 @@ def saving(curve: Curve) -> Row:
     """Return its saving of L0 as a share of that of `full`, both in logarithms; over seeds, where three have one."""
     shares = []
     for seed in (0, *curve.study["seeds"]):
-        both = [ratio(each, [seed]).estimate for each in (curve, replace(curve, name=curve.study["full"]))]
-        if all(both):
-            shares.append(math.log(both[0]) / math.log(both[1]))
+        own, full = (ratio(each, [seed]).estimate for each in (curve, replace(curve, name=curve.study["full"])))
+        if own and full:
+            shares.append(math.log(own) / math.log(full))
     if len(shares) < LEAST_SEEDS:
         return {"saving": shares[0]} if shares else {}
     found = interval_over_seeds(np.array(shares))

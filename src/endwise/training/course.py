@@ -101,6 +101,11 @@ class Course:
         objective, schedule = self.phases[self.number(step)].objective.at(step), self.schedule(step)
         return objective if schedule is None else schedule.objective(objective, step)
 
+    def unbalanced(self, step: int) -> set[str]:
+        """Name the spliced terms of the step after `step` others whose weights stay as they are."""
+        objective = self.phases[self.number(step)].objective
+        return set() if objective.balance else {each.name for each in objective.spliced_terms}
+
     def named(self, step: int) -> dict[str, int]:
         """Name the phase of the step after `step` others, from 1; of a training of one phase, nothing."""
         return {PHASE: self.number(step) + 1} if len(self.phases) > 1 else {}
@@ -150,11 +155,11 @@ class Course:
     def _keep_share(self, step: int, values: Mapping[str, Tensor], counts: Tensor, steering: Steering) -> None:
         """Multiply λ, after the first step of a phase with other terms, by how the weighted errors have changed."""
         objective, number = self.objective(step), self.number(step)
-        balanced = {coefficient_of(each.name) for each in objective.spliced_terms} if objective.balance else set()
+        fixed = self.unbalanced(step)
         error = self._error.new_zeros(())
         for each in errors_of(objective):
-            name = coefficient_of(each.name)
-            error = error + (values[name] if name in balanced else each.weight) * values[each.name]
+            weight = values.get(coefficient_of(each.name), each.weight) if each.name not in fixed else each.weight
+            error = error + weight * values[each.name]
         before = self.phases[number - 1].objective.at(step)
         others = errors_of(objective) != errors_of(before) or objective.balance != before.balance
         if number and step == self._starts[number] and others:

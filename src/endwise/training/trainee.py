@@ -315,9 +315,8 @@ class Trainee:
 
     def values(self) -> dict[str, float]:
         """The latest step's sums, per token, of the terms that it had; waits for the device."""
-        objective, missing = self.course.objective(self.step - 1), set(self._terms) - set(self._weights())
-        fixed = () if objective.balance else (each.name for each in objective.spliced_terms)
-        without = missing | set(map(coefficient_of, {*missing, *fixed}))
+        missing = set(self._terms) - set(self._weights())
+        without = missing | set(map(coefficient_of, missing | self.course.unbalanced(self.step - 1)))
         return {name: float(total) for name, total in self._sums.items() if name not in without}
 
     def _weights(self) -> dict[str, float]:
