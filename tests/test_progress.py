@@ -56,7 +56,7 @@ def test_a_log_gets_a_line_now_and_then_and_nothing_when_quiet(clock, capsys):
         with Display(steps=100, first=0, tokens_per_step=50, shown=shown) as display:
             display.show(FOLDER, recipe(Path("unused")), LINE)
             for step in range(1, 71):
-                clock[0] += progress.LOG_SECONDS / 30
+                clock[0] += LOG_SECONDS / 30
                 display.advance(step)
             display.fail(FOLDER, "it failed")
         lines = capsys.readouterr().err.splitlines()
