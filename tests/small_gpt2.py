@@ -12,6 +12,8 @@ from endwise.config.run import DataConfig
 
 VOCAB, CONTEXT, WIDTH, LAYERS = 31, 8, 16, 4
 SITE = "blocks.1.hook_resid_pre"
+SHIPPED = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
+"""The architectures that endwise brings; tests register others."""
 
 
 @cache

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_product import FACTORS
 
 import endwise
 from endwise import SAE
@@ -17,6 +16,7 @@ from endwise.dictionaries.normed import RIDGE, Fitted, NormedSAE, normed
 from endwise.features.attribution import Attribution
 from endwise.features.spliced import SplicedBatch
 from rivals import rival, rivals
+from small_gpt2 import SHIPPED
 
 D, F = 8, 24
 NEEDED = {"k": 4}
@@ -96,7 +96,7 @@ def test_what_is_undone_and_its_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", [*FITTED, *PER_TOKEN])
-@pytest.mark.parametrize("name", FACTORS["architecture"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_architecture_is_saved_as_it_is_used(name, kind, tmp_path):
     """Trained or not, what is saved computes the same, and what depends on the token is in the file alone."""
     inner, config = built(name, kind)

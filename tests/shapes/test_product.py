@@ -12,10 +12,11 @@ import endwise
 from endwise.common.errors import ConfigError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.runs.folder import RunFolder
+from small_gpt2 import SHIPPED
 
 NEXT_BLOCK = {"downstream_mse": 1.0, "downstream_sites": ["blocks.3.hook_resid_pre"]}
 FACTORS = {
-    "architecture": ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk"),
+    "architecture": SHIPPED,
     "objective": {
         "local": {"kind": "local"},
         "e2e": {"kind": "e2e"},
