@@ -85,7 +85,7 @@ def test_a_site_past_the_horizon_and_a_horizon_without_sites_are_refused(model):
         "blocks.1.hook_resid_mid"
     ]
     with (
-        pytest.raises(ConfigError, match=r"must come after.*has none"),
+        pytest.raises(ConfigError, match=r"must come after.*there is none"),
         pytest.warns(UserWarning, match=r"it ends after 0\."),
     ):
         sites_of(model, "blocks.3.hook_resid_post", kind="horizon")

@@ -208,6 +208,8 @@ def test_the_command(made, tmp_path, undrawn):
     assert done.exit_code == 0, done.output
     assert "The page, figures and tables" in done.output and (tmp_path / "out" / "patterns.html").exists()
     done = CliRunner().invoke(app, [*asked, "--quiet", "--json", "--out", str(tmp_path / "out")])
-    assert {Path(row["run"]).name for row in json.loads(done.stdout)} <= {"local", "e2e"}
+    printed = json.loads(done.stdout)
+    assert Path(printed["page"]).name == "patterns.html"
+    assert {Path(row["run"]).name for row in printed["means"]} == {"local", "e2e"}
     refused = CliRunner().invoke(app, [*asked[:3], "--contexts", "0"])
     assert refused.exit_code and "must be a whole number from 1 to 10,000; given 0" in refused.output

@@ -123,6 +123,6 @@ def test_answers_on_a_full_disk(monkeypatch):
 
 
 def test_at_the_door(monkeypatch, tmp_path):
-    monkeypatch.setattr("endwise.models.loading.load_model", raising(error("EMFILE", "a")))
+    monkeypatch.setattr("endwise.training.planning.outline.sites_of", raising(error("EMFILE", "a")))
     result = CliRunner().invoke(app, ["sites"])
     assert result.exit_code == 1 and "a: what EMFILE says. Raise the number of files" in result.stderr
