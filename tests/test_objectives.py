@@ -289,7 +289,7 @@ def test_downstream_sites_that_do_not_come_later_are_refused(model, site, later)
 
 @pytest.mark.parametrize("fields", [{}, {"downstream_sites": []}], ids=["default", "empty"])
 def test_nothing_downstream_is_refused(model, fields):
-    with pytest.raises(ConfigError, match=r"blocks\.3\.hook_resid_pre .*there is none.*blocks\.3\.hook_resid_post.*kind=e2e"):
+    with pytest.raises(ConfigError, match=r"blocks\.3\.hook_resid_pre.*none.*blocks\.3\.hook_resid_post.*kind=e2e"):
         built(model, "e2e_ds", "blocks.3.hook_resid_pre", downstream_mse=1, **fields)
 
 
