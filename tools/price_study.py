@@ -62,6 +62,11 @@ class Study:
     def costs_file(self) -> Path:
         return self.folder / "costs.json"
 
+    @cached_property
+    def milliseconds(self) -> dict[str, float]:
+        """Milliseconds of a step, by site and method, as far as they were timed."""
+        return json.loads(self.costs_file.read_text())["milliseconds a step"] if self.costs_file.exists() else {}
+
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
 
@@ -200,13 +205,12 @@ def saving(curve: Curve) -> Row:
 def prices(curves: Sequence[Curve]) -> Iterator[Row]:
     """Each method at each site: what it costs, and what it saves."""
     for curve in curves:
-        costs_file = curve.study.costs_file
-        timed = json.loads(costs_file.read_text())["milliseconds a step"] if costs_file.exists() else {}
         reference = replace(curve, name=curve.study["reference"])
         if curve.seed or not curve.rows() or not reference.rows():
             continue
         row: Row = {"site": curve.site, "method": curve.name, "operations": curve.operations / reference.operations}
         tokens = [each.tuning()[0].training.tokens for each in (curve, reference)]
+        timed = curve.study.milliseconds
         seconds = [timed.get(f"{each.site} {each.name}", float("nan")) for each in (curve, reference)]
         row["seconds"] = seconds[0] * tokens[0] / (seconds[1] * tokens[1])
         if curve.name != reference.name:

@@ -24,7 +24,7 @@ OUTSIDE = {
 PAGE_OF = {file: page for page, file in OUTSIDE.items()}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 FETCHED = re.compile(r'<(?:script|img|link)\b[^>]*?\s(?:src|href)="(https?://[^"]+)"')
-LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)|(!)\[([^\]]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,8 +42,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
     source = ROOT / OUTSIDE[own] if own in OUTSIDE else ROOT / "docs" / own
 
     def replaced(match: re.Match[str]) -> str:
-        image = match[3] is not None
-        text, target = (match[4], match[5]) if image else (match[1], match[2])
+        image, text, target = match.groups()
         path, _, anchor = target.partition("#")
         if not path or "://" in path or path.startswith("mailto:"):
             return match[0]
@@ -55,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
         if files.get_file_from_path(on_site) is None:
             return text
         up = "../" * own.count("/")
-        return f"{'!' if image else ''}[{text}]({up}{on_site}{'#' if anchor else ''}{anchor})"
+        return f"{image}[{text}]({up}{on_site}{'#' if anchor else ''}{anchor})"
 
     return LINK.sub(replaced, markdown)
 

@@ -64,7 +64,7 @@ class Course:
         self._starts = [round(steps * math.fsum(shares[:number])) for number in range(len(shares))]
         self._schedules = self._plan_penalties(device)
         self._error = torch.full((), float("nan"), device=device)
-        """Weighted sum of the latest step's terms but for the penalty."""
+        """Weighted sum of the terms but for the penalty, of the last step before a phase."""
 
     def _plan_penalties(self, device: torch.device) -> list[SparsitySchedule | None]:
         """By phase, what changes its penalty: one for all in a row that have the same; None: nothing does."""
@@ -154,15 +154,18 @@ class Course:
 
     def _keep_share(self, step: int, values: Mapping[str, Tensor], counts: Tensor, steering: Steering) -> None:
         """Multiply λ, after the first step of a phase with other terms, by how the weighted errors have changed."""
-        objective, number = self.objective(step), self.number(step)
-        fixed = self.unbalanced(step)
+        number = self.number(step)
+        is_first = number > 0 and step == self._starts[number]
+        if not is_first and step + 1 not in self._starts:
+            return
+        objective, fixed = self.objective(step), self.unbalanced(step)
         error = self._error.new_zeros(())
         for each in errors_of(objective):
             weight = values.get(coefficient_of(each.name), each.weight) if each.name not in fixed else each.weight
             error = error + weight * values[each.name]
         before = self.phases[number - 1].objective.at(step)
         others = errors_of(objective) != errors_of(before) or objective.balance != before.balance
-        if number and step == self._starts[number] and others:
+        if is_first and others:
             ratio = error / self._error
             usable = counts & (error > 0) & (self._error > 0) & torch.isfinite(ratio)
             steering.multiply(torch.where(usable, ratio, 1.0).clamp(1 / MOST_AT_ONCE, MOST_AT_ONCE))
