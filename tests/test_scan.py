@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from endwise.kernels.scan import Blocks, places_above
+from endwise.kernels.scan import Blocks, places_above, places_of
 from own_kernels import all_kernels
 
 ROWS, D = 50, 8
@@ -45,6 +45,15 @@ def test_places_above_are_those_of_the_comparison(dtype, width, level, each):
     assert torch.equal(places_above(numbers.T.contiguous().T, least), expected)
     if not each:
         assert torch.equal(places_above(numbers.view(-1), least), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("start", [0, 1, 8])
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 400, 401])
+def test_places_of_a_mask_are_those_that_are_true(share, start, length):
+    mask = (torch.rand(start + length, generator=torch.Generator().manual_seed(length)) < share)[start:]
+    assert torch.equal(places_of(mask), mask.nonzero()[:, 0])
+    assert torch.equal(places_of(mask.view(1, -1)), mask.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

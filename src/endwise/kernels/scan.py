@@ -19,8 +19,10 @@ BLOCK, HALF_BLOCK = 32, 64
 """Numbers of a block; of those of two bytes, of which a vector holds more."""
 WIDE_BLOCK, WIDE_FROM = 64, 4
 """A larger block, where a row has at least so many times k of them."""
-FEW_BLOCKS = 1 / 4
+FEW_BLOCKS = 1 / 2
 """Share of the blocks from which on one pass over all numbers costs less than one over these."""
+WORD, FEW_WORDS = 8, 1 / 4
+"""Booleans that are tested at once, and the share of such words with a true one from which on that gains nothing."""
 LONG = 4
 """Rows with more candidates than this multiple of k are looked through apart, so that none makes others so long."""
 
@@ -35,13 +37,29 @@ def places_above(numbers: Float[Tensor, "*axes"], least: Tensor) -> Index:
     if numbers.ndim == 2 and numbers.shape[1] % size == 0 and numbers.is_contiguous():
         blocks = numbers.view(len(numbers), -1, size)
         of_blocks = least.view(-1, size) if least.ndim else None
-        some = _above(blocks.amax(-1), least if of_blocks is None else of_blocks.amin(-1)).view(-1).nonzero()[:, 0]
+        some = places_of(_above(blocks.amax(-1), least if of_blocks is None else of_blocks.amin(-1)))
         if len(some) <= FEW_BLOCKS * blocks.shape[0] * blocks.shape[1]:
             inside = blocks.view(-1, size).index_select(0, some)
             own = least if of_blocks is None else of_blocks.index_select(0, some % len(of_blocks))
-            block, offset = _above(inside, own).nonzero(as_tuple=True)
-            return some[block] * size + offset
-    return _above(numbers, least).reshape(-1).nonzero()[:, 0]
+            return _in_blocks(places_of(_above(inside, own)), some, size)
+    return places_of(_above(numbers, least))
+
+
+def places_of(mask: Bool[Tensor, "*axes"]) -> Index:
+    """Flat places, ascending, at which a mask is true."""
+    flat = mask.reshape(-1)
+    if len(flat) % WORD or flat.storage_offset() % WORD or not len(flat):
+        return flat.nonzero()[:, 0]
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    if len(words) > FEW_WORDS * len(flat) / WORD:
+        return flat.nonzero()[:, 0]
+    return _in_blocks(flat.view(-1, WORD).index_select(0, words).view(-1).nonzero()[:, 0], words, WORD)
+
+
+def _in_blocks(places: Index, blocks: Index, size: int) -> Index:
+    """Flat places of all numbers, from those among the numbers of some blocks."""
+    block = places // size
+    return blocks[block] * size + (places - block * size)
 
 
 def _above(numbers: Tensor, least: Tensor) -> Tensor:
@@ -76,7 +94,7 @@ class Blocks(NamedTuple):
     def _blocks(self, least: Float[Tensor, " n"]) -> Index:
         """Flat places, ascending, of blocks with positive numbers that reach the row's least, or NaN."""
         below = (self.maxima < least[:, None]).logical_or_(self.maxima <= 0)
-        return below.logical_not_().view(-1).nonzero()[:, 0]
+        return places_of(below.logical_not_())
 
     def reaching(self, least: Float[Tensor, " n"]) -> Index:
         """Flat places, ascending, of positive numbers that reach the row's least, or NaN."""
@@ -85,8 +103,7 @@ class Blocks(NamedTuple):
             return some
         inside = self.numbers.view(-1, self.size).index_select(0, some)
         leasts = least[some // self.maxima.shape[1], None]
-        block, offset = (inside < leasts).logical_or_(inside <= 0).logical_not_().nonzero(as_tuple=True)
-        return some[block] * self.size + offset
+        return _in_blocks(places_of((inside < leasts).logical_or_(inside <= 0).logical_not_()), some, self.size)
 
     def greatest(self, least: Float[Tensor, " n"]) -> Index:
         """Flat places, ascending, of the greatest number of each block whose greatest reaches the row's least."""
