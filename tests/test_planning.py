@@ -16,10 +16,11 @@ from endwise.cli.runs import DOES_NOT_FIT
 from endwise.common.errors import ConfigError, ModelError, SiteError
 from endwise.config.run import RunConfig
 from endwise.kernels import standing_in
-from endwise.models.language_model import LanguageModel
+from endwise.models.language_model import Clean, LanguageModel, Spliced
 from endwise.models.sites import Part
 from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens import TokenBatch
+from endwise.training.kl_subset import KLSubset
 from endwise.training.making import new_trainee
 from endwise.training.planning.dry_run import (
     ALLOCATOR,
@@ -237,6 +238,37 @@ def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
     assert saved == pytest.approx(4 * product - 4 * 2 * WIDTH * 400 / 32)
     assert found.flops.clean_readout == found.flops.readout_forward == 2 * WIDTH * VOCAB
     assert found.total_flops == pytest.approx(found.flops.per_token * 64 * CONTEXT)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_kl_of_some_positions_is_planned_with_as_many_fewer_products(stored, stride):
+    """As many as its readout computes, when the mask keeps all."""
+    config = recipe(stored("gpt2"))
+    objective = {"kl": 0.0, "terms": {"kl_subset": {"weight": 1.0, "stride": stride}}}
+    values = config.model_dump(exclude_unset=True)
+    some = plan(RunConfig.build(values | {"objective": {**objective, "sparsity": {"coefficient": 1.0}}}, "it")).flops
+    every = plan(config).flops
+    readouts = ("clean_readout", "readout_forward", "readout_backward")
+    for name, value in vars(every).items():
+        assert getattr(some, name) == (value / stride if name in readouts else value)
+    readout, mask = LanguageModel(build("gpt2")).readout, torch.ones(2, CONTEXT, dtype=torch.bool)
+    term, (clean, spliced) = KLSubset(1.0, stride), torch.randn(2, 2, CONTEXT, WIDTH)
+    ids, spliced = tokens(2), spliced.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        term.total(readout, Clean(ids, {}, clean), Spliced({}, spliced), mask).backward()
+    assert counter.get_total_flops() / (2 * CONTEXT) == sum(getattr(some, name) for name in readouts)
+
+
+def test_kept_activations_are_planned_on_the_disk(stored, tmp_path):
+    config = recipe(stored("gpt2"), kind="local")
+    values = config.model_dump(exclude_unset=True) | {"data": {"activations": str(tmp_path), "epochs": 2}}
+    size = 64 * CONTEXT * WIDTH * 4 // 2
+    found = plan(RunConfig.build(values, "it"))
+    assert found.kept_bytes == found.needs[-1].bytes == size and str(tmp_path) in found.needs[-1].what
+    phases = [{"share": 0.75, "objective": {"kind": "local"}}, {"share": 0.25, "objective": {"kind": "e2e"}}]
+    found = plan(RunConfig.build(values | {"phases": phases}, "it"))
+    assert found.kept_bytes == found.needs[-1].bytes == size * 3 // 4
+    assert plan(config).kept_bytes == plan(recipe(stored("gpt2"))).kept_bytes == 0
 
 
 DICTIONARIES = {

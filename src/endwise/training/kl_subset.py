@@ -41,6 +41,10 @@ class KLSubset(SplicedTerm):
     step: int = 0
     """Steps before the one that it is for."""
 
+    @property
+    def predicted(self) -> float:
+        return 1 / self.stride
+
     def at(self, step: int) -> "KLSubset":
         return replace(self, step=step)
 

@@ -70,6 +70,11 @@ class SplicedTerm(Term):
     final: bool = False
     """True if it reads the final hidden states."""
 
+    @property
+    def predicted(self) -> float:
+        """Share of the positions whose predictions it computes, in both passes."""
+        return float(self.final)
+
     @abstractmethod
     def total(self, readout: Readout, clean: Clean, spliced: Spliced, mask: TokenMask) -> Scalar:
         """Unweighted sum over the mask's tokens."""

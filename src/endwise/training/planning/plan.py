@@ -38,6 +38,7 @@ from endwise.training.planning.flops import (
     product_flops,
     sparse_flops,
 )
+from endwise.training.kept_activations import reads_splice
 from endwise.training.planning.memory_trace import Held
 from endwise.training.setup import default_folder, steps_of
 
@@ -150,6 +151,8 @@ class TrainingPlan:
     checkpoint_bytes: int
     """Size of one file, but for its header."""
     sae_bytes: int
+    kept_bytes: int
+    """Activations that `data.activations` keeps on the disk, at most; operations are counted as if none were there."""
     flops: Flops
     sparse_flops: float | None
     """Per token, at most, once latents are sparse; None on a GPU, where they stay dense."""
@@ -203,7 +206,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         model=config.model.name,
         site=config.place,
         kind=config.objective_name,
-        splices=any(each.spliced_terms or each.places_terms for each in dry_run.objectives.values()),
+        splices=any(map(reads_splice, dry_run.objectives.values())),
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
@@ -218,10 +221,15 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         stages=tuple(Stage(held.parts, held.during, name) for name, held in stages.items()),
         checkpoint_bytes=checkpoint,
         sae_bytes=sae,
+        kept_bytes=(kept := _kept_bytes(dry_run, steps)),
         flops=flops,
         sparse_flops=sparse,
         total_flops=flops.per_token * steps * per_step,
-        needs=(*_memory_needs(dry_run, stages, processes, memory), _disk_need(dry_run, steps)),
+        needs=(
+            *_memory_needs(dry_run, stages, processes, memory),
+            _disk_need(dry_run, steps),
+            *_kept_needs(config, kept),
+        ),
     )
 
 
@@ -248,6 +256,8 @@ def _of_phases(config: Recipe, plans: Sequence[TrainingPlan]) -> TrainingPlan:
         else None,
         total_flops=math.fsum(share * each.total_flops for share, each in zip(shares, plans, strict=True)),
         phases=tuple(phases),
+        kept_bytes=(kept := round(sum(share * each.kept_bytes for share, each in zip(shares, plans, strict=True)))),
+        needs=(*(need for need in most.needs if need.what != _kept_at(config)), *_kept_needs(config, kept)),
     )
 
 
@@ -276,7 +286,7 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
-    passes = {site: each for site, each in dry_run.objectives.items() if each.spliced_terms or each.places_terms}
+    passes = {site: each for site, each in dry_run.objectives.items() if reads_splice(each)}
     starts = map(dry_run.pieces_before, passes)
     tails = [[piece.stretch for piece in dry_run.pieces[start : dry_run.end]] for start in starts]
     backs = [
@@ -288,13 +298,16 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
     ]
     backward = [DENSE_GRADIENT_PRODUCTS * product for product in products]
     times = [times for _, times in encodings]
-    readout = float(2 * dry_run.model.readout.unembedding.weight.numel() if dry_run.final else 0)
-    readouts = readout * sum(objective.final for objective in dry_run.objectives.values())
+    logits = 2.0 * dry_run.model.readout.unembedding.weight.numel()
+    each_predicted = [
+        term.predicted for objective in dry_run.objectives.values() for term in objective.spliced_terms if term.final
+    ]
+    readouts = logits * sum(each_predicted)
     parameters = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
     flops = Flops(
         clean_prefix=forward_flops(head, context) / context,
         clean_tail=forward_flops(tail, context) / context,
-        clean_readout=readout,
+        clean_readout=logits * max(each_predicted, default=0.0),
         sae_forward=sum(n * forward for n, (forward, _) in zip(times, counted, strict=True)),
         sae_backward=sum(n * each for n, each in zip(times, backward, strict=True)),
         sae_own=sum(learning - each for (_, learning), each in zip(counted, backward, strict=True)),
@@ -379,6 +392,28 @@ def _smaller(dry_run: DryRun, room: int) -> tuple[int, int] | None:
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _kept_bytes(dry_run: DryRun, steps: int) -> int:
+    config = dry_run.config
+    if config.data.activations is None or any(map(reads_splice, dry_run.objectives.values())):
+        return 0
+    sequences = -(-steps * config.training.batch // config.data.epochs)
+    widths = {site: dry_run.model.width(site) for place in dry_run.places for site in place.sites}
+    return sequences * dry_run.context * sum(widths.values()) * dry_run.model.dtype.itemsize
+
+
+def _kept_at(config: Recipe) -> str:
+    return f"activations kept in {config.data.activations}"
+
+
+def _kept_needs(config: Recipe, size: int) -> list[Need]:
+    if not size:
+        return []
+    folder = Path(str(config.data.activations))
+    advice = "Free space, set data.activations=FOLDER on another disk, or unset it."
+    need = Need(_kept_at(config), size, free_disk(folder))
+    return [need if need.fits else replace(need, advice=advice)]
 
 
 def _disk_need(dry_run: DryRun, steps: int) -> Need:
