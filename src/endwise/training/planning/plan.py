@@ -16,6 +16,7 @@ from endwise.common.machine import available_memory, free_disk, resident_memory,
 from endwise.config.adopted import refuse_adopted
 from endwise.config.places import Recipe
 from endwise.models.loading import find_device
+from endwise.training.kept_activations import reads_splice
 from endwise.training.planning.dry_run import (
     CLEAN,
     EVALUATION,
@@ -38,7 +39,6 @@ from endwise.training.planning.flops import (
     product_flops,
     sparse_flops,
 )
-from endwise.training.kept_activations import reads_splice
 from endwise.training.planning.memory_trace import Held
 from endwise.training.setup import default_folder, steps_of
 
