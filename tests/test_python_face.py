@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import endwise
-from endwise.common.errors import ConfigError, EndwiseError
+from endwise.common.errors import ConfigError, EndwiseError, SiteError
 from small_gpt2 import recipe
 
 SITE = "blocks.1.hook_resid_pre"
@@ -33,6 +33,9 @@ def test_mappings_and_names_stand_for_recipes_and_sites(trained, model, corpora)
     clean = model.clean(tokens, [SITE])
     replayed = model.replay(clean, {SITE: clean.activations[model.site(SITE)]}, ["blocks.2.hook_resid_pre"])
     assert [site.name for site in replayed.activations] == ["blocks.2.hook_resid_pre"]
+    assert clean.activations[SITE] is clean.activations[model.site(SITE)]
+    with pytest.raises(SiteError, match=f"blocks.2.hook_mlp_out was not recorded .*; recorded: {SITE}"):
+        clean.activations["blocks.2.hook_mlp_out"]
 
 
 def test_a_tensor_stands_for_latents(trained, model):
