@@ -219,7 +219,7 @@ for name in endwise.__all__:
 
 
 def test_a_warning_is_one_line_without_code():
-    code, _, told = run_warm("plan", "embedded-default", "dictionary.architecture=topk", "dictionary.k=16")
+    code, _, told = run_warm("plan", "embedded-layer3-jumprelu", "dictionary.architecture=topk", "dictionary.k=16")
     assert code == 0
     warned = [line for line in told.splitlines() if line.startswith("warning: ")]
     assert any("left out" in line for line in warned), told

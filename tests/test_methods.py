@@ -14,6 +14,7 @@ from endwise.analysis.comparison.printed import print_summary
 from endwise.analysis.pareto.curves import Pareto, point_rows, ratio_rows
 from endwise.analysis.pareto.page import pareto_chart, print_pareto, write_pareto
 from endwise.config.method import PRESET_METHODS, Knob, Method
+from endwise.config.phases import PRESETS
 from endwise.config.run import RunConfig
 from endwise.figures.interactive import div
 from endwise.figures.style import colour_of, first_of_each_name, marker_of
@@ -129,3 +130,16 @@ def test_a_recipe_says_its_method_and_its_knob():
     assert Knob.of(knob.set_in(config, 5.0)).value == 5.0
     other = RunConfig.build({**recipe, "dictionary": {"size": 48}})
     assert Method.of(other).digest == method.digest
+
+
+def test_phases_that_a_word_stands_for_have_its_name():
+    values = {
+        "site": "blocks.3.hook_resid_pre",
+        "dictionary": {"ratio": 2},
+        "objective": {"sparsity": {"target_l0": 9}},
+    }
+    by_word, spelled, other = (
+        Method.of(RunConfig.build({**values, "training": {"tokens": 9}, "phases": phases}, "it"))
+        for phases in ("staged", PRESETS["staged"], [{**PRESETS["staged"][0], "share": 1.0}])
+    )
+    assert by_word == spelled and by_word.label == "staged" and other.key == "local"

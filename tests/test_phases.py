@@ -1,6 +1,7 @@
 """Phases of a training, against single trainings that are given each other's weights; and what each of them may be."""
 
 import json
+import operator
 
 import pytest
 import torch
@@ -255,7 +256,8 @@ def test_a_plan_weighs_the_phases_by_their_tokens():
     ]
     assert [phase.kind for phase in whole.phases] == list(kinds)
     assert [phase.flops_per_token for phase in whole.phases] == pytest.approx(alone)
-    assert whole.flops.per_token == pytest.approx(0.72 * alone[0] + 0.2 * alone[1] + 0.08 * alone[2])
+    shares = [phase.share for phase in whole.phases]
+    assert whole.flops.per_token == pytest.approx(sum(map(operator.mul, shares, alone)))
     assert alone[0] < alone[1] < alone[2]
     assert whole.fits and whole.kind == "local-then-horizon1-then-e2e_ds"
 

@@ -8,7 +8,6 @@ import pytest
 
 from endwise.common.errors import RunFolderError
 from endwise.config.method import Method
-from endwise.config.objective import KINDS
 from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.paper.quickstart import quickstart, recipes
@@ -34,7 +33,7 @@ def test_summary_has_the_promised_fields(finished):
         assert math.isfinite(run["ce_increase"]) and run["l0"] > 0 and run["seconds"] > 0
         assert len(run["downstream_mse"]) == 3
         assert RunFolder.open(Path(run["folder"])).evaluation()["l0"] == run["l0"]
-    assert set(content["features_at_equal_ce"]) == {"e2e", "e2e_ds", "e2e_ds-jumprelu"}
+    assert set(content["features_at_equal_ce"]) == {"e2e", "e2e_ds", "staged", "staged-batchtopk"}
 
 
 def test_report_shows_every_run(finished):
@@ -52,20 +51,20 @@ def test_a_folder_in_use_is_refused_before_any_work(finished):
 
 def test_each_kind_gets_the_same_setting(tmp_path):
     configs = list(recipes(tmp_path, 0))
-    assert {config.objective.kind for config in configs} == set(KINDS)
+    assert {Method.of(config).key for config in configs} == {"local", "e2e_ds", "staged", "staged-batchtopk"}
     for config in configs:
         ours, first = config.training.model_dump(), configs[0].training.model_dump()
         assert ours | {"learning_rate": 0} == first | {"learning_rate": 0}
         assert (config.site, config.dictionary.ratio, config.seed) == (configs[0].site, configs[0].dictionary.ratio, 0)
-    paper = [config for config in configs if Method.of(config).is_preset]
+    paper = [config for config in configs if config.dictionary.architecture == "standard"]
     assert len(paper) == 9 and all(config.dictionary == configs[0].dictionary for config in paper)
 
 
 def test_what_it_recommends_is_the_recipe_that_ships(tmp_path):
     """At another length."""
-    recommended = [config for config in recipes(tmp_path, 0) if not Method.of(config).is_preset]
     default = RunConfig.read(find_recipe("embedded-default"))
+    recommended = [config for config in recipes(tmp_path, 0) if Method.of(config) == Method.of(default)]
     assert default.dictionary in [config.dictionary for config in recommended]
     for config in recommended:
-        assert config.objective == default.objective and Method.of(config) == Method.of(default)
+        assert (config.objective, config.phases) == (default.objective, default.phases)
         assert config.training.learning_rate == default.training.learning_rate

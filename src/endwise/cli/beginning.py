@@ -21,7 +21,7 @@ def init(
         Option(help="Text: embedded, a file or folder, or a Hugging Face dataset id; unset: of the hub, or embedded."),
     ] = None,
     tokens: Annotated[int | None, Option(min=1, help="Training tokens; unset: about an hour's.")] = None,
-    l0: Annotated[float | None, Option("--l0", min=1, help="Active features per token to aim at.")] = None,
+    l0: Annotated[int | None, Option("--l0", min=1, help="Active features per token to aim at.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, Option(min=0, help="Seed of the SAE's first weights.")] = 0,
     file: Annotated[Path | None, Option("--out", help="The recipe to write; unset: MODEL.yaml here.")] = None,

@@ -13,6 +13,7 @@ from endwise.config.adopted import AdoptedConfig
 from endwise.config.base import Config
 from endwise.config.dictionary import DictionaryConfig
 from endwise.config.objective import KINDS, LABELS
+from endwise.config.phases import word_of
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
 
@@ -151,6 +152,8 @@ class Method:
             content["sparsity.coefficient"] = config.objective.coefficient
         kinds = [phase.objective.method_kind for phase in config.in_phases]
         key, label = "-then-".join(kinds), " → ".join(LABELS.get(kind, kind) for kind in kinds)
+        if (word := word_of(config.phases)) is not None:
+            key = label = word
         for number, (own, phase) in enumerate(zip(config.phases, config.in_phases, strict=False)):
             settings = phase.objective.method | own.model_dump(
                 mode="json", exclude={"objective"}, exclude_defaults=True

@@ -20,9 +20,9 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
         {"share": 0.1, "objective": {"kind": "finetune"}},
     ],
     "staged": [
-        {"share": 0.72, "objective": {"kind": "local", **_RELATIVE}},
-        {"share": 0.2, "objective": {"kind": "horizon", **_RELATIVE}},
-        {"share": 0.08, "objective": {"kind": "e2e_ds", "downstream_mse": 0.5, "balance": "gradient", **_RELATIVE}},
+        {"share": 0.65, "objective": {"kind": "local", **_RELATIVE}},
+        {"share": 0.31, "objective": {"kind": "horizon", **_RELATIVE}},
+        {"share": 0.04, "objective": {"kind": "e2e_ds", "downstream_mse": 0.5, "balance": "gradient", **_RELATIVE}},
     ],
 }
 """Lists of phases that one word stands for."""
@@ -71,6 +71,14 @@ def spelled_out(given: Any) -> Any:
     if given not in PRESETS:
         raise ValueError(f"phases is a list, or one of the words {', '.join(PRESETS)}")
     return PRESETS[given]
+
+
+def word_of(phases: Sequence[PhaseConfig]) -> str | None:
+    """Return the word that stands for these phases, if one does."""
+    return next(
+        (word for word, listed in PRESETS.items() if tuple(PhaseConfig(**each) for each in listed) == tuple(phases)),
+        None,
+    )
 
 
 def with_objective(values: Any) -> Any:

@@ -67,12 +67,11 @@ def _downstream(summary: Summary) -> str:
 
 def _tiles(summary: Summary) -> Iterable[str]:
     base = summary.baseline
-    for method in summary.compared:
+    for method in (each for each in summary.compared if each in summary.methods):
         ratio = summary.features_at_equal_ce[method.key]
         yield _tile(method, base, ratio, f"of {escape(base.label)}’s features per token, at the same CE increase")
     e2e, e2e_ds = PRESET_METHODS["e2e"], PRESET_METHODS["e2e_ds"]
-    if base == LOCAL:
-        ratio = summary.downstream.get("e2e_ds/e2e", Ratio(None, reason="not both kinds were run"))
+    if base == LOCAL and (ratio := summary.downstream.get("e2e_ds/e2e")):
         yield _tile(e2e_ds, e2e, ratio, "of e2e’s error in the later layers, at the same CE increase")
 
 
