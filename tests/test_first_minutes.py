@@ -108,7 +108,7 @@ def test_a_recipe_is_written_for_a_model(place, tmp_path):
     assert made["plan"]["fits"] and made["recipe"] == str(out) and text.count("  # ") > 10
     config = RunConfig.read(out)
     assert config.site == "blocks.3.hook_resid_pre" and config.training.tokens == 2048
-    assert config.dictionary.k == 16 and [phase.objective.name for phase in config.in_phases][0] == "local"
+    assert config.dictionary.k == 16 and config.in_phases[0].objective.name == "local"
     assert "--again" in refused("init", "--out", out)
     assert told("plan", out).exit_code == 0
     assert "vocabulary of 31" in refused("init", place / "model", "--out", tmp_path / "other.yaml", code=4)
