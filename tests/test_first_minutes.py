@@ -14,6 +14,7 @@ from endwise.common.remarks import diverged
 from endwise.config.objective import loss_of
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.evaluation.listing import list_runs
+from endwise.models.loading import DEVICE
 from endwise.sweeps import tuning
 from endwise.sweeps.tuning import RateTrial, tune
 from small_gpt2 import SITE, recipe
@@ -48,6 +49,12 @@ def test_options_of_train_are_keys_of_its_recipe(trained, place):
     assert "'/nowhere'" in refused("train", place / "recipe.yaml", "--model", "/nowhere")
     assert "with data.colum=x is not valid" in refused("plan", place / "recipe.yaml", "data.colum=x")
     assert told("--version").stdout == told("version").stdout
+
+
+@pytest.mark.parametrize("command", ["evaluate", "harvest"])
+def test_a_device_of_the_command_stands_in_place_of_the_recipes(trained, command):
+    assert "'cuda:77' cannot be used" in refused(command, trained, "--device", "cuda:77", "--tokens", 64)
+    assert DEVICE.get() is None
 
 
 def test_runs_are_listed_with_their_state(trained, place):

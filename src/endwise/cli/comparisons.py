@@ -18,6 +18,7 @@ from endwise.cli.app import (
     results_folder,
     status,
 )
+from endwise.cli.overriding import on_device
 
 
 @command
@@ -81,6 +82,7 @@ def geometry(
 
 @command
 @taking_saes
+@on_device
 def importance(
     runs: Measured,
     tokens: Tokens = None,
@@ -102,6 +104,7 @@ def importance(
 
 @command
 @taking_saes
+@on_device
 def directions(
     runs: Measured,
     tokens: Tokens = None,

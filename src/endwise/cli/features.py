@@ -26,6 +26,7 @@ from endwise.cli.app import (
     run_argument,
     status,
 )
+from endwise.cli.overriding import on_device
 
 if TYPE_CHECKING:
     from endwise.explaining.endpoint import Endpoint
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 @command
 @taking_saes
+@on_device
 def harvest(
     runs: Runs,
     tokens: Annotated[
@@ -142,6 +144,7 @@ def dashboard(
 
 @command
 @taking_saes
+@on_device
 def serve(
     runs: Annotated[list[Path], run_argument("Harvested run folders, as for endwise dashboard.")],
     port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
@@ -288,6 +291,7 @@ def compare_explanations(
 
 @command
 @taking_saes
+@on_device
 def patterns(
     runs: Measured,
     tokens: Tokens = None,

@@ -8,11 +8,13 @@ from typer import Argument, Option
 
 from endwise.cli.adopted import MODEL
 from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, status
+from endwise.cli.overriding import on_device
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
 
 @command
+@on_device
 def inspect(
     path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
     model: Annotated[
@@ -61,6 +63,7 @@ def inspect(
 
 
 @command
+@on_device
 def adopt(
     path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
     out: Annotated[Path, Option(help="The run folder to make; nothing may be there yet.")],
@@ -97,6 +100,7 @@ def convert(
 
 
 @command
+@on_device
 def finetune(
     path: Annotated[Path, Argument(metavar="SAE", help="A folder or file with an SAE, of any format.")],
     overrides: Overrides = None,

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -40,13 +40,38 @@ def taking_keys(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             name: Annotated[kind | None, Option(help=f"{told} ({key})", metavar=name.upper())]
             for name, (key, kind, told) in keys.items()
         }
-        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
-        signature = inspect.signature(function)
-        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
-        run.__annotations__ = {**function.__annotations__, **types}
-        return run
+        return _with_options(run, function, types)
 
     return taking
+
+
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a command that loads a run's model take `--device`, which stands in place of the recipe's."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device: Any = kwargs.pop("device", None)
+        if device is None:
+            return function(*args, **kwargs)
+        from endwise.models.loading import DEVICE
+
+        before = DEVICE.set(device)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            DEVICE.reset(before)
+
+    told = f"{KEYS['device'][2]} Unset: the recipe's."
+    return _with_options(run, function, {"device": Annotated[str | None, Option(help=told, metavar="DEVICE")]})
+
+
+def _with_options(run: Callable[P, R], function: Callable[P, R], types: Mapping[str, Any]) -> Callable[P, R]:
+    """Give a command's wrapper the command's signature, and options more."""
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
+    signature = inspect.signature(function)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {**function.__annotations__, **types}
+    return run
 
 
 def _yaml(value: Any) -> str:

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
 from endwise.cli.app import Json, Overrides, Quiet, Runs, Tokens, command, echo, print_json
-from endwise.cli.overriding import taking_keys
+from endwise.cli.overriding import on_device, taking_keys
 
 if TYPE_CHECKING:
     from endwise.config.places import Recipe
@@ -29,6 +29,7 @@ def recipe_completions(incomplete: str) -> list[str]:
 
 
 @command
+@taking_keys("device")
 def quickstart(
     overrides: Overrides = None,
     out: Annotated[Path, Option(help="Folder for the runs, summary.json and report.html.")] = Path("runs/quickstart"),
@@ -153,6 +154,7 @@ def plan(
 
 @command
 @taking_saes
+@on_device
 def evaluate(
     runs: Runs,
     tokens: Tokens = None,

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from endwise.cli.adopted import MODEL
 from endwise.cli.app import command, echo, status
 from endwise.cli.files import NAMES
+from endwise.cli.overriding import on_device
 
 if TYPE_CHECKING:
     from endwise.features.harvest.results import Harvest
@@ -24,6 +25,7 @@ WIDE = 100
 
 
 @command
+@on_device
 def steer(
     run: Annotated[Path, Argument(help=f"A run folder, or an SAE of any format: {NAMES}.")],
     prompt: Annotated[str, Option(help="Text to continue.")],

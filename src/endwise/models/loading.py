@@ -1,6 +1,7 @@
 """Loads language models: the embedded one, a local folder, a Hugging Face hub id, or a GGUF file."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LOADING = Lock()
 """transformers makes a model under settings of the whole process (its default device and dtype, how weights are
 initialised), so that one made by another thread at the time would stay without weights."""
+DEVICE: ContextVar[str | None] = ContextVar("DEVICE", default=None)
+"""Device that takes the place of a recipe's, where one is asked for."""
 
 
 def load_model(
@@ -316,6 +319,12 @@ def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
 
 
 def find_device(name: str) -> torch.device:
+    """Return the device of a name, or the one that takes its place.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = DEVICE.get() or name
     if name == "auto":
         return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:

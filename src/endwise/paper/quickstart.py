@@ -65,7 +65,7 @@ def quickstart(
     started = time.monotonic()
     first = configs[0]
     trained, measured = first.training.tokens, first.evaluation.tokens
-    model = load_model(first.model.name)
+    model = load_model(**first.model.model_dump())
     corpora = corpora_for(model, first.data, training_tokens=trained, evaluation_tokens=first.evaluation.needed)
     show(f"Training {len(configs)} SAEs at {first.site} of the embedded model, on {trained:,} tokens each.", console)
     runs: list[Run] = []
