@@ -176,6 +176,19 @@ def test_the_pre_activation_loss_of_features_without_thresholds(norm, revives):
     torch.testing.assert_close(sae.own_terms(seen)["pre_activation"], each[MASK].sum() / D)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "jumprelu"])
+def test_the_pre_activation_loss_reaches_up_to_the_threshold(architecture):
+    """A feature whose pre-activations are positive, but below what makes it active, is pulled too."""
+    config = ARCHITECTURES[architecture].Config(size=F, revive=1.0, **({"k": 2} if "topk" in architecture else {}))
+    sae = ARCHITECTURES[architecture].build(config, D, 0).double()
+    sae.take_threshold(0.7)
+    seen = a_pass(sae)
+    z = seen.x @ sae.encoder.T + sae.b_enc
+    missing = torch.relu(0.7 - z) * DEAD
+    torch.testing.assert_close(sae.own_terms(seen)["pre_activation"], missing[MASK].sum() / D)
+    assert ((z > 0) & (z < 0.7) & DEAD)[MASK].any()
+
+
 def with_weights_of(stored, names, **settings):
     """Our dictionary with a rival's weights, and the pass that it made."""
     sae = ReluSAE.build(LinearConfig(size=F, decoder_norm="free", **settings), D, 0)

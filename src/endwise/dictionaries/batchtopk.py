@@ -92,6 +92,9 @@ class BatchTopKSAE(LinearSAE):
         average = self.average / self.weight.clamp_min(torch.finfo(torch.float64).tiny)
         return self.fitted.where(self.fitted >= 0, average).to(self.encoder.dtype)
 
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        return self.threshold.expand(self.d_sae)
+
     def begin_step(self, done: float) -> None:
         self.k_now = self.k.at(done)
 
