@@ -189,6 +189,29 @@ def test_the_pre_activation_loss_reaches_up_to_the_threshold(architecture):
     assert ((z > 0) & (z < 0.7) & DEAD)[MASK].any()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_topk_feature_is_pulled_up_to_the_smallest_of_the_rows_k(dense, monkeypatch):
+    config = ARCHITECTURES["topk"].Config(size=F, revive=1.0, k=3)
+    sae = ARCHITECTURES["topk"].build(config, D, 0).double()
+    monkeypatch.setattr(sae, "sparse_below", 0.0 if dense else 1.0)
+    with torch.no_grad():
+        sae.b_enc[:-2] = torch.linspace(-1, 1, F - 2)
+    seen = a_pass(sae)
+    assert isinstance(seen.latents, DenseLatents) == dense
+    total = 0.0
+    for row in MASK.nonzero().tolist():
+        z = sae.encoder @ seen.x[tuple(row)] + sae.b_enc
+        active = z[z > 0].sort(descending=True).values[:3]
+        bar = active[-1].detach() if len(active) == 3 else 0.0
+        total = total + torch.relu(bar - z)[DEAD].sum() / D
+    found = sae.own_terms(seen)["pre_activation"]
+    torch.testing.assert_close(found, total)
+    for one, other in zip(
+        *(torch.autograd.grad(each, [sae.encoder, sae.b_enc]) for each in (found, total)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 def with_weights_of(stored, names, **settings):
     """Our dictionary with a rival's weights, and the pass that it made."""
     sae = ReluSAE.build(LinearConfig(size=F, decoder_norm="free", **settings), D, 0)

@@ -18,7 +18,8 @@ A feature is dead that has fired on none of the latest `dead_window` training to
   the part of the residual that the gradient asks for, in the same term: it too is divided by the variance of its t, and
   so does not depend on the scale of the gradient. A row without gradient asks for nothing, and is left out of both
   means; so are all rows, if none has any;
-- the pre-activation loss Σ ReLU(θ − z)·‖d‖ / d_in (Anthropic, January 2025), with θ = 0 where there are no thresholds;
+- the pre-activation loss Σ ReLU(θ − z)·‖d‖ / d_in (Anthropic, January 2025), with θ what z must exceed to be active: 0
+  without thresholds, in BatchTopK the moving one, in TopK the smallest of the row's k;
 - resampling (Bricken et al. 2023): at stated steps dead features become directions of tokens whose loss is large. A
   token is drawn with probability ∝ loss², no token twice; what it reads, less the mean of the tokens shown, becomes the
   feature's encoder, scaled to 0.2 of the mean norm of those of the alive, with the bias that makes its pre-activation 0
@@ -70,7 +71,7 @@ class DeadConfig(DictionaryConfig):
     aux_negative: bool = False
     """True if they take part with pre-activations below 0 too (SAELens), which of ReLU features are most."""
     revive: NotBelow0 = 0.0
-    """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token, θ = 0 without thresholds (Anthropic:
+    """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token, θ what makes a feature active (Anthropic:
     3e-6)."""
     revives: Literal["dead", "all"] = "dead"
     """Features whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
@@ -127,7 +128,8 @@ class DeadFeatures:
         chosen = (seen.dead if self.config.revives == "dead" else torch.ones_like(seen.dead)).nonzero()[:, 0]
         if not len(chosen):
             return seen.target.new_zeros(())
-        missing = torch.relu(sae.thresholds()[chosen] - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
+        bar = sae.to_exceed(seen.latents, chosen)
+        missing = torch.relu(bar - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
         return missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in
 
     def wants_losses(self, steps: int) -> Mapping[int, int]:

@@ -42,6 +42,10 @@ class Latents(ABC):
         """Number of non-zero features, per row."""
 
     @abstractmethod
+    def smallest(self) -> Float[Tensor, "*rows"]:
+        """Smallest positive value, per row; infinite where there is none."""
+
+    @abstractmethod
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         """Mark the features that are non-zero anywhere in the mask."""
 
@@ -78,6 +82,9 @@ class DenseLatents(Latents):
         # Not a sum of booleans: on a CPU that would first make integers of them all, of twice the latents' size.
         exact = torch.promote_types(self.values.dtype, torch.float32)
         return torch.linalg.vector_norm(self.values.detach(), ord=0, dim=-1, dtype=exact).float()
+
+    def smallest(self) -> Float[Tensor, "*rows"]:
+        return self.values.where(self.values > 0, torch.inf).amin(-1)
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         return self._active(mask).any(0)
@@ -139,6 +146,11 @@ class SparseLatents(Latents):
 
     def l0(self) -> Float[Tensor, "*rows"]:
         return torch.bincount(self.places.rows, minlength=self.places.n_rows).float().view(self.shape)
+
+    def smallest(self) -> Float[Tensor, "*rows"]:
+        positive = self.values.where(self.values > 0, torch.inf)
+        none = positive.new_full((self.places.n_rows,), torch.inf)
+        return none.scatter_reduce(0, self.places.rows, positive, "amin").view(self.shape)
 
     def fired(self, mask: Bool[Tensor, "*rows"]) -> Bool[Tensor, " d_sae"]:
         return self.firings(mask) > 0

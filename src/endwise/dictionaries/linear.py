@@ -148,6 +148,14 @@ class LinearSAE(SAE):
         """Values that a pre-activation must exceed for its feature to be active: 0 without thresholds of its own."""
         return torch.zeros_like(self.b_enc)
 
+    def to_exceed(self, latents: Latents, features: Int64[Tensor, " some"]) -> Float[Tensor, "*rows_or_not some"]:
+        """Return what pre-activations of some features must exceed in a pass to be active; no gradient enters it.
+
+        Args:
+            latents: of that pass.
+        """
+        return self.thresholds()[features]
+
     @torch.no_grad()
     def raise_bar(self, by: float) -> None:
         self.b_enc.sub_(by)

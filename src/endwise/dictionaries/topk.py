@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from endwise.common.errors import ConfigError, FormatError
@@ -65,6 +65,11 @@ class TopKSAE(LinearSAE):
         values = torch.relu(self.before(x))
         kept = kept_per_row(values.detach().view(-1, self.d_sae), k).view(values.shape)
         return DenseLatents(values.where(kept, 0.0))
+
+    def to_exceed(self, latents: Latents, features: Int64[Tensor, " some"]) -> Float[Tensor, "*rows 1"]:
+        """The smallest that is active in the row; 0 where fewer than k are."""
+        smallest = latents.smallest().detach()
+        return smallest.where(latents.l0() >= round(self.k_now), 0.0)[..., None]
 
     def export(self) -> Exported:
         return Exported(super().export().tensors, {"k": self.k.k, RESCALED: False})
