@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.sets import Compared, remark_list, summaries
@@ -15,7 +16,7 @@ from endwise.common.text import model_titles
 from endwise.evaluation.summary import remarks_of
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, page
+from endwise.figures.page import page
 from endwise.figures.print import save
 
 S = TypeVar("S", bound=Compared)
@@ -47,14 +48,14 @@ def write_page(
     lead: str,
     tables: Mapping[str, Rows],
     charts: Callable[[S, int], Iterable[Chart]],
-    parts: Callable[[S, int, str], Iterable[str]],
+    parts: Callable[[S, int, Sequence[Markup]], Iterable[str]],
 ) -> Path:
     """Write tables as CSV and parquet, every figure as PDF and PNG, and the page `<name>.html`, a section a set.
 
     Args:
         tables: rows by the table's name.
         charts: the figures of a set, given its number, from 1 on; those that show nothing are left out.
-        parts: what stands under a set's head, given its number and its figures; all as HTML.
+        parts: what stands under a set's head, given its number and its figures; text that is no `Markup` is escaped.
 
     Returns: the page.
 
@@ -69,11 +70,9 @@ def write_page(
         drawn = [chart for chart in charts(one, number) if any(panel.series for panel in chart.panels)]
         for chart in drawn:
             save(chart, out)
-        head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
-        body = "".join(parts(one, number, "\n".join(map(div, drawn))))
-        sections.append(f"<section>{head}{remark_list(summaries(one))}{body}</section>")
-    models = escape(", ".join(model_titles(one.setting.model for one in found).values()))
-    content = page(title=title, eyebrow=models, lead=lead, body="\n".join(sections), interactive=True)
+        sections.append((one.setting, remark_list(summaries(one)), list(parts(one, number, list(map(div, drawn))))))
+    models = ", ".join(model_titles(one.setting.model for one in found).values())
+    content = page("analysis/sets.html.j2", title=title, eyebrow=models, lead=lead, sections=sections)
     path = out / f"{name}.html"
     write_atomic(path, content.encode())
     return path

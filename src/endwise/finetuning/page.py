@@ -1,6 +1,6 @@
 """The report of a finetuning: one HTML file that needs nothing else."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
+from endwise.figures.page import page
 from endwise.finetuning.moved import QUANTILES
 from endwise.finetuning.result import Finetuned
 from endwise.finetuning.texts import BeforeAfter
@@ -27,59 +27,40 @@ def report_html(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> str:
     Args:
         metrics: the lines of the run's metrics.jsonl.
     """
-    charts = [chart for chart in (_course(of, metrics), _moved(of)) if any(panel.series for panel in chart.panels)]
-    body = [
-        _tiles(of),
-        _list("remarks", of.remarks),
-        _section("On text like that it was tuned on", _table(of.text)),
-        *(_section(f"On {name}", _table(each)) for name, each in of.others.items()),
-        _section("The course", *map(div, charts[:1])),
-        _section("How far features moved", *map(div, charts[1:]), _quantiles(of)),
-        _section("The SAE", _list("verdicts", _facts(of))),
-    ]
+    course, moved = (
+        div(chart) if any(panel.series for panel in chart.panels) else ""
+        for chart in (_course(of, metrics), _moved(of))
+    )
     return page(
+        "finetuning/page.html.j2",
         title="An SAE, tuned on what the model predicts",
-        eyebrow=f"{escape(model_title(of.config.model.name))} · <code>{escape(of.config.place)}</code>",
-        lead=f"{escape(Path(*Path(of.source.name).parts[-2:]))}, {escape(of.source.format_name)}: tuned on "
+        lead=f"{Path(*Path(of.source.name).parts[-2:])}, {of.source.format_name}: tuned on "
         f"{of.config.training.tokens:,} tokens, and measured before and after on the same held-out text.",
-        body="\n".join(body),
-        interactive=True,
+        of=of,
+        model=model_title(of.config.model.name),
+        tiles=_tiles(of.text),
+        texts={"text like that it was tuned on": of.text, **of.others},
+        course=course,
+        moved=moved,
+        quantiles=list(_quantiles(of)),
+        facts=list(_facts(of)),
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _list(kind: str, lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="{kind}">{items}</ul>' if items else ""
-
-
-def _tiles(of: Finetuned) -> str:
-    ratio = of.text.ce_increase
-    shown = (
+def _tiles(text: BeforeAfter) -> tuple[tuple[str, str, str], ...]:
+    """Number, its range, and what it is."""
+    ratio = text.ce_increase
+    return (
         (f"{ratio.estimate:.0%}", f"95 % [{ratio.low:.0%}, {ratio.high:.0%}] over text", "of the CE increase is left"),
-        (f"{of.text.l0:.1%}", f"{of.text.before['l0']:.1f} → {of.text.after['l0']:.1f}", "of the L0 that it had"),
+        (f"{text.l0:.1%}", f"{text.before['l0']:.1f} → {text.after['l0']:.1f}", "of the L0 that it had"),
     )
-    tiles = "".join(
-        f'<div class="tile"><p class="number">{escape(number)}</p><p class="range">{escape(ends)}</p>'
-        f'<p class="what">{escape(what)}</p></div>'
-        for number, ends, what in shown
-    )
-    return f'<div class="tiles">{tiles}</div>'
 
 
-def _table(of: BeforeAfter) -> str:
-    return table(("", "before", "after"), of.rows())
-
-
-def _quantiles(of: Finetuned) -> str:
-    rows = [
-        (f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values()))
-        for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder))
-    ]
-    return table(("", *(f"{share:.0%}" for share in QUANTILES)), rows)
+def _quantiles(of: Finetuned) -> Iterator[tuple[str, ...]]:
+    """Headings, then the rows."""
+    yield "", *(f"{share:.0%}" for share in QUANTILES)
+    for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder)):
+        yield f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values())
 
 
 def _course(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> Chart:

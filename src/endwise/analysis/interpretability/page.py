@@ -5,23 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
 from endwise.analysis.interpretability.study import ExplainedRun, Interpretability, feature_rows, mean_rows
-from endwise.analysis.pages import print_sets, write_page
-from endwise.analysis.scored import AT, At, difference_rows
-from endwise.analysis.scored_page import (
-    DIFFERENCE_HEADINGS,
-    NOTE,
-    difference_cells,
-    grids,
-    mean_table,
-    panels,
-    told_of,
-)
+from endwise.analysis.pages import print_sets
+from endwise.analysis.scored import AT, At
+from endwise.analysis.scored_page import grids, panels, told_of, write_scored
 from endwise.analysis.sets import claim_lines
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Chart
-from endwise.figures.page import table
 from endwise.figures.violins import OUTLINED
 
 LONGEST = 240
@@ -84,20 +74,14 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
     """
     runs = [run for one in found for run in one.runs]
     features = sum(len(run.explanations.rows) for run in runs)
-    return write_page(
+    return write_scored(
         found,
         out,
         "interpretability",
         title="Interpretability of features",
         lead=f"{features:,} features of {len(runs)} sparse autoencoders, explained by a language model; only runs of "
         "one set are compared.",
-        tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
-        charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
-        parts=lambda one, _, figures: [
-            claim_list(one.claims),
-            figures,
-            table(*mean_table(one, one.names, _features)),
-            table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
-            NOTE,
-        ],
+        tables={"features": feature_rows(found), "means": mean_rows(found)},
+        chart=score_chart,
+        features=_features,
     )
