@@ -9,6 +9,7 @@ from rich.console import Console
 
 from endwise.analysis.sets import Compared, remark_list, summaries
 from endwise.common.files import expanded, write_atomic
+from endwise.common.html import paragraph
 from endwise.common.remarks import show_remarks
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
@@ -70,9 +71,10 @@ def write_page(
         drawn = [chart for chart in charts(one, number) if any(panel.series for panel in chart.panels)]
         for chart in drawn:
             save(chart, out)
-        sections.append((one.setting, remark_list(summaries(one)), list(parts(one, number, list(map(div, drawn))))))
+        head = paragraph(f"{one.setting}.", "lead"), remark_list(summaries(one))
+        sections.append((one.setting.site, [*head, *parts(one, number, list(map(div, drawn)))], ""))
     models = ", ".join(model_titles(one.setting.model for one in found).values())
-    content = page("analysis/sets.html.j2", title=title, eyebrow=models, lead=lead, sections=sections)
+    content = page(title=title, eyebrow=models, lead=lead, sections=sections)
     path = out / f"{name}.html"
     write_atomic(path, content.encode())
     return path

@@ -1,25 +1,25 @@
 """Scores of features as violins and as tables, of every question that compares runs by them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from endwise.analysis.claims import claim_list
+from markupsafe import Markup
+
+from endwise.analysis.claims import Claim, claim_list
 from endwise.analysis.over_seeds import bracketed
-from endwise.analysis.pages import Rows, write_page
-from endwise.analysis.scored import AT, At, ScoreDifference, ScoredRun, ScoredSet, difference_rows, mean
+from endwise.analysis.scored import At, ScoreDifference, ScoredRun, ScoredSet, mean
 from endwise.analysis.sets import KNOB, Column, Table, run_table, title_of
 from endwise.common.html import paragraph, table
 from endwise.common.terminal import Grid
-from endwise.figures.charts import Axis, Chart, Panel, Series
+from endwise.figures.charts import Axis, Panel, Series
 from endwise.figures.violins import violin
 
 S = TypeVar("S", bound=ScoredRun)
 DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 NOTE = (
     "Means, and differences of means over equally many features, of one run a kind and one seed a row, with "
-    "95\N{NO-BREAK SPACE}% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on the mean over three "
-    "seeds or more, with an interval that holds features and seeds."
+    "95\N{NO-BREAK SPACE}% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
+    "the mean over three seeds or more, with an interval that holds features and seeds."
 )
 
 
@@ -84,41 +84,17 @@ def difference_cells(each: ScoreDifference[Any]) -> tuple[str, ...]:
     return kinds, similar, seed, each.name, str(each.features), bracketed(each.difference, "+.2f"), f"{each.p:.2g}"
 
 
-def write_scored(
-    found: Sequence[ScoredSet[S]],
-    out: Path,
-    name: str,
-    *,
-    title: str,
-    lead: str,
-    tables: Mapping[str, Rows],
-    chart: Callable[[Any, At, str], Chart],
-    features: Callable[[S], int],
-    notes: Iterable[str] = (),
-) -> Path:
-    """Write the page `<name>.html` with its figures and tables: see `write_page`.
-
-    Args:
-        tables: those besides `differences`.
-        chart: draws a set's runs at similar CE increase or L0, under a name.
-        notes: what a reader must know of these scores.
-    """
-    return write_page(
-        found,
-        out,
-        name,
-        title=title,
-        lead=lead,
-        tables={**tables, "differences": difference_rows(found)},
-        charts=lambda one, number: [chart(one, at, f"scores-{at}-{number}") for at in AT],
-        parts=lambda one, _, figures: [
-            claim_list(one.claims),
-            *figures,
-            table(*mean_table(one, one.names, features)),
-            table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
-            *(paragraph(note, "note") for note in (NOTE, *notes)),
-        ],
-    )
+def parts_of(
+    one: ScoredSet[S], claims: Iterable[Claim], figures: Iterable[Markup], features: Callable[[S], int], *notes: str
+) -> list[Markup]:
+    """The part of a page on a set; notes are what a reader must know of these scores besides."""
+    return [
+        claim_list(claims),
+        *figures,
+        table(*mean_table(one, one.names, features)),
+        table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
+        *(paragraph(note, "note") for note in (NOTE, *notes)),
+    ]
 
 
 def grids(one: ScoredSet[S], names: Iterable[str], features: Callable[[S], int], unit: str) -> Iterator[Grid | str]:

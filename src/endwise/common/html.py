@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from endwise.common.text import printable
 
-_PARTS = "common/parts.html.j2"
+PARTS = "common/parts.html.j2"
 
 
 def render(template: str, **values: Any) -> str:
@@ -68,14 +68,14 @@ def table(
     note: str = "",
 ) -> Markup:
     """A table of numbers, its first column aside, and but for the columns of short `text`."""
-    return part(_PARTS, "table", headings, rows, list(text), title, note)
+    return part(PARTS, "table", headings, rows, list(text), title, note)
 
 
 def paragraph(words: str, kind: str = "", code: str = "") -> Markup:
     """A paragraph of a class of the style sheet, with a command at its end."""
-    return part(_PARTS, "paragraph", words, kind, code)
+    return part(PARTS, "paragraph", words, kind, code)
 
 
 def bullets(kind: str, lines: Iterable[str], role: str = "") -> Markup:
     """A list of a class of the style sheet; empty where there are no lines."""
-    return part(_PARTS, "bullets", kind, list(lines), role)
+    return part(PARTS, "bullets", kind, list(lines), role)

@@ -14,7 +14,7 @@ from endwise.common.text import printable
 
 K = TypeVar("K")
 V = TypeVar("V")
-_CARD = "common/card.html.j2"
+CARD = "common/card.html.j2"
 
 
 class Shown:
@@ -43,7 +43,7 @@ class Shown:
 
 def card(title: str, facts: Mapping[str, object], parts: Iterable[str] = ()) -> str:
     """A result as HTML, of parts as `Shown.shown_parts` has them."""
-    return str(part(_CARD, "card", title, facts, parts))
+    return str(part(CARD, "card", title, facts, parts))
 
 
 class Several(dict[K, V]):
@@ -62,7 +62,7 @@ class Listed(list[V]):
 
 def _named(name: object, value: object) -> str:
     shown = getattr(value, "_repr_html_", None)
-    return str(part(_CARD, "named", name, repr(value) if shown is None else Markup(shown())))
+    return str(part(CARD, "named", name, repr(value) if shown is None else Markup(shown())))
 
 
 def notes(remarks: Iterable[str]) -> Iterable[Markup]:
@@ -70,14 +70,9 @@ def notes(remarks: Iterable[str]) -> Iterable[Markup]:
     return (paragraph(f"! {remark}", "note") for remark in remarks)
 
 
-def scrolled(picture: Markup) -> Markup:
-    """A picture that may be wider than its card."""
-    return part(_CARD, "scrolled", picture)
-
-
-def shaded(texts: Sequence[str], values: Sequence[float], greatest: float) -> Markup:
-    """Show a text token by token, the darker the greater its value."""
-    return part(_CARD, "shaded", list(zip(texts, values, strict=True)), greatest)
+def box(kind: str, parts: Iterable[str]) -> Markup:
+    """Parts in an element of a class of the card's style."""
+    return part(CARD, "box", kind, parts)
 
 
 def bars(counts: Sequence[float | int], edges: Sequence[float], label: str) -> Markup:
@@ -87,4 +82,4 @@ def bars(counts: Sequence[float | int], edges: Sequence[float], label: str) -> M
         edges: of the bins, one more than these.
         label: what it is of.
     """
-    return part(_CARD, "bars", list(zip(counts, edges, edges[1:], strict=False)), label)
+    return part(CARD, "bars", list(zip(counts, edges, edges[1:], strict=False)), label)

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from endwise.common.html import PARTS, bullets, part, table
 from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
-from endwise.figures.page import page
+from endwise.figures.page import Section, page
 from endwise.finetuning.moved import QUANTILES
 from endwise.finetuning.result import Finetuned
 from endwise.finetuning.texts import BeforeAfter
@@ -27,40 +29,45 @@ def report_html(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> str:
     Args:
         metrics: the lines of the run's metrics.jsonl.
     """
-    course, moved = (
-        div(chart) if any(panel.series for panel in chart.panels) else ""
-        for chart in (_course(of, metrics), _moved(of))
-    )
+    sections: list[Section] = [
+        ("On text like that it was tuned on", [_table(of.text)], ""),
+        *((f"On {name}", [_table(each)], "") for name, each in of.others.items()),
+        ("The course", _drawn(_course(of, metrics)), ""),
+        ("How far features moved", [*_drawn(_moved(of)), _quantiles(of)], ""),
+        ("The SAE", [bullets("verdicts", _facts(of))], ""),
+    ]
     return page(
-        "finetuning/page.html.j2",
         title="An SAE, tuned on what the model predicts",
+        eyebrow=model_title(of.config.model.name),
+        place=of.config.place,
         lead=f"{Path(*Path(of.source.name).parts[-2:])}, {of.source.format_name}: tuned on "
         f"{of.config.training.tokens:,} tokens, and measured before and after on the same held-out text.",
-        of=of,
-        model=model_title(of.config.model.name),
-        tiles=_tiles(of.text),
-        texts={"text like that it was tuned on": of.text, **of.others},
-        course=course,
-        moved=moved,
-        quantiles=list(_quantiles(of)),
-        facts=list(_facts(of)),
+        parts=[_tiles(of.text), bullets("remarks", of.remarks, "note")],
+        sections=sections,
     )
 
 
-def _tiles(text: BeforeAfter) -> tuple[tuple[str, str, str], ...]:
-    """Number, its range, and what it is."""
-    ratio = text.ce_increase
-    return (
-        (f"{ratio.estimate:.0%}", f"95 % [{ratio.low:.0%}, {ratio.high:.0%}] over text", "of the CE increase is left"),
-        (f"{text.l0:.1%}", f"{text.before['l0']:.1f} → {text.after['l0']:.1f}", "of the L0 that it had"),
-    )
+def _tiles(text: BeforeAfter) -> Markup:
+    left, l0 = text.ce_increase, f"{text.before['l0']:.1f} → {text.after['l0']:.1f}"
+    ends = f"95 % [{left.low:.0%}, {left.high:.0%}] over text"
+    shown = [(f"{left.estimate:.0%}", ends, "of the CE increase is left", None)]
+    return part(PARTS, "tiles", [*shown, (f"{text.l0:.1%}", l0, "of the L0 that it had", None)])
 
 
-def _quantiles(of: Finetuned) -> Iterator[tuple[str, ...]]:
-    """Headings, then the rows."""
-    yield "", *(f"{share:.0%}" for share in QUANTILES)
-    for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder)):
-        yield f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values())
+def _table(text: BeforeAfter) -> Markup:
+    return table(("", "before", "after"), text.rows())
+
+
+def _drawn(chart: Chart) -> list[Markup]:
+    return [div(chart)] if any(panel.series for panel in chart.panels) else []
+
+
+def _quantiles(of: Finetuned) -> Markup:
+    rows = [
+        (f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values()))
+        for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder))
+    ]
+    return table(("", *(f"{share:.0%}" for share in QUANTILES)), rows)
 
 
 def _course(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> Chart:

@@ -11,13 +11,13 @@ from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pareto.page import ratio_table
 from endwise.analysis.sets import remark_list
-from endwise.common.html import table
+from endwise.common.html import PARTS, part, table
 from endwise.common.text import model_title
 from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
-from endwise.figures.page import page
+from endwise.figures.page import Section, page
 from endwise.paper.costs import as_rows
 from endwise.paper.findings import Findings, ratio_rows
 
@@ -26,30 +26,24 @@ def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequenc
     """The page. `charts` are those of each section."""
     figures = {section: list(map(div, drawn)) for section, drawn in charts.items()}
     runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
-    sections = {
-        "verdicts": ("What shows, and what does not", [remark_list(runs.values()), claim_list(made)]),
-        "tradeoff": ("What a feature buys", [*figures["tradeoff"], ratio_table(ratio_rows(found))]),
-        "similar": ("Runs at similar CE increase, and at similar L0", list(_similar(found))),
-        "downstream": ("What stays of the later layers", figures["downstream"]),
-        "norms": ("Lengths and directions", [*figures["norms"], _norms(found)]),
-        "ablations": ("Learning rate, size, length, seeds", figures["ablations"]),
-        "cost": ("What training costs", [*figures["cost"], _costs(found)]),
-    }
+    sections: list[Section] = [
+        ("What shows, and what does not", [remark_list(runs.values()), claim_list(made)], "verdicts"),
+        ("What a feature buys", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
+        ("Runs at similar CE increase, and at similar L0", list(_similar(found)), "similar"),
+        ("What stays of the later layers", figures["downstream"], "downstream"),
+        ("Lengths and directions", [*figures["norms"], _norms(found)], "norms"),
+        ("Learning rate, size, length, seeds", figures["ablations"], "ablations"),
+        ("What training costs", [*figures["cost"], _costs(found)], "cost"),
+        ("How this was made", [part(PARTS, "terms", _made(found, command))], "made"),
+    ]
     model = model_title(found.made.experiments.study.recipe.get("model", {}).get("name", "embedded"))
     lead = (
         f"Every quantitative experiment of the paper that needs no reader of features, on {model}: "
         f"{len(runs)} sparse autoencoders, {found.made.plan.tokens:,} training tokens each unless a figure says "
         "otherwise, measured on held-out text."
     )
-    return page(
-        "paper/page.html.j2",
-        title="End-to-end sparse dictionary learning, reproduced",
-        eyebrow=model,
-        lead=lead,
-        sections=sections,
-        command=command,
-        facts=_facts(found),
-    )
+    title = "End-to-end sparse dictionary learning, reproduced"
+    return page(title=title, eyebrow=model, lead=lead, sections=sections)
 
 
 def _similar(found: Findings) -> Iterator[Markup]:
@@ -108,16 +102,25 @@ def _microseconds(row: Mapping[str, Any]) -> str:
     return f"{1e6 * row['seconds_per_token']:.0f}{ends} µs per token"
 
 
-def _facts(found: Findings) -> list[tuple[str, str]]:
+def _made(found: Findings, command: str) -> list[tuple[str, str]]:
     study, plan = found.made.experiments.study, found.made.plan
     return [
+        ("command", part(PARTS, "code", command)),
         ("training tokens", f"{plan.tokens:,} a run" + (f", to fit {plan.budget}" if plan.budget else "")),
         ("learning rates", "; ".join(_rates(found, site) for site in found.made.rates)),
         ("seeds", f"{study.seeds} {_SEEDS}"),
         ("left out", ", ".join(plan.left_out) or "nothing"),
         ("failed", "; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run"),
+        ("tables", _TABLES),
+        ("not covered", _NOT_COVERED),
     ]
 
+
+_TABLES = Markup("<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG")
+_NOT_COVERED = Markup(
+    "geometry of the dictionaries and automated interpretability, which have commands of their own: "
+    "<code>endwise geometry</code>, <code>endwise compare-explanations</code>"
+)
 
 _SEEDS = (
     "of the curves and of starts from local, each of initialisation and order of the text; one of sizes, lengths and "

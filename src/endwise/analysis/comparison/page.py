@@ -12,7 +12,7 @@ from endwise.analysis.pareto.page import pareto_chart, ratio_table
 from endwise.analysis.ratios import Ratio, times
 from endwise.analysis.sets import KNOB, measured, remark_list, run_table
 from endwise.common.files import expanded, write_atomic
-from endwise.common.html import paragraph, table
+from endwise.common.html import PARTS, paragraph, part, table
 from endwise.common.text import model_title
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary
@@ -39,12 +39,13 @@ def report_html(summary: Summary) -> str:
     )
     later = downstream({summary.site: summary.similar}, "downstream-mse")
     return page(
-        "analysis/comparison/page.html.j2",
+        template="analysis/comparison/page.html.j2",
         title=f"{'End-to-end and local s' if summary.baseline == LOCAL else 'S'}parse autoencoders, compared",
+        eyebrow=model_title(summary.model),
+        place=summary.site,
         lead=lead,
         summary=summary,
-        model=model_title(summary.model),
-        tiles=list(_tiles(summary)),
+        headlines=list(_tiles(summary)),
         remarks=remark_list(summary.runs),
         tradeoff=div(pareto_chart(summary.runs, summary.site, "pareto")),
         downstream=div(later) if later.panels else paragraph("No later residual stream was measured.", "note"),
@@ -59,11 +60,7 @@ def report_html(summary: Summary) -> str:
     )
 
 
-Tile = tuple[str, str, str, Mapping[str, str]]
-"""A number, its range in words, what it is, and how the tile looks and whom it compares."""
-
-
-def _tiles(summary: Summary) -> Iterator[Tile]:
+def _tiles(summary: Summary) -> Iterator[tuple[object, ...]]:
     base = summary.baseline
     for method in (each for each in summary.compared if each in summary.methods):
         ratio = summary.features_at_equal_ce[method.key]
@@ -73,8 +70,9 @@ def _tiles(summary: Summary) -> Iterator[Tile]:
         yield _tile(e2e_ds, e2e, ratio, "of e2e’s error in the later layers, at the same CE increase")
 
 
-def _tile(method: Method, reference: Method, ratio: Ratio, what: str) -> Tile:
-    look = {"style": style_of(method), "swatch": swatch(method), "name": method.label, "reference": reference.label}
+def _tile(method: Method, reference: Method, ratio: Ratio, what: str) -> tuple[object, ...]:
+    """A number, its range in words, what it is, and whom it is of."""
+    look = {"style": style_of(method), "swatch": swatch(method), "name": method.label, "other": reference.label}
     return _number(ratio), _range_words(ratio), what, look
 
 
@@ -137,6 +135,8 @@ def _scale(summary: Summary) -> str:
 
 
 def _made(summary: Summary) -> Iterator[tuple[str, str]]:
+    if summary.command:
+        yield "command", part(PARTS, "code", summary.command)
     yield "training seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in summary.runs}))
     if summary.seconds is not None:
         yield "wall-clock in all", _duration(summary.seconds)
@@ -148,6 +148,8 @@ def _made(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "versions", ", ".join(told)
     if "platform" in environment:
         yield "platform", environment["platform"]
+    files = "<code>summary.json</code> beside this page, and <code>evaluation.json</code> in each run's folder"
+    yield "numbers", Markup(files)
 
 
 def _duration(seconds: float) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from endwise.analysis.interpretability.study import ExplainedRun, Interpretability, feature_rows, mean_rows
-from endwise.analysis.pages import print_sets
-from endwise.analysis.scored import AT, At
-from endwise.analysis.scored_page import grids, panels, told_of, write_scored
+from endwise.analysis.pages import print_sets, write_page
+from endwise.analysis.scored import AT, At, difference_rows
+from endwise.analysis.scored_page import grids, panels, parts_of, told_of
 from endwise.analysis.sets import claim_lines
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Chart
@@ -74,14 +74,14 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
     """
     runs = [run for one in found for run in one.runs]
     features = sum(len(run.explanations.rows) for run in runs)
-    return write_scored(
+    return write_page(
         found,
         out,
         "interpretability",
         title="Interpretability of features",
         lead=f"{features:,} features of {len(runs)} sparse autoencoders, explained by a language model; only runs of "
         "one set are compared.",
-        tables={"features": feature_rows(found), "means": mean_rows(found)},
-        chart=score_chart,
-        features=_features,
+        tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
+        charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
+        parts=lambda one, _, figures: parts_of(one, one.claims, figures, _features),
     )

@@ -24,7 +24,7 @@ from endwise.analysis.pareto.prefixes import prefix_chart, prefix_rows
 from endwise.analysis.ratios import MEASURES
 from endwise.analysis.sets import KNOB, counted, run_table, title_of, value
 from endwise.common.html import Wide, bullets, paragraph, table
-from endwise.common.showing import scrolled
+from endwise.common.showing import box
 from endwise.common.terminal import Grid
 from endwise.config.method import Method
 from endwise.config.objective import LABELS
@@ -194,7 +194,7 @@ def _parts(one: Pareto, figures: Sequence[Markup]) -> list[Markup]:
 
 def card_parts(one: Pareto) -> Iterable[Markup]:
     """Show a set as a card: its curves, its runs, and what they come to."""
-    yield scrolled(picture(pareto_chart(one.runs, one.setting.site, "pareto")))
+    yield box("scroll", [picture(pareto_chart(one.runs, one.setting.site, "pareto"))])
     grid = _points(one)
     yield table(grid.headings, grid.rows, text=(1, len(grid.headings) - 1))
     if one.is_compared:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from endwise.analysis.pages import print_sets
+from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.patterns.study import JUDGED, PatternRun, PatternStudy, feature_rows, mean_rows
-from endwise.analysis.scored import AT, At
-from endwise.analysis.scored_page import grids, panels, told_of, write_scored
+from endwise.analysis.scored import AT, At, difference_rows
+from endwise.analysis.scored_page import grids, panels, parts_of, told_of
 from endwise.analysis.sets import claim_lines
 from endwise.figures.charts import Chart
 from endwise.figures.violins import OUTLINED
@@ -19,8 +19,8 @@ TOLD = (JUDGED, "explained", "correlation")
 """Scores that are told of on a terminal."""
 _TITLES = {"": "own patterns", "shuffled": "another feature's", "random": "random directions"}
 _LOCAL = (
-    "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the last "
-    "few tokens, whatever else can be said of them."
+    "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the "
+    "last few tokens, whatever else can be said of them."
 )
 
 
@@ -77,15 +77,14 @@ def write_patterns_page(found: Sequence[PatternStudy], out: Path) -> Path:
         RunFolderError: the folder cannot be written.
     """
     runs = [run for one in found for run in one.runs]
-    return write_scored(
+    return write_page(
         found,
         out,
         "patterns",
         title="Features explained by patterns",
         lead=f"{sum(map(_features, runs)):,} features of {len(runs)} sparse autoencoders, predicted by the few tokens "
         "that make them fire; only runs of one set are compared.",
-        tables={"features": feature_rows(found), "means": mean_rows(found)},
-        chart=score_chart,
-        features=_features,
-        notes=[_LOCAL],
+        tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
+        charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
+        parts=lambda one, _, figures: parts_of(one, one.claims, figures, _features, _LOCAL),
     )

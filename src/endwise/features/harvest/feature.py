@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from endwise.common.errors import ConfigError
 from endwise.common.html import paragraph, part, table
-from endwise.common.showing import Shown, bars, shaded
+from endwise.common.showing import CARD, Shown, bars, box
 from endwise.features.explanations import read_explanations
 from endwise.features.harvest.results import TOP, Context, Harvest
 
@@ -18,7 +18,6 @@ CONTEXTS, PER_QUANTILE, EFFECTS = 8, 2, 8
 """Contexts of a feature's greatest activations and of each quantile that are shown, and tokens of its logit effects."""
 LISTED, BINS = 12, 30
 """Features of an overview, and bins of its histogram."""
-_PARTS = "features/harvest/feature.html.j2"
 _MEANT = (
     "Importance: nats per token that its ablation adds to the CE, to second order. Logit effects: its direction times "
     "the unembedding, for an activation of 1."
@@ -76,7 +75,7 @@ class HarvestedFeature(Shown):
         yield _listed([each for each in contexts if each.group == TOP][:CONTEXTS], greatest)
         if lower := [each for each in contexts if each.group != TOP and each.rank < PER_QUANTILE]:
             yield _listed(lower, greatest, "At lower activations")
-        yield part(_PARTS, "side_by_side", list(self._pictures()))
+        yield box("parts", self._pictures())
         yield paragraph(_MEANT, "note")
 
     def _pictures(self) -> Iterable[Markup]:
@@ -122,8 +121,8 @@ def overview(harvest: Harvest) -> Iterable[Markup]:
 
 def _listed(contexts: Iterable[Context], greatest: float, summary: str = "") -> Markup:
     """Show contexts one below another, folded away where there is a summary."""
-    rows = [(f"{each.activation:.3g}", shaded(each.texts, each.activations, greatest)) for each in contexts]
-    return part(_PARTS, "contexts", rows, summary)
+    rows = [(f"{each.activation:.3g}", list(zip(each.texts, each.activations, strict=True))) for each in contexts]
+    return part(CARD, "contexts", rows, greatest, summary)
 
 
 def _number(value: float | None) -> str:
