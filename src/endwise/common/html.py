@@ -13,6 +13,7 @@ from markupsafe import Markup
 from endwise.common.text import printable
 
 PARTS = "common/parts.html.j2"
+Row = Sequence[object]
 
 
 def render(template: str, **values: Any) -> str:
@@ -28,7 +29,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def part(template: str, macro: str, *values: Any) -> Markup:
-    """Fill one macro of a template, for another to place."""
+    """Fill one macro of a template: a part of a page."""
     return getattr(_environment().get_template(template).module, macro)(*values)
 
 
@@ -60,14 +61,9 @@ class Wide:
 
 
 def table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    text: Iterable[int] = (),
-    title: str = "",
-    note: str = "",
+    headings: Sequence[str], rows: Iterable[Row], *, text: Iterable[int] = (), title: str = "", note: str = ""
 ) -> Markup:
-    """A table of numbers, its first column aside, and but for the columns of short `text`."""
+    """A table of numbers, its first column aside, and but for the columns of short `text`, under a title."""
     return part(PARTS, "table", headings, rows, list(text), title, note)
 
 
