@@ -65,3 +65,19 @@ def test_no_name_of_a_class_stands_for_two_things():
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(path.name)
     assert {name: files for name, files in found.items() if len(files) > 1 and not name.startswith("_")} == {}
+
+
+def test_html_is_written_in_templates():
+    """They escape what goes in (common/html.py); an f-string does not."""
+    found = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = (
+                [part.value for part in node.values if isinstance(part, ast.Constant)]
+                if isinstance(node, ast.JoinedStr)
+                else []
+            )
+            found += [
+                f"{path.name}:{node.lineno}" for part in text if re.search(r"</\w|<(br|div|p|td|li|svg|code)\b", part)
+            ]
+    assert not found

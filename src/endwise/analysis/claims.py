@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from markupsafe import Markup
+
+from endwise.common.html import part
 from endwise.evaluation.summary import RunSummary
-from endwise.figures.page import escape
 
 Verdict = Literal["shown", "not shown", "not testable here"]
 SIMILAR = 1.5
@@ -45,15 +47,6 @@ def are_similar(runs: Iterable[RunSummary]) -> bool:
     return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)
 
 
-def claim_list(claims: Iterable[Claim]) -> str:
+def claim_list(claims: Iterable[Claim]) -> Markup:
     """Each with its verdict, what was measured, and what the paper has, if it has anything."""
-    items = []
-    for claim in claims:
-        ours = "<br>".join(escape(part) for part in claim.ours.split("; "))
-        paper = f'<p class="note">Paper, GPT2-small: {escape(claim.published)}.</p>' if claim.published else ""
-        items.append(
-            f'<li><p class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</p>'
-            f"<div><h3>{escape(claim.claim)}</h3>"
-            f"<p>{ours}</p>{paper}</div></li>"
-        )
-    return f'<ul class="claims">{"".join(items)}</ul>'
+    return part("analysis/claims.html.j2", "claims", claims)

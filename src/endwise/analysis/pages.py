@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.sets import Compared, remark_list, summaries
 from endwise.common.files import expanded, write_atomic
+from endwise.common.html import paragraph
 from endwise.common.remarks import show_remarks
 from endwise.common.tables import write_table
 from endwise.common.terminal import Grid, show
@@ -15,7 +17,7 @@ from endwise.common.text import model_titles
 from endwise.evaluation.summary import remarks_of
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, page
+from endwise.figures.page import page
 from endwise.figures.print import save
 
 S = TypeVar("S", bound=Compared)
@@ -47,14 +49,14 @@ def write_page(
     lead: str,
     tables: Mapping[str, Rows],
     charts: Callable[[S, int], Iterable[Chart]],
-    parts: Callable[[S, int, str], Iterable[str]],
+    parts: Callable[[S, int, Sequence[Markup]], Iterable[str]],
 ) -> Path:
     """Write tables as CSV and parquet, every figure as PDF and PNG, and the page `<name>.html`, a section a set.
 
     Args:
         tables: rows by the table's name.
         charts: the figures of a set, given its number, from 1 on; those that show nothing are left out.
-        parts: what stands under a set's head, given its number and its figures; all as HTML.
+        parts: what stands under a set's head, given its number and its figures; text that is no `Markup` is escaped.
 
     Returns: the page.
 
@@ -69,11 +71,10 @@ def write_page(
         drawn = [chart for chart in charts(one, number) if any(panel.series for panel in chart.panels)]
         for chart in drawn:
             save(chart, out)
-        head = f'<h2>{escape(one.setting.site)}</h2><p class="lead">{escape(one.setting)}.</p>'
-        body = "".join(parts(one, number, "\n".join(map(div, drawn))))
-        sections.append(f"<section>{head}{remark_list(summaries(one))}{body}</section>")
-    models = escape(", ".join(model_titles(one.setting.model for one in found).values()))
-    content = page(title=title, eyebrow=models, lead=lead, body="\n".join(sections), interactive=True)
+        head = paragraph(f"{one.setting}.", "lead"), remark_list(summaries(one))
+        sections.append((one.setting.site, [*head, *parts(one, number, list(map(div, drawn)))], ""))
+    models = ", ".join(model_titles(one.setting.model for one in found).values())
+    content = page(title=title, eyebrow=models, lead=lead, sections=sections)
     path = out / f"{name}.html"
     write_atomic(path, content.encode())
     return path

@@ -3,9 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from markupsafe import Markup
+
+from endwise.analysis.claims import Claim, claim_list
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.scored import At, ScoreDifference, ScoredRun, ScoredSet, mean
 from endwise.analysis.sets import KNOB, Column, Table, run_table, title_of
+from endwise.common.html import paragraph, table
 from endwise.common.terminal import Grid
 from endwise.figures.charts import Axis, Panel, Series
 from endwise.figures.violins import violin
@@ -13,9 +17,9 @@ from endwise.figures.violins import violin
 S = TypeVar("S", bound=ScoredRun)
 DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 NOTE = (
-    '<p class="note">Means, and differences of means over equally many features, of one run a kind and one seed a row, '
-    "with 95&nbsp;% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on the mean "
-    "over three seeds or more, with an interval that holds features and seeds.</p>"
+    "Means, and differences of means over equally many features, of one run a kind and one seed a row, with "
+    "95\N{NO-BREAK SPACE}% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
+    "the mean over three seeds or more, with an interval that holds features and seeds."
 )
 
 
@@ -78,6 +82,19 @@ def difference_cells(each: ScoreDifference[Any]) -> tuple[str, ...]:
     seed = str(each.run.summary.seed)
     similar = {"ce_increase": "CE +", "l0": "L0"}[each.at]
     return kinds, similar, seed, each.name, str(each.features), bracketed(each.difference, "+.2f"), f"{each.p:.2g}"
+
+
+def parts_of(
+    one: ScoredSet[S], claims: Iterable[Claim], figures: Iterable[Markup], features: Callable[[S], int], *notes: str
+) -> list[Markup]:
+    """The part of a page on a set; notes are what a reader must know of these scores besides."""
+    return [
+        claim_list(claims),
+        *figures,
+        table(*mean_table(one, one.names, features)),
+        table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
+        *(paragraph(note, "note") for note in (NOTE, *notes)),
+    ]
 
 
 def grids(one: ScoredSet[S], names: Iterable[str], features: Callable[[S], int], unit: str) -> Iterator[Grid | str]:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+from markupsafe import Markup
+
 from endwise.analysis.claims import Claim
 from endwise.analysis.comparable import Setting, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
+from endwise.common.html import bullets
 from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
-from endwise.figures.page import escape
 
 
 @runtime_checkable
@@ -172,10 +174,9 @@ def counted(found: Sequence[Compared]) -> str:
     return f"{runs} sparse autoencoder{'' if runs == 1 else 's'} in {sets} set{'' if sets == 1 else 's'}"
 
 
-def remark_list(runs: Iterable[RunSummary]) -> str:
+def remark_list(runs: Iterable[RunSummary]) -> Markup:
     """The remarks on runs, as HTML; empty where there are none."""
-    items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks_of(runs))
-    return f'<ul class="remarks" role="note">{items}</ul>' if items else ""
+    return bullets("remarks", remarks_of(runs), "note")
 
 
 def claim_lines(claims: Iterable[Claim]) -> list[str]:

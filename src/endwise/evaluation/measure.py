@@ -18,9 +18,10 @@ from torch.nn.functional import cosine_similarity, layer_norm
 
 from endwise.common.axes import Activation, TokenMask
 from endwise.common.errors import ConfigError
+from endwise.common.html import table
 from endwise.common.processes import ALONE, World
 from endwise.common.remarks import remarks_on
-from endwise.common.showing import Shown, notes, table
+from endwise.common.showing import Shown, notes
 from endwise.common.statistics import Interval, bootstrap_ratio
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
@@ -92,7 +93,7 @@ class Evaluation(Shown):
     def shown_parts(self) -> Iterable[str]:
         rows = [(name, *(f"{each:.4g}" for each in (i.estimate, i.low, i.high))) for name, i in self.metrics.items()]
         bounds = [(f"CE, {name.replace('_', ' ')}", f"{ce:.4g}") for name, ce in vars(self.baselines).items()]
-        yield notes(self.remarks)
+        yield from notes(self.remarks)
         yield table(("metric", "estimate", "95 % from", "to"), [*rows, *((*each, "", "") for each in bounds)])
 
     def __getitem__(self, metric: str) -> float:

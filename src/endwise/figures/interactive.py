@@ -3,16 +3,17 @@ file without a network; colours are the page's own style sheet's, light or dark.
 """
 
 import hashlib
-import json
 import math
 import textwrap
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from functools import cache
-from html import escape as escape_html
 from importlib.resources import files
 from typing import Any
 
+from markupsafe import Markup
+
+from endwise.common.html import part
 from endwise.common.text import printable
 from endwise.config.method import Method
 from endwise.figures import style
@@ -24,39 +25,31 @@ HOVER_WIDTH = 46
 """Characters of a line of a point's text; longer ones are folded."""
 
 Json = dict[str, Any]
+_PARTS = "figures/chart.html.j2"
 
 
-def div(chart: Chart) -> str:
+def div(chart: Chart) -> Markup:
     """The chart as an element of a page that also has `library()`: legend, panels, caption, and what is drawn as JSON.
 
     Text in a chart stays text: nothing in it is read as a tag, here or by plotly.
     """
-    panels = "".join(
-        f'<section><h4>{_escape(panel.title)}</h4><div class="plot" role="img" aria-label="{_escape(in_words(panel))}">'
-        f"</div>{_note(panel)}</section>"
-        for panel in chart.panels
-    )
+    names = [(_plain(name), name, _look(series)) for name, series in style.first_of_each_name(chart).items()]
+    panels = [(panel.title, in_words(panel), style.left_out(panel)) for panel in chart.panels]
     hatched = style.bands_of(chart)[1:]
-    described = _json([_figure(panel, hatched) for panel in chart.panels])
-    classes = "chart large" if chart.large else "chart"
-    return (
-        f'<figure class="{classes}" id="{_escape(chart.name)}"><h3>{_escape(chart.title)}</h3>{_legend(chart)}'
-        f'<div class="chart-panels">{panels}</div><figcaption>{_escape(chart.caption)}</figcaption>'
-        f'<script type="application/json">{described}</script></figure>'
-    )
+    figures = [_figure(panel, hatched) for panel in chart.panels]
+    return part(_PARTS, "chart", chart, names, style.signs_of(chart), panels, figures)
 
 
-def library() -> str:
+@cache
+def library() -> Markup:
     """Return what a page with charts needs once: their style, plotly.js, and the script that draws every chart."""
-    resources = files("endwise.figures")
-    css = resources.joinpath("interactive.css").read_text(encoding="utf-8")
-    return f"<style>\n{css}</style>\n" + "\n".join(f"<script>{script}</script>" for script in _scripts())
+    return part(_PARTS, "library", _scripts())
 
 
-def script_policy() -> str:
+def script_policy() -> Markup:
     """The `script-src` of a Content-Security-Policy under which the library's scripts run and no other does."""
     hashes = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts())
-    return "script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return Markup("script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes))
 
 
 def in_words(panel: Panel) -> str:
@@ -191,51 +184,12 @@ def _place(axis: Axis, value: float) -> str:
     return axis.categories[round(value)] if axis.categories else f"{value:,.4g}"
 
 
-def _note(panel: Panel) -> str:
-    words = style.left_out(panel)
-    return f'<p class="note">{_escape(words)}</p>' if words else ""
-
-
-def _legend(chart: Chart) -> str:
-    """A button for each name, which hides its series in every panel; and what the other signs mean."""
-    items = [
-        f'<button type="button" aria-pressed="true" data-series="{_escape(_plain(name))}">{_swatch(series)}'
-        f"{_escape(name)}</button>"
-        for name, series in style.first_of_each_name(chart).items()
-    ]
-    items += [f"<span>{_SIGNS[sign]}{_escape(words)}</span>" for words, sign in style.signs_of(chart).items()]
-    return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
-
-
-_SWATCH = '<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true"'
-_BAND = '<path d="M1 2H27V12H1z" style="fill:var(--muted);opacity:.3"/>'
-_DRAWN = {
-    "band": _BAND,
-    "hatched": f'{_BAND}<path d="M3 12 13 2M11 12 21 2M19 12 27 4" style="stroke:var(--muted);stroke-width:1.2"/>',
-    "interval": '<path d="M14 1V13" style="stroke:var(--muted);stroke-width:1.5"/>',
-    "front": '<circle cx="14" cy="7" r="6" style="fill:none;stroke:var(--ink);stroke-width:1.2"/>',
-}
-_SIGNS = {sign: f"{_SWATCH}>{drawn}</svg>" for sign, drawn in _DRAWN.items()}
-
-
-def swatch(method: Method) -> str:
+def swatch(method: Method) -> Markup:
     """The method's marker and line, small; decoration only, its name stands beside it."""
-    return _swatch(Series(method, ()))
+    return part(_PARTS, "swatch", *_look(Series(method, ())))
 
 
-def _swatch(series: Series) -> str:
-    shape = style.SHAPES[style.marker_of(series.method)]
-    hollow = ' style="fill:var(--card);stroke:var(--c);stroke-width:1.6"' if series.rank else ""
+def _look(series: Series) -> tuple[str, str, str, bool]:
+    """Style, marker, dashes of the line, if there is one, and whether the marker is hollow."""
     pattern = " ".join(f"{length:g}" for length in style.dashes(series)) or "none"
-    line = f'<path class="line" d="M1 7H27" stroke-dasharray="{pattern}"/>' if series.joined else ""
-    return f'{_SWATCH} style="--c:{_colour(series)}">{line}<g{hollow}>{shape}</g></svg>'
-
-
-def _escape(text: str) -> str:
-    return escape_html(printable(text))
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script that it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return style.style_of(series.method), style.marker_of(series.method), pattern * series.joined, series.rank > 0

@@ -1,35 +1,36 @@
-"""Pages, each one file that needs nothing else, its style, its head and its foot."""
+"""Pages, each one file that needs nothing else: its head, its style, its scripts and its foot."""
 
-from importlib.resources import files
-from string import Template
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from endwise import __version__
-from endwise.common.showing import Wide, escape, table
+from endwise.common.html import render
 from endwise.figures.interactive import library, script_policy
 from endwise.figures.style import COLOURS
 
-__all__ = ["Wide", "escape", "page", "table", "template"]
+FRAME = "figures/page.html.j2"
+Section = tuple[str, Iterable[str], str]
+"""Title, parts and id (empty: none) of a section of a page."""
 
 
-def page(*, title: str, eyebrow: str, lead: str, body: str, interactive: bool = False) -> str:
-    """A whole page of parts that are HTML already.
+def page(
+    *,
+    title: str,
+    eyebrow: str,
+    lead: str,
+    place: str = "",
+    parts: Iterable[str] = (),
+    sections: Sequence[Section] = (),
+    template: str = FRAME,
+    **values: Any,
+) -> str:
+    """A whole page. Of its parts `Markup` stands as it is, other text is escaped.
 
     Args:
-        interactive: it has figures of `figures.interactive`, whose scripts it then carries.
+        place: site that it is all about.
+        parts: what stands before the sections.
+        template: one that extends `FRAME` with a body of its own, of these `values`.
     """
-    colours = " ".join(f"--{style}: {colour};" for style, colour in COLOURS.items())
-    return template("endwise.figures", "page.html").substitute(
-        version=escape(__version__),
-        title=title,
-        style=template("endwise.figures", "style.css").substitute(colours=colours),
-        scripts_allowed=f"; {script_policy()}; img-src data: blob:" if interactive else "",
-        scripts=library() if interactive else "",
-        eyebrow=eyebrow,
-        lead=lead,
-        body=body,
-    )
-
-
-def template(package: str, name: str) -> Template:
-    """Read a page's frame from the files of a package."""
-    return Template(files(package).joinpath(name).read_text(encoding="utf-8"))
+    told = {"title": title, "eyebrow": eyebrow, "lead": lead, "place": place, "parts": parts, "sections": sections}
+    frame = {"version": __version__, "colours": COLOURS, "policy": script_policy(), "library": library()}
+    return render(template, **told, **frame, **values)

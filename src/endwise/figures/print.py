@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +87,7 @@ def save(chart: Chart, folder: Path) -> list[Path]:
     return paths
 
 
-def picture(chart: Chart) -> str:
+def picture(chart: Chart) -> Markup:
     """Return a chart as SVG that stands in a page: no background, and ink of the page's own colour."""
     drawn = StringIO()
     with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": chart.name}):
@@ -100,7 +101,7 @@ def picture(chart: Chart) -> str:
     ):
         svg = svg.replace(colour, own)
     svg = re.sub(r"<style[^>]*>\*\{(.*?)\}</style>", "", svg, flags=re.DOTALL)  # which would be the whole page's
-    return svg[svg.index("<svg") :].replace("<svg ", '<svg style="stroke-linejoin: round" ', 1)
+    return Markup(svg[svg.index("<svg") :].replace("<svg ", '<svg style="stroke-linejoin: round" ', 1))
 
 
 def draw(chart: Chart) -> Figure:

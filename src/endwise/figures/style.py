@@ -14,18 +14,6 @@ COLOURS = dict(zip(_STYLES, ("#0072B2", "#D55E00", "#009E73", *_FURTHER), strict
 """One colour a method in every figure, by the name of its style: of the paper's kinds, and of further methods in turn.
 From the palette of Okabe and Ito, which colour-blind readers can tell apart; each has a marker of its own too."""
 _MARKERS = dict(zip(_STYLES, "os^DvPX<>", strict=True))
-SHAPES = {
-    "o": '<circle cx="14" cy="7" r="4"/>',
-    "s": '<rect x="10.5" y="3.5" width="7" height="7"/>',
-    "^": '<path d="M14 2 18.5 11H9.5z"/>',
-    "D": '<path d="M14 1.5 19.5 7 14 12.5 8.5 7z"/>',
-    "v": '<path d="M14 12 18.5 3H9.5z"/>',
-    "P": '<path d="M12 2h4v3h3v4h-3v3h-4V9H9V5h3z"/>',
-    "X": '<path d="M11 2l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z"/>',
-    "<": '<path d="M9 7 18 2.5V11.5z"/>',
-    ">": '<path d="M19 7 10 2.5V11.5z"/>',
-}
-"""Markers in a legend, in a box of 28 × 14."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
 """By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100

@@ -1,16 +1,18 @@
 """The report of a finetuning: one HTML file that needs nothing else."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from endwise.common.html import PARTS, bullets, part, table
 from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
+from endwise.figures.page import Section, page
 from endwise.finetuning.moved import QUANTILES
 from endwise.finetuning.result import Finetuned
 from endwise.finetuning.texts import BeforeAfter
@@ -27,54 +29,40 @@ def report_html(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> str:
     Args:
         metrics: the lines of the run's metrics.jsonl.
     """
-    charts = [chart for chart in (_course(of, metrics), _moved(of)) if any(panel.series for panel in chart.panels)]
-    body = [
-        _tiles(of),
-        _list("remarks", of.remarks),
-        _section("On text like that it was tuned on", _table(of.text)),
-        *(_section(f"On {name}", _table(each)) for name, each in of.others.items()),
-        _section("The course", *map(div, charts[:1])),
-        _section("How far features moved", *map(div, charts[1:]), _quantiles(of)),
-        _section("The SAE", _list("verdicts", _facts(of))),
+    sections: list[Section] = [
+        ("On text like that it was tuned on", [_table(of.text)], ""),
+        *((f"On {name}", [_table(each)], "") for name, each in of.others.items()),
+        ("The course", _drawn(_course(of, metrics)), ""),
+        ("How far features moved", [*_drawn(_moved(of)), _quantiles(of)], ""),
+        ("The SAE", [bullets("verdicts", _facts(of))], ""),
     ]
     return page(
         title="An SAE, tuned on what the model predicts",
-        eyebrow=f"{escape(model_title(of.config.model.name))} · <code>{escape(of.config.place)}</code>",
-        lead=f"{escape(Path(*Path(of.source.name).parts[-2:]))}, {escape(of.source.format_name)}: tuned on "
+        eyebrow=model_title(of.config.model.name),
+        place=of.config.place,
+        lead=f"{Path(*Path(of.source.name).parts[-2:])}, {of.source.format_name}: tuned on "
         f"{of.config.training.tokens:,} tokens, and measured before and after on the same held-out text.",
-        body="\n".join(body),
-        interactive=True,
+        parts=[_tiles(of.text), bullets("remarks", of.remarks, "note")],
+        sections=sections,
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+def _tiles(text: BeforeAfter) -> Markup:
+    left, l0 = text.ce_increase, f"{text.before['l0']:.1f} → {text.after['l0']:.1f}"
+    ends = f"95 % [{left.low:.0%}, {left.high:.0%}] over text"
+    shown = [(f"{left.estimate:.0%}", ends, "of the CE increase is left", None)]
+    return part(PARTS, "tiles", [*shown, (f"{text.l0:.1%}", l0, "of the L0 that it had", None)])
 
 
-def _list(kind: str, lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="{kind}">{items}</ul>' if items else ""
+def _table(text: BeforeAfter) -> Markup:
+    return table(("", "before", "after"), text.rows())
 
 
-def _tiles(of: Finetuned) -> str:
-    ratio = of.text.ce_increase
-    shown = (
-        (f"{ratio.estimate:.0%}", f"95 % [{ratio.low:.0%}, {ratio.high:.0%}] over text", "of the CE increase is left"),
-        (f"{of.text.l0:.1%}", f"{of.text.before['l0']:.1f} → {of.text.after['l0']:.1f}", "of the L0 that it had"),
-    )
-    tiles = "".join(
-        f'<div class="tile"><p class="number">{escape(number)}</p><p class="range">{escape(ends)}</p>'
-        f'<p class="what">{escape(what)}</p></div>'
-        for number, ends, what in shown
-    )
-    return f'<div class="tiles">{tiles}</div>'
+def _drawn(chart: Chart) -> list[Markup]:
+    return [div(chart)] if any(panel.series for panel in chart.panels) else []
 
 
-def _table(of: BeforeAfter) -> str:
-    return table(("", "before", "after"), of.rows())
-
-
-def _quantiles(of: Finetuned) -> str:
+def _quantiles(of: Finetuned) -> Markup:
     rows = [
         (f"{name}, cosine", *(f"{value:.3f}" for value in of.moved.quantiles(cosines).values()))
         for name, cosines in (("decoder", of.moved.decoder), ("encoder", of.moved.encoder))

@@ -1,7 +1,9 @@
 """The study's report: verdicts first, then every figure and table, on one page that needs nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 from endwise.analysis import published as paper
 from endwise.analysis.claims import Claim, claim_list
@@ -9,46 +11,42 @@ from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pareto.page import ratio_table
 from endwise.analysis.sets import remark_list
+from endwise.common.html import PARTS, part, table
 from endwise.common.text import model_title
 from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Chart
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, page, table
+from endwise.figures.page import Section, page
 from endwise.paper.costs import as_rows
 from endwise.paper.findings import Findings, ratio_rows
 
 
 def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequence[Claim], command: str) -> str:
     """The page. `charts` are those of each section."""
-    figures = {section: "\n".join(map(div, drawn)) for section, drawn in charts.items()}
+    figures = {section: list(map(div, drawn)) for section, drawn in charts.items()}
     runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
-    sections = {
-        "verdicts": ("What shows, and what does not", remark_list(runs.values()) + claim_list(made)),
-        "tradeoff": ("What a feature buys", figures["tradeoff"] + ratio_table(ratio_rows(found))),
-        "similar": ("Runs at similar CE increase, and at similar L0", _similar(found)),
-        "downstream": ("What stays of the later layers", figures["downstream"]),
-        "norms": ("Lengths and directions", figures["norms"] + _norms(found)),
-        "ablations": ("Learning rate, size, length, seeds", figures["ablations"]),
-        "cost": ("What training costs", figures["cost"] + _costs(found)),
-        "made": ("How this was made", _made(found, command)),
-    }
-    body = [
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{content}\n</section>'
-        for name, (title, content) in sections.items()
+    sections: list[Section] = [
+        ("What shows, and what does not", [remark_list(runs.values()), claim_list(made)], "verdicts"),
+        ("What a feature buys", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
+        ("Runs at similar CE increase, and at similar L0", list(_similar(found)), "similar"),
+        ("What stays of the later layers", figures["downstream"], "downstream"),
+        ("Lengths and directions", [*figures["norms"], _norms(found)], "norms"),
+        ("Learning rate, size, length, seeds", figures["ablations"], "ablations"),
+        ("What training costs", [*figures["cost"], _costs(found)], "cost"),
+        ("How this was made", [part(PARTS, "terms", _made(found, command))], "made"),
     ]
     model = model_title(found.made.experiments.study.recipe.get("model", {}).get("name", "embedded"))
     lead = (
-        f"Every quantitative experiment of the paper that needs no reader of features, on {escape(model)}: "
+        f"Every quantitative experiment of the paper that needs no reader of features, on {model}: "
         f"{len(runs)} sparse autoencoders, {found.made.plan.tokens:,} training tokens each unless a figure says "
         "otherwise, measured on held-out text."
     )
     title = "End-to-end sparse dictionary learning, reproduced"
-    return page(title=title, eyebrow=escape(model), lead=lead, body="\n".join(body), interactive=True)
+    return page(title=title, eyebrow=model, lead=lead, sections=sections)
 
 
-def _similar(found: Findings) -> str:
-    parts = []
+def _similar(found: Findings) -> Iterator[Markup]:
     sets = {
         "Similar CE increase": (found.similar_ce, paper.SIMILAR_CE),
         "Similar L0": (found.similar_l0, paper.SIMILAR_L0),
@@ -62,11 +60,10 @@ def _similar(found: Findings) -> str:
             for where, of in rows
         ]
         headings = ("site", "kind", "λ", "L0", "alive", "CE increase")
-        parts.append(f"<h3>{words}</h3>{table(headings, cells, text=(1,))}")
-    return "".join(parts)
+        yield table(headings, cells, text=(1,), title=words)
 
 
-def _norms(found: Findings) -> str:
+def _norms(found: Findings) -> Markup:
     rows: list[tuple[str, ...]] = []
     for site, run in found.with_norms:
         intervals = (getattr(found.norms[run.folder], name) for name in COLUMNS.values())
@@ -77,10 +74,10 @@ def _norms(found: Findings) -> str:
         for layer, ratio in zip(paper.LAYERS, ratios, strict=True)
     ]
     note = "The first and the last column leave out position 0 and document starts; the paper's leaves out position 0."
-    return table(("site", "kind", *COLUMNS), rows, text=(1,)) + f'<p class="note">{note}</p>'
+    return table(("site", "kind", *COLUMNS), rows, text=(1,), note=note)
 
 
-def _costs(found: Findings) -> str:
+def _costs(found: Findings) -> Markup:
     rows: list[tuple[object, ...]] = [
         (
             f"here, layer {layer_label(row['site'])}",
@@ -96,7 +93,7 @@ def _costs(found: Findings) -> str:
             rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{taken:.1f} h", f"{ratio:.2f}"))
     note = "Each kind trained alone, one after another; wall-clock, so unlike all other numbers not the same each time."
     headings = ("site", "kind", "dictionary", "training", "relative to local")
-    return f'{table(headings, rows, text=(1, 2))}<p class="note">{note}</p>'
+    return table(headings, rows, text=(1, 2), note=note)
 
 
 def _microseconds(row: Mapping[str, Any]) -> str:
@@ -105,25 +102,26 @@ def _microseconds(row: Mapping[str, Any]) -> str:
     return f"{1e6 * row['seconds_per_token']:.0f}{ends} µs per token"
 
 
-def _made(found: Findings, command: str) -> str:
+def _made(found: Findings, command: str) -> list[tuple[str, str]]:
     study, plan = found.made.experiments.study, found.made.plan
-    facts = [
-        ("command", f"<code>{escape(command)}</code>"),
-        ("training tokens", f"{plan.tokens:,} a run" + (f", to fit {escape(plan.budget)}" if plan.budget else "")),
-        ("learning rates", escape("; ".join(_rates(found, site) for site in found.made.rates))),
+    return [
+        ("command", part(PARTS, "code", command)),
+        ("training tokens", f"{plan.tokens:,} a run" + (f", to fit {plan.budget}" if plan.budget else "")),
+        ("learning rates", "; ".join(_rates(found, site) for site in found.made.rates)),
         ("seeds", f"{study.seeds} {_SEEDS}"),
-        ("left out", escape(", ".join(plan.left_out) or "nothing")),
-        ("failed", escape("; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run")),
-        ("tables", "<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG"),
+        ("left out", ", ".join(plan.left_out) or "nothing"),
+        ("failed", "; ".join(f"{path.name}: {why}" for path, why in found.made.failures.items()) or "no run"),
+        ("tables", _TABLES),
         ("not covered", _NOT_COVERED),
     ]
-    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts) + "</dl>"
 
 
-_NOT_COVERED = (
+_TABLES = Markup("<code>tables/</code> beside this page, CSV and parquet; <code>figures/</code>, PDF and PNG")
+_NOT_COVERED = Markup(
     "geometry of the dictionaries and automated interpretability, which have commands of their own: "
     "<code>endwise geometry</code>, <code>endwise compare-explanations</code>"
 )
+
 _SEEDS = (
     "of the curves and of starts from local, each of initialisation and order of the text; one of sizes, lengths and "
     "learning rates, on which no verdict rests"

@@ -7,8 +7,9 @@ from typing import Any
 
 from endwise.common.errors import EndwiseError
 from endwise.common.files import there_is
+from endwise.common.html import paragraph
 from endwise.common.remarks import remarks_on
-from endwise.common.showing import Shown, escape, notes
+from endwise.common.showing import Shown, notes
 from endwise.config.places import Recipe
 
 NUMBERS = (
@@ -45,17 +46,17 @@ class ShownRun(Shown):
         try:
             measured, course = self.measured(), self.course()
         except EndwiseError as error:
-            yield notes([str(error)])
+            yield from notes([str(error)])
             return
-        name = escape(shlex.quote(str(self.path)))
+        name = shlex.quote(str(self.path))
         if course:
-            yield f"<p>Loss {course['first']:.4g} at first, {course['last']:.4g} at last.</p>"
+            yield paragraph(f"Loss {course['first']:.4g} at first, {course['last']:.4g} at last.")
         if measured is None:
-            yield f'<p class="note">Measure it: <code>endwise evaluate {name}</code></p>'
+            yield paragraph("Measure it:", "note", f"endwise evaluate {name}")
             return
         known = [(label, measured.get(key), form) for label, key, form in NUMBERS]
         told = [f"{label} {number:{form}}" for label, number, form in known if isinstance(number, int | float)]
-        yield f"<p>{', '.join(told)}, on {int(measured.get('tokens', 0)):,} held-out tokens.</p>"
-        yield notes(remarks_on(measured))
+        yield paragraph(f"{', '.join(told)}, on {int(measured.get('tokens', 0)):,} held-out tokens.")
+        yield from notes(remarks_on(measured))
         if not there_is(self.path / "harvest"):
-            yield f'<p class="note">See its features: <code>endwise harvest {name}</code></p>'
+            yield paragraph("See its features:", "note", f"endwise harvest {name}")

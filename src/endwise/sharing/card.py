@@ -3,6 +3,7 @@
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from endwise.analysis.sets import measured, title_of
 from endwise.common.text import printable
 from endwise.config.places import PlacesConfig
 from endwise.evaluation.summary import RunSummary
-from endwise.figures.page import escape
 from endwise.figures.print import save
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import PLACES

@@ -1,7 +1,9 @@
 """The comparison as one HTML file that needs nothing else: no network, no font, no script or image beside it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from markupsafe import Markup
 
 from endwise.analysis.comparison.comparison import Summary
 from endwise.analysis.directions.reconstruction import downstream
@@ -10,11 +12,12 @@ from endwise.analysis.pareto.page import pareto_chart, ratio_table
 from endwise.analysis.ratios import Ratio, times
 from endwise.analysis.sets import KNOB, measured, remark_list, run_table
 from endwise.common.files import expanded, write_atomic
+from endwise.common.html import PARTS, paragraph, part, table
 from endwise.common.text import model_title
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.interactive import div, swatch
-from endwise.figures.page import escape, page, table, template
+from endwise.figures.page import page
 from endwise.figures.style import style_of
 
 
@@ -29,98 +32,80 @@ def write_report(summary: Summary, path: Path | str) -> None:
 
 def report_html(summary: Summary) -> str:
     """The page's text. Everything that comes from a run is escaped."""
-    content = template("endwise.analysis.comparison", "page.html").substitute(
-        tiles="\n".join(_tiles(summary)),
-        remarks=remark_list(summary.runs),
-        verdicts="\n".join(f"<li>{escape(sentence)}</li>" for sentence in summary.verdicts),
-        tradeoff=div(pareto_chart(summary.runs, summary.site, "pareto")),
-        downstream=_downstream(summary),
-        similar=_similar_table(summary),
-        baseline=escape(summary.baseline.label),
-        ratios=ratio_table([{"site": summary.site, **row} for row in rows_of_ratios(summary)]),
-        runs=_runs_table(summary),
-        scale=_scale(summary),
-        d_sae=_span([run.d_sae for run in summary.runs]),
-        alive_tokens=_span([run.alive_tokens for run in summary.runs]),
-        resamples=f"{summary.resamples:,}",
-        made="\n".join(f"<dt>{escape(term)}</dt><dd>{words}</dd>" for term, words in _made(summary)),
-    )
-    model = f"{escape(model_title(summary.model))} · " if summary.model else ""
     lead = (
         f"{len(summary.runs)} sparse autoencoders of {_span([run.d_sae for run in summary.runs])} features and "
         f"{len(summary.methods)} kinds, each trained on {_span([run.tokens for run in summary.runs])} tokens, then "
         "spliced into the model and measured on text that none of them has seen."
     )
+    later = downstream({summary.site: summary.similar}, "downstream-mse")
     return page(
+        template="analysis/comparison/page.html.j2",
         title=f"{'End-to-end and local s' if summary.baseline == LOCAL else 'S'}parse autoencoders, compared",
-        eyebrow=f"{model}<code>{escape(summary.site)}</code>",
+        eyebrow=model_title(summary.model),
+        place=summary.site,
         lead=lead,
-        body=content,
-        interactive=True,
+        summary=summary,
+        headlines=list(_tiles(summary)),
+        remarks=remark_list(summary.runs),
+        tradeoff=div(pareto_chart(summary.runs, summary.site, "pareto")),
+        downstream=div(later) if later.panels else paragraph("No later residual stream was measured.", "note"),
+        similar=table(*run_table(summary.similar, "kind", KNOB, "CE increase", "L0", "later MSE")),
+        factors=list(_factors(summary)),
+        ratios=ratio_table([{"site": summary.site, **row} for row in rows_of_ratios(summary)]),
+        runs=_runs_table(summary),
+        scale=_scale(summary),
+        d_sae=_span([run.d_sae for run in summary.runs]),
+        alive_tokens=_span([run.alive_tokens for run in summary.runs]),
+        made=list(_made(summary)),
     )
 
 
-def _downstream(summary: Summary) -> str:
-    chart = downstream({summary.site: summary.similar}, "downstream-mse")
-    return div(chart) if chart.panels else '<p class="note">No later residual stream was measured.</p>'
-
-
-def _tiles(summary: Summary) -> Iterable[str]:
+def _tiles(summary: Summary) -> Iterator[tuple[object, ...]]:
     base = summary.baseline
     for method in (each for each in summary.compared if each in summary.methods):
         ratio = summary.features_at_equal_ce[method.key]
-        yield _tile(method, base, ratio, f"of {escape(base.label)}’s features per token, at the same CE increase")
+        yield _tile(method, base, ratio, f"of {base.label}’s features per token, at the same CE increase")
     e2e, e2e_ds = PRESET_METHODS["e2e"], PRESET_METHODS["e2e_ds"]
     if base == LOCAL and (ratio := summary.downstream.get("e2e_ds/e2e")):
         yield _tile(e2e_ds, e2e, ratio, "of e2e’s error in the later layers, at the same CE increase")
 
 
-def _tile(method: Method, reference: Method, ratio: Ratio, what: str) -> str:
-    return (
-        f'<div class="tile" style="--c:var(--{style_of(method)})"><div class="who">{swatch(method)}'
-        f"<span>{escape(method.label)} <span>against {escape(reference.label)}</span></span></div>"
-        f'<p class="number">{_number(ratio)}</p>'
-        f'<p class="range">{_range_words(ratio)}</p><p class="what">{what}</p></div>'
-    )
+def _tile(method: Method, reference: Method, ratio: Ratio, what: str) -> tuple[object, ...]:
+    """A number, its range in words, what it is, and whom it is of."""
+    look = {"style": style_of(method), "swatch": swatch(method), "name": method.label, "other": reference.label}
+    return _number(ratio), _range_words(ratio), what, look
 
 
 def _number(ratio: Ratio) -> str:
     """The figure; where curves cross, what it is at both ends."""
     if ratio.crossings and ratio.at_ends is not None:
-        return f"{100 * ratio.at_ends[0]:.0f}–{100 * ratio.at_ends[1]:.0f}&nbsp;%"
-    return "–" if ratio.estimate is None else f"{100 * ratio.estimate:.0f}&nbsp;%"
+        return f"{100 * ratio.at_ends[0]:.0f}–{100 * ratio.at_ends[1]:.0f}\N{NO-BREAK SPACE}%"
+    return "–" if ratio.estimate is None else f"{100 * ratio.estimate:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _range_words(ratio: Ratio) -> str:
     if ratio.interval is None:
-        return f"no {'one number' if ratio.estimate is None else 'interval'}: {escape(ratio.reason or '')}"
+        return f"no {'one number' if ratio.estimate is None else 'interval'}: {ratio.reason or ''}"
     low, high = ratio.interval
-    words = f"95&nbsp;% interval {100 * low:.1f} to {100 * high:.1f}&nbsp;%"
+    words = f"95\N{NO-BREAK SPACE}% interval {100 * low:.1f} to {100 * high:.1f}\N{NO-BREAK SPACE}%"
     if not ratio.holds_seeds:
-        return f"{words}, over text alone: {escape(ratio.rests_on)}"
+        return f"{words}, over text alone: {ratio.rests_on}"
     return f"{words}: a difference is not shown" if low <= 1 <= high else words
 
 
-def _similar_table(summary: Summary) -> str:
-    ratios = [
-        f"<dt>{' : '.join(escape(summary.method(key).label) for key in pair.split('/'))}</dt><dd>{_factor(ratio)}</dd>"
-        for pair, ratio in summary.downstream.items()
-    ]
-    return (
-        f"{table(*run_table(summary.similar, 'kind', KNOB, 'CE increase', 'L0', 'later MSE'))}"
-        '<p class="note">Ratio of downstream MSE, geometric mean over later layers, with its 95&nbsp;% interval:</p>'
-        f'<dl class="ratios">{"".join(ratios)}</dl>'
-    )
+def _factors(summary: Summary) -> Iterator[tuple[str, str]]:
+    for pair, ratio in summary.downstream.items():
+        yield " : ".join(summary.method(key).label for key in pair.split("/")), _factor(ratio)
 
 
 def _factor(ratio: Ratio) -> str:
     if ratio.estimate is None:
-        return escape(ratio.reason or "")
+        return ratio.reason or ""
     ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
     return f"{times(ratio.estimate)} ×{ends}"
 
 
-def _runs_table(summary: Summary) -> str:
+def _runs_table(summary: Summary) -> Markup:
     base = summary.baseline
     costs = [run.seconds / run.tokens for run in summary.runs if run.method == base and run.seconds > 0]
 
@@ -149,21 +134,22 @@ def _scale(summary: Summary) -> str:
     return f"{words} For scale, the CE increase is {' and '.join(known)}." if known else words
 
 
-def _made(summary: Summary) -> Iterable[tuple[str, str]]:
+def _made(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.command:
-        yield "command", f"<code>{escape(summary.command)}</code>"
-    yield "training seeds", escape(", ".join(str(seed) for seed in sorted({run.seed for run in summary.runs})))
+        yield "command", part(PARTS, "code", summary.command)
+    yield "training seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in summary.runs}))
     if summary.seconds is not None:
         yield "wall-clock in all", _duration(summary.seconds)
     environment = dict(summary.environment)
     packages = environment.get("packages")
     if isinstance(packages, Mapping):
         versions = {"python": environment.get("python", ""), **packages}
-        told = [f"{escape(name)}&nbsp;{escape(version)}" for name, version in versions.items() if version is not None]
+        told = [f"{name}\N{NO-BREAK SPACE}{version}" for name, version in versions.items() if version is not None]
         yield "versions", ", ".join(told)
     if "platform" in environment:
-        yield "platform", escape(environment["platform"])
-    yield "numbers", "<code>summary.json</code> beside this page, and <code>evaluation.json</code> in each run's folder"
+        yield "platform", environment["platform"]
+    files = "<code>summary.json</code> beside this page, and <code>evaluation.json</code> in each run's folder"
+    yield "numbers", Markup(files)
 
 
 def _duration(seconds: float) -> str:

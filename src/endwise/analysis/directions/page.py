@@ -1,9 +1,10 @@
 """Lengths, directions and later layers of runs: figures, tables on a terminal, and a page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.claims import claim_list
@@ -14,10 +15,10 @@ from endwise.analysis.directions.study import Directions
 from endwise.analysis.over_seeds import bracketed, rests_on
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.sets import KNOB, Column, claim_lines, counted, run_table, title_of
+from endwise.common.html import table
 from endwise.common.terminal import Grid
 from endwise.evaluation.summary import RunSummary, layer_label
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
-from endwise.figures.page import table
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
 UNEXPLAINED = Axis("unexplained share of the variance along v", log=True)
@@ -162,14 +163,14 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         parts=lambda one, _, figures: [
             claim_list(one.claims),
             _norm_table(one),
-            _use_table(one),
-            _later_table(one),
-            figures,
+            *_use_tables(one),
+            *_later_table(one),
+            *figures,
         ],
     )
 
 
-def _norm_table(one: Directions) -> str:
+def _norm_table(one: Directions) -> Markup:
     """Table 5."""
 
     def interval(heading: str) -> Column:
@@ -180,13 +181,13 @@ def _norm_table(one: Directions) -> str:
         "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
         "leave out position 0 and document starts. * at similar CE, of its seed."
     )
-    return f'<h3>Lengths</h3>{table(*runs)}<p class="note">{note}</p>'
+    return table(*runs, title="Lengths", note=note)
 
 
-def _use_table(one: Directions) -> str:
+def _use_tables(one: Directions) -> Iterator[Markup]:
     known = [run for run in one.runs if run.folder in one.follows]
     if not known:
-        return ""
+        return
     runs = run_table(
         known,
         *(_kind(one), KNOB, "seed"),
@@ -214,11 +215,12 @@ def _use_table(one: Directions) -> str:
         "what the model uses less. Given variance: the same with the directions' variance taken out (partial rank "
         "correlation)."
     )
-    both = table(*runs) + (table(differences, pairs, text=(1,)) if pairs else "")
-    return f'<h3>Directions and their use</h3>{both}<p class="note">{note}</p>'
+    yield table(*runs, title="Directions and their use", note="" if pairs else note)
+    if pairs:
+        yield table(differences, pairs, text=(1,), note=note)
 
 
-def _later_table(one: Directions) -> str:
+def _later_table(one: Directions) -> Iterator[Markup]:
     def later(site: str) -> Column:
         def cell(run: RunSummary) -> str:
             cosine = run.downstream_cosine.get(site)
@@ -228,10 +230,9 @@ def _later_table(one: Directions) -> str:
         return layer_label(site), cell
 
     sites = dict.fromkeys(site for run in one.similar for site in run.downstream_mse)
-    if not sites:
-        return ""
-    runs = table(*run_table(one.similar, "kind", "CE increase", *map(later, sites)))
-    return f"<h3>Later layers at similar CE, seed {one.similar[0].seed}: mean squared error / cosine</h3>{runs}"
+    if sites:
+        title = f"Later layers at similar CE, seed {one.similar[0].seed}: mean squared error / cosine"
+        yield table(*run_table(one.similar, "kind", "CE increase", *map(later, sites)), title=title)
 
 
 def _kind(one: Directions) -> Column:

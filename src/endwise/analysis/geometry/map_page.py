@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from endwise.analysis.geometry.feature_map import FeatureMap, map_columns, region_rows, run_names
+from endwise.common.html import table
 from endwise.common.tables import write_columns, write_table
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Note, Panel, Series
 from endwise.figures.interactive import div
-from endwise.figures.page import escape, table
 from endwise.figures.print import save
 
 SHOWN = 6000
@@ -19,8 +20,9 @@ LISTED = 40
 """Regions that the page lists at most, the largest."""
 
 
-def write_feature_map(of: FeatureMap, out: Path, name: str) -> str:
-    """`<name>` and `<name>-regions` as CSV and parquet, `<name>.pdf` and `.png`; returns the part of the page.
+def write_feature_map(of: FeatureMap, out: Path, name: str) -> tuple[Markup, Markup]:
+    """`<name>` and `<name>-regions` as CSV and parquet, `<name>.pdf` and `.png`; returns the figure and its table for a
+    page.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -29,7 +31,7 @@ def write_feature_map(of: FeatureMap, out: Path, name: str) -> str:
     write_table(region_rows(of), out / f"{name}-regions")
     chart = map_chart(of, name)
     save(chart, out)
-    return div(chart) + _regions(of)
+    return div(chart), _regions(of)
 
 
 def map_chart(of: FeatureMap, name: str, shown: int = SHOWN) -> Chart:
@@ -67,7 +69,7 @@ def _marks(of: FeatureMap, number: int, step: int) -> Iterator[Mark]:
         yield Mark(float(of.places[index, 0]), float(of.places[index, 1]), "\n".join(lines))
 
 
-def _regions(of: FeatureMap) -> str:
+def _regions(of: FeatureMap) -> Markup:
     names = run_names(of.runs)
     headings = ["region", "features", *(f"of {name}" for name in names), "median density"]
     *regions, outside = region_rows(of)
@@ -80,6 +82,5 @@ def _regions(of: FeatureMap) -> str:
         rows.append([*cells, row["tokens"]] if of.tokens is not None else cells)
     if of.tokens is not None:
         headings.append("tokens that its features raise more often than others")
-    note = "" if of.regions <= LISTED else f'<p class="note">The {LISTED} largest of {of.regions} regions.</p>'
-    of_map = escape(", ".join(names))
-    return f"<h3>Regions of the map of {of_map}</h3>{table(headings, rows, text=(len(names) + 3,))}{note}"
+    note = "" if of.regions <= LISTED else f"The {LISTED} largest of {of.regions} regions."
+    return table(headings, rows, text=(len(names) + 3,), title=f"Regions of the map of {', '.join(names)}", note=note)

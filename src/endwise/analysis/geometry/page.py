@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.claims import claim_list
@@ -19,12 +20,12 @@ from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.sets import KNOB, claim_lines, run_table, title_of
 from endwise.common.files import expanded
+from endwise.common.html import Wide, paragraph, table
 from endwise.common.statistics import LEAST_SEEDS
 from endwise.common.tables import write_columns
 from endwise.common.terminal import Grid
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Chart
-from endwise.figures.page import Wide, escape, table
 
 Row = Mapping[str, Any]
 
@@ -62,13 +63,16 @@ def write_geometry(
     listed = {name: [row for rows in sets for row in rows[name]] for name in (sets[0] if sets else ())}
     write_columns(tables.feature_columns(found, threshold), out / "features")
 
-    def parts(one: Geometry, number: int, figures: str) -> Iterator[str]:
+    def parts(one: Geometry, number: int, figures: Sequence[Markup]) -> Iterator[Markup]:
         yield claim_list(claims(one))
-        yield f'<p class="note">{escape(_INTERVALS)} {escape(chosen(one.similar))}</p>{figures}'
+        yield paragraph(f"{_INTERVALS} {chosen(one.similar)}", "note")
+        yield from figures
         if maps and (drawn := maps.get(number - 1)) is not None:
-            yield write_feature_map(drawn, out, f"map-{number}")
+            yield from write_feature_map(drawn, out, f"map-{number}")
         for name, (title, columns, text) in _TABLES.items():
-            yield _table(title, sets[number - 1][name], columns, text)
+            if rows := sets[number - 1][name]:
+                headings = [heading for heading, _ in columns]
+                yield table(headings, [_cells(row, columns) for row in rows], text=text, title=title)
 
     lead = (
         f"{sum(len(one.runs) for one in found)} dictionaries in {len(found)} {'set' if len(found) == 1 else 'sets'}; "
@@ -117,13 +121,6 @@ _INTERVALS = (
 
 Column = tuple[str, Any]
 """A heading, and what makes the cell of a row."""
-
-
-def _table(title: str, rows: Sequence[Row], columns: Sequence[Column], text: tuple[int, ...]) -> str:
-    if not rows:
-        return ""
-    headings = [heading for heading, _ in columns]
-    return f"<h3>{title}</h3>{table(headings, [_cells(row, columns) for row in rows], text=text)}"
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[object]:

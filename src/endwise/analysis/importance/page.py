@@ -24,10 +24,10 @@ from endwise.analysis.importance.study import (
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.sets import KNOB, Table, claim_lines, counted, run_table, title_of
+from endwise.common.html import table
 from endwise.common.statistics import Interval
 from endwise.common.terminal import Grid
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
-from endwise.figures.page import table
 
 MOST_MARKS = 1500
 """Features of a run in a scatter plot."""
@@ -251,12 +251,12 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
             "claims": claim_rows(studies),
         },
         charts=importance_charts,
-        parts=lambda study, _, figures: [claim_list(study.claims), figures, table(*_runs(study)), _NOTE],
+        parts=lambda study, _, figures: [claim_list(study.claims), *figures, table(*_runs(study), note=_NOTE)],
     )
 
 
 _NOTE = (
-    f'<p class="note">One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of '
+    f"One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of "
     "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold the "
-    "seeds too.</p>"
+    "seeds too."
 )

@@ -5,23 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
 from endwise.analysis.interpretability.study import ExplainedRun, Interpretability, feature_rows, mean_rows
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.scored import AT, At, difference_rows
-from endwise.analysis.scored_page import (
-    DIFFERENCE_HEADINGS,
-    NOTE,
-    difference_cells,
-    grids,
-    mean_table,
-    panels,
-    told_of,
-)
+from endwise.analysis.scored_page import grids, panels, parts_of, told_of
 from endwise.analysis.sets import claim_lines
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Chart
-from endwise.figures.page import table
 from endwise.figures.violins import OUTLINED
 
 LONGEST = 240
@@ -93,11 +83,5 @@ def write_interpretability(found: Sequence[Interpretability], out: Path) -> Path
         "one set are compared.",
         tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
         charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
-        parts=lambda one, _, figures: [
-            claim_list(one.claims),
-            figures,
-            table(*mean_table(one, one.names, _features)),
-            table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
-            NOTE,
-        ],
+        parts=lambda one, _, figures: parts_of(one, one.claims, figures, _features),
     )

@@ -4,6 +4,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.comparable import HELDOUT_TEXT, columns_of, methods_of
@@ -22,12 +23,13 @@ from endwise.analysis.pareto.curves import (
 from endwise.analysis.pareto.prefixes import prefix_chart, prefix_rows
 from endwise.analysis.ratios import MEASURES
 from endwise.analysis.sets import KNOB, counted, run_table, title_of, value
+from endwise.common.html import Wide, bullets, paragraph, table
+from endwise.common.showing import box
 from endwise.common.terminal import Grid
 from endwise.config.method import Method
 from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
-from endwise.figures.page import Wide, escape, table
 from endwise.figures.print import picture
 
 WAY_OVER_SEEDS = "Student's t"
@@ -180,27 +182,27 @@ def write_pareto(found: Sequence[Pareto], out: Path) -> Path:
     )
 
 
-def _parts(one: Pareto, figures: str) -> list[str]:
+def _parts(one: Pareto, figures: Sequence[Markup]) -> list[Markup]:
     grid = _points(one)
     words = [place for place, heading in enumerate(grid.headings) if place and heading in grid.words]
     runs = table(grid.headings, grid.rows, text=words)
     if not one.is_compared:
-        return [figures, runs]
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*one.remarks, *one.summary.verdicts))
-    return [f'<ul class="verdicts">{sentences}</ul>', figures, ratio_table(ratio_rows([one])), runs]
+        return [*figures, runs]
+    verdicts = bullets("verdicts", (*one.remarks, *one.summary.verdicts))
+    return [verdicts, *figures, ratio_table(ratio_rows([one])), runs]
 
 
-def card_parts(one: Pareto) -> Iterable[str]:
+def card_parts(one: Pareto) -> Iterable[Markup]:
     """Show a set as a card: its curves, its runs, and what they come to."""
-    yield f'<div class="scroll">{picture(pareto_chart(one.runs, one.setting.site, "pareto"))}</div>'
+    yield box("scroll", [picture(pareto_chart(one.runs, one.setting.site, "pareto"))])
     grid = _points(one)
     yield table(grid.headings, grid.rows, text=(1, len(grid.headings) - 1))
     if one.is_compared:
         yield ratio_table(ratio_rows([one]))
-    yield from (f'<p class="note">{escape(told)}</p>' for told in _told(one) if isinstance(told, str))
+    yield from (paragraph(told, "note") for told in _told(one) if isinstance(told, str))
 
 
-def ratio_table(rows: Iterable[Mapping[str, object]]) -> str:
+def ratio_table(rows: Iterable[Mapping[str, object]]) -> Markup:
     """Show `ratio_rows`: the figure with its interval, or why there is none; both ends of the range, and the range; the
     intervals over text and over seeds alone. The site is named where there are several.
     """

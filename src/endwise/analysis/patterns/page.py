@@ -6,22 +6,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.patterns.study import JUDGED, PatternRun, PatternStudy, feature_rows, mean_rows
 from endwise.analysis.scored import AT, At, difference_rows
-from endwise.analysis.scored_page import (
-    DIFFERENCE_HEADINGS,
-    NOTE,
-    difference_cells,
-    grids,
-    mean_table,
-    panels,
-    told_of,
-)
+from endwise.analysis.scored_page import grids, panels, parts_of, told_of
 from endwise.analysis.sets import claim_lines
 from endwise.figures.charts import Chart
-from endwise.figures.page import table
 from endwise.figures.violins import OUTLINED
 
 DRAWN = (JUDGED, f"{JUDGED}.shuffled", f"{JUDGED}.random", "correlation")
@@ -29,8 +19,8 @@ TOLD = (JUDGED, "explained", "correlation")
 """Scores that are told of on a terminal."""
 _TITLES = {"": "own patterns", "shuffled": "another feature's", "random": "random directions"}
 _LOCAL = (
-    '<p class="note">A pattern is a few tokens and ends where the feature fires: these scores favour features that '
-    "follow from the last few tokens, whatever else can be said of them.</p>"
+    "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the "
+    "last few tokens, whatever else can be said of them."
 )
 
 
@@ -96,12 +86,5 @@ def write_patterns_page(found: Sequence[PatternStudy], out: Path) -> Path:
         "that make them fire; only runs of one set are compared.",
         tables={"features": feature_rows(found), "means": mean_rows(found), "differences": difference_rows(found)},
         charts=lambda one, number: [score_chart(one, at, f"scores-{at}-{number}") for at in AT],
-        parts=lambda one, _, figures: [
-            claim_list(one.claims),
-            figures,
-            table(*mean_table(one, one.names, _features)),
-            table(DIFFERENCE_HEADINGS, map(difference_cells, one.differences), text=(1, 3)),
-            NOTE,
-            _LOCAL,
-        ],
+        parts=lambda one, _, figures: parts_of(one, one.claims, figures, _features, _LOCAL),
     )

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from endwise.common.errors import ConfigError
-from endwise.common.showing import Shown, bars, escape, shaded, table
+from endwise.common.html import paragraph, part, table
+from endwise.common.showing import CARD, Shown, bars, box
 from endwise.features.explanations import read_explanations
 from endwise.features.harvest.results import TOP, Context, Harvest
 
@@ -16,6 +18,10 @@ CONTEXTS, PER_QUANTILE, EFFECTS = 8, 2, 8
 """Contexts of a feature's greatest activations and of each quantile that are shown, and tokens of its logit effects."""
 LISTED, BINS = 12, 30
 """Features of an overview, and bins of its histogram."""
+_MEANT = (
+    "Importance: nats per token that its ablation adds to the CE, to second order. Logit effects: its direction times "
+    "the unembedding, for an activation of 1."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,20 +68,17 @@ class HarvestedFeature(Shown):
 
     def shown_parts(self) -> Iterable[str]:
         if words := self.explanation:
-            yield f"<p>{escape(words)}</p>"
+            yield paragraph(words)
         if not self.row["firings"]:
             return
-        greatest = float(self.row["max_active"])
-        contexts = self.contexts
+        greatest, contexts = float(self.row["max_active"]), self.contexts
         yield _listed([each for each in contexts if each.group == TOP][:CONTEXTS], greatest)
-        lower = [each for each in contexts if each.group != TOP and each.rank < PER_QUANTILE]
-        if lower:
-            yield f"<details><summary>At lower activations</summary>{_listed(lower, greatest)}</details>"
-        yield f'<div class="parts">{"".join(self._pictures())}</div>'
-        yield '<p class="note">Importance: nats per token that its ablation adds to the CE, to second order. Logit '
-        yield "effects: its direction times the unembedding, for an activation of 1.</p>"
+        if lower := [each for each in contexts if each.group != TOP and each.rank < PER_QUANTILE]:
+            yield _listed(lower, greatest, "At lower activations")
+        yield box("parts", self._pictures())
+        yield paragraph(_MEANT, "note")
 
-    def _pictures(self) -> Iterable[str]:
+    def _pictures(self) -> Iterable[Markup]:
         if counts := self.row["histogram"]:
             yield bars(counts, self.row["histogram_edges"], "Firings by activation")
         for name, heading in (("boosted", "likelier"), ("suppressed", "less likely")):
@@ -88,7 +91,7 @@ class HarvestedFeature(Shown):
                 yield table((heading, "logit"), rows)
 
 
-def overview(harvest: Harvest) -> Iterable[str]:
+def overview(harvest: Harvest) -> Iterable[Markup]:
     """Show the densities of a harvest's features, and those that matter most, or fire most."""
     alive = np.flatnonzero(harvest.firings > 0)
     if not len(alive):
@@ -113,15 +116,13 @@ def overview(harvest: Harvest) -> Iterable[str]:
     headings = ("feature", "density", "greatest", "importance", "fires most at", "raises most")
     yield table(headings, rows, text=(4, 5))
     which = "most important" if measured else "densest"
-    yield f'<p class="note">The {len(rows)} {which} features; see one: harvest.feature(NUMBER)</p>'
+    yield paragraph(f"The {len(rows)} {which} features; see one: harvest.feature(NUMBER)", "note")
 
 
-def _listed(contexts: Iterable[Context], greatest: float) -> str:
-    rows = [
-        f'<li><span class="value">{each.activation:.3g}</span>{shaded(each.texts, each.activations, greatest)}</li>'
-        for each in contexts
-    ]
-    return f"<ol>{''.join(rows)}</ol>"
+def _listed(contexts: Iterable[Context], greatest: float, summary: str = "") -> Markup:
+    """Show contexts one below another, folded away where there is a summary."""
+    rows = [(f"{each.activation:.3g}", list(zip(each.texts, each.activations, strict=True))) for each in contexts]
+    return part(CARD, "contexts", rows, greatest, summary)
 
 
 def _number(value: float | None) -> str:
