@@ -83,7 +83,9 @@ class Client(httpx.AsyncBaseTransport):
                         f"server, or raise --timeout or lower --concurrency. {_RESUMES}"
                     ) from None
                 return None
-            answer = response.extensions["answer"]
+            answer = response.extensions["found"]
+            if isinstance(answer, EndpointError):
+                raise answer
             cache.put(key, answer)
             self._failed_in_a_row = 0
             self.stats.calls += 1
@@ -92,11 +94,10 @@ class Client(httpx.AsyncBaseTransport):
             return answer
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Make one attempt.
+        """Make one attempt. `found` in the extensions is an answer, or an error that no other attempt will mend.
 
         Raises:
             httpx.RequestError: it failed in a way that may pass; openai makes another.
-            EndpointError: no other attempt will do.
         """
         self.stats.retries += request.headers["x-stainless-retry-count"] != "0"
         headers = {"Content-Type": "application/json", **self._endpoint.headers}
@@ -117,30 +118,30 @@ class Client(httpx.AsyncBaseTransport):
             told = self._told(str(error)) or "the connection broke"
             raise httpx.RequestError(f"of {type(error).__name__}: {told}") from None
         if response.status_code != 200:
-            self._refused(response, bytes(body))
+            return httpx.Response(200, extensions={"found": self._refused(response, bytes(body))})
         if len(body) > self._retry.largest_answer:
             raise httpx.RequestError(f"the answer has more than {self._retry.largest_answer:,} bytes")
-        return httpx.Response(200, extensions={"answer": _read(body)})
+        return httpx.Response(200, extensions={"found": _read(body)})
 
-    def _refused(self, response: httpx.Response, body: bytes) -> None:
-        """Raises what a status other than 200 means."""
+    def _refused(self, response: httpx.Response, body: bytes) -> EndpointError:
+        """Say what a status other than 200 means; raised where it may pass."""
         status, url, told = response.status_code, self._endpoint.url, self._told(_message(body))
         if status in (408, 409, 425, 429) or status >= 500:
             wait = retry_after(response.headers.get("Retry-After"))
             if b"insufficient_quota" in body:  # a 429 which no waiting helps
-                raise EndpointError(f"{url} says that the account is spent: {told} {_RESUMES}")
+                return EndpointError(f"{url} says that the account is spent: {told} {_RESUMES}")
             if wait > LONGEST_WAIT:
-                raise EndpointError(
+                return EndpointError(
                     f"{url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Come back then. {_RESUMES}"
                 )
             self._pace.pause(wait)
             raise httpx.RequestError(f"the server said {status}: {told}")
         if 300 <= status < 400:
-            raise EndpointError(
+            return EndpointError(
                 f"{url} sends on to {self._told(response.headers.get('Location', 'nowhere'))}, which is not followed: "
                 "a key must not go to a host that was not named. Give that address as --endpoint if it is right."
             )
-        raise EndpointError(f"{url} refused the call ({status}: {told}) {self._remedy(status)}")
+        return EndpointError(f"{url} refused the call ({status}: {told}) {self._remedy(status)}")
 
     def _remedy(self, status: int) -> str:
         if status in (401, 403):
