@@ -1,4 +1,4 @@
-"""The permutation test against an enumeration, equal samples of features, and kinds compared by scores that are known."""
+"""Permutations against an enumeration, equal samples of features, and kinds compared by scores that are known."""
 
 import io
 import re
