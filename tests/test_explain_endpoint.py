@@ -98,6 +98,8 @@ MISBEHAVIOUR = {
     "429": lambda handler: respond(handler, 429, '{"error": {"message": "slow down"}}'),
     "500": lambda handler: respond(handler, 500, "<html>oops</html>"),
     "503": lambda handler: respond(handler, 503, ""),
+    "425": lambda handler: respond(handler, 425, "too early"),
+    "told not to": lambda handler: respond(handler, 500, "{}", x_should_retry="false"),
     "reset": reset,
     "truncated": lambda handler: respond(handler, 200, completion("abc")[:-7]),
     "no choices": lambda handler: respond(handler, 200, '{"choices": []}'),
@@ -503,6 +505,12 @@ def test_hostile_answers_stay_text(tmp_path):
     assert said.exit_code == 0 and not hidden_in(said.output)
     expected = " ".join(HOSTILE.split())
     assert {each.text for each in read_explanations(run).rows} == {expected}
+
+
+def test_without_openai_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match="openai is not installed"):
+        plan([tmp_path / "nowhere"], Settings(model="m"), find_endpoint("http://127.0.0.1:9/v1"))
 
 
 def test_it_runs_where_a_loop_runs_already():

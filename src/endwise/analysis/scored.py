@@ -231,14 +231,15 @@ def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permu
     deals than `permutations`, it is the share of all of them.
     """
     scale = max(np.abs(a).max(), np.abs(b).max())  # relative to which scipy then calls sums in another order equal
-    return stats.permutation_test(
+    found = stats.permutation_test(
         (a, b),
         lambda one, other, axis: scale + np.abs(one.mean(axis) - other.mean(axis)),
         alternative="greater",
         n_resamples=permutations,
         batch=max(1, _CHUNK // (len(a) + len(b))),
         rng=generator,
-    ).pvalue.item()
+    )
+    return float(found.pvalue)
 
 
 def equal_samples(a: Floats, b: Floats, generator: np.random.Generator) -> tuple[Floats, Floats]:
