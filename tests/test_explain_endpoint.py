@@ -12,6 +12,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -19,27 +20,33 @@ from bad_input import HOSTILE, hidden_in
 from chat_server import chat_server, completion, perfect, reset, respond
 from endwise.cli import app
 from endwise.common.errors import ConfigError, EndpointError, FormatError, RunFolderError
+from endwise.explaining.asking import Call, CallStats, run_async
 from endwise.explaining.cache import Answer, in_memory, opened, request_key
-from endwise.explaining.client import CallStats, RetryPolicy, connected, run_async
+from endwise.explaining.client import connected
 from endwise.explaining.endpoint import Endpoint, find_endpoint
 from endwise.explaining.explain import Estimate, estimate_lines, explain, plan
-from endwise.explaining.pacing import Pace, back_off, retry_after
-from endwise.explaining.settings import Settings
+from endwise.explaining.pacing import Pace, retry_after
+from endwise.explaining.settings import RetryPolicy, Settings
 from endwise.features.explanations import read_explanations
 from word_harvests import make_run
 
 KEY = "sk-very-secret-0123456789"
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+
+
 def ask(url, *prompts, key=None, cache=None, pace=None, **retry):
     """The answers to prompts, asked at once, and the tally."""
     endpoint = Endpoint(f"{url}/chat/completions", key, None if key is None else "KEY")
-    retry = RetryPolicy(**{"timeout": 5.0, "attempts": 4, "first_back_off": 0.01, **retry})
+    retry = RetryPolicy(**{"timeout": 5.0, "attempts": 4, **retry})
 
     async def work(cache):
         async with connected(endpoint, retry, pace) as client:
-            requests = [Settings(model="m").request("m", prompt) for prompt in prompts]
-            return await asyncio.gather(*(client.ask(request, cache) for request in requests)), client.stats
+            calls = [Call(Settings(model="m").request("m", prompt)) for prompt in prompts]
+            return await asyncio.gather(*(client.ask(call, cache) for call in calls)), client.stats
 
     if cache is not None:
         return asyncio.run(work(cache))
@@ -70,13 +77,29 @@ def test_an_answer_with_what_it_took():
     assert (tally.calls, tally.tokens_in, tally.tokens_out, tally.retries) == (1, 100, 10, 0)
     request = json.loads(server.requests[0])
     assert request["messages"] == [{"role": "user", "content": "abc"}] and request["model"] == "m"
-    assert "Authorization" not in server.headers[0]
+
+
+def test_nothing_of_the_environment_is_sent(monkeypatch):
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "authorization: Bearer leaked\nX-Mine: leaked")
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "leaked")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with chat_server(answer=lambda prompt: "good") as server:
+        answers, _ = ask(server.url, "abc")
+        assert text_of(answers) == ["good"] and "leaked" not in str(server.headers)
+        assert "Authorization" not in server.headers[0]
+        ask(server.url, "abc", key=KEY)
+        assert server.headers[1]["Authorization"] == f"Bearer {KEY}" and "leaked" not in str(server.headers)
 
 
 MISBEHAVIOUR = {
     "429": lambda handler: respond(handler, 429, '{"error": {"message": "slow down"}}'),
     "500": lambda handler: respond(handler, 500, "<html>oops</html>"),
     "503": lambda handler: respond(handler, 503, ""),
+    "425": lambda handler: respond(handler, 425, "too early"),
+    "told not to": lambda handler: respond(handler, 500, "{}", x_should_retry="false"),
     "reset": reset,
     "truncated": lambda handler: respond(handler, 200, completion("abc")[:-7]),
     "no choices": lambda handler: respond(handler, 200, '{"choices": []}'),
@@ -136,48 +159,72 @@ def test_an_answer_without_end_is_not_read_to_its_end():
     assert answers == [None] and tally.failed == 1
 
 
-def test_retry_after_is_honoured_by_every_call():
-    now, slept = 100.0, []
+class Recorded(Pace):
+    """Keeps what it was asked to wait, and does not wait."""
 
-    async def recorded(seconds):
-        nonlocal now
-        now += seconds
-        slept.append(seconds)
+    def __init__(self):
+        super().__init__(None)
+        self.paused = []
 
-    pace = Pace(None, clock=lambda: now, sleep=recorded)
-    busy = first_times(1, lambda handler: respond(handler, 429, "{}", Retry_After="7"))
+    def pause(self, seconds):
+        self.paused.append(seconds)
+
+
+def test_retry_after_is_waited_by_every_call():
+    pace = Recorded()
+    busy = first_times(1, lambda handler: respond(handler, 429, "{}", Retry_After="700"))
     with chat_server(answer=lambda prompt: "good", misbehave=busy) as server:
         answers, _ = ask(server.url, "abc", pace=pace)
-    assert text_of(answers) == ["good"] and 7.0 in slept
-    pace.pause(5.0)
-    asyncio.run(pace.wait())  # as every other call that would start meanwhile
-    assert slept[-1] == 5.0 and now >= 112.0
+    assert text_of(answers) == ["good"] and pace.paused == [700.0]
 
 
 def test_retry_after_as_seconds_or_as_a_date():
-    now = datetime(2026, 1, 1, tzinfo=UTC)
     assert retry_after("1.5") == 1.5 and retry_after("-3") == 0
-    assert retry_after(format_datetime(now + timedelta(seconds=30), usegmt=True), now) == 30
-    assert retry_after(format_datetime(now - timedelta(seconds=30), usegmt=True), now) == 0
-    assert [retry_after(each) for each in (None, "", "soon", "nan")] == [None] * 4
+    now = datetime.now(UTC)
+    assert retry_after(format_datetime(now + timedelta(days=1), usegmt=True)) == pytest.approx(86400, abs=60)
+    assert retry_after(format_datetime(now - timedelta(seconds=30), usegmt=True)) == 0
+    assert [retry_after(each) for each in (None, "", "soon", "nan", "Thu, 01 Jan 99999 99:99:99 GMT")] == [0] * 5
+
+
+class Skipping(asyncio.SelectorEventLoop):
+    """A loop whose clock starts at 100 and runs on at once where all that is left is waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, wait = 100.0, self._selector.select
+
+        def select(timeout=None):
+            self.now += timeout or 0.0
+            return wait(0)
+
+        self._selector.select = select
+
+    def time(self):
+        return self.now
 
 
 def test_pace_spreads_calls_and_pauses():
-    now = 100.0
-    pace = Pace(120.0, clock=lambda: now)
-    assert [pace.reserve() for _ in range(3)] == [0, 0.5, 1.0]
-    now = 110.0
-    assert pace.reserve() == 0
-    pace.pause(5.0)
-    assert pace.reserve() == 5 and pace.reserve() == 5.5 and pace.paused == 5
-    free = Pace(None, clock=lambda: now)
-    assert [free.reserve() for _ in range(3)] == [0, 0, 0]
+    async def starts(per_minute, pauses=()):
+        pace, loop, found = Pace(per_minute), asyncio.get_running_loop(), []
 
+        async def start():
+            await pace.wait()
+            found.append(round(loop.time() - 100, 6))
 
-def test_back_off_doubles_up_to_a_limit_with_jitter():
-    assert [back_off(n, jitter=lambda: 1.0) for n in (1, 2, 3, 4)] == [1, 2, 4, 8]
-    assert [back_off(n, jitter=lambda: 0.0) for n in (1, 2, 3)] == [0.5, 1, 2]
-    assert back_off(1000, jitter=lambda: 1.0) == 60
+        for after, seconds in pauses:
+            loop.call_later(after, pace.pause, seconds)
+        await asyncio.gather(*(start() for _ in range(4)))
+        await asyncio.sleep(10)
+        await start()
+        return found
+
+    def run(*given):
+        with asyncio.Runner(loop_factory=Skipping) as runner:
+            return runner.run(starts(*given))
+
+    assert run(120.0) == [0, 0.5, 1.0, 1.5, 11.5]
+    assert run(None) == [0, 0, 0, 0, 10]
+    assert run(120.0, [(0.75, 5.0), (1.0, 0.1)]) == [0, 0.5, 5.75, 6.25, 16.25]  # asked for while others wait
 
 
 def test_no_more_calls_at_a_time_than_allowed():
@@ -338,7 +385,7 @@ def test_the_key_is_in_no_file_no_log_and_no_message(tmp_path, monkeypatch, capl
 
 
 def planned(run, url, **settings):
-    retry = RetryPolicy(timeout=5.0, attempts=2, concurrency=1, first_back_off=0.01)
+    retry = RetryPolicy(timeout=5.0, attempts=2, concurrency=1)
     return plan(
         [run],
         Settings(**{"model": "m", "features": "all", "random": 2, "retry": retry, **settings}),
@@ -458,6 +505,12 @@ def test_hostile_answers_stay_text(tmp_path):
     assert said.exit_code == 0 and not hidden_in(said.output)
     expected = " ".join(HOSTILE.split())
     assert {each.text for each in read_explanations(run).rows} == {expected}
+
+
+def test_without_openai_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match="openai is not installed"):
+        plan([tmp_path / "nowhere"], Settings(model="m"), find_endpoint("http://127.0.0.1:9/v1"))
 
 
 def test_it_runs_where_a_loop_runs_already():

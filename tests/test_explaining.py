@@ -8,9 +8,8 @@ import pytest
 from chat_server import perfect
 from endwise.common.errors import ConfigError, DataError, FormatError, RunFolderError
 from endwise.explaining.answers import read_choices, read_explanation
-from endwise.explaining.asking import PURPOSES, Asking
+from endwise.explaining.asking import PURPOSES, Asking, CallStats, run_async
 from endwise.explaining.cache import Answer, in_memory
-from endwise.explaining.client import CallStats, run_async
 from endwise.explaining.preparing import parse_features, prepare
 from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, marks_of
@@ -28,8 +27,8 @@ class Oracle:
     def __init__(self, answer=perfect):
         self.answer, self.stats, self.prompts = answer, CallStats(), []
 
-    async def ask(self, request, cache, stand_in):
-        prompt = request["messages"][0]["content"]
+    async def ask(self, call, cache):
+        prompt = call.request["messages"][0]["content"]
         self.prompts.append(prompt)
         return Answer(self.answer(prompt))
 
@@ -392,13 +391,13 @@ def test_only_so_many_features_are_under_way_at_a_time(run):
     most, now = 0, 0
 
     class Slow(Oracle):
-        async def ask(self, request, cache, stand_in):
+        async def ask(self, call, cache):
             nonlocal most, now
             now += 1
             most = max(most, now)
             await asyncio.sleep(0)
             now -= 1
-            return await super().ask(request, cache, stand_in)
+            return await super().ask(call, cache)
 
     with in_memory() as cache:
         settings = Settings(model="m", scorers=("detection",), shuffled=False, random=0)

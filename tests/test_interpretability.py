@@ -1,7 +1,8 @@
-"""The permutation test against scipy's, equal samples of features, and kinds compared by scores that are known."""
+"""Permutations against an enumeration, equal samples of features, and kinds compared by scores that are known."""
 
 import io
 import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -23,24 +24,29 @@ from endwise.figures.violins import violin
 from made_runs import make_run
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.03, 0.2])
-def test_the_permutation_test_is_scipys(shift):
+def exact_p(a, b):
+    """The share of all deals, in whole numbers, that are at least as far apart."""
+    both = np.concatenate([a, b])
+    left = both[np.array(list(combinations(range(len(both)), len(a))))].sum(1)
+    apart = np.abs(left * len(both) - both.sum() * len(a))  # mean less mean, times n m
+    return float((apart >= apart[0]).mean())
+
+
+@pytest.mark.parametrize("shift", [0, 2, 9])
+def test_permutations_at_random_come_near_all_of_them(shift):
     random = np.random.default_rng(0)
-    a, b = random.random(40) + shift, random.random(25)
-
-    def difference(one, other, axis):
-        return one.mean(axis=axis) - other.mean(axis=axis)
-
-    whole = stats.permutation_test((a, b), difference, n_resamples=9_999, rng=np.random.default_rng(1))
-    ours = permutation_test(a, b, np.random.default_rng(2))
-    assert ours == pytest.approx(whole.pvalue, abs=0.015)  # three standard errors of two such samples at p = 0.5
+    a, b = random.integers(0, 20, 10) + shift, random.integers(0, 20, 8)  # 43,758 deals
+    found = permutation_test(a / 10, b / 10, np.random.default_rng(2))
+    assert found == pytest.approx(exact_p(a, b), abs=0.015)  # three standard errors at p = 0.5
+    assert (found * 10_000) % 1 == pytest.approx(0, abs=1e-9)
 
 
-def test_every_deal_of_few_values_is_counted():
-    a, b = np.array([3.0, 4.0]), np.array([0.0, 1.0])
-    exact = stats.permutation_test((a, b), lambda x, y: x.mean() - y.mean(), n_resamples=np.inf).pvalue
-    assert exact == pytest.approx(2 / 6)
-    assert permutation_test(a, b, np.random.default_rng(0), permutations=20_000) == pytest.approx(exact, abs=0.01)
+@pytest.mark.parametrize("sizes", [(2, 2), (5, 3), (6, 6)])
+def test_every_deal_of_few_values_is_counted_and_ties_are_ties(sizes):
+    random = np.random.default_rng(1)
+    a, b = (random.integers(0, 4, size) for size in sizes)
+    for scale in (0.1, 1e-20):
+        assert permutation_test(a * scale, b * scale, random) == pytest.approx(exact_p(a, b), rel=1e-12)
 
 
 def test_equal_values_are_never_called_different():

@@ -185,7 +185,7 @@ def explain(
     max_tokens: Annotated[int, Option(help="Of an answer; models that think first need more.")] = 500,
     extra: Annotated[str, Option(metavar="JSON", help="Further fields of a request; null: leave one out.")] = "{}",
     timeout: Annotated[float, Option(help="Seconds for one attempt.")] = 120.0,
-    attempts: Annotated[int, Option(help="Of each call, before it counts as failed.")] = 6,
+    attempts: Annotated[int, Option(help="Of each call, before it counts as failed.")] = 8,
     concurrency: Annotated[int, Option(help="Calls at a time.")] = 4,
     per_minute: Annotated[float | None, Option(help="Calls a minute, at most; unset: no limit.")] = None,
     price_in: Annotated[float | None, Option(min=0, help="Price of a million tokens read.")] = None,
@@ -199,9 +199,8 @@ def explain(
 
     Exit code: 0 if all calls were answered, 9 if some failed.
     """
-    from endwise.explaining.client import RetryPolicy
     from endwise.explaining.endpoint import find_endpoint
-    from endwise.explaining.settings import Settings, parse_extra
+    from endwise.explaining.settings import RetryPolicy, Settings, parse_extra
 
     settings = Settings(
         model=model,

@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from endwise.common.seeds import numpy_stream
 from endwise.explaining.answers import read_explanation
 from endwise.explaining.cache import Answer, Cache
-from endwise.explaining.client import CallStats
 from endwise.explaining.preparing import PreparedRun
 from endwise.explaining.prompts import Places, read_prompts
 from endwise.explaining.rendering import Writer, numbered
@@ -33,16 +33,51 @@ Read = TypeVar("Read")
 Found = TypeVar("Found")
 
 
+@dataclass
+class CallStats:
+    """Counts of what was done, for progress and for the record."""
+
+    calls: int = 0
+    """Answered over the network."""
+    kept: int = 0
+    """Answered from what was kept."""
+    failed: int = 0
+    """Calls that failed in every attempt."""
+    last_failure: str = field(default="", compare=False)
+    """Reason why the last of them did."""
+    unreadable: int = 0
+    """Answers that could not be read, even when asked again."""
+    retries: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    """As the server counted, of the calls over the network."""
+
+    def __add__(self, other: "CallStats") -> "CallStats":
+        counts = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "last_failure"}
+        return CallStats(**counts, last_failure=other.last_failure or self.last_failure)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.calls:,} calls, {self.kept:,} answers from before, {self.retries:,} tried again, "
+            f"{self.failed:,} calls failed, {self.unreadable:,} answers could not be read; {self.tokens_in:,} tokens "
+            f"in, {self.tokens_out:,} out."
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to ask."""
+
+    request: Mapping[str, Any]
+    stand_in: str = ""
+    """An answer of the kind that is expected, for the estimate."""
+
+
 @runtime_checkable
 class Asker(Protocol):
     stats: CallStats
 
-    async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
-        """
-        Args:
-            stand_in: an answer of the kind that is expected.
-        """
-        ...
+    async def ask(self, call: Call, cache: Cache) -> Answer | None: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +181,7 @@ class Asking:
     ) -> Read | None:
         """Read an answer, asked for once more if it cannot be read; None: neither could, or a call failed."""
         for asked in (prompt, prompt + REMINDER):
-            answer = await self.asker.ask(self.settings.request(model, asked), self.cache, stand_in)
+            answer = await self.asker.ask(Call(self.settings.request(model, asked), stand_in), self.cache)
             if answer is None:
                 return None
             if (value := read(answer.text)) is not None:
@@ -163,3 +198,12 @@ async def _together(jobs: Sequence[Any]) -> list[Any]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def run_async(work: Coroutine[Any, Any, Found]) -> Found:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

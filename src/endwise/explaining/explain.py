@@ -1,7 +1,7 @@
 """Explanations of the features of runs, scored, as tables in their folders; and what they will take, beforehand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import Interrupted
-from endwise.explaining.asking import PURPOSES, Asking, Explained
+from endwise.common.extras import check_extra
+from endwise.explaining.asking import PURPOSES, Asking, Call, CallStats, Explained, run_async
 from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
-from endwise.explaining.client import CallStats, Client, connected, run_async
 from endwise.explaining.endpoint import Endpoint
 from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
 from endwise.explaining.prompts import read_prompts
@@ -41,18 +41,18 @@ class _Estimator:
         self._counted: set[tuple[int, str]] = set()
         self.stats = CallStats()
 
-    async def ask(self, request: Mapping[str, Any], cache: Cache, stand_in: str) -> Answer | None:
-        key = request_key(self._url, request)
+    async def ask(self, call: Call, cache: Cache) -> Answer | None:
+        key = request_key(self._url, call.request)
         if (id(cache), key) in self._counted:
-            return Answer(stand_in)
+            return Answer(call.stand_in)
         if (kept := cache.get(key)) is not None:
             self.stats.kept += 1
             return kept
         self._counted.add((id(cache), key))
         self.stats.calls += 1
-        self.stats.tokens_in += sum(_tokens(message["content"]) for message in request["messages"])
-        self.stats.tokens_out += _tokens(stand_in)
-        return Answer(stand_in)
+        self.stats.tokens_in += sum(_tokens(message["content"]) for message in call.request["messages"])
+        self.stats.tokens_out += _tokens(call.stand_in)
+        return Answer(call.stand_in)
 
 
 def estimate(prepared: Sequence[PreparedRun], settings: Settings, endpoint: Endpoint) -> Estimate:
@@ -101,9 +101,10 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
     """Choose features and texts, and count the calls; nothing is asked.
 
     Raises:
-        ConfigError: a prompt or `settings.features` breaks a rule.
+        ConfigError: a prompt or `settings.features` breaks a rule, or openai is not installed.
         RunFolderError, FormatError, DataError: see `prepare`.
     """
+    check_extra("openai")
     read_prompts(PURPOSES, settings.prompts)  # which costs least, so that it fails first
     prepared = prepare(harvested_runs(runs), settings, say)
     return ExplainingPlan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
@@ -127,17 +128,19 @@ def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explana
 
 
 async def _explain(plan: ExplainingPlan, say: Say) -> CallStats:
+    from endwise.explaining.client import connected
+
     stats_by_run = [CallStats() for _ in plan.prepared]
     expected = plan.estimate.stats.calls + plan.estimate.stats.kept
     async with connected(plan.endpoint, plan.settings.retry) as client, _telling(stats_by_run, expected, say):
         for prepared, client.stats in zip(plan.prepared, stats_by_run, strict=True):
             with opened(prepared.run / EXPLANATIONS_FOLDER) as cache:
                 explained = await Asking(prepared, plan.settings, client, cache).all()
-                write_explanations(prepared.run, explained.rows, _about(plan, prepared, explained, client))
+                write_explanations(prepared.run, explained.rows, _about(plan, prepared, explained, client.stats))
     return sum(stats_by_run, CallStats())
 
 
-def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, client: Client) -> dict[str, Any]:
+def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, stats: CallStats) -> dict[str, Any]:
     """Never the key, nor the name of its variable."""
     prompts = read_prompts(PURPOSES, plan.settings.prompts)
     harvest = prepared.harvest.about
@@ -149,7 +152,7 @@ def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, cl
         "corpus": harvest.get("corpus"),
         "explained": len(explained.rows),
         "left_out": {str(feature): why for feature, why in sorted(explained.left_out.items())},
-        "tally": {name: count for name, count in asdict(client.stats).items() if name != "last_failure"},
+        "tally": {name: count for name, count in asdict(stats).items() if name != "last_failure"},
     }
 
 

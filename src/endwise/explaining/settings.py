@@ -1,17 +1,48 @@
 """Settings of `endwise explain`, checked before anything is read or paid."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import ConfigError
-from endwise.explaining.client import RetryPolicy, check_least
 from endwise.explaining.scorers import SCORERS
 
 OWN = ("model", "messages", "stream", "n")
 """Fields of a request that `extra` may not change: they decide what is asked and how it is read."""
+
+
+def check_least(options: object, bounds: Mapping[str, int]) -> None:
+    """
+    Raises:
+        ConfigError: an option of the command is below its bound.
+    """
+    for name, least in bounds.items():
+        if (given := getattr(options, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}; given {given}.")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Settings of how calls are made."""
+
+    timeout: float = 120.0
+    """Seconds for one attempt, from its start to the answer's last byte."""
+    attempts: int = 8
+    concurrency: int = 4
+    per_minute: float | None = None
+    give_up: int = 8
+    """Calls in a row that failed in every attempt, after which the server counts as gone."""
+    largest_answer: int = 4 << 20
+    """Bytes of a response."""
+
+    def __post_init__(self) -> None:
+        for name, value in {"timeout": self.timeout, "per-minute": self.per_minute}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name} must be above 0; given {value:g}.")
+        check_least(self, {"attempts": 1, "concurrency": 1})
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Panel:
 @dataclass(frozen=True)
 class Chart:
     name: str
-    """Stem of its files, and its id on a page: letters, digits, `_`, `.` and `-` (see `as_name`)."""
+    """Stem of its files, and its id on a page: letters, digits, `_`, `.` and `-`."""
     title: str
     caption: str
     """Sentences on what is drawn, in which units, with which intervals."""
@@ -100,8 +100,3 @@ class Chart:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"A chart's name is letters, digits, `_`, `.` and `-`; given {self.name!r:.80}.")
-
-
-def as_name(text: str) -> str:
-    """The text as part of a chart's name: every other character becomes `_`."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
