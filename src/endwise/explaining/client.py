@@ -99,7 +99,7 @@ class Client(httpx.AsyncBaseTransport):
         Raises:
             httpx.RequestError: it failed in a way that may pass; openai makes another.
         """
-        self.stats.retries += request.headers["x-stainless-retry-count"] != "0"
+        self.stats.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
         headers = {"Content-Type": "application/json", **self._endpoint.headers}
         await self._pace.wait()
         body = bytearray()
