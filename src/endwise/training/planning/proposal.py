@@ -90,6 +90,7 @@ def propose(settings: ProposalSettings) -> Proposal:
             "ratio": RATIO,
             "k": settings.l0 or _l0(width),
             "aux": 0.03125,
+            "aux_target": "residual",
             "revive": 3e-3,
         },
         "phases": "staged",
@@ -225,7 +226,8 @@ dictionary:
   architecture: {dictionary["architecture"]}  # why: docs/choosing.md
   ratio: {ratio}  # features per dimension of the site: {ratio * width:,} in all
   k: {dictionary["k"]:g}  # active features per token, on average
-  aux: {dictionary["aux"]}  # dead features learn what the others leave out
+  aux: {dictionary["aux"]}  # dead features learn what the others leave out,
+  aux_target: {dictionary["aux_target"]}  # all of it, also where predictions are the objective
   revive: {dictionary["revive"]}  # pulls features that do not fire back
 phases: {values["phases"]}  # on the activation, then the next block's input, then predictions and all later activations
 data:
