@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from endwise import pareto
 from endwise.common.errors import RunFolderError
 from endwise.config.method import Method
 from endwise.config.recipes import find_recipe
@@ -41,6 +42,12 @@ def test_report_shows_every_run(finished):
     page = (out / "report.html").read_text()
     for run in summary.runs:
         assert f"{run.l0:.1f}" in page
+
+
+def test_trained_in_phases_or_not_they_are_one_comparison(finished):
+    out, summary = finished
+    (compared,) = pareto(out)
+    assert {run.method for run in compared.runs} == {run.method for run in summary.runs}
 
 
 def test_a_folder_in_use_is_refused_before_any_work(finished):
