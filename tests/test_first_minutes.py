@@ -17,6 +17,8 @@ from endwise.evaluation.listing import list_runs
 from endwise.models.loading import DEVICE
 from endwise.sweeps import tuning
 from endwise.sweeps.tuning import RateTrial, tune
+from endwise.training.planning import proposal
+from endwise.training.planning.outline import Sites
 from small_gpt2 import SITE, recipe
 
 
@@ -119,6 +121,15 @@ def test_a_recipe_is_written_for_a_model(place, tmp_path):
     assert "--again" in refused("init", "--out", out)
     assert told("plan", out).exit_code == 0
     assert "vocabulary of 31" in refused("init", place / "model", "--out", tmp_path / "other.yaml", code=4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layer", "phases"), [(1, 0, "finetune"), (2, 0, "staged"), (3, 1, "staged"), (12, 6, "staged")]
+)
+def test_a_recipe_keeps_later_activations_where_there_are_some(monkeypatch, blocks, layer, phases):
+    names = [f"blocks.{number}.{part}" for number in range(blocks) for part in ("hook_resid_pre", "hook_resid_post")]
+    monkeypatch.setattr(proposal, "sites_of", lambda _: Sites(dict.fromkeys(names, 8), {}))
+    assert proposal._middle("any") == (f"blocks.{layer}.hook_resid_pre", 8, phases)
 
 
 def trial(rate, score, miss=0.0, failed=""):

@@ -267,3 +267,16 @@ def test_before_the_first_step_the_first_phase_is_told(model, tmp_path):
     trainee = new_trainee(phased(tmp_path, objective=values), model, 20)
     assert trainee.report()["phase"] == 1
     assert {"local_mse", "sparsity"} <= trainee.report().keys()
+
+
+def test_a_loss_is_held_against_the_beginning_of_its_own_phase(tmp_path):
+    """Terms of another phase have another size."""
+    lines = [(1, 0.5), (1, 0.1), (2, 9.0), (2, 8.0), (10, 3.0), (2, 7.0)]
+    written = [{"step": step, "loss": loss, "phase": phase} for step, (phase, loss) in enumerate(lines)]
+    folder = RunFolder(tmp_path)
+    folder.metrics_file.write_text("".join(f"{json.dumps(line)}\n" for line in written))
+    assert folder.course() == {"first": 9.0, "last": 7.0}
+    folder.metrics_file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert folder.course() == {"first": 2.0, "last": 1.0}
+    folder.metrics_file.write_text("")
+    assert folder.course() == {}

@@ -30,6 +30,7 @@ dashboard/                      its features as a site, made from `harvest/` by 
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -323,12 +324,15 @@ class RunFolder(ShownRun):
             raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
 
     def course(self) -> dict[str, float]:
-        """See `loss_of`: what training began with (`first`), and its latest (`last`); empty where none is known."""
+        """See `loss_of`: what the latest phase of training began with (`first`), and its latest (`last`); empty where
+        none is known.
+        """
         try:
+            last = last_record(self.metrics_file) or {}
+            its_own = re.compile(rb'"phase": %d[,}]' % last["phase"]) if "phase" in last else re.compile(b"")
             with self.metrics_file.open("rb") as lines:
-                first = json.loads(lines.readline())
-            last = last_record(self.metrics_file) or first
-            return {"first": loss_of(first), "last": loss_of(last)}
+                first = json.loads(next(filter(its_own.search, lines), b""))
+            return {"first": loss_of(first), "last": loss_of(last or first)}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
 

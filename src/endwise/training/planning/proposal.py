@@ -37,6 +37,10 @@ FEATURES_PER_L0, LEAST_L0, MOST_L0 = 16, 16, 64
 TUNED_WIDTH, TUNED_RATE, LEAST_RATE = 128, 4e-3, 2e-4
 """The learning rate falls as the square of the width, from the one that was tuned on the embedded model to about the
 least, a little under the paper's on GPT2-small (5e-4 at a width of 768)."""
+PHASES = {
+    "staged": "on the activation, then the next block's input, then predictions and all later activations",
+    "finetune": "on the activation, then on predictions too",
+}
 SECONDS = 3600.0
 """Length of training that is aimed at."""
 EFFICIENCY = 0.3
@@ -78,7 +82,7 @@ def propose(settings: ProposalSettings) -> Proposal:
     """
     device = find_device(settings.device).type
     reader = read_tokenizer(settings.model) or load_model(settings.model)
-    site, width = _middle(settings.model)
+    site, width, phases = _middle(settings.model)
     context = min(reader.context or CONTEXT[_kind(device)], CONTEXT[_kind(device)])
     data, held_out, there, remarks = _text(settings.data, reader, context)
     batch = max(1, PER_STEP[_kind(device)] // context)
@@ -93,7 +97,7 @@ def propose(settings: ProposalSettings) -> Proposal:
             "aux_target": "residual",
             "revive": 3e-3,
         },
-        "phases": "staged",
+        "phases": phases,
         "data": data | {"context": context},
         "training": {
             "tokens": batch * context,
@@ -126,15 +130,17 @@ def _kind(device: str) -> str:
     return device if device in CONTEXT else "cpu"
 
 
-def _middle(model: str) -> tuple[str, int]:
-    """The stream into the block in the middle, or the nearest that takes an SAE, and its width."""
+def _middle(model: str) -> tuple[str, int, str]:
+    """The stream into the block in the middle, or the nearest that takes an SAE and has a block after its own; its
+    width; and the phases of training, which before the last block have no later activations to keep.
+    """
     found = sites_of(model).widths
     layers = {int(re.findall(r"\d+", name)[0]): name for name in found if name.endswith("hook_resid_pre")}
     if not layers:
         raise ModelError(f"{model} has no residual stream that takes an SAE. Choose a site by hand: endwise sites.")
     count = 1 + max(int(re.findall(r"\d+", name)[0]) for name in found)
-    site = layers[min(layers, key=lambda layer: (abs(layer - count // 2), layer))]
-    return site, found[site]
+    layer = min(layers, key=lambda layer: (layer == count - 1, abs(layer - count // 2), layer))
+    return layers[layer], found[layers[layer]], "finetune" if layer == count - 1 else "staged"
 
 
 def _l0(width: int) -> int:
@@ -229,7 +235,7 @@ dictionary:
   aux: {dictionary["aux"]}  # dead features learn what the others leave out,
   aux_target: {dictionary["aux_target"]}  # all of it, also where predictions are the objective
   revive: {dictionary["revive"]}  # pulls features that do not fire back
-phases: {values["phases"]}  # on the activation, then the next block's input, then predictions and all later activations
+phases: {values["phases"]}  # {PHASES[values["phases"]]}
 data:
 {sources}  # {room}
   context: {data["context"]}  # tokens per sequence
