@@ -33,7 +33,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -324,14 +324,11 @@ class RunFolder(ShownRun):
             raise RunFolderError(f"{self.metrics_file} cannot be read: {reason(error)}. {advice}") from None
 
     def course(self) -> dict[str, float]:
-        """See `loss_of`: what the latest phase of training began with (`first`), and its latest (`last`); empty where
-        none is known.
-        """
+        """See `loss_of`: what its latest phase began with (`first`), and its latest (`last`); empty: none is known."""
         try:
             last = last_record(self.metrics_file) or {}
-            its_own = re.compile(rb'"phase": %d[,}]' % last["phase"]) if "phase" in last else re.compile(b"")
             with self.metrics_file.open("rb") as lines:
-                first = json.loads(next(filter(its_own.search, lines), b""))
+                first = json.loads(next(filter(_of_phase(last.get("phase")), lines), b""))
             return {"first": loss_of(first), "last": loss_of(last or first)}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
@@ -422,6 +419,10 @@ def last_record(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _of_phase(phase: int | None) -> Callable[[bytes], object]:
+    return re.compile(b"" if phase is None else rb'"phase": %d[,}]' % phase).search
 
 
 def _step_of(line: str) -> int:
