@@ -195,11 +195,8 @@ def _recipe(path: Path) -> dict[str, str]:
     number of tokens is not, since of that it counts what was measured.
     """
     config = RunFolder(path).recipe()
-    own, elsewhere = (
-        identity(config),
-        ("objective", "phases", "dictionary", "evaluation", "places", "joint", "inputs", "adopted"),
-    )
-    content = flat({key: value for key, value in own.items() if key not in elsewhere})
+    elsewhere = ("objective", "phases", "dictionary", "evaluation", "places", "joint", "inputs", "adopted")
+    content = flat({key: value for key, value in identity(config).items() if key not in elsewhere})
     content["evaluation.skip"] = config.evaluation.skip
     return {key: json.dumps(value).strip('"') for key, value in content.items() if key not in ASIDE}
 

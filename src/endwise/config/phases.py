@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -75,10 +76,12 @@ def spelled_out(given: Any) -> Any:
 
 def word_of(phases: Sequence[PhaseConfig]) -> str | None:
     """Return the word that stands for these phases, if one does."""
-    return next(
-        (word for word, listed in PRESETS.items() if tuple(PhaseConfig(**each) for each in listed) == tuple(phases)),
-        None,
-    )
+    return _words().get(tuple(phases))
+
+
+@cache
+def _words() -> dict[tuple[PhaseConfig, ...], str]:
+    return {tuple(PhaseConfig(**each) for each in listed): word for word, listed in PRESETS.items()}
 
 
 def with_objective(values: Any) -> Any:
