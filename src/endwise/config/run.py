@@ -310,7 +310,10 @@ class RunConfig(Config):
         """Leave out a coefficient that the dictionary cannot use, and ask for one that it needs."""
         architecture, sparsity = self.dictionary.architecture, self.objective.sparsity
         if self.dictionary.penalised and sparsity is None:
-            raise ValueError(f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty")
+            raise ValueError(
+                f"objective.sparsity.coefficient: a {architecture} dictionary needs it, λ of its penalty. Set it, or "
+                "the L0 to steer it to: objective.sparsity.target_l0=20"
+            )
         fixed = [name for name in self.dictionary.knobs if getattr(self.dictionary, name) is not None]
         if sparsity is not None and sparsity.target is not None and fixed:
             raise ValueError(
