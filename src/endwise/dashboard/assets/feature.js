@@ -2,7 +2,7 @@
 "use strict";
 
 const feature = {
-  FEW: 8,
+  FEW: { most: 8, quantile: 3 }, // contexts shown before the rest is asked for
 
   async view(runs, place, number) {
     const run = runs[place];
@@ -66,7 +66,7 @@ const feature = {
       {},
       tile("Density", write.percent(value("density")), often),
       tile("Firings", write.count(firings), `of ${write.count(run.tokens)} tokens`),
-      tile("Importance", write.number(run.isAlive(number) ? value("importance") : NaN), run.measured ? rank("importance") || "nats per token" : "not measured"),
+      tile("Importance", write.number(run.isAlive(number) ? value("importance") : NaN), run.measured ? ["to second order", rank("importance") || "nats per token"].join(", ") : "not measured"),
       tile("CE without it", write.signed(run.isAlive(number) ? value("ce") : NaN), "to first order, nats per token"),
       tile("Greatest activation", write.number(value("max")), `mean ${write.number(value("mean"))}`),
     );
@@ -101,15 +101,16 @@ const feature = {
     const quantiles = Math.max(...groups.keys()) + 1;
     const order = [...groups.keys()].sort((a, b) => (a === -1 ? -1 : b === -1 ? 1 : b - a));
     const named = (group) => (group === -1 ? "Where it fires most" : `Quantile ${group + 1} of ${quantiles} of its activations`);
-    return el("div", {}, order.map((group) => this.card(named(group), ...this.few(groups.get(group), page, max))));
+    const cards = (some) => some.map((group) => this.card(named(group), ...this.few(groups.get(group), group === -1 ? this.FEW.most : this.FEW.quantile, page, max)));
+    return el("div.examples", {}, cards(order.filter((group) => group === -1)), el("div.quantiles", {}, cards(order.filter((group) => group !== -1))));
   },
 
-  few(contexts, page, max) {
-    const list = el("ol.contexts", {}, contexts.slice(0, this.FEW).map((context) => this.context(context, page, max)));
+  few(contexts, count, page, max) {
+    const list = el("ol.contexts", {}, contexts.slice(0, count).map((context) => this.context(context, page, max)));
     list.addEventListener("pointerover", (event) => this.value(event));
     list.addEventListener("pointerleave", () => tip.hide());
     list.addEventListener("click", (event) => this.value(event));
-    const rest = contexts.slice(this.FEW);
+    const rest = contexts.slice(count);
     if (!rest.length) return [list];
     const more = el("button.button", { type: "button" }, `Show ${rest.length} more`);
     more.addEventListener("click", () => {
