@@ -103,10 +103,11 @@ def machine() -> dict[str, str]:
 
 
 def batches(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
-    """Group runs that share their passes: of one site, text and length."""
+    """Group runs that share their passes: of one site, text, length and batch."""
     groups: dict[tuple[Any, ...], list[RunConfig]] = {}
     for config in configs:
-        groups.setdefault((config.site, config.data.seed, config.training.tokens), []).append(config)
+        key = (config.site, config.data.seed, config.training.tokens, config.training.batch)
+        groups.setdefault(key, []).append(config)
     for group in groups.values():
         for start in range(0, len(group), TOGETHER):
             yield group[start : start + TOGETHER]
