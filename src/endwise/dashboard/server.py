@@ -5,16 +5,24 @@ Only 127.0.0.1 is listened to. A page of another origin that has its name point 
 `Host` it was called with, one that posts here by its `Origin`; nothing outside the site's folder is read.
 """
 
-import json
 import mimetypes
-import sys
+import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from uvicorn import Config, Server
 
 from endwise.common.errors import ConfigError, EndwiseError
 from endwise.common.remedies import reason, remedy
@@ -32,12 +40,12 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-cache",
 }
-_ABOUT = "/api/about"
 EDITS: Mapping[str, Callable[[int, Any], Intervention]] = {"add": Steer, "set": Clamp}
 """What "how" may be, with a feature and an activation."""
+mimetypes.add_type("text/javascript", ".js")  # whatever this machine's own table says
 
 
-class DashboardServer(ThreadingHTTPServer):
+class DashboardServer(AbstractContextManager["DashboardServer"]):
     """Serves one site on 127.0.0.1 until it is shut down.
 
     Args:
@@ -49,8 +57,6 @@ class DashboardServer(ThreadingHTTPServer):
         ConfigError: the port is taken, or may not be used.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path, readers: Sequence[TextReader], port: int = 0) -> None:
         check_site(folder)
         self.folder = folder.resolve()
@@ -58,12 +64,38 @@ class DashboardServer(ThreadingHTTPServer):
         self.model_lock = threading.Lock()
         """Hooks are put into the one model while it runs, so one text is read at a time."""
         try:
-            super().__init__((HOST, port), _Handler)
+            self.socket = socket.create_server((HOST, port))
         except OverflowError as error:
             raise ConfigError(f"Port {port} of {HOST} cannot be used ({error}). Choose another with --port.") from None
         except OSError as error:
             advice = remedy(error, "choose another with --port")
             raise ConfigError(f"Port {port} of {HOST} cannot be used ({reason(error)}). {advice}") from None
+        self.server_address = self.socket.getsockname()
+        routes = [
+            Route("/api/about", lambda _: JSONResponse(self.about())),
+            Route("/api/text", _answering(self.read_text), methods=["POST"]),
+            Route("/api/steer", _answering(self.steer), methods=["POST"]),
+            Mount("/", StaticFiles(directory=self.folder, html=True)),
+        ]
+        guard = Middleware(BaseHTTPMiddleware, self._guard)
+        refusals: Any = {HTTPException: _refused, EndwiseError: _refused}
+        app = Starlette(routes=routes, middleware=[guard], exception_handlers=refusals)
+        # The parts are named, so that they are the same whatever else is installed.
+        self._server = Server(
+            Config(app, http="h11", loop="asyncio", ws="none", lifespan="off", log_level="error", server_header=False)
+        )
+
+    def serve_forever(self) -> None:
+        self._server.run([self.socket])
+
+    def shutdown(self) -> None:
+        self._server.should_exit = True
+
+    def server_close(self) -> None:
+        self.socket.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.server_close()
 
     @property
     def url(self) -> str:
@@ -76,10 +108,16 @@ class DashboardServer(ThreadingHTTPServer):
         names = (HOST, "localhost")
         return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no error of ours."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
+    async def _guard(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        origin = request.headers.get("Origin")
+        if request.headers.get("Host", "").lower() not in self.hosts:
+            found: Response = JSONResponse({"error": f"This server answers to {self.url} only."}, 403)
+        elif origin is not None and origin.lower() not in {f"http://{host}" for host in self.hosts}:
+            found = JSONResponse({"error": "This server answers its own pages only."}, 403)
+        else:
+            found = await answer(request)
+        found.headers.update(HEADERS)
+        return found
 
     def about(self) -> dict[str, Any]:
         return {"texts": [{"most_tokens": reader.most_tokens} for reader in self.readers]}
@@ -118,93 +156,26 @@ class DashboardServer(ThreadingHTTPServer):
         return self.readers[run], asked
 
 
-class _Refused(Exception):
-    def __init__(self, status: HTTPStatus, why: str) -> None:
-        super().__init__(why)
-        self.status = status
+def _refused(_: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return JSONResponse({"error": str(error)}, 400)
+    said = "There is no such page." if error.status_code == 404 else error.detail
+    return JSONResponse({"error": said}, error.status_code, error.headers)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: DashboardServer  # pyright: ignore[reportIncompatibleVariableOverride]
-    server_version, sys_version = "endwise", ""
-    protocol_version = "HTTP/1.1"
-    timeout = 30
-
-    def do_GET(self) -> None:
-        self._answer(self._get)
-
-    def do_HEAD(self) -> None:
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  as its caller names it
-        """Nothing is said of what goes well."""
-
-    def _answer(self, found: Any) -> None:
-        try:
-            self._check_caller()
-            content, kind = found()
-            status = HTTPStatus.OK
-        except _Refused as error:
-            status, (content, kind) = error.status, _json({"error": str(error)})
-        except EndwiseError as error:
-            status, (content, kind) = HTTPStatus.BAD_REQUEST, _json({"error": str(error)})
-        if status != HTTPStatus.OK:
-            self.close_connection = True  # what was sent besides may not have been read
-        self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _check_caller(self) -> None:
-        if self.headers.get("Host", "").lower() not in self.server.hosts:
-            raise _Refused(HTTPStatus.FORBIDDEN, f"This server answers to {self.server.url} only.")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin.lower() not in {f"http://{host}" for host in self.server.hosts}:
-            raise _Refused(HTTPStatus.FORBIDDEN, "This server answers its own pages only.")
-
-    def _get(self) -> tuple[bytes, str]:
-        path = unquote(urlsplit(self.path).path)
-        if path == _ABOUT:
-            return _json(self.server.about())
-        file = self._file(path)
-        if file is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
-        kind = {".js": "text/javascript"}.get(file.suffix) or mimetypes.guess_type(file.name)[0] or "text/plain"
-        return file.read_bytes(), f"{kind}; charset=utf-8"
-
-    def _file(self, path: str) -> Path | None:
-        """A file of the site, wherever the path tries to lead; None if there is none."""
-        if "\0" in path or "\\" in path:
-            return None
-        file = (self.server.folder / path.lstrip("/")).resolve()
-        file = file / "index.html" if file == self.server.folder else file
-        return file if file.is_relative_to(self.server.folder) and file.is_file() else None
-
-    def _post(self) -> tuple[bytes, str]:
-        answers = {"/api/text": self.server.read_text, "/api/steer": self.server.steer}
-        if (answer := answers.get(urlsplit(self.path).path)) is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
-        if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send JSON (Content-Type: application/json).")
-        length = self.headers.get("Content-Length", "")
+def _answering(answer: Callable[[object], Any]) -> Callable[[Request], Awaitable[Response]]:
+    async def answered(request: Request) -> Response:
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "Send JSON (Content-Type: application/json).")
+        length = request.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "Say how long the text is (Content-Length).")
+            raise HTTPException(411, "Say how long the text is (Content-Length).")
         if len(length) > 9 or int(length) > LARGEST_REQUEST:
-            most = f"{LARGEST_REQUEST:,}"
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The text has more than {most} bytes. Shorten it.")
+            raise HTTPException(413, f"The text has more than {LARGEST_REQUEST:,} bytes. Shorten it.")
         try:
-            asked = json.loads(self.rfile.read(int(length)))
+            asked = await request.json()
         except (ValueError, RecursionError):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "That is not JSON.") from None
-        return _json(answer(asked))
+            raise HTTPException(400, "That is not JSON.") from None
+        return JSONResponse(await run_in_threadpool(answer, asked))
 
-
-def _json(value: Any) -> tuple[bytes, str]:
-    return json.dumps(value, allow_nan=False).encode(), "application/json"
+    return answered
