@@ -1,14 +1,17 @@
-"""A bar, or some lines in a log, that count what is done."""
+"""A bar or a table on a terminal, or some lines in a log, that say how far something is."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from endwise.common.notebook import running_cell
+from endwise.common.terminal import Grid
 from endwise.common.text import printable
 
 LOG_SECONDS, CELL_SECONDS = 60.0, 1.0
@@ -34,6 +37,40 @@ class Log:
             return
         for line in lines:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Board:
+    """On a terminal a live table; elsewhere lines now and then (`Log`); nothing when switched off."""
+
+    def __init__(self, shown: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, quiet=not shown)
+        watched = shown and self._console.is_terminal
+        self._live = Live(console=self._console, auto_refresh=False) if watched else None
+        self._log = Log(self._console)
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *ended: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*ended)
+
+    def _update(self, table: Callable[[], Grid], lines: Callable[[], Sequence[str]], every: float) -> None:
+        """Show how far it is, if it is time: a table after `every` seconds, lines as often as the log has them."""
+        now = time.monotonic()
+        if now - self._said < (self._log.every if self._live is None else every):
+            return
+        self._said = now
+        if self._live is None:
+            self._log.say(*lines())
+        else:
+            self._live.update(table(), refresh=True)
+
+    def _tell_failed(self, text: str) -> None:
+        self._console.print(printable(f"failed: {text}"), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -6,17 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
-from endwise.common.counting import Log
+from endwise.common.counting import Board
 from endwise.common.errors import FormatError
 from endwise.common.terminal import Cell, Grid
-from endwise.common.text import printable
 from endwise.config.method import Knob
 from endwise.config.places import Recipe
 from endwise.runs.folder import RunFolder, last_record, parts_of, seconds_of
@@ -99,37 +96,29 @@ def _number(record: dict[str, Any] | None, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-class Watch:
-    """On a terminal a live table of all runs; elsewhere a line now and then (`Log`); and one for each that fails."""
+class Watch(Board):
+    """A row for each run, and a line for each that fails."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, quiet=not shown)
-        watched = shown and self._console.is_terminal
-        self._live = Live(console=self._console, auto_refresh=False) if watched else None
-        self._log = Log(self._console)
+        super().__init__(shown, console)
         self._runs: dict[Path, RunStatus] = {}
         self._to_come: Sequence[Recipe] = ()
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._started = self._said = time.monotonic()
         self._thread = threading.Thread(target=self._look, daemon=True, name="sweep-watch")
 
-    def __enter__(self) -> "Watch":
-        if self._live is not None:
-            self._live.__enter__()
+    def __enter__(self) -> Self:
         if not self._console.quiet:
             self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *ended: Any) -> None:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
-            self._live.__exit__(kind, error, trace)
+        super().__exit__(*ended)
 
     def expect(self, configs: Iterable[Recipe], to_come: Sequence[Recipe] = ()) -> None:
         """Runs that are to be carried out now.
@@ -146,14 +135,11 @@ class Watch:
             if outcome.folder in self._runs:
                 self._runs[outcome.folder].end(outcome)
         if outcome.error is not None:
-            self._tell(f"failed: {outcome.folder}: {outcome.error}")
+            self._tell_failed(f"{outcome.folder}: {outcome.error}")
 
     def failed(self, point: Point, error: str) -> None:
         """Report a point that fails without a run of its own."""
-        self._tell(f"failed: {point}: {error}")
-
-    def _tell(self, text: str) -> None:
-        self._console.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
+        self._tell_failed(f"{point}: {error}")
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
@@ -164,11 +150,7 @@ class Watch:
                 self._show()
 
     def _show(self) -> None:
-        if self._live is not None:
-            self._live.update(self._table(), refresh=True)
-        elif time.monotonic() - self._said >= self._log.every:
-            self._said = time.monotonic()
-            self._log.say(self._heading())
+        self._update(self._table, lambda: [self._heading()], 0)
 
     def _heading(self) -> str:
         runs = list(self._runs.values())

@@ -5,13 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-
-from endwise.common.counting import Log
+from endwise.common.counting import Board
 from endwise.common.terminal import Grid
 from endwise.common.text import printable
 from endwise.config.method import Knob
@@ -33,30 +29,14 @@ class _Row:
     """True once a log has a line of these numbers."""
 
 
-class Display:
-    """On a terminal one live row per SAE; elsewhere its numbers now and then (`Log`); nothing when switched off."""
+class Display(Board):
+    """A row for each SAE."""
 
     def __init__(self, steps: int, first: int, tokens_per_step: int, shown: bool) -> None:
+        super().__init__(shown)
         self._steps, self._first, self._tokens_per_step = steps, first, tokens_per_step
-        self._started = time.monotonic()
         self._rows: dict[Path, _Row] = {}
-        self._console = Console(stderr=True, quiet=not shown)
-        watched = shown and self._console.is_terminal
-        self._live = Live(console=self._console, auto_refresh=False) if watched else None
-        self._log = Log(self._console)
-        self._said = self._started
         self._paused = 0.0
-
-    def __enter__(self) -> "Display":
-        if self._live is not None:
-            self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.__exit__(kind, error, trace)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -91,17 +71,11 @@ class Display:
         """Report at once that a run has ended while others continue."""
         if folder in self._rows:
             self._rows[folder].failed = True
-        self._console.print(printable(f"failed: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)
+        self._tell_failed(message)
 
     def advance(self, done: int) -> None:
-        waited = time.monotonic() - self._said
-        if self._live is not None:
-            if waited >= TABLE_SECONDS or done == self._steps:
-                self._said = time.monotonic()
-                self._live.update(self._table(done), refresh=True)
-        elif waited >= self._log.every:
-            self._said = time.monotonic()
-            self._log.say(*self._lines(done))
+        last = done == self._steps
+        self._update(lambda: self._table(done), lambda: self._lines(done), 0 if last else TABLE_SECONDS)
 
     def _heading(self, done: int) -> str:
         timing = self.timing(done)
