@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from endwise.common.errors import FormatError
+from endwise.common.files import there_is
 from endwise.common.registry import Registry
 
 TENSORS = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
@@ -188,10 +189,12 @@ class Format(ABC):
     """A way in which SAEs are kept in files."""
 
     name: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    """Files of the folder that an SAE is, the weights first; none where it is a file by itself."""
 
-    @abstractmethod
     def detects(self, path: Path) -> bool:
         """Tell whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
+        return bool(self.files) and all(there_is(path / name) for name in self.files)
 
     @abstractmethod
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
@@ -220,9 +223,9 @@ class Format(ABC):
         """True where SAEs are written in it."""
         return type(self).write is not Format.write
 
-    @abstractmethod
     def weights(self, path: Path) -> Path:
         """The file whose content tells the SAE's weights from others."""
+        return path / self.files[0] if self.files else path
 
     @abstractmethod
     def metadata(self, path: Path) -> Mapping[str, Any]:

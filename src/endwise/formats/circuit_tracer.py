@@ -86,9 +86,6 @@ class CircuitTracer(Format):
         write_tensors(path, {name: tensor.detach().float() for name, tensor in tensors.items()}, {})
         write_atomic(path.parent / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
 
-    def weights(self, path: Path) -> Path:
-        return path
-
     def metadata(self, path: Path) -> Mapping[str, Any]:
         if path.is_dir():
             return {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from endwise.common.errors import FormatError
-from endwise.common.files import there_is, write_atomic, write_json
+from endwise.common.files import write_atomic, write_json
 from endwise.common.tensor_files import laid_out
 from endwise.formats.base import Format, Layout, Stored, added, shifted
 from endwise.formats.reading import TRANSPOSED, Named, assembled, config_at, known, pickle_at, taken, told, whole
@@ -73,9 +73,7 @@ class DictionaryLearning(Format):
     """The folder of a trainer."""
 
     name = "dictionary_learning"
-
-    def detects(self, path: Path) -> bool:
-        return there_is(path / WEIGHTS_FILE) and there_is(path / CONFIG_FILE)
+    files = (WEIGHTS_FILE, CONFIG_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, trainer = path / CONFIG_FILE, _trainer(path)
@@ -123,9 +121,6 @@ class DictionaryLearning(Format):
             layer = int(site.split(".")[1])
         about = told(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
         write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": _buffer(stored)})
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         config, trainer = config_at(path / CONFIG_FILE), _trainer(path)

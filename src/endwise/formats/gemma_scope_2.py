@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from endwise.common.errors import FormatError
-from endwise.common.files import there_is, write_json
+from endwise.common.files import write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import Format, Layout, Stored, added
 from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
@@ -25,9 +25,7 @@ class GemmaScope2(Format):
     """The folder of an SAE."""
 
     name = "gemma-scope-2"
-
-    def detects(self, path: Path) -> bool:
-        return there_is(path / CONFIG_FILE) and there_is(path / WEIGHTS_FILE)
+    files = (WEIGHTS_FILE, CONFIG_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, weights, about = path / CONFIG_FILE, path / WEIGHTS_FILE, self.metadata(path)
@@ -68,9 +66,6 @@ class GemmaScope2(Format):
         config = told(model_name=model, l0=l0, hf_hook_point_out=None if writes == reads else writes)
         own = {"architecture": "jump_relu", "width": stored.config["d_sae"], "affine_connection": stored.skips}
         write_json(path / CONFIG_FILE, {**own, "hf_hook_point_in": reads, **config})
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         config = config_at(path / CONFIG_FILE)

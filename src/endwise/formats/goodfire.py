@@ -32,9 +32,6 @@ class Goodfire(Format):
         tensors = taken(path, pickle_at(path), _NAMES)
         return assembled(path, "standard", tensors, layouts, metadata=self.metadata(path))
 
-    def weights(self, path: Path) -> Path:
-        return path
-
     def metadata(self, path: Path) -> Mapping[str, Any]:
         name = re.fullmatch(r"(Llama-.+)-SAE-l([0-9]{1,6})", path.stem)
         if name is None:

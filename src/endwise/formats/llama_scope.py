@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from endwise.common.files import there_is
 from endwise.formats.base import Format, Layout, Stored, added
 from endwise.formats.llamascopium import places_of, scale_of
 from endwise.formats.reading import assembled, checked, config_at, known, safetensors_at, taken, whole, yes
 
-CONFIG_FILE, WEIGHTS_FILE = "hyperparams.json", Path("checkpoints/final.safetensors")
+CONFIG_FILE, WEIGHTS_FILE = "hyperparams.json", "checkpoints/final.safetensors"
 GATES = ("released", "saelens", "trained")
 _NAMES = {
     "encoder.weight": "W_enc.T",
@@ -41,9 +40,7 @@ class LlamaScope(Format):
     """The folder of an SAE."""
 
     name = "llama-scope"
-
-    def detects(self, path: Path) -> bool:
-        return there_is(path / CONFIG_FILE) and there_is(path / WEIGHTS_FILE)
+    files = (WEIGHTS_FILE, CONFIG_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, weights, config = path / CONFIG_FILE, path / WEIGHTS_FILE, config_at(path / CONFIG_FILE)
@@ -87,9 +84,6 @@ class LlamaScope(Format):
                 stacklevel=5,
             )
         return gate
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         config = config_at(path / CONFIG_FILE)

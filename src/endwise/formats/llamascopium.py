@@ -38,9 +38,10 @@ class Llamascopium(Format):
     """The folder of an SAE."""
 
     name = "llamascopium"
+    files = (WEIGHTS_FILE, CONFIG_FILE)
 
     def detects(self, path: Path) -> bool:
-        if not (there_is(path / CONFIG_FILE) and there_is(path / WEIGHTS_FILE)) or there_is(path / "cfg.json"):
+        if not super().detects(path) or there_is(path / "cfg.json"):
             return False
         try:
             return "hook_point_in" in config_at(path / CONFIG_FILE)
@@ -74,9 +75,6 @@ class Llamascopium(Format):
             transcodes=out,
             told_by=CONFIG_FILE,
         )
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         return places_of(config_at(path / CONFIG_FILE))

@@ -59,9 +59,6 @@ class OpenAI(Format):
             path, architecture, tensors, layouts, config=config, metadata=self.metadata(path), subtracts_b_dec=True
         )
 
-    def weights(self, path: Path) -> Path:
-        return path
-
     def metadata(self, path: Path) -> Mapping[str, Any]:
         place = re.search(
             rf"({'|'.join(_PLACES)})[^/\\]*[/\\]autoencoders[/\\]([0-9]{{1,6}})\.pt$",

@@ -47,9 +47,6 @@ class QwenScope(Format):
         about, told_by = self.metadata(path), CONFIG_FILE if stated else "its W_enc"
         return assembled(path, "topk", tensors, layouts, config={**config, "k": k}, metadata=about, told_by=told_by)
 
-    def weights(self, path: Path) -> Path:
-        return path
-
     def metadata(self, path: Path) -> Mapping[str, Any]:
         match, named = FILE.fullmatch(path.name), _REPOSITORY.search(str(path.parent.resolve() / path.name))
         stated = _config(path).get("base_model")

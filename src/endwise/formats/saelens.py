@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from endwise.common.errors import FormatError
-from endwise.common.files import read_json, there_is, write_json
+from endwise.common.files import read_json, write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import PER_TOKEN, Format, Layout, Stored, added, check_tensors
 from endwise.formats.reading import safetensors_at
@@ -97,10 +97,7 @@ class SAELens(Format):
     """A folder with `cfg.json` and `sae_weights.safetensors`. All versions are read, version 6 is written."""
 
     name = "saelens"
-
-    def detects(self, path: Path) -> bool:
-        """By the configuration, which is written last, and by the weights, since others call their own alike."""
-        return there_is(path / CFG_FILE) and there_is(path / WEIGHTS_FILE)
+    files = (WEIGHTS_FILE, CFG_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, cfg = path / CFG_FILE, read_cfg(path)
@@ -141,9 +138,6 @@ class SAELens(Format):
         weights = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
         write_tensors(path / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
         write_json(path / CFG_FILE, cfg)
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         return read_cfg(path)["metadata"]

@@ -26,9 +26,7 @@ class Sparsify(Format):
     """The folder of a hook point."""
 
     name = "sparsify"
-
-    def detects(self, path: Path) -> bool:
-        return there_is(path / CFG_FILE) and there_is(path / WEIGHTS_FILE)
+    files = (WEIGHTS_FILE, CFG_FILE)
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
         file, cfg = path / CFG_FILE, config_at(path / CFG_FILE)
@@ -76,9 +74,6 @@ class Sparsify(Format):
             "d_in": d_in,
         }
         write_json(path / CFG_FILE, cfg)
-
-    def weights(self, path: Path) -> Path:
-        return path / WEIGHTS_FILE
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         """Tell the place by the folder's name, and the model by the `config.json` beside the folders."""
