@@ -6,14 +6,12 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from endwise.cli.app import Json, command, echo, print_json, status
+from endwise.cli.app import Json, Model, command, echo, print_json, status
 
 
 @command
 def sites(
-    model: Annotated[
-        str, Argument(help="embedded, a local folder or .gguf file, or a Hugging Face hub id.")
-    ] = "embedded",
+    model: Model = "embedded",
     gguf_file: Annotated[str | None, Option(help="GGUF file inside the folder or repository.")] = None,
     trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code the model ships with.")] = False,
     json: Json = False,

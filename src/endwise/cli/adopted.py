@@ -1,12 +1,13 @@
 """The seam by which commands that read runs take finished SAEs that are none."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from typer import Option
+
+from endwise.cli.overriding import with_options
 
 if TYPE_CHECKING:
     from endwise.config.places import Recipe
@@ -38,21 +39,14 @@ def taking_saes(function: Callable[P, R]) -> Callable[P, R]:
         given: Any = kwargs["runs"]
         taken = _as_runs(given, belongs)
         kwargs["runs"] = [taken[path] for path in given]
-        if pairs := kwargs.get("pair"):
-            names = {str(path): str(folder) for path, folder in taken.items()}
-            kwargs["pair"] = [",".join(names.get(each, each) for each in text.split(",")) for text in _texts(pairs)]
+        pairs: Any = kwargs.get("pair")
+        if pairs:
+            names: Any = {str(path): str(folder) for path, folder in taken.items()}
+            kwargs["pair"] = [",".join(names.get(each, each) for each in text.split(",")) for text in pairs]
         return function(*args, **kwargs)
 
     types = {name: Annotated[str | None, Option(help=told, metavar=form)] for name, (told, form) in OPTIONS.items()}
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
-    signature = inspect.signature(function)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
-    run.__annotations__ = {**function.__annotations__, **types}
-    return run
-
-
-def _texts(values: Any) -> Sequence[str]:
-    return values
+    return with_options(run, function, types)
 
 
 def _as_runs(paths: Sequence[Path], belongs: dict[str, Any]) -> dict[Path, Path]:

@@ -56,6 +56,7 @@ def run_argument(help: str) -> Any:  # noqa: A002  As typer calls it.
 OR_FOLDERS = "or folders that hold some (a sweep's)."
 Runs = Annotated[list[Path], run_argument(f"Run folders, {OR_FOLDERS}")]
 Measured = Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")]
+Model = Annotated[str, Argument(help="embedded, a local folder or .gguf file, or a Hugging Face hub id.")]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. objective.sparsity.coefficient=3"),

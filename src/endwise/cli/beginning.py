@@ -4,18 +4,25 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from endwise.cli.app import Again, Json, Overrides, Quiet, command, echo, print_json, status
+from endwise.cli.app import Again, Json, Model, Overrides, Quiet, command, echo, print_json, status
 from endwise.cli.overriding import taking_keys
-from endwise.cli.runs import recipe_completions
+from endwise.cli.runs import RECIPE
+from endwise.common.errors import ConfigError
+from endwise.common.files import check_can_write, there_is, write_atomic
+
+
+def _check_new(out: Path, again: bool) -> None:
+    """Refuse a recipe that is there already, or cannot be written there."""
+    check_can_write(out.parent)
+    if there_is(out) and not again:
+        raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
 
 
 @command
 def init(
-    model: Annotated[
-        str, Argument(help="embedded, a local folder or .gguf file, or a Hugging Face hub id.")
-    ] = "embedded",
+    model: Model = "embedded",
     data: Annotated[
         str | None,
         Option(help="Text: embedded, a file or folder, or a Hugging Face dataset id; unset: of the hub, or embedded."),
@@ -31,8 +38,6 @@ def init(
     """Write a commented recipe for a model, with site, size, tokens and sparsity chosen for it and this machine."""
     import re
 
-    from endwise.common.errors import ConfigError
-    from endwise.common.files import check_can_write, there_is, write_atomic
     from endwise.common.text import model_title
     from endwise.training.planning.printed import print_needs
     from endwise.training.planning.proposal import ProposalSettings, propose
@@ -41,9 +46,7 @@ def init(
     settings = ProposalSettings.build(given, "the command line")
     name = re.sub(r"[^\w.-]+", "-", model_title(model)).strip("-.") or "recipe"
     out = file or Path(f"{name}.yaml")
-    check_can_write(out.parent)
-    if there_is(out) and not again:
-        raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
+    _check_new(out, again)
     made = propose(settings)
     write_atomic(out, made.text.encode())
     if json:
@@ -60,9 +63,7 @@ def init(
 @command
 @taking_keys("model", "data", "seed", "device")
 def tune(
-    recipe: Annotated[
-        str, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
-    ],
+    recipe: Annotated[str, RECIPE],
     overrides: Overrides = None,
     l0: Annotated[float | None, Option("--l0", help="Active features per token to reach.")] = None,
     ce_increase: Annotated[float | None, Option("--ce-increase", help="CE increase to reach, nats per token.")] = None,
@@ -77,8 +78,6 @@ def tune(
     json: Json = False,
 ) -> None:
     """Find a recipe's learning rate and first λ for a target of L0 or CE increase, by short runs that share a pass."""
-    from endwise.common.errors import ConfigError
-    from endwise.common.files import check_can_write, there_is, write_atomic
     from endwise.config.recipes import find_recipe
     from endwise.sweeps.tables import print_trials
     from endwise.sweeps.tuning import tune as find
@@ -86,9 +85,7 @@ def tune(
     path = find_recipe(recipe)
     shipped = str(path) != str(Path(recipe).expanduser())
     out = file or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"
-    check_can_write(out.parent)
-    if there_is(out) and not again:
-        raise ConfigError(f"{out} is there already. Write it again with --again, or choose another with --out.")
+    _check_new(out, again)
     wanted = {"target": {"l0": l0, "ce_increase": ce_increase}, "tokens": budget}
     made = find(path, wanted, overrides=overrides or (), say=status if not quiet else lambda _: None, display=not quiet)
     write_atomic(out, made.text.encode())

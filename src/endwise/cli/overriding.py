@@ -40,7 +40,7 @@ def taking_keys(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             name: Annotated[kind | None, Option(help=f"{told} ({key})", metavar=name.upper())]
             for name, (key, kind, told) in keys.items()
         }
-        return _with_options(run, function, types)
+        return with_options(run, function, types)
 
     return taking
 
@@ -62,10 +62,10 @@ def on_device(function: Callable[P, R]) -> Callable[P, R]:
             DEVICE.reset(before)
 
     told = f"{KEYS['device'][2]} Unset: the recipe's."
-    return _with_options(run, function, {"device": Annotated[str | None, Option(help=told, metavar="DEVICE")]})
+    return with_options(run, function, {"device": Annotated[str | None, Option(help=told, metavar="DEVICE")]})
 
 
-def _with_options(run: Callable[P, R], function: Callable[P, R], types: Mapping[str, Any]) -> Callable[P, R]:
+def with_options(run: Callable[P, R], function: Callable[P, R], types: Mapping[str, Any]) -> Callable[P, R]:
     """Give a command's wrapper the command's signature, and options more."""
     added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
     signature = inspect.signature(function)

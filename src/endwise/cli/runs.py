@@ -28,6 +28,9 @@ def recipe_completions(incomplete: str) -> list[str]:
     return [name for name in (*recipe_names(), *sorted(beside)) if name.startswith(incomplete)]
 
 
+RECIPE: Any = Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
+
+
 @command
 @taking_keys("device")
 def quickstart(
@@ -53,9 +56,7 @@ def quickstart(
 @command
 @taking_keys()
 def train(
-    recipe: Annotated[
-        str | None, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
-    ] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, Option(metavar="RUN", help="Resume the run in this folder.")] = None,
     from_step: Annotated[
@@ -118,9 +119,7 @@ def _saved_steps(config: "Recipe") -> list[list[int]]:
 @command
 @taking_keys()
 def plan(
-    recipe: Annotated[
-        str, Argument(help="A recipe's path, or the name of one that ships.", autocompletion=recipe_completions)
-    ],
+    recipe: Annotated[str, RECIPE],
     overrides: Overrides = None,
     memory: Annotated[
         str | None,
