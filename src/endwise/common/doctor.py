@@ -5,7 +5,7 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from endwise.common.digests import cache_folder
 from endwise.common.errors import RunFolderError
+from endwise.common.extras import requirements
 from endwise.common.files import check_can_write, expanded
 from endwise.common.machine import available_memory, free_disk, size_text
 
@@ -42,12 +43,13 @@ def examine() -> Examination:
     import torch
 
     hub = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    processor = _of_processor("model name") or platform.processor() or platform.machine()
     facts = {
         "endwise": f"{_version('endwise')}, Python {platform.python_version()}, {platform.platform()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in SHOWN),
         "extras": ", ".join(_extras()) or "none",
-        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if 'amx_bf16' in _flags() else ''}",
+        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if 'amx_bf16' in _of_processor('flags').split() else ''}",
         "memory": _size(available_memory(), "free"),
         "GPU": ", ".join(_gpus()) or "none that PyTorch can use",
         "cache": f"{cache_folder()} ({size_text(free_disk(cache_folder()))} free; $ENDWISE_CACHE)",
@@ -64,22 +66,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _requirements() -> Iterator[tuple[Requirement, str | None]]:
-    """Yield what the package asks for, each with its extra."""
-    try:
-        lines = requires("endwise") or []
-    except PackageNotFoundError:
-        lines = []
-    for line in lines:
-        found = Requirement(line)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        yield found, extra[1] if extra else None
-
-
 def _extras() -> list[str]:
     """List the extras all of whose packages are installed."""
     packages: dict[str, list[bool]] = {}
-    for requirement, extra in _requirements():
+    for requirement, extra in requirements():
         if extra is not None:
             packages.setdefault(extra, []).append(_version(requirement.name) != "not installed")
     return [extra for extra, there in packages.items() if all(there)]
@@ -87,7 +77,7 @@ def _extras() -> list[str]:
 
 def _conflicts() -> Iterator[str]:
     """Yield packages that are not those which this version was tried with."""
-    for requirement, extra in _requirements():
+    for requirement, extra in requirements():
         found = _version(requirement.name)
         if found == "not installed":
             if extra is None:
@@ -135,20 +125,13 @@ def _of_places(cache: Path, hub: Path, here: Path) -> Iterator[str]:
             yield f"{what}: only {size_text(free)} are free at {folder}. Free space, or set {setting} to another disk."
 
 
-def _processor() -> str:
+def _of_processor(key: str) -> str:
+    """Read what Linux says of the first core; empty where it says nothing."""
     try:
-        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        name = None
-    return name[1] if name else platform.processor() or platform.machine()
-
-
-def _flags() -> set[str]:
-    try:
-        found = re.search(r"^flags\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(rf"^{key}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return set(found[1].split()) if found else set()
+    return found[1] if found else ""
 
 
 def _gpus() -> Iterator[str]:

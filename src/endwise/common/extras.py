@@ -1,9 +1,12 @@
 """Extras of the package: what to install where a package is missing that is not needed by all."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from endwise.common.errors import ConfigError
 
@@ -11,19 +14,21 @@ MODULES: Mapping[str, str] = {"umap": "umap-learn"}
 """Packages by module, where the two have different names."""
 
 
-def extra_of(package: str) -> str | None:
-    """Name the extra that brings a package; None: none does. The fullest (`dev`) comes last."""
+def requirements() -> Iterator[tuple[Requirement, str | None]]:
+    """Yield what the package asks for, each with its extra."""
     try:
         lines = requires("endwise") or []
     except PackageNotFoundError:
-        return None
-    found = [
-        extra[1]
-        for line in lines
-        if re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-") == package.lower().replace("_", "-")
-        and (extra := re.search(r"extra == ['\"](\w+)['\"]", line))
-    ]
-    return next((extra for extra in found if extra != "dev"), None)
+        lines = []
+    for line in lines:
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        yield Requirement(line), extra[1] if extra else None
+
+
+def extra_of(package: str) -> str | None:
+    """Name the extra that brings a package; None: none does. The fullest (`dev`) is none of them."""
+    same = (extra for asked, extra in requirements() if canonicalize_name(asked.name) == canonicalize_name(package))
+    return next((extra for extra in same if extra not in (None, "dev")), None)
 
 
 def install_for(error: Exception, told: str) -> str:
