@@ -106,10 +106,10 @@ def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bo
     return of_text(json.dumps(config, sort_keys=True), of_files([*weights, *others, *code], folder))
 
 
-def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Digest each tensor's name, type, shape and bytes; about a second a gigabyte."""
-    digest = hashlib.sha256()
+def of_tensors(tensors: Mapping[str, Tensor], before: str = "") -> str:
+    """Digest a text and each tensor's name, type, shape and bytes; about a second a gigabyte."""
     whole = {key: each for name, tensor in tensors.items() for key, each in _parts(name, tensor)}
+    digest = hashlib.sha256(before.encode())
     for name, tensor in sorted(whole.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -84,10 +84,13 @@ class Intervention(ABC):
         """Return the activations as they are to be."""
 
 
+@dataclass(frozen=True)
 class _ByAmount(Intervention):
     """An edit by a number."""
 
-    relative_to: Harvest | None
+    _: KW_ONLY
+    relative_to: Harvest | None = None
+    """If it is given, the number is in multiples of the feature's greatest activation in it (`max_active`)."""
 
     @property
     @abstractmethod
@@ -139,9 +142,6 @@ class Steer(_ByAmount):
 
     by: float | int
     """In the unit of the activations that the dictionary gives."""
-    _: KW_ONLY
-    relative_to: Harvest | None = None
-    """If it is given, `by` is in multiples of the feature's greatest activation in it (`max_active`)."""
 
     @property
     def amount(self) -> float | int:
@@ -157,9 +157,6 @@ class Clamp(_ByAmount):
 
     to: float | int
     """As `Steer.by`."""
-    _: KW_ONLY
-    relative_to: Harvest | None = None
-    """As `Steer.relative_to`."""
 
     @property
     def amount(self) -> float | int:

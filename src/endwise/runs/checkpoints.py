@@ -4,7 +4,6 @@ A checkpoint holds all that a run is resumed from: the *raw* decoder (training o
 run), the optimiser's moments, the states of the random generators and every counter. Nothing in it can execute code.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from endwise.common.digests import of_tensors
 from endwise.common.errors import FormatError
 from endwise.common.remedies import unreadable
 from endwise.common.tensor_files import laid_out, write_tensors
@@ -64,11 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def checksum(tensors: Mapping[str, Tensor], state: str) -> str:
     """SHA-256 of the state and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(state.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return of_tensors(tensors, state)
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:

@@ -6,15 +6,6 @@ from endwise.common.errors import FormatError
 from endwise.runs.folder import RunFolder
 
 
-def weights_digest(run: Path) -> str:
-    """SHA-256 of the file that holds the SAE's weights.
-
-    Raises:
-        FormatError: there is no such file, or it holds other weights than training wrote.
-    """
-    return RunFolder(run).weights_digest()
-
-
 def check_same_weights(run: Path, digest: object, done: str, again: str) -> None:
     """
     Args:
@@ -23,7 +14,7 @@ def check_same_weights(run: Path, digest: object, done: str, again: str) -> None
         again: the remedy.
 
     Raises:
-        FormatError: the SAE has other weights now.
+        FormatError: the SAE has other weights now, or see `RunFolder.weights_digest`.
     """
-    if digest != weights_digest(run):
+    if digest != RunFolder(run).weights_digest():
         raise FormatError(f"{run} was {done} with other weights than its SAE has now. {again}")

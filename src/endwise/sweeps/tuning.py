@@ -176,13 +176,8 @@ class _Search:
     def __init__(
         self, config: RunConfig, budget: TuningBudget, model: LanguageModel, corpora: Corpora, display: bool
     ) -> None:
-        self.config, self.target, self.model, self.corpora, self.display = (
-            config,
-            budget.target,
-            model,
-            corpora,
-            display,
-        )
+        self.config, self.model, self.corpora = config, model, corpora
+        self.target, self.display = budget.target, display
         self.tokens = budget.tokens or config.training.tokens // 2
         self._check_budget(config.training.tokens, config.training.batch * corpora.train.context)
         held, context = corpora.heldout.tokens, corpora.heldout.context

@@ -32,7 +32,6 @@ from endwise.evaluation.provenance import corpora_of_runs, model_of
 from endwise.formats import weights_file
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
-from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora
 
 FILE = "directions.safetensors"
@@ -165,7 +164,7 @@ def _settings(
         "with_starts": with_starts,
         "resamples": config.evaluation.bootstrap,
         "seed": config.evaluation.seed,
-        "sae": weights_digest(path),
+        "sae": RunFolder(path).weights_digest(),
     }
 
 

@@ -24,7 +24,6 @@ from endwise.features.spliced import SplicedBatch, spliced_ce
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.runs.folder import RunFolder
-from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora, Corpus, TokenBatch
 
 BLOCKS = 20
@@ -71,7 +70,7 @@ def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl
         "kl": kl,
         "blocks": BLOCKS,
         "seed": config.evaluation.seed,
-        "weights": weights_digest(path),
+        "weights": RunFolder(path).weights_digest(),
     }
 
 

@@ -15,7 +15,6 @@ from endwise.features.harvest.gathering import Kept
 from endwise.features.importance_table import read_measured
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
-from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora, Corpus, corpora_for
 from endwise.tokens.folders import files_below
 from endwise.tokens.loading import EMBEDDED
@@ -45,7 +44,7 @@ class Request:
         Raises:
             DataError: a text of one's own cannot be read.
         """
-        digest = weights_digest(path)
+        digest = RunFolder(path).weights_digest()
         own = {"content": _content(self.text, config.data)} if isinstance(self.text, Path) else {}
         return {
             **own,

@@ -41,7 +41,6 @@ from endwise.features.patterns.watching import Watched
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
-from endwise.runs.weights import weights_digest
 from endwise.tokens import Corpora, Corpus
 
 BLOCK = 128
@@ -105,7 +104,7 @@ def _settings(
     return {
         **settings.to_json(),
         "tokens": tokens or config.evaluation.tokens,
-        "weights": weights_digest(path),
+        "weights": RunFolder(path).weights_digest(),
         "heldout": heldout_fingerprint(path, corpora),
     }
 
