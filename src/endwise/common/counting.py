@@ -7,16 +7,13 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from endwise.common.notebook import running_cell
-from endwise.common.terminal import Grid
+from endwise.common.terminal import Bars, Grid
 from endwise.common.text import printable
 
 LOG_SECONDS, CELL_SECONDS = 60.0, 1.0
-NARROW = 100
-"""Columns of a terminal up to which a bar takes what its name and its times leave."""
 
 
 class Log:
@@ -91,15 +88,9 @@ def counting(
         every: seconds between two lines of a log.
     """
     console = console or Console(stderr=True, quiet=not display)
-    whole = Column(no_wrap=True, min_width=len(what))  # the bar gives way in a narrow window, never the name
-    columns = (
-        TextColumn("{task.description}", table_column=whole, markup=False),
-        BarColumn(bar_width=None, table_column=Column(ratio=1)),
-        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     shown, log = display and console.is_terminal, Log(console, every)
-    with Progress(*columns, console=console, disable=not shown, expand=console.width < NARROW) as progress:
+    with Bars(*columns, console=console, disable=not shown) as progress:
         task = progress.add_task(what, total=total)
         started = said = time.monotonic()
         done = 0
