@@ -43,6 +43,7 @@ def examine() -> Examination:
     import torch
 
     hub = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    memory = available_memory()
     processor = _of_processor("model name") or platform.processor() or platform.machine()
     facts = {
         "endwise": f"{_version('endwise')}, Python {platform.python_version()}, {platform.platform()}",
@@ -50,7 +51,7 @@ def examine() -> Examination:
         "extras": ", ".join(_extras()) or "none",
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if 'amx_bf16' in _of_processor('flags').split() else ''}",
-        "memory": _size(available_memory(), "free"),
+        "memory": "unknown" if memory is None else f"{size_text(memory)} free",
         "GPU": ", ".join(_gpus()) or "none that PyTorch can use",
         "cache": f"{cache_folder()} ({size_text(free_disk(cache_folder()))} free; $ENDWISE_CACHE)",
         "hub cache": f"{hub} ({size_text(free_disk(hub))} free; $HF_HOME)",
@@ -141,7 +142,3 @@ def _gpus() -> Iterator[str]:
         of = torch.cuda.get_device_properties(number)
         capability = f"compute capability {of.major}.{of.minor}, CUDA {torch.version.cuda}"
         yield f"{of.name} ({size_text(of.total_memory)}, {capability})"
-
-
-def _size(size: int | None, what: str) -> str:
-    return "unknown" if size is None else f"{size_text(size)} {what}"

@@ -92,7 +92,7 @@ def propose(settings: ProposalSettings) -> Proposal:
         "dictionary": {
             "architecture": "batchtopk",
             "ratio": RATIO,
-            "k": settings.l0 or _l0(width),
+            "k": settings.l0 or min(MOST_L0, max(LEAST_L0, round(width / FEATURES_PER_L0))),
             "aux": 0.03125,
             "aux_target": "residual",
             "revive": 3e-3,
@@ -141,10 +141,6 @@ def _middle(model: str) -> tuple[str, int, str]:
     count = 1 + max(int(re.findall(r"\d+", name)[0]) for name in found)
     layer = min(layers, key=lambda layer: (layer == count - 1, abs(layer - count // 2), layer))
     return layers[layer], found[layers[layer]], "finetune" if layer == count - 1 else "staged"
-
-
-def _l0(width: int) -> int:
-    return min(MOST_L0, max(LEAST_L0, round(width / FEATURES_PER_L0)))
 
 
 def _text(
@@ -223,7 +219,7 @@ def _written(values: dict[str, Any], width: int, there: int | None) -> str:
     sources = "\n".join(f"  {key}: {_scalar(value)}" for key, value in data.items() if key != "context")
     room = "streamed: as long as training lasts" if there is None else f"{there:,} tokens to train on"
     return f"""\
-# A first recipe for {_comment(model_title(model["name"]))}, by endwise init. Every key: docs/configuration.md.
+# A first recipe for {" ".join(model_title(model["name"]).split())}, by endwise init. Every key: docs/configuration.md.
 model:
   name: {_scalar(model["name"])}
   device: {_scalar(model["device"])}  # auto: CUDA if there is one
@@ -257,7 +253,3 @@ def _scalar(value: Any) -> str:
     """A value as YAML on one line."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w./-]*", value)
     return value if plain and yaml.safe_load(value) == value else json.dumps(value)
-
-
-def _comment(text: str) -> str:
-    return " ".join(text.split())
