@@ -5,7 +5,6 @@ data/site.js             which runs there are, and where their data lies; writte
 data/<digest>/<n>/       a run's data (`run_data`), under a digest of all of it
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import Any
 
 from endwise import __version__
 from endwise.analysis.geometry.cosines import MEMORY
+from endwise.common.digests import of_files
 from endwise.common.errors import RunFolderError
 from endwise.common.files import PARTIAL, cannot_write, check_can_write, expanded, write_atomic
 from endwise.common.text import printable
@@ -61,7 +61,7 @@ def write_dashboard(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         told = _write_runs(sources, partial, memory, say)
-        digest = _digest(partial)
+        digest = of_files(partial.rglob("*.js"), partial)[:_DIGEST]
         place = folder / _DATA / digest
         if place.exists():  # with the same content, unless someone has taken from it
             shutil.rmtree(place)
@@ -111,16 +111,6 @@ def _write_runs(
         shown = {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         told.append({**shown, **about})
     return told
-
-
-def _digest(folder: Path) -> str:
-    """Digest every file's place and content."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.js")):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:_DIGEST]
 
 
 def _drop_older(data: Path, digest: str) -> None:

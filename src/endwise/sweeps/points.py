@@ -1,6 +1,5 @@
 """From a sweep's file to its points: one recipe each, with a folder named by what the recipe holds."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from endwise.common.digests import of_text
 from endwise.common.errors import ConfigError, SiteError
 from endwise.config.base import read_yaml
 from endwise.config.dictionary import ARCHITECTURE, DictionaryConfig, of_others
@@ -25,6 +25,7 @@ from endwise.sweeps.sweep_config import OUT, PLACE, RANGE, TARGET, SweepConfig, 
 KIND = "objective.kind"
 LARGEST = 100_000
 """Points of a sweep."""
+DIGITS = 10
 
 UNUSED_WEIGHTS = {
     "local": ("kl", "downstream_mse", "downstream_sites"),
@@ -232,20 +233,17 @@ def _content(config: Recipe) -> str:
 
 
 def fingerprint(config: Recipe) -> str:
-    """Ten hexadecimal digits of what a recipe computes; how it is executed, its folder, and whether a default is
+    """`DIGITS` hexadecimal digits of what a recipe computes; how it is executed, its folder, and whether a default is
     written out do not count.
     """
-    return _digits(_content(config))
+    return of_text(_content(config))[:DIGITS]
 
 
 def _fingerprint_of_0_1(config: Recipe) -> str:
     """As version 0.1 made it, for which execution counted too."""
     new = {"out", "trackers"}
-    return _digits(json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True))
-
-
-def _digits(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:10]
+    content = json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True)
+    return of_text(content)[:DIGITS]
 
 
 def placed(config: AnyRecipe, folder: Path) -> AnyRecipe:
