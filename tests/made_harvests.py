@@ -22,7 +22,7 @@ from endwise.features.harvest.results import (
 )
 from endwise.features.patterns.files import COUNTS, SCORE_SCHEMA, SCORES, Patterns, write_patterns
 from endwise.features.patterns.trie import Pattern
-from endwise.runs.weights import weights_digest
+from endwise.runs.folder import RunFolder
 from made_dictionaries import write_run
 
 LENGTH, BEFORE = 24, 14
@@ -90,7 +90,7 @@ def write_harvest(run: Path, firings, *, seed=0, measured=True, texts=None, grou
     parquet.write_table(contexts, folder / "contexts.parquet", row_group_size=4096)
     about = {"format": HARVEST_FORMAT, "model": "embedded", "site": "blocks.1.hook_resid_pre", "kind": "e2e"}
     about |= {"d_sae": len(firings), "tokens": TOKENS, "context": 128, "corpus": {}, "settings": {}}
-    (folder / "harvest.json").write_text(json.dumps(about | {"weights": weights_digest(run)}))
+    (folder / "harvest.json").write_text(json.dumps(about | {"weights": RunFolder(run).weights_digest()}))
 
 
 def _lists(rows, kind):
@@ -195,5 +195,5 @@ def write_predicted(run, of) -> None:
     columns = {name: [values.get(name, 0) if feature in of else None for feature in range(d_sae)] for name in SCORES}
     columns |= {name: [0] * d_sae for name in COUNTS} | {"feature": list(range(d_sae)), "control": [""] * d_sae}
     scores = pa.table({name: columns[name] for name in SCORE_SCHEMA.names}, schema=SCORE_SCHEMA)
-    about = {"d_sae": d_sae, "settings": {"weights": weights_digest(run)}}
+    about = {"d_sae": d_sae, "settings": {"weights": RunFolder(run).weights_digest()}}
     write_patterns(run, Patterns.of(patterns, [""] * len(patterns), scores, about))

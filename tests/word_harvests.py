@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from endwise.features.harvest.results import CONTEXT_SCHEMA, FEATURE_SCHEMA, HARVEST_FORMAT, TOP, VOCABULARY_SCHEMA
 from endwise.formats.saelens import WEIGHTS_FILE
-from endwise.runs.weights import weights_digest
+from endwise.runs.folder import RunFolder
 
 LENGTH, QUANTILES, PER_GROUP = 12, 4, 10
 FILLERS = 40
@@ -60,7 +60,7 @@ def make_harvest(run, features=12, *, per_group=PER_GROUP, few=(), dead=(), impo
         "tokens": 10_000,
         "context": 128,
         "corpus": {},
-        "weights": weights_digest(run),
+        "weights": RunFolder(run).weights_digest(),
         "settings": {},
     }
     (folder / "harvest.json").write_text(json.dumps(about))
