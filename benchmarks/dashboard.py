@@ -21,14 +21,14 @@ from typing import Any
 from endwise.dashboard import write_dashboard
 from harness import GIB, cores, machine, resident, write_json
 
-TESTS = Path(__file__).parents[1] / "tests"
+HELPERS = Path(__file__).parents[1] / "tests" / "helpers"
 FIRST_PAINT, SORT = 1000.0, 200.0
 """The bars, in milliseconds."""
 
 
 def made_run(folder: Path, size: int, width: int) -> Path:
     """A run with a harvest as the tests make them, each feature with 22 contexts of 24 tokens."""
-    sys.path.append(str(TESTS))
+    sys.path.append(str(HELPERS))
     return importlib.import_module("made_harvests").write_harvested_run(folder, size, width=width)
 
 

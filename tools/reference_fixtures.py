@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/reference: what the paper's own code computes, for tests/test_against_reference.py.
+"""Writes tests/fixtures/reference: what the paper's own code computes, for tests/training/test_against_reference.py.
 
 The paper's authors publish their code as `e2e-sae`. Here it trains for one step on a tiny random language model: its
 `SAETransformer` runs the clean and the spliced pass, its `calc_loss` adds the terms, autograd gives the gradient of the

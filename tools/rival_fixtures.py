@@ -17,8 +17,8 @@ every kind, SAELens's opens them, compares latents and outputs, and fails where 
     python tools/rival_fixtures.py written FOLDER
     rival/bin/python tools/rival_fixtures.py open FOLDER
 
-Files of other packages' formats (`tests/made_formats.py`, and those that endwise writes) are opened by the packages
-themselves, likewise in two steps, of which the second fails where latents or outputs differ by more than 1e-5:
+Files of other packages' formats (`tests/helpers/made_formats.py`, and those that endwise writes) are opened by the
+packages themselves, likewise in two steps, of which the second fails where latents or outputs differ by more than 1e-5:
 
     python tools/rival_fixtures.py made FOLDER
     rival/bin/python tools/rival_fixtures.py read FOLDER sae-lens   # or another of `formats_read.PACKAGES`

@@ -15,7 +15,7 @@ from torch import Tensor
 INDEX, OURS = "index.json", "ours.safetensors"
 TOLERANCE, FEATURES = 1e-5, 12
 """Largest difference, as a share of the root mean square of the numbers compared."""
-TESTS = Path(__file__).parents[2] / "tests"
+HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
 WRITTEN = {
     "sparsify": ("topk",),
     "dictionary_learning": ("standard", "gated", "topk", "jumprelu", "batchtopk"),
@@ -27,7 +27,7 @@ WRITTEN = {
 
 def make(folder: Path) -> int:
     """Writes every kind of file, and endwise's latents and outputs of each."""
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(HELPERS))
     from endwise import SAE
     from rival_packages.writing import finished
 
