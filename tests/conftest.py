@@ -16,6 +16,9 @@ _threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
 # Workers inherit the environment of the process that starts them, which is one and so takes more threads.
 _asked = os.environ.setdefault("ENDWISE_TESTS_ASKED_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
 
+# Nothing here cuts the power, and what a process that was killed had written, the system still has.
+os.fsync = lambda _descriptor: None
+
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,5 +1,7 @@
 """YAML as recipes use it: plain values under words, no key twice, no aliases that unfold without end."""
 
+import copy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -17,6 +19,12 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it breaks a rule of YAML or of ours; one line that says which, and where.
     """
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """Build the values; a run folder's recipe is read by every part that needs a field of it."""
     try:
         loader = yaml.SafeLoader(text)
         try:

@@ -43,11 +43,12 @@ class CircuitTracer(Format):
 
     def detects(self, path: Path) -> bool:
         folder = path if path.is_dir() else path.parent
-        if not path.is_dir() and not (LAYER_FILE.fullmatch(path.name) and path.is_file()):
-            return False
         try:
+            files = path.iterdir() if path.is_dir() else (path,) if path.is_file() else ()
+            if not any(LAYER_FILE.fullmatch(each.name) for each in files):  # a run folder's recipe has the same name
+                return False
             return _config(folder).get("model_kind") == KIND
-        except FormatError:
+        except (FormatError, OSError):
             return False
 
     def read(self, path: Path, layouts: Mapping[str, Layout]) -> Stored:
