@@ -58,12 +58,14 @@ def assert_same_end(folder, whole):
         assert name.startswith("random.") or torch.equal(kept.tensors[name], tensor), name
 
 
-def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(made, tmp_path):
-    done = warm.run(HELPERS / "kill_often.py", tmp_path, made, 20, cwd=HELPERS, timeout=280)
+def test_killed_before_any_change_of_a_file_it_ends_in_the_same_bits(made, tmp_path):
+    done = warm.run(HELPERS / "killed_at_writes.py", tmp_path, made, cwd=HELPERS, timeout=280)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kills) == 20 and all(kill["same"] for kill in kills)
-    assert len({kill["saved"] for kill in kills}) > 3  # they were killed at different places
+    assert all(kill["same"] for kill in kills), [kill["change"] for kill in kills if not kill["same"]]
+    assert {kill["saved"] for kill in kills} == {0, 2, 3}
+    for file in ("metrics.jsonl", "config.yaml", "sae_weights.safetensors", "step-000000002", "step-000000003"):
+        assert any(file in kill["change"] for kill in kills), file
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
