@@ -202,7 +202,7 @@ def test_an_unwritable_folder(place, tmp_path):
     assert refuse("train", place / "recipe.yaml", f"out={tmp_path / 'run'}")[0] == 5
 
 
-def test_every_public_name_is_what_it_says_even_after_its_module_is_imported():
+def test_every_public_name_is_what_it_says_even_after_its_module_is_imported(tmp_path):
     code = """
 import importlib, pkgutil, types
 import endwise
@@ -215,7 +215,9 @@ for name in endwise.__all__:
     assert not isinstance(value, types.ModuleType), name
     assert value.__name__ == name, name
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "code.py").write_text(code)
+    done = warm.run(tmp_path / "code.py")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_warning_is_one_line_without_code():

@@ -136,12 +136,3 @@ def test_progress_shows_names_as_text(capsys):
     display.fail(Path(HOSTILE), HOSTILE)
     for text in (shown.getvalue(), capsys.readouterr().err):
         assert not hidden_in(text) and text.count(SAFE) >= 2
-
-
-def test_the_quickstart_may_be_put_anywhere(tmp_path):
-    small = ("training.tokens=1024", "evaluation.tokens=1024", "dictionary.ratio=1")
-    said = told("quickstart", *small, "--out", tmp_path / NAME)
-    assert said.exit_code == 0, said.output
-    assert MARKUP.replace("/", "|") in said.output.replace("\n", "") and not hidden_in(said.output)
-    page = Page((tmp_path / NAME / "report.html").read_text(encoding="utf-8"))
-    assert page.tags.count("script") == 2 and MARKUP.replace("/", "|") in page.text

@@ -18,8 +18,9 @@ from made_harvests import write_harvested_run, write_predicted, write_said
 from small_gpt2 import SITE
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOW = "the dashboard in a browser is not tried: install Chromium (Debian: apt-get install chromium), or put one on PATH"
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=HOW)
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
 ATTACKS = [

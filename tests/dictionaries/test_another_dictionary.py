@@ -145,7 +145,7 @@ def test_it_is_planned_with_its_own_term():
     assert [flops.sae_forward, flops.sae_backward, flops.sae_own] == [2 * product, 3 * product, 2 * product]
 
 
-def test_it_is_drawn_shown_and_exported_by_every_command(runs, tmp_path):
+def test_it_is_drawn_shown_and_exported_by_every_command(runs, tmp_path, undrawn):
     """Curves, geometry, importance, the dashboard, and Neuronpedia's files, as from the command line."""
     folders = [str(run.folder) for run in runs.values()]
     commands = {

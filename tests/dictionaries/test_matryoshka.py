@@ -20,7 +20,7 @@ from endwise.training.planning.plan import plan
 from endwise.training.trainee import Trainee
 from own_training import train_with
 from rivals import rival
-from topk_family import KINDS, passed, recipe, trained_as
+from topk_family import KINDS, heldout_l0, passed, recipe, trained_as
 
 D, F = 12, 320
 
@@ -286,10 +286,8 @@ def test_early_features_reconstruct_more_alone(model, tmp_path):
     found = {}
     for architecture in ("matryoshka_batchtopk", "batchtopk"):
         values = recipe(tmp_path / architecture, architecture, tokens=8192, learning_rate=3e-3)
-        values["evaluation"] |= {"tokens": 60_000}
         run = endwise.train(values, model=model, display=False)
-        evaluation = endwise.evaluate(run.folder, model=model)[run.folder]
-        assert evaluation["l0"] == pytest.approx(6, rel=0.03)
+        assert heldout_l0(run.folder, model) == pytest.approx(6, rel=0.03)
         config = RunConfig.build(values)
         corpora = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=1024)
         batch = corpora.heldout.batch(range(16))

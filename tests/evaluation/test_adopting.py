@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 from urllib.request import urlopen
 
 import numpy as np
@@ -25,6 +24,7 @@ from endwise.runs.folder import RunFolder
 from hub_server import asked, hub_server
 from made_saes import AT_SITE, FOREIGN, filled, gemma_scope, saelens
 from small_gpt2 import SITE, WIDTH
+from warm import Warm
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +308,8 @@ def test_served_beside_its_model(cache, tmp_path):
     filled(ReluSAE(model.width(about["hook_name"]), 40)).save(tmp_path / "sae", about)
     given = (tmp_path / "sae", "--data", "embedded")
     went_well("harvest", *given, "--tokens", 128, "--quiet")
-    command = [sys.executable, "-m", "endwise", "serve", *map(str, given), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with Warm("-m", "endwise", "serve", *given, "--port", "0", **streams) as server:
         try:
             line = server.stdout.readline()
             assert line.startswith("http://127.0.0.1:"), server.communicate()

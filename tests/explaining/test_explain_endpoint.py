@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import signal
 import sqlite3
 import subprocess
@@ -28,6 +27,7 @@ from endwise.explaining.explain import Estimate, estimate_lines, explain, plan
 from endwise.explaining.pacing import Pace, retry_after
 from endwise.explaining.settings import RetryPolicy, Settings
 from endwise.features.explanations import read_explanations
+from warm import Warm
 from word_harvests import make_run
 
 KEY = "sk-very-secret-0123456789"
@@ -448,15 +448,13 @@ def test_a_broken_off_run_goes_on_without_repeating_a_call(tmp_path, how, status
     def kill(handler, number):
         if number != 30:
             return False
-        os.kill(victim[0].pid, getattr(signal, how))
+        victim[0].send_signal(getattr(signal, how))
         victim[0].wait()
         return True
 
     with chat_server(misbehave=kill) as server:
-        command = [sys.executable, "-m", "endwise", *map(str, arguments), "--endpoint", server.url]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
-        ) as process:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+        with Warm("-m", "endwise", *arguments, "--endpoint", server.url, **streams) as process:
             victim.append(process)
             told = process.stderr.read()
         assert process.returncode == status and words in told and sum(server.answered.values()) == 29

@@ -1,10 +1,7 @@
 """A harvest against slow definitions, feature by feature; shards, resuming, and what it says of bad input."""
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from copy import copy
 from dataclasses import replace
 
@@ -38,6 +35,7 @@ from endwise.runs.folder import RunFolder
 from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
 from small_gpt2 import CONTEXT, SITE, VOCAB, data, recipe
+from spread import spread
 
 D_SAE, SEQUENCES = 40, 30
 KEPT = Kept(top=4, groups=3, per_group=2, before=3, after=2, tokens=5, co_firing=4)
@@ -411,11 +409,7 @@ def test_command_and_torchrun_write_the_same_files(shell_run):
     result = CliRunner().invoke(app, ["harvest", str(shell_run), *options])
     assert result.exit_code == 0 and "features fired on 175 tokens" in result.output
     alone = digest(shell_run)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "endwise"]
-    command = [*torchrun, "harvest", str(shell_run), *options]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = spread(2, "-m", "endwise", "harvest", shell_run, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("features fired on 175 tokens") == 1
     assert digest(shell_run) == alone

@@ -3,6 +3,8 @@
 import torch
 from torch.func import functional_call
 
+import endwise
+from endwise.runs.folder import RunFolder
 from rivals import batches
 
 KINDS = {"local": {}, "e2e": {}, "e2e_ds": {"downstream_mse": 1.0}}
@@ -71,6 +73,20 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
         "out": str(out),
         "seed": seed,
     }
+
+
+def heldout_l0(folder, model, tokens=60_000):
+    """Features of the SAE in a run folder that are active on a held-out token, on average; no pass is spliced."""
+    config, sae = RunFolder(folder).config(), endwise.SAE.load(folder)
+    text = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=tokens).heldout
+    site, active, counted = model.site(config.site), 0.0, 0
+    for first in range(0, len(text), 64):
+        batch = text.batch(range(first, min(first + 64, len(text))))
+        latents = sae.encode(model.clean(batch.tokens, [site]).activations[site])
+        active += float(latents.l0()[batch.mask].sum())
+        counted += int(batch.mask.sum())
+    assert counted > 0.9 * tokens
+    return active / counted
 
 
 # Rivals' numbers. Those that subtract b_dec from the input are ours with another encoder bias.

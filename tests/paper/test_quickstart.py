@@ -1,4 +1,4 @@
-"""The quickstart from end to end, at a hundredth of its size."""
+"""The quickstart from end to end, at a hundredth of its size, in a folder whose name is made to do harm."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bad_input import HOSTILE, hidden_in, told
 from endwise import pareto
 from endwise.common.errors import RunFolderError
 from endwise.config.method import Method
@@ -13,24 +14,37 @@ from endwise.config.recipes import find_recipe
 from endwise.config.run import RunConfig
 from endwise.paper.quickstart import quickstart, recipes
 from endwise.runs.folder import RunFolder
+from pages import Page
+
+NAME = HOSTILE.replace("/", "|")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("quickstart") / "out"
-    small = ("training.tokens=4096", "evaluation.tokens=2048", "dictionary.ratio=2")
-    return out, quickstart(out, seed=3, overrides=small, display=False)
+    """Its folder, the runs as its summary has them, and what the command printed."""
+    out = tmp_path_factory.mktemp("quickstart") / NAME
+    small = ("training.tokens=1024", "evaluation.tokens=1024", "dictionary.ratio=1")
+    said = told("quickstart", *small, "--seed", 3, "--out", out)
+    assert said.exit_code == 0, said.output
+    return out, json.loads((out / "summary.json").read_text()), said.output
+
+
+def test_it_may_be_put_anywhere(finished):
+    out, _, printed = finished
+    markup = "[red]x[/][/nope]".replace("/", "|")
+    assert markup in NAME and markup in printed.replace("\n", "") and not hidden_in(printed)
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 2 and markup in page.text
 
 
 def test_summary_has_the_promised_fields(finished):
-    out, _ = finished
-    content = json.loads((out / "summary.json").read_text())
+    out, content, _ = finished
     assert 2 < content["clean_ce"] < 5
     assert len(content["runs"]) == len(recipes(out, 3))
     for run in content["runs"]:
         assert {"kind", "site", "coefficient", "seed", "l0", "alive", "d_sae", "ce_increase", "kl"} <= set(run)
         assert {"explained_variance", "downstream_mse", "tokens", "seconds", "folder"} <= set(run)
-        assert run["seed"] == 3 and run["d_sae"] == 256 and run["tokens"] == 4096
+        assert run["seed"] == 3 and run["d_sae"] == 128 and run["tokens"] == 1024
         assert math.isfinite(run["ce_increase"]) and run["l0"] > 0 and run["seconds"] > 0
         assert len(run["downstream_mse"]) == 3
         assert RunFolder.open(Path(run["folder"])).evaluation()["l0"] == run["l0"]
@@ -38,20 +52,21 @@ def test_summary_has_the_promised_fields(finished):
 
 
 def test_report_shows_every_run(finished):
-    out, summary = finished
+    out, summary, _ = finished
     page = (out / "report.html").read_text()
-    for run in summary.runs:
-        assert f"{run.l0:.1f}" in page
+    for run in summary["runs"]:
+        assert f"{run['l0']:.1f}" in page
 
 
 def test_trained_in_phases_or_not_they_are_one_comparison(finished):
-    out, summary = finished
+    out, summary, _ = finished
     (compared,) = pareto(out)
-    assert {run.method for run in compared.runs} == {run.method for run in summary.runs}
+    folders = [RunFolder.open(Path(run["folder"])) for run in summary["runs"]]
+    assert {run.method for run in compared.runs} == {Method.of(folder.config()) for folder in folders}
 
 
 def test_a_folder_in_use_is_refused_before_any_work(finished):
-    out, _ = finished
+    out, _, _ = finished
     with pytest.raises(RunFolderError, match="not an empty folder"):
         quickstart(out, display=False)
 

@@ -107,13 +107,17 @@ def test_begun_again_it_trains_nothing_and_ends_alike(made, out, undrawn):
     assert tables(out) == before
 
 
-def test_moved_elsewhere_it_trains_nothing_and_ends_alike(made, out, tmp_path, monkeypatch):
+def test_moved_elsewhere_only_what_is_missing_is_done_and_it_ends_alike(made, out, tmp_path, monkeypatch, undrawn):
+    """As a kill leaves it: one run is gone, another was trained and not measured."""
     here = out.absolute()
     monkeypatch.chdir(tmp_path)
     shutil.copytree(here, "moved")
-    stamps = [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))]
+    gone, unmeasured, *whole = sorted(path.parent for path in Path("moved", "runs").glob("*/metrics.jsonl"))
+    shutil.rmtree(gone)
+    (unmeasured / "evaluation.json").unlink()
+    stamps = [(run / "metrics.jsonl").stat().st_mtime_ns for run in (unmeasured, *whole)]
     assert reproduce(StudyConfig.build(STUDY), "moved", display=False).runs.failures == {}
-    assert [file.stat().st_mtime_ns for file in sorted(Path("moved").rglob("metrics.jsonl"))] == stamps
+    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in (unmeasured, *whole)] == stamps
     assert tables(Path("moved")) == tables(here)
 
 
@@ -122,6 +126,7 @@ def test_a_folder_holds_one_study(made, out):
         reproduce(StudyConfig.build({**STUDY, "seeds": 1}), out, display=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_and_begun_again_it_ends_with_the_same_tables(made, out, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))

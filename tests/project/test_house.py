@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def sources():
     return sorted(SOURCE.rglob("*.py"))
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def test_the_top_folder_reads_like_a_table_of_contents():
     entries = [path for path in SOURCE.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 26, f"{len(entries)} entries"
@@ -43,7 +49,7 @@ def test_nothing_is_longer_than_can_be_read_at_once(what, most):
     long = []
     for path in sources():
         text = path.read_text(encoding="utf-8")
-        nodes = [node for node in ast.walk(ast.parse(text)) if what in kinds and isinstance(node, kinds[what])]
+        nodes = [node for node in ast.walk(parsed(path)) if what in kinds and isinstance(node, kinds[what])]
         lengths = [(f"{path.name}:{node.name}", node.end_lineno - node.lineno + 1) for node in nodes]
         lengths += [(path.name, len(text.splitlines()))] if what == "file" else []
         long += [f"{name} {length}" for name, length in lengths if length > most]
@@ -62,7 +68,7 @@ def test_every_room_is_on_a_floor():
 def test_no_name_of_a_class_stands_for_two_things():
     found = {}
     for path in sources():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(path.name)
     assert {name: files for name, files in found.items() if len(files) > 1 and not name.startswith("_")} == {}
@@ -72,7 +78,7 @@ def test_html_is_written_in_templates():
     """They escape what goes in (common/html.py); an f-string does not."""
     found = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             text = (
                 [part.value for part in node.values if isinstance(part, ast.Constant)]
                 if isinstance(node, ast.JoinedStr)

@@ -76,7 +76,7 @@ def test_the_runs_of_a_sweep_are_compared():
     assert len(found.runs) == 2
 
 
-def test_a_study_is_resumed_and_its_runs_are_not_trained_again(tmp_path, monkeypatch):
+def test_a_study_is_resumed_and_its_runs_are_not_trained_again(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(WRITTEN / "study", "study")
     endwise.reproduce(str(WRITTEN / "study.yaml"), "study")

@@ -40,6 +40,7 @@ GROUPS = {
     "heads": {"heads": {"site": "blocks.2.attn.hook_z", "dictionary": {"architecture": "topk"}}},
 }
 FEATURES = 32
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def recipe(out, dictionary, **place):
