@@ -9,25 +9,49 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Arguments and results of every function are checked against their annotations, axes of tensors included.
 CHECKED := --jaxtyping-packages=endwise,beartype.beartype
 BENCH ?= .venv-bench
+EXTRAS := dev,docs,gguf,ray,slurm,umap
+NEWEST ?= .venv-newest
+OLDEST ?= .venv-oldest
 BENCH_ARGS ?= --out runs/benchmark.json
 
 # The first also holds for the environment in which pip builds the package, up to pip 25.2; the second does since.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start many processes, each of which would compile everything again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs site bench clean
+.PHONY: help demo test test-all test-newest test-oldest lint format docs site bench clean
+
+# Compiled by all processors, where pip takes one; some packages hold files for other versions of Python.
+define install
+	$(1)/bin/python -m pip install --quiet --no-compile $(2)
+	@$(1)/bin/python -m compileall -qq -j 0 $(1) || true
+endef
+
+define run_tests
+	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" --ignore tests/shapes
+	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" $(CHECKED) tests/shapes
+endef
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## train four kinds of SAE on the embedded model and compare them
 	$(BIN)/endwise quickstart --out "$(OUT)"
 
-test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/shapes
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(CHECKED) tests/shapes
+test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
+	$(call run_tests,$(VENV),not slow)
+
+test-all: $(VENV)/.installed-dev ## run all tests
+	$(call run_tests,$(VENV),)
+
+test-newest: $(NEWEST)/.installed ## run all tests with the newest torch, transformers and others
+	$(call run_tests,$(NEWEST),)
+
+test-oldest: $(OLDEST)/.installed ## run all tests with the oldest torch and transformers that pyproject.toml allows
+	$(call run_tests,$(OLDEST),)
 
 lint: $(VENV)/.installed-dev ## run the static checks
 	$(BIN)/ruff check .
@@ -50,7 +74,7 @@ bench: $(BENCH)/.installed ## time a training step against the paper's own code 
 	$(BENCH)/bin/python benchmarks/versus_reference.py $(BENCH_ARGS)
 
 clean: ## remove the environments, builds and caches; runs stay
-	rm -rf $(VENV) $(BENCH) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(NEWEST) $(OLDEST) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -59,12 +83,24 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(call install,$(VENV),--editable .)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,gguf,ray,slurm,umap]'
+	$(call install,$(VENV),--editable '.[$(EXTRAS)]')
 	@touch $@ $(VENV)/.installed
+
+$(NEWEST)/.installed: export PIP_CONSTRAINT :=
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(call install,$(NEWEST),--upgrade --upgrade-strategy eager --editable '.[$(EXTRAS)]')
+	@touch $@
+
+$(OLDEST)/.installed: export PIP_CONSTRAINT :=
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(call install,$(OLDEST),--editable '.[$(EXTRAS)]' $$($(PYTHON) tools/oldest_versions.py torch transformers))
+	@touch $@
 
 # The paper's code and transformer-lens ask for much that is not used here, so without their requirements.
 $(BENCH)/.installed: pyproject.toml constraints.txt

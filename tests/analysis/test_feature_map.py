@@ -105,6 +105,7 @@ def test_a_crowd_is_thinned_in_the_figure_and_in_words(found):
     assert CROWD == 100 and "and 20 more" in in_words(crowd)
 
 
+@pytest.mark.slow
 def test_umap_itself_lays_like_with_like(found):
     """The one test that runs it."""
     pytest.importorskip("umap")

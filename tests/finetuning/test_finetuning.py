@@ -21,6 +21,8 @@ TRAINED = FIXTURES / "trained"
 SITE = "blocks.3.hook_resid_pre"
 FEW = TuningSettings(tokens=12_800, measured_on=2048, context=64, overrides=("training.evaluate_every=200",))
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
+AT_ONCE = ("sae_lens_standard", "sparsify_topk")
+"""Of two packages, one with a penalty and one without."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,9 @@ def test_all_rivals_are_there():
     assert len(MADE) == 7
 
 
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize(
+    "made", [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in MADE]
+)
 def test_it_predicts_better_at_the_same_l0_and_comes_back_as_it_came(embedded, tmp_path, made):
     said = []
     tuned = finetune(TRAINED / made, model=embedded, settings=FEW, out=tmp_path / "run", site=SITE, say=said.append)

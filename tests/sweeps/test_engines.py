@@ -71,6 +71,7 @@ def test_a_ray_sweep_whose_worker_is_killed_loses_nothing(made, tmp_path, expect
     assert two_workers.is_initialized()  # a Ray that was there before the sweep is there after it
 
 
+@pytest.mark.slow
 def test_a_task_that_ends_every_worker_fails_and_the_others_finish(made, tmp_path, two_workers):
     deadly = tmp_path / "deadly"
     deadly.mkdir()
@@ -94,6 +95,7 @@ def interrupt_while_it_waits(worker):
     os.kill(worker, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_stopped_ray_sweep_saves_and_goes_on_elsewhere(made, tmp_path, expected, two_workers, monkeypatch):
     monkeypatch.chdir(made)  # not where Ray was started
     config = a_sweep(Path(), tmp_path / "sweep", LOCAL, engine="ray")

@@ -246,7 +246,7 @@ def test_at_the_end_k_features_are_active_where_all_are_in_place(made, tmp_path)
 # Processes
 
 
-@pytest.mark.parametrize("places", [1, 3])
+@pytest.mark.parametrize("places", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_give_the_curve_of_one(made, tmp_path, places):
     """Of one place as an ordinary run, and of three jointly."""
     small_model().model.save_pretrained(made / "model")

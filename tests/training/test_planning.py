@@ -442,7 +442,7 @@ def measuring():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize("objective", ["local", "e2e"])
+@pytest.mark.parametrize("objective", ["local", pytest.param("e2e", marks=pytest.mark.slow)])
 def test_planned_memory_is_near_what_a_run_holds(measuring, objective):
     """A process that trains, measures and saves: the most that it ever holds beyond what it held after its imports."""
     shape = measuring.Shape("gpt2", 6, 256, 4, 4096, 256, 256, batch=12, layer=2, d_sae=8192)

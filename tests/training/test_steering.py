@@ -179,6 +179,7 @@ def test_what_is_too_far_off_stays_as_it_is_trained():
         assert torch.equal(sae.b_enc, bars)
 
 
+@pytest.mark.slow
 def test_each_of_several_places_ends_at_its_target(tmp_path, capsys):
     values = recipe(tmp_path / "run") | {"joint": False}
     values["places"] = [{"site": values.pop("site")}, {"site": "blocks.2.hook_resid_pre"}]

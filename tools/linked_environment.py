@@ -1,0 +1,78 @@
+"""Installs a wheel in an environment, and what it asks for, without a download: `linked_environment.py ENV WHEEL`.
+
+Run by the Python of another environment, which holds what the wheel asks for, and more: files are hard links to those
+that are there, or copies where no link can be made. What the wheel does not ask for is left out.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def requirements(wheel: Path) -> list[Requirement]:
+    """What a wheel asks for, those of its extras left out."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        asked = Parser().parsestr(file.read(name).decode()).get_all("Requires-Dist", [])
+    return applying(asked, {""})
+
+
+def applying(asked: list[str], extras: set[str]) -> list[Requirement]:
+    made = map(Requirement, asked)
+    return [each for each in made if not each.marker or any(each.marker.evaluate({"extra": name}) for name in extras)]
+
+
+def closure(asked: list[Requirement]) -> list[Distribution]:
+    """All that is asked for, by what is asked for too.
+
+    Raises:
+        PackageNotFoundError: something of it is not in the environment of this Python.
+    """
+    found: dict[str, Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    while asked:
+        each = asked.pop()
+        name = canonicalize_name(each.name)
+        found.setdefault(name, distribution(name))
+        new = {"", *each.extras} - {extra for of, extra in seen if of == name}
+        seen |= {(name, extra) for extra in new}
+        asked += applying(found[name].requires or [], new) if new else []
+    return list(found.values())
+
+
+def link(package: Distribution, folder: Path) -> None:
+    """Put a package's files into another folder of packages; its commands are left out."""
+    for file in package.files or []:
+        source, target = Path(str(file.locate())), folder / file
+        if ".." in file.parts or not source.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+
+def main(environment: Path, wheel: Path) -> None:
+    python = environment / "bin" / "python"
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    folder = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+    packages = closure(requirements(wheel))
+    for package in packages:
+        link(package, folder)
+    pip = [python, "-m", "pip"]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], check=True)
+    subprocess.run([*pip, "check"], check=True)
+    print(f"{wheel.name} with {len(packages)} packages that it asks for.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
