@@ -82,7 +82,8 @@ def heldout_l0(folder, model, tokens=60_000):
     site, active, counted = model.site(config.site), 0.0, 0
     for first in range(0, len(text), 64):
         batch = text.batch(range(first, min(first + 64, len(text))))
-        latents = sae.encode(model.clean(batch.tokens, [site]).activations[site])
+        with torch.no_grad():
+            latents = sae.encode(model.clean(batch.tokens, [site]).activations[site])
         active += float(latents.l0()[batch.mask].sum())
         counted += int(batch.mask.sum())
     assert counted > 0.9 * tokens
