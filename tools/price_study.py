@@ -84,6 +84,10 @@ class Curve:
     def own(self) -> dict[str, Any]:
         return self.study["methods"][self.name]
 
+    def held_against(self, role: str) -> "Curve":
+        """Return the curve that is its `reference`, or the `full` objective: its own of that role, or the study's."""
+        return replace(self, name=self.own.get(role, self.study[role]))
+
     @property
     def is_final(self) -> bool:
         return self.name in self.study["finalists"]
@@ -183,9 +187,9 @@ def ratio(curve: Curve, seeds: Sequence[int] | None = None) -> Ratio:
     study = curve.study
     each_seed = [replace(curve, seed=seed) for seed in seeds or (0, *study["seeds"])]
     own = [run for each in each_seed for run in each.summaries()]
-    others = [run for each in each_seed for run in replace(each, name=study["reference"]).summaries()]
+    others = [run for each in each_seed for run in each.held_against("reference").summaries()]
     runs = [*own, *(run for run in others if run.seed in {each.seed for each in own})]
-    reference = Method(study["reference"], study["reference"])
+    reference = curve.held_against("reference").method
     return ratio_of(runs, curve.method, "l0", "ce_increase", resamples=0, seed=0, reference=reference)
 
 
@@ -193,7 +197,7 @@ def saving(curve: Curve) -> Row:
     """Return its saving of L0 as a share of that of `full`, both in logarithms; over seeds, where three have one."""
     shares = []
     for seed in (0, *curve.study["seeds"]):
-        own, full = (ratio(each, [seed]).estimate for each in (curve, replace(curve, name=curve.study["full"])))
+        own, full = (ratio(each, [seed]).estimate for each in (curve, curve.held_against("full")))
         if own and full:
             shares.append(math.log(own) / math.log(full))
     if len(shares) < LEAST_SEEDS:
@@ -205,7 +209,7 @@ def saving(curve: Curve) -> Row:
 def prices(curves: Sequence[Curve]) -> Iterator[Row]:
     """Each method at each site: what it costs, and what it saves."""
     for curve in curves:
-        reference = replace(curve, name=curve.study["reference"])
+        reference = curve.held_against("reference")
         if curve.seed or not curve.rows() or not reference.rows():
             continue
         row: Row = {"site": curve.site, "method": curve.name, "operations": curve.operations / reference.operations}
