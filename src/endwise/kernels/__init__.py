@@ -1,12 +1,15 @@
 """The few operations that decide what training costs, in one implementation per kind of device.
 
-`kernels_for(device)` gives the implementation; `register` adds one (a Triton version, say) beside `eager`, which is
-written in device-agnostic operations and stands in wherever there is no other. What each operation computes is said
-once, in `interface`; a test holds every registered implementation to it.
+`kernels_for(device)` gives the implementation: what was given to `register`, or ships for that type of device (for
+CUDA in Triton, where that is installed), or else `eager`, which is written in device-agnostic operations. What each
+operation computes is said once, in `interface`; a test holds every implementation to it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -31,6 +34,9 @@ __all__ = [
 
 _EAGER = EagerKernels()
 _BY_DEVICE: dict[str, Kernels] = {}
+_SHIPPED = {"cuda": ("triton", "endwise.kernels.on_cuda", "TritonKernels")}
+"""By type of device: the package that its kernels need, the module they are in, and their class. The module is loaded
+when such a device is first used; its `supports` says which ones they are for."""
 
 
 def register(device_type: str, kernels: Kernels) -> None:
@@ -44,7 +50,16 @@ def registered() -> dict[str, Kernels]:
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    return _BY_DEVICE.get(device.type, _EAGER)
+    return _BY_DEVICE.get(device.type) or _shipped(device)
+
+
+@cache
+def _shipped(device: torch.device) -> Kernels:
+    package, module, name = _SHIPPED.get(device.type, ("", "", ""))
+    if not package or find_spec(package) is None:
+        return _EAGER
+    found = import_module(module)
+    return getattr(found, name)() if found.supports(device) else _EAGER
 
 
 @contextmanager

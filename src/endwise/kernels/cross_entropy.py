@@ -4,21 +4,12 @@ With logits z less their row's maximum and T = Σ e^z, the cross-entropy of targ
 the logits Q − 1_y, Q = e^z / T.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from endwise.kernels.interface import Unembedding
+from endwise.kernels.interface import CrossEntropy, Unembedding
 from endwise.kernels.logits import Buffers, capped, kept_rows
-
-
-class CrossEntropy(NamedTuple):
-    losses: Float[Tensor, " n"]
-    """Nats, in fp32 (float64 for hidden states in float64); 0 in rows that do not count."""
-    gradient: Float[Tensor, "n d_model"] | None
-    """Gradient of each row's loss by its own hidden state, in its dtype."""
 
 
 def chunked_cross_entropy(
@@ -29,7 +20,7 @@ def chunked_cross_entropy(
     rows: int,
     with_gradient: bool,
 ) -> CrossEntropy:
-    """−log softmax(logits)[target] of the rows in `keep`; `[n vocab]` never exists as a whole.
+    """See `Kernels.cross_entropy`.
 
     Args:
         rows: whose logits are held at once, vocabulary-major as in `kl`.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from endwise.kernels.interface import Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
+from endwise.kernels.cross_entropy import chunked_cross_entropy
+from endwise.kernels.interface import CrossEntropy, Divergence, Found, Index, Kernels, Pairs, PerPair, Unembedding
 from endwise.kernels.kl import chunked_kl
 from endwise.kernels.scan import Blocks, among_largest, kth_of_rows, places_above
 from endwise.kernels.screen import Screen, has_fast_bfloat16
@@ -54,6 +55,12 @@ class EagerKernels(Kernels):
 
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
         return chunked_kl(clean, spliced, keep, unembedding, self.rows_per_chunk(unembedding))
+
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, keep: Tensor, unembedding: Unembedding, with_gradient: bool
+    ) -> CrossEntropy:
+        rows = self.rows_per_chunk(unembedding)
+        return chunked_cross_entropy(hidden, targets, keep, unembedding, rows, with_gradient)
 
 
 Active = Callable[[Tensor], tuple[Index, PerPair]]

@@ -93,6 +93,13 @@ class Divergence(NamedTuple):
     """Gradient of the total by the spliced hidden states, in their dtype."""
 
 
+class CrossEntropy(NamedTuple):
+    losses: Float[Tensor, " n"]
+    """Nats, in fp32 (float64 for hidden states in float64); 0 in rows that do not count."""
+    gradient: Float[Tensor, "n d_model"] | None
+    """Gradient of each row's loss by its own hidden state, in its dtype."""
+
+
 def rows_per_chunk(vocab: int, width: int, on_gpu: bool) -> int:
     """Return how many rows' logits are held at once."""
     elements = GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS
@@ -164,3 +171,14 @@ class Kernels(ABC):
         """Σ over the rows in `keep` of KL(clean ‖ spliced) between the next-token distributions that two final hidden
         states predict, with its gradient; `[n vocab]` never exists as a whole.
         """
+
+    @abstractmethod
+    def cross_entropy(
+        self,
+        hidden: Float[Tensor, "n d_model"],
+        targets: Int[Tensor, " n"],
+        keep: Bool[Tensor, " n"],
+        unembedding: Unembedding,
+        with_gradient: bool,
+    ) -> CrossEntropy:
+        """−log softmax(logits)[target] of the rows in `keep`; `[n vocab]` never exists as a whole."""

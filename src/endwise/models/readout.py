@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from endwise.common.axes import Activation, TokenMask, Tokens
 from endwise.kernels import Unembedding, kernels_for
-from endwise.kernels.cross_entropy import chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,8 @@ class _CEFromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, keep: Tensor, unembedding: Unembedding) -> Tensor:
-        rows = kernels_for(hidden.device).rows_per_chunk(unembedding)
         wanted = ctx.needs_input_grad[0]
-        losses, gradient = chunked_cross_entropy(hidden, targets, keep, unembedding, rows, wanted)
+        losses, gradient = kernels_for(hidden.device).cross_entropy(hidden, targets, keep, unembedding, wanted)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

@@ -1,0 +1,81 @@
+"""What a CPU proves of the kernels in Triton: their values, in its interpreter, and that compilers for cards take them.
+
+Both run in processes of their own: Triton reads what it is to be when it is imported.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from endwise.kernels import kernels_for, registered
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+"""Most shared memory of a program, by card (CUDA C++ Programming Guide, technical specifications)."""
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there is none for this system")
+
+
+def run(*arguments, **environment):
+    """Return what a process of Python prints that succeeds."""
+    command, own = [sys.executable, *map(str, arguments)], os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=own, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def interpreted(marked):
+    told = run("-m", "pytest", "-q", "-x", "-m", marked, HERE / "interpreted_triton.py", TRITON_INTERPRET="1")
+    assert " passed" in told and "skipped" not in told
+
+
+@needs_triton
+def test_values_in_the_interpreter():
+    interpreted("not slow")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_more_values_in_the_interpreter():
+    interpreted("slow")
+
+
+def compiled(cache, *options):
+    """Rows of the table: kernel, numbers, of which loss, card, registers, spilled, shared memory in KiB."""
+    lines = run(ROOT / "tools" / "kernel_resources.py", *options, TRITON_CACHE_DIR=str(cache)).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def check(rows):
+    for kernel, numbers, of, card, registers, spilled, shared in rows:
+        assert 0 < int(registers) <= 255 and int(spilled) == 0, (kernel, numbers, of, card)
+        assert int(shared) <= SHARED_KIB[card]
+
+
+@needs_triton
+def test_a_kernel_compiles_without_spilling(tmp_path):
+    rows = compiled(tmp_path, "--arch", "80", "--dtype", "float32", "--kernel", "differences")
+    assert [row[0:4] for row in rows] == [["differences", "fp32", of, "sm_80"] for of in ("KL", "CE")]
+    check(rows)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_all_kernels_compile_without_spilling(tmp_path, dtype):
+    rows = compiled(tmp_path, "--dtype", dtype)
+    assert {(row[0], row[3]) for row in rows} == {
+        (kernel, card) for kernel in ("statistics", "differences", "add_product") for card in SHARED_KIB
+    }
+    check(rows)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch asks the card")
+def test_without_cuda_there_is_nothing_to_choose():
+    assert kernels_for(torch.device("cuda")) is registered()["eager"]
