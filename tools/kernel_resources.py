@@ -25,6 +25,7 @@ from endwise.kernels.on_cuda import TritonKernels
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most bytes that a program can have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 ROWS, VOCAB, WIDTH = 1024, 50257, 768
+DTYPES = ["bfloat16", "float32", "float16"]
 NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -60,7 +61,7 @@ def launched(dtype: torch.dtype) -> list[Launched]:
     """Every kernel that KL and cross-entropy launch, with bias and soft-cap, on tensors without values."""
     found: dict[Launched, None] = {}
 
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    def record(kernel: Any, _grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         found[_launched(kernel, arguments, constants)] = None
 
     kernels = TritonKernels(record)
@@ -122,7 +123,7 @@ def table(archs: list[int], dtypes: list[torch.dtype], names: list[str] | None) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED), default=list(SHARED))
-    parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--kernel", nargs="+", help="these alone")
     arguments = parser.parse_args()
     for line in table(arguments.arch, [getattr(torch, name) for name in arguments.dtype], arguments.kernel):

@@ -17,7 +17,9 @@ from endwise.kernels import kernels_for, registered
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 """Most shared memory of a program, by card (CUDA C++ Programming Guide, technical specifications)."""
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there is none for this system")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed: there is none for this system"
+)
 
 
 def run(*arguments, **environment):

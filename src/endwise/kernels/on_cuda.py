@@ -102,7 +102,7 @@ class _Sweeps:
 
     @cached_property
     def precision(self) -> str:
-        """How products of fp32 are computed: with tf32 three times, which loses a bit or two, unless once is allowed."""
+        """How products of fp32 are computed: of tf32 thrice, which loses a bit or two, unless PyTorch may do so once."""
         if self.is_half:
             return "ieee"
         return "tf32" if _allows_tf32() else "tf32x3"
@@ -149,7 +149,7 @@ class _Sweeps:
 def _allows_tf32() -> bool:
     """Read PyTorch's setting, whichever of its two interfaces set it: from 2.9 on the older one refuses to be mixed."""
     matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
 
 
 def _parts(whole: int, size: int) -> int:
