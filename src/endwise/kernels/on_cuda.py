@@ -102,7 +102,7 @@ class _Sweeps:
 
     @cached_property
     def precision(self) -> str:
-        """How products of fp32 are computed: of tf32 thrice, which loses a bit or two, unless PyTorch may do so once."""
+        """How products of fp32 are computed: as three of tf32, short of a bit or two, or one if PyTorch may do that."""
         if self.is_half:
             return "ieee"
         return "tf32" if _allows_tf32() else "tf32x3"
