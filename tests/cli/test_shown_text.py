@@ -103,13 +103,14 @@ def test_a_runs_folder_may_be_called_anything(evaluated, tmp_path):
     assert MARKUP.replace("/", "|") in refused("evaluate", out)
 
 
-def test_a_folder_whose_name_is_not_unicode(tmp_path):
+def test_a_folder_whose_name_is_not_unicode(tmp_path, monkeypatch):
     write_place(tmp_path)
     assert told("train", tmp_path / "recipe.yaml").exit_code == 0
-    odd = tmp_path / os.fsdecode(b"caf\xe9")
-    (tmp_path / "run").rename(odd)
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / "run").rename(tmp_path / odd)
+    monkeypatch.chdir(tmp_path)  # a long path is cut short
     for command in (("evaluate", odd), ("train", "--resume", odd), ("sites", odd), ("train", odd)):
-        assert r"caf\udc" in refused(*command)  # a long path is cut short
+        assert r"caf\udce9" in refused(*command)
 
 
 def test_a_site_and_a_model_in_the_table_of_evaluations(evaluated):
