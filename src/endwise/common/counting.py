@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -46,7 +46,7 @@ class Board:
         self._log = Log(self._console)
         self._started = self._said = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Board":
         if self._live is not None:
             self._live.__enter__()
         return self

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -107,10 +107,11 @@ class Watch(Board):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="sweep-watch")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         if not self._console.quiet:
             self._thread.start()
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __exit__(self, *ended: Any) -> None:
         self._over.set()
@@ -150,7 +151,7 @@ class Watch(Board):
                 self._show()
 
     def _show(self) -> None:
-        self._update(self._table, lambda: [self._heading()], 0)
+        self._update(self._table, lambda: [self._heading()], 0.0)
 
     def _heading(self) -> str:
         runs = list(self._runs.values())

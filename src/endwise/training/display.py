@@ -38,6 +38,10 @@ class Display(Board):
         self._rows: dict[Path, _Row] = {}
         self._paused = 0.0
 
+    def __enter__(self) -> "Display":
+        super().__enter__()
+        return self
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent within it is not training's."""
@@ -75,7 +79,7 @@ class Display(Board):
 
     def advance(self, done: int) -> None:
         last = done == self._steps
-        self._update(lambda: self._table(done), lambda: self._lines(done), 0 if last else TABLE_SECONDS)
+        self._update(lambda: self._table(done), lambda: self._lines(done), 0.0 if last else TABLE_SECONDS)
 
     def _heading(self, done: int) -> str:
         timing = self.timing(done)
