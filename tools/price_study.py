@@ -6,9 +6,9 @@ held-out text that nothing is reported on; then all levels are trained at that r
 seeds. Each run leaves one row, `rows/<hash of its recipe>.json`, so that the command, started again elsewhere, makes
 only the missing ones.
 
-Written are `table.md` (every point), and `price.csv`: of each method its cost, in operations and in seconds of a step
-relative to local training, and its L0 relative to local's at equal CE increase. `--costs` times the steps, on an idle
-machine.
+Written are `table.md` (every point), and `price.csv`: of each method its cost, in operations and in seconds of a whole
+training relative to local training, and its L0 relative to local's at equal CE increase. `--costs` measures the
+seconds, on an idle machine.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from endwise.common.statistics import LEAST_SEEDS, interval_over_seeds
 from endwise.config.base import with_values
 from endwise.config.method import Knob, Method
 from endwise.evaluation.summary import RunSummary
-from endwise.runs.folder import RunFolder
 from endwise.sweeps.points import fingerprint
 from endwise.training.planning.plan import plan
 from study_rows import Row, Rows, batches, machine
@@ -63,9 +62,9 @@ class Study:
         return self.folder / "costs.json"
 
     @cached_property
-    def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of a step, by site and method, as far as they were timed."""
-        return json.loads(self.costs_file.read_text())["milliseconds a step"] if self.costs_file.exists() else {}
+    def seconds(self) -> dict[str, float]:
+        """Seconds of a whole training, by site and method, as far as they were timed."""
+        return json.loads(self.costs_file.read_text())["seconds"] if self.costs_file.exists() else {}
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -104,7 +103,7 @@ class Curve:
     @property
     def levels(self) -> list[float]:
         levels = self.own.get("levels", self.study["levels"])
-        return sorted([*levels, *(self.study["further"] if self.is_final else [])])
+        return sorted([*levels, *(self.own.get("further", self.study["further"]) if self.is_final else [])])
 
     @property
     def rates(self) -> list[float]:
@@ -213,10 +212,9 @@ def prices(curves: Sequence[Curve]) -> Iterator[Row]:
         if curve.seed or not curve.rows() or not reference.rows():
             continue
         row: Row = {"site": curve.site, "method": curve.name, "operations": curve.operations / reference.operations}
-        tokens = [each.tuning()[0].training.tokens for each in (curve, reference)]
-        timed = curve.study.milliseconds
+        timed = curve.study.seconds
         seconds = [timed.get(f"{each.site} {each.name}", float("nan")) for each in (curve, reference)]
-        row["seconds"] = seconds[0] * tokens[0] / (seconds[1] * tokens[1])
+        row["seconds"] = seconds[0] / seconds[1]
         if curve.name != reference.name:
             found = ratio(curve).to_row()
             row |= {"ratio": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
@@ -242,24 +240,20 @@ def table(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def costs(curves: Sequence[Curve]) -> dict[str, float]:
-    """Milliseconds of a step of each method on one thread, on average over a training of 60 steps less its first ten.
-    The machine must be idle.
+def costs(curves: Sequence[Curve], study: Study) -> None:
+    """Time the whole training of each method at the middle level, alone on one thread, and keep the seconds of its
+    loop; those that were timed before are left as they are. The machine must be idle.
     """
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
     model = load_model(**curves[0].tuning()[0].model.model_dump())
     for curve in curves:
+        rate, name = curve.rate(), f"{curve.site} {curve.name}"
+        if rate is None or name in study.seconds:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            config = curve.tuning()[0]
-            tokens = 60 * config.training.batch * (model.context or 1)
-            training = config.training.model_copy(update={"tokens": tokens, "log_every": 1})
-            placed = config.model_copy(update={"training": training, "out": Path(folder) / "run"})
-            run = train(placed, model=model, display=False)
-            lines = RunFolder.open(run.folder).timings_file.read_text().splitlines()
-        seconds = np.array([json.loads(line)["seconds"] for line in lines])
-        found[f"{curve.site} {curve.name}"] = 1e3 * float(np.mean(np.diff(seconds)[10:]))
-    return found
+            placed = curve.recipe(curve.middle, rate).model_copy(update={"out": Path(folder) / "run"})
+            study.seconds[name] = train(placed, model=model, display=False).seconds
+        write_json(study.costs_file, {"seconds": study.seconds, **machine()})
 
 
 def main() -> None:
@@ -268,7 +262,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, default=Path(), help="where relative paths of its recipes start")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further runs after this time")
     parser.add_argument("--only", nargs="*", default=[], help="methods and sites to train")
-    parser.add_argument("--costs", action="store_true", help="time a step of each on an idle machine, and end")
+    parser.add_argument("--costs", action="store_true", help="time a training of each on an idle machine, and end")
     arguments = parser.parse_args()
     study = Study(RESULTS / arguments.study)
     os.chdir(arguments.inputs)
@@ -280,8 +274,7 @@ def main() -> None:
         and (curve.site in only or not only & set(study["sites"]))
     ]
     if arguments.costs:
-        timed = costs([curve for curve in chosen if curve.seed == 0])
-        write_json(study.costs_file, {"milliseconds a step": timed, **machine()})
+        costs([curve for curve in chosen if curve.seed == 0], study)
         return
     ends = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < ends:

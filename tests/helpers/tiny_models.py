@@ -177,7 +177,7 @@ def hook(family: str, model: nn.Module, site: Site, act: Callable[[Tensor], Tens
 
 def hook_middle(family: str, where: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Any:
     """As `hook`, between attention and MLP: what reads the stream there is given another, and the block's result made
-    anew of it.
+    again from it.
     """
     of, kept = FAMILIES[family], {}
     assert of.middle is not None

@@ -126,7 +126,7 @@ def test_what_it_did_is_kept_unless_something_changed(stand_in, run):
     assert told(run, "--suite", "stand-in", "ends=early").exit_code == 11
     assert (run / "bench/stand-in/results/tried").read_text() == "xx"
     assert told(run, "--suite", "stand-in").exit_code == 0
-    assert read_json(run / "bench/stand-in.json")["numbers"]["tries"] == 1, "other settings begin anew"
+    assert read_json(run / "bench/stand-in.json")["numbers"]["tries"] == 1, "other settings start again"
     assert told(run, "--suite", "stand-in").exit_code == 0
     assert read_json(run / "bench/stand-in.json")["numbers"]["tries"] == 2
 

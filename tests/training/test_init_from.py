@@ -132,10 +132,10 @@ def test_the_first_steps_loss_is_the_loaded_ones(model, corpora, started, tmp_pa
 
 @pytest.mark.parametrize("kind", ["e2e", "e2e_ds"])
 def test_every_kind_can_start_from_a_local_one(model, corpora, ours, tmp_path, kind):
-    anew = train(recipe(tmp_path / "anew", kind, log_every=1), model=model, corpora=corpora, display=False)
+    fresh = train(recipe(tmp_path / "fresh", kind, log_every=1), model=model, corpora=corpora, display=False)
     config = starting_from(ours.folder, tmp_path / "run", kind, log_every=1)
     run = train(config, model=model, corpora=corpora, display=False)
-    first, random = (RunFolder(each.folder).metrics()[0] for each in (run, anew))
+    first, random = (RunFolder(each.folder).metrics()[0] for each in (run, fresh))
     assert first["kl"] != random["kl"] and first["learning_rate"] == random["learning_rate"]
     assert first["tokens"] == random["tokens"] == 32
     assert RunFolder(run.folder).config().init_from == ours.folder
@@ -270,7 +270,7 @@ def test_an_architecture_that_cannot_be_trained(model, corpora, tmp_path):
 
 def test_beside_others_it_starts_as_alone(model, corpora, ours, started, tmp_path):
     configs = [
-        recipe(tmp_path / "anew", "local"),
+        recipe(tmp_path / "fresh", "local"),
         starting_from(ours.folder, tmp_path / "from ours"),
         starting_from(started["a foreign one"][0], tmp_path / "from a foreign one", "e2e"),
     ]
@@ -281,10 +281,10 @@ def test_beside_others_it_starts_as_alone(model, corpora, ours, started, tmp_pat
 
 
 def test_a_plan_is_that_of_a_new_sae(made, ours, tmp_path):
-    anew = complete(made, tmp_path / "run", {})
+    fresh = complete(made, tmp_path / "run", {})
     config = complete(made, tmp_path / "run", {"init_from": str(ours.folder)})
     assert config.init_from == ours.folder
-    planned, expected = plan(config).to_json(), plan(anew).to_json()
+    planned, expected = plan(config).to_json(), plan(fresh).to_json()
     for one in (planned, expected):
         one.pop("needs")  # of the process and the machine, which change from one moment to the next
     assert planned == expected

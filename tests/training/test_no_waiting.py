@@ -87,7 +87,7 @@ def test_the_guard_lets_arithmetic_pass():
 
 def guarded_training(model, folder, guard, monkeypatch):
     """Trains all kinds, guarded from one step's beginning to that of a later one; nothing is reported in between."""
-    # Once a pass transformers reads back whether position ids start anew within a sequence; with ours they never do.
+    # Once a pass transformers reads back whether position ids start again within a sequence; with ours they never do.
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     tokens = write_tokens(folder)
     kinds = ("local", "e2e", "e2e_ds")

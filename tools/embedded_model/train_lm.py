@@ -114,7 +114,7 @@ PHASES = (Phase("adamw", 12_000_000, adamw, 0.3), Phase("muon", 10_000_000, muon
 
 
 def batches(tokens: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches `[BATCH, CONTEXT]`; each epoch cuts the stream at another offset and shuffles anew."""
+    """Endless batches `[BATCH, CONTEXT]`; each epoch cuts the stream at another offset and shuffles again."""
     epoch = 0
     while True:
         rng = np.random.default_rng([seed, epoch])

@@ -24,7 +24,7 @@ SHOWN = ("torch", "transformers", "datasets", "safetensors", "huggingface-hub", 
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found."""
+    """The finding, in a line."""
 
     facts: dict[str, str]
     problems: tuple[str, ...]

@@ -18,7 +18,7 @@ ROUNDING = 1e-3
 FAR_BELOW = -1.0
 """An explained variance under this: the error is more than twice what the site's mean would leave."""
 FAR = 1.5
-"""Factor between a measured and a stated L0 that is told of. On other text than it was trained on, the L0 of an SAE
+"""Factor between a measured and a stated L0 that is reported. On other text than it was trained on, the L0 of an SAE
 that is read rightly changes by less."""
 ENOUGH = 0.95
 """Share of the held-out tokens asked for: whole sequences and masked first positions leave out less than the rest."""

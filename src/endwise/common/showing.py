@@ -1,4 +1,4 @@
-"""What results show of themselves: a line by `repr`, and a card of HTML where they are a notebook's last expression.
+"""Displays of results: a line by `repr`, and a card of HTML where they are a notebook's last expression.
 
 A card needs no network, no script and no server. Its colours are shades of the text's own, so that it is legible on
 whatever background the notebook has.

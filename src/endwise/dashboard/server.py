@@ -41,7 +41,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 EDITS: Mapping[str, Callable[[int, Any], Intervention]] = {"add": Steer, "set": Clamp}
-"""What "how" may be, with a feature and an activation."""
+"""Values of "how", with a feature and an activation."""
 mimetypes.add_type("text/javascript", ".js")  # whatever this machine's own table says
 
 

@@ -1,4 +1,4 @@
-"""What a dictionary shows of itself, in a line and in a notebook."""
+"""Displays of a dictionary, in a line and in a notebook."""
 
 from typing import Any, ClassVar
 

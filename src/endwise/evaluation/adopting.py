@@ -176,7 +176,7 @@ def digest_of(path: Path) -> str:
     form, place = located(path)
     weights = form.weights(place)
     if not there_is(weights):
-        return of_text(str(weights))  # which is told of as it is read
+        return of_text(str(weights))  # which is reported as it is read
     beside = {file for folder in (place, weights.parent) if folder.is_dir() for file in folder.iterdir()}
     settings = sorted(
         file for file in beside if file.suffix in SETTINGS and file.is_file() and file.stat().st_size < LARGEST_SETTINGS

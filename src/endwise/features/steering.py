@@ -78,7 +78,7 @@ class Sampling:
     temperature: float | int = 0.0
     """0: the likeliest token each time."""
     seed: int = 0
-    """Of both texts alike."""
+    """Shared by both texts."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:

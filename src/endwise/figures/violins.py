@@ -33,7 +33,7 @@ def violin(
 
     Args:
         hovers: the text of each value.
-        told: what the mean tells.
+        told: text shown over the mean.
     """
     if not len(values):
         return []

@@ -1,4 +1,4 @@
-"""SAELens's file of an SAE, of any of its versions, told as what the function is; or refused, where ours cannot be it.
+"""Files of SAELens, of any of its versions, each read as the function that it is, or refused where ours cannot be it.
 
 Nothing that changes the function is passed over: every field and tensor is read, known to change nothing, or refused.
 Before its version 6, SAELens wrote one flat object, in which settings of the training stand beside the function's.

@@ -132,7 +132,7 @@ def based_on(
 
 @dataclass(frozen=True)
 class TokenizerAlone:
-    """Of a language model what reading text for it needs."""
+    """The parts of a language model that reading text for it needs."""
 
     tokenizer: PreTrainedTokenizerBase | None
     no_tokenizer: str
@@ -190,7 +190,7 @@ def _merged(
 def _digesting(
     source: str, shared: dict[str, Any], commit: str | None, adapter: Adapter | None
 ) -> Callable[[], str] | None:
-    """What digests the files that a model was loaded from; None: they are not to be found."""
+    """Return what digests the files that a model was loaded from; None: they are not to be found."""
     gguf_file, with_code = shared.get("gguf_file"), shared["trust_remote_code"]
     folder = _folder_of(source, gguf_file, commit or shared["revision"])
     if folder is None:

@@ -17,8 +17,8 @@ from endwise.models.sites import Part, Place, Site
 Scalar = Float[Tensor, ""]
 Given = TypeVar("Given", bound=Callable[[Tensor], Tensor])
 Change = Callable[[Tensor, Tensor], Tensor]
-"""What stands at a place's second site, of the activation that is read at the first, `[batch pos d_in]`, and of the
-model's own at the second, `[batch pos d_out]`."""
+"""Maps the activation read at a place's first site, `[batch pos d_in]`, and the model's own at the second,
+`[batch pos d_out]`, to what stands at the second."""
 CPU_TAIL_TOKENS, GPU_TAIL_TOKENS = 1024, 16384
 """Tokens at a time in the spliced pass: enough for matrix products at full speed."""
 

@@ -1,4 +1,4 @@
-"""What a run folder shows of itself in a notebook: its recipe in a line, what was measured, and what comes next."""
+"""Display of a run folder in a notebook: its recipe in a line, what was measured, and what comes next."""
 
 import shlex
 from collections.abc import Iterable, Mapping

@@ -42,7 +42,7 @@ LAMBDA = "sparsity_coefficient"
 
 
 class TuningBudget(Config):
-    """What tuning may take and is to reach."""
+    """Target and budget of a tuning."""
 
     target: Target
     tokens: Positive | None = None
@@ -65,7 +65,7 @@ class RateTrial:
     miss: float
     """Distance from the target, as a share of it."""
     score: float
-    """What is compared, the less the better: the CE increase at an L0, or L0 at a CE increase."""
+    """The number compared, smaller is better: the CE increase at an L0, or L0 at a CE increase."""
     failed: str = ""
 
     @property
@@ -83,7 +83,7 @@ class Tuned:
     trials: tuple[tuple[RateTrial, ...], ...]
     """By round."""
     remarks: tuple[str, ...]
-    """What speaks for and against it."""
+    """Remarks on how sure the choice is."""
     text: str
     """The recipe with them, as YAML."""
 

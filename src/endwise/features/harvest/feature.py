@@ -50,7 +50,7 @@ class HarvestedFeature(Shown):
 
     @property
     def explanation(self) -> str | None:
-        """What a language model says of it, if one was asked (`endwise explain`)."""
+        """A language model's explanation of it, if one was asked for (`endwise explain`)."""
         told = read_explanations(self.harvest.folder.parent)
         found = None if told is None else told.of(self.number)
         return None if found is None else found.text

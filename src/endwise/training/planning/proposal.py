@@ -30,7 +30,7 @@ CONTEXT = {"cpu": 256, "cuda": 1024}
 PER_STEP = {"cpu": 2048, "cuda": 16_384}
 """Tokens per optimiser step, about."""
 LEAST_STEPS = 1000
-"""Of a training; with little text batches are smaller."""
+"""Tokens of a training; with little text batches are smaller."""
 RATIO, LEAST_RATIO = 16, 2
 FEATURES_PER_L0, LEAST_L0, MOST_L0 = 16, 16, 64
 """Active features per token: width of the site over the first, within the others (what the field trains there)."""
