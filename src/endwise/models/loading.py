@@ -331,8 +331,14 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
+        kind = torch.accelerator.current_accelerator()
+        there = ["cpu", *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
+        why = f" ({_one_line(error)[:200]})" if name in (*there, str(kind)) else ""
+        alone = ", with a build of torch for the CPU alone" if kind is None else ""
+        raise ConfigError(
+            f"model.device {name!r} cannot be used{why}. This machine has {', '.join(there)}{alone}. Give one of "
+            "these, or auto."
+        ) from None
     return device
 
 
