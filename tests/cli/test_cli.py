@@ -126,6 +126,7 @@ def test_help_is_quick_because_torch_stays_out():
         (["training.tokens=31"], 2, ["training.tokens", "31"]),
         (["data.context=9"], 4, ["data.context", "9", "8"]),
         (["data.source=/nowhere/at/all.txt"], 4, ["/nowhere/at/all.txt"]),
+        (["data.source=nobody/nothing", "model.name=/nowhere/at/all"], 4, ["'nobody/nothing'"]),
         (["model.name=/nowhere/at/all"], 3, ["/nowhere/at/all"]),
         (["model.device=cuda:77"], 2, ["cuda:77"]),
         (["model.dtype=float8"], 2, ["model.dtype", "float8"]),

@@ -21,7 +21,7 @@ from endwise.formats import FORMATS, NATIVE
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
-from endwise.tokens import corpora_for
+from endwise.tokens import check_readable, corpora_for
 from endwise.training.targets import held_out_wanted
 from endwise.training.train import train
 
@@ -63,6 +63,7 @@ def finetune(
     found, folder = _readable(path, say), None if out is None else expanded(out)
     folder = folder or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
     check_can_write(folder)
+    check_readable(DataConfig.build({"source": settings.data}, "the options"))
     loaded = load_model(model) if isinstance(model, str) else model
     few = min(CHECKED_ON, settings.measured_on)
     data, first = _checked(found, loaded, settings, few, site, say)
