@@ -82,6 +82,12 @@ def test_tables_are_printed_as_json_too(trained, place, undrawn):
     compared = as_json("pareto", trained)
     assert compared["points"][0]["l0"] == as_json("evaluate", trained, "--tokens", 64)[0]["l0"]
     assert as_json("inspect", trained / "sae")["d_sae"] == list_runs([trained])[0].d_sae
+    resumed = as_json("train", "--resume", trained, "--quiet")
+    assert (resumed["run"], resumed["place"], resumed["diverged"]) == (str(trained), SITE, False)
+    written = as_json("convert", trained, place / "converted", "--to", "saelens")
+    assert written["path"] == str(place / "converted") and written["apart"] < 1e-5
+    pushed = as_json("push", trained, "someone/some", "--dry-run")
+    assert pushed["repo"] == "hf://someone/some" and pushed["commit"] is None and pushed["files"]
 
 
 def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):

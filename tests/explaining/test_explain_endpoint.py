@@ -506,6 +506,8 @@ def test_the_command_asks_before_it_pays(tmp_path):
         arguments = ["explain", str(run), "--model", "m", "--endpoint", server.url, "--features", "all"]
         said = CliRunner().invoke(app, [*arguments, "--dry-run", "--price-in", "1", "--price-out", "2"])
         assert said.exit_code == 0 and "calls to make" in said.output and "At 1 and 2 per million" in said.output
+        said = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
+        assert json.loads(said.stdout)["stats"]["calls"] > 0
         said = CliRunner().invoke(app, arguments)
         assert said.exit_code == 2 and "--yes" in said.stderr
         assert not server.requests and not (run / "explanations").exists()
