@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @command
 def bench(
-    run: Annotated[Path, Argument(metavar="RUN", help="A run folder with an SAE, or a folder that holds some (a sweep's).")],
+    run: Annotated[Path, Argument(metavar="RUN", help="A run folder, or a folder that holds some (a sweep's).")],
     settings: Annotated[
         list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changes to the suite's settings.")
     ] = None,
