@@ -74,6 +74,8 @@ def test_runs_are_listed_with_their_state(trained, place):
     finally:
         (trained / "kept").replace(trained / "config.yaml")
     assert "holds no run folder" in refused("runs", place / "model")
+    for command in (["train", "--resume"], ["inspect"], ["steer", "--prompt", "a", "--keep", "1"]):
+        assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
 
 
 def test_tables_are_printed_as_json_too(trained, place, undrawn):
