@@ -227,8 +227,7 @@ def explain(
         prompts=prompts,
         retry=RetryPolicy(timeout, attempts, concurrency, per_minute),
     )
-    at = find_endpoint(endpoint, key_variable)
-    _explain(runs, settings, at, (price_in, price_out), dry_run=dry_run, yes=yes, quiet=quiet, json=json)
+    _explain(runs, settings, find_endpoint(endpoint, key_variable), (price_in, price_out), dry_run, yes, quiet, json)
 
 
 def _explain(
@@ -236,7 +235,6 @@ def _explain(
     settings: "Settings",
     endpoint: "Endpoint",
     prices: tuple[float | None, float | None],
-    *,
     dry_run: bool,
     yes: bool,
     quiet: bool,

@@ -60,10 +60,9 @@ def finetune(
         ConfigError: no place is known, a setting breaks a rule, or `out` holds another run.
         EndwiseError: see `train`.
     """
-    found, folder = _readable(path, say), None if out is None else expanded(out)
-    folder = folder or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
+    found = _readable(path, settings.data, say)
+    folder = expanded(out or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}")
     check_can_write(folder)
-    check_readable(DataConfig.build({"source": settings.data}, "the options"))
     loaded = load_model(model) if isinstance(model, str) else model
     few = min(CHECKED_ON, settings.measured_on)
     data, first = _checked(found, loaded, settings, few, site, say)
@@ -96,9 +95,10 @@ def finetune(
     return result
 
 
-def _readable(path: str | Path, say: Said) -> Inspected:
-    """Read what is to be tuned, and say what it is."""
+def _readable(path: str | Path, text: str, say: Said) -> Inspected:
+    """Read what is to be tuned, and say what it is; try the text that it is to be tuned on."""
     found = inspect(path)
+    check_readable(DataConfig.build({"source": text}, "the options"))
     for line in found.lines():
         say(line)
     if found.stored.lacks_value_biases:
