@@ -68,7 +68,8 @@ def tune(
     l0: Annotated[float | None, Option("--l0", help="Active features per token to reach.")] = None,
     ce_increase: Annotated[float | None, Option("--ce-increase", help="CE increase to reach, nats per token.")] = None,
     budget: Annotated[
-        int | None, Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens.")
+        int | None,
+        Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens or more."),
     ] = None,
     file: Annotated[
         Path | None, Option("--out", help="The recipe to write; unset: beside RECIPE, ...-tuned.yaml.")
