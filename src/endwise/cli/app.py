@@ -87,22 +87,21 @@ def _options(
 ) -> None: ...
 
 
-def results_folder(name: str, where: str = "beside the first") -> Any:
+def results_folder(name: str) -> Any:
     """The option `--out` of a command that compares runs."""
+    where = "in the first folder, or beside it if it is a run"
     return Option(help=f"Folder for tables, figures and {name}.html; unset: {name}/ {where}.")
 
 
-def results_beside(runs: list[Path], name: str, in_sweep: bool = False) -> Path:
-    """Return the folder for results where `--out` is unset: beside the first run or, with `in_sweep`, in a first folder
-    that is no run itself.
+def results_beside(runs: list[Path], name: str) -> Path:
+    """Return the folder for results where `--out` is unset: beside the first run, or in a first folder of runs.
 
     Raises:
         RunFolderError: nothing can be written there, which is better known before the work than after it.
     """
     from endwise.runs.folder import RunFolder
 
-    inside = in_sweep and not RunFolder(runs[0]).has_run()
-    folder = (runs[0] if inside else runs[0].parent) / name
+    folder = (runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]) / name
     check_can_write(folder)
     return folder
 
