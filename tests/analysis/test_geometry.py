@@ -301,6 +301,7 @@ def test_kinds_are_compared_seed_by_seed(folder, tmp_path):
     ]
     assert within_kinds.interval.estimate == pytest.approx(np.mean(expected))
     assert [run.seed for run in within_kinds.runs] == [1, 2]
+    assert {(each.a.key, each.b.key) for each in differences(one)} == {("e2e", "local")}  # of kinds that are there
     made = claims(one)[0]
     assert made.verdict == "not testable here" and "over features alone, two seeds (initialisation)" in made.ours
     assert across_kinds(one, run_of(one, "e2e", 3), run_of(one, "local", 1)).by_seed.keys() == {(1, 0), (2, 0)}

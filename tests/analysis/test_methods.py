@@ -69,7 +69,7 @@ def test_a_figure_has_a_name_a_colour_and_a_marker_for_each(one):
     assert list(names) == LABELS
     marked = [series for panel in chart.panels for series in panel.series if series.marked]
     assert marked and all(len(series.marks) == 3 for series in marked)  # none has another's runs
-    looks = [(colour_of(series.method), marker_of(series.method)) for series in names.values()]
+    looks = [(colour_of(series.method), marker_of(series)) for series in names.values()]
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 4
     assert [colour_of(PRESET_METHODS[kind]) for kind in ("local", "e2e", "e2e_ds")] == ["#0072B2", "#D55E00", "#009E73"]
     assert all(label.replace("+", "&#43;") in div(chart) or label in div(chart) for label in LABELS)

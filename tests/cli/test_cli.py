@@ -126,6 +126,7 @@ def test_help_is_quick_because_torch_stays_out():
         (["training.tokens=31"], 2, ["training.tokens", "31"]),
         (["data.context=9"], 4, ["data.context", "9", "8"]),
         (["data.source=/nowhere/at/all.txt"], 4, ["/nowhere/at/all.txt"]),
+        (["data.source=nobody/nothing", "model.name=/nowhere/at/all"], 4, ["'nobody/nothing'"]),
         (["model.name=/nowhere/at/all"], 3, ["/nowhere/at/all"]),
         (["model.device=cuda:77"], 2, ["cuda:77"]),
         (["model.dtype=float8"], 2, ["model.dtype", "float8"]),
@@ -147,6 +148,7 @@ def test_a_wrong_recipe_is_one_line_before_any_work(place, tmp_path, overrides, 
 def test_wrong_files_and_folders(place, tmp_path):
     assert refuse("train", "gpt2-small-layer6-e3e")[1].endswith("did you mean gpt2-small-layer6-e2e?")
     assert refuse("train")[0] == 2
+    assert refuse("train", place)[1].endswith(f"resume it: endwise train --resume {place}")
     assert refuse("train", place / "recipe.yaml", "--resume", place)[0] == 2
     assert refuse("train", "--resume", tmp_path)[0] == 5
     assert refuse("evaluate", tmp_path / "nothing")[0] == 5

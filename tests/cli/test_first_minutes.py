@@ -74,6 +74,8 @@ def test_runs_are_listed_with_their_state(trained, place):
     finally:
         (trained / "kept").replace(trained / "config.yaml")
     assert "holds no run folder" in refused("runs", place / "model")
+    for command in (["train", "--resume"], ["inspect"], ["steer", "--prompt", "a", "--keep", "1"]):
+        assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
 
 
 def test_tables_are_printed_as_json_too(trained, place, undrawn):
@@ -82,6 +84,12 @@ def test_tables_are_printed_as_json_too(trained, place, undrawn):
     compared = as_json("pareto", trained)
     assert compared["points"][0]["l0"] == as_json("evaluate", trained, "--tokens", 64)[0]["l0"]
     assert as_json("inspect", trained / "sae")["d_sae"] == list_runs([trained])[0].d_sae
+    resumed = as_json("train", "--resume", trained, "--quiet")
+    assert (resumed["run"], resumed["place"], resumed["diverged"]) == (str(trained), SITE, False)
+    written = as_json("convert", trained, place / "converted", "--to", "saelens")
+    assert written["path"] == str(place / "converted") and written["apart"] < 1e-5
+    pushed = as_json("push", trained, "someone/some", "--dry-run")
+    assert pushed["repo"] == "hf://someone/some" and pushed["commit"] is None and pushed["files"]
 
 
 def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):
@@ -146,7 +154,7 @@ def test_tuning_reads_its_budget_and_writes_what_it_found(model, corpora, tmp_pa
     values = recipe(tmp_path / "unused", "local", learning_rate=1e-3).model_dump(mode="json")
     values["objective"]["sparsity"] = {"coefficient": 0.3}
     values["training"]["tokens"], values["data"]["epochs"] = 6400, 2
-    budget = {"target": {"l0": 6}, "tokens": 9600}
+    budget = {"target": {"l0": 6}}  # unset, it is the least possible
     found = tune(values, budget, model=model, corpora=corpora, display=False)
     assert sum(max(each.tokens for each in trials) for trials in found.trials) <= 9600
     assert [len(trials) for trials in found.trials] == [5, 3, 2]

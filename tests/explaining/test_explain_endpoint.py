@@ -480,12 +480,34 @@ def test_calls_that_fail_are_told_of_and_made_again_next_time(tmp_path):
         assert not any(score.failed for each in found[run].rows for score in each.scores.values())
 
 
+def test_calls_that_fail_end_the_command_with_an_exit_code_of_their_own(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    options = ["--model", "m", "--attempts", 2, "--concurrency", 1, "--random", 0, "--yes"]
+
+    def command(url, features="all"):
+        given = ["explain", run, "--endpoint", url, "--features", features, *options]
+        return CliRunner().invoke(app, [*map(str, given)])
+
+    with chat_server(
+        misbehave=lambda handler, number: 20 < number <= 24 and (respond(handler, 500, "{}") or True)
+    ) as it:
+        said = command(it.url)
+        assert said.exit_code == EndpointError.exit_code == 9
+        assert "2 of 68 calls failed in every attempt" in said.stderr and "the server said 500" in said.stderr
+        again = command(it.url)
+        assert again.exit_code == 0 and "2 calls to make" in again.output and "Next: " in again.output
+    said = command(it.url.replace("/v1", "/dead/v1"), "0")  # fewer calls than those after which it gives up
+    assert said.exit_code == 9 and "1 of 1 calls failed in every attempt" in said.stderr
+
+
 def test_the_command_asks_before_it_pays(tmp_path):
     run = make_run(tmp_path / "run", 4)
     with chat_server() as server:
         arguments = ["explain", str(run), "--model", "m", "--endpoint", server.url, "--features", "all"]
         said = CliRunner().invoke(app, [*arguments, "--dry-run", "--price-in", "1", "--price-out", "2"])
         assert said.exit_code == 0 and "calls to make" in said.output and "At 1 and 2 per million" in said.output
+        said = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
+        assert json.loads(said.stdout)["stats"]["calls"] > 0
         said = CliRunner().invoke(app, arguments)
         assert said.exit_code == 2 and "--yes" in said.stderr
         assert not server.requests and not (run / "explanations").exists()

@@ -602,7 +602,7 @@ def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
     found = harvested(with_all(run, tmp_path / "run", "b_enc", -1e6), model, corpora.heldout)
     assert not found.firings.any() and dict(found.all_contexts()) == {} and found.contexts(3) == []
     assert np.isnan(found.column("max_active")).all() and not found.column("ce").any()
-    exported = export(tmp_path / "run", tmp_path / "out", model_id="small")
+    (exported,) = export(tmp_path / "run", tmp_path / "out", model_id="small")
     assert (exported.features, exported.activations) == (D_SAE, 0)
 
 

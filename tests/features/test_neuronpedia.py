@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def run(tmp_path_factory, token_files, model, corpora):
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    return export(run, tmp_path_factory.mktemp("out"), model_id="small-gpt2", creator="Someone", release="first")
+    return export(run, tmp_path_factory.mktemp("out"), model_id="small-gpt2", creator="Someone", release="first")[0]
 
 
 def rows(path):
@@ -194,9 +195,14 @@ def test_bad_requests(run, tmp_path):
     with pytest.raises(RunFolderError, match="endwise harvest"):
         export(tmp_path, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+    copied = shutil.copytree(run, tmp_path / "copied")
+    with pytest.raises(ConfigError, match="would both be"):
+        export([run, copied], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_command(run, tmp_path):
-    result = CliRunner().invoke(app, ["export-neuronpedia", str(run), "--out", str(tmp_path), "--set", "mine"])
-    assert result.exit_code == 0 and "40 features" in result.output
+    options = ["--out", str(tmp_path), "--set", "mine", "--json"]
+    result = CliRunner().invoke(app, ["export-neuronpedia", str(run.parent), *options])  # of all runs there
+    assert result.exit_code == 0 and json.loads(result.output)[0]["features"] == 40
     assert list(tmp_path.glob("*/1-mine/features/batch-0.jsonl.gz"))

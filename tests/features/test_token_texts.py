@@ -144,7 +144,7 @@ def test_contexts_join_wherever_they_are_shown(tmp_path):
     for context, whole in zip(contexts[:50], wholes, strict=False):
         text = Text.of(context)
         assert writer.plain(text) == writer.marked(text, [False] * LENGTH) == printable(whole.replace("\n", "\\n"))
-    exported = export(run, tmp_path / "export").folder / "activations" / "batch-0.jsonl.gz"
+    exported = export(run, tmp_path / "export")[0].folder / "activations" / "batch-0.jsonl.gz"
     rows = map(json.loads, gzip.decompress(exported.read_bytes()).splitlines())
     assert ["".join(row["tokens"]) for row in rows] == [whole.replace("\0", " ") for whole in wholes]
     write_dashboard([run], tmp_path / "site")

@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from bad_input import told
@@ -24,6 +24,7 @@ from endwise.config.run import DataConfig
 from endwise.models.loading import explained
 from endwise.models.sites import Part
 from endwise.tokens.loading import corpora_for
+from hub_server import asked, hub_server
 from places import TOOLS
 from tiny_models import (
     ALTERNATING,
@@ -185,8 +186,13 @@ def test_the_device_is_honoured(saved):
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_refused(saved, device):
-    with pytest.raises(ConfigError, match=rf"model\.device '{device}'.*auto, cpu, cuda"):
+    with pytest.raises(ConfigError) as error:
         load_model(str(saved), device=device)
+    there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+    alone = "" if torch.version.cuda else ", with a build of torch for the CPU alone"
+    assert str(error.value) == (
+        f"model.device '{device}' cannot be used. This machine has {there}{alone}. Give one of these, or auto."
+    )
 
 
 # What is refused
@@ -204,16 +210,22 @@ def test_a_model_that_is_not_there_is_one_error_that_says_what_was_tried(name):
     assert len(message) < 600
 
 
-def test_a_hub_that_cannot_be_reached_is_one_error(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def unreachable(*args, **kwargs):
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(ModelError, match=r"somebody/some-model' is neither .* Check the spelling and the connection"):
-        load_model("somebody/some-model")
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_is_read(saved, tmp_path, monkeypatch, status):
+    with hub_server() as hub, asked(hub, tmp_path / "cache"):
+        commit = hub.put("someone/llama", saved)
+        snapshot_download("someone/llama")
+        monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+        if status is None:
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        else:
+            hub.misbehave = lambda handler: handler.refuse(status) or True
+        asked_before = len(hub.requests)
+        found = load_model("someone/llama")
+        assert found.commit == commit and torch.equal(found.logits(tokens()), load_model(str(saved)).logits(tokens()))
+        with pytest.raises(ModelError, match=r"someone/other' is neither .* Check the spelling and the connection"):
+            load_model("someone/other")
+        assert len(hub.requests) <= asked_before + 2
 
 
 def test_a_folder_without_weights_is_refused(copy):

@@ -60,7 +60,7 @@ def assert_same_end(folder, whole):
 
 def test_killed_before_any_change_of_a_file_it_ends_in_the_same_bits(made, tmp_path):
     done = warm.run(HELPERS / "killed_at_writes.py", tmp_path, made, cwd=HELPERS, timeout=280)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "no digest to compare" not in done.stderr, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(kill["same"] for kill in kills), [kill["change"] for kill in kills if not kill["same"]]
     assert {kill["saved"] for kill in kills} == {0, 2, 3}

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,7 +22,7 @@ from endwise import embedded
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.seeds import numpy_stream
 from endwise.config.run import DataConfig
-from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, load_corpora, loading
+from endwise.tokens import BatchOrder, Corpora, Corpus, check_disjoint, check_readable, load_corpora, loading
 from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.encoding import text_ids
 from endwise.tokens.sources import ROWS_AT_ONCE
@@ -476,6 +478,34 @@ def test_a_hub_dataset_goes_through_datasets(tmp_path, load, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"'someone/else'.*Couldn't reach it"):
         load("someone/else")
+
+
+def test_a_hub_dataset_is_tried_by_its_first_document_before_long_work(tmp_path, monkeypatch):
+    asked, silent = [], []
+
+    def load_dataset(name, config, *, split, revision, streaming):
+        asked.append((name, split, streaming, constants.HF_HUB_OFFLINE))
+        if name == "someone/gone":
+            raise ConnectionError("Couldn't reach it")
+        return datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()
+
+    def dataset_info(self, name, *, revision=None, timeout=None):
+        if silent:
+            raise ConnectionError("no hub")
+        return SimpleNamespace(sha="1" * 40)
+
+    monkeypatch.setenv("ENDWISE_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    with pytest.raises(DataError, match="someone/gone"):
+        check_readable(DataConfig(source="someone/there", heldout="someone/gone", split="a", heldout_split="b"))
+    assert asked == [("someone/there", "a", True, False), ("someone/gone", "b", True, False)]
+    silent.append(True)
+    asked.clear()
+    check_readable(DataConfig(source="someone/there"))  # what was asked for before may be kept
+    check_readable(DataConfig(source="someone/new"))
+    assert asked == [("someone/new", "train", False, True)] and not constants.HF_HUB_OFFLINE
 
 
 def test_a_pinned_revision_is_asked_for_recorded_and_cached_apart(tmp_path, load, monkeypatch):

@@ -269,7 +269,9 @@ def test_a_file_that_has_lost_its_limit_is_refused(run, model, corpora, tmp_path
 
 def test_what_starts_from_it_has_a_limit_of_its_own(run, model, corpora, tmp_path):
     for multiple in (None, 5.0):
-        config = a_recipe(tmp_path / str(multiple), multiple=multiple).model_copy(update={"init_from": run.folder})
+        config = a_recipe(tmp_path / str(multiple), multiple=multiple, tokens=64).model_copy(
+            update={"init_from": run.folder}
+        )
         limit = start(model, corpora, config).sae.norm_limit
         told = json.loads((tmp_path / str(multiple) / "start.json").read_text())
         assert told["kept"] is True
@@ -283,9 +285,9 @@ def test_what_starts_from_it_has_a_limit_of_its_own(run, model, corpora, tmp_pat
 
 
 def test_many_are_told_of(model, corpora, tmp_path, capsys):
-    train(a_recipe(tmp_path / "few", multiple=10.0), model=model, corpora=corpora)
+    train(a_recipe(tmp_path / "few", multiple=10.0, tokens=64), model=model, corpora=corpora)
     assert "leave_out_norms" not in capsys.readouterr().err
-    train(a_recipe(tmp_path / "many", multiple=1.1), model=model, corpora=corpora)
+    train(a_recipe(tmp_path / "many", multiple=1.1, tokens=64), model=model, corpora=corpora)
     told = " ".join(capsys.readouterr().err.split())
     assert "! data.leave_out_norms 1.1 leaves out" in told and "Raise data.leave_out_norms, or unset it." in told
     assert any("12.0% of the held-out" in each for each in remarks_on({"left_out": 0.12}))
@@ -335,7 +337,9 @@ def test_a_text_that_is_read_says_which_positions_count(run, model):
 def test_each_of_several_has_a_mask_of_its_own(model, corpora, tmp_path):
     """At one site the token is an outlier; the other is an attention's output, where it is none."""
     sites = (SITE, "blocks.1.hook_attn_out")
-    together = [a_recipe(tmp_path / f"{n}", "e2e").model_copy(update={"site": site}) for n, site in enumerate(sites)]
+    together = [
+        a_recipe(tmp_path / f"{n}", "e2e", tokens=320).model_copy(update={"site": site}) for n, site in enumerate(sites)
+    ]
     runs = train_together(together, model=model, corpora=corpora, display=False)
     shares = [sum(line["left_out"] for line in RunFolder(run.folder).metrics()) for run in runs]
     assert shares[0] > 0 and shares[1] == 0
@@ -355,7 +359,9 @@ def test_each_of_several_has_a_mask_of_its_own(model, corpora, tmp_path):
 
 
 def joint(out, multiple):
-    values = a_recipe(out, multiple=multiple).model_dump(mode="json", exclude={"site", "writes", "init_from"})
+    values = a_recipe(out, multiple=multiple, tokens=320).model_dump(
+        mode="json", exclude={"site", "writes", "init_from"}
+    )
     places = [{"site": site} for site in (SITE, "blocks.2.hook_attn_out", "blocks.3.hook_resid_pre")]
     return PlacesConfig.build(values | {"places": places, "out": str(out)})
 
@@ -389,7 +395,7 @@ def test_what_is_spliced_jointly_has_one_mask(joint_runs, model, corpora, named)
 def test_a_resumed_joint_run_ends_in_the_same_bits(joint_runs, model, corpora, tmp_path):
     shutil.copytree(joint_runs[0].folder, tmp_path / "run")
     again = train_places(
-        joint(tmp_path / "run", MULTIPLE), model=model, corpora=corpora, resume=True, from_step=15, display=False
+        joint(tmp_path / "run", MULTIPLE), model=model, corpora=corpora, resume=True, from_step=5, display=False
     )
     for place, folder in again.folders.items():
         name = "sae/sae_weights.safetensors"

@@ -1,4 +1,9 @@
-"""Application that all commands belong to: how they speak, how they fail."""
+"""Application that all commands belong to: how they speak, how they fail.
+
+Every command that can have one of these options has it, and `tests/cli/test_alike.py` names those that cannot: `--json`
+where a command ends with a result; `--quiet` where it shows progress; `--out` where it makes a file or folder of its
+own, unless an argument says where; `--again` where it takes what was made before.
+"""
 
 import math
 import os
@@ -82,22 +87,21 @@ def _options(
 ) -> None: ...
 
 
-def results_folder(name: str, where: str = "beside the first") -> Any:
+def results_folder(name: str) -> Any:
     """The option `--out` of a command that compares runs."""
+    where = "in the first folder, or beside it if it is a run"
     return Option(help=f"Folder for tables, figures and {name}.html; unset: {name}/ {where}.")
 
 
-def results_beside(runs: list[Path], name: str, in_sweep: bool = False) -> Path:
-    """Return the folder for results where `--out` is unset: beside the first run or, with `in_sweep`, in a first folder
-    that is no run itself.
+def results_beside(runs: list[Path], name: str) -> Path:
+    """Return the folder for results where `--out` is unset: beside the first run, or in a first folder of runs.
 
     Raises:
         RunFolderError: nothing can be written there, which is better known before the work than after it.
     """
     from endwise.runs.folder import RunFolder
 
-    inside = in_sweep and not RunFolder(runs[0]).has_run()
-    folder = (runs[0] if inside else runs[0].parent) / name
+    folder = (runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]) / name
     check_can_write(folder)
     return folder
 
@@ -115,6 +119,11 @@ def status(text: str) -> None:
     echo(text, err=True)
 
 
+def saying(quiet: bool) -> Callable[[str], None]:
+    """Return what says what is being done, if it is to be said."""
+    return (lambda _: None) if quiet else status
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON; what is no finite number, which JSON has not, as null."""
     from json import dumps
@@ -128,6 +137,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(json: bool, value: Any, *lines: str) -> None:
+    """Print lines; as JSON, what they tell of."""
+    if json:
+        print_json(value)
+    for line in () if json else lines:
+        echo(line)
 
 
 def present(json: bool, show: Callable[[], None], write: Callable[[], Path]) -> None:

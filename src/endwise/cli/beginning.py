@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from endwise.cli.app import Again, Json, Model, Overrides, Quiet, command, echo, print_json, status
+from endwise.cli.app import Again, Json, Model, Overrides, Quiet, command, echo, print_json, saying, status
 from endwise.cli.overriding import taking_keys
 from endwise.cli.runs import RECIPE
 from endwise.common.errors import ConfigError
@@ -68,7 +68,8 @@ def tune(
     l0: Annotated[float | None, Option("--l0", help="Active features per token to reach.")] = None,
     ce_increase: Annotated[float | None, Option("--ce-increase", help="CE increase to reach, nats per token.")] = None,
     budget: Annotated[
-        int | None, Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens.")
+        int | None,
+        Option(min=1, metavar="TOKENS", help="Tokens to read in all; unset: half of training.tokens or more."),
     ] = None,
     file: Annotated[
         Path | None, Option("--out", help="The recipe to write; unset: beside RECIPE, ...-tuned.yaml.")
@@ -87,7 +88,7 @@ def tune(
     out = file or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"
     _check_new(out, again)
     wanted = {"target": {"l0": l0, "ce_increase": ce_increase}, "tokens": budget}
-    made = find(path, wanted, overrides=overrides or (), say=status if not quiet else lambda _: None, display=not quiet)
+    made = find(path, wanted, overrides=overrides or (), say=saying(quiet), display=not quiet)
     write_atomic(out, made.text.encode())
     if json:
         print_json({"recipe": out, **made.to_json()})

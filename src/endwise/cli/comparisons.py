@@ -25,14 +25,14 @@ from endwise.cli.overriding import on_device
 @taking_saes
 def pareto(
     runs: Measured,
-    out: Annotated[Path | None, results_folder("pareto", "in the first, or beside it if it is a run")] = None,
+    out: Annotated[Path | None, results_folder("pareto")] = None,
     json: Json = False,
 ) -> None:
     """Compare kinds by their curves: CE increase and KL against features, fronts, bands, and ratios with intervals."""
     from endwise.analysis.pareto.curves import pareto as compare
     from endwise.analysis.pareto.page import print_pareto, write_pareto
 
-    out = out or results_beside(runs, "pareto", in_sweep=True)
+    out = out or results_beside(runs, "pareto")
     found = compare(runs)
     present(json, lambda: print_pareto(found), lambda: write_pareto(found, out))
 
@@ -51,7 +51,7 @@ def geometry(
     memory: Annotated[
         str, Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
     ] = "512MiB",
-    out: Annotated[Path | None, results_folder("geometry", "beside the first run")] = None,
+    out: Annotated[Path | None, results_folder("geometry")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -65,7 +65,7 @@ def geometry(
 
     if umap:
         check_extra("umap")
-    out = out or results_beside(runs, "geometry", in_sweep=True)
+    out = out or results_beside(runs, "geometry")
     pairs = [tuple(text.split(",")) for text in pair or ()]
     for each in pairs:
         if len(each) != 2:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from endwise.cli.adopted import taking_saes
 from endwise.cli.app import (
@@ -21,9 +21,11 @@ from endwise.cli.app import (
     echo,
     present,
     print_json,
+    report,
     results_beside,
     results_folder,
     run_argument,
+    saying,
     status,
 )
 from endwise.cli.overriding import on_device
@@ -100,7 +102,7 @@ def _gathered(path: Path, found: "Harvest | None") -> dict[str, object]:
 
 @command
 def export_neuronpedia(
-    run: Annotated[Path, Argument(help="A harvested run folder.")],
+    runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS}")],
     out: Annotated[Path, Option(help="Folder for the export.")] = Path("neuronpedia"),
     model_id: Annotated[
         str | None, Option(help="Neuronpedia's id of the model; unset: made from the model's name.")
@@ -113,14 +115,16 @@ def export_neuronpedia(
     creator_id: Annotated[
         str | None, Option(help="The importing server's user; unset: $DEFAULT_CREATOR_ID, or Neuronpedia's own.")
     ] = None,
+    json: Json = False,
 ) -> None:
-    """Write a run's harvest as Neuronpedia imports it: OUT/MODEL/SOURCE with features and activations."""
+    """Write runs' harvests as Neuronpedia imports them: OUT/MODEL/SOURCE with features and activations."""
     from endwise.features.harvest.neuronpedia import export
 
     written = export(
-        run, out, model_id=model_id, source_set=source_set, release=release, creator=creator, creator_id=creator_id
+        runs, out, model_id=model_id, source_set=source_set, release=release, creator=creator, creator_id=creator_id
     )
-    echo(f"{written.features:,} features with {written.activations:,} activations: {written.folder}")
+    lines = [f"{each.features:,} features with {each.activations:,} activations: {each.folder}" for each in written]
+    report(json, list(map(vars, written)), *lines)
 
 
 @command
@@ -134,12 +138,14 @@ def dashboard(
         Path | None, Option(help="Folder for the site; unset: dashboard/ in the run, or beside the first of several.")
     ] = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
     from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
 
-    echo(f"Open it: {write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else status)}")
+    page = write_dashboard(runs, out, memory=parse_size(memory), say=None if quiet else status)
+    report(json, {"page": page}, f"Open it: {page}")
 
 
 @command
@@ -192,6 +198,8 @@ def explain(
     price_out: Annotated[float | None, Option(min=0, help="Price of a million tokens written.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it will take; make no call.")] = False,
     yes: Annotated[bool, Option("--yes", help="Start without asking.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Have features explained by a language model, and score how well the explanations predict them.
 
@@ -219,7 +227,7 @@ def explain(
         prompts=prompts,
         retry=RetryPolicy(timeout, attempts, concurrency, per_minute),
     )
-    _explain(runs, settings, find_endpoint(endpoint, key_variable), (price_in, price_out), dry_run, yes)
+    _explain(runs, settings, find_endpoint(endpoint, key_variable), (price_in, price_out), dry_run, yes, quiet, json)
 
 
 def _explain(
@@ -229,28 +237,37 @@ def _explain(
     prices: tuple[float | None, float | None],
     dry_run: bool,
     yes: bool,
+    quiet: bool,
+    json: bool,
 ) -> None:
     """Say what it will take, ask, explain, and report.
 
     Raises:
         EndpointError: calls failed; what the others gave is kept.
     """
+    from dataclasses import asdict
+
     from endwise.common.errors import EndpointError
     from endwise.explaining.explain import estimate_lines
     from endwise.explaining.explain import explain as run
     from endwise.explaining.explain import plan as make
 
-    made = make(runs, settings, endpoint, echo)
+    say = status if json else echo
+    made = make(runs, settings, endpoint, say)
     for line in estimate_lines(made.estimate, prices):
-        echo(line)
+        say(line)
     if dry_run:
+        report(json, asdict(made.estimate))
         return
     if made.estimate.stats.calls and not yes and not _agreed():
         return
-    found, stats = run(made, status)
-    for path, explanations in found.items():
-        echo(f"Explained {len(explanations.rows):,} features: {path / 'explanations'}")
-    echo(str(stats))
+    found, stats = run(made, saying(quiet))
+    report(
+        json,
+        {"stats": vars(stats), "runs": [{"run": path, "explained": len(each.rows)} for path, each in found.items()]},
+        *(f"Explained {len(each.rows):,} features: {path / 'explanations'}" for path, each in found.items()),
+        str(stats),
+    )
     if stats.failed or stats.unreadable:
         echo("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
     if stats.failed:
@@ -258,7 +275,7 @@ def _explain(
             f"{stats.failed:,} of {stats.calls + stats.failed:,} calls failed in every attempt, the last one because "
             f"{stats.last_failure}. See to the server at {endpoint.url}; the same command asks these alone again."
         )
-    echo(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
+    say(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
 
 
 def _agreed() -> bool:

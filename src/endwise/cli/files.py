@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from endwise.cli.adopted import MODEL
-from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, status
+from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, report, status
 from endwise.cli.overriding import on_device
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
@@ -41,8 +41,11 @@ def inspect(
             echo(line)
     if model is None:
         return
+    from endwise.config.run import DataConfig
     from endwise.models.loading import load_model
+    from endwise.tokens import check_readable
 
+    check_readable(DataConfig.build({"source": data}, "the options"))
     loaded = load_model(model)
     text, remark = text_for(found, loaded, data, context)
     if remark is not None and not json:
@@ -75,12 +78,13 @@ def adopt(
     ] = None,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
     name: Annotated[str | None, Option(help="What tables and legends call it; unset: the end of its path.")] = None,
+    json: Json = False,
 ) -> None:
     """Make a run folder of a finished SAE of anybody's, which all commands read that read runs."""
     from endwise.evaluation.adopting import adopt as run
 
     run(path, model=model, data=data, site=site, out=out, context=context, tokens=tokens, name=name)
-    echo(f"Next: endwise evaluate {shlex.quote(str(out))}")
+    report(json, {"run": out}, f"Next: endwise evaluate {shlex.quote(str(out))}")
 
 
 @command
@@ -88,6 +92,7 @@ def convert(
     path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
     target: Annotated[Path, Argument(help="Folder or file to write; there must be no SAE yet.")],
     to: Annotated[str, Option("--to", metavar="FORMAT", help="saelens, sparsify, dictionary_learning, ...")],
+    json: Json = False,
 ) -> None:
     """Write an SAE in another format, read it back, and compare both."""
     from endwise.common.files import check_can_write
@@ -96,7 +101,8 @@ def convert(
 
     check_can_write(target.parent)
     apart = run(path, target, to)
-    echo(f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}")
+    told = f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}"
+    report(json, {"path": target, "format": to, "apart": apart}, told)
 
 
 @command

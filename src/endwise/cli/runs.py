@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import taking_saes
-from endwise.cli.app import Json, Overrides, Quiet, Runs, Tokens, command, echo, print_json
+from endwise.cli.app import Json, Overrides, Quiet, Runs, Tokens, command, echo, print_json, report
 from endwise.cli.overriding import on_device, taking_keys
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def train(
     ] = None,
     or_resume: Annotated[bool, Option("--or-resume", help="Resume the recipe's run if it was started before.")] = False,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train one SAE as a recipe says, or resume an interrupted run; under torchrun, with all its processes.
 
@@ -96,12 +97,19 @@ def train(
     if is_first_process():
         for remark in result.remarks:
             echo(f"! {remark}", err=True)
+        told = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
+        told |= {"diverged": result.diverged, "remarks": result.remarks}
         if result.diverged:
+            report(json, told)
             echo(f"Diverged, and of no use: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
         done = "Nothing was left to train of" if before and before == _saved_steps(config) else "Trained"
-        echo(f"{done} {config.objective_name} at {config.place}: {result.folder}")
-        echo(f"Next: endwise evaluate {shlex.quote(str(result.folder))}")
+        report(
+            json,
+            told,
+            f"{done} {config.objective_name} at {config.place}: {result.folder}",
+            f"Next: endwise evaluate {shlex.quote(str(result.folder))}",
+        )
 
 
 def _saved_steps(config: "Recipe") -> list[list[int]]:
@@ -210,14 +218,19 @@ def track(
         list[str] | None,
         Option(metavar="TRACKER", help="wandb, tensorboard, trackio or mlflow; unset: the recipe's trackers."),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Send run folders to trackers: what they have not got yet, in the tracked runs that are there already."""
     from endwise.runs.finding import runs_at
     from endwise.runs.tracking.track import track as send
 
     given = runs_at(runs, lambda _: True, lacking="is one", remedy="Give run folders.")
-    for run in given:
-        echo(f"{run}: sent to {', '.join(send(run, to or ()))}")
+    sent = {run: send(run, to or ()) for run in given}
+    report(
+        json,
+        [{"run": run, "trackers": names} for run, names in sent.items()],
+        *(f"{run}: sent to {', '.join(names)}" for run, names in sent.items()),
+    )
 
 
 @command

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from endwise.cli.adopted import MODEL
-from endwise.cli.app import command, echo, status
+from endwise.cli.app import Json, command, echo, print_json, status
 from endwise.cli.files import NAMES
 from endwise.cli.overriding import on_device
 
@@ -46,14 +45,12 @@ def steer(
     seed: Annotated[int, Option(min=0, help="Of what is drawn, for both texts alike.")] = 0,
     model: Annotated[str | None, Option(help=f"Of an SAE that is no run. {MODEL}")] = None,
     site: Annotated[str | None, Option(help="Of an SAE that is no run: its place, where its file says none.")] = None,
-    json: Annotated[bool, Option("--json", help="Print both texts and the KL of each prediction as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Continue a prompt with features steered, clamped, ablated or kept, beside the model's own text, with their KL.
 
     Of several, --keep comes first, then --ablate, --clamp and --feature.
     """
-    from json import dumps
-
     from endwise.features.intervening import refuse_error
     from endwise.features.steering import Sampling, opened
     from endwise.features.steering import steer as continue_twice
@@ -66,7 +63,7 @@ def steer(
     options: dict[str, Any] = {"data": found.data, "error": error, "positions": where, "sampling": sampling}
     made = continue_twice(found.model, {found.place: found.sae}, edits, prompt, **options)
     if json:
-        typer.echo(dumps({"place": found.place.name, **made.to_json()}, indent=2))
+        print_json({"place": found.place.name, **made.to_json()})
         return
     echo(f"prompt: {''.join(made.prompt)}")
     _show("".join(made.clean), "".join(made.steered))

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from endwise.common.errors import EndwiseError, HubError
 
 SCHEME = "hf:/"
 """Begins a name on the hub, with or without the second slash, which a `Path` loses."""
-SECONDS = 20.0
+SECONDS = 10.0
 """Longest wait for an answer that is no file."""
 _TOKEN = "Give one that may, in HF_TOKEN or by `hf auth login`"
 _REFUSALS = {
@@ -41,6 +41,30 @@ def is_offline(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError", "TimeoutError"}
     return bool(known & names) or (status is not None and status >= 500)
+
+
+def answers(ask: Callable[[], object]) -> bool:
+    """Ask the hub once, where huggingface_hub would ask again for half a minute, file by file; what it refuses is an
+    answer, which reading explains.
+    """
+    try:
+        ask()
+    except Exception as error:  # noqa: BLE001  All that huggingface_hub and what it asks through may raise.
+        return not is_offline(error)
+    return True
+
+
+@contextmanager
+def cache_alone(*, if_so: bool) -> Iterator[None]:
+    """Have huggingface_hub read its cache within, and ask for nothing."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or if_so
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from endwise.formats import Stored, format_at, located, on_hub, processing_remar
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
-from endwise.tokens import Corpora, corpora_for
+from endwise.tokens import Corpora, check_readable, corpora_for
 from endwise.tokens.loading import EMBEDDED
 
 SETTINGS = (".json", ".yaml", ".yml")
@@ -120,6 +120,8 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     ours = found.stored.metadata.get("endwise")
     if belongs.data is None and isinstance(ours, Mapping) and "step" in ours:
         RunFolder(path).check_exists()  # which says how to bring a run of ours here
+    if belongs.data is not None:  # what is wrong with the text is known before weights are read
+        check_readable(DataConfig.build({"source": belongs.data}, "the options"))
     section, model = model_for(found, belongs)
     place, stored = belonging(found, model, belongs.site)
     sae = SAE.of(stored)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from endwise.common.errors import ConfigError, FormatError, SiteError
-from endwise.common.files import expanded
+from endwise.common.files import expanded, there_is
 from endwise.common.hub import shown
 from endwise.common.remarks import not_as_stated
 from endwise.config.run import DataConfig, EvaluationConfig
@@ -20,6 +20,7 @@ from endwise.evaluation.measure import Evaluation, measure
 from endwise.formats import FORMATS, Stored, located, stored_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import ARROW, Place
+from endwise.runs.finding import refuse_several
 from endwise.tokens import corpora_for
 
 TOO_FAR = 4.0
@@ -104,9 +105,12 @@ def inspect(path: str | Path) -> Inspected:
 
     Raises:
         FormatError, HubError: see `SAE.load`.
+        RunFolderError: it is a folder of runs.
     """
     path = expanded(path)
     form, place = located(path)
+    if not there_is(form.weights(place)):
+        refuse_several(path)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         stored = stored_at(path, SAE.layouts())

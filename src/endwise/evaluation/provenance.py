@@ -81,7 +81,8 @@ def check_resumed(folder: RunFolder, config: Recipe, now: Mapping[str, Any], cor
     """
     parts = [part for part in PARTS if part in now]
     _check(folder.path, config, {part: now[part] for part in parts}, corpora, parts)
-    tell_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
+    if folder.digests() or folder.saved_steps():  # else it was killed at its start, and nothing is resumed
+        tell_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
 
 
 def check_start(config: RunConfig) -> None:

@@ -61,7 +61,7 @@ class Series:
     """The marks are drawn, and not only the line through them."""
     rank: int = 0
     """Number among several series of one method in a panel: 0, 1, 2, ... from the first to the last, told apart by
-    their dashes, and all but the first by hollow markers."""
+    their dashes, and all but the first by hollow markers; of those without a line the third by crosses."""
     band: Band | None = None
 
 

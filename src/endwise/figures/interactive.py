@@ -152,11 +152,11 @@ def _marker(series: Series) -> Json:
     hollow, crowded = series.rank > 0, len(series.marks) > style.CROWD
     fill, edge = ("var(--card)", _colour(series)) if hollow else (_colour(series), "var(--card)")
     return {
-        "symbol": SYMBOLS[style.marker_of(series.method)],
-        "size": round(max(4.0, style.shrink(series) * (10 if style.marker_of(series.method) == "^" else 9)), 1),
+        "symbol": SYMBOLS[style.marker_of(series)],
+        "size": round(max(4.0, style.shrink(series) * (10 if style.marker_of(series) == "^" else 9)), 1),
         "color": fill,
         "opacity": max(0.5, 0.9 * style.shrink(series)) if crowded else 1,
-        "line": {"color": edge, "width": 0 if crowded else 1.6 if hollow else 1},
+        "line": {"color": edge, "width": 1.6 if hollow else 0 if crowded else 1},
     }
 
 
@@ -192,4 +192,4 @@ def swatch(method: Method) -> Markup:
 def _look(series: Series) -> tuple[str, str, str, bool]:
     """Style, marker, dashes of the line, if there is one, and whether the marker is hollow."""
     pattern = " ".join(f"{length:g}" for length in style.dashes(series)) or "none"
-    return style.style_of(series.method), style.marker_of(series.method), pattern * series.joined, series.rank > 0
+    return style.style_of(series.method), style.marker_of(series), pattern * series.joined, series.rank > 0

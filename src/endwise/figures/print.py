@@ -201,11 +201,11 @@ def _look(series: Series) -> dict[str, Any]:
         "color": colour,
         "linewidth": 1.2 if series.joined else 0,
         "linestyle": (0, pattern) if pattern and series.joined else "-",
-        "marker": style.marker_of(series.method) if series.marked else "",
-        "markersize": max(1.8, style.shrink(series) * (5.5 if style.marker_of(series.method) == "^" else 4.5)),
+        "marker": style.marker_of(series) if series.marked else "",
+        "markersize": max(1.8, style.shrink(series) * (5.5 if style.marker_of(series) == "^" else 4.5)),
         "markerfacecolor": PAPER if hollow else colour,
         "markeredgecolor": colour if hollow else PAPER,
-        "markeredgewidth": 0.0 if crowded else 0.9 if hollow else 0.6,
+        "markeredgewidth": 0.9 if hollow else 0.0 if crowded else 0.6,
     }
 
 

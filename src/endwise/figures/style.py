@@ -38,8 +38,9 @@ def colour_of(method: Method) -> str:
     return COLOURS[style_of(method)]
 
 
-def marker_of(method: Method) -> str:
-    return _MARKERS[style_of(method)]
+def marker_of(series: Series) -> str:
+    """Name the method's marker; a third series of it without lines, which no dashes tell apart, has a cross."""
+    return "X" if series.rank > 1 and not series.joined else _MARKERS[style_of(series.method)]
 
 
 def name_of(series: Series) -> str:

@@ -21,7 +21,7 @@ from endwise.formats import FORMATS, NATIVE
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
-from endwise.tokens import corpora_for
+from endwise.tokens import check_readable, corpora_for
 from endwise.training.targets import held_out_wanted
 from endwise.training.train import train
 
@@ -60,8 +60,8 @@ def finetune(
         ConfigError: no place is known, a setting breaks a rule, or `out` holds another run.
         EndwiseError: see `train`.
     """
-    found, folder = _readable(path, say), None if out is None else expanded(out)
-    folder = folder or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}"
+    found = _readable(path, settings.data, say)
+    folder = expanded(out or Path("runs") / f"finetuned-{Path(found.name).stem}-{of_file(found.weights)[:8]}")
     check_can_write(folder)
     loaded = load_model(model) if isinstance(model, str) else model
     few = min(CHECKED_ON, settings.measured_on)
@@ -95,9 +95,10 @@ def finetune(
     return result
 
 
-def _readable(path: str | Path, say: Said) -> Inspected:
-    """Read what is to be tuned, and say what it is."""
+def _readable(path: str | Path, text: str, say: Said) -> Inspected:
+    """Read what is to be tuned, and say what it is; try the text that it is to be tuned on."""
     found = inspect(path)
+    check_readable(DataConfig.build({"source": text}, "the options"))
     for line in found.lines():
         say(line)
     if found.stored.lacks_value_biases:

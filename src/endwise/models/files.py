@@ -1,21 +1,41 @@
 """The files of a language model: which there are, and what is to be refused before transformers reads any of them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from endwise.common.errors import ConfigError, FormatError, ModelError
 from endwise.common.files import read_json, stays_inside, there_is
+from endwise.common.hub import SECONDS, answers
 from endwise.models.adapters import ADAPTER_WEIGHTS, MERGING, Adapter
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json")
 MOST_LAYERS = 10_000
+
+
+def within_reach(source: str, revision: str) -> str:
+    """Return what a model is read from: its folder, its name on the hub or, where the hub does not answer, its snapshot
+    in the cache.
+
+    Raises:
+        ConnectionError: the hub does not answer, and the cache has no snapshot.
+    """
+    ask = partial(HfApi().model_info, source, revision=revision, timeout=SECONDS)
+    if constants.HF_HUB_OFFLINE or there_is(Path(source)) or answers(ask):
+        return source
+    try:
+        return snapshot_download(source, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise ConnectionError("The hub does not answer.") from None
 
 
 def find_adapter(source: str, name: str, revision: str) -> Adapter | None:

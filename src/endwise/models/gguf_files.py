@@ -67,9 +67,8 @@ def keep_weights(source: str, shared: dict[str, Any], model: Any, tokenizer: Any
 
 
 def commit_of(source: str, shared: dict[str, Any]) -> str | None:
-    """Return the commit of a GGUF file on the hub; None: it is local, or there is none."""
-    file = None if Path(source).is_dir() else _file(source, shared)
-    return None if file is None else extract_commit_hash(str(file), None)
+    """Return the commit of a GGUF file on the hub, or of a snapshot in the cache; None: it is none of them."""
+    return extract_commit_hash(str(_file(source, shared) or Path(source, "config.json")), None)
 
 
 def _file(source: str, shared: dict[str, Any]) -> Path | None:

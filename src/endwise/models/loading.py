@@ -30,7 +30,7 @@ from endwise.common.processes import local_rank
 from endwise.common.remedies import number, remedy
 from endwise.common.remedies import reason as system_reason
 from endwise.models.adapters import ADAPTER_WEIGHTS, Adapter
-from endwise.models.files import check_files, find_adapter, tokenizer_files, weight_files
+from endwise.models.files import check_files, find_adapter, tokenizer_files, weight_files, within_reach
 from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, with_gguf_file
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
@@ -114,9 +114,9 @@ def based_on(
     Raises:
         ModelError: see `find_adapter`; or an adapter is based on another.
     """
-    source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
     asked = name
     try:
+        source, shared = arguments_for(name, gguf_file, revision, trust_remote_code)
         adapter = find_adapter(source, name, shared["revision"])
         if adapter is not None:
             asked = adapter.base
@@ -260,8 +260,13 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str)
 def arguments_for(
     name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Return what transformers reads a model from, and with which arguments."""
+    """Return what transformers reads a model from, and with which arguments.
+
+    Raises:
+        ConnectionError: see `within_reach`.
+    """
     source, gguf_file = (str(embedded.folder()), gguf_file) if name == "embedded" else with_gguf_file(name, gguf_file)
+    source = within_reach(source, revision or "main")
     check_files(source, gguf_file)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -331,8 +336,14 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise ConfigError(f"model.device {name!r} cannot be used ({reason}). Use auto, cpu, cuda or cuda:N.") from None
+        kind = torch.accelerator.current_accelerator()
+        there = ["cpu", *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
+        why = f" ({_one_line(error)[:200]})" if name in (*there, str(kind)) else ""
+        alone = ", with a build of torch for the CPU alone" if kind is None else ""
+        raise ConfigError(
+            f"model.device {name!r} cannot be used{why}. This machine has {', '.join(there)}{alone}. Give one of "
+            "these, or auto."
+        ) from None
     return device
 
 

@@ -35,6 +35,15 @@ def run_folders(path: Path) -> list[Path]:
     return [run for run in below if not found & {*run.parents}]
 
 
+def refuse_several(path: Path) -> None:
+    """
+    Raises:
+        RunFolderError: the path, where one run is taken, is a folder of several.
+    """
+    if not RunFolder(path).has_run() and path.is_dir() and (below := run_folders(path)):
+        raise RunFolderError(f"{path} is a folder of {len(below)}, and one run is taken here. Name it: {below[0]}")
+
+
 def runs_at(paths: Paths, has: Callable[[Path], bool], *, lacking: str, remedy: str) -> list[Path]:
     """List what a command that takes runs is given: a run as it is, of a folder of runs those that have what is needed.
 

@@ -23,7 +23,7 @@ from endwise.evaluation.measure import Evaluation, measure
 from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.sweep_config import Target
-from endwise.tokens import Corpora
+from endwise.tokens import Corpora, check_readable
 from endwise.training.members import Run, SomeFailed
 from endwise.training.setup import corpora_of, model_for
 from endwise.training.train import train_together
@@ -46,7 +46,7 @@ class TuningBudget(Config):
 
     target: Target
     tokens: Positive | None = None
-    """Tokens that the passes of all rounds read together; unset: half of `training.tokens`."""
+    """Tokens that the passes of all rounds read together; unset: half of `training.tokens`, or the least possible."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def tune(
     config = build_recipe(values, "the recipe")
     if not isinstance(config, RunConfig):
         raise ConfigError("A recipe for several places is tuned place by place: give it one `site`.")
+    if model is None and corpora is None:  # what is wrong with the text is known before weights are read
+        check_readable(config.data)
     model = model or model_for(config)
     corpora = corpora or corpora_of([config], model)
     search = _Search(config, budget, model, corpora, display)
@@ -178,8 +180,8 @@ class _Search:
     ) -> None:
         self.config, self.model, self.corpora = config, model, corpora
         self.target, self.display = budget.target, display
-        self.tokens = budget.tokens or config.training.tokens // 2
-        self._check_budget(config.training.tokens, config.training.batch * corpora.train.context)
+        per_step = config.training.batch * corpora.train.context
+        self.tokens = self._budget(budget.tokens, config.training.tokens, per_step)
         held, context = corpora.heldout.tokens, corpora.heldout.context
         own, asked = config.evaluation, max(context, MEASURED_ON // context * context)
         self.is_apart = held >= own.needed + asked
@@ -188,8 +190,9 @@ class _Search:
         few = {"skip": skip, "tokens": min(asked, held - skip), "during_training_tokens": context}
         self.measuring = EvaluationConfig.of({**few, "bootstrap": own.bootstrap, "seed": own.seed})
 
-    def _check_budget(self, whole: int, per_step: int) -> None:
-        """
+    def _budget(self, asked: int | None, whole: int, per_step: int) -> int:
+        """Return the tokens to spend.
+
         Raises:
             ConfigError: the shortest run would have too few steps, or the longest be longer than the recipe's.
         """
@@ -200,11 +203,13 @@ class _Search:
                 f"training.tokens is {whole:,}, {whole // per_step:,} steps of {per_step:,} tokens: too few to try out "
                 f"settings in shorter runs of {LEAST_STEPS} steps. Lower training.batch, or train longer."
             )
-        if not least <= self.tokens <= most:
+        tokens = max(least, whole // 2) if asked is None else asked
+        if not least <= tokens <= most:
             raise ConfigError(
-                f"The budget is {self.tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps in the "
+                f"The budget is {tokens:,} tokens, and must be from {least:,}, {LEAST_STEPS} steps in the "
                 f"shortest run, to {most:,}, training.tokens in the longest. Give another with --budget."
             )
+        return tokens
 
     def rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:
         """Carry out all rounds."""

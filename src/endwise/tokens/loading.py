@@ -18,7 +18,7 @@ from endwise.tokens.corpus import Corpora, Corpus, Documents, SequenceLayout, co
 from endwise.tokens.encoding import Encoding, outside_vocabulary, special_ids
 from endwise.tokens.folders import DEFAULT_SPLIT, no_split
 from endwise.tokens.readers import ROWS_AT_ONCE, Document
-from endwise.tokens.sources import TextSource, open_source, refuse_hub_settings
+from endwise.tokens.sources import TextSource, on_hub, open_source, refuse_hub_settings
 from endwise.tokens.store import open_store
 from endwise.tokens.tokenising import Quota, documents_in, held_by_hash
 
@@ -41,15 +41,21 @@ class Reader(Protocol):
 
 
 def check_readable(data: DataConfig) -> None:
-    """Read the first document of each local source: what is missing, or of another kind, is known before long work.
+    """Read the first document of each source: what is missing, or of another kind, is known before long work. Where the
+    hub does not answer, a data set that it was asked for before may be kept, and is not read.
 
     Raises:
         DataError: one cannot be read.
     """
-    sides = {data.split: data.source, data.heldout_split or data.split: data.heldout or data.source}
-    for split, name in sides.items():
-        if name != EMBEDDED and there_is(expanded(name)):
-            next(open_source(name, data.column, None, split, streaming=False).read(), None)
+    sides = (data.source, data.split), (data.heldout or data.source, data.heldout_split or data.split)
+    for name, split in dict.fromkeys(each for each in sides if each[0] != EMBEDDED):
+        config, revision = (data.dataset_config, data.revision) if name == data.source else (None, None)
+        source = open_source(name, data.column, config, split, data.streaming, revision)
+        if not there_is(expanded(name)) and on_hub(name, revision):  # the first document alone, not all of it
+            source = open_source(name, data.column, config, split, True, source.commit or revision)
+        elif source.commit is not None:
+            continue
+        next(source.read(), None)
 
 
 def corpora_for(

@@ -4,12 +4,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfApi
 
 from endwise.common.digests import cache_folder, of_text
 from endwise.common.errors import DataError, FormatError, RunFolderError
 from endwise.common.files import expanded, read_json, stays_inside, there_is, write_json
+from endwise.common.hub import SECONDS, answers, cache_alone
 from endwise.common.remedies import reason, remedy
 from endwise.tokens.folders import check_split, files_below, files_of_split, no_split
 from endwise.tokens.readers import (
@@ -29,8 +33,6 @@ from endwise.tokens.readers import (
 
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3")
 """Libraries that `datasets` reads through; what they raise is no documented list, and not all of it an OSError."""
-ANSWER_SECONDS = 10.0
-"""To wait for the hub's answer."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -190,7 +192,8 @@ def _hub_documents(
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        with cache_alone(if_so=not on_hub(name, revision)):
+            dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         yield from _dataset_documents(dataset, column, f"{name} ({split})")
     except DataError:
         raise
@@ -213,6 +216,11 @@ def _hub_documents(
         ) from None
 
 
+def on_hub(name: str, revision: str | None) -> bool:
+    """Tell if the hub can be asked for a data set now."""
+    return answers(partial(HfApi().dataset_info, name, revision=revision, timeout=SECONDS))
+
+
 def commit_on_hub(name: str, revision: str | None) -> str | None:
     """The commit that a data set's revision is at now; where the hub cannot be asked, the last that this cache knows;
     None: there is none, and what is kept goes by the name alone.
@@ -232,10 +240,8 @@ def commit_on_hub(name: str, revision: str | None) -> str | None:
 
 
 def _asked(name: str, revision: str | None) -> str | None:
-    from huggingface_hub import HfApi
-
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=ANSWER_SECONDS).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=SECONDS).sha
     except Exception:  # noqa: BLE001  No connection, no such data set: reading it will say what is wrong.
         return None
 

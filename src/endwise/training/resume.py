@@ -13,6 +13,7 @@ from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.evaluation.provenance import as_recorded, beginning, check_resumed, described, pinned
 from endwise.models.language_model import LanguageModel
 from endwise.runs.checkpoints import Checkpoint, read_checkpoint
+from endwise.runs.finding import refuse_several
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.tokens import Corpora
@@ -26,6 +27,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RunFolderError: there is no run, or its recipe cannot be read.
         ConfigError: a change breaks a rule, or is of what the run computes.
     """
+    refuse_several(path)
     folder = RunFolder.open(path)
     check_whole(path)
     kept = folder.recipe()

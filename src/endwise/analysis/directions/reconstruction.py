@@ -87,17 +87,21 @@ def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: st
     x, y = Axis("length of the activation, ‖a‖", log=True), Axis("length of the reconstruction, ‖â‖", log=True)
     drawn = [run for run in similar if run.folder in measured]
 
-    def panel(run: RunSummary, title: str, groups: Mapping[Where, str]) -> Panel:
+    groups: tuple[tuple[Where, str], ...] = (
+        *(("others", "other positions"), ("position_0", "position 0")),
+        ("starts", "document starts"),
+    )
+
+    def panel(run: RunSummary, title: str, ranks: range) -> Panel:
         series = [
-            Series(run.method, _lengths(measured[run.folder], group, words), words, joined=False, rank=rank)
-            for rank, (group, words) in enumerate(groups.items())
+            Series(run.method, _lengths(measured[run.folder], *groups[rank]), groups[rank][1], joined=False, rank=rank)
+            for rank in ranks
         ]
         return Panel(title, x, y, tuple(each for each in series if each.marks), diagonal=True)
 
-    panels = [panel(run, run.method.label, {"others": "other positions", "position_0": "position 0"}) for run in drawn]
+    panels = [panel(run, run.method.label, range(2)) for run in drawn]
     if any(measured[run.folder].sample["starts"] for run in drawn):
-        starts = "document starts"
-        panels += [panel(run, f"{run.method.label}, {starts}", {"starts": starts}) for run in drawn]
+        panels += [panel(run, f"{run.method.label}, document starts", range(2, 3)) for run in drawn]
     caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot a held-out token."
     return Chart(name, "How long reconstructions are", caption, tuple(panels))
 

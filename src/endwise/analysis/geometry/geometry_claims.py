@@ -29,26 +29,33 @@ EQUALLY_MANY = ", among equally many"
 
 
 def differences(found: Geometry) -> list[SimilarityDifference]:
+    """List those between the methods that are there."""
+    there = set(methods_of(found.runs))
+    return [each for kinds, each in _differences(found) if there.issuperset(kinds)]
+
+
+def _differences(found: Geometry) -> list[tuple[tuple[Method, ...], SimilarityDifference]]:
     """List those of every two presets, and of each further method and the baseline, within and across seeds; and,
-    towards and from each preset, of the other two.
+    towards and from each preset, of the other two; each with the methods that it takes.
     """
-    made = [
-        _difference(found, name, a, b, equally_many)
+    made: list[tuple[tuple[Method, ...], SimilarityDifference]] = [
+        ((a, b), _difference(found, name, a, b, equally_many))
         for a, b in pairs_of(PAIRS, methods_of(found.runs))
         for equally_many in (False, True)
         for name in (WITHIN, SEEDS)
     ]
     for a, b, to in ((E2E_DS, E2E, LOCAL), (E2E_DS, LOCAL, E2E), (LOCAL, E2E, E2E_DS)):
         # How much nearer a's features have one of `to` than b's; of different features, so unpaired.
-        made.append(_between(found, f"nearest in {to.label}", (a, b), ((a, to), (b, to))))
+        made.append(((a, b, to), _between(found, f"nearest in {to.label}", (a, b), ((a, to), (b, to)))))
         # How much nearer the features of `to` have one of a than one of b; the same features, so paired.
-        made.append(_between(found, f"{to.label}'s features, nearest in", (a, b), ((to, a), (to, b))))
+        towards = f"{to.label}'s features, nearest in"
+        made.append(((a, b, to), _between(found, towards, (a, b), ((to, a), (to, b)))))
     return made
 
 
 def claims(found: Geometry) -> list[Claim]:
     """The verdicts on the dictionaries of one setting."""
-    by_name = {(each.name, each.a, each.b): each for each in differences(found)}
+    by_name = {(each.name, each.a, each.b): each for _, each in _differences(found)}
 
     def judge(claim: str, published: str | None, sign: int, *names: tuple[str, Method, Method]) -> Claim:
         """Name a control where there is one; it decides nothing, for claim and measure are the paper's."""

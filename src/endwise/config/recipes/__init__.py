@@ -43,6 +43,8 @@ def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
     if name in other:
         verb, what = ("sweep", "sweep") if kind == "recipe" else ("train", "recipe")
         raise ConfigError(f"{name} is a {what} that ships, and no {kind}. Use it: endwise {verb} {name}")
+    if kind == "recipe" and name and Path(name).expanduser().is_dir():
+        raise ConfigError(f"{name} is a folder, not a recipe. If it is a run, resume it: endwise train --resume {name}")
     near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(names)}"
     raise ConfigError(f"There is no {kind} {name!r}, neither a file nor one that ships; {hint}")

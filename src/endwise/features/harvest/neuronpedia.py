@@ -1,4 +1,4 @@
-"""A run's harvest in the files that Neuronpedia imports.
+"""Harvests in the files that Neuronpedia imports.
 
     OUT/<model>/<source>/
         model.jsonl, release.jsonl, sourceset.jsonl, source.jsonl       one line each
@@ -29,6 +29,7 @@ from endwise.common.errors import ConfigError
 from endwise.common.files import expanded, write_atomic
 from endwise.features.harvest.results import TOP, Context, Harvest, open_harvest
 from endwise.models.sites import Part, Place
+from endwise.runs.finding import Paths, harvested_runs
 
 CREATOR_VARIABLE = "DEFAULT_CREATOR_ID"
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -58,7 +59,7 @@ class NeuronpediaExport:
 
 
 def export(
-    run: Path,
+    runs: Paths,
     out: Path,
     *,
     model_id: str | None = None,
@@ -66,8 +67,8 @@ def export(
     release: str = "endwise",
     creator: str = "endwise",
     creator_id: str | None = None,
-) -> NeuronpediaExport:
-    """Write a run's harvest as Neuronpedia imports it; files of an earlier export are replaced.
+) -> list[NeuronpediaExport]:
+    """Write runs' harvests as Neuronpedia imports them; files of an earlier export are replaced.
 
     Args:
         model_id: Neuronpedia's id of the model; None: made from the model's name.
@@ -75,22 +76,32 @@ def export(
         creator_id: the importing server's user; None: `$DEFAULT_CREATOR_ID`, or the one of Neuronpedia's own exports.
 
     Raises:
-        RunFolderError: the run was not harvested, or the folder cannot be written.
-        ConfigError: a name is not one that Neuronpedia takes.
+        RunFolderError: a run was not harvested, or the folder cannot be written.
+        ConfigError: a name is not one that Neuronpedia takes, or two runs have one.
         FormatError: the harvest is damaged.
     """
-    found = open_harvest(run)
-    place = Place.parse(str(found.about["site"]))
-    parts = "-to-".join(_PARTS[site.part] for site in place.sites)
-    names = _Names(
-        model=_checked("--model-id", model_id or _slug(str(found.about["model"]))),
-        source_set=_checked("--set", source_set or f"{parts}-{_slug(found.about['kind'])}-{found.d_sae}"),
-        release=_checked("--release", release),
-        creator=creator,
-        creator_id=creator_id or os.environ.get(CREATOR_VARIABLE) or CREATOR_ID,
-        layer=place.writes.layer,
-    )
-    folder = expanded(out) / names.model / names.source
+    planned: dict[Path, tuple[Harvest, _Names]] = {}
+    for run in harvested_runs(runs):
+        found = open_harvest(run)
+        place = Place.parse(str(found.about["site"]))
+        parts = "-to-".join(_PARTS[site.part] for site in place.sites)
+        names = _Names(
+            model=_checked("--model-id", model_id or _slug(str(found.about["model"]))),
+            source_set=_checked("--set", source_set or f"{parts}-{_slug(found.about['kind'])}-{found.d_sae}"),
+            release=_checked("--release", release),
+            creator=creator,
+            creator_id=creator_id or os.environ.get(CREATOR_VARIABLE) or CREATOR_ID,
+            layer=place.writes.layer,
+        )
+        folder = expanded(out) / names.model / names.source
+        if folder in planned:
+            other = planned[folder][0].folder.parent
+            raise ConfigError(f"{other} and {run} would both be {folder}. Export each alone, with a --set of its own.")
+        planned[folder] = found, names
+    return [_write(folder, found, names) for folder, (found, names) in planned.items()]
+
+
+def _write(folder: Path, found: Harvest, names: "_Names") -> NeuronpediaExport:
     for old in (*folder.glob("features/*.jsonl.gz"), *folder.glob("activations/*.jsonl.gz")):
         old.unlink()
     for name, row in _descriptions(found, names).items():

@@ -17,7 +17,7 @@ from endwise.config.base import Config, Positive
 from endwise.config.places import build_recipe
 from endwise.config.run import DataConfig, EvaluationConfig, RunConfig
 from endwise.models.loading import TokenizerAlone, find_device, load_model, read_tokenizer
-from endwise.tokens import corpora_for
+from endwise.tokens import check_readable, corpora_for
 from endwise.tokens.loading import EMBEDDED
 from endwise.tokens.sources import commit_on_hub
 from endwise.training.planning.outline import sites_of
@@ -82,9 +82,9 @@ def propose(settings: ProposalSettings) -> Proposal:
     """
     device = find_device(settings.device).type
     reader = read_tokenizer(settings.model) or load_model(settings.model)
-    site, width, phases = _middle(settings.model)
     context = min(reader.context or CONTEXT[_kind(device)], CONTEXT[_kind(device)])
     data, held_out, there, remarks = _text(settings.data, reader, context)
+    site, width, phases = _middle(settings.model)
     batch = max(1, PER_STEP[_kind(device)] // context)
     values: dict[str, Any] = {
         "model": {"name": settings.model, "device": settings.device},
@@ -159,6 +159,8 @@ def _text(
             "your model usually reads, name other text: --data FILE, FOLDER or DATASET."
         )
     if on_hub:
+        if given is not None:
+            check_readable(DataConfig(**data, streaming=True))
         return data | {"streaming": True}, EvaluationConfig().tokens, None, remarks
     corpora = corpora_for(reader, DataConfig(**data, context=context), training_tokens=1, evaluation_tokens=1)
     return data, corpora.heldout.tokens, corpora.train.tokens, remarks
