@@ -31,7 +31,7 @@ def run(*arguments, **environment):
 
 
 def interpreted(marked):
-    told = run("-m", "pytest", "-q", "-x", "-m", marked, HERE / "interpreted_triton.py", TRITON_INTERPRET="1")
+    told = run("-m", "pytest", "-q", "-x", "-m", marked, *sorted(HERE.glob("interpreted_*.py")), TRITON_INTERPRET="1")
     assert " passed" in told and "skipped" not in told
 
 
