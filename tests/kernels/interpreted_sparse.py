@@ -185,8 +185,13 @@ def test_a_dictionary_differentiates_through_them(unit_norm):
     sae = ReluSAE(12, 6, seed=1, unit_norm=unit_norm)
     sae.sparse_below = 1.0
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for kernels in (EAGER, SmallKernels()):
+    found, started = {}, []
+
+    def counted(kernel, *arguments, **constants):
+        started.append(kernel.__name__)
+        launch(kernel, *arguments, **constants)
+
+    for kernels in (EAGER, SmallKernels(counted)):
         sae.zero_grad()
         with standing_in("cpu", kernels):
             latents = sae.encode(x)
@@ -196,3 +201,4 @@ def test_a_dictionary_differentiates_through_them(unit_norm):
         found[kernels] = {name: each.grad.clone() for name, each in sae.named_parameters()}
     for eager, own in zip(*(each.values() for each in found.values()), strict=True):
         torch.testing.assert_close(own, eager, rtol=1e-5, atol=1e-5)
+    assert "bag_sums" in started and "pair_dots" not in started  # the decoder's gradients are computed together

@@ -1,12 +1,13 @@
 """Three kernels in Triton for sparse latents: weighted sums of table rows per bag, and one dot product per pair.
 
-A card spends its time on these rows: a row of the table is gathered for every pair. Programs take a strip of 512 bytes
-of each row, and the whole grid goes through one strip before the next: of a table of 65,536 rows a strip is 32 MiB,
-which an H100's second cache holds, so that memory is read once and the cache as often as there are pairs.
+A card's time is spent on reading a row of the table for every pair. Programs take a strip of 512 bytes of each row, and
+the grid goes through one strip before the next: of 65,536 rows a strip is 32 MiB, which an H100's level-2 cache holds,
+so that each strip is read from memory once, and from the cache for every pair. A decoder's two gradients read the same
+rows, those of the gradient by the reconstructions, and are computed together, in the order of features.
 
-Bags differ: one feature is active in every row, and thousands in three. Pairs are cut into chunks of a fixed number,
-counted from the first pair; a chunk that lies within one bag is added up by a program of its own, and the bag adds
-these sums, in their order, to its pairs before and after them. No bag's program sees more than two chunks of pairs.
+Bags differ: one feature is active in every row, thousands in three. The list of pairs is cut into chunks of a fixed
+size; a chunk that lies within one bag is added up by a program of its own, and the bag's program adds these sums, one
+after the other, to those of fewer than two chunks of pairs, before and after them.
 
 All is added up in fp32, without atomics, in an order that follows from the pairs alone: two runs on one kind of card
 agree in their bits.
@@ -22,13 +23,15 @@ from torch import Tensor
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import DecoderGradients, Index, Pairs, PerPair
 
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 STRIP_BYTES, TILE_BYTES = 512, 8192
 """Of a table's row that one program sees, and of all that it gathers at once."""
 
 
 @triton.jit
 def _add_pairs(
-    total, table, entries, weights, own, dots, begin, end, columns, inside, width, DOTS: tl.constexpr, PAIRS: tl.constexpr
+    total, table, entries, weights, own, dots, begin, end, columns, inside, width,
+    DOTS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Add the pairs from `begin` to `end` to `total [PAIRS WIDTH]`, whose sum over `PAIRS` is that of the bag."""
     for start in range(begin, end, PAIRS):
@@ -111,7 +114,7 @@ class SparseInTriton(EagerKernels):
 
     launch: Callable[..., None]
     chunk = 256
-    """Pairs of a chunk. A bag of n pairs takes n / chunk further sums, one after the other, a tile of them at a time."""
+    """Pairs of a chunk, a power of two."""
 
     def weighted_sums(self, table: Tensor, entries: Index, bag_starts: Tensor, weights: PerPair) -> Tensor:
         if table.dtype == torch.float64:
@@ -166,4 +169,4 @@ class SparseInTriton(EagerKernels):
         """Numbers of pairs and of columns at once, and of strips."""
         width = min(STRIP_BYTES // table.itemsize, triton.next_power_of_2(table.shape[1]))
         pairs = min(self.chunk, TILE_BYTES // (table.itemsize * width))
-        return {"PAIRS": pairs, "WIDTH": width, "num_warps": 4}, triton.cdiv(table.shape[1], width)
+        return {"PAIRS": pairs, "WIDTH": width, **OPTIONS}, triton.cdiv(table.shape[1], width)
