@@ -60,7 +60,7 @@ class Pairs:
     @cached_property
     def by_feature(self) -> FeatureOrder:
         """Sorted once, for both gradients that are sums over a feature's pairs."""
-        # Keys of 32 bits halve a card's radix sort; a search waits for no count on the host, as `bincount` does there.
+        # Keys of 32 bits halve the passes of a card's sort; `bincount` would have the host wait for the greatest one.
         features, order = self.features.int().sort(stable=True)
         every = torch.arange(self.n_features, dtype=torch.int32, device=order.device)
         return FeatureOrder(order, self.rows[order], torch.searchsorted(features, every))

@@ -1,9 +1,9 @@
 """Three kernels in Triton for sparse latents: weighted sums of table rows per bag, and one dot product per pair.
 
 A card's time is spent on reading a row of the table for every pair. Programs take a strip of 512 bytes of each row, and
-the grid goes through one strip before the next: of 65,536 rows a strip is 32 MiB, which an H100's level-2 cache holds,
-so that each strip is read from memory once, and from the cache for every pair. A decoder's two gradients read the same
-rows, those of the gradient by the reconstructions, and are computed together, in the order of features.
+the grid goes through one strip before the next: of 65,536 rows a strip is 32 MiB, which fits into an H100's level-2
+cache, so that each strip is read from memory once, and from the cache for every pair. A decoder's two gradients read
+the same rows, those of the gradient by the reconstructions, and are computed together, in the order of features.
 
 Bags differ: one feature is active in every row, thousands in three. The list of pairs is cut into chunks of a fixed
 size; a chunk that lies within one bag is added up by a program of its own, and the bag's program adds these sums, one
