@@ -17,6 +17,7 @@ from endwise.kernels import kernels_for, registered
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 """Most shared memory of a program, by card (CUDA C++ Programming Guide, technical specifications)."""
+FILES = sorted(HERE.glob("interpreted_*.py"))
 KERNELS = ["statistics", "differences", "add_product", "bag_sums", "chunk_sums", "pair_dots"]
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed: there is none for this system"
@@ -31,21 +32,22 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def interpreted(marked):
-    told = run("-m", "pytest", "-q", "-x", "-m", marked, *sorted(HERE.glob("interpreted_*.py")), TRITON_INTERPRET="1")
+def interpreted(marked, *files):
+    told = run("-m", "pytest", "-q", "-x", "-m", marked, *files, TRITON_INTERPRET="1")
     assert " passed" in told and "skipped" not in told
 
 
 @needs_triton
 def test_values_in_the_interpreter():
-    interpreted("not slow")
+    interpreted("not slow", *FILES)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_more_values_in_the_interpreter():
-    interpreted("slow")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_more_values_in_the_interpreter(file):
+    interpreted("slow", file)
 
 
 def compiled(cache, *options):
