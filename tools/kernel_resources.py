@@ -19,12 +19,13 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from endwise.kernels import Unembedding
+from endwise.kernels import Pairs, Unembedding
 from endwise.kernels.on_cuda import TritonKernels
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most bytes that a program can have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 ROWS, VOCAB, WIDTH = 1024, 50257, 768
+FEATURES, PAIRS = 46080, 51200
 DTYPES = ["bfloat16", "float32", "float16"]
 NAMES = {
     torch.float32: "fp32",
@@ -33,6 +34,10 @@ NAMES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+
+
+OF = {("PAIR", True): "KL", ("PAIR", False): "CE", ("DOTS", False): "sums", ("DOTS", True): "gradients"}
+"""What the kernels' variants are for, by their constants."""
 
 
 class Launched(NamedTuple):
@@ -58,7 +63,7 @@ class Resources(NamedTuple):
 
 
 def launched(dtype: torch.dtype) -> list[Launched]:
-    """Every kernel that KL and cross-entropy launch, with bias and soft-cap, on tensors without values."""
+    """Every kernel that is launched, KL's and cross-entropy's with bias and soft-cap, on tensors without values."""
     found: dict[Launched, None] = {}
 
     def record(kernel: Any, _grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -72,7 +77,17 @@ def launched(dtype: torch.dtype) -> list[Launched]:
         unembedding = Unembedding(weight, bias, softcap=30.0)
         kernels.kl(hidden, hidden, keep, unembedding)
         kernels.cross_entropy(hidden, targets, keep, unembedding, with_gradient=True)
+        _launch_sparse(kernels, hidden)
     return list(found)
+
+
+def _launch_sparse(kernels: TritonKernels, rows: torch.Tensor) -> None:
+    places, starts = torch.empty(2, PAIRS, dtype=torch.int64), torch.empty(ROWS, dtype=torch.int64)
+    pairs, numbers = Pairs(*places, starts, FEATURES), rows.new_empty(PAIRS)
+    table = rows.new_empty(FEATURES, WIDTH)
+    kernels.weighted_sums(table, pairs.features, pairs.row_starts, numbers)
+    kernels.dot_products(table, pairs.features, rows, pairs)
+    kernels.decoder_gradients(table, pairs, numbers, rows)
 
 
 def _launched(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launched:
@@ -112,12 +127,11 @@ def table(archs: list[int], dtypes: list[torch.dtype], names: list[str] | None) 
     yield "|---|---|---|---|---|---|---|"
     for dtype in dtypes:
         for each in (each for each in launched(dtype) if names is None or each.name in names):
-            pair = dict(each.constants).get("PAIR")
-            loss = "both" if pair is None else "KL" if pair else "CE"
+            of = next((name for constant, name in OF.items() if constant in each.constants), "all")
             for arch in archs:
                 used = compiled(each, arch)
                 numbers = f"{used.registers} | {used.spilled} | {used.shared / 1024:.0f}"
-                yield f"| {each.name} | {NAMES[dtype]} | {loss} | sm_{arch} | {numbers} |"
+                yield f"| {each.name} | {NAMES[dtype]} | {of} | sm_{arch} | {numbers} |"
 
 
 def main() -> None:

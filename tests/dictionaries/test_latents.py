@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from endwise.dictionaries import DenseLatents, ReluSAE, SparseLatents
+from endwise.dictionaries.latents import feature_sums, per_pair
+from endwise.kernels import Pairs
 
 D, F = 12, 90
 MASK = torch.rand(3, 20, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -81,3 +83,12 @@ def test_nothing_active(sae):
     torch.testing.assert_close(estimate, sae.b_dec.expand_as(estimate))
     (estimate.sum() + latents.penalty().sum()).backward()
     assert not x.grad.any() and not sae.encoder.grad.any() and not sae.decoder.grad.any()
+
+
+def test_what_features_pairs_have_and_its_sums_are_each_others_gradients():
+    rows, features = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 4, 1, 0, 4])
+    pairs = Pairs(rows, features, torch.tensor([0, 2, 3, 3]), 6)
+    of_features, of_pairs = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (6, 5))
+    for of, numbers in ((per_pair, of_features), (feature_sums, of_pairs)):
+        torch.autograd.gradcheck(lambda each, of=of: of(each.square(), pairs), numbers)
+        torch.autograd.gradgradcheck(lambda each, of=of: of(each.square(), pairs), numbers)

@@ -55,6 +55,18 @@ def test_dot_products_are_one_number_per_pair(kernels):
 
 
 @pytest.mark.parametrize("kernels", cases())
+def test_decoder_gradients_are_those_of_the_product(kernels):
+    pairs = some_pairs()
+    values, table = draw(len(pairs.rows), seed=1).requires_grad_(), draw(F, D, seed=2).requires_grad_()
+    upstream = draw(N, D, seed=3)
+    dense = torch.zeros(N, F, dtype=torch.float64).index_put((pairs.rows, pairs.features), values)
+    expected = torch.autograd.grad(dense @ table, (values, table), upstream)
+    found = kernels.decoder_gradients(table.detach(), pairs, values.detach(), upstream)
+    torch.testing.assert_close(tuple(found), expected)
+    torch.testing.assert_close(kernels.feature_sums(values.detach(), pairs), dense.detach().sum(0))
+
+
+@pytest.mark.parametrize("kernels", cases())
 def test_no_pairs_at_all(kernels):
     none = torch.zeros(0, dtype=torch.int64)
     pairs = Pairs(none, none, torch.zeros(N, dtype=torch.int64), F)

@@ -17,6 +17,8 @@ from endwise.kernels import kernels_for, registered
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 """Most shared memory of a program, by card (CUDA C++ Programming Guide, technical specifications)."""
+FILES = sorted(HERE.glob("interpreted_*.py"))
+KERNELS = ["statistics", "differences", "add_product", "bag_sums", "chunk_sums", "pair_dots"]
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed: there is none for this system"
 )
@@ -30,25 +32,26 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def interpreted(marked):
-    told = run("-m", "pytest", "-q", "-x", "-m", marked, HERE / "interpreted_triton.py", TRITON_INTERPRET="1")
+def interpreted(marked, *files):
+    told = run("-m", "pytest", "-q", "-x", "-m", marked, *files, TRITON_INTERPRET="1")
     assert " passed" in told and "skipped" not in told
 
 
 @needs_triton
 def test_values_in_the_interpreter():
-    interpreted("not slow")
+    interpreted("not slow", *FILES)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_more_values_in_the_interpreter():
-    interpreted("slow")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_more_values_in_the_interpreter(file):
+    interpreted("slow", file)
 
 
 def compiled(cache, *options):
-    """Rows of the table: kernel, numbers, of which loss, card, registers, spilled, shared memory in KiB."""
+    """Rows of the table: kernel, numbers, what of, card, registers, spilled, shared memory in KiB."""
     lines = run(ROOT / "tools" / "kernel_resources.py", *options, TRITON_CACHE_DIR=str(cache)).splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -61,8 +64,9 @@ def check(rows):
 
 @needs_triton
 def test_a_kernel_compiles_without_spilling(tmp_path):
-    rows = compiled(tmp_path, "--arch", "80", "--dtype", "float32", "--kernel", "differences")
-    assert [row[0:4] for row in rows] == [["differences", "fp32", of, "sm_80"] for of in ("KL", "CE")]
+    rows = compiled(tmp_path, "--arch", "80", "--dtype", "float32", "--kernel", "differences", "bag_sums")
+    variants = [("differences", "KL"), ("differences", "CE"), ("bag_sums", "sums"), ("bag_sums", "gradients")]
+    assert [row[0:4] for row in rows] == [[kernel, "fp32", of, "sm_80"] for kernel, of in variants]
     check(rows)
 
 
@@ -72,9 +76,7 @@ def test_a_kernel_compiles_without_spilling(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_all_kernels_compile_without_spilling(tmp_path, dtype):
     rows = compiled(tmp_path, "--dtype", dtype)
-    assert {(row[0], row[3]) for row in rows} == {
-        (kernel, card) for kernel in ("statistics", "differences", "add_product") for card in SHARED_KIB
-    }
+    assert {(row[0], row[3]) for row in rows} == {(kernel, card) for kernel in KERNELS for card in SHARED_KIB}
     check(rows)
 
 

@@ -23,7 +23,15 @@ from torch.autograd.function import once_differentiable
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig, KnobRule
 from endwise.dictionaries.base import Exported
-from endwise.dictionaries.latents import DenseLatents, Latents, NearlySparseLatents, SparseLatents, encode_sparse
+from endwise.dictionaries.latents import (
+    DenseLatents,
+    Latents,
+    NearlySparseLatents,
+    SparseLatents,
+    encode_sparse,
+    feature_sums,
+    per_pair,
+)
 from endwise.dictionaries.linear import LinearConfig, LinearSAE
 from endwise.formats import Layout
 from endwise.kernels import Pairs
@@ -220,20 +228,18 @@ class _Jump(Function):
             d_z = through if d_z is None else d_z + through
         d_threshold = None
         if ctx.needs_input_grad[1]:
-            d_threshold = -_summed(through, ctx.pairs, len(threshold)).to(threshold.dtype)
+            d_threshold = -_summed(through, ctx.pairs).to(threshold.dtype)
         return None if d_z is None else d_z.to(z.dtype), d_threshold, None, None, None
 
 
 def _each(numbers: Float[Tensor, " d_sae"], pairs: Pairs | None) -> Tensor:
     """One number a pair, of its feature; without pairs, what is stretched over rows."""
-    return numbers if pairs is None else numbers.index_select(0, pairs.features)
+    return numbers if pairs is None else per_pair(numbers, pairs)
 
 
-def _summed(numbers: Tensor, pairs: Pairs | None, features: int) -> Float[Tensor, " d_sae"]:
+def _summed(numbers: Tensor, pairs: Pairs | None) -> Float[Tensor, " d_sae"]:
     """Sums over rows."""
-    if pairs is None:
-        return numbers.flatten(0, -2).sum(0)
-    return numbers.new_zeros(features).index_add_(0, pairs.features, numbers)
+    return numbers.flatten(0, -2).sum(0) if pairs is None else feature_sums(numbers, pairs)
 
 
 @dataclass(frozen=True)
@@ -310,6 +316,6 @@ class SparseJumps(NearlySparseLatents):
         whole = self.values.new_ones(self.shape, dtype=torch.bool) if mask is None else mask
         terms = self.gates.terms(self.values, self.places, whole.flatten()[self.places.rows])
         if self.gates.config.penalty == "tanh_quadratic":
-            return self.gates.of_pass(_summed(terms, self.places, self.places.n_features), whole)
+            return self.gates.of_pass(_summed(terms, self.places), whole)
         sums = terms.new_zeros(self.places.n_rows).index_add(0, self.places.rows, terms).view(self.shape)
         return self.gates.of_rows(sums).where(whole, 0.0)

@@ -139,7 +139,7 @@ class SparseLatents(Latents):
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
         sums = self.values.new_zeros(self.places.n_rows)
-        sizes = self.values if self.norms is None else self.values * self.norms.index_select(0, self.places.features)
+        sizes = self.values if self.norms is None else self.values * per_pair(self.norms, self.places)
         magnitudes = _magnitudes(sizes, p, None if mask is None else mask.flatten()[self.places.rows])
         sums = sums.index_add(0, self.places.rows, magnitudes).view(self.shape)
         return sums if mask is None else sums.where(mask, 0.0)
@@ -245,6 +245,40 @@ def decode_sparse(
     return (sums if bias is None else sums + bias).view(*latents.shape, weight.shape[1])
 
 
+def per_pair(numbers: Float[Tensor, " d_sae"], pairs: Pairs) -> PerPair:
+    """Each pair's feature's number."""
+    return _PerPair.apply(numbers, pairs)  # pyright: ignore[reportReturnType]
+
+
+def feature_sums(numbers: PerPair, pairs: Pairs) -> Float[Tensor, " d_sae"]:
+    """Σ over each feature's pairs."""
+    return _FeatureSums.apply(numbers, pairs)  # pyright: ignore[reportReturnType]
+
+
+class _PerPair(Function):
+    """PyTorch's own gradient of an index adds with atomics on a card, in whatever order they arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return numbers.index_select(0, pairs.features)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return feature_sums(upstream, ctx.pairs), None
+
+
+class _FeatureSums(Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return kernels_for(numbers.device).feature_sums(numbers, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return per_pair(upstream, ctx.pairs), None
+
+
 class _ActiveValues(Function):
     """The encoder's values at its active pairs, known already, as a function of its input and weights."""
 
@@ -267,7 +301,7 @@ class _ActiveValues(Function):
             order, rows, starts = pairs.by_feature
             d_weight = kernels.weighted_sums(x, rows, starts, upstream[order])
         if ctx.needs_input_grad[2]:
-            d_bias = _per_feature(upstream, pairs)
+            d_bias = kernels.feature_sums(upstream, pairs)
         return d_x, d_weight, d_bias, None
 
 
@@ -294,15 +328,17 @@ class _WeightedRows(Function):
         pairs: Pairs = ctx.pairs
         kernels = kernels_for(weight.device)
         upstream = upstream.contiguous()
-        products = kernels.dot_products(weight, pairs.features, upstream, pairs)
         d_weight = None
-        if ctx.needs_input_grad[1]:
-            some = scaled if ctx.summed is pairs else scaled[scaled != 0]
-            order, rows, starts = ctx.summed.by_feature
-            d_weight = kernels.weighted_sums(upstream, rows, starts, some[order])
-            if norms is not None:
-                along = _per_feature(scaled * products, pairs) / norms.square()
-                d_weight.addcmul_(weight, along[:, None], value=-1)
+        if ctx.needs_input_grad[1] and ctx.summed is pairs:
+            products, d_weight = kernels.decoder_gradients(weight, pairs, scaled, upstream)
+        else:
+            products = kernels.dot_products(weight, pairs.features, upstream, pairs)
+            if ctx.needs_input_grad[1]:
+                order, rows, starts = ctx.summed.by_feature
+                d_weight = kernels.weighted_sums(upstream, rows, starts, scaled[scaled != 0][order])
+        if d_weight is not None and norms is not None:
+            along = kernels.feature_sums(scaled * products, pairs) / norms.square()
+            d_weight.addcmul_(weight, along[:, None], value=-1)
         return products if norms is None else products / norms[pairs.features], d_weight, None, None
 
 
@@ -311,8 +347,3 @@ def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[Float[Tensor, " some
     there = numbers != 0
     places = there.nonzero()[:, 0]
     return (numbers, pairs) if len(places) > MOSTLY * len(numbers) else (numbers[places], pairs.where(there))
-
-
-def _per_feature(numbers: PerPair, pairs: Pairs) -> Float[Tensor, " d_sae"]:
-    """Sums over each feature's pairs."""
-    return numbers.new_zeros(pairs.n_features).index_add_(0, pairs.features, numbers)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import CrossEntropy, Divergence, Unembedding
+from endwise.kernels.triton_sparse import SparseInTriton
 from endwise.kernels.triton_vocabulary import add_product, differences, statistics
 
 LEAST_CAPABILITY = 8, 0
@@ -35,7 +35,7 @@ def supports(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-class TritonKernels(EagerKernels):
+class TritonKernels(SparseInTriton):
     """Kernels in Triton; those of `EagerKernels` for what has none, and for float64.
 
     Args:
