@@ -1,9 +1,10 @@
 """The least time that a training step can take on a card, on paper: `python benchmarks/roofline.py [--write]`.
 
-A kernel takes as long as its arithmetic or its traffic with the card's memory, whichever is longer; a step is one kernel
-after another. Arithmetic is that of `flops.py`, but for the KL, whose kernels compute both passes' logits twice. Traffic
-is what no arrangement of that kernel can spare: each factor of a product is read once and its result written once, what
-is done element by element is part of the product before it, and of a sparse dictionary every pair's row is gathered.
+A kernel takes as long as its arithmetic or its traffic with the card's memory, whichever is longer; a step is one
+kernel after another. Arithmetic is that of `flops.py`, but for the KL, whose kernels compute both passes' logits twice.
+Traffic is what no arrangement of that kernel can spare: each factor of a product is read once and its result written
+once, what is done element by element is part of the product before it, and of a sparse dictionary every pair's row is
+gathered.
 
 Gathers count as traffic with the card's memory. A table that fits into its cache can be read faster, so that alone
 the kernels of the sparse dictionary can pass their line here, by so much as they find there.
@@ -316,9 +317,8 @@ def written(page: Path) -> str:
     text = page.read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
         marked = re.compile(rf"(<!-- {name}[^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
-        text, found = marked.subn(
-            lambda match, table=table: match[1] + "\n" + "\n".join(table()) + "\n\n" + match[2], text
-        )
+        lines = "\n".join(table())
+        text, found = marked.subn(lambda match, lines=lines: f"{match[1]}\n{lines}\n\n{match[2]}", text)
         assert found == 1, f"{page} has no table {name}"
     return text
 

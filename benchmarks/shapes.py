@@ -84,7 +84,8 @@ SHAPES = {
 CARD_SHAPES = {
     "gpt2-small": replace(GPT2, batch=16),
     "smollm2-135m": Shape(
-        *("llama", 30, 576, 9, 49152, 8192, 1024), batch=16, layer=15, d_sae=36864, kv_heads=3, d_mlp=1536, mlp_matrices=3
+        *("llama", 30, 576, 9, 49152, 8192, 1024), batch=16, layer=15, d_sae=36864,
+        kv_heads=3, d_mlp=1536, mlp_matrices=3,
     ),
     "tinystories-1m": SHAPES["tinystories-1m-20"],
     "gemma-2-2b": Shape(
