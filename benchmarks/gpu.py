@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from endwise import __version__
 from gpu_report import summary, write_report
 from harness import write_json
 
@@ -233,7 +234,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is running is ended, and what is there stays
     arguments = parse()
     made_with = {"device": arguments.device, "tiny": arguments.tiny}
-    made_with |= {name: version(name) for name in ("endwise", "torch")}
+    made_with |= {"endwise": __version__, "torch": version("torch")}
     try:
         results = Results(arguments.out, made_with)
     except OtherResults as error:

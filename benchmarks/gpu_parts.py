@@ -45,8 +45,8 @@ def card(job: Job) -> list[Row]:
         return {"flops_per_second": job.host.product_rate(numbers, job.seconds)}
 
     def described() -> dict[str, Any]:
-        packages = ("endwise", "torch", "triton", "transformers")
-        return {"name": job.host.name, **job.host.describe(), "versions": {name: _version(name) for name in packages}}
+        versions = {name: _version(name) for name in ("torch", "triton", "transformers")}
+        return {"name": job.host.name, **job.host.describe(), "versions": {"endwise": endwise.__version__, **versions}}
 
     return [
         ("device", described),

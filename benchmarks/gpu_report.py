@@ -97,8 +97,8 @@ def _runs(results: All) -> Iterator[str]:
         row = runs["whole"]
         falls = "falls" if row["falls"] else "**does not fall**"
         yield f"Long run: {row['tokens']:,} tokens, {row['epochs']} epochs, in {row['seconds']:.0f} s"
-        yield f"({row['tokens_per_second']:,.0f} tokens a second with all that a run writes). Loss {row['first_loss']:.4f}"
-        yield f"at first, {row['last_loss']:.4f} at last: it {falls}, with the CE increase"
+        yield f"({row['tokens_per_second']:,.0f} tokens a second with all that a run writes)."
+        yield f"Loss {row['first_loss']:.4f} at first, {row['last_loss']:.4f} at last: it {falls}, with the CE increase"
         yield f"on held-out text, {row['held_out'][0]:.3f} to {row['held_out'][-1]:.3f}."
     for name, row in {**runs, **resumes}.items():
         if "agrees" in row:
