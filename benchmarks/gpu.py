@@ -151,22 +151,25 @@ class Runner:
             if part.name == FIRST and self.results.part(FIRST)["status"] != "done":
                 break
 
+    def told(self, part: str, scratch: str) -> dict[str, Any]:
+        """What the part's process is told; it reads what is known so far from the file."""
+        self.results.save()
+        return {
+            "part": part,
+            "device": self.device,
+            "tiny": self.tiny,
+            "seconds": SECONDS[self.tiny],
+            "scratch": scratch,
+            "results": str(self.results.path),
+            "have": self.results.whole(part),
+        }
+
     def _run(self, part: Part, limit: float, left: float) -> None:
         """Run a part in a process of its own, with all that it starts in a group that is ended with it."""
         begun = time.monotonic()
         with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            self.results.save()
-            told = {
-                "part": part.name,
-                "device": self.device,
-                "tiny": self.tiny,
-                "seconds": SECONDS[self.tiny],
-                "scratch": scratch,
-                "results": str(self.results.path),
-                "have": self.results.whole(part.name),
-            }
             worker = subprocess.Popen(
-                [sys.executable, str(self.script), json.dumps(told)],
+                [sys.executable, str(self.script), json.dumps(self.told(part.name, scratch))],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import save_file
@@ -232,7 +232,7 @@ def planned(job: Job) -> list[Row]:
     rows: list[Row] = []
     for part, made in job.found.items():
         for objective, row_made in made.items():
-            if part.startswith("steps ") and "tensors_bytes" in row_made:
+            if part.startswith("steps ") and row_made.get("tensors_bytes"):  # a processor may have had them before
                 _, name, precision = part.split(" ", 2)
                 given = partial(row, name, precision, objective, row_made["tensors_bytes"])
                 rows.append((f"{name} {precision} {objective}", given))
@@ -325,17 +325,26 @@ def made(row: Row) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    told = json.loads(sys.argv[1])
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
-    warnings.simplefilter("ignore")
+def work(told: dict[str, Any], replies: IO[str]) -> None:
+    """Make the rows of a part that are not there.
+
+    Args:
+        told: what `gpu.Runner` tells.
+        replies: gets a line of JSON for every row.
+    """
     found = {name: one["rows"] for name, one in json.loads(Path(told["results"]).read_text())["parts"].items()}
     job = Job(told["device"], told["tiny"], told["seconds"], Path(told["scratch"]), found)
     for row in rows_of(told["part"], job):
         if row[0] not in told["have"]:
             replies.write(json.dumps({"row": row[0], "found": made(row)}) + "\n")
             replies.flush()
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    warnings.simplefilter("ignore")
+    work(json.loads(sys.argv[1]), replies)
 
 
 if __name__ == "__main__":

@@ -96,16 +96,16 @@ def _runs(results: All) -> Iterator[str]:
     if "whole" in runs:
         row = runs["whole"]
         falls = "falls" if row["falls"] else "**does not fall**"
-        yield f"Long run: {row['tokens']:,} tokens, {row['epochs']} epochs, in {row['seconds']:.0f} s"
-        yield f"({row['tokens_per_second']:,.0f} tokens a second with all that a run writes)."
-        yield f"Loss {row['first_loss']:.4f} at first, {row['last_loss']:.4f} at last: it {falls}, with the CE increase"
-        yield f"on held-out text, {row['held_out'][0]:.3f} to {row['held_out'][-1]:.3f}."
+        yield f"- Long run: {row['tokens']:,} tokens, {row['epochs']} epochs, in {row['seconds']:.0f} s"
+        yield f"  ({row['tokens_per_second']:,.0f} tokens a second with all that a run writes). The loss {falls},"
+        yield f"  {row['first_loss']:.4f} to {row['last_loss']:.4f}, with the CE increase on held-out text,"
+        yield f"  {row['held_out'][0]:.3f} to {row['held_out'][-1]:.3f}."
     for name, row in {**runs, **resumes}.items():
         if "agrees" in row:
             largest = row.get("largest_difference", row.get("loss_difference"))
             bits = {True: ", the same bits", False: ", not the same bits", None: ""}[row.get("same_bits")]
             agrees = "agrees" if row["agrees"] else "**does not agree**"
-            yield f"{name[0].upper()}{name[1:]} ({row['steps']} steps): {agrees}, loss within {largest:.1e}{bits}."
+            yield f"- {name[0].upper()}{name[1:]} ({row['steps']} steps): {agrees}, loss within {largest:.1e}{bits}."
     yield ""
 
 
