@@ -82,13 +82,16 @@ class Host:
         return {"tensors": held, "reserved": held}
 
     def timed(self, act: Act, seconds: float) -> Timed:
-        """Time a call, in samples of `SAMPLE_SECONDS` or of one call, for so many seconds."""
-        for _ in range(WARM_UP):
+        """Time a call, in samples of `SAMPLE_SECONDS` or of one call, for so many seconds; for less than one such
+        sample's, it is only tried.
+        """
+        warm_up, least = (WARM_UP, LEAST_SAMPLES) if seconds >= SAMPLE_SECONDS else (1, 1)
+        for _ in range(warm_up):
             act()
         once = self._elapsed(act, 1)
         calls = max(1, math.ceil(min(SAMPLE_SECONDS, seconds) / max(once, 1e-6)))
         found: list[float] = []
-        while len(found) < LEAST_SAMPLES or (sum(found) * calls < seconds and len(found) < MOST_SAMPLES):
+        while len(found) < least or (sum(found) * calls < seconds and len(found) < MOST_SAMPLES):
             found.append(self._elapsed(act, calls) / calls)
         return Timed(statistics.median(found), min(found), max(found), len(found), calls)
 

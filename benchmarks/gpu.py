@@ -55,7 +55,7 @@ class Part:
 PARTS = (
     Part("card", 60),
     Part("steps gpt2-small mixed", 75),
-    Part("kernels", 90),
+    Part("kernels", 120),
     Part("waits", 60),
     Part("long run", 120),
     Part("steps gpt2-small exact", 75),
