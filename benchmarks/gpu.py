@@ -38,7 +38,7 @@ MINUTES = 8.0
 LEAST_SECONDS = 5.0
 """A part that less time is left for is not begun."""
 SECONDS = {False: 2.0, True: 0.01}
-"""Of timed calls for each figure, by whether shapes are tiny."""
+"""Time that is spent on each figure, by whether shapes are tiny."""
 TAIL = 3000
 """Characters of a worker's log that are kept where it failed."""
 
@@ -152,7 +152,7 @@ class Runner:
                 break
 
     def told(self, part: str, scratch: str) -> dict[str, Any]:
-        """What the part's process is told; it reads what is known so far from the file."""
+        """Return what the part's process is told; it reads what is known so far from the file."""
         self.results.save()
         return {
             "part": part,
@@ -210,8 +210,9 @@ class Runner:
         assert worker.stdout is not None
         with worker.stdout:
             for line in worker.stdout:
-                told = json.loads(line)
-                self.results.put(part, told["row"], told["found"])
+                if line.endswith("\n"):  # else it was ended in the midst of it
+                    told = json.loads(line)
+                    self.results.put(part, told["row"], told["found"])
 
 
 def _tell(name: str, part: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: what they are told, the shapes, and a training step of random weights."""
+"""Ground that the parts of `gpu.py` share: what they are told, the shapes, and a training step of random weights."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,12 +33,12 @@ TINY_L0 = 5
 
 @dataclass
 class Job:
-    """What a part is made with."""
+    """Settings and findings that a part is made with."""
 
     device: str
     tiny: bool
     seconds: float
-    """Of timed calls for each figure."""
+    """Time that is spent on each figure."""
     scratch: Path
     """A folder that goes away after the part."""
     found: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -75,7 +75,7 @@ def _compared(job: Job, numbers: str, of: Callable[[], Problem]) -> dict[str, An
 
 
 def _errors(found: Result, truth: Result) -> dict[str, float]:
-    """Relative, in the Frobenius norm."""
+    """Return relative errors, in the Frobenius norm."""
     return {name: apart(found[name].double(), value) for name, value in truth.items()}
 
 

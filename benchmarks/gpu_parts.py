@@ -1,4 +1,4 @@
-"""What a card is to show, part by part. Started by `gpu.py`, a part in each process, with what it is told as JSON.
+"""Parts of what a card is to show. Started by `gpu.py`, a part in each process, with what it is told as JSON.
 
 A part is a list of rows, each of which can be made without the others. A row that is done goes out as a line of JSON;
 one that raises goes out with what it raised, and the next is made. On a processor every part is what it is on a card,
@@ -91,7 +91,7 @@ def steps(job: Job, name: str, precision: str, objectives: Iterable[str] = OBJEC
 
 
 def waits(job: Job) -> list[Row]:
-    """How often the host waits for the device between two reports, where nothing is to be read back."""
+    """Count how often the host waits for the device between two reports, where nothing is to be read back."""
     shape = job.shape("gpt2-small")
     model = cache(partial(made_model, job, shape, "mixed"))
 
@@ -207,7 +207,7 @@ def resume(job: Job) -> list[Row]:
 
 
 def planned(job: Job) -> list[Row]:
-    """What `endwise plan` says of each step whose peak was measured."""
+    """Plan each step whose peak was measured, as `endwise plan` does."""
 
     def row(name: str, precision: str, objective: str, measured: int) -> dict[str, Any]:
         shape, folder = job.shape(name), job.scratch / name

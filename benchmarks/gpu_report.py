@@ -1,4 +1,4 @@
-"""What `gpu.py` found, in words: tables to be pasted into RESULTS.md, figures, the goals, and one line that sums up."""
+"""Findings of `gpu.py`: tables to be pasted into RESULTS.md, figures, the goals, and one line that sums up."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +37,7 @@ def measured(results: All) -> dict[str, float]:
 
 
 def is_judged(results: All) -> bool:
-    """Whether goals mean anything: they are for an H200, at full size."""
+    """Tell if goals mean anything: they are for an H200, at full size."""
     return H200.name in rows_of(results, "card").get("device", {}).get("gpu", "") and not results["made_with"]["tiny"]
 
 

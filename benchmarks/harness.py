@@ -276,7 +276,7 @@ def busy_seconds() -> float:
 
 
 def begin_peak() -> bool:
-    """Has the kernel count this process's peak again from here on; False: it does not let us."""
+    """Have the kernel count this process's peak again from here on; False: it does not let us."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

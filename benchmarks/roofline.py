@@ -41,7 +41,7 @@ EAGER_KL_BYTES = 140
 """About what the eager KL moves for each logit in bf16 besides its three products (docs/performance.md)."""
 DECODER = replace(CARD_SHAPES["gpt2-small"], d_sae=65536)
 DECODER_L0 = 64
-"""On which a sparse decoder is compared with a dense one."""
+"""Shape and L0 at which a sparse decoder is compared with a dense one."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ _REACHED = 790 / 989.4
 H200 = Machine("H200", 4.3e12, {numbers: rate * _REACHED for numbers, rate in _DATA_SHEET.items()})
 """Bandwidth and the rate in bf16 as they were measured on such a card; the others reach as much of the data sheet."""
 H200_GIB = 139
-"""Of its memory that a process can have, about."""
+"""Memory of it that a process can have, about."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """In which numbers a step multiplies."""
+    """Numbers in which a step multiplies."""
 
     products: str
     kl: str
@@ -228,7 +228,7 @@ PAPER_TOKENS = 410e6
 
 @dataclass(frozen=True)
 class Goal:
-    """What is aimed at on an H200."""
+    """An aim on an H200."""
 
     key: str
     """Its name among the figures that a card gave (`gpu_report.measured`)."""

@@ -93,7 +93,7 @@ CARD_SHAPES = {
         kv_heads=4, d_head=256, d_mlp=9216, mlp_matrices=3,
     ),
 }  # fmt: skip
-"""What a GPU is tried with; Gemma's window of 4,096 tokens is longer than the context."""
+"""Shapes that a GPU is tried with; Gemma's window of 4,096 tokens is longer than the context."""
 
 
 def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
