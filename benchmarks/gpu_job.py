@@ -96,8 +96,7 @@ def made_model(job: Job, shape: Shape, precision: str) -> LanguageModel:
     torch.manual_seed(0)
     with torch.device(job.host.device):
         model = random_model(shape)
-    if not use_sdpa(model):
-        model.set_attn_implementation("sdpa")
+    use_sdpa(model)
     for parameter in model.parameters():  # not buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
     return LanguageModel(model, None, shape.family)

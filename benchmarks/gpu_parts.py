@@ -334,16 +334,17 @@ def work(told: dict[str, Any], replies: IO[str]) -> None:
     """
     found = {name: one["rows"] for name, one in json.loads(Path(told["results"]).read_text())["parts"].items()}
     job = Job(told["device"], told["tiny"], told["seconds"], Path(told["scratch"]), found)
-    for row in rows_of(told["part"], job):
-        if row[0] not in told["have"]:
-            replies.write(json.dumps({"row": row[0], "found": made(row)}) + "\n")
-            replies.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in rows_of(told["part"], job):
+            if row[0] not in told["have"]:
+                replies.write(json.dumps({"row": row[0], "found": made(row)}) + "\n")
+                replies.flush()
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to the log
-    warnings.simplefilter("ignore")
     work(json.loads(sys.argv[1]), replies)
 
 

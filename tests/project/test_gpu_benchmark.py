@@ -69,7 +69,7 @@ def test_steps_are_steps(made, bench):
         for row in made[part].values():
             assert row["l0"] == pytest.approx(bench["gpu_job"].TINY_L0, abs=1.5) and math.isfinite(row["loss"])
             assert min(row["tokens_per_second"], row["mfu"], row["share_of_roofline"]) > 0
-            assert row["attention"] == "sdpa"
+            assert row["attention"] == ("eager" if "gemma" in part else "sdpa"), "as transformers has it"
 
 
 def test_kernels_are_held_to_their_definitions(made):
