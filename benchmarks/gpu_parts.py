@@ -142,7 +142,7 @@ def long_run(job: Job) -> list[Row]:
     count, compared = (8, 3) if job.tiny else (1280, 20)
 
     def whole() -> dict[str, Any]:
-        logs = {"log_every": max(1, count // 160), "evaluate_every": max(1, count // 8)}
+        logs: dict[str, Any] = {"log_every": max(1, count // 160), "evaluate_every": max(1, count // 8)}
         recipe = _recipe(job, job.scratch / "whole", count, **logs)
         run = endwise.train(recipe, display=False)
         lines = _lines(job.scratch / "whole")
