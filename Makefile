@@ -63,9 +63,10 @@ format: $(VENV)/.installed-dev ## put the code into the form that `make lint` as
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev ## write docs/configuration.md and docs/cli.md from the source
+docs: $(VENV)/.installed-dev ## write what docs take from the source: configuration.md, cli.md, the roofline's tables
 	$(BIN)/python tools/config_reference.py
 	$(BIN)/python tools/cli_reference.py
+	$(BIN)/python benchmarks/roofline.py --write
 
 site: $(VENV)/.installed-dev ## write the documentation as a site that opens from the disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)

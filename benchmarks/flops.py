@@ -12,8 +12,9 @@ from shapes import Shape
 
 def stretches(shape: Shape, layers: range) -> list[Stretch]:
     """Attention and MLP of some blocks."""
-    d = shape.d_model
-    blocks = ((Stretch(4 * d * d, d, shape.block_window(layer)), Stretch(2 * d * shape.d_mlp)) for layer in layers)
+    d, (queries, keys) = shape.d_model, shape.attention_widths
+    attention, mlp = 2 * d * (queries + keys), shape.mlp_matrices * d * shape.d_mlp
+    blocks = ((Stretch(attention, queries, shape.block_window(layer)), Stretch(mlp)) for layer in layers)
     return [stretch for block in blocks for stretch in block]
 
 

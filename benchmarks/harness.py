@@ -204,11 +204,7 @@ class Side(ABC):
 
     def begin_memory(self) -> dict[str, Any]:
         """What the process holds now, in GiB; from here on its peak is counted again, where the kernel lets us."""
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            anew = True
-        except OSError:
-            anew = False
+        anew = begin_peak()
         return {"before": resident("VmRSS") / GIB, "peak_counted_anew": anew}
 
     def peak_memory(self) -> float:
@@ -277,6 +273,15 @@ def busy_seconds() -> float:
     except (OSError, ValueError):
         return 0.0
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def begin_peak() -> bool:
+    """Have the kernel count this process's peak again from here on; False: it does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def resident(field: str) -> int:

@@ -39,13 +39,14 @@ class Ours(Side):
         """
         Args:
             spec: `threads`, `shape`, `objective`, `folder` (written by `prepare`), and `precision`, `microbatch`,
-                `saes` (how many to train in one pass), which may be absent.
+                `saes` (how many to train in one pass), `device`, which may be absent.
         """
         torch.set_num_threads(spec["threads"])
         shape, folder = Shape(**spec["shape"]), Path(spec["folder"])
         self.shape = shape
-        self.model = endwise.load_model(str(folder / "model"), device="cpu")
-        inputs = load_file(folder / "inputs.safetensors")
+        device = spec.get("device", "cpu")
+        self.model = endwise.load_model(str(folder / "model"), device=device)
+        inputs = load_file(folder / "inputs.safetensors", device=device)
         self.batch = TokenBatch(inputs["tokens"], torch.ones_like(inputs["tokens"], dtype=torch.bool))
         weights = {name: inputs[name] for name in WEIGHTS}
         self.tail = tail_model(self.model, run_config(spec, OBJECTIVES[spec["objective"]]).training)
@@ -138,9 +139,9 @@ def run_config(spec: dict[str, Any], objective: dict[str, Any]) -> RunConfig:
     )
 
 
-def gpt2_of_width(shape: Shape) -> LanguageModel:
+def gpt2_of_width(shape: Shape, device: torch.device) -> LanguageModel:
     """A model that only lends its sites to an SAE, in memory."""
-    return LanguageModel(random_model(shape))
+    return LanguageModel(random_model(shape).to(device))  # pyright: ignore[reportArgumentType]
 
 
 def bias_shift(rows: Tensor, encoder: Tensor, bias: Tensor, l0: float) -> float:

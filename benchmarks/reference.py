@@ -46,7 +46,7 @@ def import_reference(source: str | None) -> None:
         sys.modules[name].HookedTransformerPreConfig = object  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def hooked_model(shape: Shape, folder: Path) -> Any:
+def hooked_model(shape: Shape, folder: Path, device: str = "cpu") -> Any:
     """The same language model in TransformerLens, converted by its own converters; nothing is folded or centred."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig  # pyright: ignore[reportMissingImports]
     from transformer_lens.pretrained import weight_conversions  # pyright: ignore[reportMissingImports]
@@ -63,7 +63,7 @@ def hooked_model(shape: Shape, folder: Path) -> Any:
         "act_fn": "gelu_new",
         "normalization_type": "LN",
         "eps": 1e-5,
-        "device": "cpu",
+        "device": device,
     }
     convert = weight_conversions.convert_gpt2_weights
     if shape.family == "gpt_neo":
@@ -72,7 +72,8 @@ def hooked_model(shape: Shape, folder: Path) -> Any:
         settings |= {"attn_types": config.attention_layers}
         convert = weight_conversions.convert_neo_weights
     model = HookedTransformer(HookedTransformerConfig(**settings))
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    original.to(device)
     with torch.no_grad():
         model.load_and_process_state_dict(
             convert(original, model.cfg),
@@ -153,12 +154,13 @@ class Reference(Side):
         later = range(shape.layer + 1, shape.layers) if spec["objective"] == "e2e_ds" else range(0)
         self.later = [f"blocks.{layer}.hook_resid_pre" for layer in later]
         self.losses = loss_configs(spec["objective"], self.later)
-        inputs = load_file(folder / "inputs.safetensors")
+        device = spec.get("device", "cpu")
+        inputs = load_file(folder / "inputs.safetensors", device=device)
         self.tokens = inputs["tokens"]
-        hooked = hooked_model(shape, folder / "model")
+        hooked = hooked_model(shape, folder / "model", device)
         ratio = (shape.d_sae + 0.5) / shape.d_model  # it is multiplied back and rounded down
         self.model = SAETransformer(hooked, [shape.site], ratio, init_decoder_orthogonal=False)
-        self.model.saes.train()
+        self.model.saes.to(device).train()
         self.sae = self.model.saes[shape.site.replace(".", "-")]
         state = {theirs: inputs[ours] for ours, theirs in PARAMETERS.items()}
         state["decoder.weight"] = state["decoder.weight"].T

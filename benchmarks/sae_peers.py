@@ -42,12 +42,13 @@ class Peer(Side):
         """
         Args:
             spec: `threads`, `rows` (of activations), `d_model`, `d_sae`, `l0` (for those whose time depends on it;
-                None: as initialised), `k` (of sparsify's TopK), `seed`, `architecture` (unset: ReLU), and of ours
+                None: as initialised), `k` (of sparsify's TopK), `seed`, `architecture` (unset: ReLU), `device` (unset:
+                a processor), and of ours
                 `lowered` (biases of top-k dictionaries), `aux` (whether a tenth of the features is dead and predicts).
         """
         torch.set_num_threads(spec["threads"])
         torch.manual_seed(spec["seed"])
-        self.rows = torch.randn(spec["rows"], spec["d_model"])
+        self.rows = torch.randn(spec["rows"], spec["d_model"]).to(spec.get("device", "cpu"))
         self.make(spec)
         return {"versions": {self.package: version(self.package), "torch": version("torch")}}
 
@@ -71,7 +72,7 @@ class Endwise(Peer):
 
         rows, width = self.rows.shape
         shape = Shape("gpt2", 1, width, 1, 8, rows, rows, batch=1, layer=0, d_sae=spec["d_sae"])
-        model = gpt2_of_width(shape)
+        model = gpt2_of_width(shape, self.rows.device)
         architecture = spec.get("architecture", "standard")
         dictionary: dict[str, Any] = {"architecture": architecture}
         dictionary |= {"k": round(spec["l0"] or spec["k"])} if "topk" in architecture else {}
@@ -95,7 +96,7 @@ class Endwise(Peer):
             trainee.tokens = SILENCE
             trainee.last_fired.fill_(SILENCE)
             trainee.last_fired[::10] = -1
-        tokens = torch.zeros(1, rows, dtype=torch.int64)
+        tokens = torch.zeros(1, rows, dtype=torch.int64, device=self.rows.device)
         clean = Clean(tokens, {trainee.site: self.rows[None]}, None)
         model.clean = lambda *_args, **_kwargs: clean  # the model does not run: its pass is given
         batch = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -123,7 +124,7 @@ class Reference(Peer):
         from e2e_sae.models.sparsifiers import SAE  # pyright: ignore[reportMissingImports]
 
         self.sae_hook, self.calc_loss = sae_hook, calc_loss
-        self.sae = SAE(spec["d_model"], spec["d_sae"])
+        self.sae = SAE(spec["d_model"], spec["d_sae"]).to(self.rows.device)
         self.losses = LossConfigs(
             sparsity={"coeff": SPARSITY}, in_to_orig=None, out_to_orig=None, out_to_in={"coeff": 1.0}, logits_kl=None
         )
@@ -163,8 +164,11 @@ class SAELens(Peer):
         }[spec.get("architecture", "standard")]
         own |= {"k": round(spec["l0"] or spec["k"])} if name.endswith("TopK") else {}
         config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=spec["d_model"], d_sae=spec["d_sae"], **own)
-        settings = SAETrainerConfig(STEPS * spec["rows"], spec["rows"], lr=LEARNING_RATE, lr_end=LEARNING_RATE)
-        sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
+        on = str(self.rows.device)
+        settings = SAETrainerConfig(
+            STEPS * spec["rows"], spec["rows"], lr=LEARNING_RATE, lr_end=LEARNING_RATE, device=on
+        )
+        sae = getattr(sae_lens, f"{name}TrainingSAE")(config).to(on)
         self.trainer = SAETrainer(settings, sae, self._activations())
 
     def _activations(self) -> Iterator[Tensor]:
@@ -211,7 +215,7 @@ class DictionaryLearning(Peer):
             layer=0,
             lm_name="none",
             lr=LEARNING_RATE,
-            device="cpu",
+            device=str(self.rows.device),
             **own,
         )
         self.done, self.by_batch = 0, "BatchTopK" in name
@@ -237,10 +241,11 @@ class Sparsify(Peer):
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
         self.k = spec["k"]
-        self.sae = SparseCoder(spec["d_model"], SparseCoderConfig(num_latents=spec["d_sae"], k=self.k))
+        sae = SparseCoder(spec["d_model"], SparseCoderConfig(num_latents=spec["d_sae"], k=self.k))
+        self.sae = sae.to(self.rows.device)
         self.sae.b_dec.data = self.rows.mean(0)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LEARNING_RATE)
-        self.since_fired = torch.zeros(spec["d_sae"], dtype=torch.int64)
+        self.since_fired = torch.zeros(spec["d_sae"], dtype=torch.int64, device=self.rows.device)
 
     def step(self) -> None:
         self.sae.set_decoder_norm_to_unit_norm()

@@ -1,6 +1,6 @@
 """The shapes that the figures are taken on: language models with random weights, a site, a dictionary, a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    family: Literal["gpt2", "gpt_neo"]
+    family: Literal["gpt2", "gpt_neo", "llama", "gemma2"]
     layers: int
     d_model: int
     heads: int
@@ -38,18 +38,29 @@ class Shape:
     d_sae: int
     window: int | None = None
     """GPT-Neo: every second block attends to this many latest tokens only."""
+    kv_heads: int | None = None
+    """Heads of keys and of values; None: as many as of queries."""
+    d_head: int | None = None
+    """None: the width shared out among the heads."""
+    d_mlp: int = 0
+    """0: four times the width."""
+    mlp_matrices: int = 2
+    """3 where one of them gates another."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.layer < self.layers or self.d_model % self.heads or self.context > self.positions:
             raise ValueError(f"no such model: {self}")
+        object.__setattr__(self, "d_mlp", self.d_mlp or 4 * self.d_model)
 
     @property
     def site(self) -> str:
         return f"blocks.{self.layer}.hook_resid_pre"
 
     @property
-    def d_mlp(self) -> int:
-        return 4 * self.d_model
+    def attention_widths(self) -> tuple[int, int]:
+        """Of all heads' queries together, and of all heads' keys."""
+        d_head = self.d_head or self.d_model // self.heads
+        return self.heads * d_head, (self.kv_heads or self.heads) * d_head
 
     @property
     def tokens(self) -> int:
@@ -70,6 +81,20 @@ SHAPES = {
     "tinystories-1m-20": Shape("gpt_neo", 8, 64, 16, 50257, 2048, 512, batch=20, layer=4, d_sae=3200, window=256),
 }
 
+CARD_SHAPES = {
+    "gpt2-small": replace(GPT2, batch=16),
+    "smollm2-135m": Shape(
+        *("llama", 30, 576, 9, 49152, 8192, 1024), batch=16, layer=15, d_sae=36864,
+        kv_heads=3, d_mlp=1536, mlp_matrices=3,
+    ),
+    "tinystories-1m": SHAPES["tinystories-1m-20"],
+    "gemma-2-2b": Shape(
+        *("gemma2", 26, 2304, 8, 256000, 8192, 1024), batch=16, layer=13, d_sae=131072,
+        kv_heads=4, d_head=256, d_mlp=9216, mlp_matrices=3,
+    ),
+}  # fmt: skip
+"""Shapes that a GPU is tried with; Gemma's window of 4,096 tokens is longer than the context."""
+
 
 def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
     """A Hugging Face model of the shape. As in a trained one, tokens differ much more than biases do, norms and biases
@@ -85,7 +110,7 @@ def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
             noise = torch.randn(parameter.shape)
             if parameter.ndim == 1:
                 parameter += 0.1 * noise
-            elif "wte" in name or "wpe" in name:
+            elif any(part in name for part in ("wte", "wpe", "embed")):
                 parameter.copy_(noise * LOGIT_SPREAD / shape.d_model**0.5)
             else:
                 # Conv1D holds its matrix as [in out], Linear as [out in]; the larger is close enough to the fan-in
@@ -94,8 +119,23 @@ def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
 
 
 def model_config(shape: Shape) -> "PreTrainedConfig":
-    from transformers import GPT2Config, GPTNeoConfig
+    from transformers import Gemma2Config, GPT2Config, GPTNeoConfig, LlamaConfig
 
+    if shape.mlp_matrices == 3:
+        return {"llama": LlamaConfig, "gemma2": Gemma2Config}[shape.family](
+            vocab_size=shape.vocab,
+            max_position_embeddings=shape.positions,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_mlp,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads or shape.heads,
+            head_dim=shape.d_head or shape.d_model // shape.heads,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
     if shape.family == "gpt2":
         return GPT2Config(
             vocab_size=shape.vocab,

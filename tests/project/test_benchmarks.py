@@ -1,6 +1,5 @@
 """What the benchmarks rest on: the count of operations, the rule for disturbed samples, and our own worker."""
 
-import importlib
 import subprocess
 import sys
 import time
@@ -11,23 +10,20 @@ from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark_modules import benchmark_modules
 from endwise.training.planning.flops import forward_flops, gradient_flops, product_flops
 from places import BENCHMARKS
 
 MODULES = (
     *("harness", "shapes", "flops", "ours", "reference"),
-    *("versus_reference", "many_in_one_pass", "sae_step", "joint_worker", "joint_step"),
+    *("versus_reference", "many_in_one_pass", "sae_step", "joint_worker", "joint_step", "gpu_job"),
 )
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """`benchmarks/` is no package and not installed; its scripts import each other by bare name, as here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with benchmark_modules(*MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +31,14 @@ def gpt2(bench):
     return bench["shapes"].Shape("gpt2", 4, 16, 2, 40, 12, 8, batch=2, layer=1, d_sae=64)
 
 
-@pytest.fixture(scope="module")
-def neo(bench):
-    return bench["shapes"].Shape("gpt_neo", 4, 16, 2, 40, 12, 8, batch=2, layer=1, d_sae=64, window=3)
-
-
 def spec(shape, folder, **more):
     return {"threads": 1, "shape": vars(shape), "folder": str(folder), "seed": 0, "l0": 6.0, **more}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neo"])
-def test_counted_operations_are_those_of_the_model(bench, family, request):
+@pytest.mark.parametrize("name", ["gpt2-small", "tinystories-1m", "smollm2-135m", "gemma-2-2b"])
+def test_counted_operations_are_those_of_the_model(bench, name):
     """Eager attention multiplies all pairs; less the unembedding, which the formula counts on its own."""
-    shape = request.getfixturevalue(family)
+    shape = bench["gpu_job"].TINY[name]
     model = bench["shapes"].random_model(shape)
     model.set_attn_implementation("eager")
     embedded = torch.randn(shape.batch, shape.context, shape.d_model, requires_grad=True)
