@@ -55,11 +55,11 @@ class TopKSAE(LinearSAE):
         self.k_now = self.k.at(done)
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
-        """Sparse where k is small; on a GPU, where counting would make the host wait, latents are dense."""
+        """Sparse where k is small (on a GPU: `Rooms`)."""
         x, k = x.to(self.encoder.dtype), round(self.k_now if self.training else self.k.k)
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
-        found = None if x.is_cuda else top_per_row(encoder, k)
+        found = top_per_row(encoder, k)
         if found is not None:
             return sparse_values(x, self.encoder, self.b_enc, found)
         values = torch.relu(self.before(x))
