@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from endwise.common.errors import ModelError
+from endwise.models.sharding import shares
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STORED_PLAIN = ("F64", "F32", "BF16", "F16")
@@ -60,11 +61,12 @@ def refuse_quantised(model: nn.Module, name: str) -> None:
 def refuse_copying(model: nn.Module, name: str) -> None:
     """
     Raises:
-        ModelError: the model is quantised, and has no weights that bf16 could be made of.
+        ModelError: the model is quantised, and has no weights that bf16 could be made of; or it is sharded.
     """
-    if is_quantised(model):
+    kind = "quantised" if is_quantised(model) else "sharded" if shares(model) > 1 else None
+    if kind is not None:
         raise ModelError(
-            f"{name} is quantised and cannot be copied in bf16. For training.precision mixed load it with model.dtype "
+            f"{name} is {kind} and cannot be copied in bf16. For training.precision mixed load it with model.dtype "
             "bfloat16; or set training.precision to exact."
         )
 
