@@ -6,8 +6,10 @@ import pytest
 import torch
 import transformers as hf
 
-from endwise import LanguageModel, Site, evaluate, load_model, train
-from endwise.common.errors import ModelError
+from endwise import LanguageModel, RunConfig, Site, evaluate, load_model, train
+from endwise.common.errors import ConfigError, ModelError
+from endwise.models.quantisers import QUANTISERS as OF_RECIPES
+from endwise.models.quantisers import quantisation, refuse_unpacked
 from endwise.models.sites import Part
 from endwise.training.planning.plan import plan
 from small_gpt2 import recipe
@@ -91,6 +93,32 @@ def test_a_folder_of_one_is_trained_on_and_evaluated(plain, made, tmp_path, quan
     assert json.loads((run.folder / "digests.json").read_text())["model"].startswith("files:")
     with pytest.raises(ModelError, match=r"is quantised by .*Plan with the checkpoint that it was made from"):
         plan(type(recipe(tmp_path / "run")).build(config))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OF_RECIPES)
+def test_a_recipe_packs_a_checkpoint_as_it_is_loaded(plain, kind):
+    theirs, ids = packed(plain, kind.replace("-", " ").removesuffix("bit") + "-bit"), tokens()
+    model, original = load_model(str(plain), quantization=kind), load_model(str(plain))
+    with torch.no_grad():
+        assert relative(model.logits(ids), theirs(input_ids=ids).logits) < 1e-5
+    site = Site(1, Part.RESID_PRE)
+    assert 0 < relative(gradient(model, site, ids), gradient(original, site, ids)) < 1
+    sizes = [sum(each.untyped_storage().nbytes() for each in of.model.parameters()) for of in (model, original)]
+    assert sizes[0] < sizes[1]
+
+
+def test_what_cannot_be_packed_is_refused(plain):
+    with pytest.raises(ConfigError, match=r"model\.quantization is one of bitsandbytes-8bit, .*given '3bit'"):
+        load_model(str(plain), quantization="3bit")
+    config = hf.LlamaConfig(**SHAPE, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match=r"it is quantised by gptq .*already\. Unset model\.quantization"):
+        quantisation("torchao-8bit", config, torch.float32, "it")
+    with pytest.raises(ModelError, match="none of it's weights were packed"):
+        refuse_unpacked(hf.AutoModelForCausalLM.from_pretrained(plain), "torchao-8bit", "it")
+    values = RunConfig.changed(recipe(plain).model_dump(), {"model.quantization": "torchao-8bit"})
+    with pytest.raises(ModelError, match=r"is quantised by torchao-8bit \(model\.quantization\).*Plan with"):
+        plan(RunConfig.build(values))
 
 
 class Blocked(torch.autograd.Function):

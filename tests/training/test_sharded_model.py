@@ -44,6 +44,7 @@ def assert_same_curves(folder, alone, kinds):
     [
         ({}, 1, False, "one process has nobody to divide it with. Start several"),
         ({}, 2, True, "was given whole. Leave it to the recipe to load it"),
+        ({"model.quantization": "torchao-8bit"}, 2, False, "packed by torchao-8bit cannot be divided"),
         ({"training.precision": "mixed"}, 2, False, "mixed copies a model in float32. Set model.dtype=bfloat16"),
     ],
 )

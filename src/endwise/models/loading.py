@@ -35,6 +35,7 @@ from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, wit
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
 from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
+from endwise.models.quantisers import QUANTISERS, quantisation, refuse_unpacked
 from endwise.models.quiet import quiet_transformers
 from endwise.models.sharding import Shard, lend_blocks, sharder
 
@@ -56,6 +57,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     sharded: bool = False,
+    quantization: str | None = None,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer, frozen and ready to be spliced.
 
@@ -70,22 +72,28 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
         sharded: divide its blocks among the processes that train or evaluate together; alone, it is whole. On a machine
             one process after another reads the weights, so that its memory need hold them once.
+        quantization: one of `quantisers.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one
-            beside it, it is quantised and cannot be sharded, or it is not one that endwise can splice.
-        ConfigError: the device or the dtype does not exist.
+            beside it, it is quantised and cannot be sharded, it cannot be quantised, or it is not one that endwise can
+            splice.
+        ConfigError: the device, the dtype or the quantiser does not exist, or is not installed.
     """
     name = at_home(name)
+    if quantization is not None and quantization not in QUANTISERS:
+        raise ConfigError(f"model.quantization is one of {', '.join(QUANTISERS)}; given {quantization!r}.")
     place = find_device(device)
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
+    if quantization is not None and "gguf_file" in shared:
+        raise ModelError(f"{name} is a GGUF file, which is unpacked as it is read. Unset model.quantization.")
     world = current() if sharded else ALONE
     with LOADING, quiet_transformers():
         shard = None if world.size == 1 else sharder(world, place)
-        read = partial(_read, name, source, shared, adapter, attention, DTYPES[dtype], place, shard)
+        read = partial(_read, name, source, shared, adapter, attention, DTYPES[dtype], place, shard, quantization)
         model, tokenizer = read() if shard is None else in_turn(world, "reading the weights", read)
         if shard is not None:
             lend_blocks(model, world)
@@ -105,6 +113,7 @@ def _read(
     dtype: torch.dtype,
     place: torch.device,
     shard: Shard | None,
+    quantization: str | None,
 ) -> tuple[Any, PreTrainedTokenizerBase | str]:
     """The model on its device, and its tokenizer or why there is none.
 
@@ -115,8 +124,10 @@ def _read(
     read, given = kept_weights(source, shared)
     unpacks = "gguf_file" in given
     stored = torch.float32 if unpacks else dtype
-    model, info = _weighted(read, asked, given, attention, stored, None if shard is not None else place)
+    model, info = _weighted(read, asked, given, attention, stored, None if shard is not None else place, quantization)
     refuse_quantised(model, name)
+    if quantization is not None:
+        refuse_unpacked(model, quantization, name)
     if info["missing_keys"]:
         absent = sorted(map(str, info["missing_keys"]))
         raise ModelError(
@@ -265,6 +276,8 @@ def _weighted(
     weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **shared}
     try:
         config = AutoConfig.from_pretrained(source, **shared)
+        if quantization is not None:
+            weights["quantization_config"] = quantisation(quantization, config, dtype, name)
         if "gguf_file" in shared:
             if hasattr(transformers, "GgufConfig"):  # else it may leave weights packed, for kernels of its own
                 weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -273,15 +286,16 @@ def _weighted(
             method = quantiser_of(config)
             if method is None:
                 refuse_packed_files(weight_files(source, shared["revision"], config), name)
-            elif place is None:
+                method = None if quantization is None else f" by {quantization} (model.quantization)"
+            if method is not None and place is None:
                 raise ModelError(
                     f"{name} is quantised{method}, and packed weights cannot be sharded. Unset model.sharded, so that "
                     "each process holds all of them; or give the checkpoint that it was made from."
                 )
-            else:
+            if method is not None:
                 weights["device_map"] = {"": place}
         return _from_pretrained(reader_of(config), source, attention, weights)
-    except ModelError:
+    except (ModelError, ConfigError):
         raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise ModelError(explained(name, error)) from error

@@ -185,6 +185,8 @@ def check_sharded(
         why = "one process has nobody to divide it with. Start several (docs/scaling.md)"
     elif given is not None:
         why = f"{given.name} was given whole. Leave it to the recipe to load it"
+    elif settings.quantization is not None:
+        why = f"weights packed by {settings.quantization} cannot be divided. Unset model.quantization"
     elif config.training.precision == "mixed" and _dtype(config, device) in (None, "float32"):
         why = "training.precision=mixed copies a model in float32. Set model.dtype=bfloat16"
     if why:
