@@ -264,6 +264,7 @@ def _weighted(
     attention: str | None,
     dtype: torch.dtype,
     place: torch.device | None,
+    quantization: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model with its weights, and what transformers says of them.
 
