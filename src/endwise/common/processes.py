@@ -45,6 +45,9 @@ class Lending:
         self._hosts = hosts
         self._parts: list[Callable[[], Tensor]] = []
 
+    def __deepcopy__(self, _memo: Any) -> "Lending":
+        return self  # the processes of a dictionary that is copied are the same
+
     def offer(self, part: Callable[[], Tensor]) -> int:
         """Take what makes this process's part of a tensor, flat; all processes offer the same tensors in one order.
 

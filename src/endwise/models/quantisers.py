@@ -20,9 +20,7 @@ def _bitsandbytes_8bit(_dtype: torch.dtype) -> Any:
 
 
 def _bitsandbytes_4bit(dtype: torch.dtype) -> Any:
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _torchao_8bit(_dtype: torch.dtype) -> Any:
