@@ -25,7 +25,7 @@ from endwise.models.documents import positions, refuse_joined
 from endwise.models.fused_gelu import fuse_gelu
 from endwise.models.hooking import SiteHooks, Stop, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
-from endwise.models.plain_weights import is_quantised, refuse_copying, refuse_quantised
+from endwise.models.plain_weights import is_quantised, keep_differentiable, refuse_copying, refuse_quantised
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sharding import shares
@@ -62,6 +62,7 @@ class LanguageModel:
         self.name = name or model.config.name_or_path or type(model).__name__
         refuse_adapted(model, self.name)
         refuse_quantised(model, self.name)
+        keep_differentiable(model)
         self.model = model.eval().requires_grad_(False)
         fuse_gelu(self.model)
         self.tokenizer, self.no_tokenizer = tokenizer, no_tokenizer

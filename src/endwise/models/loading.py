@@ -125,9 +125,9 @@ def _read(
     unpacks = "gguf_file" in given
     stored = torch.float32 if unpacks else dtype
     model, info = _weighted(read, asked, given, attention, stored, None if shard is not None else place, quantization)
-    refuse_quantised(model, name)
     if quantization is not None:
         refuse_unpacked(model, quantization, name)
+    refuse_quantised(model, name)
     if info["missing_keys"]:
         absent = sorted(map(str, info["missing_keys"]))
         raise ModelError(
