@@ -10,6 +10,7 @@ import transformers as hf
 
 from endwise import LanguageModel, RunConfig, Site, evaluate, load_model, train
 from endwise.common.errors import ConfigError, ModelError
+from endwise.models.plain_weights import keep_differentiable
 from endwise.models.quantisers import QUANTISERS as OF_RECIPES
 from endwise.models.quantisers import quantisation, refuse_unpacked
 from endwise.models.sites import Part
@@ -49,7 +50,9 @@ def plain(tmp_path_factory):
 def packed(folder, quantiser):
     pytest.importorskip(quantiser.partition(" ")[0])
     settings = {"quantization_config": QUANTISERS[quantiser](), "device_map": {"": "cpu"}, "dtype": torch.float32}
-    return hf.AutoModelForCausalLM.from_pretrained(folder, **settings)
+    hugging = hf.AutoModelForCausalLM.from_pretrained(folder, **settings)
+    keep_differentiable(hugging)  # as endwise does, so that a pass of its own computes in the same way
+    return hugging
 
 
 def gradient(model, site, ids):
