@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor
 
 from endwise import LanguageModel, Site, load_model
+from endwise.common.digests import tensor_parts
 from endwise.common.errors import EndwiseError
 from endwise.models.quantisers import QUANTISERS
 from endwise.models.sites import Part
@@ -68,6 +69,12 @@ def step(model: LanguageModel, tokens: Tensor) -> Tensor:
     return gradient.float()
 
 
+def weight_bytes(model: LanguageModel) -> int:
+    """Of what a quantiser packed, its numbers and the scales that are tensors of the same parameter."""
+    weights = model.model.named_parameters()
+    return sum(part.nbytes for name, weight in weights for _, part in tensor_parts(name, weight))
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step by side, the bytes of its weights, its gradient's error, and what was skipped."""
     models: dict[str, LanguageModel] = {}
@@ -91,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sides = {
         side: {
             "seconds": median(seconds[side]),
-            "weights_mib": sum(each.untyped_storage().nbytes() for each in model.model.parameters()) / 2**20,
+            "weights_mib": weight_bytes(model) / 2**20,
             "gradient_error": float((gradients[side] - truth).norm() / truth.norm()),
         }
         for side, model in models.items()

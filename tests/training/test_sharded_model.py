@@ -52,7 +52,7 @@ def test_what_cannot_be_sharded_is_refused_first(tmp_path, changes, processes, g
     values = RunConfig.changed(recipe(tmp_path).model_dump(), {"model.sharded": True, "model.device": "cpu", **changes})
     config = RunConfig.build(values)
     with pytest.raises(ConfigError, match=why):
-        check_sharded(config, processes, small_model() if given else None)
+        check_sharded(config, processes, given=small_model() if given else None)
     check_sharded(RunConfig.build(RunConfig.changed(values, {"model.sharded": False})), processes)
 
 
