@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from endwise.common.axes import Tokens
-from endwise.common.errors import ConfigError, ElsewhereFailed
+from endwise.common.errors import ConfigError, ElsewhereFailed, ProcessLost
 from endwise.common.processes import ALONE, World
 from endwise.config.run import TrainingConfig
 from endwise.kernels import has_fast_bfloat16
@@ -145,6 +145,8 @@ def _each(left: list[AnyTrainee], failed: Failed | None, act: Callable[[AnyTrain
     for trainee in tuple(left):
         try:
             act(trainee)
+        except ProcessLost:
+            raise
         except Exception as error:
             if failed is None:
                 raise

@@ -17,6 +17,7 @@ from endwise.config.adopted import refuse_adopted
 from endwise.config.places import Recipe
 from endwise.models.loading import find_device
 from endwise.training.kept_activations import reads_splice
+from endwise.training.planning.divided import DividedDryRun
 from endwise.training.planning.dry_run import (
     CLEAN,
     EVALUATION,
@@ -40,12 +41,12 @@ from endwise.training.planning.flops import (
     sparse_flops,
 )
 from endwise.training.planning.memory_trace import Held
-from endwise.training.setup import default_folder, steps_of
+from endwise.training.setup import check_sharded, default_folder, steps_of
 
 CUDA_CONTEXT = 1 << 29
 """Bytes that CUDA and its libraries take on a device before the first tensor, about."""
 REMEDIES = {
-    MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed)",
+    MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed), or model.sharded in several processes",
     **dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMISER, SAVING), "a smaller dictionary.size (or dictionary.ratio)"),
     **dict.fromkeys((CLEAN, LATENTS), "a larger training.accumulation (or a smaller training.batch)"),
     **dict.fromkeys((TAIL, READOUT), "a smaller training.microbatch"),
@@ -181,7 +182,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     """Plan what one of a run's processes will need.
 
     Args:
-        processes: that share each batch in data-parallel training; each holds model, SAE and optimiser in full.
+        processes: that share each batch in data-parallel training; each holds SAE, optimiser and, but for the blocks of
+            a model that is sharded, model in full.
         memory: bytes that each process will have, on its device; unset: what this machine has free, which processes on
             a CPU share.
 
@@ -197,7 +199,10 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
             f"{processes} processes cannot share batches of {training.batch} sequences in passes of equal size "
             f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
         )
-    dry_run = DryRun(config, _device(config, memory), training.batch // processes)
+    device, sequences = _device(config, memory), training.batch // processes
+    check_sharded(config, processes, device)
+    sharded = config.model.sharded
+    dry_run = DividedDryRun(config, device, sequences, processes) if sharded else DryRun(config, device, sequences)
     steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
     flops, sparse = _flops(dry_run, per_step)
