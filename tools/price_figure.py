@@ -20,8 +20,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 DOCS = Path(__file__).parent.parent / "docs"
 FAMILIES = {"batchtopk": "#D55E00", "jumprelu": "#CC79A7", "staged": "#009E73", "finetune": "#8C6D31", "": "#0072B2"}
 """Colour of a method by how its name starts."""
-LEFT_OUT = "million", "e2e, "
-"""Longer runs, which are relative to another reference, and single points."""
+LEFT_OUT = "million", "against", "e2e, "
+"""Runs that are relative to another reference, and single points."""
 APART = 1.03
 """Least ratio between the places of two bars."""
 

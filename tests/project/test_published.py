@@ -29,8 +29,10 @@ def figures():
         ratios |= set(FIGURE.findall(text))
         pairs |= set(CROSSING.findall(text))
         for row in csv.DictReader(text.splitlines()):
-            if row.get("ratio") and row.get("low"):
-                ratios.add(tuple(f"{100 * float(row[name]):.0f}" for name in ("ratio", "low", "high")))
+            for found, ends in (("ratio", ""), ("saving", "saving.")):
+                if row.get(found) and row.get(f"{ends}low"):
+                    names = found, f"{ends}low", f"{ends}high"
+                    ratios.add(tuple(f"{100 * float(row[name]):.0f}" for name in names))
             if row.get("ratio_at_ends.low"):
                 pairs.add(tuple(f"{100 * float(row[f'ratio_at_ends.{end}']):.0f}" for end in ("low", "high")))
     return ratios, pairs
