@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -200,6 +201,7 @@ class World:
 
 ALONE = World()
 _JOINED: ContextVar[World] = ContextVar("_JOINED", default=ALONE)
+_JOININGS = count()
 
 
 def current() -> World:
@@ -242,7 +244,10 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _noticing_loss():
-        dist.init_process_group(backend, timeout=_timeout())
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_timeout())))
+        # Names of its own each time: processes would take addresses that an earlier world left in the launcher's store.
+        own = dist.PrefixStore(f"endwise-{next(_JOININGS)}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_timeout())
     try:
         with _being(None) as world:
             yield world
