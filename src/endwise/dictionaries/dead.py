@@ -100,6 +100,13 @@ class DeadFeatures:
         weights = {AUX: self.config.aux, PRE_ACTIVATION: self.config.revive}
         return {name: weight for name, weight in weights.items() if weight}
 
+    @property
+    def unsplit(self) -> str | None:
+        """See `SAE.unsplit`."""
+        if self.config.resample_at:
+            return "dictionary.resample_at is set"
+        return f"dictionary.aux is {self.config.aux:g}" if self.config.aux else None
+
     def terms(self, sae: "LinearSAE", seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         """Each term of `weights`, unweighted: a sum over the rows that count."""
         makes = {AUX: self._auxiliary, PRE_ACTIVATION: self._pre_activation}
@@ -110,7 +117,7 @@ class DeadFeatures:
         if not len(dead):
             return seen.target.new_zeros(())
         asked = self.asked_for(seen)
-        variance = variance_of(asked.target, sae.world)
+        variance = variance_of(asked.target, sae.world.replicas)
         z = sae.before(seen.x[asked.rows], dead)
         error = unpredicted(sae, asked.target, z, dead, self.config.aux_k or max(1, sae.d_in // 2), self.config)
         return (error / variance).where(variance > 0, 0.0)

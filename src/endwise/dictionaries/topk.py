@@ -12,7 +12,15 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, sparse_values
 from endwise.dictionaries.linear import LinearSAE
-from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, TopKConfig, top_per_row
+from endwise.dictionaries.selection import (
+    SPARSE_BELOW,
+    Annealed,
+    Encoder,
+    TopKConfig,
+    best_pairs,
+    best_places,
+    top_per_row,
+)
 from endwise.formats import Layout
 from endwise.kernels import kept_per_row
 
@@ -42,6 +50,7 @@ class TopKSAE(LinearSAE):
     Config = PerTokenConfig
     layout = Layout(settings=frozenset({"k"}), rule="the {k} largest of ReLU(z)")
     sparse_below = SPARSE_BELOW
+    splits = True
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, k: Annealed, **settings: Any) -> None:
         super().__init__(d_in, d_sae, d_out, **settings)
@@ -59,17 +68,24 @@ class TopKSAE(LinearSAE):
         x, k = x.to(self.encoder.dtype), round(self.k_now if self.training else self.k.k)
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
-        found = None if x.is_cuda else top_per_row(encoder, k)
-        if found is not None:
+        found, shards, own = None, self.world.shards, min(k, self.d_sae)
+        if not x.is_cuda and (found := top_per_row(encoder, own)) is not None:
+            if shards.size > 1:
+                found = found.where(best_pairs(found, own, k, shards))
             return sparse_values(x, self.encoder, self.b_enc, found)
         values = torch.relu(self.before(x))
-        kept = kept_per_row(values.detach().view(-1, self.d_sae), k).view(values.shape)
-        return DenseLatents(values.where(kept, 0.0))
+        rows = values.detach().view(-1, self.d_sae)
+        kept = kept_per_row(rows, own) if shards.size == 1 else best_places(rows, own, k, shards)
+        return DenseLatents(values.where(kept.view(values.shape), 0.0))
 
     def to_exceed(self, latents: Latents, features: Int64[Tensor, " some"]) -> Float[Tensor, "*rows 1"]:
         """The smallest that is active in the row; 0 where fewer than k are."""
         smallest = latents.smallest().detach()
         return smallest.where(latents.l0() >= round(self.k_now), 0.0)[..., None]
+
+    def unsplit(self) -> str | None:
+        revived = f"dictionary.revive is {self.dead.config.revive:g}" if self.dead and self.dead.config.revive else None
+        return super().unsplit() or revived
 
     def export(self) -> Exported:
         return Exported(super().export().tensors, {"k": self.k.k, RESCALED: False})

@@ -148,7 +148,7 @@ class Trainee:
             if objective.spliced_terms:
                 found = self._pulls(tail, clean, encoded.reconstruction, encoded.target, mask)
         if found is not None:
-            gradient, weights = balanced(objective, found, self.sae.world)
+            gradient, weights = balanced(objective, found, self.sae.world.replicas)
             for name, weight in weights.items():
                 self.see(coefficient_of(name), weight)
         self.learn(encoded, mask, tokens_in_step, gradient)
@@ -253,6 +253,8 @@ class Trainee:
     def found_bad(self) -> Tensor:
         """Tell if a number was not finite at this step, or at any since the last report."""
         self._norm = torch.nn.utils.get_total_norm(self._gradients())
+        if (shards := self.sae.world.shards).size > 1:
+            self._norm = torch.linalg.vector_norm(shards.stack(self._norm))
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)

@@ -40,6 +40,7 @@ from endwise.training.planning.flops import (
     sparse_flops,
 )
 from endwise.training.planning.memory_trace import Held
+from endwise.training.planning.one_shard import whole_count
 from endwise.training.setup import default_folder, steps_of
 
 CUDA_CONTEXT = 1 << 29
@@ -136,6 +137,8 @@ class TrainingPlan:
     device: str
     dtype: str
     processes: int
+    shards: int
+    """Processes that share the features; memory, and operations per token, are those of one."""
     context: int
     sequences: int
     """Sequences of each batch in one process."""
@@ -181,7 +184,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     """Plan what one of a run's processes will need.
 
     Args:
-        processes: that share each batch in data-parallel training; each holds model, SAE and optimiser in full.
+        processes: that train together; each holds the model in full, and its share of the SAE (`training.shards`) with
+            the optimiser's.
         memory: bytes that each process will have, on its device; unset: what this machine has free, which processes on
             a CPU share.
 
@@ -191,13 +195,19 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     refuse_adopted(config)
     if config.phases:
         return _of_phases(config, [plan(each, processes=processes, memory=memory) for each in config.in_phases])
-    training = config.training
-    if processes < 1 or training.batch % (processes * training.accumulation):
+    training, shards = config.training, config.training.shards
+    if processes % shards:
         raise ConfigError(
-            f"{processes} processes cannot share batches of {training.batch} sequences in passes of equal size "
+            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
+            f"Plan for so many processes, or a multiple: --processes {shards}."
+        )
+    replicas = processes // shards
+    if replicas < 1 or training.batch % (replicas * training.accumulation):
+        raise ConfigError(
+            f"{replicas} processes cannot share batches of {training.batch} sequences in passes of equal size "
             f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
         )
-    dry_run = DryRun(config, _device(config, memory), training.batch // processes)
+    dry_run = DryRun(config, _device(config, memory), training.batch // replicas)
     steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
     flops, sparse = _flops(dry_run, per_step)
@@ -210,6 +220,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
+        shards=shards,
         context=dry_run.context,
         sequences=dry_run.sequences,
         accumulation=dry_run.accumulation,
@@ -224,7 +235,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         kept_bytes=(kept := _kept_bytes(dry_run, steps)),
         flops=flops,
         sparse_flops=sparse,
-        total_flops=flops.per_token * steps * per_step,
+        total_flops=flops.per_token * steps * per_step * shards,
         needs=(
             *_memory_needs(dry_run, stages, processes, memory),
             _disk_need(dry_run, steps),
@@ -277,7 +288,7 @@ def _parameters(dry_run: DryRun) -> Parameters:
     head = dry_run.pieces[: dry_run.pieces_before(dry_run.site)]
     before = dry_run.embedding_parameters() + sum(piece.parameters for piece in head)
     unembedding = sum(parameter.numel() for parameter in dry_run.unembedding.parameters())
-    dictionary = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
+    dictionary = sum(map(whole_count, dry_run.saes))
     return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
 
 
