@@ -14,22 +14,28 @@ from endwise.common.processes import joined
 from endwise.training.trainee import Trainee
 from small_gpt2 import data, recipe, small_model
 
-STEERED = {"sparsity": {"target_l0": 12.0, "warmup": 0.1}}
-FALLING = {"sparsity": {"coefficient": 0.3, "p_end": 0.5}}
-WIDE = {"size": 256, "k": 3, "k_start": 6}
-"""So wide that latents are sparse."""
+TOPK = {"architecture": "topk", "k": 7, "decoder_norm": "free", "aux": 0.5, "dead_window": 40, "revive": 0.1}
+TRANSCODER = {"skip": True, "normalize": "scalar", "revive": 0.01, "dead_window": 40}
 RUNS = {
     "relu": ("e2e_ds", {}, {"training": {"save_at": "log"}}),
-    "steered": ("local", {"decoder_norm": "free", "normalize": "scalar"}, {"objective": STEERED}),
-    "powers": ("local", {"revive": 0.01, "dead_window": 40}, {"objective": FALLING, "data": {"leave_out_norms": 1.3}}),
-    "transcoder": ("local", {"skip": True}, {"writes": "blocks.2.hook_resid_pre"}),
+    "steered": (
+        "local",
+        {"decoder_norm": "free"},
+        {"init_from": "relu", "objective": {"sparsity": {"target_l0": 12.0}}},
+    ),
+    "transcoder": (
+        "local",
+        TRANSCODER,
+        {
+            "writes": "blocks.2.hook_resid_pre",
+            "objective": {"sparsity": {"coefficient": 0.3, "p_end": 0.5}},
+            "data": {"leave_out_norms": 1.3},
+        },
+    ),
     "jumprelu": ("e2e", {"architecture": "jumprelu", "threshold_init": 0.5}, {}),
     "means": ("local", {"architecture": "jumprelu", "penalty": "tanh_quadratic"}, {}),
-    "topk": ("e2e", {"architecture": "topk", "k": 7, "decoder_norm": "free"}, {}),
-    "sparse_topk": ("local", {"architecture": "topk", **WIDE}, {}),
-    "batchtopk": ("e2e", {"architecture": "batchtopk", "k": 7}, {}),
-    "sparse_batchtopk": ("local", {"architecture": "batchtopk", **WIDE}, {}),
-    "started_from_relu": ("local", {}, {"init_from": "relu"}),
+    "topk": ("e2e", TOPK, {}),
+    "batchtopk": ("e2e", {"architecture": "batchtopk", "k": 7, "k_start": 10}, {}),
 }
 
 
@@ -42,6 +48,8 @@ def config(name: str, folder: Path, tokens: Path, shards: int = 1) -> RunConfig:
     values["data"] = data(tokens).model_dump() | {"mask_first_position": True}
     for key, value in others.items():
         values[key] = values[key] | value if isinstance(value, dict) else value
+    if "k" in dictionary:
+        del values["objective"]["sparsity"]
     if values["init_from"]:
         values["init_from"] = str(folder / values["init_from"])
     return RunConfig.build(values)

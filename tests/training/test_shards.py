@@ -1,7 +1,9 @@
 """Dictionaries whose features are split over processes train as whole ones do, and are saved and resumed whole."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Barrier
 
 import pytest
 import torch
@@ -10,14 +12,15 @@ from endwise import SAE, train
 from endwise.common.errors import ConfigError
 from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, of_architecture
-from endwise.dictionaries.selection import best_places
+from endwise.dictionaries import TrainingPass
+from endwise.dictionaries.sharing import best_places
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from places import HELPERS
 from sharded_runs import RUNS, config, run
 from spread import TOLERANCE, assert_close, spread
 
-RESUMED = ("relu", "batchtopk", "steered")
+RESUMED = ("relu", "batchtopk", "transcoder")
 
 
 def launched(processes, folder, tokens, *runs, **environment):
@@ -60,20 +63,23 @@ def test_two_shards_give_the_curve_of_one_process(alone, split, name):
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     ours, theirs = (SAE.load(folder / name) for folder in (split, alone))
     assert ours.architecture == theirs.architecture
+    steps = [[file.name for file in sorted((folder / name).glob("saes/*"))] for folder in (split, alone)]
+    assert steps[0] == steps[1] and bool(steps[0]) == (name == "relu")  # which alone asks for them
     torch.testing.assert_close(ours(x), theirs(x), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("of", ["alone", "split"])
-def test_other_numbers_of_processes_and_shards_resume(request, alone, token_files, tmp_path, of):
+def test_other_numbers_of_processes_and_shards_resume(alone, split, token_files, tmp_path):
+    """One process, two with a share of each batch, two with half of the features."""
+    ways = {"whole": split, "replicas": split, "halves": alone}
     for name in RESUMED:
-        for how in ("whole", "halves", "replicas"):
-            shutil.copytree(request.getfixturevalue(of) / name, tmp_path / f"{name}-{how}")
+        for way, before in ways.items():
+            shutil.copytree(before / name, tmp_path / f"{name}-{way}")
         run(tmp_path, token_files, f"{name}-whole", 1, step=4)
-    ways = [(f"{name}-halves:2:4", f"{name}-replicas:1:4") for name in RESUMED]
-    launched(2, tmp_path, token_files, *(way for pair in ways for way in pair))
+    of_two = [(f"{name}-halves:2:4", f"{name}-replicas:1:4") for name in RESUMED]
+    launched(2, tmp_path, token_files, *(each for pair in of_two for each in pair))
     for name in RESUMED:
-        for how in ("whole", "halves", "replicas"):
-            assert_same(tmp_path / f"{name}-{how}", alone / name)
+        for way in ways:
+            assert_same(tmp_path / f"{name}-{way}", alone / name)
 
 
 def test_shards_beside_data_parallel_processes(alone, token_files, tmp_path):
@@ -89,32 +95,99 @@ def test_a_process_that_fails_ends_all(token_files, tmp_path):
     assert RunFolder(tmp_path / "relu").saved_steps() == [4]
 
 
-@dataclass(frozen=True)
-class Supposed(World):
-    """A process whose others are not there."""
+class Meeting:
+    """Where threads that stand for processes exchange what they have."""
 
-    others: tuple[torch.Tensor, ...] = ()
+    def __init__(self, size):
+        self._barrier, self._given = Barrier(size, timeout=60), [None] * size
+
+    def exchange(self, rank, value):
+        self._given[rank] = value
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
+
+
+@dataclass(frozen=True)
+class InThreads(World):
+    meeting: Meeting | None = None
+
+    def add(self, tensors):
+        for tensor in tensors:
+            tensor.copy_(sum(self.meeting.exchange(self.rank, tensor.clone())))
 
     def stack(self, tensor):
-        return torch.stack(self.others)
+        return torch.stack(self.meeting.exchange(self.rank, tensor))
 
+    def gather(self, value):
+        return self.meeting.exchange(self.rank, value)
 
-def of_shards(rank, size):
-    return World(rank, size, grid=(ALONE, Supposed(rank, size)))
+    @classmethod
+    def run(cls, size, act):
+        """What `act` makes of each shard's world."""
+        all_of_them, shards = Meeting(size), Meeting(size)
+        grids = [(ALONE, cls(rank, size, meeting=shards)) for rank in range(size)]
+        worlds = [cls(rank, size, grid=grid, meeting=all_of_them) for rank, grid in enumerate(grids)]
+        with ThreadPoolExecutor(size) as threads:
+            return list(threads.map(act, worlds))
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 20])
 def test_best_of_shards_are_the_best_of_all(k):
-    generator = torch.Generator().manual_seed(k)
-    values = torch.randint(-2, 6, (50, 24), generator=generator).clamp(min=0).float()  # many are equal
-    by_value_then_place = values.sort(-1, descending=True, stable=True).indices[:, :k]
-    expected = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, by_value_then_place, True) & (values > 0)
-    parts, own = values.chunk(3, -1), min(k, 8)
-    largest = [
-        part.gather(-1, part.sort(-1, descending=True, stable=True).indices[:, :own].sort(-1).values) for part in parts
-    ]
-    found = [best_places(part, own, k, Supposed(rank, 3, others=tuple(largest))) for rank, part in enumerate(parts)]
-    assert torch.equal(torch.cat(found, -1) & (values > 0), expected)
+    values = torch.randint(-2, 6, (50, 24), generator=torch.Generator().manual_seed(k)).float()  # many are equal
+    first = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    found = InThreads.run(3, lambda world: best_places(values.chunk(3, -1)[world.rank], min(k, 8), k, world.shards))
+    kept = torch.cat(found, -1)
+    assert (kept.sum(-1) == k).all()
+    assert torch.equal(values.where(kept, -9).sort(-1).values[:, -k:], values.gather(-1, first).flip(-1))
+    beyond = min(k, 8) < 8  # of equal ones within a shard any may be kept, between shards the first
+    assert beyond or torch.equal(kept, torch.zeros_like(kept).scatter_(-1, first, True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"architecture": "standard", "decoder_norm": "free", "aux": 0.5, "aux_negative": True},
+        {"architecture": "jumprelu", "bandwidth": 2.0, "revive": 0.1, "revives": "all"},
+        {"architecture": "topk", "k": 7, "aux": 0.5, "aux_k": 4, "revive": 0.1},
+        {"architecture": "topk", "k": 4, "size": 384},
+        {"architecture": "batchtopk", "k": 7, "aux": 0.5, "revive": 0.1},
+        {"architecture": "batchtopk", "k": 4, "size": 384},
+    ],
+    ids=lambda settings: f"{settings['architecture']}-{settings.get('size', 24)}",
+)
+def test_gradients_of_shards_are_those_of_the_whole(settings):
+    section = of_architecture({"size": 24, **settings})
+    whole = ARCHITECTURES[section.architecture].build(section, 6, 0).double()
+    x, target = torch.randn(2, 40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    counted, dead = (
+        torch.arange(40) % 5 > 0,
+        torch.arange(whole.d_sae) % 24 < 10,
+    )  # all of the first shard, some of the next
+
+    def learned(sae):
+        with torch.no_grad():
+            sae.see_first(x, target)
+        sae.train().begin_step(0.0)
+        latents = sae.encode(x, counted)
+        reconstruction = sae.reconstruct(latents, x)
+        own = sae.own_terms(TrainingPass(x, target, latents, reconstruction, counted, dead))
+        loss = (target - reconstruction)[counted].square().sum() + latents.penalty(1.0, counted).sum()
+        loss = loss + sum(weight * own[name] for name, weight in sae.own_weights.items())
+        loss.backward()
+        gradients = {name: each.grad for name, each in sae.named_parameters() if each.grad is not None}
+        return loss.detach(), latents.l0(), latents.fired(counted), gradients
+
+    found = InThreads.run(3, lambda world: learned(whole.split(world)))
+    loss, l0, fired, gradients = learned(whole)
+    for of_shard in found:
+        torch.testing.assert_close(of_shard[0], loss)
+        assert torch.equal(of_shard[1], l0) and torch.equal(of_shard[2], fired)
+    for name, gradient in gradients.items():
+        parts = [of_shard[3][name] for of_shard in found if name in of_shard[3]]
+        assert len(parts) == (1 if name == "b_dec" else 3)
+        torch.testing.assert_close(torch.cat(parts), gradient, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +195,6 @@ def test_best_of_shards_are_the_best_of_all(k):
     [
         ({"architecture": "gated"}, "dictionary.architecture is gated"),
         ({"architecture": "matryoshka_batchtopk", "k": 3}, "dictionary.architecture is matryoshka_batchtopk"),
-        ({"architecture": "topk", "k": 3, "aux": 0.03}, "dictionary.aux is 0.03"),
-        ({"architecture": "topk", "k": 3, "revive": 0.1}, "dictionary.revive is 0.1"),
         ({"architecture": "standard", "resample_at": [0.5]}, "dictionary.resample_at is set"),
         ({"architecture": "jumprelu", "penalty": "quadratic", "target_l0": 5}, "dictionary.penalty is quadratic"),
         ({"architecture": "standard", "size": 41}, "does not divide the 41 features"),
@@ -133,7 +204,7 @@ def test_what_cannot_be_split_is_refused(settings, named):
     section = of_architecture({"size": 40, **settings})
     whole = ARCHITECTURES[section.architecture].build(section, 16, 0)
     with pytest.raises(ConfigError, match=f"training.shards is 2, .*{named}"):
-        whole.split(of_shards(0, 2))
+        whole.split(World(0, 2, grid=(ALONE, World(0, 2))))
     assert whole.split(ALONE) is whole
 
 

@@ -19,6 +19,7 @@ from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
 from endwise.dictionaries.shown import ShownDictionary
+from endwise.dictionaries.splitting import SplitDictionary
 from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored, stored_at
 
 
@@ -92,7 +93,7 @@ class TokenLosses:
     """For what is drawn: the same whenever the run comes to this step."""
 
 
-class SAE(ShownDictionary, nn.Module, ABC):
+class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
     A transcoder's result stands for the activation at another site, and may be of another width, `d_out`.
@@ -121,9 +122,6 @@ class SAE(ShownDictionary, nn.Module, ABC):
     """True if its own terms read the gradient of the objective's terms at the site too (`TrainingPass.at_site`)."""
     sparse_below: float = 0.0
     """Largest share of active features for which `encode` gives sparse latents."""
-    splits: ClassVar[bool] = False
-    """True if its features may lie in several processes (`dictionaries/shards.py`): `encode`, penalty and `decode` are
-    each feature's own, or agree over `World.shards`. Each class says it for itself, and inherits it from none."""
 
     seed: int = 0
     """Seed of what is drawn in training."""
@@ -214,38 +212,6 @@ class SAE(ShownDictionary, nn.Module, ABC):
     def join(self, world: World) -> None:
         """Agree from now on with the other processes of a training (`world`)."""
         self.world = world
-
-    def unsplit(self) -> str | None:
-        """Return the setting for which its features cannot lie in several processes; None: they can."""
-        return None if vars(type(self)).get("splits") else f"dictionary.architecture is {self.architecture}"
-
-    def split(self, world: World) -> "SAE":
-        """Return this process's part of it, with the face of the whole; with one shard, itself.
-
-        Raises:
-            ConfigError: it cannot be split, or not evenly.
-        """
-        if (shards := world.shards.size) == 1:
-            return self
-        if (reason := self.unsplit()) is not None:
-            raise ConfigError(
-                f"training.shards is {shards}, but {reason}, with which features cannot be shared out among processes. "
-                "Set training.shards=1, or change the other (docs/scaling.md says what can be sharded)."
-            )
-        if self.d_sae % shards:
-            raise ConfigError(
-                f"training.shards is {shards}, which does not divide the {self.d_sae:,} features. Change "
-                "dictionary.size, or the number of shards."
-            )
-        own = self.part_for(world)
-        own.join(world)
-        return own
-
-    def part_for(self, world: World) -> "SAE":
-        """As `split`, of what can be."""
-        from endwise.dictionaries.shards import ShardedSAE  # which is an SAE
-
-        return ShardedSAE(self, world)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -181,37 +181,6 @@ def top_per_row(encoder: Encoder, k: int) -> Found | None:
     return kernels_for(encoder.x.device).largest(encoder.x, encoder.weight, encoder.bias, k, encoder.limit)
 
 
-def best_of_shards(values: Float[Tensor, "n own"], k: int, shards: World) -> Bool[Tensor, "n own"]:
-    """Mark those of each row's `own` largest here, in the order of features, that are among the k largest of all.
-
-    Of equal ones the first are, shard by shard. NaN is marked, and so may 0 be.
-    """
-    everyone = shards.stack(values).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    competing = everyone.movedim(0, -2).flatten(-2)
-    last = competing.topk(min(k, competing.shape[-1]), sorted=True).values[:, -1:]
-    ties = (everyone == last).sum(-1)
-    free = k - (everyone > last).sum((0, -1)) - ties[: shards.rank].sum(0)
-    tied = values == last
-    return (values > last) | (tied & (tied.cumsum(-1) <= free[:, None])) | values.isnan()
-
-
-def best_pairs(found: Found, own: int, k: int, shards: World) -> Bool[Tensor, " pairs"]:
-    """Mark the pairs that are among their row's k largest of all shards, of each row's `own` largest here or fewer."""
-    rows = found.pairs.rows
-    place = torch.arange(len(rows), device=rows.device) - found.pairs.row_starts[rows]
-    values = found.values.new_zeros(found.pairs.n_rows, own)
-    place.clamp_(max=own - 1)  # of NaN there may be more
-    values[rows, place] = found.values
-    return best_of_shards(values, k, shards)[rows, place] | found.values.isnan()
-
-
-def best_places(values: Float[Tensor, "n d_sae"], own: int, k: int, shards: World) -> Bool[Tensor, "n d_sae"]:
-    """Mark the places of each row's k largest values of all shards, at most `own` of them here."""
-    features = values.topk(own, sorted=False).indices.sort(-1).values
-    best = best_of_shards(values.gather(-1, features), k, shards)
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, features, best)
-
-
 def candidates_of_step(
     encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor, world: World = ALONE
 ) -> Found | None:

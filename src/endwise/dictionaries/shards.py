@@ -20,25 +20,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from endwise.common.processes import World
 from endwise.dictionaries.base import SAE, Exported, TrainingPass
 from endwise.dictionaries.latents import Latents, latents_of
-
-
-class _Sum(Function):
-    """Sum over processes that all go on with it; each part's gradient is the sum's."""
-
-    @staticmethod
-    def forward(_ctx: Any, own: Tensor, world: World) -> Tensor:
-        total = own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True)
-        world.add([total])
-        return total.to(own.dtype)
-
-    @staticmethod
-    def backward(_ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return upstream, None
+from endwise.dictionaries.sharing import summed
 
 
 def _like(sae: SAE, d_sae: int, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> SAE:
@@ -65,10 +51,10 @@ class ShardLatents(Latents):
         return torch.cat(parts, -1)
 
     def penalty(self, p: float = 1.0, mask: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, "*rows"]:
-        return _Sum.apply(self.own.penalty(p, mask), self.shards)
+        return summed(self.own.penalty(p, mask), self.shards)
 
     def l0(self) -> Float[Tensor, "*rows"]:
-        return _Sum.apply(self.own.l0(), self.shards)
+        return summed(self.own.l0(), self.shards)
 
     def smallest(self) -> Float[Tensor, "*rows"]:
         return self.shards.stack(self.own.smallest().detach()).amin(0)
@@ -128,10 +114,10 @@ class ShardedSAE(SAE):
         return ShardLatents(self.part.encode(x, counted), self.world.shards)
 
     def decode(self, latents: Latents | Tensor) -> Float[Tensor, "*rows d_out"]:
-        return _Sum.apply(self.part.decode(self._own(latents)), self.world.shards)
+        return summed(self.part.decode(self._own(latents)), self.world.shards)
 
     def reconstruct(self, latents: Latents, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        return _Sum.apply(self.part.reconstruct(self._own(latents), x), self.world.shards)
+        return summed(self.part.reconstruct(self._own(latents), x), self.world.shards)
 
     def _own(self, latents: Latents | Tensor) -> Latents:
         if isinstance(latents, ShardLatents):
@@ -167,8 +153,7 @@ class ShardedSAE(SAE):
 
     def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         dead = seen.dead.chunk(self.world.shards.size)[self.world.shards.rank]
-        terms = self.part.own_terms(replace(seen, dead=dead))
-        return {name: _Sum.apply(term, self.world.shards) for name, term in terms.items()}
+        return self.part.own_terms(replace(seen, dead=dead))
 
     def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         self.part.see_first(x, target)

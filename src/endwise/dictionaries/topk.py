@@ -17,10 +17,9 @@ from endwise.dictionaries.selection import (
     Annealed,
     Encoder,
     TopKConfig,
-    best_pairs,
-    best_places,
     top_per_row,
 )
+from endwise.dictionaries.sharing import best_pairs, best_places
 from endwise.formats import Layout
 from endwise.kernels import kept_per_row
 
@@ -82,10 +81,6 @@ class TopKSAE(LinearSAE):
         """The smallest that is active in the row; 0 where fewer than k are."""
         smallest = latents.smallest().detach()
         return smallest.where(latents.l0() >= round(self.k_now), 0.0)[..., None]
-
-    def unsplit(self) -> str | None:
-        revived = f"dictionary.revive is {self.dead.config.revive:g}" if self.dead and self.dead.config.revive else None
-        return super().unsplit() or revived
 
     def export(self) -> Exported:
         return Exported(super().export().tensors, {"k": self.k.k, RESCALED: False})

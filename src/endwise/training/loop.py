@@ -170,10 +170,9 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
             try:
                 evaluate(brief, sharing)
                 continue
-            except ProcessLost:
-                raise
-            except Exception:  # noqa: BLE001  Each is measured alone below, and says what is wrong with it.
-                pass
+            except Exception as error:  # each is measured alone below, and says what is wrong with it
+                if isinstance(error, ProcessLost) or prepared.world.shards.size > 1:
+                    raise
         prepared.group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 
 

@@ -177,9 +177,11 @@ class Member:
         return Run(self.config, sae, self.folder.path, self.seconds, {**text, **self.record()})
 
     def finished_saes(self) -> list[SAE]:
-        """The dictionaries, in the order of `outputs`; what is split into shards is read from its file, whole."""
-        whole = shards_of(self.trainee).size == 1
-        return [part.sae.eval() if whole else SAE.load(folder.sae) for part, folder, _ in self.outputs()]
+        """The dictionaries, in the order of `outputs`; those that are split are read from their files, whole."""
+        if (world := self.trainee.parts[0].sae.world).shards.size == 1:
+            return [part.sae.eval() for part in self.trainee.parts]
+        world.total(0)  # returns when all have come here, the one that wrote among them
+        return [SAE.load(folder.sae) for _, folder, _ in self.outputs()]
 
     def record(self) -> dict[str, Any]:
         """See `Run.record`."""

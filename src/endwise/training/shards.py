@@ -38,7 +38,7 @@ def give(trainee: AnyTrainee, *, with_checkpoint: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What of a whole dictionary's checkpoint belongs to this process."""
+    """Share of a whole dictionary's checkpoint that belongs to this process."""
 
     shards: World
     parameters: frozenset[str]

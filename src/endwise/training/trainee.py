@@ -252,9 +252,7 @@ class Trainee:
 
     def found_bad(self) -> Tensor:
         """Tell if a number was not finite at this step, or at any since the last report."""
-        self._norm = torch.nn.utils.get_total_norm(self._gradients())
-        if (shards := self.sae.world.shards).size > 1:
-            self._norm = torch.linalg.vector_norm(shards.stack(self._norm))
+        self._norm = _norm_of(self._gradients(), self.sae.world.shards)
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
@@ -352,6 +350,12 @@ class Trainee:
         self.course.restore(checkpoint.tensors)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
+
+
+def _norm_of(gradients: Sequence[Tensor], shards: World) -> Float[Tensor, ""]:
+    """L2 norm of the gradients of all shards together."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm if shards.size == 1 else torch.linalg.vector_norm(shards.stack(norm))
 
 
 def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activation | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from endwise.common.processes import ALONE, World
+from endwise.common.processes import ALONE, T, World
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.models.language_model import LanguageModel
@@ -20,6 +20,12 @@ class _WithoutOthers(World):
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         pass
+
+    def total(self, number: int) -> int:
+        return self.size * number
+
+    def gather(self, value: T) -> list[T]:
+        return [value] * self.size
 
     def stack(self, tensor: Tensor) -> Tensor:
         return torch.stack([tensor] * self.size)

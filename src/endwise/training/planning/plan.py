@@ -195,18 +195,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     refuse_adopted(config)
     if config.phases:
         return _of_phases(config, [plan(each, processes=processes, memory=memory) for each in config.in_phases])
-    training, shards = config.training, config.training.shards
-    if processes % shards:
-        raise ConfigError(
-            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
-            f"Plan for so many processes, or a multiple: --processes {shards}."
-        )
-    replicas = processes // shards
-    if replicas < 1 or training.batch % (replicas * training.accumulation):
-        raise ConfigError(
-            f"{replicas} processes cannot share batches of {training.batch} sequences in passes of equal size "
-            f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
-        )
+    training, replicas = config.training, _sharing_batches(config, processes)
     dry_run = DryRun(config, _device(config, memory), training.batch // replicas)
     steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
@@ -220,7 +209,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
-        shards=shards,
+        shards=training.shards,
         context=dry_run.context,
         sequences=dry_run.sequences,
         accumulation=dry_run.accumulation,
@@ -235,13 +224,30 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         kept_bytes=(kept := _kept_bytes(dry_run, steps)),
         flops=flops,
         sparse_flops=sparse,
-        total_flops=flops.per_token * steps * per_step * shards,
+        total_flops=flops.per_token * steps * per_step * training.shards,
         needs=(
             *_memory_needs(dry_run, stages, processes, memory),
             _disk_need(dry_run, steps),
             *_kept_needs(config, kept),
         ),
     )
+
+
+def _sharing_batches(config: Recipe, processes: int) -> int:
+    """The processes, or groups of them, that share each batch."""
+    training, shards = config.training, config.training.shards
+    if processes % shards:
+        raise ConfigError(
+            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
+            f"Plan for so many processes, or a multiple: --processes {shards}."
+        )
+    sharing = processes // shards
+    if sharing < 1 or training.batch % (sharing * training.accumulation):
+        raise ConfigError(
+            f"{sharing} processes cannot share batches of {training.batch} sequences in passes of equal size "
+            f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
+        )
+    return sharing
 
 
 def _of_phases(config: Recipe, plans: Sequence[TrainingPlan]) -> TrainingPlan:
