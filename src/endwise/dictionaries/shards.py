@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -130,7 +130,7 @@ class ShardedSAE(SAE):
         super().join(world)
         self.part.join(world)
 
-    def train(self, mode: bool = True) -> "ShardedSAE":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.part.train(mode)
         return self
