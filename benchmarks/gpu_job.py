@@ -63,7 +63,7 @@ class Job:
         bandwidth = rows.get("memory", {}).get("bytes_per_second")
         if bandwidth is None or None in rates.values():
             return H200
-        return Machine("measured", bandwidth, rates)
+        return Machine("measured", bandwidth, rates, bandwidth * H200.cached / H200.bandwidth)
 
     def noise(self, *shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator(self.host.device).manual_seed(seed)

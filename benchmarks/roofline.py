@@ -3,11 +3,9 @@
 A kernel takes as long as its arithmetic or its traffic with the card's memory, whichever is longer; a step is one
 kernel after another. Arithmetic is that of `flops.py`, but for the KL, whose kernels compute both passes' logits twice.
 Traffic is what no arrangement of that kernel can spare: each factor of a product is read once and its result written
-once, what is done element by element is part of the product before it, and of a sparse dictionary every pair's row is
-gathered.
-
-Gathers count as traffic with the card's memory. A table that fits into its cache can be read faster, so that alone
-the kernels of the sparse dictionary can pass their line here, by so much as they find there.
+once, and what is done element by element is part of the product before it. A sparse dictionary gathers a row for every
+pair, in strips that stay in the card's cache, as `endwise.kernels.triton_sparse` does: each table comes from memory
+once.
 
 `--write` brings the tables in docs/performance.md and benchmarks/README.md up to date.
 """
@@ -33,6 +31,8 @@ L0 = 50.0
 FP32, PAIR = 4, 8
 """Bytes of a number that is kept in full precision (weights, gradients, the optimiser's moments), and of a pair: its
 feature and its value."""
+STRIP = 512
+"""Bytes of a row that are gathered at a time (`endwise.kernels.triton_sparse`)."""
 OPTIMISER_BYTES = 8 * FP32
 """For each parameter: the gradient is read for its norm; it, the weight and two moments are read; these are written."""
 KL_PRODUCTS = {"statistics": 2, "differences": 2, "add_product": 1}
@@ -51,6 +51,8 @@ class Machine:
     """Bytes a second."""
     rates: dict[str, float]
     """Operations a second in products of `bf16`, `tf32` and `fp32`."""
+    cached: float
+    """Bytes a second out of the cache."""
 
     def rate(self, numbers: str) -> float:
         """`tf32x3` are products of fp32 as three of tf32."""
@@ -59,8 +61,11 @@ class Machine:
 
 _DATA_SHEET = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
 _REACHED = 790 / 989.4
-H200 = Machine("H200", 4.3e12, {numbers: rate * _REACHED for numbers, rate in _DATA_SHEET.items()})
-"""Bandwidth and the rate in bf16 as they were measured on such a card; the others reach as much of the data sheet."""
+H200 = Machine("H200", 4.3e12, {numbers: rate * _REACHED for numbers, rate in _DATA_SHEET.items()}, 9.7e12)
+"""Bandwidth and the rate in bf16 as they were measured on such a card; the others reach as much of the data sheet. The
+cache's: https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt."""
+CACHE = 40e6
+"""Bytes of a strip of a table that the cache can hold."""
 H200_GIB = 139
 """Memory of it that a process can have, about."""
 
@@ -88,12 +93,22 @@ class Kernel:
     flops: float
     bytes: float
     numbers: str
+    gathered: float = 0.0
+    """Bytes of rows that are gathered, out of the cache."""
+
+    def _times(self, machine: Machine) -> dict[str, float]:
+        return {
+            "memory": self.bytes / machine.bandwidth,
+            "cache": self.gathered / machine.cached,
+            "arithmetic": self.flops / machine.rate(self.numbers),
+        }
 
     def seconds(self, machine: Machine) -> float:
-        return max(self.flops / machine.rate(self.numbers), self.bytes / machine.bandwidth)
+        return max(self._times(machine).values())
 
     def bound(self, machine: Machine) -> str:
-        return "arithmetic" if self.seconds(machine) > self.bytes / machine.bandwidth else "memory"
+        times = self._times(machine)
+        return max(times, key=lambda each: times[each])
 
 
 def step_kernels(shape: Shape, objective: str, precision: str, l0: float = L0) -> list[Kernel]:
@@ -139,30 +154,40 @@ def dictionary_forward(shape: Shape, precision: str, l0: float) -> list[Kernel]:
     pairs = shape.tokens * l0
     copies = [Kernel("weights to bf16", 0, 2 * weights * (FP32 + size), "bf16")] if size < FP32 else []
     encoder = product_flops(shape.tokens, shape.d_model, shape.d_sae)
-    flops, gathers = _per_gather(shape, size, l0)
     return [
         *copies,
         Kernel("encoder", encoder, size * (weights + states) + PAIR * pairs, numbers.products),
-        Kernel("decoder", flops, gathers + states * size, "fp32"),
+        _gather("decoder", shape, size, l0, shape.d_sae, size * states),
     ]
 
 
 def dictionary_gradients(shape: Shape, precision: str, l0: float) -> list[Kernel]:
-    """Gather a row for every pair three times: of the decoder, of the reconstruction's gradient, of the input."""
-    size = PRECISIONS[precision].size
-    flops, gathers = _per_gather(shape, size, l0)
-    weights, states = FP32 * shape.d_model * shape.d_sae, shape.tokens * shape.d_model * size
+    """Gather rows twice: of the reconstruction's gradient, for both gradients of the decoder, and of the input."""
+    size, rows = PRECISIONS[precision].size, shape.tokens
+    weights = shape.d_model * shape.d_sae
+    both = weights * (size + FP32) + shape.tokens * l0 * (8 * _strips(shape, size) + 12 + size)
     return [
-        Kernel("latents' gradient", flops, gathers + states, "fp32"),
-        Kernel("decoder's gradient", flops, gathers + weights, "fp32"),
-        Kernel("encoder's gradient", flops, gathers + weights, "fp32"),
+        _gather("decoder's gradients", shape, size, l0, rows, both, sums=2),
+        _gather("encoder's gradient", shape, size, l0, rows, FP32 * weights),
     ]
 
 
-def _per_gather(shape: Shape, size: int, l0: float) -> tuple[float, float]:
-    """Operations on one row for every pair, and bytes of these rows and of the pairs."""
-    flops = sparse_flops(shape.tokens, shape.d_model, l0) / PRODUCTS_PER_ACTIVE_LATENT
-    return flops, shape.tokens * l0 * (shape.d_model * size + PAIR)
+def _gather(name: str, shape: Shape, size: int, l0: float, rows: int, besides: float, sums: int = 1) -> Kernel:
+    """Gather a row for every pair out of a table of so many rows, and add it up or multiply it.
+
+    Args:
+        besides: bytes that move besides the table and, for every strip, the pairs.
+        sums: of sums and dot products that are taken of what is gathered.
+    """
+    pairs = shape.tokens * l0
+    gathered, table = pairs * shape.d_model * size, rows * shape.d_model * size
+    moved = (table if rows * STRIP <= CACHE else gathered) + _strips(shape, size) * (8 + size) * pairs + besides
+    flops = sums * sparse_flops(shape.tokens, shape.d_model, l0) / PRODUCTS_PER_ACTIVE_LATENT
+    return Kernel(name, flops, moved, "fp32", gathered)
+
+
+def _strips(shape: Shape, size: int) -> int:
+    return -(-shape.d_model * size // STRIP)
 
 
 def kl_kernels(shape: Shape, precision: str) -> list[Kernel]:
@@ -201,7 +226,7 @@ def dense_decoder(shape: Shape, precision: str) -> list[Kernel]:
 
 def sparse_decoder(shape: Shape, precision: str, l0: float) -> list[Kernel]:
     """Decode by pairs, with the gradients of values and weights."""
-    return [dictionary_forward(shape, precision, l0)[-1], *dictionary_gradients(shape, precision, l0)[:2]]
+    return [dictionary_forward(shape, precision, l0)[-1], dictionary_gradients(shape, precision, l0)[0]]
 
 
 def seconds(kernels: Iterable[Kernel], machine: Machine = H200) -> float:
@@ -305,8 +330,26 @@ def steps_table() -> Iterator[str]:
             yield f"| {name} | {kind} | {sums} | {' | '.join(speeds)} |"
 
 
+def decoders_table() -> Iterator[str]:
+    """Sparse decoders of 64 active features against a dense one in bf16."""
+    yield "| | forward, ms | both gradients, ms | dense in bf16, ms | dense : sparse |"
+    yield "|---|---|---|---|---|"
+    for features in (DECODER.d_sae, CARD_SHAPES["gpt2-small"].d_sae):
+        shape = replace(DECODER, d_sae=features)
+        dense = seconds(dense_decoder(shape, "mixed"))
+        for name, precision in {"fp32": "exact", "bf16": "mixed"}.items():
+            kernels = sparse_decoder(shape, precision, DECODER_L0)
+            cells = [f"{1e3 * each.seconds(H200):.2f}" for each in kernels]
+            cells += [f"{1e3 * dense:.1f}", f"{dense / seconds(kernels):.1f}"]
+            yield f"| {features:,} features, {name} | {' | '.join(cells)} |"
+
+
 PAGES = {
-    ROOT / "docs" / "performance.md": {"roofline of kernels": kernels_table, "roofline of steps": steps_table},
+    ROOT / "docs" / "performance.md": {
+        "roofline of kernels": kernels_table,
+        "roofline of steps": steps_table,
+        "roofline of decoders": decoders_table,
+    },
     ROOT / "benchmarks" / "README.md": {"goals": goals_table},
 }
 """By page, the tables between `<!-- NAME -->` and `<!-- end -->`."""
@@ -330,7 +373,7 @@ def main() -> None:
         for page in PAGES:
             page.write_text(written(page), encoding="utf-8")
     else:
-        for table in (kernels_table, steps_table, goals_table):
+        for table in (kernels_table, steps_table, decoders_table, goals_table):
             print(*table(), "", sep="\n")
 
 

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from endwise.kernels import Pairs, Unembedding
+from endwise.kernels.encoder_on_cuda import Bounds
 from endwise.kernels.on_cuda import TritonKernels
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -32,6 +33,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
     torch.bool: "i1",
 }
 
@@ -63,7 +65,9 @@ class Resources(NamedTuple):
 
 
 def launched(dtype: torch.dtype) -> list[Launched]:
-    """Every kernel that is launched, KL's and cross-entropy's with bias and soft-cap, on tensors without values."""
+    """Every kernel that is launched, KL's and cross-entropy's with bias and soft-cap, on tensors without values; the
+    encoder's with those in bf16, whatever it searches.
+    """
     found: dict[Launched, None] = {}
 
     def record(kernel: Any, _grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -78,6 +82,9 @@ def launched(dtype: torch.dtype) -> list[Launched]:
         kernels.kl(hidden, hidden, keep, unembedding)
         kernels.cross_entropy(hidden, targets, keep, unembedding, with_gradient=True)
         _launch_sparse(kernels, hidden)
+        if dtype == torch.bfloat16:
+            bounds = Bounds(record, torch.empty(ROWS, WIDTH), torch.empty(FEATURES, WIDTH), torch.empty(FEATURES))
+            bounds.places(bounds.reaching(bounds.reached_by(1)), room=PAIRS)
     return list(found)
 
 

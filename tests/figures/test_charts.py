@@ -75,6 +75,12 @@ def test_a_point_tells_its_run_and_every_interval_is_drawn():
     assert bars[1]["marker"]["symbol"] == "circle-open"  # the ring of the front
 
 
+def test_a_label_longer_than_its_axis_on_a_phone_is_folded():
+    axis = Axis("unexplained share of the variance along v")
+    made = described(div(Chart("name", "", "", (Panel("", X, axis, (line(),)),))))[0]["layout"]["yaxis"]["title"]
+    assert made["text"] == "unexplained share of the variance<br>along v"
+
+
 def test_hostile_text_is_text_on_a_page_and_in_print(tmp_path):
     mark = Mark(1.0, 0.5, HOSTILE)
     names = Axis(HOSTILE, categories=(HOSTILE, "b"))
@@ -85,7 +91,8 @@ def test_hostile_text_is_text_on_a_page_and_in_print(tmp_path):
     first = described(text)[0]
     hover = first["data"][0]["hovertext"][0].replace("<br>", "")
     assert "&lt;img" in hover and "<" not in hover
-    assert "<" not in first["layout"]["xaxis"]["title"]["text"] + "".join(first["layout"]["xaxis"]["ticktext"])
+    title = first["layout"]["xaxis"]["title"]["text"].replace("<br>", "")
+    assert "<" not in title + "".join(first["layout"]["xaxis"]["ticktext"])
     for path in save(made, tmp_path):
         assert path.stat().st_size > 1000
 

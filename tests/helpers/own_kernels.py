@@ -2,8 +2,10 @@
 
 import torch
 
-from endwise.kernels import registered
+from endwise.kernels import Pairs, registered
 from endwise.kernels.eager import EagerKernels
+from endwise.kernels.interface import HeldPairs
+from endwise.kernels.keeping import kept_of, largest_of_rows
 
 
 class OwnKernels(EagerKernels):
@@ -32,6 +34,27 @@ class DenseKernels(OwnKernels):
 
     def active(self, *_, **__):
         return None
+
+
+class HeldKernels(OwnKernels):
+    """Holds pairs in slots, as kernels of a GPU do, but chosen among all places."""
+
+    holds = True
+
+    def active_held(self, x, weight, bias, room, above=None):
+        least = 0.0 if above is None else above
+        return self._held(x, weight, bias, room, lambda _, z: (z.view(len(x), -1) <= least).logical_not().view(-1))
+
+    def largest_held(self, x, weight, bias, k, room):
+        return self._held(x, weight, bias, room, lambda *all_pairs: largest_of_rows(*all_pairs, k))
+
+    def _held(self, x, weight, bias, room, chosen):
+        n, d_sae = len(x), len(weight)
+        places, z = torch.arange(n * d_sae), torch.addmm(bias, x, weight.T).view(-1)
+        pairs = Pairs(places // d_sae, places % d_sae, torch.arange(n) * d_sae, d_sae)
+        kept = chosen(pairs, z)
+        needed = kept.sum()
+        return HeldPairs(kept_of(pairs, z, kept, min(room)), torch.stack([needed, needed.clamp_max(room.candidates)]))
 
 
 def all_kernels(screens=(None,), elements=(None,)):

@@ -9,6 +9,7 @@ from endwise.kernels import Unembedding, registered, standing_in
 from endwise.kernels.on_cuda import TritonKernels, launch
 from endwise.kernels.triton_vocabulary import add_product, differences
 from endwise.models.readout import Readout
+from interpreting import in_fp32
 
 # The interpreter computes in NumPy, which tells of what is not a number.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -32,15 +33,6 @@ CASES = [
     pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow)
     for case in itertools.product(VARIANTS, (torch.float32, torch.float16, torch.bfloat16), (False, True))
 ]
-
-
-def in_fp32(kernel, grid, *arguments, **constants):
-    """Launch on fp32 copies of what is in bf16, whose products the interpreter would take of the bits."""
-    copies = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in arguments]
-    launch(kernel, grid, *copies, **constants)
-    for own, copy in zip(arguments, copies, strict=True):
-        if copy is not own:
-            own.copy_(copy)
 
 
 class SmallKernels(TritonKernels):

@@ -1,13 +1,19 @@
 """Models that a quantiser of transformers' packed are loaded, spliced, trained on and evaluated as they are."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
 import transformers as hf
 
-from endwise import LanguageModel, Site, evaluate, load_model, train
-from endwise.common.errors import ModelError
+from endwise import LanguageModel, RunConfig, Site, evaluate, load_model, train
+from endwise.common.digests import tensor_parts
+from endwise.common.errors import ConfigError, ModelError
+from endwise.models.plain_weights import keep_differentiable
+from endwise.models.quantisers import QUANTISERS as OF_RECIPES
+from endwise.models.quantisers import quantisation, refuse_unpacked
 from endwise.models.sites import Part
 from endwise.training.planning.plan import plan
 from small_gpt2 import recipe
@@ -74,12 +80,38 @@ def test_it_is_spliced_and_gradients_go_through(plain, quantiser):
         model.in_bfloat16()
 
 
+def unpacked(hugging):
+    """A plain model with the values that the quantiser made of the weights."""
+    plain = hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE))
+    if hugging.config.quantization_config.quant_method == "bitsandbytes":
+        weights = copy.deepcopy(hugging).dequantize().state_dict()
+    else:
+        weights = {
+            name: getattr(each, "dequantize", lambda each=each: each)() for name, each in hugging.state_dict().items()
+        }
+    plain.load_state_dict({name: each.float() for name, each in weights.items()})
+    return plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantiser", SAVED[1:])
+def test_the_gradient_is_that_of_the_unpacked_weights(plain, quantiser):
+    """Also after passes without gradients, for which bitsandbytes packs 4-bit weights anew on some CPUs. LLM.int8 packs
+    what its layers are given too, and has no such twin.
+    """
+    hugging, site = packed(plain, quantiser), Site(1, Part.RESID_PRE)
+    theirs = gradient(LanguageModel(unpacked(hugging), name="unpacked"), site, tokens())
+    ours = gradient(LanguageModel(hugging, name="packed"), site, tokens())
+    assert relative(ours, theirs) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantiser", SAVED)
 def test_a_folder_of_one_is_trained_on_and_evaluated(plain, made, tmp_path, quantiser):
     hugging, ids = packed(plain, quantiser), tokens()
     hugging.save_pretrained(tmp_path / "packed")
     model = load_model(str(tmp_path / "packed"))
+    keep_differentiable(hugging)  # or a pass of its own would take another kernel
     with torch.no_grad():
         assert torch.equal(model.logits(ids), hugging(input_ids=ids).logits)
     config = recipe(tmp_path / "run", tokens=64).model_dump()
@@ -91,6 +123,34 @@ def test_a_folder_of_one_is_trained_on_and_evaluated(plain, made, tmp_path, quan
     assert json.loads((run.folder / "digests.json").read_text())["model"].startswith("files:")
     with pytest.raises(ModelError, match=r"is quantised by .*Plan with the checkpoint that it was made from"):
         plan(type(recipe(tmp_path / "run")).build(config))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OF_RECIPES)
+def test_a_recipe_packs_a_checkpoint_as_it_is_loaded(plain, kind):
+    theirs, ids = packed(plain, kind.replace("-", " ").removesuffix("bit") + "-bit"), tokens()
+    keep_differentiable(theirs)
+    model, original = load_model(str(plain), quantization=kind), load_model(str(plain))
+    with torch.no_grad():
+        assert relative(model.logits(ids), theirs(input_ids=ids).logits) < 1e-5
+    sizes = [
+        sum(part.nbytes for name, each in of.model.named_parameters() for _, part in tensor_parts(name, each))
+        for of in (model, original)
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def test_what_cannot_be_packed_is_refused(plain):
+    with pytest.raises(ConfigError, match=r"model\.quantization is one of bitsandbytes-8bit, .*given '3bit'"):
+        load_model(str(plain), quantization="3bit")
+    config = hf.LlamaConfig(**SHAPE, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match=r"it is quantised by gptq .*already\. Unset model\.quantization"):
+        quantisation("torchao-8bit", config, torch.float32, "it")
+    with pytest.raises(ModelError, match="none of it's weights were packed"):
+        refuse_unpacked(hf.AutoModelForCausalLM.from_pretrained(plain), "torchao-8bit", "it")
+    values = RunConfig.changed(recipe(plain).model_dump(), {"model.quantization": "torchao-8bit"})
+    with pytest.raises(ModelError, match=r"is quantised by torchao-8bit \(model\.quantization\).*Plan with"):
+        plan(RunConfig.build(values))
 
 
 class Blocked(torch.autograd.Function):
@@ -113,6 +173,28 @@ class Packed(torch.nn.Linear):
 
     def forward(self, x):
         return Blocked.apply(super().forward(x))
+
+
+class Silent(torch.autograd.Function):
+    """As a kernel of which PyTorch only warns that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        warnings.warn("mine: an autograd kernel was not registered to the Autograd key(s)", stacklevel=2)
+        return torch.zeros_like(gradient)
+
+
+def test_one_with_silently_wrong_gradients_is_refused(plain, monkeypatch):
+    hugging = hf.AutoModelForCausalLM.from_pretrained(plain)
+    hugging.hf_quantizer = object()
+    hugging.model.layers[1].mlp.up_proj = Packed(hugging.model.layers[1].mlp.up_proj)
+    monkeypatch.setattr(Blocked, "apply", Silent.apply)
+    with pytest.raises(ModelError, match=r"mine is quantised, and no gradient goes .*an autograd kernel was not"):
+        LanguageModel(hugging, name="mine")
 
 
 def test_one_without_gradients_is_refused(plain):

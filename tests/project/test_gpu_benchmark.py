@@ -259,14 +259,15 @@ def test_the_pages_have_the_tables_as_they_are_computed(bench):
 
 
 def test_a_kernel_takes_as_long_as_the_longer_of_two(bench):
-    machine = bench["roofline"].Machine("a card", 10.0, {"bf16": 4.0, "tf32": 3.0, "fp32": 1.0})
-    for (flops, moved, numbers), expected in {
-        (8.0, 10.0, "bf16"): 2.0,
-        (8.0, 40.0, "bf16"): 4.0,
-        (8.0, 10.0, "tf32x3"): 8.0,
-        (0.0, 5.0, "fp32"): 0.5,
+    machine = bench["roofline"].Machine("a card", 10.0, {"bf16": 4.0, "tf32": 3.0, "fp32": 1.0}, 20.0)
+    for (flops, moved, numbers, gathered), expected in {
+        (8.0, 10.0, "bf16", 0.0): (2.0, "arithmetic"),
+        (8.0, 40.0, "bf16", 0.0): (4.0, "memory"),
+        (8.0, 10.0, "tf32x3", 0.0): (8.0, "arithmetic"),
+        (0.0, 5.0, "fp32", 60.0): (3.0, "cache"),
     }.items():
-        assert bench["roofline"].Kernel("", flops, moved, numbers).seconds(machine) == expected
+        kernel = bench["roofline"].Kernel("", flops, moved, numbers, gathered)
+        assert (kernel.seconds(machine), kernel.bound(machine)) == expected
 
 
 @pytest.mark.parametrize("objective", ["local", "e2e", "e2e_ds"])
@@ -288,21 +289,20 @@ def test_traffic_written_out_by_hand(bench):
     products = 8 * ((4 + 12) + (4 + 4) + (4 + 16) + (16 + 4))
     attention = 8 * (12 + 4)
     block, backward = 2 * (weights + products + attention), 2 * (weights + products + 2 * attention)
-    pairs, rows, matrix = 24 * 8, 24 * 4 * 2, 32 * 4
+    pairs, matrix, states = 24, 32 * 4, 8 * 4
     assert moved == {
         "clean pass": 2 * block,
         "weights to bf16": 2 * matrix * 6,
-        "encoder": 2 * (matrix + 32) + pairs,
-        "decoder": rows + pairs + 64,
+        "encoder": 2 * (matrix + 32) + 8 * pairs,
+        "decoder": 2 * matrix + 10 * pairs + 2 * states,
         "tail, forward": block,
         "KL: statistics": 2 * (2 * 32 + 40),
         "KL: differences": 2 * (2 * 32 + 40) + 2 * 80,
         "KL: add_product": 2 * 80 + 2 * 40 + 4 * 32,
         "downstream MSE": 0,
         "tail, backward": backward,
-        "latents' gradient": rows + pairs + 64,
-        "decoder's gradient": rows + pairs + 4 * matrix,
-        "encoder's gradient": rows + pairs + 4 * matrix,
+        "decoder's gradients": 2 * states + 10 * pairs + (2 + 4) * matrix + (8 + 14) * pairs,
+        "encoder's gradient": 2 * states + 10 * pairs + 4 * matrix,
         "Adam": 32 * 2 * matrix,
     }
 

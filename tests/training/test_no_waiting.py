@@ -9,10 +9,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from endwise import LanguageModel
-from endwise.kernels import standing_in
+from endwise import LanguageModel, RunConfig
+from endwise.kernels import Rooms, standing_in
 from endwise.training.trainee import Trainee
-from own_kernels import DenseKernels
+from own_kernels import DenseKernels, HeldKernels, OwnKernels
 from own_training import train_with
 from small_gpt2 import recipe, small_corpora, small_model, write_tokens
 
@@ -35,9 +35,8 @@ class NoReads(TorchFunctionMode):
 class NoCounts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        masks = name.startswith("index") and any(
-            index is not None and index.dtype == torch.bool for index in args[1] if isinstance(args[1], list | tuple)
-        )
+        places = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        masks = any(index is not None and index.dtype == torch.bool for index in places)
         if name in COUNTS or masks:
             raise Waited(name)
         return function(*args, **(kwargs or {}))
@@ -110,9 +109,70 @@ def guarded_training(model, folder, guard, monkeypatch):
 
 
 def test_on_the_cpu(tmp_path, monkeypatch):
-    # Sparse latents, which the CPU uses where few features are active, are found by counting; a GPU has dense ones.
+    # Sparse latents, which the CPU uses where few features are active, are found by counting.
     with standing_in("cpu", DenseKernels()):
         guarded_training(small_model(), tmp_path, no_waiting, monkeypatch)
+
+
+DICTIONARIES = (
+    {"architecture": "standard"},
+    {"architecture": "standard", "decoder_norm": "free"},
+    {"architecture": "jumprelu"},
+    {"architecture": "gated"},
+    {"architecture": "topk", "k": 4},
+    {"architecture": "batchtopk", "k": 4},
+    {"architecture": "matryoshka_batchtopk", "k": 4},
+)
+
+
+def sparse_training(folder, kernels, trainee):
+    """Train one of each kind of dictionary, with sparse latents whatever their number, and return their tensors."""
+    tokens, runs = write_tokens(folder), []
+    for number, dictionary in enumerate(DICTIONARIES):
+        config = recipe(folder / f"{trainee.__name__}{number}", tokens=320, microbatch=1).model_dump(mode="json")
+        config["dictionary"] = {"size": 40, **dictionary}
+        if "k" in dictionary:
+            config["objective"]["sparsity"] = None
+        runs.append(RunConfig.build(config))
+    seen = []
+
+    class Sparse(trainee):
+        def __init__(self, sae, *given):
+            super().__init__(sae, *given)
+            sae.sparse_below = 1.0
+            seen.append(self)
+
+    with standing_in("cpu", kernels):
+        train_with(Sparse, runs, small_model(), small_corpora(tokens))
+    return [{name: tensor.clone() for name, tensor in each.sae.state_dict().items()} for each in seen]
+
+
+def test_pairs_held_in_slots_train_as_those_that_are_counted_and_nothing_waits_for_their_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    again = []
+
+    class Tight(Rooms):
+        """No more room than the step before needed, so that many steps are taken again."""
+
+        head, least = 1.0, 0
+
+        def settle(self):
+            again.append(super().settle())
+            return again[-1]
+
+    class Held(Trainee):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.rooms = Tight()
+
+        def accumulate(self, *given):
+            with no_waiting():
+                super().accumulate(*given)
+
+    held = sparse_training(tmp_path, HeldKernels(), Held)
+    counted = sparse_training(tmp_path, OwnKernels(screened=False), Trainee)
+    assert any(again) and not all(again)
+    torch.testing.assert_close(held, counted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from endwise import kernels
+from endwise import kernels, load_model
 from endwise.cli import app
 from endwise.cli.runs import DOES_NOT_FIT
 from endwise.common.errors import ConfigError, ModelError, SiteError
@@ -22,6 +22,7 @@ from endwise.runs.checkpoints import write_checkpoint
 from endwise.tokens import TokenBatch
 from endwise.training.kl_subset import KLSubset
 from endwise.training.making import new_trainee
+from endwise.training.planning.divided import GATHERED
 from endwise.training.planning.dry_run import (
     ALLOCATOR,
     CHECKPOINT,
@@ -381,6 +382,19 @@ def test_a_shard_holds_its_features(stored, dictionary):
     assert shard.total_flops > whole.total_flops  # each of four runs the model
     with pytest.raises(ConfigError, match=r"training.shards is 4, .* 6 is no multiple"):
         planned(6, 4000, shards=4)
+
+
+def test_blocks_divided_among_processes(stored):
+    sharded = recipe(stored("gpt2"), microbatch=1, model={"sharded": True})
+    whole, part = (plan(each, processes=2) for each in (recipe(stored("gpt2"), microbatch=1), sharded))
+    blocks = load_model(str(stored("gpt2"))).model.transformer.h
+    sizes = [sum(each.nbytes for each in block.parameters()) for block in blocks]
+    for one, other in zip(whole.stages, part.stages, strict=True):
+        assert one.parts[MODEL] - other.parts[MODEL] == sum(sizes) / 2
+        assert other.parts.get(GATHERED, 0) == (0 if other.name == CHECKPOINT else 2 * sizes[0])
+        assert {**other.parts, MODEL: 0, GATHERED: 0} == {**one.parts, MODEL: 0, GATHERED: 0}
+    with pytest.raises(ConfigError, match="one process has nobody to divide it with"):
+        plan(sharded)
 
 
 def test_what_does_not_fit_is_named_with_settings_that_do(stored):

@@ -108,7 +108,7 @@ def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bo
 
 def of_tensors(tensors: Mapping[str, Tensor], before: str = "") -> str:
     """Digest a text and each tensor's name, type, shape and bytes; about a second a gigabyte."""
-    whole = {key: each for name, tensor in tensors.items() for key, each in _parts(name, tensor)}
+    whole = {key: each for name, tensor in tensors.items() for key, each in tensor_parts(name, tensor)}
     digest = hashlib.sha256(before.encode())
     for name, tensor in sorted(whole.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -116,14 +116,14 @@ def of_tensors(tensors: Mapping[str, Tensor], before: str = "") -> str:
     return digest.hexdigest()
 
 
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def tensor_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensors that one is made of: itself, or of a quantiser's its numbers and scales."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield name, tensor
         return
     for part in flatten()[0]:
-        yield from _parts(f"{name}.{part}", getattr(tensor, part))
+        yield from tensor_parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def of_tokenizer(tokenizer: Any | None) -> str | None:

@@ -14,6 +14,7 @@ for) lies on the CPU, so that no host waits for its GPU.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +33,70 @@ tokenising that one does while another has the text already."""
 T = TypeVar("T")
 
 
+class Lending:
+    """Tensors that lie in parts, one in each process, gathered whenever any process needs one whole.
+
+    A gathering takes all processes, but they need not come to the same ones in the same order: one has a sequence more
+    to go through, the first alone measures something. So all agree before each which tensor is gathered; who asked for
+    another, or waits for the others in a reduction, lends its part meanwhile.
+
+    Args:
+        hosts: see `World`.
+    """
+
+    def __init__(self, hosts: Any = None) -> None:
+        self._hosts = hosts
+        self._parts: list[Callable[[], Tensor]] = []
+
+    def __deepcopy__(self, _memo: Any) -> "Lending":
+        return self  # the processes of a dictionary that is copied are the same
+
+    def offer(self, part: Callable[[], Tensor]) -> int:
+        """Take what makes this process's part of a tensor, flat; all processes offer the same tensors in one order.
+
+        Returns:
+            The number by which `gather` knows it.
+        """
+        self._parts.append(part)
+        return len(self._parts) - 1
+
+    def gather(self, number: int, whole: Tensor, part: Tensor) -> None:
+        """Fill `whole` with the parts of all processes in the order of their ranks, lending others theirs until then.
+
+        Raises:
+            ProcessLost: another process is gone, or does not answer in time.
+        """
+        with _noticing_loss():
+            while (wanted := self._agreed(number)) != number:
+                self._lend(wanted)
+            _gather_into(whole, part)
+
+    def lend(self) -> None:
+        """Lend this process's parts until no process wants any; all come here before a reduction.
+
+        Raises:
+            ProcessLost: see `gather`.
+        """
+        with _noticing_loss():
+            while self._parts and (wanted := self._agreed(-1)) >= 0:
+                self._lend(wanted)
+
+    def _agreed(self, wanted: int) -> int:
+        """The tensor that is gathered next: of those that are wanted the one of the largest number; −1: none is."""
+        number = torch.tensor(wanted)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._hosts)
+        return int(number)
+
+    def _lend(self, number: int) -> None:
+        part = self._parts[number]()
+        _gather_into(part.new_empty(dist.get_world_size() * len(part)), part)
+
+
+def _gather_into(whole: Tensor, part: Tensor) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(whole, part)
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run, seen from one of them. With one process everything here does nothing."""
@@ -46,6 +111,8 @@ class World:
     """Number of the first of these processes among all that were started."""
     grid: "tuple[World, World] | None" = None
     """Replicas and shards; None: each process holds the whole dictionary."""
+    lending: Lending = field(default_factory=Lending, repr=False, compare=False)
+    """Weights that lie in parts (`models.sharding`); of replicas and shards none do."""
 
     @property
     def is_first(self) -> bool:
@@ -101,6 +168,7 @@ class World:
             ProcessLost: another process is gone, or does not answer in time.
         """
         if self.size > 1:
+            self.lending.lend()
             with _noticing_loss():
                 pending = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
                 for each in pending:
@@ -112,6 +180,7 @@ class World:
         if self.size == 1:
             return tensor[None]
         gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        self.lending.lend()
         with _noticing_loss():
             dist.all_gather(gathered, tensor.contiguous(), group=self._group(tensor))
         return torch.stack(gathered)
@@ -137,6 +206,7 @@ class World:
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
+        self.lending.lend()
         with _noticing_loss():
             dist.all_gather_object(gathered, value, group=self.hosts)
         return gathered
@@ -146,6 +216,7 @@ class World:
         if self.size == 1:
             return value
         held = [value]
+        self.lending.lend()
         with _noticing_loss():
             dist.broadcast_object_list(held, src=self.first, group=self.hosts, device=torch.device("cpu"))
         return held[0]
@@ -154,6 +225,7 @@ class World:
         """Give the first process what every process has, of one shape and type, on the CPU; None in the others."""
         own = tensor.detach().cpu().contiguous()
         gathered = [torch.empty_like(own) for _ in range(self.size)] if self.is_first else None
+        self.lending.lend()
         with _noticing_loss():
             dist.gather(own, gathered, dst=self.first, group=self.hosts)
         return gathered
@@ -204,6 +276,26 @@ class World:
 
 
 ALONE = World()
+_JOINED: ContextVar[World] = ContextVar("_JOINED", default=ALONE)
+
+
+def current() -> World:
+    """Return the world that was joined around this call; `ALONE` where none was."""
+    return _JOINED.get()
+
+
+def in_turn(world: World, what: str, act: Callable[[], T]) -> T:
+    """Do something in the processes of one machine one after another, so that its memory holds what it takes once.
+
+    Raises:
+        ElsewhereFailed: see `World.together`.
+    """
+    done: list[T] = []
+    for turn in range(1 + max(world.gather(local_rank()))):
+        with world.together(what):
+            if turn == local_rank():
+                done.append(act())
+    return done[0]
 
 
 @contextmanager
@@ -217,7 +309,8 @@ def joined() -> Iterator[World]:
     """
     if dist.is_available() and dist.is_initialized():
         only_gpus = dist.get_backend() == dist.Backend.NCCL
-        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if only_gpus else None)
+        with _being(dist.new_group(backend="gloo") if only_gpus else None) as world:
+            yield world
         return
     if not launched():
         yield ALONE
@@ -228,9 +321,21 @@ def joined() -> Iterator[World]:
     with _noticing_loss():
         dist.init_process_group(backend, timeout=_timeout())
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        with _being(None) as world:
+            yield world
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _being(hosts: Any) -> Iterator[World]:
+    world = World(dist.get_rank(), dist.get_world_size(), hosts, Lending(hosts))
+    token = _JOINED.set(world)
+    try:
+        yield world
+        world.lending.lend()
+    finally:
+        _JOINED.reset(token)
 
 
 def launched() -> bool:

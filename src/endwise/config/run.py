@@ -52,6 +52,12 @@ class ModelConfig(Config):
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Never on unless set here."""
+    quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-8bit"] | None = None
+    """Pack the weights of the model's blocks in 8 or 4 bits as they are loaded, by a quantiser of transformers' (extras
+    `bitsandbytes` and `torchao`); `dtype` is what is computed in. Unset: as the checkpoint has them."""
+    sharded: Annotated[bool, EXECUTION] = False
+    """Divide the model's blocks among the processes of `torchrun` (FSDP2), each of which gathers a block for as long as
+    it computes. For a model too large for one GPU; see docs/scaling.md."""
 
 
 class DataConfig(Config):

@@ -100,11 +100,11 @@ class BatchTopKSAE(LinearSAE):
         self.k_now = self.k.at(done)
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
-        """Sparse where k is small; on a GPU, where counting would make the host wait, latents are dense."""
+        """Sparse where k is small (on a GPU: `Rooms`)."""
         x = x.to(self.encoder.dtype)
         if self.training:
             return self._largest(x, None if counted is None else counted.flatten())
-        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, self.threshold)
+        sparse = encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, self.threshold)
         if sparse is not None:
             return sparse
         before = self.before(x)
@@ -118,10 +118,12 @@ class BatchTopKSAE(LinearSAE):
         count = (competing.double() * self.k_now).round().long()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         own = self.k_now / self.world.shards.size
-        found = None if x.is_cuda else candidates_of_step(encoder, counted, own, count, self.world)
+        found = candidates_of_step(encoder, counted, own, count, self.world)
         if found is not None:
-            rows = None if counted is None else counted[found.pairs.rows]
-            return sparse_values(x, self.encoder, self.b_enc, found.where(self._kept(found.values, rows, count)))
+            kept = self._kept(found.values, None if counted is None else counted[found.pairs.rows], count)
+            if found.pairs.pads is not None:
+                return sparse_values(x, self.encoder, self.b_enc, found).where(kept)
+            return sparse_values(x, self.encoder, self.b_enc, found.where(kept))
         values = torch.relu(self.before(x))
         rows = None if counted is None else counted[:, None].expand(-1, self.d_sae).flatten()
         most = min(values.numel(), round(self.k_now * self.world.replicas.total(len(flat))))

@@ -84,7 +84,7 @@ class GatedSAE(LinearSAE):
         x = x.to(self.encoder.dtype)
         if not self.training:
             return self._finished(x)
-        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_gate.detach(), self.sparse_below)
+        sparse = encode_sparse(x, self.encoder, self.b_gate.detach(), self.sparse_below)
         if sparse is not None:
             at = sparse.places.features
             shared = sparse.values - self.b_gate.detach().index_select(0, at)
@@ -108,7 +108,7 @@ class GatedSAE(LinearSAE):
         """As features above thresholds (`as_thresholded`): those whose x·W is above both −b_gate and −b_mag/e^r."""
         b_gate, scale, b_mag = self._numbers()
         least = torch.maximum(-b_gate, -b_mag / scale)
-        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, -least, self.sparse_below)
+        sparse = encode_sparse(x, self.encoder, -least, self.sparse_below)
         if sparse is None:
             return DenseLatents(self._gated(linear(x, self.encoder), b_gate, scale, b_mag)[0])
         at = sparse.places.features

@@ -144,10 +144,13 @@ class JumpReLUSAE(LinearSAE):
 
     def _sparse(self, x: Tensor, edge: Tensor, bandwidth: Tensor | None) -> SparseLatents | None:
         """The features above an edge of each, if they are few; with a bandwidth, with the gates of those."""
-        found = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, edge)
+        found = encode_sparse(x, self.encoder, self.b_enc, self.sparse_below, edge)
         if found is None or bandwidth is None:
             return found
-        values, gates = self._jump(found.values, bandwidth, found.places)
+        near = found.values
+        if found.places.pads is not None:  # which no threshold is to feel
+            near = near.where(~found.places.pads, -torch.inf)
+        values, gates = self._jump(near, bandwidth, found.places)
         return SparseJumps(values, found.places, found.shape, gates=self._gates(gates))
 
     def _gates(self, values: Tensor) -> "Gates":

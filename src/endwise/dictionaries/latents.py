@@ -5,7 +5,9 @@ are active features, not as much as there are features.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from endwise.common.errors import ConfigError
-from endwise.kernels import Found, Pairs, kernels_for
-from endwise.kernels.interface import PerPair
+from endwise.kernels import Found, Kernels, Pairs, kernels_for, rooms_in_use
+from endwise.kernels.interface import HeldPairs, PerPair, Room
 
 MOSTLY = 3 / 4
 """Share of pairs that are not 0 from which on leaving out the others gains nothing."""
@@ -167,22 +169,27 @@ class SparseLatents(Latents):
         return SparseLatents(self.values[kept], self.places.where(kept), self.shape)
 
     def of(self, feature: int) -> Float[Tensor, "*rows"]:
-        here = self.places.features == feature
-        values = self.values.new_zeros(self.places.n_rows)
-        return values.index_put((self.places.rows[here],), self.values[here]).view(self.shape)
+        own = self.values.where(self.places.features == feature, 0.0)
+        return self.values.new_zeros(self.places.n_rows).index_add(0, self.places.rows, own).view(self.shape)
 
 
 @dataclass(frozen=True)
 class NearlySparseLatents(SparseLatents):
-    """Sparse latents in training, of which some are 0: features that are not active learn too."""
+    """Sparse latents in training, of which some are 0: features that are not active learn too, and pads are there so
+    that no shape depends on values.
+    """
 
     def l0(self) -> Float[Tensor, "*rows"]:
-        rows = self.places.rows[self.values.detach() != 0]
-        return torch.bincount(rows, minlength=self.places.n_rows).float().view(self.shape)
+        active = (self.values.detach() != 0).float()
+        return active.new_zeros(self.places.n_rows).index_add_(0, self.places.rows, active).view(self.shape)
 
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
-        active = mask.flatten()[self.places.rows] & (self.values.detach() != 0)
-        return torch.bincount(self.places.features[active], minlength=self.places.n_features)
+        active = (mask.flatten()[self.places.rows] & (self.values.detach() != 0)).long()
+        return active.new_zeros(self.places.n_features).index_add_(0, self.places.features, active)
+
+    def where(self, kept: Bool[Tensor, " pairs"]) -> "SparseLatents":
+        """Keep some of the pairs; the others are 0."""
+        return NearlySparseLatents(self.values.where(kept, 0.0), self.places, self.shape)
 
 
 def _magnitudes(values: Tensor, p: float, counts: Tensor | None) -> Tensor:
@@ -207,7 +214,7 @@ def encode_sparse(
     above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
 ) -> SparseLatents | None:
     """`z = x·weightᵀ + bias` where it is above a threshold, as sparse latents; None if that is at more than `share` of
-    all places.
+    all places, or on a GPU where that is not known without a wait (`found_on`).
 
     Args:
         above: one threshold, or one for each feature, at least 0; None: 0, which is ReLU. None gets a gradient.
@@ -215,8 +222,28 @@ def encode_sparse(
     rows = x.detach().reshape(-1, x.shape[-1])
     limit = int(share * len(rows) * len(weight))
     least = None if above is None else above.detach()
-    found = kernels_for(x.device).active(rows, weight.detach(), bias.detach(), limit, least)
+    kernels, encoder = kernels_for(x.device), (rows, weight.detach(), bias.detach())
+    now, held = partial(kernels.active, *encoder, limit, least), partial(kernels.active_held, *encoder, above=least)
+    found = found_on(kernels, x, limit, now, held)
     return None if found is None else sparse_values(x, weight, bias, found)
+
+
+def found_on(
+    kernels: Kernels,
+    x: Tensor,
+    limit: int,
+    now: Callable[[], Found | None],
+    held: Callable[[Room], HeldPairs | None],
+) -> Found | None:
+    """Find pairs in the way that suits the device; None where latents are to be dense.
+
+    A CPU counts them (`now`). On a GPU that would make the host wait: in a training step they are `held` in the room
+    that there is (`Rooms`), if the kernels can; otherwise latents are dense.
+    """
+    if kernels.holds or x.is_cuda:
+        rooms = rooms_in_use()
+        return None if rooms is None else rooms.find(limit, held)
+    return now()
 
 
 def sparse_values(
@@ -227,7 +254,10 @@ def sparse_values(
 ) -> SparseLatents:
     """`x·weightᵀ + bias` at the places that were found, as sparse latents with gradients to all three."""
     values: Any = _ActiveValues.apply(x.reshape(-1, x.shape[-1]), weight, bias, found)
-    return SparseLatents(values, found.pairs, tuple(x.shape[:-1]))
+    pads, shape = found.pairs.pads, tuple(x.shape[:-1])
+    if pads is None:
+        return SparseLatents(values, found.pairs, shape)
+    return NearlySparseLatents(values.masked_fill(pads, 0.0), found.pairs, shape)  # which have no gradient
 
 
 def decode_sparse(
@@ -343,7 +373,11 @@ class _WeightedRows(Function):
 
 
 def _without_zeros(numbers: PerPair, pairs: Pairs) -> tuple[Float[Tensor, " some"], Pairs]:
-    """Leave out pairs that add nothing to a sum, where they are many, as of latents just under their thresholds."""
+    """Leave out pairs that add nothing to a sum, where they are many, as of latents just under their thresholds; not
+    where no shape may depend on values.
+    """
+    if pairs.pads is not None:
+        return numbers, pairs
     there = numbers != 0
     places = there.nonzero()[:, 0]
     return (numbers, pairs) if len(places) > MOSTLY * len(numbers) else (numbers[places], pairs.where(there))

@@ -115,7 +115,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         # Within a row pairs lie in the order of features, so that those of a row's groups lie one after another.
         rows = places.rows * number + torch.bucketize(places.features, ends, right=True)
         starts = torch.searchsorted(rows, torch.arange(places.n_rows * number, device=rows.device))
-        of_groups = Pairs(rows, places.features, starts, places.n_features)
+        of_groups = Pairs(rows, places.features, starts, places.n_features, places.pads)
         return self.sums(SparseLatents(sparse.values, of_groups, (*sparse.shape, number))).unbind(-2)
 
     def spliced(self, latents: Latents, x: Float[Tensor, "batch *pos d_in"]) -> Float[Tensor, "batch *pos d_out"]:

@@ -28,11 +28,10 @@ class ReluSAE(LinearSAE):
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
         """Sparse where few features are active, dense where many are, as early in training; the values are the same.
 
-        The choice is made by counting, so that it depends on the input and the weights alone. On a GPU, where counting
-        would make the host wait, latents are dense.
+        The choice is made by counting, so that it depends on the input and the weights alone (on a GPU: `Rooms`).
         """
         x = x.to(self.encoder.dtype)
-        sparse = None if x.is_cuda else encode_sparse(x, self.encoder, self.b_enc, self.sparse_below)
+        sparse = encode_sparse(x, self.encoder, self.b_enc, self.sparse_below)
         latents = sparse or DenseLatents(torch.relu(self.before(x)))
         return latents if (norms := self.penalty_norms()) is None else replace(latents, norms=norms)
 

@@ -8,6 +8,7 @@ positive values are chosen. NaN always is, so that it stays in the latents and s
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from torch.nn.functional import linear
 from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import KnobRule
+from endwise.dictionaries.latents import found_on
 from endwise.dictionaries.linear import LinearConfig
-from endwise.kernels import Found, kernels_for
+from endwise.kernels import Found, kernels_for, rooms_in_use
 
 SPARSE_BELOW = 1 / 32
 """Largest share of features for which k makes sparse latents, as of ReLU ones."""
@@ -141,6 +143,11 @@ class Encoder(NamedTuple):
         """Candidates that are worth their cost."""
         return int(CANDIDATES * self.sparse_below * len(self.x) * len(self.weight))
 
+    @property
+    def room(self) -> int:
+        """Pairs up to which they are held in slots."""
+        return int(self.sparse_below * len(self.x) * len(self.weight))
+
     def makes_sparse(self, k: int | float) -> bool:
         """Return whether k features per row are few enough for sparse latents."""
         return k <= self.sparse_below * len(self.weight)
@@ -178,7 +185,9 @@ def top_per_row(encoder: Encoder, k: int) -> Found | None:
     """Find each row's k largest positive pre-activations; None where that is for a dense product to find."""
     if not encoder.makes_sparse(k):
         return None
-    return kernels_for(encoder.x.device).largest(encoder.x, encoder.weight, encoder.bias, k, encoder.limit)
+    kernels = kernels_for(encoder.x.device)
+    now, held = partial(kernels.largest, *encoder[:3], k, encoder.limit), partial(kernels.largest_held, *encoder[:3], k)
+    return found_on(kernels, encoder.x, encoder.room, now, held)
 
 
 def candidates_of_step(
@@ -193,6 +202,8 @@ def candidates_of_step(
     """
     if not encoder.makes_sparse(k):
         return None
+    if encoder.x.is_cuda or kernels_for(encoder.x.device).holds:
+        return _held(encoder, counted, k, count) if world.size == 1 else None
     with world.together("choosing the active features") if world.size > 1 else nullcontext():
         bounds = encoder.bounds(counted, k)
     world.add([bounds])
@@ -211,6 +222,24 @@ def candidates_of_step(
         if state[1] >= count:
             return found
     return found
+
+
+def _held(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor) -> Found | None:
+    """As `candidates_of_step`, in slots: above a bound that lets many more through than are wanted, so that it is rare
+    that too few are.
+    """
+    if (rooms := rooms_in_use()) is None:
+        return None
+    bound = encoder.bounds(counted, k)[len(MORE) - 1]
+    find = partial(kernels_for(encoder.x.device).active_held, *encoder[:3], above=bound)
+
+    def too_few(found: Found) -> Tensor:
+        competing = found.values > 0
+        if counted is not None:
+            competing &= counted[found.pairs.rows]
+        return (competing.sum() < count) & (bound > 0)
+
+    return rooms.find(encoder.room, find, too_few)
 
 
 def threshold_for(

@@ -21,7 +21,7 @@ from endwise.dictionaries.selection import (
 )
 from endwise.dictionaries.sharing import best_pairs, best_places
 from endwise.formats import Layout
-from endwise.kernels import kept_per_row
+from endwise.kernels import kept_per_row, kernels_for
 
 SAME_NORM = 1e-4
 """Difference of norms, as a share of them, that says nothing."""
@@ -63,12 +63,14 @@ class TopKSAE(LinearSAE):
         self.k_now = self.k.at(done)
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
-        """Sparse where k is small; on a GPU, where counting would make the host wait, latents are dense."""
+        """Sparse where k is small (on a GPU: `Rooms`)."""
         x, k = x.to(self.encoder.dtype), round(self.k_now if self.training else self.k.k)
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
-        found, shards, own = None, self.world.shards, min(k, self.d_sae)
-        if not x.is_cuda and (found := top_per_row(encoder, own)) is not None:
+        shards, own = self.world.shards, min(k, self.d_sae)
+        in_slots = x.is_cuda or kernels_for(x.device).holds  # whose pads do not compete among shards
+        found = None if shards.size > 1 and in_slots else top_per_row(encoder, own)
+        if found is not None:
             if shards.size > 1:
                 found = found.where(best_pairs(found, own, k, shards))
             return sparse_values(x, self.encoder, self.b_enc, found)

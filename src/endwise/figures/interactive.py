@@ -23,6 +23,8 @@ SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v"
 SYMBOLS |= {"P": "cross", "X": "x", "<": "triangle-left", ">": "triangle-right"}
 HOVER_WIDTH = 46
 """Characters of a line of a point's text; longer ones are folded."""
+AXIS_WIDTH = 36
+"""Characters of a line of an axis' label: as many as the axis of a panel is long on a phone."""
 
 Json = dict[str, Any]
 _PARTS = "figures/chart.html.j2"
@@ -88,7 +90,7 @@ def _figure(panel: Panel, hatched: Sequence[str]) -> Json:
 
 
 def _axis(axis: Axis, ends: Ends, upright: bool = False) -> Json:
-    described: Json = {"title": {"text": _plain(axis.label)}}
+    described: Json = {"title": {"text": _folded(axis.label, AXIS_WIDTH)}}
     if axis.categories:
         names = [_plain(name) for name in axis.categories]
         return described | {"range": list(ends), "tickvals": list(range(len(names))), "ticktext": names}
@@ -171,7 +173,12 @@ def _bars(series: Series, values: list[tuple[float, Ends | None]]) -> Json:
 def _hover(mark: Mark, series: Series, panel: Panel) -> str:
     place = f"{panel.y.label} {mark.y:.4g}\n{panel.x.label} {mark.x:.4g}"
     told = printable(mark.hover or f"{style.name_of(series)}\n{place}")
-    lines = [part for line in told.split("\n") for part in textwrap.wrap(line, HOVER_WIDTH) or [""]]
+    return _folded(told, HOVER_WIDTH)
+
+
+def _folded(text: str, width: int) -> str:
+    """Text for plotly, in lines of so many characters."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
     return "<br>".join(_plain(line) for line in lines)
 
 

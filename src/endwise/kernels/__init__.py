@@ -15,6 +15,7 @@ import torch
 
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import Divergence, Found, Kernels, Pairs, Unembedding
+from endwise.kernels.rooms import Rooms, rooms_in_use
 from endwise.kernels.scan import kept_per_row
 from endwise.kernels.screen import has_fast_bfloat16
 
@@ -23,12 +24,14 @@ __all__ = [
     "Found",
     "Kernels",
     "Pairs",
+    "Rooms",
     "Unembedding",
     "has_fast_bfloat16",
     "kept_per_row",
     "kernels_for",
     "register",
     "registered",
+    "rooms_in_use",
     "standing_in",
 ]
 

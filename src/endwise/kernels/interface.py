@@ -46,6 +46,9 @@ class Pairs:
     row_starts: Int[Tensor, " n"]
     """Places where each row's pairs begin."""
     n_features: int
+    pads: Bool[Tensor, " pairs"] | None = None
+    """Pairs that stand for nothing, at which every value is 0, so that the number of pairs need not be known: behind
+    those of each row, as even as can be. None: there are none."""
 
     @property
     def n_rows(self) -> int:
@@ -59,9 +62,12 @@ class Pairs:
 
     @cached_property
     def by_feature(self) -> FeatureOrder:
-        """Sorted once, for both gradients that are sums over a feature's pairs."""
+        """Sorted once, for both gradients that are sums over a feature's pairs; pads are dealt out to all features."""
+        features = self.features
+        if self.pads is not None:
+            features = (self.pads.cumsum(0) % self.n_features).where(self.pads, features)
         # Keys of 32 bits halve the passes of a card's sort; `bincount` would have the host wait for the greatest one.
-        features, order = self.features.int().sort(stable=True)
+        features, order = features.int().sort(stable=True)
         every = torch.arange(self.n_features, dtype=torch.int32, device=order.device)
         return FeatureOrder(order, self.rows[order], torch.searchsorted(features, every))
 
@@ -80,6 +86,22 @@ class Found(NamedTuple):
 class DecoderGradients(NamedTuple):
     weights: PerPair
     table: Float[Tensor, "entries width"]
+
+
+class Room(NamedTuple):
+    """Slots for what is found, so that no shape depends on how much that is."""
+
+    candidates: int
+    """Places that are looked at."""
+    pairs: int
+
+
+class HeldPairs(NamedTuple):
+    """Pairs in slots, of which those that are left over are pads; what there was no room for is missing."""
+
+    found: Found
+    needed: Int[Tensor, "2"]
+    """Candidates and pairs that there are. Of pairs no more are known than the candidates that had room."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +167,31 @@ class Kernels(ABC):
         """The k largest positive ones of each row of `x·weightᵀ + bias`, of equal ones the first, with every NaN, which
         counts as the largest; None if they are at more than `limit` places.
         """
+
+    holds = False
+    """True if pairs can be held in slots (`active_held`, `largest_held`)."""
+
+    def active_held(
+        self,
+        x: Float[Tensor, "n d_model"],
+        weight: Float[Tensor, "d_sae d_model"],
+        bias: Float[Tensor, " d_sae"],
+        room: Room,
+        above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
+    ) -> HeldPairs | None:
+        """As `active`, in so many slots, without a host wait; None: not of such tensors."""
+        return None
+
+    def largest_held(
+        self,
+        x: Float[Tensor, "n d_model"],
+        weight: Float[Tensor, "d_sae d_model"],
+        bias: Float[Tensor, " d_sae"],
+        k: int,
+        room: Room,
+    ) -> HeldPairs | None:
+        """As `largest`, in so many slots, without a host wait; None: not of such tensors."""
+        return None
 
     @abstractmethod
     def weighted_sums(

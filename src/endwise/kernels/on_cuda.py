@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from endwise.kernels.interface import CrossEntropy, Divergence, Unembedding
+from endwise.kernels.encoder_on_cuda import Bounds, Search
+from endwise.kernels.interface import CrossEntropy, Divergence, Found, HeldPairs, Pairs, PerPair, Room, Unembedding
+from endwise.kernels.keeping import largest_of_rows
 from endwise.kernels.triton_sparse import SparseInTriton
 from endwise.kernels.triton_vocabulary import add_product, differences, statistics
 
@@ -47,8 +49,46 @@ class TritonKernels(SparseInTriton):
     slab, slab_elements = 4096, 1 << 26
     """Tokens of the vocabulary whose gradients are held at once, and at most so many numbers (128 MiB in bf16)."""
 
+    bounds = Bounds
+    worth = 4
+    """Candidates that are worth their cost, as a multiple of the pairs that are."""
+
     def __init__(self, launch: Launch = launch) -> None:
         self.launch = launch
+
+    holds = True
+
+    def active(self, x: Tensor, weight: Tensor, bias: Tensor, limit: int, above: Tensor | None = None) -> Found | None:
+        if x.dtype != torch.float32:
+            return super().active(x, weight, bias, limit, above)
+        return self._above(x, weight, bias, above).waiting(limit, self.worth)
+
+    def largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, limit: int) -> Found | None:
+        if x.dtype != torch.float32:
+            return super().largest(x, weight, bias, k, limit)
+        return self._largest(x, weight, bias, k).waiting(limit, self.worth)
+
+    def active_held(
+        self, x: Tensor, weight: Tensor, bias: Tensor, room: Room, above: Tensor | None = None
+    ) -> HeldPairs | None:
+        return self._above(x, weight, bias, above).held(room) if x.dtype == torch.float32 and len(x) else None
+
+    def largest_held(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, room: Room) -> HeldPairs | None:
+        return self._largest(x, weight, bias, k).held(room) if x.dtype == torch.float32 and len(x) else None
+
+    def _above(self, x: Tensor, weight: Tensor, bias: Tensor, above: Tensor | None) -> Search:
+        bounds = self.bounds(self.launch, x, weight, bias, above)
+
+        def kept(pairs: Pairs, values: PerPair) -> Tensor:
+            least = 0.0 if above is None else above if above.ndim == 0 else above[pairs.features]
+            return (values <= least).logical_not_()
+
+        return Search(self, bounds, bounds.reaching(), weight, bias, kept)
+
+    def _largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Search:
+        bounds = self.bounds(self.launch, x, weight, bias)
+        candidates = bounds.reaching(bounds.reached_by(k))
+        return Search(self, bounds, candidates, weight, bias, lambda *found: largest_of_rows(*found, k))
 
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
         if spliced.dtype == torch.float64:

@@ -6,10 +6,11 @@ is the feature active. The result is that of the fp32 encoder, to its own roundi
 
 The bound. Let u = 2⁻⁸ be bf16's unit roundoff, x̃ and w̃ the rounded vectors of width d. By Cauchy-Schwarz
 |x̃·w̃ − x·w| ≤ (2u + u²)·‖x‖·‖w‖, and adding the products up in fp32 is wrong by no more than
-s·(‖x‖·‖w‖ + |b|) with s = (d + 2)·2⁻²². So x·w + b > 0 only where x̃·w̃ + (2u + u² + s)·‖x‖·‖w‖ + b + s·|b| > 0. Both
-terms are added by the product itself, through two more columns: (margin·‖x‖, 1) against (‖w‖, b + s·|b|), all rounded
-to bf16 from values raised by 2u, so that rounding cannot lower them. A large |b| is thereby in the margin, where it
-belongs. Rounding the product's result to bf16 keeps its sign.
+s·(‖x‖·‖w‖ + |b|) with s = (d + 3)·2⁻²². So x·w + b > 0 only where x̃·w̃ + (2u + u² + s)·‖x‖·‖w‖ + b + s·|b| > 0. These
+terms are added by the product itself, through three more columns: (margin·‖x‖, 1, 1) against (‖w‖, b, 2u·|b| + s·|b|),
+of which those that widen the margin are raised by 2u, so that rounding all to bf16 cannot lower the sum. A large |b| is
+thereby in the margin, where it belongs. Rounding the product's result to bf16 keeps its sign. With (−margin·‖x‖, 1, −1)
+it is a bound from below.
 
 Above a threshold t rather than 0, b − t stands in the place of b, and what is added for rounding is s·(|b| + |t|).
 """
@@ -49,13 +50,13 @@ class Screen:
         bias: Float[Tensor, " d_sae"],
         above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
     ) -> None:
-        sums = (weight.shape[1] + 2) * 2.0**-22
+        sums = (weight.shape[1] + 3) * 2.0**-22
         self.margin = 2 * UNIT + UNIT**2 + sums
         shifted, rounded = bias, sums * bias.abs()
         if above is not None:
             shifted, rounded = bias - above, rounded + sums * above.abs()
-        raised = shifted + 2 * UNIT * shifted.abs() + (1 + 2 * UNIT) * rounded
-        self.weight = _widened(weight, weight.norm(dim=1) * (1 + 2 * UNIT), raised)
+        slack = 2 * UNIT * shifted.abs() + (1 + 2 * UNIT) * rounded
+        self.weight = _widened(weight, weight.norm(dim=1) * (1 + 2 * UNIT), shifted, slack)
 
     def candidates(self, x: Float[Tensor, "n d_model"]) -> Index:
         """Flat places of `[n d_sae]`, ascending, at which the pre-activation may be above; it is at no other."""
@@ -63,8 +64,13 @@ class Screen:
 
     def bounds(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_sae"]:
         """Bound from above, in bf16, pre-activations less what they must exceed; and, rounded to bf16, themselves."""
+        return self.widened(x) @ self.weight.T
+
+    def widened(self, x: Float[Tensor, "n d_model"], from_below: bool = False) -> Float[Tensor, "n wide"]:
+        """Prepare rows whose product with `weight` bounds pre-activations from above, or from below."""
         norms = x.norm(dim=1) * (self.margin * (1 + 2 * UNIT))
-        return _widened(x, norms, torch.ones_like(norms)) @ self.weight.T
+        ones = torch.ones_like(norms)
+        return _widened(x, -norms, ones, -ones) if from_below else _widened(x, norms, ones, ones)
 
 
 def _widened(vectors: Tensor, *columns: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _products(
+def products(
     spliced, clean, weight, kept, inside, width, PAIR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def statistics(
     for start in range(begin, min(begin + share, vocab), TOKENS):
         tokens = start + tl.arange(0, TOKENS)
         inside = tokens < vocab
-        q, p = _products(spliced, clean, weight, kept, inside, width, PAIR, PRECISION, ROWS, TOKENS, WIDTH)
+        q, p = products(spliced, clean, weight, kept, inside, width, PAIR, PRECISION, ROWS, TOKENS, WIDTH)
         q, _ = _logits(q, bias, tokens, inside, scale, cap, BIAS, CAP)
         if PAIR:
             p, _ = _logits(p, bias, tokens, inside, scale, cap, BIAS, CAP)
@@ -132,7 +132,7 @@ def differences(
     tokens = first + columns
     inside = (columns < slab) & (tokens < vocab)
     weight += (first + begin).to(tl.int64) * width
-    q, p = _products(spliced, clean, weight, kept, inside, width, PAIR, PRECISION, ROWS, TOKENS, WIDTH)
+    q, p = products(spliced, clean, weight, kept, inside, width, PAIR, PRECISION, ROWS, TOKENS, WIDTH)
     long = n.to(tl.int64)
     # Both sides round alike: no product that the subtraction could be fused with, so that equal states have no gradient
     # at all. The clean side first: there are registers for three tiles.

@@ -2,6 +2,7 @@
 look ahead, and that what follows a site is computed from the site's value as it is in the whole model.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -88,10 +89,11 @@ def refuse_no_gradients(model: Tried, tokens: Tokens) -> None:
     clean = model.clean(tokens, [FIRST])
     value = clean.activations[FIRST].clone().requires_grad_()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*autograd kernel was not registered")  # and none would come
             model.replay(clean, {FIRST: value}).final.float().square().sum().backward()
         why = None if value.grad is not None and _finite(value.grad) and bool(value.grad.any()) else "it gives none"
-    except FAILURES as error:
+    except (*FAILURES, UserWarning) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     if why is not None:
         raise ModelError(

@@ -1,5 +1,6 @@
 """Hooks at sites: what reads and replaces the values there, and what starts a pass at one of them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from endwise.models.blocks import Block, Branch, first_input, first_tensor, with_first, with_first_input
 from endwise.models.passes import Act, Patch
+from endwise.models.sharding import gathered_backward, let_go
 from endwise.models.sites import Part, Site
 
 NEEDS: dict[Part, tuple[Part, ...]] = {
@@ -27,6 +29,10 @@ def needed(site: Site) -> set[Site]:
     return {Site(site.layer, part) for part in NEEDS.get(site.part, ())}
 
 
+class Stop(Exception):
+    """End of a pass that has computed all that is asked of it."""
+
+
 class SiteHooks:
     """Acts on the values at a model's sites while it runs. All that is installed goes when its `ExitStack` closes.
 
@@ -41,6 +47,8 @@ class SiteHooks:
     def on(self, hooks: ExitStack, site: Site, act: Act) -> None:
         """Call `act` with the value at a site whenever a pass gets there."""
         block = self._blocks[site.layer]
+        if site.part not in (Part.RESID_PRE, Part.RESID_POST):
+            act = gathered_backward(block.module, act)
         if site.part is Part.RESID_MID:
             hooks.enter_context(self._acting_between(block, act))
             return
@@ -67,6 +75,21 @@ class SiteHooks:
 
         self.on(hooks, site, changed)
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run a pass within it, which `Stop` ends. Nothing stays gathered (`sharding`), here or by one that failed."""
+        self._let_go()
+        try:
+            yield
+        except Stop:
+            pass
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for block in self._blocks:
+            let_go(block.module)
+
     def enter_at(
         self, hooks: ExitStack, site: Site, value: Tensor, known: Mapping[Site, Tensor], dtype: torch.dtype
     ) -> None:
@@ -81,12 +104,12 @@ class SiteHooks:
         skipped = site.layer + (site.part is Part.RESID_POST)
         if skipped == len(self._blocks):  # nothing is left but the final norm
             skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
-            self._answer(hooks, last.module, entering)
+            self._skip(hooks, last, entering)
         else:
             skipped_blocks = self._blocks[:skipped]
             self.on(hooks, Site(skipped, Part.RESID_PRE), lambda _: entering)
         for block in skipped_blocks:
-            self._answer(hooks, block.module, None)
+            self._skip(hooks, block, None)
         self._enter_inside(hooks, self._blocks[site.layer], site, value, before.get(Part.ATTN_OUT))
 
     def _enter_inside(
@@ -97,8 +120,13 @@ class SiteHooks:
             return
         assert attention is not None and mlp is not None
         if part is Part.ATTN_Z:
-            assert block.projection is not None
-            self._answer(hooks, attention.compute, first_tensor(block.projection(value)))
+            projection, size = block.projection, self._returns[attention.compute]
+            assert projection is not None
+
+            def projected(*_args: Any, **_kwargs: Any) -> Any:  # in the block's own call, when its weights are there
+                return _answer_with(first_tensor(projection(value)), size)
+
+            hooks.enter_context(replaced(attention.compute, "forward", projected))
         elif part is Part.ATTN_OUT:
             self._answer_branch(hooks, attention, value)
         elif part is Part.RESID_MID:
@@ -110,6 +138,12 @@ class SiteHooks:
                 self._answer_branch(hooks, mlp, value)
             else:
                 self.on(hooks, site, lambda _: value)
+
+    def _skip(self, hooks: ExitStack, block: Block, value: Tensor | None) -> None:
+        """As `_answer`; the block's hooks are not called either, since those of FSDP2 would gather its weights."""
+        self._answer(hooks, block.module, value)
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks.enter_context(replaced(block.module, name, OrderedDict()))
 
     def _answer_branch(self, hooks: ExitStack, branch: Branch, value: Tensor) -> None:
         for module in {branch.compute, branch.write}:
@@ -235,10 +269,10 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within it, a method of the module is another."""
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Within it, a method of the module, or another attribute of its own, is another."""
     own = module.__dict__.get(name)  # accelerate, for one, puts a forward on the instance
-    setattr(module, name, method)
+    setattr(module, name, value)
     try:
         yield
     finally:

@@ -23,20 +23,17 @@ from endwise.models.blocks import find_blocks, first_input, with_first_input
 from endwise.models.checks import refuse_no_gradients
 from endwise.models.documents import positions, refuse_joined
 from endwise.models.fused_gelu import fuse_gelu
-from endwise.models.hooking import SiteHooks, needed, removed
+from endwise.models.hooking import SiteHooks, Stop, needed, removed
 from endwise.models.passes import Clean, Patch, Spliced
-from endwise.models.plain_weights import is_quantised, refuse_copying, refuse_quantised
+from endwise.models.plain_weights import is_quantised, keep_differentiable, refuse_copying, refuse_quantised
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
+from endwise.models.sharding import shares
 from endwise.models.sites import Part, Place, Site
 
 PROBE_TOKENS = 8
 SAME_BIAS = 1e-4
 """Difference of a bias among positions, as a share of its largest value, that is rounding."""
-
-
-class _Stop(Exception):
-    pass
 
 
 class LanguageModel:
@@ -65,6 +62,7 @@ class LanguageModel:
         self.name = name or model.config.name_or_path or type(model).__name__
         refuse_adapted(model, self.name)
         refuse_quantised(model, self.name)
+        keep_differentiable(model)
         self.model = model.eval().requires_grad_(False)
         fuse_gelu(self.model)
         self.tokenizer, self.no_tokenizer = tokenizer, no_tokenizer
@@ -149,7 +147,8 @@ class LanguageModel:
         Raises:
             ModelError: the files are not there any more.
         """
-        word = f"tensors-{self.dtype}:"
+        parts = shares(self.model)  # one process has no more than its own
+        word = f"tensors-{self.dtype}:" if parts == 1 else f"tensors-{self.dtype}-first-of-{parts}:"
         if self.stored is None or (isinstance(like, str) and like.startswith(word)):
             return word + of_tensors(self.model.state_dict())
         if self._changes() != self._loaded:
@@ -313,10 +312,8 @@ class LanguageModel:
         return {"input_ids": tokens, "use_cache": False, **own}
 
     def _forward(self, tokens: Tokens) -> None:
-        try:
+        with self._sites.running():
             self.model(**self._inputs(tokens))
-        except _Stop:
-            return
 
     def _recording(
         self, hooks: ExitStack, sites: set[Site], final: bool
@@ -328,11 +325,11 @@ class LanguageModel:
         def keep(site: Site, value: Tensor) -> None:
             activations[site] = value
             if len(activations) == len(sites) and not final:
-                raise _Stop
+                raise Stop
 
         def keep_final(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             final_state["final"] = arguments[0]
-            raise _Stop
+            raise Stop
 
         for site in sites:
             self._sites.on(hooks, site, partial(keep, site))

@@ -26,7 +26,7 @@ from endwise.common.digests import of_files, of_stored_model, of_text
 from endwise.common.errors import ConfigError, ModelError
 from endwise.common.extras import install_for
 from endwise.common.files import at_home, there_is
-from endwise.common.processes import local_rank
+from endwise.common.processes import ALONE, current, in_turn, local_rank
 from endwise.common.remedies import number, remedy
 from endwise.common.remedies import reason as system_reason
 from endwise.models.adapters import ADAPTER_WEIGHTS, Adapter
@@ -35,7 +35,9 @@ from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, wit
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
 from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
+from endwise.models.quantisers import QUANTISERS, quantisation, refuse_unpacked
 from endwise.models.quiet import quiet_transformers
+from endwise.models.sharding import Shard, lend_blocks, sharder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADING = Lock()
@@ -54,6 +56,8 @@ def load_model(
     device: str = "auto",
     attention: str | None = None,
     trust_remote_code: bool = False,
+    sharded: bool = False,
+    quantization: str | None = None,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer, frozen and ready to be spliced.
 
@@ -66,44 +70,82 @@ def load_model(
         attention: implementation; unset: `sdpa`, or `eager` where the model has no other. GPT-Neo has none of
             transformers', and gets ours.
         trust_remote_code: run Python code that ships with the model.
+        sharded: divide its blocks among the processes that train or evaluate together; alone, it is whole. On a machine
+            one process after another reads the weights, so that its memory need hold them once.
+        quantization: one of `quantisers.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one
-            beside it, or it is not one that endwise can splice.
-        ConfigError: the device or the dtype does not exist.
+            beside it, it is quantised and cannot be sharded, it cannot be quantised, or it is not one that endwise can
+            splice.
+        ConfigError: the device, the dtype or the quantiser does not exist, or is not installed.
     """
     name = at_home(name)
+    if quantization is not None and quantization not in QUANTISERS:
+        raise ConfigError(f"model.quantization is one of {', '.join(QUANTISERS)}; given {quantization!r}.")
     place = find_device(device)
     dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype is one of {', '.join(DTYPES)}; given {dtype!r}.")
     source, shared, adapter = based_on(name, gguf_file, revision, trust_remote_code)
+    if quantization is not None and "gguf_file" in shared:
+        raise ModelError(f"{name} is a GGUF file, which is unpacked as it is read. Unset model.quantization.")
+    world = current() if sharded else ALONE
     with LOADING, quiet_transformers():
-        asked = name if adapter is None else adapter.base
-        read, given = kept_weights(source, shared)
-        unpacks = "gguf_file" in given
-        model, info = _weighted(read, asked, given, attention, torch.float32 if unpacks else DTYPES[dtype], place)
-        refuse_quantised(model, name)
-        if info["missing_keys"]:
-            absent = sorted(map(str, info["missing_keys"]))
-            raise ModelError(
-                f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
-                "...), which would stay random. Is it a causal language model, and complete?"
-            )
-        tokenizer = _tokenizer(read, given)
-        if unpacks:
-            keep_weights(source, shared, model, tokenizer)
-        if not is_quantised(model):  # which is on its device already, in its own types
-            for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
-                parameter.data = parameter.data.to(DTYPES[dtype])
-            model = model.to(place)
-        if adapter is not None:
-            model, tokenizer = _merged(adapter, model, tokenizer, trust_remote_code)
+        shard = None if world.size == 1 else sharder(world, place)
+        read = partial(_read, name, source, shared, adapter, attention, DTYPES[dtype], place, shard, quantization)
+        model, tokenizer = read() if shard is None else in_turn(world, "reading the weights", read)
+        if shard is not None:
+            lend_blocks(model, world)
         loaded = _spliceable(model, tokenizer, name)
     commit = getattr(model.config, "_commit_hash", None) or commit_of(source, shared)
     loaded.commit = commit if adapter is None else None  # it would be the base's
     loaded.stored = _digesting(source, shared, commit, adapter)
     return loaded
+
+
+def _read(
+    name: str,
+    source: str,
+    shared: dict[str, Any],
+    adapter: Adapter | None,
+    attention: str | None,
+    dtype: torch.dtype,
+    place: torch.device,
+    shard: Shard | None,
+    quantization: str | None,
+) -> tuple[Any, PreTrainedTokenizerBase | str]:
+    """The model on its device, and its tokenizer or why there is none.
+
+    Args:
+        shard: puts on the device what this process has of the blocks; None: all of them.
+    """
+    asked = name if adapter is None else adapter.base
+    read, given = kept_weights(source, shared)
+    unpacks = "gguf_file" in given
+    stored = torch.float32 if unpacks else dtype
+    model, info = _weighted(read, asked, given, attention, stored, None if shard is not None else place, quantization)
+    if quantization is not None:
+        refuse_unpacked(model, quantization, name)
+    refuse_quantised(model, name)
+    if info["missing_keys"]:
+        absent = sorted(map(str, info["missing_keys"]))
+        raise ModelError(
+            f"{name} lacks {len(absent)} of the weights of a {type(model).__name__} ({', '.join(absent[:3])}, "
+            "...), which would stay random. Is it a causal language model, and complete?"
+        )
+    tokenizer = _tokenizer(read, given)
+    if unpacks:
+        keep_weights(source, shared, model, tokenizer)
+    if not is_quantised(model):  # which is on its device already, in its own types
+        for parameter in model.parameters():  # not buffers: transformers keeps the rotary frequencies in fp32
+            parameter.data = parameter.data.to(dtype)
+        model = model if shard is not None else model.to(place)
+    if adapter is not None:
+        model, tokenizer = _merged(adapter, model, tokenizer, shared["trust_remote_code"])
+    if shard is not None:
+        shard(model)
+    return model, tokenizer
 
 
 def based_on(
@@ -216,27 +258,45 @@ def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None
 
 
 def _weighted(
-    source: str, name: str, shared: dict[str, Any], attention: str | None, dtype: torch.dtype, place: torch.device
+    source: str,
+    name: str,
+    shared: dict[str, Any],
+    attention: str | None,
+    dtype: torch.dtype,
+    place: torch.device | None,
+    quantization: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model with its weights, and what transformers says of them.
 
+    Args:
+        place: of a model that is quantised; None: it is to be sharded, which such a one cannot be.
+
     Raises:
-        ModelError: there is none, or what would be loaded is not what its files hold.
+        ModelError: there is none, it cannot be sharded, or what would be loaded is not what its files hold.
     """
     weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **shared}
     try:
         config = AutoConfig.from_pretrained(source, **shared)
+        if quantization is not None:
+            weights["quantization_config"] = quantisation(quantization, config, dtype, name)
         if "gguf_file" in shared:
             if hasattr(transformers, "GgufConfig"):  # else it may leave weights packed, for kernels of its own
                 weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
             weights |= {"config": config, "use_safetensors": True}
-            if quantiser_of(config) is None:
+            method = quantiser_of(config)
+            if method is None:
                 refuse_packed_files(weight_files(source, shared["revision"], config), name)
-            else:
+                method = None if quantization is None else f" by {quantization} (model.quantization)"
+            if method is not None and place is None:
+                raise ModelError(
+                    f"{name} is quantised{method}, and packed weights cannot be sharded. Unset model.sharded, so that "
+                    "each process holds all of them; or give the checkpoint that it was made from."
+                )
+            if method is not None:
                 weights["device_map"] = {"": place}
         return _from_pretrained(reader_of(config), source, attention, weights)
-    except ModelError:
+    except (ModelError, ConfigError):
         raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise ModelError(explained(name, error)) from error

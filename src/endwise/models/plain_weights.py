@@ -4,6 +4,7 @@ endwise casts weights, reads the unembedding itself and copies models in bf16, a
 model that a quantiser of transformers' runs is taken as it is: none of that is done to it.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from endwise.common.errors import ModelError
+from endwise.models.sharding import shares
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STORED_PLAIN = ("F64", "F32", "BF16", "F16")
@@ -30,6 +32,16 @@ _REMEDY = (
 def is_quantised(model: nn.Module) -> bool:
     """Tell if a quantiser of transformers' packed the model's weights, and computes with them."""
     return getattr(model, "hf_quantizer", None) is not None and next(_quantised_parts(model), None) is not None
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights in the layout that gradients go through. On a CPU with bf16 products a pass
+    without gradients would pack them for inference, after which every layer's gradient is silently 0.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it names its type in each layer of each pass
 
 
 def refuse_quantised(model: nn.Module, name: str) -> None:
@@ -60,11 +72,12 @@ def refuse_quantised(model: nn.Module, name: str) -> None:
 def refuse_copying(model: nn.Module, name: str) -> None:
     """
     Raises:
-        ModelError: the model is quantised, and has no weights that bf16 could be made of.
+        ModelError: the model is quantised, and has no weights that bf16 could be made of; or it is sharded.
     """
-    if is_quantised(model):
+    kind = "quantised" if is_quantised(model) else "sharded" if shares(model) > 1 else None
+    if kind is not None:
         raise ModelError(
-            f"{name} is quantised and cannot be copied in bf16. For training.precision mixed load it with model.dtype "
+            f"{name} is {kind} and cannot be copied in bf16. For training.precision mixed load it with model.dtype "
             "bfloat16; or set training.precision to exact."
         )
 

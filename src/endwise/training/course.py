@@ -128,6 +128,8 @@ class Course:
             optimizer.state.clear()
         for group in optimizer.param_groups:
             group["lr"] = self.rate(step)
+        for schedule in self.schedules:
+            schedule.seen.zero_()
 
     def see(self, step: int, latents: Latents, mask: TokenMask) -> None:
         """See `SparsitySchedule.see`."""

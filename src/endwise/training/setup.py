@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from endwise.common.errors import ConfigError, DataError
@@ -96,6 +97,7 @@ def prepare(
         corpora: loaded token sequences to use instead of the recipes'.
     """
     first, configs, display = request.first, request.configs, request.display and world.is_first
+    check_sharded(first, world.size, given=model)
     world = _grid(first, world)
     with world.together("claiming the run folders"):
         folders = [_claimed(config, world, claims, request.resume) for config in configs]
@@ -175,6 +177,34 @@ def _grid(config: Recipe, world: World) -> World:
     return world.split(shards)
 
 
+def check_sharded(
+    config: Recipe, processes: int, device: torch.device | None = None, given: LanguageModel | None = None
+) -> None:
+    """
+    Args:
+        device: one that takes the place of the recipe's.
+        given: a loaded model that is used instead of the recipe's.
+
+    Raises:
+        ConfigError: the model is to be sharded, and cannot be.
+    """
+    settings, why = config.model, ""
+    if not settings.sharded:
+        return
+    if processes == 1:
+        why = "one process has nobody to divide it with. Start several (docs/scaling.md)"
+    elif (shards := config.training.shards) > 1:
+        why = f"training.shards={shards} divides its dictionary, and not both can be divided. Set training.shards=1"
+    elif given is not None:
+        why = f"{given.name} was given whole. Leave it to the recipe to load it"
+    elif settings.quantization is not None:
+        why = f"weights packed by {settings.quantization} cannot be divided. Unset model.quantization"
+    elif config.training.precision == "mixed" and _dtype(config, device) in (None, "float32"):
+        why = "training.precision=mixed copies a model in float32. Set model.dtype=bfloat16"
+    if why:
+        raise ConfigError(f"model.sharded divides a model among processes as it is loaded, but {why}, or unset it.")
+
+
 def _claimed(config: Recipe, world: World, claims: ExitStack, resume: Resume) -> RunFolder:
     """The recipe's folder, held for this run and found fit for it, before anything long is begun."""
     folder = RunFolder(config.out or default_folder(config))
@@ -215,10 +245,13 @@ def _steps(configs: Sequence[Recipe], context: int) -> int:
 
 def model_for(config: Recipe) -> LanguageModel:
     """The language model of a recipe, in the precision that its training asks for."""
-    settings = config.model.model_dump()
+    return load_model(**{**config.model.model_dump(), "dtype": _dtype(config)})
+
+
+def _dtype(config: Recipe, device: torch.device | None = None) -> str | None:
     if config.model.dtype is None and config.training.precision == "mixed":
-        settings["dtype"] = "bfloat16" if find_device(config.model.device).type == "cuda" else None
-    return load_model(**settings)
+        return "bfloat16" if (device or find_device(config.model.device)).type == "cuda" else None
+    return config.model.dtype
 
 
 def corpora_of(configs: Sequence[Recipe], model: LanguageModel) -> Corpora:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from endwise.common.axes import Tokens
-from endwise.common.errors import ConfigError, ElsewhereFailed
+from endwise.common.errors import ConfigError, ElsewhereFailed, ProcessLost
 from endwise.common.processes import ALONE, World
 from endwise.config.run import TrainingConfig
 from endwise.kernels import has_fast_bfloat16
@@ -46,33 +46,43 @@ def take_step(
     tail = tail or model
     tokens_in_step, positions = batch.mask.sum(), world.replicas.total(batch.tokens.numel())
     world.replicas.add([tokens_in_step])
-    left, counted = list(trainees), {trainee: CountedTokens(trainee) for trainee in trainees}
-    _each(left, failed, lambda each: each.begin_step())
-    size = -(-len(batch.tokens) // accumulation)
-    for start in range(0, len(batch.tokens), size):
-        rows = slice(start, start + size)
-        clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows], kept), batch.mask[rows]
-        masks = {each: counted[each].of_these(clean[each.site], mask) for each in left}
-        _each(left, failed, lambda each: each.accumulate(tail, clean[each.site], masks[each], tokens_in_step))  # noqa: B023
+    left, counted = list(trainees), dict[AnyTrainee, CountedTokens]()
+    size, taking = -(-len(batch.tokens) // accumulation), left
+    while taking:
+        counted |= {trainee: CountedTokens(trainee) for trainee in taking}
+        begun = tuple(taking)
+        _each(taking, failed, lambda each: each.begin_step())
+        for start in range(0, len(batch.tokens), size):
+            rows = slice(start, start + size)
+            clean, mask = clean_passes(model, tail, trainees, batch.tokens[rows], kept), batch.mask[rows]
+            masks = {each: counted[each].of_these(clean[each.site], mask) for each in taking}
+            _each(taking, failed, lambda each: each.accumulate(tail, clean[each.site], masks[each], tokens_in_step))  # noqa: B023
+        left = [each for each in left if each in taking or each not in begun]
+        taking = _settle(left, trainees, failed, world)
     if world.size > 1:
-        _let_go_together(left, trainees, failed, world)
         for each in left:  # all of them before any takes its step, so that a lost process finds them at one step
             each.add_up(world.replicas)
             counted[each].add_up(world.replicas)
     _each(left, failed, lambda each: each.finish_step(counted[each].settle(tokens_in_step), positions), whole=False)
 
 
-def _let_go_together(
+def _settle(
     left: list[AnyTrainee], trainees: Sequence[AnyTrainee], failed: Failed | None, world: World
-) -> None:
-    """Take out those that failed in another process, whose share of the gradient is missing."""
-    for trainee, gone in zip(trainees, world.any([each not in left for each in trainees]), strict=True):
+) -> list[AnyTrainee]:
+    """Take out those that failed in another process, whose share of the gradient is missing; and return those whose
+    passes have to be taken again, since some of their pairs are missing in any process.
+    """
+    missing = [[part.rooms.settle() for part in each.parts] for each in trainees if each in left]
+    cut = dict(zip(left, map(any, missing), strict=True))
+    flags = world.any([each not in left for each in trainees] + [cut.get(each, False) for each in trainees])
+    for trainee, gone in zip(trainees, flags[: len(trainees)], strict=True):
         if gone and trainee in left:
             left.remove(trainee)
             error = ElsewhereFailed()
             if failed is None:
                 raise error
             failed(trainee, error, True)
+    return [each for each, again in zip(trainees, flags[len(trainees) :], strict=True) if again and each in left]
 
 
 def tail_model(
@@ -135,6 +145,8 @@ def _each(left: list[AnyTrainee], failed: Failed | None, act: Callable[[AnyTrain
     for trainee in tuple(left):
         try:
             act(trainee)
+        except ProcessLost:
+            raise
         except Exception as error:
             if failed is None:
                 raise

@@ -14,6 +14,7 @@ from endwise.common.processes import World
 from endwise.common.seeds import generator_states, restore_generators
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries import SAE, Latents, TrainingPass
+from endwise.kernels import Rooms
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Place, Site
 from endwise.models.splicing import SplicedPass
@@ -62,7 +63,7 @@ class Trainee:
         self.sae, self.place, self.config, self.total_steps = sae.train(), Place.of(place), config, total_steps
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.step, self.tokens = 0, 0
-        device = sae.b_enc.device
+        self.rooms, device = Rooms(), sae.b_enc.device
         self.course = self._pass = Course(objective, config, total_steps, device)
         self.last_fired = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=device)
         """Training tokens seen when each feature last fired; -1: never."""
@@ -161,7 +162,7 @@ class Trainee:
         same = read is target
         read = harmless(read, mask)
         target = read if same else harmless(target, mask)
-        with self.products():
+        with self.products(), self.rooms.in_use():
             latents = self.sae.encode(read, mask)
             nested = self.sae.nested(latents, read) if self.objective.site_terms else ()
             if self.is_spliced:

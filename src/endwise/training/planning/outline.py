@@ -36,7 +36,9 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: AbstractCont
     with LOADING:
         try:
             config = AutoConfig.from_pretrained(source, **shared)
-            if (method := quantiser_of(config)) is not None:
+            method = quantiser_of(config)
+            method = method if settings.quantization is None else f" by {settings.quantization} (model.quantization)"
+            if method is not None:
                 raise ModelError(
                     f"{settings.name} is quantised{method}: without its weights nothing is known of what a pass takes. "
                     "Plan with the checkpoint that it was made from, which takes more."

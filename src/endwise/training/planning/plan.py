@@ -17,6 +17,7 @@ from endwise.config.adopted import refuse_adopted
 from endwise.config.places import Recipe
 from endwise.models.loading import find_device
 from endwise.training.kept_activations import reads_splice
+from endwise.training.planning.divided import DividedDryRun
 from endwise.training.planning.dry_run import (
     CLEAN,
     EVALUATION,
@@ -41,12 +42,12 @@ from endwise.training.planning.flops import (
 )
 from endwise.training.planning.memory_trace import Held
 from endwise.training.planning.one_shard import whole_count
-from endwise.training.setup import default_folder, steps_of
+from endwise.training.setup import check_sharded, default_folder, steps_of
 
 CUDA_CONTEXT = 1 << 29
 """Bytes that CUDA and its libraries take on a device before the first tensor, about."""
 REMEDIES = {
-    MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed)",
+    MODEL: "a smaller model.dtype (bfloat16, with training.precision=mixed), or model.sharded in several processes",
     **dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMISER, SAVING), "a smaller dictionary.size (or dictionary.ratio)"),
     **dict.fromkeys((CLEAN, LATENTS), "a larger training.accumulation (or a smaller training.batch)"),
     **dict.fromkeys((TAIL, READOUT), "a smaller training.microbatch"),
@@ -184,8 +185,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     """Plan what one of a run's processes will need.
 
     Args:
-        processes: that train together; each holds the model in full, and its share of the SAE (`training.shards`) with
-            the optimiser's.
+        processes: that train together; each holds its share of the SAE (`training.shards`) with the optimiser's, and
+            the model in full, but for the blocks of one that is sharded.
         memory: bytes that each process will have, on its device; unset: what this machine has free, which processes on
             a CPU share.
 
@@ -195,8 +196,11 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     refuse_adopted(config)
     if config.phases:
         return _of_phases(config, [plan(each, processes=processes, memory=memory) for each in config.in_phases])
-    training, replicas = config.training, _sharing_batches(config, processes)
-    dry_run = DryRun(config, _device(config, memory), training.batch // replicas)
+    training, device = config.training, _device(config, memory)
+    sequences = training.batch // _sharing_batches(config, processes)
+    check_sharded(config, processes, device)
+    sharded = config.model.sharded
+    dry_run = DividedDryRun(config, device, sequences, processes) if sharded else DryRun(config, device, sequences)
     steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
     flops, sparse = _flops(dry_run, per_step)
