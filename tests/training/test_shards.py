@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Barrier
 
@@ -14,6 +15,10 @@ from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, of_architecture
 from endwise.dictionaries import TrainingPass
 from endwise.dictionaries.sharing import best_places
+from endwise.kernels import Rooms, standing_in
+from endwise.kernels.eager import EagerKernels
+from endwise.kernels.interface import HeldPairs
+from endwise.kernels.keeping import kept_of
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from places import HELPERS
@@ -147,6 +152,22 @@ def test_best_of_shards_are_the_best_of_all(k):
     assert beyond or torch.equal(kept, torch.zeros_like(kept).scatter_(-1, first, True))
 
 
+class Slots(EagerKernels):
+    """Pairs in slots, as on a GPU."""
+
+    holds = True
+
+    def __init__(self):
+        self.filled = 0
+
+    def active_held(self, x, weight, bias, room, above=None):
+        found = self.active(x, weight, bias, x.shape[0] * len(weight), above)
+        self.filled += room.pairs > 0
+        held = kept_of(*found, torch.ones_like(found.values, dtype=torch.bool), room.pairs)
+        return HeldPairs(held, torch.tensor([len(found.values)] * 2))
+
+
+@pytest.mark.parametrize("in_slots", [False, True], ids=["counted", "in_slots"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -159,7 +180,7 @@ def test_best_of_shards_are_the_best_of_all(k):
     ],
     ids=lambda settings: f"{settings['architecture']}-{settings.get('size', 24)}",
 )
-def test_gradients_of_shards_are_those_of_the_whole(settings):
+def test_gradients_of_shards_are_those_of_the_whole(settings, in_slots):
     section = of_architecture({"size": 24, **settings})
     whole = ARCHITECTURES[section.architecture].build(section, 6, 0).double()
     x, target = torch.randn(2, 40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -172,7 +193,13 @@ def test_gradients_of_shards_are_those_of_the_whole(settings):
         with torch.no_grad():
             sae.see_first(x, target)
         sae.train().begin_step(0.0)
-        latents = sae.encode(x, counted)
+        rooms = Rooms()
+        with rooms.in_use():
+            if in_slots:  # how many there must be is known from a step before
+                sae.encode(x, counted)
+                rooms.settle()
+            latents = sae.encode(x, counted)
+        assert not rooms.settle()
         reconstruction = sae.reconstruct(latents, x)
         own = sae.own_terms(TrainingPass(x, target, latents, reconstruction, counted, dead))
         loss = (target - reconstruction)[counted].square().sum() + latents.penalty(1.0, counted).sum()
@@ -181,8 +208,13 @@ def test_gradients_of_shards_are_those_of_the_whole(settings):
         gradients = {name: each.grad for name, each in sae.named_parameters() if each.grad is not None}
         return loss.detach(), latents.l0(), latents.fired(counted), gradients
 
-    found = InThreads.run(3, lambda world: learned(whole.split(world)))
     loss, l0, fired, gradients = learned(whole)
+    if in_slots:
+        whole.sparse_below = 1.0  # any number of pairs
+    slots = Slots()
+    with standing_in("cpu", slots) if in_slots else nullcontext():
+        found = InThreads.run(3, lambda world: learned(whole.split(world)))
+    assert slots.filled == (3 if in_slots and "k" not in settings else 0)  # those that choose are dense
     for of_shard in found:
         torch.testing.assert_close(of_shard[0], loss)
         assert torch.equal(of_shard[1], l0) and torch.equal(of_shard[2], fired)
