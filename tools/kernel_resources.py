@@ -90,7 +90,7 @@ def launched(dtype: torch.dtype) -> list[Launched]:
 
 def _launch_sparse(kernels: TritonKernels, rows: torch.Tensor) -> None:
     places, starts = torch.empty(2, PAIRS, dtype=torch.int64), torch.empty(ROWS, dtype=torch.int64)
-    pairs, numbers = Pairs(*places, starts, FEATURES), rows.new_empty(PAIRS)
+    pairs, numbers = Pairs(places[0], places[1], starts, FEATURES), rows.new_empty(PAIRS)
     table = rows.new_empty(FEATURES, WIDTH)
     kernels.weighted_sums(table, pairs.features, pairs.row_starts, numbers)
     kernels.dot_products(table, pairs.features, rows, pairs)

@@ -88,7 +88,7 @@ class TritonKernels(SparseInTriton):
     def _largest(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Search:
         bounds = self.bounds(self.launch, x, weight, bias)
         candidates = bounds.reaching(bounds.reached_by(k))
-        return Search(self, bounds, candidates, weight, bias, lambda *found: largest_of_rows(*found, k))
+        return Search(self, bounds, candidates, weight, bias, lambda pairs, values: largest_of_rows(pairs, values, k))
 
     def kl(self, clean: Tensor, spliced: Tensor, keep: Tensor, unembedding: Unembedding) -> Divergence:
         if spliced.dtype == torch.float64:

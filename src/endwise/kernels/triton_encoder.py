@@ -10,6 +10,8 @@ import triton.language as tl
 
 from endwise.kernels.triton_vocabulary import products
 
+_ONE, _EXACT = tl.constexpr(False), tl.constexpr("ieee")
+
 
 @triton.jit
 def bounds_of(
@@ -21,7 +23,7 @@ def bounds_of(
     here, inside = rows < n, begin + tl.arange(0, FEATURES) < d_sae
     x += first_row * width
     weight += begin * width
-    bounds, _ = products(x, x, weight, here, inside, width, False, "ieee", ROWS, FEATURES, WIDTH)
+    bounds, _ = products(x, x, weight, here, inside, width, _ONE, _EXACT, ROWS, FEATURES, WIDTH)
     return bounds, rows, here, inside
 
 
@@ -86,7 +88,7 @@ def places_of_bits(bits, begins, features, n, words, room, ROWS: tl.constexpr, W
         left = tl.load(place, here[:, None] & (own < words)[None, :], 0).to(tl.uint32, bitcast=True)
         count = _ones(left)
         spots = begin[:, None] + tl.cumsum(count, 1) - count
-        while tl.max(tl.max(left, 1), 0) > 0:
+        while tl.max(tl.max(left, 1), 0) > 0:  # pyright: ignore[reportOperatorIssue]
             lower = (left ^ (left - 1)) >> 1  # the bits below the lowest that is set
             feature = (own[None, :] * 32 + _ones(lower)).to(features.dtype.element_ty)
             tl.store(features + spots, feature, (left > 0) & (spots < room))

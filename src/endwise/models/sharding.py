@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from endwise.common.errors import ModelError
@@ -53,14 +54,13 @@ def lend_blocks(model: nn.Module, world: World) -> None:
     """Let processes gather blocks in the order that each runs them; called once all of them hold their parts."""
     for block in _blocks(model):
         assert isinstance(block, FSDPModule)
-        block.set_custom_all_gather(_Gathering(world, list(block.parameters())))
+        gathering: Any = _Gathering(world, list(block.parameters()))
+        block.set_custom_all_gather(gathering)
 
 
 def shares(model: nn.Module) -> int:
     """Number of processes that a model's blocks are divided among."""
-    return next(
-        (parameter.device_mesh.size() for parameter in model.parameters() if hasattr(parameter, "device_mesh")), 1
-    )
+    return next((each.device_mesh.size() for each in model.parameters() if isinstance(each, DTensor)), 1)
 
 
 def let_go(block: nn.Module) -> None:
