@@ -29,6 +29,7 @@ from endwise.training.planning.dry_run import (
     CLEAN,
     EVALUATION,
     GRADIENTS,
+    LATENTS,
     MODEL,
     OPTIMISER,
     SAVING,
@@ -352,6 +353,35 @@ def test_processes_share_a_batch(stored):
     assert one_of_four.stages == smaller.stages
     with pytest.raises(ConfigError, match="3 processes cannot share batches of 8"):
         plan(recipe(stored("gpt2")), processes=3)
+
+
+@pytest.mark.parametrize(
+    "dictionary",
+    [
+        {"architecture": "standard", "aux": 0.1},
+        {"architecture": "jumprelu"},
+        {"architecture": "topk", "k": 5, "aux": 0.1, "revive": 0.1},
+        {"architecture": "batchtopk", "k": 5},
+    ],
+    ids=lambda settings: settings["architecture"],
+)
+@pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
+def test_a_shard_holds_its_features(stored, dictionary):
+    def planned(processes, size, **training):
+        config = recipe(stored("gpt2"), microbatch=1, **training).model_dump(mode="json")
+        return plan(RunConfig.build(config | {"dictionary": {"size": size, **dictionary}}), processes=processes)
+
+    whole, shard, smaller = planned(1, 4000), planned(8, 4000, shards=4), planned(1, 1000, batch=4)
+    assert shard.sequences == smaller.sequences == 4
+    ours, theirs = shard.stages[0].parts, smaller.stages[0].parts
+    assert ours[WEIGHTS] == theirs[WEIGHTS]
+    assert ours[OPTIMISER] == pytest.approx(theirs[OPTIMISER], rel=0.3)  # when each feature fired is known of all
+    assert ours[LATENTS] == pytest.approx(theirs[LATENTS], rel=0.3)  # and what is gathered from the others
+    assert (shard.d_sae, shard.parameters, shard.sae_bytes) == (whole.d_sae, whole.parameters, whole.sae_bytes)
+    assert shard.checkpoint_bytes == whole.checkpoint_bytes
+    assert shard.total_flops > whole.total_flops  # each of four runs the model
+    with pytest.raises(ConfigError, match=r"training.shards is 4, .* 6 is no multiple"):
+        planned(6, 4000, shards=4)
 
 
 def test_blocks_divided_among_processes(stored):

@@ -4,6 +4,9 @@ Every process holds the whole SAE and reads its own share of each batch; sums (g
 up over the processes, so that all of them take the same step. The first process alone writes to disk. Reductions are
 explicit: the backward pass of a step comes in several pieces, and only its end knows the gradient.
 
+Where a dictionary is split into shards (`World.split`), processes form a grid: *shards* read the same rows and hold
+different features, *replicas* hold the same features and read different rows.
+
 Tensors on a CPU travel by gloo, those on a GPU by NCCL. What the hosts agree on (has anyone failed, was a stop asked
 for) lies on the CPU, so that no host waits for its GPU.
 """
@@ -12,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
@@ -103,13 +106,56 @@ class World:
     size: int = 1
     hosts: Any = field(default=None, repr=False)
     """The process group for tensors on a CPU; None: the default one, which takes them too."""
+    devices: Any = field(default=None, repr=False)
+    """The process group for other tensors; None: the default one."""
+    first: int = 0
+    """Number of the first of these processes among all that were started."""
+    grid: "tuple[World, World] | None" = None
+    """Replicas and shards; None: each process holds the whole dictionary."""
     lending: Lending = field(default_factory=Lending, repr=False, compare=False)
-    """Weights that lie in parts (`models.sharding`)."""
+    """Weights that lie in parts (`models.sharding`); of replicas and shards none do."""
 
     @property
     def is_first(self) -> bool:
         """True in the process that writes."""
         return self.rank == 0
+
+    @property
+    def replicas(self) -> "World":
+        """Processes that read the other rows, with this one: those over which sums over rows are added up."""
+        return self if self.grid is None else self.grid[0]
+
+    @property
+    def shards(self) -> "World":
+        """Processes that hold the other features, with this one: those over which sums over features are added up."""
+        return ALONE if self.grid is None else self.grid[1]
+
+    @property
+    def one_replica(self) -> "World":
+        """The shards of this process's replica, without the other replicas."""
+        return ALONE if self.grid is None else replace(self.shards, grid=(ALONE, self.shards))
+
+    def split(self, shards: int) -> "World":
+        """Lay the processes out as a grid: so many, one after another, share the features of one dictionary.
+
+        Args:
+            shards: divides the number of processes.
+        """
+        if shards == 1:
+            return self
+        starts = range(0, self.size, shards)
+        rows = [list(range(start, start + shards)) for start in starts]
+        columns = [list(range(shard, self.size, shards)) for shard in range(shards)]
+        return replace(self, grid=(self._part(columns), self._part(rows)))
+
+    def _part(self, parts: list[list[int]]) -> "World":
+        """The part that holds this process, of parts of all processes."""
+        own = next(part for part in parts if self.rank in part)
+        with _noticing_loss():
+            group = hosts = dist.new_subgroups_by_enumeration(parts, timeout=_timeout())[0]
+            if self.hosts is not None:
+                hosts = dist.new_subgroups_by_enumeration(parts, timeout=_timeout(), backend="gloo")[0]
+        return World(own.index(self.rank), len(own), hosts, group, own[0])
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part: the shares of all, laid end to end, are `items`."""
@@ -129,6 +175,16 @@ class World:
                 for each in pending:
                     assert each is not None
                     each.wait()
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Return what every process gave, of one shape and type, in the order of their ranks on a new first axis."""
+        if self.size == 1:
+            return tensor[None]
+        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        self.lending.lend()
+        with _noticing_loss():
+            dist.all_gather(gathered, tensor.contiguous(), group=self._group(tensor))
+        return torch.stack(gathered)
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Element by element, whether it is true in any process."""
@@ -163,31 +219,52 @@ class World:
         held = [value]
         self.lending.lend()
         with _noticing_loss():
-            dist.broadcast_object_list(held, src=0, group=self.hosts, device=torch.device("cpu"))
+            dist.broadcast_object_list(held, src=self.first, group=self.hosts, device=torch.device("cpu"))
         return held[0]
 
-    def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors, on the CPU; what the others give is ignored."""
+    def to_first(self, tensor: Tensor) -> list[Tensor] | None:
+        """Give the first process what every process has, of one shape and type, on the CPU; None in the others."""
+        own = tensor.detach().cpu().contiguous()
+        gathered = [torch.empty_like(own) for _ in range(self.size)] if self.is_first else None
+        self.lending.lend()
+        with _noticing_loss():
+            dist.gather(own, gathered, dst=self.first, group=self.hosts)
+        return gathered
+
+    def tensors_from_first(
+        self, tensors: Mapping[str, Tensor], keep: Callable[[str, Tensor], Tensor | None] = lambda _, tensor: tensor
+    ) -> dict[str, Tensor]:
+        """The first process's tensors, on the CPU; what the others give is ignored.
+
+        Args:
+            keep: what of each a process keeps, before it is given the next; None: nothing.
+        """
         if self.size == 1:
             return dict(tensors)
         shapes = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         received: dict[str, Tensor] = {}
         for name, (shape, dtype) in shapes.items():
-            received[name] = tensors[name].cpu().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+            tensor = tensors[name].cpu().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
             with _noticing_loss():
-                dist.broadcast(received[name], src=0, group=self.hosts)
+                dist.broadcast(tensor, src=self.first, group=self.hosts)
+            if (kept := keep(name, tensor)) is not None:
+                received[name] = kept
         return received
 
     def _group(self, tensor: Tensor) -> Any:
-        return self.hosts if tensor.device.type == "cpu" else None
+        return self.hosts if tensor.device.type == "cpu" else self.devices
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Make what is done within it fail in all processes or in none.
+        """Make what is done within it fail in all processes or in none. Of shards, which may wait for each other in the
+        midst of it, an error is raised at once, and ends the others as a process that is gone does.
 
         Raises:
             ElsewhereFailed: `what` failed in another process, which says why.
         """
+        if self.grid is not None:
+            yield
+            return
         failed: Exception | None = None
         try:
             yield

@@ -115,6 +115,11 @@ class PlacesConfig(Config):
                 f"objective.balance is {first.balance}, which weighs terms by the local error of one place; the loss "
                 "of a joint pass is of several. Leave it out, or set joint: false"
             )
+        if self.joint and self.training.shards > 1:
+            raise ValueError(
+                f"training.shards is {self.training.shards}, but a joint pass needs whole dictionaries; set "
+                "training.shards=1, or joint: false"
+            )
         by_ce = [place.site for place in self.places if (s := place.objective.sparsity) and s.target_ce_increase]
         if self.joint and by_ce:
             raise ValueError(

@@ -137,6 +137,9 @@ class TrainingConfig(Config):
     microbatch: Annotated[Positive | None, EXECUTION] = None
     """Sequences at a time in the spliced pass; unset: about 1,024 tokens on a CPU, 16,384 on a GPU. Bounds memory; the
     SAE sees all of the pass's at once."""
+    shards: Annotated[Positive, SHARED, EXECUTION] = 1
+    """Processes among which the features of one dictionary are shared out (tensor parallelism along d_sae). So many
+    read the same sequences; it divides the number that torchrun starts, and the groups share each batch."""
     precision: Annotated[Literal["exact", "mixed"], SHARED] = "exact"
     """`exact`: everything in float32. `mixed`: the tail after the site in bfloat16, on a GPU the SAE's products too;
     the active features (on a CPU), all reductions, and the SAE's weights and optimiser stay in float32."""

@@ -19,6 +19,7 @@ from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, DictionaryConfig
 from endwise.dictionaries.latents import Latents
 from endwise.dictionaries.shown import ShownDictionary
+from endwise.dictionaries.splitting import SplitDictionary
 from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored, stored_at
 
 
@@ -92,7 +93,7 @@ class TokenLosses:
     """For what is drawn: the same whenever the run comes to this step."""
 
 
-class SAE(ShownDictionary, nn.Module, ABC):
+class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
     """A sparse autoencoder `x̂ = decode(encode(x))` of width `d_in` with `d_sae` features.
 
     A transcoder's result stands for the activation at another site, and may be of another width, `d_out`.

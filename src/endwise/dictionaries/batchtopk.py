@@ -56,6 +56,7 @@ class BatchTopKSAE(LinearSAE):
     Config = BatchTopKConfig
     layout = Layout(tensors={"threshold": ("d_sae",)}, settings=frozenset({"k"}))
     sparse_below = SPARSE_BELOW
+    splits = True
     last_tokens = FITTED_ON
 
     average: Tensor
@@ -113,10 +114,11 @@ class BatchTopKSAE(LinearSAE):
         """Choose among the tokens of a step."""
         flat = x.detach().reshape(-1, self.d_in)
         competing = torch.tensor(len(flat), device=x.device) if counted is None else counted.sum()
-        self.world.add([competing])
+        self.world.replicas.add([competing])
         count = (competing.double() * self.k_now).round().long()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
-        found = candidates_of_step(encoder, counted, self.k_now, count, self.world)
+        own = self.k_now / self.world.shards.size
+        found = candidates_of_step(encoder, counted, own, count, self.world)
         if found is not None:
             kept = self._kept(found.values, None if counted is None else counted[found.pairs.rows], count)
             if found.pairs.pads is not None:
@@ -124,7 +126,7 @@ class BatchTopKSAE(LinearSAE):
             return sparse_values(x, self.encoder, self.b_enc, found.where(kept))
         values = torch.relu(self.before(x))
         rows = None if counted is None else counted[:, None].expand(-1, self.d_sae).flatten()
-        most = min(values.numel(), round(self.k_now * self.world.total(len(flat))))
+        most = min(values.numel(), round(self.k_now * self.world.replicas.total(len(flat))))
         kept = self._kept(values.detach().view(-1), rows, count, most).view(values.shape)
         return DenseLatents(values.where(kept, 0.0))
 
@@ -159,7 +161,7 @@ class BatchTopKSAE(LinearSAE):
             self._smallest = None
 
     def see_last(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
-        self.fitted.copy_(threshold_for(Encoder(x, self.encoder, self.b_enc), float(self.k.k)))
+        self.fitted.copy_(threshold_for(Encoder(x, self.encoder, self.b_enc), float(self.k.k), self.world.shards))
 
     def export(self) -> Exported:
         threshold = self.threshold.expand(self.d_sae).contiguous()

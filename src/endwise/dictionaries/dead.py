@@ -35,13 +35,14 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import DictionaryConfig
 from endwise.dictionaries.base import TokenLosses, TrainingPass
 from endwise.dictionaries.latents import SparseLatents
+from endwise.dictionaries.sharing import best_places, summed
 from endwise.kernels import Pairs
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class DeadFeatures:
         weights = {AUX: self.config.aux, PRE_ACTIVATION: self.config.revive}
         return {name: weight for name, weight in weights.items() if weight}
 
+    @property
+    def unsplit(self) -> str | None:
+        """See `SAE.unsplit`."""
+        return "dictionary.resample_at is set" if self.config.resample_at else None
+
     def terms(self, sae: "LinearSAE", seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         """Each term of `weights`, unweighted: a sum over the rows that count."""
         makes = {AUX: self._auxiliary, PRE_ACTIVATION: self._pre_activation}
@@ -107,10 +113,10 @@ class DeadFeatures:
 
     def _auxiliary(self, sae: "LinearSAE", seen: TrainingPass) -> Float[Tensor, ""]:
         dead = seen.dead.nonzero()[:, 0]
-        if not len(dead):
+        if not sae.world.shards.total(len(dead)):
             return seen.target.new_zeros(())
         asked = self.asked_for(seen)
-        variance = variance_of(asked.target, sae.world)
+        variance = variance_of(asked.target, sae.world.replicas)
         z = sae.before(seen.x[asked.rows], dead)
         error = unpredicted(sae, asked.target, z, dead, self.config.aux_k or max(1, sae.d_in // 2), self.config)
         return (error / variance).where(variance > 0, 0.0)
@@ -126,11 +132,12 @@ class DeadFeatures:
 
     def _pre_activation(self, sae: "LinearSAE", seen: TrainingPass) -> Float[Tensor, ""]:
         chosen = (seen.dead if self.config.revives == "dead" else torch.ones_like(seen.dead)).nonzero()[:, 0]
-        if not len(chosen):
+        shards = sae.world.shards
+        if not shards.total(len(chosen)):
             return seen.target.new_zeros(())
         bar = sae.to_exceed(seen.latents, chosen)
         missing = torch.relu(bar - sae.before(seen.x, chosen)) * sae.decoder_norms()[chosen]
-        return missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in
+        return summed(missing.sum(-1).where(seen.counted, 0.0).sum() / sae.d_in, shards)
 
     def wants_losses(self, steps: int) -> Mapping[int, int]:
         """Return how many tokens are to be drawn from, by the steps that are done when features are resampled."""
@@ -200,9 +207,16 @@ def unpredicted(
     Args:
         z: pre-activations of the features `dead`, of which the `k` largest of each row take part.
     """
-    n, k = len(z), min(k, len(dead))
+    n, shards, everywhere = len(z), sae.world.shards, sae.world.shards.gather(len(dead))
+    k, own = min(k, sum(everywhere)), min(k, max(everywhere))
     if not n:
         return target.new_zeros(())
+    if shards.size > 1:
+        missing = own - len(dead)  # here, of those that may be among the k largest
+        values = pad(z.detach(), (0, max(0, missing)), value=-torch.inf)
+        kept = best_places(values, own, k, shards)[:, : len(dead)]
+        own_part = (z if config.aux_negative else torch.relu(z)).where(kept, 0.0) @ sae.directions(dead)
+        return (target - summed(own_part, shards)).square().sum()
     chosen = z.detach().topk(k, dim=-1, sorted=False).indices
     if k > SPARSE_BELOW * len(dead):
         kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, chosen, True)

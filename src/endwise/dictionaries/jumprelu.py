@@ -96,6 +96,7 @@ class JumpReLUSAE(LinearSAE):
     Config = JumpReLUConfig
     layout = Layout(tensors={"threshold": ("d_sae",)}, rule="z where z > θ")
     sparse_below = SPARSE_BELOW
+    splits = True
     first_tokens = FIRST_TOKENS
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, **settings: Any) -> None:
@@ -119,7 +120,8 @@ class JumpReLUSAE(LinearSAE):
     def see_first(self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"]) -> None:
         chunks = x.split(max(1, CHUNK_ELEMENTS // self.d_sae))
         total = torch.stack([self.before(rows).square().sum(dtype=torch.float64) for rows in chunks]).sum()
-        self.unit.copy_((total / (len(x) * self.d_sae)).sqrt())
+        self.world.shards.add([total])
+        self.unit.copy_((total / (len(x) * self.d_sae * self.world.shards.size)).sqrt())
         if self.starts:
             self.threshold.fill_(self.config.threshold_init * float(self.unit))
         super().see_first(x, target)
@@ -152,7 +154,7 @@ class JumpReLUSAE(LinearSAE):
         return SparseJumps(values, found.places, found.shape, gates=self._gates(gates))
 
     def _gates(self, values: Tensor) -> "Gates":
-        return Gates(values, self.config, self.penalty_norms(), self.world)
+        return Gates(values, self.config, self.penalty_norms(), self.world.replicas)
 
     def _jump(self, z: Tensor, bandwidth: Tensor, pairs: Pairs | None) -> tuple[Tensor, Tensor]:
         both = self.config.straight_through == "both"
@@ -162,6 +164,10 @@ class JumpReLUSAE(LinearSAE):
     @property
     def sums_as_it_learns(self) -> bool:
         return self.config.penalty == "tanh_quadratic" or super().sums_as_it_learns
+
+    def unsplit(self) -> str | None:
+        of_sums = "dictionary.penalty is quadratic" if self.config.penalty == "quadratic" else None
+        return super().unsplit() or of_sums
 
     def thresholds(self) -> Float[Tensor, " d_sae"]:
         return self.threshold

@@ -212,6 +212,10 @@ class LinearSAE(SAE):
     def per_feature(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if name not in ("b_dec", "W_skip")]
 
+    def unsplit(self) -> str | None:
+        taken_over = "init_from is of another architecture" if self.replaces else None
+        return super().unsplit() or (self.dead.unsplit if self.dead else None) or taken_over
+
     def section(self) -> dict[str, Any]:
         return {**super().section(), **({} if self.W_skip is None else {"skip": True})}
 

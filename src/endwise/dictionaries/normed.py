@@ -306,6 +306,15 @@ class NormedSAE(SAE):
         super().join(world)
         self.inner.join(world)
 
+    def unsplit(self) -> str | None:
+        raw = f"dictionary.normalize is {self.norm.kind} and init_from has none" if self.raw else None
+        return self.inner.unsplit() or raw
+
+    def part_for(self, world: World) -> "NormedSAE":
+        own = NormedSAE(self.inner.part_for(world), self.norm.kind)
+        own.norm, own.norm_limit = self.norm, self.norm_limit
+        return own
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         with self.inner.aside():

@@ -23,6 +23,7 @@ class ReluSAE(LinearSAE):
     architecture = "standard"
     layout = Layout(rule="ReLU(z)")
     sparse_below = SPARSE_BELOW
+    splits = True
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
         """Sparse where few features are active, dense where many are, as early in training; the values are the same.

@@ -242,10 +242,13 @@ def _held(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count:
     return rooms.find(encoder.room, find, too_few)
 
 
-def threshold_for(encoder: Encoder, k: float, elements: int = CHUNK_ELEMENTS) -> Float[Tensor, ""]:
+def threshold_for(
+    encoder: Encoder, k: float, shards: World = ALONE, elements: int = CHUNK_ELEMENTS
+) -> Float[Tensor, ""]:
     """Find θ above which, of rows `x`, k pre-activations are on average; 0 if there are not so many positive ones.
 
     Args:
+        shards: processes that hold the other features.
         elements: of `[rows d_sae]`, held at once.
     """
     count = round(k * len(encoder.x))
@@ -256,6 +259,7 @@ def threshold_for(encoder: Encoder, k: float, elements: int = CHUNK_ELEMENTS) ->
         values = values[values > (largest[-1] if len(largest) == count else 0.0)]
         largest = torch.cat([largest, values])
         largest = largest.topk(min(count, len(largest))).values
-    if len(largest) < count:
+    if shards.total(len(largest)) < count:
         return encoder.x.new_zeros(())
-    return torch.nextafter(largest[-1], largest.new_zeros(()))
+    last = largest[-1] if shards.size == 1 else cut_of(largest, torch.tensor(count, device=largest.device), shards)[0]
+    return torch.nextafter(last, largest.new_zeros(()))

@@ -12,9 +12,16 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
 from endwise.dictionaries.latents import DenseLatents, Latents, sparse_values
 from endwise.dictionaries.linear import LinearSAE
-from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, TopKConfig, top_per_row
+from endwise.dictionaries.selection import (
+    SPARSE_BELOW,
+    Annealed,
+    Encoder,
+    TopKConfig,
+    top_per_row,
+)
+from endwise.dictionaries.sharing import best_pairs, best_places
 from endwise.formats import Layout
-from endwise.kernels import kept_per_row
+from endwise.kernels import kept_per_row, kernels_for
 
 SAME_NORM = 1e-4
 """Difference of norms, as a share of them, that says nothing."""
@@ -42,6 +49,7 @@ class TopKSAE(LinearSAE):
     Config = PerTokenConfig
     layout = Layout(settings=frozenset({"k"}), rule="the {k} largest of ReLU(z)")
     sparse_below = SPARSE_BELOW
+    splits = True
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, k: Annealed, **settings: Any) -> None:
         super().__init__(d_in, d_sae, d_out, **settings)
@@ -59,12 +67,17 @@ class TopKSAE(LinearSAE):
         x, k = x.to(self.encoder.dtype), round(self.k_now if self.training else self.k.k)
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
-        found = top_per_row(encoder, k)
+        shards, own = self.world.shards, min(k, self.d_sae)
+        in_slots = x.is_cuda or kernels_for(x.device).holds  # whose pads do not compete among shards
+        found = None if shards.size > 1 and in_slots else top_per_row(encoder, own)
         if found is not None:
+            if shards.size > 1:
+                found = found.where(best_pairs(found, own, k, shards))
             return sparse_values(x, self.encoder, self.b_enc, found)
         values = torch.relu(self.before(x))
-        kept = kept_per_row(values.detach().view(-1, self.d_sae), k).view(values.shape)
-        return DenseLatents(values.where(kept, 0.0))
+        rows = values.detach().view(-1, self.d_sae)
+        kept = kept_per_row(rows, own) if shards.size == 1 else best_places(rows, own, k, shards)
+        return DenseLatents(values.where(kept.view(values.shape), 0.0))
 
     def to_exceed(self, latents: Latents, features: Int64[Tensor, " some"]) -> Float[Tensor, "*rows 1"]:
         """The smallest that is active in the row; 0 where fewer than k are."""

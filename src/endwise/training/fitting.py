@@ -49,7 +49,8 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
             read, _ = activations(text, part, part, MEASURED_ON, range(len(text[-1])))
         found = Outliers.of(part.place, multiple, read.norm(dim=-1))
         part.sae.leave_out_above(found.limit)
-        folder.note_start(found.record)
+        if member.writes:
+            folder.note_start(found.record)
         if found.many:
             show(f"! {found} {FEWER_LEFT_OUT}", Console(stderr=True, quiet=not display))
 
@@ -79,7 +80,7 @@ def measure_error_scales(text: Text, member: Member) -> None:
     for scale in scales:
         scale.measure(together[scale.site])
     record = {scale.site.name: scale.record for scale in sorted(scales, key=lambda scale: scale.site)}
-    for _, folder, _ in member.outputs():
+    for _, folder, _ in member.outputs() if member.writes else ():
         folder.note_start({"error_scales": record})
 
 
@@ -93,7 +94,8 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
         with torch.no_grad():
             read, written = activations(text, part, part, COMPARED_ON, range(len(text[-1])))
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
-        folder.note_start(taken.record)
+        if member.writes:
+            folder.note_start(taken.record)
         with torch.no_grad(), part.sae.aside():
             latents = part.sae.encode(read[None])
             part.course.start(latents, part.sae.reconstruct(latents, read[None]), written[None])

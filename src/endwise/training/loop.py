@@ -30,9 +30,9 @@ def run_loop(prepared: Prepared) -> None:
     config = group.members[0].config.training
     first = group.members[0].trainee.step
     train, remaining = prepared.corpora.train, range(first, steps)
-    shares = (world.share(prepared.order[step]) for step in remaining)
+    shares = (world.replicas.share(prepared.order[step]) for step in remaining)
     with (
-        Display(steps, first, config.batch * train.context, prepared.display and world.is_first) as shown,
+        Display(steps, first, config.batch * train.context, prepared.display) as shown,
         polite_stop() as stop_asked,
         read_ahead(train, shares, model.device) as batches,
         _saving(group),
@@ -41,7 +41,7 @@ def run_loop(prepared: Prepared) -> None:
         if any(member.line is not None for member in group.members):  # what a resumed run owes
             _record(prepared, first, shown)
         for step, batch in zip(remaining, batches, strict=True):
-            group.each(partial(tell_increase, model, prepared.corpora.heldout, world, step))
+            group.each(partial(tell_increase, model, prepared.corpora.heldout, world.replicas, step))
             trainees = [member.trainee for member in group.members]
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world, prepared.kept)
             group.agree(world)
@@ -79,7 +79,7 @@ def _fit(prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Call
     if not any(due(part) for member in group.members for part in member.trainee.parts):
         return
     with world.together(what):
-        if world.is_first:
+        if world.replicas.is_first:
             group.each(partial(act, (prepared.model, prepared.corpora.train, prepared.order)))
     broadcast_state(group, world)
 
@@ -132,15 +132,13 @@ def _report(done: int, member: Member) -> None:
 def _write_line(shown: Display, done: int, member: Member) -> None:
     folder, line = member.folder, member.line
     assert line is not None
+    member.line, member.heldout = None, line.get("heldout", member.heldout)
     if member.writes:
         folder.append(folder.metrics_file, line)
-    member.line, member.heldout = None, line.get("heldout", member.heldout)
-    if not member.writes:
-        return
-    timing = shown.timing(done)
-    timing["seconds"] += member.seconds_before
-    folder.append(folder.timings_file, {"step": done, **timing, "seed": member.config.seed})
-    shown.show(folder.path, member.config, line)
+        timing = shown.timing(done)
+        timing["seconds"] += member.seconds_before
+        folder.append(folder.timings_file, {"step": done, **timing, "seed": member.config.seed})
+        shown.show(folder.path, member.config, line)
     if _due(member.config.training.checkpoint_every, done):
         member.save()
 
@@ -172,16 +170,15 @@ def _evaluate_briefly(prepared: Prepared, members: list[Member]) -> None:
             try:
                 evaluate(brief, sharing)
                 continue
-            except ProcessLost:
-                raise
-            except Exception:  # noqa: BLE001  Each is measured alone below, and says what is wrong with it.
-                pass
+            except Exception as error:  # each is measured alone below, and says what is wrong with it
+                if isinstance(error, ProcessLost) or prepared.world.shards.size > 1:
+                    raise
         prepared.group.each(lambda member, brief=brief: evaluate(brief, [member]), sharing)
 
 
 def _evaluated(prepared: Prepared, brief: EvaluationConfig, sharing: list[Member]) -> list[Evaluation]:
     """Each member's metrics: those of one place share a clean pass, those of several are measured all in place."""
-    passes = {"corpus": prepared.corpora.heldout, "config": brief, "baselines": False, "world": prepared.world}
+    passes = {"corpus": prepared.corpora.heldout, "config": brief, "baselines": False, "world": prepared.world.replicas}
     alone = {str(m.folder.path): m.trainee for m in sharing if isinstance(m.trainee, Trainee)}
     found: dict[str, Evaluation] = {}
     if alone:

@@ -9,6 +9,7 @@ import torch
 from endwise.common.errors import ConfigError, FormatError, HubError, SiteError
 from endwise.common.hub import shown
 from endwise.common.machine import available_memory, size_text
+from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
@@ -84,11 +85,13 @@ def new_trainee(
     steps: int,
     phases: Sequence[Phase] | None = None,
     kind: type[Trainee] = Trainee,
+    world: World = ALONE,
 ) -> Trainee:
     """The SAE that a recipe's training begins with, with its objective and optimiser.
 
     Args:
         phases: others than the recipe's.
+        world: processes among whose shards the features are shared out.
 
     Raises:
         ConfigError: `init_from` holds an SAE of another shape, or the machine has no memory for one of the size asked.
@@ -110,7 +113,7 @@ def new_trainee(
     else:
         sae = _taken_over(config, width, model.width(place.writes), d_sae)
     sae.leave_out_above(None if config.data.leave_out_norms is None else math.nan)  # to be measured
-    return kind(sae.to(model.device), place, phases, config.training, steps)
+    return kind(sae.split(world.one_replica).to(model.device), place, phases, config.training, steps)
 
 
 def new_dictionary(config: RunConfig, model: LanguageModel, place: Place) -> SAE:

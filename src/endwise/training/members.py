@@ -26,12 +26,13 @@ from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.provenance import beginning
-from endwise.runs.checkpoints import write_checkpoint
+from endwise.runs.checkpoints import Checkpoint, write_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import mark_part, place_folder
 from endwise.training.display import Display
 from endwise.training.joint import AnyTrainee
 from endwise.training.memory import command_in_less_memory
+from endwise.training.shards import gathered, give, shards_of
 from endwise.training.trainee import Trainee
 
 
@@ -146,6 +147,8 @@ class Member:
     """Metrics of the latest evaluation on schedule."""
     seconds_before: float = 0.0
     """Wall-clock of the run before this process took it up."""
+    taken_up: Checkpoint | None = None
+    """Checkpoint of a whole dictionary, until the shards have their parts of it."""
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
         """Each dictionary, the folder that its SAE is saved in, and what is said of it there."""
@@ -169,9 +172,16 @@ class Member:
 
     def finished(self, text: Mapping[str, Any]) -> "Run | PlacesRun":
         """The run, after its last step."""
-        (part,) = self.trainee.parts
+        (sae,) = self.finished_saes()
         assert isinstance(self.config, RunConfig)
-        return Run(self.config, part.sae.eval(), self.folder.path, self.seconds, {**text, **self.record()})
+        return Run(self.config, sae, self.folder.path, self.seconds, {**text, **self.record()})
+
+    def finished_saes(self) -> list[SAE]:
+        """The dictionaries, in the order of `outputs`; those that are split are read from their files, whole."""
+        if (world := self.trainee.parts[0].sae.world).shards.size == 1:
+            return [part.sae.eval() for part in self.trainee.parts]
+        world.total(0)  # returns when all have come here, the one that wrote among them
+        return [SAE.load(folder.sae) for _, folder, _ in self.outputs()]
 
     def record(self) -> dict[str, Any]:
         """See `Run.record`."""
@@ -210,10 +220,12 @@ class Member:
             NotFinite, RunFolderError: see `save`.
         """
         self.trainee.report()
-        if self.writes:
-            for part, its_folder, metadata in self.outputs():
-                place = its_folder.path / "saes" / f"step-{self.trainee.step:09d}"
-                part.sae.save(place, self._with_step(metadata))
+        if not self.writes:
+            give(self.trainee)
+            return
+        for part, its_folder, metadata in self.outputs():
+            place = its_folder.path / "saes" / f"step-{self.trainee.step:09d}"
+            part.sae.save(place, self._with_step(metadata))
 
     def _with_step(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {**metadata, "endwise": {**metadata["endwise"], "step": self.trainee.step}}
@@ -227,13 +239,14 @@ class Member:
     def write(self) -> None:
         """As `save`, of a trainee that has just reported."""
         if not self.writes:
+            give(self.trainee, with_checkpoint=True)
             return
         trainee, folder, seeds = self.trainee, self.folder, self.config.seeds
         for part, its_folder, metadata in self.outputs():
             its_folder.note_weights(whole=False)
             part.sae.save(its_folder.sae, self._with_step(metadata))
             its_folder.note_weights(whole=True)
-        checkpoint = trainee.checkpoint()
+        checkpoint = gathered(trainee)
         state = {**checkpoint.state, "seeds": seeds, "metrics_bytes": folder.position(), "line_due": self.line}
         state["architectures"] = self.architectures
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
@@ -275,7 +288,7 @@ class JointMember(Member):
 
     def finished(self, text: Mapping[str, Any]) -> PlacesRun:
         assert isinstance(self.config, PlacesConfig)
-        saes = {part.place.name: part.sae.eval() for part in self.trainee.parts}
+        saes = {part.place.name: sae for part, sae in zip(self.trainee.parts, self.finished_saes(), strict=True)}
         folders = {recipe.place: place_folder(self.folder.path, recipe) for recipe in self.config.recipes}
         record = {**text, **self.record()}
         return PlacesRun(
@@ -327,7 +340,10 @@ class Group:
 
         Raises:
             TrainingStopped: see `each`.
+            Exception: `error`, where other processes hold features of the dictionary and may wait for them.
         """
+        if shards_of(member.trainee).size > 1 and not isinstance(error, NotFinite):
+            raise error
         self.share_time()
         self.members.remove(member)
         if (named := out_of_memory(error, member.command_in_less_memory())) is not None:
@@ -352,13 +368,16 @@ class Group:
         if self.members:
             if self.shown is not None:
                 self.shown.fail(folder.path, str(failure))
-        elif not self._alone:
+        else:
+            self._raise(error, failure)
+
+    def _raise(self, error: Exception, failure: Failure) -> None:
+        if not self._alone:
             raise SomeFailed(self.failures, []) from error
-        elif isinstance(error, TrainingStopped | DataError):
+        if isinstance(error, TrainingStopped | DataError):
             kind = type(error) if isinstance(error, TrainingStopped) else TrainingStopped
             raise kind(f"{error} {failure.kept}") from None
-        else:
-            raise error
+        raise error
 
     def agree(self, world: World, stop: bool = False) -> bool:
         """Let go of those that failed in another process, so that all processes continue with the same; tell if any
@@ -383,7 +402,7 @@ class Group:
         was saved.
         """
         saved: list[str] = []
-        for member in self.members:
+        for member in (each for each in self.members if shards_of(each.trainee).size == 1):
             with suppress(Exception):
                 member.save_last_good()
                 saved.append(str(member.folder.path))

@@ -18,6 +18,7 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.tokens import Corpora
 from endwise.training.members import Group, Member
+from endwise.training.shards import Sharing, shards_of
 
 
 def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -110,10 +111,18 @@ def broadcast_state(group: Group, world: World) -> None:
         return
     for member in group.members:
         checkpoint = member.trainee.checkpoint()
-        tensors = world.tensors_from_first(checkpoint.tensors)
+        tensors = world.replicas.tensors_from_first(checkpoint.tensors)
         member.trainee.restore(Checkpoint(tensors, world.from_first(checkpoint.state)))
         member.line = world.from_first(member.line)
-        member.writes = world.is_first
+
+
+def share_out(group: Group, world: World) -> None:
+    """Give every shard its part of the checkpoint that the first process took up."""
+    for member in group.members if world.shards.size > 1 else ():
+        whole, member.taken_up = member.taken_up, None
+        if (state := world.from_first(whole and whole.state)) is not None:
+            own = world.tensors_from_first(whole.tensors if whole else {}, Sharing.of(member.trainee).own)
+            member.trainee.restore(Checkpoint(own, state))
 
 
 def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, from_step: int | None) -> int:
@@ -136,7 +145,8 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
             f"{folder.path} holds a checkpoint of a {', '.join(kept)} dictionary, but its config.yaml says "
             f"{', '.join(member.architectures)}. Restore config.yaml, or start a new run."
         )
-    trainee.restore(checkpoint)
+    trainee.restore(Sharing.of(trainee).part(checkpoint))
+    member.taken_up = checkpoint if shards_of(trainee).size > 1 else None
     position, line = checkpoint.state.get("metrics_bytes"), checkpoint.state.get("line_due")
     if type(position) is not int or position < 0 or not (line is None or isinstance(line, dict)):
         raise FormatError(f"The checkpoint of step {trainee.step} in {folder.path} names no place in metrics.jsonl.")

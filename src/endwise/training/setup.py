@@ -32,7 +32,7 @@ from endwise.training.fitting import fit_first, measure_error_scales, measure_no
 from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
-from endwise.training.resume import broadcast_state, start_or_resume
+from endwise.training.resume import broadcast_state, share_out, start_or_resume
 from endwise.training.step import tail_model
 from endwise.training.targets import held_out_wanted
 from endwise.training.trainee import Trainee
@@ -96,9 +96,9 @@ def prepare(
         model: a loaded model to use instead of the recipes'.
         corpora: loaded token sequences to use instead of the recipes'.
     """
-    first, configs = request.first, request.configs
-    _check_shares(first, world)
+    first, configs, display = request.first, request.configs, request.display and world.is_first
     check_sharded(first, world.size, given=model)
+    world = _grid(first, world)
     with world.together("claiming the run folders"):
         folders = [_claimed(config, world, claims, request.resume) for config in configs]
         settings = pinned(folders[0].path, first)
@@ -113,12 +113,12 @@ def prepare(
             raise ConfigError("The model names no longest context. Set data.context, the tokens per sequence.")
         steps = _steps(configs, context)
         group = Group(
-            _new_member(request, config, folder, model, steps, context)
+            _new_member(request, config, folder, model, steps, context, world)
             for config, folder in zip(configs, folders, strict=True)
         )
         corpora = corpora or corpora_of([settings, *configs[1:]], model)
         for member in group.members:
-            _measure_within(member, corpora.heldout, request.display)
+            _measure_within(member, corpora.heldout, display)
         for each in (model, tail):
             each.attend_within(corpora.train.layout.ends)
         order = _order(first, corpora, steps)
@@ -126,21 +126,23 @@ def prepare(
     with world.together("starting the run"):
         if world.is_first:
             start_or_resume(group, model, corpora, request.from_step)
+        share_out(group, world)
+        if world.replicas.is_first:
             text = (model, corpora.train, order)
             new = [m for m in group.members if m.trainee.step == 0]
-            group.each(partial(measure_norms, text, display=request.display), new)
+            group.each(partial(measure_norms, text, display=display), new)
             group.each(partial(measure_error_scales, text), new)
             group.each(partial(fit_first, text), new)
-            group.each(partial(measure_start, text, display=request.display), new)
+            group.each(partial(measure_start, text, display=display), new)
     broadcast_state(group, world)
     for part in (part for member in group.members for part in member.trainee.parts):
         part.sae.join(world)
-    group.text = _text_tried(model, corpora, request.display, world)
+    group.text = _text_tried(model, corpora, display, world)
     trainees = [member.trainee for member in group.members]
-    kept = kept_for(first, model, tail, trainees, corpora.train, steps, world, request.display)
+    kept = kept_for(first, model, tail, trainees, corpora.train, steps, world, display)
     if kept is not None:
         claims.callback(kept.close)
-    return Prepared(model, tail, group, corpora, order, steps, request.display, world, kept)
+    return Prepared(model, tail, group, corpora, order, steps, display, world, kept)
 
 
 def _check_shared(configs: Sequence[Recipe]) -> None:
@@ -159,12 +161,20 @@ def _check_shared(configs: Sequence[Recipe]) -> None:
         raise ConfigError("Two SAEs trained together have the same folder; set `out` of each.")
 
 
-def _check_shares(config: Recipe, world: World) -> None:
-    if world.size > config.training.batch:
+def _grid(config: Recipe, world: World) -> World:
+    """The processes, with those that share the features of a dictionary."""
+    shards = config.training.shards
+    if world.size % shards:
         raise ConfigError(
-            f"training.batch is {config.training.batch}, fewer sequences than the {world.size} processes that share "
-            "them. Raise it, or start fewer processes."
+            f"training.shards is {shards}, among which features are shared out, and {world.size} is no multiple of it. "
+            f"Start {shards} processes, or a multiple (torchrun --nproc-per-node={shards}); or set training.shards=1."
         )
+    if world.size // shards > config.training.batch:
+        raise ConfigError(
+            f"training.batch is {config.training.batch}, fewer sequences than the {world.size // shards} processes "
+            "that share them. Raise it, or start fewer processes."
+        )
+    return world.split(shards)
 
 
 def check_sharded(
@@ -183,6 +193,8 @@ def check_sharded(
         return
     if processes == 1:
         why = "one process has nobody to divide it with. Start several (docs/scaling.md)"
+    elif (shards := config.training.shards) > 1:
+        why = f"training.shards={shards} divides its dictionary, and not both can be divided. Set training.shards=1"
     elif given is not None:
         why = f"{given.name} was given whole. Leave it to the recipe to load it"
     elif settings.quantization is not None:
@@ -281,7 +293,13 @@ def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: Wo
 
 
 def _new_member(
-    request: TrainingRequest, config: Recipe, folder: RunFolder, model: LanguageModel, steps: int, context: int
+    request: TrainingRequest,
+    config: Recipe,
+    folder: RunFolder,
+    model: LanguageModel,
+    steps: int,
+    context: int,
+    world: World,
 ) -> Member:
     """Make what is trained in a folder."""
     start = _less_its_start(config, folder, request.from_step)
@@ -289,11 +307,11 @@ def _new_member(
         assert isinstance(config, PlacesConfig)
         recipes = sorted(config.recipes, key=lambda recipe: model.place(recipe.place))
         of_places = [sae_metadata(recipe, model, context) for recipe in recipes]
-        trainee = new_joint_trainee(start, model, steps)
-        return JointMember(config, trainee, folder, of_places[0], recipes=recipes, of_places=of_places)
+        trainee, first = new_joint_trainee(start, model, steps), world.is_first
+        return JointMember(config, trainee, folder, of_places[0], first, recipes=recipes, of_places=of_places)
     assert isinstance(config, RunConfig)
-    trainee = new_trainee(start, model, steps, kind=request.trainee)
-    return Member(config, trainee, folder, sae_metadata(config, model, context))
+    trainee = new_trainee(start, model, steps, kind=request.trainee, world=world)
+    return Member(config, trainee, folder, sae_metadata(config, model, context), world.is_first)
 
 
 def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:

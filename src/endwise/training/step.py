@@ -44,8 +44,8 @@ def take_step(
         ProcessLost: another process is gone; every trainee's weights are those of the step before.
     """
     tail = tail or model
-    tokens_in_step, positions = batch.mask.sum(), world.total(batch.tokens.numel())
-    world.add([tokens_in_step])
+    tokens_in_step, positions = batch.mask.sum(), world.replicas.total(batch.tokens.numel())
+    world.replicas.add([tokens_in_step])
     left, counted = list(trainees), dict[AnyTrainee, CountedTokens]()
     size, taking = -(-len(batch.tokens) // accumulation), left
     while taking:
@@ -61,8 +61,8 @@ def take_step(
         taking = _settle(left, trainees, failed, world)
     if world.size > 1:
         for each in left:  # all of them before any takes its step, so that a lost process finds them at one step
-            each.add_up(world)
-            counted[each].add_up(world)
+            each.add_up(world.replicas)
+            counted[each].add_up(world.replicas)
     _each(left, failed, lambda each: each.finish_step(counted[each].settle(tokens_in_step), positions), whole=False)
 
 

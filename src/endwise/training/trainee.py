@@ -149,7 +149,7 @@ class Trainee:
             if objective.spliced_terms:
                 found = self._pulls(tail, clean, encoded.reconstruction, encoded.target, mask)
         if found is not None:
-            gradient, weights = balanced(objective, found, self.sae.world)
+            gradient, weights = balanced(objective, found, self.sae.world.replicas)
             for name, weight in weights.items():
                 self.see(coefficient_of(name), weight)
         self.learn(encoded, mask, tokens_in_step, gradient)
@@ -253,7 +253,7 @@ class Trainee:
 
     def found_bad(self) -> Tensor:
         """Tell if a number was not finite at this step, or at any since the last report."""
-        self._norm = torch.nn.utils.get_total_norm(self._gradients())
+        self._norm = _norm_of(self._gradients(), self.sae.world.shards)
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
         self._first_bad = torch.where(bad & (self._first_bad < 0), self.step, self._first_bad)
@@ -351,6 +351,12 @@ class Trainee:
         self.course.restore(checkpoint.tensors)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         restore_generators(checkpoint.tensors)
+
+
+def _norm_of(gradients: Sequence[Tensor], shards: World) -> Float[Tensor, ""]:
+    """L2 norm of the gradients of all shards together."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm if shards.size == 1 else torch.linalg.vector_norm(shards.stack(norm))
 
 
 def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activation | None:

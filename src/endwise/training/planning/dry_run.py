@@ -34,10 +34,10 @@ from endwise.models.loading import DTYPES
 from endwise.models.sites import Part, Place, Site
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.training.joint import JointTrainee
-from endwise.training.making import new_dictionary
 from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_objective
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
+from endwise.training.planning.one_shard import planned_dictionary, whole_count
 from endwise.training.planning.outline import outline_model
 from endwise.training.step import clean_passes
 from endwise.training.tail_terms import Pulls
@@ -93,7 +93,7 @@ class DryRun:
         self.microbatch = min(at_a_time, sequences // self.accumulation)
         with trace, trace.part(WEIGHTS):
             places = zip(self.recipes, self.places, strict=True)
-            self.saes = [new_dictionary(recipe, self.model, place) for recipe, place in places]
+            self.saes = [planned_dictionary(recipe, self.model, place) for recipe, place in places]
         self.kernels = _DenseKernels(trace, on_gpu)
 
     def _objectives(self) -> dict[Site, Objective]:
@@ -137,7 +137,8 @@ class DryRun:
                 between = self.trace.peak()
                 found[EVALUATION] = self._evaluation()
                 if self.device.type == "cpu":
-                    _, copied = self.file_sizes()  # of the SAE as it is used; a checkpoint is written as it lies
+                    # The SAE as it is used; of shards the checkpoint too, else written as it lies.
+                    copied = self.file_sizes()[0 if self.config.training.shards > 1 else 1]
                     found[CHECKPOINT] = Held({**between.parts, SAVING: copied}, SAVING)
             for trainee in trainees:
                 trainee.leave()
@@ -247,7 +248,7 @@ class DryRun:
 
     def file_sizes(self) -> tuple[int, int]:
         """Bytes of a checkpoint and of the saved SAE, but for their headers."""
-        weights = 4 * sum(map(_count, self.saes))
+        weights = 4 * sum(map(whole_count, self.saes))
         counters = 4 * sum(len(list(sae.parameters())) for sae in self.saes)  # Adam's, one to a parameter
         generators = sum(state.nbytes for state in generator_states().values())
         return 3 * weights + counters + 8 * sum(sae.d_sae for sae in self.saes) + generators, weights

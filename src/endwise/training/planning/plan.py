@@ -41,6 +41,7 @@ from endwise.training.planning.flops import (
     sparse_flops,
 )
 from endwise.training.planning.memory_trace import Held
+from endwise.training.planning.one_shard import whole_count
 from endwise.training.setup import check_sharded, default_folder, steps_of
 
 CUDA_CONTEXT = 1 << 29
@@ -137,6 +138,8 @@ class TrainingPlan:
     device: str
     dtype: str
     processes: int
+    shards: int
+    """Processes that share the features; memory, and operations per token, are those of one."""
     context: int
     sequences: int
     """Sequences of each batch in one process."""
@@ -182,8 +185,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     """Plan what one of a run's processes will need.
 
     Args:
-        processes: that share each batch in data-parallel training; each holds SAE, optimiser and, but for the blocks of
-            a model that is sharded, model in full.
+        processes: that train together; each holds its share of the SAE (`training.shards`) with the optimiser's, and
+            the model in full, but for the blocks of one that is sharded.
         memory: bytes that each process will have, on its device; unset: what this machine has free, which processes on
             a CPU share.
 
@@ -193,13 +196,8 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     refuse_adopted(config)
     if config.phases:
         return _of_phases(config, [plan(each, processes=processes, memory=memory) for each in config.in_phases])
-    training = config.training
-    if processes < 1 or training.batch % (processes * training.accumulation):
-        raise ConfigError(
-            f"{processes} processes cannot share batches of {training.batch} sequences in passes of equal size "
-            f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
-        )
-    device, sequences = _device(config, memory), training.batch // processes
+    training, device = config.training, _device(config, memory)
+    sequences = training.batch // _sharing_batches(config, processes)
     check_sharded(config, processes, device)
     sharded = config.model.sharded
     dry_run = DividedDryRun(config, device, sequences, processes) if sharded else DryRun(config, device, sequences)
@@ -215,6 +213,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         device=dry_run.device.type,
         dtype=str(dry_run.model.dtype).removeprefix("torch."),
         processes=processes,
+        shards=training.shards,
         context=dry_run.context,
         sequences=dry_run.sequences,
         accumulation=dry_run.accumulation,
@@ -229,13 +228,30 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
         kept_bytes=(kept := _kept_bytes(dry_run, steps)),
         flops=flops,
         sparse_flops=sparse,
-        total_flops=flops.per_token * steps * per_step,
+        total_flops=flops.per_token * steps * per_step * training.shards,
         needs=(
             *_memory_needs(dry_run, stages, processes, memory),
             _disk_need(dry_run, steps),
             *_kept_needs(config, kept),
         ),
     )
+
+
+def _sharing_batches(config: Recipe, processes: int) -> int:
+    """The processes, or groups of them, that share each batch."""
+    training, shards = config.training, config.training.shards
+    if processes % shards:
+        raise ConfigError(
+            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
+            f"Plan for so many processes, or a multiple: --processes {shards}."
+        )
+    sharing = processes // shards
+    if sharing < 1 or training.batch % (sharing * training.accumulation):
+        raise ConfigError(
+            f"{sharing} processes cannot share batches of {training.batch} sequences in passes of equal size "
+            f"(training.accumulation {training.accumulation}). Change training.batch or the number of processes."
+        )
+    return sharing
 
 
 def _of_phases(config: Recipe, plans: Sequence[TrainingPlan]) -> TrainingPlan:
@@ -282,7 +298,7 @@ def _parameters(dry_run: DryRun) -> Parameters:
     head = dry_run.pieces[: dry_run.pieces_before(dry_run.site)]
     before = dry_run.embedding_parameters() + sum(piece.parameters for piece in head)
     unembedding = sum(parameter.numel() for parameter in dry_run.unembedding.parameters())
-    dictionary = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
+    dictionary = sum(map(whole_count, dry_run.saes))
     return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
 
 

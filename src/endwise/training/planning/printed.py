@@ -48,9 +48,10 @@ def _heading(plan: TrainingPlan) -> tuple[str, ...]:
     passes = f" in {plan.accumulation} passes" if plan.accumulation > 1 else ""
     shared = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
     tail = f", {plan.microbatch} at a time in the spliced pass" if plan.splices else ""
+    split = f", {plan.d_sae // plan.shards:,} in each process" if plan.shards > 1 else ""
     return (
         f"{plan.kind} at {plan.site} of {model_title(plan.model)} ({plan.dtype})",
-        f"{plan.d_sae:,} features of width {plan.d_model:,}",
+        f"{plan.d_sae:,} features of width {plan.d_model:,}{split}",
         f"{plan.steps:,} steps of {plan.sequences} × {plan.context:,} tokens{passes}{shared}{tail}; {plan.device}",
     )
 
