@@ -320,10 +320,13 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    from torch.distributed.distributed_c10d import PrefixStore  # which not every build of torch has
+    from torch.distributed.rendezvous import rendezvous
+
     with _noticing_loss():
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_timeout())))
+        store, rank, size = next(iter(rendezvous("env://", timeout=_timeout())))
         # Names of its own each time: processes would take addresses that an earlier world left in the launcher's store.
-        own = dist.PrefixStore(f"endwise-{next(_JOININGS)}", store)
+        own = PrefixStore(f"endwise-{next(_JOININGS)}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_timeout())
     try:
         with _being(None) as world:
