@@ -81,7 +81,8 @@ class Curve:
 
     @property
     def own(self) -> dict[str, Any]:
-        return self.study["methods"][self.name]
+        own = self.study["methods"][self.name]
+        return {**self.study["methods"][own["of"]], **own} if "of" in own else own
 
     def held_against(self, role: str) -> "Curve":
         """Return the curve that is its `reference`, or the `full` objective: its own of that role, or the study's."""

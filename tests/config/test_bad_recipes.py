@@ -231,7 +231,7 @@ def test_aliases_and_merge_keys_of_honest_size_are_yaml_as_ever():
         ("model.name=" + "x" * 300, 3, ["neither 'embedded'", "Check the spelling"]),
         ("model.gguf_file=../model.gguf", 2, ["model.gguf_file", "inside"]),
         ("model.gguf_file=/etc/passwd", 2, ["model.gguf_file", "inside"]),
-        ("model.device=meta", 2, ["model.device", "'meta'", "Use auto"]),
+        ("model.device=meta", 2, ["model.device", "'meta'", "or auto"]),
         ("site=blocks.0.hook_resid_pre/../../x", 3, ["A site is named", "blocks.<layer>"]),
     ],
     ids=lambda value: value[:32] if isinstance(value, str) else None,

@@ -25,10 +25,12 @@ from small_gpt2 import recipe
 EXECUTED = {
     "model.device",
     "model.attention",
+    "model.sharded",
     "data.cache",
     "data.activations",
     "training.accumulation",
     "training.microbatch",
+    "training.shards",
     "training.log_every",
     "training.evaluate_every",
     "training.checkpoint_every",
@@ -75,12 +77,16 @@ def test_of_nested_sections_only_what_is_computed_is_identity():
 def test_what_a_recipe_executes_with_is_what_this_page_says():
     config = RunConfig.build(recipe(Path("run")).model_dump())
     assert set(differing(config.model_dump(mode="json"), identity(config))) <= EXECUTED
-    everything = {"model": {"device": "cpu", "attention": "eager"}, "data": {"cache": "a"}, "evaluation": {"batch": 3}}
+    everything = {
+        "model": {"device": "cpu", "attention": "eager", "sharded": True},
+        "data": {"cache": "a"},
+        "evaluation": {"batch": 3},
+    }
     everything["data"] |= {"activations": "b"}
     values = yaml.safe_load(config.to_yaml())
     for section, keys in everything.items():
         values[section] |= keys
-    values["training"] |= {"microbatch": 1, "accumulation": 2, "log_every": 7, "evaluate_every": 8}
+    values["training"] |= {"shards": 2, "microbatch": 1, "accumulation": 2, "log_every": 7, "evaluate_every": 8}
     values["training"] |= {"checkpoint_every": 9, "keep_checkpoints": 3, "save_at": "log"}
     other = RunConfig.build(values | {"out": "elsewhere", "trackers": ["any"]})
     assert set(differing(config.model_dump(mode="json"), other.model_dump(mode="json"))) == EXECUTED

@@ -86,9 +86,11 @@ def _words() -> dict[tuple[PhaseConfig, ...], str]:
 
 def with_objective(values: Any) -> Any:
     """Fill in the objective of a recipe whose phases alone have terms: that of the last."""
-    if not isinstance(values, Mapping) or not values.get("phases"):
+    if not isinstance(values, Mapping) or not (given := values.get("phases")):
         return values
-    phases, base = spelled_out(values["phases"]), values.get("objective", {})
+    if isinstance(given, str) and given not in PRESETS:
+        return values  # which the field itself refuses
+    phases, base = spelled_out(given), values.get("objective", {})
     if not isinstance(phases, Sequence) or not isinstance(base, Mapping) or base.keys() - set(SHARED_KEYS):
         return values
     last = phases[-1].model_dump() if isinstance(phases[-1], PhaseConfig) else phases[-1]
