@@ -65,6 +65,15 @@ def _softmax_step(logits, inside, top, total):
     return weights, new, total * fallen + tl.sum(weights, 1), fallen
 
 
+@triton.jit
+def _own_rows(keep, n, ROWS: tl.constexpr):
+    """First row of a program, all of them, which there are, and which count."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    here = rows < n
+    return first_row, rows, here, tl.load(keep + rows, here, 0) != 0
+
+
 @triton.jit(do_not_specialize=["n", "vocab", "share"])
 def statistics(
     spliced, clean, targets, keep, weight, bias, out, n, vocab, width, share, scale, cap,
@@ -74,10 +83,7 @@ def statistics(
     """Per row, over a share of the vocabulary: maximum and total of the spliced pass's softmax, of the clean one's, and
     Σ e^(z_P − max)·(z_P − z_Q), or with one pass the target's logit; `out` is `[5 shares n]`.
     """
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    here = rows < n
-    kept = tl.load(keep + rows, here, 0) != 0
+    first_row, rows, here, kept = _own_rows(keep, n, ROWS)
     spliced += first_row * width
     clean += first_row * width
     q_top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -121,10 +127,7 @@ def differences(
     Args:
         softmax: maximum and logarithm of the total, of the spliced pass and of the clean one: `[4 n]`.
     """
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    here = rows < n
-    kept = tl.load(keep + rows, here, 0) != 0
+    first_row, rows, here, kept = _own_rows(keep, n, ROWS)
     spliced += first_row * width
     clean += first_row * width
     begin = tl.program_id(1) * TOKENS
