@@ -323,11 +323,12 @@ def joined() -> Iterator[World]:
     from torch.distributed.distributed_c10d import PrefixStore  # which not every build of torch has
     from torch.distributed.rendezvous import rendezvous
 
+    timeout = _timeout()
     with _noticing_loss():
-        store, rank, size = next(iter(rendezvous("env://", timeout=_timeout())))
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
         # Names of its own each time: processes would take addresses that an earlier world left in the launcher's store.
         own = PrefixStore(f"endwise-{next(_JOININGS)}", store)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_timeout())
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
     try:
         with _being(None) as world:
             yield world
