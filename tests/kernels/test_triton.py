@@ -6,13 +6,14 @@ Both run in processes of their own: Triton reads what it is to be when it is imp
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 
-from endwise.kernels import kernels_for, registered
+from endwise.kernels import has_version, kernels_for, registered
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
@@ -22,7 +23,7 @@ KERNELS = ["statistics", "differences", "add_product", "bag_sums", "chunk_sums",
 ENCODER = ["candidate_bits", "block_maxima", "places_of_bits"]
 """Of bf16 numbers and bits, whatever they search."""
 needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed: there is none for this system"
+    not has_version("triton", Version("3.7")), reason="Triton 3.7 or newer is not installed"
 )
 
 
@@ -86,3 +87,10 @@ def test_all_kernels_compile_without_spilling(tmp_path, dtype):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch asks the card")
 def test_without_cuda_there_is_nothing_to_choose():
     assert kernels_for(torch.device("cuda")) is registered()["eager"]
+
+
+def test_an_older_triton_is_none(monkeypatch):
+    monkeypatch.setattr("endwise.kernels.find_spec", lambda package: package == "triton" or None)
+    monkeypatch.setattr("endwise.kernels.import_module", lambda package: SimpleNamespace(__version__="3.6.0"))
+    assert has_version("triton", Version("3.6")) and not has_version("triton", Version("3.7"))
+    assert not has_version("no_triton", Version("3.6"))

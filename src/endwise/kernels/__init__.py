@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
 
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import Divergence, Found, Kernels, Pairs, Unembedding
@@ -37,9 +38,10 @@ __all__ = [
 
 _EAGER = EagerKernels()
 _BY_DEVICE: dict[str, Kernels] = {}
-_SHIPPED = {"cuda": ("triton", "endwise.kernels.on_cuda", "TritonKernels")}
-"""By type of device: the package that its kernels need, the module they are in, and their class. The module is loaded
-when such a device is first used; its `supports` says which ones they are for."""
+_SHIPPED = {"cuda": ("triton", Version("3.7"), "endwise.kernels.on_cuda", "TritonKernels")}
+"""By type of device: the package that its kernels need, the oldest version that they were tried with, the module they
+are in, and their class. The module is loaded when such a device is first used; its `supports` says which ones they are
+for."""
 
 
 def register(device_type: str, kernels: Kernels) -> None:
@@ -58,11 +60,18 @@ def kernels_for(device: torch.device) -> Kernels:
 
 @cache
 def _shipped(device: torch.device) -> Kernels:
-    package, module, name = _SHIPPED.get(device.type, ("", "", ""))
-    if not package or find_spec(package) is None:
+    if device.type not in _SHIPPED:
+        return _EAGER
+    package, oldest, module, name = _SHIPPED[device.type]
+    if not has_version(package, oldest):
         return _EAGER
     found = import_module(module)
     return getattr(found, name)() if found.supports(device) else _EAGER
+
+
+def has_version(package: str, oldest: Version) -> bool:
+    """Return whether a package is there, as old or newer; builds of torch bring it under several names."""
+    return find_spec(package) is not None and Version(import_module(package).__version__) >= oldest
 
 
 @contextmanager
