@@ -6,9 +6,11 @@ import json
 import math
 import shutil
 import signal
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -567,14 +569,26 @@ def test_a_damaged_checkpoint_is_told_with_its_remedy(two):
     assert sweep(config, display=False).summary.read_bytes() == table
 
 
-def test_a_folder_that_another_process_trains_in(made, whole, tmp_path):
-    config = small_sweep(made, tmp_path, {"seed": [0, 1]}, training=OFTEN)
-    claimed = survey(config)[1].folder
-    with RunFolder(claimed).claimed():
-        swept = sweep(config, display=False)
-    assert len(swept.runs) == 1
-    assert [f"Another process is training in {claimed}" in why for why in swept.failures.values()] == [True]
-    assert len(sweep(config, display=False).runs) == 2
+@pytest.mark.parametrize("doing", ["training", "measuring"])
+def test_what_another_process_has_in_hand_is_waited_for_behind_the_others(made, whole, tmp_path, monkeypatch, doing):
+    """Alone, or side by side with one that is free."""
+    config = small_sweep(made, tmp_path, {"seed": [0, 1, 2]}, training=OFTEN, together=2)
+    first = survey(config)[0].folder
+    if doing == "measuring":
+        train(points_of(config)[0].config.model_copy(update={"out": first}), display=False)
+    engine, looks = here(), []
+    with ExitStack() as other:
+        other.enter_context(RunFolder(first).claimed())
+
+        def look(seconds):
+            looks.append([RunFolder(each.folder).measured() is not None for each in survey(config)])
+            if len(looks) == 2:
+                other.close()
+
+        monkeypatch.setattr("endwise.sweeps.engines.time", SimpleNamespace(sleep=look))
+        swept = sweep(config, display=False, engine=engine)
+    assert looks == [[False, True, True]] * 2
+    assert len(swept.runs) == 3 and not swept.failures
 
 
 def test_a_folder_that_holds_something_else(made, whole, tmp_path):

@@ -6,7 +6,8 @@
     │   └── SiteError      a site does not exist in this model
     ├── DataError          a corpus is missing, empty, too short, or not what the recipe says
     │   └── NoTokenizer    text is to be read, by a model that has no tokenizer
-    ├── RunFolderError     a run folder is missing, taken or damaged, or cannot be written (the disk is full)
+    ├── RunFolderError     a run folder is missing or damaged, or cannot be written (the disk is full)
+    │   └── FolderTaken    another process is at work in it
     ├── FormatError        a file is not the format it claims to be
     │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
@@ -51,6 +52,10 @@ class NoTokenizer(DataError):
 
 class RunFolderError(EndwiseError):
     exit_code = 5
+
+
+class FolderTaken(RunFolderError):
+    pass
 
 
 class FormatError(EndwiseError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from endwise.common.errors import FormatError, RunFolderError
+from endwise.common.errors import FolderTaken, FormatError, RunFolderError
 from endwise.common.remedies import reason, remedy
 
 PARTIAL = ".partial"
@@ -47,14 +47,15 @@ def held(lock: Path, taken: str | None = None) -> Iterator[None]:
         taken: what to say where another process holds it; None: it is waited for.
 
     Raises:
-        RunFolderError: another process holds it, or it cannot be written.
+        FolderTaken: another process holds it.
+        RunFolderError: it cannot be written.
     """
     holding = FileLock(lock, timeout=-1 if taken is None else 0)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         holding.acquire()
     except Timeout:
-        raise RunFolderError(taken or "") from None
+        raise FolderTaken(taken or "") from None
     except (OSError, NotImplementedError) as error:  # the second of older versions, where a disk knows no locks
         known = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
         raise cannot_write(lock.parent, known) from None

@@ -93,7 +93,8 @@ class RunFolder(ShownRun):
         again.
 
         Raises:
-            RunFolderError: another process holds it, or it cannot be written.
+            FolderTaken: another process holds it.
+            RunFolderError: it cannot be written.
         """
         is_new = not there_is(self.path)
         taken = f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."

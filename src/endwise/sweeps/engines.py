@@ -1,5 +1,7 @@
 """Engines that carry out tasks. One takes tasks and returns the outcomes of their runs, in any order."""
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -30,14 +32,29 @@ class Engine(Protocol):
 
 
 class InProcess:
-    """One task after another, here."""
+    """One task after another, here; those that another process is at work on, another copy of the sweep perhaps, are
+    looked at again behind the others.
+    """
+
+    look_seconds = 5.0
+    """Between two looks at runs all of which are taken."""
 
     def __init__(self, worker: Worker | None = None) -> None:
         self._worker = worker or Worker()
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
-        for task in tasks:
-            yield self._worker.carry_out(task)
+        waiting, taken_in_a_row = deque(tasks), 0
+        while waiting:
+            task = waiting.popleft()
+            outcomes = self._worker.carry_out(task)
+            if ended := [outcome for outcome in outcomes if not outcome.taken]:
+                yield ended
+                taken_in_a_row = 0
+            if taken := tuple(each for each, outcome in zip(task, outcomes, strict=True) if outcome.taken):
+                waiting.append(taken)
+                taken_in_a_row += 1
+            if taken_in_a_row >= len(waiting) > 0:
+                time.sleep(self.look_seconds)
 
     def close(self) -> None:
         self._worker.loaded.clear()

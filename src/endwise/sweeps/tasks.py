@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endwise.common.errors import EndwiseError, FormatError, Interrupted, ProcessLost, RunFolderError
+from endwise.common.errors import EndwiseError, FolderTaken, FormatError, Interrupted, ProcessLost, RunFolderError
 from endwise.config.fields import identity, shared
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import RunConfig
@@ -35,6 +36,8 @@ class Outcome:
     folder: Path
     error: str | None = None
     """Reason why it has not ended; None: it is trained and measured."""
+    taken: bool = False
+    """Another process is at work on it."""
 
 
 Task = tuple[Recipe, ...]
@@ -152,8 +155,8 @@ def train_recipes(configs: Sequence[Recipe], **options: Any) -> None:
         train_together(alone, **options)
 
 
-_Errors = dict[Path, str]
-"""Errors of the runs that failed."""
+_Errors = dict[Path, Outcome]
+"""Outcomes of the runs that failed, by their folders."""
 
 
 @dataclass
@@ -185,14 +188,14 @@ class Worker:
         unmeasured, unreadable = _sorted_out(trained, is_finished)
         errors |= unreadable
         errors |= self._measure(unmeasured) if unmeasured else {}
-        return [Outcome(folder_of(config), errors.get(folder_of(config))) for config in task]
+        return [errors.get(folder_of(config), Outcome(folder_of(config))) for config in task]
 
     def _train(self, configs: list[Recipe]) -> _Errors:
         try:
             first = pinned(folder_of(configs[0]), configs[0])
             loads: dict[str, Any] = {"model": self.loaded.model(first), "corpora": self.loaded.corpora(first)}
         except Exception as error:  # noqa: BLE001  Whatever it is, the sweep's other runs are not to suffer from it.
-            return {folder_of(config): _told(error) for config in configs}
+            return _failed(configs, error)
         try:
             for config in configs:  # what was measured of a run before its end is not what it ended with
                 for path in (folder_of(config), *place_folders(folder_of(config), config)):
@@ -205,7 +208,7 @@ class Worker:
                 run = folder_of(places[failure.folder])
                 where = "" if run == failure.folder else f"{failure.folder.name}: "
                 told.setdefault(run, []).append(f"{where}{_told(failure.error)} {failure.kept}")
-            return {run: " ".join(lines) for run, lines in told.items()}
+            return {run: Outcome(run, " ".join(lines)) for run, lines in told.items()}
         except (Interrupted, ProcessLost):
             raise
         except Exception as error:  # noqa: BLE001  As above.
@@ -219,7 +222,10 @@ class Worker:
             parts = [zip(place_folders(folder_of(each), each), each.recipes, strict=True) for each in configs]
             check_texts(dict(itertools.chain(*parts)), corpora, ["heldout"])
             folders = [folder_of(config) for config in configs]
-            self.measure(folders, corpora=corpora, model=self.loaded.exact_model(first))
+            with ExitStack() as claims:  # so that of several sweeps one measures it
+                for folder in folders:
+                    claims.enter_context(RunFolder(folder).claimed())
+                self.measure(folders, corpora=corpora, model=self.loaded.exact_model(first))
         except Exception as error:  # noqa: BLE001  As above.
             return _in_halves(self._measure, configs, error)
         return {}
@@ -228,7 +234,7 @@ class Worker:
 def _in_halves(act: Callable[[list[Recipe]], _Errors], configs: list[Recipe], error: Exception) -> _Errors:
     """Try what failed for all with each half of them, down to the one whose fault it is."""
     if len(configs) == 1:
-        return {folder_of(configs[0]): _told(error)}
+        return _failed(configs, error)
     middle = len(configs) // 2
     return act(configs[:middle]) | act(configs[middle:])
 
@@ -242,7 +248,7 @@ def _sorted_out(configs: Iterable[Recipe], done: Callable[[Recipe], bool]) -> tu
             if not done(config):
                 waiting.append(config)
         except EndwiseError as error:
-            errors[folder_of(config)] = _told(error)
+            errors |= _failed([config], error)
     return waiting, errors
 
 
@@ -259,6 +265,10 @@ def _standing_together(configs: Sequence[Recipe]) -> list[list[Recipe]]:
         for folder in chosen:
             del left[folder]
     return groups
+
+
+def _failed(configs: Sequence[Recipe], error: Exception) -> _Errors:
+    return {folder_of(each): Outcome(folder_of(each), _told(error), isinstance(error, FolderTaken)) for each in configs}
 
 
 def _told(error: Exception) -> str:
