@@ -60,6 +60,7 @@ PARTS = (
     Part("long run", 120),
     Part("steps gpt2-small exact", 75),
     Part("steps gpt2-small exact, TF32", 60),
+    Part("compiled", 120),
     Part("steps smollm2-135m mixed", 60),
     Part("steps tinystories-1m mixed", 45),
     Part("steps gemma-2-2b mixed", 60),

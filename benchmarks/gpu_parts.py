@@ -25,6 +25,7 @@ from torch import Tensor
 import endwise
 from card import NUMBERS, Act, tf32
 from endwise.config.run import RunConfig
+from endwise.models.blocks import find_blocks
 from endwise.training.planning.dry_run import STEP, DryRun
 from flops import minimal_flops
 from gpu_job import Job, Row, Step, apart, made_model
@@ -33,7 +34,7 @@ from ours import Ours
 from reference import Reference
 from roofline import PRECISIONS, seconds, step_kernels
 from sae_peers import PEERS
-from shapes import OBJECTIVES, model_config
+from shapes import OBJECTIVES, Shape, model_config
 
 STEPS_WATCHED = 3
 AS_ON_A_PROCESSOR, RESUMED = 1e-2, 1e-3
@@ -109,6 +110,29 @@ def waits(job: Job) -> list[Row]:
         }
 
     return [(objective, partial(row, objective)) for objective in OBJECTIVES]
+
+
+def compiled(job: Job) -> list[Row]:
+    """Time a step whose frozen blocks `torch.compile` has taken against the step as it is: whether it pays."""
+
+    def side(shape: Shape, compiles: bool) -> dict[str, Any]:
+        job.host.free()
+        model = made_model(job, shape, "mixed")
+        for block in find_blocks(model.model, model.n_layers) if compiles else ():
+            block.module.compile()
+        step = Step(model, shape, "e2e", "mixed", job.l0)
+        step()
+        loss = step.trainee.report()["loss"]
+        return _side_timed(job, step, shape.tokens) | {"loss": loss}
+
+    def row(name: str) -> dict[str, Any]:
+        plain, compiled = (side(job.shape(name), compiles) for compiles in (False, True))
+        difference = abs(compiled["loss"] - plain["loss"]) / abs(plain["loss"])
+        faster = plain["seconds"] / compiled["seconds"]
+        return {**compiled, "plain": plain, "times_as_fast": faster, "loss_difference": difference}
+
+    names = ("gpt2-small",) if job.tiny else ("gpt2-small", "smollm2-135m")  # compiling takes a processor a minute
+    return [(name, partial(row, name)) for name in names]
 
 
 def _recipe(job: Job, folder: Path, count: int, device: str | None = None, **training: Any) -> dict[str, Any]:
@@ -306,6 +330,7 @@ def rows_of(part: str, job: Job) -> list[Row]:
         return peer(job, name, architecture)
     return {
         "card": card,
+        "compiled": compiled,
         "kernels": kernels,
         "waits": waits,
         "long run": long_run,

@@ -91,6 +91,12 @@ def _waits(results: All) -> Iterator[Cells]:
         yield (kind, f"{row['waits_per_step']:g}", *told)
 
 
+def _compiled(results: All) -> Iterator[Cells]:
+    for shape, row in rows_of(results, "compiled").items():
+        taken = (f"{1e3 * side['seconds']:.2f}" for side in (row, row["plain"]))
+        yield (shape, *taken, f"{row['times_as_fast']:.2f}", f"{row['loss_difference']:.1e}")
+
+
 def _runs(results: All) -> Iterator[str]:
     runs, resumes = rows_of(results, "long run"), rows_of(results, "resume")
     if "whole" in runs:
@@ -161,6 +167,8 @@ def markdown(results: All) -> str:
     )
     lines += table(head, _kernels(results))
     lines += table(("kind", "host waits a step", "events in all", "places"), _waits(results))
+    head = ("e2e, mixed, blocks compiled", "ms", "as they are, ms", "times as fast", "difference of losses")
+    lines += table(head, _compiled(results))
     lines += _runs(results)
     lines += table(("", "side", "tokens/s", "ms", "peak GiB"), _others(results))
     found, judged = measured(results), is_judged(results)
