@@ -101,7 +101,6 @@ class DeadFeatures:
         weights = {AUX: self.config.aux, PRE_ACTIVATION: self.config.revive}
         return {name: weight for name, weight in weights.items() if weight}
 
-    @property
     def unsplit(self) -> str | None:
         """See `SAE.unsplit`."""
         return "dictionary.resample_at is set" if self.config.resample_at else None

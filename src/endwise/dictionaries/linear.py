@@ -214,7 +214,7 @@ class LinearSAE(SAE):
 
     def unsplit(self) -> str | None:
         taken_over = "init_from is of another architecture" if self.replaces else None
-        return super().unsplit() or (self.dead.unsplit if self.dead else None) or taken_over
+        return super().unsplit() or (self.dead.unsplit() if self.dead else None) or taken_over
 
     def section(self) -> dict[str, Any]:
         return {**super().section(), **({} if self.W_skip is None else {"skip": True})}
