@@ -6,13 +6,15 @@
 
 Each part (`gpu_parts.py`) runs in a process of its own, the most telling first, and is ended after a time of its own or
 when the minutes are over; results are written after every row. A part for which packages are missing is skipped. The
-last line sums up. Exit code: 0; 1 if something failed; 2 if there is no card, or `--out` holds what was made otherwise.
+last line sums up. Exit code: 0; 1 if something failed; 2 if there is no card, or `--out` holds what was made otherwise
+or cannot be written; 130 or 143 if it was interrupted, after which the same call resumes.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -39,6 +41,8 @@ LEAST_SECONDS = 5.0
 """A part that less time is left for is not begun."""
 SECONDS = {False: 2.0, True: 0.01}
 """Time that is spent on each figure, by whether shapes are tiny."""
+LACKING = ModuleNotFoundError.__name__
+"""Begins what a row raised for which a package is missing."""
 TAIL = 3000
 """Characters of a worker's log that are kept where it failed."""
 
@@ -98,8 +102,11 @@ class Results:
             try:
                 self.all = json.loads(path.read_text())
                 before = self.all["made_with"]
-            except (ValueError, KeyError, TypeError):
-                raise OtherResults(f"{path} is no file of results of this script. Give another --out.") from None
+                whole = isinstance(self.all["calls"], list) and all(_is_part(p) for p in self.all["parts"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                whole = False
+            if not whole:
+                raise OtherResults(f"{path} is no whole file of results of this script. Give another --out.")
             if before != made_with:
                 told = f"{path} was made with {before}, and this call is with {made_with}"
                 raise OtherResults(f"{told}. Give another --out.")
@@ -110,6 +117,10 @@ class Results:
     def whole(self, name: str) -> list[str]:
         """Rows of a part that need not be made again."""
         return [row for row, found in self.part(name)["rows"].items() if "failed" not in found]
+
+    def failed(self, name: str) -> dict[str, str]:
+        """What the others raised."""
+        return {row: found["failed"] for row, found in self.part(name)["rows"].items() if "failed" in found}
 
     def put(self, name: str, row: str, found: dict[str, Any]) -> None:
         with self._lock:
@@ -123,6 +134,10 @@ class Results:
 
     def save(self) -> None:
         write_json(self.path, self.all)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part["status"], str) and all(isinstance(row, dict) for row in part["rows"].values())
 
 
 @dataclass
@@ -189,21 +204,24 @@ class Runner:
                     os.killpg(worker.pid, signal.SIGKILL)
                 with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: leave it
                     worker.wait(10)
-            reader.join(10)
+                reader.join(10)
             taken = {"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).isoformat("T", "seconds")}
             log.seek(0)
             tail = log.read().decode(errors="replace")[-TAIL:]
-            if not ended:
-                over = limit >= left
-                reason = "the minutes were over" if over else f"not done after {limit:.0f} s"
-                self.results.end(part.name, "left" if over else "failed", reason=reason, log=tail, **taken)
+            failed = self.results.failed(part.name)
+            if not ended and limit >= left:
+                status, reason = "left", "the minutes were over"
+            elif not ended:
+                status, reason = "failed", f"not done after {limit:.0f} s"
             elif worker.returncode:
-                reason = f"its process ended with {worker.returncode}"
-                self.results.end(part.name, "failed", reason=reason, log=tail, **taken)
-            elif failed := sorted(set(self.results.part(part.name)["rows"]) - set(self.results.whole(part.name))):
-                self.results.end(part.name, "failed", reason=f"rows failed: {', '.join(failed)}", log=tail, **taken)
+                status, reason = "failed", f"its process ended with {worker.returncode}"
+            elif failed and part.packages and all(raised.startswith(LACKING) for raised in failed.values()):
+                status, reason = "skipped", f"rows lack what {', '.join(part.packages)} need"
+            elif failed:
+                status, reason = "failed", f"rows failed: {', '.join(failed)}"
             else:
-                self.results.end(part.name, "done", **taken)
+                status, reason = "done", ""
+            self.results.end(part.name, status, **({"reason": reason, "log": tail} if reason else {}), **taken)
         if part.name.startswith("steps ") and LAST in self.results.all["parts"]:
             self.results.end(LAST, "left", reason="more steps were taken since")
 
@@ -222,11 +240,18 @@ def _tell(name: str, part: dict[str, Any]) -> None:
     print("; ".join(filter(None, words)), flush=True)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"more than 0, not {text}")
+    return value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that take no time")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all")
+    parser.add_argument("--minutes", type=_positive, default=MINUTES, help="in all")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"))
     parser.add_argument("--parts", nargs="+", metavar="PART", help="some of them, after the first")
     arguments = parser.parse_args()
@@ -242,15 +267,21 @@ def main() -> int:
     made_with |= {"endwise": __version__, "torch": version("torch")}
     try:
         results = Results(arguments.out, made_with)
+        results.all["calls"].append(
+            {"command": shlex.join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat()}
+        )
+        results.save()
     except OtherResults as error:
         print(error, file=sys.stderr)
         return 2
-    results.all["calls"].append(
-        {"command": shlex.join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat()}
-    )
+    except OSError as error:
+        print(f"{arguments.out} cannot be read or written: {error}. Give another --out.", file=sys.stderr)
+        return 2
     parts = [part for part in PARTS if arguments.parts is None or part.name in (FIRST, *arguments.parts)]
     try:
         Runner(results, arguments.device, arguments.tiny, arguments.minutes).run(parts)
+    except KeyboardInterrupt:
+        return 130
     finally:
         write_report(results.all, arguments.out)
         print(summary(results.all, arguments.out), flush=True)

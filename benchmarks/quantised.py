@@ -60,12 +60,13 @@ def write_model(folder: str, arguments: argparse.Namespace) -> None:
 
 
 def step(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """The gradient of the squared final state at the site."""
+    """The gradient at the site of the final state along a random direction; its norm would not do, which is fixed."""
     clean = model.clean(tokens, [SITE], final=True)
     value = clean.activations[SITE].clone().requires_grad_()
     final = model.replay(clean, {SITE: value}).final
     assert final is not None
-    (gradient,) = torch.autograd.grad(final.float().square().sum(), value)
+    along = torch.randn(final.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((final.float() * along).sum(), value)
     return gradient.float()
 
 

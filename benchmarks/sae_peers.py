@@ -7,6 +7,7 @@ for is imported, and of endwise only what stands beside this file, so that each 
 
 import importlib
 import itertools
+import os
 import sys
 import types
 from abc import abstractmethod
@@ -238,6 +239,8 @@ class Sparsify(Peer):
     package = "eai-sparsify"
 
     def make(self, spec: dict[str, Any]) -> None:
+        if self.rows.device.type == "cpu":  # where Triton is installed it would be taken
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
         self.k = spec["k"]

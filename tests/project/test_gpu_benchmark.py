@@ -156,7 +156,8 @@ def test_goals_are_judged_on_the_card_they_are_for(results, bench):
 WORKER = """
 import json, os, sys, time
 told = json.loads(sys.argv[1])
-rows = {"card": ["device"], "crashes": ["first", "crash"], "hangs": ["first", "hang"], "raises": ["first", "bad"]}
+rows = {"card": ["device"], "crashes": ["first", "crash"], "hangs": ["first", "hang"], "raises": ["first", "bad"],
+        "lacks": ["first", "deep"]}
 for row in rows.get(told["part"], ["first"]):
     if row in told["have"]:
         continue
@@ -169,7 +170,8 @@ for row in rows.get(told["part"], ["first"]):
     elif row == "hang":
         time.sleep(600)
     else:
-        found = {"failed": "ValueError: bad"} if row == "bad" else {"ok": True}
+        raised = {"bad": "ValueError: bad", "deep": "ModuleNotFoundError: No module named 'deeper'"}
+        found = {"failed": raised[row]} if row in raised else {"ok": True}
     print(json.dumps({"row": row, "found": found}), flush=True)
 """
 
@@ -197,6 +199,7 @@ def test_a_part_that_crashes_hangs_or_fails_costs_the_others_nothing(drive):
         ("hangs", 3),
         ("needs", 60, ("no_such_module",)),
         ("raises", 60),
+        ("lacks", 60, ("json",)),
         ("good", 60),
     ]
     began = time.monotonic()
@@ -206,11 +209,13 @@ def test_a_part_that_crashes_hangs_or_fails_costs_the_others_nothing(drive):
     expected = dict.fromkeys(("crashes", "hangs", "raises"), "failed") | {
         "card": "done",
         "needs": "skipped",
+        "lacks": "skipped",
         "good": "done",
     }
     assert status == expected
     assert found["crashes"]["log"] == "out of luck" and "ended with 11" in found["crashes"]["reason"]
     assert found["needs"]["reason"] == "not installed: no_such_module"
+    assert found["lacks"]["reason"] == "rows lack what json need"
     assert all("first" in part["rows"] for name, part in found.items() if name not in ("card", "needs", "hangs"))
     Path(f"{drive.out}.mended").touch()
     dates = {name: part.get("date") for name, part in found.items()}
@@ -238,9 +243,50 @@ def test_results_of_other_settings_are_not_mixed(drive, bench):
     drive(("card", 60))
     with pytest.raises(bench["gpu"].OtherResults, match="Give another --out"):
         drive(("card", 60), made_with={"device": "cuda"})
-    drive.out.write_text("{}")
-    with pytest.raises(bench["gpu"].OtherResults, match="no file of results"):
-        drive(("card", 60))
+    whole = json.loads(drive.out.read_text())
+    others = [
+        {},
+        [],
+        whole | {"calls": None},
+        whole | {"parts": ["card"]},
+        whole | {"parts": {"card": {"status": "done"}}},
+    ]
+    for text in (*map(json.dumps, others), json.dumps(whole)[:-9]):
+        drive.out.write_text(text)
+        with pytest.raises(bench["gpu"].OtherResults, match="no whole file of results"):
+            drive(("card", 60))
+
+
+def called(bench, monkeypatch, capsys, *arguments):
+    """Return the exit code of the command in this process, and what it says."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", *map(str, arguments)])
+    with monkeypatch.context() as patched:
+        patched.setattr(bench["gpu"].signal, "signal", lambda *_: None)
+        code = bench["gpu"].main()
+    told = capsys.readouterr()
+    return code, told.out + told.err
+
+
+def test_an_interrupted_call_reports_what_it_has(bench, monkeypatch, capsys, tmp_path):
+    def interrupted(self, parts):
+        self.results.end("card", "done")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench["gpu"].Runner, "run", interrupted)
+    code, told = called(bench, monkeypatch, capsys, "--out", tmp_path / "new" / "gpu.json")
+    assert (code, told) == (130, f"{tmp_path / 'new' / 'gpu.json'}: parts 1 done\n")
+    assert (tmp_path / "new" / "gpu.md").exists()
+
+
+def test_a_call_that_cannot_be_is_refused_first(bench, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "gpu.json"):
+        code, told = called(bench, monkeypatch, capsys, "--out", out)
+        assert code == 2 and "Give another --out" in told and told.count("\n") == 1
+    for minutes in ("0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            called(bench, monkeypatch, capsys, "--minutes", minutes)
+        assert "--minutes" in capsys.readouterr().err
 
 
 def test_every_part_is_known_to_the_worker(bench, tmp_path):
@@ -308,6 +354,7 @@ def test_traffic_written_out_by_hand(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_command(tmp_path):
     """Every part in its own process; a second call has nothing to do."""
     out, environment = tmp_path / "gpu.json", {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -323,7 +370,7 @@ def test_the_whole_command(tmp_path):
         str(out),
     ]
     for _ in "12":
-        told = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=280)
+        told = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=900)
         assert told.returncode == 0, told.stdout + told.stderr
         assert " failed" not in told.stdout.splitlines()[-1] and " done" in told.stdout.splitlines()[-1]
     again = dict(line.split(": ", 1) for line in told.stdout.splitlines()[:-1])
