@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -100,6 +101,10 @@ def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert any("ENDWISE_CACHE" in problem for problem in json.loads(result.stdout)["problems"])
+    versions = {"pytest": "0.1", "rich": "0.1"}
+    monkeypatch.setattr("endwise.common.doctor.version", lambda package: versions.get(package) or version(package))
+    told = " ".join(examine().problems)
+    assert "rich is 0.1, and endwise asks for" in told and "pytest" not in told
 
 
 def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
