@@ -4,9 +4,9 @@
     python benchmarks/quantised.py --layers 2 --width 64 --rounds 2  # to try it
 
 Timed is what a step asks of the frozen model: the clean pass, and the tail after the first block forward and backward.
-All sides are in one process and take turns, so that a ratio is of one run; seconds are of a machine as busy as it is,
-and nothing is discarded. Sides whose package is missing (extras `bitsandbytes`, `torchao`) are skipped. The error is of
-the gradient, relative to float32's, with random weights, which quantise no better than others.
+All sides are in one process and take turns, so that a ratio is of one run. Seconds are of CPU time, which other
+programs disturb little, and nothing is discarded. Sides whose package is missing (extras `bitsandbytes`, `torchao`) are
+skipped. The error is of the gradient, relative to float32's, with random weights, which quantise no better than others.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def weight_bytes(model: LanguageModel) -> int:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step by side, the bytes of its weights, its gradient's error, and what was skipped."""
+    """CPU seconds of a step by side, the bytes of its weights, its gradient's error, and what was skipped."""
     models: dict[str, LanguageModel] = {}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,9 +92,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {side: [] for side in models}
     for _ in range(arguments.rounds):
         for side, model in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step(model, tokens)
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(time.process_time() - start)
     truth = gradients["float32"]
     sides = {
         side: {
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     sides = result["sides"]
-    print(f"{'weights':20} {'s/step':>9} {'/float32':>9} {'/bfloat16':>9} {'MiB':>8} {'error':>8}")
+    print(f"{'weights':20} {'CPU s':>9} {'/float32':>9} {'/bfloat16':>9} {'MiB':>8} {'error':>8}")
     for name, side in sides.items():
         ratios = " ".join(f"{side['seconds'] / sides[base]['seconds']:9.2f}" for base in ("float32", "bfloat16"))
         print(f"{name:20} {side['seconds']:9.4f} {ratios} {side['weights_mib']:8.1f} {side['gradient_error']:8.4f}")
