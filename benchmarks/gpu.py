@@ -99,15 +99,8 @@ class Results:
         self.path, self._lock = path, threading.Lock()
         self.all: dict[str, Any] = {"made_with": made_with, "calls": [], "parts": {}}
         if path.exists():
-            try:
-                self.all = json.loads(path.read_text())
-                before = self.all["made_with"]
-                whole = isinstance(self.all["calls"], list) and all(_is_part(p) for p in self.all["parts"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                whole = False
-            if not whole:
-                raise OtherResults(f"{path} is no whole file of results of this script. Give another --out.")
-            if before != made_with:
+            self.all = _read(path)
+            if (before := self.all["made_with"]) != made_with:
                 told = f"{path} was made with {before}, and this call is with {made_with}"
                 raise OtherResults(f"{told}. Give another --out.")
 
@@ -136,8 +129,13 @@ class Results:
         write_json(self.path, self.all)
 
 
-def _is_part(part: Any) -> bool:
-    return isinstance(part["status"], str) and all(isinstance(row, dict) for row in part["rows"].values())
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads(path.read_text())
+        rows = [row for part in found["parts"].values() if part["status"] for row in part["rows"].values()]
+        if isinstance(found["calls"], list) and all(isinstance(each, dict) for each in [*rows, found["made_with"]]):
+            return found
+    raise OtherResults(f"{path} is no whole file of results of this script. Give another --out.")
 
 
 @dataclass
