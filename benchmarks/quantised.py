@@ -54,7 +54,7 @@ def write_model(folder: str, arguments: argparse.Namespace) -> None:
         num_hidden_layers=arguments.layers,
         num_attention_heads=max(1, width // 64),
         max_position_embeddings=arguments.tokens,
-        initializer_range=0.1,
+        initializer_range=width**-0.5,  # a product is as large as its factor: attention is not all or nothing
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
