@@ -20,9 +20,9 @@ from torch.nn.functional import linear
 from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import KnobRule
-from endwise.dictionaries.latents import found_on
+from endwise.dictionaries.latents import found_on, rooms_for
 from endwise.dictionaries.linear import LinearConfig
-from endwise.kernels import Found, kernels_for, rooms_in_use
+from endwise.kernels import Found, Rooms, kernels_for
 
 SPARSE_BELOW = 1 / 32
 """Largest share of features for which k makes sparse latents, as of ReLU ones."""
@@ -202,8 +202,8 @@ def candidates_of_step(
     """
     if not encoder.makes_sparse(k):
         return None
-    if encoder.x.is_cuda or kernels_for(encoder.x.device).holds:
-        return _held(encoder, counted, k, count) if world.size == 1 else None
+    if (rooms := rooms_for(kernels_for(encoder.x.device), encoder.x)) is not None:
+        return _held(encoder, counted, k, count, rooms) if world.size == 1 else None
     with world.together("choosing the active features") if world.size > 1 else nullcontext():
         bounds = encoder.bounds(counted, k)
     world.add([bounds])
@@ -211,11 +211,9 @@ def candidates_of_step(
     for bound in bounds / world.size:
         with world.together("choosing the active features") if world.size > 1 else nullcontext():
             found = encoder.above(bound)
-        if found is None:
-            competing = torch.zeros((), dtype=torch.int64)
-        else:
-            competing = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
-        state = torch.stack([torch.tensor(int(found is None)), competing])
+        state = torch.tensor([int(found is None), 0], device=count.device)
+        if found is not None:
+            state[1] = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
         world.add([state])
         if state[0] > 0:
             return None
@@ -224,12 +222,12 @@ def candidates_of_step(
     return found
 
 
-def _held(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor) -> Found | None:
+def _held(
+    encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor, rooms: Rooms
+) -> Found | None:
     """As `candidates_of_step`, in slots: above a bound that lets many more through than are wanted, so that it is rare
     that too few are.
     """
-    if (rooms := rooms_in_use()) is None:
-        return None
     bound = encoder.bounds(counted, k)[len(MORE) - 1]
     find = partial(kernels_for(encoder.x.device).active_held, *encoder[:3], above=bound)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from endwise.common.errors import ConfigError, FormatError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
-from endwise.dictionaries.latents import DenseLatents, Latents, sparse_values
+from endwise.dictionaries.latents import DenseLatents, Latents, rooms_for, sparse_values
 from endwise.dictionaries.linear import LinearSAE
 from endwise.dictionaries.selection import (
     SPARSE_BELOW,
@@ -68,7 +68,7 @@ class TopKSAE(LinearSAE):
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         shards, own = self.world.shards, min(k, self.d_sae)
-        in_slots = x.is_cuda or kernels_for(x.device).holds  # whose pads do not compete among shards
+        in_slots = rooms_for(kernels_for(x.device), x) is not None  # whose pads do not compete among shards
         found = None if shards.size > 1 and in_slots else top_per_row(encoder, own)
         if found is not None:
             if shards.size > 1:

@@ -26,9 +26,10 @@ class Rooms:
     """There is room for so many times what was needed, and so many more."""
 
     def __init__(self) -> None:
-        self._known: Room | None = None
-        """The most that a pass of the latest step needed; pairs are 0 where they were not counted."""
-        self._passes: list[tuple[Room, Tensor, torch.cuda.Event | None]] = []
+        self._known: dict[int, Room] = {}
+        """By limit, as passes of one step may be of several sizes: the most that one needed in the latest step that had
+        such; pairs are 0 where they were not counted."""
+        self._passes: list[tuple[int, Room, Tensor, torch.cuda.Event | None]] = []
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -53,11 +54,11 @@ class Rooms:
         if (some := held(room)) is None:
             return None
         short = some.needed.new_zeros(()) if lacking is None else lacking(some.found).to(some.needed.dtype)
-        self._passes.append((room, *_on_its_way(torch.stack([*some.needed, short]))))
+        self._passes.append((limit, room, *_on_its_way(torch.stack([*some.needed, short]))))
         return some.found if room.pairs else None
 
     def _room(self, limit: int) -> Room:
-        known = self._known
+        known = self._known.get(limit)
         if known is None or known.candidates > WORTH * limit or known.pairs > limit:
             return Room(0, 0)  # what is needed is counted all the same
         wanted = int(self.head * known.pairs) + self.least if known.pairs else limit
@@ -68,8 +69,8 @@ class Rooms:
 
         The device has the rest of the step still to do when the host is told, and does not wait for it.
         """
-        missing, most = False, Room(0, 0)
-        for room, needed, there in self._passes:
+        missing, most = False, dict[int, Room]()
+        for limit, room, needed, there in self._passes:
             if there is not None:
                 there.synchronize()
             candidates, pairs, short = needed.tolist()
@@ -78,10 +79,10 @@ class Rooms:
             missing |= room.pairs > 0 and (candidates > room.candidates or pairs > room.pairs or short > 0)
             if short and room.pairs:
                 candidates = sys.maxsize  # so that this step is dense when it is taken again
-            most = Room(max(most.candidates, candidates), max(most.pairs, pairs))
-        if self._passes:
-            self._known = most
-            self._passes.clear()
+            before = most.get(limit, Room(0, 0))
+            most[limit] = Room(max(before.candidates, candidates), max(before.pairs, pairs))
+        self._known |= most
+        self._passes.clear()
         return missing
 
 
