@@ -42,7 +42,7 @@ SIZES = {
     "many": (70, 70, 700),
 }
 GATE = ["several tiles", "few features"]
-FEW = {("jumprelu", False), ("gated", False), ("topk", False), ("batchtopk", True)}
+FEW = {("jumprelu", False), ("topk", False), ("batchtopk", True)}
 SAMPLED = [pytest.param(name, marks=() if name in GATE else pytest.mark.slow) for name in SIZES]
 
 

@@ -263,6 +263,19 @@ def sparse_values(
     return NearlySparseLatents(values.masked_fill(pads, 0.0), found.pairs, shape)  # which have no gradient
 
 
+def kept_values(
+    x: Float[Tensor, "*rows d_model"],
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_sae"],
+    found: Found,
+    kept: Bool[Tensor, " pairs"],
+) -> SparseLatents:
+    """As `sparse_values`, with some of the places alone; in slots the others are 0."""
+    if found.pairs.pads is None:
+        return sparse_values(x, weight, bias, found.where(kept))
+    return sparse_values(x, weight, bias, found).where(kept)
+
+
 def decode_sparse(
     latents: SparseLatents,
     weight: Float[Tensor, "d_sae d_model"],

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from endwise.kernels.interface import Found, HeldPairs, Room
@@ -40,22 +41,34 @@ class Rooms:
         finally:
             _IN_USE.reset(token)
 
-    def find(
-        self, limit: int, held: Callable[[Room], HeldPairs | None], lacking: Callable[[Found], Tensor] | None = None
-    ) -> Found | None:
+    def find(self, limit: int, held: Callable[[Room], HeldPairs | None]) -> Found | None:
         """Find pairs, some of which may be missing; None where latents are to be dense.
 
         Args:
             limit: pairs up to which they are to be sparse.
             held: finds them in the room given.
-            lacking: tells, on the device, if what is found is too little, whatever the room.
         """
+        if limit not in self._known:
+            self._count(limit, held)
         room = self._room(limit)
         if (some := held(room)) is None:
             return None
-        short = some.needed.new_zeros(()) if lacking is None else lacking(some.found).to(some.needed.dtype)
-        self._passes.append((limit, room, *_on_its_way(torch.stack([*some.needed, short]))))
+        self._passes.append((limit, room, *_on_its_way(some.needed)))
         return some.found if room.pairs else None
+
+    def note_missing(self, missing: Bool[Tensor, ""]) -> None:
+        """Take note if something is missing from what was found last, whatever the room: it is dense the next time."""
+        limit, room, *_ = self._passes[-1]
+        candidates = missing.long() * sys.maxsize
+        self._passes.append((limit, room, *_on_its_way(torch.stack([candidates, torch.zeros_like(candidates)]))))
+
+    def _count(self, limit: int, held: Callable[[Room], HeldPairs | None]) -> None:
+        """Learn what a first pass needs, candidates and then the pairs among them, for which the host waits."""
+        room = Room(0, 0)
+        for _ in range(2):
+            if room.candidates > WORTH * limit or (some := held(room)) is None:
+                return
+            self._known[limit] = room = Room(*some.needed.tolist())
 
     def _room(self, limit: int) -> Room:
         known = self._known.get(limit)
@@ -73,12 +86,10 @@ class Rooms:
         for limit, room, needed, there in self._passes:
             if there is not None:
                 there.synchronize()
-            candidates, pairs, short = needed.tolist()
+            candidates, pairs = needed.tolist()
             if candidates > room.candidates:
                 pairs = 0
-            missing |= room.pairs > 0 and (candidates > room.candidates or pairs > room.pairs or short > 0)
-            if short and room.pairs:
-                candidates = sys.maxsize  # so that this step is dense when it is taken again
+            missing |= room.pairs > 0 and (candidates > room.candidates or pairs > room.pairs)
             before = most.get(limit, Room(0, 0))
             most[limit] = Room(max(before.candidates, candidates), max(before.pairs, pairs))
         self._known |= most
