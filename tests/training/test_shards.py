@@ -1,5 +1,6 @@
 """Dictionaries whose features are split over processes train as whole ones do, and are saved and resumed whole."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -92,6 +93,17 @@ def test_shards_beside_data_parallel_processes(alone, token_files, tmp_path):
     launched(4, tmp_path, token_files, "relu:2:4", "batchtopk:2:0", "topk:2:0", "means:2:0")
     for name in ("relu", "batchtopk", "topk", "means"):
         assert_same(tmp_path / name, alone / name)
+
+
+def test_processes_that_hold_pairs_in_slots_give_the_curve_of_one(alone, token_files, tmp_path):
+    """With features in the whole or in halves; a step is taken again by all where one lacks room."""
+    runs = ("batchtopk-replicas:1:0", "batchtopk-halves:2:0", "topk-halves:2:0")
+    launched(2, tmp_path, token_files, *runs, IN_SLOTS="1")
+    for name in (run.partition(":")[0] for run in runs):
+        assert_same(tmp_path / name, alone / name.partition("-")[0])
+    missing = (json.loads((tmp_path / f"missing-{rank}.json").read_text()) for rank in range(2))
+    for one, other in zip(*missing, strict=True):
+        assert len(one) == len(other) > 8 and one != other
 
 
 def test_a_process_that_fails_ends_all(token_files, tmp_path):
