@@ -221,6 +221,23 @@ def test_few_small_sums_find_the_smallest_kept_value():
     assert meeting.sums == 1 + 8 + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_process_may_have_values_of_half_precision(dtype):
+    """Of those that exceed the other's smallest, some round to it."""
+    draw = torch.Generator().manual_seed(2)
+    shares = [(1 + torch.rand(40, generator=draw) / 16).to(dtype), 1 + torch.rand(40, generator=draw) / 16]
+    together = torch.cat([each.double() for each in shares])
+    for count in range(1, 80, 3):
+
+        def kept(world, count=count):
+            own = shares[world.rank]
+            cut = cut_of(own.float(), torch.tensor(count), world).within(own.dtype)
+            return own[cut.kept(own)].double()
+
+        found = torch.cat(Meeting(2).run(kept))
+        assert torch.equal(found.sort(descending=True).values, together.sort(descending=True).values[:count])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [0, 1, 40, 2000])
 def test_the_smallest_kept_value_is_exact(dtype, count):

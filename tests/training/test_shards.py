@@ -99,7 +99,7 @@ def test_processes_that_hold_pairs_in_slots_give_the_curve_of_one(alone, token_f
     """With features in the whole or in halves; a step is taken again by all where one lacks room."""
     runs = ("batchtopk-replicas:1:0", "batchtopk-halves:2:0", "topk-halves:2:0")
     launched(2, tmp_path, token_files, *runs, IN_SLOTS="1")
-    for name in (run.partition(":")[0] for run in runs):
+    for name in (each.partition(":")[0] for each in runs):
         assert_same(tmp_path / name, alone / name.partition("-")[0])
     missing = (json.loads((tmp_path / f"missing-{rank}.json").read_text()) for rank in range(2))
     for one, other in zip(*missing, strict=True):

@@ -150,6 +150,7 @@ class BatchTopKSAE(LinearSAE):
             among.check(cut)
         if self.counts:
             self._smallest = cut.smallest
+        cut = cut.within(values.dtype)
         return cut.kept(competing) | (values > cut.smallest) if counted is not None else cut.kept(values)
 
     def after_step(self) -> None:

@@ -81,6 +81,16 @@ class Cut(NamedTuple):
     enough: Bool[Tensor, ""]
     """True if there are as many as were wanted."""
 
+    def within(self, dtype: torch.dtype) -> "Cut":
+        """The same for values of half precision, which exceed a number of another process's if they exceed it rounded
+        down.
+        """
+        if dtype.itemsize > 2:
+            return self
+        near = self.smallest.to(dtype)
+        below = (near.view(torch.int16) - 1).view(dtype)
+        return self._replace(smallest=near.where(near <= self.smallest, below))
+
     def kept(self, values: Float[Tensor, "*places"]) -> Bool[Tensor, "*places"]:
         """Mark what is kept of this process's values, which lie in the order of rows."""
         ties = (values == self.smallest).view(-1)

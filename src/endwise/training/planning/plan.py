@@ -161,7 +161,7 @@ class TrainingPlan:
     """Activations that `data.activations` keeps on the disk, at most; operations are counted as if none were there."""
     flops: Flops
     sparse_flops: float | None
-    """Per token, at most, once latents are sparse; None on a GPU for which there are no such kernels, as far as known."""
+    """Per token, at most, once latents are sparse; None on a GPU for which no such kernels are known."""
     total_flops: float
     """Operations of the run, all processes together, with dense latents; evaluations are left out."""
     needs: tuple[Need, ...]
