@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 import endwise
-from endwise.common.errors import ConfigError
+from endwise.common.errors import ConfigError, ElsewhereFailed
 from endwise.config.run import RunConfig
 from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents
 from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, candidates_of_step, cut_of, threshold_for
@@ -212,6 +212,24 @@ def test_processes_choose_as_one(size, processes, equal, slots):
     else:
         assert torch.equal(dense != 0, whole != 0)
     assert all(torch.equal(threshold, alone.threshold) for _, threshold in found)
+
+
+def test_what_fails_at_the_search_in_one_process_is_told_to_the_others():
+    """None of them waits for it in the cut."""
+
+    class Broken(Rooms):
+        def find(self, limit, held):
+            raise ArithmeticError("only here")
+
+    def share(world):
+        sae, rooms = made(5), Broken() if world.rank else Rooms()
+        sae.world = world
+        with rooms.in_use(), pytest.raises((ArithmeticError, ElsewhereFailed)) as error:
+            sae.encode(rows()[of_process(world, ROWS)])
+        return error.type
+
+    with standing_in("cpu", HeldKernels()):
+        assert Meeting(2).run(share) == [ElsewhereFailed, ArithmeticError]
 
 
 def test_few_small_sums_find_the_smallest_kept_value():
