@@ -8,12 +8,15 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 import endwise
-from endwise.common.errors import ConfigError
+from endwise.common.errors import ConfigError, ElsewhereFailed
 from endwise.config.run import RunConfig
 from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents
-from endwise.dictionaries.selection import Annealed, Encoder, candidates_of_step, cut_of, threshold_for
+from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, candidates_of_step, cut_of, threshold_for
+from endwise.kernels import Rooms, standing_in
+from endwise.kernels.interface import Room
 from endwise.training.planning.plan import plan
 from meeting import Meeting, of_process
+from own_kernels import HeldKernels, OwnKernels
 from rivals import rival
 from topk_family import KINDS, before, coarse, exact, heldout_l0, largest_of_step, passed, recipe, trained_as
 
@@ -71,8 +74,10 @@ def test_rows_that_do_not_count_compete_with_none(size):
 
 @pytest.mark.parametrize("multiple", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("level", [0.0, 1.0, 100.0])
-def test_bounds_on_candidates_change_nothing(multiple, level):
-    sae, x = made(), rows()
+@pytest.mark.parametrize("in_slots", [False, True])
+def test_bounds_on_candidates_change_nothing(multiple, level, in_slots):
+    """In slots one is tried: a step is taken again that it was too high for."""
+    sae, x, rooms = made(), rows(), Rooms()
 
     class Other(Encoder):
         def bounds(self, counted, k):
@@ -81,12 +86,18 @@ def test_bounds_on_candidates_change_nothing(multiple, level):
             return found
 
     count = torch.tensor(5 * ROWS)
-    found = candidates_of_step(Other(x, sae.encoder.detach(), sae.b_enc.detach()), None, 5.0, count)
+    with standing_in("cpu", HeldKernels() if in_slots else OwnKernels()), rooms.in_use():
+        share = SPARSE_BELOW * (2 if in_slots else 1)  # for all that the second bound lets through
+        among = candidates_of_step(Other(x, sae.encoder.detach(), sae.b_enc.detach(), share), None, 5.0, count)
     expected, _ = largest_of_step(before(sae, x), 5, some(share=1.0))
-    if found is None:  # a bound too low, or after one too high the last, let through more than is worth it
+    if among is None:  # a bound too low, or after one too high the last, let through more than is worth it
         assert level != 1.0 or multiple < 1.0
-    else:
-        kept = found.where(cut_of(found.values, count).kept(found.values))
+        return
+    found, cut = among.found, cut_of(among.found.values, count)
+    among.check(cut)
+    assert rooms.settle() == (in_slots and level == 100.0)
+    if not in_slots or level == 1.0:
+        kept = found.where(cut.kept(found.values))
         chosen = torch.zeros_like(expected)
         chosen[kept.pairs.rows, kept.pairs.features] = kept.values.double()
         assert torch.equal(chosen, expected)
@@ -159,11 +170,19 @@ def test_gradients_are_finite_differences(size):
         torch.testing.assert_close((gradient * way).sum(), measured, rtol=1e-5, atol=1e-6)
 
 
+class NoRooms(Rooms):
+    """Too little for any pairs."""
+
+    def _room(self, limit):
+        return Room(0, 0)
+
+
 @pytest.mark.parametrize("size", [32, F])
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("equal", [False, True])
-def test_processes_choose_as_one(size, processes, equal):
-    """Shares of unequal size and height; with equal rows ties go to the first process."""
+@pytest.mark.parametrize("slots", ["none", "all", "some"])
+def test_processes_choose_as_one(size, processes, equal, slots):
+    """Shares of unequal size and height; with equal rows ties go to the first process, which may be dense alone."""
     x, counted = rows(), some()
     x[:40] *= 3
     if equal:
@@ -173,13 +192,19 @@ def test_processes_choose_as_one(size, processes, equal):
 
     def share(world):
         sae = made(5, size)
-        sae.world = world
+        sae.world, sae.sparse_below = world, SPARSE_BELOW if slots == "none" else 1.0
         own = of_process(world, ROWS)
-        dense = sae.encode(x[own], counted[own]).dense()
+        rooms = NoRooms() if slots == "some" and world.rank == 0 else Rooms()
+        with rooms.in_use():
+            latents = sae.encode(x[own], counted[own])
         sae.after_step()
-        return dense, sae.threshold
+        assert not rooms.settle()
+        if slots != "none":
+            assert (latents.pairs() is None) == isinstance(rooms, NoRooms)
+        return latents.dense(), sae.threshold
 
-    found = Meeting(processes).run(share)
+    with standing_in("cpu", OwnKernels() if slots == "none" else HeldKernels()):
+        found = Meeting(processes).run(share)
     alone.after_step()
     dense = torch.cat([each for each, _ in found])
     if equal:
@@ -189,11 +214,46 @@ def test_processes_choose_as_one(size, processes, equal):
     assert all(torch.equal(threshold, alone.threshold) for _, threshold in found)
 
 
+def test_what_fails_at_the_search_in_one_process_is_told_to_the_others():
+    """None of them waits for it in the cut."""
+
+    class Broken(Rooms):
+        def find(self, limit, held):
+            raise ArithmeticError("only here")
+
+    def share(world):
+        sae, rooms = made(5), Broken() if world.rank else Rooms()
+        sae.world = world
+        with rooms.in_use(), pytest.raises((ArithmeticError, ElsewhereFailed)) as error:
+            sae.encode(rows()[of_process(world, ROWS)])
+        return error.type
+
+    with standing_in("cpu", HeldKernels()):
+        assert Meeting(2).run(share) == [ElsewhereFailed, ArithmeticError]
+
+
 def test_few_small_sums_find_the_smallest_kept_value():
     meeting, values = Meeting(2), torch.rand(1000, generator=torch.Generator().manual_seed(1))
     cuts = meeting.run(lambda world: cut_of(values[of_process(world, 1000)], torch.tensor(300), world))
     assert {float(cut.smallest) for cut in cuts} == {float(values.sort(descending=True).values[299])}
     assert meeting.sums == 1 + 8 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_process_may_have_values_of_half_precision(dtype):
+    """Of those that exceed the other's smallest, some round to it."""
+    draw = torch.Generator().manual_seed(2)
+    shares = [(1 + torch.rand(40, generator=draw) / 16).to(dtype), 1 + torch.rand(40, generator=draw) / 16]
+    together = torch.cat([each.double() for each in shares])
+    for count in range(1, 80, 3):
+
+        def kept(world, count=count):
+            own = shares[world.rank]
+            cut = cut_of(own.float(), torch.tensor(count), world).within(own.dtype)
+            return own[cut.kept(own)].double()
+
+        found = torch.cat(Meeting(2).run(kept))
+        assert torch.equal(found.sort(descending=True).values, together.sort(descending=True).values[:count])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

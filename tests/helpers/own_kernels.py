@@ -2,7 +2,7 @@
 
 import torch
 
-from endwise.kernels import Pairs, registered
+from endwise.kernels import Pairs, Rooms, registered
 from endwise.kernels.eager import EagerKernels
 from endwise.kernels.interface import HeldPairs
 from endwise.kernels.keeping import kept_of, largest_of_rows
@@ -55,6 +55,21 @@ class HeldKernels(OwnKernels):
         kept = chosen(pairs, z)
         needed = kept.sum()
         return HeldPairs(kept_of(pairs, z, kept, min(room)), torch.stack([needed, needed.clamp_max(room.candidates)]))
+
+
+class TightRooms(Rooms):
+    """No more room than the step before needed, so that many steps are taken again."""
+
+    head, least = 1.0, 0
+
+    def __init__(self):
+        super().__init__()
+        self.missing = []
+        """Whether something was missing, each time that was asked."""
+
+    def settle(self):
+        self.missing.append(super().settle())
+        return self.missing[-1]
 
 
 def all_kernels(screens=(None,), elements=(None,)):

@@ -3,6 +3,8 @@
 Step 0 starts a run; a later one resumes that in `FOLDER/RUN` from its checkpoint.
 """
 
+import atexit
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 
 from endwise import RunConfig, train
 from endwise.common.processes import joined
+from endwise.kernels import register
 from endwise.training.trainee import Trainee
+from own_kernels import HeldKernels, TightRooms
 from small_gpt2 import data, recipe, small_model
 
 TOPK = {"architecture": "topk", "k": 7, "decoder_norm": "free", "aux": 0.5, "dead_window": 40, "revive": 0.1}
@@ -71,10 +75,31 @@ def fails_as_second_process(step: int) -> None:
     Trainee.accumulate = failing
 
 
+def holds_in_slots(folder: Path) -> None:
+    """As on a GPU, whatever their number, with little room; what was missing when is in `missing-RANK.json`."""
+    register("cpu", HeldKernels())
+    plain, rooms = Trainee.__init__, list[TightRooms]()
+
+    def made(self, sae, *given):
+        plain(self, sae, *given)
+        sae.sparse_below = getattr(sae, "part", sae).sparse_below = 1.0
+        self.rooms = TightRooms()
+        rooms.append(self.rooms)
+
+    def written():
+        missing = json.dumps([each.missing for each in rooms])
+        (folder / f"missing-{os.environ['RANK']}.json").write_text(missing)
+
+    Trainee.__init__ = made
+    atexit.register(written)
+
+
 if __name__ == "__main__":
     if "FAIL_AT" in os.environ:
         fails_as_second_process(int(os.environ["FAIL_AT"]))
     folder, tokens, *wanted = sys.argv[1:]
+    if "IN_SLOTS" in os.environ:
+        holds_in_slots(Path(folder))
     torch.set_num_threads(1)
     with joined():
         for each in wanted:

@@ -1,11 +1,15 @@
 """Encoders' kernels in Triton's interpreter, run by `test_triton.py` as those of the vocabulary are."""
 
+import copy
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from endwise.kernels import registered
+from endwise.config.dictionary import ARCHITECTURES
+from endwise.kernels import registered, standing_in
 from endwise.kernels.encoder_on_cuda import Bounds
 from endwise.kernels.on_cuda import TritonKernels, launch
 from endwise.kernels.triton_encoder import bounds_of, places_of_bits
@@ -38,6 +42,7 @@ SIZES = {
     "many": (70, 70, 700),
 }
 GATE = ["several tiles", "few features"]
+FEW = {("jumprelu", False), ("topk", False), ("batchtopk", True)}
 SAMPLED = [pytest.param(name, marks=() if name in GATE else pytest.mark.slow) for name in SIZES]
 
 
@@ -140,6 +145,52 @@ def test_bounds_miss_nothing(spread):
     candidates[pairs.rows, pairs.features] = True
     assert (numbers > 0).any() and not ((numbers > 0) & ~candidates).any() and not candidates.all()
     assert (bounds.reached_by(2).double() <= numbers.topk(2).values[:, 1].clamp_min(0)).all()
+
+
+class NothingDense(TorchDispatchMode):
+    """Nothing holds so many numbers."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            real = isinstance(each, torch.Tensor) and each.is_floating_point()  # and no bytes of the interpreter's
+            assert not real or each.numel() < self.most, function
+        return result
+
+
+@pytest.mark.parametrize(
+    ("architecture", "training"),
+    [
+        pytest.param(name, training, marks=() if (name, training) in FEW else pytest.mark.slow)
+        for name in ("standard", "jumprelu", "gated", "topk", "batchtopk", "matryoshka_batchtopk")
+        for training in (False, True)
+    ],
+)
+def test_outside_a_step_features_are_counted_and_nothing_is_dense(architecture, training):
+    """No room is in use, where the host waits."""
+    n, d, d_sae, kind = 100, 8, 512, ARCHITECTURES[architecture]
+    chooses = {"k": 4} if "topk" in architecture else {}
+    sae = kind.build(kind.Config(size=d_sae, **chooses), d, 0)
+    x = torch.randn(2, n // 2, d, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        if chooses:
+            sae.see_last(x.view(n, d), x.view(n, d))
+        else:
+            sae.raise_bar(1.4)
+    exact = copy.deepcopy(sae).double().train(training)
+    exact.sparse_below = 0.0
+    wanted = exact.encode(x.double())
+    with standing_in("cpu", OWN), NothingDense(n * d_sae):
+        latents = sae.train(training).encode(x)
+        reconstruction = sae.reconstruct(latents, x)
+    assert wanted.pairs() is None and latents.pairs().places.pads is None
+    assert torch.equal(latents.l0(), wanted.l0()) and 0 < latents.l0().mean() < d_sae / 32
+    torch.testing.assert_close(latents.dense().double(), wanted.dense(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reconstruction.double(), exact.reconstruct(wanted, x.double()), rtol=1e-4, atol=1e-5)
 
 
 @triton.jit

@@ -37,10 +37,9 @@ CASES = [
 
 
 class SmallKernels(TritonKernels):
-    """Chunks so small that several lie within a bag; pairs are counted: outside a training step none are held."""
+    """Chunks so small that several lie within a bag."""
 
     chunk = 8
-    holds = False
 
 
 def pairs_of(active):

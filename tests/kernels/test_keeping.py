@@ -74,7 +74,8 @@ def test_room_follows_what_was_needed():
 
     rooms, given = Plain(), []
 
-    def step(*passes, lacking=False):
+    def step(*passes, missing=False):
+        """Candidates and pairs of each pass."""
         found = []
         for candidates, pairs in passes:
 
@@ -82,23 +83,28 @@ def test_room_follows_what_was_needed():
                 given.append(room)
                 return HeldPairs(none, torch.tensor([needed[0], min(needed[1], room.candidates)]))
 
-            found.append(rooms.find(1000, held, lambda _: torch.tensor(lacking)) is not None)
+            found.append(rooms.find(1000, held) is not None)
+            if found[-1]:
+                rooms.note_missing(torch.tensor(missing))
         return found, rooms.settle(), given[-1]
 
-    assert step((400, 100)) == ([False], False, (0, 0))  # nothing is known: dense, and the candidates are counted
-    assert step((400, 100)) == ([True], False, (610, 1000))  # how many of them are pairs is not
+    assert step((400, 100)) == ([True], False, (610, 160))
+    assert given == [(0, 0), (400, 0), (610, 160)]  # of a first pass candidates are counted, then pairs
     assert step((300, 160), (400, 120)) == ([True, True], False, (610, 160))  # the greatest of the passes
     assert step((400, 251)) == ([True], True, (610, 250))
     assert step((400, 251)) == ([True], False, (610, 386))
     assert step((611, 100)) == ([True], True, (610, 386))
-    assert step((611, 100)) == ([True], False, (926, 1000))
+    assert step((611, 100)) == ([True], False, (926, 1000))  # how many of them are pairs was not known
     assert step((2001, 100)) == ([True], True, (926, 160))
     assert step((2001, 100)) == ([False], False, (0, 0))  # too many candidates
     assert step((900, 100)) == ([False], False, (0, 0))
     assert step((900, 1001)) == ([True], True, (1360, 1000))
     assert step((900, 1001)) == ([False], False, (0, 0))  # too many pairs
     assert step((900, 100)) == ([True], False, (1360, 1000))
-    assert step((900, 100), lacking=True) == ([True], True, (1360, 160))  # too few: the step is dense
-    assert step((900, 100), lacking=True) == ([False], False, (0, 0))
+    assert step((900, 100), missing=True) == ([True], True, (1360, 160))  # the step is dense
+    assert step((900, 100), missing=True) == ([False], False, (0, 0))
     assert step((900, 100)) == ([True], False, (1360, 1000))
     assert rooms.find(1000, lambda room: None) is None
+    many = HeldPairs(none, torch.tensor([201, 5]))
+    assert rooms.find(100, lambda room: many) is None and not rooms.settle()  # passes of another size
+    assert step((900, 100)) == ([True], False, (1360, 160))

@@ -16,6 +16,7 @@ from endwise.common.errors import ConfigError, NotFinite, RunFolderError
 from endwise.config.places import PlacesConfig, read_recipe
 from endwise.config.run import TrainingConfig
 from endwise.dictionaries.relu import ReluSAE
+from endwise.kernels import standing_in
 from endwise.models.sites import Place
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
@@ -27,6 +28,7 @@ from endwise.training.planning.plan import plan
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from joint_runs import LATER, MLPS, RESIDUAL, files, in_double, lines, several, some_masked, start
+from own_kernels import HeldKernels, OwnKernels
 from small_gpt2 import CONTEXT, LAYERS, recipe, small_corpora, small_model, write_tokens
 from spread import assert_close, launch
 from tiny_models import hooked, tokens
@@ -116,9 +118,15 @@ def joint_trainee(made, inputs, terms=("kl", "downstream", "feature"), microbatc
     return JointTrainee(parts, objective, inputs, microbatch)
 
 
-@pytest.mark.parametrize("inputs", ["clean", "spliced"])
-@pytest.mark.parametrize("names", [MLPS, RESIDUAL], ids=["MLPs", "residual"])
-def test_gradients_are_those_of_one_loss(names, inputs):
+@pytest.mark.parametrize(
+    ("names", "inputs", "kernels"),
+    [
+        *((names, inputs, OwnKernels()) for names in (MLPS, RESIDUAL) for inputs in ("clean", "spliced")),
+        (RESIDUAL, "spliced", HeldKernels()),
+    ],
+    ids=["MLPs-clean", "MLPs-spliced", "residual-clean", "residual-spliced", "in_slots"],
+)
+def test_gradients_are_those_of_one_loss(names, inputs, kernels):
     """KL in float32 within; everything else, and the backward pass, in float64."""
     model, ids = in_double(), tokens(4)
     mask, made = some_masked(ids), dictionaries(names)
@@ -126,9 +134,14 @@ def test_gradients_are_those_of_one_loss(names, inputs):
     loss, terms = loss_by_hand(model, ids, mask, made, inputs)
     expected = torch.autograd.grad(loss, weights)
     trainee = joint_trainee(dict(reversed(made.items())), inputs)
+    for sae in made.values() if kernels.holds else ():
+        sae.sparse_below = 1.0
     gradients = []
     trainee.finish_step = lambda *_: gradients.extend(weight.grad for weight in weights)
-    take_step(model, [trainee], TokenBatch(ids, mask), accumulation=2)  # two passes, each of two microbatches
+    with standing_in("cpu", kernels):
+        take_step(model, [trainee], TokenBatch(ids, mask), accumulation=2)  # two passes, each of two microbatches
+    sizes = [len(part.rooms._known) for part in trainee.parts]
+    assert not kernels.holds or sizes == [1, 2, 2]  # the later ones encode microbatches too
     for ours, theirs in zip(gradients, expected, strict=True):
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -41,6 +41,7 @@ from endwise.training.planning.flops import forward_flops, gradient_flops
 from endwise.training.planning.memory_trace import MemoryTrace
 from endwise.training.planning.plan import plan
 from endwise.training.step import tail_model, take_step
+from own_kernels import HeldKernels
 from places import BENCHMARKS
 from tiny_models import CONTEXT, FAMILIES, VOCAB, WIDTH, build, tokens
 
@@ -429,6 +430,13 @@ def test_a_gpu_elsewhere_is_planned_with_its_own_chunks(stored):
     assert (found.device, found.dtype) == ("cuda", "bfloat16") and found.sparse_flops is None
     assert [need.what.partition(" at ")[0] for need in found.needs] == ["GPU memory", "host memory", "disk"]
     assert [stage.name for stage in found.stages] == [STEP, EVALUATION]
+    with standing_in("cuda", HeldKernels()):
+        known = plan(config, memory=80 << 30)
+    product, active = 2 * WIDTH * known.d_sae, known.d_sae / 32
+    searched = product + 2 * WIDTH * 2.5 * active  # a second product of bounds, and slots of candidates
+    assert known.flops == found.flops and known.stages == found.stages
+    saved = known.flops.per_token - known.sparse_flops
+    assert saved == pytest.approx(4 * product - 4 * 2 * WIDTH * active - searched)
     exact = plan(recipe(stored("gpt2")))
     assert 2 * found.stages[0].parts[MODEL] == pytest.approx(exact.stages[0].parts[MODEL], rel=0.1)
 

@@ -1,5 +1,6 @@
 """Dictionaries whose features are split over processes train as whole ones do, and are saved and resumed whole."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,12 +16,10 @@ from endwise.common.processes import ALONE, World
 from endwise.config.dictionary import ARCHITECTURES, of_architecture
 from endwise.dictionaries import TrainingPass
 from endwise.dictionaries.sharing import best_places
-from endwise.kernels import Rooms, standing_in
-from endwise.kernels.eager import EagerKernels
-from endwise.kernels.interface import HeldPairs
-from endwise.kernels.keeping import kept_of
+from endwise.kernels import Rooms, kept_per_row, standing_in
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
+from own_kernels import HeldKernels
 from places import HELPERS
 from sharded_runs import RUNS, config, run
 from spread import TOLERANCE, assert_close, spread
@@ -96,6 +95,17 @@ def test_shards_beside_data_parallel_processes(alone, token_files, tmp_path):
         assert_same(tmp_path / name, alone / name)
 
 
+def test_processes_that_hold_pairs_in_slots_give_the_curve_of_one(alone, token_files, tmp_path):
+    """With features in the whole or in halves; a step is taken again by all where one lacks room."""
+    runs = ("batchtopk-replicas:1:0", "batchtopk-halves:2:0", "topk-halves:2:0")
+    launched(2, tmp_path, token_files, *runs, IN_SLOTS="1")
+    for name in (each.partition(":")[0] for each in runs):
+        assert_same(tmp_path / name, alone / name.partition("-")[0])
+    missing = (json.loads((tmp_path / f"missing-{rank}.json").read_text()) for rank in range(2))
+    for one, other in zip(*missing, strict=True):
+        assert len(one) == len(other) > 8 and one != other
+
+
 def test_a_process_that_fails_ends_all(token_files, tmp_path):
     done = spread(2, HELPERS / "sharded_runs.py", tmp_path, token_files, "relu:2:0", FAIL_AT="6", ENDWISE_TIMEOUT="60")
     assert done.returncode != 0 and "ArithmeticError: only here" in done.stderr
@@ -152,19 +162,20 @@ def test_best_of_shards_are_the_best_of_all(k):
     assert beyond or torch.equal(kept, torch.zeros_like(kept).scatter_(-1, first, True))
 
 
-class Slots(EagerKernels):
-    """Pairs in slots, as on a GPU."""
+class Slots(HeldKernels):
+    """Counts how often slots are filled; in float64 too."""
 
-    holds = True
+    filled = 0
 
-    def __init__(self):
-        self.filled = 0
+    def largest_held(self, x, weight, bias, k, room):
+        def chosen(_pairs, z):
+            return (kept_per_row(z.view(len(x), -1), k) & (z.view(len(x), -1) > 0)).view(-1)
 
-    def active_held(self, x, weight, bias, room, above=None):
-        found = self.active(x, weight, bias, x.shape[0] * len(weight), above)
+        return self._held(x, weight, bias, room, chosen)
+
+    def _held(self, x, weight, bias, room, chosen):
         self.filled += room.pairs > 0
-        held = kept_of(*found, torch.ones_like(found.values, dtype=torch.bool), room.pairs)
-        return HeldPairs(held, torch.tensor([len(found.values)] * 2))
+        return super()._held(x, weight, bias, room, chosen)
 
 
 @pytest.mark.parametrize("in_slots", [False, True], ids=["counted", "in_slots"])
@@ -195,9 +206,6 @@ def test_gradients_of_shards_are_those_of_the_whole(settings, in_slots):
         sae.train().begin_step(0.0)
         rooms = Rooms()
         with rooms.in_use():
-            if in_slots:  # how many there must be is known from a step before
-                sae.encode(x, counted)
-                rooms.settle()
             latents = sae.encode(x, counted)
         assert not rooms.settle()
         reconstruction = sae.reconstruct(latents, x)
@@ -214,7 +222,7 @@ def test_gradients_of_shards_are_those_of_the_whole(settings, in_slots):
     slots = Slots()
     with standing_in("cpu", slots) if in_slots else nullcontext():
         found = InThreads.run(3, lambda world: learned(whole.split(world)))
-    assert slots.filled == (3 if in_slots and "k" not in settings else 0)  # those that choose are dense
+    assert slots.filled == 3 * in_slots
     for of_shard in found:
         torch.testing.assert_close(of_shard[0], loss)
         assert torch.equal(of_shard[1], l0) and torch.equal(of_shard[2], fired)

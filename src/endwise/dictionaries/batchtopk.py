@@ -10,11 +10,12 @@ from torch import Tensor
 
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
-from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse, sparse_values
+from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse, kept_values
 from endwise.dictionaries.linear import LinearSAE
 from endwise.dictionaries.selection import (
     SPARSE_BELOW,
     Annealed,
+    Candidates,
     Encoder,
     TopKConfig,
     candidates_of_step,
@@ -118,15 +119,14 @@ class BatchTopKSAE(LinearSAE):
         count = (competing.double() * self.k_now).round().long()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         own = self.k_now / self.world.shards.size
-        found = candidates_of_step(encoder, counted, own, count, self.world)
-        if found is not None:
-            kept = self._kept(found.values, None if counted is None else counted[found.pairs.rows], count)
-            if found.pairs.pads is not None:
-                return sparse_values(x, self.encoder, self.b_enc, found).where(kept)
-            return sparse_values(x, self.encoder, self.b_enc, found.where(kept))
+        total = self.world.replicas.total(len(flat))  # by all, as any may be dense
+        if (some := candidates_of_step(encoder, counted, own, count, self.world)) is not None:
+            found = some.found
+            kept = self._kept(found.values, None if counted is None else counted[found.pairs.rows], count, some)
+            return kept_values(x, self.encoder, self.b_enc, found, kept)
         values = torch.relu(self.before(x))
         rows = None if counted is None else counted[:, None].expand(-1, self.d_sae).flatten()
-        most = min(values.numel(), round(self.k_now * self.world.replicas.total(len(flat))))
+        most = min(values.numel(), round(self.k_now * total))
         kept = self._kept(values.detach().view(-1), rows, count, most).view(values.shape)
         return DenseLatents(values.where(kept, 0.0))
 
@@ -135,20 +135,22 @@ class BatchTopKSAE(LinearSAE):
         values: Float[Tensor, " places"],
         counted: Bool[Tensor, " places"] | None,
         count: Tensor,
-        most: int | None = None,
+        among: Candidates | int,
     ) -> Bool[Tensor, " places"]:
         """Mark the `count` largest of those that count, and of the others what exceeds the smallest of these.
 
         Args:
-            most: how many of the values can be among them at most; None: all of them.
+            among: the candidates whose values they are; or, of every place's, how many can be marked at most.
         """
-        competing = values if counted is None else values.where(counted, 0.0)
-        largest = (
-            competing if most is None else competing.where(~competing.isnan(), 0.0).topk(most, sorted=False).values
-        )
+        largest = competing = values if counted is None else values.where(counted, 0.0)
+        if isinstance(among, int):
+            largest = competing.where(~competing.isnan(), 0.0).topk(among, sorted=False).values
         cut = cut_of(largest.float() if largest.dtype.itemsize < 4 else largest, count, self.world)
+        if not isinstance(among, int):
+            among.check(cut)
         if self.counts:
             self._smallest = cut.smallest
+        cut = cut.within(values.dtype)
         return cut.kept(competing) | (values > cut.smallest) if counted is not None else cut.kept(values)
 
     def after_step(self) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from endwise.common.errors import ConfigError
-from endwise.kernels import Found, Kernels, Pairs, kernels_for, rooms_in_use
+from endwise.kernels import Found, Kernels, Pairs, Rooms, kernels_for, rooms_in_use
 from endwise.kernels.interface import HeldPairs, PerPair, Room
 
 MOSTLY = 3 / 4
@@ -214,7 +214,7 @@ def encode_sparse(
     above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
 ) -> SparseLatents | None:
     """`z = x·weightᵀ + bias` where it is above a threshold, as sparse latents; None if that is at more than `share` of
-    all places, or on a GPU where that is not known without a wait (`found_on`).
+    all places, or in a training step on a GPU where there is no room for it (`found_on`).
 
     Args:
         above: one threshold, or one for each feature, at least 0; None: 0, which is ReLU. None gets a gradient.
@@ -237,13 +237,16 @@ def found_on(
 ) -> Found | None:
     """Find pairs in the way that suits the device; None where latents are to be dense.
 
-    A CPU counts them (`now`). On a GPU that would make the host wait: in a training step they are `held` in the room
-    that there is (`Rooms`), if the kernels can; otherwise latents are dense.
+    They are counted (`now`), for which the host of a GPU waits. In a training step it does not: there they are `held`
+    in the room that there is, if the kernels can; otherwise latents are dense.
     """
-    if kernels.holds or x.is_cuda:
-        rooms = rooms_in_use()
-        return None if rooms is None else rooms.find(limit, held)
-    return now()
+    rooms = rooms_for(kernels, x)
+    return now() if rooms is None else rooms.find(limit, held)
+
+
+def rooms_for(kernels: Kernels, x: Tensor) -> Rooms | None:
+    """Return the room for what is found in `x`; None: it is counted, on a CPU and outside training steps."""
+    return rooms_in_use() if kernels.holds or x.is_cuda else None
 
 
 def sparse_values(
@@ -258,6 +261,19 @@ def sparse_values(
     if pads is None:
         return SparseLatents(values, found.pairs, shape)
     return NearlySparseLatents(values.masked_fill(pads, 0.0), found.pairs, shape)  # which have no gradient
+
+
+def kept_values(
+    x: Float[Tensor, "*rows d_model"],
+    weight: Float[Tensor, "d_sae d_model"],
+    bias: Float[Tensor, " d_sae"],
+    found: Found,
+    kept: Bool[Tensor, " pairs"],
+) -> SparseLatents:
+    """As `sparse_values`, with some of the places alone; in slots the others are 0."""
+    if found.pairs.pads is None:
+        return sparse_values(x, weight, bias, found.where(kept))
+    return sparse_values(x, weight, bias, found).where(kept)
 
 
 def decode_sparse(

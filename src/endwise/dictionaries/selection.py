@@ -7,7 +7,6 @@ positive values are chosen. NaN always is, so that it stays in the latents and s
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -20,9 +19,9 @@ from torch.nn.functional import linear
 from endwise.common.processes import ALONE, World
 from endwise.config.base import Positive
 from endwise.config.dictionary import KnobRule
-from endwise.dictionaries.latents import found_on
+from endwise.dictionaries.latents import found_on, rooms_for
 from endwise.dictionaries.linear import LinearConfig
-from endwise.kernels import Found, kernels_for, rooms_in_use
+from endwise.kernels import Found, Rooms, kernels_for
 
 SPARSE_BELOW = 1 / 32
 """Largest share of features for which k makes sparse latents, as of ReLU ones."""
@@ -79,6 +78,18 @@ class Cut(NamedTuple):
     """Smallest of those that are kept; infinite, if nothing is."""
     ties: Tensor
     """Number of those that equal it and are kept in this process."""
+    enough: Bool[Tensor, ""]
+    """True if there are as many as were wanted."""
+
+    def within(self, dtype: torch.dtype) -> "Cut":
+        """The same for values of half precision, which exceed a number of another process's if they exceed it rounded
+        down.
+        """
+        if dtype.itemsize > 2:
+            return self
+        near = self.smallest.to(dtype)
+        below = (near.view(torch.int16) - 1).view(dtype)
+        return self._replace(smallest=near.where(near <= self.smallest, below))
 
     def kept(self, values: Float[Tensor, "*places"]) -> Bool[Tensor, "*places"]:
         """Mark what is kept of this process's values, which lie in the order of rows."""
@@ -107,7 +118,8 @@ def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE
         return counts
 
     found = torch.zeros((), dtype=whole, device=values.device)
-    wanted = torch.minimum(count, counted(found + 1)[0])
+    there = counted(found + 1)[0]
+    wanted = torch.minimum(count, there)
     width = 1 if world.size == 1 else 4
     for shift, ones in _digits(digits, width):
         reached = counted(*(found + (digit << shift) for digit in range(1, 1 << ones))) >= wanted
@@ -119,7 +131,8 @@ def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE
     ties[-1] = (values > smallest).sum()
     own = ties[world.rank].clone()
     world.add([ties])
-    return Cut(smallest, (wanted - ties[-1] - ties[: world.rank].sum()).clamp(min=0).minimum(own))
+    kept = (wanted - ties[-1] - ties[: world.rank].sum()).clamp(min=0).minimum(own)
+    return Cut(smallest, kept, there >= count)
 
 
 def _digits(bits: int, width: int) -> Iterator[tuple[int, int]]:
@@ -190,11 +203,28 @@ def top_per_row(encoder: Encoder, k: int) -> Found | None:
     return found_on(kernels, encoder.x, encoder.room, now, held)
 
 
+class Candidates(NamedTuple):
+    """Pairs among which are the largest of a step."""
+
+    found: Found
+    bound: Float[Tensor, ""]
+    """Number that all of them exceed, and none else of this process."""
+    rooms: Rooms | None
+    """Room in which they are held; None: they are counted."""
+
+    def check(self, cut: Cut) -> None:
+        """Have a step taken again whose cut would fall below the bound, where that is not known before."""
+        if self.rooms is not None:
+            self.rooms.note_missing((~cut.enough | (cut.smallest <= self.bound)) & (self.bound > 0))
+
+
 def candidates_of_step(
     encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor, world: World = ALONE
-) -> Found | None:
-    """Find pairs among which are the `count` largest of all processes; None, in all of them, where that is for a dense
-    product.
+) -> Candidates | None:
+    """Find pairs among which are the `count` largest of all processes; None where that is for a dense product.
+
+    Where pairs are counted that is so in all processes. In slots they are those above a bound that lets many more
+    through than are wanted, so that it is rare that too few are; other processes may be dense.
 
     Args:
         counted: rows that compete.
@@ -202,44 +232,31 @@ def candidates_of_step(
     """
     if not encoder.makes_sparse(k):
         return None
-    if encoder.x.is_cuda or kernels_for(encoder.x.device).holds:
-        return _held(encoder, counted, k, count) if world.size == 1 else None
-    with world.together("choosing the active features") if world.size > 1 else nullcontext():
+    kernels = kernels_for(encoder.x.device)
+    choosing = partial(world.together, "choosing the active features")
+    with choosing():
         bounds = encoder.bounds(counted, k)
     world.add([bounds])
-    found: Found | None = None
-    for bound in bounds / world.size:
-        with world.together("choosing the active features") if world.size > 1 else nullcontext():
+    bounds = bounds / world.size
+    if (rooms := rooms_for(kernels, encoder.x)) is not None:
+        bound = bounds[len(MORE) - 1]
+        with choosing():
+            found = rooms.find(encoder.room, partial(kernels.active_held, *encoder[:3], above=bound))
+        return None if found is None else Candidates(found, bound, rooms)
+    some: Candidates | None = None
+    for bound in bounds:
+        with choosing():
             found = encoder.above(bound)
-        if found is None:
-            competing = torch.zeros((), dtype=torch.int64)
-        else:
-            competing = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
-        state = torch.stack([torch.tensor(int(found is None)), competing])
+        state = torch.tensor([int(found is None), 0], device=count.device)
+        if found is not None:
+            some = Candidates(found, bound, None)
+            state[1] = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
         world.add([state])
         if state[0] > 0:
             return None
         if state[1] >= count:
-            return found
-    return found
-
-
-def _held(encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor) -> Found | None:
-    """As `candidates_of_step`, in slots: above a bound that lets many more through than are wanted, so that it is rare
-    that too few are.
-    """
-    if (rooms := rooms_in_use()) is None:
-        return None
-    bound = encoder.bounds(counted, k)[len(MORE) - 1]
-    find = partial(kernels_for(encoder.x.device).active_held, *encoder[:3], above=bound)
-
-    def too_few(found: Found) -> Tensor:
-        competing = found.values > 0
-        if counted is not None:
-            competing &= counted[found.pairs.rows]
-        return (competing.sum() < count) & (bound > 0)
-
-    return rooms.find(encoder.room, find, too_few)
+            return some
+    return some
 
 
 def threshold_for(

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import pad
 
 from endwise.common.processes import World
 from endwise.kernels import Found
@@ -31,8 +32,10 @@ def summed(own: Tensor, shards: World) -> Tensor:
 def best_of_shards(values: Float[Tensor, "n own"], k: int, shards: World) -> Bool[Tensor, "n own"]:
     """Mark those of each row's `own` largest here, in the order of features, that are among the k largest of all.
 
-    Of equal ones the first are, shard by shard. NaN is marked, and so may 0 be.
+    Of equal ones the first are, shard by shard. NaN is marked, and so may 0 be. Some shards may have found theirs in a
+    dense product of half precision.
     """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     everyone = shards.stack(values).nan_to_num(nan=torch.inf, posinf=torch.inf)
     competing = everyone.movedim(0, -2).flatten(-2)
     last = competing.topk(min(k, competing.shape[-1]), sorted=True).values[:, -1:]
@@ -46,10 +49,11 @@ def best_pairs(found: Found, own: int, k: int, shards: World) -> Bool[Tensor, " 
     """Mark the pairs that are among their row's k largest of all shards, of each row's `own` largest here or fewer."""
     rows = found.pairs.rows
     place = torch.arange(len(rows), device=rows.device) - found.pairs.row_starts[rows]
-    values = found.values.new_zeros(found.pairs.n_rows, own)
-    place.clamp_(max=own - 1)  # of NaN there may be more
+    place.clamp_(max=own)  # behind them lie pads, and more of NaN
+    values = found.values.new_zeros(found.pairs.n_rows, own + 1)
     values[rows, place] = found.values
-    return best_of_shards(values, k, shards)[rows, place] | found.values.isnan()
+    best = pad(best_of_shards(values[:, :own], k, shards), (0, 1))
+    return best[rows, place] | found.values.isnan()
 
 
 def best_places(values: Float[Tensor, "n d_sae"], own: int, k: int, shards: World) -> Bool[Tensor, "n d_sae"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from endwise.common.errors import ConfigError, FormatError
 from endwise.config.dictionary import ARCHITECTURES
 from endwise.dictionaries.base import Exported
-from endwise.dictionaries.latents import DenseLatents, Latents, sparse_values
+from endwise.dictionaries.latents import DenseLatents, Latents, kept_values, sparse_values
 from endwise.dictionaries.linear import LinearSAE
 from endwise.dictionaries.selection import (
     SPARSE_BELOW,
@@ -21,7 +21,7 @@ from endwise.dictionaries.selection import (
 )
 from endwise.dictionaries.sharing import best_pairs, best_places
 from endwise.formats import Layout
-from endwise.kernels import kept_per_row, kernels_for
+from endwise.kernels import kept_per_row
 
 SAME_NORM = 1e-4
 """Difference of norms, as a share of them, that says nothing."""
@@ -68,12 +68,10 @@ class TopKSAE(LinearSAE):
         flat = x.reshape(-1, self.d_in).detach()
         encoder = Encoder(flat, self.encoder.detach(), self.b_enc.detach(), self.sparse_below)
         shards, own = self.world.shards, min(k, self.d_sae)
-        in_slots = x.is_cuda or kernels_for(x.device).holds  # whose pads do not compete among shards
-        found = None if shards.size > 1 and in_slots else top_per_row(encoder, own)
-        if found is not None:
-            if shards.size > 1:
-                found = found.where(best_pairs(found, own, k, shards))
-            return sparse_values(x, self.encoder, self.b_enc, found)
+        if (found := top_per_row(encoder, own)) is not None:
+            if shards.size == 1:
+                return sparse_values(x, self.encoder, self.b_enc, found)
+            return kept_values(x, self.encoder, self.b_enc, found, best_pairs(found, own, k, shards))
         values = torch.relu(self.before(x))
         rows = values.detach().view(-1, self.d_sae)
         kept = kept_per_row(rows, own) if shards.size == 1 else best_places(rows, own, k, shards)

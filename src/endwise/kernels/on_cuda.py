@@ -34,7 +34,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def supports(device: torch.device) -> bool:
     """Return whether `TritonKernels` are for a device."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    there = torch.version.cuda is not None and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 class TritonKernels(SparseInTriton):

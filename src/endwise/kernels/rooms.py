@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from endwise.kernels.interface import Found, HeldPairs, Room
@@ -26,9 +27,10 @@ class Rooms:
     """There is room for so many times what was needed, and so many more."""
 
     def __init__(self) -> None:
-        self._known: Room | None = None
-        """The most that a pass of the latest step needed; pairs are 0 where they were not counted."""
-        self._passes: list[tuple[Room, Tensor, torch.cuda.Event | None]] = []
+        self._known: dict[int, Room] = {}
+        """By limit, as passes of one step may be of several sizes: the most that one needed in the latest step that had
+        such; pairs are 0 where they were not counted."""
+        self._passes: list[tuple[int, Room, Tensor, torch.cuda.Event | None]] = []
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -39,25 +41,37 @@ class Rooms:
         finally:
             _IN_USE.reset(token)
 
-    def find(
-        self, limit: int, held: Callable[[Room], HeldPairs | None], lacking: Callable[[Found], Tensor] | None = None
-    ) -> Found | None:
+    def find(self, limit: int, held: Callable[[Room], HeldPairs | None]) -> Found | None:
         """Find pairs, some of which may be missing; None where latents are to be dense.
 
         Args:
             limit: pairs up to which they are to be sparse.
             held: finds them in the room given.
-            lacking: tells, on the device, if what is found is too little, whatever the room.
         """
+        if limit not in self._known:
+            self._count(limit, held)
         room = self._room(limit)
         if (some := held(room)) is None:
             return None
-        short = some.needed.new_zeros(()) if lacking is None else lacking(some.found).to(some.needed.dtype)
-        self._passes.append((room, *_on_its_way(torch.stack([*some.needed, short]))))
+        self._passes.append((limit, room, *_on_its_way(some.needed)))
         return some.found if room.pairs else None
 
+    def note_missing(self, missing: Bool[Tensor, ""]) -> None:
+        """Take note if something is missing from what was found last, whatever the room: it is dense the next time."""
+        limit, room, *_ = self._passes[-1]
+        candidates = missing.long() * sys.maxsize
+        self._passes.append((limit, room, *_on_its_way(torch.stack([candidates, torch.zeros_like(candidates)]))))
+
+    def _count(self, limit: int, held: Callable[[Room], HeldPairs | None]) -> None:
+        """Learn what a first pass needs, candidates and then the pairs among them, for which the host waits."""
+        room = Room(0, 0)
+        for _ in range(2):
+            if room.candidates > WORTH * limit or (some := held(room)) is None:
+                return
+            self._known[limit] = room = Room(*some.needed.tolist())
+
     def _room(self, limit: int) -> Room:
-        known = self._known
+        known = self._known.get(limit)
         if known is None or known.candidates > WORTH * limit or known.pairs > limit:
             return Room(0, 0)  # what is needed is counted all the same
         wanted = int(self.head * known.pairs) + self.least if known.pairs else limit
@@ -68,20 +82,18 @@ class Rooms:
 
         The device has the rest of the step still to do when the host is told, and does not wait for it.
         """
-        missing, most = False, Room(0, 0)
-        for room, needed, there in self._passes:
+        missing, most = False, dict[int, Room]()
+        for limit, room, needed, there in self._passes:
             if there is not None:
                 there.synchronize()
-            candidates, pairs, short = needed.tolist()
+            candidates, pairs = needed.tolist()
             if candidates > room.candidates:
                 pairs = 0
-            missing |= room.pairs > 0 and (candidates > room.candidates or pairs > room.pairs or short > 0)
-            if short and room.pairs:
-                candidates = sys.maxsize  # so that this step is dense when it is taken again
-            most = Room(max(most.candidates, candidates), max(most.pairs, pairs))
-        if self._passes:
-            self._known = most
-            self._passes.clear()
+            missing |= room.pairs > 0 and (candidates > room.candidates or pairs > room.pairs)
+            before = most.get(limit, Room(0, 0))
+            most[limit] = Room(max(before.candidates, candidates), max(before.pairs, pairs))
+        self._known |= most
+        self._passes.clear()
         return missing
 
 

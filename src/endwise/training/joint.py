@@ -183,7 +183,7 @@ class JointTrainee:
 
     def _reconstruct(self, part: Trainee, x: AnyWidth, mask: TokenMask) -> AnyWidth:
         x = harmless(x, mask)
-        with part.products():
+        with part.products(), part.rooms.in_use():
             latents = self._latents[part.place] = part.sae.encode(x, mask)
             return part.sae.spliced(latents, x) if part.is_spliced else part.sae.reconstruct(latents, x)
 
@@ -199,7 +199,7 @@ class JointTrainee:
         return loss
 
     def _later_latents(self, part: Trainee, rows: JointRows) -> LaterLatents:
-        with torch.no_grad(), part.products(), part.sae.aside():
+        with torch.no_grad(), part.products(), part.rooms.in_use(), part.sae.aside():
             clean = part.sae.encode(harmless(rows.clean.activations[part.place.reads], rows.mask), rows.mask)
         return LaterLatents(clean, self._latents[part.place], part.sae.d_in)
 

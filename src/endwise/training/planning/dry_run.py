@@ -4,8 +4,8 @@ The language model is made from its configuration, on fake tensors, and the code
 (`memory_trace`), so that what is alive at once need not be said a second time. Followed are two microbatches of two
 passes, in which everything that repeats is met.
 
-The dictionary's latents are dense here: half of a new dictionary is active. On a CPU they become sparse as it learns,
-and memory and operations fall.
+The dictionary's latents are dense here: half of a new dictionary is active. They become sparse as it learns, and memory
+and operations fall.
 """
 
 from collections.abc import Mapping, Sequence

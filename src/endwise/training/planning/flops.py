@@ -7,6 +7,8 @@ Norms, softmaxes and all else that is no product are left out. Nothing here know
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from endwise.kernels.rooms import WORTH, Rooms
+
 PRODUCTS_PER_ACTIVE_LATENT = 4
 """Each of d_model multiply-adds: decoder forward, gradient of the latent, of the decoder's and of the encoder's row."""
 DENSE_GRADIENT_PRODUCTS = 3
@@ -65,3 +67,10 @@ def product_flops(tokens: int, inner: int, columns: int) -> int:
 def sparse_flops(tokens: int, d_model: int, l0: float) -> float:
     """Count what a sparse dictionary costs besides its encoder's product, forward and backward."""
     return PRODUCTS_PER_ACTIVE_LATENT * 2 * tokens * d_model * l0
+
+
+def search_flops(tokens: int, d_model: int, d_sae: int, l0: float) -> float:
+    """Count what a search in slots costs at most besides one product of bounds: a second, as for the k largest, and
+    candidates, slots that are left over included.
+    """
+    return product_flops(tokens, d_model, d_sae) + 2 * tokens * d_model * Rooms.head * WORTH * l0

@@ -15,6 +15,7 @@ from endwise.common.errors import ConfigError
 from endwise.common.machine import available_memory, free_disk, resident_memory, size_text
 from endwise.config.adopted import refuse_adopted
 from endwise.config.places import Recipe
+from endwise.kernels import kernels_for
 from endwise.models.loading import find_device
 from endwise.training.kept_activations import reads_splice
 from endwise.training.planning.divided import DividedDryRun
@@ -38,6 +39,7 @@ from endwise.training.planning.flops import (
     forward_flops,
     gradient_flops,
     product_flops,
+    search_flops,
     sparse_flops,
 )
 from endwise.training.planning.memory_trace import Held
@@ -159,7 +161,7 @@ class TrainingPlan:
     """Activations that `data.activations` keeps on the disk, at most; operations are counted as if none were there."""
     flops: Flops
     sparse_flops: float | None
-    """Per token, at most, once latents are sparse; None on a GPU, where they stay dense."""
+    """Per token, at most, once latents are sparse; None on a GPU for which no such kernels are known."""
     total_flops: float
     """Operations of the run, all processes together, with dense latents; evaluations are left out."""
     needs: tuple[Need, ...]
@@ -318,33 +320,31 @@ def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
         (product_flops(1, sae.d_in, sae.d_sae) + product_flops(1, sae.d_sae, sae.d_out)) / 2 for sae, _ in encodings
     ]
     backward = [DENSE_GRADIENT_PRODUCTS * product for product in products]
-    times = [times for _, times in encodings]
     logits = 2.0 * dry_run.model.readout.unembedding.weight.numel()
     each_predicted = [
         term.predicted for objective in dry_run.objectives.values() for term in objective.spliced_terms if term.final
     ]
     readouts = logits * sum(each_predicted)
-    parameters = sum(parameter.numel() for sae in dry_run.saes for parameter in sae.parameters())
     flops = Flops(
         clean_prefix=forward_flops(head, context) / context,
         clean_tail=forward_flops(tail, context) / context,
         clean_readout=logits * max(each_predicted, default=0.0),
-        sae_forward=sum(n * forward for n, (forward, _) in zip(times, counted, strict=True)),
-        sae_backward=sum(n * each for n, each in zip(times, backward, strict=True)),
+        sae_forward=sum(n * forward for (_, n), (forward, _) in zip(encodings, counted, strict=True)),
+        sae_backward=sum(n * each for (_, n), each in zip(encodings, backward, strict=True)),
         sae_own=sum(learning - each for (_, learning), each in zip(counted, backward, strict=True)),
         tail_forward=sum(forward_flops(each, context) for each in tails) / context,
         tail_backward=sum(gradient_flops(each, context) for each in backs) / context,
         readout_forward=readouts,
         readout_backward=readouts,
-        optimiser=OPTIMISER_OPERATIONS * parameters / per_step,
+        optimiser=OPTIMISER_OPERATIONS * sum(e.numel() for sae in dry_run.saes for e in sae.parameters()) / per_step,
     )
-    if dry_run.device.type == "cuda":
-        return flops, None
-    sparse = sum(
-        times * (sparse_flops(1, (sae.d_in + sae.d_out) // 2, sae.sparse_below * sae.d_sae) - product)
-        for product, (sae, times) in zip(products, encodings, strict=True)
-    )
-    return flops, flops.per_token - flops.sae_backward + sparse
+    sparse = flops.per_token - flops.sae_backward
+    in_slots = kernels_for(dry_run.device).holds
+    for product, (sae, n) in zip(products, encodings, strict=True):
+        active = sae.sparse_below * sae.d_sae
+        searched = search_flops(1, sae.d_in, sae.d_sae, active) if in_slots else 0.0
+        sparse += n * (sparse_flops(1, (sae.d_in + sae.d_out) // 2, active) - product + searched)
+    return flops, None if dry_run.device.type == "cuda" and not in_slots else sparse
 
 
 def _memory_needs(dry_run: DryRun, stages: Mapping[str, Held], processes: int, memory: int | None) -> Iterator[Need]:
