@@ -94,7 +94,7 @@ class ScoreDifference(Generic[S]):
         return self.run.summary.method, self.other.summary.method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScoredSet(RunSet[S]):
     """The runs of one setting, scored alike."""
 

@@ -11,6 +11,7 @@ from endwise.analysis.claims import Claim
 from endwise.analysis.comparable import Setting, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.common.html import bullets
+from endwise.common.showing import Shown
 from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
@@ -37,8 +38,19 @@ class Compared(Protocol):
 M = TypeVar("M", bound=Measured)
 
 
-@dataclass(frozen=True)
-class RunSet(Generic[M]):
+class ShownSet(Shown):
+    """The runs of one setting, by how many they are, where they lie, and of which methods."""
+
+    setting: Setting
+    runs: Sequence[Any]
+
+    def shown_facts(self) -> dict[str, object]:
+        methods = ", ".join(method.label for method in methods_of(map(summary_of, self.runs)))
+        return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
+
+
+@dataclass(frozen=True, repr=False)
+class RunSet(ShownSet, Generic[M]):
     """The runs of one setting, by method, seed and knob, each with what was measured of it."""
 
     setting: Setting

@@ -24,6 +24,7 @@ from endwise.analysis.directions.norms import Norms
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds, with_error
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
+from endwise.analysis.sets import ShownSet
 from endwise.common.statistics import Floats, Interval, error_of
 from endwise.config.method import PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary, Seeds
@@ -71,8 +72,8 @@ class Contrast:
     """The same given the directions' variance: whether, of directions of like variance, it drops those less used."""
 
 
-@dataclass(frozen=True)
-class Directions:
+@dataclass(frozen=True, repr=False)
+class Directions(ShownSet):
     """The runs of one setting and one held-out text."""
 
     setting: Setting

@@ -109,7 +109,7 @@ def curve_of(curve: Faithfulness, order: str) -> tuple[np.ndarray, Floats]:
 _CURVES = {"first": "first_order_ce", "random": "random_ce"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImportanceStudy(RunSet[ImportantRun]):
     """The runs of one setting, compared."""
 
