@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from bad_input import refused, told, write_place
 from endwise.cli import app
 from endwise.common.doctor import examine
+from endwise.common.files import write_atomic, write_json
 from endwise.common.remarks import diverged
 from endwise.config.objective import loss_of
 from endwise.config.run import EvaluationConfig, RunConfig
@@ -76,6 +77,50 @@ def test_runs_are_listed_with_their_state(trained, place):
     assert "holds no run folder" in refused("runs", place / "model")
     for command in (["train", "--resume"], ["inspect"], ["steer", "--prompt", "a", "--keep", "1"]):
         assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
+
+
+TAKE_RUNS = {
+    **{name: (name,) for name in ("evaluate", "pareto", "harvest", "dashboard", "serve", "inspect", "track")},
+    "resume": ("train", "--resume"),
+    "steer": ("steer", "--prompt", "a", "--keep", 1),
+    "explain": ("explain", "--endpoint", "http://127.0.0.1:9", "--model", "m"),
+}
+
+
+@pytest.mark.parametrize("command", TAKE_RUNS)
+def test_where_runs_are_taken_what_else_is_given_is_named(trained, place, command):
+    empty, given = place / "empty", TAKE_RUNS[command]
+    empty.mkdir(exist_ok=True)
+    write_json(empty.parent / "harvested" / "harvest.json", {})
+    said = {
+        place
+        / "recipe.yaml": f"is taken here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
+        trained / "checkpoints": f"is a part of the run {trained}",
+        place / "harvested": "is a harvest",
+        place / "model": "is a language model",
+        empty: "is an empty folder",
+        place / "none": "There is no",
+    }
+    for path, words in said.items():
+        message = refused(*given, path, code=2)
+        assert str(path) in message and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["tune", "--l0", 3], ["sweep"]])
+def test_where_recipes_are_taken_what_else_is_given_is_named(trained, place, command):
+    wanted, sweep = "sweep" if command == ["sweep"] else "recipe", place / "swept"
+    write_atomic(sweep / "sweep.yaml", b"recipe: recipe.yaml\ngrids: []\n")
+    for path, words in {
+        trained: f"is a run folder, and a {wanted} is taken here.",
+        trained / "sae": f"is a part of the run {trained}",
+        sweep: f"Its file is {sweep / 'sweep.yaml'}.",
+        place / "model": "is a language model",
+        place / "none": f"There is no {wanted}",
+    }.items():
+        message = refused(*command, path, code=2)
+        assert str(path) in message and words in message and "\n" not in message
+    kept = {f"Its recipe is {trained / 'config.yaml'}", f"endwise train --resume {trained}"}
+    assert all(words in refused(*command, trained) for words in kept) == (wanted == "recipe")
 
 
 def test_tables_are_printed_as_json_too(trained, place, undrawn):

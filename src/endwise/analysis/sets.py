@@ -7,7 +7,6 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from markupsafe import Markup
 
-from endwise.analysis.claims import Claim
 from endwise.analysis.comparable import Setting, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.common.html import bullets
@@ -189,8 +188,3 @@ def counted(found: Sequence[Compared]) -> str:
 def remark_list(runs: Iterable[RunSummary]) -> Markup:
     """The remarks on runs, as HTML; empty where there are none."""
     return bullets("remarks", remarks_of(runs), "note")
-
-
-def claim_lines(claims: Iterable[Claim]) -> list[str]:
-    """Each claim with its verdict and what was measured, for a terminal."""
-    return [f"• {claim.verdict}: {claim.claim} ({claim.ours})" for claim in claims]

@@ -21,8 +21,8 @@ FEW = 8
 
 
 class Shown:
-    """A result that says what it is, by `shown_facts` in a line, and with `shown_parts` besides on its card. A dataclass
-    says what `brief` makes of its fields, and is made with `repr=False`.
+    """A result that says what it is, by `shown_facts` in a line, and with `shown_parts` besides on its card. A
+    dataclass says what `brief` makes of its fields, and is made with `repr=False`.
     """
 
     @property

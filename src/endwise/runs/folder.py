@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.digests import of_file
-from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.errors import ConfigError, FormatError, OtherKind, RunFolderError
 from endwise.common.files import (
     PARTIAL,
     expanded,
@@ -53,10 +53,12 @@ from endwise.common.files import (
     write_json,
 )
 from endwise.common.hub import shown
+from endwise.common.kinds import other_kind
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.objective import loss_of
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
+from endwise.config.recipes import shipped
 from endwise.config.run import RunConfig
 from endwise.formats import format_at, weights_file
 from endwise.runs.several import is_several, place_folders, resuming
@@ -248,7 +250,7 @@ class RunFolder(ShownRun):
             RunFolderError: no run has been started here.
         """
         if not self.has_run():
-            raise _no_run(self.path)
+            raise no_run(self.path)
 
     def config(self) -> RunConfig:
         """
@@ -372,13 +374,16 @@ class RunFolder(ShownRun):
             self.checkpoint(step).unlink()
 
 
-def _no_run(path: Path) -> RunFolderError:
+def no_run(path: Path) -> OtherKind:
+    """An error that says what is at a path where a run folder is wanted, and what to do."""
     name, way = shown(path), ""
     if name.startswith("hf://"):
         way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of an SAE of others: endwise adopt."
+    elif (other := shipped(name) or other_kind(path, "run folder")) is not None:
+        return other
     elif format_at(path) is not None:
         way = " Make one of the SAE in it: endwise adopt."
-    return RunFolderError(f"{name} is not a run folder (it holds no config.yaml).{way}")
+    return OtherKind(f"{name} is not a run folder (it holds no config.yaml).{way}")
 
 
 def parts_of(run: Path) -> list[RunFolder]:
