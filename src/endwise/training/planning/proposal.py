@@ -53,6 +53,7 @@ class ProposalSettings(Config):
 
     model: str = EMBEDDED
     data: str | None = None
+    column: str | None = None
     tokens: Positive | None = None
     l0: Positive | None = None
     device: str = "auto"
@@ -80,10 +81,12 @@ def propose(settings: ProposalSettings) -> Proposal:
         DataError: its text cannot be read, or is too short for a single step.
         ConfigError: no recipe fits the memory that is free.
     """
+    if settings.column is not None and settings.data is None:
+        raise ConfigError(f"--column {settings.column} is a column of --data, which is not given. Give both.")
     device = find_device(settings.device).type
     reader = read_tokenizer(settings.model) or load_model(settings.model)
     context = min(reader.context or CONTEXT[_kind(device)], CONTEXT[_kind(device)])
-    data, held_out, there, remarks = _text(settings.data, reader, context)
+    data, held_out, there, remarks = _text(settings.data, settings.column, reader, context)
     site, width, phases = _middle(settings.model)
     batch = max(1, PER_STEP[_kind(device)] // context)
     values: dict[str, Any] = {
@@ -144,10 +147,10 @@ def _middle(model: str) -> tuple[str, int, str]:
 
 
 def _text(
-    given: str | None, reader: TokenizerAlone | Any, context: int
+    given: str | None, column: str | None, reader: TokenizerAlone | Any, context: int
 ) -> tuple[dict[str, Any], int, int | None, list[str]]:
     """The section `data`; the tokens that are held out, and to train on (None: as many as one likes); what to say."""
-    data: dict[str, Any] = {"source": given or EMBEDDED}
+    data: dict[str, Any] = {"source": given or EMBEDDED} | ({} if column is None else {"column": column})
     remarks: list[str] = []
     on_hub = given is not None and given != EMBEDDED and not there_is(expanded(given))
     if given is None and reader.vocab_size and (commit := commit_on_hub(HUB_TEXT, None)) is not None:
