@@ -16,7 +16,8 @@ from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.provenance import tell
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.finding import Paths, each_path, run_folders
-from endwise.runs.folder import RunFolder, no_run, parts_of
+from endwise.runs.folder import RunFolder, parts_of
+from endwise.runs.no_run import no_run
 
 HELDOUT_TEXT = "held-out text"
 """Name of what a band is over that is not over seeds."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
-from endwise.runs.folder import RunFolder, no_run, parts_of
+from endwise.runs.folder import RunFolder, parts_of
+from endwise.runs.no_run import no_run
 
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""

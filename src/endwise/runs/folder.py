@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.digests import of_file
-from endwise.common.errors import ConfigError, FormatError, OtherKind, RunFolderError
+from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.common.files import (
     PARTIAL,
     expanded,
@@ -52,15 +52,13 @@ from endwise.common.files import (
     write_atomic,
     write_json,
 )
-from endwise.common.hub import shown
-from endwise.common.kinds import other_kind
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.objective import loss_of
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
-from endwise.config.recipes import shipped
 from endwise.config.run import RunConfig
-from endwise.formats import format_at, weights_file
+from endwise.formats import weights_file
+from endwise.runs.no_run import no_run
 from endwise.runs.several import is_several, place_folders, resuming
 from endwise.runs.shown_run import ShownRun
 from endwise.runs.trackers import Mirror
@@ -372,18 +370,6 @@ class RunFolder(ShownRun):
         """All but the latest `keep`."""
         for step in self.saved_steps()[:-keep]:
             self.checkpoint(step).unlink()
-
-
-def no_run(path: Path) -> OtherKind:
-    """An error that says what is at a path where a run folder is wanted, and what to do."""
-    name, way = shown(path), ""
-    if name.startswith("hf://"):
-        way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of an SAE of others: endwise adopt."
-    elif (other := shipped(name) or other_kind(path, "run folder")) is not None:
-        return other
-    elif format_at(path) is not None:
-        way = " Make one of the SAE in it: endwise adopt."
-    return OtherKind(f"{name} is not a run folder (it holds no config.yaml).{way}")
 
 
 def parts_of(run: Path) -> list[RunFolder]:
