@@ -5,6 +5,8 @@ import math
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from bad_input import refused, told, write_place
@@ -21,6 +23,7 @@ from endwise.sweeps.tuning import RateTrial, tune
 from endwise.training.planning import proposal
 from endwise.training.planning.outline import Sites
 from small_gpt2 import SITE, recipe
+from word_tokenizer import VOCAB, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,27 @@ def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
     assert "Lower evaluation.tokens" in message
     assert EvaluationConfig(tokens=600).within(500).tokens == 600
     assert EvaluationConfig(skip=100).within(500).needed == 500
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_text_of_a_first_recipe_is_read_as_the_model_reads_it(tmp_path, begins):
+    """Its column by name, and BOS where the model's tokenizer begins every text with it."""
+    tokenizer = make_tokenizer(PreTrainedTokenizerFast)
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = GPT2Config(vocab_size=VOCAB, n_layer=2, n_embd=16, n_head=2, n_positions=16)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")
+    texts = (json.dumps({"body": f"w{n % 7} w{n % 40} w{n % 5} w{n % 11}"}) for n in range(2000))
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    asked = ("init", tmp_path / "model", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / "it.yaml")
+    assert "body" in refused(*asked, code=4)
+    assert told(*asked, "--column", "body").exit_code == 0
+    data = RunConfig.read(tmp_path / "it.yaml").data
+    assert (data.column, data.prepend_bos) == ("body", begins)
+    assert "which is not given" in refused("init", "--column", "body", "--out", tmp_path / "other.yaml", code=2)
 
 
 def test_a_recipe_is_written_for_a_model(place, tmp_path):
