@@ -6,11 +6,14 @@ from importlib.metadata import version
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from bad_input import refused, told, write_place
 from endwise.cli import app
 from endwise.common.doctor import examine
+from endwise.common.files import write_atomic, write_json
 from endwise.common.remarks import diverged
 from endwise.config.objective import loss_of
 from endwise.config.run import EvaluationConfig, RunConfig
@@ -21,6 +24,7 @@ from endwise.sweeps.tuning import RateTrial, tune
 from endwise.training.planning import proposal
 from endwise.training.planning.outline import Sites
 from small_gpt2 import SITE, recipe
+from word_tokenizer import VOCAB, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,50 @@ def test_runs_are_listed_with_their_state(trained, place):
         assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
 
 
+TAKE_RUNS = {
+    **{name: (name,) for name in ("evaluate", "pareto", "harvest", "dashboard", "serve", "inspect", "track")},
+    "resume": ("train", "--resume"),
+    "steer": ("steer", "--prompt", "a", "--keep", 1),
+    "explain": ("explain", "--endpoint", "http://127.0.0.1:9", "--model", "m"),
+}
+
+
+@pytest.mark.parametrize("command", TAKE_RUNS)
+def test_where_runs_are_taken_what_else_is_given_is_named(trained, place, command):
+    empty, given = place / "empty", TAKE_RUNS[command]
+    empty.mkdir(exist_ok=True)
+    write_json(empty.parent / "harvested" / "harvest.json", {})
+    said = {
+        place
+        / "recipe.yaml": f"is taken here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
+        trained / "checkpoints": f"is a part of the run {trained}",
+        place / "harvested": "is a harvest",
+        place / "model": "is a language model",
+        empty: "is an empty folder",
+        place / "none": "There is no",
+    }
+    for path, words in said.items():
+        message = refused(*given, path, code=2)
+        assert str(path) in message and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["tune", "--l0", 3], ["sweep"]])
+def test_where_recipes_are_taken_what_else_is_given_is_named(trained, place, command):
+    wanted, sweep = "sweep" if command == ["sweep"] else "recipe", place / "swept"
+    write_atomic(sweep / "sweep.yaml", b"recipe: recipe.yaml\ngrids: []\n")
+    for path, words in {
+        trained: f"is a run folder, and a {wanted} is taken here.",
+        trained / "sae": f"is a part of the run {trained}",
+        sweep: f"Its file is {sweep / 'sweep.yaml'}.",
+        place / "model": "is a language model",
+        place / "none": f"There is no {wanted}",
+    }.items():
+        message = refused(*command, path, code=2)
+        assert str(path) in message and words in message and "\n" not in message
+    kept = {f"Its recipe is {trained / 'config.yaml'}", f"endwise train --resume {trained}"}
+    assert all(words in refused(*command, trained) for words in kept) == (wanted == "recipe")
+
+
 def test_tables_are_printed_as_json_too(trained, place, undrawn):
     assert as_json("sites", place / "model")["sites"][SITE] == 16
     told("evaluate", trained, "--tokens", 64)
@@ -121,6 +169,27 @@ def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
     assert "Lower evaluation.tokens" in message
     assert EvaluationConfig(tokens=600).within(500).tokens == 600
     assert EvaluationConfig(skip=100).within(500).needed == 500
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_text_of_a_first_recipe_is_read_as_the_model_reads_it(tmp_path, begins):
+    """Its column by name, and BOS where the model's tokenizer begins every text with it."""
+    tokenizer = make_tokenizer(PreTrainedTokenizerFast)
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = GPT2Config(vocab_size=VOCAB, n_layer=2, n_embd=16, n_head=2, n_positions=16)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")
+    texts = (json.dumps({"body": f"w{n % 7} w{n % 40} w{n % 5} w{n % 11}"}) for n in range(2000))
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    asked = ("init", tmp_path / "model", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / "it.yaml")
+    assert "body" in refused(*asked, code=4)
+    assert told(*asked, "--column", "body").exit_code == 0
+    data = RunConfig.read(tmp_path / "it.yaml").data
+    assert (data.column, data.prepend_bos) == ("body", begins)
+    assert "which is not given" in refused("init", "--column", "body", "--out", tmp_path / "other.yaml", code=2)
 
 
 def test_a_recipe_is_written_for_a_model(place, tmp_path):

@@ -1,13 +1,14 @@
 """What results show of themselves: a line that says what they are, and a card that is HTML, escaped and alone."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+import endwise
 from endwise import SAE, EvaluationConfig, ReluSAE, Site, measure, pareto, read_harvest
 from endwise.common.errors import ConfigError
 from endwise.config.run import RunConfig
@@ -17,7 +18,7 @@ from endwise.runs.folder import RunFolder
 from endwise.training.members import Run
 from made_harvests import write_harvested_run, write_said
 from made_runs import measured as measured_run
-from small_gpt2 import SITE
+from small_gpt2 import SITE, recipe
 
 ATTACK = "<img src=x onerror=alert(1)>"
 
@@ -67,7 +68,7 @@ def shown(result):
 
 def one_line(result, *words):
     said = repr(result)
-    assert "\n" not in said and len(said) < 300, said
+    assert "\n" not in said and len(said) < 350, said
     for word in words:
         assert word in said, (word, said)
 
@@ -184,3 +185,28 @@ def test_an_evaluation(corpora, model, token_files):
         assert f"{name} {interval.estimate:.4g} {interval.low:.4g} {interval.high:.4g}" in words
     assert f"CE, clean {found.baselines.clean:.4g}" in words
     assert all(remark in words for remark in found.remarks)
+
+
+HOLDS_MUCH = re.compile(r"Tensor|Array|Float\[|Floats|Counts|Table|Mapping|Corpus|list\[")
+CLASSES = sorted(name for name in endwise.__all__ if isinstance(getattr(endwise, name), type))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_no_public_class_is_shown_by_its_address_or_by_all_that_it_holds(name):
+    cls = getattr(endwise, name)
+    assert cls.__repr__ is not object.__repr__
+    if is_dataclass(cls) and hasattr(cls.__repr__, "__wrapped__"):  # the one that dataclass makes, of every field whole
+        assert not [each.name for each in fields(cls) if each.repr and HOLDS_MUCH.search(str(each.type))]
+
+
+def test_models_texts_and_passes(model, corpora):
+    sizes = "blocks 4, width 16, vocabulary 31, in float32, on cpu"
+    one_line(model, f"LanguageModel({model.name}, GPT2LMHeadModel, {sizes})")
+    one_line(corpora.train, f"tokens {corpora.train.tokens:,}", f"{len(corpora.train)} sequences of")
+    one_line(corpora, "train Corpus(", "heldout Corpus(", "dropped 0")
+    batch = corpora.train.batch([0, 1])
+    one_line(batch, f"tokens int64[2 {corpora.train.context}]")
+    one_line(model.clean(batch.tokens, [SITE], final=True), "activations (1 in all)", "final float32[2 ")
+    one_line(endwise.Keep(range(500)), "Keep(feature (500 in all))")
+    one_line(endwise.Steer([7, 9], by=2.5), "Steer(feature [7, 9], by 2.5)")
+    one_line(recipe("run", "e2e"), f"RunConfig(site='{SITE}', dictionary=LinearConfig(size=40)")

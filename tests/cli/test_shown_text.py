@@ -17,7 +17,9 @@ from bad_input import HOSTILE, hidden_in, refused, told, write_place
 from endwise.analysis.comparison.comparison import summarise
 from endwise.analysis.comparison.page import report_html
 from endwise.analysis.comparison.printed import print_evaluations, print_summary
-from endwise.common.text import model_title, printable
+from endwise.common.html import table
+from endwise.common.terminal import Grid, show
+from endwise.common.text import minus, model_title, printable
 from endwise.config.run import ModelConfig
 from endwise.figures.interactive import library
 from endwise.training.display import Display
@@ -30,6 +32,30 @@ MARKUP = "[red]x[/][/nope]"
 NAME = HOSTILE.replace("/", "|")
 """As the name of a folder."""
 SAFE = printable(HOSTILE)
+
+
+NUMBERS = {
+    "-0.2 [-1.5, .3]": "−0.2 [−1.5, .3]", "(-.5)": "(−.5)", "±-3 %": "±−3 %", "-1.5e-05": "−1.5e−05", "-inf": "−inf",
+    "blocks.3-to-4": "blocks.3-to-4", "e2e-0.5": "e2e-0.5", "2026-11-30": "2026-11-30", "runs/-a": "runs/-a",
+    "--by": "--by", "e2e-10": "e2e-10",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "shown"), NUMBERS.items())
+def test_numbers_are_shown_with_minus_signs_and_nothing_else_is(stored, shown):
+    assert minus(stored) == shown and minus(shown) == shown
+
+
+def test_tables_show_minus_signs_in_columns_of_numbers_alone():
+    """A token may be -1, or a folder."""
+    rows = [("-1", "-0.25", "-2")]
+    lines = io.StringIO()
+    show(Grid(("token", "logit", "next"), rows, words=("next",)), Console(file=lines, width=60))
+    narrow = io.StringIO()
+    show(Grid(("token", "logit", "next"), rows, words=("next",)), Console(file=narrow, width=10, force_terminal=True))
+    assert lines.getvalue().split()[-3:] == ["-1", "−0.25", "-2"] and "−0.25" in narrow.getvalue()
+    html = table(("token", "logit", "next"), rows, text=(2,))
+    assert all(cell in html for cell in (">-1<", ">−0.25<", ">-2<"))
 
 
 @given(st.text() | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp"])))

@@ -26,6 +26,13 @@ class Claim:
     """The claim rests on wall-clock, so that another machine, or another hour, may judge otherwise."""
 
 
+class Unmeasured(Claim):
+    """A claim that these runs give no number on, for a reason: a kind is absent, or has too little."""
+
+    def __init__(self, claim: str, published: str | None, why: str) -> None:
+        super().__init__(claim, published, why, "not testable here")
+
+
 def shown_if_all(holds: Sequence[bool]) -> Verdict:
     """Not testable where nothing was measured."""
     if not holds:
@@ -48,5 +55,22 @@ def are_similar(runs: Iterable[RunSummary]) -> bool:
 
 
 def claim_list(claims: Iterable[Claim]) -> Markup:
-    """Each with its verdict, what was measured, and what the paper has, if it has anything."""
-    return part("analysis/claims.html.j2", "claims", claims)
+    """Each with its verdict, what was measured, and what the paper has, if anything; then in a line the others."""
+    return part("analysis/claims.html.j2", "claims", *_apart(claims))
+
+
+def claim_lines(claims: Iterable[Claim]) -> list[str]:
+    """As `claim_list`, for a terminal."""
+    measured, others = _apart(claims)
+    lines = [f"• {claim.verdict}: {claim.claim} ({claim.ours})" for claim in measured]
+    return [*lines, f"• {others}"] if others else lines
+
+
+def _apart(claims: Iterable[Claim]) -> tuple[list[Claim], str]:
+    """Those with numbers, and all others in a sentence, with each reason once."""
+    claims = list(claims)
+    others = [claim for claim in claims if isinstance(claim, Unmeasured)]
+    what = "; ".join(claim.claim for claim in others)
+    why = "; ".join(dict.fromkeys(claim.ours for claim in others))
+    measured = [claim for claim in claims if not isinstance(claim, Unmeasured)]
+    return measured, f"not testable here: {what} ({why})" if others else ""

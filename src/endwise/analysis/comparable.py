@@ -15,8 +15,9 @@ from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
 from endwise.evaluation.provenance import tell
 from endwise.evaluation.summary import RunSummary
-from endwise.runs.finding import NOT_RUNS, Paths, each_path
+from endwise.runs.finding import Paths, each_path, run_folders
 from endwise.runs.folder import RunFolder, parts_of
+from endwise.runs.no_run import no_run
 
 HELDOUT_TEXT = "held-out text"
 """Name of what a band is over that is not over seeds."""
@@ -219,16 +220,12 @@ def runs_in(paths: Paths, *, together: bool = False) -> list[Path]:
         if RunFolder(path).has_run():
             found[path] = None
             continue
-        if not path.is_dir():
-            raise RunFolderError(f"{path} is no folder. Give run folders, or folders that hold some.")
-        files = sorted(path.rglob("config.yaml"))
-        below = [file.parent for file in files if not {*NOT_RUNS} & {*file.relative_to(path).parts[:-2]}]
+        if not (below := run_folders(path)):
+            raise no_run(path)
         measured = [run for run in below if RunFolder(run).evaluation_file.exists()]
         if not measured:
             raise RunFolderError(
                 f"{path} holds {len(below)} run folders, none of which was measured. Measure them: endwise evaluate."
-                if below
-                else f"{path} holds no run folder. Give one, or a folder that holds some."
             )
         found |= dict.fromkeys(measured)
     if not found:

@@ -21,6 +21,7 @@ from endwise.common.statistics import (
     percentile_interval,
     text_error,
 )
+from endwise.common.text import minus
 from endwise.evaluation.summary import RunSummary, what_varies
 
 
@@ -66,7 +67,7 @@ class OverSeeds(Interval):
         if not np.isfinite(self.estimate):
             return "not defined"
         ends = f"[{form(self.low)}, {form(self.high)}]" if np.isfinite([self.low, self.high]).all() else "(no interval)"
-        return f"{form(self.estimate)}{unit} {ends}"
+        return minus(f"{form(self.estimate)}{unit} {ends}")
 
 
 def over_seeds(values: Floats, scale: Scale = PLAIN) -> OverSeeds:
@@ -105,7 +106,7 @@ def bracketed(each: Interval | None, form: str = ".3f") -> str:
         return "–"
     if isinstance(each, OverSeeds):
         return each.told(f"{{:{form}}}".format)
-    return f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]"
+    return minus(f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]")
 
 
 def interval_columns(name: str, each: Interval | None) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from scipy import stats
 
-from endwise.analysis.claims import SIMILAR, Claim
+from endwise.analysis.claims import SIMILAR, Claim, Unmeasured
 from endwise.analysis.comparable import pairs_of
 from endwise.analysis.over_features import SEED, resampled_means, stream
 from endwise.analysis.over_seeds import OverSeeds, bracketed, interval_columns, judged, over, over_seeds
@@ -94,7 +94,7 @@ class ScoreDifference(Generic[S]):
         return self.run.summary.method, self.other.summary.method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScoredSet(RunSet[S]):
     """The runs of one setting, scored alike."""
 
@@ -136,7 +136,7 @@ class ScoredSet(RunSet[S]):
         chosen = [each for each in self.differences if each.at == at and each.methods == pair]
         chosen = [each for each in chosen if names is None or each.name in names]
         if why := _untestable(chosen, at):
-            return Claim(claim, published, why, "not testable here")
+            return Unmeasured(claim, published, why)
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
         means = {name: mean_difference(of) for name, of in by_name.items() if of}
         told = "; ".join(_told(by_name[name], each) for name, each in means.items())

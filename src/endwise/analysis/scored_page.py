@@ -11,6 +11,7 @@ from endwise.analysis.scored import At, ScoreDifference, ScoredRun, ScoredSet, m
 from endwise.analysis.sets import KNOB, Column, Table, run_table, title_of
 from endwise.common.html import paragraph, table
 from endwise.common.terminal import Grid
+from endwise.common.text import minus
 from endwise.figures.charts import Axis, Panel, Series
 from endwise.figures.violins import violin
 
@@ -55,8 +56,8 @@ def _violin(run: ScoredRun, name: str, place: int, hovers: Sequence[str]) -> lis
 def told_of(runs: Iterable[S], features: Callable[[S], int]) -> str:
     """Words of a caption on the runs."""
     return ", ".join(
-        f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f}, "
-        f"L0 {run.summary.l0:.1f}, {features(run)} features)"
+        f"{run.summary.method.label} {run.summary.knob} "
+        + minus(f"(CE {run.summary.ce_increase:+.3f}, L0 {run.summary.l0:.1f}, {features(run)} features)")
         for run in runs
     )
 

@@ -7,10 +7,10 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from markupsafe import Markup
 
-from endwise.analysis.claims import Claim
 from endwise.analysis.comparable import Setting, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.common.html import bullets
+from endwise.common.showing import Shown
 from endwise.common.text import model_title
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
@@ -37,8 +37,19 @@ class Compared(Protocol):
 M = TypeVar("M", bound=Measured)
 
 
-@dataclass(frozen=True)
-class RunSet(Generic[M]):
+class ShownSet(Shown):
+    """The runs of one setting, by how many they are, where they lie, and of which methods."""
+
+    setting: Setting
+    runs: Sequence[Any]
+
+    def shown_facts(self) -> dict[str, object]:
+        methods = ", ".join(method.label for method in methods_of(map(summary_of, self.runs)))
+        return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
+
+
+@dataclass(frozen=True, repr=False)
+class RunSet(ShownSet, Generic[M]):
     """The runs of one setting, by method, seed and knob, each with what was measured of it."""
 
     setting: Setting
@@ -177,8 +188,3 @@ def counted(found: Sequence[Compared]) -> str:
 def remark_list(runs: Iterable[RunSummary]) -> Markup:
     """The remarks on runs, as HTML; empty where there are none."""
     return bullets("remarks", remarks_of(runs), "note")
-
-
-def claim_lines(claims: Iterable[Claim]) -> list[str]:
-    """Each claim with its verdict and what was measured, for a terminal."""
-    return [f"• {claim.verdict}: {claim.claim} ({claim.ours})" for claim in claims]

@@ -27,6 +27,7 @@ def init(
         str | None,
         Option(help="Text: embedded, a file or folder, or a Hugging Face dataset id; unset: of the hub, or embedded."),
     ] = None,
+    column: Annotated[str | None, Option(help="Column of the text, as data.column of a recipe; unset: text.")] = None,
     tokens: Annotated[int | None, Option(min=1, help="Training tokens; unset: about an hour's.")] = None,
     l0: Annotated[int | None, Option("--l0", min=1, help="Active features per token to aim at.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -42,7 +43,7 @@ def init(
     from endwise.training.planning.printed import print_needs
     from endwise.training.planning.proposal import ProposalSettings, propose
 
-    given = {"model": model, "data": data, "tokens": tokens, "l0": l0, "device": device, "seed": seed}
+    given = {"model": model, "data": data, "column": column, "tokens": tokens, "l0": l0, "device": device, "seed": seed}
     settings = ProposalSettings.build(given, "the command line")
     name = re.sub(r"[^\w.-]+", "-", model_title(model)).strip("-.") or "recipe"
     out = file or Path(f"{name}.yaml")

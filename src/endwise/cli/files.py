@@ -9,6 +9,7 @@ from typer import Argument, Option
 from endwise.cli.adopted import MODEL
 from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, report, status
 from endwise.cli.overriding import on_device
+from endwise.common.text import minus
 
 NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
@@ -56,11 +57,12 @@ def inspect(
         print_json({**found.to_json(), "measured": result.to_json(), "verdict": said})
         return
     bounds = result.baselines
-    echo(
-        f"measured on {result.tokens:,} tokens at {result.place} of {model}: L0 {result['l0']:.1f}, explained variance "
-        f"{result['explained_variance.pooled']:.4f}, CE {bounds.clean:.4f} nats clean, {result['ce_spliced']:.4f} with "
-        f"it ({result['ce_increase']:+.4f}), {bounds.mean_ablated:.4f} with the site at its mean"
+    numbers = (
+        f"L0 {result['l0']:.1f}, explained variance {result['explained_variance.pooled']:.4f}, CE {bounds.clean:.4f} "
+        f"nats clean, {result['ce_spliced']:.4f} with it ({result['ce_increase']:+.4f}), {bounds.mean_ablated:.4f} "
+        "with the site at its mean"
     )
+    echo(f"measured on {result.tokens:,} tokens at {result.place} of {model}: {minus(numbers)}")
     for line in verdict(found, result):
         echo(f"! {line}")
 

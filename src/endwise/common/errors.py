@@ -9,6 +9,7 @@
     ├── RunFolderError     a run folder is missing or damaged, or cannot be written (the disk is full)
     │   └── FolderTaken    another process is at work in it
     ├── FormatError        a file is not the format it claims to be
+    │   ├── OtherKind      what is given is no run folder, SAE or recipe, but something else; a ConfigError too
     │   └── Unreadable     the operating system does not give what it holds
     ├── EndpointError      a language model's endpoint refuses, or is gone; answers so far are kept
     ├── HubError           the Hugging Face hub does not have or give what is named, or does not take what is sent
@@ -60,6 +61,10 @@ class FolderTaken(RunFolderError):
 
 class FormatError(EndwiseError):
     exit_code = 6
+
+
+class OtherKind(ConfigError, RunFolderError, FormatError):
+    pass
 
 
 class Unreadable(FormatError):

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from endwise.common.text import printable
+from endwise.common.text import minus, printable
 
 PARTS = "common/parts.html.j2"
 Row = Sequence[object]
@@ -43,6 +43,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["minus"] = lambda cell: minus(cell) if type(cell) is str else cell
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return made
 

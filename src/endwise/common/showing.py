@@ -4,8 +4,9 @@ A card needs no network, no script and no server. Its colours are shades of the 
 whatever background the notebook has.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -15,10 +16,14 @@ from endwise.common.text import printable
 K = TypeVar("K")
 V = TypeVar("V")
 CARD = "common/card.html.j2"
+FEW = 8
+"""Numbers that a line shows, each."""
 
 
 class Shown:
-    """A result that says what it is, by `shown_facts` in a line, and with `shown_parts` besides on its card."""
+    """A result that says what it is, by `shown_facts` in a line, and with `shown_parts` besides on its card. A
+    dataclass says what `brief` makes of its fields, and is made with `repr=False`.
+    """
 
     @property
     def title(self) -> str:
@@ -26,7 +31,9 @@ class Shown:
 
     def shown_facts(self) -> Mapping[str, object]:
         """Return what is said of it in a line, by names."""
-        return {}
+        known = fields(self) if is_dataclass(self) else ()
+        values = {each.name: getattr(self, each.name) for each in known if each.repr}
+        return {name: brief(value) for name, value in values.items() if value is not None}
 
     def shown_parts(self) -> Iterable[str]:
         """Return what its card shows below these: `Markup` as it is, other text escaped."""
@@ -39,6 +46,16 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return card(self.title, self.shown_facts(), self.shown_parts())
+
+
+def brief(value: Any) -> str:
+    """A value in a few words: of an array its type and shape, of what holds more than a few only how many."""
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')}[{' '.join(map(str, shape))}]"
+    if isinstance(value, Sized) and not isinstance(value, str | Shown):
+        few = isinstance(value, list | tuple) and len(value) <= FEW and all(isinstance(each, int) for each in value)
+        return str(value) if few else f"({len(value):,} in all)"
+    return str(value)
 
 
 def card(title: str, facts: Mapping[str, object], parts: Iterable[str] = ()) -> str:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from endwise.common.text import printable
+from endwise.common.text import minus, printable
 
 WIDEST = 100_000
 """Columns of an output that no terminal stands behind: as many as any table takes."""
@@ -51,15 +51,25 @@ class Grid:
     def _table(self, padding: int) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, padding))
         for place, heading in enumerate(self.headings):
-            left = place == 0 or heading in self.words
+            left = self._is_left(place)
             table.add_column(Text(printable(heading)), justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*map(_text, row))
+            table.add_row(*self._cells(row))
         return table
+
+    def _is_left(self, place: int) -> bool:
+        return place == 0 or self.headings[place] in self.words
+
+    def _cells(self, row: Sequence[Cell]) -> list[Text]:
+        """The cells of a row, numbers with minus signs."""
+        return [
+            _text(cell if self._is_left(place) or isinstance(cell, Text) else minus(cell))
+            for place, cell in enumerate(row)
+        ]
 
     def _record(self, row: Sequence[Cell], width: int, fold: bool) -> Iterator[Text]:
         """The first cell, then the others behind their headings, as many on a line as there is room for."""
-        name, *cells = (_text(cell).plain.strip() for cell in row)
+        name, *cells = (cell.plain.strip() for cell in self._cells(row))
         yield _lines(name.replace(" ", _GLUE), width, fold)
         pairs = [
             _glued(printable(heading), cell, width - len(_INDENT))

@@ -14,6 +14,8 @@ _KEPT = frozenset("\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CACHED = "models--"
+_SIGN = re.compile(r"(?<![\w.)-])-(?=\.?\d|inf)|(?<=\de)(?<![a-z]\de)-(?=\d)")
+"""Hyphens that stand for minus signs."""
 
 
 def printable(text: object) -> str:
@@ -21,6 +23,11 @@ def printable(text: object) -> str:
     text = str(text)
     # What Python calls printable holds nothing hidden; it is nearly every text, and told a hundred times as fast.
     return text if text.isprintable() else "".join(map(_written_out, text))
+
+
+def minus(text: str) -> str:
+    """Numbers in a text, written with minus signs, as all that is drawn for people has them; files keep hyphens."""
+    return _SIGN.sub("−", text)
 
 
 def model_title(name: str) -> str:

@@ -34,6 +34,14 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def __repr_args__(self) -> Any:
+        """Say what is not as it is by default, which is what tells one from another."""
+        own = {
+            name: each.get_default(call_default_factory=True, validated_data={})
+            for name, each in type(self).model_fields.items()
+        }
+        return [(name, value) for name, value in self if name not in own or value != own[name]]
+
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_named(cls, value: Any) -> Any:

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from endwise.common.errors import ConfigError
+from endwise.common.showing import Shown
 from endwise.kernels import Found, Kernels, Pairs, Rooms, kernels_for, rooms_in_use
 from endwise.kernels.interface import HeldPairs, PerPair, Room
 
@@ -24,7 +25,7 @@ MOSTLY = 3 / 4
 """Share of pairs that are not 0 from which on leaving out the others gains nothing."""
 
 
-class Latents(ABC):
+class Latents(Shown, ABC):
     @abstractmethod
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         """Every feature's value in every row."""
@@ -64,7 +65,7 @@ class Latents(ABC):
         """One feature's value in every row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DenseLatents(Latents):
     values: Float[Tensor, "*rows d_sae"]
     norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
@@ -120,7 +121,7 @@ def latents_of(values: Latents | Tensor, d_sae: int) -> Latents:
     return DenseLatents(values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseLatents(Latents):
     """None of the values is 0 (but see `NearlySparseLatents`)."""
 
@@ -173,7 +174,7 @@ class SparseLatents(Latents):
         return self.values.new_zeros(self.places.n_rows).index_add(0, self.places.rows, own).view(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NearlySparseLatents(SparseLatents):
     """Sparse latents in training, of which some are 0: features that are not active learn too, and pads are there so
     that no shape depends on values.

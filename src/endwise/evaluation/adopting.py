@@ -119,7 +119,12 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     found = inspect(path)
     ours = found.stored.metadata.get("endwise")
     if belongs.data is None and isinstance(ours, Mapping) and "step" in ours:
-        RunFolder(path).check_exists()  # which says how to bring a run of ours here
+        if on_hub(path) is not None:
+            RunFolder(path).check_exists()  # which says how to bring a run of ours here
+        raise ConfigError(
+            f"{path} is the SAE of a run, whose recipe is not beside it. Say on which text to measure it (--data), or "
+            "give the run folder."
+        )
     if belongs.data is not None:  # what is wrong with the text is known before weights are read
         check_readable(DataConfig.build({"source": belongs.data}, "the options"))
     section, model = model_for(found, belongs)

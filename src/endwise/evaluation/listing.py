@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from endwise.common.errors import EndwiseError, RunFolderError
+from endwise.common.errors import EndwiseError, OtherKind
+from endwise.common.files import there_is
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_title
 from endwise.config.method import Knob
@@ -49,12 +50,12 @@ def list_runs(paths: Iterable[str | Path]) -> list[ListedRun]:
     """List every run among and below the paths.
 
     Raises:
-        RunFolderError: a path is no folder, or there is no run.
+        OtherKind: a path is no folder, or there is no run.
     """
     paths = [Path(path) for path in paths]
-    found = list(dict.fromkeys(run for path in paths for run in run_folders(path)))
+    found = list(dict.fromkeys(run for path in paths if there_is(path) for run in run_folders(path)))
     if not found:
-        raise RunFolderError(
+        raise OtherKind(
             f"{', '.join(map(str, paths))} holds no run folder. Train one: endwise init MODEL, then endwise train."
         )
     return [_listed(run) for run in found]

@@ -23,6 +23,7 @@ from endwise.common.processes import ALONE, World
 from endwise.common.remarks import remarks_on
 from endwise.common.showing import Shown, notes
 from endwise.common.statistics import Interval, bootstrap_ratio
+from endwise.common.text import minus
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, Latents, at_inference
 from endwise.evaluation.counting import Counting, Spot
@@ -84,7 +85,7 @@ class Evaluation(Shown):
     def shown_facts(self) -> Mapping[str, object]:
         numbers = {
             "L0": f"{self['l0']:.1f}",
-            "CE increase": f"{self['ce_increase']:+.4f} nats",
+            "CE increase": minus(f"{self['ce_increase']:+.4f} nats"),
             "KL": f"{self['kl']:.4f}",
         }
         alive = f"{self.alive:,} of {self.d_sae:,}"

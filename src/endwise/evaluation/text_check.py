@@ -16,16 +16,22 @@ def facts_of_text(model: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     """`vocabulary`, the model's number of tokens, and `bos_left_out`, the token with which its tokenizer begins every
     text but these sequences do not begin; None where there is none.
     """
-    return {"vocabulary": model.vocab_size, "bos_left_out": _bos_left_out(model, corpus)}
+    return {"vocabulary": model.vocab_size, "bos_left_out": bos_left_out(model.tokenizer, corpus)}
 
 
-def _bos_left_out(model: LanguageModel, corpus: Corpus) -> str | None:
-    tokenizer: Any = model.tokenizer
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is None or corpus.layout.bos is not None or list(tokenizer("a").input_ids[:1]) != [bos]:
+def bos_left_out(tokenizer: Any, corpus: Corpus) -> str | None:
+    """The token with which a tokenizer begins every text but these sequences do not begin; None: there is none."""
+    bos = own_bos(tokenizer)
+    if bos is None or corpus.layout.bos is not None:
         return None
     firsts = corpus.batch(range(min(TRIED_SEQUENCES, len(corpus)))).tokens[:, 0]
     return None if float((firsts == bos).float().mean()) > 0.5 else str(tokenizer.bos_token)
+
+
+def own_bos(tokenizer: Any) -> int | None:
+    """Id of the token with which a tokenizer begins every text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else None
 
 
 @torch.no_grad()

@@ -185,7 +185,8 @@ def estimate_lines(made: Estimate, prices: Sequence[float | None]) -> list[str]:
     price_in, price_out = prices
     stats = made.stats
     work = (
-        f"{made.features:,} features of {made.runs:,} run{'s' * (made.runs > 1)}: {stats.calls:,} calls to make, "
+        f"{made.features:,} feature{'s' * (made.features != 1)} of {made.runs:,} run{'s' * (made.runs > 1)}: "
+        f"{stats.calls:,} calls to make, "
         f"{stats.kept:,} answers are kept from before."
     )
     size = (

@@ -20,6 +20,7 @@ from pyarrow import parquet
 from endwise.common.errors import FormatError
 from endwise.common.files import expanded, read_format, write_json
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Shown
 from endwise.common.tables import write_parquet
 from endwise.runs.weights import check_same_weights
 
@@ -75,14 +76,17 @@ class Explanation:
         return self.value("fuzzing")
 
 
-@dataclass(frozen=True)
-class Explanations:
+@dataclass(frozen=True, repr=False)
+class Explanations(Shown):
     """Every explanation of a run."""
 
     rows: tuple[Explanation, ...]
     """By feature, ascending."""
     about: Mapping[str, Any]
     """Content of `explanations.json`."""
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"features": f"{len(self.rows):,}", "scores": ", ".join(self.names)}
 
     @cached_property
     def _by_feature(self) -> dict[int, Explanation]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from endwise.common.errors import FormatError
 from endwise.common.files import expanded
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Shown
 from endwise.common.statistics import Floats
 from endwise.common.tensor_files import write_tensors
 
@@ -28,8 +29,8 @@ IMPORTANCE_FILE = "importance.safetensors"
 Counts = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class FeatureImportance:
+@dataclass(frozen=True, repr=False)
+class FeatureImportance(Shown):
     """Estimates of what zeroing each feature does, on held-out text, to first and to second order.
 
     All arrays are `[d_sae]` unless said otherwise; a feature that never fired holds 0.
@@ -67,6 +68,9 @@ class FeatureImportance:
     """`[blocks]`: tokens that count in each."""
     tokens: int
     """Tokens that count."""
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"alive": f"{self.alive:,} of {len(self.ce):,}", "tokens": f"{self.tokens:,}"}
 
     @property
     def alive(self) -> int:
@@ -110,8 +114,8 @@ def _of_half(blocks: Floats, counts: Floats, half: Literal[0, 1]) -> Floats:
     return blocks[part].sum(0) / max(1.0, float(counts[part].sum()))
 
 
-@dataclass(frozen=True)
-class Ablations:
+@dataclass(frozen=True, repr=False)
+class Ablations(Shown):
     """The exact effect, on the second half of the sequences, of zeroing one feature in the spliced pass; `[sample]`."""
 
     features: Counts
@@ -136,8 +140,8 @@ class Ablations:
     """NaN where it was not asked for."""
 
 
-@dataclass(frozen=True)
-class Faithfulness:
+@dataclass(frozen=True, repr=False)
+class Faithfulness(Shown):
     """CE of the spliced pass when only some features are kept, on the second half of the sequences.
 
     Sums over predictions, per sequence, so that every share is a ratio that can be resampled.
@@ -173,8 +177,8 @@ class Faithfulness:
         return kept[order], np.concatenate([self.ce, self.between_ce])[order]
 
 
-@dataclass(frozen=True)
-class MeasuredImportance:
+@dataclass(frozen=True, repr=False)
+class MeasuredImportance(Shown):
     """Everything in `importance.safetensors`."""
 
     importance: FeatureImportance

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from endwise.common.axes import TokenMask
 from endwise.common.errors import ConfigError, ModelError
+from endwise.common.showing import Shown
 from endwise.dictionaries import SAE, DenseLatents, at_inference
 from endwise.features.harvest.results import Harvest
 from endwise.models.language_model import LanguageModel
@@ -28,8 +29,8 @@ FARTHEST = 1e18
 """Length of a change whose square, which a norm takes, just has a place in float32."""
 
 
-@dataclass(frozen=True)
-class Intervention(ABC):
+@dataclass(frozen=True, repr=False)
+class Intervention(Shown, ABC):
     """An edit of some features' activations, after the dictionary has selected which are active."""
 
     feature: int | Sequence[int]
@@ -84,7 +85,7 @@ class Intervention(ABC):
         """Return the activations as they are to be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _ByAmount(Intervention):
     """An edit by a number."""
 
@@ -134,7 +135,7 @@ class _ByAmount(Intervention):
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Steer(_ByAmount):
     """Add `by` to a feature's activation, whether it is active or not: the model's own activation moves by `by · W_dec`
     (which has unit length in SAEs of endwise), times what an input norm undoes for the token. Below 0 it moves back.
@@ -151,7 +152,7 @@ class Steer(_ByAmount):
         return latents + self._spread(latents, self.amounts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Clamp(_ByAmount):
     """Set a feature's activation, whether it is active or not."""
 
@@ -166,7 +167,7 @@ class Clamp(_ByAmount):
         return torch.where(self.chosen(latents), self._spread(latents, self.amounts), latents)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablate(Intervention):
     """Set features to 0."""
 
@@ -174,7 +175,7 @@ class Ablate(Intervention):
         return latents.where(~self.chosen(latents), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Keep(Intervention):
     """Set all other features to 0."""
 

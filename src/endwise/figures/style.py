@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from endwise.common.text import minus
 from endwise.config.method import Method
 from endwise.figures.charts import Axis, Band, Chart, Ends, Mark, Panel, Series
 
@@ -157,9 +158,9 @@ def tick_text(value: float) -> str:
     """`1,000`, `0.001`, `2×10⁻⁵`."""
     digits, _, power = f"{value:,.10g}".partition("e")
     if not power:
-        return digits
+        return minus(digits)
     ten = "10" + str(int(power)).translate(_RAISED)
-    return ten if digits == "1" else f"{digits}×{ten}"
+    return ten if digits == "1" else f"{minus(digits)}×{ten}"
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

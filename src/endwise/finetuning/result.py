@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endwise.common.showing import Shown
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.inspecting import Inspected
@@ -12,8 +13,8 @@ from endwise.finetuning.moved import Moved
 from endwise.finetuning.texts import BeforeAfter
 
 
-@dataclass(frozen=True)
-class Finetuned:
+@dataclass(frozen=True, repr=False)
+class Finetuned(Shown):
     """A tuned SAE, and what came of it."""
 
     sae: SAE
@@ -30,6 +31,10 @@ class Finetuned:
     """Text of other kinds, by name."""
     moved: Moved
     remarks: Sequence[str]
+
+    def shown_facts(self) -> dict[str, object]:
+        ratio = f"{self.text.ce_increase.estimate:.1%} of what it was"
+        return {"": self.source.name, "at": self.config.place, "CE increase": ratio, "in": self.folder}
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from endwise.common.errors import FormatError
-from endwise.common.files import there_is
+from endwise.common.kinds import other_kind
 from endwise.formats.base import FORMATS, NATIVE, PER_TOKEN, Format, Layout, Stored
 from endwise.formats.naming import here
 from endwise.formats.reading import READERS
@@ -104,7 +104,9 @@ def located(name: Path) -> tuple[Format, Path]:
 def _located(path: Path) -> tuple[Format, Path]:
     if (found := format_at(path)) is not None:
         return found
-    if there_is(path) and path.is_file():
+    if (other := other_kind(path, "SAE")) is not None:
+        raise other
+    if path.is_file():
         names = sorted(READERS[path.suffix](path)) if path.suffix in READERS else ["no tensors of an SAE"]
         raise FormatError(
             f"{path} holds {', '.join(names)[:300] or 'nothing'}, which is no SAE in a format that endwise knows: "

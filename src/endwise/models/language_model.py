@@ -29,6 +29,7 @@ from endwise.models.plain_weights import is_quantised, keep_differentiable, refu
 from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sharding import shares
+from endwise.models.shown_model import ShownModel
 from endwise.models.sites import Part, Place, Site
 
 PROBE_TOKENS = 8
@@ -36,7 +37,7 @@ SAME_BIAS = 1e-4
 """Difference of a bias among positions, as a share of its largest value, that is rounding."""
 
 
-class LanguageModel:
+class LanguageModel(ShownModel):
     """A causal language model of Hugging Face's, frozen, with named sites.
 
     Args:

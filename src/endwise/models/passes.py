@@ -7,6 +7,7 @@ from torch import Tensor
 
 from endwise.common.axes import Activation, AnyWidth, Tokens
 from endwise.common.errors import SiteError
+from endwise.common.showing import Shown
 from endwise.models.sites import Site
 
 Act = Callable[[Tensor], Tensor | None]
@@ -29,8 +30,8 @@ class Activations(dict[Site, AnyWidth]):
         raise SiteError(f"{site} was not recorded in this pass; recorded: {recorded}. Name it when the pass is run.")
 
 
-@dataclass(frozen=True)
-class Clean:
+@dataclass(frozen=True, repr=False)
+class Clean(Shown):
     """Record of the original model's pass."""
 
     tokens: Tokens
@@ -48,8 +49,8 @@ class Clean:
         return Clean(self.tokens[rows], activations, None if self.final is None else self.final[rows])
 
 
-@dataclass(frozen=True)
-class Spliced:
+@dataclass(frozen=True, repr=False)
+class Spliced(Shown):
     """Record of a pass with reconstructions in place."""
 
     activations: dict[Site, AnyWidth]

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from endwise.common.axes import Activation, TokenMask, Tokens
+from endwise.common.showing import Shown
 from endwise.kernels import Unembedding, kernels_for
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Clean against spliced predictions, token by token; positions outside the mask hold 0."""
 
     kl: Float[Tensor, "batch pos"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endwise.common.files import expanded
+from endwise.common.showing import Shown
 from endwise.evaluation.summary import RunSummary, remarks_of
 from endwise.paper.report import write
 from endwise.paper.runs import StudyRuns, make_runs
@@ -16,12 +17,15 @@ from endwise.sweeps.engines import engine_of
 from endwise.sweeps.tasks import folder_of
 
 
-@dataclass(frozen=True)
-class Reproduced:
+@dataclass(frozen=True, repr=False)
+class Reproduced(Shown):
     claims: list[Claim]
     runs: StudyRuns
     report: Path
     """The page; `tables/` and `figures/` lie beside it."""
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"claims": len(self.claims), "failed runs": len(self.runs.failures), "report": self.report}
 
     @property
     def remarks(self) -> list[str]:

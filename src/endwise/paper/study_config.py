@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from endwise.common.errors import ConfigError
-from endwise.common.files import expanded
+from endwise.common.files import expanded, there_is
+from endwise.common.kinds import other_kind
 from endwise.config.base import Config
 from endwise.config.objective import Kind
 from endwise.config.run import EvaluationConfig, Positive
@@ -92,6 +93,9 @@ def find_study(name: str) -> StudyConfig:
     ships = sorted(path.stem for path in STUDIES.glob("*.yaml"))
     if name in ships:
         return StudyConfig.read(STUDIES / f"{name}.yaml")
-    if not expanded(name).is_file():
-        raise ConfigError(f"There is no study {name!r:.200}, neither a file nor one that ships ({', '.join(ships)}).")
+    if not (path := expanded(name)).is_file():
+        other = other_kind(path, "study") if there_is(path) else None
+        raise other or ConfigError(
+            f"There is no study {name!r:.200}, neither a file nor one that ships ({', '.join(ships)})."
+        )
     return StudyConfig.read(Path(name))

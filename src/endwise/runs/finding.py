@@ -6,6 +6,7 @@ from pathlib import Path
 from endwise.common.errors import RunFolderError
 from endwise.common.files import expanded
 from endwise.runs.folder import RunFolder, parts_of
+from endwise.runs.no_run import no_run
 
 NOT_RUNS = ("trials", "checkpoints", "sae")
 """Folders in which no run is looked for; a sweep's trials are short ones, made to find a coefficient."""
@@ -28,7 +29,7 @@ def run_folders(path: Path) -> list[Path]:
     if RunFolder(path).has_run():
         return [path]
     if not path.is_dir():
-        raise RunFolderError(f"{path} is no folder. Give run folders, or folders that hold some.")
+        raise no_run(path)
     files = sorted(path.rglob("config.yaml"))
     below = [file.parent for file in files if not {*NOT_RUNS} & {*file.relative_to(path).parts[:-2]}]
     found = set(below)

@@ -52,13 +52,13 @@ from endwise.common.files import (
     write_atomic,
     write_json,
 )
-from endwise.common.hub import shown
 from endwise.common.remedies import reason, remedy
 from endwise.config.fields import differing
 from endwise.config.objective import loss_of
 from endwise.config.places import PlacesConfig, Recipe, read_recipe
 from endwise.config.run import RunConfig
-from endwise.formats import format_at, weights_file
+from endwise.formats import weights_file
+from endwise.runs.no_run import no_run
 from endwise.runs.several import is_several, place_folders, resuming
 from endwise.runs.shown_run import ShownRun
 from endwise.runs.trackers import Mirror
@@ -248,7 +248,7 @@ class RunFolder(ShownRun):
             RunFolderError: no run has been started here.
         """
         if not self.has_run():
-            raise _no_run(self.path)
+            raise no_run(self.path)
 
     def config(self) -> RunConfig:
         """
@@ -370,15 +370,6 @@ class RunFolder(ShownRun):
         """All but the latest `keep`."""
         for step in self.saved_steps()[:-keep]:
             self.checkpoint(step).unlink()
-
-
-def _no_run(path: Path) -> RunFolderError:
-    name, way = shown(path), ""
-    if name.startswith("hf://"):
-        way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of an SAE of others: endwise adopt."
-    elif format_at(path) is not None:
-        way = " Make one of the SAE in it: endwise adopt."
-    return RunFolderError(f"{name} is not a run folder (it holds no config.yaml).{way}")
 
 
 def parts_of(run: Path) -> list[RunFolder]:

@@ -9,6 +9,7 @@ from typing import Any
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.files import write_atomic
 from endwise.common.processes import launched
+from endwise.common.showing import Shown
 from endwise.config.places import Recipe
 from endwise.sweeps.engines import Engine, engine_of
 from endwise.sweeps.point_progress import PointProgress, runs_of
@@ -20,8 +21,8 @@ from endwise.sweeps.tasks import folder_of, tasks_of
 from endwise.sweeps.watching import Watch
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
     """Outcomes of a sweep's points."""
 
     runs: Mapping[Point, Path]
@@ -33,6 +34,9 @@ class Sweep:
     """Folder of the latest run of each point, in the order of the sweep."""
     rows: Sequence[Mapping[str, Any]] = ()
     """The table of all points, once it is written."""
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"runs": f"{len(self.runs)} of {len(self.places)}", "failed": len(self.failures), "in": self.folder}
 
     @property
     def folders(self) -> list[Path]:

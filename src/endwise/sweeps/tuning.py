@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from endwise.common.errors import ConfigError
+from endwise.common.text import minus
 from endwise.config.base import Config, Positive, read_overrides, read_yaml, with_values
 from endwise.config.places import OF_A_SWEEP, build_recipe, changed_recipe
 from endwise.config.recipes import find_recipe
@@ -33,7 +34,9 @@ ROUNDS = ((5, 1 / 6), (3, 1 / 3), (2, 1 / 2))
 FACTORS = (3.0, math.sqrt(3.0))
 """Ratio of neighbouring rates in the first round, and in the second."""
 MEASURED_ON = 32_768
-"""Held-out tokens by which runs are compared, after those of the recipe's own evaluations where there are so many."""
+"""Most held-out tokens by which runs are compared, no more than each trains on; after those of the recipe's own
+evaluations where there are so many.
+"""
 LEAST_STEPS = 100
 """Steps of the shortest run, from which on λ follows a target."""
 NEAR = 1.25
@@ -182,13 +185,23 @@ class _Search:
         self.target, self.display = budget.target, display
         per_step = config.training.batch * corpora.train.context
         self.tokens = self._budget(budget.tokens, config.training.tokens, per_step)
-        held, context = corpora.heldout.tokens, corpora.heldout.context
-        own, asked = config.evaluation, max(context, MEASURED_ON // context * context)
-        self.is_apart = held >= own.needed + asked
+        self.is_apart = corpora.heldout.tokens >= config.evaluation.needed + self._asked(max(self._tokens_of_rounds()))
         """True if runs are compared on text that the recipe's own evaluation leaves alone."""
+
+    def _tokens_of_rounds(self) -> list[int]:
+        return [int(self.tokens * share) for _, share in ROUNDS]
+
+    def _asked(self, tokens: int) -> int:
+        """Held-out tokens to measure runs of so many tokens on: whole sequences."""
+        context = self.corpora.heldout.context
+        return max(context, min(tokens, MEASURED_ON) // context * context)
+
+    def _measuring(self, tokens: int) -> EvaluationConfig:
+        own, heldout = self.config.evaluation, self.corpora.heldout
         skip = own.needed if self.is_apart else own.skip
-        few = {"skip": skip, "tokens": min(asked, held - skip), "during_training_tokens": context}
-        self.measuring = EvaluationConfig.of({**few, "bootstrap": own.bootstrap, "seed": own.seed})
+        few = {"skip": skip, "tokens": min(self._asked(tokens), heldout.tokens - skip)}
+        few["during_training_tokens"] = heldout.context
+        return EvaluationConfig.of({**few, "bootstrap": own.bootstrap, "seed": own.seed})
 
     def _budget(self, asked: int | None, whole: int, per_step: int) -> int:
         """Return the tokens to spend.
@@ -216,9 +229,10 @@ class _Search:
         first, coefficient = self.config.training.learning_rate, self.config.objective.coefficient
         rates = [first * FACTORS[0] ** power for power in (-2, -1, 0, 1, 2)]
         rounds: list[tuple[RateTrial, ...]] = []
-        for number, (_, share) in enumerate(ROUNDS):
-            say(f"Round {number + 1} of {len(ROUNDS)}: learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
-            rounds.append(self.round(rates, coefficient, share))
+        for number, tokens in enumerate(self._tokens_of_rounds()):
+            listed = ", ".join(f"{rate:.2g}" for rate in rates)
+            say(f"Round {number + 1} of {len(ROUNDS)}, {tokens:,} tokens: learning rates {listed}")
+            rounds.append(self.round(rates, coefficient, tokens))
             ranked = _ranked(rounds[-1])
             coefficient = ranked[0].coefficient or coefficient
             if number == 0:  # where no run is near the target none is better, and λ alone is moved
@@ -228,11 +242,12 @@ class _Search:
                 rates = [trial.learning_rate for trial in ranked[: ROUNDS[-1][0]]]
         return rounds
 
-    def round(self, rates: Sequence[float], coefficient: float | None, share: float) -> tuple[RateTrial, ...]:
+    def round(self, rates: Sequence[float], coefficient: float | None, tokens: int) -> tuple[RateTrial, ...]:
         """Train a run at each rate in one pass, and measure them."""
-        tokens = int(self.tokens * share)
+        measuring = self._measuring(tokens)
         with tempfile.TemporaryDirectory(prefix="endwise-tune-") as folder:
-            configs = [self._short(rate, coefficient, tokens, Path(folder) / str(n)) for n, rate in enumerate(rates)]
+            short = self._short(coefficient, tokens, measuring)
+            configs = [_at_rate(short, rate, Path(folder) / f"rate-{rate:.2g}") for rate in rates]
             failed: dict[Path, str] = {}
             try:
                 runs: Sequence[Any] = train_together(
@@ -242,22 +257,22 @@ class _Search:
                 runs, failed = error.finished, {each.folder: str(each.error) for each in error.failures}
             found = {run.folder: run for run in runs if isinstance(run, Run)}
             saes = {str(path): (run.config.place, run.sae) for path, run in found.items()}
-            measured = measure(self.model, saes, self.corpora.heldout, self.measuring, baselines=False) if saes else {}
+            measured = measure(self.model, saes, self.corpora.heldout, measuring, baselines=False) if saes else {}
             return tuple(
                 self._trial(config, found.get(config.out), measured.get(str(config.out)), failed.get(config.out, ""))
                 for config in configs
                 if config.out is not None
             )
 
-    def _short(self, rate: float, coefficient: float | None, tokens: int, out: Path) -> RunConfig:
+    def _short(self, coefficient: float | None, tokens: int, measuring: EvaluationConfig) -> RunConfig:
         config, sparsity = self.config, self.config.objective.sparsity
         quiet = {"evaluate_every": None, "checkpoint_every": None, "save_at": ()}
-        training = config.training.model_copy(update={"tokens": tokens, "learning_rate": rate, **quiet})
+        training = config.training.model_copy(update={"tokens": tokens, **quiet})
         objective = config.objective
         if sparsity is not None and coefficient is not None:
             begun = sparsity.model_copy(update={"coefficient": coefficient})
             objective = objective.model_copy(update={"sparsity": begun})
-        short = {"training": training, "objective": objective, "out": out, "trackers": (), "evaluation": self.measuring}
+        short = {"training": training, "objective": objective, "trackers": (), "evaluation": measuring}
         return config.model_copy(update=short)
 
     def _trial(self, config: RunConfig, run: Run | None, found: Evaluation | None, failed: str) -> RateTrial:
@@ -269,6 +284,11 @@ class _Search:
         score = found.metrics["ce_increase" if self.target.metric == "l0" else "l0"]
         ends = (found["l0"], found["ce_increase"], score.low, score.high)
         return RateTrial(rate, tokens, last, *ends, found[self.target.metric] / self.target.value - 1, score.estimate)
+
+
+def _at_rate(short: RunConfig, rate: float, out: Path) -> RunConfig:
+    training = short.training.model_copy(update={"learning_rate": rate})
+    return short.model_copy(update={"training": training, "out": out})
 
 
 def _ranked(trials: Sequence[RateTrial]) -> list[RateTrial]:
@@ -306,10 +326,10 @@ def _remarks(
     tried = sorted(trial.learning_rate for trial in rounds[0])
     what, whole = "CE increase" if target.metric == "l0" else "L0", config.training.tokens
     longer = f", and the recipe trains {whole:,}: longer runs often want a lower rate" if best.tokens < whole else ""
-    numbers = f"L0 {best.l0:.1f} with a CE increase of {best.ce_increase:+.3f}"
-    interval = f"{what}, 95 % over text: [{best.low:.3f}, {best.high:.3f}]"
+    numbers = minus(f"L0 {best.l0:.1f} with a CE increase of {best.ce_increase:+.3f}")
+    interval = minus(f"{what}, 95 % over text: [{best.low:.3f}, {best.high:.3f}]")
     told = [f"Found by runs of {best.tokens:,} tokens{longer}."]
-    told += [f"The best ended at {numbers} ({interval}); {target} was the target ({best.miss:+.0%})."]
+    told += [f"The best ended at {numbers} ({interval}); {target} was the target ({minus(f'{best.miss:+.0%}')})."]
     near = [trial for each in rounds[-2:] for trial in each if trial.is_near and trial.low <= best.high]
     rates = sorted({trial.learning_rate for trial in (*near, best)})
     if len(rates) > 1:

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from endwise.common.axes import TokenMask, Tokens
 from endwise.common.errors import DataError
 from endwise.common.seeds import numpy_stream
+from endwise.common.showing import Shown
 
 _AT_ONCE = 256
 """Sequences that a digest is made of at a time."""
 
 
-@dataclass(frozen=True)
-class TokenBatch:
+@dataclass(frozen=True, repr=False)
+class TokenBatch(Shown):
     """Some sequences of a corpus."""
 
     tokens: Tokens
@@ -117,7 +118,7 @@ class Documents:
         return np.searchsorted(self.starts, inside.starts, side="right") - 1
 
 
-class Corpus:
+class Corpus(Shown):
     """Sequences of `layout.context` ids, cut out of their documents when asked for.
 
     `stream` packing joins the documents and cuts the result; an incomplete last sequence is left out. Rows are joined
@@ -141,6 +142,9 @@ class Corpus:
     def __len__(self) -> int:
         """Number of sequences."""
         return self._sequences
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"": self.name, "tokens": f"{self.tokens:,}", "in": f"{len(self):,} sequences of {self.context}"}
 
     @property
     def context(self) -> int:
@@ -291,8 +295,8 @@ class Corpus:
         }
 
 
-@dataclass(frozen=True)
-class Corpora:
+@dataclass(frozen=True, repr=False)
+class Corpora(Shown):
     """The two sides, which share no document."""
 
     train: Corpus

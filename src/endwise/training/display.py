@@ -9,7 +9,7 @@ from typing import Any
 
 from endwise.common.counting import Board
 from endwise.common.terminal import Grid
-from endwise.common.text import printable
+from endwise.common.text import minus, printable
 from endwise.config.method import Knob
 from endwise.config.objective import PHASE
 from endwise.config.places import PlacesConfig, Recipe
@@ -124,13 +124,13 @@ class Display(Board):
 def _description(config: Recipe) -> str:
     if isinstance(config, PlacesConfig):
         return f"{config.objective_name} at {len(config.places)} places seed {config.seed}"
-    return f"{config.objective_name} {Knob.of(config).tag} {config.place} seed {config.seed}"
+    return f"{config.objective_name} {Knob.of(config)} {config.place} seed {config.seed}"
 
 
 def _numbers(row: _Row) -> str:
     known = [_phase(row), f"loss {row.line['loss']:.4g}", f"L0 {row.line['l0']:.1f}"]
     if row.ce_increase is not None:
-        known.append(f"CE increase {row.ce_increase:+.3f}")
+        known.append(minus(f"CE increase {row.ce_increase:+.3f}"))
     return " · ".join(filter(None, known))
 
 

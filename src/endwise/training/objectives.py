@@ -202,9 +202,9 @@ class Sparsity(SiteTerm):
     target_l0: float | None = None
     target_ce_increase: float | None = None
     """These six are followed by `training.sparsity`."""
-    scale: Tensor | None = None
+    scale: Tensor | None = field(default=None, repr=False)
     """Factor that keeps the penalty as large as before p fell; logged with it."""
-    steered: Tensor | None = None
+    steered: Tensor | None = field(default=None, repr=False)
     """λ in place of `coefficient`, where it follows a target."""
 
     @property

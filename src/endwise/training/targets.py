@@ -165,6 +165,7 @@ def meet_target(text: Text, heldout: Corpus, display: bool, member: Member) -> N
         found = settled(part.sae, steering, measure, 1e-3 * float(read.square().mean().sqrt()))
         if not 1 / MOST_LEFT <= found / steering.target <= MOST_LEFT:
             what, key = ("the CE increase", "target_ce_increase") if steering.by_ce else ("L0", "target_l0")
-            told = f"{part.place}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
+            where = f"{member.folder.path}, {part.place}"
+            told = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
             advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
             show(f"! {told}. {advice}", Console(stderr=True, quiet=not display))

@@ -13,7 +13,7 @@ from endwise.analysis.ratios import Ratio, times
 from endwise.analysis.sets import KNOB, measured, remark_list, run_table
 from endwise.common.files import expanded, write_atomic
 from endwise.common.html import PARTS, paragraph, part, table
-from endwise.common.text import model_title
+from endwise.common.text import minus, model_title
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.interactive import div, swatch
@@ -130,7 +130,7 @@ def _runs_table(summary: Summary) -> Markup:
 def _scale(summary: Summary) -> str:
     words = f"The model's own cross-entropy is {summary.clean_ce:.3f} nats per token."
     bounds = [("at its mean", summary.mean_ablated_ce), ("at zero", summary.zero_ablated_ce)]
-    known = [f"{ce - summary.clean_ce:+.3f} with the site {how}" for how, ce in bounds if ce is not None]
+    known = [minus(f"{ce - summary.clean_ce:+.3f} with the site {how}") for how, ce in bounds if ce is not None]
     return f"{words} For scale, the CE increase is {' and '.join(known)}." if known else words
 
 

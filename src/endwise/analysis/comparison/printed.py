@@ -10,7 +10,7 @@ from endwise.analysis.ratios import MEASURES, percent
 from endwise.analysis.sets import KNOB, Column, run_table
 from endwise.common.remarks import MARKED, mark_of, show_remarks
 from endwise.common.terminal import Grid, show
-from endwise.common.text import model_titles
+from endwise.common.text import minus, model_titles
 from endwise.config.run import RunConfig
 from endwise.evaluation.measure import Evaluation
 from endwise.evaluation.summary import RunSummary, layer_label, remarks_of
@@ -50,9 +50,11 @@ def print_together(
     show(Grid(("place", "L0", "CE increase", "EV", "L0 among all", "EV among all"), rows), console)
     increase, bounds = evaluation.metrics["ce_increase"], evaluation.baselines
     show(
-        f"All {len(rows)} together: CE increase {increase.estimate:+.3f} [{increase.low:.3f}, {increase.high:.3f}] "
-        f"nats per token, KL {evaluation['kl']:.3f}, L0 {evaluation['l0']:.1f}; CE {bounds.clean:.3f} clean, "
-        f"{bounds.mean_ablated:.3f} with all at their means, {bounds.zero_ablated:.3f} at zero.",
+        minus(
+            f"All {len(rows)} together: CE increase {increase.estimate:+.3f} [{increase.low:.3f}, {increase.high:.3f}] "
+            f"nats per token, KL {evaluation['kl']:.3f}, L0 {evaluation['l0']:.1f}; CE {bounds.clean:.3f} clean, "
+            f"{bounds.mean_ablated:.3f} with all at their means, {bounds.zero_ablated:.3f} at zero."
+        ),
         console,
     )
     show_remarks(evaluation.remarks, console)

@@ -22,6 +22,7 @@ from endwise.analysis.directions.text_at_site import TextAtSite
 from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.files import expanded, read_json
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Shown
 from endwise.common.statistics import resampling_weights
 from endwise.common.tensor_files import write_tensors
 from endwise.config.run import RunConfig
@@ -47,8 +48,8 @@ SAME_VARIANCE = 1e-6
 """Relative difference up to which two measurements of the variances are of the same directions."""
 
 
-@dataclass(frozen=True)
-class RunDirections:
+@dataclass(frozen=True, repr=False)
+class RunDirections(Shown):
     """Effect of one run's SAE on lengths and with the principal directions of the activations at its site; directions
     in the order of their variance, `[d_model]` each.
     """

@@ -7,14 +7,14 @@ import numpy as np
 from markupsafe import Markup
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
+from endwise.analysis.claims import claim_lines, claim_list
 from endwise.analysis.comparable import baseline_of, methods_of
 from endwise.analysis.directions import reconstruction, tables
 from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.directions.study import Directions
 from endwise.analysis.over_seeds import bracketed, rests_on
 from endwise.analysis.pages import print_sets, write_page
-from endwise.analysis.sets import KNOB, Column, claim_lines, counted, run_table, title_of
+from endwise.analysis.sets import KNOB, Column, counted, run_table, title_of
 from endwise.common.html import table
 from endwise.common.terminal import Grid
 from endwise.evaluation.summary import RunSummary, layer_label

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endwise.analysis import published as paper
-from endwise.analysis.claims import Claim, Verdict, all_shown, are_similar
+from endwise.analysis.claims import Claim, Unmeasured, Verdict, all_shown, are_similar
 from endwise.analysis.comparable import Setting, comparable, in_order, methods_of, pairs_of
 from endwise.analysis.comparison.comparison import later_error, runs_at_similar, similar_by_seed
 from endwise.analysis.correlations import LEAST, interval_of, partial_spearman, resampled_points, spearman
@@ -24,7 +24,9 @@ from endwise.analysis.directions.norms import Norms
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, over_seeds, with_error
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
+from endwise.analysis.sets import ShownSet
 from endwise.common.statistics import Floats, Interval, error_of
+from endwise.common.text import minus
 from endwise.config.method import PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary, Seeds
 from endwise.models.language_model import LanguageModel
@@ -71,8 +73,8 @@ class Contrast:
     """The same given the directions' variance: whether, of directions of like variance, it drops those less used."""
 
 
-@dataclass(frozen=True)
-class Directions:
+@dataclass(frozen=True, repr=False)
+class Directions(ShownSet):
     """The runs of one setting and one held-out text."""
 
     setting: Setting
@@ -315,19 +317,13 @@ def _mean(ratios: Sequence[Interval], less: Sequence[Interval] | None = None) ->
 
 def _downstream_claim(found: Directions) -> Claim:
     ratio = found.downstream
-    verdict: Verdict = "not testable here"
+    claim = "e2e strays further from the original activations in later layers than e2e+ds, at a similar CE increase"
+    published = "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)"
     if ratio is None:
-        told = "not both e2e and e2e+ds are there"
-    elif ratio.at_ends is None and ratio.estimate is None:
-        told = f"not measured ({ratio.reason})"
-    else:
-        told, verdict = "; ".join([_later_told(ratio), *_later_cosines(found)]), ratio.below
-    return Claim(
-        "e2e strays further from the original activations in later layers than e2e+ds, at a similar CE increase",
-        "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
-        told,
-        verdict,
-    )
+        return Unmeasured(claim, published, "not both e2e and e2e+ds are there")
+    if ratio.at_ends is None and ratio.estimate is None:
+        return Unmeasured(claim, published, f"not measured: {ratio.reason}")
+    return Claim(claim, published, "; ".join([_later_told(ratio), *_later_cosines(found)]), ratio.below)
 
 
 def _later_told(ratio: Ratio) -> str:
@@ -352,8 +348,10 @@ def _missing(found: Directions, method: Method, other: Method) -> str:
 def _later_cosines(found: Directions) -> list[str]:
     """The mean over later layers, where it was measured."""
     return [
-        f"{run.method.label}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f} "
-        f"(CE {run.ce_increase:+.3f}, seed {run.seed})"
+        minus(
+            f"{run.method.label}'s cosine to the original there is {np.mean(list(run.downstream_cosine.values())):.3f} "
+            f"(CE {run.ce_increase:+.3f}, seed {run.seed})"
+        )
         for run in found.similar
         if run.downstream_cosine
     ]
@@ -371,7 +369,7 @@ def _dropped_claims(found: Directions, method: Method, base: Method) -> list[Cla
     against = next((each for each in found.contrasts if (each.method, each.reference) == (method, base)), None)
     if against is None:
         missing = _missing(found, method, base)
-        return [Claim(*pair, missing, "not testable here") for pair in zip(words, published, strict=True)]
+        return [Unmeasured(*pair, missing) for pair in zip(words, published, strict=True)]
     use = (
         f"rank correlation of reconstruction and resample-ablation KL over {against.directions} directions: {name} "
         f"{against.own.told()}, {other} {against.of_reference.told()}, difference {against.rank.told()}; "

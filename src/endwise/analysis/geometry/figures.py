@@ -14,6 +14,7 @@ from endwise.analysis.geometry.stability import THRESHOLDS
 from endwise.analysis.geometry.tables import recurrences
 from endwise.analysis.pareto.page import AXIS, described, value
 from endwise.common.statistics import LEAST_SEEDS
+from endwise.common.text import minus
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
@@ -58,7 +59,9 @@ def chosen(runs: Sequence[RunSummary], where: str = "") -> str:
     """Say which runs a comparison at similar CE increase is of."""
     if not runs:
         return ""
-    listed = ", ".join(f"{run.method.label} {run.knob} ({run.ce_increase:+.3f}, {run.alive:,} alive)" for run in runs)
+    listed = ", ".join(
+        f"{run.method.label} {run.knob} ({minus(f'{run.ce_increase:+.3f}')}, {run.alive:,} alive)" for run in runs
+    )
     increases = [run.ce_increase for run in runs]
     spread = (max(increases) - min(increases)) / max(abs(float(np.mean(increases))), 1e-9)
     warning = "" if spread <= SIMILAR else f"These differ by {100 * spread:.0f} %: part of a difference may be theirs. "

@@ -24,8 +24,10 @@ from endwise.analysis.comparable import Setting, comparable, in_order, methods_o
 from endwise.analysis.comparison.comparison import runs_at_similar
 from endwise.analysis.geometry.cosines import MEMORY, Nearest, nearest_across, nearest_within
 from endwise.analysis.geometry.matching import CANDIDATES, Matching, match
+from endwise.analysis.sets import ShownSet
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import expanded
+from endwise.common.showing import Shown
 from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, other_text
@@ -51,8 +53,8 @@ class Alive:
     """Decoder directions, of unit length."""
 
 
-@dataclass(frozen=True)
-class Similarity:
+@dataclass(frozen=True, repr=False)
+class Similarity(Shown):
     """For every alive feature of a run, the nearest of its own dictionary or of another run's."""
 
     run: RunSummary
@@ -96,8 +98,8 @@ class Pair:
     """One to one; its rows are places among the alive features."""
 
 
-@dataclass(frozen=True)
-class Geometry:
+@dataclass(frozen=True, repr=False)
+class Geometry(ShownSet):
     """The dictionaries of one setting."""
 
     setting: Setting

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from endwise.analysis.claims import Claim, Verdict
+from endwise.analysis.claims import Claim, Unmeasured, Verdict
 from endwise.analysis.comparable import methods_of, pairs_of
 from endwise.analysis.geometry.geometry import Geometry
 from endwise.analysis.geometry.similarity import (
@@ -14,6 +14,7 @@ from endwise.analysis.geometry.similarity import (
     within,
 )
 from endwise.analysis.over_seeds import judged, over
+from endwise.common.text import minus
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary
 
@@ -61,6 +62,8 @@ def claims(found: Geometry) -> list[Claim]:
         """Name a control where there is one; it decides nothing, for claim and measure are the paper's."""
         name, a, b = names[0]
         parts, control = [by_name[each] for each in names], by_name.get((f"{name}{EQUALLY_MANY}", a, b))
+        if not any(part.interval for part in parts):
+            return Unmeasured(claim, published, "; ".join(dict.fromkeys(part.reason or "" for part in parts)))
         known = [*parts] if control is None or control.interval is None else [*parts, control]
         return Claim(claim, published, "; ".join(map(told, known)), _verdict(parts, sign))
 
@@ -132,4 +135,4 @@ def told(part: SimilarityDifference) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return minus(f"{value:+.3f}")

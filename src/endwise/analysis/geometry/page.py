@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
+from endwise.analysis.claims import claim_lines, claim_list
 from endwise.analysis.geometry import tables
 from endwise.analysis.geometry.feature_map import FeatureMap
 from endwise.analysis.geometry.figures import chosen, kind_cosines, own_cosines, threshold_curves, trade_offs
@@ -18,7 +18,7 @@ from endwise.analysis.geometry.similarity import mean_of
 from endwise.analysis.geometry.stability import THRESHOLD
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pages import print_sets, write_page
-from endwise.analysis.sets import KNOB, claim_lines, run_table, title_of
+from endwise.analysis.sets import KNOB, run_table, title_of
 from endwise.common.files import expanded
 from endwise.common.html import Wide, paragraph, table
 from endwise.common.statistics import LEAST_SEEDS

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from endwise.analysis.claims import claim_list
+from endwise.analysis.claims import claim_lines, claim_list
 from endwise.analysis.importance.concentration import CARRIED, cumulative_share
 from endwise.analysis.importance.study import (
     ESTIMATES,
@@ -23,10 +23,11 @@ from endwise.analysis.importance.study import (
 )
 from endwise.analysis.over_seeds import bracketed
 from endwise.analysis.pages import print_sets, write_page
-from endwise.analysis.sets import KNOB, Table, claim_lines, counted, run_table, title_of
+from endwise.analysis.sets import KNOB, Table, counted, run_table, title_of
 from endwise.common.html import table
 from endwise.common.statistics import Interval
 from endwise.common.terminal import Grid
+from endwise.common.text import minus
 from endwise.figures.charts import Axis, Band, Chart, Mark, Panel, Series
 
 MOST_MARKS = 1500
@@ -139,8 +140,10 @@ def _densities(run: ImportantRun) -> tuple[Mark, ...]:
             float(found.firings[feature] / found.tokens),
             float(found.ce_second[feature]),
             f"feature {feature}, rank {place + 1:,}\nfires on {found.firings[feature]:,} of {found.tokens:,} tokens\n"
-            f"CE {found.ce_second[feature]:+.2e} nats per token; to first order {found.ce[feature]:+.2e} ± "
-            f"{found.ce_se[feature]:.1e}",
+            + minus(
+                f"CE {found.ce_second[feature]:+.2e} nats per token; to first order {found.ce[feature]:+.2e} ± "
+                f"{found.ce_se[feature]:.1e}"
+            ),
         )
         for place, feature in ((int(p), int(order[p])) for p in places)
     )
@@ -180,7 +183,7 @@ def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
     groups: dict[str, list[Mark]] = {"at random": [], "by rank": []}
     for row in np.flatnonzero((estimates > 0) & (found.ce > 0)):
         exact, estimated = float(found.ce[row]), float(estimates[row])
-        told = f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}"
+        told = minus(f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}")
         chosen = "by rank" if found.by_rank[row] else "at random"
         groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{told}"))
     return {label: tuple(marks) for label, marks in groups.items()}
@@ -195,7 +198,8 @@ def _run_mark(run: ImportantRun, count: Interval) -> Mark:
 def _where(study: ImportanceStudy) -> str:
     """Say what the figures of single runs show."""
     chosen = ", ".join(
-        f"{run.summary.method.label} {run.summary.knob} (CE {run.summary.ce_increase:+.3f})" for run in study.similar
+        f"{run.summary.method.label} {run.summary.knob} (CE {minus(f'{run.summary.ce_increase:+.3f}')})"
+        for run in study.similar
     )
     seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
     return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from endwise.analysis.claims import Claim, are_similar
+from endwise.analysis.claims import Claim, Unmeasured, are_similar
 from endwise.analysis.comparable import baseline_of, runs_in, with_settings
 from endwise.analysis.correlations import pearson, spearman
 from endwise.analysis.importance.concentration import (
@@ -30,6 +30,7 @@ from endwise.analysis.importance.measure import ABLATED, measure_importance
 from endwise.analysis.over_seeds import CORRELATION, OverSeeds, interval_columns, judged, over, over_seeds
 from endwise.analysis.sets import RunSet, columns_of_run, in_sets
 from endwise.common.statistics import Floats, Interval, percentile_interval
+from endwise.common.text import minus
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels
 from endwise.features.importance_table import Faithfulness, MeasuredImportance
@@ -109,7 +110,7 @@ def curve_of(curve: Faithfulness, order: str) -> tuple[np.ndarray, Floats]:
 _CURVES = {"first": "first_order_ce", "random": "random_ce"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImportanceStudy(RunSet[ImportantRun]):
     """The runs of one setting, compared."""
 
@@ -143,7 +144,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         pairs = [pair for pair in both if are_similar(run.summary for run in pair)]
         if not pairs:
             why = "no two runs of a seed have a similar CE increase" if both else "no seed has both kinds"
-            return [Claim(claim, None, why, "not testable here") for claim in (carrying, half)]
+            return [Unmeasured(claim, None, why) for claim in (carrying, half)]
         measured = [(one.measured, other.measured) for one, other in pairs]
         ratio = carrying_ratio([(one.faithfulness, other.faithfulness) for one, other in measured])
         of_half = half_ratio([(one.importance, other.importance) for one, other in measured])
@@ -163,7 +164,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         known = [(run, each) for run, each in zip(runs, draws, strict=True) if each is not None]
         if not known:
             most = max(len(run.measured.ablations.features) for run in runs)
-            return Claim(claim, None, f"{most} features were ablated", "not testable here")
+            return Unmeasured(claim, None, f"{most} features were ablated")
         rank = over_seeds(np.stack([each for _, each in known]), CORRELATION)
         summaries = [run.summary for run, _ in known]
         linear = [run.agreement(order)["pearson"] for run, _ in known]
@@ -241,15 +242,14 @@ def _ratio_finding(
         counts: of the first pair.
     """
     if not np.isfinite(ratio.estimate):
-        return Claim(
-            claim, None, "an SAE carries nothing, or needs no feature for what it carries", "not testable here"
-        )
+        return Unmeasured(claim, None, "an SAE carries nothing, or needs no feature for what it carries")
     one, base = (run.summary for run in pairs[0])
     told = ratio.told(lambda share: f"{100 * share:.0f}", " %")
     ours = (
         f"{told} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
-        f"{' against '.join(counts)} features, at CE increases of {one.ce_increase:+.3f} and {base.ce_increase:+.3f} "
-        f"and L0s of {one.l0:.1f} and {base.l0:.1f} (seed {one.seed})"
+        f"{' against '.join(counts)} features, at CE increases of "
+        + minus(f"{one.ce_increase:+.3f} and {base.ce_increase:+.3f} ")
+        + f"and L0s of {one.l0:.1f} and {base.l0:.1f} (seed {one.seed})"
     )
     return Claim(claim, None, ours, judged((ratio, ratio.high < 1)))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from endwise.analysis.claims import claim_lines
 from endwise.analysis.interpretability.study import ExplainedRun, Interpretability, feature_rows, mean_rows
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.scored import AT, At, difference_rows
 from endwise.analysis.scored_page import grids, panels, parts_of, told_of
-from endwise.analysis.sets import claim_lines
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Chart
 from endwise.figures.violins import OUTLINED

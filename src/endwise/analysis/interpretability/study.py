@@ -47,7 +47,7 @@ class ExplainedRun:
         return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interpretability(ScoredSet[ExplainedRun]):
     """The runs of one setting, explained alike."""
 

@@ -7,7 +7,7 @@ objective differs in more than the knob, in a weight say, or in the penalty's po
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from endwise.analysis.comparable import HELDOUT_TEXT, Setting, columns_of, comparable, in_order, methods_of
 from endwise.analysis.comparison.comparison import Summary, summarise_folders
 from endwise.analysis.ratios import DEFINED_SHARE, Ratio
-from endwise.common.showing import Listed, Shown
+from endwise.analysis.sets import ShownSet
+from endwise.common.showing import Listed
 from endwise.common.statistics import (
     LEAST_SEEDS,
     Floats,
@@ -37,7 +38,7 @@ AXES = (("l0", "ce_increase"), ("alive", "ce_increase"), ("l0", "kl"))
 
 
 @dataclass(frozen=True, repr=False)
-class Pareto(Shown):
+class Pareto(ShownSet):
     """The runs of one setting, compared."""
 
     setting: Setting
@@ -51,10 +52,6 @@ class Pareto(Shown):
     @property
     def methods(self) -> list[Method]:
         return methods_of(self.runs)
-
-    def shown_facts(self) -> Mapping[str, object]:
-        methods = ", ".join(method.label for method in self.methods)
-        return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
 
     def shown_parts(self) -> Iterable[str]:
         from endwise.analysis.pareto.page import card_parts

@@ -26,6 +26,7 @@ from endwise.analysis.sets import KNOB, counted, run_table, title_of, value
 from endwise.common.html import Wide, bullets, paragraph, table
 from endwise.common.showing import box
 from endwise.common.terminal import Grid
+from endwise.common.text import minus
 from endwise.config.method import Method
 from endwise.config.objective import LABELS
 from endwise.evaluation.summary import RunSummary
@@ -52,7 +53,7 @@ def described(run: RunSummary) -> str:
             f"{f'{run.tokens:,} training tokens' if run.trained_here else 'trained elsewhere'}, {run.d_sae:,} features",
             *([] if run.learning_rate is None else [f"learning rate {run.learning_rate:g}"]),
             f"L0 {run.l0:.1f}, {run.alive:,} alive",
-            f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}",
+            minus(f"CE increase {run.ce_increase:+.3f}, KL {run.kl:.3f}"),
             run.folder,
         ]
     )

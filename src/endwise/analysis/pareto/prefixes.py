@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from endwise.analysis.comparable import methods_of
+from endwise.common.text import minus
 from endwise.config.method import Knob, Method
 from endwise.evaluation.summary import RunSummary
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
@@ -78,7 +79,7 @@ def _marks(x: str, run: RunSummary) -> tuple[Mark, ...]:
     for row in prefix_rows([run]):
         length, l0, ce_increase = row["features"], row["l0"], row["ce_increase"]
         hover = f"{run.title}\nthe first {length:,} of {run.d_sae:,} features\n"
-        hover += f"L0 {l0:.1f}, CE increase {ce_increase:+.3f}\n{run.folder}"
+        hover += minus(f"L0 {l0:.1f}, CE increase {ce_increase:+.3f}\n") + run.folder
         ends = {key: (row[f"{key}.low"], row[f"{key}.high"]) for key in NUMBERS if f"{key}.low" in row}
         across = (length, None) if x == "length" else (l0, ends.get("l0"))
         marks.append(Mark(float(across[0]), ce_increase, hover, across[1], ends.get("ce_increase")))

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from endwise.analysis.claims import claim_lines
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.patterns.study import JUDGED, PatternRun, PatternStudy, feature_rows, mean_rows
 from endwise.analysis.scored import AT, At, difference_rows
 from endwise.analysis.scored_page import grids, panels, parts_of, told_of
-from endwise.analysis.sets import claim_lines
 from endwise.figures.charts import Chart
 from endwise.figures.violins import OUTLINED
 

@@ -48,7 +48,7 @@ class PatternRun:
         return len(scored.scores(self, JUDGED))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PatternStudy(ScoredSet[PatternRun]):
     """The runs of one setting, explained alike."""
 

@@ -3,9 +3,11 @@
 import difflib
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
-from endwise.common.errors import ConfigError
-from endwise.common.files import expanded
+from endwise.common.errors import ConfigError, OtherKind
+from endwise.common.files import expanded, there_is
+from endwise.common.kinds import other_kind
 
 FOLDER = Path(__file__).parent
 SWEEPS = FOLDER / "sweeps"
@@ -33,7 +35,14 @@ def find_sweep(name: str) -> Path:
     return _find("sweep", name, SWEEPS, sweep_names())
 
 
-def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
+def shipped(name: str) -> OtherKind | None:
+    """An error that says what to do with a name of what ships where its outcome is wanted; None: it is no such name."""
+    names = {"train": recipe_names(), "sweep": sweep_names()}
+    ways = [f"endwise {verb} {name}" for verb, known in names.items() if name in known]
+    return OtherKind(f"{name} is a recipe or sweep that ships. Train it first: {ways[0]}") if ways else None
+
+
+def _find(kind: Literal["recipe", "sweep"], name: str, folder: Path, names: list[str]) -> Path:
     with suppress(OSError):  # a name longer than the file system takes
         if (path := expanded(name)).is_file():
             return path
@@ -43,8 +52,8 @@ def _find(kind: str, name: str, folder: Path, names: list[str]) -> Path:
     if name in other:
         verb, what = ("sweep", "sweep") if kind == "recipe" else ("train", "recipe")
         raise ConfigError(f"{name} is a {what} that ships, and no {kind}. Use it: endwise {verb} {name}")
-    if kind == "recipe" and name and Path(name).expanduser().is_dir():
-        raise ConfigError(f"{name} is a folder, not a recipe. If it is a run, resume it: endwise train --resume {name}")
+    if name and there_is(path := expanded(name)):
+        raise other_kind(path, kind) or ConfigError(f"{name} is a folder, and a {kind} is a file. Correct the path.")
     near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(names)}"
     raise ConfigError(f"There is no {kind} {name!r}, neither a file nor one that ships; {hint}")

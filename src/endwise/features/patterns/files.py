@@ -21,6 +21,7 @@ from pyarrow import parquet
 from endwise.common.errors import FormatError
 from endwise.common.files import expanded, read_format, write_json
 from endwise.common.remedies import unreadable
+from endwise.common.showing import Shown
 from endwise.common.statistics import Floats
 from endwise.common.tables import write_parquet
 from endwise.features.patterns.trie import Pattern, as_lists, from_lists
@@ -52,8 +53,8 @@ SCORE_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Patterns:
+@dataclass(frozen=True, repr=False)
+class Patterns(Shown):
     """All patterns of a run, and how well they predict."""
 
     patterns: Mapping[int, Sequence[Pattern]]
@@ -76,6 +77,9 @@ class Patterns:
             own.setdefault(each.feature, []).append(each)
             told.setdefault(each.feature, []).append(text)
         return cls(own, told, scores, about)
+
+    def shown_facts(self) -> dict[str, object]:
+        return {"": f"{sum(map(len, self.patterns.values())):,} of {len(self.patterns):,} features"}
 
     def values(self, name: str) -> Floats:
         """A column of `scores` of every feature, `[d_sae]`; with `.random` after it of the random directions. NaN where

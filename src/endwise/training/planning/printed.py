@@ -97,7 +97,9 @@ def _flops(plan: TrainingPlan) -> Grid:
     rows.append(("together", f"{plan.flops.per_token / 1e6:,.2f}"))
     if plan.sparse_flops is not None:
         rows.append(("once latents are sparse, at most", f"{plan.sparse_flops / 1e6:,.2f}"))
-    rows.append(("the run, in Pflop", f"{plan.total_flops / 1e15:,.3g}"))
+    units = ((1e15, "Pflop"), (1e12, "Tflop"), (1e9, "Gflop"))
+    size, unit = next((each for each in units if plan.total_flops >= each[0]), units[-1])
+    rows.append((f"the run, in {unit}", f"{plan.total_flops / size:,.3g}"))
     return Grid(("operations per token", "Mflop"), rows)
 
 

@@ -16,6 +16,7 @@ from endwise.common.text import model_title
 from endwise.config.base import Config, Positive
 from endwise.config.places import build_recipe
 from endwise.config.run import DataConfig, EvaluationConfig, RunConfig
+from endwise.evaluation.text_check import bos_left_out, own_bos
 from endwise.models.loading import TokenizerAlone, find_device, load_model, read_tokenizer
 from endwise.tokens import check_readable, corpora_for
 from endwise.tokens.loading import EMBEDDED
@@ -25,6 +26,7 @@ from endwise.training.planning.plan import TrainingPlan, plan
 
 HUB_TEXT, HUB_CONFIG = "HuggingFaceFW/fineweb", "sample-10BT"
 """Text of the hub that a first recipe names where the hub answers."""
+BOS = "prepend_bos"
 CONTEXT = {"cpu": 256, "cuda": 1024}
 """Tokens per sequence at most."""
 PER_STEP = {"cpu": 2048, "cuda": 16_384}
@@ -53,6 +55,7 @@ class ProposalSettings(Config):
 
     model: str = EMBEDDED
     data: str | None = None
+    column: str | None = None
     tokens: Positive | None = None
     l0: Positive | None = None
     device: str = "auto"
@@ -80,10 +83,12 @@ def propose(settings: ProposalSettings) -> Proposal:
         DataError: its text cannot be read, or is too short for a single step.
         ConfigError: no recipe fits the memory that is free.
     """
+    if settings.column is not None and settings.data is None:
+        raise ConfigError(f"--column {settings.column} is a column of --data, which is not given. Give both.")
     device = find_device(settings.device).type
     reader = read_tokenizer(settings.model) or load_model(settings.model)
     context = min(reader.context or CONTEXT[_kind(device)], CONTEXT[_kind(device)])
-    data, held_out, there, remarks = _text(settings.data, reader, context)
+    data, held_out, there, remarks = _text(settings.data, settings.column, reader, context)
     site, width, phases = _middle(settings.model)
     batch = max(1, PER_STEP[_kind(device)] // context)
     values: dict[str, Any] = {
@@ -144,14 +149,15 @@ def _middle(model: str) -> tuple[str, int, str]:
 
 
 def _text(
-    given: str | None, reader: TokenizerAlone | Any, context: int
+    given: str | None, column: str | None, reader: TokenizerAlone | Any, context: int
 ) -> tuple[dict[str, Any], int, int | None, list[str]]:
     """The section `data`; the tokens that are held out, and to train on (None: as many as one likes); what to say."""
-    data: dict[str, Any] = {"source": given or EMBEDDED}
+    data: dict[str, Any] = {"source": given or EMBEDDED} | ({} if column is None else {"column": column})
     remarks: list[str] = []
     on_hub = given is not None and given != EMBEDDED and not there_is(expanded(given))
     if given is None and reader.vocab_size and (commit := commit_on_hub(HUB_TEXT, None)) is not None:
         data = {"source": HUB_TEXT, "dataset_config": HUB_CONFIG, "revision": commit}
+        data |= {} if own_bos(reader.tokenizer) is None else {BOS: True}
         on_hub = True
     elif given is None:
         remarks.append(
@@ -163,6 +169,7 @@ def _text(
             check_readable(DataConfig(**data, streaming=True))
         return data | {"streaming": True}, EvaluationConfig().tokens, None, remarks
     corpora = corpora_for(reader, DataConfig(**data, context=context), training_tokens=1, evaluation_tokens=1)
+    data |= {BOS: True} if bos_left_out(reader.tokenizer, corpora.train) else {}
     return data, corpora.heldout.tokens, corpora.train.tokens, remarks
 
 
@@ -218,7 +225,8 @@ def _written(values: dict[str, Any], width: int, there: int | None) -> str:
     """The recipe as YAML, with the reasons as comments."""
     model, data, training = values["model"], values["data"], values["training"]
     dictionary, ratio = values["dictionary"], values["dictionary"]["ratio"]
-    sources = "\n".join(f"  {key}: {_scalar(value)}" for key, value in data.items() if key != "context")
+    sources = "\n".join(f"  {key}: {_scalar(value)}" for key, value in data.items() if key not in ("context", BOS))
+    bos = f"\n  {BOS}: true  # as the model's tokenizer begins every text" if BOS in data else ""
     room = "streamed: as long as training lasts" if there is None else f"{there:,} tokens to train on"
     return f"""\
 # A first recipe for {" ".join(model_title(model["name"]).split())}, by endwise init. Every key: docs/configuration.md.
@@ -236,7 +244,7 @@ dictionary:
 phases: {values["phases"]}  # {PHASES[values["phases"]]}
 data:
 {sources}  # {room}
-  context: {data["context"]}  # tokens per sequence
+  context: {data["context"]}  # tokens per sequence{bos}
 training:
   tokens: {training["tokens"]}
   batch: {training["batch"]}  # sequences per step
