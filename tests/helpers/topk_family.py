@@ -76,12 +76,15 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
 
 
 def heldout_l0(folder, model, tokens=60_000):
-    """Features of the SAE in a run folder that are active on a held-out token, on average; no pass is spliced."""
+    """Features of the SAE in a run folder that are active on a held-out token, on average, in sequences spread over all
+    of the text; no pass is spliced.
+    """
     config, sae = RunFolder(folder).config(), endwise.SAE.load(folder)
     text = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=tokens).heldout
     site, active, counted = model.site(config.site), 0.0, 0
-    for first in range(0, len(text), 64):
-        batch = text.batch(range(first, min(first + 64, len(text))))
+    spread = range(0, len(text), max(1, len(text) * config.data.context // (2 * tokens)))
+    for first in range(0, len(spread), 64):
+        batch = text.batch(spread[first : first + 64])
         with torch.no_grad():
             latents = sae.encode(model.clean(batch.tokens, [site]).activations[site])
         active += float(latents.l0()[batch.mask].sum())
