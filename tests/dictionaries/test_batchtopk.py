@@ -18,7 +18,18 @@ from endwise.training.planning.plan import plan
 from meeting import Meeting, of_process
 from own_kernels import HeldKernels, OwnKernels
 from rivals import rival
-from topk_family import KINDS, before, coarse, exact, heldout_l0, largest_of_step, passed, recipe, trained_as
+from topk_family import (
+    KINDS,
+    before,
+    coarse,
+    exact,
+    fitted_on_few,
+    heldout_l0,
+    largest_of_step,
+    passed,
+    recipe,
+    trained_as,
+)
 
 D, F, ROWS = 12, 320, 150
 
@@ -372,6 +383,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
+@fitted_on_few()
 def runs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("batchtopk")
     return {kind: endwise.train(recipe(folder / kind, "batchtopk", kind), model=model, display=False) for kind in KINDS}
@@ -384,6 +396,7 @@ def test_every_objective_trains_it(runs, kind):
     assert all(line["l0"] == pytest.approx(6, abs=0.01) for line in lines)
 
 
+@fitted_on_few()
 def test_resumed_it_ends_in_the_same_bits(runs, model, tmp_path):
     config = recipe(tmp_path / "run", "batchtopk", "e2e")
     endwise.train(config, model=model, display=False)
@@ -402,6 +415,7 @@ def test_of_the_saved_one_k_features_are_active_on_held_out_text(model, tmp_path
     assert heldout_l0(run.folder, model) == pytest.approx(6, rel=0.03)
 
 
+@fitted_on_few()
 def test_trained_on_from_what_was_saved(runs, model, tmp_path):
     config = {**recipe(tmp_path / "on", "batchtopk", tokens=256), "init_from": str(runs["local"].folder)}
     on = endwise.train(config, model=model, display=False)
@@ -415,6 +429,7 @@ def test_trained_on_from_what_was_saved(runs, model, tmp_path):
     torch.testing.assert_close(sae.eval()(x), runs["local"].sae(x), rtol=1e-5, atol=1e-5)
 
 
+@fitted_on_few()
 def test_swept_by_k(model, tmp_path):
     base = {name: value for name, value in recipe("x", "batchtopk", tokens=256).items() if name not in ("out", "seed")}
     swept = endwise.sweep(

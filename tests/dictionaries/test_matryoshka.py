@@ -20,7 +20,7 @@ from endwise.training.planning.plan import plan
 from endwise.training.trainee import Trainee
 from own_training import train_with
 from rivals import rival
-from topk_family import KINDS, heldout_l0, passed, recipe, trained_as
+from topk_family import KINDS, fitted_on_few, heldout_l0, passed, recipe, trained_as
 
 D, F = 12, 320
 
@@ -201,6 +201,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
+@fitted_on_few()
 def runs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matryoshka")
     return {
@@ -252,6 +253,7 @@ def test_every_objective_trains_it(runs, kind):
     assert all(line["l0"] == pytest.approx(6, abs=0.01) for line in lines)
 
 
+@fitted_on_few()
 def test_one_tail_serves_all_prefixes(model, tmp_path):
     """The spliced pass is entered once a step, with what each sequence's prefix makes of it."""
     seen = []
@@ -271,7 +273,8 @@ def test_one_tail_serves_all_prefixes(model, tmp_path):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("kind", ["local", "e2e"])
+@pytest.mark.parametrize("kind", [pytest.param("local", marks=pytest.mark.slow), "e2e"])
+@fitted_on_few()
 def test_resumed_it_ends_in_the_same_bits(model, tmp_path, kind):
     config = recipe(tmp_path / "run", "matryoshka_batchtopk", kind, dictionary={"random_prefixes": 4})
     endwise.train(config, model=model, display=False)
@@ -297,6 +300,7 @@ def test_early_features_reconstruct_more_alone(model, tmp_path):
     assert found["matryoshka_batchtopk"] < 0.9 * found["batchtopk"]
 
 
+@fitted_on_few()
 def test_saved_opened_planned_and_swept(runs, model, tmp_path):
     folder = runs["local"].folder
     sae = endwise.SAE.load(folder)

@@ -52,12 +52,22 @@ def one_recipe(folder: Path, out: Path, kind: str = "e2e", **training):
     return config.model_copy(update={"model": model, "data": data(folder)})
 
 
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A trained run and what it stands on; names in the recipe are relative."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(made, folder / "on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(one_recipe(Path("on"), Path("run")), display=False)
+    return folder
+
+
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
-    """A trained run and what it stands on, which a test may spoil; names in the recipe are relative."""
-    shutil.copytree(made, tmp_path / "on")
+def place(trained, tmp_path, monkeypatch):
+    """A copy of it all, which a test may spoil."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    train(one_recipe(Path("on"), Path("run")), display=False)
     return tmp_path
 
 

@@ -1,9 +1,13 @@
 """Slow definitions of top-k dictionaries in float64, and recipes of theirs."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch.func import functional_call
 
 import endwise
+from endwise.dictionaries import BatchTopKSAE
 from endwise.runs.folder import RunFolder
 from rivals import batches
 
@@ -45,7 +49,8 @@ def largest_of_step(z, k, counted):
     """The k·B largest positive numbers of the B rows that count, the first of equal ones; in other rows what exceeds
     the smallest of them. Returns them and that smallest one.
     """
-    flat = [(-float(z[row, f]), row, f) for row in range(len(z)) for f in range(z.shape[1]) if counted[row]]
+    rows = zip(z.tolist(), counted.tolist(), strict=True)
+    flat = [(-value, row, f) for row, (values, counts) in enumerate(rows) if counts for f, value in enumerate(values)]
     chosen = [entry for entry in sorted(flat) if entry[0] < 0][: round(k * int(counted.sum()))]
     smallest = -chosen[-1][0] if chosen else float("inf")
     result = torch.zeros_like(z)
@@ -57,7 +62,7 @@ def largest_of_step(z, k, counted):
 def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
     """16 steps on the embedded model; features enough for sparse latents."""
     return {
-        "site": "blocks.4.hook_resid_pre",
+        "site": "blocks.2.hook_resid_pre",
         "dictionary": {"architecture": architecture, "size": 256, "k": 6, **dict(dictionary)},
         "objective": {"kind": kind, **KINDS[kind]},
         "data": {"context": 32},
@@ -75,13 +80,24 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
     }
 
 
+@contextmanager
+def fitted_on_few():
+    """What trains fits its threshold to fewer tokens at the end: where nobody looks at how well, or as decorator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchTopKSAE, "last_tokens", 4096)
+        yield
+
+
 def heldout_l0(folder, model, tokens=60_000):
-    """Features of the SAE in a run folder that are active on a held-out token, on average; no pass is spliced."""
+    """Features of the SAE in a run folder that are active on a held-out token, on average, in sequences spread over all
+    of the text; no pass is spliced.
+    """
     config, sae = RunFolder(folder).config(), endwise.SAE.load(folder)
     text = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=tokens).heldout
     site, active, counted = model.site(config.site), 0.0, 0
-    for first in range(0, len(text), 64):
-        batch = text.batch(range(first, min(first + 64, len(text))))
+    spread = range(0, len(text), max(1, len(text) * config.data.context // tokens))
+    for first in range(0, len(spread), 64):
+        batch = text.batch(spread[first : first + 64])
         with torch.no_grad():
             latents = sae.encode(model.clean(batch.tokens, [site]).activations[site])
         active += float(latents.l0()[batch.mask].sum())

@@ -20,6 +20,7 @@ from endwise.config.base import Config
 from endwise.suites.base import SUITES, Suite
 from endwise.suites.bench import Benching, as_batches
 from small_sweeps import complete
+from warm import Warm
 
 PROGRAM = """
 import json, os, sys, time
@@ -132,7 +133,7 @@ def test_what_it_did_is_kept_unless_something_changed(stand_in, run):
 
 
 def test_stopped_it_ends_with_its_program(stand_in, run, tmp_path):
-    start = (
+    (tmp_path / "start.py").write_text(
         "from pathlib import Path\n"
         "from endwise.cli import main\nfrom endwise.config.base import Config\n"
         "from endwise.suites.base import SUITES, Suite\n"
@@ -143,8 +144,8 @@ def test_stopped_it_ends_with_its_program(stand_in, run, tmp_path):
         "    def data_sets(self): return []\n"
         "SUITES.add('stand-in')(StandIn); main()"
     )
-    command = [sys.executable, "-c", start, "bench", str(run), "ends=never", "--suite", "stand-in"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    command = [tmp_path / "start.py", "bench", run, "ends=never", "--suite", "stand-in"]
+    with Warm(*command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         log = run / "bench/stand-in.log"
         while process.poll() is None and not (log.exists() and "middle" in log.read_text()):
             time.sleep(0.1)

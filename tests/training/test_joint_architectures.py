@@ -194,24 +194,30 @@ def of(architecture, out, kind="e2e", **changes):
     return values | {"dictionary": {"architecture": architecture, "size": 40, **SECTIONS[architecture]}}
 
 
+def short(architecture, out, kind="e2e", places=("blocks.1.hook_resid_pre", "blocks.3.hook_resid_pre"), **changes):
+    """A run of two places, or others, and of 10 steps."""
+    values = of(architecture, out, kind, places=[{"site": place} for place in places], **changes)
+    values["training"] |= {"tokens": 320}
+    return values
+
+
 @pytest.mark.parametrize("architecture", SECTIONS)
 def test_a_resumed_run_ends_in_the_same_bits(made, tmp_path, architecture):
-    joint = of(architecture, tmp_path / "joint")
+    joint = short(architecture, tmp_path / "joint")
     joint["objective"] |= {"local_mse": 0.5, "terms": {"feature_mse": 0.1}}
-    for values in (joint, of(architecture, tmp_path / "apart", joint=False)):
+    for values in (joint, short(architecture, tmp_path / "apart", joint=False)):
         folder = start(made, values).folder
         whole = files(folder)
-        start(made, values, resume=True, from_step=15)
+        start(made, values, resume=True, from_step=5)
         assert files(folder) == whole and any("step-" in name for name in whole)
 
 
 @pytest.mark.parametrize("architecture", SECTIONS)
 def test_alone_or_without_a_pass_each_is_as_apart(made, tmp_path, architecture):
     """One place spliced is an ordinary run, and so is each of several without terms of the pass."""
-    one = [{"site": "blocks.2.hook_resid_pre"}]
-    for kind, places in (("e2e", one), ("local", None)):
+    for kind, places in (("e2e", {"places": ("blocks.2.hook_resid_pre",)}), ("local", {})):
         made_by = {
-            joint: start(made, of(architecture, tmp_path / f"{kind} {joint}", kind, places=places, joint=joint))
+            joint: start(made, short(architecture, tmp_path / f"{kind} {joint}", kind, joint=joint, **places))
             for joint in (True, False)
         }
         for place, folder in made_by[True].folders.items():

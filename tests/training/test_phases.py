@@ -83,9 +83,13 @@ def relative(out, **more):
     return phased(out, phases, objective={"sparsity": {"target_l0": 8}, "errors": "relative"}, **more)
 
 
+@pytest.fixture(scope="module")
+def whole(model, corpora, tmp_path_factory):
+    return train(relative(tmp_path_factory.mktemp("whole")), model=model, corpora=corpora, display=False)
+
+
 @pytest.mark.parametrize("stopped", [3, 9, 10, 13, 15, 16, 18])
-def test_stopped_anywhere_a_run_ends_in_the_same_bits(model, corpora, tmp_path, stopped):
-    whole = train(relative(tmp_path / "whole"), model=model, corpora=corpora, display=False)
+def test_stopped_anywhere_a_run_ends_in_the_same_bits(model, corpora, tmp_path, whole, stopped):
     config = relative(tmp_path / "cut")
     with pytest.raises(TrainingStopped, match=rf"step {stopped + 1}\b"):
         train_with(acting(stopping(stopped)), [config], model, corpora)
@@ -237,9 +241,11 @@ def test_an_architecture_without_a_penalty_has_phases_too(model, corpora, tmp_pa
     )
 
 
-def test_a_plan_weighs_the_phases_by_their_tokens():
+def test_a_plan_weighs_the_phases_by_their_tokens(made):
     values = {
-        "site": "blocks.3.hook_resid_pre",
+        "model": {"name": str(made / "model"), "device": "cpu"},
+        "data": {"context": 8},
+        "site": "blocks.2.hook_resid_pre",
         "dictionary": {"ratio": 8},
         "objective": {"sparsity": {"coefficient": 1.0}},
         "training": {"tokens": 100_000},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from endwise import kernels, load_model
@@ -80,6 +81,16 @@ def stored(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """The folder of a GPT-2 of two blocks, where it does not matter how many there are."""
+    config = FAMILIES["gpt2"].config()
+    config.n_layer = 2
+    folder = tmp_path_factory.mktemp("two_blocks")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 def dry(config: RunConfig, device="cpu") -> DryRun:
     return DryRun(config, torch.device(device), config.training.batch)
 
@@ -111,9 +122,12 @@ def test_a_trace_follows_storages_views_and_the_graph():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_those_of_the_model(stored, family):
-    found = plan(recipe(stored(family))).parameters
+def test_parameters_and_bytes_are_those_of_the_model(stored, family):
+    planned = plan(recipe(stored(family), "local"))
+    found = planned.parameters
     model = LanguageModel(build(family))
+    held = held_by([*model.model.parameters(), *model.model.buffers()])
+    assert [stage.parts[MODEL] for stage in planned.stages] == [held] * 3
     blocks = model.model.get_submodule(FAMILIES[family].blocks)
     first = {id(parameter) for parameter in blocks[0].parameters()}
     unembedding = {id(parameter) for parameter in model.model.get_output_embeddings().parameters()}
@@ -125,13 +139,6 @@ def test_parameters_are_those_of_the_model(stored, family):
     later = [*blocks[1:].parameters(), *final_norm.parameters()]
     assert found.after_site == sum(parameter.numel() for parameter in later)
     assert first.isdisjoint(map(id, later))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bytes_of_the_model_are_those_of_its_tensors(stored, family):
-    model = LanguageModel(build(family)).model
-    held = dry(recipe(stored(family))).stages(1, 2, only_step=True)[STEP].parts[MODEL]
-    assert held == held_by([*model.parameters(), *model.buffers()])
 
 
 def real_trainee(config: RunConfig):
@@ -146,8 +153,8 @@ def batch_of(config: RunConfig) -> TokenBatch:
     return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def test_bytes_of_the_sae_and_its_optimiser_and_its_file(stored, tmp_path):
-    config = recipe(stored("gpt2"))
+def test_bytes_of_the_sae_and_its_optimiser_and_its_file(gpt2, tmp_path):
+    config = recipe(gpt2)
     dry_run = dry(config)
     held = dry_run.stages(1, 2)
     model, trainee = real_trainee(config)
@@ -184,9 +191,9 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 @pytest.mark.parametrize("case", CASES)
-def test_a_dry_step_holds_what_a_real_one_holds(stored, case):
+def test_a_dry_step_holds_what_a_real_one_holds(gpt2, case):
     """The same is followed while real tensors go through the training loop's own step."""
-    config = recipe(stored("gpt2"), **CASES[case])
+    config = recipe(gpt2, **CASES[case])
     training = config.training
     dry_run = dry(config)
     planned = dry_run.stages(training.accumulation, dry_run.microbatch, only_step=True)[STEP]
@@ -233,8 +240,8 @@ def test_counted_operations_are_those_of_the_passes(stored, family, site):
     assert flops == 2 * gradient_flops(tail, CONTEXT, pairs)
 
 
-def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
-    found = plan(recipe(stored("gpt2"), size=400))
+def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(gpt2):
+    found = plan(recipe(gpt2, size=400))
     product = 2 * WIDTH * 400
     assert (found.flops.sae_forward, found.flops.sae_backward) == (2 * product, 3 * product)
     saved = found.flops.per_token - found.sparse_flops
@@ -244,9 +251,9 @@ def test_a_new_sae_is_planned_dense_and_a_sparse_one_is_cheaper(stored):
 
 
 @pytest.mark.parametrize("stride", [2, 4])
-def test_a_kl_of_some_positions_is_planned_with_as_many_fewer_products(stored, stride):
+def test_a_kl_of_some_positions_is_planned_with_as_many_fewer_products(gpt2, stride):
     """As many as its readout computes, when the mask keeps all."""
-    config = recipe(stored("gpt2"))
+    config = recipe(gpt2)
     objective = {"kl": 0.0, "terms": {"kl_subset": {"weight": 1.0, "stride": stride}}}
     values = config.model_dump(exclude_unset=True)
     some = plan(RunConfig.build(values | {"objective": {**objective, "sparsity": {"coefficient": 1.0}}}, "it")).flops
@@ -262,8 +269,8 @@ def test_a_kl_of_some_positions_is_planned_with_as_many_fewer_products(stored, s
     assert counter.get_total_flops() / (2 * CONTEXT) == sum(getattr(some, name) for name in readouts)
 
 
-def test_kept_activations_are_planned_on_the_disk(stored, tmp_path):
-    config = recipe(stored("gpt2"), kind="local")
+def test_kept_activations_are_planned_on_the_disk(gpt2, tmp_path):
+    config = recipe(gpt2, kind="local")
     values = config.model_dump(exclude_unset=True) | {"data": {"activations": str(tmp_path), "epochs": 2}}
     size = 64 * CONTEXT * WIDTH * 4 // 2
     found = plan(RunConfig.build(values, "it"))
@@ -271,7 +278,7 @@ def test_kept_activations_are_planned_on_the_disk(stored, tmp_path):
     phases = [{"share": 0.75, "objective": {"kind": "local"}}, {"share": 0.25, "objective": {"kind": "e2e"}}]
     found = plan(RunConfig.build(values | {"phases": phases}, "it"))
     assert found.kept_bytes == found.needs[-1].bytes == size * 3 // 4
-    assert plan(config).kept_bytes == plan(recipe(stored("gpt2"))).kept_bytes == 0
+    assert plan(config).kept_bytes == plan(recipe(gpt2)).kept_bytes == 0
 
 
 DICTIONARIES = {
@@ -295,9 +302,9 @@ DICTIONARIES = {
     ],
     ids=lambda value: str(value).replace("'", ""),
 )
-def test_a_dictionarys_operations_are_those_of_its_step(stored, architecture, options, kind):
+def test_a_dictionarys_operations_are_those_of_its_step(gpt2, architecture, options, kind):
     """A whole step on real tensors, less what the model's own passes take, which another test counts."""
-    values = recipe(stored("gpt2"), kind, size=400).model_dump(mode="json")
+    values = recipe(gpt2, kind, size=400).model_dump(mode="json")
     values["dictionary"] = {"architecture": architecture, "size": 400, **options}
     if options.get("skip"):
         values |= {"site": "blocks.1.mlp_in", "writes": "blocks.1.hook_mlp_out"}
@@ -325,9 +332,9 @@ def test_a_dictionarys_operations_are_those_of_its_step(stored, architecture, op
 @pytest.mark.parametrize(
     "options", [{"revive": 0.1}, {"aux": 0.1}, {"aux": 0.1, "architecture": "batchtopk", "k": 4}], ids=str
 )
-def test_dead_features_are_planned_as_if_all_were_dead(stored, kind, options):
+def test_dead_features_are_planned_as_if_all_were_dead(gpt2, kind, options):
     """How many there will be is not known before."""
-    base = recipe(stored("gpt2"), kind, size=400)
+    base = recipe(gpt2, kind, size=400)
     peaks = []
     for more in ({}, options):
         of = {"architecture": options.get("architecture", "standard"), "size": 400, **more}
@@ -337,23 +344,23 @@ def test_dead_features_are_planned_as_if_all_were_dead(stored, kind, options):
     assert peaks[1] > peaks[0]
 
 
-def test_a_local_objective_stops_at_the_site(stored):
-    found = plan(recipe(stored("gpt2"), "local")).flops
+def test_a_local_objective_stops_at_the_site(gpt2):
+    found = plan(recipe(gpt2, "local")).flops
     assert found.clean_prefix > 0
     after = ("clean_tail", "clean_readout", "tail_forward", "tail_backward", "readout_forward", "readout_backward")
     assert [getattr(found, name) for name in after] == [0] * 6
 
 
-def test_processes_share_a_batch(stored):
-    alone, one_of_four = (plan(recipe(stored("gpt2"), microbatch=1), processes=n) for n in (1, 4))
+def test_processes_share_a_batch(gpt2):
+    alone, one_of_four = (plan(recipe(gpt2, microbatch=1), processes=n) for n in (1, 4))
     assert (alone.sequences, one_of_four.sequences) == (8, 2)
     assert one_of_four.steps == alone.steps and one_of_four.total_flops == alone.total_flops
     clean = [each.stages[0].parts[CLEAN] for each in (alone, one_of_four)]
     assert clean[1] < clean[0] / 2
-    smaller = plan(recipe(stored("gpt2"), microbatch=1, batch=2))
+    smaller = plan(recipe(gpt2, microbatch=1, batch=2))
     assert one_of_four.stages == smaller.stages
     with pytest.raises(ConfigError, match="3 processes cannot share batches of 8"):
-        plan(recipe(stored("gpt2")), processes=3)
+        plan(recipe(gpt2), processes=3)
 
 
 @pytest.mark.parametrize(
@@ -367,9 +374,9 @@ def test_processes_share_a_batch(stored):
     ids=lambda settings: settings["architecture"],
 )
 @pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
-def test_a_shard_holds_its_features(stored, dictionary):
+def test_a_shard_holds_its_features(gpt2, dictionary):
     def planned(processes, size, **training):
-        config = recipe(stored("gpt2"), microbatch=1, **training).model_dump(mode="json")
+        config = recipe(gpt2, microbatch=1, **training).model_dump(mode="json")
         return plan(RunConfig.build(config | {"dictionary": {"size": size, **dictionary}}), processes=processes)
 
     whole, shard, smaller = planned(1, 4000), planned(8, 4000, shards=4), planned(1, 1000, batch=4)
@@ -385,10 +392,10 @@ def test_a_shard_holds_its_features(stored, dictionary):
         planned(6, 4000, shards=4)
 
 
-def test_blocks_divided_among_processes(stored):
-    sharded = recipe(stored("gpt2"), microbatch=1, model={"sharded": True})
-    whole, part = (plan(each, processes=2) for each in (recipe(stored("gpt2"), microbatch=1), sharded))
-    blocks = load_model(str(stored("gpt2"))).model.transformer.h
+def test_blocks_divided_among_processes(gpt2):
+    sharded = recipe(gpt2, microbatch=1, model={"sharded": True})
+    whole, part = (plan(each, processes=2) for each in (recipe(gpt2, microbatch=1), sharded))
+    blocks = load_model(str(gpt2)).model.transformer.h
     sizes = [sum(each.nbytes for each in block.parameters()) for block in blocks]
     for one, other in zip(whole.stages, part.stages, strict=True):
         assert one.parts[MODEL] - other.parts[MODEL] == sum(sizes) / 2
@@ -398,8 +405,8 @@ def test_blocks_divided_among_processes(stored):
         plan(sharded)
 
 
-def test_what_does_not_fit_is_named_with_settings_that_do(stored):
-    config = recipe(stored("gpt2"), size=4000, microbatch=8)
+def test_what_does_not_fit_is_named_with_settings_that_do(gpt2):
+    config = recipe(gpt2, size=4000, microbatch=8)
     roomy = plan(config)
     assert roomy.fits
     need = roomy.needs[0]
@@ -410,19 +417,19 @@ def test_what_does_not_fit_is_named_with_settings_that_do(stored):
     settings = [word.rstrip(".;") for word in advice.split() if word.startswith("training.") and "=" in word]
     values = {key.removeprefix("training."): int(value) for key, _, value in (word.partition("=") for word in settings)}
     assert set(values) == {"accumulation", "microbatch"}
-    changed = recipe(stored("gpt2"), size=4000, **values)
+    changed = recipe(gpt2, size=4000, **values)
     step = plan(changed).stages[0].bytes
     assert step <= roomy.stages[0].bytes - 2 * MIB < roomy.stages[0].bytes
 
 
-def test_where_nothing_helps_it_says_so(stored):
-    found = plan(recipe(stored("gpt2")), memory=1000)
+def test_where_nothing_helps_it_says_so(gpt2):
+    found = plan(recipe(gpt2), memory=1000)
     assert not found.fits
     assert "No training.accumulation and training.microbatch" in found.needs[0].advice
 
 
-def test_a_gpu_elsewhere_is_planned_with_its_own_chunks(stored):
-    config = recipe(stored("gpt2"), model={"device": "cuda"}, precision="mixed")
+def test_a_gpu_elsewhere_is_planned_with_its_own_chunks(gpt2):
+    config = recipe(gpt2, model={"device": "cuda"}, precision="mixed")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--memory"):
             plan(config)
@@ -437,31 +444,31 @@ def test_a_gpu_elsewhere_is_planned_with_its_own_chunks(stored):
     assert known.flops == found.flops and known.stages == found.stages
     saved = known.flops.per_token - known.sparse_flops
     assert saved == pytest.approx(4 * product - 4 * 2 * WIDTH * active - searched)
-    exact = plan(recipe(stored("gpt2")))
+    exact = plan(recipe(gpt2))
     assert 2 * found.stages[0].parts[MODEL] == pytest.approx(exact.stages[0].parts[MODEL], rel=0.1)
 
 
-def test_mixed_precision_on_a_cpu_holds_a_second_model(stored):
-    exact, mixed = (plan(recipe(stored("gpt2"), precision=p)).stages[0].parts[MODEL] for p in ("exact", "mixed"))
+def test_mixed_precision_on_a_cpu_holds_a_second_model(gpt2):
+    exact, mixed = (plan(recipe(gpt2, precision=p)).stages[0].parts[MODEL] for p in ("exact", "mixed"))
     assert mixed == pytest.approx(1.5 * exact, rel=0.02)
 
 
-def test_what_no_machine_can_run_is_refused(stored):
-    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.3"):
-        plan(recipe(stored("gpt2"), site="blocks.9.hook_resid_pre"))
+def test_what_no_machine_can_run_is_refused(gpt2):
+    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.1"):
+        plan(recipe(gpt2, site="blocks.9.hook_resid_pre"))
     with pytest.raises(ConfigError, match="one step alone takes"):
-        plan(recipe(stored("gpt2"), tokens=CONTEXT))
+        plan(recipe(gpt2, tokens=CONTEXT))
     with pytest.raises(ModelError, match="/nowhere/at/all"):
-        plan(recipe(stored("gpt2"), model={"name": "/nowhere/at/all"}))
+        plan(recipe(gpt2, model={"name": "/nowhere/at/all"}))
 
 
-def test_nothing_is_left_behind_and_no_weight_is_read(stored, tmp_path):
+def test_nothing_is_left_behind_and_no_weight_is_read(gpt2, tmp_path):
     registered = dict(kernels.registered())
     hollow = tmp_path / "model"
     hollow.mkdir()
-    for file in stored("gpt2").iterdir():
+    for file in gpt2.iterdir():
         (hollow / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
-    assert plan(recipe(hollow)).parameters == plan(recipe(stored("gpt2"))).parameters
+    assert plan(recipe(hollow)).parameters == plan(recipe(gpt2)).parameters
     assert dict(kernels.registered()) == registered
     assert torch.ones(2).sum() == 2
     assert not (hollow / "run").exists()
@@ -470,8 +477,8 @@ def test_nothing_is_left_behind_and_no_weight_is_read(stored, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"), [([], 0), (["--memory", "1MiB"], DOES_NOT_FIT), (["--processes", "2"], 0)]
 )
-def test_the_command_prints_and_says_whether_it_fits(stored, tmp_path, arguments, code):
-    config = recipe(stored("gpt2"))
+def test_the_command_prints_and_says_whether_it_fits(gpt2, tmp_path, arguments, code):
+    config = recipe(gpt2)
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     command = ["plan", str(tmp_path / "recipe.yaml"), "training.microbatch=1", *arguments]
     shown = CliRunner().invoke(app, command)
@@ -497,8 +504,8 @@ def measuring():
 @pytest.mark.parametrize("objective", ["local", pytest.param("e2e", marks=pytest.mark.slow)])
 def test_planned_memory_is_near_what_a_run_holds(measuring, objective):
     """A process that trains, measures and saves: the most that it ever holds beyond what it held after its imports."""
-    shape = measuring.Shape("gpt2", 6, 256, 4, 4096, 256, 256, batch=12, layer=2, d_sae=8192)
-    result = measuring.compare(measuring.Case("width 256", shape, objective, microbatch=2), threads=1)["stages"]
+    shape = measuring.Shape("gpt2", 3, 64, 4, 4096, 256, 256, batch=12, layer=1, d_sae=8192)
+    result = measuring.compare(measuring.Case("width 64", shape, objective, microbatch=2), threads=1)["stages"]
     planned, measured = (max(stage[key] for stage in result.values()) for key in ("planned", "measured"))
     assert measured > 300 * MIB
     assert 0.8 < planned / measured < 1.25, result
