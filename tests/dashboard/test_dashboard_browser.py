@@ -575,12 +575,13 @@ def test_a_text_that_cannot_be_read_says_why(opened, served, browser):
     context.close()
 
 
-def test_46080_features_are_few_elements(opened, tmp_path, monkeypatch):
+@pytest.mark.parametrize("d_sae", [4_000, pytest.param(46_080, marks=pytest.mark.slow)])
+def test_many_features_are_few_elements(opened, tmp_path, monkeypatch, d_sae):
     monkeypatch.setattr("endwise.dashboard.site.all_neighbours", lambda *_, **__: [{}])  # which takes a minute
-    run = write_harvested_run(tmp_path / "run", 46_080, groups=())
+    run = write_harvested_run(tmp_path / "run", d_sae, groups=())
     page = opened(write_dashboard([run]).as_uri())
     firings = read_harvest(run).firings
-    assert count(page) == f"{(firings > 0).sum():,} of 46,080 features"
+    assert count(page) == f"{(firings > 0).sum():,} of {d_sae:,} features"
     assert page.evaluate("document.querySelectorAll('*').length") < 1500
     page.get_by_role("grid").focus()
     page.keyboard.press("End")
