@@ -132,6 +132,23 @@ def made(tmp_path_factory):
     return write_tokens(folder)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def coarsely_drawn():
+    """Figures for print have few dots, and outlines in place of subsets of typefaces, which take most of the time."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def coarse(self: Figure, path: Any, **settings: Any) -> None:
+        with mpl.rc_context({"pdf.fonttype": 3}):
+            save(self, path, **(settings | ({"dpi": 50} if "dpi" in settings else {})))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", coarse)
+        yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures for print are empty files: drawing takes longest, and is looked at by other tests."""

@@ -16,6 +16,12 @@ from endwise.figures.print import draw, save
 from endwise.figures.style import first_of_each_name, limits, log_ticks, tick_text
 from made_runs import make_run
 
+
+@pytest.fixture(autouse=True, scope="module")
+def coarsely_drawn():
+    """Nothing: figures are drawn as readers get them."""
+
+
 HOSTILE = '</script><img src=x onerror="alert(1)">&amp;\u202egnp$x$'
 X, Y = Axis("L0: features per token", log=True), Axis("CE increase, nats per token", from_zero=True)
 

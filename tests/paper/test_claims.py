@@ -1,6 +1,7 @@
 """Each claim's verdict can come out either way, and rests on whole intervals."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def curve(kind, l0=1.0, ce=1.0, **changes):
     return [with_mse(run, run.coefficient) for run in runs]
 
 
-def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01, **changes):
+@cache
+def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01):
     """Of a study in which a kind needs `factors` of local's features, a little other for each seed."""
     made = study(sites={SITE: {}})
     runs = [
@@ -47,18 +49,18 @@ def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01, **changes
     costs = [Cost(kind, SITE, None, each, 9, 0.9 * each, 1.1 * each) for kind, each in seconds]
     experiments = Experiments(made, TOKENS, Path("x"))
     recipes = {(r.objective.kind, r.training.learning_rate): r for r in experiments.learning_rates()}
-    values = {
-        "made": StudyRuns(
+    return Findings(
+        made=StudyRuns(
             experiments,
             StudyPlan(TOKENS, (), (), None, {}),
             {SITE: dict.fromkeys(KINDS, 1e-2)},
             costs,
             {},
         ),
-        "sites": {SITE: summary},
-        "similar_l0": {},
-        "norms": {},
-        "experiments": {
+        sites={SITE: summary},
+        similar_l0={},
+        norms={},
+        experiments={
             "learning_rates": tuple(
                 MeasuredStudy(
                     recipe, make_run(kind, 1, 0.2, 40.0 if rate == 1e-2 else 44.0, 900 if rate == 1e-2 else 700)
@@ -68,10 +70,9 @@ def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01, **changes
             "curves": tuple(MeasuredStudy(next(iter(recipes.values())), run) for run in runs if run.seed == 0),
             "seeds": tuple(MeasuredStudy(next(iter(recipes.values())), run) for run in runs if run.seed > 0),
         },
-        "mitigations": None,
-        "settings": EvaluationConfig(bootstrap=100),
-    }
-    return Findings(**(values | changes))
+        mitigations=None,
+        settings=EvaluationConfig(bootstrap=100),
+    )
 
 
 def verdict(found, words):

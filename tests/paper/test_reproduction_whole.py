@@ -22,7 +22,7 @@ STUDY = {
         "data": {"context": 64},
         "dictionary": {"ratio": 2},
         "training": {"tokens": 512, "batch": 2, "alive_window": 512, "checkpoint_every": 2},
-        "evaluation": {"tokens": 1024, "during_training_tokens": 512, "batch": 8, "bootstrap": 50},
+        "evaluation": {"tokens": 512, "during_training_tokens": 128, "batch": 4, "bootstrap": 50},
     },
     "sites": {"blocks.3.hook_resid_pre": {}},
     "kinds": {
@@ -36,6 +36,7 @@ STUDY = {
     "starts": [0.5],
     "cost_tokens": 384,
 }
+pytestmark = pytest.mark.usefixtures("models_outlined_once")
 TIMED = ("costs", "costs_of_variants")
 VERDICTS = {"shown", "not shown", "not testable here"}
 

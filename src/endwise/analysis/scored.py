@@ -152,7 +152,8 @@ def _difference(name: str, at: At, run: S, other: S) -> ScoreDifference[S] | Non
         return None
     draws = resampled_means(a, stream(run.summary)) - resampled_means(b, stream(other.summary))
     interval = percentile_interval(draws, float(a.mean() - b.mean()))
-    return ScoreDifference(name, at, run, other, len(a), interval, draws, permutation_test(a, b, generator))
+    p = permutation_test(a, b, generator, PERMUTATIONS)
+    return ScoreDifference(name, at, run, other, len(a), interval, draws, p)
 
 
 def mean_difference(differences: Sequence[ScoreDifference[Any]]) -> OverSeeds:

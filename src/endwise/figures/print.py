@@ -64,8 +64,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def save(chart: Chart, folder: Path) -> list[Path]:
-    """Write `<name>.pdf` and `<name>.png`, each whole or not at all.
+def save(chart: Chart, folder: Path, forms: Sequence[str] = ("pdf", "png")) -> list[Path]:
+    """Write `<name>.<form>` for each form, each whole or not at all.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -78,10 +78,10 @@ def save(chart: Chart, folder: Path) -> list[Path]:
     paths = []
     with mpl.rc_context(_STYLE):
         figure = draw(chart)
-        for form, told in metadata.items():
+        for form in forms:
             path = folder / f"{chart.name}.{form}"
             with replacing(path) as partial:
-                figure.savefig(partial, format=form, dpi=DPI, metadata=told)
+                figure.savefig(partial, format=form, dpi=DPI, metadata=metadata[form])
             figure.set_layout_engine(None)  # where everything stands is found once
             paths.append(path)
     return paths

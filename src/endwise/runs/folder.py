@@ -35,6 +35,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -428,15 +429,13 @@ def _step_of(line: str) -> int:
 
 def environment() -> dict[str, Any]:
     """Return what a reader needs to repeat the run: versions, platform, command."""
-    versions: dict[str, str | None] = {}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-    }
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    return {"command": sys.argv, **found, "packages": {package: _version(package) for package in REPORTED_PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

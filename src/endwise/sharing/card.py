@@ -1,7 +1,6 @@
 """The card of a repository with SAEs: what they are, their numbers with intervals, and how to load them."""
 
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -99,10 +98,7 @@ def _figure(one: Pareto, number: int, folder: Path) -> Iterable[str]:
     if len(one.runs) < 2:
         return
     chart = pareto_chart(one.runs, one.setting.site, f"pareto-{number}")
-    with tempfile.TemporaryDirectory() as scratch:
-        drawn = next(path for path in save(chart, Path(scratch)) if path.suffix == ".png")
-        (folder / _FIGURES).mkdir(exist_ok=True)
-        (folder / _FIGURES / drawn.name).write_bytes(drawn.read_bytes())
+    (drawn,) = save(chart, folder / _FIGURES, ["png"])
     yield f"![{plain(chart.title)}]({_FIGURES}/{drawn.name})"
     yield plain(chart.caption)
 

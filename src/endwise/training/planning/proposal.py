@@ -114,21 +114,26 @@ def propose(settings: ProposalSettings) -> Proposal:
         "seed": settings.seed,
     }
     values["evaluation"]["during_training_tokens"] = min(20_000, values["evaluation"]["tokens"])
+    if settings.tokens:
+        values["training"] |= _steps(settings.tokens, batch, context)
     made = _fitting(values)
     rate = _speed(device) * EFFICIENCY
     needed = made.sparse_flops or made.flops.per_token
-    values["training"]["tokens"] = settings.tokens or _tokens(rate * SECONDS / needed, there, batch * context)
-    batch = max(1, min(batch, values["training"]["tokens"] // (LEAST_STEPS * context)))
-    steps = values["training"]["tokens"] // (batch * context)
-    values["training"] |= {
-        "batch": batch,
-        "evaluate_every": max(1, steps // 20),
-        "checkpoint_every": max(1, steps // 10),
-    }
+    if not settings.tokens:
+        values["training"] |= _steps(_tokens(rate * SECONDS / needed, there, batch * context), batch, context)
+        made = plan(build_recipe(values))
     config = build_recipe(values)
     assert isinstance(config, RunConfig)
     minutes = needed * config.training.tokens / rate / 60
-    return Proposal(_written(values, width, there), config, plan(config), minutes, tuple(remarks))
+    return Proposal(_written(values, width, there), config, made, minutes, tuple(remarks))
+
+
+def _steps(tokens: int, batch: int, context: int) -> dict[str, int]:
+    """Keys of `training`: batches no larger than asked, and small enough for the least number of steps."""
+    batch = max(1, min(batch, tokens // (LEAST_STEPS * context)))
+    steps = tokens // (batch * context)
+    every = {"evaluate_every": max(1, steps // 20), "checkpoint_every": max(1, steps // 10)}
+    return {"tokens": tokens, "batch": batch, **every}
 
 
 def _kind(device: str) -> str:
