@@ -40,10 +40,7 @@ M = TypeVar("M", bound=Measured)
 class ShownSet(Shown):
     """The runs of one setting, by how many they are, where they lie, and of which methods."""
 
-    setting: Setting
-    runs: Sequence[Any]
-
-    def shown_facts(self) -> dict[str, object]:
+    def shown_facts(self: Any) -> dict[str, object]:
         methods = ", ".join(method.label for method in methods_of(map(summary_of, self.runs)))
         return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
 
