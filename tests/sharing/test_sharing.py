@@ -309,3 +309,4 @@ def test_the_weights_tell_of_no_folder_and_stay_the_same_numbers(runs, hub):
 def test_text_in_a_card_stands_as_it_is():
     assert plain("a|b <i>*x*</i>\n[y](z)") == "a&#124;b &lt;i&gt;&#42;x&#42;&lt;/i&gt; &#91;y&#93;(z)"
     assert plain("hook_resid_pre _x_") == "hook_resid_pre &#95;x&#95;"
+    assert plain('the model\'s "own" CE') == 'the model\'s "own" CE'

@@ -11,7 +11,7 @@ from endwise.analysis.comparable import Setting, methods_of
 from endwise.analysis.comparison.comparison import runs_at_similar, similar_by_seed
 from endwise.common.html import bullets
 from endwise.common.showing import Shown
-from endwise.common.text import model_title
+from endwise.common.text import minus, model_title
 from endwise.config.method import Method
 from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
 
@@ -40,10 +40,7 @@ M = TypeVar("M", bound=Measured)
 class ShownSet(Shown):
     """The runs of one setting, by how many they are, where they lie, and of which methods."""
 
-    setting: Setting
-    runs: Sequence[Any]
-
-    def shown_facts(self) -> dict[str, object]:
+    def shown_facts(self: Any) -> dict[str, object]:
         methods = ", ".join(method.label for method in methods_of(map(summary_of, self.runs)))
         return {"": f"{len(self.runs)} runs at {self.setting.site}", "of": methods}
 
@@ -113,7 +110,7 @@ def measured(metric: str, form: str) -> Callable[[RunSummary], str]:
         number, ends = value(run, metric), run.intervals.get(metric)
         sign = "+" if metric == "ce_increase" else ""
         told = f"{number:{sign}{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
-        return "–" if math.isnan(number) else told
+        return "–" if math.isnan(number) else minus(told)
 
     return cell
 

@@ -36,7 +36,7 @@ _NUMBERS = (
 
 def plain(text: object) -> str:
     """Return text that stands in Markdown as it is, in one line."""
-    told = escape(" ".join(printable(text).split()))
+    told = escape(" ".join(printable(text).split()), quote=False)
     return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", told)
 
 
