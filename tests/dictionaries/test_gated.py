@@ -268,7 +268,7 @@ def test_behind_a_norm_the_gates_term_is_still_fed(model, tmp_path):
     torch.testing.assert_close(SAE.load(run.folder)(x), run.sae(x).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["local", pytest.param("e2e", marks=pytest.mark.slow), "e2e_ds"])
 def test_it_trains_resumes_and_is_measured(model, kind, tmp_path):
     config = RunConfig.build(
         {

@@ -358,7 +358,7 @@ def model():
     return endwise.load_model("embedded")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["local", pytest.param("e2e", marks=pytest.mark.slow), "e2e_ds"])
 def test_it_trains_resumes_and_is_measured(model, kind, tmp_path):
     config = RunConfig.build(recipe(tmp_path / "run", kind, penalty="tanh_quadratic", revive=0.01))
     run = endwise.train(config, model=model, display=False)

@@ -221,8 +221,8 @@ def test_each_prefix_is_measured_on_held_out_text(runs, model):
     lengths = (8, 24, 56, 120)
     assert {name for name in found.metrics if name.startswith("prefix_l0.")} == {f"prefix_l0.{n}" for n in lengths}
     config, sae = RunConfig.build(recipe("x", "batchtopk")), endwise.SAE.load(folder)
-    corpora = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=2048)
-    batch, site = corpora.heldout.batch(range(64)), model.site(config.site)
+    corpora = endwise.corpora_for(model, config.data, training_tokens=1024, evaluation_tokens=1024)
+    batch, site = corpora.heldout.batch(range(32)), model.site(config.site)
     clean = model.clean(batch.tokens, [site], final=True)
     for length in lengths:
         latents = sae.encode(clean.activations[site]).only(torch.arange(256) < length)

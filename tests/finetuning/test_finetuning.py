@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from places import FIXTURES
 TRAINED = FIXTURES / "trained"
 SITE = "blocks.3.hook_resid_pre"
 FEW = TuningSettings(tokens=12_800, measured_on=2048, context=64, overrides=("training.evaluate_every=200",))
+LESS = replace(FEW, tokens=2048, measured_on=1024)
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
 AT_ONCE = ("sae_lens_standard", "sparsify_topk")
 """Of two packages, one with a penalty and one without."""
@@ -58,8 +60,7 @@ def test_it_predicts_better_at_the_same_l0_and_comes_back_as_it_came(embedded, t
 
 def test_what_was_started_is_resumed_and_another_is_refused(embedded, tmp_path):
     path, out = TRAINED / "sae_lens_standard", tmp_path / "run"
-    settings = TuningSettings(tokens=2048, measured_on=2048, context=64)
-    first = finetune(path, model=embedded, settings=settings, out=out)
+    first = finetune(path, model=embedded, settings=LESS, out=out)
     line = RunFolder(out).metrics()[0]  # λ begins at the size at which the penalty weighs half of the local error
     assert line["sparsity_coefficient"] * line["sparsity"] == pytest.approx(START * line["local_mse"], rel=0.3)
     bits = (out / "sae" / "sae_weights.safetensors").read_bytes()
@@ -67,11 +68,11 @@ def test_what_was_started_is_resumed_and_another_is_refused(embedded, tmp_path):
     for checkpoint in folder.saved_steps()[-1:]:
         for file in (out / "checkpoints").glob(f"*{checkpoint:09d}*"):
             file.unlink()
-    again = finetune(path, model=embedded, settings=settings, out=out)
+    again = finetune(path, model=embedded, settings=LESS, out=out)
     assert (out / "sae" / "sae_weights.safetensors").read_bytes() == bits
     assert again.to_json() == first.to_json()
     with pytest.raises(ConfigError, match=r"holds another run \(training.batch|holds another run \(training.tokens"):
-        finetune(path, model=embedded, settings=TuningSettings(tokens=4096, measured_on=2048, context=64), out=out)
+        finetune(path, model=embedded, settings=replace(LESS, tokens=4096), out=out)
 
 
 @pytest.mark.filterwarnings("ignore:.*center_writing_weights")
@@ -87,7 +88,7 @@ def test_what_cannot_be_given_back_is_said_before_training(embedded, tmp_path):
     }
     torch.save({f"{name}.{part}": tensor.contiguous() for part, tensor in state.items()}, tmp_path / "sae.pt")
     said = []
-    settings = TuningSettings(tokens=640, measured_on=2048, context=64)
+    settings = replace(LESS, tokens=640)
     tuned = finetune(
         tmp_path / "sae.pt", model=embedded, settings=settings, out=tmp_path / "run", site=SITE, say=said.append
     )
@@ -106,8 +107,8 @@ def test_an_sae_that_explains_nothing_is_refused_before_training(embedded, tmp_p
 
 def test_the_command_prints_before_and_after(tmp_path):
     shutil.copytree(TRAINED / "sparsify_topk", tmp_path / "sae")
-    options = ["--tokens", "1280", "--measure-on", "2048", "--context", "64", "--site", SITE, "--quiet"]
-    changes = ["training.learning_rate=1e-3", "objective.downstream_mse=0.1"]
+    options = ["--tokens", "1280", "--measure-on", "1024", "--context", "64", "--site", SITE, "--quiet"]
+    changes = ["training.learning_rate=1e-3", "training.evaluate_every=200", "objective.downstream_mse=0.1"]
     result = CliRunner().invoke(
         app, ["finetune", str(tmp_path / "sae"), *changes, *options, "--out", str(tmp_path / "o")]
     )

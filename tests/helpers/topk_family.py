@@ -74,7 +74,7 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
             "checkpoint_every": 8,
             **training,
         },
-        "evaluation": {"tokens": 2048, "during_training_tokens": 128, "bootstrap": 20},
+        "evaluation": {"tokens": 1024, "during_training_tokens": 128, "bootstrap": 20},
         "out": str(out),
         "seed": seed,
     }

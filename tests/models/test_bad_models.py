@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from bad_input import ODD_JSON, refused, told, write_place
 from small_gpt2 import small_model
 
-repeated = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+repeated = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Payload:
@@ -41,7 +41,7 @@ def model(place, tmp_path):
 CONFIG = small_model().model.config.to_dict()
 
 
-@settings(repeated, max_examples=40)
+@settings(repeated, max_examples=20)
 @given(key=st.sampled_from(sorted({*CONFIG, "auto_map", "quantization_config", "text_config"})), value=ODD_JSON)
 def test_any_value_in_a_models_configuration(place, tmp_path, key, value):
     file = place / "model" / "config.json"

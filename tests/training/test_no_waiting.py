@@ -129,7 +129,7 @@ def sparse_training(folder, kernels, trainee):
     """Train one of each kind of dictionary, with sparse latents whatever their number, and return their tensors."""
     tokens, runs = write_tokens(folder), []
     for number, dictionary in enumerate(DICTIONARIES):
-        config = recipe(folder / f"{trainee.__name__}{number}", tokens=320, microbatch=1).model_dump(mode="json")
+        config = recipe(folder / f"{trainee.__name__}{number}", tokens=192, microbatch=1).model_dump(mode="json")
         config["dictionary"] = {"size": 40, **dictionary}
         if "k" in dictionary:
             config["objective"]["sparsity"] = None

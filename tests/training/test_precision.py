@@ -93,7 +93,7 @@ def write_own_text(model, path, tokens):
     np.save(path, ids.flatten().numpy().astype(np.uint16))
 
 
-@pytest.mark.parametrize("kind", ["e2e", "e2e_ds"])
+@pytest.mark.parametrize("kind", [pytest.param("e2e", marks=pytest.mark.slow), "e2e_ds"])
 def test_a_run_ends_alike(kind, tmp_path):
     """Rounding pushes each run a little aside, to either side. Over several runs, each paired with the exact one of its
     seed, the differences are compared with what they scatter: chance finds one beyond the band once in 10,000 times.

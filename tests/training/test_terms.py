@@ -108,7 +108,7 @@ def test_it_is_resumed_to_the_same_bits(trained, model, corpora, tmp_path):
         assert torch.equal(getattr(again.sae, name), getattr(trained.sae, name))
 
 
-def test_it_is_swept_measured_and_drawn(made, models_outlined_once, tmp_path):
+def test_it_is_swept_measured_and_drawn(made, models_outlined_once, tmp_path, undrawn):
     grids = (
         {"objective.kind": "e2e", "objective.sparsity.coefficient": [0.1, 0.3]},
         {
