@@ -60,6 +60,7 @@ def chat_server(**told):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or every answer is late by 40 ms
 
         def log_message(self, *arguments):
             pass

@@ -73,6 +73,7 @@ def oid(content):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer is late by 40 ms
     hub: Hub
 
     def log_message(self, *arguments):
