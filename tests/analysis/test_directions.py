@@ -220,7 +220,7 @@ def test_a_run_without_an_sae_is_refused(folder, tmp_path):
         measure_directions([tmp_path])
 
 
-def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path):
+def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path, undrawn):
     """Of runs whose CE increases are alike, which these, trained for a moment, hardly have."""
     original, folder = folder, shutil.copytree(folder, tmp_path / "runs")
     for file in folder.glob("*/evaluation.json"):

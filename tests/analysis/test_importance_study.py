@@ -222,7 +222,7 @@ def runs(model, corpora, token_files, tmp_path_factory):
     return place
 
 
-def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path):
+def test_a_study_is_written_as_tables_figures_and_a_page(model, corpora, runs, tmp_path, undrawn):
     studies = importance([runs], ablate=4, model=model, corpora=corpora)
     assert len(studies) == 1 and [run.summary.kind for run in studies[0].runs] == ["local", "e2e"]
     arguments = ["importance", runs, "--ablate", 4, "--out", tmp_path]  # which finds them measured

@@ -122,7 +122,7 @@ def test_kinds_of_other_ce_increase_bear_no_verdict():
     assert claims[0].verdict == "not testable here" and "further apart than" in claims[0].ours
 
 
-def test_the_page_shows_text_as_text(tmp_path):
+def test_the_page_shows_text_as_text(tmp_path, undrawn):
     page = write_interpretability([study(local=(0.7, 0.5), e2e=(0.6, 0.5), e2e_ds=(0.8, 0.5))], tmp_path)
     text = page.read_text()
     assert "<b>local</b>" not in text

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from endwise import SAE, evaluate, train
+from endwise.analysis import scored
 from endwise.analysis.comparable import Setting
 from endwise.analysis.patterns.page import print_patterns, write_patterns_page
 from endwise.analysis.patterns.study import PatternRun, PatternStudy, patterns
@@ -28,6 +30,11 @@ from made_runs import make_run
 from small_gpt2 import data, recipe
 
 SETTINGS = PatternSettings(random=5, substitutes=3, contexts=4, longest=3, least=2)
+
+
+@pytest.fixture(autouse=True)
+def _few_permutations(monkeypatch):
+    monkeypatch.setattr(scored, "PERMUTATIONS", 199)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +167,7 @@ def predicted(kind, f1, shuffled, seed=0, features=40):
     return PatternRun(summary, Patterns.of(own, texts, scores, about))
 
 
+@cache
 def study(seeds=(0, 1, 2), **means):
     runs = tuple(predicted(kind, f1, 0.1, seed) for kind, f1 in means.items() for seed in seeds)
     return PatternStudy(Setting.of(runs[0].summary), runs)

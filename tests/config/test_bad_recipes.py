@@ -17,7 +17,7 @@ from endwise.config.strict_yaml import DEEPEST, LARGEST, parse_yaml
 from small_gpt2 import data, recipe, small_model, write_tokens
 
 # A file or a folder of the module's is written again for each example.
-repeated = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+repeated = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

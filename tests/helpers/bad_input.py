@@ -4,10 +4,12 @@ import json
 import pickle
 import struct
 import unicodedata
+from functools import cache
 
 import yaml
+from click.testing import CliRunner
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.main import get_command
 
 from endwise.cli import app
 from small_gpt2 import data, recipe, small_model, write_tokens
@@ -22,9 +24,12 @@ def hidden_in(text: str) -> set[str]:
     return {character for character in text if unicodedata.category(character) in HIDDEN} - set("\n\u200c\u200d")
 
 
+parsers = cache(get_command)  # which takes longer than most of the commands
+
+
 def told(*arguments):
     """Runs a command in this process: it ends well, or with a message of ours or of the command line's own."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(parsers(app), [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     if result.exit_code:

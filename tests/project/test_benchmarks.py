@@ -193,6 +193,7 @@ def test_the_breakdown_adds_up_and_leaves_nothing_behind(bench, gpt2, prepared):
     assert sum(clock.spent.values()) <= wall
 
 
+@pytest.mark.slow
 def test_a_worker_in_a_process_of_its_own(bench, gpt2, prepared):
     harness = bench["harness"]
     environment = harness.worker_environment(1)

@@ -58,10 +58,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("step", [0, 6, 13])
-def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, case, step):
-    whole = train(recipe(tmp_path / "whole", "e2e_ds", **CASES[case]), model=model, corpora=corpora, display=False)
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(model, corpora, tmp_path_factory, case):
+    """A run that was not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train(recipe(out, "e2e_ds", **CASES[case]), model=model, corpora=corpora, display=False)
+
+
+@pytest.mark.parametrize("step", [0, 6, pytest.param(13, marks=pytest.mark.slow)])
+def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, case, step, whole):
     config = recipe(tmp_path / "cut", "e2e_ds", **CASES[case])
     with pytest.raises(Interrupted, match=f"saved at step {step + 1}"):
         interrupt_at(step, [config], model, corpora)

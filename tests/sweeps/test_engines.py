@@ -129,6 +129,7 @@ def test_more_than_a_machine_has_is_refused(made, tmp_path, two_workers, asked, 
         engine_of(a_sweep(made, tmp_path, LOCAL, engine="ray", ray=asked))
 
 
+@pytest.mark.slow
 def test_a_ray_of_its_own_is_given_back(made, tmp_path, two_workers):
     two_workers.shutdown()
     engine = engine_of(a_sweep(made, tmp_path, LOCAL, engine="ray"))

@@ -67,7 +67,8 @@ def start_or_resume(group: Group, model: LanguageModel, corpora: Corpora, from_s
         else:
             member.folder.create(member.config)
         member.folder.mirror.started(member.config, member.folder.path, member.trainee.step)
-        member.folder.take_over(member.config, member.trainee.step)
+        if member.folder.path in started:
+            member.folder.take_over(member.config, member.trainee.step)
         digests = stands_on | beginning(member.config) if member.trainee.step == 0 else None
         member.folder.describe(member.config, data, digests)
         member.describe_places(data, stands_on if member.trainee.step == 0 else None)
