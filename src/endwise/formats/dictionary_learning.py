@@ -107,7 +107,10 @@ class DictionaryLearning(Format):
         if kind.subtracts != stored.subtracts_b_dec:
             own = {"b_gate": None, "b_mag": "r_mag"} if name == "GatedAutoEncoder" else {"b_enc": None}
             tensors = shifted(tensors, 1 if kind.subtracts else -1, own)
-        written = {theirs: _as_theirs(tensors, ours) for theirs, ours in kind.names.items()}
+        written = {
+            theirs: tensors[ours.removesuffix(TRANSPOSED)].mT if ours.endswith(TRANSPOSED) else tensors[ours]
+            for theirs, ours in kind.names.items()
+        }
         trainer: dict[str, Any] = {"dict_class": name, "activation_dim": stored.config["d_in"]}
         trainer["dict_size"] = stored.config["d_sae"]
         if name == "AutoEncoderTopK":
@@ -120,7 +123,8 @@ class DictionaryLearning(Format):
         if site.startswith(block) and site.split(".")[1].isdecimal():
             layer = int(site.split(".")[1])
         about = told(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
-        write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": _buffer(stored)})
+        buffer = told(ctx_len=stored.metadata.get("context_size"))
+        write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": buffer})
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         config, trainer = config_at(path / CONFIG_FILE), _trainer(path)
@@ -146,14 +150,6 @@ def _trainer(path: Path) -> dict[str, Any]:
     if not isinstance(trainer, dict):
         raise FormatError(f"{path / CONFIG_FILE} must have a section trainer, which says the dict_class. Restore it.")
     return trainer
-
-
-def _buffer(stored: Stored) -> dict[str, Any]:
-    return told(ctx_len=stored.metadata.get("context_size"))
-
-
-def _as_theirs(tensors: Mapping[str, Tensor], ours: str) -> Tensor:
-    return tensors[ours.removesuffix(TRANSPOSED)].mT if ours.endswith(TRANSPOSED) else tensors[ours]
 
 
 def _unit_directions(stored: Stored) -> Stored:

@@ -1,6 +1,7 @@
 """Quantisers of transformers' that pack a model's weights in 8 or 4 bits as it is loaded."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,23 +15,14 @@ from endwise.models.plain_weights import is_quantised, quantiser_of
 Make = Callable[[torch.dtype], Any]
 """Of the dtype that is computed in, transformers' configuration of a quantiser."""
 
-
-def _bitsandbytes_8bit(_dtype: torch.dtype) -> Any:
-    return transformers.BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _bitsandbytes_4bit(dtype: torch.dtype) -> Any:
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _torchao_8bit(_dtype: torch.dtype) -> Any:
-    return transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
-
-
+_nf4 = partial(transformers.BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
 QUANTISERS: Mapping[str, tuple[str, Make]] = {
-    "bitsandbytes-8bit": ("bitsandbytes", _bitsandbytes_8bit),
-    "bitsandbytes-4bit": ("bitsandbytes", _bitsandbytes_4bit),
-    "torchao-8bit": ("torchao", _torchao_8bit),
+    "bitsandbytes-8bit": ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_8bit=True)),
+    "bitsandbytes-4bit": ("bitsandbytes", lambda dtype: _nf4(bnb_4bit_compute_dtype=dtype)),
+    "torchao-8bit": (
+        "torchao",
+        lambda _: transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig()),
+    ),
 }
 """By name, the package that packs and computes, and what is asked of it. All leave the unembedding as it is."""
 

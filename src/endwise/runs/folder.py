@@ -122,12 +122,11 @@ class RunFolder(ShownRun):
             raise RunFolderError(
                 f"{self.path} holds a run already. Resume it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
-        if there_is(self.path) and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        # A process that was killed before its run began leaves its lock, and files half-written.
+        foreign = any(file != self._lock_file and not file.name.endswith(PARTIAL) for file in files)
+        if foreign or (there_is(self.path) and not self.path.is_dir()):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
-
-    def _is_foreign(self, file: Path) -> bool:
-        """Tell if a file is more than what a process that was killed before its run began leaves."""
-        return file != self._lock_file and not file.name.endswith(PARTIAL)
 
     def create(self, config: Recipe) -> None:
         """Start a new run. From here on it can be resumed, so the recipe comes first.
