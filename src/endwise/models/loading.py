@@ -238,12 +238,10 @@ def _digesting(
     if folder is None:
         return None
     stored = partial(of_stored_model, folder, gguf_file, with_code=with_code)
-    return stored if adapter is None else partial(_of_adapted, stored, adapter)
-
-
-def _of_adapted(base: Callable[[], str], adapter: Adapter) -> str:
+    if adapter is None:
+        return stored
     files = [adapter.folder / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
-    return of_text(base(), of_files(files, adapter.folder))
+    return lambda: of_text(stored(), of_files(files, adapter.folder))
 
 
 def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
@@ -308,9 +306,8 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str)
         tokenizer: or why there is none.
     """
     try:
-        if isinstance(tokenizer, str):
-            return LanguageModel(model, None, name, tokenizer)
-        return LanguageModel(model, tokenizer, name)
+        none = isinstance(tokenizer, str)
+        return LanguageModel(model, None if none else tokenizer, name, tokenizer if none else "")
     except ModelError:
         raise
     except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in
