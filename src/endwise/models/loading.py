@@ -34,8 +34,15 @@ from endwise.models.files import check_files, find_adapter, tokenizer_files, wei
 from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, with_gguf_file
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
-from endwise.models.quantisers import QUANTISERS, quantisation, refuse_unpacked
+from endwise.models.plain_weights import (
+    QUANTISERS,
+    is_quantised,
+    quantisation,
+    quantiser_of,
+    refuse_packed_files,
+    refuse_quantised,
+    refuse_unpacked,
+)
 from endwise.models.quiet import quiet_transformers
 from endwise.models.sharding import Shard, lend_blocks, sharder
 
@@ -72,7 +79,7 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
         sharded: divide its blocks among the processes that train or evaluate together; alone, it is whole. On a machine
             one process after another reads the weights, so that its memory need hold them once.
-        quantization: one of `quantisers.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
+        quantization: one of `plain_weights.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one

@@ -25,7 +25,7 @@ from endwise.common.showing import Shown
 from endwise.common.statistics import Floats
 from endwise.common.tables import write_parquet
 from endwise.features.patterns.trie import Pattern
-from endwise.runs.weights import check_same_weights
+from endwise.runs.finding import check_same_weights
 
 PATTERNS_FOLDER = "patterns"
 PATTERNS_FORMAT = 1
