@@ -35,13 +35,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from endwise.common.digests import of_file
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.extras import version_of
 from endwise.common.files import (
     PARTIAL,
     expanded,
@@ -366,11 +365,6 @@ class RunFolder(ShownRun):
         steps = self.saved_steps()
         return self.checkpoint(steps[-1]) if steps else None
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """All but the latest `keep`."""
-        for step in self.saved_steps()[:-keep]:
-            self.checkpoint(step).unlink()
-
 
 def parts_of(run: Path) -> list[RunFolder]:
     """List the folders that hold a run's SAEs: its own, or each place's."""
@@ -429,12 +423,4 @@ def _step_of(line: str) -> int:
 def environment() -> dict[str, Any]:
     """Return what a reader needs to repeat the run: versions, platform, command."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    return {"command": sys.argv, **found, "packages": {package: _version(package) for package in REPORTED_PACKAGES}}
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {"command": sys.argv, **found, "packages": {package: version_of(package) for package in REPORTED_PACKAGES}}
