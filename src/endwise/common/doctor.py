@@ -44,8 +44,9 @@ def examine() -> Examination:
     hub = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     memory = available_memory()
     processor = _of_processor("model name") or platform.processor() or platform.machine()
+    own = version_of("endwise") or "not installed"
     facts = {
-        "endwise": f"{version_of('endwise') or 'not installed'}, Python {platform.python_version()}, {platform.platform()}",
+        "endwise": f"{own}, Python {platform.python_version()}, {platform.platform()}",
         "packages": ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in SHOWN),
         "extras": ", ".join(_extras()) or "none",
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "

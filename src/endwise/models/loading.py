@@ -79,7 +79,7 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
         sharded: divide its blocks among the processes that train or evaluate together; alone, it is whole. On a machine
             one process after another reads the weights, so that its memory need hold them once.
-        quantization: one of `plain_weights.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
+        quantization: one of `QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one
