@@ -181,10 +181,13 @@ def measure(
     text, facts = corpus.text_digest(sequences), {"asked_tokens": config.tokens, **facts_of_text(model, corpus)}
     found: dict[str, Evaluation] = {}
     for name, (_, sae) in saes.items():
-        own = {n: collected[name, n] for n in shares[name]}
-        bounds = {kind: each for (spot, kind), each in ablations.items() if spot == spots[name]}
+        own, bounds = {n: collected[name, n] for n in shares[name]}, _bounds(ablations, spots[name])
         found[name] = replace(_summarise(places[name], sae, own, bounds, config, facts), text=text)
     return found
+
+
+def _bounds(ablations: "Mapping[tuple[Spot, str], Collector]", spot: Spot) -> "dict[str, Collector]":
+    return {kind: each for (where, kind), each in ablations.items() if where == spot}
 
 
 def _compared(

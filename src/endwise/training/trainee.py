@@ -343,9 +343,8 @@ class Trainee:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was at a checkpoint, the generators that all code shares included."""
-        own = self.checkpoint().tensors
+        tensors, own = checkpoint.tensors, self.checkpoint().tensors
         check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
-        tensors = checkpoint.tensors
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         restore_optimizer(self.optimizer, self.sae, tensors)
         self.last_fired = tensors["last_fired"].to(self.last_fired.device)

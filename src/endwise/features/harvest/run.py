@@ -94,8 +94,7 @@ def harvest(
         configs = {path: RunFolder.config_of_trained(path) for path in trained_runs(runs)}
         texts = {path: request.fingerprint(path, corpora) for path in configs}
         settings = {path: {**request.settings(path, each), OF_RUN: texts[path]} for path, each in configs.items()}
-        earlier = {} if again else {path: read_harvest(path) for path in configs}
-        results = {path: old for path, old in earlier.items() if old and _serves(old, settings[path], texts[path])}
+        results = {} if again else _earlier(settings, texts)
         for paths in sharing_groups({path: each for path, each in configs.items() if path not in results}, tokens):
             group = _group({path: configs[path] for path in paths}, request, settings, model, corpora)
             results |= group.harvest(save_seconds, display)
@@ -105,6 +104,14 @@ def harvest(
 
 def _read(text: Text | str) -> Text:
     return text if text == "heldout" or text == "train" else expanded(text)
+
+
+def _earlier(
+    settings: Mapping[Path, Mapping[str, Any]], texts: Mapping[Path, str | None]
+) -> dict[Path, Harvest | None]:
+    """The harvests of before that will do, by run."""
+    found = {path: read_harvest(path) for path in settings}
+    return {path: old for path, old in found.items() if old and _serves(old, settings[path], texts[path])}
 
 
 def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) -> bool:
