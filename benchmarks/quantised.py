@@ -24,7 +24,7 @@ from torch import Tensor
 from endwise import LanguageModel, Site, load_model
 from endwise.common.digests import tensor_parts
 from endwise.common.errors import EndwiseError
-from endwise.models.quantisers import QUANTISERS
+from endwise.models.plain_weights import QUANTISERS
 from endwise.models.sites import Part
 from harness import give_out, machine
 

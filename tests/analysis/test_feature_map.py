@@ -18,8 +18,7 @@ from endwise.analysis.geometry.feature_map import (
     region_rows,
     top_tokens,
 )
-from endwise.analysis.geometry.map_page import map_chart
-from endwise.analysis.geometry.page import write_geometry
+from endwise.analysis.geometry.page import map_chart, write_geometry
 from endwise.common.errors import ConfigError
 from endwise.figures.interactive import div, in_words
 from endwise.figures.style import CROWD

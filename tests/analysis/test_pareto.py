@@ -8,8 +8,7 @@ import pytest
 
 from endwise.analysis.comparable import Setting, runs_in
 from endwise.analysis.pareto.curves import band, front, pareto, point_rows, ratio_rows
-from endwise.analysis.pareto.page import pareto_chart
-from endwise.analysis.pareto.prefixes import prefix_chart, prefix_rows
+from endwise.analysis.pareto.page import pareto_chart, prefix_chart, prefix_rows
 from endwise.analysis.ratios import ratio_of
 from endwise.common.errors import RunFolderError
 from endwise.common.statistics import interpolate_at, resampling_weights

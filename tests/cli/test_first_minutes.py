@@ -2,7 +2,6 @@
 
 import json
 import math
-from importlib.metadata import version
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from bad_input import refused, told, write_place
 from endwise.cli import app
 from endwise.common.doctor import examine
+from endwise.common.extras import version_of
 from endwise.common.files import write_atomic, write_json
 from endwise.common.remarks import diverged
 from endwise.config.objective import loss_of
@@ -150,7 +150,7 @@ def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):
     assert result.exit_code == 1
     assert any("ENDWISE_CACHE" in problem for problem in json.loads(result.stdout)["problems"])
     versions = {"pytest": "0.1", "rich": "0.1"}
-    monkeypatch.setattr("endwise.common.doctor.version", lambda package: versions.get(package) or version(package))
+    monkeypatch.setattr("endwise.common.doctor.version_of", lambda name: versions.get(name) or version_of(name))
     told = " ".join(examine().problems)
     assert "rich is 0.1, and endwise asks for" in told and "pytest" not in told
 

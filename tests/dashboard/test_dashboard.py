@@ -18,12 +18,11 @@ from endwise.common.text import printable
 from endwise.config.objective import KINDS
 from endwise.dashboard import write_dashboard
 from endwise.dashboard.nearest import Dictionary, all_neighbours
-from endwise.dashboard.run_data import SHARD
+from endwise.dashboard.run_data import ACTIVE, BOOSTED, PEAK, REASONS, SHARD
+from endwise.dashboard.run_data import TOKENS_OF_A_FILE as TOKENS_OF_SHARD
 from endwise.dashboard.scripts import packed, script, short
 from endwise.dashboard.site import assets
 from endwise.dashboard.sources import read_sources
-from endwise.dashboard.token_index import ACTIVE, BOOSTED, PEAK, REASONS
-from endwise.dashboard.token_index import SHARD as TOKENS_OF_SHARD
 from endwise.dictionaries import SAE
 from endwise.features.harvest.results import TOP, read_harvest
 from endwise.figures.style import COLOURS

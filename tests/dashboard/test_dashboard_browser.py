@@ -11,7 +11,7 @@ from bad_input import HOSTILE
 from endwise import load_model
 from endwise.common.text import printable
 from endwise.dashboard import write_dashboard
-from endwise.dashboard.serving import dashboard_server
+from endwise.dashboard.server import dashboard_server
 from endwise.features.harvest.results import TOP, read_harvest
 from made_harvests import write_harvested_run, write_predicted, write_said
 from small_gpt2 import SITE

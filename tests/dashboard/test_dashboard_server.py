@@ -14,8 +14,7 @@ from endwise import Clamp, Steer, load_model
 from endwise.common.errors import ConfigError, RunFolderError
 from endwise.common.text import printable
 from endwise.config.run import DataConfig
-from endwise.dashboard.server import LARGEST_REQUEST, DashboardServer
-from endwise.dashboard.serving import dashboard_server
+from endwise.dashboard.server import LARGEST_REQUEST, DashboardServer, dashboard_server
 from endwise.dashboard.text import OVER_TEXT, PER_TOKEN, PREDICTED, TextReader
 from endwise.dictionaries import SAE
 from endwise.features.explanations import Explanation, write_explanations

@@ -21,10 +21,9 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError, EndpointError, FormatError, RunFolderError
 from endwise.explaining.asking import Call, CallStats, run_async
 from endwise.explaining.cache import Answer, in_memory, opened, request_key
-from endwise.explaining.client import connected
+from endwise.explaining.client import Pace, connected, retry_after
 from endwise.explaining.endpoint import Endpoint, find_endpoint
 from endwise.explaining.explain import Estimate, estimate_lines, explain, plan
-from endwise.explaining.pacing import Pace, retry_after
 from endwise.explaining.settings import RetryPolicy, Settings
 from endwise.features.explanations import read_explanations
 from warm import Warm

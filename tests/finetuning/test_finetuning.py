@@ -13,7 +13,7 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError, FormatError
 from endwise.evaluation.inspecting import inspect
 from endwise.finetuning import TuningSettings, finetune
-from endwise.finetuning.moved import Moved
+from endwise.finetuning.result import Moved
 from endwise.runs.folder import RunFolder
 from endwise.training.sparsity import START
 from places import FIXTURES

@@ -11,9 +11,8 @@ import transformers as hf
 from endwise import LanguageModel, RunConfig, Site, evaluate, load_model, train
 from endwise.common.digests import tensor_parts
 from endwise.common.errors import ConfigError, ModelError
-from endwise.models.plain_weights import keep_differentiable
-from endwise.models.quantisers import QUANTISERS as OF_RECIPES
-from endwise.models.quantisers import quantisation, refuse_unpacked
+from endwise.models.plain_weights import QUANTISERS as OF_RECIPES
+from endwise.models.plain_weights import keep_differentiable, quantisation, refuse_unpacked
 from endwise.models.sites import Part
 from endwise.training.planning.plan import plan
 from small_gpt2 import recipe

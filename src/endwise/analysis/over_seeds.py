@@ -33,18 +33,12 @@ class Scale:
     back: Callable[[float], float]
 
 
-def _logs(values: Floats) -> Floats:
-    return np.log(np.where(values > 0, values, np.nan))
-
-
-def _fishers(values: Floats) -> Floats:
-    """z of a correlation; a perfect one counts as very nearly so."""
-    return np.arctanh(np.clip(values, -1 + 1e-9, 1 - 1e-9))
-
-
 PLAIN = Scale(lambda values: values, float)
-RATIO = Scale(_logs, lambda value: float(np.exp(value)))
-CORRELATION = Scale(_fishers, lambda value: float(np.tanh(value)))
+RATIO = Scale(lambda values: np.log(np.where(values > 0, values, np.nan)), lambda value: float(np.exp(value)))
+CORRELATION = Scale(
+    lambda values: np.arctanh(np.clip(values, -1 + 1e-9, 1 - 1e-9)), lambda value: float(np.tanh(value))
+)
+"""Fisher's z; a perfect correlation counts as very nearly so."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ def print_sets(
     told: Callable[[S], Iterable[Grid | str]],
 ) -> None:
     """Show of each set its tables, what must be remarked on its runs, and what they show."""
-    console = console or Console()
     for one in found:
         for each in tables(one):
             show(each, console)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from markupsafe import Markup
 
 from endwise.analysis.comparable import Setting, methods_of
@@ -13,7 +14,7 @@ from endwise.common.html import bullets
 from endwise.common.showing import Shown
 from endwise.common.text import minus, model_title
 from endwise.config.method import Method
-from endwise.evaluation.summary import RunSummary, knob_labels, later_mse, remarks_of
+from endwise.evaluation.summary import RunSummary, knob_labels, remarks_of
 
 
 @runtime_checkable
@@ -128,8 +129,8 @@ def _ce_increase(run: RunSummary) -> str:
 
 
 def _later_mse(run: RunSummary) -> str:
-    mse = later_mse(run)
-    return "–" if mse is None else f"{mse:.3g}"
+    """Mean over the later sites of the downstream MSE."""
+    return f"{np.mean(list(run.downstream_mse.values())):.3g}" if run.downstream_mse else "–"
 
 
 KNOB = "knob"

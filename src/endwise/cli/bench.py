@@ -61,8 +61,6 @@ def bench(
 
 def _show(suite: str, found: "Bench") -> None:
     """Print the suite's numbers, beside those of endwise, and where they are kept."""
-    from rich.console import Console
-
     from endwise.common.terminal import Grid, show
 
     others = [found.ours] if found.ours else []
@@ -71,5 +69,5 @@ def _show(suite: str, found: "Bench") -> None:
         (name, *(f"{each[name]:.5g}" if name in each else "" for each in [found.numbers, *others]))
         for name in found.numbers
     ]
-    show(Grid(headings, rows), Console())
+    show(Grid(headings, rows))
     echo(f"Its numbers: {found.file}")

@@ -160,7 +160,7 @@ def serve(
     """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type, and
     where does one steer it?
     """
-    from endwise.dashboard.serving import dashboard_server
+    from endwise.dashboard.server import dashboard_server
 
     with dashboard_server(runs, port=port, again=again, say=None if quiet else status) as server:
         echo(f"{server.url} (Ctrl+C ends it)")

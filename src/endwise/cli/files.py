@@ -127,8 +127,6 @@ def finetune(
 
     Exit code: 0 if it was tuned, 6 if it cannot be read or is far from what it states, 7 if training stopped.
     """
-    from rich.console import Console
-
     from endwise.common.terminal import Grid, show
     from endwise.finetuning import TuningSettings
     from endwise.finetuning import finetune as run
@@ -141,7 +139,7 @@ def finetune(
         print_json(made.to_json())
         return
     for name, each in {"text like that it was tuned on": made.text, **made.others}.items():
-        show(Grid((f"on {name}", "before", "after"), list(each.rows())), Console())
+        show(Grid((f"on {name}", "before", "after"), list(each.rows())))
     ratio = made.text.ce_increase
     echo(f"CE increase: {ratio.estimate:.1%} of what it was, 95 % [{ratio.low:.1%}, {ratio.high:.1%}] over text")
     moved = made.moved.quantiles(made.moved.decoder)

@@ -5,7 +5,6 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from packaging.requirements import Requirement
 
 from endwise.common.digests import cache_folder
 from endwise.common.errors import RunFolderError
-from endwise.common.extras import requirements
+from endwise.common.extras import requirements, version_of
 from endwise.common.files import check_can_write, expanded
 from endwise.common.machine import available_memory, free_disk, size_text
 
@@ -45,9 +44,10 @@ def examine() -> Examination:
     hub = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     memory = available_memory()
     processor = _of_processor("model name") or platform.processor() or platform.machine()
+    own = version_of("endwise") or "not installed"
     facts = {
-        "endwise": f"{_version('endwise')}, Python {platform.python_version()}, {platform.platform()}",
-        "packages": ", ".join(f"{name} {_version(name)}" for name in SHOWN),
+        "endwise": f"{own}, Python {platform.python_version()}, {platform.platform()}",
+        "packages": ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in SHOWN),
         "extras": ", ".join(_extras()) or "none",
         "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if 'amx_bf16' in _of_processor('flags').split() else ''}",
@@ -60,19 +60,12 @@ def examine() -> Examination:
     return Examination(facts, (*_conflicts(), *_of_devices(), *_of_places(cache_folder(), hub, Path.cwd())))
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _extras() -> list[str]:
     """List the extras all of whose packages are installed."""
     packages: dict[str, list[bool]] = {}
     for requirement, extra in requirements():
         if extra is not None:
-            packages.setdefault(extra, []).append(_version(requirement.name) != "not installed")
+            packages.setdefault(extra, []).append(version_of(requirement.name) is not None)
     return [extra for extra, there in packages.items() if all(there)]
 
 
@@ -81,8 +74,8 @@ def _conflicts() -> Iterator[str]:
     for requirement, extra in requirements():
         if extra == "dev":  # whose tools are nobody else's
             continue
-        found = _version(requirement.name)
-        if found == "not installed":
+        found = version_of(requirement.name)
+        if found is None:
             if extra is None:
                 yield f"{requirement.name} is not installed. Install it: {_pip(requirement)}"
         elif not requirement.specifier.contains(found, prereleases=True):

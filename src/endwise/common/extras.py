@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, requires
+from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from packaging.requirements import Requirement
@@ -23,6 +24,15 @@ def requirements() -> Iterator[tuple[Requirement, str | None]]:
     for line in lines:
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
         yield Requirement(line), extra[1] if extra else None
+
+
+@cache
+def version_of(package: str) -> str | None:
+    """Return the version of a package that is installed; None: it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def extra_of(package: str) -> str | None:

@@ -5,7 +5,7 @@ shown wherever its numbers are: on the terminal, in tables, in JSON and on every
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -191,15 +191,6 @@ _RULES: tuple[Callable[[Record], str | None], ...] = (
 )
 
 
-MARKED = ("!",)
-"""The heading of a column that says which runs have remarks."""
-
-
-def mark_of(remarks: Collection[str], marked: Collection[str] = MARKED) -> list[str]:
-    """The cells of a run under `marked`: how many remarks there are on it."""
-    return [f"{len(remarks)} below" if remarks else ""] * len(marked)
-
-
-def show_remarks(remarks: Iterable[str], console: Console) -> None:
+def show_remarks(remarks: Iterable[str], console: Console | None = None) -> None:
     for remark in remarks:
         show(f"! {remark}", console)

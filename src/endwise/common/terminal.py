@@ -121,8 +121,18 @@ def _lines(text: str, width: int, fold: bool, style: str = "", indent: str = "")
     return Text("\n".join(lines).replace(_GLUE, " "), style)
 
 
-def show(what: Grid | str, console: Console) -> None:
-    """A grid, or a sentence; broken into lines only where a terminal shows it, and names not even there."""
+def note(text: str, shown: bool = True) -> None:
+    """Say something on stderr, if it is to be said."""
+    show(text, Console(stderr=True, quiet=not shown))
+
+
+def show(what: Grid | str, console: Console | None = None) -> None:
+    """A grid, or a sentence; broken into lines only where a terminal shows it, and names not even there.
+
+    Args:
+        console: unset: stdout's.
+    """
+    console = console or Console()
     width = console.width
     try:
         if not console.is_terminal:

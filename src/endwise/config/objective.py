@@ -103,10 +103,6 @@ class SparsityConfig(Config):
         """Key and value of what λ is steered to; None: it is not."""
         return next(((name, value) for name in TARGETS if (value := getattr(self, name)) is not None), None)
 
-    def without_powers(self) -> "SparsityConfig":
-        """The same, for a penalty that is not one of powers."""
-        return self.model_copy(update={"p": 1.0, "p_end": None})
-
     @property
     def settings(self) -> dict[str, Any]:
         """All but the coefficient."""

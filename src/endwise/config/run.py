@@ -336,7 +336,9 @@ class RunConfig(Config):
                 f"{architecture} dictionary is of its own kind.",
                 stacklevel=2,
             )
-            plain = self.objective.model_copy(update={"sparsity": sparsity.without_powers()})
+            plain = self.objective.model_copy(
+                update={"sparsity": sparsity.model_copy(update={"p": 1.0, "p_end": None})}
+            )
             object.__setattr__(self, "objective", plain)
         if sparsity is not None and not self.dictionary.penalised:
             warnings.warn(

@@ -74,7 +74,9 @@ def write_dashboard(
         write_atomic(folder / name, content)
     site = {"version": __version__, "data": f"{_DATA}/{digest}", "runs": told}
     write_atomic(folder / _DATA / "site.js", script("site", site))
-    _drop_older(folder / _DATA, digest)
+    for old in (folder / _DATA).iterdir():  # what the site was before
+        if old.is_dir() and len(old.name) == _DIGEST and old.name != digest:
+            shutil.rmtree(old, ignore_errors=True)
     return folder / INDEX
 
 
@@ -111,13 +113,6 @@ def _write_runs(
         shown = {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         told.append({**shown, **about})
     return told
-
-
-def _drop_older(data: Path, digest: str) -> None:
-    """Data of what the site was before."""
-    for old in data.iterdir():
-        if old.is_dir() and len(old.name) == _DIGEST and old.name != digest:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_site(folder: Path) -> None:

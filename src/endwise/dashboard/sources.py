@@ -81,18 +81,15 @@ def read_sources(runs: Sequence[str | Path]) -> list[DashboardRun]:
         if path in resolved[:place]:
             raise ConfigError(f"A dashboard shows each run once; {paths[place]} was given twice. Leave one out.")
     configs = [RunFolder.open(path).config() for path in paths]
-    names, described = _names(resolved), [_described(config) for config in configs]
+    seeds = [f" seed {config.seed}" if config.training.tokens else "" for config in configs]
+    described = [f"{Method.of(of).label} {Knob.of(of)}{seed}" for of, seed in zip(configs, seeds, strict=True)]
+    names = _names(resolved)
     if max(map(len, names)) > LONG_NAME and len(set(described)) == len(described):
         names = described
     return [
         DashboardRun(path, name, config, open_harvest(path))
         for path, name, config in zip(paths, names, configs, strict=True)
     ]
-
-
-def _described(config: RunConfig) -> str:
-    seed = f" seed {config.seed}" if config.training.tokens else ""
-    return f"{Method.of(config).label} {Knob.of(config)}{seed}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -385,7 +385,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
             FormatError: what it says of the function is none of ours.
         """
         architecture: type[SAE] = ARCHITECTURES[stored.architecture]
-        sae = architecture.from_tensors(stored.as_used(architecture.layout), stored.config)
+        sae = architecture.from_tensors(stored.under(False, architecture.layout.biases), stored.config)
         if stored.norm is not None:
             from endwise.dictionaries.normed import NormedSAE  # which is an SAE
 

@@ -20,7 +20,7 @@ from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.inspecting import Inspected, belonging, inspect, kept, text_for
 from endwise.evaluation.provenance import beginning, described, tell
-from endwise.formats import Stored, format_at, located, on_hub, processing_remark
+from endwise.formats import Stored, format_at, here, located, on_hub, processing_remark
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
 from endwise.runs.folder import RunFolder
@@ -180,7 +180,7 @@ def digest_of(path: Path) -> str:
         FormatError: it is a file in no format that is known.
         OSError: a file cannot be read.
     """
-    form, place = located(path)
+    form, place = located(here(path).path)
     weights = form.weights(place)
     if not there_is(weights):
         return of_text(str(weights))  # which is reported as it is read

@@ -63,7 +63,7 @@ def evaluate(
         FormatError: an SAE is not what its training wrote.
     """
     paths = trained_runs(runs)
-    several = {path: recipe for path in paths if (recipe := _of_several(path)) is not None}
+    several = {path: each for path in paths if isinstance(each := RunFolder.open(path).recipe(), PlacesConfig)}
     of_places = {path: place_folders(path, several[path]) for path in several}
     alone = list(dict.fromkeys(each for path in paths for each in of_places.get(path, [path])))
     configs = {path: RunFolder.config_of_trained(path) for path in alone}
@@ -80,11 +80,6 @@ def evaluate(
             if world.is_first:
                 write_evaluation(RunFolder(path), recipe, results[path])
     return Several({each: results[each] for path in paths for each in [*of_places.get(path, []), path]})
-
-
-def _of_several(path: Path) -> PlacesConfig | None:
-    recipe = RunFolder.open(path).recipe()
-    return recipe if isinstance(recipe, PlacesConfig) else None
 
 
 def write_evaluation(folder: RunFolder, config: Recipe, evaluation: Evaluation) -> None:

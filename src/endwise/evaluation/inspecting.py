@@ -17,7 +17,7 @@ from endwise.common.remarks import not_as_stated
 from endwise.config.run import DataConfig, EvaluationConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.measure import Evaluation, measure
-from endwise.formats import FORMATS, Stored, located, stored_at
+from endwise.formats import FORMATS, Stored, here, located, stored_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import ARROW, Place
 from endwise.runs.finding import refuse_several
@@ -108,7 +108,7 @@ def inspect(path: str | Path) -> Inspected:
         RunFolderError: it is a folder of runs.
     """
     path = expanded(path)
-    form, place = located(path)
+    form, place = located(here(path).path)
     if not there_is(form.weights(place)):
         refuse_several(path)
     with warnings.catch_warnings(record=True) as said:

@@ -98,7 +98,6 @@ def _state(folder: RunFolder, measured: Mapping[str, Any]) -> str:
 
 def print_runs(runs: Sequence[ListedRun], console: Console | None = None) -> None:
     """Print a row a run, and what is wrong with those that cannot be read."""
-    console = console or Console()
     whole = [run for run in runs if not run.error]
     if whole:
         show(

@@ -212,11 +212,6 @@ def remarks_of(runs: Iterable[RunSummary]) -> list[str]:
     return gathered({run.folder: run.remarks for run in runs})
 
 
-def later_mse(run: RunSummary) -> float | None:
-    """Mean over the later sites of the downstream MSE."""
-    return float(np.mean(list(run.downstream_mse.values()))) if run.downstream_mse else None
-
-
 def layer_label(site: str) -> str:
     """`4` for what enters block 4, `5 out` for what leaves block 5; other sites keep their name."""
     match = _LAYER.fullmatch(site)

@@ -43,11 +43,8 @@ def read_choices(answer: str, count: int) -> list[bool] | None:
         value = [int(digit) for digit in re.findall(r"[01]", lists[-1])]
     if not isinstance(value, list) or len(value) != count:
         return None
-    return [bool(each) for each in value] if all(_is_choice(each) for each in value) else None
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, int) and value in (0, 1)  # true and false are numbers as well
+    choices = all(isinstance(each, int) and each in (0, 1) for each in value)  # true and false are numbers as well
+    return [bool(each) for each in value] if choices else None
 
 
 def _json(answer: str) -> Any:

@@ -22,7 +22,7 @@ from endwise.common.files import expanded, read_format, write_json
 from endwise.common.remedies import unreadable
 from endwise.common.showing import Shown
 from endwise.common.tables import write_parquet
-from endwise.runs.weights import check_same_weights
+from endwise.runs.finding import check_same_weights
 
 EXPLANATIONS_FOLDER = "explanations"
 EXPLANATIONS_FORMAT = 1

@@ -54,8 +54,7 @@ class SplicedBatch:
         Args:
             rows: the sequences, one for each of `changed`; any may come several times.
         """
-        clean = _picked(self.clean, rows)
-        mask = self.mask[rows]
+        clean, mask = self.clean.rows(rows), self.mask[rows]
         compared = _compare(model, clean, SplicedPass(model, self.site).run(clean, changed, mask), mask)
         ce = (compared.ce_spliced - self.whole.ce_spliced[rows]).sum(1, dtype=torch.float64)
         kl = (compared.kl - self.whole.kl[rows]).sum(1, dtype=torch.float64)
@@ -73,12 +72,6 @@ def spliced_ce(
         ce = model.readout.cross_entropy(part.spliced.final, part.clean.tokens, part.mask)
         sums.append(ce.sum(1, dtype=torch.float64))
     return torch.cat(sums)
-
-
-def _picked(clean: Clean, rows: Int[Tensor, " rows"]) -> Clean:
-    assert clean.final is not None
-    activations = {site: value[rows] for site, value in clean.activations.items()}
-    return Clean(clean.tokens[rows], activations, clean.final[rows])
 
 
 def _compare(model: LanguageModel, clean: Clean, spliced: Spliced, mask: TokenMask) -> Comparison:

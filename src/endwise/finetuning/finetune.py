@@ -12,10 +12,9 @@ from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import write_evaluation
 from endwise.evaluation.inspecting import Inspected, inspect, measured, text_for, verdict, written
 from endwise.evaluation.measure import Evaluation
-from endwise.finetuning.moved import Moved
 from endwise.finetuning.page import report_html
 from endwise.finetuning.recipe import TuningSettings, agreed, recipe_of
-from endwise.finetuning.result import Finetuned
+from endwise.finetuning.result import Finetuned, Moved
 from endwise.finetuning.texts import BeforeAfter, Both, Said, compared, on_others
 from endwise.formats import FORMATS, NATIVE
 from endwise.models.language_model import LanguageModel

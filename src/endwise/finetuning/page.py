@@ -13,8 +13,7 @@ from endwise.config.method import Method
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 from endwise.figures.interactive import div
 from endwise.figures.page import Section, page
-from endwise.finetuning.moved import QUANTILES
-from endwise.finetuning.result import Finetuned
+from endwise.finetuning.result import QUANTILES, Finetuned
 from endwise.finetuning.texts import BeforeAfter
 
 BINS = 40

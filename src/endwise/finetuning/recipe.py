@@ -102,15 +102,11 @@ def agreed(recipe: RunConfig, folder: Path) -> RunConfig:
         return recipe
     before = RunFolder(folder).config()
     apart = differing(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    if STEERED in apart and _same_l0(*apart[STEERED]):
+    old, new = apart.get(STEERED, (None, None))
+    if isinstance(old, float) and isinstance(new, float) and abs(old - new) <= SAME_L0 * new:
         del apart[STEERED]
     if apart:
         first = itertools.islice(apart.items(), 3)
         told = ", ".join(f"{key}: {old!r:.60} there, {new!r:.60} now" for key, (old, new) in first)
         raise ConfigError(f"{folder} holds another run ({told}). Give another folder with --out, or remove it.")
     return before
-
-
-def _same_l0(old: Any, new: Any) -> bool:
-    both = isinstance(old, float) and isinstance(new, float)
-    return both and abs(old - new) <= SAME_L0 * new

@@ -35,13 +35,16 @@ _LAYER_NORMED = re.compile(r"gpt-?2|gpt-?neo|gpt-?j|pythia|tinystories|(^|/)opt-
 mean out in any case. It leaves others (RMSNorm) as they are, whatever was asked for."""
 
 
+_B_ENC: Mapping[str, str | None] = {"b_enc": None}
+
+
 @dataclass(frozen=True)
 class Layout:
     """Tensors that one architecture keeps in a file; anything else in it is noticed."""
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
-    biases: Mapping[str, str | None] = field(default_factory=lambda: {"b_enc": None})
+    biases: Mapping[str, str | None] = field(default_factory=lambda: _B_ENC)
     """The biases that are added to what is encoded, each with the tensor, if any, whose exponential multiplies `W_enc`
     for it. Without `b_enc` among them, the architecture has none."""
     settings: frozenset[str] = frozenset()
@@ -143,7 +146,7 @@ class Stored:
         whole = replace(self, metadata={**self.metadata, PROCESSING: {**self._processing, FOLDED: False}})
         if not bool(bias.any()):
             return whole
-        tensors = shifted(self.as_used(layout), 1, layout.biases)  # which makes b_dec what is subtracted
+        tensors = self.under(True, layout.biases)
         return replace(whole, tensors={**tensors, "b_dec": tensors["b_dec"] + bias}, subtracts_b_dec=True)
 
     @property
@@ -162,27 +165,22 @@ class Stored:
         undone = ", the norm undone" if self.norm is not None else ""
         return f"z = {z}{bias}; f = {latents}; output f·W_dec + b_dec{' + x·W_skipᵀ' if self.skips else ''}{undone}"
 
-    def as_used(self, layout: Layout) -> dict[str, Tensor]:
-        """The tensors in float32, of the same function with nothing subtracted from what is encoded."""
-        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
-        return shifted(tensors, -1, layout.biases) if self.subtracts_b_dec else tensors
+    def under(self, subtracts: bool, biases: Mapping[str, str | None] = _B_ENC) -> dict[str, Tensor]:
+        """Return the tensors in float32, of the same function under a rule of what is encoded: x, or x − b_dec.
 
+        (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc), so b_dec·W_enc is added to the biases.
 
-def shifted(tensors: Mapping[str, Tensor], times: int, biases: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """Return tensors of the same function under the other rule of what is encoded: x, or x − b_dec.
-
-    (x − b_dec)·W_enc + b_enc = x·W_enc + (b_enc − b_dec·W_enc), so b_dec·W_enc is added to the biases.
-
-    Args:
-        times: −1 where b_dec is no longer subtracted, 1 where it now is.
-        biases: see `Layout.biases`.
-    """
-    shift = tensors["b_dec"] @ tensors["W_enc"] * times
-    added_to = {
-        bias: tensors[bias] + (shift if scale is None else shift * tensors[scale].exp())
-        for bias, scale in biases.items()
-    }
-    return {**tensors, **added_to}
+        Args:
+            subtracts: whether b_dec is subtracted.
+            biases: see `Layout.biases`.
+        """
+        tensors = {name: tensor.detach().float() for name, tensor in self.tensors.items()}
+        if subtracts == self.subtracts_b_dec:
+            return tensors
+        shift = tensors["b_dec"] @ tensors["W_enc"] * (1 if subtracts else -1)
+        for bias, scale in biases.items():
+            tensors[bias] = tensors[bias] + (shift if scale is None else shift * tensors[scale].exp())
+        return tensors
 
 
 class Format(ABC):

@@ -79,12 +79,11 @@ class CircuitTracer(Format):
                 kind, or circuit-tracer has no such transcoder.
         """
         config = _told(path, stored)
-        tensors = {**stored.tensors, "W_enc": stored.tensors["W_enc"].mT}
-        if stored.subtracts_b_dec:
-            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ stored.tensors["W_enc"]
+        tensors = stored.under(False)
+        tensors["W_enc"] = tensors["W_enc"].mT
         if "threshold" in tensors:
             tensors[THRESHOLD] = tensors.pop("threshold")
-        write_tensors(path, {name: tensor.detach().float() for name, tensor in tensors.items()}, {})
+        write_tensors(path, tensors, {})
         write_atomic(path.parent / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
 
     def metadata(self, path: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ AutoEncoder the package's own loader moves the norms of directions into the late
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,19 @@ from torch import Tensor
 from endwise.common.errors import FormatError
 from endwise.common.files import write_atomic, write_json
 from endwise.common.tensor_files import laid_out
-from endwise.formats.base import Format, Layout, Stored, added, shifted
-from endwise.formats.reading import TRANSPOSED, Named, assembled, config_at, known, pickle_at, taken, told, whole
+from endwise.formats.base import Format, Layout, Stored, added
+from endwise.formats.reading import (
+    TRANSPOSED,
+    Named,
+    assembled,
+    config_at,
+    known,
+    pickle_at,
+    taken,
+    told,
+    unit_directions,
+    whole,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
@@ -93,7 +104,10 @@ class DictionaryLearning(Format):
             subtracts_b_dec=kind.subtracts,
             told_by=CONFIG_FILE,
         )
-        return _unit_directions(stored) if trainer["dict_class"] == "AutoEncoder" else stored
+        norms = tensors["W_dec"].float().norm(dim=-1)
+        if trainer["dict_class"] != "AutoEncoder" or torch.allclose(norms, torch.ones_like(norms)):
+            return stored
+        return replace(stored, tensors=unit_directions(tensors))
 
     def write(self, path: Path, stored: Stored) -> None:
         name = _WRITTEN.get(stored.architecture)
@@ -103,11 +117,12 @@ class DictionaryLearning(Format):
                 f"dictionary_learning has {', '.join(_WRITTEN)} alone, which write what they read and have no norm of "
                 f"each token, and no such {what:.80}. Write {path} in another format."
             )
-        kind, tensors = CLASSES[name], {key: each.detach().float() for key, each in stored.tensors.items()}
-        if kind.subtracts != stored.subtracts_b_dec:
-            own = {"b_gate": None, "b_mag": "r_mag"} if name == "GatedAutoEncoder" else {"b_enc": None}
-            tensors = shifted(tensors, 1 if kind.subtracts else -1, own)
-        written = {theirs: _as_theirs(tensors, ours) for theirs, ours in kind.names.items()}
+        kind, own = CLASSES[name], {"b_gate": None, "b_mag": "r_mag"} if name == "GatedAutoEncoder" else {"b_enc": None}
+        tensors = stored.under(kind.subtracts, own)
+        written = {
+            theirs: tensors[ours.removesuffix(TRANSPOSED)].mT if ours.endswith(TRANSPOSED) else tensors[ours]
+            for theirs, ours in kind.names.items()
+        }
         trainer: dict[str, Any] = {"dict_class": name, "activation_dim": stored.config["d_in"]}
         trainer["dict_size"] = stored.config["d_sae"]
         if name == "AutoEncoderTopK":
@@ -120,7 +135,8 @@ class DictionaryLearning(Format):
         if site.startswith(block) and site.split(".")[1].isdecimal():
             layer = int(site.split(".")[1])
         about = told(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
-        write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": _buffer(stored)})
+        buffer = told(ctx_len=stored.metadata.get("context_size"))
+        write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": buffer})
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         config, trainer = config_at(path / CONFIG_FILE), _trainer(path)
@@ -146,22 +162,3 @@ def _trainer(path: Path) -> dict[str, Any]:
     if not isinstance(trainer, dict):
         raise FormatError(f"{path / CONFIG_FILE} must have a section trainer, which says the dict_class. Restore it.")
     return trainer
-
-
-def _buffer(stored: Stored) -> dict[str, Any]:
-    return told(ctx_len=stored.metadata.get("context_size"))
-
-
-def _as_theirs(tensors: Mapping[str, Tensor], ours: str) -> Tensor:
-    return tensors[ours.removesuffix(TRANSPOSED)].mT if ours.endswith(TRANSPOSED) else tensors[ours]
-
-
-def _unit_directions(stored: Stored) -> Stored:
-    """Return the same function with directions of norm 1, unless they have it."""
-    tensors = {name: tensor.float() for name, tensor in stored.tensors.items()}
-    norms = tensors["W_dec"].norm(dim=-1)
-    if torch.allclose(norms, torch.ones_like(norms)):
-        return stored
-    tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms}
-    tensors["W_dec"] = tensors["W_dec"] / norms.clamp_min(1e-12)[:, None]
-    return Stored(stored.architecture, stored.config, tensors, stored.metadata, stored.subtracts_b_dec)

@@ -48,7 +48,7 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
         HubError: see `naming.here`.
     """
     found = here(name)
-    form, place = _located(found.path)
+    form, place = located(found.path)
     stored = form.read(place, layouts)
     if stored.architecture not in layouts:
         raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
@@ -87,21 +87,16 @@ def metadata_at(name: Path) -> Mapping[str, Any]:
         HubError: see `naming.here`.
     """
     found = here(name)
-    form, place = _located(found.path)
+    form, place = located(found.path)
     return found.told(form.metadata(place))
 
 
-def located(name: Path) -> tuple[Format, Path]:
-    """Return `format_at` of a name, or the native format where it is no file of tensors.
+def located(path: Path) -> tuple[Format, Path]:
+    """Return `format_at`, or the native format where it is no file of tensors.
 
     Raises:
         FormatError: it is one in no format that is known.
-        HubError: see `naming.here`.
     """
-    return _located(here(name).path)
-
-
-def _located(path: Path) -> tuple[Format, Path]:
     if (found := format_at(path)) is not None:
         return found
     if (other := other_kind(path, "SAE")) is not None:

@@ -56,12 +56,10 @@ class GemmaScope(Format):
                 f"Gemma Scope has features above thresholds alone (standard, jumprelu), without a skip connection or a "
                 f"norm of each token; {path} would be {stored.architecture:.80}. Write it in another format."
             )
-        tensors = {name: tensor.detach().cpu().float() for name, tensor in stored.tensors.items()}
-        if stored.subtracts_b_dec:
-            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+        tensors = stored.under(False)
         tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
         content = io.BytesIO()
-        np.savez(content, **{name: tensors[name].numpy() for name in _NAMES})  # pyright: ignore[reportArgumentType]
+        np.savez(content, **{name: tensors[name].cpu().numpy() for name in _NAMES})  # pyright: ignore[reportArgumentType]
         write_atomic(self.weights(path), content.getvalue())
 
     def weights(self, path: Path) -> Path:

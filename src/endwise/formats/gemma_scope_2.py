@@ -55,9 +55,7 @@ class GemmaScope2(Format):
         about = stored.metadata
         reads = _module(path, about.get("hook_name"))
         writes = _module(path, about.get("hook_name_out", about.get("hook_name")))
-        tensors = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
-        if stored.subtracts_b_dec:
-            tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+        tensors = stored.under(False)
         tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
         written = {theirs: tensors[ours] for theirs, ours in _NAMES.items()}
         written |= {SKIP: tensors["W_skip"].mT} if stored.skips else {}

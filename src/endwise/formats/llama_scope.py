@@ -23,16 +23,10 @@ import torch
 
 from endwise.formats.base import Format, Layout, Stored, added
 from endwise.formats.llamascopium import places_of, scale_of
-from endwise.formats.reading import assembled, checked, config_at, known, safetensors_at, taken, whole, yes
+from endwise.formats.reading import LINEAR, assembled, checked, config_at, known, safetensors_at, taken, whole, yes
 
 CONFIG_FILE, WEIGHTS_FILE = "hyperparams.json", "checkpoints/final.safetensors"
 GATES = ("released", "saelens", "trained")
-_NAMES = {
-    "encoder.weight": "W_enc.T",
-    "encoder.bias": "b_enc",
-    "decoder.weight": "W_dec.T",
-    "decoder.bias": "b_dec",
-}
 
 
 @added
@@ -48,7 +42,7 @@ class LlamaScope(Format):
         known(file, config, "use_glu_encoder", (False,), False)
         known(file, config, "apply_decoder_bias_to_pre_encoder", (False,), True)  # lm-saes's own defaults, from here on
         known(file, config, "norm_activation", ("dataset-wise",), "token-wise")
-        tensors = checked(weights, taken(weights, safetensors_at(weights), _NAMES))
+        tensors = checked(weights, taken(weights, safetensors_at(weights), LINEAR))
         d_model, threshold, norm = whole(file, config, "d_model"), config.get("jump_relu_threshold"), {}
         if isinstance(config.get("dataset_average_activation_norm"), dict):
             norm = config["dataset_average_activation_norm"]

@@ -18,17 +18,23 @@ from torch import Tensor
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, checked, config_at, known, safetensors_at, taken, told, whole, yes
+from endwise.formats.reading import (
+    LINEAR,
+    assembled,
+    checked,
+    config_at,
+    known,
+    safetensors_at,
+    taken,
+    told,
+    unit_directions,
+    whole,
+    yes,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "sae_weights.safetensors"
 NORM = "dataset_average_activation_norm."
 _NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
-_BEFORE_2 = {
-    "encoder.weight": "W_enc.T",
-    "encoder.bias": "b_enc",
-    "decoder.weight": "W_dec.T",
-    "decoder.bias": "b_dec",
-}
 _THRESHOLDS = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
 _ARCHITECTURES = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
 
@@ -55,7 +61,7 @@ class Llamascopium(Format):
         architecture = _ARCHITECTURES[known(file, config, "act_fn", tuple(_ARCHITECTURES), "relu")]
         found = safetensors_at(weights)
         norms = {name.removeprefix(NORM): found.pop(name) for name in list(found) if name.startswith(NORM)}
-        names = dict(_BEFORE_2 if "encoder.weight" in found else _NAMES)
+        names = dict(LINEAR if "encoder.weight" in found else _NAMES)
         names |= {name: "threshold" for name in _THRESHOLDS if architecture == "jumprelu" and name in found}
         tensors = checked(weights, taken(weights, found, names))
         if "threshold" in tensors:
@@ -63,10 +69,14 @@ class Llamascopium(Format):
         d_model, own = whole(file, config, "d_model"), {}
         s_in, s_out = (_scale(file, config, norms, way, d_model) for way in ("in", "out"))
         if yes(file, config, "sparsity_include_decoder_norm", True):
-            gate_by_norms(tensors, architecture)
+            if architecture == "topk":
+                tensors = unit_directions(tensors)
+            if "threshold" in tensors:
+                tensors["threshold"] = tensors["threshold"] / tensors["W_dec"].norm(dim=-1).clamp_min(1e-12)
         if architecture == "topk":
             own["k"] = whole(file, config, "top_k", len(tensors["b_enc"]))
-        fold_scales(tensors, s_in, s_out)
+        tensors["W_enc"] = tensors["W_enc"] * s_in
+        tensors |= {"W_dec": tensors["W_dec"] / s_out, "b_dec": tensors["b_dec"] / s_out}
         out = config.get("hook_point_out") not in (None, config.get("hook_point_in"))
         return assembled(
             *(weights, architecture, tensors, layouts),
@@ -87,22 +97,6 @@ def places_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return told(
         hook_name=reads if isinstance(reads, str) else None, hook_name_out=out, model_name=config.get("model_name")
     )
-
-
-def gate_by_norms(tensors: dict[str, Tensor], architecture: str) -> None:
-    """Have features chosen by their pre-activations times the norms of their directions."""
-    norms = tensors["W_dec"].norm(dim=-1).clamp_min(1e-12)
-    if architecture == "jumprelu" and "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"] / norms
-    if architecture == "topk":
-        tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms}
-        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-
-
-def fold_scales(tensors: dict[str, Tensor], s_in: float, s_out: float) -> None:
-    """Make the scales of what is read and of what is written part of the weights."""
-    tensors["W_enc"] = tensors["W_enc"] * s_in
-    tensors |= {"W_dec": tensors["W_dec"] / s_out, "b_dec": tensors["b_dec"] / s_out}
 
 
 def scale_of(file: Path, norm: Any, d_model: int, what: str) -> float:

@@ -16,7 +16,7 @@ from endwise.common.errors import HubError
 from endwise.common.files import expanded, stays_inside, there_is
 from endwise.common.hub import SCHEME
 from endwise.formats.fetching import fetched
-from endwise.formats.registry_of_saelens import facts, is_unread, release_of
+from endwise.formats.registry_of_saelens import facts, installed, is_unread, shipped
 
 FORM = "hf://owner/name[@revision][/path]"
 SHOWN = 5
@@ -68,7 +68,7 @@ def on_hub(name: str | Path) -> OnHub | None:
     if text.startswith(SCHEME) and not there_is(path):
         return _parsed(text)
     head, _, sae_id = text.partition("/")
-    if path.is_absolute() or there_is(path) or (release := release_of(head)) is None:
+    if path.is_absolute() or there_is(path) or (release := shipped().get(head) or installed().get(head)) is None:
         return None
     saes = release["saes"]
     if sae_id not in saes:

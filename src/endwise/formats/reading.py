@@ -28,6 +28,13 @@ TRANSPOSED = ".T"
 """Ends a name of ours whose tensor a file holds transposed."""
 Named = Mapping[str, str]
 """A file's names of its tensors, each with ours."""
+LINEAR = {
+    "encoder.weight": "W_enc.T",
+    "encoder.bias": "b_enc",
+    "decoder.weight": "W_dec.T",
+    "decoder.bias": "b_dec",
+}
+"""Names in the state of two `nn.Linear`."""
 
 
 def safetensors_at(path: Path) -> dict[str, Tensor]:
@@ -228,6 +235,16 @@ def checked(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shapes = Layout(tensors={"threshold": ("d_sae",)}).shapes({"d_in": d_in, "d_sae": d_sae})
     check_tensors(path, tensors, {name: shape for name, shape in shapes.items() if name in tensors}, "its W_enc")
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def unit_directions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same function with directions of norm 1: pre-activations are linear, so that the norms can be moved
+    from the decoder into the encoder. Latents, and what is chosen among them, are multiplied by them.
+    """
+    W_dec = tensors["W_dec"].float()
+    norms = W_dec.norm(dim=-1)
+    moved = {name: tensors[name].float() * norms for name in ("W_enc", "b_enc")}
+    return {**tensors, **moved, "W_dec": W_dec / norms.clamp_min(1e-12)[:, None]}
 
 
 def _sizes(matrix: Tensor | None) -> tuple[int, int]:

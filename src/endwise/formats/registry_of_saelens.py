@@ -65,11 +65,6 @@ def installed() -> Mapping[str, Release]:
     return table_of(yaml.load(file.read_bytes(), loader))
 
 
-def release_of(name: str) -> Release | None:
-    """Return a release by its name; None: there is none."""
-    return shipped().get(name) or installed().get(name)
-
-
 def is_unread(release: Release, path: str) -> str | None:
     """Say what an SAE is that endwise does not read; None: it may be read, which its files will tell."""
     if release.get("loader") == "gemma_3" and "clt" in path.partition("/")[0]:

@@ -17,7 +17,7 @@ from endwise.common.errors import FormatError
 from endwise.common.files import read_json, write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import PER_TOKEN, Format, Layout, Stored, added, check_tensors
-from endwise.formats.reading import safetensors_at
+from endwise.formats.reading import safetensors_at, unit_directions
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HEADS_JOINED = "hook_z"
@@ -28,7 +28,6 @@ WRITTEN_VERSION = "6.0.0"
 """The generation whose layout is written; SAELens reads older numbers through a legacy path."""
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")
 """The tensor's names in a file and in SAELens itself: what each latent is multiplied by as it is decoded."""
-NORM_FLOOR = 1e-12
 _UNSET = (None, False, "", "none", [], {})
 
 NAMES = re.compile(r"(?:(?!skip_)(?P<architecture>\w+?)_)?(?P<skip>skip_)?transcoder")
@@ -110,7 +109,7 @@ class SAELens(Format):
             config["k"] = _k(file, cfg)
         tensors = _read_weights(path, {**cfg, "architecture": architecture}, layout)
         if cfg.get("rescale_acts_by_decoder_norm"):
-            _fold_norms(tensors)
+            tensors = unit_directions(tensors)  # by which it decodes what is chosen among latents times their norms
         return Stored(architecture, config, tensors, cfg["metadata"], cfg.get("apply_b_dec_to_input", True))
 
     def write(self, path: Path, stored: Stored) -> None:
@@ -135,7 +134,7 @@ class SAELens(Format):
             **own,
             "metadata": {"sae_lens_version": WRITTEN_VERSION, **stored.metadata},
         }
-        weights = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
+        weights = stored.under(stored.subtracts_b_dec)
         write_tensors(path / WEIGHTS_FILE, weights, {"metadata": json.dumps(cfg["metadata"])})
         write_json(path / CFG_FILE, cfg)
 
@@ -203,10 +202,10 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
 
 def _architecture(cfg: Mapping[str, Any]) -> Any:
     """As SAELens migrates it: before version 6 a file without one is standard, and one that says topk is topk."""
-    old = _is_old(cfg)
-    if str(_activation(cfg)).lower() == "topk" and cfg.get("architecture", "standard") == "standard":
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn")
+    if str(activation).lower() == "topk" and cfg.get("architecture", "standard") == "standard":
         return "topk"
-    return cfg.get("architecture", "standard" if old else None)
+    return cfg.get("architecture", "standard" if _is_old(cfg) else None)
 
 
 def _k(file: Path, cfg: Mapping[str, Any]) -> int:
@@ -218,20 +217,6 @@ def _k(file: Path, cfg: Mapping[str, Any]) -> int:
             f"{file}: k must be a whole number from 1 to d_sae {cfg['d_sae']}, not {k!r:.80}. Correct it."
         )
     return k
-
-
-def _fold_norms(tensors: dict[str, Tensor]) -> None:
-    """`rescale_acts_by_decoder_norm` chooses among latents times their directions' norms, and decodes them by unit
-    directions: pre-activations are linear, so that norms moved from the decoder into the encoder do the same.
-    """
-    norms = tensors["W_dec"].float().norm(dim=-1)
-    tensors["W_enc"] = tensors["W_enc"].float() * norms
-    tensors["b_enc"] = tensors["b_enc"].float() * norms
-    tensors["W_dec"] = tensors["W_dec"].float() / norms.clamp_min(NORM_FLOOR)[:, None]
-
-
-def _activation(cfg: Mapping[str, Any]) -> Any:
-    return cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
 
 
 def _is_old(cfg: Mapping[str, Any]) -> bool:

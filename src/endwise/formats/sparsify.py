@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from endwise.common.errors import FormatError
 from endwise.common.files import read_json, there_is, write_json
 from endwise.common.tensor_files import write_tensors
-from endwise.formats.base import Format, Layout, Stored, added, shifted
+from endwise.formats.base import Format, Layout, Stored, added
 from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -56,16 +54,14 @@ class Sparsify(Format):
         d_in, d_sae = stored.config["d_in"], stored.config["d_sae"]
         if stored.config.get("d_out", d_in) != d_in:
             raise FormatError("sparsify's transcoders write as wide as they read; this one does not.")
-        tensors = {name: tensor.detach().float() for name, tensor in stored.tensors.items()}
-        if stored.subtracts_b_dec == stored.transcodes:
-            tensors = shifted(tensors, -1 if stored.transcodes else 1, {"b_enc": None})
+        tensors = stored.under(not stored.transcodes)
         written = {"encoder.weight": tensors["W_enc"].mT, "encoder.bias": tensors["b_enc"]}
         written |= {name: tensors[name] for name in ("W_dec", "b_dec", "W_skip") if name in tensors}
         write_tensors(path / WEIGHTS_FILE, written, {})
         cfg = {
             "activation": "topk",
             "expansion_factor": max(1, d_sae // d_in),
-            "normalize_decoder": _unit(tensors["W_dec"]),
+            "normalize_decoder": bool(((tensors["W_dec"].norm(dim=-1) - 1).abs() < 1e-4).all()),
             "num_latents": d_sae,
             "k": stored.config["k"],
             "multi_topk": False,
@@ -87,7 +83,3 @@ class Sparsify(Format):
             reads = site_of_module(f"{module}.input", model or "")
         out = None if reads == site else site
         return told(hook_name=reads, hook_name_out=out, model_name=model, hf_hook_name=module)
-
-
-def _unit(W_dec: Tensor) -> bool:
-    return bool(((W_dec.norm(dim=-1) - 1).abs() < 1e-4).all())

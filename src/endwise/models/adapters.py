@@ -71,7 +71,8 @@ class Adapter:
                 if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
                 adapted = PeftModel.from_pretrained(model, str(self.folder))
-                apart = sorted(self._stored() ^ get_peft_model_state_dict(adapted).keys())
+                with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+                    apart = sorted({*file.keys()} ^ get_peft_model_state_dict(adapted).keys())
                 merged = None if apart else adapted.merge_and_unload(safe_merge=True)
         except Exception as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -79,10 +80,6 @@ class Adapter:
         if merged is None:
             raise self._not_merged(f"they do not agree in {len(apart)} tensors ({', '.join(apart[:2])})")
         return merged
-
-    def _stored(self) -> set[str]:
-        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            return set(file.keys())
 
     def _not_merged(self, why: str) -> ModelError:
         return ModelError(

@@ -121,8 +121,3 @@ def first_tensor(output: Any) -> Tensor:
             f"A module that looks like a block or a part of one returns a {type(result).__name__}, no tensor."
         )
     return result
-
-
-def with_first(output: Any, value: Tensor) -> Any:
-    """The same output with its result replaced."""
-    return (value, *output[1:]) if isinstance(output, tuple) else value

@@ -33,6 +33,10 @@ class Tried(Protocol):
     @property
     def n_layers(self) -> int: ...
     @property
+    def context(self) -> int | None: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
     def readout(self) -> Readout: ...
     @property
     def vocab_size(self) -> int: ...
@@ -188,9 +192,9 @@ def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
     return None if same(found, expected) else f"{beside} (a pass that begins there gives other predictions)."
 
 
-def same(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal, to what rounding may do where the same is computed twice."""
-    tolerance = 2e-2 if theirs.dtype in (torch.bfloat16, torch.float16) else 1e-5
+def same(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> bool:
+    """Equal, to what rounding may do: unset, where the same is computed twice."""
+    tolerance = tolerance or (2e-2 if theirs.dtype in (torch.bfloat16, torch.float16) else 1e-5)
     return ours.shape == theirs.shape and torch.allclose(
         ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
     )

@@ -4,29 +4,12 @@ transformers makes the mask of such a sequence from its positions, where a famil
 model does so is tried on a few tokens, never taken from its name.
 """
 
-from typing import Any, Protocol, runtime_checkable
-
 import torch
 from torch import Tensor
 
 from endwise.common.axes import Tokens
 from endwise.common.errors import ModelError
-from endwise.models.checks import FAILURES, same
-
-
-@runtime_checkable
-class Reading(Protocol):
-    """A model as this check sees it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def context(self) -> int | None: ...
-    @property
-    def device(self) -> torch.device: ...
-    def clean(self, tokens: Tokens, record: Any = (), final: bool = False) -> Any: ...
+from endwise.models.checks import FAILURES, Tried, same
 
 
 def positions(tokens: Tokens, separator: int) -> Tensor:
@@ -37,7 +20,7 @@ def positions(tokens: Tokens, separator: int) -> Tensor:
     return place - place.where(begins, 0).cummax(dim=1).values
 
 
-def refuse_joined(model: Reading, separator: int, longest: int) -> None:
+def refuse_joined(model: Tried, separator: int, longest: int) -> None:
     """Read documents of unequal lengths in one batch of sequences, and each by itself, which must give the same.
 
     Args:
@@ -64,7 +47,7 @@ def refuse_joined(model: Reading, separator: int, longest: int) -> None:
         raise ModelError(_told(model, f"it takes no positions of its tokens ({told})")) from None
 
 
-def _told(model: Reading, why: str) -> str:
+def _told(model: Tried, why: str) -> str:
     return (
         f"{model.name} cannot keep documents of one sequence apart (data.document_attention): {why}. Set it to false; "
         "with data.packing=document no sequence holds more than one."

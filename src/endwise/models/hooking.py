@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from endwise.models.blocks import Block, Branch, first_input, first_tensor, with_first, with_first_input
+from endwise.models.blocks import Block, Branch, first_input, first_tensor, with_first_input
 from endwise.models.passes import Act, Patch
 from endwise.models.sharding import gathered_backward, let_go
 from endwise.models.sites import Part, Site
@@ -60,7 +60,7 @@ class SiteHooks:
 
         def at_output(_module: nn.Module, _args: Any, output: Any) -> Any:
             changed = act(first_tensor(output))
-            return None if changed is None else with_first(output, changed)
+            return (changed, *output[1:]) if isinstance(output, tuple) and changed is not None else changed
 
         if before:
             hooks.enter_context(removed(module.register_forward_pre_hook(at_input, with_kwargs=True)))

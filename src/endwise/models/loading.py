@@ -34,8 +34,15 @@ from endwise.models.files import check_files, find_adapter, tokenizer_files, wei
 from endwise.models.gguf_files import commit_of, keep_weights, kept_weights, with_gguf_file
 from endwise.models.gpt_neo_attention import use_sdpa
 from endwise.models.language_model import LanguageModel
-from endwise.models.plain_weights import is_quantised, quantiser_of, refuse_packed_files, refuse_quantised
-from endwise.models.quantisers import QUANTISERS, quantisation, refuse_unpacked
+from endwise.models.plain_weights import (
+    QUANTISERS,
+    is_quantised,
+    quantisation,
+    quantiser_of,
+    refuse_packed_files,
+    refuse_quantised,
+    refuse_unpacked,
+)
 from endwise.models.quiet import quiet_transformers
 from endwise.models.sharding import Shard, lend_blocks, sharder
 
@@ -72,7 +79,7 @@ def load_model(
         trust_remote_code: run Python code that ships with the model.
         sharded: divide its blocks among the processes that train or evaluate together; alone, it is whole. On a machine
             one process after another reads the weights, so that its memory need hold them once.
-        quantization: one of `quantisers.QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
+        quantization: one of `QUANTISERS`, which packs the blocks' weights; `dtype` is what they compute in.
 
     Raises:
         ModelError: there is no such model, its weights are pickles, it is an adapter that cannot be merged or has one
@@ -238,12 +245,10 @@ def _digesting(
     if folder is None:
         return None
     stored = partial(of_stored_model, folder, gguf_file, with_code=with_code)
-    return stored if adapter is None else partial(_of_adapted, stored, adapter)
-
-
-def _of_adapted(base: Callable[[], str], adapter: Adapter) -> str:
+    if adapter is None:
+        return stored
     files = [adapter.folder / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
-    return of_text(base(), of_files(files, adapter.folder))
+    return lambda: of_text(stored(), of_files(files, adapter.folder))
 
 
 def _folder_of(source: str, gguf_file: str | None, revision: str) -> Path | None:
@@ -308,9 +313,8 @@ def _spliceable(model: Any, tokenizer: PreTrainedTokenizerBase | str, name: str)
         tokenizer: or why there is none.
     """
     try:
-        if isinstance(tokenizer, str):
-            return LanguageModel(model, None, name, tokenizer)
-        return LanguageModel(model, tokenizer, name)
+        none = isinstance(tokenizer, str)
+        return LanguageModel(model, None if none else tokenizer, name, tokenizer if none else "")
     except ModelError:
         raise
     except Exception as error:  # its first pass fails of whatever its configuration and its weights disagree in

@@ -43,8 +43,8 @@ class Clean(Shown):
     def __post_init__(self) -> None:
         object.__setattr__(self, "activations", Activations(self.activations))
 
-    def rows(self, rows: slice) -> "Clean":
-        """The same for some of the sequences; nothing is copied."""
+    def rows(self, rows: slice | Tensor) -> "Clean":
+        """The same for some of the sequences; nothing is copied for a slice, and any may be picked several times."""
         activations = {site: value[rows] for site, value in self.activations.items()}
         return Clean(self.tokens[rows], activations, None if self.final is None else self.final[rows])
 

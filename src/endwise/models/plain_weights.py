@@ -5,15 +5,19 @@ model that a quantiser of transformers' runs is taken as it is: none of that is 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 
 from endwise.common.errors import ModelError
+from endwise.common.extras import check_extra
 from endwise.models.sharding import shares
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +25,7 @@ STORED_PLAIN = ("F64", "F32", "BF16", "F16")
 """The same, as safetensors names them."""
 PACKED = ("W_q", "SCB", "codes", "qzeros", "indices", "Qidxs")
 """Names of packed weights and scales that do not say so."""
-QUANTISERS = ("bitsandbytes", "optimum.quanto", "torchao", "compressed_tensors", "gptqmodel", "auto_gptq", "awq", "hqq")
+PACKAGES = ("bitsandbytes", "optimum.quanto", "torchao", "compressed_tensors", "gptqmodel", "auto_gptq", "awq", "hqq")
 """Packages whose modules compute with weights that are none of the model's own."""
 _REMEDY = (
     "endwise would cast the weights and lose their scales. Give the checkpoint that it was made from, or unpack it "
@@ -140,7 +144,46 @@ def _quantised_parts(model: nn.Module) -> Iterator[str]:
             yield f"{name} is of {value.dtype}"
     for name, module in model.named_modules():
         kind = type(module)
-        if ".quantized" in kind.__module__ or f"{kind.__module__}.".startswith(
-            tuple(f"{each}." for each in QUANTISERS)
-        ):
+        if ".quantized" in kind.__module__ or f"{kind.__module__}.".startswith(tuple(f"{each}." for each in PACKAGES)):
             yield f"{name} is a {kind.__module__}.{kind.__name__}"
+
+
+Make = Callable[[torch.dtype], Any]
+"""Of the dtype that is computed in, transformers' configuration of a quantiser."""
+
+_nf4 = partial(transformers.BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+QUANTISERS: Mapping[str, tuple[str, Make]] = {
+    "bitsandbytes-8bit": ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_8bit=True)),
+    "bitsandbytes-4bit": ("bitsandbytes", lambda dtype: _nf4(bnb_4bit_compute_dtype=dtype)),
+    "torchao-8bit": (
+        "torchao",
+        lambda _: transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig()),
+    ),
+}
+"""By name, the package that packs and computes, and what is asked of it. All leave the unembedding as it is."""
+
+
+def quantisation(kind: str, config: Any, dtype: torch.dtype, name: str) -> Any:
+    """Return what transformers needs to pack the weights of a model with this configuration as it loads them.
+
+    Raises:
+        ConfigError: the package is not installed.
+        ModelError: the weights are packed already.
+    """
+    package, make = QUANTISERS[kind]
+    if (method := quantiser_of(config)) is not None:
+        raise ModelError(f"{name} is quantised{method} already. Unset model.quantization, {kind}.")
+    check_extra(package)
+    return make(dtype)
+
+
+def refuse_unpacked(model: Any, kind: str, name: str) -> None:
+    """
+    Raises:
+        ModelError: the quantiser packed none of the weights.
+    """
+    if not is_quantised(model):
+        raise ModelError(
+            f"model.quantization is {kind}, but none of {name}'s weights were packed: it has no layers that this "
+            "quantiser knows (torchao packs nn.Linear, which GPT-2 has not). Take a kind of bitsandbytes, or unset it."
+        )

@@ -190,11 +190,8 @@ def _drop_undivided(model: Tried, clean: Clean, final: Activation, known: Known)
 
 
 def _check_readout(model: Tried, final: Activation, logits: Tensor) -> None:
-    ours, theirs = model.readout.logits(final), logits.float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    if ours.shape != theirs.shape or not torch.allclose(
-        ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
-    ):
+    if not same(model.readout.logits(final), logits.float(), tolerance):
         raise ModelError(
             f"{model.name}: its logits are not the unembedding (with bias, scale and soft-cap of its config) of its "
             "last hidden state, so endwise cannot compare predictions from hidden states and refuses the model."

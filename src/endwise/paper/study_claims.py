@@ -33,7 +33,8 @@ def claims(found: Findings) -> list[Claim]:
 
 def _relative_to_local(found: Findings, kind: Kind) -> Iterator[Claim]:
     name = LABELS[kind]
-    l0, alive = (_percents(paper.relative_to_local(paper.SIMILAR_CE, kind, metric)) for metric in ("l0", "alive"))
+    shares = (paper.relative_to_local(paper.SIMILAR_CE, kind, metric) for metric in ("l0", "alive"))
+    l0, alive = (f"{'/'.join(f'{100 * share:.0f}' for share in own)} % (layers 2/6/10)" for own in shares)
     fewer, lower = "for the same CE increase", f"{name} has a lower CE increase than local at the same"
     claimed = {
         "features_at_equal_ce": (f"{name} needs fewer features per token than local {fewer}", f"{l0} of local's L0"),
@@ -280,7 +281,3 @@ _MARGIN = f"{100 * (REACHED - 1):.0f} %"
 
 def _listed(kind: Kind, points: Iterable[CostPoint]) -> str:
     return f"{LABELS[kind]}: " + ", ".join(f"{p.variant.label} {bracketed(p.ce_increase)}" for p in points)
-
-
-def _percents(values: Sequence[float]) -> str:
-    return f"{'/'.join(f'{100 * value:.0f}' for value in values)} % (layers 2/6/10)"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from endwise.common.errors import RunFolderError
+from endwise.common.errors import FormatError, RunFolderError
 from endwise.common.files import expanded
 from endwise.runs.folder import RunFolder, parts_of
 from endwise.runs.no_run import no_run
@@ -90,3 +90,17 @@ def harvested_runs(paths: Paths) -> list[Path]:
         lacking="was harvested",
         remedy="Gather what their features fire on: endwise harvest.",
     )
+
+
+def check_same_weights(run: Path, digest: object, done: str, again: str) -> None:
+    """
+    Args:
+        digest: of the weights that it was gathered from.
+        done: what was done to the run with them, `harvested`.
+        again: the remedy.
+
+    Raises:
+        FormatError: the SAE has other weights now, or see `RunFolder.weights_digest`.
+    """
+    if digest != RunFolder(run).weights_digest():
+        raise FormatError(f"{run} was {done} with other weights than its SAE has now. {again}")

@@ -35,13 +35,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from endwise.common.digests import of_file
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
+from endwise.common.extras import version_of
 from endwise.common.files import (
     PARTIAL,
     expanded,
@@ -122,12 +121,11 @@ class RunFolder(ShownRun):
             raise RunFolderError(
                 f"{self.path} holds a run already. Resume it (--resume), remove it, or set out=ANOTHER_FOLDER."
             )
-        if there_is(self.path) and (not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir()))):
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        # A process that was killed before its run began leaves its lock, and files half-written.
+        foreign = any(file != self._lock_file and not file.name.endswith(PARTIAL) for file in files)
+        if foreign or (there_is(self.path) and not self.path.is_dir()):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Set out=ANOTHER_FOLDER.")
-
-    def _is_foreign(self, file: Path) -> bool:
-        """Tell if a file is more than what a process that was killed before its run began leaves."""
-        return file != self._lock_file and not file.name.endswith(PARTIAL)
 
     def create(self, config: Recipe) -> None:
         """Start a new run. From here on it can be resumed, so the recipe comes first.
@@ -367,11 +365,6 @@ class RunFolder(ShownRun):
         steps = self.saved_steps()
         return self.checkpoint(steps[-1]) if steps else None
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """All but the latest `keep`."""
-        for step in self.saved_steps()[:-keep]:
-            self.checkpoint(step).unlink()
-
 
 def parts_of(run: Path) -> list[RunFolder]:
     """List the folders that hold a run's SAEs: its own, or each place's."""
@@ -430,12 +423,4 @@ def _step_of(line: str) -> int:
 def environment() -> dict[str, Any]:
     """Return what a reader needs to repeat the run: versions, platform, command."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    return {"command": sys.argv, **found, "packages": {package: _version(package) for package in REPORTED_PACKAGES}}
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {"command": sys.argv, **found, "packages": {package: version_of(package) for package in REPORTED_PACKAGES}}

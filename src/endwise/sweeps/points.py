@@ -177,7 +177,9 @@ def _of_architecture(base: dict[str, Any], choice: dict[str, Any]) -> tuple[dict
 
 def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     given = choice.pop(TARGET, None)
-    target = None if given is None else Target.build(_mapping(given, source), f"{source}: target")
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"{source}: target must read {{ce_increase: 0.1}} or {{l0: 40}}; given {given!r:.80}.")
+    target = None if given is None else Target.build(given, f"{source}: target")
     try:
         values = changed_recipe(base, choice)
     except ConfigError as error:
@@ -201,12 +203,6 @@ def _point(base: dict[str, Any], choice: dict[str, Any], source: str) -> Point:
     except SiteError as error:
         raise SiteError(f"{source}: {error}") from None
     return Point(config, target)
-
-
-def _mapping(given: Any, source: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise ConfigError(f"{source}: target must read {{ce_increase: 0.1}} or {{l0: 40}}; given {given!r:.80}.")
-    return given
 
 
 def _no_first_guess(source: str, name: str) -> ConfigError:

@@ -124,7 +124,6 @@ def _plain(value: Any) -> Any:
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """The finished rows of a summary: what tells each run from the others, and what it reached."""
-    console = console or Console()
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         return
@@ -172,7 +171,6 @@ def _shown(value: Any) -> str:
 
 def print_prospects(prospects: Sequence[PointStatus], console: Console | None = None) -> None:
     """A line for each point: its pass, what it is, its folder, and where it stands."""
-    console = console or Console()
     for each in prospects:
         passes = "–" if each.passes is None else f"pass {each.passes}"
         show(f"{passes}: {each.point} in {each.folder}: {each.state}", console)
@@ -191,4 +189,4 @@ def print_trials(rounds: Sequence[Sequence[RateTrial]], console: Console | None 
             cells = ("–", "–", "–", "failed") if trial.failed else numbers
             rows.append((str(number), f"{trial.tokens:,}", f"{trial.learning_rate:.2g}", *cells))
     headings = ("round", "tokens", "learning rate", "λ at the end", "L0", "CE increase", "off target")
-    show(Grid(headings, rows), console or Console())
+    show(Grid(headings, rows), console)

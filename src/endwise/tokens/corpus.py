@@ -338,8 +338,10 @@ class BatchOrder:
     """
 
     def __init__(self, corpus: Corpus, batch: int, seed: int, epochs: int = 1) -> None:
-        self._sequences, self._batch, self._seed, self._epochs = len(corpus), batch, seed, epochs
-        self._permutation = lru_cache(maxsize=2)(self._draw)
+        self._sequences, self._batch, self._epochs = len(corpus), batch, epochs
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: numpy_stream(seed, "order", epoch).permutation(self._sequences)
+        )
 
     def __len__(self) -> int:
         """Number of full batches."""
@@ -350,9 +352,6 @@ class BatchOrder:
             raise IndexError(f"Batch {number} of {len(self)}.")
         positions = range(number * self._batch, (number + 1) * self._batch)
         return [int(self._permutation(p // self._sequences)[p % self._sequences]) for p in positions]
-
-    def _draw(self, epoch: int) -> NDArray[np.int64]:
-        return numpy_stream(self._seed, "order", epoch).permutation(self._sequences)
 
 
 def check_disjoint(train: Corpus, heldout: Corpus) -> None:

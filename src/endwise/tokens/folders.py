@@ -5,12 +5,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
-from rich.console import Console
-
 from endwise.common.errors import DataError
 from endwise.common.processes import is_first_process
 from endwise.common.remedies import reason, remedy
-from endwise.common.text import printable
+from endwise.common.terminal import note
 
 DEFAULT_SPLIT = "train"
 _SPLITS = {
@@ -53,8 +51,7 @@ def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> 
     told = [f"{len(others)} of other splits{_named(others)}"] if others else []
     told += [f"{len(left)} that hold no data{_named(left)}"] if left else []
     if told and is_first_process():
-        said = printable(f"{path}, split {split}: files left out: {'; '.join(told)}.")
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+        note(f"{path}, split {split}: files left out: {'; '.join(told)}.")
     return [file for file, own in splits.items() if own == split]
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from endwise.common.errors import DataError, RunFolderError
 from endwise.common.files import PARTIAL
 from endwise.common.remedies import reason, remedy
-from endwise.common.text import printable
+from endwise.common.terminal import note
 from endwise.tokens.corpus import Documents
 from endwise.tokens.encoding import Encoding, outside_vocabulary
 from endwise.tokens.sources import SourceLost, TextSource
@@ -151,8 +150,7 @@ def _building(folder: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        waiting = printable(f"Waiting for another process that tokenises {name}.")
-        Console(stderr=True).print(waiting, markup=False, highlight=False, soft_wrap=True)
+        note(f"Waiting for another process that tokenises {name}.")
         lock.acquire()
     try:
         yield

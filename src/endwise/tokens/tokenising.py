@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from endwise.common.errors import DataError, NoTokenizer
 from endwise.common.files import replacing, write_json
-from endwise.common.terminal import Bars
+from endwise.common.terminal import Bars, note
 from endwise.common.text import printable
 from endwise.tokens.chats import TEMPLATE, Chat, no_roles, spans
 from endwise.tokens.corpus import Documents, SequenceLayout
@@ -258,11 +258,10 @@ class Builder:
         written = tokenizer.convert_ids_to_tokens(separator) if texts and tokenizer is not None else None
         if isinstance(written, str) and any(written in text for text in texts):
             self._told = True
-            told = (
+            note(
                 f"{self._source.name} holds {written!r} in letters, which is text as any other. If it ends documents "
                 "there, set data.special_tokens=true."
             )
-            Console(stderr=True).print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
     def _add(self, document: Document, ids: Ids, left: NDArray[np.bool_] | None, file: BinaryIO) -> None:
         separator = self._encoding.separator

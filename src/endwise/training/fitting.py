@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from endwise.common.axes import TokenMask
 from endwise.common.remarks import FEWER_LEFT_OUT
 from endwise.common.seeds import numpy_stream
-from endwise.common.terminal import show
+from endwise.common.terminal import note
 from endwise.dictionaries import SAE, TokenLosses, at_inference
 from endwise.evaluation.provenance import pinned
 from endwise.models.language_model import Clean, LanguageModel
@@ -52,7 +51,7 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
         if member.writes:
             folder.note_start(found.record)
         if found.many:
-            show(f"! {found} {FEWER_LEFT_OUT}", Console(stderr=True, quiet=not display))
+            note(f"! {found} {FEWER_LEFT_OUT}", display)
 
 
 def measure_error_scales(text: Text, member: Member) -> None:
@@ -100,7 +99,7 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
             latents = part.sae.encode(read[None])
             part.course.start(latents, part.sae.reconstruct(latents, read[None]), written[None])
         if not taken.kept:
-            show(f"! {taken}", Console(stderr=True, quiet=not display))
+            note(f"! {taken}", display)
 
 
 def fit_last(text: Text, member: Member) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
 from torch import Tensor
 
 from endwise.common.axes import Tokens
@@ -20,7 +19,7 @@ from endwise.common.errors import ConfigError
 from endwise.common.files import cannot_write, expanded
 from endwise.common.machine import free_disk, size_text
 from endwise.common.processes import World
-from endwise.common.terminal import show
+from endwise.common.terminal import note
 from endwise.config.places import Recipe
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Site
@@ -190,7 +189,7 @@ def kept_for(
         "every phase has a term that reads a spliced pass": any(all(map(reads_splice, each)) for each in phases),
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
-        show(f"! data.activations is not used: {why}.", Console(stderr=True, quiet=not display))
+        note(f"! data.activations is not used: {why}.", display)
         return None
     sites = {site for trainee in trainees for site in trainee.sites}
     size = config.training.batch // config.training.accumulation

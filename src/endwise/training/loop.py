@@ -109,17 +109,14 @@ def _record(prepared: Prepared, done: int, shown: Display) -> None:
     """Write what is due after a step: lines of metrics, evaluations, checkpoints."""
     group = prepared.group
     group.each(partial(_report, done))
-    evaluated = [member for member in group.members if _evaluation_due(member, done)]
+    told = [member for member in group.members if member.line is not None]
+    evaluated = [m for m in told if m.at_end or _due(m.config.training.evaluate_every, done)]
     if evaluated:
         with shown.paused():
             _evaluate_briefly(prepared, evaluated)
-    group.each(partial(_write_line, shown, done), [m for m in group.members if m.line is not None])
+    group.each(partial(_write_line, shown, done), told)
     size = group.members[0].config.training.batch * prepared.corpora.train.context
     group.each(Member.save_as_it_is, [m for m in group.members if m.config.training.saves_after(done, size)])
-
-
-def _evaluation_due(member: Member, done: int) -> bool:
-    return member.line is not None and (member.at_end or _due(member.config.training.evaluate_every, done))
 
 
 def _report(done: int, member: Member) -> None:

@@ -251,7 +251,8 @@ class Member:
         state["architectures"] = self.architectures
         write_checkpoint(folder.checkpoint(trainee.step), replace(checkpoint, state=state))
         folder.mirror.line("checkpoint", {"step": trainee.step, "file": str(folder.checkpoint(trainee.step))})
-        folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
+        for step in folder.saved_steps()[: -self.config.training.keep_checkpoints]:
+            folder.checkpoint(step).unlink()
 
 
 @dataclass

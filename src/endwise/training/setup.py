@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from endwise.common.errors import ConfigError, DataError
 from endwise.common.processes import World
 from endwise.common.remarks import remarks_on
-from endwise.common.terminal import show
+from endwise.common.terminal import note
 from endwise.config.fields import differing, shared
 from endwise.config.method import Knob
 from endwise.config.places import PlacesConfig, Recipe
@@ -288,7 +287,7 @@ def _text_tried(model: LanguageModel, corpora: Corpora, display: bool, world: Wo
         if world.is_first:
             record = tried_on(model, corpora.heldout)
             for remark in remarks_on(record):
-                show(f"! {remark}", Console(stderr=True, quiet=not display))
+                note(f"! {remark}", display)
     return record
 
 
@@ -332,7 +331,7 @@ def _measure_within(member: Member, heldout: Corpus, display: bool) -> None:
     if fitting is not config.evaluation:
         member.measure(fitting)
         told = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
-        show(told, Console(stderr=True, quiet=not display))
+        note(told, display)
 
 
 def default_folder(config: Recipe) -> Path:

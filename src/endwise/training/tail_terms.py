@@ -112,24 +112,11 @@ def _unweighted(term: SplicedTerm, readout: Readout, seen: Callable[[str, Scalar
     return total
 
 
-def _loss(total: Tensor, _: Activation) -> Tensor:
-    return total.double()
-
-
-def _square(_: Tensor, gradient: Activation) -> Tensor:
-    return gradient.double().square().sum()
-
-
-def _share_of_loss(local: Tensor, found: Tensor) -> Tensor:
-    return local / (found.clamp_min(0) + EPSILON)
-
-
-def _share_of_gradient(local: Tensor, found: Tensor) -> Tensor:
-    return (local / found).sqrt().where(found > 0, 0.0)
-
-
-_SIZES: Mapping[Balance, Callable[[Tensor, Activation], Tensor]] = {"loss": _loss, "gradient": _square}
+_SIZES: Mapping[Balance, Callable[[Tensor, Activation], Tensor]] = {
+    "loss": lambda total, _gradient: total.double(),
+    "gradient": lambda _total, gradient: gradient.double().square().sum(),
+}
 _SHARES: Mapping[Balance, Callable[[Tensor, Tensor], Tensor]] = {
-    "loss": _share_of_loss,
-    "gradient": _share_of_gradient,
+    "loss": lambda local, found: local / (found.clamp_min(0) + EPSILON),
+    "gradient": lambda local, found: (local / found).sqrt().where(found > 0, 0.0),
 }

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from endwise.common.errors import ConfigError
 from endwise.common.processes import ALONE, World
-from endwise.common.terminal import show
+from endwise.common.terminal import note
 from endwise.config.places import Recipe
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, at_inference
@@ -168,4 +167,4 @@ def meet_target(text: Text, heldout: Corpus, display: bool, member: Member) -> N
             where = f"{member.folder.path}, {part.place}"
             told = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
             advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
-            show(f"! {told}. {advice}", Console(stderr=True, quiet=not display))
+            note(f"! {told}. {advice}", display)

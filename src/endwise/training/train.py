@@ -1,7 +1,7 @@
 """Train SAEs: prepare, then run the loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +150,12 @@ def trained(
     """
     for config in request.configs:
         refuse_adopted(config)
-    with joined() as world, shared_generators(request.first.seed), _memory_named(), ExitStack() as claims:
-        prepared = prepare(request, world, claims, model, corpora)
-        run_loop(prepared)
-        return prepared.group.runs()
-
-
-@contextmanager
-def _memory_named() -> Iterator[None]:
-    """An allocation that fails becomes an error that says what to lower."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, TrainingStopped) or (named := out_of_memory(error)) is None:
-            raise
-        raise named from error
+    with joined() as world, shared_generators(request.first.seed), ExitStack() as claims:
+        try:
+            prepared = prepare(request, world, claims, model, corpora)
+            run_loop(prepared)
+            return prepared.group.runs()
+        except Exception as error:  # an allocation that fails becomes an error that says what to lower
+            if isinstance(error, TrainingStopped) or (named := out_of_memory(error)) is None:
+                raise
+            raise named from error

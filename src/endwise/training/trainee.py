@@ -343,14 +343,14 @@ class Trainee:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back as it was at a checkpoint, the generators that all code shares included."""
-        own = self.checkpoint().tensors
+        tensors, own = checkpoint.tensors, self.checkpoint().tensors
         check_fits(checkpoint, {name: own[name] for name in own if not name.startswith(UNCHECKED)}, self.total_steps)
-        self.sae.load_state_dict(_weights_in(checkpoint))
-        restore_optimizer(self.optimizer, self.sae, checkpoint.tensors)
-        self.last_fired = checkpoint.tensors["last_fired"].to(self.last_fired.device)
-        self.course.restore(checkpoint.tensors)
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        restore_optimizer(self.optimizer, self.sae, tensors)
+        self.last_fired = tensors["last_fired"].to(self.last_fired.device)
+        self.course.restore(tensors)
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        restore_generators(checkpoint.tensors)
+        restore_generators(tensors)
 
 
 def _norm_of(gradients: Sequence[Tensor], shards: World) -> Float[Tensor, ""]:
@@ -365,11 +365,6 @@ def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activat
         return None
     (found,) = torch.autograd.grad(loss, reconstruction, retain_graph=True, allow_unused=True)
     return found
-
-
-def _weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The SAE's own tensors, by their names in it."""
-    return {key.removeprefix("sae."): value for key, value in checkpoint.tensors.items() if key.startswith("sae.")}
 
 
 def all_or_none(saes: Sequence[SAE], also: bool = False) -> AbstractContextManager[None]:

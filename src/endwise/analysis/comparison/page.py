@@ -50,7 +50,10 @@ def report_html(summary: Summary) -> str:
         tradeoff=div(pareto_chart(summary.runs, summary.site, "pareto")),
         downstream=div(later) if later.panels else paragraph("No later residual stream was measured.", "note"),
         similar=table(*run_table(summary.similar, "kind", KNOB, "CE increase", "L0", "later MSE")),
-        factors=list(_factors(summary)),
+        factors=[
+            (" : ".join(summary.method(key).label for key in pair.split("/")), _factor(ratio))
+            for pair, ratio in summary.downstream.items()
+        ],
         ratios=ratio_table([{"site": summary.site, **row} for row in rows_of_ratios(summary)]),
         runs=_runs_table(summary),
         scale=_scale(summary),
@@ -91,11 +94,6 @@ def _range_words(ratio: Ratio) -> str:
     if not ratio.holds_seeds:
         return f"{words}, over text alone: {ratio.rests_on}"
     return f"{words}: a difference is not shown" if low <= 1 <= high else words
-
-
-def _factors(summary: Summary) -> Iterator[tuple[str, str]]:
-    for pair, ratio in summary.downstream.items():
-        yield " : ".join(summary.method(key).label for key in pair.split("/")), _factor(ratio)
 
 
 def _factor(ratio: Ratio) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from endwise.analysis.comparison.comparison import Summary
 from endwise.analysis.ratios import MEASURES, percent
 from endwise.analysis.sets import KNOB, Column, run_table
-from endwise.common.remarks import MARKED, mark_of, show_remarks
+from endwise.common.remarks import show_remarks
 from endwise.common.terminal import Grid, show
 from endwise.common.text import minus, model_titles
 from endwise.config.run import RunConfig
@@ -21,11 +21,11 @@ def print_evaluations(
     configs: Mapping[Path, RunConfig], evaluations: Mapping[Path, Evaluation], console: Console | None = None
 ) -> None:
     """One row per run, then the baselines of each site; 95 % intervals over held-out sequences."""
-    console = console or Console()
     runs = [RunSummary.of(configs[path], evaluation, 0.0, path) for path, evaluation in evaluations.items()]
     columns = ("kind", KNOB, "L0", "alive", "CE increase [95 %]", "KL", "EV", "later MSE")
-    marked = [(mark, lambda run: mark_of(run.remarks)[0]) for mark in MARKED if any(run.remarks for run in runs)]
-    show(Grid(*run_table(runs, ("run", lambda run: run.folder), *columns, *marked), words=("kind",)), console)
+    marked = ("!", lambda run: f"{len(run.remarks)} below" if run.remarks else "")
+    own = [marked] if any(run.remarks for run in runs) else []
+    show(Grid(*run_table(runs, ("run", lambda run: run.folder), *columns, *own), words=("kind",)), console)
     models = model_titles(configs[path].model.name for path in evaluations)
     lines = (_baselines(configs[path], evaluation, models) for path, evaluation in evaluations.items())
     for line in dict.fromkeys(lines):
@@ -41,7 +41,6 @@ def print_together(
     Args:
         alone: each place's own evaluation.
     """
-    console = console or Console()
     forms = {"l0": ".1f", "ce_increase": "+.3f", "explained_variance.per_token": ".3f"}
     rows = []
     for place, among in evaluation.places.items():
@@ -70,7 +69,6 @@ def _baselines(config: RunConfig, evaluation: Evaluation, models: Mapping[str, s
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The runs, the ratios to local and the verdicts, on a terminal or into a plain pipe; 80 columns are enough."""
-    console = console or Console()
     for table in (_runs_table(summary), _downstream_table(summary), ratio_grid(summary)):
         show(table, console)
     for sentence in summary.verdicts:

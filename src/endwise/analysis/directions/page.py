@@ -2,22 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from rich.console import Console
 
 from endwise.analysis.claims import claim_lines, claim_list
-from endwise.analysis.comparable import baseline_of, methods_of
-from endwise.analysis.directions import reconstruction, tables
+from endwise.analysis.comparable import baseline_of, columns_of, methods_of
+from endwise.analysis.directions import reconstruction
 from endwise.analysis.directions.norms import COLUMNS
 from endwise.analysis.directions.study import Directions
-from endwise.analysis.over_seeds import bracketed, rests_on
+from endwise.analysis.over_seeds import bracketed, interval_columns, rests_on
 from endwise.analysis.pages import print_sets, write_page
-from endwise.analysis.sets import KNOB, Column, counted, run_table, title_of
+from endwise.analysis.sets import KNOB, Column, columns_of_run, counted, run_table, title_of
 from endwise.common.html import table
 from endwise.common.terminal import Grid
-from endwise.evaluation.summary import RunSummary, layer_label
+from endwise.evaluation.summary import RunSummary, layer_label, what_varies
 from endwise.figures.charts import Axis, Chart, Mark, Panel, Series
 
 CORRELATION = Axis("correlation of ⟨a, v⟩ and ⟨â, v⟩")
@@ -145,12 +146,12 @@ def write_directions(found: Sequence[Directions], out: Path) -> Path:
         RunFolderError: the folder cannot be written.
     """
     rows_of = {
-        "norms": tables.norm_rows(found),
-        "directions": tables.direction_rows(found),
-        "downstream": tables.downstream_rows(found),
-        "use": tables.use_rows(found),
-        "contrasts": tables.contrast_rows(found),
-        "claims": tables.claim_rows(found),
+        "norms": norm_rows(found),
+        "directions": direction_rows(found),
+        "downstream": downstream_rows(found),
+        "use": use_rows(found),
+        "contrasts": contrast_rows(found),
+        "claims": claim_rows(found),
     }
     return write_page(
         found,
@@ -239,3 +240,85 @@ def _kind(one: Directions) -> Column:
     """The method, marked where the run is one of those at similar CE increase."""
     similar = {run.folder for runs in one.by_seed.values() for run in runs}
     return "kind", lambda run: f"{run.method.label}{'*' if run.folder in similar else ''}"
+
+
+def norm_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row a run: lengths and cosine, with position 0 and document starts apart."""
+    return [{**_run_columns(one, run), **one.norms[run.folder].to_row()} for one in found for run in one.runs]
+
+
+def direction_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row for each run and direction, from the first, 0, on; nothing where a number is not defined."""
+    rows = []
+    for one in found:
+        for run in one.runs:
+            of = one.measured[run.folder]
+            common, shares = _run_columns(one, run), of.variance_share
+            for index in range(len(shares)):
+                row = {**common, "direction": index, "variance_share": float(shares[index])}
+                for name in ("correlation", "explained_variance", "kl"):
+                    row |= interval_columns(name, getattr(of, name).of(index))
+                rows.append(row)
+    return rows
+
+
+def downstream_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row for each run and later residual stream."""
+    rows = []
+    for one in found:
+        for run in one.runs:
+            for later in run.downstream_mse:
+                row = {**_run_columns(one, run), "later_site": later}
+                for column, numbers in (("mse", run.downstream_mse), ("cosine", run.downstream_cosine)):
+                    low, high = run.intervals.get(f"downstream_{column}.{later}", (None, None))
+                    row |= {column: numbers.get(later), f"{column}.low": low, f"{column}.high": high}
+                rows.append(row)
+    return rows
+
+
+def use_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row a run: how its reconstruction of directions follows their use."""
+    rows = []
+    for one in found:
+        for run in one.runs:
+            if (of := one.follows.get(run.folder)) is not None:
+                row = {**_run_columns(one, run), "directions": of.directions}
+                rows.append(
+                    row | interval_columns("rank", of.rank) | interval_columns("rank_given_variance", of.given_variance)
+                )
+    return rows
+
+
+def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row for each pair of methods, of their runs at similar CE increase: means over seeds."""
+    return [
+        {
+            **columns_of(one.setting),
+            "kind": each.method.key,
+            "reference": each.reference.key,
+            "seeds": each.rank.seeds,
+            "seeds_vary": what_varies(each.runs) or None,
+            **interval_columns("rank", each.rank),
+            **interval_columns("rank_given_variance", each.given_variance),
+            **interval_columns("dropped", each.dropped),
+            **interval_columns("dropped_given_variance", each.dropped_given_variance),
+        }
+        for one in found
+        for each in one.contrasts
+    ]
+
+
+def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
+    similar = any(run in runs for runs in one.by_seed.values())
+    measured = {"at_similar_ce": similar, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
+    return run.told({**columns_of(one.setting), **columns_of_run(run), **measured})
+
+
+def claim_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
+    """One row for each claim of each set."""
+    names = ("claim", "published", "ours", "verdict")
+    return [
+        {**columns_of(one.setting), **{name: getattr(claim, name) for name in names}}
+        for one in found
+        for claim in one.claims
+    ]

@@ -15,8 +15,6 @@ from torch import Tensor
 from endwise.analysis.directions.principal import Floats, Principal
 from endwise.analysis.directions.text_at_site import SiteBatch, TextAtSite
 from endwise.common.seeds import numpy_stream
-from endwise.models.language_model import Clean, LanguageModel
-from endwise.models.sites import Site
 from endwise.models.splicing import SplicedPass
 
 AT_ONCE = 8
@@ -76,13 +74,9 @@ def _of_batch(text: TextAtSite, batch: SiteBatch, counted: Tensor, change: Tenso
             ablated = batch.activation.clone()
             moved = change[:, column, None] * vectors[column]
             ablated[counted] = (ablated[counted].double() + moved).to(ablated.dtype)
-            finals.append(_final(text.model, text.site, clean, ablated))
+            final = SplicedPass(model, text.site).run(clean, ablated).final
+            assert final is not None
+            finals.append(final)
         compared = model.readout.compare(clean.final, finals, clean.tokens, counted)
         columns += [comparison.kl.sum(1).double().cpu().numpy() for comparison in compared]
     return np.stack(columns, axis=1)
-
-
-def _final(model: LanguageModel, site: Site, clean: Clean, ablated: Tensor) -> Tensor:
-    final = SplicedPass(model, site).run(clean, ablated).final
-    assert final is not None
-    return final

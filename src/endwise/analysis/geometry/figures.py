@@ -107,7 +107,10 @@ def threshold_curves(found: Geometry, name: str) -> Chart | None:
 
 def _panels(parts: Mapping[str, Sequence[tuple[RunSummary, MeanSimilarity | None]]]) -> tuple[Panel, ...]:
     """Draw for each title a histogram of every measure that there is, all in the same bins."""
-    known = {title: [(run, of.all_values) for run, of in each if of is not None] for title, each in parts.items()}
+    known = {
+        title: [(run, np.concatenate([*of.values.values()])) for run, of in each if of is not None]
+        for title, each in parts.items()
+    }
     sizes = [len(values) for each in known.values() for _, values in each]
     if not sizes:
         return ()

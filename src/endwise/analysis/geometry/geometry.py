@@ -32,9 +32,8 @@ from endwise.dictionaries import SAE
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, other_text
 from endwise.features.importance_table import read_measured
-from endwise.runs.finding import Paths, each_path
+from endwise.runs.finding import Paths, check_same_weights, each_path
 from endwise.runs.folder import RunFolder
-from endwise.runs.weights import check_same_weights
 
 Importance = NDArray[np.float64]
 """Importance of every feature, alive or not, `[d_sae]`; nats per token."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from endwise.analysis.claims import Claim, Unmeasured, Verdict
 from endwise.analysis.comparable import methods_of, pairs_of
 from endwise.analysis.geometry.geometry import Geometry
@@ -9,7 +11,6 @@ from endwise.analysis.geometry.similarity import (
     SimilarityDifference,
     across_kinds,
     across_seeds,
-    alive_of,
     difference,
     within,
 )
@@ -92,7 +93,8 @@ def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: 
     what = "two alive features" if name == WITHIN else "several seeds"
     if (missing := _missing(runs, (a, b), what)) is not None:
         return SimilarityDifference(full_name, a, b, reason=missing)
-    among = min(alive_of(found, runs[method]) for method in (a, b)) if equally_many else None
+    alive = [float(np.mean([one.alive for one in found.twins(runs[method])])) for method in (a, b)]
+    among = min(alive) if equally_many else None
     of_a, of_b = (measure(found, runs[method], among) for method in (a, b))
     assert of_a is not None and of_b is not None
     return difference(full_name, of_a, of_b, (a, b))

@@ -62,11 +62,6 @@ class MeanSimilarity:
     def interval(self) -> OverSeeds:
         return mean_over_seeds([*self.by_seed.values()], [*self.draws.values()], of_pairs=self.of_pairs)
 
-    @property
-    def all_values(self) -> NDArray:
-        """Values of all seeds' features, one after another."""
-        return np.concatenate(list(self.values.values()))
-
 
 @dataclass(frozen=True)
 class SimilarityDifference:
@@ -143,11 +138,6 @@ def across_seeds(found: Geometry, run: RunSummary, among: float | None = None) -
 
 def _values(of: Similarity, among: float | None) -> Floats:
     return of.cosine.astype(np.float64) if among is None else of.among(among)
-
-
-def alive_of(found: Geometry, run: RunSummary) -> float:
-    """Mean over the twins of their alive features."""
-    return float(np.mean([one.alive for one in found.twins(run)]))
 
 
 def across_kinds(found: Geometry, run: RunSummary, other: RunSummary) -> MeanSimilarity | None:

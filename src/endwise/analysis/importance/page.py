@@ -71,7 +71,7 @@ def _faithfulness(run: ImportantRun, order: str) -> Series:
     kept, ce = curve_of(run.measured.faithfulness, order)
     ends = share_intervals(run.measured.faithfulness, ce)
     marks = tuple(
-        Mark(float(n), each.estimate, f"{_named(run)}\n{n:,} features: {bracketed(each)}")
+        Mark(float(n), each.estimate, f"{run.summary.title}\n{n:,} features: {bracketed(each)}")
         for n, each in zip(kept.tolist(), ends, strict=True)
         if n > 0
     )
@@ -190,7 +190,7 @@ def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
 
 
 def _run_mark(run: ImportantRun, count: Interval) -> Mark:
-    told = f"{_named(run)}\n{count.estimate:,.0f} features"
+    told = f"{run.summary.title}\n{count.estimate:,.0f} features"
     ends = (count.low, count.high) if count.high > count.low else None
     return Mark(run.summary.ce_increase, count.estimate, f"{told}\n{run.summary.folder}", y_ends=ends)
 
@@ -203,10 +203,6 @@ def _where(study: ImportanceStudy) -> str:
     )
     seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
     return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."
-
-
-def _named(run: ImportantRun) -> str:
-    return run.summary.title
 
 
 def print_importance(studies: Sequence[ImportanceStudy], console: Console | None = None) -> None:

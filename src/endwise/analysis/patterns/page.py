@@ -26,10 +26,10 @@ _LOCAL = (
 
 def score_chart(found: PatternStudy, at: At, name: str) -> Chart:
     """The scores of each kind's features, of the runs that are closest; beside them their controls."""
-    chosen = found.closest(at)
+    chosen, least = found.closest(at), found.settings["least"]
     caption = (
         f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
-        f"{found.setting.site}: {told_of(chosen, _features)}. Each mark is a feature that fires {_least(found)} times "
+        f"{found.setting.site}: {told_of(chosen, _features)}. Each mark is a feature that fires {least} times "
         f"or more in each half of the text. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, "
         "the hollow mark the mean."
     )
@@ -39,10 +39,6 @@ def score_chart(found: PatternStudy, at: At, name: str) -> Chart:
 
 def _features(run: PatternRun) -> int:
     return run.features
-
-
-def _least(found: PatternStudy) -> int:
-    return int(found.settings["least"])
 
 
 def _titles(score: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from endwise.common.files import held, remove_partials
+from endwise.common.files import held
 from endwise.common.tensor_files import write_tensors
 from endwise.features.harvest.gathering import Gathered
 from endwise.features.harvest.results import HARVEST_FOLDER
@@ -43,14 +43,6 @@ class Parts:
         """
         lock = self.folder / f".{shard}-of-{self.shards}.lock"
         with held(lock, f"Another process is harvesting {self.run} ({lock}). Wait for its end, or stop it."):
-            yield
-
-    @contextmanager
-    def joining(self) -> Iterator[None]:
-        """Wait until no other process is joining the shards. It is not in the folder of the parts, which the first who
-        can join them removes.
-        """
-        with held(self.run / ".harvest.lock"):
             yield
 
     def load(self, shard: int, into: Gathered) -> int | None:
@@ -84,11 +76,6 @@ class Parts:
     def remove(self) -> None:
         with suppress(OSError):
             shutil.rmtree(self.folder)
-
-    def clear_partials(self) -> None:
-        """Remove what processes that were killed left half-written; other shards' are left alone while they write."""
-        if self.shards == 1:
-            remove_partials(self.folder)
 
 
 class Saver:

@@ -29,7 +29,7 @@ from endwise.common.remedies import unreadable
 from endwise.common.showing import Shown
 from endwise.common.text import printable
 from endwise.features.token_texts import Decode, pieces
-from endwise.runs.weights import check_same_weights
+from endwise.runs.finding import check_same_weights
 
 if TYPE_CHECKING:
     from endwise.features.harvest.feature import HarvestedFeature

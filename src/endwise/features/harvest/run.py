@@ -11,7 +11,7 @@ import torch
 
 from endwise.common.counting import counting
 from endwise.common.errors import ConfigError, DataError, Interrupted
-from endwise.common.files import expanded
+from endwise.common.files import expanded, held, remove_partials
 from endwise.common.processes import joined
 from endwise.common.showing import Several
 from endwise.common.stopping import polite_stop
@@ -180,7 +180,8 @@ class _Group:
         with ExitStack() as claims:
             for run in self.runs.values():
                 claims.enter_context(run.parts.claimed(shard))
-                run.parts.clear_partials()
+                if shards == 1:  # of processes that were killed; other shards' are left alone while they write
+                    remove_partials(run.parts.folder)
             gathered = self._gather(Saver(save_seconds), display)
             for path, each in gathered.items() if shards > 1 else ():
                 self.runs[path].parts.save(shard, each, self._span(shard).stop)
@@ -190,11 +191,6 @@ class _Group:
         """Return a shard's batches of the text."""
         batches, shards = -(-self.sequences // self.batch), self.request.shards
         return range(batches * shard // shards, batches * (shard + 1) // shards)
-
-    @property
-    def _attributed_every(self) -> int:
-        """Step from one batch whose CE is attributed to the next."""
-        return LONG_TEXT_EVERY if self.sequences > LONG_TEXT * self.batch else 1
 
     @property
     def _co_firing_share(self) -> float:
@@ -237,7 +233,7 @@ class _Group:
         sites = {site for path in gathered for site in self.runs[path].place.sites}
         self.model.attend_within(self.corpus.layout.ends)
         clean = self.model.clean(text.tokens, record=sites)
-        attribute = number % self._attributed_every == 0
+        attribute = self.sequences <= LONG_TEXT * self.batch or number % LONG_TEXT_EVERY == 0
         numbers = torch.arange(rows.start, rows.stop, device=self.model.device)
         for path, each in gathered.items():
             with _naming(path):
@@ -246,7 +242,7 @@ class _Group:
     def _finish(self, path: Path, own: Gathered) -> Harvest | None:
         """Join the shards, if all are there, and write the files; of two who come last, the first."""
         run, shards = self.runs[path], self.request.shards
-        with run.parts.joining():
+        with held(path / ".harvest.lock"):  # not in the folder of the parts, which the first to join them removes
             others = [shard for shard in range(shards) if shard != self.request.shard]
             if any(run.parts.next_batch(shard) != self._span(shard).stop for shard in others):
                 return None

@@ -24,8 +24,8 @@ from endwise.common.remedies import unreadable
 from endwise.common.showing import Shown
 from endwise.common.statistics import Floats
 from endwise.common.tables import write_parquet
-from endwise.features.patterns.trie import Pattern, as_lists, from_lists
-from endwise.runs.weights import check_same_weights
+from endwise.features.patterns.trie import Pattern
+from endwise.runs.finding import check_same_weights
 
 PATTERNS_FOLDER = "patterns"
 PATTERNS_FORMAT = 1
@@ -137,7 +137,7 @@ def write_patterns(run: Path, made: Patterns) -> None:
 def pattern_table(patterns: Sequence[Pattern], texts: Sequence[str] | None = None) -> pa.Table:
     columns = {
         "feature": [each.feature for each in patterns],
-        "tokens": [as_lists(each.labels) for each in patterns],
+        "tokens": [[sorted(label or ()) for label in each.labels] for each in patterns],
         "activation": [each.activation for each in patterns],
         "contexts": [each.contexts for each in patterns],
         "text": texts or [None] * len(patterns),
@@ -146,7 +146,8 @@ def pattern_table(patterns: Sequence[Pattern], texts: Sequence[str] | None = Non
 
 
 def _pattern(row: Mapping[str, Any]) -> Pattern:
-    return Pattern(row["feature"], tuple(from_lists(row["tokens"])), float(row["activation"]), int(row["contexts"]))
+    labels = tuple(frozenset(tokens) or None for tokens in row["tokens"])
+    return Pattern(row["feature"], labels, float(row["activation"]), int(row["contexts"]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ patterns share their edges. At a token, of a feature's patterns that fit the mos
 most tokens that are no wildcards, then the longest, then the one of the greatest activation.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,13 +149,3 @@ def _spread(low: NDArray, high: NDArray) -> tuple[NDArray, NDArray]:
     count = high - low
     of = np.repeat(np.arange(len(low)), count)
     return of, np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count) + low[of]
-
-
-def as_lists(labels: tuple[Label, ...]) -> list[list[int]]:
-    """For a file: the tokens that serve, ascending; none where any does."""
-    return [sorted(label or ()) for label in labels]
-
-
-def from_lists(lists: Iterable[Iterable[int]]) -> Iterator[Label]:
-    for each in lists:
-        yield frozenset(each) or None
