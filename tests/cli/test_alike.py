@@ -2,8 +2,10 @@
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from endwise.cli import app
+from endwise.cli.app import IN_SEVERAL_PROCESSES
 
 WITHOUT = {
     "--json": {"serve": "runs until it is stopped", "version": "is a word"},
@@ -44,3 +46,13 @@ def test_every_command_that_can_have_an_option_has_it(option):
 def test_the_version_and_completion_are_options_of_the_program():
     told = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
     assert {"--version", "--install-completion", "--show-completion"} <= told
+
+
+@pytest.mark.parametrize("words", ["sites", "importance a-run", "export-neuronpedia a-run", "sweep a.yaml"])
+def test_a_command_that_is_one_process_says_so_under_torchrun(words):
+    several = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}
+    done = CliRunner().invoke(app, words.split(), env=several)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert f"torchrun started endwise {words.split()[0]} 2 times" in done.stderr
+    assert CliRunner().invoke(app, ["version"], env=several).exit_code == 0
+    assert COMMANDS.keys() >= IN_SEVERAL_PROCESSES

@@ -18,7 +18,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from endwise.common.errors import EndwiseError
+from endwise.common.errors import ConfigError, EndwiseError
 from endwise.common.files import check_can_write, expanded
 from endwise.common.remedies import reason, remedy
 from endwise.common.text import printable
@@ -184,6 +184,27 @@ def _at_home(value: Any) -> Any:
     return expanded(value) if isinstance(value, Path) else value
 
 
+IN_SEVERAL_PROCESSES = frozenset({"train", "evaluate", "harvest", "doctor", "version"})
+"""Commands that share their work among the processes of torchrun, or say something of each."""
+
+
+def _refuse_torchrun(name: str) -> None:
+    """
+    Raises:
+        ConfigError: torchrun started the command several times, and it would do the same each time.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) == "1" or name in IN_SEVERAL_PROCESSES:
+        return
+    from endwise.common.processes import launched
+
+    if launched():
+        shared = "train, evaluate and harvest share their work among processes"
+        name = name.replace("_", "-")
+        raise ConfigError(
+            f"torchrun started endwise {name} {processes} times; only {shared}. Start it without torchrun."
+        )
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """Add a command. A folder `--out` that cannot be written ends it before the work. Our own errors end it with one
     message and an exit code; anything else is a bug and keeps its traceback.
@@ -192,6 +213,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            _refuse_torchrun(function.__name__)
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
             if isinstance(out := kwargs.get("out"), Path):
                 check_can_write(out)
