@@ -14,8 +14,8 @@ from endwise.dictionaries.latents import DenseLatents, Latents, encode_sparse, k
 from endwise.dictionaries.linear import LinearSAE
 from endwise.dictionaries.selection import (
     SPARSE_BELOW,
+    AboveBound,
     Annealed,
-    Candidates,
     Encoder,
     TopKConfig,
     candidates_of_step,
@@ -135,7 +135,7 @@ class BatchTopKSAE(LinearSAE):
         values: Float[Tensor, " places"],
         counted: Bool[Tensor, " places"] | None,
         count: Tensor,
-        among: Candidates | int,
+        among: AboveBound | int,
     ) -> Bool[Tensor, " places"]:
         """Mark the `count` largest of those that count, and of the others what exceeds the smallest of these.
 

@@ -203,7 +203,7 @@ def top_per_row(encoder: Encoder, k: int) -> Found | None:
     return found_on(kernels, encoder.x, encoder.room, now, held)
 
 
-class Candidates(NamedTuple):
+class AboveBound(NamedTuple):
     """Pairs among which are the largest of a step."""
 
     found: Found
@@ -220,7 +220,7 @@ class Candidates(NamedTuple):
 
 def candidates_of_step(
     encoder: Encoder, counted: Bool[Tensor, " n"] | None, k: float, count: Tensor, world: World = ALONE
-) -> Candidates | None:
+) -> AboveBound | None:
     """Find pairs among which are the `count` largest of all processes; None where that is for a dense product.
 
     Where pairs are counted that is so in all processes. In slots they are those above a bound that lets many more
@@ -242,14 +242,14 @@ def candidates_of_step(
         bound = bounds[len(MORE) - 1]
         with choosing():
             found = rooms.find(encoder.room, partial(kernels.active_held, *encoder[:3], above=bound))
-        return None if found is None else Candidates(found, bound, rooms)
-    some: Candidates | None = None
+        return None if found is None else AboveBound(found, bound, rooms)
+    some: AboveBound | None = None
     for bound in bounds:
         with choosing():
             found = encoder.above(bound)
         state = torch.tensor([int(found is None), 0], device=count.device)
         if found is not None:
-            some = Candidates(found, bound, None)
+            some = AboveBound(found, bound, None)
             state[1] = ((found.values > 0) if counted is None else counted[found.pairs.rows]).sum()
         world.add([state])
         if state[0] > 0:
