@@ -133,7 +133,7 @@ def test_what_stands_in_the_folder(place, foreign, tmp_path):
     assert "is read with" in remarks and "where 12 is stated" not in remarks
 
 
-def test_beside_a_run_it_is_of_its_model_and_text(place, foreign, cache, tmp_path):
+def test_beside_a_run_it_is_of_its_model_and_text(place, foreign, cache, tmp_path, undrawn):
     """Nothing need be said then; the figure has both on the same text, the foreign one without a seed."""
     given = (place / "run", foreign["saelens"])
     went_well("evaluate", *given)

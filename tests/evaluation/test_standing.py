@@ -387,14 +387,14 @@ def test_pareto_says_which_runs_an_older_version_measured(place, capsys):
     assert "run: measured by an older version" in capsys.readouterr().err
 
 
-def test_a_relative_path_is_said_to_be_one_where_it_leads_nowhere(place, monkeypatch):
+def test_a_relative_path_is_said_to_be_one_where_it_leads_nowhere(trained, place, monkeypatch):
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "elsewhere")
     with pytest.raises(EndwiseError) as raised:
         evaluate(Path("../run"))
     told = str(raised.value)
     assert "model.name (on/model), data.source (on/train.npy)" in told.replace(" and ", ", ")
-    assert f"looked for in {place / 'elsewhere'}" in told and f"started in {place}" in told
+    assert f"looked for in {place / 'elsewhere'}" in told and f"started in {trained}" in told
 
 
 def test_a_relative_path_that_leads_to_other_text_is_said_to_be_one(place, monkeypatch):
@@ -491,8 +491,8 @@ def test_another_tokenizer_is_recognised_and_the_same_one_saved_again_is_none(mo
 
 def test_the_digest_of_a_large_file_is_kept_and_made_again_when_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ENDWISE_CACHE", str(tmp_path / "cache"))
-    later = time.time_ns() + 2 * digests.SETTLED_NS
-    monkeypatch.setattr(time, "time_ns", lambda: later)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 2 * digests.SETTLED_NS)
     file = tmp_path / "weights"
     for content in (b"one", b"two"):
         with file.open("wb") as written:

@@ -83,10 +83,10 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory):
-    """The folder of a GPT-2 of two blocks, where it does not matter how many there are."""
+    """The folder of a GPT-2 of three blocks, where it does not matter how many there are."""
     config = FAMILIES["gpt2"].config()
-    config.n_layer = 2
-    folder = tmp_path_factory.mktemp("two_blocks")
+    config.n_layer = 3
+    folder = tmp_path_factory.mktemp("three_blocks")
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -211,8 +211,18 @@ def test_a_dry_step_holds_what_a_real_one_holds(gpt2, case):
     assert planned.bytes - settled == pytest.approx(grown + gradients, rel=0.01)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama_grouped_tied", "gemma2", "qwen3", "gptj", "phi3"])
+COUNTED = ["gpt2", "pythia", "llama_grouped_tied", "gemma2", "qwen3", "gptj", "phi3"]
+"""In the quick tier each at every second site, of which parallel blocks (Pythia, GPT-J) have where attention writes."""
+
+
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [
+        pytest.param(family, site, marks=pytest.mark.slow if (number + place) % 2 else ())
+        for number, family in enumerate(COUNTED)
+        for place, site in enumerate(SITES)
+    ],
+)
 def test_counted_operations_are_those_of_the_passes(stored, family, site):
     """Eager attention multiplies all pairs, and so does the formula when it is told so."""
     dry_run = dry(recipe(stored(family), site=site))
@@ -295,8 +305,8 @@ DICTIONARIES = {
 @pytest.mark.filterwarnings("ignore:objective.sparsity is left out")
 @pytest.mark.parametrize(
     ("architecture", "options", "kind"),
-    [
-        (name, options, ("local", "e2e")[number % 2])
+    [  # those that add nothing are in the others too
+        pytest.param(name, options, ("local", "e2e")[number % 2], marks=() if number else pytest.mark.slow)
         for name, each in DICTIONARIES.items()
         for number, options in enumerate(each)
     ],
@@ -454,7 +464,7 @@ def test_mixed_precision_on_a_cpu_holds_a_second_model(gpt2):
 
 
 def test_what_no_machine_can_run_is_refused(gpt2):
-    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.1"):
+    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.2"):
         plan(recipe(gpt2, site="blocks.9.hook_resid_pre"))
     with pytest.raises(ConfigError, match="one step alone takes"):
         plan(recipe(gpt2, tokens=CONTEXT))
