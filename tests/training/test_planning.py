@@ -514,8 +514,8 @@ def measuring():
 @pytest.mark.parametrize("objective", ["local", pytest.param("e2e", marks=pytest.mark.slow)])
 def test_planned_memory_is_near_what_a_run_holds(measuring, objective):
     """A process that trains, measures and saves: the most that it ever holds beyond what it held after its imports."""
-    shape = measuring.Shape("gpt2", 3, 64, 4, 4096, 256, 256, batch=12, layer=1, d_sae=8192)
-    result = measuring.compare(measuring.Case("width 64", shape, objective, microbatch=2), threads=1)["stages"]
+    shape = measuring.Shape("gpt2", 6, 256, 4, 4096, 256, 256, batch=12, layer=2, d_sae=8192)
+    result = measuring.compare(measuring.Case("width 256", shape, objective, microbatch=2), threads=1)["stages"]
     planned, measured = (max(stage[key] for stage in result.values()) for key in ("planned", "measured"))
     assert measured > 300 * MIB
     assert 0.8 < planned / measured < 1.25, result
