@@ -1,6 +1,6 @@
 """What a CPU proves of the kernels in Triton: their values, in its interpreter, and that compilers for cards take them.
 
-Both run in processes of their own: Triton reads what it is to be when it is imported.
+Both run in processes of their own; Triton reads whether it is to interpret when it is imported.
 """
 
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+import warm
 from endwise.kernels import has_version, kernels_for, registered
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -27,16 +28,16 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run(*arguments, **environment):
+def run(command, **environment):
     """Return what a process of Python prints that succeeds."""
-    command, own = [sys.executable, *map(str, arguments)], os.environ | environment
+    own = os.environ | environment
     done = subprocess.run(command, capture_output=True, text=True, env=own, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def interpreted(marked, *files):
-    told = run("-m", "pytest", "-q", "-x", "-m", marked, *files, TRITON_INTERPRET="1")
+    told = run([sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, *files], TRITON_INTERPRET="1")
     assert " passed" in told and "skipped" not in told
 
 
@@ -55,7 +56,8 @@ def test_more_values_in_the_interpreter(file):
 
 def compiled(cache, *options):
     """Rows of the table: kernel, numbers, what of, card, registers, spilled, shared memory in KiB."""
-    lines = run(ROOT / "tools" / "kernel_resources.py", *options, TRITON_CACHE_DIR=str(cache)).splitlines()
+    command = warm.command(ROOT / "tools" / "kernel_resources.py", *options)
+    lines = run(command, TRITON_CACHE_DIR=str(cache)).splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
