@@ -12,6 +12,7 @@ from endwise.common.errors import ConfigError, ModelError, SiteError
 from endwise.dictionaries import BatchTopKSAE, NormedSAE, TopKSAE
 from endwise.dictionaries.selection import Annealed
 from endwise.features.harvest.results import Harvest
+from endwise.models.positions import Passes
 from tiny_models import CONTEXT, VOCAB, WIDTH, build, count_hooks, hooked, sae, tiny, tokens
 
 PRE, MID, OUT = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_mid", "blocks.3.hook_mlp_out"
@@ -338,3 +339,24 @@ def test_gradients_flow_through_edits():
     with torch.no_grad():
         difference = float(loss(embedded + step) - loss(embedded - step)) / 2
     assert float((leaf.grad * step).sum()) == pytest.approx(difference, rel=5e-2)
+
+
+class Body(torch.nn.Module):
+    """Takes a cache by a name that nobody knows."""
+
+    def forward(self, input_ids, attention_mask=None, memory=None):
+        return input_ids
+
+
+def test_a_cache_is_found_whatever_its_name():
+    class Cache:
+        def get_seq_length(self):
+            return 3
+
+    body, mask = Body(), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    with Passes(body).followed() as passes:
+        body(torch.zeros(2, 1, dtype=torch.long), attention_mask=mask, memory=Cache())
+        assert passes.now.index.tolist() == [[3], [2]]
+        for shape in ((2, 4), (2, 1, 1, 4)):  # of a cache that is not seen
+            with pytest.raises(ModelError, match="attention mask"):
+                body(torch.zeros(2, 1, dtype=torch.long), attention_mask=torch.ones(shape))

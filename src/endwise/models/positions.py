@@ -127,11 +127,13 @@ class Passes:
         ids: Any = given.get("input_ids")
         entering: Tensor = given["inputs_embeds"] if ids is None else ids
         batch, new = entering.shape[:2]
-        past = self._past(given.get("past_key_values", given.get("cache_params")))
+        # Found by what it can do: transformers 5.24 calls `cache` what was `past_key_values` before.
+        cache = next((each for each in given.values() if hasattr(each, "get_seq_length")), given.get("cache_params"))
+        past = self._past(cache)
         before, now = self._now, torch.full((batch,), past, device=entering.device)
         same_text = before is not None and len(before.prompt) == batch
         same_text = same_text and (self._generating or 0 < past == self._seen)
-        real, padding = _unmasked(given.get("attention_mask"), entering, past)
+        real, padding = _unmasked(given.get("attention_mask"), entering, past, more=cache is not None)
         if padding is None:
             padding = self._padding if same_text and self._padding is not None else torch.zeros_like(now)
         index = (now - padding)[:, None] + real.long().cumsum(1) - 1
@@ -154,11 +156,12 @@ class Passes:
             return self._seen
 
 
-def _unmasked(mask: Any, entering: Tensor, past: int) -> tuple[TokenMask, Int[Tensor, " batch"] | None]:
+def _unmasked(mask: Any, entering: Tensor, past: int, more: bool) -> tuple[TokenMask, Int[Tensor, " batch"] | None]:
     """Return which of the new positions are none of padding, and how many positions before them are, if the mask says.
 
     Args:
         mask: as the model was given it, or as `generate` makes it for a static cache: `[batch 1 new positions]`.
+        more: may be of more positions, which a cache holds or has room for.
 
     Raises:
         ModelError: it is of another kind.
@@ -169,10 +172,11 @@ def _unmasked(mask: Any, entering: Tensor, past: int) -> tuple[TokenMask, Int[Te
         mask = max(there, key=lambda each: each.shape[-1], default=None)
     if mask is None:
         return torch.ones(batch, new, dtype=torch.bool, device=entering.device), None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + new:
+    covered = isinstance(mask, Tensor) and (mask.shape[-1] == past + new or (more and mask.shape[-1] > past + new))
+    if covered and mask.ndim == 2:
         mask = mask.to(entering.device) != 0
         return mask[:, past : past + new], (~mask[:, :past]).sum(1)
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] >= past + new and mask.shape[-2] == new:
+    if covered and mask.ndim == 4 and mask.shape[-2] == new:
         own = mask[:, 0, :, past : past + new].diagonal(dim1=-2, dim2=-1).to(entering.device)
         return (own if own.dtype == torch.bool else own == 0).expand(batch, new), None
     raise ModelError(
