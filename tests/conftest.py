@@ -158,6 +158,18 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def fitted_on_little():
+    """Thresholds, scales of errors and norms are fitted to 2,048 tokens: more take longer than a short training."""
+    from endwise.dictionaries.batchtopk import BatchTopKSAE
+    from endwise.training import fitting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "MEASURED_ON", 2048)
+        patch.setattr(BatchTopKSAE, "last_tokens", 2048)
+        yield
+
+
+@pytest.fixture(scope="module")
 def models_outlined_once():
     """What every sweep begins with, for modules whose sweeps are all of one model."""
     from functools import cache

@@ -16,15 +16,17 @@ from endwise.paper.quickstart import quickstart, recipes
 from endwise.runs.folder import RunFolder
 from pages import Page
 
+pytestmark = pytest.mark.usefixtures("fitted_on_little")
 NAME = HOSTILE.replace("/", "|")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, fitted_on_little):
     """Its folder, the runs as its summary has them, and what the command printed."""
     out = tmp_path_factory.mktemp("quickstart") / NAME
-    small = ("training.tokens=1024", "evaluation.tokens=1024", "dictionary.ratio=1")
-    said = told("quickstart", *small, "--seed", 3, "--out", out)
+    small = ("data.context=64", "training.tokens=512", "dictionary.ratio=1")
+    quick = ("evaluation.tokens=512", "evaluation.during_training_tokens=256", "evaluation.bootstrap=50")
+    said = told("quickstart", *small, *quick, "--seed", 3, "--out", out)
     assert said.exit_code == 0, said.output
     return out, json.loads((out / "summary.json").read_text()), said.output
 
@@ -44,7 +46,7 @@ def test_summary_has_the_promised_fields(finished):
     for run in content["runs"]:
         assert {"kind", "site", "coefficient", "seed", "l0", "alive", "d_sae", "ce_increase", "kl"} <= set(run)
         assert {"explained_variance", "downstream_mse", "tokens", "seconds", "folder"} <= set(run)
-        assert run["seed"] == 3 and run["d_sae"] == 128 and run["tokens"] == 1024
+        assert run["seed"] == 3 and run["d_sae"] == 128 and run["tokens"] == 512
         assert math.isfinite(run["ce_increase"]) and run["l0"] > 0 and run["seconds"] > 0
         assert len(run["downstream_mse"]) == 3
         assert RunFolder.open(Path(run["folder"])).evaluation()["l0"] == run["l0"]

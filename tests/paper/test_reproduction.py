@@ -185,7 +185,10 @@ def test_a_plan_is_kept(experiments, tmp_path):
 
 
 def test_costs_are_measured_once(experiments, tmp_path):
-    small = replace(experiments, study=study(sites={SITE: {}}, cost_tokens=1536, ratios=[2.5]))
+    values = experiments.study.recipe
+    recipe = {**values, "data": {"context": 64}, "evaluation": {**values["evaluation"], "during_training_tokens": 128}}
+    made = study(recipe=recipe, sites={SITE: {}}, cost_tokens=384, ratios=[2.5])
+    small = replace(experiments, study=made)
     measured = costs(small, tmp_path / "costs.json")
     assert [(cost.kind, cost.ratio) for cost in measured] == [
         (kind, ratio) for ratio in (None, 2.5) for kind in ("local", "e2e", "e2e_ds")

@@ -22,6 +22,7 @@ from endwise.runs.tracking.track import track
 from own_training import Act, acting, raising, train_with
 from small_gpt2 import recipe
 from stand_in_tracker import installed
+from warm import Warm
 
 SETTINGS = {"log_every": 1, "checkpoint_every": 4, "evaluate_every": 5}
 NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
@@ -95,7 +96,7 @@ def test_an_evaluation_is_its_summary_and_files_go_along(made, tmp_path, told):
     assert len(set(sent)) == len(sent) and steps(told("log")) == [1, 2]
 
 
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("where", ["init", pytest.param("log", marks=pytest.mark.slow), "finish"])
 def test_one_that_hangs_is_ended_and_sent_what_it_lacks_later(
     model, corpora, tmp_path, told, monkeypatch, capfd, where
 ):
@@ -137,7 +138,9 @@ def test_of_a_run_that_is_killed_it_hears_too(made, tmp_path, told):
     config = tracked(tmp_path / "run", made=made, tokens=200_000)
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(training(tmp_path), env=environment) as process:
+    code = f"import sys, endwise.cli; sys.path[:0] = {sys.path!r}; endwise.cli.main()"
+    (tmp_path / "stood_in.py").write_text(code)
+    with Warm(tmp_path / "stood_in.py", *training(tmp_path)[3:], env=environment) as process:
         _wait(lambda: len(told("log")) > 2)
         process.send_signal(signal.SIGKILL)
     _wait(lambda: told("finish"))
