@@ -147,7 +147,7 @@ def test_a_wrong_recipe_is_one_line_before_any_work(place, tmp_path, overrides, 
 def test_wrong_files_and_folders(place, tmp_path):
     assert refuse("train", "gpt2-small-layer6-e3e")[1].endswith("did you mean gpt2-small-layer6-e2e?")
     assert refuse("train")[0] == 2
-    assert refuse("train", place)[1].endswith(f"resume it: endwise train --resume {place}")
+    assert refuse("train", place)[1].endswith("is a folder, and a recipe is a file. Correct the path.")
     assert refuse("train", place / "recipe.yaml", "--resume", place)[0] == 2
     assert refuse("train", "--resume", tmp_path)[0] == 5
     assert refuse("evaluate", tmp_path / "nothing")[0] == 5
