@@ -166,7 +166,7 @@ class Runner:
                 break
 
     def told(self, part: str, scratch: str) -> dict[str, Any]:
-        """Return what the part's process is told; it reads what is known so far from the file."""
+        """Return what the part's process is given; it reads what is known so far from the file."""
         self.results.save()
         return {
             "part": part,

@@ -1,4 +1,4 @@
-"""Ground that the parts of `gpu.py` share: what they are told, the shapes, and a training step of random weights."""
+"""Ground that the parts of `gpu.py` share: what they are given, the shapes, and a training step of random weights."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field

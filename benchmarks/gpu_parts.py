@@ -1,4 +1,4 @@
-"""Parts of what a card is to show. Started by `gpu.py`, a part in each process, with what it is told as JSON.
+"""Parts of what a card is to show. Started by `gpu.py`, a part in each process, with what it is given as JSON.
 
 A part is a list of rows, each of which can be made without the others. A row that is done goes out as a line of JSON;
 one that raises goes out with what it raised, and the next is made. On a processor every part is what it is on a card,

@@ -204,8 +204,8 @@ class Side(ABC):
 
     def begin_memory(self) -> dict[str, Any]:
         """What the process holds now, in GiB; from here on its peak is counted again, where the kernel lets us."""
-        anew = begin_peak()
-        return {"before": resident("VmRSS") / GIB, "peak_counted_anew": anew}
+        again = begin_peak()
+        return {"before": resident("VmRSS") / GIB, "peak_counted_anew": again}
 
     def peak_memory(self) -> float:
         """GiB."""

@@ -10,7 +10,7 @@ Needs endwise alone. Per batch of the embedded model's training text, in turn (`
 - `harvest+ce`: the same with the attribution of the CE, which needs the tail forward and backward, in every second
   batch, as of a long text.
 
-Each goes on with the next batch. The SAE is a random one whose bias is lowered until `--l0` features are active per
+Each continues with the next batch. The SAE is a random one whose bias is lowered until `--l0` features are active per
 token, so that they are all alive, and no two runs of the benchmark differ. `--whole` then harvests so many tokens from
 the beginning, files, attribution and all.
 """

@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class NetworkBlocked(RuntimeError):
-    """Not an OSError, so that no library takes it for an ordinary failure and goes on without saying so."""
+    """Not an OSError, so that no library takes it for an ordinary failure and continues without saying so."""
 
 
 def _refuse_remote(address: Any) -> None:

@@ -122,7 +122,7 @@ class Soak:
             before = self._saved(folder)
             cause(RunFolder(folder), start)
             self.tally.caused[name] += 1
-            if self._goes_on(name, folder, before):
+            if self._continues(name, folder, before):
                 self.tally.survived[name] += 1
         self._finish(folder, start)
         if _end_of(folder) != expected:
@@ -133,7 +133,7 @@ class Soak:
         steps = RunFolder(folder).saved_steps()
         return steps[-1] if steps else 0
 
-    def _goes_on(self, name: str, folder: Path, before: int) -> bool:
+    def _continues(self, name: str, folder: Path, before: int) -> bool:
         """Whether at least the checkpoint before the newest of then is still there and whole."""
         folder_now = RunFolder(folder)
         for step in reversed(folder_now.saved_steps()):

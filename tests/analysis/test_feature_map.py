@@ -1,4 +1,4 @@
-"""A map of features: what lies together, what is told of each, and what is said where there can be none."""
+"""A map of features: what lies together, what is said of each, and what is said where there can be none."""
 
 import re
 import sys

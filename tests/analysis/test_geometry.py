@@ -207,7 +207,7 @@ def test_streams_are_the_runs_own():
     assert in_parts.shape == (3, 3_000_000) and (in_parts.sum(1) == 3_000_000).all()
 
 
-def test_spearman_is_ranked_anew_in_each_resample():
+def test_spearman_is_ranked_again_in_each_resample():
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 4, 40).astype(float), rng.normal(size=40)
     run = make_run("local", 1, 0.1, 10)

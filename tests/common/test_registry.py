@@ -1,4 +1,4 @@
-"""A registry: filled at the first look-up, told of unknown names."""
+"""A registry: filled at the first look-up, which names the nearest of unknown names."""
 
 import sys
 from types import ModuleType

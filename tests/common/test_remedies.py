@@ -1,4 +1,4 @@
-"""Each of the system's errors is told with what helps against it; only a full disk is told to be freed."""
+"""Each of the system's errors is reported with what helps against it; only a full disk is to be freed."""
 
 import errno
 import os

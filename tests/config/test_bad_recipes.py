@@ -51,7 +51,7 @@ def leaves(values, path=()):
 
 @pytest.fixture
 def accepted(monkeypatch):
-    """Recipes that the commands would go on with; none of them is trained."""
+    """Recipes that the commands would continue with; none of them is trained."""
     taken = []
 
     class Done:

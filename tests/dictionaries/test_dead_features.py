@@ -410,8 +410,8 @@ def test_losses_of_tokens_add_up_to_the_objective(kind, model, corpora, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["local", "e2e"])
-def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model, corpora, tmp_path):
-    anew = []
+def test_resampling_comes_at_its_steps_and_continues_in_the_same_bits(kind, model, corpora, tmp_path):
+    again = []
 
     class SomeDead(Trainee):
         def dead(self):
@@ -422,7 +422,7 @@ def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model,
         def begin_step(self):
             moments = [self.optimizer.state[p]["exp_avg"][:6] for p in self.sae.per_feature()] if self.step else []
             if moments and not any(moment.any() for moment in moments):
-                anew.append(self.step)
+                again.append(self.step)
             super().begin_step()
 
     def saved(out, **how):
@@ -432,7 +432,7 @@ def test_resampling_comes_at_its_steps_and_goes_on_in_the_same_bits(kind, model,
 
     whole = saved(tmp_path / "run")
     steps = 320 // (4 * CONTEXT)
-    assert anew == [round(0.3 * steps), round(0.6 * steps)]
+    assert again == [round(0.3 * steps), round(0.6 * steps)]
     for step in (round(0.3 * steps), round(0.3 * steps) - 1):
         again = saved(tmp_path / "run", resume=True, from_step=step)
         for name, tensor in whole.state_dict().items():

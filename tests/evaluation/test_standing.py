@@ -437,7 +437,7 @@ def test_a_data_set_on_the_hub_is_kept_by_its_commit(monkeypatch, tmp_path):
     hub.commit = "2" * 40
     second = open_source("someone/texts", None, None, "train", True)
     assert first.identity != second.identity and (first.commit, second.commit) == ("1" * 40, "2" * 40)
-    hub.commit = None  # as last told
+    hub.commit = None  # as last reported
     assert open_source("someone/texts", None, None, "train", True).identity == second.identity
     assert open_source("someone/others", None, None, "train", True).commit is None
     assert open_source("someone/texts", None, None, "train", True, "1" * 40).identity == first.identity

@@ -420,7 +420,7 @@ def test_the_estimate_in_words():
     assert "--price-in" in estimate_lines(made, (None, 0.6))[2]
 
 
-def test_work_that_was_broken_off_goes_on_without_repeating_a_call(tmp_path):
+def test_work_that_was_broken_off_continues_without_repeating_a_call(tmp_path):
     run = make_run(tmp_path / "run", 6)
     with chat_server() as whole:
         reference = explain(planned(make_run(tmp_path / "reference", 6), whole.url))[0]
@@ -439,7 +439,7 @@ def test_work_that_was_broken_off_goes_on_without_repeating_a_call(tmp_path):
 @pytest.mark.parametrize(
     ("how", "status", "words"), [("SIGKILL", -9, ""), ("SIGINT", 130, "every answer so far is kept")]
 )
-def test_a_broken_off_run_goes_on_without_repeating_a_call(tmp_path, how, status, words):
+def test_a_broken_off_run_continues_without_repeating_a_call(tmp_path, how, status, words):
     run = make_run(tmp_path / "run", 4)
     arguments = ["explain", run, "--model", "m", "--features", "all", "--random", 0, "--concurrency", 1, "--yes"]
     victim = []

@@ -22,7 +22,7 @@ from word_harvests import make_run
 
 
 class Oracle:
-    """Answers as it is told, without a network."""
+    """Answers as it is asked to, without a network."""
 
     def __init__(self, answer=perfect):
         self.answer, self.stats, self.prompts = answer, CallStats(), []

@@ -284,7 +284,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_a_killed_harvest_goes_on_and_ends_in_the_same_files(run, model, corpora, batches):
+def test_a_killed_harvest_continues_and_ends_in_the_same_files(run, model, corpora, batches):
     corpus = corpora.heldout
     harvested(run, model, corpus)
     whole = digest(run)
@@ -314,7 +314,7 @@ def test_ctrl_c_saves_what_was_gathered(run, model, corpora):
     assert len(read) == -(-len(corpora.heldout) // 4) and digest(run) == whole
 
 
-def test_what_was_gathered_with_other_settings_is_not_gone_on_with(run, model, corpora):
+def test_what_was_gathered_with_other_settings_is_not_resumed(run, model, corpora):
     harvested(run, model, corpora.heldout, shards=2, shard=0, save_seconds=0.0)
     other = {"kept": replace(KEPT, top=2), "save_seconds": 0.0}
     assert harvested(run, model, corpora.heldout, shards=2, shard=1, **other) is None
@@ -322,7 +322,7 @@ def test_what_was_gathered_with_other_settings_is_not_gone_on_with(run, model, c
     assert max(c.rank for _, each in read_harvest(run).all_contexts() for c in each if c.group == TOP) == 1
 
 
-def test_a_damaged_part_is_gathered_anew(run, model, corpora):
+def test_a_damaged_part_is_gathered_again(run, model, corpora):
     harvested(run, model, corpora.heldout)
     whole = digest(run)
     (run / "harvest" / "parts").mkdir()

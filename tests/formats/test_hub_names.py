@@ -180,7 +180,7 @@ def test_offline_and_broken_networks_read_the_cache_and_say_what_is_missing(tmp_
         SAE.load("hf://someone/some")
 
 
-def test_a_download_that_breaks_is_one_line_and_goes_on_the_next_time(tmp_path, hub):
+def test_a_download_that_breaks_is_one_line_and_continues_the_next_time(tmp_path, hub):
     hub.put("someone/some", saved(tmp_path / "made"))
 
     def broken(handler):

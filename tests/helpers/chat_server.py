@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the chat completions protocol, answers as it is told to, and can misbehave."""
+"""A server on this machine that speaks the chat completions protocol, answers as it is asked to, and can misbehave."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def perfect(prompt):
 
 @dataclass
 class Served:
-    """What a server is told and what it saw."""
+    """What a server is given and what it saw."""
 
     url: str = ""
     answer: object = perfect

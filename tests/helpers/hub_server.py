@@ -44,7 +44,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What a server holds, is told and saw."""
+    """What a server holds, is given and saw."""
 
     url: str = ""
     repositories: dict = field(default_factory=dict)

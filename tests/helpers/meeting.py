@@ -31,7 +31,7 @@ class Meeting:
             object.__setattr__(world, "add", lambda tensors: self.add(rank, tensors))
             try:
                 found[rank] = task(world)
-            except Exception as error:  # noqa: BLE001  Whatever it is, it is told below.
+            except Exception as error:  # noqa: BLE001  Whatever it is, it is reported below.
                 errors.append(error)
                 self.barrier.abort()
 

@@ -47,7 +47,7 @@ def never(*arguments, **options):
 
 
 def here(**acts):
-    """An engine whose worker trains, or measures, as it is told."""
+    """An engine whose worker trains, or measures, as it is asked to."""
     return InProcess(Worker(**acts))
 
 

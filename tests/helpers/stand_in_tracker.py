@@ -1,4 +1,4 @@
-"""A package `wandb` that keeps what it is told in a file, and fails or hangs where it is asked to."""
+"""A package `wandb` that keeps what it is given in a file, and fails or hangs where it is asked to."""
 
 from pathlib import Path
 

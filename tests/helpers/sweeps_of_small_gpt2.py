@@ -19,7 +19,7 @@ FILES = ("metrics.jsonl", "evaluation.json", "evaluation_sums.safetensors")
 PAIR = {"objective.kind": "e2e", "objective.sparsity.coefficient": [0.1, 0.3], "training.checkpoint_every": 10}
 """Two runs in one pass."""
 LOCAL = {"objective.kind": "local"}
-"""A run that saves nothing before its end, unless it is told to stop."""
+"""A run that saves nothing before its end, unless it is asked to stop."""
 
 
 def a_sweep(made, out, *grids, engine="in_process", **settings):
@@ -96,7 +96,7 @@ class Disturbed:
 
 @contextmanager
 def disturbed(out, kind, act=lambda process: os.kill(process, signal.SIGKILL)):
-    """While the sweep within goes on, does something to the process that trains the first run of a kind."""
+    """While the sweep within runs, does something to the process that trains the first run of a kind."""
     one = Disturbed(out, kind, act)
     one.thread.start()
     try:

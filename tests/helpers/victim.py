@@ -28,13 +28,13 @@ def _at_the_step(act):
 
 
 def holds():
-    """Says so on standard output in the midst of a step, and never goes on."""
+    """Says so on standard output in the midst of a step, and never continues."""
     print("holding", flush=True)
     time.sleep(600)
 
 
 def waits_for_a_signal():
-    """Says so on standard output in the midst of a step, and goes on with it once a signal has come."""
+    """Says so on standard output in the midst of a step, and continues once a signal has come."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes)

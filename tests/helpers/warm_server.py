@@ -1,7 +1,7 @@
 """A process that has imported everything and forks: what it starts begins at once, where an import takes seconds.
 
 `warm_client.py` asks for programs on the Unix socket that is named on the command line, one a connection: it sends its
-arguments, folder and environment with its three standard streams, and is told the process id and later the wait status.
+arguments, folder and environment with its three standard streams, and gets the process id and later the wait status.
 If the client dies, its program is killed. The server ends when its standard input does.
 """
 

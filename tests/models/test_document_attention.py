@@ -39,7 +39,7 @@ def documents(rows):
             yield number, slice(begin, end)
 
 
-def test_positions_begin_anew_behind_every_separator():
+def test_positions_begin_again_behind_every_separator():
     rows = torch.tensor([[7, END, 7, 7, END, END, 7], [END, 7, 7, 7, 7, 7, END]])
     assert positions(rows, END).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
 

@@ -583,7 +583,7 @@ def test_a_soft_cap_that_the_model_does_not_apply_is_refused():
         LanguageModel(model)
 
 
-# Models nobody has told endwise about
+# Models that endwise does not know
 
 
 class Part2(nn.Module):

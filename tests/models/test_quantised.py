@@ -95,7 +95,7 @@ def unpacked(hugging):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantiser", SAVED[1:])
 def test_the_gradient_is_that_of_the_unpacked_weights(plain, quantiser):
-    """Also after passes without gradients, for which bitsandbytes packs 4-bit weights anew on some CPUs. LLM.int8 packs
+    """Also after passes without gradients, for which bitsandbytes repacks 4-bit weights on some CPUs. LLM.int8 packs
     what its layers are given too, and has no such twin.
     """
     hugging, site = packed(plain, quantiser), Site(1, Part.RESID_PRE)

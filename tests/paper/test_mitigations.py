@@ -32,7 +32,7 @@ def test_the_logarithm_of_ce_is_linear_between_runs():
     assert draws.min() < middle < draws.max()
 
 
-def test_each_resample_is_interpolated_anew():
+def test_each_resample_is_interpolated_again():
     runs, seed = curve(), 7
     weights = resampling_weights(len(runs[0].sums["tokens"]), 100, seed)
     draws = []

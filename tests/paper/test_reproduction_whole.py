@@ -64,7 +64,7 @@ def test_every_experiment_is_carried_out_and_no_run_fails(made):
     assert made.runs.failures == {} and made.runs.plan.tokens == 512
 
 
-def test_a_start_from_local_goes_on_from_that_sae(made):
+def test_a_start_from_local_continues_from_that_sae(made):
     for config in made.runs.finished("starts"):
         local = RunFolder(config.init_from).config()
         assert local.objective.kind == "local" and local.site == config.site

@@ -206,7 +206,7 @@ def test_a_worker_in_a_process_of_its_own(bench, gpt2, prepared):
         assert worker.call("peak_memory") >= memory["before"] * 0.9 > 0
         with pytest.raises(harness.WorkerError, match="no_such_thing"):
             worker.call("no_such_thing")
-        assert worker.call("l0") > 0  # and it goes on
+        assert worker.call("l0") > 0  # and it continues
     finally:
         worker.stop()
 

@@ -1,4 +1,4 @@
-"""A checkpoint holds everything, notices any damage, and a run goes on from it exactly."""
+"""A checkpoint holds everything, notices any damage, and a run is resumed from it exactly."""
 
 import json
 import random
@@ -107,7 +107,7 @@ def test_several_in_one_pass(model, corpora, tmp_path):
         assert_same_end(run.folder, expected.folder)
 
 
-def test_it_holds_all_that_a_run_goes_on_from(model, corpora, tmp_path):
+def test_it_holds_all_that_a_run_continues_from(model, corpora, tmp_path):
     run = train(recipe(tmp_path / "run", checkpoint_every=5), model=model, corpora=corpora, display=False)
     folder, checkpoint = saved(run.folder)
     parameters = {"encoder", "b_enc", "decoder", "b_dec"}
@@ -191,7 +191,7 @@ def test_a_damaged_one_is_named_and_the_one_before_offered(model, corpora, tmp_p
     assert folder.metrics_file.read_text() == RunFolder(whole.folder).metrics_file.read_text()
 
 
-def test_going_on_from_an_earlier_one(model, corpora, tmp_path):
+def test_resuming_from_an_earlier_one(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", checkpoint_every=5, keep_checkpoints=9)
     train(config, model=model, corpora=corpora, display=False)
     folder = RunFolder(tmp_path / "run")
@@ -234,7 +234,7 @@ def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model
     assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)
 
 
-def test_a_group_that_was_killed_between_two_members_goes_on_from_what_all_have(model, corpora, tmp_path):
+def test_a_group_that_was_killed_between_two_members_continues_from_what_all_have(model, corpora, tmp_path):
     def configs(folder):
         return [recipe(folder / kind, kind, checkpoint_every=5) for kind in ("local", "e2e")]
 
@@ -272,7 +272,7 @@ def test_a_refused_start_touches_nothing_below_it(model, corpora, tmp_path):
     assert other.read_text() == "being written"
 
 
-def test_time_goes_on_where_it_was(model, corpora, tmp_path):
+def test_time_continues_where_it_was(model, corpora, tmp_path):
     config = recipe(tmp_path / "run", log_every=1)
     with pytest.raises(Interrupted):
         interrupt_at(9, [config], model, corpora)
@@ -284,7 +284,7 @@ def test_time_goes_on_where_it_was(model, corpora, tmp_path):
     assert lines[10]["seconds"] > before > 0
 
 
-def test_starting_or_going_on_is_one_command(model, corpora, tmp_path):
+def test_starting_or_resuming_is_one_command(model, corpora, tmp_path):
     config = recipe(tmp_path / "run")
     with pytest.raises(Interrupted):
         interrupt_at(5, [config], model, corpora, resume="if_started")

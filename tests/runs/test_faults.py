@@ -69,7 +69,7 @@ def test_killed_before_any_change_of_a_file_it_ends_in_the_same_bits(made, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_says_how_to_go_on(made, tmp_path, number):
+def test_a_signal_finishes_the_step_and_says_how_to_resume(made, tmp_path, number):
     file = write_recipe(made, tmp_path / "recipe.yaml", tmp_path / "a run", log_every=1)
     process = start("train", file, fault="waits_for_a_signal")
     assert process.stdout.readline() == "waiting\n"
@@ -226,7 +226,7 @@ def test_text_that_vanishes_while_it_is_read(made, tmp_path):
     assert went_on == from_scratch
 
 
-def test_text_that_comes_back_is_gone_on_with(made, tmp_path):
+def test_text_that_comes_back_is_resumed(made, tmp_path):
     from endwise.tokens.sources import Document, SourceLost, TextSource
     from endwise.tokens.tokenising import lasting
 

@@ -30,7 +30,7 @@ NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
 
 @pytest.fixture
 def told(tmp_path, monkeypatch):
-    """What the stand-in for wandb was told."""
+    """What the stand-in for wandb was given."""
     monkeypatch.syspath_prepend(str(installed(tmp_path / "packages")))
     monkeypatch.setenv("STAND_IN", str(tmp_path / "told.jsonl"))
     monkeypatch.setattr(Outside, "_late", set())
@@ -60,7 +60,7 @@ def steps(calls):
     return [call["step"] for call in calls]
 
 
-def test_a_run_that_is_resumed_goes_on_in_the_same_tracked_run(model, corpora, tmp_path, told):
+def test_a_run_that_is_resumed_continues_in_the_same_tracked_run(model, corpora, tmp_path, told):
     config = tracked(tmp_path / "run")
     fails = acting(Act("finish_step", 10, raising(MemoryError("no more"))))
     with pytest.raises(TrainingStopped):

@@ -129,7 +129,7 @@ def test_what_users_write_in_the_card_stays(runs, hub):
     assert "Only mine.\n" in written and "| strong |" in written
 
 
-def test_a_push_that_breaks_leaves_nothing_and_goes_on_from_there(runs, hub):
+def test_a_push_that_breaks_leaves_nothing_and_continues_from_there(runs, hub):
     def broken(handler):
         if handler.command == "PUT" and len(hub.objects) >= 2:
             handler.refuse(403)

@@ -88,7 +88,7 @@ def test_a_task_that_ends_every_worker_fails_and_the_others_finish(made, tmp_pat
 
 
 def interrupt_while_it_waits(worker):
-    """Ctrl-C of the sweep; the worker is held until it is told of it, which takes Ray longer than the run would."""
+    """Ctrl-C of the sweep; the worker is held until it hears of it, which takes Ray longer than the run would."""
     os.kill(worker, signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(3)
@@ -96,7 +96,7 @@ def interrupt_while_it_waits(worker):
 
 
 @pytest.mark.slow
-def test_a_stopped_ray_sweep_saves_and_goes_on_elsewhere(made, tmp_path, expected, two_workers, monkeypatch):
+def test_a_stopped_ray_sweep_saves_and_continues_elsewhere(made, tmp_path, expected, two_workers, monkeypatch):
     monkeypatch.chdir(made)  # not where Ray was started
     config = a_sweep(Path(), tmp_path / "sweep", LOCAL, engine="ray")
     with (
@@ -289,7 +289,7 @@ def test_an_engine_that_is_not_installed(made, tmp_path, monkeypatch, engine, mi
 
 
 class Scripted(Remote):
-    """Workers that do what they are told: each attempt at a task takes the next of its ends."""
+    """Workers that do what they are asked to: each attempt at a task takes the next of its ends."""
 
     visible_seconds = 0.0
     hidden = ()

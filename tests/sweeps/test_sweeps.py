@@ -879,7 +879,7 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert read_sweep("runs/mine/sweep.yaml") == read_sweep("mine.yaml", command[2:])
 
 
-def test_the_command_is_stopped_and_says_how_to_go_on(made, tmp_path):
+def test_the_command_is_stopped_and_says_how_to_resume(made, tmp_path):
     config = small_sweep(made, tmp_path / "out", {"seed": [0, 1]})
     (tmp_path / "mine.yaml").write_text(config.to_yaml())
     Stops.pressed = False

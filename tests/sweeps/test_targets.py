@@ -100,7 +100,7 @@ def test_whatever_the_curve_no_more_trials_are_made_than_asked_for(target, expon
 
 
 @given(targets, exponents, factors, st.integers(7, 9), st.integers(0, 9), st.randoms())
-def test_a_search_goes_on_from_the_trials_that_are_there(target, exponent, factor, most, length, random):
+def test_a_search_continues_from_the_trials_that_are_there(target, exponent, factor, most, length, random):
     """In whatever order they are read."""
     search = SearchConfig(trials=most, tolerance=1e-6)
     trials, found = searched(power(target, exponent, 1.0), target, search, factor)

@@ -227,7 +227,7 @@ def test_a_saved_dataset_that_lacks_its_files(says, saved):
 @repeated
 @given(content=st.binary(max_size=40) | JSON.map(json.dumps).map(str.encode))
 @pytest.mark.parametrize("name", ["tokens.npy", "ends.npy", "hashes.npy", "info.json"])
-def test_a_damaged_cache_is_made_anew(load, tmp_path, name, content):
+def test_a_damaged_cache_is_made_again(load, tmp_path, name, content):
     if not (tmp_path / "a.txt").exists():
         (tmp_path / "a.txt").write_text(WORDS)
     whole = load(tmp_path / "a.txt").describe()

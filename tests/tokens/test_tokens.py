@@ -702,7 +702,7 @@ def test_no_tokenizer_makes_a_special_token_of_text():
 
 
 def embed(monkeypatch, train, heldout):
-    """Puts documents of the embedded tokenizer's ids in place of the embedded corpus, found anew."""
+    """Puts documents of the embedded tokenizer's ids in place of the embedded corpus, found again."""
     monkeypatch.setattr(loading, "_embedded_documents", loading._embedded_documents.__wrapped__)
     for side, documents in (("train", train), ("heldout", heldout)):
         tokens = np.array([token for document in documents for token in [*document, 0]], dtype=np.uint16)
@@ -757,7 +757,7 @@ def test_the_second_start_tokenises_nothing(tmp_path, load):
     assert isinstance(after.train.documents.tokens, np.memmap) and after.train.documents.tokens.dtype == np.uint16
 
 
-def test_what_changes_the_tokens_is_tokenised_anew(tmp_path, load):
+def test_what_changes_the_tokens_is_tokenised_again(tmp_path, load):
     source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
     load(source)
     for change in (

@@ -83,7 +83,7 @@ def test_terms_over_all_tokens_of_a_step(made, tmp_path):
         assert_close(other, one, f"step {one['step']}")
 
 
-def test_a_stop_stops_all_and_another_number_of_processes_goes_on(made, alone, tmp_path):
+def test_a_stop_stops_all_and_another_number_of_processes_continues(made, alone, tmp_path):
     file = write_recipe(made, tmp_path / "run")
     code, _, errors = launch(2, "train", file, "--quiet", fault="is_told_to_stop")
     assert code != 0 and "saved at step 6" in errors

@@ -176,7 +176,7 @@ def test_running_out_of_memory_ends_ones_own_run_only(
     assert_others_finished(error, alone if accumulation == 1 else in_two_passes, "e2e")
 
 
-def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, corpora, tmp_path):
+def test_the_memory_of_one_that_failed_is_free_while_the_others_continue(model, corpora, tmp_path):
     held, freed = [], []
 
     def fail(trainee):
@@ -190,7 +190,9 @@ def test_the_memory_of_one_that_failed_is_free_while_the_others_go_on(model, cor
     acts = at("accumulate", "e2e", 7, fail), at("begin_step", "local", 10, look)
     failure, _ = together(model, corpora, tmp_path, "e2e", *acts)
     assert freed == [True]
-    assert "in out_of_memory" in "".join(traceback.format_exception(failure.error))  # where it happened is still told
+    assert "in out_of_memory" in "".join(
+        traceback.format_exception(failure.error)
+    )  # where it happened is still reported
 
 
 def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path):
@@ -228,7 +230,7 @@ def test_an_error_in_what_all_share_stops_and_saves_all(model, corpora, tmp_path
         assert read_checkpoint(RunFolder(config.out).latest_checkpoint()).state["step"] == 5
 
 
-def test_ctrl_c_saves_all_that_are_left_and_they_go_on(model, corpora, alone, tmp_path):
+def test_ctrl_c_saves_all_that_are_left_and_they_resume(model, corpora, alone, tmp_path):
     stopped = acting(at("accumulate", "local", 3, out_of_memory), ctrl_c("e2e_ds", 9))
     with pytest.raises(Interrupted, match=r"saved at step 10.*--resume.*Failed before: .*Out of memory"):
         train_with(stopped, three(tmp_path), model, corpora)

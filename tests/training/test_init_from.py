@@ -172,7 +172,7 @@ def assert_same(run, other):
     assert RunFolder(run.folder).metrics_file.read_bytes() == RunFolder(other.folder).metrics_file.read_bytes()
 
 
-def test_it_goes_on_exactly_though_what_it_started_from_is_gone(model, corpora, ours, tmp_path):
+def test_it_continues_exactly_though_what_it_started_from_is_gone(model, corpora, ours, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(ours.folder, start)
     settings = {"model": model, "corpora": corpora, "display": False}

@@ -248,7 +248,7 @@ def test_resumed_it_ends_in_the_same_bits_by_the_number_that_is_kept(run, model,
     shutil.copytree(run.folder, tmp_path / "run")
     read = []
     start(model, reading(corpora, read.append), a_recipe(tmp_path / "run"), resume=True, from_step=15)
-    assert len(read) == 5  # the batches of the steps to come: nothing was measured anew
+    assert len(read) == 5  # the batches of the steps to come: nothing was measured again
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "metrics.jsonl", "start.json"):
         assert (tmp_path / "run" / name).read_bytes() == (run.folder / name).read_bytes()
     start(model, corpora, a_recipe(tmp_path / "run"), resume=True, from_step=0)

@@ -224,7 +224,7 @@ COUNTED = ["gpt2", "pythia", "llama_grouped_tied", "gemma2", "qwen3", "gptj", "p
     ],
 )
 def test_counted_operations_are_those_of_the_passes(stored, family, site):
-    """Eager attention multiplies all pairs, and so does the formula when it is told so."""
+    """Eager attention multiplies all pairs, and so does the formula when it is asked to."""
     dry_run = dry(recipe(stored(family), site=site))
     hf = build(family)
     hf.set_attn_implementation("eager")

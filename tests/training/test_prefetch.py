@@ -24,7 +24,7 @@ def no_thread_is_left():
 
 
 class Pages(Corpus):
-    """Stands for a corpus: notes what is read, waits where it is told to, fails where it is told to."""
+    """Stands for a corpus: notes what is read, waits where it is asked to, fails where it is asked to."""
 
     def __init__(self, fails_at=None, error=None):
         self.read, self.fails_at, self.error = [], fails_at, error

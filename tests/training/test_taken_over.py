@@ -1,4 +1,4 @@
-"""Every architecture trained on as every other one, by `init_from` and an override: kept where it can be, told where
+"""Every architecture trained on as every other one, by `init_from` and an override: kept where it can be, said where
 not; and behind a scale or a whitening, with the draws of the run's own seed.
 """
 

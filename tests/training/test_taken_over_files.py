@@ -27,7 +27,7 @@ THEIRS = [
 ]
 
 
-def goes_on(sae, x, target=None, architecture=None, **settings):
+def continues(sae, x, target=None, architecture=None, **settings):
     """What a run starts with, and how it differs."""
     architecture = architecture or sae.architecture
     section = ARCHITECTURES[architecture].Config
@@ -47,14 +47,14 @@ def goes_on(sae, x, target=None, architecture=None, **settings):
 @pytest.mark.parametrize("free", ["free", "unit"])
 @pytest.mark.parametrize("norm", PER_TOKEN)
 @pytest.mark.parametrize("architecture", NAMES)
-def test_every_architecture_goes_on_behind_a_norm_of_each_token(tmp_path, architecture, norm, free):
+def test_every_architecture_continues_behind_a_norm_of_each_token(tmp_path, architecture, norm, free):
     NormedSAE(finished(architecture), norm).save(tmp_path)
     sae = SAE.load(tmp_path)
     assert isinstance(sae, NormedSAE) and sae.norm.kind == norm
-    found = goes_on(sae, x_of(), architecture=architecture, decoder_norm=free)
+    found = continues(sae, x_of(), architecture=architecture, decoder_norm=free)
     assert found.kept and found.change <= SAME and found.l0 == pytest.approx(found.l0_before, rel=1e-3), found
     for other in ("jumprelu", "gated") if architecture != "topk" else ():
-        assert goes_on(sae, x_of(), architecture=other, decoder_norm=free).kept
+        assert continues(sae, x_of(), architecture=other, decoder_norm=free).kept
 
 
 def test_there_are_files_of_rivals():
@@ -63,7 +63,7 @@ def test_there_are_files_of_rivals():
 
 @pytest.mark.parametrize("free", ["free", "unit"])
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_rivals_file_goes_on_as_it_is(name, free):
+def test_a_rivals_file_continues_as_it_is(name, free):
     """Its norm included; a file without one, behind a scale and a whitening too, where unit norms change no choice."""
     sae, x = SAE.load(rival(name).folder), rival(name).tensors["inputs"]
     target = x if sae.d_out == sae.d_in else torch.randn(len(x), sae.d_out, generator=torch.Generator().manual_seed(0))
@@ -72,18 +72,18 @@ def test_a_rivals_file_goes_on_as_it_is(name, free):
     lengths = sae.W_dec.norm(dim=1)
     if sae.architecture == "topk" and free == "unit" and float(lengths.max() - lengths.min()) > SAME_NORM:
         with pytest.raises(ConfigError, match=r"its directions have norms from .* Set dictionary\.decoder_norm=free"):
-            goes_on(sae, x, target, decoder_norm=free, **k)
+            continues(sae, x, target, decoder_norm=free, **k)
         return
-    found = goes_on(sae, x, target, decoder_norm=free, **k)
+    found = continues(sae, x, target, decoder_norm=free, **k)
     assert found.kept, found
     if not isinstance(sae, NormedSAE) and sae.architecture in ("standard", "gated", "jumprelu"):
         for norm in ("scalar", "whitening"):
-            assert goes_on(sae, x, target, decoder_norm=free, normalize=norm).kept
+            assert continues(sae, x, target, decoder_norm=free, normalize=norm).kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("architecture", NAMES)
-def test_a_file_in_another_precision_goes_on_as_it_reads(tmp_path, architecture, dtype):
+def test_a_file_in_another_precision_continues_as_it_reads(tmp_path, architecture, dtype):
     finished(architecture).save(tmp_path / "exact")
     shutil.copytree(tmp_path / "exact", tmp_path / "other")
     weights = tmp_path / "other" / "sae_weights.safetensors"
@@ -94,7 +94,7 @@ def test_a_file_in_another_precision_goes_on_as_it_reads(tmp_path, architecture,
     sae, exact = SAE.load(tmp_path / "other"), SAE.load(tmp_path / "exact")
     assert {parameter.dtype for parameter in sae.parameters()} == {torch.float32} and sae.d_sae == SIZE
     architecture = architecture if architecture not in ONE_THRESHOLD else "jumprelu"
-    found = goes_on(sae, x_of(), architecture=architecture, decoder_norm="free")  # rounded, unit norms are others
+    found = continues(sae, x_of(), architecture=architecture, decoder_norm="free")  # rounded, unit norms are others
     assert found.kept, found
     changed = TakenOver.of(exact, sae, x_of(), x_of()).change
     assert changed <= SAME if dtype == torch.float64 else 0 < changed < 0.2

@@ -2,7 +2,7 @@
 
 Two phases, each a trapezoid of the learning rate (warm-up, constant, linear decay to zero): AdamW for every weight,
 then Muon for the blocks' matrices. Training order and weights follow from the seed; every `SAVE_EVERY` steps the state
-is written, and a second start goes on from it.
+is written, and a second start continues from it.
 """
 
 import json

@@ -102,9 +102,9 @@ def train(
         config = recipe_to_resume(resume, [*([] if recipe is None else [recipe]), *(overrides or [])])
     else:
         config = read_recipe(find_recipe(recipe or ""), overrides)
-    going_on = resume is not None or ("if_started" if or_resume else False)
-    options: dict[str, Any] = {"resume": going_on, "from_step": from_step, "display": not quiet}
-    before = _saved_steps(config) if going_on and from_step is None else None
+    resuming = resume is not None or ("if_started" if or_resume else False)
+    options: dict[str, Any] = {"resume": resuming, "from_step": from_step, "display": not quiet}
+    before = _saved_steps(config) if resuming and from_step is None else None
     result = run(config, **options) if isinstance(config, RunConfig) else train_places(config, **options)
     if is_first_process():
         for remark in result.remarks:

@@ -23,7 +23,7 @@ from endwise.common.files import expanded, read_json, write_json
 LARGE = 64 << 20
 """Bytes from which on a file's digest is kept."""
 SETTLED_NS = 2_000_000_000
-"""So long a file must have lain untouched: one written twice within its clock's tick cannot be told from one that was
+"""So long a file must have lain untouched: one written twice within its clock's tick looks like one that was
 written once.
 """
 PROBE = (

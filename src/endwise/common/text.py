@@ -21,7 +21,7 @@ _SIGN = re.compile(r"(?<![\w.)-])-(?=\.?\d|inf)|(?<=\de)(?<![a-z]\de)-(?=\d)")
 def printable(text: object) -> str:
     """The text with every hidden character written out as Python writes it, `\\x1b` for an escape; lines stay lines."""
     text = str(text)
-    # What Python calls printable holds nothing hidden; it is nearly every text, and told a hundred times as fast.
+    # What Python calls printable holds nothing hidden; it is nearly every text, and recognised a hundred times as fast.
     return text if text.isprintable() else "".join(map(_written_out, text))
 
 

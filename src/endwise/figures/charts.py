@@ -60,7 +60,7 @@ class Series:
     marked: bool = True
     """The marks are drawn, and not only the line through them."""
     rank: int = 0
-    """Number among several series of one method in a panel: 0, 1, 2, ... from the first to the last, told apart by
+    """Number among several series of one method in a panel: 0, 1, 2, ... from the first to the last, distinguished by
     their dashes, and all but the first by hollow markers; of those without a line the third by crosses."""
     band: Band | None = None
 

@@ -104,12 +104,12 @@ class Stored:
 
     @property
     def of_centred(self) -> bool:
-        """True where TransformerLens was told to centre the weights of the model that it was trained on."""
+        """True where TransformerLens was asked to centre the weights of the model that it was trained on."""
         return self._processing.get("center_writing_weights") is True
 
     @property
     def lacks_value_biases(self) -> bool:
-        """True where it reads heads' results without their value biases, which TransformerLens was told to fold into
+        """True where it reads heads' results without their value biases, which TransformerLens was asked to fold into
         what attention adds to the residual stream.
         """
         return self._of_heads and self._processing.get(FOLDED) is True
@@ -125,7 +125,7 @@ class Stored:
 
     @property
     def _processing(self) -> Mapping[str, Any]:
-        """Changes to the model's weights that TransformerLens was told to make."""
+        """Changes to the model's weights that TransformerLens was asked to make."""
         given = self.metadata.get(PROCESSING)
         return given if isinstance(given, Mapping) else {}
 

@@ -47,7 +47,7 @@ def fetched(repo: str, inside: str, revision: str | None, name: str) -> tuple[Pa
                 raise
         try:
             kept = snapshot([], True)
-        except Exception:  # noqa: BLE001  what is told is why the hub was not asked
+        except Exception:  # noqa: BLE001  what is reported is why the hub was not asked
             with asking(name):
                 raise error from None
         there = [path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()]

@@ -2,7 +2,7 @@
 
 Latents are the k largest of ReLU((x − b_dec)·encoder.weightᵀ + encoder.bias), and the output is latents·W_dec + b_dec
 (+ x·W_skipᵀ). `b_dec` is subtracted unless the file says `transcode: true`; transcoders made before there was that
-setting subtract it as well, and are told by their skip connection. A hook point is a module, the folder's name.
+setting subtract it as well, and are recognised by their skip connection. A hook point is a module, the folder's name.
 """
 
 from collections.abc import Mapping

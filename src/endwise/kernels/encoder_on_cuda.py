@@ -93,7 +93,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Search:
-    """CandidatePlaces, and how what is asked for is told from their values in fp32."""
+    """CandidatePlaces, and how what is asked for is found by their values in fp32."""
 
     kernels: Kernels
     bounds: Bounds

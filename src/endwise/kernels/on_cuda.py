@@ -127,7 +127,7 @@ class _Sweeps:
     ) -> None:
         self.kernels, self.weight = kernels, unembedding.weight.contiguous()
         self.spliced, bias = spliced.contiguous(), unembedding.bias
-        # A kernel does not look at what it is told is not there.
+        # A kernel does not read what its constants say is not there.
         optional = (self.spliced if each is None else each.contiguous() for each in (clean, targets, keep))
         self.inputs = self.spliced, *optional, self.weight, self.weight if bias is None else bias.contiguous()
         self.sizes = len(spliced), *self.weight.shape

@@ -80,7 +80,7 @@ class Rooms:
     def settle(self) -> bool:
         """Learn what passes needed since the last time, and return whether something is missing from one of them.
 
-        The device has the rest of the step still to do when the host is told, and does not wait for it.
+        The device has the rest of the step still to do when the host hears of it, and does not wait for it.
         """
         missing, most = False, dict[int, Room]()
         for limit, room, needed, there in self._passes:

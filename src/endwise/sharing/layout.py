@@ -37,7 +37,7 @@ FILES = (
 )
 """Files of a run folder that go up beside its SAE."""
 _OF_THE_MACHINE = ("command", "directory", "relative", "out", "cache", "activations", "trackers")
-"""Keys that say where a run lay, how it was started, and who was told of it."""
+"""Keys that say where a run lay, how it was started, and who heard of it."""
 _HEADER = 8
 """Bytes of the length of a safetensors file's header."""
 

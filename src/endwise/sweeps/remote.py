@@ -42,7 +42,7 @@ class Job:
 class Remote(ABC):
     """An engine whose tasks are carried out by other processes, as jobs of a scheduler.
 
-    What a worker has done lies in the run folders, so the task of one that was lost, or was told to stop in favour of
+    What a worker has done lies in the run folders, so the task of one that was lost, or was asked to stop in favour of
     others, is simply given out again.
 
     Args:
@@ -74,7 +74,7 @@ class Remote(ABC):
 
     @abstractmethod
     def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
-        """Return the outcomes of a job that has ended; None: it was told to stop.
+        """Return the outcomes of a job that has ended; None: it was asked to stop.
 
         Raises:
             Lost: it has left no result.
@@ -193,7 +193,7 @@ _worker = Worker()
 
 
 def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:
-    """Carry out a task; None: it was told to stop, and what it had done is saved.
+    """Carry out a task; None: it was asked to stop, and what it had done is saved.
 
     Args:
         directory: the sweep's working directory. Paths in recipes mean the same there as they did to the sweep, and run

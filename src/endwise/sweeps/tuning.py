@@ -321,7 +321,7 @@ def _best(trials: Sequence[RateTrial], target: Target) -> RateTrial:
 def _remarks(
     config: RunConfig, rounds: Sequence[Sequence[RateTrial]], target: Target, is_apart: bool
 ) -> tuple[str, ...]:
-    """How sure the settings are: what they rest on, what they were not told apart from, and what would change them."""
+    """How sure the settings are: what they rest on, what they may be no better than, and what would change them."""
     best, last = _best(rounds[-1], target), rounds[-1]
     tried = sorted(trial.learning_rate for trial in rounds[0])
     what, whole = "CE increase" if target.metric == "l0" else "L0", config.training.tokens
@@ -334,7 +334,7 @@ def _remarks(
     rates = sorted({trial.learning_rate for trial in (*near, best)})
     if len(rates) > 1:
         told.append(
-            f"Rates from {rates[0]:.2g} to {rates[-1]:.2g} are not told apart: their intervals overlap, and each is a "
+            f"Rates from {rates[0]:.2g} to {rates[-1]:.2g} may be equal: their intervals overlap, and each is a "
             "run of one seed."
         )
     if not tried[0] < best.learning_rate < tried[-1]:

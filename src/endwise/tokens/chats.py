@@ -1,4 +1,4 @@
-"""Conversations become ids by the model's chat template, and each token is told whose it is."""
+"""Conversations become ids by the model's chat template, and each token is marked with whose it is."""
 
 import re
 from collections.abc import Sequence
@@ -133,7 +133,7 @@ class ChatEncoding:
         if text[first:last].strip() not in content:
             raise DataError(
                 f"{chat.where}: the chat template writes the content of message {number + 1} ({message['role']}) "
-                "otherwise than it is, so that its tokens cannot be told. Unset data.leave_out_roles, and name tokens "
+                "otherwise than it is, so that its tokens cannot be found. Unset data.leave_out_roles, and name tokens "
                 "in data.leave_out_tokens."
             )
         return first, last

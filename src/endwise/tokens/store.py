@@ -131,7 +131,7 @@ def _build(source: TextSource, encoding: Encoding, payload: int, quota: Quota | 
     except SourceLost:
         raise
     except DataError:  # of the text itself, most likely, so that nothing made of it is of use
-        if not builder.goes_on:
+        if not builder.continues:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

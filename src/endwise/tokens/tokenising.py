@@ -119,7 +119,7 @@ class Builder:
         self._told = False
         self._mark()
         self._take_up()
-        self.goes_on = self._consumed > 0
+        self.continues = self._consumed > 0
         """True if an earlier attempt left something to resume from."""
 
     def write(self) -> None:
@@ -231,7 +231,7 @@ class Builder:
             yield document
 
     def _encoded(self, batch: list[Document]) -> Iterator[tuple[Ids, NDArray[np.bool_] | None]]:
-        """Ids of each document, and which of them do not count, where it is told.
+        """Ids of each document, and which of them do not count, where that is reported.
 
         Raises:
             NoTokenizer, DataError: there is none for text, or for conversations; or roles are named of what has none.

@@ -51,7 +51,7 @@ def run_loop(prepared: Prepared) -> None:
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
                 group.each(Member.save)
-                raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_go_on()}")
+                raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_resume()}")
         group.each(Member.save)
         group.share_time()
         for member in group.members:

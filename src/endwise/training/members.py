@@ -432,7 +432,7 @@ class Group:
             raise SomeFailed(self.failures, runs) from self.failures[0].error
         return runs
 
-    def how_to_go_on(self) -> str:
+    def how_to_resume(self) -> str:
         """The commands that resume every member, and what had ended the others."""
         commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
         failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""

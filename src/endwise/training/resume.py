@@ -136,7 +136,7 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
             "only how a run is executed may change."
         )
     check_resumed(folder, member.config, stands_on, corpora)
-    checkpoint = _checkpoint_to_go_on_from(folder, from_step)
+    checkpoint = _checkpoint_to_resume_from(folder, from_step)
     if checkpoint is None:
         for (_, its_folder, _), recipe in zip(member.outputs(), member.of_each(), strict=True):
             check_resumed(its_folder, recipe, beginning(pinned(its_folder.path, recipe)), corpora)
@@ -155,7 +155,7 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
     return position
 
 
-def _checkpoint_to_go_on_from(folder: RunFolder, step: int | None) -> Checkpoint | None:
+def _checkpoint_to_resume_from(folder: RunFolder, step: int | None) -> Checkpoint | None:
     """The checkpoint of a step, or the latest; None: the beginning."""
     steps = folder.saved_steps()
     if step is None:

@@ -16,7 +16,7 @@ from endwise.figures.violins import OUTLINED
 
 DRAWN = (JUDGED, f"{JUDGED}.shuffled", f"{JUDGED}.random", "correlation")
 TOLD = (JUDGED, "explained", "correlation")
-"""Scores that are told of on a terminal."""
+"""Scores that a terminal shows."""
 _TITLES = {"": "own patterns", "shuffled": "another feature's", "random": "random directions"}
 _LOCAL = (
     "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the "

@@ -29,7 +29,7 @@ LAST_WORDS = 400
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as a tracker is told of it."""
+    """A run as a tracker hears of it."""
 
     folder: Path
     recipe: Mapping[str, Any]
