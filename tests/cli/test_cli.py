@@ -149,8 +149,8 @@ def test_wrong_files_and_folders(place, tmp_path):
     assert refuse("train")[0] == 2
     assert refuse("train", place)[1].endswith("is a folder, and a recipe is a file. Correct the path.")
     assert refuse("train", place / "recipe.yaml", "--resume", place)[0] == 2
-    assert refuse("train", "--resume", tmp_path)[0] == 5
-    assert refuse("evaluate", tmp_path / "nothing")[0] == 5
+    assert refuse("train", "--resume", tmp_path)[0] == 2
+    assert refuse("evaluate", tmp_path / "nothing")[0] == 2
     assert refuse("sites", tmp_path / "nothing")[0] == 3
     (tmp_path / "bad.yaml").write_text("site: [")
     assert "not valid YAML" in refuse("train", tmp_path / "bad.yaml")[1]

@@ -11,6 +11,7 @@ import pytest
 import endwise
 from endwise import SAE, EvaluationConfig, ReluSAE, Site, measure, pareto, read_harvest
 from endwise.common.errors import ConfigError
+from endwise.common.text import minus
 from endwise.config.run import RunConfig
 from endwise.dictionaries import NormedSAE
 from endwise.features.harvest.results import TOP, Context
@@ -101,7 +102,7 @@ def test_a_harvest_and_its_features(run):
         assert "".join("".join(harvest.written(context.tokens)).split()) in "".join(words.split())
     for name in ("boosted", "suppressed"):
         token, logit = (found.row[key][0] for key in (name, f"{name}_logits"))
-        assert f"{logit:+.3f}" in words and harvest.vocabulary[token].strip() in words
+        assert minus(f"{logit:+.3f}") in words and harvest.vocabulary[token].strip() in words
     assert "dead" in shown(harvest.feature(2))
     for number in (60, -1):
         with pytest.raises(ConfigError, match="no feature"):
@@ -182,7 +183,7 @@ def test_an_evaluation(corpora, model, token_files):
     one_line(found, "Evaluation(", f"L0 {found['l0']:.1f}", f"alive {found.alive} of 48", "tokens 128")
     words = shown(found)
     for name, interval in found.metrics.items():
-        assert f"{name} {interval.estimate:.4g} {interval.low:.4g} {interval.high:.4g}" in words
+        assert minus(f"{name} {interval.estimate:.4g} {interval.low:.4g} {interval.high:.4g}") in words
     assert f"CE, clean {found.baselines.clean:.4g}" in words
     assert all(remark in words for remark in found.remarks)
 

@@ -411,7 +411,7 @@ def test_losses_of_tokens_add_up_to_the_objective(kind, model, corpora, tmp_path
 
 @pytest.mark.parametrize("kind", ["local", "e2e"])
 def test_resampling_comes_at_its_steps_and_continues_in_the_same_bits(kind, model, corpora, tmp_path):
-    again = []
+    resampled = []
 
     class SomeDead(Trainee):
         def dead(self):
@@ -422,7 +422,7 @@ def test_resampling_comes_at_its_steps_and_continues_in_the_same_bits(kind, mode
         def begin_step(self):
             moments = [self.optimizer.state[p]["exp_avg"][:6] for p in self.sae.per_feature()] if self.step else []
             if moments and not any(moment.any() for moment in moments):
-                again.append(self.step)
+                resampled.append(self.step)
             super().begin_step()
 
     def saved(out, **how):
@@ -432,7 +432,7 @@ def test_resampling_comes_at_its_steps_and_continues_in_the_same_bits(kind, mode
 
     whole = saved(tmp_path / "run")
     steps = 320 // (4 * CONTEXT)
-    assert again == [round(0.3 * steps), round(0.6 * steps)]
+    assert resampled == [round(0.3 * steps), round(0.6 * steps)]
     for step in (round(0.3 * steps), round(0.3 * steps) - 1):
         again = saved(tmp_path / "run", resume=True, from_step=step)
         for name, tensor in whole.state_dict().items():

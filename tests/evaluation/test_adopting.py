@@ -183,7 +183,7 @@ def test_what_is_missing_is_said(place, cache, tmp_path):
     narrow = tmp_path / "narrow"
     ReluSAE(5, 8).save(narrow, AT_SITE)
     assert "reads activations of width 5, and blocks.1" in refused("harvest", narrow, *where(place), code=3)
-    with pytest.raises(RunFolderError, match="Make one of the SAE in it: endwise adopt"):
+    with pytest.raises(RunFolderError, match="Make one of it: endwise adopt"):
         endwise.evaluate(unnamed)
     assert not list(cache.glob("*/*"))
 

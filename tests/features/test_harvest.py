@@ -564,7 +564,7 @@ def test_bad_requests_are_refused_before_any_pass(run, model, corpora):
         harvested(run, model, corpora.heldout, tokens=7)
     with pytest.raises(DataError, match="Lower tokens"):
         harvested(run, model, corpora.heldout, tokens=10**6)
-    with pytest.raises(RunFolderError, match="not a run folder"):
+    with pytest.raises(RunFolderError, match=r"is a part of the run .* Give that"):
         harvest([run / "sae"])
 
 

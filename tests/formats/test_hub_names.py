@@ -201,7 +201,7 @@ def test_the_registry_names_a_repository_and_adds_what_the_file_leaves_open(tmp_
     """A made-up release; that of the package is read in the next test."""
     release = {"repo": "someone/some", "model": "gpt2-small", "saes": {"blocks.5.hook_resid_pre": ["a", 32.0]}}
     release["overrides"] = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    monkeypatch.setattr(registry_of_saelens, "shipped", lambda: {"some-release": release})
+    monkeypatch.setattr(naming, "shipped", lambda: {"some-release": release})
     hub.put("someone/some", {f"a/{file.name}": file.read_bytes() for file in files_of(saved(tmp_path / "made"))})
     name = Path("some-release/blocks.5.hook_resid_pre")
     told = metadata_at(name)
@@ -249,7 +249,7 @@ def test_releases_that_the_table_lacks_are_those_of_an_installed_sae_lens(tmp_pa
 def test_what_is_local_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(naming, "fetched", lambda *_: pytest.fail("the hub was asked"))
     SAE.load(saved(tmp_path / "made"))
-    with pytest.raises(Exception, match=r"holds no cfg\.json"):
+    with pytest.raises(Exception, match=r"There is no .*hf://"):
         SAE.load(tmp_path / "nothing")
 
 

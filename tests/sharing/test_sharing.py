@@ -16,6 +16,7 @@ from endwise import SAE, evaluate, pareto, train, train_places
 from endwise.cli import app
 from endwise.common.errors import ConfigError, HubError, RunFolderError
 from endwise.common.files import read_json, write_json
+from endwise.common.text import minus
 from endwise.dictionaries import ReluSAE
 from endwise.runs.folder import RunFolder
 from endwise.sharing.card import plain
@@ -83,7 +84,7 @@ def test_the_card_says_what_was_measured(runs, hub):
         row = next(line for line in body.splitlines() if line.startswith(f"| {run} |"))
         record = read_json(runs / run / "evaluation.json")
         low, high = record["intervals"]["ce_increase"]
-        assert f"{record['ce_increase']:+.3f} [{low:.3f}, {high:.3f}]" in row
+        assert minus(f"{record['ce_increase']:+.3f} [{low:.3f}, {high:.3f}]") in row
         assert f"{record['l0']:.1f} " in row and f"{record['alive']:,} of {record['d_sae']:,}" in row
     assert "CE increase over L0" in body and "(figures/pareto-1.png)" in body
     assert f'endwise.SAE.load("hf://{NAME}/' in body and f'SAE.from_pretrained("{NAME}", "' in body
@@ -187,7 +188,7 @@ def test_runs_that_cannot_be_pushed_are_told(runs, hub, tmp_path):
         push([runs / "weak", tmp_path / "other/weak"], NAME)
     with pytest.raises(RunFolderError, match="not measured yet"):
         push([tmp_path / "unmeasured"], NAME)
-    with pytest.raises(RunFolderError, match="not a run folder"):
+    with pytest.raises(RunFolderError, match="There is no "):
         push([tmp_path / "nothing"], NAME)
     record = read_json(tmp_path / "other/weak/evaluation.json")
     write_json(tmp_path / "other/weak/evaluation.json", {**record, "note": f"it is in {Path.home()}/secret"})

@@ -140,7 +140,7 @@ def test_a_ray_of_its_own_is_given_back(made, tmp_path, two_workers):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_no_ray_at_the_address(made, tmp_path, address):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray").shutdown()  # one that is there would be used
     with pytest.raises(ConfigError, match=f"No Ray answers at ray.address '{address}'.*refused"):
         engine_of(a_sweep(made, tmp_path, LOCAL, engine="ray", ray={"address": address}))
 

@@ -86,8 +86,8 @@ def test_a_log_of_several_has_a_line_for_each_and_marks_the_failed(clock, capsys
     assert capsys.readouterr().err.splitlines() == ["failed: runs/local: [no] good"]
     heading, local, e2e = logged(display, clock, capsys, 20)
     assert "tokens/s" in heading
-    assert local.strip() == "local 0.3 blocks.1.hook_resid_pre seed 0 (failed): loss 0.7123 · L0 12.3"
-    assert e2e.strip() == "e2e 0.3 blocks.1.hook_resid_pre seed 0: loss 0.7123 · L0 12.3"
+    assert local.strip() == "local λ 0.3 blocks.1.hook_resid_pre seed 0 (failed): loss 0.7123 · L0 12.3"
+    assert e2e.strip() == "e2e λ 0.3 blocks.1.hook_resid_pre seed 0: loss 0.7123 · L0 12.3"
 
 
 def test_runs_that_differ_in_their_rate_only_have_rows_of_their_own(clock, capsys):

@@ -34,7 +34,8 @@ PARTS = ("sae", "saes", "checkpoints", "harvest", "explanations", "patterns", "d
 def other_kind(path: Path, wanted: Wanted) -> OtherKind | None:
     """An error that says what is at a path, if that is known and is not what is wanted."""
     if not there_is(path):
-        return OtherKind(f"There is no {path}. Correct the path.")
+        hub = "; an SAE on the hub is hf://OWNER/NAME/PATH, one of SAELens's registry RELEASE/SAE_ID"
+        return OtherKind(f"There is no {path}. Correct the path{hub if wanted == 'SAE' else ''}.")
     if (found := _found(path, wanted)) is None or found[0].split(" ", 1)[1] == wanted:
         return None
     what, remedy = found
