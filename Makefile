@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 SITE ?= $(CURDIR)/site
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One more than there are processors: some tests wait for processes of their own.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + os.cpu_count()))')
+PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Arguments and results of every function are checked against their annotations, axes of tensors included.
 CHECKED := --jaxtyping-packages=endwise,beartype.beartype
 BENCH ?= .venv-bench
@@ -18,16 +20,15 @@ BENCH_ARGS ?= --out runs/benchmark.json
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# The tests start many processes, each of which would compile everything again.
+# The tests start many processes, each of which would compile again what it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-newest test-oldest lint format docs site bench clean
 
-# Compiled by all processors, where pip takes one; some packages hold files for other versions of Python.
+# Modules are compiled when they are first imported; most never are.
 define install
 	$(1)/bin/python -m pip install --quiet --no-compile $(2)
-	@$(1)/bin/python -m compileall -qq -j 0 $(1) || true
 endef
 
 define run_tests
