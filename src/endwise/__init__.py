@@ -14,5 +14,5 @@ Names are imported on first use (`__init__.pyi` lists them), so that `import end
 
 import lazy_loader
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
