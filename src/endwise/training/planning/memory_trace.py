@@ -184,10 +184,9 @@ def _counts(numbers: Tensor, _weights: Tensor | None = None, minlength: int = 0)
 
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,  # noqa: SLF001
+    aten._grouped_mm.default: _experts,  # noqa: SLF001
     aten.nonzero.default: _all_places,
     aten.index.Tensor: _indexed,
     aten.bincount.default: _counts,
 }
 """For operations whose results PyTorch describes otherwise than they are, or not before values are known."""
-if hasattr(aten, "_grouped_mm"):  # which PyTorch 2.6 has not
-    _STAND_INS[aten._grouped_mm.default] = _experts  # noqa: SLF001
