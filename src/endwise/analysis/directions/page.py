@@ -244,48 +244,45 @@ def _kind(one: Directions) -> Column:
 
 def norm_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     """One row a run: lengths and cosine, with position 0 and document starts apart."""
-    return [{**_run_columns(one, run), **one.norms[run.folder].to_row()} for one in found for run in one.runs]
+    return [{**_run_columns(one, run), **one.norms[run.folder].to_row()} for one, run in _each_run(found)]
 
 
 def direction_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     """One row for each run and direction, from the first, 0, on; nothing where a number is not defined."""
     rows = []
-    for one in found:
-        for run in one.runs:
-            of = one.measured[run.folder]
-            common, shares = _run_columns(one, run), of.variance_share
-            for index in range(len(shares)):
-                row = {**common, "direction": index, "variance_share": float(shares[index])}
-                for name in ("correlation", "explained_variance", "kl"):
-                    row |= interval_columns(name, getattr(of, name).of(index))
-                rows.append(row)
+    for one, run in _each_run(found):
+        of = one.measured[run.folder]
+        common, shares = _run_columns(one, run), of.variance_share
+        for index in range(len(shares)):
+            row = {**common, "direction": index, "variance_share": float(shares[index])}
+            for name in ("correlation", "explained_variance", "kl"):
+                row |= interval_columns(name, getattr(of, name).of(index))
+            rows.append(row)
     return rows
 
 
 def downstream_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     """One row for each run and later residual stream."""
     rows = []
-    for one in found:
-        for run in one.runs:
-            for later in run.downstream_mse:
-                row = {**_run_columns(one, run), "later_site": later}
-                for column, numbers in (("mse", run.downstream_mse), ("cosine", run.downstream_cosine)):
-                    low, high = run.intervals.get(f"downstream_{column}.{later}", (None, None))
-                    row |= {column: numbers.get(later), f"{column}.low": low, f"{column}.high": high}
-                rows.append(row)
+    for one, run in _each_run(found):
+        for later in run.downstream_mse:
+            row = {**_run_columns(one, run), "later_site": later}
+            for column, numbers in (("mse", run.downstream_mse), ("cosine", run.downstream_cosine)):
+                low, high = run.intervals.get(f"downstream_{column}.{later}", (None, None))
+                row |= {column: numbers.get(later), f"{column}.low": low, f"{column}.high": high}
+            rows.append(row)
     return rows
 
 
 def use_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
     """One row a run: how its reconstruction of directions follows their use."""
     rows = []
-    for one in found:
-        for run in one.runs:
-            if (of := one.follows.get(run.folder)) is not None:
-                row = {**_run_columns(one, run), "directions": of.directions}
-                rows.append(
-                    row | interval_columns("rank", of.rank) | interval_columns("rank_given_variance", of.given_variance)
-                )
+    for one, run in _each_run(found):
+        if (of := one.follows.get(run.folder)) is not None:
+            row = {**_run_columns(one, run), "directions": of.directions}
+            rows.append(
+                row | interval_columns("rank", of.rank) | interval_columns("rank_given_variance", of.given_variance)
+            )
     return rows
 
 
@@ -306,6 +303,10 @@ def contrast_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:
         for one in found
         for each in one.contrasts
     ]
+
+
+def _each_run(found: Sequence[Directions]) -> Iterator[tuple[Directions, RunSummary]]:
+    return ((one, run) for one in found for run in one.runs)
 
 
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
