@@ -4,17 +4,16 @@ import json
 import os
 import signal
 import threading
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from endwise.runs.folder import RunFolder
 from endwise.sweeps import SweepConfig
+from holding import files
 from small_gpt2 import data, recipe
 
-PATIENCE = 120
 FILES = ("metrics.jsonl", "evaluation.json", "evaluation_sums.safetensors")
 PAIR = {"objective.kind": "e2e", "objective.sparsity.coefficient": [0.1, 0.3], "training.checkpoint_every": 10}
 """Two runs in one pass."""
@@ -47,44 +46,36 @@ def timings(run):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def trainer(run):
-    """The process that trains in a run folder, which is the one that holds its lock."""
-    lock = (run / ".lock").resolve()
-    for opened in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if opened.readlink() == lock:
-                return int(opened.parts[2])
-    return None
-
-
 class Disturbed:
     """A run to whose process something is done in its midst."""
 
     def __init__(self, out, kind, act):
-        self._out, self._kind, self._act = out, kind, act
-        self._error = None
+        self._wanted, self._held, self._over = files(out, kind)
+        self._wanted.touch()
+        self._act, self._error = act, None
         self._before = []
+        self._ended = threading.Event()
         self.run = None
         self.thread = threading.Thread(target=self._wait_and_act)
 
     def _wait_and_act(self):
-        deadline = time.monotonic() + PATIENCE
-        process = None
         try:
-            while self.run is None or process is None or not self._is_midway():
-                assert time.monotonic() < deadline, f"no {self._kind} run of {self._out} came midway"
-                time.sleep(0.01)
-                self.run = next((self._out / "runs").glob(f"{self._kind}-*"), None)
-                process = process or (self.run and trainer(self.run))
+            while not self._held.exists():
+                assert not self._ended.wait(0.01), f"the sweep ended, and no run came midway: {self._wanted}"
+            process, run = self._held.read_text().split(" ", 1)
+            self.run = Path(run)
             # Of the two runs in a pass one may have saved a step that the other has not: both have the one before.
             steps = RunFolder(self.run).saved_steps()
             self._before = [timing for timing in timings(self.run) if not steps or timing["step"] <= steps[0]]
-            self._act(process)
+            self._act(int(process))
         except BaseException as error:  # noqa: BLE001  It is raised where the test is.
             self._error = error
+        finally:
+            self._over.touch()
 
-    def _is_midway(self):
-        return len(timings(self.run)) >= 5 and (self._kind == "local" or len(RunFolder(self.run).saved_steps()) == 2)
+    def end(self):
+        self._ended.set()
+        self.thread.join()
 
     def check_went_on(self):
         """What it had done before is part of what it ended as: two lives would differ in their wall-clock."""
@@ -102,4 +93,4 @@ def disturbed(out, kind, act=lambda process: os.kill(process, signal.SIGKILL)):
     try:
         yield one
     finally:
-        one.thread.join()
+        one.end()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import holding
 import warm
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.stopping import ask_to_stop, polite_stop
@@ -20,6 +21,7 @@ from endwise.sweeps import engines, sweep
 from endwise.sweeps.remote import Lost, Refused, Remote, work
 from endwise.sweeps.sweep_config import RayConfig, SlurmConfig
 from endwise.sweeps.tasks import Outcome
+from places import HELPERS
 from small_gpt2 import recipe
 from sweeps_of_small_gpt2 import LOCAL, PAIR, a_sweep, contents, disturbed
 
@@ -56,19 +58,28 @@ def two_workers():
     """A Ray of two CPUs, for the tests that do not start one themselves."""
     ray = pytest.importorskip("ray")
     settings = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 80 * 2**20}
-    ray.init(address="local", num_cpus=2, num_gpus=0, logging_level="ERROR", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
+        ray.init(address="local", num_cpus=2, num_gpus=0, logging_level="ERROR", **settings)
     yield ray
     ray.shutdown()
 
 
-def test_a_ray_sweep_whose_worker_is_killed_loses_nothing(made, tmp_path, expected, two_workers):
+@pytest.fixture
+def waiting_workers(two_workers, monkeypatch):
+    """The same, for sweeps that are disturbed."""
+    monkeypatch.setattr("endwise.sweeps.on_ray.work", holding.work)
+    return two_workers
+
+
+def test_a_ray_sweep_whose_worker_is_killed_loses_nothing(made, tmp_path, expected, waiting_workers):
     config = a_sweep(made, tmp_path / "sweep", PAIR, LOCAL, engine="ray")
     with disturbed(config.out, "e2e") as pair:
         result = sweep(config, display=False)
     assert len(result.runs) == 3 and not result.failures
     pair.check_went_on()
     assert contents(config.out) == expected
-    assert two_workers.is_initialized()  # a Ray that was there before the sweep is there after it
+    assert waiting_workers.is_initialized()  # a Ray that was there before the sweep is there after it
 
 
 @pytest.mark.slow
@@ -96,7 +107,7 @@ def interrupt_while_it_waits(worker):
 
 
 @pytest.mark.slow
-def test_a_stopped_ray_sweep_saves_and_continues_elsewhere(made, tmp_path, expected, two_workers, monkeypatch):
+def test_a_stopped_ray_sweep_saves_and_continues_elsewhere(made, tmp_path, expected, waiting_workers, monkeypatch):
     monkeypatch.chdir(made)  # not where Ray was started
     config = a_sweep(Path(), tmp_path / "sweep", LOCAL, engine="ray")
     with (
@@ -159,11 +170,11 @@ def test_what_ray_is_asked_for():
 
 @pytest.fixture
 def warm_jobs(monkeypatch):
-    """Jobs on this machine are forked from a process that has imported torch."""
+    """Jobs on this machine are forked from a process that has imported torch, and wait where a run is disturbed."""
     local = pytest.importorskip("submitit.local.local")
 
     def begun(executor):
-        return shlex.join(warm.command("-m", "submitit.core._submit", executor.folder))
+        return shlex.join(warm.command(HELPERS / "holding.py", executor.folder))
 
     monkeypatch.setattr(local.LocalExecutor, "_submitit_command_str", property(begun))
 

@@ -7,6 +7,7 @@ own, unless an argument says where; `--again` where it takes what was made befor
 
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -205,6 +206,15 @@ def _refuse_torchrun(name: str) -> None:
         )
 
 
+def _end_unless_failing(number: int, _frame: object) -> None:
+    """End at a SIGTERM as any process does, but let an error that is on its way be reported: when one process of
+    several is gone, torchrun ends the others while they say so.
+    """
+    if sys.exception() is None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """Add a command. A folder `--out` that cannot be written ends it before the work. Our own errors end it with one
     message and an exit code; anything else is a bug and keeps its traceback.
@@ -214,6 +224,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             _refuse_torchrun(function.__name__)
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                signal.signal(signal.SIGTERM, _end_unless_failing)
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
             if isinstance(out := kwargs.get("out"), Path):
                 check_can_write(out)
