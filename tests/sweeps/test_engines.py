@@ -60,6 +60,7 @@ def two_workers():
     settings = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 80 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 lets them starve where all processors are busy
         ray.init(address="local", num_cpus=2, num_gpus=0, logging_level="ERROR", **settings)
     yield ray
     ray.shutdown()
