@@ -69,6 +69,7 @@ def test_runs_are_listed_with_their_state(trained, place):
     assert (listed["state"], listed["place"], listed["seed"], listed["l0"]) == ("trained", SITE, 3, None)
     evaluated = as_json("evaluate", place / "runs", "--tokens", 64)
     assert [each["run"] for each in evaluated] == [str(trained)]
+    assert (listed["kind"], listed["label"]) == (evaluated[0]["kind"], evaluated[0]["label"])
     (again,) = list_runs([trained])
     assert (again.state, again.l0, again.ce_increase) == ("measured", evaluated[0]["l0"], evaluated[0]["ce_increase"])
     (trained / "config.yaml").rename(trained / "kept")

@@ -11,7 +11,7 @@ from endwise.common.errors import EndwiseError, OtherKind
 from endwise.common.files import there_is
 from endwise.common.terminal import Grid, show
 from endwise.common.text import model_title
-from endwise.config.method import Knob
+from endwise.config.method import Knob, Method
 from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
 from endwise.evaluation.finished import unfinished
@@ -29,8 +29,12 @@ class ListedRun:
     model: str = ""
     place: str = ""
     kind: str = ""
+    """Key of the method that it was trained by."""
+    label: str = ""
+    """Name of that method in tables."""
     architecture: str = ""
     knob: str = ""
+    """Setting that varies along a curve, and its value."""
     seed: int | None = None
     tokens: int | None = None
     """Training tokens."""
@@ -67,15 +71,16 @@ def _listed(path: Path) -> ListedRun:
         config = folder.recipe()
         measured: Mapping[str, Any] = folder.measured() or {}
         numbers: dict[str, Any] = {name: measured.get(name) for name in ("l0", "ce_increase", "alive", "d_sae")}
-        several = isinstance(config, PlacesConfig)
+        several, method = isinstance(config, PlacesConfig), Method.of(config)
         return ListedRun(
             path,
             _state(folder, measured),
             model_title(config.model.name),
             f"{len(config.places)} places" if several else config.place,
-            config.objective_name,
+            method.key,
+            method.label,
             config.dictionary.architecture,
-            "" if several else Knob.of(config).tag,
+            "" if several else str(Knob.of(config)),
             config.seed,
             config.training.tokens or None,
             **numbers,
@@ -102,9 +107,9 @@ def print_runs(runs: Sequence[ListedRun], console: Console | None = None) -> Non
     if whole:
         show(
             Grid(
-                ("run", "model", "place", "kind", "dictionary", "setting", "state", "L0", "CE increase", "alive"),
+                ("run", "model", "place", "kind", "setting", "state", "L0", "CE increase", "alive"),
                 [_row(run) for run in whole],
-                words=("model", "place", "kind", "dictionary", "setting", "state"),
+                words=("model", "place", "kind", "setting", "state"),
             ),
             console,
         )
@@ -118,7 +123,7 @@ def print_runs(runs: Sequence[ListedRun], console: Console | None = None) -> Non
 def _row(run: ListedRun) -> tuple[str, ...]:
     alive = "" if run.alive is None else f"{run.alive:,}" + ("" if run.d_sae is None else f" of {run.d_sae:,}")
     return (
-        *(str(run.folder), run.model, run.place, run.kind, run.architecture, run.knob, run.state),
+        *(str(run.folder), run.model, run.place, run.label, run.knob, run.state),
         "" if run.l0 is None else f"{run.l0:.1f}",
         "" if run.ce_increase is None else f"{run.ce_increase:+.3f}",
         alive,
