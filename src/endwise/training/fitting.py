@@ -3,7 +3,8 @@ features at the steps in between that a recipe states.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +19,39 @@ from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.sites import Site
 from endwise.models.splicing import SplicedPass, microbatches, sequences_at_a_time
 from endwise.tokens import BatchOrder, Corpus, TokenBatch
-from endwise.training.joint import AnyTrainee, met_in_use
+from endwise.training.joint import AnyTrainee, met_in_use, spliced_before
 from endwise.training.members import Member
 from endwise.training.outliers import MEASURED_ON, CountedTokens, Outliers
 from endwise.training.step import clean_passes
 from endwise.training.taking_over import COMPARED_ON, TakenOver
 from endwise.training.trainee import Trainee, harmless
 
-Text = tuple[LanguageModel, Corpus, BatchOrder]
-"""A model, and the training text in the order in which it is read."""
+Recorded = TypeVar("Recorded")
+
+
+class Text:
+    """A model, and the training text in the order in which it is read.
+
+    What was recorded last is kept, since the members of a group ask for the same in turn: one clean pass serves all.
+    """
+
+    def __init__(self, model: LanguageModel, corpus: Corpus, order: BatchOrder) -> None:
+        self.model, self.corpus, self.order = model, corpus, order
+        self._kept: tuple[Hashable, Any] | None = None
+
+    def recorded(self, trainee: AnyTrainee, what: Hashable, record: Callable[[], Recorded]) -> Recorded:
+        """Return what `record` does, or did when it was last asked for the same.
+
+        Args:
+            trainee: the tokens that count are those that count for it.
+            what: all else that the record depends on.
+        """
+        limits = ((part.place, part.sae.norm_limit) for part in trainee.parts)
+        key = what, tuple((place, None if limit is None else float(limit)) for place, limit in limits)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory is free before more is taken
+            self._kept = key, record()
+        return self._kept[1]
 
 
 def fit_first(text: Text, member: Member) -> None:
@@ -34,7 +59,7 @@ def fit_first(text: Text, member: Member) -> None:
     for part in member.trainee.parts:
         if part.sae.first_tokens:
             with torch.no_grad():
-                part.sae.see_first(*activations(text, part, part, part.sae.first_tokens, range(len(text[-1]))))
+                part.sae.see_first(*activations(text, part, part, part.sae.first_tokens, [range(len(text.order))]))
 
 
 def measure_norms(text: Text, member: Member, display: bool) -> None:
@@ -45,7 +70,7 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
         if (multiple := recipe.data.leave_out_norms) is None:
             continue
         with torch.no_grad():
-            read, _ = activations(text, part, part, MEASURED_ON, range(len(text[-1])))
+            read, _ = activations(text, part, part, MEASURED_ON, [range(len(text.order))])
         found = Outliers.of(part.place, multiple, read.norm(dim=-1))
         part.sae.leave_out_above(found.limit)
         if member.writes:
@@ -62,25 +87,30 @@ def measure_error_scales(text: Text, member: Member) -> None:
     scales = [scale for course in courses for scale in course.scales]
     if not scales:
         return
-    model, corpus, order = text
-    sites, count = {scale.site for scale in scales}, 0
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for step in range(len(order)):
-        batch = corpus.batch(order[step]).to(model.device)
-        mask = _counted(member.trainee, model, batch)
-        for rows in microbatches(len(mask), mask):
-            clean = model.clean(batch.tokens[rows], record=sites)
-            for site in sites:
-                found[site].append(clean.activations[site][mask[rows]].float())
-        count += int(mask.sum())
-        if count >= MEASURED_ON:
-            break
-    together = {site: torch.cat(each)[:MEASURED_ON] for site, each in found.items()}
+    sites = frozenset(scale.site for scale in scales)
+    found = text.recorded(member.trainee, sites, lambda: _at_sites(text, member.trainee, sites, MEASURED_ON))
     for scale in scales:
-        scale.measure(together[scale.site])
+        scale.measure(found[scale.site])
     record = {scale.site.name: scale.record for scale in sorted(scales, key=lambda scale: scale.site)}
     for _, folder, _ in member.outputs() if member.writes else ():
         folder.note_start({"error_scales": record})
+
+
+def _at_sites(text: Text, trainee: AnyTrainee, sites: Set[Site], tokens: int) -> dict[Site, Tensor]:
+    """Collect what is at each site, `[tokens width]`, of the first tokens that count."""
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    count = 0
+    for step in range(len(text.order)):
+        batch = text.corpus.batch(text.order[step]).to(text.model.device)
+        mask = _counted(trainee, text.model, batch)
+        for rows in microbatches(len(mask), mask):
+            clean = text.model.clean(batch.tokens[rows], record=sites)
+            for site in sites:
+                found[site].append(clean.activations[site][mask[rows]].float())
+        count += int(mask.sum())
+        if count >= tokens:
+            break
+    return {site: torch.cat(each)[:tokens] for site, each in found.items()}
 
 
 def measure_start(text: Text, member: Member, display: bool) -> None:
@@ -91,7 +121,7 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
         if (start := pinned(folder.path, recipe).init_from) is None:
             continue
         with torch.no_grad():
-            read, written = activations(text, part, part, COMPARED_ON, range(len(text[-1])))
+            read, written = activations(text, part, part, COMPARED_ON, [range(len(text.order))])
         taken = TakenOver.of(SAE.load(start, read.device), part.sae, read, written)
         if member.writes:
             folder.note_start(taken.record)
@@ -109,7 +139,7 @@ def fit_last(text: Text, member: Member) -> None:
     """
     for part in member.trainee.parts:
         total = part.total_steps
-        steps = itertools.chain(range(total - 1, -1, -1), range(total, len(text[-1])))
+        steps = [range(total - 1, -1, -1), range(total, len(text.order))]
         if part.sae.last_tokens:
             with torch.no_grad():
                 part.sae.see_last(*activations(text, member.trainee, part, part.sae.last_tokens, steps))
@@ -134,12 +164,11 @@ def _with_losses(
     text: Text, tail: LanguageModel, part: Trainee, tokens: int, steps: Iterable[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect what is read, what is to be written and the objective of the tokens that count, up to `tokens`."""
-    model, corpus, order = text
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad(), at_inference([part.sae]):
         for step in steps:
-            batch = corpus.batch(order[step]).to(model.device)
-            clean = clean_passes(model, tail, [part], batch.tokens)[part.site]
+            batch = text.corpus.batch(text.order[step]).to(text.model.device)
+            clean = clean_passes(text.model, tail, [part], batch.tokens)[part.site]
             mask = part.sae.within_limit(clean.activations[part.place.reads], batch.mask)
             for row in range(len(batch.tokens)):
                 rows = slice(row, row + 1)
@@ -178,20 +207,27 @@ def losses_of(trainee: Trainee, tail: LanguageModel, clean: Clean, mask: TokenMa
 
 
 def activations(
-    text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Iterable[int]
+    text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]
 ) -> tuple[Tensor, Tensor]:
     """Collect what a part of a trainee meets (`met_in_use`), `[tokens width]`, of the tokens that count in the
     batches of `steps`, as many as there are up to `tokens`.
     """
-    model, corpus, order = text
+    if spliced_before(trainee, part):  # what it meets is its own
+        return _met(text, trainee, part, tokens, steps)
+    what = part.place, tokens, tuple(steps)
+    return text.recorded(trainee, what, lambda: _met(text, trainee, part, tokens, steps))
+
+
+def _met(text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
     count = 0
-    sequences = itertools.chain.from_iterable(order[step] for step in steps)
-    size = sequences_at_a_time(corpus.context, model.device)
+    chained = itertools.chain.from_iterable
+    sequences = chained(text.order[step] for step in chained(steps))
+    size = sequences_at_a_time(text.corpus.context, text.model.device)
     while count < tokens and (some := list(itertools.islice(sequences, size))):
-        batch = corpus.batch(some).to(model.device)
-        mask = _counted(trainee, model, batch)
-        read, written = (each[mask].float() for each in met_in_use(trainee, part, model, batch.tokens, mask))
+        batch = text.corpus.batch(some).to(text.model.device)
+        mask = _counted(trainee, text.model, batch)
+        read, written = (each[mask].float() for each in met_in_use(trainee, part, text.model, batch.tokens, mask))
         found.append((read, written))
         count += len(found[-1][0])
     read, written = (torch.cat(each)[:tokens] for each in zip(*found, strict=True))

@@ -280,10 +280,14 @@ class JointTrainee:
         self.course.restore({name.removeprefix(OF_THE_PASS): each for name, each in checkpoint.tensors.items()})
 
 
+def spliced_before(trainee: "AnyTrainee", part: Trainee) -> list[Trainee]:
+    """Return those of a trainee's parts whose reconstructions are in place where one of them reads."""
+    return trainee.before(part) if isinstance(trainee, JointTrainee) else []
+
+
 def met_in_use(trainee: "AnyTrainee", part: Trainee, model: LanguageModel, tokens: Tokens, mask: TokenMask) -> Met:
     """Return what one of a trainee's parts meets outside training, where those that it is spliced with are in place."""
-    earlier = trainee.before(part) if isinstance(trainee, JointTrainee) else []
-    if not earlier:
+    if not (earlier := spliced_before(trainee, part)):
         return part.meets(model.clean(tokens, record=part.place.sites))
     record = {site for each in earlier for site in each.place.sites}
     joint = JointPass(model, {each.place: partial(_as_used, each) for each in earlier}, part.place.sites, final=False)

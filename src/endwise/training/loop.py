@@ -80,7 +80,7 @@ def _fit(prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Call
         return
     with world.together(what):
         if world.replicas.is_first:
-            group.each(partial(act, (prepared.model, prepared.corpora.train, prepared.order)))
+            group.each(partial(act, Text(prepared.model, prepared.corpora.train, prepared.order)))
     broadcast_state(group, world)
 
 

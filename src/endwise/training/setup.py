@@ -27,7 +27,7 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_readable, corpora_for
-from endwise.training.fitting import fit_first, measure_error_scales, measure_norms, measure_start
+from endwise.training.fitting import Text, fit_first, measure_error_scales, measure_norms, measure_start
 from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
@@ -127,12 +127,7 @@ def prepare(
             start_or_resume(group, model, corpora, request.from_step)
         share_out(group, world)
         if world.replicas.is_first:
-            text = (model, corpora.train, order)
-            new = [m for m in group.members if m.trainee.step == 0]
-            group.each(partial(measure_norms, text, display=display), new)
-            group.each(partial(measure_error_scales, text), new)
-            group.each(partial(fit_first, text), new)
-            group.each(partial(measure_start, text, display=display), new)
+            _fit_new(group, Text(model, corpora.train, order), display)
     broadcast_state(group, world)
     for part in (part for member in group.members for part in member.trainee.parts):
         part.sae.join(world)
@@ -142,6 +137,15 @@ def prepare(
     if kept is not None:
         claims.callback(kept.close)
     return Prepared(model, tail, group, corpora, order, steps, display, world, kept)
+
+
+def _fit_new(group: Group, text: Text, display: bool) -> None:
+    """Do what is fitted to activations before the first step."""
+    new = [member for member in group.members if member.trainee.step == 0]
+    group.each(partial(measure_norms, text, display=display), new)
+    group.each(partial(measure_error_scales, text), new)
+    group.each(partial(fit_first, text), new)
+    group.each(partial(measure_start, text, display=display), new)
 
 
 def _check_shared(configs: Sequence[Recipe]) -> None:

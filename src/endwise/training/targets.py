@@ -152,13 +152,13 @@ def meet_target(text: Text, heldout: Corpus, display: bool, member: Member) -> N
         if (steering := steering_of(part)) is None:
             continue
         with torch.no_grad():
-            read, _ = activations(text, member.trainee, part, SETTLED_ON, range(part.total_steps - 1, -1, -1))
+            read, _ = activations(text, member.trainee, part, SETTLED_ON, [range(part.total_steps - 1, -1, -1)])
         asked = max(1, SETTLED_ON // heldout.context)
         chosen = Slice.of(heldout, member.config.evaluation).some(0, asked) if steering.by_ce else []
 
         def measure(part: Trainee = part, read: Tensor = read, chosen: list[int] = chosen) -> float:
             if chosen:
-                return float(ce_increase(text[0], part.place, part.sae, heldout, chosen))
+                return float(ce_increase(text.model, part.place, part.sae, heldout, chosen))
             return sum(float(part.sae.encode(rows).l0().sum()) for rows in read.split(ROWS)) / len(read)
 
         found = settled(part.sae, steering, measure, 1e-3 * float(read.square().mean().sqrt()))
