@@ -37,9 +37,12 @@ define install
 	$(1)/bin/$(UV_INSTALL) --python $(1)/bin/python $(2) || $(1)/bin/python $(PIP_INSTALL) $(2)
 endef
 
+# Those with checked shapes run beside the others, in one process, and are shown when all are done.
 define run_tests
-	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" --ignore tests/shapes
-	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" $(CHECKED) tests/shapes
+	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(1)/bin/python -m pytest -m "$(2)" $(CHECKED) tests/shapes > "$$log" 2>&1 & checked=$$!; \
+	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" --ignore tests/shapes; plain=$$?; \
+	wait $$checked; checked=$$?; cat "$$log"; exit $$((plain ? plain : checked))
 endef
 
 help: ## list the commands
