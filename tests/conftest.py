@@ -39,8 +39,11 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import light_checks  # noqa: E402
+import warm  # noqa: E402
 
 light_checks.install()
+if warm.SHARED not in os.environ:
+    warm.shared(Path(_scratch.name))
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.

@@ -1,10 +1,9 @@
 """Processes for tests that begin at once: forked from one that has imported torch and the rest (see `warm_server`)."""
 
-import atexit
+import fcntl
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -13,26 +12,37 @@ from places import HELPERS
 
 _PYTHON = (sys.executable, "-E", "-S")
 PATIENCE = 120
+SHARED = "ENDWISE_TESTS_WARM"
+"""Environment variable that names the server's folder."""
+_started: list[subprocess.Popen] = []
+
+
+def shared(folder: Path) -> None:
+    """Have this process and those that it starts use one server, from a folder of its own until this process ends."""
+    os.mkfifo(folder / "open")
+    os.open(folder / "open", os.O_RDWR)  # until this process ends, what reads from it waits
+    os.environ[SHARED] = str(folder)
 
 
 @cache
 def _server() -> str:
-    """Its socket; the server is started when first needed, and ends with this process."""
-    folder = tempfile.TemporaryDirectory(prefix="endwise-warm-")
-    path = Path(folder.name) / "socket"
-    command = [sys.executable, str(HELPERS / "warm_server.py"), str(path)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-    def end() -> None:
-        server.stdin.close()
-        server.wait()
-        folder.cleanup()
-
-    atexit.register(end)
-    deadline = time.monotonic() + PATIENCE
-    while not path.exists():  # who connects from then on waits until everything is imported
-        assert server.poll() is None and time.monotonic() < deadline, "the warm server did not start"
-        time.sleep(0.01)
+    """Its socket; the server is started by whoever needs it first."""
+    folder = Path(os.environ[SHARED])
+    path = folder / "socket"
+    with (folder / "starting").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return str(path)
+        opened = os.open(folder / "open", os.O_RDONLY)
+        server = subprocess.Popen(
+            [sys.executable, str(HELPERS / "warm_server.py"), str(path)], stdin=opened, stdout=subprocess.DEVNULL
+        )
+        os.close(opened)
+        _started.append(server)  # it outlives this process, if others use it
+        deadline = time.monotonic() + PATIENCE
+        while not path.exists():  # who connects from then on waits until everything is imported
+            assert server.poll() is None and time.monotonic() < deadline, "the warm server did not start"
+            time.sleep(0.01)
     return str(path)
 
 
