@@ -407,7 +407,7 @@ def _smaller(dry_run: DryRun, room: int) -> tuple[int, int] | None:
         if accumulation < dry_run.accumulation or not fits(accumulation, 1):
             continue
         sizes = [size for size in _divisors(dry_run.sequences // accumulation) if size <= dry_run.microbatch]
-        return accumulation, max((size for size in sizes[1:] if fits(accumulation, size)), default=1)
+        return accumulation, next((size for size in reversed(sizes[1:]) if fits(accumulation, size)), 1)
     return None
 
 
