@@ -34,8 +34,6 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: AbstractCont
     Raises:
         ModelError: there is no such model, or it cannot be followed without values.
     """
-    named = (settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
-    source, shared, _ = based_on(*named)  # an adapter's shapes are those of its base
     with LOADING, _explaining(settings):
         return _outline(settings, _configuration(settings), dtype, trace)
 
