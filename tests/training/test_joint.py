@@ -24,6 +24,7 @@ from endwise.tokens import TokenBatch
 from endwise.training.joint import JointTrainee
 from endwise.training.making import new_joint_trainee
 from endwise.training.objectives import KL, DownstreamMSE, FeatureMSE, LocalMSE, Objective, Sparsity
+from endwise.training.planning.dry_run import STEP, DryRun
 from endwise.training.planning.plan import plan
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
@@ -490,7 +491,8 @@ def test_a_plan_is_of_all_places(made, tmp_path):
     values = several(tmp_path / "x", kind="e2e")
     values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     values["data"] |= {"context": CONTEXT}
-    run = start(made, several(tmp_path / "run", kind="e2e"))
+    brief = several(tmp_path / "run", kind="e2e")
+    run = start(made, brief | {"training": brief["training"] | {"tokens": 64}})
     one = plan(PlacesConfig.build(values | {"places": values["places"][:1]}))
     config = PlacesConfig.build(values)
     four = plan(config)
@@ -516,7 +518,9 @@ def test_a_plan_says_what_a_microbatch_saves(made, tmp_path):
     held = []
     for microbatch in (1, 64):
         values["training"]["microbatch"] = microbatch
-        held.append(plan(PlacesConfig.build(values)).stages[0].bytes)
+        dry_run = DryRun(PlacesConfig.build(values), torch.device("cpu"), 64)
+        assert dry_run.microbatch == microbatch
+        held.append(dry_run.stages(1, microbatch, only_step=True)[STEP].bytes)
     assert held[0] < held[1]
 
 
