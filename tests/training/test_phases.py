@@ -173,11 +173,11 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
             {"share": 0.5, "objective": {"kind": "local", "errors": "relative"}},
             {"share": 0.5, "objective": {"kind": "horizon"}},
         ],
-        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1},
+        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1, "tokens": 320},
         "evaluation": recipe(tmp_path).evaluation.model_dump(),
     }
     joint = PlacesConfig.build({**values, "out": str(tmp_path / "joint")})
-    trainee = new_joint_trainee(joint, model, 20)
+    trainee = new_joint_trainee(joint, model, 10)
     assert [site.name for site in trainee.course.phases[1].objective.sites] == [
         "blocks.2.hook_resid_pre",
         "blocks.3.hook_resid_pre",
@@ -185,10 +185,10 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
     assert not trainee.parts[0].is_spliced
     run = train_places(joint, model=model, corpora=corpora, display=False)
     lines = RunFolder(run.folder).metrics()
-    assert [line["phase"] for line in lines] == [1] * 10 + [2] * 10
-    assert "downstream_mse" not in lines[9] and "downstream_mse" in lines[10]
-    assert "local_mse" in lines[9]["places"]["blocks.1.hook_resid_pre"]
-    assert "local_mse" not in lines[10]["places"]["blocks.1.hook_resid_pre"]
+    assert [line["phase"] for line in lines] == [1] * 5 + [2] * 5
+    assert "downstream_mse" not in lines[4] and "downstream_mse" in lines[5]
+    assert "local_mse" in lines[4]["places"]["blocks.1.hook_resid_pre"]
+    assert "local_mse" not in lines[5]["places"]["blocks.1.hook_resid_pre"]
     apart = PlacesConfig.build({**values, "joint": False, "out": str(tmp_path / "apart")})
     alone = train_places(apart, model=model, corpora=corpora, display=False)
     one = RunConfig.build(

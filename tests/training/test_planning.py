@@ -506,6 +506,20 @@ def test_nothing_is_left_behind_and_no_weight_is_read(gpt2, tmp_path):
     assert not (hollow / "run").exists()
 
 
+def test_plans_one_after_another_share_an_outline_as_long_as_the_configuration_stays(tmp_path):
+    config = FAMILIES["gpt2"].config()
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    first, other = (dry(recipe(tmp_path, kind)) for kind in ("local", "e2e"))
+    held = first.stages(1, 2)
+    assert other.model is first.model and other.stages(1, 2)[STEP].bytes > held[STEP].bytes
+    assert dry(recipe(tmp_path, "local")).stages(1, 2) == first.stages(1, 2) == held  # nothing of another is counted
+    config.n_layer = 2
+    config.save_pretrained(tmp_path)
+    fewer = dry(recipe(tmp_path, "local"))
+    assert fewer.model.n_layers == 2 and fewer.stages(1, 2)[STEP].parts[MODEL] < held[STEP].parts[MODEL]
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "code"),
     [("e2e", [], 0), ("local", ["--memory", "1MiB"], DOES_NOT_FIT), ("local", ["--processes", "2"], 0)],

@@ -305,11 +305,7 @@ def _parameters(dry_run: DryRun) -> Parameters:
 
 
 def count_flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
-    """Count operations per token, with dense latents; and the sum once they are sparse.
-
-    Args:
-        per_step: tokens of an optimiser step.
-    """
+    """Count operations for each of a step's tokens, with dense latents; and their sum once they are sparse."""
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
