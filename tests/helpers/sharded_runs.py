@@ -1,6 +1,6 @@
 """Runs whose dictionaries are split over the processes that torchrun starts: `... FOLDER TOKENS RUN:SHARDS:STEP...`.
 
-Step 0 starts a run; a later one resumes that in `FOLDER/RUN` from its checkpoint.
+Step 0 starts a run; a later one resumes that in `FOLDER/RUN` from its checkpoint. Runs after `IN_SLOTS` hold pairs so.
 """
 
 import atexit
@@ -98,10 +98,11 @@ if __name__ == "__main__":
     if "FAIL_AT" in os.environ:
         fails_as_second_process(int(os.environ["FAIL_AT"]))
     folder, tokens, *wanted = sys.argv[1:]
-    if "IN_SLOTS" in os.environ:
-        holds_in_slots(Path(folder))
     torch.set_num_threads(1)
     with joined():
         for each in wanted:
+            if each == "IN_SLOTS":
+                holds_in_slots(Path(folder))
+                continue
             name, shards, step = each.split(":")
             run(Path(folder), Path(tokens), name, int(shards), int(step))

@@ -24,7 +24,8 @@ from endwise.tokens import TokenBatch
 from endwise.training.joint import JointTrainee
 from endwise.training.making import new_joint_trainee
 from endwise.training.objectives import KL, DownstreamMSE, FeatureMSE, LocalMSE, Objective, Sparsity
-from endwise.training.planning.plan import plan
+from endwise.training.planning.dry_run import STEP, DryRun
+from endwise.training.planning.plan import count_flops, plan
 from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from joint_runs import LATER, MLPS, RESIDUAL, files, in_double, lines, several, some_masked, start
@@ -223,6 +224,13 @@ def made(tmp_path_factory):
     return folder
 
 
+def brief(*given, **changes):
+    """A recipe of 10 steps, of which the fifth is saved."""
+    values = several(*given, **changes)
+    values["training"] |= {"tokens": 320}
+    return values
+
+
 @pytest.mark.parametrize(
     ("inputs", "kind"),
     [
@@ -232,9 +240,9 @@ def made(tmp_path_factory):
 )
 def test_with_one_place_it_is_an_ordinary_run(made, tmp_path, kind, inputs):
     place = [{"site": "blocks.1.hook_resid_pre"}]
-    joint = start(made, several(tmp_path / "joint", place, kind, inputs=inputs))
+    joint = start(made, brief(tmp_path / "joint", place, kind, inputs=inputs))
     config = RunConfig.build(
-        {key: value for key, value in several(tmp_path / "alone", place, kind).items() if key != "places"} | place[0]
+        {key: value for key, value in brief(tmp_path / "alone", place, kind).items() if key != "places"} | place[0]
     )
     alone = train(config, model=small_model(), corpora=small_corpora(made), display=False)
     (folder,) = joint.folders.values()
@@ -267,10 +275,10 @@ def test_it_learns_and_says_so_place_by_place(run):
 
 @pytest.mark.parametrize("changes", [{}, {"inputs": "spliced"}], ids=["clean", "spliced"])
 def test_a_resumed_run_ends_in_the_same_bits(made, tmp_path, changes):
-    values = several(tmp_path / "run", **changes)
+    values = brief(tmp_path / "run", **changes)
     start(made, values)
     whole = files(tmp_path / "run")
-    start(made, values, resume=True, from_step=15)
+    start(made, values, resume=True, from_step=5)
     assert files(tmp_path / "run") == whole
     start(made, values, resume=True, from_step=0)
     assert files(tmp_path / "run") == whole
@@ -340,7 +348,7 @@ def test_all_together_is_what_the_spliced_model_computes(run, made):
 
 
 def test_apart_each_is_as_it_would_be_alone_and_all_are_measured_together(made, tmp_path):
-    apart = start(made, several(tmp_path / "apart", kind="e2e", joint=False))
+    apart = start(made, brief(tmp_path / "apart", kind="e2e", joint=False))
     for place, folder in apart.folders.items():
         config = RunFolder(folder).config().model_copy(update={"out": tmp_path / place})
         alone = train(config, model=small_model(), corpora=small_corpora(made), display=False)
@@ -348,10 +356,10 @@ def test_apart_each_is_as_it_would_be_alone_and_all_are_measured_together(made, 
     found = endwise.evaluate(apart.folder, model=small_model(), corpora=small_corpora(made))
     assert found[apart.folder]["kl"] > 0 and len(found[apart.folder].places) == LAYERS
     whole = files(tmp_path / "apart")
-    start(made, several(tmp_path / "apart", kind="e2e", joint=False), resume=True, from_step=15)
+    start(made, brief(tmp_path / "apart", kind="e2e", joint=False), resume=True, from_step=5)
     assert files(tmp_path / "apart") == whole
     with pytest.raises(RunFolderError, match="another recipe than this one"):
-        start(made, several(tmp_path / "apart", kind="e2e", joint=False, seed=3), resume=True)
+        start(made, brief(tmp_path / "apart", kind="e2e", joint=False, seed=3), resume=True)
 
 
 def test_the_command_line_trains_resumes_and_measures(made, tmp_path):
@@ -490,7 +498,7 @@ def test_a_plan_is_of_all_places(made, tmp_path):
     values = several(tmp_path / "x", kind="e2e")
     values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     values["data"] |= {"context": CONTEXT}
-    run = start(made, several(tmp_path / "run", kind="e2e"))
+    run = start(made, brief(tmp_path / "run", kind="e2e"))
     one = plan(PlacesConfig.build(values | {"places": values["places"][:1]}))
     config = PlacesConfig.build(values)
     four = plan(config)
@@ -502,9 +510,10 @@ def test_a_plan_is_of_all_places(made, tmp_path):
     assert step.parts["optimiser"] == pytest.approx(4 * one.stages[0].parts["optimiser"], rel=0.05)
     assert four.flops.sae_forward == 7 * one.flops.sae_forward  # the later three encode inside the pass, and outside
     assert four.flops.tail_forward == one.flops.tail_forward
-    apart = plan(PlacesConfig.build(values | {"joint": False}))
-    assert apart.flops.sae_forward == 4 * one.flops.sae_forward
-    assert one.flops.tail_forward < apart.flops.tail_forward < 4 * one.flops.tail_forward
+    dry_run = DryRun(PlacesConfig.build(values | {"joint": False}), torch.device("cpu"), 4)
+    apart, _ = count_flops(dry_run, 4 * CONTEXT)
+    assert apart.sae_forward == 4 * one.flops.sae_forward
+    assert one.flops.tail_forward < apart.tail_forward < 4 * one.flops.tail_forward
 
 
 def test_a_plan_says_what_a_microbatch_saves(made, tmp_path):
@@ -516,7 +525,9 @@ def test_a_plan_says_what_a_microbatch_saves(made, tmp_path):
     held = []
     for microbatch in (1, 64):
         values["training"]["microbatch"] = microbatch
-        held.append(plan(PlacesConfig.build(values)).stages[0].bytes)
+        dry_run = DryRun(PlacesConfig.build(values), torch.device("cpu"), 64)
+        assert dry_run.microbatch == microbatch
+        held.append(dry_run.stages(1, microbatch, only_step=True)[STEP].bytes)
     assert held[0] < held[1]
 
 

@@ -15,7 +15,8 @@ from endwise.runs.folder import RunFolder
 from endwise.training.course import Course, Phase, rate_factor
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.objectives import KL, LocalMSE, Objective, Sparsity
-from endwise.training.planning.plan import plan
+from endwise.training.planning.dry_run import DryRun
+from endwise.training.planning.plan import count_flops, plan
 from endwise.training.step import take_step
 from endwise.training.train import train_places
 from own_training import acting, stopping, train_with
@@ -172,11 +173,11 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
             {"share": 0.5, "objective": {"kind": "local", "errors": "relative"}},
             {"share": 0.5, "objective": {"kind": "horizon"}},
         ],
-        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1},
+        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1, "tokens": 320},
         "evaluation": recipe(tmp_path).evaluation.model_dump(),
     }
     joint = PlacesConfig.build({**values, "out": str(tmp_path / "joint")})
-    trainee = new_joint_trainee(joint, model, 20)
+    trainee = new_joint_trainee(joint, model, 10)
     assert [site.name for site in trainee.course.phases[1].objective.sites] == [
         "blocks.2.hook_resid_pre",
         "blocks.3.hook_resid_pre",
@@ -184,10 +185,10 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
     assert not trainee.parts[0].is_spliced
     run = train_places(joint, model=model, corpora=corpora, display=False)
     lines = RunFolder(run.folder).metrics()
-    assert [line["phase"] for line in lines] == [1] * 10 + [2] * 10
-    assert "downstream_mse" not in lines[9] and "downstream_mse" in lines[10]
-    assert "local_mse" in lines[9]["places"]["blocks.1.hook_resid_pre"]
-    assert "local_mse" not in lines[10]["places"]["blocks.1.hook_resid_pre"]
+    assert [line["phase"] for line in lines] == [1] * 5 + [2] * 5
+    assert "downstream_mse" not in lines[4] and "downstream_mse" in lines[5]
+    assert "local_mse" in lines[4]["places"]["blocks.1.hook_resid_pre"]
+    assert "local_mse" not in lines[5]["places"]["blocks.1.hook_resid_pre"]
     apart = PlacesConfig.build({**values, "joint": False, "out": str(tmp_path / "apart")})
     alone = train_places(apart, model=model, corpora=corpora, display=False)
     one = RunConfig.build(
@@ -257,8 +258,9 @@ def test_a_plan_weighs_the_phases_by_their_tokens(made):
         "e2e_ds": {"kind": "e2e_ds", "downstream_mse": 0.5, "balance": "gradient"},
     }
     alone = [
-        plan(RunConfig.build({**values, "objective": {**values["objective"], **own}})).flops.per_token
+        count_flops(DryRun(config, torch.device("cpu"), config.training.batch), config.training.batch * 8)[0].per_token
         for own in kinds.values()
+        for config in [RunConfig.build({**values, "objective": {**values["objective"], **own}})]
     ]
     assert [phase.kind for phase in whole.phases] == list(kinds)
     assert [phase.flops_per_token for phase in whole.phases] == pytest.approx(alone)

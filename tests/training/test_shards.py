@@ -24,6 +24,7 @@ from places import HELPERS
 from sharded_runs import RUNS, config, run
 from spread import TOLERANCE, assert_close, spread
 
+IN_SLOTS = ("batchtopk-replicas:1:0", "batchtopk-halves:2:0", "topk-halves:2:0")
 RESUMED = ("relu", "batchtopk", "transcoder")
 
 
@@ -43,9 +44,9 @@ def alone(token_files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(token_files, tmp_path_factory):
-    """What two processes make of it, with half of the features each."""
+    """What two processes make of it, with half of the features each; and of `IN_SLOTS`."""
     folder = tmp_path_factory.mktemp("split")
-    launched(2, folder, token_files, *(f"{name}:2:0" for name in RUNS))
+    launched(2, folder, token_files, *(f"{name}:2:0" for name in RUNS), "IN_SLOTS", *IN_SLOTS)
     return folder
 
 
@@ -95,13 +96,11 @@ def test_shards_beside_data_parallel_processes(alone, token_files, tmp_path):
         assert_same(tmp_path / name, alone / name)
 
 
-def test_processes_that_hold_pairs_in_slots_give_the_curve_of_one(alone, token_files, tmp_path):
+def test_processes_that_hold_pairs_in_slots_give_the_curve_of_one(alone, split):
     """With features in the whole or in halves; a step is taken again by all where one lacks room."""
-    runs = ("batchtopk-replicas:1:0", "batchtopk-halves:2:0", "topk-halves:2:0")
-    launched(2, tmp_path, token_files, *runs, IN_SLOTS="1")
-    for name in (each.partition(":")[0] for each in runs):
-        assert_same(tmp_path / name, alone / name.partition("-")[0])
-    missing = (json.loads((tmp_path / f"missing-{rank}.json").read_text()) for rank in range(2))
+    for name in (each.partition(":")[0] for each in IN_SLOTS):
+        assert_same(split / name, alone / name.partition("-")[0])
+    missing = (json.loads((split / f"missing-{rank}.json").read_text()) for rank in range(2))
     for one, other in zip(*missing, strict=True):
         assert len(one) == len(other) > 8 and one != other
 

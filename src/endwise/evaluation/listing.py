@@ -71,7 +71,8 @@ def _listed(path: Path) -> ListedRun:
         config = folder.recipe()
         measured: Mapping[str, Any] = folder.measured() or {}
         numbers: dict[str, Any] = {name: measured.get(name) for name in ("l0", "ce_increase", "alive", "d_sae")}
-        several, method = isinstance(config, PlacesConfig), Method.of(config)
+        several = isinstance(config, PlacesConfig)
+        method = Method.of(config)
         return ListedRun(
             path,
             _state(folder, measured),

@@ -60,16 +60,18 @@ def probe(model: Tried, tokens: Tokens, blocks: list[Block], unembedding: nn.Mod
         ModelError: see `checks` and `LanguageModel`.
     """
     activations, final = _learn(model, tokens, blocks, unembedding, known)
-    logits = model.logits(tokens)
-    refuse_not_finite(model, activations, final, logits)
-    _check_readout(model, final, logits)
+    with_values = type(final) is Tensor
+    if with_values:
+        logits = model.logits(tokens)
+        refuse_not_finite(model, activations, final, logits)
+        _check_readout(model, final, logits)
     for layer in range(len(blocks)):
         at = {part: activations.get(Site(layer, part)) for part in Part}
         parts = tuple(Part) if _adds_up(at) else (Part.RESID_PRE, Part.RESID_POST)
         known.widths |= {Site(layer, part): int(value.shape[-1]) for part in parts if (value := at[part]) is not None}
     clean = Clean(tokens, activations, final)
     _drop_parallel(model, clean, known)
-    if type(final) is not Tensor:  # it has a shape and no values: nothing to compare
+    if not with_values:  # but shapes alone: nothing to compare
         return
     refuse_lookahead(model, tokens, model.vocab_size)
     _drop_undivided(model, clean, final, known)

@@ -38,7 +38,7 @@ from endwise.training.objectives import OF_THE_PASS, Objective, SiteTerm, build_
 from endwise.training.planning.flops import Stretch
 from endwise.training.planning.memory_trace import Held, MemoryTrace
 from endwise.training.planning.one_shard import planned_dictionary, whole_count
-from endwise.training.planning.outline import outline_model
+from endwise.training.planning.outline import outlines
 from endwise.training.step import clean_passes
 from endwise.training.tail_terms import Pulls
 from endwise.training.trainee import Trainee
@@ -74,11 +74,9 @@ class DryRun:
         self.accumulation = config.training.accumulation
         mixed, on_gpu = config.training.precision == "mixed", device.type == "cuda"
         dtype = DTYPES[config.model.dtype or ("bfloat16" if mixed and on_gpu else "float32")]
-        self.trace = trace = MemoryTrace()
-        with trace.part(MODEL):
-            self.model = outline_model(config.model, dtype, trace)
-            copied = mixed and dtype == torch.float32
-            self.tail = outline_model(config.model, torch.bfloat16, trace) if copied else self.model
+        copied = mixed and dtype == torch.float32
+        self.trace, models = outlines(config.model, (dtype, torch.bfloat16) if copied else (dtype,), MODEL)
+        self.model, self.tail, trace = models[0], models[-1], self.trace
         self.joint = isinstance(config, PlacesConfig) and config.joint
         recipes = config.recipes if isinstance(config, PlacesConfig) else [config]
         self.recipes = sorted(recipes, key=lambda recipe: self.model.place(recipe.place))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,11 +45,21 @@ class MemoryTrace:
         self._fake = FakeTensorMode() if fake else nullcontext()
         self._watch = _Watch(self._see, fake)
         self._entered = ExitStack()
-        self._storages: dict[int, tuple[str, int]] = {}
+        self._storages: dict[int, tuple[str, int, weakref.ref[UntypedStorage]]] = {}
         self._held: dict[str, int] = {}
         self._part = "other"
         self._peak = Held({}, self._part)
         self._peak_bytes = self._bytes = 0
+
+    def copy(self) -> "MemoryTrace":
+        """A trace that holds what this one holds now, for one of several computations on it."""
+        made = MemoryTrace(fake=self._watch.fakes)
+        made._fake = self._fake  # tensors of two modes do not mix
+        for part, _, alive in list(self._storages.values()):
+            if (storage := alive()) is not None:
+                with made.part(part):
+                    made._see(storage)
+        return made
 
     def __enter__(self) -> "MemoryTrace":
         self._entered.enter_context(self._fake)
@@ -71,9 +81,9 @@ class MemoryTrace:
 
     def claim(self, tensor: Tensor, name: str) -> None:
         """From now on the tensor's memory counts as this part's."""
-        key = _key(tensor)
-        part, size = self._storages[key]
-        self._storages[key] = name, size
+        key = tensor.untyped_storage()._cdata  # noqa: SLF001
+        part, size, alive = self._storages[key]
+        self._storages[key] = name, size, alive
         self._held[part] -= size
         self._held[name] = self._held.get(name, 0) + size
 
@@ -85,13 +95,12 @@ class MemoryTrace:
         """The moment since `start` at which most was held."""
         return Held({part: size for part, size in self._peak.parts.items() if size}, self._peak.during)
 
-    def _see(self, tensor: Tensor) -> None:
-        key = _key(tensor)
+    def _see(self, storage: UntypedStorage) -> None:
+        key = storage._cdata  # noqa: SLF001 - its address, as long as it lives
         if key in self._storages:
             return
-        storage = tensor.untyped_storage()
         size = storage.nbytes()
-        self._storages[key] = self._part, size
+        self._storages[key] = self._part, size, weakref.ref(storage)
         weakref.finalize(storage, self._forget, key)
         self._held[self._part] = self._held.get(self._part, 0) + size
         self._bytes += size
@@ -99,7 +108,7 @@ class MemoryTrace:
             self._peak, self._peak_bytes = Held(dict(self._held), self._part), self._bytes
 
     def _forget(self, key: int) -> None:
-        part, size = self._storages.pop(key)
+        part, size, _ = self._storages.pop(key)
         self._held[part] -= size
         self._bytes -= size
 
@@ -122,28 +131,26 @@ def _no(_: object) -> bool:
     return False
 
 
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001 - a storage's address, as long as it lives
-
-
 class _Watch(TorchDispatchMode):
     """Shows every operation's results to `see`, and answers what cannot be known without values."""
 
-    def __init__(self, see: Callable[[Tensor], None], fakes: bool) -> None:
+    def __init__(self, see: Callable[[UntypedStorage], None], fakes: bool) -> None:
         super().__init__()
-        self._see, self._fakes = see, fakes
+        self._see, self.fakes = see, fakes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.fakes and func is torch.ops.prim.device.default:  # half of all that a pass asks for
+            return args[0].fake_device
         # Asked for a value (is this equal to that? is it finite?), a fake tensor says what holds of a healthy model.
-        if self._fakes and func in (aten.allclose.default, aten.equal.default):
+        if self.fakes and func in (aten.allclose.default, aten.equal.default):
             return True
-        if self._fakes and func is aten._local_scalar_dense.default:  # noqa: SLF001
+        if self.fakes and func is aten._local_scalar_dense.default:  # noqa: SLF001
             return _one(args[0].dtype)
-        stand_in = _STAND_INS.get(func) if self._fakes else None
+        stand_in = _STAND_INS.get(func) if self.fakes else None
         result = (stand_in or func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self._see(leaf.untyped_storage())
         return result
 
 

@@ -1,8 +1,11 @@
 """A model without its weights: shapes to plan with."""
 
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -31,35 +34,76 @@ def outline_model(settings: ModelConfig, dtype: torch.dtype, trace: AbstractCont
     Raises:
         ModelError: there is no such model, or it cannot be followed without values.
     """
+    with LOADING, _explaining(settings):
+        return _outline(settings, _configuration(settings), dtype, trace)
+
+
+def outlines(
+    settings: ModelConfig, dtypes: tuple[torch.dtype, ...], part: str
+) -> tuple[MemoryTrace, tuple[LanguageModel, ...]]:
+    """Outline a model in several dtypes, in a trace that holds them, as this part, and nothing else. Those of the last
+    model are kept as long as its configuration stays: phases, and recipes that are tried one after another, share it.
+
+    Raises:
+        ModelError: see `outline_model`.
+    """
+    with LOADING, _explaining(settings):
+        config = _configuration(settings)
+        known = type(config).__module__.startswith("transformers.")  # code of others may be another behind one name
+        key = (settings, dtypes, part, config.to_json_string(use_diff=False), None if known else object())
+        if key not in _LAST:
+            trace = MemoryTrace()
+            with trace.part(part):
+                made = tuple(_outline(settings, copy.deepcopy(config), dtype, trace) for dtype in dtypes)
+            _LAST.clear()
+            _LAST[key] = trace, made
+        trace, made = _LAST[key]
+        return trace.copy(), made
+
+
+_LAST: dict[tuple[object, ...], tuple[MemoryTrace, tuple[LanguageModel, ...]]] = {}
+
+
+@contextmanager
+def _explaining(settings: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(explained(settings.name, error)) from error
+
+
+def _configuration(settings: ModelConfig) -> Any:
     named = (settings.name, settings.gguf_file, settings.revision, settings.trust_remote_code)
     source, shared, _ = based_on(*named)  # an adapter's shapes are those of its base
-    with LOADING:
+    config = AutoConfig.from_pretrained(source, **shared)
+    method = quantiser_of(config)
+    method = method if settings.quantization is None else f" by {settings.quantization} (model.quantization)"
+    if method is not None:
+        raise ModelError(
+            f"{settings.name} is quantised{method}: without its weights nothing is known of what a pass takes. "
+            "Plan with the checkpoint that it was made from, which takes more."
+        )
+    return config
+
+
+def _outline(
+    settings: ModelConfig, config: Any, dtype: torch.dtype, trace: AbstractContextManager[object]
+) -> LanguageModel:
+    code = settings.trust_remote_code
+    make = partial(reader_of(config).from_config, config, dtype=dtype, trust_remote_code=code)
+    with trace:
         try:
-            config = AutoConfig.from_pretrained(source, **shared)
-            method = quantiser_of(config)
-            method = method if settings.quantization is None else f" by {settings.quantization} (model.quantization)"
-            if method is not None:
-                raise ModelError(
-                    f"{settings.name} is quantised{method}: without its weights nothing is known of what a pass takes. "
-                    "Plan with the checkpoint that it was made from, which takes more."
-                )
-            code = shared["trust_remote_code"]
-            make = partial(reader_of(config).from_config, config, dtype=dtype, trust_remote_code=code)
-            with trace:
-                try:
-                    model = make(attn_implementation=settings.attention or "sdpa")
-                except ValueError as error:
-                    if settings.attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
-                        raise
-                    model = make(attn_implementation="eager")
-            if settings.attention in (None, "sdpa"):
-                use_sdpa(model)
-            with trace:
-                return LanguageModel(model, None, settings.name)
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(explained(settings.name, error)) from error
+            model = make(attn_implementation=settings.attention or "sdpa")
+        except ValueError as error:
+            if settings.attention not in (None, "sdpa") or "scaled_dot_product_attention" not in str(error):
+                raise
+            model = make(attn_implementation="eager")
+    if settings.attention in (None, "sdpa"):
+        use_sdpa(model)
+    with trace:
+        return LanguageModel(model, None, settings.name)
 
 
 @dataclass(frozen=True)

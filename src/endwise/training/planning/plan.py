@@ -205,7 +205,7 @@ def plan(config: Recipe, *, processes: int = 1, memory: int | None = None) -> Tr
     dry_run = DividedDryRun(config, device, sequences, processes) if sharded else DryRun(config, device, sequences)
     steps, per_step = steps_of(training, dry_run.context), training.batch * dry_run.context
     stages = dry_run.stages(dry_run.accumulation, dry_run.microbatch)
-    flops, sparse = _flops(dry_run, per_step)
+    flops, sparse = count_flops(dry_run, per_step)
     checkpoint, sae = dry_run.file_sizes()
     return TrainingPlan(
         model=config.model.name,
@@ -304,8 +304,8 @@ def _parameters(dry_run: DryRun) -> Parameters:
     return Parameters(total, before, total - before - unembedding, unembedding, dictionary)
 
 
-def _flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
-    """Per token, with dense latents; and the sum once they are sparse."""
+def count_flops(dry_run: DryRun, per_step: int) -> tuple[Flops, float | None]:
+    """Count operations for each of a step's tokens, with dense latents; and their sum once they are sparse."""
     context, site = dry_run.context, dry_run.pieces_before(dry_run.site)
     head = [piece.stretch for piece in dry_run.pieces[:site]]
     tail = [piece.stretch for piece in dry_run.pieces[site : dry_run.end]]
@@ -407,7 +407,7 @@ def _smaller(dry_run: DryRun, room: int) -> tuple[int, int] | None:
         if accumulation < dry_run.accumulation or not fits(accumulation, 1):
             continue
         sizes = [size for size in _divisors(dry_run.sequences // accumulation) if size <= dry_run.microbatch]
-        return accumulation, max((size for size in sizes[1:] if fits(accumulation, size)), default=1)
+        return accumulation, next((size for size in reversed(sizes[1:]) if fits(accumulation, size)), 1)
     return None
 
 
