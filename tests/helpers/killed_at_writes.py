@@ -1,14 +1,14 @@
-"""Trains and is killed just before it makes, renames or removes a file, or opens one to write, at each of these in
-turn; then resumes: `python killed_at_writes.py FOLDER TOKENS`.
+"""Trains, and copies its folder just before it makes, renames or removes a file, or opens one to write: what a kill
+there leaves. Then each copy is resumed: `python killed_at_writes.py FOLDER TOKENS`.
 
-Every training is a forked process of its own, so that the libraries are imported only once. Prints, for each kill, a
-line of JSON: what was about to happen, the step that the killed process had saved, whether the run then ended in the
-same bits and lines as one left alone.
+Every training is a forked process of its own, so that the libraries are imported only once. Prints, for each copy, a
+line of JSON: what was about to happen, the step that was saved, whether the run then ended in the same bits and lines
+as one left alone.
 """
 
 import json
 import os
-import signal
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -69,33 +69,26 @@ def main(folder: Path, tokens: Path) -> None:
         config = recipe(folder / name, **settings, evaluate_every=3, accumulation=2)
         train(config, model=model, corpora=corpora, display=False, resume="if_started")
 
-    def noted() -> None:
+    def copied() -> None:
         changes: list[str] = []
-        act_before_changes(folder / "whole", changes.append)
+
+        def copy(change: str) -> None:
+            if (folder / "whole").exists():
+                shutil.copytree(folder / "whole", folder / str(len(changes)))
+            changes.append(change)
+
+        act_before_changes(folder / "whole", copy)
         run("whole")
         (folder / "changes.json").write_text(json.dumps(changes))
 
-    def killed(name: str, at: int) -> None:
-        seen: list[str] = []
-
-        def count(change: str) -> None:
-            seen.append(change)
-            if len(seen) == at + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        act_before_changes(folder / name, count)
-        run(name)
-
-    if forked(noted):
+    if forked(copied):
         raise SystemExit("A process that was left alone failed.")
     expected = end_of(folder / "whole")
-    for at, change in enumerate(json.loads((folder / "changes.json").read_text())):
-        name = str(at)
-        status = forked(lambda name=name, at=at: killed(name, at))
-        saved = RunFolder(folder / name).saved_steps()
-        if not os.WIFSIGNALED(status) or forked(lambda name=name: run(name)):
-            raise SystemExit(f"Killed before {change}: status {status}")
-        same = end_of(folder / name) == expected
+    for name, change in enumerate(json.loads((folder / "changes.json").read_text())):
+        saved = RunFolder(folder / str(name)).saved_steps()
+        if forked(lambda name=name: run(str(name))):
+            raise SystemExit(f"Killed before {change}, the run was not resumed.")
+        same = end_of(folder / str(name)) == expected
         print(json.dumps({"change": change, "saved": saved[-1] if saved else 0, "same": same}), flush=True)
 
 
