@@ -17,6 +17,11 @@ _threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
 # Workers inherit the environment of the process that starts them, which is one and so takes more threads.
 _asked = os.environ.setdefault("ENDWISE_TESTS_ASKED_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
 
+if "ENDWISE_TESTS_WARM" not in os.environ:  # the folder of `helpers/warm.py`; workers inherit that of who starts them
+    os.environ["ENDWISE_TESTS_WARM"] = _scratch.name
+    os.mkfifo(Path(_scratch.name) / "alive")
+    _alive = os.open(Path(_scratch.name) / "alive", os.O_RDWR)  # until this process ends, and the server by that
+
 # Nothing here cuts the power, and what a process that was killed had written, the system still has.
 os.fsync = lambda _descriptor: None
 

@@ -1,38 +1,36 @@
 """Processes for tests that begin at once: forked from one that has imported torch and the rest (see `warm_server`)."""
 
-import atexit
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
+
+from filelock import FileLock
 
 from places import HELPERS
 
 _PYTHON = (sys.executable, "-E", "-S")
 PATIENCE = 120
+_started: list["subprocess.Popen[bytes]"] = []
 
 
 @cache
 def _server() -> str:
-    """Its socket; the server is started when first needed, and ends with this process."""
-    folder = tempfile.TemporaryDirectory(prefix="endwise-warm-")
-    path = Path(folder.name) / "socket"
-    command = [sys.executable, str(HELPERS / "warm_server.py"), str(path)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-    def end() -> None:
-        server.stdin.close()
-        server.wait()
-        folder.cleanup()
-
-    atexit.register(end)
-    deadline = time.monotonic() + PATIENCE
-    while not path.exists():  # who connects from then on waits until everything is imported
-        assert server.poll() is None and time.monotonic() < deadline, "the warm server did not start"
-        time.sleep(0.01)
+    """Its socket; the server is started by the first of pytest's processes that needs it, and ends with the last."""
+    folder = Path(os.environ["ENDWISE_TESTS_WARM"])
+    path = folder / "socket"
+    with FileLock(folder / "lock"):
+        if not path.exists():
+            command = [sys.executable, str(HELPERS / "warm_server.py"), str(path)]
+            with (folder / "alive").open() as alive:
+                server = subprocess.Popen(command, stdin=alive, stdout=subprocess.DEVNULL)
+            _started.append(server)
+            deadline = time.monotonic() + PATIENCE
+            while not path.exists():  # who connects from then on waits until everything is imported
+                assert server.poll() is None and time.monotonic() < deadline, "the warm server did not start"
+                time.sleep(0.01)
     return str(path)
 
 
