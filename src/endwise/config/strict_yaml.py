@@ -48,7 +48,7 @@ def _check_depth(text: str) -> None:
     for event in yaml.parse(text, _LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ValueError(f"it is nested deeper than {DEEPEST} levels{_place(event)}")
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
 
 
 class _Measure:
@@ -95,5 +95,5 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return [child for pair in node.value for child in pair]
 
 
-def _place(node: yaml.Node | yaml.Event) -> str:
+def _place(node: yaml.Node) -> str:
     return f" (line {node.start_mark.line + 1})"
