@@ -189,7 +189,7 @@ def monotone_points(x: Numbers, y: Numbers) -> tuple[Floats, Floats]:
     if not (all(map(isfinite, itertools.chain(*values))) and min(values[1]) > 0):
         raise InterpolationError(f"x must be finite and y positive; x is {_listed(x)} and y {_listed(y)}.")
     points = sorted(zip(*values, strict=True), key=itemgetter(0))
-    x, y = np.array(points).T
+    x, y = np.array([point[0] for point in points]), np.array([point[1] for point in points])
     steps = [(right[0] - left[0], right[1] - left[1]) for left, right in itertools.pairwise(points)]
     if not all(dx > 0 for dx, _ in steps) or not (all(dy > 0 for _, dy in steps) or all(dy < 0 for _, dy in steps)):
         raise InterpolationError(f"the points are not strictly monotone: at {_listed(x)} the values are {_listed(y)}.")
