@@ -9,6 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 _scratch = tempfile.TemporaryDirectory(prefix="endwise-tests-", ignore_cleanup_errors=True)
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -137,13 +138,20 @@ def made(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def coarsely_drawn():
-    """Figures for print have few dots, and outlines in place of subsets of typefaces, which take most of the time."""
+    """Figures for print have few dots, outlines in place of subsets of typefaces and no layout, and of their forms the
+    first alone is drawn: these take most of the time, and are looked at in `tests/figures`.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    save = Figure.savefig
+    save, drawn = Figure.savefig, WeakSet()
 
     def coarse(self: Figure, path: Any, **settings: Any) -> None:
+        if self in drawn:
+            Path(path).write_bytes(b"the same figure")
+            return
+        drawn.add(self)
+        self.set_layout_engine("none")
         with mpl.rc_context({"pdf.fonttype": 3}):
             save(self, path, **(settings | ({"dpi": 50} if "dpi" in settings else {})))
 
@@ -157,6 +165,7 @@ def undrawn(monkeypatch):
     """Figures for print are empty files: drawing takes longest, and is looked at by other tests."""
     from matplotlib.figure import Figure
 
+    monkeypatch.setattr("endwise.figures.print.draw", lambda chart: Figure())
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 

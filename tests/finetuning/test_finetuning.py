@@ -20,8 +20,8 @@ from places import FIXTURES
 
 TRAINED = FIXTURES / "trained"
 SITE = "blocks.3.hook_resid_pre"
-FEW = TuningSettings(tokens=12_800, measured_on=2048, context=64, overrides=("training.evaluate_every=200",))
-LESS = replace(FEW, tokens=2048, measured_on=1024)
+FEW = TuningSettings(tokens=3200, measured_on=1024, context=64, overrides=("training.evaluate_every=200",))
+LESS = replace(FEW, tokens=640, measured_on=512)
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
 AT_ONCE = ("sae_lens_standard", "sparsify_topk")
 """Of two packages, one with a penalty and one without."""

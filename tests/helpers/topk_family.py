@@ -88,7 +88,7 @@ def fitted_on_few():
         yield
 
 
-def heldout_l0(folder, model, tokens=60_000):
+def heldout_l0(folder, model, tokens=20_000):
     """Features of the SAE in a run folder that are active on a held-out token, on average, in sequences spread over all
     of the text; no pass is spliced.
     """

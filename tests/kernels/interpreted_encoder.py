@@ -35,7 +35,7 @@ OWN = SmallKernels(in_fp32)
 """In bf16 the interpreter would multiply the bits; bounds of what was rounded to bf16 are bounds in fp32 too."""
 SIZES = {
     "one row": (1, 17, 65),
-    "several tiles": (19, 40, 130),
+    "several tiles": (17, 33, 70),
     "a word and a bit": (3, 20, 33),
     "few features": (5, 7, 3),
     "tiles to the brim": (32, 45, 128),
@@ -172,7 +172,7 @@ class NothingDense(TorchDispatchMode):
 )
 def test_outside_a_step_features_are_counted_and_nothing_is_dense(architecture, training):
     """No room is in use, where the host waits."""
-    n, d, d_sae, kind = 100, 8, 512, ARCHITECTURES[architecture]
+    n, d, d_sae, kind = 80, 8, 256, ARCHITECTURES[architecture]
     chooses = {"k": 4} if "topk" in architecture else {}
     sae = kind.build(kind.Config(size=d_sae, **chooses), d, 0)
     x = torch.randn(2, n // 2, d, generator=torch.Generator().manual_seed(4))

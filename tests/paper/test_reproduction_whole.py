@@ -19,10 +19,10 @@ from warm import Warm
 
 STUDY = {
     "recipe": {
-        "data": {"context": 64},
+        "data": {"context": 32},
         "dictionary": {"ratio": 2},
-        "training": {"tokens": 512, "batch": 2, "alive_window": 512, "checkpoint_every": 2},
-        "evaluation": {"tokens": 512, "during_training_tokens": 128, "batch": 4, "bootstrap": 50},
+        "training": {"tokens": 256, "batch": 2, "alive_window": 256, "checkpoint_every": 2},
+        "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 8, "bootstrap": 10},
     },
     "sites": {"blocks.3.hook_resid_pre": {}},
     "kinds": {
@@ -34,7 +34,7 @@ STUDY = {
     "lengths": [0.5],
     "ratios": [3],
     "starts": [0.5],
-    "cost_tokens": 384,
+    "cost_tokens": 192,
 }
 pytestmark = pytest.mark.usefixtures("models_outlined_once")
 TIMED = ("costs", "costs_of_variants")
@@ -61,7 +61,7 @@ def tables(folder):
 def test_every_experiment_is_carried_out_and_no_run_fails(made):
     counts = {name: len(made.runs.finished(name)) for name in made.runs.plan.experiments}
     assert counts == {"learning_rates": 6, "curves": 6, "starts": 8, "seeds": 6, "sizes": 6, "lengths": 6}
-    assert made.runs.failures == {} and made.runs.plan.tokens == 512
+    assert made.runs.failures == {} and made.runs.plan.tokens == 256
 
 
 def test_a_start_from_local_continues_from_that_sae(made):

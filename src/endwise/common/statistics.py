@@ -6,9 +6,12 @@ tokens, all resamples of it are one matrix product with the per-sequence sums. E
 seed) give equal counts, which is what pairs the resamples of different runs.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -182,12 +185,13 @@ def monotone_points(x: Numbers, y: Numbers) -> tuple[Floats, Floats]:
         raise InterpolationError(f"x and y must be two lists of one length; given shapes {x.shape} and {y.shape}.")
     if len(x) < 2:
         raise InterpolationError(f"a curve needs at least two points; there {'is one' if len(x) else 'are none'}.")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (y > 0).all()):
+    values = x.tolist(), y.tolist()  # of a few points, Python's own floats are looked through sooner than arrays
+    if not (all(map(isfinite, itertools.chain(*values))) and min(values[1]) > 0):
         raise InterpolationError(f"x must be finite and y positive; x is {_listed(x)} and y {_listed(y)}.")
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], y[order]
-    steps = np.diff(y)
-    if not (np.diff(x) > 0).all() or not ((steps > 0).all() or (steps < 0).all()):
+    points = sorted(zip(*values, strict=True), key=itemgetter(0))
+    x, y = np.array([point[0] for point in points]), np.array([point[1] for point in points])
+    steps = [(right[0] - left[0], right[1] - left[1]) for left, right in itertools.pairwise(points)]
+    if not all(dx > 0 for dx, _ in steps) or not (all(dy > 0 for _, dy in steps) or all(dy < 0 for _, dy in steps)):
         raise InterpolationError(f"the points are not strictly monotone: at {_listed(x)} the values are {_listed(y)}.")
     return x, y
 

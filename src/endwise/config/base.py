@@ -16,6 +16,7 @@ from endwise.common.files import expanded
 from endwise.common.remedies import reason, remedy
 from endwise.config.strict_yaml import parse_yaml
 
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 LARGEST_FILE = 100_000
 """Bytes of a recipe; those that ship have about a thousand."""
 LONGEST = 4096
@@ -105,7 +106,7 @@ class Config(BaseModel):
         return with_values(values, changes)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_DUMPER, sort_keys=False)
 
 
 def section_of(field: FieldInfo) -> type[Config] | None:
