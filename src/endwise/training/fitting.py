@@ -29,7 +29,7 @@ from endwise.training.trainee import Trainee, harmless
 Recorded = TypeVar("Recorded")
 
 
-class Text:
+class TrainingText:
     """A model, and the training text in the order in which it is read.
 
     What was recorded last is kept, since the members of a group ask for the same in turn: one clean pass serves all.
@@ -54,7 +54,7 @@ class Text:
         return self._kept[1]
 
 
-def fit_first(text: Text, member: Member) -> None:
+def fit_first(text: TrainingText, member: Member) -> None:
     """Show dictionaries whose training starts the first of their training text (`SAE.see_first`)."""
     for part in member.trainee.parts:
         if part.sae.first_tokens:
@@ -62,7 +62,7 @@ def fit_first(text: Text, member: Member) -> None:
                 part.sae.see_first(*activations(text, part, part, part.sae.first_tokens, [range(len(text.order))]))
 
 
-def measure_norms(text: Text, member: Member, display: bool) -> None:
+def measure_norms(text: TrainingText, member: Member, display: bool) -> None:
     """Set the norm above which each dictionary whose training starts leaves positions out; put it down in the run's
     folder, and say so where these are many.
     """
@@ -79,7 +79,7 @@ def measure_norms(text: Text, member: Member, display: bool) -> None:
             note(f"! {found} {FEWER_LEFT_OUT}", display)
 
 
-def measure_error_scales(text: Text, member: Member) -> None:
+def measure_error_scales(text: TrainingText, member: Member) -> None:
     """Measure what relative errors are divided by, on the first of the training text, and put it down in the run's
     folder.
     """
@@ -96,7 +96,7 @@ def measure_error_scales(text: Text, member: Member) -> None:
         folder.note_start({"error_scales": record})
 
 
-def _at_sites(text: Text, trainee: AnyTrainee, sites: Set[Site], tokens: int) -> dict[Site, Tensor]:
+def _at_sites(text: TrainingText, trainee: AnyTrainee, sites: Set[Site], tokens: int) -> dict[Site, Tensor]:
     """Collect what is at each site, `[tokens width]`, of the first tokens that count."""
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     count = 0
@@ -113,7 +113,7 @@ def _at_sites(text: Text, trainee: AnyTrainee, sites: Set[Site], tokens: int) ->
     return {site: torch.cat(each)[:tokens] for site, each in found.items()}
 
 
-def measure_start(text: Text, member: Member, display: bool) -> None:
+def measure_start(text: TrainingText, member: Member, display: bool) -> None:
     """Say what it changes to take the SAE in `init_from` over, in the run's folder and, if anything, in a line; and let
     a λ that is steered begin at the size that fits it.
     """
@@ -132,7 +132,7 @@ def measure_start(text: Text, member: Member, display: bool) -> None:
             note(f"! {taken}", display)
 
 
-def fit_last(text: Text, member: Member) -> None:
+def fit_last(text: TrainingText, member: Member) -> None:
     """Show dictionaries that are trained the latest of their training text, and where that is short what would have
     come next (`SAE.see_last`). Of several that are spliced jointly each is shown what it meets with the earlier ones in
     place, which are fitted before it.
@@ -145,7 +145,7 @@ def fit_last(text: Text, member: Member) -> None:
                 part.sae.see_last(*activations(text, member.trainee, part, part.sae.last_tokens, steps))
 
 
-def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None:
+def resample(text: TrainingText, tail: LanguageModel, done: int, member: Member) -> None:
     """Show a dictionary, after `done` steps, the latest of its training text with the losses (`SAE.see_losses`). The
     optimiser's moments of features that it replaces start again from 0.
     """
@@ -161,7 +161,7 @@ def resample(text: Text, tail: LanguageModel, done: int, member: Member) -> None
 
 
 def _with_losses(
-    text: Text, tail: LanguageModel, part: Trainee, tokens: int, steps: Iterable[int]
+    text: TrainingText, tail: LanguageModel, part: Trainee, tokens: int, steps: Iterable[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect what is read, what is to be written and the objective of the tokens that count, up to `tokens`."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -207,7 +207,7 @@ def losses_of(trainee: Trainee, tail: LanguageModel, clean: Clean, mask: TokenMa
 
 
 def activations(
-    text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]
+    text: TrainingText, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]
 ) -> tuple[Tensor, Tensor]:
     """Collect what a part of a trainee meets (`met_in_use`), `[tokens width]`, of the tokens that count in the
     batches of `steps`, as many as there are up to `tokens`.
@@ -218,7 +218,9 @@ def activations(
     return text.recorded(trainee, what, lambda: _met(text, trainee, part, tokens, steps))
 
 
-def _met(text: Text, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]) -> tuple[Tensor, Tensor]:
+def _met(
+    text: TrainingText, trainee: AnyTrainee, part: Trainee, tokens: int, steps: Sequence[range]
+) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
     count = 0
     chained = itertools.chain.from_iterable

@@ -12,7 +12,7 @@ from endwise.evaluation.measure import Evaluation, measure
 from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
-from endwise.training.fitting import Text, fit_last, resample
+from endwise.training.fitting import TrainingText, fit_last, resample
 from endwise.training.joint import JointTrainee
 from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
@@ -73,14 +73,16 @@ def _fit_after(prepared: Prepared, done: int) -> None:
         _fit(prepared, steering_of, "meeting the target of sparsity", met)
 
 
-def _fit(prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Callable[[Text, Member], None]) -> None:
+def _fit(
+    prepared: Prepared, due: Callable[[Trainee], Any], what: str, act: Callable[[TrainingText, Member], None]
+) -> None:
     """Do what is fitted to activations in one process for all, where it is due for any dictionary."""
     group, world = prepared.group, prepared.world
     if not any(due(part) for member in group.members for part in member.trainee.parts):
         return
     with world.together(what):
         if world.replicas.is_first:
-            group.each(partial(act, Text(prepared.model, prepared.corpora.train, prepared.order)))
+            group.each(partial(act, TrainingText(prepared.model, prepared.corpora.train, prepared.order)))
     broadcast_state(group, world)
 
 

@@ -27,7 +27,7 @@ from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_readable, corpora_for
-from endwise.training.fitting import Text, fit_first, measure_error_scales, measure_norms, measure_start
+from endwise.training.fitting import TrainingText, fit_first, measure_error_scales, measure_norms, measure_start
 from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.members import Group, JointMember, Member
@@ -127,7 +127,7 @@ def prepare(
             start_or_resume(group, model, corpora, request.from_step)
         share_out(group, world)
         if world.replicas.is_first:
-            _fit_new(group, Text(model, corpora.train, order), display)
+            _fit_new(group, TrainingText(model, corpora.train, order), display)
     broadcast_state(group, world)
     for part in (part for member in group.members for part in member.trainee.parts):
         part.sae.join(world)
@@ -139,7 +139,7 @@ def prepare(
     return Prepared(model, tail, group, corpora, order, steps, display, world, kept)
 
 
-def _fit_new(group: Group, text: Text, display: bool) -> None:
+def _fit_new(group: Group, text: TrainingText, display: bool) -> None:
     """Do what is fitted to activations before the first step."""
     new = [member for member in group.members if member.trainee.step == 0]
     group.each(partial(measure_norms, text, display=display), new)

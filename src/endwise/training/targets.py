@@ -19,7 +19,7 @@ from endwise.models.readout import next_tokens
 from endwise.models.sites import Place
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.tokens import Corpus
-from endwise.training.fitting import Text, activations
+from endwise.training.fitting import TrainingText, activations
 from endwise.training.members import Member
 from endwise.training.objectives import Objective
 from endwise.training.steering import MOST_LEFT, Steering, settled
@@ -144,7 +144,7 @@ def steering_of(part: Trainee, step: int | None = None) -> Steering | None:
     return None if schedule is None else schedule.steering
 
 
-def meet_target(text: Text, heldout: Corpus, display: bool, member: Member) -> None:
+def meet_target(text: TrainingText, heldout: Corpus, display: bool, member: Member) -> None:
     """Bring what λ was steered by to its target, where it is not far (`steering.settled`). Of dictionaries that are
     spliced jointly L0 is of what each meets with the earlier ones in place.
     """
