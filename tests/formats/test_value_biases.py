@@ -9,7 +9,7 @@ from endwise.dictionaries import GatedSAE, NormedSAE
 from endwise.evaluation.inspecting import belonging, inspect
 from endwise.models.sites import Part, Site
 from made_saes import filled
-from tiny_models import FAMILIES, HEADS, build, parts, tokens
+from tiny_models import FAMILIES, HEADS, build, tiny, tokens
 
 Z = Site(0, Part.ATTN_Z)
 ABOUT = {"hook_name": Z.name, "model_from_pretrained_kwargs": {"fold_value_biases": True}}
@@ -28,16 +28,20 @@ def heads(model, ids):
 
 def folded(family):
     """A model, and the same less the value biases of its first block."""
-    model, other = (LanguageModel(build(family), name=family) for _ in range(2))
+    model, other = tiny(family), LanguageModel(build(family), name=family)
     with torch.no_grad():
         BIASES[family](other._blocks[0].module)[...] = 0
     return model, other
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if Part.ATTN_Z in parts(family)])
+OFTEN = {*BIASES, "gpt_neo", "llama_grouped_tied", "phi3"}
+"""With biases, and without: of projections each by itself, of grouped ones, and of one for all three."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.slow) for f in FAMILIES])
 def test_they_are_what_heads_results_lack_without_them(family):
     if family not in BIASES:
-        assert not LanguageModel(build(family), name=family).value_bias(0).any()
+        assert not tiny(family).value_bias(0).any()
         return
     model, other = folded(family)
     bias, ids = model.value_bias(0), tokens()
@@ -75,7 +79,7 @@ def test_an_sae_of_it_is_read(family, architecture, tmp_path):
 
 
 def test_what_cannot_be_read_so_is_refused(tmp_path):
-    model = LanguageModel(build("gpt2"), name="gpt2")
+    model = tiny("gpt2")
     sae = filled(ReluSAE(model.width(Z), 40))
     NormedSAE(sae, "layer_norm").save(tmp_path / "normed", ABOUT)
     sae.save(tmp_path / "transcoder", {**ABOUT, "hook_name_out": "blocks.0.hook_attn_out"})
@@ -87,7 +91,7 @@ def test_what_cannot_be_read_so_is_refused(tmp_path):
 
 
 def test_where_there_are_none_all_is_read(tmp_path):
-    model = LanguageModel(build("gpt_neo"), name="gpt-neo")
+    model = tiny("gpt_neo")
     sae = filled(ReluSAE(model.width(Z), 40))
     sae.save(tmp_path, {**ABOUT, "hook_name_out": "blocks.0.hook_attn_out"})
     _, stored = belonging(inspect(tmp_path), model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -355,3 +356,13 @@ for _name in ("openai", "openai topk"):
     KINDS[_name] = replace(KINDS[_name], about={**site("hook_mlp_out"), "model_name": "gpt2"})
 _TIED = {name: each for name, each in OPENAI.items() if name != "decoder.weight"} | {"decoder.linear.weight": W}
 KINDS["openai, tied"] = replace(KINDS["openai"], tensors=_TIED | STATS, oracle=plain(relu, True, directions=W))
+
+
+def one_of_each(trait: Callable[[Kind], object]) -> pytest.MarkDecorator:
+    """Parametrise over all kinds, of which those that share a trait with one before are slow."""
+    seen, cases = set(), []
+    for name, kind in KINDS.items():
+        of = (kind.format, trait(kind))
+        cases.append(pytest.param(kind, id=name, marks=pytest.mark.slow if of in seen else ()))
+        seen.add(of)
+    return pytest.mark.parametrize("kind", cases)

@@ -17,7 +17,7 @@ from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
 from small_gpt2 import CONTEXT, VOCAB, recipe, small_model, write_tokens
 from tiny_models import CONTEXT as LENGTH
-from tiny_models import build, relative, tokens
+from tiny_models import build, relative, tiny, tokens
 
 END = 0
 FAMILIES = ["gpt2", "gpt_neo", "pythia", "llama_grouped_tied", "mistral_sliding", "gemma2", "gemma3", "olmo2", "gptj"]
@@ -47,7 +47,7 @@ def test_positions_begin_again_behind_every_separator():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_document_is_what_it_is_alone(family):
     model, rows = LanguageModel(build(family), name=family), packed()
-    alone, site = LanguageModel(build(family), name=family), Site(1, Part.RESID_POST)
+    alone, site = tiny(family), Site(1, Part.RESID_POST)
     joined = model.logits(rows)
     model.attend_within(END)
     apart, clean = model.logits(rows), model.clean(rows, [site], final=True)

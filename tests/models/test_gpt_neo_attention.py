@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -35,8 +35,16 @@ EAGER = modeling_gpt_neo.GPTNeoSelfAttention
 FAMILY = "gpt_neo"
 LENGTH = 12
 ALL_AT_ONCE = 10**6
-windows = pytest.mark.parametrize("window", [1, 5, LENGTH - 1, LENGTH, LENGTH + 1, 40])
-rows = pytest.mark.parametrize("at_once", [3, 4, 128, ALL_AT_ONCE])
+
+
+def some(often, others):
+    """Each kind of case, and others alike, which are slow."""
+    return [*often, *(pytest.param(each, marks=pytest.mark.slow) for each in others)]
+
+
+# Of nothing before, of some, of all but the first, and of all; in pieces and at once.
+windows = pytest.mark.parametrize("window", some([1, 5, LENGTH - 1, LENGTH], [LENGTH + 1, 40]))
+rows = pytest.mark.parametrize("at_once", some([3, 128], [4, ALL_AT_ONCE]))
 
 
 def pair(at_once=FusedSelfAttention.cpu_rows, **changes):
@@ -173,7 +181,7 @@ def padded(side):
     return mask
 
 
-@windows
+@pytest.mark.parametrize("window", some([5, LENGTH], [1, LENGTH - 1, LENGTH + 1, 40]))
 @pytest.mark.parametrize("at_once", [5, 128])
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_padding_is_not_seen(side, window, at_once, no_eager):
@@ -233,7 +241,7 @@ def test_no_mask_is_kept_whatever_lengths_pass():
 # Caches
 
 
-@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize("window", some([5], [2, 40]))
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("side", [None, "left"])
 def test_generation_gives_the_same_tokens(options, window, side, no_eager):
@@ -496,9 +504,14 @@ def test_the_forward_takes_what_the_eager_one_takes():
 # The replay of the tail
 
 
+@cache
+def spliceable():
+    return LanguageModel(pair()[1])
+
+
 @pytest.mark.parametrize("site", [Site(layer, part) for layer in range(LAYERS) for part in Part], ids=str)
 def test_the_tail_gives_the_bits_of_a_full_pass(site):
-    model, ids = LanguageModel(pair()[1]), tokens()
+    model, ids = spliceable(), tokens()
     clean = model.clean(ids, [site], final=True)
     assert torch.equal(clean.activations[site], values_at(FAMILY, model.model, ids, [site])[site])
     value = clean.activations[site] + torch.randn(3, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(7))

@@ -43,15 +43,34 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_site = pytest.mark.parametrize("site", SITES, ids=str)
 
 
-def at_sites(sites, families=FAMILIES):
-    """Every family with each of the sites that it has."""
-    pairs = [(family, site) for family in families for site in sites if site.part in parts(family)]
-    return pytest.mark.parametrize(("family", "site"), pairs, ids=str)
-
-
 SOME_FAMILIES = ["gpt2", "gpt_neo", "pythia", "llama", "gemma2", "gptj"]
 # One of each way a block returns its result and orders its parts.
 some_families = pytest.mark.parametrize("family", SOME_FAMILIES)
+
+
+def sample(family, site):
+    """In every family each part of a block and both ends of the stream; in two, one of whose blocks alternate, each
+    part of the first and the last block.
+    """
+    return site.layer == LAYERS // 2 or site in (Site(0, PRE), Site(LAYERS - 1, POST)) or family in ("gpt2", "gemma2")
+
+
+def some_ways(family, *sites):
+    """Every site in one family of each way; in the others, a branch."""
+    return family in SOME_FAMILIES or sites[0] in (Site(1, MLP), Site(2, MLP))
+
+
+def cases(families, sites, often):
+    """Every family with each of the sites, or tuples of sites, that it has; those not `often` are slow."""
+    for family in families:
+        for each in sites:
+            of = each if isinstance(each, tuple) else (each,)
+            if {site.part for site in of} <= {*parts(family)}:
+                yield pytest.param(family, *of, marks=[] if often(family, *of) else pytest.mark.slow)
+
+
+def at_sites(sites, families=FAMILIES, often=sample):
+    return pytest.mark.parametrize(("family", "site"), cases(families, sites, often), ids=str)
 
 
 def noise_like(value, seed=3):
@@ -171,25 +190,21 @@ def test_a_replayed_tail_equals_the_patched_full_pass_bit_for_bit(family, site):
         assert torch.equal(model.logits(ids), expected)
 
 
-@every_family
+PAIRS = [
+    (Site(1, ATTN), Site(1, MLP)),
+    (Site(1, MLP), Site(3, POST)),
+    (Site(1, POST), Site(2, PRE)),
+    (Site(3, MLP), Site(3, POST)),
+    (Site(1, Z), Site(1, MIDDLE)),
+    (Site(1, MIDDLE), Site(1, MLP_IN)),
+    (Site(1, MLP_IN), Site(1, MLP)),
+    (Site(0, MLP), Site(2, Z)),
+]
+
+
+@pytest.mark.parametrize(("family", "first", "later"), cases(FAMILIES, PAIRS, some_ways), ids=str)
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("first", "later"),
-    [
-        (Site(1, ATTN), Site(1, MLP)),
-        (Site(1, MLP), Site(3, POST)),
-        (Site(1, POST), Site(2, PRE)),
-        (Site(3, MLP), Site(3, POST)),
-        (Site(1, Z), Site(1, MIDDLE)),
-        (Site(1, MIDDLE), Site(1, MLP_IN)),
-        (Site(1, MLP_IN), Site(1, MLP)),
-        (Site(0, MLP), Site(2, Z)),
-    ],
-    ids=str,
-)
 def test_two_sites_at_once(family, first, later):
-    if not {first.part, later.part} <= {*parts(family)}:
-        return
     model, ids = tiny(family), tokens()
     patch = random_patch(family, first)
     acts = {first: lambda _: patch, later: moved}
@@ -235,7 +250,7 @@ def test_a_function_at_the_first_site_receives_the_clean_value():
 # Gradients
 
 
-@at_sites([Site(0, MLP), *(Site(2, part) for part in Part), Site(LAYERS - 1, POST)])
+@at_sites([Site(0, MLP), *(Site(2, part) for part in Part), Site(LAYERS - 1, POST)], often=some_ways)
 def test_gradients_of_the_replay_are_those_of_the_full_patched_model(family, site):
     model, ids = tiny(family), tokens()
     start = random_patch(family, site)
@@ -280,7 +295,7 @@ def test_a_clean_pass_keeps_no_graph():
 # Rows
 
 
-@at_sites([Site(1, part) for part in Part], SOME_FAMILIES)
+@at_sites([Site(2, part) for part in Part], SOME_FAMILIES)
 def test_microbatches_give_what_the_whole_batch_gives(family, site):
     model, ids = tiny(family), tokens()
     patch = random_patch(family, site)

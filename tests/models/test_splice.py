@@ -24,7 +24,10 @@ from tiny_models import width as width_of
 
 PRE, ATTN, POST = "blocks.1.hook_resid_pre", "blocks.2.hook_attn_out", "blocks.3.hook_resid_post"
 SITES = [f"blocks.1.{part}" for part in Part] + ["blocks.0.hook_resid_pre", "blocks.3.hook_resid_post"]
-some_families = pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "mistral_sliding", "gemma2", "gemma3"])
+# One of each kind of cache: of all positions, of a window, and of both by turns.
+some_families = pytest.mark.parametrize(
+    "family", ["gpt2", "mistral_sliding", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("pythia", "llama", "gemma3"))]
+)
 
 
 def by_hand(dictionary):
@@ -93,8 +96,8 @@ def greedy(family, model, ids, acts, steps):
 @some_families
 @pytest.mark.parametrize("site", [PRE, "blocks.0.hook_attn_out"])
 def test_generation_runs_on_the_reconstruction_with_and_without_cache(family, site):
-    model, prompt, dictionary = tiny(family), tokens(batch=2, length=5), sae()
-    steps = CONTEXT - 5
+    model, prompt, dictionary = tiny(family), tokens(batch=2, length=9), sae()
+    steps = CONTEXT - 9
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     options |= {"eos_token_id": VOCAB + 1, "attention_mask": torch.ones_like(prompt)}
     expected = greedy(family, model.model, prompt, {Site.parse(site): by_hand(dictionary)}, steps)
@@ -104,7 +107,7 @@ def test_generation_runs_on_the_reconstruction_with_and_without_cache(family, si
     with spliced(model, {site: lambda x: widths.append(x.shape[1]) or dictionary(x)}):
         for cache in (True, False):
             assert torch.equal(model.model.generate(prompt, use_cache=cache, **options), expected)
-    assert widths == [5, *[1] * (steps - 1), *range(5, CONTEXT)]  # with a cache only new positions pass the SAE
+    assert widths == [9, *[1] * (steps - 1), *range(9, CONTEXT)]  # with a cache only new positions pass the SAE
     assert torch.equal(model.model.generate(prompt, **options), plain)
 
 

@@ -1,5 +1,6 @@
 """Kinds of files and folders that commands take, so that one of another kind is refused in words that help."""
 
+import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -77,7 +78,7 @@ def _keys(path: Path) -> set[str]:
     """Keys of a file of settings; none of what is no such file."""
     with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         if path.suffix in (".yaml", ".yml", ".json") and path.stat().st_size < LARGEST:
-            values = yaml.safe_load(path.read_text())
+            values = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
             return {str(key) for key in values} if isinstance(values, dict) else set()
     return set()
 
