@@ -191,3 +191,24 @@ def models_outlined_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_outlined", cache(module._outlined))
         yield
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """A model that many commands of a module name is read and probed for the first of them alone."""
+    from functools import cache
+
+    import endwise.models.loading as module
+
+    read, found = module._read, {}
+
+    def read_once(*given: Any) -> Any:
+        key = str(given)
+        if key not in found:
+            found[key] = read(*given)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_read", read_once)
+        patch.setattr(module, "_spliceable", cache(module._spliceable))
+        yield

@@ -75,7 +75,7 @@ def test_a_figure_has_a_name_a_colour_and_a_marker_for_each(one):
     assert all(label.replace("+", "&#43;") in div(chart) or label in div(chart) for label in LABELS)
 
 
-def test_pages_and_tables_name_each(one, summary, tmp_path):
+def test_pages_and_tables_name_each(one, summary, tmp_path, undrawn):
     page = report_html(summary)
     assert len(re.findall(r"<button[^>]*><svg class=\"swatch\"", page)) == 2 * 4  # two legends
     assert page.count("e2e+next_cosine") > 4 and "var(--method-0)" in page

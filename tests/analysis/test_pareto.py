@@ -37,10 +37,11 @@ def test_the_front_is_what_nothing_dominates():
     assert front(runs, "l0", "ce_increase") == expected and 1 < len(expected) < len(runs)
 
 
-def test_a_band_over_text_is_of_curves_drawn_again():
+def test_a_band_over_text_is_of_curves_drawn_again(monkeypatch):
+    monkeypatch.setattr("endwise.analysis.pareto.curves.RESAMPLES", 200)
     runs = curve(noise=0.05)
     found = band(runs, "l0", "ce_increase")
-    weights = resampling_weights(len(runs[0].sums["tokens"]), 1000, 12345)
+    weights = resampling_weights(len(runs[0].sums["tokens"]), 200, 12345)
 
     def drawn(run, name, per, row):
         return float(row @ run.sums[name]) / float(row @ run.sums[per])

@@ -13,6 +13,8 @@ from endwise.cli import app
 from endwise.common.errors import ConfigError
 from endwise.config.run import RunConfig
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 KINDS = {"local": {}, "e2e": {}, "e2e_ds": {"downstream_mse": 1.0}}
 
 

@@ -88,7 +88,7 @@ def test_the_embedded_model_is_the_default():
     assert torch.equal(model.clean(ids, [site]).activations[site], hidden[site.layer])
 
 
-# With an operation of ours in place of theirs, with weights that are tied, that stay as they are, or are several experts'.
+# With an operation of ours in place of theirs; with weights that are tied, as they are, or of several experts.
 OFTEN = ("gpt2", "gpt_neo", "gptj", "llama_grouped_tied", "gemma2", "mixtral")
 
 

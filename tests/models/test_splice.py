@@ -24,9 +24,10 @@ from tiny_models import width as width_of
 
 PRE, ATTN, POST = "blocks.1.hook_resid_pre", "blocks.2.hook_attn_out", "blocks.3.hook_resid_post"
 SITES = [f"blocks.1.{part}" for part in Part] + ["blocks.0.hook_resid_pre", "blocks.3.hook_resid_post"]
-# One of each kind of cache: of all positions, of a window, and of both by turns.
+OFTEN = ("gpt2", "mistral_sliding", "gemma2")
+"""One of each kind of cache: of all positions, of a window, and of both by turns."""
 some_families = pytest.mark.parametrize(
-    "family", ["gpt2", "mistral_sliding", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("pythia", "llama", "gemma3"))]
+    "family", [*OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in ("pythia", "llama", "gemma3"))]
 )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from functools import cache
 
 import pytest
 
@@ -21,6 +22,7 @@ def tables():
     return sorted(RESULTS.rglob("*.csv"))
 
 
+@cache
 def figures():
     """Every ratio with an interval, and every pair of ends, that a committed table holds, as pages write them."""
     ratios, pairs = set(), set()

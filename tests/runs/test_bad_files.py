@@ -24,6 +24,8 @@ from endwise.runs.folder import RunFolder
 from endwise.training.setup import default_folder
 from small_gpt2 import recipe
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 repeated = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 

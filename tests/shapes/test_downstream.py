@@ -40,7 +40,7 @@ GROUPS = {
     "heads": {"heads": {"site": "blocks.2.attn.hook_z", "dictionary": {"architecture": "topk"}}},
 }
 FEATURES = 32
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "loaded_once", "fitted_on_little", "models_outlined_once")
 
 
 def recipe(out, dictionary, **place):

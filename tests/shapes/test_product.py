@@ -14,6 +14,8 @@ from endwise.config.dictionary import ARCHITECTURES
 from endwise.runs.folder import RunFolder
 from small_gpt2 import SHIPPED
 
+pytestmark = pytest.mark.usefixtures("fitted_on_little")
+
 NEXT_BLOCK = {"downstream_mse": 1.0, "downstream_sites": ["blocks.3.hook_resid_pre"]}
 FACTORS = {
     "architecture": SHIPPED,

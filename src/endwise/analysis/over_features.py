@@ -53,10 +53,13 @@ def resampled_quantiles(
     upper, weight = np.minimum(lower + 1, len(ordered) - 1), places - lower
     draws = []
     for drawn in counts(len(ordered), generator, resamples):
-        for row in np.cumsum(drawn[:, order], axis=1):  # how many of the resample are at most the value there
-            low, high = (ordered[np.searchsorted(row, place, side="right")] for place in (lower, upper))
-            draws.append(low + weight * (high - low))
-    return np.array(draws)
+        first = len(ordered) * np.arange(len(drawn))[:, None]  # of each row, and what the rows before it draw
+        reached = np.cumsum(drawn[:, order], axis=1) + first  # how many of the resample are at most the value there
+        low, high = (
+            ordered[np.searchsorted(reached.ravel(), place + first, side="right") - first] for place in (lower, upper)
+        )
+        draws.append(low + weight * (high - low))
+    return np.concatenate(draws)
 
 
 def resampled_spearman(x: Floats, y: Floats, generator: np.random.Generator, resamples: int = RESAMPLES) -> Floats:

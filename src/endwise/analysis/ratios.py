@@ -13,7 +13,7 @@ features, being counted over the whole text, is kept fixed in resamples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from endwise.common.statistics import (
     interpolate_at,
     interval_over_seeds,
     interval_with_seeds,
+    log_curves,
     log_spaced,
     monotone_points,
     percentile_interval,
@@ -166,12 +167,9 @@ def ratio_of(
     if reason := absent[0] if absent else other_text(members):
         return Ratio(None, reason=reason)
 
-    def curves(metric: Callable[[RunSummary, str], float]) -> list[_Curve]:
-        return [_curve(group, each.label, of, at, metric) for each, group in groups.items()]
-
     by_seed = _by_seed(groups, of, at)
     try:
-        curve, other = curves(estimate)
+        curve, other = (_curve(group, each.label, of, at) for each, group in groups.items())
         over = _common_range(curve, other, at)
         mean, crossings = _ratio_of_curves(curve, other, at), _crossings(curve, other, over)
     except InterpolationError as error:
@@ -189,13 +187,7 @@ def ratio_of(
     if reason := unpaired(members, {"l0", "ce_increase", "predictions"} | later):
         return replace(result, reason=reason)
     drawn = {id(run): resampled(run, {of, at}, resamples, seed) for run in members}
-    draws = np.full(resamples, np.nan)
-    for index in range(resamples):
-        try:
-            curve, other = curves(lambda run, name, index=index: drawn[id(run)][name][index])
-            draws[index] = _ratio_of_curves(curve, other, at)
-        except InterpolationError:
-            continue
+    draws = _drawn_ratios([[(run.knob, drawn[id(run)]) for run in group] for group in groups.values()], of, at)
     return with_intervals(result, draws, by_seed)
 
 
@@ -213,7 +205,7 @@ def ratio_between(runs: Sequence[RunSummary], reference: Sequence[RunSummary], o
     Raises:
         InterpolationError: the runs do not determine it.
     """
-    curve, other = (_curve(group, name, of, at, estimate) for group, name in ((runs, "one"), (reference, "the other")))
+    curve, other = (_curve(group, name, of, at) for group, name in ((runs, "one"), (reference, "the other")))
     return _ratio_of_curves(curve, other, at)
 
 
@@ -223,7 +215,7 @@ def _by_seed(groups: Mapping[Method, Sequence[RunSummary]], of: str, at: str) ->
     for seeds in sorted(set.intersection(*({run.seeds for run in group} for group in groups.values()))):
         try:
             own, other = (
-                _curve([run for run in group if run.seeds == seeds], method.label, of, at, estimate)
+                _curve([run for run in group if run.seeds == seeds], method.label, of, at)
                 for method, group in groups.items()
             )
             ratios.append(_ratio_of_curves(own, other, at))
@@ -325,9 +317,7 @@ class _Curve:
         return interpolate_at(self.x, self.y, x)
 
 
-def _curve(
-    runs: Sequence[RunSummary], name: str, of: str, at: str, metric: Callable[[RunSummary, str], float]
-) -> _Curve:
+def _curve(runs: Sequence[RunSummary], name: str, of: str, at: str) -> _Curve:
     """One point per value of the knob, the mean of its seeds.
 
     Raises:
@@ -336,7 +326,7 @@ def _curve(
     _check_one_each(runs, name)
     points: dict[Knob, list[tuple[float, float]]] = {}
     for run in runs:
-        points.setdefault(run.knob, []).append((metric(run, at), metric(run, of)))
+        points.setdefault(run.knob, []).append((estimate(run, at), estimate(run, of)))
     means = [np.mean(group, axis=0) for group in points.values()]
     try:
         x, y = monotone_points([point[0] for point in means], [point[1] for point in means])
@@ -373,6 +363,25 @@ def _ratio_of_curves(curve: _Curve, other: _Curve, at: str) -> float:
     """The mean ratio over the common range."""
     grid = log_spaced(*_common_range(curve, other, at), LEVELS)
     return float(np.exp(np.mean(np.log(curve.at(grid)) - np.log(other.at(grid)))))
+
+
+def _drawn_ratios(groups: Sequence[Sequence[tuple[Knob, Mapping[str, Floats]]]], of: str, at: str) -> Floats:
+    """`_ratio_of_curves` in each resample, `[resamples]`; NaN where the curves, or their range in common, are none."""
+    sides = []
+    for group in groups:
+        points: dict[Knob, list[Mapping[str, Floats]]] = {}
+        for knob, drawn in group:
+            points.setdefault(knob, []).append(drawn)
+        x, y = (np.stack([np.mean([one[name] for one in each], 0) for each in points.values()], 1) for name in (at, of))
+        x, log_y, fit = log_curves(x, y)
+        sides.append((x, log_y, fit if LATER_MSE in (of, at) else fit & (log_y[:, -1] <= log_y[:, 0])))
+    (x, log_y, fit), (other_x, other_y, other_fit) = sides
+    low, high = np.maximum(x[:, 0], other_x[:, 0]), np.minimum(x[:, -1], other_x[:, -1])
+    draws = np.full(len(x), np.nan)
+    for row in np.flatnonzero(fit & other_fit & (low > 0) & (low < high)):
+        grid = log_spaced(low[row], high[row], LEVELS)
+        draws[row] = np.mean(np.interp(grid, x[row], log_y[row]) - np.interp(grid, other_x[row], other_y[row]))
+    return np.exp(draws)
 
 
 def _crossings(curve: _Curve, other: _Curve, over: Ends) -> tuple[float, ...]:

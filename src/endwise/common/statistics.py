@@ -167,6 +167,25 @@ def interpolate_at(x: Numbers, y: Numbers, target: Numbers) -> Floats:
     return np.asarray(np.exp(np.interp(wanted, x, np.log(y))))
 
 
+def interpolate_rows(x: Floats, y: Floats, targets: Floats) -> Floats:
+    """`interpolate_at` of each row of two or more points, `[rows points]`: `[rows targets]`, NaN where that raises."""
+    x, log_y, fit = log_curves(x, y)
+    values = np.full((len(x), len(targets)), np.nan)
+    for row in np.flatnonzero(fit):
+        values[row] = np.exp(np.interp(targets, x[row], log_y[row], left=np.nan, right=np.nan))
+    return values
+
+
+def log_curves(x: Floats, y: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Return each row's points in order of x, `[rows points]`, with log y, and which rows `monotone_points` takes."""
+    order = np.argsort(x, axis=1, kind="stable")
+    x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
+    steps = np.diff(y, axis=1)
+    fit = (np.isfinite(x) & np.isfinite(y) & (y > 0)).all(1) & (np.diff(x, axis=1) > 0).all(1)
+    fit &= (steps > 0).all(1) | (steps < 0).all(1)
+    return x, np.log(y, out=np.full_like(y, np.nan), where=y > 0), fit
+
+
 def log_spaced(low: float, high: float, count: int) -> Floats:
     """Evenly spread on a logarithmic scale, both ends exactly."""
     grid = np.geomspace(low, high, count)

@@ -23,6 +23,7 @@ from endwise.common.statistics import (
     Floats,
     InterpolationError,
     interpolate_at,
+    interpolate_rows,
     interval_over_seeds,
     log_spaced,
 )
@@ -169,14 +170,8 @@ def _over_text(runs: Sequence[RunSummary], x: str, y: str) -> BandOf | None:
         return None
     grid = log_spaced(curve[0].min(), curve[0].max(), GRID)
     drawn = [resampled(run, {x, y}, RESAMPLES, SEED) for run in runs]
-    values = np.full((RESAMPLES, GRID), np.nan)
-    for index in range(RESAMPLES):
-        across, up = (np.array([each[name][index] for each in drawn]) for name in (x, y))
-        inside = (grid >= across.min()) & (grid <= across.max())
-        try:
-            values[index, inside] = interpolate_at(across, up, grid[inside])
-        except InterpolationError:
-            continue
+    across, up = (np.stack([each[name] for each in drawn], axis=1) for name in (x, y))
+    values = interpolate_rows(across, up, grid)
     kept = np.isfinite(values).mean(axis=0) >= DEFINED_SHARE
     if not kept.any():
         return None
