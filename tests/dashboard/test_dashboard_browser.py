@@ -43,7 +43,7 @@ SOME = ((TOP, 10), (0, 2), (1, 2))
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM)
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
         yield opened
         opened.close()
 
