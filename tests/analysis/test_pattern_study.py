@@ -29,6 +29,8 @@ from endwise.features.patterns.trie import Pattern
 from made_runs import make_run
 from small_gpt2 import data, recipe
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 SETTINGS = PatternSettings(random=5, substitutes=3, contexts=4, longest=3, least=2)
 
 

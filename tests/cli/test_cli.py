@@ -15,6 +15,8 @@ import warm
 from bad_input import write_place
 from endwise.cli import app
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

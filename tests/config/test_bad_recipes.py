@@ -16,6 +16,8 @@ from endwise.config.run import RunConfig
 from endwise.config.strict_yaml import DEEPEST, LARGEST, parse_yaml
 from small_gpt2 import data, recipe, small_model, write_tokens
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 # A file or a folder of the module's is written again for each example.
 repeated = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 

@@ -19,7 +19,7 @@ from small_gpt2 import SITE
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOW = "the dashboard in a browser is not tried: install Chromium (Debian: apt-get install chromium), or put one on PATH"
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=HOW)
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=HOW), pytest.mark.usefixtures("loaded_once")]
 
 ATTACK = "<img src=x onerror=window.hacked=1>"
 ATTACKS = [

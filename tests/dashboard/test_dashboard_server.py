@@ -22,6 +22,8 @@ from endwise.features.steering import Sampling, steer
 from made_harvests import write_harvested_run
 from small_gpt2 import SITE
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TEXT = "How to bake a cake:\nMix the flour, the sugar and the eggs."
 
 

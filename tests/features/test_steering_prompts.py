@@ -16,6 +16,8 @@ from endwise.features.steering import Sampling, opened, steer
 from made_harvests import write_harvested_run
 from small_gpt2 import SITE
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PROMPT = "How to bake a cake:\nMix the"
 
 

@@ -13,6 +13,8 @@ from endwise.config.run import RunConfig
 from endwise.evaluation.summary import RunSummary
 from places import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 WRITTEN = FIXTURES / "v0.1"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

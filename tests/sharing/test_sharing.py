@@ -27,6 +27,8 @@ from made_formats import KINDS
 from small_gpt2 import SITE
 from small_sweeps import complete
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 NAME = f"{OWNER}/saes"
 
 

@@ -183,7 +183,7 @@ def log_curves(x: Floats, y: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]
     steps = np.diff(y, axis=1)
     fit = (np.isfinite(x) & np.isfinite(y) & (y > 0)).all(1) & (np.diff(x, axis=1) > 0).all(1)
     fit &= (steps > 0).all(1) | (steps < 0).all(1)
-    return x, np.log(y, out=np.full_like(y, np.nan), where=y > 0), fit
+    return x, np.log(y, out=np.full_like(y, np.nan), where=y > 0), np.asarray(fit)
 
 
 def log_spaced(low: float, high: float, count: int) -> Floats:
