@@ -7,10 +7,12 @@ work at once. A redirect is never followed: the key belongs to the host that was
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from email.utils import mktime_tz, parsedate_tz
+from functools import cache
 from typing import Any
 
 import httpx2 as httpx
@@ -198,13 +200,18 @@ class Client(httpx.AsyncBaseTransport):
         return printable(" ".join(self._endpoint.hidden(text).split()))[:TOLD]
 
 
+@cache
+def _certificates(trust_env: bool) -> ssl.SSLContext:
+    """Authorities' certificates, which take longer to read than a call."""
+    return httpx.create_ssl_context(trust_env=trust_env)
+
+
 @asynccontextmanager
 async def connected(endpoint: Endpoint, retry: RetryPolicy, pace: Pace | None = None) -> AsyncIterator[Client]:
     """A client with connections of its own. Proxies of the environment serve for other machines only."""
     limits, elsewhere = httpx.Limits(max_connections=retry.concurrency), not endpoint.is_local
-    # Authorities' certificates, which take longer to read than a call, have no part in plain HTTP on this machine.
-    checks = elsewhere or not endpoint.url.lower().startswith("http:")
-    async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=elsewhere, verify=checks) as http:
+    certificates = _certificates(elsewhere)
+    async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=elsewhere, verify=certificates) as http:
         yield Client(http, endpoint, retry, pace or Pace(retry.per_minute))
 
 
