@@ -69,7 +69,6 @@ def test_runs_are_listed_with_their_state(trained, place):
     assert (listed["state"], listed["place"], listed["seed"], listed["l0"]) == ("trained", SITE, 3, None)
     evaluated = as_json("evaluate", place / "runs", "--tokens", 64)
     assert [each["run"] for each in evaluated] == [str(trained)]
-    assert (listed["kind"], listed["label"]) == (evaluated[0]["kind"], evaluated[0]["label"])
     (again,) = list_runs([trained])
     assert (again.state, again.l0, again.ce_increase) == ("measured", evaluated[0]["l0"], evaluated[0]["ce_increase"])
     (trained / "config.yaml").rename(trained / "kept")
@@ -132,7 +131,9 @@ def test_tables_are_printed_as_json_too(trained, place, undrawn):
     assert as_json("sites", place / "model")["sites"][SITE] == 16
     told("evaluate", trained, "--tokens", 64)
     compared = as_json("pareto", trained)
-    assert compared["points"][0]["l0"] == as_json("evaluate", trained, "--tokens", 64)[0]["l0"]
+    (listed,), (point,) = as_json("runs", trained), compared["points"]
+    assert (listed["kind"], listed["label"], listed["place"]) == (point["kind"], point["method"], point["site"])
+    assert point["l0"] == as_json("evaluate", trained, "--tokens", 64)[0]["l0"]
     assert as_json("inspect", trained / "sae")["d_sae"] == list_runs([trained])[0].d_sae
     resumed = as_json("train", "--resume", trained, "--quiet")
     assert (resumed["run"], resumed["place"], resumed["diverged"]) == (str(trained), SITE, False)
