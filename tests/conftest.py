@@ -99,7 +99,9 @@ def _no_network():
 @pytest.fixture(autouse=True)
 def _same_randomness():
     """A test that draws without a generator of its own still draws the same numbers, alone or among others."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also formats the stack, where CUDA has not begun
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 # What many modules train. Imported within: what is imported up here escapes the type checker that tests run under.

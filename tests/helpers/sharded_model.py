@@ -12,7 +12,7 @@ from endwise.models.sites import Part
 from small_gpt2 import data, recipe
 
 KINDS = ("local", "e2e", "e2e_ds")
-SHARED = {"tokens": 144, "batch": 3, "accumulation": 3, "log_every": 1, "evaluate_every": 3, "checkpoint_every": 3}
+SHARED = {"tokens": 96, "batch": 3, "accumulation": 3, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2}
 """Of three sequences one process reads one and the other two, in as many passes."""
 
 
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     compare_passes(made)
     train_together(configs(made, folder, sharded=True), display=False)
     resumed = configs(made, alone, sharded=True)[-1]
-    train(resumed, resume=True, from_step=3, display=False)
+    train(resumed, resume=True, from_step=2, display=False)

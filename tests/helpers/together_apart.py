@@ -11,11 +11,11 @@ from endwise.training.trainee import Trainee
 from small_gpt2 import recipe, small_corpora, small_model
 
 KINDS = ("local", "e2e", "e2e_ds")
-FAILING_STEP = 7
+FAILING_STEP = 3
 
 
 def configs(folder):
-    settings = {"tokens": 320, "batch": 4, "log_every": 1, "evaluate_every": 4}
+    settings = {"tokens": 160, "batch": 4, "log_every": 1, "evaluate_every": 2}
     return [recipe(folder / kind, kind, seed, **settings) for seed, kind in enumerate(KINDS)]
 
 

@@ -107,7 +107,10 @@ def test_a_higher_increase_lowers_the_coefficient():
 
 def test_a_run_is_steered_and_resumes_to_the_same_bits(model, tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "EVERY", 2)
-    config = RunConfig.build(by_ce(tmp_path / "run", coefficient=0.1))
+    monkeypatch.setattr(targets, "SETTLED_ON", 1024)
+    values = by_ce(tmp_path / "run", coefficient=0.1)
+    values["training"]["tokens"] = 12 * 4 * 32
+    config = RunConfig.build(values)
     run = endwise.train(config, model=model, display=False)
     names = ("metrics.jsonl", "sae/sae_weights.safetensors")
     written = [(run.folder / name).read_bytes() for name in names]
@@ -124,7 +127,7 @@ def test_it_is_met_by_thresholds_at_the_end(model, heldout):
     sae.fill(
         {"W_enc": both.T, "W_dec": both, "b_enc": torch.full((len(both),), -0.3), "b_dec": torch.zeros(len(both) // 2)}
     )
-    chosen = Slice.of(heldout, EvaluationConfig(tokens=64, during_training_tokens=64)).some(0, 64)
+    chosen = Slice.of(heldout, EvaluationConfig(tokens=64, during_training_tokens=64)).some(0, 32)
     before = float(ce_increase(model, place, sae, heldout, chosen))
     with torch.no_grad():
         found = targets.settled(

@@ -23,7 +23,7 @@ def write_recipe(made, out, kind="e2e_ds", **training):
         "accumulation": 5,
         "evaluate_every": 5,
         "checkpoint_every": 5,
-        "tokens": 800,
+        "tokens": 400,
         "log_every": 1,
     }
     values = recipe(out, kind, **(settings | training)).model_dump(mode="json")
@@ -47,7 +47,7 @@ def alone(made, tmp_path_factory):
 
 def assert_same_curve(folder, alone):
     ours, theirs = RunFolder(folder).metrics(), RunFolder(alone).metrics()
-    assert len(ours) == len(theirs) == 20
+    assert len(ours) == len(theirs) == 10
     for one, other in zip(ours, theirs, strict=True):
         assert_close(one, other, f"step {other['step']}")  # alive counts, being integers, exactly
     assert any("heldout" in line for line in ours)
@@ -71,14 +71,14 @@ def test_terms_over_all_tokens_of_a_step(made, tmp_path):
     dictionary |= {"aux": 0.5, "aux_negative": True, "dead_window": 40}
     curves = []
     for processes in (1, 2):
-        file = write_recipe(made, tmp_path / f"of{processes}", accumulation=1, tokens=400)
+        file = write_recipe(made, tmp_path / f"of{processes}", accumulation=1, tokens=240)
         values = yaml.safe_load(file.read_text())
         objective = values["objective"] | {"balance": "loss"}
         file.write_text(yaml.safe_dump(values | {"dictionary": dictionary, "objective": objective}))
         code, _, errors = launch(processes, "train", file, "--quiet")
         assert code == 0, errors
         curves.append(RunFolder(tmp_path / f"of{processes}").metrics())
-    assert len(curves[0]) == 10 and any(line["dead_aux"] > 0 for line in curves[0])
+    assert len(curves[0]) == 6 and any(line["dead_aux"] > 0 for line in curves[0])
     for one, other in zip(*curves, strict=True):
         assert_close(other, one, f"step {one['step']}")
 
@@ -107,13 +107,18 @@ def test_when_one_dies_the_others_end_with_an_error(made, alone, tmp_path, fault
     assert_same_curve(tmp_path / "run", alone)
 
 
+@pytest.fixture(scope="module")
+def three_alone(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    return train_together(configs(folder), model=small_model(), corpora=small_corpora(made), display=False)
+
+
 @pytest.mark.parametrize("method", ["accumulate", "finish_step"])
-def test_one_of_several_saes_fails_in_one_process_only(made, tmp_path, method):
+def test_one_of_several_saes_fails_in_one_process_only(made, three_alone, tmp_path, method):
     done = spread(2, HELPERS / "together_apart.py", tmp_path / "two", made, method, ENDWISE_TIMEOUT="60")
     assert "rank 0: Of 3 SAEs trained together 1 failed" in done.stderr, done.stderr
     assert "failed in another process, which says why" in done.stderr and "only here" in done.stderr
-    alone = train_together(configs(tmp_path / "one"), model=small_model(), corpora=small_corpora(made), display=False)
-    for run, kind in zip(alone, KINDS, strict=True):
+    for run, kind in zip(three_alone, KINDS, strict=True):
         ours, theirs = RunFolder(tmp_path / "two" / kind).metrics(), RunFolder(run.folder).metrics()
         assert len(ours) == (FAILING_STEP if kind == "e2e" else len(theirs))
         for one, other in zip(ours, theirs, strict=kind != "e2e"):
@@ -127,8 +132,8 @@ def test_what_one_process_refuses_ends_all(made, tmp_path):
     assert code != 0
     assert "endwise (process 0):" in errors and "is not an empty folder" in errors
     assert "another process failed at claiming the run folders" in errors
-    code, _, errors = launch(3, "train", write_recipe(made, tmp_path / "other", batch=2, accumulation=1), "--quiet")
-    assert code != 0 and "training.batch is 2, fewer sequences than the 3 processes" in errors
+    code, _, errors = launch(2, "train", write_recipe(made, tmp_path / "other", batch=1, accumulation=1), "--quiet")
+    assert code != 0 and "training.batch is 1, fewer sequences than the 2 processes" in errors
     assert not (tmp_path / "other").exists()
 
 

@@ -23,6 +23,7 @@ from own_training import Act, OwnModel, acting, train_with
 from small_gpt2 import recipe
 
 EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
+STEPS = 12
 
 
 def three(folder, **training):
@@ -33,7 +34,7 @@ def three(folder, **training):
         ("e2e_ds", "blocks.1.hook_resid_pre", {"warmup": 0.3, "evaluate_every": 8}),
     )
     return [
-        recipe(folder / kind, kind, seed, **own, **training).model_copy(update={"site": site})
+        recipe(folder / kind, kind, seed, tokens=STEPS * 32, **own, **training).model_copy(update={"site": site})
         for seed, (kind, site, own) in enumerate(settings)
     ]
 
@@ -97,7 +98,7 @@ def assert_others_finished(error, alone, failed):
     for run, expected in zip(error.finished, survivors, strict=True):
         assert_same(run, expected)
         last = RunFolder(run.folder).metrics()[-1]
-        assert last["step"] == 20 and "heldout" in last
+        assert last["step"] == STEPS and "heldout" in last
 
 
 def test_kinds_and_sites_together_equal_each_alone(model, corpora, alone, tmp_path):
@@ -112,7 +113,7 @@ def test_accumulated_passes_together_equal_each_alone(model, corpora, in_two_pas
         assert_same(run, expected)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tmp_path, failing):
     kind = ("local", "e2e", "e2e_ds")[failing]
     failure, error = together(model, corpora, tmp_path, kind, at("finish_step", kind, 4, poison))
@@ -123,7 +124,7 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
     checkpoint = read_checkpoint(failure.checkpoint)
     assert checkpoint.state["step"] == 4 and checkpoint.state["tokens"] == 4 * 32
     config = three(tmp_path / "first steps")[failing]
-    trainee = new_trainee(config, model, steps=20)
+    trainee = new_trainee(config, model, STEPS)
     order = BatchOrder(corpora.train, 4, 0, 1)
     for step in range(4):
         take_step(model, [trainee], corpora.train.batch(order[step]))
@@ -131,7 +132,7 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
         assert name.startswith("random.") or torch.equal(checkpoint.tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("step", [0, 2, 19])
+@pytest.mark.parametrize("step", [0, pytest.param(2, marks=pytest.mark.slow), STEPS - 1])
 def test_at_the_first_step_between_reports_and_at_the_last(model, corpora, alone, tmp_path, step):
     infinite = at("finish_step", "local", step, lambda trainee: trainee.sae.b_enc.grad.fill_(float("inf")))
     failure, error = together(model, corpora, tmp_path, "local", infinite)
@@ -155,14 +156,16 @@ def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone,
 
 
 def test_a_folder_that_cannot_take_the_finished_sae(model, corpora, alone, tmp_path):
-    in_its_place = at("finish_step", "local", 19, lambda _: (tmp_path / "local" / "sae").write_text("a file"))
+    in_its_place = at("finish_step", "local", STEPS - 1, lambda _: (tmp_path / "local" / "sae").write_text("a file"))
     failure, error = together(model, corpora, tmp_path, "local", in_its_place)
     assert isinstance(failure.error, RunFolderError) and "Cannot write" in str(error)
     assert_others_finished(error, alone, "local")
 
 
-@pytest.mark.parametrize("method", ["accumulate", "finish_step"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "accumulation"),
+    [("accumulate", 1), ("accumulate", 2), ("finish_step", 1), pytest.param("finish_step", 2, marks=pytest.mark.slow)],
+)
 def test_running_out_of_memory_ends_ones_own_run_only(
     model, corpora, alone, in_two_passes, tmp_path, method, accumulation
 ):
@@ -197,10 +200,10 @@ def test_the_memory_of_one_that_failed_is_free_while_the_others_continue(model, 
 
 def test_an_sae_that_cannot_be_measured_ends_its_own_run_only(model, corpora, alone, tmp_path):
     """Its weights are finite after the last step, and their products with held-out text are not."""
-    huge = at("finish_step", "e2e", 19, lambda trainee: trainee.sae.b_dec.data.fill_(3e38))
+    huge = at("finish_step", "e2e", STEPS - 1, lambda trainee: trainee.sae.b_dec.data.fill_(3e38))
     failure, error = together(model, corpora, tmp_path, "e2e", huge)
     assert isinstance(failure.error, DataError) and "NaN or infinite" in str(failure.error)
-    assert read_checkpoint(failure.checkpoint).state["step"] == 20
+    assert read_checkpoint(failure.checkpoint).state["step"] == STEPS
     assert_others_finished(error, alone, "e2e")
 
 
@@ -243,11 +246,11 @@ def test_ctrl_c_saves_all_that_are_left_and_they_resume(model, corpora, alone, t
 
 
 def test_ctrl_c_between_reports_does_not_save_past_a_number_that_is_not_finite(model, corpora, tmp_path):
-    stopped = acting(at("finish_step", "local", 12, poison), ctrl_c("e2e_ds", 13))  # reports are due at 12 and 15
-    with pytest.raises(Interrupted, match="step 13 the term gradient_norm was not finite"):
+    stopped = acting(at("finish_step", "local", 6, poison), ctrl_c("e2e_ds", 7))  # reports are due at 6 and 9
+    with pytest.raises(Interrupted, match="step 7 the term gradient_norm was not finite"):
         train_with(stopped, three(tmp_path), model, corpora)
     steps = [read_checkpoint(RunFolder(c.out).latest_checkpoint()).state["step"] for c in three(tmp_path)]
-    assert steps == [12, 14, 14]
+    assert steps == [6, 8, 8]
 
 
 def test_a_failure_is_told_at_once(model, corpora, tmp_path, capfd):
@@ -269,6 +272,6 @@ def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypa
         clock[0] += 1.0
 
     monkeypatch.setattr("endwise.training.display.time.monotonic", lambda: clock[0])
-    acts = [at("begin_step", "e2e", step, a_second) for step in range(20)]
-    _, error = together(model, corpora, tmp_path, "local", *acts, at("accumulate", "local", 12, out_of_memory))
-    assert [run.seconds for run in error.finished] == pytest.approx([13 / 3 + 7 / 2] * 2)
+    acts = [at("begin_step", "e2e", step, a_second) for step in range(STEPS)]
+    _, error = together(model, corpora, tmp_path, "local", *acts, at("accumulate", "local", 7, out_of_memory))
+    assert [run.seconds for run in error.finished] == pytest.approx([8 / 3 + 4 / 2] * 2)

@@ -132,8 +132,8 @@ def test_the_first_steps_loss_is_the_loaded_ones(model, corpora, started, tmp_pa
 
 @pytest.mark.parametrize("kind", ["e2e", "e2e_ds"])
 def test_every_kind_can_start_from_a_local_one(model, corpora, ours, tmp_path, kind):
-    fresh = train(recipe(tmp_path / "fresh", kind, log_every=1), model=model, corpora=corpora, display=False)
-    config = starting_from(ours.folder, tmp_path / "run", kind, log_every=1)
+    fresh = train(recipe(tmp_path / "fresh", kind, log_every=1, tokens=64), model=model, corpora=corpora, display=False)
+    config = starting_from(ours.folder, tmp_path / "run", kind, log_every=1, tokens=64)
     run = train(config, model=model, corpora=corpora, display=False)
     first, random = (RunFolder(each.folder).metrics()[0] for each in (run, fresh))
     assert first["kl"] != random["kl"] and first["learning_rate"] == random["learning_rate"]
@@ -155,7 +155,7 @@ def test_a_feature_without_a_direction_stays_as_it_is(model, corpora, started, t
 def test_the_seed_changes_nothing_then(model, corpora, ours, tmp_path):
     runs = [
         train(
-            starting_from(ours.folder, tmp_path / str(seed)).model_copy(update={"seed": seed}),
+            starting_from(ours.folder, tmp_path / str(seed), tokens=128).model_copy(update={"seed": seed}),
             model=model,
             corpora=corpora,
             display=False,
@@ -177,17 +177,17 @@ def test_it_continues_exactly_though_what_it_started_from_is_gone(model, corpora
     shutil.copytree(ours.folder, start)
     settings = {"model": model, "corpora": corpora, "display": False}
     configs = [
-        starting_from(start, tmp_path / name, log_every=1, checkpoint_every=5, keep_checkpoints=9)
+        starting_from(start, tmp_path / name, tokens=256, log_every=1, checkpoint_every=2, keep_checkpoints=9)
         for name in ("whole", "cut off", "one", "other")
     ]
     whole = train(configs[0], **settings)
     for config in configs[1:]:
         shutil.copytree(whole.folder, config.out)
-        for step in (15, 20):
+        for step in (6, 8):
             RunFolder(config.out).checkpoint(step).unlink()
     shutil.rmtree(start)
     assert_same(train(configs[1], resume=True, **settings), whole)
-    assert_same(train(configs[1], resume=True, from_step=5, **settings), whole)
+    assert_same(train(configs[1], resume=True, from_step=2, **settings), whole)
     for run in train_together(configs[2:], resume=True, **settings):
         assert_same(run, whole)
     with pytest.raises(FormatError, match=r"init_from: There is no "):
@@ -200,7 +200,7 @@ def test_several_places_begin_again_from_what_they_began_with_alone(model, corpo
     """Jointly or apart; once a checkpoint is there, what one of them started from may be gone."""
     start = tmp_path / "start"
     shutil.copytree(ours.folder, start)
-    base = recipe(tmp_path / "x", "e2e", checkpoint_every=10).model_dump(mode="json")
+    base = recipe(tmp_path / "x", "e2e", tokens=128, checkpoint_every=2).model_dump(mode="json")
     values = {key: value for key, value in base.items() if key not in ("site", "writes", "init_from")}
     values |= {"places": [{"site": "blocks.0.hook_resid_pre"}, {"site": SITE, "init_from": str(start)}]}
     settings = {"model": model, "corpora": corpora, "display": False}
@@ -209,7 +209,7 @@ def test_several_places_begin_again_from_what_they_began_with_alone(model, corpo
         whole = train_places(given, **settings).saes[SITE].b_enc
         assert torch.equal(train_places(given, resume=True, from_step=0, **settings).saes[SITE].b_enc, whole)
         start.rename(tmp_path / "gone")
-        assert torch.equal(train_places(given, resume=True, from_step=10, **settings).saes[SITE].b_enc, whole)
+        assert torch.equal(train_places(given, resume=True, from_step=2, **settings).saes[SITE].b_enc, whole)
         write_foreign(start)
         with pytest.raises(RunFolderError, match=rf"places/{SITE} was started on other SAE that it started from"):
             train_places(given, resume=True, from_step=0, **settings)
@@ -218,7 +218,7 @@ def test_several_places_begin_again_from_what_they_began_with_alone(model, corpo
 
 
 def test_another_start_is_another_run(model, corpora, ours, started, tmp_path):
-    config = starting_from(ours.folder, tmp_path / "run")
+    config = starting_from(ours.folder, tmp_path / "run", tokens=64)
     train(config, model=model, corpora=corpora, display=False)
     other = config.model_copy(update={"init_from": started["a foreign one"][0]})
     with pytest.raises(RunFolderError, match="another recipe"):
@@ -270,9 +270,9 @@ def test_an_architecture_that_cannot_be_trained(model, corpora, tmp_path):
 
 def test_beside_others_it_starts_as_alone(model, corpora, ours, started, tmp_path):
     configs = [
-        recipe(tmp_path / "fresh", "local"),
-        starting_from(ours.folder, tmp_path / "from ours"),
-        starting_from(started["a foreign one"][0], tmp_path / "from a foreign one", "e2e"),
+        recipe(tmp_path / "fresh", "local", tokens=256),
+        starting_from(ours.folder, tmp_path / "from ours", tokens=256),
+        starting_from(started["a foreign one"][0], tmp_path / "from a foreign one", "e2e", tokens=256),
     ]
     runs = train_together(configs, model=model, corpora=corpora, display=False)
     for run, config in zip(runs, configs, strict=True):

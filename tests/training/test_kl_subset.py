@@ -18,7 +18,7 @@ from on_embedded import recipe
 def estimated(out, **changes):
     values = recipe(out)
     values["objective"] |= {"kind": None, "terms": {"kl_subset": {"weight": 1.0, "stride": 3}}}
-    values["training"] |= changes
+    values["training"] |= {"tokens": 8 * 4 * 32, **changes}
     return RunConfig.build(values)
 
 
@@ -97,7 +97,7 @@ def test_runs_draw_for_each_step_and_resume_to_the_same_bits(model, tmp_path):
     written = [(run.folder / name).read_bytes() for name in names]
     lines = [json.loads(line) for line in written[0].splitlines()]
     assert all(line["kl_subset"] > 0 for line in lines) and run.config.objective.name == "kl_subset"
-    endwise.train(run.config, model=model, resume=True, from_step=10, display=False)
+    endwise.train(run.config, model=model, resume=True, from_step=5, display=False)
     assert [(run.folder / name).read_bytes() for name in names] == written
     cut = endwise.train(estimated(tmp_path / "cut", microbatch=1, accumulation=2), model=model, display=False)
     others = [json.loads(line)["kl_subset"] for line in (cut.folder / "metrics.jsonl").read_text().splitlines()]

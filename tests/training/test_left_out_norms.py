@@ -77,6 +77,7 @@ def named(corpora):
 def a_recipe(out, kind="e2e_ds", architecture="standard", multiple: float | None = MULTIPLE, **training):
     values = recipe(out, kind, **{"checkpoint_every": 5, "log_every": 1, **training}).model_dump(mode="json")
     values["dictionary"] = ARCHITECTURES[architecture]
+    values["evaluation"]["bootstrap"] = 5
     if architecture != "standard":
         values["objective"].pop("sparsity")
     return RunConfig.build(values | {"data": values["data"] | {"leave_out_norms": multiple}})
@@ -338,7 +339,7 @@ def test_each_of_several_has_a_mask_of_its_own(model, corpora, tmp_path):
     """At one site the token is an outlier; the other is an attention's output, where it is none."""
     sites = (SITE, "blocks.1.hook_attn_out")
     together = [
-        a_recipe(tmp_path / f"{n}", "e2e", tokens=320).model_copy(update={"site": site}) for n, site in enumerate(sites)
+        a_recipe(tmp_path / f"{n}", "e2e", tokens=160).model_copy(update={"site": site}) for n, site in enumerate(sites)
     ]
     runs = train_together(together, model=model, corpora=corpora, display=False)
     shares = [sum(line["left_out"] for line in RunFolder(run.folder).metrics()) for run in runs]
@@ -359,7 +360,7 @@ def test_each_of_several_has_a_mask_of_its_own(model, corpora, tmp_path):
 
 
 def joint(out, multiple):
-    values = a_recipe(out, multiple=multiple, tokens=320).model_dump(
+    values = a_recipe(out, multiple=multiple, tokens=192).model_dump(
         mode="json", exclude={"site", "writes", "init_from"}
     )
     places = [{"site": site} for site in (SITE, "blocks.2.hook_attn_out", "blocks.3.hook_resid_pre")]
@@ -411,7 +412,7 @@ def test_two_processes_leave_out_what_one_does(model, made, tmp_path):
     gpt2.save_pretrained(tmp_path / "model")
     found = []
     for processes in (1, 2):
-        values = a_recipe(tmp_path / f"of{processes}", batch=5, accumulation=5, tokens=400, log_every=1).model_dump(
+        values = a_recipe(tmp_path / f"of{processes}", batch=5, accumulation=5, tokens=200, log_every=1).model_dump(
             mode="json"
         )
         values["model"] |= {"name": str(tmp_path / "model"), "device": "cpu"}

@@ -90,7 +90,7 @@ def guarded_training(model, folder, guard, monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     tokens = write_tokens(folder)
     kinds = ("local", "e2e", "e2e_ds")
-    configs = [recipe(folder / kind, kind, log_every=1000, accumulation=2, microbatch=1) for kind in kinds]
+    configs = [recipe(folder / kind, kind, tokens=256, log_every=1000, accumulation=2, microbatch=1) for kind in kinds]
     guarded, left = ExitStack(), []
 
     class Guarded(Trainee):
@@ -129,7 +129,7 @@ def sparse_training(folder, kernels, trainee):
     """Train one of each kind of dictionary, with sparse latents whatever their number, and return their tensors."""
     tokens, runs = write_tokens(folder), []
     for number, dictionary in enumerate(DICTIONARIES):
-        config = recipe(folder / f"{trainee.__name__}{number}", tokens=192, microbatch=1).model_dump(mode="json")
+        config = recipe(folder / f"{trainee.__name__}{number}", tokens=96, microbatch=1).model_dump(mode="json")
         config["dictionary"] = {"size": 40, **dictionary}
         if "k" in dictionary:
             config["objective"]["sparsity"] = None

@@ -86,12 +86,15 @@ def relative(out, **more):
 
 @pytest.fixture(scope="module")
 def whole(model, corpora, tmp_path_factory):
-    return train(relative(tmp_path_factory.mktemp("whole")), model=model, corpora=corpora, display=False)
+    return train(relative(tmp_path_factory.mktemp("whole"), tokens=320), model=model, corpora=corpora, display=False)
 
 
-@pytest.mark.parametrize("stopped", [3, 9, 10, 13, 15, 16, 18])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param(step, marks=() if step in (4, 5, 7, 8) else pytest.mark.slow) for step in (1, 4, 5, 6, 7, 8, 9)],
+)
 def test_stopped_anywhere_a_run_ends_in_the_same_bits(model, corpora, tmp_path, whole, stopped):
-    config = relative(tmp_path / "cut")
+    config = relative(tmp_path / "cut", tokens=320)
     with pytest.raises(TrainingStopped, match=rf"step {stopped + 1}\b"):
         train_with(acting(stopping(stopped)), [config], model, corpora)
     resumed = train(config, model=model, corpora=corpora, resume=True, display=False)
@@ -173,11 +176,11 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
             {"share": 0.5, "objective": {"kind": "local", "errors": "relative"}},
             {"share": 0.5, "objective": {"kind": "horizon"}},
         ],
-        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1, "tokens": 320},
+        "training": recipe(tmp_path).training.model_dump() | {"log_every": 1, "tokens": 192},
         "evaluation": recipe(tmp_path).evaluation.model_dump(),
     }
     joint = PlacesConfig.build({**values, "out": str(tmp_path / "joint")})
-    trainee = new_joint_trainee(joint, model, 10)
+    trainee = new_joint_trainee(joint, model, 6)
     assert [site.name for site in trainee.course.phases[1].objective.sites] == [
         "blocks.2.hook_resid_pre",
         "blocks.3.hook_resid_pre",
@@ -185,10 +188,10 @@ def test_places_have_phases_alike(model, corpora, tmp_path):
     assert not trainee.parts[0].is_spliced
     run = train_places(joint, model=model, corpora=corpora, display=False)
     lines = RunFolder(run.folder).metrics()
-    assert [line["phase"] for line in lines] == [1] * 5 + [2] * 5
-    assert "downstream_mse" not in lines[4] and "downstream_mse" in lines[5]
-    assert "local_mse" in lines[4]["places"]["blocks.1.hook_resid_pre"]
-    assert "local_mse" not in lines[5]["places"]["blocks.1.hook_resid_pre"]
+    assert [line["phase"] for line in lines] == [1] * 3 + [2] * 3
+    assert "downstream_mse" not in lines[2] and "downstream_mse" in lines[3]
+    assert "local_mse" in lines[2]["places"]["blocks.1.hook_resid_pre"]
+    assert "local_mse" not in lines[3]["places"]["blocks.1.hook_resid_pre"]
     apart = PlacesConfig.build({**values, "joint": False, "out": str(tmp_path / "apart")})
     alone = train_places(apart, model=model, corpora=corpora, display=False)
     one = RunConfig.build(

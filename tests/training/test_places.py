@@ -33,8 +33,8 @@ def recipe(out, kind="local", **changes):
         "dictionary": {"architecture": "own_transcoder", "size": 24},
         "objective": {"kind": kind, "sparsity": {"coefficient": 0.1}, **KINDS[kind]},
         "data": {"context": 32},
-        "training": {"tokens": 1024, "batch": 4, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 4},
-        "evaluation": {"tokens": 512, "during_training_tokens": 128, "bootstrap": 20},
+        "training": {"tokens": 768, "batch": 4, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 4},
+        "evaluation": {"tokens": 256, "during_training_tokens": 64, "bootstrap": 5},
         "out": str(out),
         **changes,
     }
@@ -92,7 +92,7 @@ def runs(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def heldout(model):
     data = RunConfig.build(recipe("x")).data
-    return endwise.corpora_for(model, data, training_tokens=1024, evaluation_tokens=512).heldout
+    return endwise.corpora_for(model, data, training_tokens=768, evaluation_tokens=256).heldout
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +105,7 @@ def test_it_learns(runs, kind):
 @pytest.mark.parametrize("kind", ["local", "e2e"])
 def test_it_is_measured_where_it_writes(runs, model, heldout, kind):
     found = endwise.evaluate(runs[kind].folder, model=model)[runs[kind].folder]
-    sae, batch = endwise.SAE.load(runs[kind].folder), heldout.batch(range(512 // 32))
+    sae, batch = endwise.SAE.load(runs[kind].folder), heldout.batch(range(256 // 32))
     reads, writes = Site.parse(READS), Site.parse(WRITES)
     at = model.clean(batch.tokens, [reads, writes]).activations
     x, y = at[writes][batch.mask], sae(at[reads])[batch.mask]
@@ -165,8 +165,8 @@ def test_it_is_harvested_planned_and_compared(runs, model):
 @torch.no_grad()
 def test_lengths_and_directions_are_of_what_it_writes(runs, model, heldout):
     folder = runs["local"].folder
-    found = measure_directions([folder], tokens=512, directions=1, model=model)[folder].norms
-    sae, batch = endwise.SAE.load(folder), heldout.batch(range(512 // 32))
+    found = measure_directions([folder], tokens=256, directions=1, model=model)[folder].norms
+    sae, batch = endwise.SAE.load(folder), heldout.batch(range(256 // 32))
     at = model.clean(batch.tokens, [Site.parse(READS), Site.parse(WRITES)]).activations
     x, y = at[Site.parse(WRITES)], sae(at[Site.parse(READS)])
     ratio = y.norm(dim=-1) / x.norm(dim=-1)
@@ -175,8 +175,9 @@ def test_lengths_and_directions_are_of_what_it_writes(runs, model, heldout):
 
 def test_runs_of_several_places_share_their_passes(model, tmp_path):
     """Side by side they end in the bits that each ends in alone."""
-    plain = {"dictionary": {"size": 24}, "writes": None}
-    changes = {"transcoder": {}, "sae": {**plain, "site": READS}, "later": {**plain, "site": "blocks.3.attn.hook_z"}}
+    short = {"training": {**recipe("x")["training"], "tokens": 512}}
+    plain = {"dictionary": {"size": 24}, "writes": None, **short}
+    changes = {"transcoder": short, "sae": {**plain, "site": READS}, "later": {**plain, "site": "blocks.3.attn.hook_z"}}
     together = [RunConfig.build(recipe(tmp_path / name, "e2e", **change)) for name, change in changes.items()]
     endwise.train_together(together, model=model, display=False)
     for name, change in changes.items():

@@ -27,14 +27,14 @@ def test_two_processes_with_half_a_model_each(made, tmp_path):
     of_one = configs(made, tmp_path / "two", sharded=False)[-1]
     assert_same_curves(tmp_path / "two", alone, KINDS)
     assert_same_curves(tmp_path / "resumed", alone, KINDS[-1:])
-    train(of_one, resume=True, from_step=3, display=False)
+    train(of_one, resume=True, from_step=2, display=False)
     assert_same_curves(tmp_path / "two", alone, KINDS[-1:])
 
 
 def assert_same_curves(folder, alone, kinds):
     for kind in kinds:
         ours, theirs = (RunFolder(each / kind).metrics() for each in (folder, alone))
-        assert len(ours) == len(theirs) == 6 and "heldout" in theirs[-1]
+        assert len(ours) == len(theirs) == 4 and "heldout" in theirs[-1]
         for one, other in zip(ours, theirs, strict=True):
             assert_close(one, other, f"{kind} {other['step']}")
 

@@ -2,6 +2,7 @@
 not; and behind a scale or a whitening, with the draws of the run's own seed.
 """
 
+import itertools
 import json
 
 import pytest
@@ -19,6 +20,8 @@ from endwise.training.taking_over import SAME, TakenOver
 from finished_dictionaries import NAMES, ONE_THRESHOLD, SIZE, WIDTH, drawn, finished, x_of
 
 BY_THRESHOLDS = {"jumprelu", "gated"}
+SCALED = {"standard", "topk"}
+"""Sources that become all others behind a scale: one that is kept, and one whose thresholds are fitted."""
 
 
 def kept(source, architecture):
@@ -65,9 +68,13 @@ def taken(model, sources, source, architecture, **dictionary):
     return after.eval(), TakenOver.of(before, after, x_of(seed=10), x_of(seed=10))
 
 
-@pytest.mark.parametrize("norm", ["none", "scalar", "whitening"])
-@pytest.mark.parametrize("architecture", NAMES)
-@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize(
+    ("source", "architecture", "norm"),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each[2] == "scalar" and each[0] not in SCALED else ())
+        for each in itertools.product(NAMES, NAMES, ("none", "scalar", "whitening"))
+    ],
+)
 def test_every_architecture_becomes_every_other_one(model, sources, source, architecture, norm):
     sae, found = taken(model, sources, source, architecture, normalize=norm)
     assert isinstance(sae, NormedSAE) == (norm != "none")

@@ -81,7 +81,7 @@ def test_a_rivals_file_continues_as_it_is(name, free):
             assert continues(sae, x, target, decoder_norm=free, normalize=norm).kept
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("architecture", NAMES)
 def test_a_file_in_another_precision_continues_as_it_reads(tmp_path, architecture, dtype):
     finished(architecture).save(tmp_path / "exact")

@@ -117,7 +117,7 @@ def test_it_is_swept_measured_and_drawn(made, models_outlined_once, tmp_path, un
             "objective.sparsity.coefficient": [0.1, 0.3],
         },
     )
-    swept = sweep(small_sweep(made, tmp_path / "sweep", *grids))
+    swept = sweep(small_sweep(made, tmp_path / "sweep", *grids, training={"tokens": 160}))
     assert len(swept.runs) == 6
     names = sorted(path.name.partition("-")[0] for path in (tmp_path / "sweep" / "runs").iterdir())
     assert names == ["e2e"] * 2 + ["e2e+next_cosine"] * 4

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,17 @@ from endwise.training.step import take_step
 from endwise.training.trainee import Trainee
 from own_training import acting, reading, stopping, train_with
 from small_gpt2 import CONTEXT, LAYERS, SITE, WIDTH, recipe, small_corpora, write_tokens
+
+
+@pytest.fixture(scope="module")
+def whole(model, corpora, tmp_path_factory):
+    return train(recipe(tmp_path_factory.mktemp("whole") / "run"), model=model, corpora=corpora, display=False)
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The recipe of a run that has ended, and its folder to work on."""
+    return recipe(Path(shutil.copytree(whole.folder, tmp_path / "run")))
 
 
 def slow_gradients(model, sae, kind, batch, coefficient=0.3, beta=2.0):
@@ -143,8 +155,7 @@ def test_run_folder_holds_what_it_promises(model, corpora, tmp_path):
     assert not torch.allclose(checkpoint.tensors["sae.decoder"].norm(dim=-1), torch.ones(40))
 
 
-def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, tmp_path):
-    whole = train(recipe(tmp_path / "whole", "e2e"), model=model, corpora=corpora, display=False)
+def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, whole, tmp_path):
     config = recipe(tmp_path / "cut", "e2e")
     with pytest.raises(TrainingStopped, match=r"step 8.*endwise train --resume"):
         train_with(acting(stopping(7)), [config], model, corpora)
@@ -205,14 +216,13 @@ def test_alive_counts_a_window_of_tokens(model, corpora, tmp_path):
     assert int(trainee.alive()) == 2
 
 
-def test_folders_in_use_and_too_few_tokens_are_refused(model, corpora, tmp_path):
+def test_folders_in_use_and_too_few_tokens_are_refused(model, corpora, copied, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not an empty folder"):
         train(recipe(tmp_path / "taken"), model=model, corpora=corpora, display=False)
-    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
     with pytest.raises(RunFolderError, match="holds a run already"):
-        train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+        train(copied, model=model, corpora=corpora, display=False)
     with pytest.raises(RunFolderError, match="another recipe"):
         train(recipe(tmp_path / "run", seed=5), model=model, corpora=corpora, display=False, resume=True)
     with pytest.raises(ConfigError, match="one step alone takes 32"):
@@ -230,19 +240,17 @@ def test_downstream_sites_must_come_later(model, tmp_path):
         new_trainee(RunConfig.build(values), model, steps=1)
 
 
-def test_a_changed_corpus_is_noticed_on_resuming(model, corpora, token_files, tmp_path):
-    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
+def test_a_changed_corpus_is_noticed_on_resuming(model, copied, tmp_path):
     other = small_corpora(write_tokens(tmp_path, seed=1))
     with pytest.raises(RunFolderError, match=r"started on other training text.*new run"):
-        train(recipe(tmp_path / "run"), model=model, corpora=other, display=False, resume=True)
+        train(copied, model=model, corpora=other, display=False, resume=True)
 
 
-def test_a_line_cut_off_by_a_crash_does_not_stop_resuming(model, corpora, tmp_path):
-    whole = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
-    metrics = RunFolder(whole.folder).metrics_file
+def test_a_line_cut_off_by_a_crash_does_not_stop_resuming(model, corpora, copied):
+    metrics = RunFolder(copied.out).metrics_file
     before = metrics.read_text()
     metrics.write_text(before + '{"step": 21, "lo')
-    train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False, resume=True)
+    train(copied, model=model, corpora=corpora, display=False, resume=True)
     assert metrics.read_text() == before
 
 
@@ -264,8 +272,8 @@ def test_an_error_nobody_foresaw_still_saves(model, corpora, tmp_path):
             raise ArithmeticError("no number for the evaluation")
 
     with pytest.raises(ArithmeticError):
-        train(recipe(folder.path), model=model, corpora=reading(corpora, fails, "heldout"), display=False)
-    assert read_checkpoint(folder.latest_checkpoint()).state["step"] == 20
+        train(recipe(folder.path, tokens=64), model=model, corpora=reading(corpora, fails, "heldout"), display=False)
+    assert read_checkpoint(folder.latest_checkpoint()).state["step"] == 2
     assert SAE.load(folder.path).d_sae == 40
 
 
@@ -274,16 +282,17 @@ def test_evaluations_do_not_count_as_training_time(model, corpora, tmp_path):
 
     def slow(indices):
         if RunFolder(tmp_path / "run").metrics_file.exists() and not slept:
-            slept.append(time.sleep(1.5))
+            slept.append(time.sleep(0.5))
 
     started = time.monotonic()
-    run = train(recipe(tmp_path / "run"), model=model, corpora=reading(corpora, slow, "heldout"), display=False)
-    assert slept and run.seconds <= time.monotonic() - started - 1.5
+    run = train(
+        recipe(tmp_path / "run", tokens=64), model=model, corpora=reading(corpora, slow, "heldout"), display=False
+    )
+    assert slept and run.seconds <= time.monotonic() - started - 0.5
 
 
-def test_metadata_tells_saelens_where_the_sae_belongs(model, corpora, tmp_path):
-    run = train(recipe(tmp_path / "run"), model=model, corpora=corpora, display=False)
-    metadata = json.loads((run.folder / "sae" / "cfg.json").read_text())["metadata"]
+def test_metadata_tells_saelens_where_the_sae_belongs(whole):
+    metadata = json.loads((whole.folder / "sae" / "cfg.json").read_text())["metadata"]
     assert (metadata["hook_name"], metadata["context_size"]) == (SITE, CONTEXT)
     assert metadata["model_class_name"] == "HookedTransformer"
     processing = metadata["model_from_pretrained_kwargs"]  # SAELens hands them to TransformerLens's loader
