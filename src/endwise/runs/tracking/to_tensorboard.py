@@ -1,6 +1,6 @@
 """TensorBoard: event files in the run folder's `trackers/tensorboard`, read by `tensorboard --logdir`.
 
-A run that is resumed writes on beside them; what an earlier process wrote of later steps is taken back (`SessionLog.START`).
+A run that is resumed writes on beside them; what an earlier process wrote of later steps is taken back.
 """
 
 import time
@@ -20,22 +20,21 @@ class TensorBoard(Outside):
 
     def begin(self, run: TrackedRun) -> str:
         # torch has a writer too, but takes seconds to import, and uses this one.
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run.folder / "trackers" / "tensorboard"
         self._step = max(run.sent, 0)
+        self._events: Any = event_pb2  # whose classes are made as it is imported
+        self._summaries: Any = summary_pb2
         self._writer = EventFileWriter(str(folder))
         if run.sent >= 0:
-            self._write(run.sent + 1, session_log=SessionLog(status=SessionLog.START))
+            self._write(run.sent + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
         return folder.name
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         self._step = step
-        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step, summary=Summary(value=numbers))
+        self._show([self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._writer.flush()
 
     def summary(self, values: Mapping[str, float]) -> None:
@@ -44,7 +43,6 @@ class TensorBoard(Outside):
     def files(self, files: Sequence[Path]) -> None:
         """Show texts and images; TensorBoard has no place for other files."""
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
         for file in files:
             if file.suffix in TEXTS:
@@ -53,8 +51,8 @@ class TensorBoard(Outside):
             elif file.suffix == ".png":
                 with Image.open(file) as image:
                     width, height = image.size
-                shown = Summary.Image(width=width, height=height, encoded_image_string=file.read_bytes())
-                self._write(self._step, summary=Summary(value=[Summary.Value(tag=file.name, image=shown)]))
+                content = {"width": width, "height": height, "encoded_image_string": file.read_bytes()}
+                self._show([self._summaries.Summary.Value(tag=file.name, image=content)])
 
     def end(self, status: Status, error: str | None) -> None:
         self._text("ended", f"{status}: {error}" if error else status)
@@ -65,7 +63,8 @@ class TensorBoard(Outside):
 
         self._write(self._step, summary=text_pb(f"{name}/text_summary", text))
 
-    def _write(self, step: int, **what: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    def _show(self, values: Sequence[Any]) -> None:
+        self._write(self._step, summary=self._summaries.Summary(value=values))
 
-        self._writer.add_event(Event(wall_time=time.time(), step=step, **what))
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, **what))
