@@ -26,6 +26,8 @@ from made_saes import AT_SITE, FOREIGN, filled, gemma_scope, saelens
 from small_gpt2 import SITE, WIDTH
 from warm import Warm
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
