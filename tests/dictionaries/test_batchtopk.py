@@ -19,8 +19,9 @@ from meeting import Meeting, of_process
 from own_kernels import HeldKernels, OwnKernels
 from rivals import rival
 from topk_family import (
-    KINDS,
+    Trained,
     before,
+    check_that_resuming_ends_in_the_same_bits,
     coarse,
     exact,
     fitted_on_few,
@@ -383,13 +384,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
-@fitted_on_few()
 def runs(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("batchtopk")
-    return {kind: endwise.train(recipe(folder / kind, "batchtopk", kind), model=model, display=False) for kind in KINDS}
+    return Trained(tmp_path_factory.mktemp("batchtopk"), "batchtopk", model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["local", "e2e", pytest.param("e2e_ds", marks=pytest.mark.slow)])
 def test_every_objective_trains_it(runs, kind):
     lines = [json.loads(line) for line in (runs[kind].folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -398,16 +397,12 @@ def test_every_objective_trains_it(runs, kind):
 
 @fitted_on_few()
 def test_resumed_it_ends_in_the_same_bits(runs, model, tmp_path):
-    config = recipe(tmp_path / "run", "batchtopk", "e2e")
-    endwise.train(config, model=model, display=False)
-    endwise.train(config, model=model, resume=True, from_step=8, display=False)
-    for name in ("sae/sae_weights.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (runs["e2e"].folder / name).read_bytes()
-    state = load_file(tmp_path / "run" / "checkpoints" / "step-000000016.safetensors")
-    assert float(state["sae.weight"]) == pytest.approx(1 - 0.99**16) and state["sae.fitted"] > 0
+    check_that_resuming_ends_in_the_same_bits(runs["e2e"], model, tmp_path / "run")
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-000000008.safetensors")
+    assert float(state["sae.weight"]) == pytest.approx(1 - 0.99**8) and state["sae.fitted"] > 0
 
 
-@pytest.mark.parametrize("steps", [4, 64])
+@pytest.mark.parametrize("steps", [4, pytest.param(64, marks=pytest.mark.slow)])
 def test_of_the_saved_one_k_features_are_active_on_held_out_text(model, tmp_path, steps):
     """However short the training was."""
     values = recipe(tmp_path / "run", "batchtopk", tokens=128 * steps, learning_rate=3e-3)

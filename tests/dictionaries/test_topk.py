@@ -14,7 +14,17 @@ from endwise.config.run import RunConfig
 from endwise.dictionaries import DenseLatents, SparseLatents, TopKSAE, selection
 from endwise.training.planning.plan import plan
 from rivals import rival
-from topk_family import KINDS, before, coarse, exact, largest_of_row, passed, recipe, trained_as
+from topk_family import (
+    Trained,
+    before,
+    check_that_resuming_ends_in_the_same_bits,
+    coarse,
+    exact,
+    largest_of_row,
+    passed,
+    recipe,
+    trained_as,
+)
 
 D, F, ROWS = 12, 320, 150
 
@@ -218,11 +228,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("topk")
-    return {kind: endwise.train(recipe(folder / kind, "topk", kind), model=model, display=False) for kind in KINDS}
+    return Trained(tmp_path_factory.mktemp("topk"), "topk", model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["local", "e2e", pytest.param("e2e_ds", marks=pytest.mark.slow)])
 def test_every_objective_trains_it(runs, kind):
     lines = [json.loads(line) for line in (runs[kind].folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] and all(line["l0"] <= 6 for line in lines)
@@ -231,11 +240,7 @@ def test_every_objective_trains_it(runs, kind):
 
 def test_resumed_it_ends_in_the_same_bits(runs, model, tmp_path):
     for kind in ("local", "e2e"):
-        config = recipe(tmp_path / kind, "topk", kind)
-        endwise.train(config, model=model, display=False)
-        endwise.train(config, model=model, resume=True, from_step=8, display=False)
-        for name in ("sae/sae_weights.safetensors", "metrics.jsonl"):
-            assert (tmp_path / kind / name).read_bytes() == (runs[kind].folder / name).read_bytes()
+        check_that_resuming_ends_in_the_same_bits(runs[kind], model, tmp_path / kind)
 
 
 def test_evaluated_opened_and_trained_on(runs, model, tmp_path):

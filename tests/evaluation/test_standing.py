@@ -43,13 +43,16 @@ from small_gpt2 import CONTEXT, VOCAB, data, recipe, small_corpora, write_tokens
 from word_tokenizer import word_tokenizer
 
 SHORT = {"tokens": 64, "checkpoint_every": 1}
+TOKENS = 8 * CONTEXT
+"""Held-out ones."""
 
 
 def one_recipe(folder: Path, out: Path, kind: str = "e2e", **training):
     """Of the model and the tokens in `folder`, as a command line would have it."""
     config = recipe(out, kind, **SHORT | training)
     model = config.model.model_copy(update={"name": str(folder / "model")})
-    return config.model_copy(update={"model": model, "data": data(folder)})
+    evaluation = config.evaluation.model_copy(update={"tokens": TOKENS, "bootstrap": 20})
+    return config.model_copy(update={"model": model, "data": data(folder), "evaluation": evaluation})
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +119,31 @@ def test_a_run_whose_text_has_another_order_now_is_refused(place, read):
         read(Path("run"))
 
 
-@pytest.mark.parametrize("change", [other_weights, other_config])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("change", [other_weights, pytest.param(other_config, marks=pytest.mark.slow)])
 def test_a_run_whose_model_was_changed_is_refused(place, change, read):
     change(place)
     with pytest.raises(RunFolderError, match="run was started on other model weights than on/model has now"):
         read(Path("run"))
 
 
+def test_a_setting_of_the_model_is_a_part_of_it(place):
+    other_config(place)
+    with pytest.raises(RunFolderError, match="run was started on other model weights than on/model has now"):
+        evaluate(Path("run"))
+
+
 @pytest.mark.parametrize("read", NOT_RESUMED.values(), ids=NOT_RESUMED)
-def test_a_run_with_another_sae_than_it_trained_is_refused_until_resume_writes_it_again(place, read):
+def test_a_run_with_another_sae_than_it_trained_is_refused(place, read):
     other_sae(place)
     with pytest.raises(FormatError, match="does not hold the weights that training wrote there"):
         read(Path("run"))
-    READERS["resume"](Path("run"))
-    read(Path("run"))
+
+
+def test_a_run_with_another_sae_than_it_trained_is_read_once_resume_has_written_it_again(place):
+    other_sae(place)
+    for name in ("resume", "evaluate", "harvest"):
+        READERS[name](Path("run"))
 
 
 def test_what_is_unchanged_is_read_wherever_it_was_moved_and_says_nothing(place, capsys):
@@ -179,9 +192,9 @@ def test_corpora_that_are_given_may_be_others_which_is_said_and_kept(place, caps
     before = evaluate(Path("run"))[Path("run")].text
     write_tokens(place / "on", seed=7)
     given = small_corpora(place / "on")
-    assert evaluate(Path("run"), corpora=given)[Path("run")].text == given.heldout.text_digest(range(32)) != before
+    assert evaluate(Path("run"), corpora=given)[Path("run")].text == given.heldout.text_digest(range(8)) != before
     assert "run was started on other held-out text than" in capsys.readouterr().err
-    assert RunSummary.read(Path("run")).text == given.heldout.text_digest(range(32))
+    assert RunSummary.read(Path("run")).text == given.heldout.text_digest(range(8))
 
 
 def test_a_run_from_before_digests_opens_with_one_line_that_says_what_is_unknown(place, capsys):
@@ -256,7 +269,7 @@ def test_what_was_measured_of_streamed_text_is_not_measured_again(place):
     config = one_recipe(Path("on"), Path("streamed"))
     streamed = config.data.model_copy(update={"streaming": True})
     train(config.model_copy(update={"data": streamed}), display=False)
-    for tokens in (128, 384):  # less and more than the recipe's
+    for tokens in (32, 128):  # less and more than the recipe's
         first = measure_importance([Path("streamed")], ablate=2, tokens=tokens)[Path("streamed")]
         found = harvest([Path("streamed")], tokens=tokens)[Path("streamed")]
         written = [Path("streamed", name).stat().st_mtime_ns for name in KEPT]
@@ -357,7 +370,11 @@ def second_run(place: Path, change) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(other_order, "held-out text"), (other_weights, "model weights"), (other_config, "model weights")],
+    [
+        (other_order, "held-out text"),
+        (other_weights, "model weights"),
+        pytest.param(other_config, "model weights", marks=pytest.mark.slow),
+    ],
 )
 def test_pareto_keeps_apart_runs_of_unequal_text_or_weights(place, change, named):
     evaluate(Path("run"))

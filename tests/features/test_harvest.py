@@ -66,6 +66,12 @@ LAYOUTS = {
 }
 
 
+def of_layouts(*names):
+    """The corpus in these layouts, for what depends on it little; in the slow tier in all."""
+    layouts = [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in LAYOUTS]
+    return pytest.mark.parametrize("corpus", layouts, indirect=True)
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def corpus(request):
     return documents(LAYOUTS[request.param], [5, 11, 3, 8, 23, 2, 9, 30, 7, 7, 13, 4, 16, 20] * 2)
@@ -129,9 +135,15 @@ def harvested(run, model, corpus, **changes):
 
 
 @pytest.fixture(scope="module")
-def pair(run, model, corpus):
+def whole(run, model, corpus):
+    """What was harvested, and the digests of its files."""
+    return harvested(run, model, corpus), digest(run)
+
+
+@pytest.fixture(scope="module")
+def pair(run, model, corpus, whole):
     """What was harvested, and the oracle of the same text."""
-    return harvested(run, model, corpus), Oracle(model, run, corpus)
+    return whole[0], Oracle(model, run, corpus)
 
 
 def test_contexts_are_the_oracles(pair):
@@ -189,6 +201,7 @@ def test_features_are_the_oracles(pair):
         np.testing.assert_allclose(row["co_firing_jaccard"], jaccard[partners], rtol=1e-6)
 
 
+@of_layouts("stream")
 def test_boosted_and_suppressed_tokens(pair, model):
     found, oracle = pair
     logits = oracle.sae.W_dec.double() @ model.readout.unembedding.weight.double().T
@@ -253,13 +266,12 @@ def digest(run):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_shards_in_any_order_join_to_the_same_files(run, model, corpus, pair):
-    harvested(run, model, corpus)
-    whole = digest(run)
+@of_layouts("stream", "document_bos")
+def test_shards_in_any_order_join_to_the_same_files(run, model, corpus, whole):
     for shard in (2, 0, 1):
         found = harvested(run, model, corpus, shards=3, shard=shard)
         assert (found is None) == (shard != 1)
-    assert digest(run) == whole
+    assert digest(run) == whole[1]
 
 
 def watched(model, before=lambda: None):

@@ -1,5 +1,6 @@
 """Slow definitions of top-k dictionaries in float64, and recipes of theirs."""
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -60,21 +61,21 @@ def largest_of_step(z, k, counted):
 
 
 def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
-    """16 steps on the embedded model; features enough for sparse latents."""
+    """8 steps on the embedded model; features enough for sparse latents."""
     return {
         "site": "blocks.2.hook_resid_pre",
         "dictionary": {"architecture": architecture, "size": 256, "k": 6, **dict(dictionary)},
         "objective": {"kind": kind, **KINDS[kind]},
         "data": {"context": 32},
         "training": {
-            "tokens": 2048,
+            "tokens": 1024,
             "batch": 4,
             "learning_rate": 1e-2,
             "log_every": 1,
-            "checkpoint_every": 8,
+            "checkpoint_every": 4,
             **training,
         },
-        "evaluation": {"tokens": 1024, "during_training_tokens": 128, "bootstrap": 20},
+        "evaluation": {"tokens": 512, "during_training_tokens": 128, "bootstrap": 20},
         "out": str(out),
         "seed": seed,
     }
@@ -86,6 +87,28 @@ def fitted_on_few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchTopKSAE, "last_tokens", 4096)
         yield
+
+
+class Trained(dict):
+    """Runs by their kind of objective, each trained when it is first looked at."""
+
+    def __init__(self, folder, architecture, model):
+        self._folder, self._architecture, self._model = folder, architecture, model
+
+    @fitted_on_few()
+    def __missing__(self, kind):
+        config = recipe(self._folder / kind, self._architecture, kind)
+        self[kind] = endwise.train(config, model=self._model, display=False)
+        return self[kind]
+
+
+def check_that_resuming_ends_in_the_same_bits(run, model, folder):
+    """From the middle of a copy of the run."""
+    shutil.copytree(run.folder, folder)
+    config = RunFolder(folder).config().model_copy(update={"out": folder})
+    endwise.train(config, model=model, resume=True, from_step=4, display=False)
+    for name in ("sae/sae_weights.safetensors", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (run.folder / name).read_bytes()
 
 
 def heldout_l0(folder, model, tokens=20_000):

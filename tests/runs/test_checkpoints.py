@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+from itertools import product
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module")
 def case(request):
     return request.param
 
@@ -70,7 +71,14 @@ def whole(model, corpora, tmp_path_factory, case):
     return train(recipe(out, "e2e_ds", **CASES[case]), model=model, corpora=corpora, display=False)
 
 
-@pytest.mark.parametrize("step", [0, 6, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [
+        pytest.param(case, step, marks=() if step == 6 or (case, step) == ("plain", 0) else pytest.mark.slow)
+        for case, step in product(CASES, (0, 6, 13))
+    ],
+    indirect=["case"],
+)
 def test_interrupted_and_resumed_it_ends_in_the_same_bits(model, corpora, tmp_path, case, step, whole):
     config = recipe(tmp_path / "cut", "e2e_ds", **CASES[case])
     with pytest.raises(Interrupted, match=f"saved at step {step + 1}"):
@@ -131,7 +139,7 @@ def test_it_holds_all_that_a_run_continues_from(model, corpora, tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_latest_stay(model, corpora, tmp_path, keep):
-    config = recipe(tmp_path / "run", checkpoint_every=4, keep_checkpoints=keep)
+    config = recipe(tmp_path / "run", "local", checkpoint_every=4, keep_checkpoints=keep)
     train(config, model=model, corpora=corpora, display=False)
     assert RunFolder(tmp_path / "run").saved_steps() == [4, 8, 12, 16, 20][-keep:]
 
@@ -172,10 +180,10 @@ def damage(path):
 
 
 def test_a_damaged_one_is_named_and_the_one_before_offered(model, corpora, tmp_path):
-    whole = train(recipe(tmp_path / "whole", checkpoint_every=6), model=model, corpora=corpora, display=False)
-    config = recipe(tmp_path / "run", checkpoint_every=6, keep_checkpoints=3)
+    config = recipe(tmp_path / "run", "local", checkpoint_every=6, keep_checkpoints=3)
     train(config, model=model, corpora=corpora, display=False)
     folder = RunFolder(tmp_path / "run")
+    whole = folder.metrics_file.read_text()
     damage(folder.checkpoint(20))
     with pytest.raises(FormatError, match=r"step-000000020.*was altered.*step 18, is whole.*--from-step 18"):
         train(config, model=model, corpora=corpora, display=False, resume=True)
@@ -188,11 +196,11 @@ def test_a_damaged_one_is_named_and_the_one_before_offered(model, corpora, tmp_p
     with pytest.raises(RunFolderError, match="no checkpoint of step 6; it has 12, 18, 20, and 0 is the beginning"):
         train(config, model=model, corpora=corpora, display=False, resume=True, from_step=6)
     train(config, model=model, corpora=corpora, display=False, resume=True, from_step=0)
-    assert folder.metrics_file.read_text() == RunFolder(whole.folder).metrics_file.read_text()
+    assert folder.metrics_file.read_text() == whole
 
 
 def test_resuming_from_an_earlier_one(model, corpora, tmp_path):
-    config = recipe(tmp_path / "run", checkpoint_every=5, keep_checkpoints=9)
+    config = recipe(tmp_path / "run", "local", checkpoint_every=5, keep_checkpoints=9)
     train(config, model=model, corpora=corpora, display=False)
     folder = RunFolder(tmp_path / "run")
     before = folder.metrics_file.read_text(), folder.checkpoint(20).read_bytes()
@@ -207,7 +215,7 @@ def test_resuming_from_an_earlier_one(model, corpora, tmp_path):
 
 
 def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
-    config = recipe(tmp_path / "run")
+    config = recipe(tmp_path / "run", "local")
     run = train(config, model=model, corpora=corpora, display=False)
     file = RunFolder(run.folder).metrics_file
     lines = file.read_text().splitlines(keepends=True)
@@ -216,11 +224,18 @@ def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
         train(config, model=model, corpora=corpora, display=False, resume=True)
 
 
+LOGGED = {"evaluate_every": 10, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def logged(model, corpora, tmp_path_factory):
+    config = recipe(tmp_path_factory.mktemp("logged") / "run", "local", **LOGGED)
+    return train(config, model=model, corpora=corpora, display=False)
+
+
 @pytest.mark.parametrize("step", [10, 20])
-def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, step):
-    settings = {"evaluate_every": 10, "log_every": 1}
-    whole = train(recipe(tmp_path / "whole", **settings), model=model, corpora=corpora, display=False)
-    config = recipe(tmp_path / "cut", **settings)
+def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model, corpora, tmp_path, logged, step):
+    config = recipe(tmp_path / "cut", "local", **LOGGED)
     file = RunFolder(config.out).metrics_file
 
     def fails(indices):
@@ -231,7 +246,7 @@ def test_a_line_that_an_error_kept_from_being_written_is_written_after_all(model
         train(config, model=model, corpora=reading(corpora, fails, "heldout"), display=False)
     folder, checkpoint = saved(tmp_path / "cut")
     assert checkpoint.state["step"] == step and folder.metrics()[-1]["step"] == step - 1
-    assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, whole.folder)
+    assert_same_end(train(config, model=model, corpora=corpora, display=False, resume=True).folder, logged.folder)
 
 
 def test_a_group_that_was_killed_between_two_members_continues_from_what_all_have(model, corpora, tmp_path):
@@ -273,7 +288,7 @@ def test_a_refused_start_touches_nothing_below_it(model, corpora, tmp_path):
 
 
 def test_time_continues_where_it_was(model, corpora, tmp_path):
-    config = recipe(tmp_path / "run", log_every=1)
+    config = recipe(tmp_path / "run", "local", log_every=1)
     with pytest.raises(Interrupted):
         interrupt_at(9, [config], model, corpora)
     before = RunFolder(tmp_path / "run").seconds()
@@ -285,13 +300,13 @@ def test_time_continues_where_it_was(model, corpora, tmp_path):
 
 
 def test_starting_or_resuming_is_one_command(model, corpora, tmp_path):
-    config = recipe(tmp_path / "run")
+    config = recipe(tmp_path / "run", "local")
     with pytest.raises(Interrupted):
         interrupt_at(5, [config], model, corpora, resume="if_started")
     with pytest.raises(RunFolderError, match=r"holds a run already.*--resume"):
         train(config, model=model, corpora=corpora, display=False)
     run = train(config, model=model, corpora=corpora, display=False, resume="if_started")
-    whole = train(recipe(tmp_path / "whole"), model=model, corpora=corpora, display=False)
+    whole = train(recipe(tmp_path / "whole", "local"), model=model, corpora=corpora, display=False)
     assert_same_end(run.folder, whole.folder)
     values = config.model_dump()
     values["training"]["learning_rate"] = 1.0
@@ -305,10 +320,10 @@ def test_what_a_killed_process_left_half_done_is_no_obstacle(model, corpora, tmp
     for leftover in (folder / ".config.yaml.77.partial", folder / "checkpoints" / ".step-1.77.partial"):
         leftover.write_text("half of")
     shutil.rmtree(folder / "checkpoints")
-    run = train(recipe(folder), model=model, corpora=corpora, display=False, resume="if_started")
+    run = train(recipe(folder, "local"), model=model, corpora=corpora, display=False, resume="if_started")
     leftover = run.folder / "checkpoints" / ".step-1.77.partial"
     leftover.write_text("half of")
-    train(recipe(folder), model=model, corpora=corpora, display=False, resume="if_started")
+    train(recipe(folder, "local"), model=model, corpora=corpora, display=False, resume="if_started")
     assert not leftover.exists()
 
 

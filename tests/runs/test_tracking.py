@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from endwise import evaluate, train
@@ -96,16 +97,19 @@ def test_an_evaluation_is_its_summary_and_files_go_along(made, tmp_path, told):
     assert len(set(sent)) == len(sent) and steps(told("log")) == [1, 2]
 
 
-@pytest.mark.parametrize("where", ["init", pytest.param("log", marks=pytest.mark.slow), "finish"])
+@pytest.mark.parametrize(
+    ("where", "reached"), [("init", "init"), pytest.param("log", "log", marks=pytest.mark.slow), ("finish", "log")]
+)
 def test_one_that_hangs_is_ended_and_sent_what_it_lacks_later(
-    model, corpora, tmp_path, told, monkeypatch, capfd, where
+    model, corpora, tmp_path, told, monkeypatch, capfd, where, reached
 ):
+    """Patience is short, since the run waits midway until the tracker's process is there."""
     monkeypatch.setenv("STAND_IN_HANGS", where)
-    monkeypatch.setenv("ENDWISE_TRACKER_PATIENCE", "6")
+    monkeypatch.setenv("ENDWISE_TRACKER_PATIENCE", "3")
     config = tracked(tmp_path / "run")
-    train(config, model=model, corpora=corpora, display=False)
+    train_with(acting(Act("finish_step", 10, lambda _: _wait(lambda: told(reached)))), [config], model, corpora)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "tracker" in line]
-    assert "did not take everything within 6 s" in line and f"endwise track {config.out} --to wandb" in line
+    assert "did not take everything within 3 s" in line and f"endwise track {config.out} --to wandb" in line
     assert len(told(where)) == 1 and RunFolder(config.out).latest_checkpoint() is not None
     monkeypatch.delenv("STAND_IN_HANGS")
     result = CliRunner().invoke(app, ["track", str(config.out)])
@@ -186,6 +190,9 @@ def of_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder / FOLDER / "tensorboard")).Reload()
+    assert {"config.yaml/text_summary", "evaluation.json/text_summary"} <= set(read.Tags()["tensors"])
+    (image,) = read.Images("curve.png")
+    assert (image.width, image.height, image.encoded_image_string) == (7, 5, (folder / "curve.png").read_bytes())
     return [(event.step, event.value) for event in read.Scalars("train/loss")], read.Scalars("evaluation/kl")[-1].value
 
 
@@ -252,6 +259,7 @@ def test_the_package_itself_keeps_it_offline(made, tmp_path, monkeypatch, name):
         train_with(acting(Act("finish_step", 10, raising(KeyboardInterrupt()))), [config])
     once = sent_of(config.out, name)
     train(config, display=False, resume=True)
+    Image.new("RGB", (7, 5)).save(config.out / "curve.png")
     evaluate(config.out)
     assert once["step"] == 10 and sent_of(config.out, name)["id"] == once["id"]
     history, kl = READ_BACK[name](config.out)

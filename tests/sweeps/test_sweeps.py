@@ -38,7 +38,7 @@ from places import HELPERS
 from small_gpt2 import SITE, recipe
 from small_sweeps import COEFFICIENT, Stops, complete, here, never, small_sweep
 
-pytestmark = pytest.mark.usefixtures("models_outlined_once")
+pytestmark = pytest.mark.usefixtures("models_outlined_once", "loaded_once")
 PINNED = {
     "site": "blocks.6.hook_resid_pre",
     "dictionary": {"ratio": 60},
@@ -417,7 +417,7 @@ def test_what_was_measured_before_the_end_does_not_count(made, two, tmp_path):
     assert sweep(cut_off, display=False).summary.read_bytes() == table
 
 
-@pytest.mark.parametrize("files", [[], ["sae_weights.safetensors"]])
+@pytest.mark.parametrize("files", [pytest.param([], marks=pytest.mark.slow), ["sae_weights.safetensors"]])
 def test_an_sae_that_was_half_written_is_none(two, files):
     """A process that is killed as it saves for the first time leaves the folder, then the weights, then all."""
     config, _, second, table = two
@@ -430,7 +430,7 @@ def test_an_sae_that_was_half_written_is_none(two, files):
     assert sweep(config, display=False).summary.read_bytes() == table
 
 
-@pytest.mark.parametrize("kept", [({4}, {4, 8}), ({8}, {4}), (set(), {4})])
+@pytest.mark.parametrize("kept", [({4}, {4, 8}), pytest.param(({8}, {4}), marks=pytest.mark.slow), (set(), {4})])
 def test_runs_at_different_steps_are_taken_up_each_from_its_own(two, two_left_alone, kept):
     """As a process leaves them that is killed between two saves, or with none in common."""
     config, *folders, table = two

@@ -1,6 +1,7 @@
 """Sweeps of recipes for several places: from the file to the table and the curves, and on after an end."""
 
 import csv
+import shutil
 
 import pytest
 
@@ -19,14 +20,14 @@ from endwise.sweeps.tasks import Worker, is_finished, tasks_of
 from endwise.sweeps.watching import RunStatus
 from small_sweeps import COEFFICIENT, Stops, here, never, small_recipe
 
-pytestmark = pytest.mark.usefixtures("models_outlined_once")
+pytestmark = pytest.mark.usefixtures("models_outlined_once", "loaded_once")
 SITES = ["blocks.1.hook_resid_pre", "blocks.3.hook_resid_pre"]
 OF_SECOND = f"places.1.{COEFFICIENT}"
 GRIDS = ({COEFFICIENT: [0.3, 1.0], "joint": [True, False]}, {OF_SECOND: 2.0})
 
 
 def small_sweep(made, out, *grids, kind="e2e", changes=None, **own):
-    base = small_recipe(made, kind, checkpoint_every=4)
+    base = small_recipe(made, kind, checkpoint_every=4, tokens=320)
     del base["site"]
     base |= {"places": [{"site": site} for site in SITES], **(changes or {})}
     return SweepConfig.build({"recipe": base, "grids": grids, "out": out, **own})
@@ -175,9 +176,10 @@ def test_ctrl_c_and_the_same_command_again(made, whole, tmp_path, joint):
     assert sweep(config, display=False, engine=here(train=never, measure=never)).runs == again.runs
 
 
-def test_what_was_measured_with_other_weights_is_measured_again(made, tmp_path):
+def test_what_was_measured_with_other_weights_is_measured_again(made, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
     config = small_sweep(made, tmp_path, {"joint": [True, False]})
-    for folder in sweep(config, display=False).folders:
+    for folder in sweep(config, display=False, engine=here(train=never, measure=never)).folders:
         run = RunFolder(folder)
         assert seconds_of(folder) > 0
         file = run.evaluation_file
@@ -223,4 +225,4 @@ def test_runs_of_several_places_have_a_pass_each(made, tmp_path):
     (outcome,) = Worker().carry_out((configs[0],))
     assert outcome.error is None and is_finished(configs[0]) and isinstance(configs[0], PlacesConfig)
     status = RunStatus.at_start(configs[0])
-    assert status.tokens == 640 and status.l0 == pytest.approx(RunFolder(configs[0].out).metrics()[-1]["l0"])
+    assert status.tokens == 320 and status.l0 == pytest.approx(RunFolder(configs[0].out).metrics()[-1]["l0"])

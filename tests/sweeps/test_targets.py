@@ -21,7 +21,7 @@ from endwise.sweeps.tasks import Worker
 from endwise.training.train import train_together
 from small_sweeps import COEFFICIENT, small_sweep
 
-pytestmark = pytest.mark.usefixtures("models_outlined_once")
+pytestmark = pytest.mark.usefixtures("models_outlined_once", "loaded_once")
 L0, CE = Target(l0=40), Target(ce_increase=0.1)
 
 

@@ -105,8 +105,10 @@ class Outside(ABC):
         """Keep what ended the run; all other lines its process reads in the folder."""
         if name == "failure":
             self._error = str(record["error"])
-        if self._process is not None and self._process.poll() is not None:
-            self._process = None
+        process = self._process
+        if process is not None and process.poll() is not None:
+            with process:  # its standard input is closed
+                self._process = None
             raise NotSent(self._told("stopped"))
 
     def ended(self, status: Status) -> None:
