@@ -67,7 +67,12 @@ def the_only(cache):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_every_command_takes_them(place, foreign, tmp_path_factory):
+@pytest.mark.parametrize(
+    "several",
+    [("saelens", "sparsify", "gemma-scope"), pytest.param(tuple(FOREIGN), marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)
+def test_every_command_takes_them(place, foreign, tmp_path_factory, several):
     """One after the other, as a reader would: each finds what the one before left in the cache. There it is a run of
     endwise's own format, so that what takes long is done with one of each architecture.
     """
@@ -87,7 +92,7 @@ def test_every_command_takes_them(place, foreign, tmp_path_factory):
         said = went_well("pareto", *given, "--out", out / "pareto").output
         assert all(label in said for label in ("sparsify topk", "gemma-scope jumprelu", "dictionary_learning jumprelu"))
         assert "40 features, trained elsewhere" in said and "jumprelu           9      –" in said
-        few = [foreign[name] for name in ("saelens", "sparsify", "gemma-scope")]
+        few = [foreign[name] for name in several]
         given = [*few, *where(place), "--site", SITE]
         went_well("geometry", *given, "--out", out / "geometry", "--quiet")
         went_well("importance", *given, "--tokens", 64, "--ablate", 2, "--out", out / "importance")

@@ -140,9 +140,12 @@ def test_a_run_with_another_sae_than_it_trained_is_refused(place, read):
         read(Path("run"))
 
 
-def test_a_run_with_another_sae_than_it_trained_is_read_once_resume_has_written_it_again(place):
+@pytest.mark.parametrize(
+    "names", [("evaluate", "harvest"), pytest.param(tuple(NOT_RESUMED), marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_a_run_with_another_sae_than_it_trained_is_read_once_resume_has_written_it_again(place, names):
     other_sae(place)
-    for name in ("resume", "evaluate", "harvest"):
+    for name in ("resume", *names):
         READERS[name](Path("run"))
 
 
