@@ -172,8 +172,13 @@ def warnings_in_one_line() -> None:
     warnings.showwarning = shown
 
 
+def _processes() -> str:
+    """Number of processes that a launcher has started; "1" without one."""
+    return os.environ.get("WORLD_SIZE", "1")
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    process = f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    process = f" (process {os.environ.get('RANK')})" if _processes() != "1" else ""
     echo(f"endwise{process}: {message}", err=True)
     raise typer.Exit(code)
 
@@ -194,7 +199,7 @@ def _refuse_torchrun(name: str) -> None:
     Raises:
         ConfigError: torchrun started the command several times, and it would do the same each time.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) == "1" or name in IN_SEVERAL_PROCESSES:
+    if (processes := _processes()) == "1" or name in IN_SEVERAL_PROCESSES:
         return
     from endwise.common.processes import launched
 
@@ -224,7 +229,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             _refuse_torchrun(function.__name__)
-            if os.environ.get("WORLD_SIZE", "1") != "1":
+            if _processes() != "1":
                 signal.signal(signal.SIGTERM, _end_unless_failing)
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
             if isinstance(out := kwargs.get("out"), Path):
