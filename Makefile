@@ -37,10 +37,11 @@ define install
 	$(1)/bin/$(UV_INSTALL) --python $(1)/bin/python $(2) || $(1)/bin/python $(PIP_INSTALL) $(2)
 endef
 
-# Those with checked shapes run beside the others, in one process, and are shown when all are done.
+# Those with checked shapes run beside the others, in one process, and are shown when all are done. They take one thread:
+# several would wait for one another in a loop, on processors that the others need.
 define run_tests
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(1)/bin/python -m pytest -m "$(2)" $(CHECKED) tests/shapes > "$$log" 2>&1 & checked=$$!; \
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "$(2)" $(CHECKED) tests/shapes > "$$log" 2>&1 & checked=$$!; \
 	$(1)/bin/python -m pytest $(PYTEST_ARGS) -m "$(2)" --ignore tests/shapes; plain=$$?; \
 	wait $$checked; checked=$$?; cat "$$log"; exit $$((plain ? plain : checked))
 endef
