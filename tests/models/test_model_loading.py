@@ -234,7 +234,10 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_is_read(saved, t
 
 def test_a_folder_without_weights_is_refused(copy):
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"copy holds no \*\.safetensors weights\. For a GGUF file"):
+    with pytest.raises(ModelError, match=r"copy holds no \*\.safetensors weights\. Save them"):
+        load_model(str(copy))
+    (copy / "tiny.gguf").touch()
+    with pytest.raises(ModelError, match=r"weights\. Name the GGUF file in it: .*copy/tiny\.gguf"):
         load_model(str(copy))
 
 

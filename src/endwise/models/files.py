@@ -134,7 +134,9 @@ def _refuse_pickles(folder: Path, gguf_file: str | None) -> None:
                 f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when read. "
                 "Convert it to safetensors first: model.save_pretrained(folder)."
             )
-        raise ModelError(f"{folder} holds no *.safetensors weights. For a GGUF file, name it with gguf_file.")
+        found = next(iter(sorted(folder.glob("*.gguf"))), None)
+        remedy = f"Name the GGUF file in it: {found}." if found else "Save them: model.save_pretrained(folder)."
+        raise ModelError(f"{folder} holds no *.safetensors weights. {remedy}")
     for index in folder.glob("*.safetensors.index.json"):
         _check_shards(index)
 
