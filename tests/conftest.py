@@ -71,6 +71,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what looks for leaks as the interpreter ends would report all that is frozen
+
+
 class NetworkBlocked(RuntimeError):
     """Not an OSError, so that no library takes it for an ordinary failure and continues without saying so."""
 
