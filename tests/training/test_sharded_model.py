@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from endwise import RunConfig, load_model, train, train_together
 from endwise.common.errors import ConfigError, ModelError
+from endwise.common.processes import ALONE
 from endwise.models.loading import _weighted
-from endwise.models.sharding import shares
+from endwise.models.sharding import sharder, shares
 from endwise.runs.folder import RunFolder
 from endwise.training.setup import check_sharded
 from places import HELPERS
@@ -18,6 +20,7 @@ from small_gpt2 import recipe, small_model
 from spread import assert_close, spread
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot divide a model")
 def test_two_processes_with_half_a_model_each(made, tmp_path):
     alone = tmp_path / "alone"
     train_together(configs(made, alone, sharded=False), display=False)
@@ -29,6 +32,12 @@ def test_two_processes_with_half_a_model_each(made, tmp_path):
     assert_same_curves(tmp_path / "resumed", alone, KINDS[-1:])
     train(of_one, resume=True, from_step=2, display=False)
     assert_same_curves(tmp_path / "two", alone, KINDS[-1:])
+
+
+def test_a_torch_that_cannot_is_refused(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+    with pytest.raises(ModelError, match=r"needs a later torch than .*\. Install the newest, or unset it"):
+        sharder(ALONE, torch.device("cpu"))
 
 
 def assert_same_curves(folder, alone, kinds):
