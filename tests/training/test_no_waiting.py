@@ -67,7 +67,7 @@ def no_synchronisation():
         lambda x: range(x.int().sum()),
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
-        lambda x: x.__setitem__(x > 0, 1.0),
+        lambda x: x.__setitem__(x > 0, torch.ones(3)),
         lambda x: torch.bincount(x.long()),
         lambda x: x.cpu(),
         lambda x: x.unique(),
