@@ -219,11 +219,11 @@ def ratios(curves: Sequence[Setting]) -> Iterator[Row]:
     for curve in curves:
         for kind, architecture in REFERENCES:
             if curve.seed == 0 and (curve.tokens, curve.kind, curve.architecture) != (None, kind, architecture):
-                told = ratio(curve, kind, architecture).to_row()
+                found = ratio(curve, kind, architecture).to_row()
                 named = {"site": curve.site, "method": curve.method.label, "relative_to": f"{kind} {architecture}"}
                 ends = [f"{of}.{end}" for of in ("over", "ratio_at_ends") for end in ("low", "high")]
-                over = {"ratio": told["ratio"], "low": told["seeds.low"], "high": told["seeds.high"]}
-                yield named | over | {name: told[name] for name in (*ends, "crossings", "seeds", "reason")}
+                over = {"ratio": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
+                yield named | over | {name: found[name] for name in (*ends, "crossings", "seeds", "reason")}
 
 
 def costs(curves: Sequence[Setting]) -> dict[str, float]:
@@ -319,9 +319,9 @@ def main() -> None:
         batch = next(batches(missing))
         print(f"{len(missing)} runs to make; now {', '.join(map(fingerprint, batch))}", flush=True)
         ROWS.make(batch, arguments.keep)
-    told = table(settings(study))
-    (HERE / "table.md").write_text(told + "\n")
-    print(told)
+    text = table(settings(study))
+    (HERE / "table.md").write_text(text + "\n")
+    print(text)
     write_rows(ratios(settings(study)), HERE / "ratios.csv")
     if arguments.keep is not None:
         write_rows(stability(settings(study), arguments.keep), HERE / "seeds.csv")

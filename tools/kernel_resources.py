@@ -123,8 +123,8 @@ def compiled(each: Launched, arch: int) -> Resources:
         file.write(binary.asm["cubin"])
         file.flush()
         program = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
-        told = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+        usage = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared)
 
 

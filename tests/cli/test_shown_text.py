@@ -158,7 +158,7 @@ def test_progress_shows_names_as_text(capsys):
         display.show(folder, hostile, LINE)
     shown, console = tables()
     console.print(display._table(5))
-    display._said -= display._log.every
+    display._shown_at -= display._log.every
     display.advance(5)
     display.fail(Path(HOSTILE), HOSTILE)
     for text in (shown.getvalue(), capsys.readouterr().err):

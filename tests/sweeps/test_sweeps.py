@@ -831,7 +831,7 @@ def test_off_a_terminal_a_line_now_and_then(watched, monkeypatch):
     console, watch, configs = watched(force_terminal=False)
     with watch:
         watch.ended(Outcome(configs[0].out))
-        watch._said -= watch._log.every
+        watch._shown_at -= watch._log.every
         watch._show()
         watch._show()
     (line,) = console.export_text().splitlines()

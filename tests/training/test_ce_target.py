@@ -93,14 +93,14 @@ def test_a_higher_increase_lowers_the_coefficient():
     steering = Steering(0.2, 100, 0, "cpu", by_ce=True)
     steering.after_step(10, torch.tensor(5.0), 1.0, COUNTS)  # it heard of nothing
     assert float(steering.factor()) == 1
-    steering.tell(torch.tensor(0.3))
+    steering.observe(torch.tensor(0.3))
     steering.after_step(11, torch.tensor(5.0), 1.0, COUNTS)
     error = -math.log(1.5)
     assert float(steering.factor()) == pytest.approx(math.exp(error + 0.5 / 4 * error), rel=1e-6)
     steering.after_step(12, torch.tensor(5.0), 1.0, COUNTS)  # what it heard of is used once
     assert float(steering.factor()) == pytest.approx(math.exp(error + 0.5 / 4 * error), rel=1e-6)
     higher = Steering(0.2, 100, 0, "cpu", by_ce=True)
-    higher.tell(torch.tensor(-0.01))  # better than the model: as far below the target as counts
+    higher.observe(torch.tensor(-0.01))  # better than the model: as far below the target as counts
     higher.after_step(11, torch.tensor(5.0), 1.0, COUNTS)
     assert float(higher.factor()) == pytest.approx(math.exp(2 + 0.5 / 4 * 2), rel=1e-6)
 

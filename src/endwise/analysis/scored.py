@@ -139,8 +139,8 @@ class ScoredSet(RunSet[S]):
             return Unmeasured(claim, published, why)
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
         means = {name: mean_difference(of) for name, of in by_name.items() if of}
-        told = "; ".join(_told(by_name[name], each) for name, each in means.items())
-        return Claim(claim, published, told, judged(*((each, holds(each)) for each in means.values())))
+        measured = "; ".join(_in_words(by_name[name], each) for name, each in means.items())
+        return Claim(claim, published, measured, judged(*((each, holds(each)) for each in means.values())))
 
 
 def _difference(name: str, at: At, run: S, other: S) -> ScoreDifference[S] | None:
@@ -161,12 +161,12 @@ def mean_difference(differences: Sequence[ScoreDifference[Any]]) -> OverSeeds:
     return over_seeds(np.stack([[each.difference.estimate, *each.draws] for each in differences]))
 
 
-def _told(of: Sequence[ScoreDifference[Any]], mean: OverSeeds) -> str:
+def _in_words(of: Sequence[ScoreDifference[Any]], mean: OverSeeds) -> str:
     """The mean of one score's differences over seeds, and how many features it is of."""
     features = f"{', '.join(map(str, dict.fromkeys(each.features for each in of)))} features each"
     tests = f"p {', '.join(f'{each.p:.2g}' for each in of)}"
     where = over("features", [each.run.summary for each in of])
-    return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
+    return f"{of[0].name} {mean.text('{:+.3f}'.format)} {where}, {tests}, {features}"
 
 
 def _untestable(chosen: Sequence[ScoreDifference[Any]], at: At) -> str | None:

@@ -49,11 +49,11 @@ def panels(
 
 def _violin(run: ScoredRun, name: str, place: int, hovers: Sequence[str]) -> list[Series]:
     average, values = mean(run, name), run.values(name)
-    told = "" if average is None else f"{run.summary.method.label}, mean {bracketed(average)}"
-    return violin(run.summary.method, float(place), values[values == values], hovers, average, told)
+    hover = "" if average is None else f"{run.summary.method.label}, mean {bracketed(average)}"
+    return violin(run.summary.method, float(place), values[values == values], hovers, average, hover)
 
 
-def told_of(runs: Iterable[S], features: Callable[[S], int]) -> str:
+def listing(runs: Iterable[S], features: Callable[[S], int]) -> str:
     """Words of a caption on the runs."""
     return ", ".join(
         f"{run.summary.method.label} {run.summary.knob} "
@@ -104,7 +104,7 @@ def grids(one: ScoredSet[S], names: Iterable[str], features: Callable[[S], int],
     names = list(names)
     for name in names:
         controls = [each for each in one.names if each.startswith(f"{name}.")]
-        told = f"{name}{unit}, and that of its controls" if controls else f"{name}{unit}"
-        yield Grid(*mean_table(one, [name], features, controls), told)
+        title = f"{name}{unit}, and that of its controls" if controls else f"{name}{unit}"
+        yield Grid(*mean_table(one, [name], features, controls), title)
     if cells := [difference_cells(each) for each in one.differences if each.name in names]:
         yield Grid(DIFFERENCE_HEADINGS, cells, "Differences of means, seed by seed, over features")

@@ -56,8 +56,8 @@ def doctor(json: Json = False) -> None:
     if json:
         print_json(found.to_json())
     else:
-        for what, told in found.facts.items():
-            echo(f"{what:<16}{told}")
+        for what, fact in found.facts.items():
+            echo(f"{what:<16}{fact}")
         for problem in found.problems:
             echo(f"! {problem}")
         echo("Nothing is known against this installation." if found.is_well else "See the lines that begin with !.")

@@ -45,7 +45,7 @@ def taking_saes(function: Callable[P, R]) -> Callable[P, R]:
             kwargs["pair"] = [",".join(names.get(each, each) for each in text.split(",")) for text in pairs]
         return function(*args, **kwargs)
 
-    types = {name: Annotated[str | None, Option(help=told, metavar=form)] for name, (told, form) in OPTIONS.items()}
+    types = {name: Annotated[str | None, Option(help=text, metavar=form)] for name, (text, form) in OPTIONS.items()}
     return with_options(run, function, types)
 
 
@@ -60,8 +60,8 @@ def _as_runs(paths: Sequence[Path], belongs: dict[str, Any]) -> dict[Path, Path]
     from endwise.evaluation.adopting import Belonging, adopted, is_no_run
 
     foreign = [path for path in paths if is_no_run(path)]
-    if not foreign and (said := [f"--{name}" for name, value in belongs.items() if value is not None]):
-        raise ConfigError(f"{', '.join(said)}: all that is given are runs, whose recipes say it. Leave it out.")
+    if not foreign and (options := [f"--{name}" for name, value in belongs.items() if value is not None]):
+        raise ConfigError(f"{', '.join(options)}: all that is given are runs, whose recipes say it. Leave it out.")
     like = _recipe_beside([path for path in paths if path not in foreign]) if foreign else None
     return {path: adopted(path, Belonging(**belongs, like=like)) if path in foreign else path for path in paths}
 

@@ -45,12 +45,12 @@ def bench(
     given: dict[str, Any] = {"python": python, "model": model, "data": data, "overrides": settings}
     benchings = [Benching(each, suite, **given, out=out if out is None or single else out / each.name) for each in runs]
     asked = dict.fromkeys(name for each in benchings for name in each.asks())
-    told = f"{suite} asks the Hugging Face hub for {', '.join(asked) or 'nothing'}"
+    line = f"{suite} asks the Hugging Face hub for {', '.join(asked) or 'nothing'}"
     if dry_run:
-        report(json, {"asks": list(asked)}, told)
+        report(json, {"asks": list(asked)}, line)
         return
     if not quiet:
-        (status if json else echo)(told)
+        (status if json else echo)(line)
     found = {run: benching.start(saying(quiet)) for run, benching in zip(runs, benchings, strict=True)}
     if json:
         print_json([{"run": run, "file": f.file, "numbers": f.numbers, "endwise": f.ours} for run, f in found.items()])

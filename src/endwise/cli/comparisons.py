@@ -70,11 +70,11 @@ def geometry(
     for each in pairs:
         if len(each) != 2:
             raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
-    telling = None if quiet else status
-    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=telling)
+    progress = None if quiet else status
+    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=progress)
 
     def write() -> Path:
-        maps = feature_maps(found, say=telling) if umap else None
+        maps = feature_maps(found, say=progress) if umap else None
         return write_geometry(found, out, threshold=threshold, maps=maps)
 
     present(json, lambda: print_geometry(found), write)

@@ -96,8 +96,8 @@ def _gathered(path: Path, found: "Harvest | None") -> dict[str, object]:
     if found is None:
         return {"run": path, "joined": False}
     fired = int((found.firings > 0).sum())
-    told = {"folder": found.folder, "fired": fired, "d_sae": found.d_sae, "tokens": found.about["tokens"]}
-    return {"run": path, "joined": True, **told}
+    shared = {"folder": found.folder, "fired": fired, "d_sae": found.d_sae, "tokens": found.about["tokens"]}
+    return {"run": path, "joined": True, **shared}
 
 
 @command

@@ -53,8 +53,8 @@ def inspect(
         echo(f"! {remark}")
     result = measured(found, loaded, text, tokens, site)
     if json:
-        said = [*([remark] if remark else []), *verdict(found, result)]
-        print_json({**found.to_json(), "measured": result.to_json(), "verdict": said})
+        warnings = [*([remark] if remark else []), *verdict(found, result)]
+        print_json({**found.to_json(), "measured": result.to_json(), "verdict": warnings})
         return
     bounds = result.baselines
     numbers = (
@@ -103,8 +103,8 @@ def convert(
 
     check_can_write(target.parent)
     apart = run(path, target, to)
-    told = f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}"
-    report(json, {"path": target, "format": to, "apart": apart}, told)
+    line = f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}"
+    report(json, {"path": target, "format": to, "apart": apart}, line)
 
 
 @command

@@ -109,16 +109,16 @@ def train(
     if is_first_process():
         for remark in result.remarks:
             echo(f"! {remark}", err=True)
-        told = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
-        told |= {"diverged": result.diverged, "remarks": result.remarks}
+        record = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
+        record |= {"diverged": result.diverged, "remarks": result.remarks}
         if result.diverged:
-            report(json, told)
+            report(json, record)
             echo(f"Diverged, and of no use: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
         done = "Nothing was left to train of" if before and before == _saved_steps(config) else "Trained"
         report(
             json,
-            told,
+            record,
             f"{done} {config.objective_name} at {config.place}: {result.folder}",
             f"Next: endwise evaluate {shlex.quote(str(result.folder))}",
         )

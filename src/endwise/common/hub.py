@@ -82,10 +82,10 @@ def asking(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__  # of a thread that uploads, whose failure huggingface_hub tells in words of its own
-        said = refusal(error) or (refusal(cause) if isinstance(cause, Exception) else None)
-        if said is None:
+        reason = refusal(error) or (refusal(cause) if isinstance(cause, Exception) else None)
+        if reason is None:
             raise
-        raise HubError(f"{what} {said}.") from None
+        raise HubError(f"{what} {reason}.") from None
 
 
 @contextmanager
@@ -115,8 +115,8 @@ def refusal(error: Exception) -> str | None:
         return "is no name of a repository, which reads owner/name. Correct it"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        told = _BY_STATUS.get(status) or "was not given or taken by the hub, which fails. Do it again later"
-        return f"{told.format(token=_TOKEN)} (HTTP {status})"
+        reason = _BY_STATUS.get(status) or "was not given or taken by the hub, which fails. Do it again later"
+        return f"{reason.format(token=_TOKEN)} (HTTP {status})"
     if is_offline(error) or type(error).__module__.partition(".")[0].startswith("httpx"):
         kind = re.sub(r"[^A-Za-z]", "", type(error).__name__)
         return f"cannot be asked for: the hub does not answer ({kind}). Check the network and HF_ENDPOINT"

@@ -42,7 +42,7 @@ def remarks_on(record: Record) -> list[str]:
     Args:
         record: as `evaluation.json`; what it lacks (an older one has fewer keys) is not judged.
     """
-    return [said for rule in _RULES if (said := rule(record)) is not None]
+    return [remark for rule in _RULES if (remark := rule(record)) is not None]
 
 
 def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
@@ -51,7 +51,7 @@ def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
     for name, own in remarks.items():
         for remark in own:
             names.setdefault(remark, []).append(name)
-    return [f"{', '.join(told)}: {remark}" for remark, told in names.items()]
+    return [f"{', '.join(runs)}: {remark}" for remark, runs in names.items()]
 
 
 def _number(record: Record, *keys: str) -> float:
@@ -160,7 +160,7 @@ def not_as_stated(record: Record) -> str | None:
     return f"L0 is {l0:.1f} where {stated:g} is stated: this text, or the reading, may be another."
 
 
-def _told_when_adopted(record: Record) -> str | None:
+def _on_adoption(record: Record) -> str | None:
     adopted = record.get("adopted")
     remarks = adopted.get("remarks") if isinstance(adopted, Mapping) else None
     return " ".join(map(str, remarks)) if isinstance(remarks, list) and remarks else None
@@ -178,7 +178,7 @@ def diverged(record: Record) -> str | None:
 
 
 _RULES: tuple[Callable[[Record], str | None], ...] = (
-    _told_when_adopted,
+    _on_adoption,
     _foreign_text,
     _left_out_bos,
     _few_tokens,

@@ -39,7 +39,7 @@ _ELSEWHERE_NO_BETTER = {
 
 def _by_number(remedies: dict[tuple[str, ...], str]) -> dict[int, str]:
     """Not every system has every number."""
-    return {getattr(errno, name): told for names, told in remedies.items() for name in names if hasattr(errno, name)}
+    return {getattr(errno, name): move for names, move in remedies.items() for name in names if hasattr(errno, name)}
 
 
 _MOVES, _STAYS = _by_number(_ELSEWHERE_TOO), _by_number(_ELSEWHERE_NO_BETTER)
@@ -55,8 +55,8 @@ def remedy(error: BaseException, elsewhere: str | None = None) -> str:
     code = number(error)
     if code in _STAYS:
         return f"{_STAYS[code]}."
-    told = _OTHERWISE if code is None else _MOVES.get(code, _OTHERWISE)
-    return f"{told}, or {elsewhere}." if elsewhere else f"{told}."
+    move = _OTHERWISE if code is None else _MOVES.get(code, _OTHERWISE)
+    return f"{move}, or {elsewhere}." if elsewhere else f"{move}."
 
 
 def reason(error: BaseException) -> str:

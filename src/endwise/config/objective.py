@@ -193,9 +193,9 @@ class ObjectiveConfig(Config):
         if len(set(sites)) < len(sites):
             raise ValueError(f"downstream_sites names a site twice: {', '.join(sites)}; name each once")
         if not any(self.weights.values()):
-            told = "" if self.kind else f"; give kind ({', '.join((*KINDS, *FURTHER_PRESETS))}), or a weight"
+            remedy = "" if self.kind else f"; give kind ({', '.join((*KINDS, *FURTHER_PRESETS))}), or a weight"
             raise ValueError(
-                f"every weight of the objective but sparsity is 0, so there is nothing to reconstruct{told}"
+                f"every weight of the objective but sparsity is 0, so there is nothing to reconstruct{remedy}"
             )
         return self
 

@@ -19,7 +19,7 @@ from endwise.config.places import Recipe
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.inspecting import Inspected, belonging, inspect, kept, text_for
-from endwise.evaluation.provenance import beginning, described, tell
+from endwise.evaluation.provenance import beginning, described, report_once
 from endwise.formats import Stored, format_at, here, located, on_hub, processing_remark
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
@@ -104,15 +104,15 @@ def adopt(
 def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name: str | None = None) -> Path:
     """As `adopt`."""
     path, belongs = expanded(path), belongs.from_anywhere()
-    said = str(path.absolute()) if on_hub(path) is None else shown(path)
+    origin = str(path.absolute()) if on_hub(path) is None else shown(path)
     if RunFolder(path).has_run():
         raise ConfigError(f"{path} is a run folder already. Give it as it is.")
     if path.name == "sae" and RunFolder(path.parent).has_run():
         raise ConfigError(f"{path} is the SAE of the run {path.parent}. Give that.")
-    digest, own = digest_of(path), name or "/".join(Path(said).parts[-2:])
-    folder = out or cache_folder() / "adopted" / belongs.key(said, digest) / re.sub(r"[^\w.-]+", "_", own)[-80:]
+    digest, own = digest_of(path), name or "/".join(Path(origin).parts[-2:])
+    folder = out or cache_folder() / "adopted" / belongs.key(origin, digest) / re.sub(r"[^\w.-]+", "_", own)[-80:]
     if out is None and RunFolder(folder).has_run():
-        tell(f"{shown(path)}: no run folder of endwise's; it was adopted as {folder}")
+        report_once(f"{shown(path)}: no run folder of endwise's; it was adopted as {folder}")
         return folder
     RunFolder(folder).check_free()
     check_can_write(folder)
@@ -142,7 +142,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
         "evaluation": evaluation,
         "adopted": {
             "name": own,
-            "path": said,
+            "path": origin,
             "format": found.format_name,
             "digest": digest,
             "rule": stored.rule(SAE.layouts()[stored.architecture]),
@@ -153,12 +153,12 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
     }
     config = AdoptedConfig.build(values, f"what {shown(path)} says of itself")
     _write(folder, config, sae, kept(stored.metadata), model, corpora)
-    tell(
+    report_once(
         f"{shown(path)}: no run folder of endwise's; adopted as {folder}: {config.objective_name}, "
         f"{found.sae.d_sae:,} features at {place} of {model.name}"
     )
     for remark in config.adopted.remarks:
-        tell(f"! {shown(path)}: {remark}")
+        report_once(f"! {shown(path)}: {remark}")
     return folder
 
 

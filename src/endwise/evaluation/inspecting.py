@@ -111,11 +111,11 @@ def inspect(path: str | Path) -> Inspected:
     form, place = located(here(path).path)
     if not there_is(form.weights(place)):
         refuse_several(path)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stored = stored_at(path, SAE.layouts())
     layout = SAE.layouts()[stored.architecture]
-    remarks = tuple(dict.fromkeys(str(each.message) for each in said if each.category is UserWarning))
+    remarks = tuple(dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning))
     return Inspected(shown(path), form.name, form.weights(place), stored, stored.rule(layout), SAE.of(stored), remarks)
 
 
@@ -168,12 +168,12 @@ def text_for(
         context: tokens per sequence, instead.
     """
     has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
-    told = f"It was trained on text that begins with BOS, which {model.name} has none of."
+    lacks_bos = f"It was trained on text that begins with BOS, which {model.name} has none of."
     stated = found.stored.metadata.get("context_size")
     if context is None and type(stated) is int and stated > 0:
         context = min(stated, model.context or stated)
     values = {"source": source, "context": context, "prepend_bos": found.bos and has_bos}
-    return DataConfig.build(values, source="the options"), told if found.bos and not has_bos else None
+    return DataConfig.build(values, source="the options"), lacks_bos if found.bos and not has_bos else None
 
 
 def measured(
@@ -210,10 +210,10 @@ def verdict(found: Inspected, evaluation: Evaluation) -> list[str]:
         )
     if stated is not None and not 1 / TOO_FAR < max(l0, 1e-9) / stated < TOO_FAR:
         raise FormatError(f"{path}: L0 is {l0:.1f} where {stated:g} is stated. {remedy}")
-    told = [] if (said := not_as_stated({"l0": l0, "adopted": {"stated_l0": stated}})) is None else [said]
+    remarks = [] if (remark := not_as_stated({"l0": l0, "adopted": {"stated_l0": stated}})) is None else [remark]
     if evaluation["ce_spliced"] > bounds.mean_ablated:
-        told.append("Spliced in, it costs more than the site's mean would: the place may be another.")
-    return told
+        remarks.append("Spliced in, it costs more than the site's mean would: the place may be another.")
+    return remarks
 
 
 def convert(path: str | Path, target: str | Path, format_name: str) -> float:

@@ -144,7 +144,7 @@ class RunSummary:
         """True if its training is known: seeds, tokens, learning rate."""
         return self.tokens > 0
 
-    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def known(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row of a table on it without what is not known of its training."""
         unknown = () if self.trained_here else ("seed", "data_seed", "training_tokens")
         return {name: None if name in unknown else value for name, value in row.items()}
@@ -171,8 +171,8 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Every field but the per-sequence sums."""
-        told = {"kind": self.method.key, "label": self.method.label, "site": self.site, **self.knob.columns}
-        record = told | {name: value for name, value in vars(self).items() if name not in ("sums", "knob")}
+        shown = {"kind": self.method.key, "label": self.method.label, "site": self.site, **self.knob.columns}
+        record = shown | {name: value for name, value in vars(self).items() if name not in ("sums", "knob")}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         record["remarks"] = list(self.remarks)
         record["method"] = dict(self.method.content)
@@ -249,9 +249,9 @@ def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> 
 
 def other_text(runs: Sequence[RunSummary]) -> str | None:
     """Say why the runs' numbers cannot be compared, if they were measured on different text, as far as is known."""
-    for told in ([run.text for run in runs], [run.heldout for run in runs]):
-        if None not in told:
-            return "the runs were measured on different held-out text" if len(set(told)) > 1 else None
+    for texts in ([run.text for run in runs], [run.heldout for run in runs]):
+        if None not in texts:
+            return "the runs were measured on different held-out text" if len(set(texts)) > 1 else None
     return None
 
 

@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 """Says a sentence to the user."""
 
 
-def unsaid(text: str) -> None:
+def silent(text: str) -> None:
     """Say it to nobody."""
 
 
@@ -118,7 +118,7 @@ class PreparedRun:
         return replace(self, samples=samples, random=random)
 
 
-def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[PreparedRun]:
+def prepare(runs: Iterable[Path], settings: Settings, say: Say = silent) -> list[PreparedRun]:
     """Every run's features and texts; of `random:N` and `top:N` equally many in each run.
 
     Raises:

@@ -54,10 +54,10 @@ Choices = list[bool]
 
 def balanced_accuracy(truth: Sequence[bool], chosen: Sequence[bool]) -> float | None:
     """Mean of the shares of true and of false items judged rightly: 0 to 1, 0.5 by chance; None without both."""
-    told, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
+    judged, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
     if is_true.all() or not is_true.any():
         return None
-    return float((told[is_true].mean() + (~told[~is_true]).mean()) / 2)
+    return float((judged[is_true].mean() + (~judged[~is_true]).mean()) / 2)
 
 
 class _Choosing:
@@ -69,9 +69,9 @@ class _Choosing:
         return read_choices(answer, len(question.items))
 
     def score(self, answers: Sequence[tuple[Question[Choices], Choices | None]]) -> Score:
-        told = [(question, chosen) for question, chosen in answers if chosen is not None]
-        truth = [each for question, _ in told for each in question.truth]
-        chosen = [each for _, choices in told for each in choices]
+        answered = [(question, chosen) for question, chosen in answers if chosen is not None]
+        truth = [each for question, _ in answered for each in question.truth]
+        chosen = [each for _, choices in answered for each in choices]
         asked = sum(len(question.items) for question, _ in answers)
         return Score(balanced_accuracy(truth, chosen), len(truth), asked - len(truth))
 

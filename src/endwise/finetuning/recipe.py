@@ -107,6 +107,6 @@ def agreed(recipe: RunConfig, folder: Path) -> RunConfig:
         del apart[STEERED]
     if apart:
         first = itertools.islice(apart.items(), 3)
-        told = ", ".join(f"{key}: {old!r:.60} there, {new!r:.60} now" for key, (old, new) in first)
-        raise ConfigError(f"{folder} holds another run ({told}). Give another folder with --out, or remove it.")
+        changes = ", ".join(f"{key}: {old!r:.60} there, {new!r:.60} now" for key, (old, new) in first)
+        raise ConfigError(f"{folder} holds another run ({changes}). Give another folder with --out, or remove it.")
     return before

@@ -248,12 +248,12 @@ def added(kind: Kind) -> Kind:
 
 
 def check_tensors(
-    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], told_by: str = "its configuration"
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str = "its configuration"
 ) -> None:
     """Refuse tensors that are missing, of another shape, or not finite.
 
     Args:
-        told_by: what says the shapes.
+        origin: what says the shapes.
 
     Raises:
         FormatError: naming the first of them.
@@ -262,7 +262,7 @@ def check_tensors(
         tensor = tensors.get(name)
         found = "no such tensor" if tensor is None else tuple(tensor.shape)
         if tensor is None or found != shape:
-            raise FormatError(f"{path}: {name} must have the shape {shape} of {told_by}, found {found}.")
+            raise FormatError(f"{path}: {name} must have the shape {shape} of {origin}, found {found}.")
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise FormatError(
                 f"{path}: {name} must hold finite floating-point numbers, but it is "

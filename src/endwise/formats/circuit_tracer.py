@@ -78,7 +78,7 @@ class CircuitTracer(Format):
             FormatError: the file is not called `layer_<number>.safetensors`, the set's other layers are of another
                 kind, or circuit-tracer has no such transcoder.
         """
-        config = _told(path, stored)
+        config = _joint_config(path, stored)
         tensors = stored.under(False)
         tensors["W_enc"] = tensors["W_enc"].mT
         if "threshold" in tensors:
@@ -114,7 +114,7 @@ def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     return {"topk": "topk", "relu": "standard"}.get(str(activation), "jumprelu" if thresholds else "standard")
 
 
-def _told(path: Path, stored: Stored) -> dict[str, Any]:
+def _joint_config(path: Path, stored: Stored) -> dict[str, Any]:
     """The set's configuration with this layer in it."""
     match = LAYER_FILE.fullmatch(path.name)
     activation = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(stored.architecture)

@@ -52,7 +52,7 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
     stored = form.read(place, layouts)
     if stored.architecture not in layouts:
         raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
-    stored = replace(stored, metadata=found.told(stored.metadata))
+    stored = replace(stored, metadata=found.completed(stored.metadata))
     norm = None if found.named is None else found.named.overrides.get("normalize_activations")
     if norm in PER_TOKEN and layouts[stored.architecture].norms:
         stored = replace(stored, config={**stored.config, "normalize": norm})
@@ -88,7 +88,7 @@ def metadata_at(name: Path) -> Mapping[str, Any]:
     """
     found = here(name)
     form, place = located(found.path)
-    return found.told(form.metadata(place))
+    return found.completed(form.metadata(place))
 
 
 def located(path: Path) -> tuple[Format, Path]:

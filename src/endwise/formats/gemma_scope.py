@@ -17,7 +17,7 @@ import torch
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is, write_atomic
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import arrays_at, assembled, taken, told
+from endwise.formats.reading import arrays_at, assembled, meta, taken
 
 WEIGHTS_FILE = "params.npz"
 _NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
@@ -75,7 +75,7 @@ class GemmaScope(Format):
         block, kind = f"blocks.{int(layer[1])}", repository["kind"]
         out = f"{block}.hook_mlp_out" if kind == "transcoders" else None
         model = f"google/gemma-2-{repository['size']}{'-it' if repository['stage'] == 'it' else ''}"
-        return about | told(
+        return about | meta(
             hook_name=f"{block}.{_KINDS[kind]}",
             hook_name_out=out,
             model_name=model,

@@ -66,7 +66,7 @@ class LlamaScope(Format):
             config=stated,
             metadata=about,
             transcodes=out,
-            told_by=CONFIG_FILE,
+            origin=CONFIG_FILE,
         )
 
     def _gate(self, file: Path, config: Mapping[str, Any]) -> str:

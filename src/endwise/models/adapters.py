@@ -75,8 +75,8 @@ class Adapter:
                     apart = sorted({*file.keys()} ^ get_peft_model_state_dict(adapted).keys())
                 merged = None if apart else adapted.merge_and_unload(safe_merge=True)
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise self._not_merged(told) from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise self._not_merged(reason) from error
         if merged is None:
             raise self._not_merged(f"they do not agree in {len(apart)} tensors ({', '.join(apart[:2])})")
         return merged

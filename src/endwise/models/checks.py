@@ -187,8 +187,8 @@ def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
     try:
         found = replay()
     except FAILURES as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        return f"{beside} (a pass that begins there fails: {told})."
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        return f"{beside} (a pass that begins there fails: {reason})."
     return None if same(found, expected) else f"{beside} (a pass that begins there gives other predictions)."
 
 

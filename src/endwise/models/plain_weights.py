@@ -94,8 +94,8 @@ def quantiser_of(config: Any) -> str | None:
         for key in ("quantization_config", "compression_config"):
             found = getattr(section, key, None)
             if found is not None:
-                told = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-                method = f" by {getattr(told, 'value', told)!s:.40}" if told else ""
+                kind = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+                method = f" by {getattr(kind, 'value', kind)!s:.40}" if kind else ""
                 return f"{method} ({key} in its config.json)"
     return None
 

@@ -130,8 +130,8 @@ _SEEDS = (
 
 def _rates(found: Findings, site: str) -> str:
     study = found.made.experiments.study
-    told = [
+    parts = [
         f"{LABELS[kind]} {rate:g} of {'/'.join(f'{each:g}' for each in study.kind(kind, site).learning_rates)}"
         for kind, rate in found.made.rates[site].items()
     ]
-    return f"layer {layer_label(site)}: {', '.join(told)}, chosen on held-out text that no other number here is of"
+    return f"layer {layer_label(site)}: {', '.join(parts)}, chosen on held-out text that no other number here is of"

@@ -143,8 +143,8 @@ class RunFolder(ShownRun):
         kept = self.recipe()
         config = config.model_copy(update={"out": kept.out})
         if changes := differing(kept.model_dump(mode="json"), config.model_dump(mode="json")):
-            told = {key: list(values) for key, values in changes.items()}
-            self.append(self.changes_file, {"step": step, "changes": told, "seed": config.seed})
+            record = {key: list(values) for key, values in changes.items()}
+            self.append(self.changes_file, {"step": step, "changes": record, "seed": config.seed})
             write_atomic(self.config_file, config.to_yaml().encode())
 
     def describe(self, config: Recipe, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
@@ -204,8 +204,8 @@ class RunFolder(ShownRun):
         """
         if not self.data_file.exists():
             return None
-        told = read_json(self.data_file).get(side)
-        found = told.get("fingerprint") if isinstance(told, dict) else None
+        record = read_json(self.data_file).get(side)
+        found = record.get("fingerprint") if isinstance(record, dict) else None
         if not isinstance(found, str):
             raise RunFolderError(
                 f"{self.data_file} names no fingerprint of the run's text ({side}.fingerprint). Restore it from a "

@@ -29,8 +29,8 @@ def is_several(run: Path) -> bool:
 
 def mark_part(folder: Path, config: PlacesConfig) -> None:
     """Write into a place's folder that it is one of several, trained jointly."""
-    told = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
-    write_json(folder / PART, {"seed": config.seed, **told})
+    shared = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
+    write_json(folder / PART, {"seed": config.seed, **shared})
 
 
 def joint_with(folder: Path) -> tuple[str, str | None] | None:

@@ -108,12 +108,12 @@ def _sae_staged(folder: RunFolder, target: Path, words: _Words) -> dict[str, str
     with source.open("rb") as file:
         size = int.from_bytes(file.read(_HEADER), "little")
         header = file.read(size)
-        told = json.loads(header)
-        kept = {key: words.text(value) for key, value in told.get("__metadata__", {}).items()}
-        if kept == told.get("__metadata__", {}):
+        fields = json.loads(header)
+        kept = {key: words.text(value) for key, value in fields.get("__metadata__", {}).items()}
+        if kept == fields.get("__metadata__", {}):
             _linked(source, weights)
             return {}
-        own = json.dumps({**told, "__metadata__": kept}, separators=(",", ":")).encode()
+        own = json.dumps({**fields, "__metadata__": kept}, separators=(",", ":")).encode()
         own += b" " * (-len(own) % _HEADER)
         with weights.open("wb") as written:
             written.write(len(own).to_bytes(_HEADER, "little") + own)

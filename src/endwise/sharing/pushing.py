@@ -120,13 +120,13 @@ def _sent(staging: Path, repo: str, revision: str | None, names: Sequence[str]) 
     from huggingface_hub import HfApi
 
     with asking(f"hf://{repo}"):
-        told = HfApi().upload_folder(
+        commit = HfApi().upload_folder(
             repo_id=repo,
             folder_path=staging,
             revision=revision,
             commit_message=f"endwise: {', '.join(names)}"[:200],
             delete_patterns=[f"{name}/*" for name in names],
         )
-    if not told.oid:
+    if not commit.oid:
         raise HubError(f"hf://{repo}: the hub names no commit. Push again.")
-    return told.oid
+    return commit.oid

@@ -144,8 +144,8 @@ class Benching:
             done = subprocess.run(asked, capture_output=True, text=True, env=_environment(), check=True)
             found = json.loads(done.stdout)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            told = " ".join(str(getattr(error, "stderr", "") or error).split())[-LAST_WORDS:]
-            raise ConfigError(f"{self._python} cannot be asked for {package}: {told}. Make one: {way}") from None
+            reason = " ".join(str(getattr(error, "stderr", "") or error).split())[-LAST_WORDS:]
+            raise ConfigError(f"{self._python} cannot be asked for {package}: {reason}. Make one: {way}") from None
         if package not in found:
             raise ConfigError(f"{self._python} has no package {package}. Make an environment for it: {way}")
         return found

@@ -203,12 +203,12 @@ class Worker:
             self.train(configs, **loads, resume="if_started", display=False)
         except SomeFailed as some:  # each failure as its run would report it alone
             places = {path: config for config in configs for path in place_folders(folder_of(config), config)}
-            told: dict[Path, list[str]] = {}
+            by_run: dict[Path, list[str]] = {}
             for failure in some.failures:
                 run = folder_of(places[failure.folder])
                 where = "" if run == failure.folder else f"{failure.folder.name}: "
-                told.setdefault(run, []).append(f"{where}{_told(failure.error)} {failure.kept}")
-            return {run: Outcome(run, " ".join(lines)) for run, lines in told.items()}
+                by_run.setdefault(run, []).append(f"{where}{_line(failure.error)} {failure.kept}")
+            return {run: Outcome(run, " ".join(lines)) for run, lines in by_run.items()}
         except (Interrupted, ProcessLost):
             raise
         except Exception as error:  # noqa: BLE001  As above.
@@ -268,9 +268,9 @@ def _standing_together(configs: Sequence[Recipe]) -> list[list[Recipe]]:
 
 
 def _failed(configs: Sequence[Recipe], error: Exception) -> _Errors:
-    return {folder_of(each): Outcome(folder_of(each), _told(error), isinstance(error, FolderTaken)) for each in configs}
+    return {folder_of(each): Outcome(folder_of(each), _line(error), isinstance(error, FolderTaken)) for each in configs}
 
 
-def _told(error: Exception) -> str:
+def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, EndwiseError) else f"{type(error).__name__}: {text}"

@@ -115,8 +115,8 @@ class ChatEncoding:
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
         except Exception as error:  # noqa: BLE001  A template is a program, and raises whatever it likes.
-            told = " ".join(str(error).split())
-            raise DataError(f"{chat.where}: the chat template does not take the conversation: {told:.200}") from None
+            reason = " ".join(str(error).split())
+            raise DataError(f"{chat.where}: the chat template does not take the conversation: {reason:.200}") from None
 
     def _place(self, chat: Chat, number: int, text: str) -> tuple[int, int]:
         """Find where a message's content stands in the text: it is what changes if another stands in its place."""

@@ -61,8 +61,8 @@ class SequenceLayout:
         leaves nothing out says nothing of that.
         """
         parts = ("context", "packing", "bos", "separator", "mask_first_position")
-        told = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
-        return f"Layout({told}){self.left_out or ''}{self.roles or ''}{'apart' if self.apart else ''}"
+        values = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
+        return f"Layout({values}){self.left_out or ''}{self.roles or ''}{'apart' if self.apart else ''}"
 
     @property
     def ends(self) -> int | None:

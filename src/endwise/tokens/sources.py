@@ -209,10 +209,10 @@ def _hub_documents(
                 "data.revision=refs/convert/parquet; or give it as files."
             )
         asked = {"configuration": config, "revision": revision, "split": split}
-        told = ", ".join(f"{what} {value!r}" for what, value in asked.items() if value is not None)
+        options = ", ".join(f"{what} {value!r}" for what, value in asked.items() if value is not None)
         why = (one_line(error) or type(error).__name__).rstrip(".")
         raise kind(
-            f"Cannot load the Hugging Face dataset {name!r}{f' ({told})' if told else ''}: {why}. {remedy}"
+            f"Cannot load the Hugging Face dataset {name!r}{f' ({options})' if options else ''}: {why}. {remedy}"
         ) from None
 
 

@@ -116,7 +116,7 @@ class Builder:
         self._arrays: dict[str, array[int]] = {name: array(code) for name, code in _CODES.items()}
         self._consumed, self._written, self._largest, self._joined = 0, 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
-        self._told = False
+        self._noted = False
         self._mark()
         self._take_up()
         self.continues = self._consumed > 0
@@ -240,7 +240,7 @@ class Builder:
         if texts and self._encoding.tokenizer is None:
             raise NoTokenizer(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
         encoded = iter(self._encoding.ids(texts) if texts else ())
-        self._tell_of_specials(texts)
+        self._note_specials(texts)
         for document in batch:
             if isinstance(document.content, Chat):
                 yield self._encoding.chats.encoded(document.content)
@@ -249,15 +249,15 @@ class Builder:
                 raise no_roles(self._source.name)
             yield np.asarray(next(encoded), np.int64) if isinstance(document.content, str) else document.content, None
 
-    def _tell_of_specials(self, texts: list[str]) -> None:
+    def _note_specials(self, texts: list[str]) -> None:
         """Say once that a text holds the separator in letters, which its author may have meant to end a document."""
         separator = self._encoding.separator
-        if self._told or self._encoding.specials or separator is None:
+        if self._noted or self._encoding.specials or separator is None:
             return
         tokenizer = self._encoding.tokenizer
         written = tokenizer.convert_ids_to_tokens(separator) if texts and tokenizer is not None else None
         if isinstance(written, str) and any(written in text for text in texts):
-            self._told = True
+            self._noted = True
             note(
                 f"{self._source.name} holds {written!r} in letters, which is text as any other. If it ends documents "
                 "there, set data.special_tokens=true."
@@ -346,8 +346,8 @@ def lasting(source: TextSource, console: Console) -> Iterator[Document]:
                     f"over {sum(PAUSES):g} seconds ({error}) What was tokenised is kept: start again, to resume from "
                     "there, once it can be read."
                 ) from None
-            told = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."
-            console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
+            line = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
             time.sleep(PAUSES[attempts])
             attempts += 1
 

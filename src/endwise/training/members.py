@@ -106,10 +106,10 @@ class Failure:
         return f"The last good state is saved in {self.folder}."
 
     def __str__(self) -> str:
-        told = " ".join(str(self.error).split())
+        text = " ".join(str(self.error).split())
         if not isinstance(self.error, EndwiseError):
-            told = f"after step {self.step}, {type(self.error).__name__}: {told}"
-        return f"{self.folder}: {told} {self.kept}"
+            text = f"after step {self.step}, {type(self.error).__name__}: {text}"
+        return f"{self.folder}: {text} {self.kept}"
 
 
 class SomeFailed(TrainingStopped):

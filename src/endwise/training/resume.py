@@ -130,9 +130,9 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
     """Restore a member, and change nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
     if apart := differing(identity(folder.recipe()), identity(member.config)):
-        told = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
+        changes = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
         raise RunFolderError(
-            f"{folder.path} was started with another recipe than this one: {told}. Resume with its own config.yaml; "
+            f"{folder.path} was started with another recipe than this one: {changes}. Resume with its own config.yaml; "
             "only how a run is executed may change."
         )
     check_resumed(folder, member.config, stands_on, corpora)

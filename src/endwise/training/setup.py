@@ -334,8 +334,8 @@ def _measure_within(member: Member, heldout: Corpus, display: bool) -> None:
     fitting = config.evaluation.within((heldout.tokens - others) // context * context)
     if fitting is not config.evaluation:
         member.measure(fitting)
-        told = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
-        note(told, display)
+        message = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
+        note(message, display)
 
 
 def default_folder(config: Recipe) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.claims import are_similar
-from endwise.analysis.comparable import baseline_of, in_order, methods_of, told_apart
+from endwise.analysis.comparable import baseline_of, distinguished, in_order, methods_of
 from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_of, times
 from endwise.common.errors import ConfigError
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
@@ -94,10 +94,10 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`; JSON types only."""
-        told = ("clean_ce", "mean_ablated_ce", "zero_ablated_ce", "site", "model")
+        shared = ("clean_ce", "mean_ablated_ce", "zero_ablated_ce", "site", "model")
         ratios = {key: {of: ratio.to_json() for of, ratio in group.items()} for key, group in self.ratios.items()}
         return {
-            **{name: getattr(self, name) for name in told},
+            **{name: getattr(self, name) for name in shared},
             "runs": [run.to_json() for run in self.runs],
             "baseline": self.baseline.key,
             **ratios,
@@ -123,7 +123,7 @@ def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> S
     sites = sorted({run.site for run in runs})
     if len(sites) != 1:
         raise ConfigError(f"A comparison is of runs at one site; given {', '.join(sites) or 'no runs'}.")
-    return Summary(tuple(sorted(told_apart(runs), key=in_order)), clean_ce, **about)
+    return Summary(tuple(sorted(distinguished(runs), key=in_order)), clean_ce, **about)
 
 
 def summarise_folders(runs: Sequence[RunSummary], **about: Any) -> Summary:

@@ -50,7 +50,7 @@ def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
     of = found.measured[run.folder]
     values = of.correlation.estimate if what == "correlation" else 1 - of.explained_variance.estimate
     marks = [
-        Mark(float(index + 1), float(y), _told(found, run, index)) for index, y in enumerate(values) if np.isfinite(y)
+        Mark(float(index + 1), float(y), _hover(found, run, index)) for index, y in enumerate(values) if np.isfinite(y)
     ]
     return Series(run.method, tuple(marks), joined=False)
 
@@ -81,14 +81,14 @@ def _by_use(found: Directions, run: RunSummary, base: RunSummary | None = None, 
     if base is not None:
         up = found.measured[base.folder].correlation.estimate - up
     marks = tuple(
-        Mark(float(x), float(y), _told(found, run, index))
+        Mark(float(x), float(y), _hover(found, run, index))
         for index, (x, y) in enumerate(zip(across, up, strict=True))
         if np.isfinite(x) and np.isfinite(y)
     )
     return Series(run.method, marks, joined=False)
 
 
-def _told(found: Directions, run: RunSummary, index: int) -> str:
+def _hover(found: Directions, run: RunSummary, index: int) -> str:
     of = found.measured[run.folder]
     kl = of.kl
     used = (
@@ -225,8 +225,8 @@ def _later_table(one: Directions) -> Iterator[Markup]:
     def later(site: str) -> Column:
         def cell(run: RunSummary) -> str:
             cosine = run.downstream_cosine.get(site)
-            told = "" if cosine is None else f" / {cosine:.3f}"
-            return f"{run.downstream_mse[site]:.3g}{told}" if site in run.downstream_mse else "–"
+            shown = "" if cosine is None else f" / {cosine:.3f}"
+            return f"{run.downstream_mse[site]:.3g}{shown}" if site in run.downstream_mse else "–"
 
         return layer_label(site), cell
 
@@ -312,7 +312,7 @@ def _each_run(found: Sequence[Directions]) -> Iterator[tuple[Directions, RunSumm
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
     similar = any(run in runs for runs in one.by_seed.values())
     measured = {"at_similar_ce": similar, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
-    return run.told({**columns_of(one.setting), **columns_of_run(run), **measured})
+    return run.known({**columns_of(one.setting), **columns_of_run(run), **measured})
 
 
 def claim_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from endwise.analysis.geometry.cosines import Directions
-from endwise.analysis.geometry.geometry import Geometry, Said, alive
+from endwise.analysis.geometry.geometry import Geometry, Say, alive
 from endwise.common.errors import ConfigError, ModelError
 from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
@@ -193,7 +193,7 @@ def _typical(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[
     return sorted(here, key=lambda token: (share * everywhere[token] - here[token], token))[:count]
 
 
-def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int, FeatureMap]:
+def feature_maps(found: Sequence[Geometry], say: Say | None = None) -> dict[int, FeatureMap]:
     """Lay out every set that has enough alive features, by its place; with top tokens where the model can be loaded.
 
     Raises:

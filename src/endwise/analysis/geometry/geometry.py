@@ -37,7 +37,7 @@ from endwise.runs.folder import RunFolder
 
 Importance = NDArray[np.float64]
 """Importance of every feature, alive or not, `[d_sae]`; nats per token."""
-Said = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def geometry(
     pairs: Iterable[tuple[str | Path, str | Path]] = (),
     importance: Callable[[Path], Importance | None] | None = None,
     memory: int = MEMORY,
-    say: Said | None = None,
+    say: Say | None = None,
 ) -> list[Geometry]:
     """Compare the dictionaries of measured runs, in as many sets as can be compared.
 
@@ -226,7 +226,7 @@ class _Look:
 
     KEPT = 3
 
-    def __init__(self, memory: int, say: Said, importance: Callable[[Path], Importance | None]) -> None:
+    def __init__(self, memory: int, say: Say, importance: Callable[[Path], Importance | None]) -> None:
         self.memory, self.say, self.importance = memory, say, importance
         self._kept: dict[str, Alive] = {}
 

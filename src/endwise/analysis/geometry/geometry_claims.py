@@ -66,7 +66,7 @@ def claims(found: Geometry) -> list[Claim]:
         if not any(part.interval for part in parts):
             return Unmeasured(claim, published, "; ".join(dict.fromkeys(part.reason or "" for part in parts)))
         known = [*parts] if control is None or control.interval is None else [*parts, control]
-        return Claim(claim, published, "; ".join(map(told, known)), _verdict(parts, sign))
+        return Claim(claim, published, "; ".join(map(in_words, known)), _verdict(parts, sign))
 
     further_apart = "dictionaries are more orthogonal than {} ones: their features lie further apart"
     made = [
@@ -128,12 +128,12 @@ def _verdict(parts: Sequence[SimilarityDifference], sign: int) -> Verdict:
     return judged(*((each, min(sign * each.low, sign * each.high) > 0) for each in intervals if each is not None))
 
 
-def told(part: SimilarityDifference) -> str:
+def in_words(part: SimilarityDifference) -> str:
     """The difference in words."""
     what = f"mean greatest cosine {part.name}, {part.a.label} less {part.b.label}"
     if part.interval is None:
         return f"{what}: not measured ({part.reason})"
-    return f"{what}: {part.interval.told(signed)} {over('features', part.runs)}"
+    return f"{what}: {part.interval.text(signed)} {over('features', part.runs)}"
 
 
 def signed(value: float) -> str:

@@ -183,16 +183,16 @@ def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
     groups: dict[str, list[Mark]] = {"at random": [], "by rank": []}
     for row in np.flatnonzero((estimates > 0) & (found.ce > 0)):
         exact, estimated = float(found.ce[row]), float(estimates[row])
-        told = minus(f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}")
+        hover = minus(f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}")
         chosen = "by rank" if found.by_rank[row] else "at random"
-        groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{told}"))
+        groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{hover}"))
     return {label: tuple(marks) for label, marks in groups.items()}
 
 
 def _run_mark(run: ImportantRun, count: Interval) -> Mark:
-    told = f"{run.summary.title}\n{count.estimate:,.0f} features"
+    hover = f"{run.summary.title}\n{count.estimate:,.0f} features"
     ends = (count.low, count.high) if count.high > count.low else None
-    return Mark(run.summary.ce_increase, count.estimate, f"{told}\n{run.summary.folder}", y_ends=ends)
+    return Mark(run.summary.ce_increase, count.estimate, f"{hover}\n{run.summary.folder}", y_ends=ends)
 
 
 def _where(study: ImportanceStudy) -> str:

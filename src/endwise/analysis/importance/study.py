@@ -170,7 +170,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         linear = [run.agreement(order)["pearson"] for run, _ in known]
         features = sum(len(run.measured.ablations.features) for run, _ in known)
         ours = (
-            f"Spearman {rank.told('{:.2f}'.format)} {over('features', summaries)}, Pearson "
+            f"Spearman {rank.text('{:.2f}'.format)} {over('features', summaries)}, Pearson "
             f"{', '.join('–' if each is None else f'{each.estimate:.2f}' for each in linear)}, {features} features, "
             f"{knob_labels(summaries)} "
             f"{', '.join(f'{each:g}' for each in dict.fromkeys(run.knob.value for run in summaries))}"
@@ -244,9 +244,9 @@ def _ratio_finding(
     if not np.isfinite(ratio.estimate):
         return Unmeasured(claim, None, "an SAE carries nothing, or needs no feature for what it carries")
     one, base = (run.summary for run in pairs[0])
-    told = ratio.told(lambda share: f"{100 * share:.0f}", " %")
+    shares = ratio.text(lambda share: f"{100 * share:.0f}", " %")
     ours = (
-        f"{told} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
+        f"{shares} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
         f"{' against '.join(counts)} features, at CE increases of "
         + minus(f"{one.ce_increase:+.3f} and {base.ce_increase:+.3f} ")
         + f"and L0s of {one.l0:.1f} and {base.l0:.1f} (seed {one.seed})"

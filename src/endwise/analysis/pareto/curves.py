@@ -191,7 +191,7 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
                 if name in run.intervals:
                     row |= dict(zip((f"{name}.low", f"{name}.high"), run.intervals[name], strict=True))
             row |= {name: run.folder in members for name, members in fronts.items()}
-            rows.append(run.told({**columns_of(one.setting), **row, "run": run.folder}))
+            rows.append(run.known({**columns_of(one.setting), **row, "run": run.folder}))
     return rows
 
 

@@ -51,8 +51,8 @@ class HarvestedFeature(Shown):
     @property
     def explanation(self) -> str | None:
         """A language model's explanation of it, if one was asked for (`endwise explain`)."""
-        told = read_explanations(self.harvest.folder.parent)
-        found = None if told is None else told.of(self.number)
+        explanations = read_explanations(self.harvest.folder.parent)
+        found = None if explanations is None else explanations.of(self.number)
         return None if found is None else found.text
 
     @property

@@ -72,11 +72,11 @@ class Patterns(Shown):
     ) -> "Patterns":
         """Patterns by feature, each with its text."""
         own: dict[int, list[Pattern]] = {}
-        told: dict[int, list[str]] = {}
+        in_words: dict[int, list[str]] = {}
         for each, text in zip(patterns, texts, strict=True):
             own.setdefault(each.feature, []).append(each)
-            told.setdefault(each.feature, []).append(text)
-        return cls(own, told, scores, about)
+            in_words.setdefault(each.feature, []).append(text)
+        return cls(own, in_words, scores, about)
 
     def shown_facts(self) -> dict[str, object]:
         return {"": f"{sum(map(len, self.patterns.values())):,} of {len(self.patterns):,} features"}
