@@ -112,7 +112,7 @@ class Results:
         return [row for row, found in self.part(name)["rows"].items() if "failed" not in found]
 
     def failed(self, name: str) -> dict[str, str]:
-        """What the others raised."""
+        """Errors of the rows that failed."""
         return {row: found["failed"] for row, found in self.part(name)["rows"].items() if "failed" in found}
 
     def put(self, name: str, row: str, found: dict[str, Any]) -> None:

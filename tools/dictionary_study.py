@@ -46,7 +46,7 @@ PAPER = "standard"
 """The architecture that docs/results/paper-embedded.md has trained at the same sites, sizes and lengths."""
 PAPER_RUNS = HERE.parent / "paper-embedded" / "tables" / "runs.csv"
 REFERENCES = (("local", "batchtopk"), ("e2e", PAPER), ("e2e_ds", PAPER))
-"""What every curve is held against."""
+"""Curves that every other is compared with."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Setting:
         return self.study["architectures"][self.architecture]
 
     def named(self) -> tuple[tuple[str, str], ...]:
-        """What `--only` can ask for, and where the study lists it."""
+        """Names that `--only` can ask for, and where the study lists them."""
         return (self.site, "sites"), (self.kind, "kinds"), (self.architecture, "architectures")
 
     @property
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def method(self) -> Method:
-        """What stays the same along the curve."""
+        """Method: all that stays the same along the curve."""
         longer = "" if self.tokens is None else f", {self.tokens:,} tokens"
         return Method(f"{self.kind} {self.architecture}{longer}", f"{LABELS[self.kind]} {self.architecture}{longer}")
 
@@ -130,7 +130,7 @@ class Setting:
         return [None if rate is None else ROWS.of(self.recipe(level, rate)) for level in self.levels]
 
     def wanted(self) -> list[RunConfig]:
-        """What can be trained now: the runs that choose the rate or, once it is chosen, the levels."""
+        """Runs that can be trained now: those that choose the rate or, once it is chosen, the levels."""
         if self.architecture == PAPER:
             return []
         rate = self.rate()
@@ -271,8 +271,8 @@ def table(curves: Sequence[Setting]) -> str:
 
 
 def stability(curves: Sequence[Setting], kept: Path) -> Iterator[Row]:
-    """Of each level with two seeds or more that are kept: the cosine of a feature's direction with the nearest one of
-    another seed, on average over all features.
+    """Measure, at each level with two seeds or more that are kept, the mean cosine of a feature's direction with the
+    nearest one of another seed.
     """
     for curve in curves:
         rate = curve.rate()

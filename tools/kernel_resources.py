@@ -39,7 +39,7 @@ NAMES = {
 
 
 OF = {("PAIR", True): "KL", ("PAIR", False): "CE", ("DOTS", False): "sums", ("DOTS", True): "gradients"}
-"""What the kernels' variants are for, by their constants."""
+"""Uses of the kernels' variants, by their constants."""
 
 
 class Launched(NamedTuple):

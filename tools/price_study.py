@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 @dataclass(frozen=True)
 class Study:
-    """What one study trains, and the folder of its results."""
+    """Runs of one study, and the folder of its results."""
 
     folder: Path
 

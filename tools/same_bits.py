@@ -62,7 +62,7 @@ def _names(values: Any) -> set[str]:
 
 
 def _written(root: Path, out: Path) -> dict[str, dict[str, str]]:
-    """What one checkout writes: by file, its values."""
+    """Values that one checkout writes, by file."""
     out.mkdir()
     (out / "recipe.yaml").write_text(RECIPE)
     found = {}

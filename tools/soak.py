@@ -46,7 +46,7 @@ CONTEXT = 64
 
 @dataclass
 class Tally:
-    """What was done to the runs, and what became of them."""
+    """Counts of what was done to the runs, and how they ended."""
 
     caused: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
@@ -134,7 +134,7 @@ class Soak:
         return steps[-1] if steps else 0
 
     def _continues(self, name: str, folder: Path, before: int) -> bool:
-        """Whether at least the checkpoint before the newest of then is still there and whole."""
+        """Return whether at least the checkpoint before the then newest is still there and whole."""
         folder_now = RunFolder(folder)
         for step in reversed(folder_now.saved_steps()):
             try:

@@ -1,4 +1,4 @@
-"""What somebody meets who is new: a recipe for a model, its first run, and what is said of both."""
+"""First minutes of a new user: a recipe for a model, its first run, and the messages about both."""
 
 import json
 import math

@@ -75,7 +75,7 @@ def test_what_cannot_be_is_said_with_a_remedy(name):
 
 
 def test_of_one_that_was_trained_elsewhere_what_its_file_states_counts_too():
-    """What to do is to check where it belongs, since nobody here trains it."""
+    """Ask to check where it belongs, since nobody here trains it."""
     stated = {"stated_l0": 90.0, "remarks": ["It says that it is of another model."]}
     assert remarks_on({**SOUND, "adopted": {"stated_l0": 25.0, "remarks": []}}) == []
     own, l0, silent = remarks_on({**SOUND, "alive": 0, "adopted": stated})

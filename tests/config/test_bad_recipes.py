@@ -101,7 +101,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_its_name(place, accepted,
 
 
 def names_a_field(message, path):
-    """Whether a line says the rule for the field or for a section that it is in, as in `training.batch: ...`."""
+    """Return whether a line says the rule for the field or for a section that it is in, as in `training.batch: ...`."""
     fields = {".".join(path[:length]) for length in range(1, len(path) + 1)}
     lines = [line.strip().partition(": ") for line in message.splitlines()[1:]]
     rules = [rule for field, _, rule in lines if any(field == name or field.startswith(f"{name}.") for name in fields)]

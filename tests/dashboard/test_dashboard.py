@@ -33,7 +33,7 @@ FEATURES = 2 * SHARD + 20
 
 
 def received(path):
-    """What a data file hands to the page."""
+    """Content that a data file hands to the page."""
     content = path.read_bytes().decode("ascii")
     call = re.fullmatch(r"endwise\.receive\((.*)\);\n", content)
     key, value = json.loads(f"[{call[1]}]")

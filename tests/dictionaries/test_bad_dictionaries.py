@@ -30,7 +30,7 @@ BAD = {
 
 
 def refused(tmp_path, made, *command, **changes):
-    """What a command says of a recipe that breaks a rule."""
+    """Message of a command about a recipe that breaks a rule."""
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({**small_recipe(made), **changes, "out": str(tmp_path / "run")})
     )

@@ -1,4 +1,4 @@
-"""Which texts are shown and asked about, how they are written, how answers are read, what scores come to."""
+"""Texts that are shown and asked about, their form, the reading of answers, and the scores."""
 
 import asyncio
 

@@ -24,7 +24,7 @@ FEW = TuningSettings(tokens=3200, measured_on=1024, context=64, overrides=("trai
 LESS = replace(FEW, tokens=640, measured_on=512)
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
 AT_ONCE = ("sae_lens_standard", "sparsify_topk")
-"""Of two packages, one with a penalty and one without."""
+"""SAEs of two packages, one with a penalty and one without."""
 
 
 @pytest.fixture(scope="module")

@@ -254,7 +254,7 @@ def test_what_is_local_asks_nobody(tmp_path, monkeypatch):
 
 
 def test_training_starts_from_it_and_pins_the_commit(tmp_path, hub, model, corpora):
-    """What the branch holds later changes nothing of a run that is resumed, be it from its first step."""
+    """Later commits of the branch change nothing in a resumed run, even one resumed from its first step."""
     first = hub.put("someone/some", wide(tmp_path / "one", 0))
     config = recipe(tmp_path / "run", "local").model_copy(update={"init_from": Path("hf://someone/some")})
     run = train(config, model=model, corpora=corpora, display=False)

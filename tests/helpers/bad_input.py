@@ -1,4 +1,4 @@
-"""What every command owes whoever gives it bad input: one plain message, no traceback, nothing hidden in it."""
+"""Checks of any command's answer to bad input: one plain message, no traceback, nothing hidden in it."""
 
 import json
 import pickle

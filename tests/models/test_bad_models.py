@@ -17,7 +17,7 @@ repeated = settings(max_examples=8, suppress_health_check=[HealthCheck.function_
 
 
 class Payload:
-    """What a pickle can do: the folder it makes shows that it was run."""
+    """Pickle that runs code: the folder it makes shows that it was run."""
 
     def __init__(self, folder):
         self.folder = str(folder)

@@ -30,7 +30,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def results(bench, tmp_path_factory):
-    """Of the parts on tiny shapes, made as their processes would make them."""
+    """Results of the parts on tiny shapes, made as their processes would make them."""
     gpu, out = bench["gpu"], tmp_path_factory.mktemp("results") / "gpu.json"
     results = gpu.Results(out, {"device": "cpu", "tiny": True})
     results.all["calls"].append({"command": "python gpu.py", "date": "2026-11-30"})

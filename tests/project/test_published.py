@@ -1,4 +1,4 @@
-"""What the README and the pages of results say follows from the tables that are committed beside them."""
+"""Figures of the README and the pages of results, checked against the tables that are committed beside them."""
 
 import csv
 import re
@@ -57,7 +57,7 @@ def test_every_ratio_is_in_a_table(page):
 
 
 def test_pairs_of_ends_are_in_a_table():
-    """Where curves cross; the page of training lengths has its own table."""
+    """Pairs stand where curves cross; the page of training lengths has its own table."""
     _, pairs = figures()
     for page in PAGES:
         if page.stem != "training_length":

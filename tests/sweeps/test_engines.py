@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are carried out makes no difference to what they end as, whatever happens to workers."""
+"""Engines of sweeps: the same final runs on each, whatever happens to workers."""
 
 import json
 import os
@@ -236,7 +236,7 @@ def on_cluster(tmp_path, **settings):
 
 
 def finish(tmp_path, number, task):
-    """What submitit leaves of a job that has carried out its task."""
+    """Write the files that submitit leaves of a finished job."""
     result = ("success", [Outcome(config.out) for config in task])
     (tmp_path / "slurm").mkdir(exist_ok=True)
     (tmp_path / "slurm" / f"{number}_0_result.pkl").write_bytes(pickle.dumps(result))

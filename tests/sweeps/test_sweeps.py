@@ -545,7 +545,7 @@ def test_what_all_share_is_tried_once(made, tmp_path):
 
 
 def test_the_fault_of_one_is_found_in_halves(made, tmp_path):
-    """What fails before the first step fails for all; the others then still train side by side."""
+    """Fail all where one fails before the first step; the others then still train side by side."""
     groups = []
     noting = here(train=lambda configs, **options: groups.append(len(configs)) or train_together(configs, **options))
     grids = ({"seed": [0, 1, 2]}, {"init_from": "nowhere"}, {"seed": 4})

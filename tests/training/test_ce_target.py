@@ -42,7 +42,7 @@ def heldout(model):
 
 
 def test_the_increase_is_that_of_evaluations(model, heldout):
-    """Of one sequence more than a chunk of the tail holds."""
+    """Measure one sequence more than a chunk of the tail holds."""
     place, sae = model.place("blocks.4.hook_resid_pre"), ReluSAE(model.d_model, 60, seed=3)
     count = 1024 // 32 + 1
     asked = EvaluationConfig(tokens=count * 32, skip=64, bootstrap=1)
@@ -121,7 +121,7 @@ def test_a_run_is_steered_and_resumes_to_the_same_bits(model, tmp_path, monkeypa
 
 
 def test_it_is_met_by_thresholds_at_the_end(model, heldout):
-    """Of a copy of the input whose small values are missing: the more of them, the higher the bar."""
+    """Train on a copy of the input without its small values: the higher the bar, the more are missing."""
     place, sae = model.place("blocks.4.hook_resid_pre"), ReluSAE(model.d_model, 2 * model.d_model, initialisation=None)
     both = torch.cat([torch.eye(model.d_model), -torch.eye(model.d_model)])
     sae.fill(

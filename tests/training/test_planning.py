@@ -367,7 +367,7 @@ def test_a_dictionarys_operations_are_those_of_its_step(gpt2, architecture, opti
     ids=["standard", "batchtopk"],
 )
 def test_dead_features_are_planned_as_if_all_were_dead(gpt2, kind, dictionary, options):
-    """How many there will be is not known before."""
+    """Plan for all features dead, since their number is not known before."""
     values = recipe(gpt2, kind, size=400).model_dump(mode="json")
 
     def planned(more) -> int:

@@ -28,7 +28,7 @@ class CandidatePlaces(NamedTuple):
 
     bits: Int[Tensor, "n words"]
     counts: Int[Tensor, " n"]
-    """Of each row."""
+    """Set bits in each row."""
     n_features: int
 
     @property

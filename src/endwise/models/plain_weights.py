@@ -149,7 +149,7 @@ def _quantised_parts(model: nn.Module) -> Iterator[str]:
 
 
 Make = Callable[[torch.dtype], Any]
-"""Of the dtype that is computed in, transformers' configuration of a quantiser."""
+"""Builder of transformers' configuration of a quantiser, from the dtype that is computed in."""
 
 _nf4 = partial(transformers.BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
 QUANTISERS: Mapping[str, tuple[str, Make]] = {

@@ -84,7 +84,7 @@ class Passes:
         self._seen = 0
         """Positions of the text so far, padding included."""
         self._padding: Int[Tensor, " batch"] | None = None
-        """How many of these are padding."""
+        """Positions of these that are padding."""
         self._now: Passed | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What is said of a path that is no run folder, where one is wanted."""
+"""Messages about a path that is no run folder, where one is wanted."""
 
 import shlex
 from pathlib import Path

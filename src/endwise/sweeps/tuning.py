@@ -321,7 +321,7 @@ def _best(trials: Sequence[RateTrial], target: Target) -> RateTrial:
 def _remarks(
     config: RunConfig, rounds: Sequence[Sequence[RateTrial]], target: Target, is_apart: bool
 ) -> tuple[str, ...]:
-    """How sure the settings are: what they rest on, what they may be no better than, and what would change them."""
+    """List how sure the settings are: what they rest on, what they may be no better than, what would change them."""
     best, last = _best(rounds[-1], target), rounds[-1]
     tried = sorted(trial.learning_rate for trial in rounds[0])
     what, whole = "CE increase" if target.metric == "l0" else "L0", config.training.tokens
