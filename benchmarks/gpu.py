@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --minutes 20 --out runs/gpu.json         # the same again makes what is missing or failed
     python benchmarks/gpu.py --device cpu --tiny --out runs/try.json  # on a processor, to see that it works
 
-Each part (`gpu_parts.py`) runs in a process of its own, the most telling first, and is ended after a time of its own or
+Each part (`gpu_parts.py`) runs in a process of its own, most informative first, and is ended after a time of its own or
 when the minutes are over; results are written after every row. A part for which packages are missing is skipped. The
 last line sums up. Exit code: 0; 1 if something failed; 2 if there is no card, or `--out` holds what was made otherwise
 or cannot be written; 130 or 143 if it was interrupted, after which the same call resumes.
@@ -79,7 +79,7 @@ PARTS = (
     Part("steps smollm2-135m exact", 75),
     Part("steps tinystories-1m exact", 45),
 )
-"""The most telling first."""
+"""The most informative first."""
 FIRST, LAST = "card", "plan"
 """Nothing runs without the first; the last is about steps, and has more to say once there are more of them."""
 

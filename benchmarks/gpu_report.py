@@ -37,7 +37,7 @@ def measured(results: All) -> dict[str, float]:
 
 
 def is_judged(results: All) -> bool:
-    """Tell if goals mean anything: they are for an H200, at full size."""
+    """Return whether goals mean anything: they are for an H200, at full size."""
     return H200.name in rows_of(results, "card").get("device", {}).get("gpu", "") and not results["made_with"]["tiny"]
 
 

@@ -265,7 +265,7 @@ def worker_environment(threads: int, tuned: bool = False) -> dict[str, str]:
 def busy_seconds() -> float:
     """CPU time that anything on the machine has used since it started, and that its host withheld (steal).
 
-    0 where the kernel does not tell, so that only `STARVED_SHARE` finds disturbances.
+    0 where the kernel does not say, so that only `STARVED_SHARE` finds disturbances.
     """
     try:
         with Path("/proc/stat").open() as file:

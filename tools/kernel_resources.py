@@ -1,4 +1,4 @@
-"""Compile every Triton kernel as it is launched, for cards that need not be there, and tell what each takes.
+"""Compile every Triton kernel as it is launched, for cards that need not be there, and print what each takes.
 
     python tools/kernel_resources.py [--arch 80 90 100] [--dtype bfloat16 float32] [--kernel NAME ...]
 

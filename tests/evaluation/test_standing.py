@@ -1,4 +1,4 @@
-"""Recognition of what a run stands on: text, model, tokenizer, its SAE, the one it began with; or a line that it failed."""
+"""Recognition of what a run stands on: text, model, tokenizer, its SAE, the one it began with; else a line."""
 
 import json
 import os

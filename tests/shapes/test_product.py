@@ -95,7 +95,7 @@ NOT_TOGETHER = [
     ),
     frozenset({("architecture", "jumprelu"), ("own", 3), ("accumulation", 2)}),
 ]
-"""Combinations that a recipe refuses: several passes a step where all its tokens are chosen among, or averaged over; and
+"""Combinations that a recipe refuses: several passes a step where all tokens are chosen among, or averaged over; and
 norms of each token where what is written is not what is read.
 """
 

@@ -15,7 +15,7 @@ from small_gpt2 import CONTEXT, SITE, VOCAB, recipe, small_corpora, small_model,
 
 pytestmark = pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 ROUNDINGS = 6
-"""Factor by which bf16 may move a gradient further than its rounding of the tail's weights alone. A block has 4 products
+"""Factor by which bf16 may move a gradient further than rounding the tail's weights alone. A block has 4 products
 with weights; its activations and their gradients are rounded some 30 times (10 operations, forward on the clean and on
 the spliced side, and backward), independently: √(30 / 4) = 2.7 times as far, and twice that is allowed."""
 SEEDS = 8

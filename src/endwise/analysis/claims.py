@@ -49,7 +49,7 @@ def all_shown(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def are_similar(runs: Iterable[RunSummary]) -> bool:
-    """Tell if runs that were chosen for their CE increases have similar ones."""
+    """Return whether runs that were chosen for their CE increases have similar ones."""
     increases = [run.ce_increase for run in runs]
     return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)
 

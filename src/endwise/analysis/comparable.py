@@ -53,7 +53,7 @@ class Setting:
         return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, start, tuple(further))
 
     def agrees(self, other: "Setting") -> bool:
-        """Tell if all that is known of both is the same."""
+        """Return whether all that is known of both is the same."""
         known = dict(other.further)
         own = (self.model, self.site, self.alive_tokens, self.d_sae)
         same = own == (other.model, other.site, other.alive_tokens, other.d_sae)

@@ -141,7 +141,7 @@ def _finite(value: Any) -> Any:
 
 
 def report(json: bool, value: Any, *lines: str) -> None:
-    """Print lines; as JSON, what they tell of."""
+    """Print lines; as JSON, the record they are made from."""
     if json:
         print_json(value)
     for line in () if json else lines:

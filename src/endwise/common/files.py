@@ -163,7 +163,7 @@ _REMEDY = "Restore it from a copy, or have it written again."
 
 
 def there_is(path: Path) -> bool:
-    """Tell if there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
+    """True if there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
     where `Path.exists` raises.
     """
     return os.path.exists(path)  # noqa: PTH110
@@ -180,6 +180,6 @@ def expanded(path: str | Path) -> Path:
 
 
 def stays_inside(name: str) -> bool:
-    """Tell if a relative file name, taken from a folder, names something in it, on any operating system."""
+    """Return whether a relative file name, taken from a folder, names something in it, on any operating system."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return bool(name) and not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)

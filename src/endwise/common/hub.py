@@ -36,7 +36,7 @@ def shown(name: str | Path) -> str:
 
 
 def is_offline(error: Exception) -> bool:
-    """Tell if a failure means that the hub was not asked or did not answer, rather than that it refused."""
+    """Return whether a failure means that the hub was not asked or did not answer, rather than that it refused."""
     names = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError", "TimeoutError"}

@@ -128,7 +128,7 @@ class Method:
         return first.jointly(config.place, config.inputs) if config.joint else first.named("apart", "each alone", {})
 
     def jointly(self, places: str, inputs: str | None) -> "Method":
-        """Tell what is trained at several places jointly from what is trained alone."""
+        """Distinguish joint training at several places from training alone."""
         return self.named("joint", "jointly", {"joint": places, "inputs": inputs})
 
     def named(self, key: str, label: str, content: Mapping[str, Any]) -> "Method":

@@ -173,7 +173,7 @@ class TrainingConfig(Config):
     … steps."""
 
     def saves_after(self, step: int, tokens: int) -> bool:
-        """Tell if the SAE is saved after so many steps, each of so many tokens."""
+        """Return whether the SAE is saved after so many steps, each of so many tokens."""
         if self.save_at == "log":
             return step & (step - 1) == 0
         return any((step - 1) * tokens < each <= step * tokens for each in self.save_at)

@@ -177,7 +177,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
 
     def within_limit(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
         """Return the rows that count, less those whose norm is above `norm_limit`. A norm that is NaN is above none, so
-        that whoever meets it tells.
+        that the caller meets and reports it.
         """
         return within_norm(x, self.norm_limit, counted)
 
@@ -379,7 +379,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
 
     @staticmethod
     def of(stored: Stored, device: str | torch.device = "cpu") -> "SAE":
-        """Return the dictionary that a file tells of.
+        """Return the dictionary that a file describes.
 
         Raises:
             FormatError: what it says of the function is none of ours.

@@ -95,7 +95,7 @@ class TopKSAE(LinearSAE):
         return {**super().section(), "k": self.k.k, "decoder_norm": "unit" if self._norms_alike() else "free"}
 
     def _norms_alike(self) -> bool:
-        """Tell if unit norms would choose the same features."""
+        """Return whether unit norms would choose the same features."""
         norms = self.decoder_norms().detach()
         return float(norms.max() - norms.min()) <= SAME_NORM * float(norms.max())
 

@@ -163,7 +163,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
 
 
 def is_no_run(path: str | Path) -> bool:
-    """Tell if it is an SAE, by its path or its name (`formats.naming`), or a file that should be one, and no run.
+    """True if it is an SAE, by its path or its name (`formats.naming`), or a file that should be one, and no run.
 
     Raises:
         HubError: see `naming.on_hub`.
@@ -246,7 +246,7 @@ def _standing(found: Inspected, stored: Stored) -> list[str]:
 
 
 def _other_model(stated: object, model: LanguageModel) -> str | None:
-    """Tell of a file that names another model than it is read with."""
+    """Remark on a file that names another model than it is read with."""
     if not isinstance(stated, str) or stated.rpartition("/")[2].lower() in model.name.lower():
         return None
     return f"It says that it is of the model {stated[:LONGEST]}, and is read with {model.name}."

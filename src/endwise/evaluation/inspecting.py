@@ -101,7 +101,7 @@ class Inspected:
 
 
 def inspect(path: str | Path) -> Inspected:
-    """Read an SAE in any format, and tell by which rule.
+    """Read an SAE in any format, and return the rule by which it was read.
 
     Raises:
         FormatError, HubError: see `SAE.load`.

@@ -234,7 +234,7 @@ def _same(before: object, now: object) -> bool | None:
 
 
 def _same_text(folder: RunFolder, side: str, corpus: Corpus, grows: bool) -> bool | None:
-    """Tell if a corpus is the one that the run was started on; one that is read as far as needed may be longer or
+    """True if a corpus is the one that the run was started on; one that is read as far as needed may be longer or
     shorter.
     """
     fingerprint, before = folder.fingerprint(side), folder.digests().get(side)

@@ -126,7 +126,7 @@ def _target(found: Inspected, folder: Path) -> Path:
 
 
 def _not_written(found: Inspected) -> str | None:
-    """Tell why the SAE cannot be given back in its format; None: it can."""
+    """Return why the SAE cannot be written in its own format; None: it can."""
     alone = "The tuned SAE will be there in SAELens's layout alone."
     if not FORMATS[found.format_name].writes:
         return f"{found.format_name} is read and not written. {alone}"

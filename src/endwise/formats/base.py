@@ -73,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """An SAE as a file tells it, whatever the format."""
+    """An SAE as a file describes it, whatever the format."""
 
     architecture: str
     """By SAELens's name."""
@@ -191,7 +191,7 @@ class Format(ABC):
     """Files of the folder that an SAE is, the weights first; none where it is a file by itself."""
 
     def detects(self, path: Path) -> bool:
-        """Tell whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
+        """Return whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
         return bool(self.files) and all(there_is(path / name) for name in self.files)
 
     @abstractmethod

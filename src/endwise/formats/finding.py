@@ -40,10 +40,10 @@ def format_at(path: Path) -> tuple[Format, Path] | None:
 
 
 def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
-    """Read the SAE of a name, in whatever format it is. What the registry that names it tells is added.
+    """Read the SAE of a name, in whatever format it is. Facts of the registry that names it are added.
 
     Raises:
-        FormatError: see `Format.read`; of a folder in which no format detects one, as the native format tells it, and
+        FormatError: see `Format.read`; of a folder in which no format detects one, as the native format reports it, and
             of a file, what it holds.
         HubError: see `naming.here`.
     """
@@ -62,7 +62,7 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
 
 
 def processing_remark(stored: Stored) -> str | None:
-    """Tell of what TransformerLens did to the model that an SAE was trained on, and is not undone here."""
+    """Remark on what TransformerLens did to the model that an SAE was trained on, and is not undone here."""
     if stored.lacks_value_biases:
         return _FOLDED_BIASES
     return _CENTRED_ELSEWHERE if stored.of_unknown_processing else None

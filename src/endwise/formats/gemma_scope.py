@@ -1,4 +1,4 @@
-"""Gemma Scope's `params.npz` (Lieberum et al. 2024, arXiv 2408.05147), which has no configuration: the path tells.
+"""Gemma Scope's `params.npz` (Lieberum et al. 2024, arXiv 2408.05147), which has no configuration: the path says it.
 
 Latents are z·[z > θ] with z = x·W_enc + b_enc, of θ ≥ 0; the output is latents·W_dec + b_dec. The layout is
 `gemma-scope-<model>-<kind>/layer_<L>/width_<W>/average_l0_<n>/params.npz` with the kind res, mlp, att or transcoders.

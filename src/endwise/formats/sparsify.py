@@ -72,7 +72,7 @@ class Sparsify(Format):
         write_json(path / CFG_FILE, cfg)
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
-        """Tell the place by the folder's name, and the model by the `config.json` beside the folders."""
+        """Read the place from the folder's name, and the model from the `config.json` beside the folders."""
         cfg, run = config_at(path / CFG_FILE), {}
         if there_is(path.parent / "config.json"):
             run = read_json(path.parent / "config.json")

@@ -105,7 +105,7 @@ def rooms_in_use() -> Rooms | None:
 
 
 def _on_its_way(needed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start a copy to the host, and tell what marks its arrival."""
+    """Start a copy to the host, and return what marks its arrival."""
     if not needed.is_cuda:
         return needed, None
     there = torch.cuda.Event()

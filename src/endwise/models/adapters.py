@@ -67,7 +67,7 @@ class Adapter:
             ) from None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what they tell of is looked at below
+                warnings.simplefilter("ignore")  # their subject is checked below
                 if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
                 adapted = PeftModel.from_pretrained(model, str(self.folder))

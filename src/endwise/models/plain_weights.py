@@ -34,7 +34,7 @@ _REMEDY = (
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Tell if a quantiser of transformers' packed the model's weights, and computes with them."""
+    """Return whether a quantiser of transformers' packed the model's weights, and computes with them."""
     return getattr(model, "hf_quantizer", None) is not None and next(_quantised_parts(model), None) is not None
 
 

@@ -201,7 +201,7 @@ def _check_readout(model: Tried, final: Activation, logits: Tensor) -> None:
 
 
 def _adds_up(at: Mapping[Part, Tensor | None]) -> bool:
-    """Tell if resid_pre + attn_out + mlp_out = resid_post, to rounding."""
+    """Return whether resid_pre + attn_out + mlp_out = resid_post, to rounding."""
     pre, attention, mlp, post = (at[part] for part in CORE)
     if pre is None or attention is None or mlp is None or post is None or not pre.shape == attention.shape == mlp.shape:
         return False

@@ -53,7 +53,7 @@ class Findings:
         return middle(study.kind(kind, study.site).coefficients)
 
     def is_base(self, point: CostPoint) -> bool:
-        """Tell if a variant is the study's own training."""
+        """Return whether a variant is the study's own training."""
         curves = {run.folder for run in (*self.summaries("curves"), *self.summaries("seeds"))}
         return all(run.folder in curves for run in point.variant.runs)
 

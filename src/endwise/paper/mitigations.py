@@ -102,7 +102,7 @@ class Mitigations:
 
 
 def reaches(point: CostPoint, reference: CostPoint, within: float) -> bool:
-    """Tell if the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
+    """Return whether the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
     ratio = point.relative_to(reference)
     return ratio.interval is not None and ratio.holds_seeds and ratio.interval[1] < within
 

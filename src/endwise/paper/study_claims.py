@@ -156,7 +156,7 @@ def _lengths(found: Findings) -> Claim:
 
 
 def _gains_more(ratio: Ratio, local: Ratio) -> bool:
-    """Tell if what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
+    """True if what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
     apart.
     """
     return ratio.interval is not None and local.interval is not None and ratio.interval[1] < local.interval[0]
@@ -265,7 +265,7 @@ def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
 
 
 def _is_cheaper(point: CostPoint, base: CostPoint) -> bool:
-    """Tell if a variant takes less time with no larger dictionary, which by timings alone may cost less."""
+    """Return whether a variant takes less time with no larger dictionary, which by timings alone may cost less."""
     variant, full = point.variant, base.variant
     return variant.seconds < full.seconds and variant.runs[0].d_sae <= full.runs[0].d_sae
 

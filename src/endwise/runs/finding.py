@@ -49,7 +49,7 @@ def runs_at(paths: Paths, has: Callable[[Path], bool], *, lacking: str, remedy: 
     """List what a command that takes runs is given: a run as it is, of a folder of runs those that have what is needed.
 
     Args:
-        has: tells if a run below a folder has it; others are passed over.
+        has: whether a run below a folder has it; others are passed over.
         lacking: completes "none of which …".
         remedy: what to do then.
 

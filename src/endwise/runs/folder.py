@@ -238,7 +238,7 @@ class RunFolder(ShownRun):
         return config
 
     def has_run(self) -> bool:
-        """Tell if a run has been started here."""
+        """Return whether a run has been started here."""
         return there_is(self.config_file)
 
     def check_exists(self) -> None:

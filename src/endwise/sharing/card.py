@@ -77,7 +77,7 @@ def _split(before: str) -> tuple[Mapping[str, Any], str | None]:
 
 
 def _on_hub(name: str) -> bool:
-    """Tell if a model or text may be the hub's: what lies here has lost its folder by now, or differs by it."""
+    """Return whether a model or text may be the hub's: what lies here has lost its folder by now, or differs by it."""
     return name != "embedded" and _HUB_NAME.fullmatch(name) is not None and "/" in name
 
 

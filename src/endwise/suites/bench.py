@@ -125,7 +125,7 @@ class Benching:
             settings = self.suite.settings.model_dump(mode="json") | as_batches(heldout)
             made_of = {"weights": self._run.weights_digest(), "versions": versions}
             self._prepare(folder, settings, made_of, heldout)
-            say(f"{name} runs; {log} tells how far it is")
+            say(f"{name} runs; its progress is in {log}")
             self._carry_out(folder, log)
             numbers, measured = read_json(folder / "done.json"), self._run.measured() if self._heldout else None
             ours = self.suite.ours(measured) if measured else {}

@@ -186,7 +186,7 @@ def as_sweep(config: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfi
 
 
 def _is_own(override: str) -> bool:
-    """Tell if a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
+    """Return whether a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
     first, dot, _ = override.partition("=")[0].partition(".")
     return first in SweepConfig.model_fields and not (first == "settings" and dot)
 
@@ -227,7 +227,7 @@ def flattened(values: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
 
 
 def takes_whole_numbers(key: str) -> bool:
-    """Tell if a field's numbers have no fractions."""
+    """Return whether a field's numbers have no fractions."""
     field = recipe_fields().get(OF_ONE.sub("", key))
     return field is not None and int in (kinds := _kinds(field.annotation)) and float not in kinds
 

@@ -68,7 +68,7 @@ def folder_of(config: Recipe) -> Path:
 
 
 def is_trained(config: Recipe) -> bool:
-    """Tell if the folder holds the SAEs that the recipe asks for, trained to their last step.
+    """Return whether the folder holds the SAEs that the recipe asks for, trained to their last step.
 
     Raises:
         RunFolderError: it holds the run of another recipe, or what it holds cannot be read.
@@ -89,7 +89,7 @@ def is_trained(config: Recipe) -> bool:
 
 
 def is_finished(config: Recipe) -> bool:
-    """Tell if the run is trained and measured.
+    """Return whether the run is trained and measured.
 
     Raises:
         EndwiseError: see `is_trained`.

@@ -86,7 +86,7 @@ class ChatEncoding:
         offsets = bool(self.left_out)
         if offsets and not self.tokenizer.is_fast:
             raise DataError(
-                "data.leave_out_roles is set, but the model's tokenizer does not tell where in a text its tokens stand "
+                "data.leave_out_roles is set, but the model's tokenizer does not say where in a text its tokens stand "
                 "(it is no fast one). Unset it, and name tokens in data.leave_out_tokens."
             )
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

@@ -105,7 +105,7 @@ class Documents:
         return Documents(self.tokens, starts, ends, hashes, comparable, inside, self.left_out)
 
     def counting(self, part: slice) -> NDArray[np.bool_]:
-        """Tell which positions of a part of `tokens` count."""
+        """Return which positions of a part of `tokens` count."""
         counts = np.ones(part.stop - part.start, dtype=bool)
         first = int(np.searchsorted(self.left_out[:, 1], part.start, side="right"))
         last = int(np.searchsorted(self.left_out[:, 0], part.stop))

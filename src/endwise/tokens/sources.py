@@ -217,7 +217,7 @@ def _hub_documents(
 
 
 def on_hub(name: str, revision: str | None) -> bool:
-    """Tell if the hub can be asked for a data set now."""
+    """Return whether the hub can be asked for a data set now."""
     return answers(partial(HfApi().dataset_info, name, revision=revision, timeout=SECONDS))
 
 

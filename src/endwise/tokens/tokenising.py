@@ -88,7 +88,7 @@ class Quota:
         return filled * ~held, filled * held
 
     def met(self, train: int, heldout: int) -> bool:
-        """Tell if positions counted on both sides are enough."""
+        """Return whether positions counted on both sides are enough."""
         payload = self.layout.payload
         return train >= self.train * payload and heldout >= self.heldout * payload
 
@@ -146,7 +146,7 @@ class Builder:
             self._keep(file, exhausted)
 
     def _read(self, file: BinaryIO, progress: Progress) -> bool:
-        """Read; tell if the source was read to its end."""
+        """Read; True if the source was read to its end."""
         task = progress.add_task(
             printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=self._written
         )
@@ -307,7 +307,7 @@ class Builder:
         self._largest = max(self._largest, largest)
 
     def _has_enough(self, new: int) -> bool:
-        """Count the last `new` documents; tell whether the quota is met."""
+        """Count the last `new` documents; True if the quota is met."""
         if self._quota is None:
             return False
         all_ends, hashes = self._arrays[ENDS], self._arrays[HASHES]

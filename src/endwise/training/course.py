@@ -44,7 +44,7 @@ Phases = Objective | Sequence[Phase]
 
 
 class Course:
-    """Tells of each step what it is trained for, and how fast.
+    """Objective and learning rate of each step.
 
     The training's warm-up and decay span all phases; within a phase its own learning rate is the largest. A penalty
     spans all phases in a row that have the same: its warm-up, its falling powers and a λ that is steered continue from

@@ -203,5 +203,5 @@ def kept_for(
 
 
 def reads_splice(objective: Objective) -> bool:
-    """Tell if an objective has a term that reads a spliced pass."""
+    """Return whether an objective has a term that reads a spliced pass."""
     return bool(objective.spliced_terms or objective.places_terms)

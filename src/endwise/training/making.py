@@ -161,7 +161,7 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
 
 
 def _report_other_place(config: RunConfig, start: str) -> None:
-    """Say it where what training starts from was trained at another place, as far as its file tells."""
+    """Report a start that was trained at another place, as far as its file says."""
     metadata = metadata_at(Path(start))
     read = str(metadata.get("hook_name"))
     try:

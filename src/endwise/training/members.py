@@ -381,7 +381,7 @@ class Group:
         raise error
 
     def agree(self, world: World, stop: bool = False) -> bool:
-        """Let go of those that failed in another process, so that all processes continue with the same; tell if any
+        """Let go of those that failed in another process, so that all processes continue with the same; True if any
         process was asked to stop.
 
         Raises:

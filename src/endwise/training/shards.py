@@ -57,7 +57,7 @@ class Sharing:
         )
 
     def is_split(self, name: str, tensor: Tensor) -> bool:
-        """Tell if a checkpoint's tensor is shared out along its first axis."""
+        """Return whether a checkpoint's tensor is shared out along its first axis."""
         return _parameter(name) in self.of_features and tensor.ndim > 0
 
     def own(self, name: str, tensor: Tensor) -> Tensor | None:

@@ -137,7 +137,7 @@ def settled(sae: SAE, steering: Steering, measure: Callable[[], float], step: fl
 
 def _solved(error: Callable[[float], float], first: float, step: float) -> bool:
     """Find where a falling function, `first` at 0, is within `CLOSE` of 0, and leave off there: steps that double until
-    it lies between two of them, then false position, which halves the weight of an end that stays (Illinois). Tell if
+    it lies between two of them, then false position, which halves the weight of an end that stays (Illinois). True if
     it was found.
     """
     low, low_error, high, high_error = 0.0, first, math.copysign(step, first), math.nan

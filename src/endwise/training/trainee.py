@@ -252,7 +252,7 @@ class Trainee:
         self.update(self.found_bad(), tokens_in_step, tokens)
 
     def found_bad(self) -> Tensor:
-        """Tell if a number was not finite at this step, or at any since the last report."""
+        """Return whether a number was not finite at this step, or at any since the last report."""
         self._norm = _norm_of(self._gradients(), self.sae.world.shards)
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))

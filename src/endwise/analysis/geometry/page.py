@@ -127,7 +127,7 @@ Column = tuple[str, Any]
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[object]:
-    """A reason why there is nothing to tell takes the place of a number."""
+    """Show the reason for a missing number in its place."""
     cells = [make(row) for _, make in columns]
     wide = next((place for place, cell in enumerate(cells) if isinstance(cell, Wide)), None)
     return cells if wide is None else [*cells[: wide + 1], *cells[wide + cells[wide].columns :]]

@@ -119,7 +119,7 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 
 
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
-    """Tell if runs of one method share knob and seed."""
+    """Return whether runs of one method share knob and seed."""
     return len({(run.knob, run.seeds) for run in runs}) < len(runs)
 
 

@@ -72,7 +72,7 @@ def generalised(
     serving: list[tuple[NDArray, NDArray]] = []
 
     def serve(tried: NDArray, rows: NDArray) -> NDArray:
-        """Tell which of `[rows tried length]` texts keep the activations of these suffixes."""
+        """Return which of `[rows tried length]` texts keep the activations of these suffixes."""
         values = texts.at_end(tried.reshape(-1, length), np.repeat(suffixes.features[rows], tried.shape[1]))
         return values.reshape(tried.shape[:2]) >= settings.kept * suffixes.activations[rows, None]
 

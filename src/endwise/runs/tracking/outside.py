@@ -128,7 +128,7 @@ class Outside(ABC):
             return
         assert process.stdin is not None
         try:
-            with suppress(OSError), process.stdin as pipe:  # of one that is gone its exit code tells
+            with suppress(OSError), process.stdin as pipe:  # if it is gone, its exit code says so
                 pipe.write(json.dumps({"status": status, "error": self._error, "patience": patience}).encode())
             if process.wait(patience):
                 raise NotSent(self._not_sent("failed"))
