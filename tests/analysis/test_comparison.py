@@ -156,7 +156,7 @@ def test_curves_that_cross_have_no_one_figure():
     assert ratio.crossings == pytest.approx((0.1 + 0.3 * share,))
     assert "the curves cross: 120 % of the L0 at CE increase 0.1, 60 % at 0.4, equal at" in ratio.reason
     summary = compare(of_seeds([*local, *e2e]))
-    assert "No one figure says" in summary.verdicts[0]
+    assert "No single ratio of" in summary.verdicts[0]
     written = summary.to_json()["features_at_equal_ce"]["e2e"]
     assert written["ratio"] is None and "cross" in written["reason"]
 

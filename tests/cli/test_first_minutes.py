@@ -52,7 +52,7 @@ def test_options_of_train_are_keys_of_its_recipe(trained, place):
     assert (kept["seed"], kept["training"]["tokens"], kept["model"]["device"]) == (3, 320, "cpu")
     assert "seed: what a run computes" in refused("train", "--resume", trained, "--seed", 4)
     said = told("train", "--resume", trained, "--quiet").stdout
-    assert said.startswith("Nothing was left to train")
+    assert said.startswith("Already trained")
     assert "'/nowhere'" in refused("train", place / "recipe.yaml", "--model", "/nowhere")
     assert "with data.colum=x is not valid" in refused("plan", place / "recipe.yaml", "data.colum=x")
     assert told("--version").stdout == told("version").stdout
@@ -80,7 +80,7 @@ def test_runs_are_listed_with_their_state(trained, place):
         (trained / "kept").replace(trained / "config.yaml")
     assert "holds no run folder" in refused("runs", place / "model")
     for command in (["train", "--resume"], ["inspect"], ["steer", "--prompt", "a", "--keep", "1"]):
-        assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
+        assert f"one run is needed here. Name it: {trained}" in refused(*command, place / "runs")
 
 
 TAKE_RUNS = {
@@ -98,7 +98,7 @@ def test_where_runs_are_taken_what_else_is_given_is_named(trained, place, comman
     write_json(empty.parent / "harvested" / "harvest.json", {})
     said = {
         place
-        / "recipe.yaml": f"is taken here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
+        / "recipe.yaml": f"is needed here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
         trained / "checkpoints": f"is a part of the run {trained}",
         place / "harvested": "is a harvest",
         place / "model": "is a language model",
@@ -115,7 +115,7 @@ def test_where_recipes_are_taken_what_else_is_given_is_named(trained, place, com
     wanted, sweep = "sweep" if command == ["sweep"] else "recipe", place / "swept"
     write_atomic(sweep / "sweep.yaml", b"recipe: recipe.yaml\ngrids: []\n")
     for path, words in {
-        trained: f"is a run folder, and a {wanted} is taken here.",
+        trained: f"is a run folder, and a {wanted} is needed here.",
         trained / "sae": f"is a part of the run {trained}",
         sweep: f"Its file is {sweep / 'sweep.yaml'}.",
         place / "model": "is a language model",
@@ -165,7 +165,7 @@ def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
     assert told("train", tmp_path / "recipe.yaml").exit_code == 0
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"]
     assert (kept["tokens"], kept["during_training_tokens"]) == (512, 512)
-    assert told("train", tmp_path / "recipe.yaml", "--or-resume").stdout.startswith("Nothing was left")
+    assert told("train", tmp_path / "recipe.yaml", "--or-resume").stdout.startswith("Already trained")
     assert "512 held-out tokens" in told("evaluate", tmp_path / "run").stdout
     message = refused("train", tmp_path / "recipe.yaml", "evaluation.tokens=520", f"out={tmp_path / 'other'}", code=4)
     assert "Lower evaluation.tokens" in message

@@ -56,7 +56,7 @@ def test_what_a_file_says(tmp_path):
 def test_what_is_as_stated_is_measured(place, tmp_path):
     said = told(*measured(identity(tmp_path, WIDTH), place)).stdout
     assert f"L0 {WIDTH}.0, explained variance 1.0000" in said and "(+0.0000)" in said
-    assert said.count("!") == 1 and "begins with BOS, which" in said
+    assert said.count("!") == 1 and "begins with BOS, but" in said
     assert told(*measured(identity(tmp_path, 9), place)).stdout.count("! L0 is 16.0 where 9 is stated") == 1
 
 
@@ -103,7 +103,7 @@ def test_converted_it_is_the_same(tmp_path, name, to, under):
 def test_what_cannot_be_converted_is_said(tmp_path):
     path = KINDS["AutoEncoderTopK"].made(tmp_path / "from")
     for to, says, code in (
-        ("openai", "openai is read and not written. Written are circuit-tracer, dictionary_learning", 2),
+        ("openai", "openai can be read but not written. Written are circuit-tracer, dictionary_learning", 2),
         ("gemma-scope", "would be topk", 6),
         ("some", "There is no 'some' among the formats", 2),
     ):

@@ -128,7 +128,7 @@ def test_a_path_that_is_not_there_is_told_with_its_neighbours(tmp_path, hub):
         ("hf://someone/private", "is not on the hub, or is private"),
         ("hf://someone/gated", "is gated"),
         ("hf://someone/open@nowhere", "has no such branch, tag or commit"),
-        ("hf://some--one/x", "is no name of a repository"),
+        ("hf://some--one/x", "is not a repository's name"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(tmp_path, hub, name, told):

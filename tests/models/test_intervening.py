@@ -301,7 +301,7 @@ def test_what_makes_no_sense_is_refused_before_any_pass():
     refuse(ConfigError, r"number of a feature", [Ablate([True])])
     both = {PRE: sae(), OUT: sae()}
     refuse(ConfigError, rf"does not say whose.*{PRE}, {OUT}", [Ablate(1)], both)
-    refuse(ConfigError, r"of which no SAE is given", [Ablate(1, place=MID)], both)
+    refuse(ConfigError, r"without an SAE", [Ablate(1, place=MID)], both)
     refuse(SiteError, r"no site blocks\.9", [Ablate(1, place="blocks.9.hook_resid_pre")], both)
     refuse(SiteError, r"no site blocks\.9", [], {"blocks.9.hook_resid_pre": sae()})
     refuse(ModelError, rf"{WIDTH}.*{WIDTH + 4}", [Ablate(1)], {PRE: sae(width=WIDTH + 4)})

@@ -356,7 +356,7 @@ def test_a_lost_task_is_given_out_again_as_often_as_said(tasks):
     engine = Scripted({**ends, ("c",): ["done"]}, retries=2)
     found = ends_of(engine, tasks("a", "b", "c"))
     assert found["a"] is None and found["c"] is None
-    assert found["b"] == "Every worker that it was given to was lost, the last one so: power"
+    assert found["b"] == "Every worker that it was given to was lost, the last one with: power"
     assert engine.submitted.count(("a",)) == 6 and engine.submitted.count(("b",)) == 3
 
 

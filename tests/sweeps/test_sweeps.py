@@ -865,7 +865,7 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert [line.split(": ")[0] for line in lines[:-1]] == ["pass 1", "pass 2", "–"]
     assert [line.endswith("to be started") for line in lines[:-1]] == [True, True, False]
     assert "failed: " in lines[2] and "blocks.0 to blocks.3" in lines[2]
-    assert lines[-1] == "0 of 3 runs finished. Passes to come next: 2."
+    assert lines[-1] == "0 of 3 runs finished. Next passes: 2."
     assert not Path("runs").exists()
     result = CliRunner().invoke(app, [*command, "--quiet"])
     assert result.exit_code == 7, result.output
@@ -875,7 +875,7 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert all(folder.name.rpartition("-")[2] in result.stdout for folder in folders)
     (told,) = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
     assert "local 0.3 blocks.9.hook_resid_pre seed 0 in runs/mine/runs/local-0.3-blocks.9" in told
-    assert dry()[-1] == "2 of 3 runs finished. Passes to come next: 0."
+    assert dry()[-1] == "2 of 3 runs finished. Next passes: 0."
     assert read_sweep("runs/mine/sweep.yaml") == read_sweep("mine.yaml", command[2:])
 
 

@@ -250,6 +250,6 @@ def test_what_cannot_be_split_is_refused(settings, named):
 
 
 def test_shards_need_as_many_processes(token_files, tmp_path):
-    with pytest.raises(ConfigError, match=r"training.shards is 2, .* 1 is no multiple of it.*nproc-per-node=2"):
+    with pytest.raises(ConfigError, match=r"training.shards is 2, .* 1 is not a multiple of it.*nproc-per-node=2"):
         train(config("relu", tmp_path, token_files, 2), display=False)
     assert not (tmp_path / "relu").exists()

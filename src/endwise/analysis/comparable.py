@@ -112,17 +112,15 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
 
 
 def _beside(runs: Sequence[tuple[RunSummary, Setting]]) -> list[tuple[RunSummary, Setting]]:
-    """Put an SAE that was trained elsewhere, how long is not known, among the runs that it can be compared with in all
-    else, if these are of one setting.
+    """Put an SAE that was trained elsewhere, training length unknown, among the runs that it can be compared with in
+    all else, if these are of one setting.
     """
     found = []
     for run, setting in runs:
         others = {other for _, other in runs if other.tokens and setting.agrees(other)} if not run.tokens else set()
         if len(others) == 1:
             beside = ", ".join(map(str, others))
-            report_once(
-                f"{run.folder} was trained elsewhere, for how long is not known; it stands beside runs of {beside}."
-            )
+            report_once(f"{run.folder}: trained elsewhere, training length unknown; shown beside runs of {beside}.")
         found.append((run, others.pop() if len(others) == 1 else setting))
     return found
 
@@ -274,8 +272,8 @@ def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSum
     if older := [run.folder for run, _ in runs if run.text is None]:
         which = f"{len(older)} of {len(runs)} runs ({older[0]}, …)" if len(older) > 1 else older[0]
         report_once(
-            f"{which}: measured by an older version, so whether that was on the others' text, and of the SAE that is "
-            "there now, cannot be checked. Measure again: endwise evaluate RUN..."
+            f"{which}: measured by an older version, so whether its text and SAE are "
+            "those of the others and of now cannot be checked. Measure again: endwise evaluate RUN..."
         )
     shown = [{part: digest.rpartition(":")[2][:SHOWN] for part, digest in each.items()} for each in found]
     return [(run, recipe | digests) for (run, recipe), digests in zip(runs, shown, strict=True)]

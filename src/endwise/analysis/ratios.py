@@ -97,7 +97,7 @@ class Ratio:
     @property
     def rests_on(self) -> str:
         """`one seed`, or `3 seeds (initialisation)`."""
-        few = {0: "no one seed of both", 1: "one seed"}
+        few = {0: "no seed shared by both", 1: "one seed"}
         return few.get(self.seeds, f"{self.seeds} seeds ({self.varied})")
 
     def to_row(self) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def _curve(runs: Sequence[RunSummary], name: str, of: str, at: str) -> _Curve:
         raise InterpolationError(f"{name}'s curve of {NAMES[of]} over {NAMES[at]}: {str(error).rstrip('.')}") from None
     # The later MSE grows with the CE increase, as both measure what is lost.
     if LATER_MSE not in (of, at) and y[-1] > y[0]:
-        raise InterpolationError(f"{name}'s curve is no trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
+        raise InterpolationError(f"{name}'s curve is not a trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
     return _Curve(name, x, y)
 
 

@@ -18,7 +18,7 @@ from endwise.figures.violins import violin
 S = TypeVar("S", bound=ScoredRun)
 DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 NOTE = (
-    "Means, and differences of means over equally many features, of one run a kind and one seed a row, with "
+    "Means, and differences of means over equally many features, of one run per kind, one seed per row, with "
     "95\N{NO-BREAK SPACE}% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
     "the mean over three seeds or more, with an interval that holds features and seeds."
 )

@@ -60,7 +60,7 @@ def doctor(json: Json = False) -> None:
             echo(f"{what:<16}{fact}")
         for problem in found.problems:
             echo(f"! {problem}")
-        echo("Nothing is known against this installation." if found.is_well else "See the lines that begin with !.")
+        echo("No problem was found with this installation." if found.is_well else "See the lines that begin with !.")
     if not found.is_well:
         raise typer.Exit(1)
 

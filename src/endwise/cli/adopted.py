@@ -17,11 +17,11 @@ MODEL = (
 )
 OPTIONS = {
     "model": (
-        "Of SAEs that are no runs: their model; unset: that of the runs beside them, or the one they name.",
+        "For SAEs that are not runs: their model; unset: that of the runs beside them, or the one they name.",
         "NAME",
     ),
-    "data": ("Of such SAEs: text to measure them on, as data.source; unset: that of the runs beside them.", "SOURCE"),
-    "site": ("Of such SAEs: their place, where their files say none: blocks.3.hook_resid_pre", "SITE"),
+    "data": ("For such SAEs: text to measure them on, as data.source; unset: that of the runs beside them.", "SOURCE"),
+    "site": ("For such SAEs: their place, where their files say none: blocks.3.hook_resid_pre", "SITE"),
 }
 
 P = ParamSpec("P")
@@ -61,7 +61,7 @@ def _as_runs(paths: Sequence[Path], belongs: dict[str, Any]) -> dict[Path, Path]
 
     foreign = [path for path in paths if is_no_run(path)]
     if not foreign and (options := [f"--{name}" for name, value in belongs.items() if value is not None]):
-        raise ConfigError(f"{', '.join(options)}: all that is given are runs, whose recipes say it. Leave it out.")
+        raise ConfigError(f"{', '.join(options)}: only runs are given, and their recipes state it. Leave it out.")
     like = _recipe_beside([path for path in paths if path not in foreign]) if foreign else None
     return {path: adopted(path, Belonging(**belongs, like=like)) if path in foreign else path for path in paths}
 

@@ -69,7 +69,7 @@ Overrides = Annotated[
 ]
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead.")]
-Again = Annotated[bool, Option("--again", help="Make again what was made before.")]
+Again = Annotated[bool, Option("--again", help="Redo what was done before.")]
 Tokens = Annotated[int | None, Option(min=1, help="Held-out tokens, instead of each recipe's.")]
 
 

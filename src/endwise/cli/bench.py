@@ -32,7 +32,7 @@ def bench(
         Path | None,
         Option(help="Folder for the results, of several runs one for each in it; unset: bench/ in a run."),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it would ask the network for.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what it would ask the network for.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

@@ -47,9 +47,9 @@ def geometry(
     threshold: Annotated[
         float, Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
     ] = 0.7,
-    umap: Annotated[bool, Option("--umap", help="Also lay the features out on a map (needs the extra umap).")] = False,
+    umap: Annotated[bool, Option("--umap", help="Also draw a map of the features (needs the extra umap).")] = False,
     memory: Annotated[
-        str, Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
+        str, Option(metavar="SIZE", help="Memory of the search, beside the dictionaries themselves.")
     ] = "512MiB",
     out: Annotated[Path | None, results_folder("geometry")] = None,
     quiet: Quiet = False,
@@ -87,7 +87,7 @@ def importance(
     runs: Measured,
     tokens: Tokens = None,
     ablate: Annotated[int, Option(min=0, help="Features of each run to ablate one by one.")] = 100,
-    kl: Annotated[bool, Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
+    kl: Annotated[bool, Option("--kl", help="Attribute the KL as well as the CE, at about twice the cost.")] = False,
     again: Again = False,
     out: Annotated[Path | None, results_folder("importance")] = None,
     quiet: Quiet = False,
@@ -115,7 +115,7 @@ def directions(
         ),
     ] = None,
     with_starts: Annotated[
-        bool, Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+        bool, Option("--with-starts", help="Directions of all tokens, including position 0 and document starts.")
     ] = False,
     out: Annotated[Path | None, results_folder("directions")] = None,
     json: Json = False,

@@ -11,7 +11,7 @@ from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, r
 from endwise.cli.overriding import on_device
 from endwise.common.text import minus
 
-NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
+NAMES = "a path (or a run folder), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
 
 @command
@@ -24,7 +24,7 @@ def inspect(
     data: Annotated[str, Option(help="Text to measure it on, as data.source of a recipe.")] = "embedded",
     tokens: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 16_384,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     json: Json = False,
 ) -> None:
     """Say what an SAE's file holds: format, kind, place, and the rule by which it is read; with --model, measure it.
@@ -71,10 +71,10 @@ def inspect(
 @on_device
 def adopt(
     path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
-    out: Annotated[Path, Option(help="The run folder to make; nothing may be there yet.")],
+    out: Annotated[Path, Option(help="The run folder to make; it must not exist yet.")],
     model: Annotated[str | None, Option(help=MODEL)] = None,
     data: Annotated[str | None, Option(help="Text to measure it on, as data.source of a recipe.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     tokens: Annotated[
         int | None, Option(min=1, help="Held-out tokens to measure it on; unset: 500,000 at most.")
     ] = None,
@@ -116,7 +116,7 @@ def finetune(
     data: Annotated[str, Option(help="Text to tune on, as data.source of a recipe.")] = "embedded",
     tokens: Annotated[int, Option(min=1, help="Tokens to train on.")] = 1_000_000,
     out: Annotated[Path | None, Option(help="Run folder; the same command resumes there. Unset: in runs/.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     check: Annotated[list[str] | None, Option(help="Text of another kind to measure it on as well.")] = None,
     measure_on: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 100_000,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,

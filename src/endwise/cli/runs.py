@@ -113,9 +113,9 @@ def train(
         record |= {"diverged": result.diverged, "remarks": result.remarks}
         if result.diverged:
             report(json, record)
-            echo(f"Diverged, and of no use: {result.folder}", err=True)
+            echo(f"Diverged, not usable: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
-        done = "Nothing was left to train of" if before and before == _saved_steps(config) else "Trained"
+        done = "Already trained:" if before and before == _saved_steps(config) else "Trained"
         report(
             json,
             record,
@@ -256,7 +256,7 @@ def sweep(
             help="Changes to the sweep (out=..., together=4) or its recipe (training.tokens=...)",
         ),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the state of each run; train nothing.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -308,7 +308,7 @@ def reproduce(
         str, Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
     ] = "embedded",
     budget: Annotated[
-        str | None, Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
+        str | None, Option(metavar="TIME", help="Make the runs as long as fits in 90s, 30m or 2h.")
     ] = None,
     out: Annotated[
         Path | None, Option(help="Folder for runs, tables, figures and report.html; the same command resumes there.")
@@ -344,10 +344,10 @@ def reproduce(
 def push(
     runs: Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")],
     repo: Annotated[str, Argument(metavar="OWNER/NAME", help="The repository; made if there is none.")],
-    private: Annotated[bool, Option("--private", help="Make it private, if it is made.")] = False,
-    licence: Annotated[str | None, Option(help="Identifier of the hub's, e.g. mit or apache-2.0.")] = None,
+    private: Annotated[bool, Option("--private", help="Make it private, if it is created.")] = False,
+    licence: Annotated[str | None, Option(help="The hub's identifier of a licence, e.g. mit or apache-2.0.")] = None,
     revision: Annotated[str | None, Option(help="Branch to push to; unset: main.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be pushed; the hub is not asked.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would be pushed; the hub is not asked.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -365,7 +365,7 @@ def push(
     to_be = [done.card, f"Nothing was sent. Without --dry-run it goes to {done.name}."]
     report(json, {**vars(done), "repo": done.name}, *lines, *(to_be if dry_run else [pushed]))
     if not dry_run and licence is None and "\nlicense:" not in done.card:
-        echo("! The card states no licence, without which others may not use it. Say one with --licence.", err=True)
+        echo("! The card states no licence, without which others may not use it. Give one with --licence.", err=True)
 
 
 def _show_bars(shown: bool) -> None:

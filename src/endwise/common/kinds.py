@@ -41,7 +41,7 @@ def other_kind(path: Path, wanted: Wanted) -> OtherKind | None:
         return None
     what, remedy = found
     taken = "an SAE or a run folder" if wanted == "SAE" else _article(wanted)
-    return OtherKind(f"{path} is {what}, and {taken} is taken here. {remedy}")
+    return OtherKind(f"{path} is {what}, and {taken} is needed here. {remedy}")
 
 
 def _found(path: Path, wanted: Wanted) -> tuple[str, str] | None:

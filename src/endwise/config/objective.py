@@ -206,7 +206,7 @@ class ObjectiveConfig(Config):
         later = self._spliced
         if ahead := [name for name in later if getattr(TERMS[name], "final", False)]:
             raise ValueError(
-                f"horizon is {self.horizon}, and {ahead[0]} reads the predictions, to which only horizon all goes. Set "
+                f"horizon is {self.horizon}, and {ahead[0]} reads the predictions, which only horizon all reaches. Set "
                 f"{ahead[0]} to 0 (or kind to horizon, which has none), or horizon to all"
             )
         if self.horizon == 0 and later:
@@ -314,7 +314,7 @@ def _term(name: Any, value: Any) -> Any:
     if name in OWN_KEYS:
         raise ValueError(f"{name} has a key of its own; set objective.{name}")
     if name in COLUMNS or str(name).endswith(COEFFICIENT):
-        raise ValueError(f"no term can be called {name}, which metrics.jsonl has a number of")
+        raise ValueError(f"no term can be called {name}, since metrics.jsonl has such a number")
     try:
         settings = TERMS[str(name)].Settings
         if isinstance(value, settings):

@@ -88,7 +88,7 @@ class Inspected:
         sae, of = self.sae, self.stored.metadata
         widths = f"width {sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} to {sae.d_out}"
         kind = "transcoder" if self.stored.transcodes else "SAE"
-        belongs = f"{self.place or 'not said':.160} of {of.get('model_name', 'a model that is not said')!s:.80}"
+        belongs = f"{self.place or 'unknown':.160} of {of.get('model_name', 'an unknown model')!s:.80}"
         about = [f"{name} {of[name]!s:.80}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
         stated = [] if self.stated_l0 is None else [f"states: L0 {self.stated_l0:g}"]
         return [
@@ -168,7 +168,7 @@ def text_for(
         context: tokens per sequence, instead.
     """
     has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
-    lacks_bos = f"It was trained on text that begins with BOS, which {model.name} has none of."
+    lacks_bos = f"It was trained on text that begins with BOS, but {model.name} has no BOS."
     stated = found.stored.metadata.get("context_size")
     if context is None and type(stated) is int and stated > 0:
         context = min(stated, model.context or stated)
@@ -205,14 +205,14 @@ def verdict(found: Inspected, evaluation: Evaluation) -> list[str]:
     bounds, remedy = evaluation.baselines, "Check the model, the site and the text, and do not use this reading."
     if evaluation["explained_variance.pooled"] <= 0:
         raise FormatError(
-            f"{path}: read as it says, it explains {evaluation['explained_variance.pooled']:.3f} of the variance at "
-            f"{evaluation.place}, less than the mean does. {remedy}"
+            f"{path}: read as its file says, it explains {evaluation['explained_variance.pooled']:.3f} of the variance "
+            f"at {evaluation.place}, less than the mean does. {remedy}"
         )
     if stated is not None and not 1 / TOO_FAR < max(l0, 1e-9) / stated < TOO_FAR:
         raise FormatError(f"{path}: L0 is {l0:.1f} where {stated:g} is stated. {remedy}")
     remarks = [] if (remark := not_as_stated({"l0": l0, "adopted": {"stated_l0": stated}})) is None else [remark]
     if evaluation["ce_spliced"] > bounds.mean_ablated:
-        remarks.append("Spliced in, it costs more than the site's mean would: the place may be another.")
+        remarks.append("Spliced in, it does worse than the site's mean: the place may be wrong.")
     return remarks
 
 
@@ -227,7 +227,7 @@ def convert(path: str | Path, target: str | Path, format_name: str) -> float:
     form, target = FORMATS[format_name], expanded(target)
     if not form.writes:
         writing = ", ".join(name for name in FORMATS.names() if FORMATS[name].writes)
-        raise ConfigError(f"{format_name} is read and not written. Written are {writing}.")
+        raise ConfigError(f"{format_name} can be read but not written. Written are {writing}.")
     if form.weights(target).exists():
         raise ConfigError(f"{form.weights(target)} is there already. Name another place to write to.")
     found = inspect(path)
@@ -255,8 +255,8 @@ def written(sae: SAE, target: Path, metadata: Mapping[str, Any], format_name: st
     )
     if not apart < SAME:
         raise FormatError(
-            f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those that "
-            "were to be written. Do not use it."
+            f"{target}: read back, latents or outputs differ from the original's by {apart:.2g} of their root mean "
+            "square. Do not use it."
         )
     return apart
 

@@ -262,8 +262,7 @@ def report_unknown(unknown: Mapping[Path, list[str]]) -> None:
     parts = dict.fromkeys(part for found in unknown.values() for part in found)
     which = f"{len(runs)} runs ({runs[0]}, …)" if len(runs) > 1 else runs[0]
     report_once(
-        f"{which}: no digest to compare of {', '.join(parts)}, so whether that is still what the run was made with "
-        "cannot be checked."
+        f"{which}: no digest to compare of {', '.join(parts)}, so a change since the run was made cannot be noticed."
     )
 
 
@@ -313,7 +312,7 @@ def _relative(path: Path, config: Recipe, *, there: bool) -> str:
     named = [f"{key} ({name})" for key, name in relative.items() if (there and known) or not there_is(Path(str(name)))]
     if not named:
         return ""
-    where = f"The run was started in {started}" if known else "Where the run was started is not known"
+    where = f"The run was started in {started}" if known else "The folder where the run was started is unknown"
     verb = "is a relative path" if len(named) == 1 else "are relative paths"
     if not known:
         verb = "may be a relative path" if len(named) == 1 else "may be relative paths"

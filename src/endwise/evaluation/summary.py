@@ -50,7 +50,7 @@ class RunSummary:
     downstream_mse: Mapping[str, float]
     """By later site, in the order of the model."""
     tokens: int
-    """Training tokens; 0: trained elsewhere, for how long is not known."""
+    """Training tokens; 0: trained elsewhere, training length unknown."""
     seconds: float
     """Wall-clock of training."""
     folder: str
@@ -101,7 +101,7 @@ class RunSummary:
             return cls._from(config, measured, method=method_of(path, config), folder=str(path), **more)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
-                f"{folder.evaluation_file} is not as it is written ({error!r}). Measure the run again: "
+                f"{folder.evaluation_file} is not a valid evaluation ({error!r}). Measure the run again: "
                 f"endwise evaluate {shlex.quote(str(path))}"
             ) from None
 
@@ -113,7 +113,7 @@ class RunSummary:
             more: the fields that are not of it.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not as it is written.
+            KeyError, TypeError, ValueError: it is not a valid evaluation.
         """
         named = ("l0", "alive", "alive_tokens", "d_sae", "ce_increase", "kl", "downstream_mse")
         explained = measured["explained_variance"] if isinstance(config, RunConfig) else {}

@@ -125,7 +125,7 @@ class Asking:
             Explanation(feature, text, settings.model, settings.scorer, scores.get(feature, {}), random.get(feature))
             for feature, text in sorted(texts.items())
         )
-        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation could be had")
+        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation was obtained")
         return Explained(rows, {**self.prepared.left_out, **unread})
 
     def _shuffled(self, features: Sequence[int]) -> dict[int, int]:

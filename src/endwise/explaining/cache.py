@@ -78,7 +78,7 @@ def opened(folder: Path) -> Iterator[Cache]:
         RunFolderError: another process explains there, or it cannot be written.
         FormatError: the file is damaged.
     """
-    taken = f"Another process explains in {folder}. Wait for its end, or stop it."
+    taken = f"Another process explains in {folder}. Wait for it to finish, or stop it."
     with held(folder / ".lock", taken), _connected(folder / ANSWERS_FILE) as cache:
         yield cache
 

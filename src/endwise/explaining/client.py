@@ -121,7 +121,7 @@ class Client(httpx.AsyncBaseTransport):
                 if self._failed_in_a_row >= self._retry.give_up:
                     raise EndpointError(
                         f"{self._endpoint.url} does not answer: the last {self._failed_in_a_row} calls failed "
-                        f"{self._retry.attempts} times each, the last one because {error.__cause__}. See to the "
+                        f"{self._retry.attempts} times each, the last one because {error.__cause__}. Check the "
                         f"server, or raise --timeout or lower --concurrency. {_RESUMES}"
                     ) from None
                 return None
@@ -174,14 +174,14 @@ class Client(httpx.AsyncBaseTransport):
                 return EndpointError(f"{url} says that the account is spent: {quoted} {_RESUMES}")
             if wait > LONGEST_WAIT:
                 return EndpointError(
-                    f"{url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Come back then. {_RESUMES}"
+                    f"{url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Try again then. {_RESUMES}"
                 )
             self._pace.pause(wait)
             raise httpx.RequestError(f"the server said {status}: {quoted}")
         if 300 <= status < 400:
             return EndpointError(
-                f"{url} sends on to {self._quote(response.headers.get('Location', 'nowhere'))}, which is not followed: "
-                "a key must not go to a host that was not named. Give that address as --endpoint if it is right."
+                f"{url} redirects to {self._quote(response.headers.get('Location', 'nowhere'))}, which is not "
+                "followed: a key must not go to a host that was not named. Give that address as --endpoint if right."
             )
         return EndpointError(f"{url} refused the call ({status}: {quoted}) {self._remedy(status)}")
 
@@ -191,7 +191,7 @@ class Client(httpx.AsyncBaseTransport):
                 return "Name the environment variable that holds the key: --key-variable NAME."
             return f"Put a key that it accepts into the environment variable {self._endpoint.key_variable}."
         if status == 404:
-            return "Check --endpoint (it mostly ends in /v1) and --model, a name that this server has."
+            return "Check --endpoint (it usually ends in /v1) and --model, a name that this server has."
         if status == 402:
             return f"The account is spent. {_RESUMES}"
         return f"Change what it names: --model, --max-tokens, --extra, or --shown for shorter prompts. {_RESUMES}"
@@ -220,7 +220,7 @@ def _read(body: bytes | bytearray) -> Answer:
         value = json.loads(body)
         text = storable(value["choices"][0]["message"]["content"])
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise httpx.RequestError("the answer is no JSON with a text at choices[0].message.content") from None
+        raise httpx.RequestError("the answer is not JSON with a text at choices[0].message.content") from None
     usage = value["usage"] if isinstance(value.get("usage"), dict) else {}
     tokens = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
     return Answer(text, *(count if isinstance(count, int) and 0 <= count < 1 << 40 else None for count in tokens))

@@ -198,7 +198,7 @@ def estimate_lines(made: Estimate, prices: Sequence[float | None]) -> list[str]:
         price = (stats.tokens_in * price_in + stats.tokens_out * price_out) / 1e6
         lines.append(f"At {price_in:g} and {price_out:g} per million tokens: about {price:.2f}.")
     elif stats.calls:
-        lines.append("What it costs: name the prices per million tokens, --price-in and --price-out.")
+        lines.append("For the cost, give the prices per million tokens, --price-in and --price-out.")
     if made.left_out:
-        lines.append(f"{made.left_out:,} features were passed over: too few texts (explanations.json says why).")
+        lines.append(f"{made.left_out:,} features were skipped: too few texts (explanations.json says why).")
     return lines

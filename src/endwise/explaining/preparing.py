@@ -65,7 +65,7 @@ class Choice:
         importance = harvest.column("ce_second")[alive].astype(np.float64)
         if np.isnan(importance).all():
             raise ConfigError(
-                f"--features top:N takes the most important, but the harvest of {harvest.folder.parent} knows no "
+                f"--features top:N takes the most important, but the harvest of {harvest.folder.parent} has no "
                 "importance. Measure it (endwise importance RUN), harvest again (endwise harvest --again RUN), or take "
                 "random:N."
             )
@@ -141,7 +141,7 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = silent) -> list
     least = min(len(each.samples) for each, _ in found)
     if choice.count is not None:
         if least < choice.count:
-            say(f"{least:,} features of each run are explained, not {choice.count:,}: no more have texts enough.")
+            say(f"{least:,} features of each run are explained, not {choice.count:,}: no more have enough texts.")
         return [each.first(least, order) for each, order in found]
     return [each for each, _ in found]
 

@@ -60,7 +60,7 @@ class Settings:
     scored: int = 20
     """Items of each scorer for each feature: half true, half false."""
     per_call: int = 5
-    """Items of one call."""
+    """Items per call."""
     shuffled: bool = True
     """Each feature is also scored with another feature's explanation."""
     random: int = 50
@@ -124,4 +124,4 @@ def parse_extra(text: str) -> dict[str, Any]:
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -118,8 +118,8 @@ def read_explanations(run: Path) -> Explanations | None:
         rows = tuple(map(_explanation, table.to_pylist()))
     except (OSError, pa.ArrowException, FormatError, KeyError, TypeError, ValueError) as error:
         raise unreadable(folder, error) or FormatError(
-            f"{folder} is not what endwise explain writes ({error}). Explain again: what was answered before is kept "
-            f"in answers.sqlite there and is not paid twice."
+            f"{folder} is not what endwise explain writes ({error}). Explain again: earlier answers are kept in "
+            "answers.sqlite there and not paid for twice."
         ) from None
     features = [each.feature for each in rows]
     if features != sorted(set(features)):

@@ -249,7 +249,7 @@ def _placed(model: LanguageModel, saes: Mapping[str | Site | Place, SAE]) -> dic
     for name, sae in saes.items():
         if not isinstance(sae, SAE):
             raise ConfigError(
-                f"The dictionary at {name} is {type(sae).__name__}, no SAE. Load one: endwise.SAE.load(PATH)"
+                f"The dictionary at {name} is {type(sae).__name__}, not an SAE. Load one: endwise.SAE.load(PATH)"
             )
     placed = at_places(model, saes)
     for place, sae in placed.items():
@@ -273,7 +273,7 @@ def _by_place(
             raise ConfigError(f"{each!r:.200} does not say whose features it means. Give place=, one of: {names}.")
         place = next(iter(placed)) if each.place is None else model.place(each.place)
         if place not in placed:
-            raise ConfigError(f"{each!r:.200} is at a place of which no SAE is given. There are: {names}.")
+            raise ConfigError(f"{each!r:.200} is at a place without an SAE. There are: {names}.")
         each.check(placed[place], model.dtype)
         found[place].append(each)
     return found

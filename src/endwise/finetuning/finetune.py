@@ -66,7 +66,7 @@ def finetune(
     few = min(CHECKED_ON, settings.measured_on)
     data, first = _checked(found, loaded, settings, few, site, say)
     refused = _not_written(found)
-    say(f"! {refused}" if refused else f"The tuned SAE will be given back as {found.format_name}.")
+    say(f"! {refused}" if refused else f"The tuned SAE will also be written as {found.format_name}.")
     name = model if isinstance(model, str) else model.name
     recipe = agreed(recipe_of(found, first.place, first["l0"], name, data, folder, settings), folder)
     tokens, evaluated = recipe.training.tokens, held_out_wanted(recipe, recipe.data.context or loaded.context)
@@ -127,9 +127,9 @@ def _target(found: Inspected, folder: Path) -> Path:
 
 def _not_written(found: Inspected) -> str | None:
     """Return why the SAE cannot be written in its own format; None: it can."""
-    alone = "The tuned SAE will be there in SAELens's layout alone."
+    alone = "The tuned SAE will be written in SAELens's layout only."
     if not FORMATS[found.format_name].writes:
-        return f"{found.format_name} is read and not written. {alone}"
+        return f"{found.format_name} can be read but not written. {alone}"
     with TemporaryDirectory(prefix="endwise-") as scratch:
         try:
             written(found.sae, _target(found, Path(scratch) / "sae"), found.stored.metadata, found.format_name)

@@ -214,7 +214,7 @@ class Format(ABC):
             FormatError: the format cannot say what this function is, or is only read.
             RunFolderError: the disk is full or the folder cannot be written.
         """
-        raise FormatError(f"{self.name} is read and not written. Write {NATIVE}, or another format of docs/formats.md.")
+        raise FormatError(f"{self.name} can only be read. Write {NATIVE}, or another format of docs/formats.md.")
 
     @property
     def writes(self) -> bool:

@@ -108,7 +108,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     activation, thresholds = config.get("activation"), THRESHOLD in tensors
     if activation not in (None, "relu", "topk", "jumprelu", "jump_relu"):
-        raise FormatError(f"{path.parent / CONFIG_FILE}: activation {activation!r:.80} is none that endwise computes.")
+        raise FormatError(f"{path.parent / CONFIG_FILE}: activation {activation!r:.80} is unknown to endwise.")
     if thresholds and activation in ("relu", "topk"):
         raise FormatError(f"{path} holds thresholds, while {CONFIG_FILE} says activation: {activation}. Correct one.")
     return {"topk": "topk", "relu": "standard"}.get(str(activation), "jumprelu" if thresholds else "standard")

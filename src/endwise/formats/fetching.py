@@ -53,7 +53,7 @@ def fetched(repo: str, inside: str, revision: str | None, name: str) -> tuple[Pa
         there = [path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()]
         _, inside = chosen(there, inside, name)
         if type(error).__name__ != "OfflineModeIsEnabled":
-            message = f"{name}: the hub does not answer, so that commit {kept.name} is read, the last one here."
+            message = f"{name}: the hub does not answer, so commit {kept.name} is read, the last one here."
             warnings.warn(message, stacklevel=4)
         return kept, inside
     wanted, inside = chosen(files, inside, name)

@@ -14,13 +14,13 @@ from endwise.formats.reading import READERS
 
 _CENTRED_ELSEWHERE = (
     "this SAE was trained on a model loaded with center_writing_weights, whose activations have their mean over the "
-    "dimensions taken out; the Hugging Face model's may have it, and whether is not known at this place of this model, "
-    "so that the SAE may read them wrongly."
+    "dimensions taken out; whether the Hugging Face model's have it is unknown at this place of this model, so that "
+    "the SAE may misread them."
 )
 
 _FOLDED_BIASES = (
-    "this SAE was trained on heads' results without their value biases (fold_value_biases), which those of the Hugging "
-    "Face model have. endwise adopt, which is given the model, makes an SAE of it that reads them as they are."
+    "this SAE was trained on heads' results without their value biases (fold_value_biases), but the Hugging Face "
+    "model's include them. endwise adopt, which is given the model, makes an SAE of it that reads them as they are."
 )
 
 
@@ -104,7 +104,7 @@ def located(path: Path) -> tuple[Format, Path]:
     if path.is_file():
         names = sorted(READERS[path.suffix](path)) if path.suffix in READERS else ["no tensors of an SAE"]
         raise FormatError(
-            f"{path} holds {', '.join(names)[:300] or 'nothing'}, which is no SAE in a format that endwise knows: "
+            f"{path} holds {', '.join(names)[:300] or 'nothing'}, not an SAE in a format that endwise knows: "
             f"{', '.join(FORMATS.names())}. Give the whole folder, if settings lie beside it."
         )
     return FORMATS[NATIVE], path

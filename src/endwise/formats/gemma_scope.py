@@ -44,7 +44,7 @@ class GemmaScope(Format):
         if "hook_name" not in about:
             warnings.warn(
                 f"{file}: its place is not in its path, which must name the repository (gemma-scope-2b-pt-res, -mlp, "
-                "-att or -transcoders) and layer_<number>. It is read all the same.",
+                "-att or -transcoders) and layer_<number>. It is read anyway.",
                 stacklevel=4,
             )
         transcodes = "hook_name_out" in about

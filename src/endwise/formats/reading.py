@@ -67,11 +67,11 @@ def pickle_at(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).partition("\n")[0].split())[:160]
         damaged = FormatError(
             f"{path} cannot be read as tensors ({type(error).__name__}: {reason}). Pickles are read as plain tensors "
-            "alone, and no code that one names is run. Restore it, or have a state dict saved."
+            "alone, and no code that one names is run. Restore it, or save a state dict."
         )
         raise unreadable(path, error) or damaged from None
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise FormatError(f"{path} holds a {type(found).__name__}, no tensors by name. Have a state dict saved.")
+        raise FormatError(f"{path} holds a {type(found).__name__}, no tensors by name. Save a state dict.")
     tensors = {name: each.detach() for name, each in found.items() if isinstance(each, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > size:

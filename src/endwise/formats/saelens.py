@@ -73,7 +73,7 @@ _OTHERS = {
     **dict.fromkeys(("abstopk", "temporal", "matching_pursuit"), "Use it with SAELens"),
     **dict.fromkeys(
         ("batchtopk", "matryoshka_batchtopk"),
-        "It is as its training left it: open it with SAELens's TrainingSAE.load_from_disk and save it for inference "
+        "It is a training checkpoint: open it with SAELens's TrainingSAE.load_from_disk and save it for inference "
         "(save_inference_model)",
     ),
 }
@@ -81,11 +81,11 @@ _OTHERS = {
 _NORMALISATIONS = {
     **dict.fromkeys(PER_TOKEN, "of a transcoder SAELens applies it to the input and undoes it nowhere. Use it there"),
     "expected_average_only_in": (
-        "activations are multiplied by one number, which the file does not hold. Where you know it, load the SAE with "
+        "activations are multiplied by one number, which the file does not hold. If you know it, load the SAE with "
         "SAELens, call fold_activation_norm_scaling_factor with it, and save_model"
     ),
     "covariance_whitening": (
-        "activations are whitened by matrices that the file does not hold. Where you have those of its training "
+        "activations are whitened by matrices that the file does not hold. If you have those of its training "
         "(activation_whitening.safetensors), load the SAE with SAELens, call fold_activation_whitening, and save_model"
     ),
 }

@@ -246,7 +246,7 @@ class LanguageModel(ShownModel):
             found = self.clean(tokens % self.vocab_size, [site]).activations[site][0].float()
         bias = found[0]
         if float((found - bias).abs().max()) > SAME_BIAS * float(bias.abs().max()):
-            raise ModelError(f"{self.name}: the heads of block {layer} have no value bias that is alike everywhere.")
+            raise ModelError(f"{self.name}: the heads of block {layer} have no value bias that is the same everywhere.")
         return bias
 
     @torch.no_grad()

@@ -371,7 +371,7 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
     # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if tokenizer.get_vocab().keys() <= special:
-        return f"{source} names its special tokens alone, and no vocabulary. Save its tokenizer there."
+        return f"{source} names only its special tokens, and no vocabulary. Save its tokenizer there."
     return tokenizer
 
 
@@ -426,7 +426,7 @@ def explained(name: str, error: Exception) -> str:
         return f"{name} cannot be read ({system_reason(error)}). {remedy(error)}"
     if isinstance(error, OSError) and not there_is(Path(name)):
         return (
-            f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
+            f"{name!r} is neither 'embedded', nor a local folder, nor a model found on the Hugging Face hub. "
             f"Check the spelling and the connection. ({reason})"
         )
     return f"{name} cannot be loaded as a causal language model: {reason}"

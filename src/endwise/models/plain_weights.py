@@ -185,5 +185,5 @@ def refuse_unpacked(model: Any, kind: str, name: str) -> None:
     if not is_quantised(model):
         raise ModelError(
             f"model.quantization is {kind}, but none of {name}'s weights were packed: it has no layers that this "
-            "quantiser knows (torchao packs nn.Linear, which GPT-2 has not). Take a kind of bitsandbytes, or unset it."
+            "quantiser knows (torchao packs nn.Linear, which GPT-2 lacks). Take a kind of bitsandbytes, or unset it."
         )

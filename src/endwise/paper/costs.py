@@ -82,7 +82,7 @@ def _read(file: Path) -> list[Cost]:
     try:
         return [Cost(**cost) for cost in read_json(file)["costs"]]
     except (KeyError, TypeError) as error:
-        raise FormatError(f"{file} holds no costs as they are written ({error}). Remove it to measure again.") from None
+        raise FormatError(f"{file} is not a valid file of costs ({error}). Remove it to measure again.") from None
 
 
 def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:

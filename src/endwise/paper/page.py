@@ -91,7 +91,7 @@ def _costs(found: Findings) -> Markup:
     for kind, hours in paper.TRAINING_HOURS.items():
         for layer, taken, ratio in zip(paper.LAYERS, hours, paper.cost_relative_to_local(kind), strict=True):
             rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{taken:.1f} h", f"{ratio:.2f}"))
-    note = "Each kind trained alone, one after another; wall-clock, so unlike all other numbers not the same each time."
+    note = "Each kind trained alone, one after another; wall-clock, which unlike all other numbers varies each time."
     headings = ("site", "kind", "dictionary", "training", "relative to local")
     return table(headings, rows, text=(1, 2), note=note)
 
@@ -134,4 +134,6 @@ def _rates(found: Findings, site: str) -> str:
         f"{LABELS[kind]} {rate:g} of {'/'.join(f'{each:g}' for each in study.kind(kind, site).learning_rates)}"
         for kind, rate in found.made.rates[site].items()
     ]
-    return f"layer {layer_label(site)}: {', '.join(parts)}, chosen on held-out text that no other number here is of"
+    return (
+        f"layer {layer_label(site)}: {', '.join(parts)}, chosen on held-out text that nothing else here is measured on"
+    )

@@ -141,7 +141,7 @@ def learning_rates(runs: Sequence[tuple[float, RunSummary]], site: str) -> Chart
             for method in PRESET_METHODS.values()
         ]
         panels.append(Panel("", rate, y, tuple(each for each in series if each.marks)))
-    caption = f"One run a rate, with the middle coefficient of each kind, at {site}. {TEXT}"
+    caption = f"One run per rate, with the middle coefficient of each kind, at {site}. {TEXT}"
     return Chart("learning_rates", "Learning rate", caption, tuple(panels))
 
 

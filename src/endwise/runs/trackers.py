@@ -28,7 +28,7 @@ class Tracker(Protocol):
         """Hear of a run that starts (step 0), is resumed, or is measured (None) by this process.
 
         Args:
-            folder: holds all lines of before, for a tracker that was not there.
+            folder: holds all earlier lines, for a tracker that was not there.
             step: the step of the checkpoint that the run is resumed from. Lines of later steps that were sent before
                 are void: they were cut from the folder, and come again.
         """
@@ -118,7 +118,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 act(tracker)
             except Exception as error:  # noqa: BLE001  Whatever it is, the run does not depend on it.
                 del self._listening[name]
-                failed = f"The tracker {name} failed and hears no more of this run, which continues: {_one_line(error)}"
+                failed = f"The tracker {name} failed and gets no more of this run, which continues: {_one_line(error)}"
                 message = str(error) if isinstance(error, NotSent) else failed
                 print(printable(message), file=sys.stderr, flush=True)
 

@@ -76,7 +76,7 @@ def stage(run: Path, target: Path) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{run}: {name!r:.80} holds more than letters, digits, dots, - and _. Rename the folder.")
     if folder.measured() is None:
-        raise RunFolderError(f"{run} has no measurements for its card. Measure it: endwise evaluate {run}")
+        raise RunFolderError(f"{run} was not measured yet. Measure it: endwise evaluate {run}")
     local = [path for path in dict.fromkeys(_paths(recipe.model_dump(mode="json"))) if len(Path(path).parts) > 1]
     words = {path: model_title(path) for path in local}
     parts = place_folders(run, recipe) if is_several(run) else []

@@ -68,7 +68,7 @@ def push(
     )
     named = on_hub(f"hf://{repo.removeprefix('hf://')}")
     if named is None or named.inside or named.revision is not None:
-        raise ConfigError(f"Push to owner/name; given {repo!r:.200}. The branch is said by --revision.")
+        raise ConfigError(f"Push to owner/name; given {repo!r:.200}. Name the branch with --revision.")
     names = [path.resolve().name for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"Two runs are called {twice[0]}, and each is a folder of the repository. Rename one.")

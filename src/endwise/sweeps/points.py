@@ -81,7 +81,7 @@ def _recipe(sweep: SweepConfig) -> dict[str, Any]:
     settings = flattened(sweep.settings, "settings")
     _check_no_folder(settings, "settings")
     if TARGET in settings:
-        raise ConfigError("settings: a target stands in a grid. Move it there.")
+        raise ConfigError("settings: a target belongs in a grid. Move it there.")
     return changed_recipe({key: value for key, value in base.items() if key != OUT}, _in_two(settings, "settings"))
 
 

@@ -144,7 +144,7 @@ class Remote(ABC):
         elif len(task) > 1:
             self._waiting.extendleft(Job((config,), 0) for config in reversed(task))
         else:
-            yield failed(task, f"Every worker that it was given to was lost, the last one so: {reason}")
+            yield failed(task, f"Every worker that it was given to was lost, the last one with: {reason}")
 
     def _seen(self, outcome: Outcome, config: Recipe) -> Outcome:
         """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would

@@ -159,7 +159,7 @@ class Watch(Board):
         counts = f"{count['finished']} of {len(runs) + len(self._to_come)} runs finished"
         counts += "".join(f", {count[state]} {state}" for state in ("training", "measuring", "failed") if count[state])
         seconds = seconds_left(runs, time.monotonic() - self._started, self._to_come)
-        return f"{counts} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
+        return f"{counts} · " + ("time left unknown" if seconds is None else f"about {_duration(seconds)} left")
 
     def _table(self) -> Grid:
         names = self._names()

@@ -150,7 +150,7 @@ def _building(folder: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        note(f"Waiting for another process that tokenises {name}.")
+        note(f"Waiting for another process that is tokenising {name}.")
         lock.acquire()
     try:
         yield

@@ -259,7 +259,7 @@ class Builder:
         if isinstance(written, str) and any(written in text for text in texts):
             self._noted = True
             note(
-                f"{self._source.name} holds {written!r} in letters, which is text as any other. If it ends documents "
+                f"{self._source.name} holds {written!r} in letters, which is ordinary text. If it ends documents "
                 "there, set data.special_tokens=true."
             )
 

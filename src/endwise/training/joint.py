@@ -65,15 +65,15 @@ class JointTrainee:
         if of_places and not self._later:
             raise ConfigError(
                 f"objective.terms.{of_places[0]} compares latents of places that read what an "
-                f"earlier one has changed; of {', '.join(part.place.name for part in self.parts)} none does. "
+                f"earlier one has changed; none of {', '.join(part.place.name for part in self.parts)} does. "
                 "Leave it out, or add a later place."
             )
         for part in self.parts:
             part.join(self.course)
             if part.sae.wants_losses(part.total_steps):
                 raise ConfigError(
-                    f"dictionary.resample_at at {part.place.name}: a loss of several places jointly is none of one of "
-                    "them, by which its features could be resampled. Leave it out, or set joint: false."
+                    f"dictionary.resample_at at {part.place.name}: a joint loss is not the loss of one place, which "
+                    "resampling needs. Leave it out, or set joint: false."
                 )
         names = dict.fromkeys(term.name for each in objectives for term in each.terms)
         self._sums = {name: torch.zeros((), device=self.device) for name in names}

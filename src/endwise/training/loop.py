@@ -93,7 +93,7 @@ def _saving(group: Group) -> Iterator[None]:
         yield
     except ProcessLost as error:
         # On a GPU a step may be queued behind a sum that never comes: there is nothing to wait for, or to trust.
-        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint is what is left."
+        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint remains."
         raise ProcessLost(f"{error} {saved}") from None
     except DataError as error:
         raise TrainingStopped(f"{error} {group.save_what_can_be()}") from None

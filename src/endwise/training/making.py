@@ -170,7 +170,7 @@ def _report_other_place(config: RunConfig, start: str) -> None:
     except SiteError:  # by another name than ours, which says nothing
         return
     if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
-        message = f"init_from: {start} was trained at {kept}, and trains on at {here}."
+        message = f"init_from: {start} was trained at {kept}, and would continue at {here}."
         report_once(f"{message} If not meant, correct site.")
 
 

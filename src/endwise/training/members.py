@@ -102,7 +102,7 @@ class Failure:
     @property
     def kept(self) -> str:
         if self.checkpoint is None:
-            return f"No state of it could be saved in {self.folder}."
+            return f"Its state could not be saved in {self.folder}."
         return f"The last good state is saved in {self.folder}."
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class SomeFailed(TrainingStopped):
         self.failures, self.finished = list(failures), list(finished)
         saved = ", ".join(str(run.folder) for run in finished)
         super().__init__(
-            f"Of {len(failures) + len(finished)} SAEs trained together {len(failures)} failed. {_listed(failures)} "
+            f"{len(failures)} of {len(failures) + len(finished)} SAEs trained together failed. {_listed(failures)} "
             + (f"Finished and saved: {saved}." if saved else "None finished.")
         )
 
@@ -410,8 +410,8 @@ class Group:
         if saved and self.members[0].writes:
             return f"The last good state is saved in {', '.join(saved)}."
         if saved:
-            return "The first process saves the last good state, unless it is the one that is gone."
-        return "Its state could not be saved; what was saved before is as it was."
+            return "The first process saves the last good state, unless it is the lost one."
+        return "Its state could not be saved; earlier saves are intact."
 
     def share_time(self) -> None:
         """Share the wall-clock since the last call equally among those who spent it."""

@@ -166,5 +166,5 @@ def meet_target(text: TrainingText, heldout: Corpus, display: bool, member: Memb
             what, key = ("the CE increase", "target_ce_increase") if steering.by_ce else ("L0", "target_l0")
             where = f"{member.folder.path}, {part.place}"
             message = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
-            advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
+            advice = "Raise training.tokens, or start nearer to the last λ: objective.sparsity.coefficient."
             note(f"! {message}. {advice}", display)

@@ -122,7 +122,7 @@ def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> S
     """
     sites = sorted({run.site for run in runs})
     if len(sites) != 1:
-        raise ConfigError(f"A comparison is of runs at one site; given {', '.join(sites) or 'no runs'}.")
+        raise ConfigError(f"A comparison takes runs at one site; given {', '.join(sites) or 'no runs'}.")
     return Summary(tuple(sorted(distinguished(runs), key=in_order)), clean_ce, **about)
 
 
@@ -176,28 +176,28 @@ def _spread(choice: Sequence[RunSummary], metric: str) -> float:
 
 def _features_verdict(name: str, base: str, ratio: Ratio) -> str:
     if ratio.crossings:
-        return f"No one figure says how many of {base}'s features {name} needs at {base}'s CE increase: {ratio.reason}."
+        return f"No single ratio of {name}'s features to {base}'s at {base}'s CE increase: {ratio.reason}."
     if ratio.estimate is None:
-        return f"How many features {name} needs at {base}'s CE increase cannot be said from these runs: {ratio.reason}."
+        return f"These runs do not determine how many features {name} needs at {base}'s CE increase: {ratio.reason}."
     fact = f"{percent(ratio, seeds=False)} of {base}'s features per token at the same CE increase"
     if ratio.interval is None:
         return f"{name} needs {fact}; no interval: {ratio.reason}."
     if not ratio.holds_seeds:
         return f"{name} needs {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
-        return f"That {name} needs fewer features than {base} is not shown: {fact}, and the interval includes 100 %."
+        return f"{name} is not shown to need fewer features than {base}: {fact}; the interval includes 100 %."
     more = "" if ratio.interval[1] < 1 else f" more features than {base}, not fewer:"
     return f"{name} needs{more} {fact}, over {ratio.rests_on}."
 
 
-_OTHER_SEEDS = "the interval is over held-out text alone, and what other seeds would give is not in it"
+_OTHER_SEEDS = "the interval is over held-out text alone and does not cover other seeds"
 
 
 def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     if ratio.crossings:
-        return f"No one figure says how {name} and {other} compare downstream: {ratio.reason}."
+        return f"No single ratio of {name}'s downstream MSE to {other}'s: {ratio.reason}."
     if ratio.estimate is None:
-        return f"How {name} and {other} compare downstream cannot be said: {ratio.reason}."
+        return f"These runs do not determine how {name} and {other} compare downstream: {ratio.reason}."
     ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
     where = "at their closest CE increases" if ratio.over is None else "at the same CE increase"
     fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s {where}"
@@ -206,6 +206,6 @@ def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     if not ratio.holds_seeds:
         return f"{name} against {other}: {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
-        return f"That {name} and {other} differ downstream is not shown: of {name}, {fact}."
+        return f"{name} and {other} are not shown to differ downstream: for {name}, {fact}."
     closely = "more" if ratio.estimate < 1 else "less"
     return f"{name} follows the original activations {closely} closely than {other}: {fact}, over {ratio.rests_on}."

@@ -98,7 +98,7 @@ class RunDirections(Shown):
                 variance = opened.get_tensor("variance")
             return cls(head["settings"], Norms.of_json(head["norms"]), variance, tokens=head["tokens"], **estimated)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            damaged = FormatError(f"{file} holds no directions as they are written ({error}). Remove it.")
+            damaged = FormatError(f"{file} is not a valid file of directions ({error}). Remove it.")
             raise unreadable(file, error) or damaged from None
 
 

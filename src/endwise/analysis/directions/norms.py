@@ -79,7 +79,7 @@ class Norms:
         try:
             return cls.of_json(read_json(file))
         except ValueError as error:
-            raise FormatError(f"{file} holds no norms as they are written ({error}). Remove it.") from None
+            raise FormatError(f"{file} is not a valid file of norms ({error}). Remove it.") from None
 
     def write(self, file: Path) -> None:
         write_json(file, self.to_json())

@@ -43,7 +43,7 @@ def reconstructed_directions(found: Directions, name: str) -> Chart:
 
 
 def _seed(found: Directions) -> str:
-    return f"Of each kind one run, of seed {found.similar[0].seed}."
+    return f"One run per kind, of seed {found.similar[0].seed}."
 
 
 def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
@@ -65,9 +65,9 @@ def used_directions(found: Directions, name: str) -> Chart:
             series = tuple(_by_use(found, run, base, x is KL_PER_VARIANCE) for run in others)
             panels.append(Panel("", x, dropped, series))
     caption = (
-        f"One dot a principal direction of the activations at {found.setting.site}. Across: the KL when every token's "
-        "component along it is replaced by another token's, as it is and by the direction's variance. Up: how well an "
-        f"SAE reconstructs that component, and how much less well than {base.method.label}. {_seed(found)}"
+        f"Each dot is a principal direction of the activations at {found.setting.site}. Across: the KL when every "
+        "token's component along it is replaced by another token's, as it is and by the direction's variance. Up: how "
+        f"well an SAE reconstructs that component, and how much less well than {base.method.label}. {_seed(found)}"
     )
     shown = tuple(panel for panel in panels if any(series.marks for series in panel.series))
     return Chart(name, "What is reconstructed, and what the model uses", caption, shown)
@@ -179,8 +179,8 @@ def _norm_table(one: Directions) -> Markup:
 
     runs = run_table(one.runs, _kind(one), KNOB, "seed", "CE increase", *map(interval, COLUMNS))
     note = (
-        "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
-        "leave out position 0 and document starts. * at similar CE, of its seed."
+        "One row per run, of one seed; 95 % intervals over held-out text. The first and the last of the measured "
+        "columns leave out position 0 and document starts. * at similar CE, of its seed."
     )
     return table(*runs, title="Lengths", note=note)
 

@@ -50,7 +50,7 @@ def nearest_within(directions: Directions, *, k: int = 1, memory: int = MEMORY) 
     _check(directions, k)
     count = len(directions)
     if count < 2:
-        raise ValueError(f"A nearest other takes two directions or more; given {count}.")
+        raise ValueError(f"A nearest neighbour needs two directions or more; given {count}.")
     best = _Best(directions, min(k, count - 1))
     side = _side(memory)
     for i in range(0, count, side):
@@ -79,7 +79,7 @@ def nearest_across(a: Directions, b: Others, *, k: int = 1, memory: int = MEMORY
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"Directions must have one width; given {a.shape[1]} and {b.shape[1]}.")
     if not len(a) or not len(b):
-        raise ValueError(f"A nearest one takes a direction on both sides; given {len(a)} and {len(b)}.")
+        raise ValueError(f"Nearest directions need at least one on both sides; given {len(a)} and {len(b)}.")
     of_a, of_b = _Best(a, min(k, len(b))), _Best(b, min(k, len(a)))
     side = _side(memory)
     for i in range(0, len(a), side):

@@ -208,7 +208,7 @@ def feature_maps(found: Sequence[Geometry], say: Say | None = None) -> dict[int,
                 say(f"a map of {', '.join(run.folder for run in runs)}")
             made[place] = feature_map(one, runs, tokens=model_tokens(runs[0]))
     if not made:
-        raise ConfigError(f"A map takes {LEAST} alive features or more; no runs that may be compared have as many.")
+        raise ConfigError(f"A map takes {LEAST} alive features or more; no comparable runs have that many.")
     return made
 
 

@@ -212,7 +212,7 @@ def _checked(a: RunSummary, b: RunSummary) -> tuple[RunSummary, RunSummary]:
                 "Choose another pair, or measure both on the same held-out text."
             )
     if reason := other_text([a, b]):
-        raise ConfigError(f"{a.folder} and {b.folder} are no pair: {reason}. Measure both on one: endwise evaluate.")
+        raise ConfigError(f"{a.folder} and {b.folder} are not a pair: {reason}. Measure both on one: endwise evaluate.")
     if a.folder == b.folder:
         raise ConfigError(f"A pair takes two runs; given {a.folder} twice.")
     for run in (a, b):

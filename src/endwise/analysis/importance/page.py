@@ -170,8 +170,8 @@ def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
     )
     caption = (
         f"{_where(study)} Each mark is one feature of the sample, on the second half of the held-out sequences. Exact: "
-        "the feature is zeroed in the spliced pass. On the dashed line the two are equal. Not drawn, for an estimate "
-        f"or a rise that is not above 0: {hidden}."
+        "the feature is zeroed in the spliced pass. On the dashed line the two are equal. Not drawn, because the "
+        f"estimate or the rise is not above 0: {hidden}."
     )
     return Chart(name, "Estimates and exact ablation", caption, tuple(panels))
 
@@ -202,7 +202,7 @@ def _where(study: ImportanceStudy) -> str:
         for run in study.similar
     )
     seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
-    return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."
+    return f"For each kind, the SAE {seed} at {study.setting.site}: {chosen}."
 
 
 def print_importance(studies: Sequence[ImportanceStudy], console: Console | None = None) -> None:
@@ -256,7 +256,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 
 
 _NOTE = (
-    f"One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of "
+    f"One row per run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of "
     "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold the "
     "seeds too."
 )

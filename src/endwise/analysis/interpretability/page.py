@@ -24,7 +24,7 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
     names = [f"{scorer}.{control}".rstrip(".") for scorer in found.own_names for control in CONTROLS]
     chosen = found.closest(at)
     caption = (
-        f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
+        f"For each kind, the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
         f"{found.setting.site}: {listing(chosen, _features)}. Each mark is a feature; 0.5 is chance. The outline (of "
         f"{OUTLINED} features or more) is a Gaussian kernel density, the hollow mark the mean. Explained by "
         f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."

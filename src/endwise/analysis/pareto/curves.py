@@ -100,7 +100,7 @@ def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
     rates = {of: rate for of in methods_of(runs) if (rate := rate_of_most([run for run in runs if run.method == of]))}
     kept = [run for run in runs if run.learning_rate == rates.get(run.method, run.learning_rate)]
     remarks = [
-        f"Of {method.label} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        f"{method.label}: compared at learning rate {rate:g}, which most runs have; others are only shown."
         for method, rate in rates.items()
     ]
     summary = summarise_folders(kept, resamples=RESAMPLES, seed=SEED, model=kept[0].model)

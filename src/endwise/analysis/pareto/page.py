@@ -157,7 +157,7 @@ _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (F
 
 def _findings(one: Pareto) -> list[Grid | str]:
     if not one.is_compared:
-        return ["All SAEs of this setting are of one method: there is nothing to compare them with."]
+        return ["All SAEs of this setting are of one method: there is nothing to compare."]
     return [ratio_grid(one.summary), *(f"• {sentence}" for sentence in (*one.remarks, *one.summary.verdicts))]
 
 
@@ -243,7 +243,7 @@ PREFIX_AXES = (
     ("length", Axis("features of the prefix", log=True)),
 )
 """Names and axes of x, panel by panel."""
-SEVERAL = "Of several seeds the line is that of their means, and the marks are theirs. "
+SEVERAL = "For several seeds, the line joins their means and the marks are single seeds. "
 
 
 def prefix_rows(runs: Iterable[RunSummary]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def score_chart(found: PatternStudy, at: At, name: str) -> Chart:
     """The scores of each kind's features, of the runs that are closest; beside them their controls."""
     chosen, least = found.closest(at), found.settings["least"]
     caption = (
-        f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
+        f"For each kind, the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
         f"{found.setting.site}: {listing(chosen, _features)}. Each mark is a feature that fires {least} times "
         f"or more in each half of the text. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, "
         "the hollow mark the mean."

@@ -90,7 +90,7 @@ def find_patterns(
         for path, config in group.items():
             made = Making(own, own.place(config.place), load_sae(path, config, own), text, settings, wanted[path])
             with held(
-                path / f".{PATTERNS_FOLDER}.lock", f"Another process makes patterns of {path}. Wait for its end."
+                path / f".{PATTERNS_FOLDER}.lock", f"Another process makes patterns of {path}. Wait for it to finish."
             ):
                 results[path] = made.made(path, config.evaluation.batch, display, block)
                 write_patterns(path, results[path])

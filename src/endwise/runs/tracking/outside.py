@@ -145,7 +145,7 @@ class Outside(ABC):
         words = last_words(log_of(self._folder, self.name))
         return (
             f"The tracker {self.name} {what}; {reached}, and the run folder has all. Send the rest with: endwise track "
-            f"{shlex.quote(str(self._folder))} --to {self.name}{f'. Its last words: {words}' if words else ''}"
+            f"{shlex.quote(str(self._folder))} --to {self.name}{f'. Its last output: {words}' if words else ''}"
         )
 
 

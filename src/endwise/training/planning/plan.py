@@ -244,8 +244,8 @@ def _sharing_batches(config: Recipe, processes: int) -> int:
     training, shards = config.training, config.training.shards
     if processes % shards:
         raise ConfigError(
-            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
-            f"Plan for so many processes, or a multiple: --processes {shards}."
+            f"training.shards is {shards}, among which features are shared out, and {processes} is not a multiple of "
+            f"it. Plan for so many processes, or a multiple: --processes {shards}."
         )
     sharing = processes // shards
     if sharing < 1 or training.batch % (sharing * training.accumulation):
