@@ -183,7 +183,7 @@ def test_what_is_missing_is_said(place, cache, tmp_path):
         ((unnamed,), "names no model. Give one with --model", 2),
         ((unnamed, "--model", place / "model"), "Give one with --data", 2),
         ((saelens(tmp_path / "b", {}), *where(place)), "Name the place with --site", 2),
-        ((saelens(tmp_path / "c"), "--data", place / "train.npy"), "says that it is of the model 'gpt2-tiny'", 3),
+        ((saelens(tmp_path / "c"), "--data", place / "train.npy"), "names the model 'gpt2-tiny'", 3),
         ((saelens(tmp_path / "d", {"hook_name": "blocks.9.hook_resid_pre"}), *where(place)), "belongs elsewhere", 3),
         ((saelens(tmp_path / "e"), *where(place), "--site", "blocks.1.hook_no"), "A site is named", 3),
         ((place / "run", "--model", "embedded"), "--model: only runs are given", 2),
