@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed_as_another_architecture(trained, tmp_path):
         (SITE, None),
         ("blocks.0.hook_resid_post", None),
         ("transformer.h.1", None),
-        ("blocks.2.hook_resid_pre", f"was trained at blocks.2.hook_resid_pre, and would continue at {SITE}. If not meant"),
+        ("blocks.2.hook_resid_pre", f"was trained at blocks.2.hook_resid_pre, and would continue at {SITE}. If"),
     ],
 )
 def test_a_start_from_another_site_is_told(trained, made, tmp_path, capsys, kept, told):

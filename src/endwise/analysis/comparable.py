@@ -43,7 +43,7 @@ class Setting:
     """Training tokens; 0: not known, of SAEs that were trained elsewhere."""
     d_sae: int
     started: bool
-    """From another SAE."""
+    """True if it started from another SAE."""
     further: tuple[tuple[str, str], ...] = ()
     """Other keys of the recipe, with their values, in which the runs given differ."""
 

@@ -27,7 +27,7 @@ from endwise.evaluation.summary import RunSummary, what_varies
 
 @dataclass(frozen=True)
 class Scale:
-    """On which means are taken and variances added, and the way back."""
+    """Scale on which means are taken and variances added, and the way back."""
 
     to: Callable[[Floats], Floats]
     back: Callable[[float], float]

@@ -60,7 +60,7 @@ class Ratio:
     """Ratio of how much one method has or needs to how much another does; or why that cannot be said."""
 
     estimate: float | None
-    """None where the curves cross, or determine no ratio."""
+    """Geometric mean; None where the curves cross, or determine no ratio."""
     interval: Ends | None = None
     """95 %: over held-out text, and over seeds too where there are `LEAST_SEEDS` or more."""
     over: Ends | None = None
@@ -200,7 +200,7 @@ def _crossing_reason(ratio: Ratio, crossings: Sequence[float], of: str, at: str)
 
 
 def ratio_between(runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str) -> float:
-    """As `ratio_of`, of any two curves, and the estimate alone.
+    """Variant of `ratio_of` for any two curves, and the estimate alone.
 
     Raises:
         InterpolationError: the runs do not determine it.

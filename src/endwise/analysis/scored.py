@@ -53,7 +53,7 @@ def scores(run: ScoredRun, name: str) -> Floats:
 
 
 def mean(run: ScoredRun, name: str) -> Interval | None:
-    """With its bootstrap interval over features; None where no feature has this score."""
+    """Average a score, with its bootstrap interval over features; None where no feature has this score."""
     values = scores(run, name)
     if not len(values):
         return None
@@ -61,7 +61,7 @@ def mean(run: ScoredRun, name: str) -> Interval | None:
 
 
 def beyond(run: ScoredRun, name: str, control: str) -> Interval | None:
-    """By how much a score is above its control's, feature by feature; None where too few have both."""
+    """Subtract its control's from a score, feature by feature; None where too few have both."""
     differences = run.values(name) - run.values(f"{name}.{control}")
     differences = differences[~np.isnan(differences)]
     if len(differences) < LEAST_FEATURES:
@@ -144,7 +144,7 @@ class ScoredSet(RunSet[S]):
 
 
 def _difference(name: str, at: At, run: S, other: S) -> ScoreDifference[S] | None:
-    """None where either has too few features with this score."""
+    """Compare two runs; None where either has too few features with this score."""
     one, two = run.summary.method, other.summary.method
     generator = numpy_stream(SEED, f"{name} of {one.key} and {two.key} at {at}", run.summary.seed)
     a, b = equal_samples(scores(run, name), scores(other, name), generator)
@@ -244,7 +244,7 @@ def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permu
 
 
 def equal_samples(a: Floats, b: Floats, generator: np.random.Generator) -> tuple[Floats, Floats]:
-    """As many of each: of the longer, as many as the shorter has, drawn without replacement."""
+    """Draw samples of equal size: from the longer, as many as the shorter has, without replacement."""
     count = min(len(a), len(b))
     if len(a) == len(b):
         return a, b

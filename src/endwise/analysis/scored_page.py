@@ -99,7 +99,7 @@ def parts_of(
 
 
 def grids(one: ScoredSet[S], names: Iterable[str], features: Callable[[S], int], unit: str) -> Iterator[Grid | str]:
-    """For a terminal: the means of some scores with those of their controls, and the differences."""
+    """Tables for a terminal: the means of some scores with those of their controls, and the differences."""
     yield title_of(one.setting)
     names = list(names)
     for name in names:

@@ -116,7 +116,7 @@ def echo(text: str, err: bool = False) -> None:
 
 
 def status(text: str) -> None:
-    """To stderr: what is being done, while it is."""
+    """Print progress to stderr."""
     echo(text, err=True)
 
 

@@ -17,7 +17,7 @@ KEYS: dict[str, tuple[str, Any, str]] = {
     "device": ("model.device", str, "auto, cpu, cuda or cuda:N."),
     "out": ("out", Path, "Folder to write; unset: the recipe's."),
 }
-"""By option the recipe's key, its type, and help."""
+"""Options: for each the recipe's key, its type, and help."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -37,7 +37,7 @@ class Log:
 
 
 class Board:
-    """On a terminal a live table; elsewhere lines now and then (`Log`); nothing when switched off."""
+    """Progress display: on a terminal a live table; elsewhere lines now and then (`Log`); nothing when switched off."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, quiet=not shown)

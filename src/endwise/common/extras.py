@@ -51,7 +51,7 @@ def install_for(error: Exception, message: str) -> str:
 
 
 def check_extra(module: str) -> None:
-    """To be asked before what takes long is begun that needs a package of an extra at its end.
+    """Check a package of an extra before long work that needs it at its end.
 
     Raises:
         ConfigError: it is not installed.

@@ -84,7 +84,7 @@ def cannot_write(path: Path, error: Exception) -> RunFolderError:
 
 
 def check_can_write(folder: Path) -> None:
-    """To be asked before what takes long is begun whose results go into the folder, which is not made yet.
+    """Check before long work that its results can be written to the folder, which is not made yet.
 
     Raises:
         RunFolderError: it is a file or below one, or nothing may be written where it would be made.

@@ -38,7 +38,7 @@ _ELSEWHERE_NO_BETTER = {
 
 
 def _by_number(remedies: dict[tuple[str, ...], str]) -> dict[int, str]:
-    """Not every system has every number."""
+    """Map error numbers to remedies; not every system has every number."""
     return {getattr(errno, name): move for names, move in remedies.items() for name in names if hasattr(errno, name)}
 
 

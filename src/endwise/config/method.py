@@ -21,7 +21,7 @@ Part = TypeVar("Part", bound=Config)
 AnyRecipe = TypeVar("AnyRecipe", RunConfig, PlacesConfig, Recipe)
 COEFFICIENT = "objective.sparsity.coefficient"
 TARGETS = {"target_l0": ("target L0", False), "target_ce_increase": ("target CE increase", True)}
-"""By key of what λ is steered to, the label of that knob, and whether more of it means fewer active features."""
+"""Knobs by the key of λ's target: the label of that knob, and whether more of it means fewer active features."""
 
 
 @dataclass(frozen=True, order=True)

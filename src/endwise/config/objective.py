@@ -20,16 +20,16 @@ KINDS: tuple[Kind, ...] = ("local", "e2e", "e2e_ds")
 LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
 """The paper's kinds as it writes them, in the order of every table and legend."""
 PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
-"""By kind of the paper, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which
-is required.
+"""Presets by the paper's kinds: the weights of reconstruction terms that it sets. The others are 0, but for β of
+e2e_ds, which is required.
 """
 PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
-"""By kind of the paper, the reconstruction terms that it has."""
+"""Reconstruction terms by the paper's kinds."""
 FURTHER_PRESETS: dict[str, dict[str, Any]] = {
     "horizon": {"horizon": 1, "downstream_mse": 1.0, "errors": "relative"},
     "finetune": {"kl": 0.5, "local_mse": 0.5, "balance": "loss"},
 }
-"""By further kind, the values that it sets, unless a recipe does."""
+"""Presets by further kinds: the values that it sets, unless a recipe does."""
 HORIZON_ENDS: dict[int | str, dict[str, float]] = {
     0: {"local_mse": 1.0, "downstream_mse": 0.0},
     "all": {"kl": 0.5},
@@ -78,7 +78,7 @@ class SparsityConfig(Config):
     p_steps: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the steps after which p is `p_end`."""
     p_changes: Positive = 10
-    """In how many equal changes."""
+    """Number of equal changes."""
 
     @model_validator(mode="before")
     @classmethod

@@ -100,7 +100,7 @@ class TopKSAE(LinearSAE):
         return float(norms.max() - norms.min()) <= SAME_NORM * float(norms.max())
 
     def to_train(self, config: Any) -> "LinearSAE":
-        """As `LinearSAE.to_train`, with the k of the recipe.
+        """Variant of `LinearSAE.to_train` with the k of the recipe.
 
         Raises:
             ConfigError: directions differ in norm, so that unit norms would change what is chosen.

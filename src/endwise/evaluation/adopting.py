@@ -102,7 +102,7 @@ def adopt(
 
 
 def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name: str | None = None) -> Path:
-    """As `adopt`."""
+    """See `adopt`."""
     path, belongs = expanded(path), belongs.from_anywhere()
     origin = str(path.absolute()) if on_hub(path) is None else shown(path)
     if RunFolder(path).has_run():

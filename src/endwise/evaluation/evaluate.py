@@ -116,7 +116,7 @@ def read_sums(path: Path) -> Sums:
 
 
 def read_firings(path: Path) -> NDArray[np.int64]:
-    """On how many held-out tokens (`tokens` in `evaluation.json`) each feature of an evaluated run fired, `[d_sae]`.
+    """Read the number of held-out tokens (of `tokens` in `evaluation.json`) at which each feature fired, `[d_sae]`.
 
     Raises:
         FormatError: it has none, or they cannot be read.

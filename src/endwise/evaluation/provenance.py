@@ -226,7 +226,7 @@ def _place(part: str, config: Recipe, corpus: Corpus | None) -> str:
 
 
 def _same(before: object, now: object) -> bool | None:
-    """None where it is not known: there is no digest, or they are made of different things (`weights_digest`)."""
+    """Compare digests; None where one is missing, or they are made of different things (`weights_digest`)."""
     if not isinstance(before, str) or not isinstance(now, str):
         return None
     words = [digest.partition(":")[0] for digest in (before, now) if ":" in digest]

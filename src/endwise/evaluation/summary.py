@@ -48,7 +48,7 @@ class RunSummary:
     explained_variance: float
     """Per token, as the reference code has it: mean of 1 − ‖error‖² / ‖a − mean‖²."""
     downstream_mse: Mapping[str, float]
-    """By later site, in the order of the model."""
+    """Errors by later site, in the order of the model."""
     tokens: int
     """Training tokens; 0: trained elsewhere, training length unknown."""
     seconds: float
@@ -57,7 +57,7 @@ class RunSummary:
     explained_variances: Mapping[str, float] = field(default_factory=dict)
     """Every form of it: per_token, pooled, and both after LayerNorm."""
     downstream_cosine: Mapping[str, float] = field(default_factory=dict)
-    """By later site; empty for a run that was measured before this was."""
+    """Cosines by later site; empty for a run that was measured before this was."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
     data_seed: int = 0
@@ -271,5 +271,5 @@ def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str |
 
 
 def _prefixes(l0: Mapping[str, float], ce_increase: Mapping[str, float]) -> dict[int, tuple[float, float]]:
-    """By number of features, ascending."""
+    """Read L0 and CE increase by number of features, ascending."""
     return {length: (l0[str(length)], ce_increase[str(length)]) for length in sorted(map(int, l0))}

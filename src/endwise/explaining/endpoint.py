@@ -24,7 +24,7 @@ class Endpoint:
 
     @property
     def is_local(self) -> bool:
-        """On this machine."""
+        """True if it is on this machine."""
         return _is_loopback(urlsplit(self.url).hostname or "")
 
     @property

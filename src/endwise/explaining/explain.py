@@ -34,7 +34,7 @@ class Estimate:
 
 
 class _Estimator:
-    """In the endpoint's place: what is kept, or a stand-in that is counted."""
+    """Stand-in for the endpoint: what is kept, or a stand-in that is counted."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url

@@ -1,4 +1,4 @@
-"""From runs' harvests to the texts that will be shown and asked about, before anything is paid.
+"""Path from runs' harvests to the texts that will be shown and asked about, before anything is paid.
 
 Which features are explained is said as `all`, `random:N`, `top:N`, or numbers and ranges.
 """
@@ -45,7 +45,7 @@ class Choice:
     named: tuple[int, ...] = ()
 
     def candidates(self, harvest: Harvest, seed: int) -> list[int]:
-        """In the order in which they are taken, those first that are wanted most; only named ones may never have fired.
+        """List features in the order in which they are taken, most wanted first; only named ones may never have fired.
 
         Raises:
             ConfigError: a named one does not exist, or importance was not measured.
@@ -105,14 +105,14 @@ class PreparedRun:
     harvest: Harvest
     writer: Writer
     samples: tuple[ScoringSample, ...]
-    """By feature, ascending."""
+    """Samples by feature, ascending."""
     random: tuple[ScoringSample, ...]
     """Random texts in the place of some of these features."""
     left_out: dict[int, str]
     """Features that were to be explained and cannot be, with the reason."""
 
     def first(self, count: int, order: Sequence[int]) -> "PreparedRun":
-        """Only the first `count` features of an order."""
+        """Keep only the first `count` features of an order."""
         kept = set(order[:count])
         samples, random = (tuple(s for s in each if s.feature in kept) for each in (self.samples, self.random))
         return replace(self, samples=samples, random=random)
@@ -147,7 +147,7 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = silent) -> list
 
 
 def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[PreparedRun, list[int]]:
-    """With the features that have texts enough, those first that are wanted most."""
+    """Prepare a run with the features that have enough texts, those first that are wanted most."""
     RunFolder.open(run)
     harvest = open_harvest(run)
     candidates = choice.candidates(harvest, settings.seed)

@@ -31,7 +31,7 @@ class Writer:
         self._vocabulary, self._together = vocabulary, together
 
     def token(self, token: int) -> str:
-        """In one line; a token that the vocabulary lacks is named by its number."""
+        """Write a token in one line; one that the vocabulary lacks is named by its number."""
         known = 0 <= token < len(self._vocabulary)
         return _one_line(self._vocabulary[token]) if known else f"[token {token}]"
 

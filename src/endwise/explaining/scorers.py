@@ -43,7 +43,7 @@ class Scorer(Protocol[Read]):
         ...
 
     def read(self, answer: str, question: Question[Read]) -> Read | None:
-        """None where the answer cannot be read."""
+        """Read an answer; None where it cannot be read."""
         ...
 
     def score(self, answers: Sequence[tuple[Question[Read], Read | None]]) -> Score: ...
@@ -77,7 +77,7 @@ class _Choosing:
 
 
 class Detection(_Choosing):
-    """In which texts does the feature fire? Half are texts of its own, half those of others."""
+    """Scorer that asks in which texts the feature fires. Half are texts of its own, half those of others."""
 
     name = "detection"
 
@@ -90,8 +90,8 @@ class Detection(_Choosing):
 
 
 class Fuzzing(_Choosing):
-    """Are the marked tokens those at which the feature fires? Each held-out text comes once with its own marks and once
-    with as many at tokens where it does not fire, in different calls.
+    """Scorer that asks whether the marked tokens are those at which the feature fires. Each held-out text comes once
+    with its own marks and once with as many at tokens where it does not fire, in different calls.
     """
 
     name = "fuzzing"
@@ -113,7 +113,7 @@ class Fuzzing(_Choosing):
 
 
 def wrong_marks(text: Text, generator: np.random.Generator) -> tuple[bool, ...]:
-    """As many as the right ones, at random among the tokens where the feature does not fire, or all there are."""
+    """Draw as many as the right ones, at random among the tokens where the feature does not fire, or all there are."""
     free = [place for place, activation in enumerate(text.activations) if activation <= 0]
     count = min(len(free), sum(marks_of(text)))
     chosen = set(generator.choice(free, count, replace=False).tolist()) if count else set()

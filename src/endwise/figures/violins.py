@@ -14,7 +14,7 @@ HALF_WIDTH = 0.26
 NARROWEST = 0.01
 """Bandwidth of the density where values hardly differ."""
 POINTS = 48
-"""On either side of an outline."""
+"""Points on either side of an outline."""
 OUTLINED = 15
 """Values from which on there is an outline: that of fewer would show the bandwidth, not them."""
 

@@ -43,12 +43,12 @@ class Layout:
     """Tensors that one architecture keeps in a file; anything else in it is noticed."""
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
+    """Tensors of its own, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
     biases: Mapping[str, str | None] = field(default_factory=lambda: _B_ENC)
     """The biases that are added to what is encoded, each with the tensor, if any, whose exponential multiplies `W_enc`
     for it. Without `b_enc` among them, the architecture has none."""
     settings: frozenset[str] = frozenset()
-    """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+    """Keys of its own in the file's configuration; with `d_out`, it may write another width than it reads."""
     rule: str = ""
     """The latents in symbols, of pre-activations z, with settings in braces; empty: the architecture's name."""
     norms: bool = False
@@ -76,7 +76,7 @@ class Stored:
     """An SAE as a file describes it, whatever the format."""
 
     architecture: str
-    """By SAELens's name."""
+    """SAELens's name."""
     config: Mapping[str, Any]
     """`d_in`, `d_sae`, and the architecture's own settings by the names of its `Layout`."""
     tensors: Mapping[str, Tensor]

@@ -54,7 +54,7 @@ class _Class:
     """One of the package's classes."""
 
     architecture: str
-    """By our name."""
+    """Name in endwise."""
     names: Named
     subtracts: bool
     """True where it subtracts b_dec."""

@@ -201,7 +201,7 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
 
 
 def _architecture(cfg: Mapping[str, Any]) -> Any:
-    """As SAELens migrates it: before version 6 a file without one is standard, and one that says topk is topk."""
+    """Migrate as SAELens does: before version 6 a file without one is standard, and one that says topk is topk."""
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn")
     if str(activation).lower() == "topk" and cfg.get("architecture", "standard") == "standard":
         return "topk"

@@ -302,7 +302,7 @@ class LanguageModel(ShownModel):
 
     @contextmanager
     def patched(self, patch: Mapping[Any, Patch]) -> Iterator[None]:
-        """Within it, every forward pass of the model itself runs with the patches in place."""
+        """Context in which every forward pass of the model itself runs with the patches in place."""
         with ExitStack() as hooks:
             for site, change in patch.items():
                 self._sites.patch(hooks, self.site(site), change)

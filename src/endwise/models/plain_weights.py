@@ -118,8 +118,8 @@ def refuse_packed_files(files: list[Path], name: str) -> None:
 
 
 def _is_weight(key: str) -> bool:
-    """By the names that quantisers give: `weight`, `weight.absmax`, `weight._data._data`, `qweight`, `weight_packed`,
-    `W_q`, `SCB`, `codes`, `experts.gate_up_proj_blocks`, ...
+    """Recognise weights by the names that quantisers give: `weight`, `weight.absmax`, `weight._data._data`, `qweight`,
+    `weight_packed`, `W_q`, `SCB`, `codes`, `experts.gate_up_proj_blocks`, ...
     """
     parts = key.split(".")
     last = parts[-2:]
@@ -160,7 +160,7 @@ QUANTISERS: Mapping[str, tuple[str, Make]] = {
         lambda _: transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig()),
     ),
 }
-"""By name, the package that packs and computes, and what is asked of it. All leave the unembedding as it is."""
+"""Quantisers by name: the package that packs and computes, and its settings. All leave the unembedding as it is."""
 
 
 def quantisation(kind: str, config: Any, dtype: torch.dtype, name: str) -> Any:

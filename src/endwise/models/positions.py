@@ -100,7 +100,7 @@ class Passes:
 
     @contextmanager
     def followed(self) -> Iterator["Passes"]:
-        """Within it, the model's passes are followed."""
+        """Context in which the model's passes are followed."""
         with ExitStack() as hooks:
             hooks.enter_context(removed(self._body.register_forward_pre_hook(self._enter, with_kwargs=True)))
             if callable(generate := getattr(self._model, "generate", None)):

@@ -110,7 +110,7 @@ def relative_to_local(costs: list[Cost], kind: Kind, site: str) -> Interval | No
 
 
 def as_rows(costs: list[Cost]) -> list[dict[str, Any]]:
-    """With each kind's cost relative to local's at the same site and size."""
+    """Make rows with each kind's cost relative to local's at the same site and size."""
     local = {(cost.site, cost.ratio): cost.seconds_per_token for cost in costs if cost.kind == "local"}
     return [
         {**vars(cost), "relative_to_local": cost.seconds_per_token / local[cost.site, cost.ratio]} for cost in costs

@@ -34,11 +34,11 @@ class MeasuredStudy:
 class Findings:
     made: StudyRuns
     sites: Mapping[str, Summary]
-    """By site, the comparison of its kinds."""
+    """Comparison of the kinds, by site."""
     similar_l0: Mapping[str, tuple[RunSummary, ...]]
-    """By site, the run of each kind whose L0s are closest to each other."""
+    """Runs of the kinds whose L0s are closest to each other, by site."""
     norms: Mapping[str, Norms]
-    """By run folder, of the runs of each seed at similar CE increase."""
+    """Norms by run folder, of the runs of each seed at similar CE increase."""
     experiments: Mapping[str, tuple[MeasuredStudy, ...]]
     mitigations: Mitigations | None
     settings: EvaluationConfig

@@ -27,13 +27,13 @@ def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequenc
     figures = {section: list(map(div, drawn)) for section, drawn in charts.items()}
     runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
     sections: list[Section] = [
-        ("What shows, and what does not", [remark_list(runs.values()), claim_list(made)], "verdicts"),
-        ("What a feature buys", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
+        ("What the results show", [remark_list(runs.values()), claim_list(made)], "verdicts"),
+        ("CE increase against features", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
         ("Runs at similar CE increase, and at similar L0", list(_similar(found)), "similar"),
-        ("What stays of the later layers", figures["downstream"], "downstream"),
+        ("Error in the later layers", figures["downstream"], "downstream"),
         ("Lengths and directions", [*figures["norms"], _norms(found)], "norms"),
         ("Learning rate, size, length, seeds", figures["ablations"], "ablations"),
-        ("What training costs", [*figures["cost"], _costs(found)], "cost"),
+        ("Cost of training", [*figures["cost"], _costs(found)], "cost"),
         ("How this was made", [part(PARTS, "terms", _made(found, command))], "made"),
     ]
     model = model_title(found.made.experiments.study.recipe.get("model", {}).get("name", "embedded"))

@@ -83,7 +83,7 @@ def trained_runs(paths: Paths) -> list[Path]:
 
 
 def harvested_runs(paths: Paths) -> list[Path]:
-    """As `trained_runs`, of those that were harvested."""
+    """Variant of `trained_runs` for those that were harvested."""
     return runs_at(
         paths,
         lambda run: (run / "harvest").is_dir(),

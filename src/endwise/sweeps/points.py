@@ -1,4 +1,4 @@
-"""From a sweep's file to its points: one recipe each, with a folder named by what the recipe holds."""
+"""Path from a sweep's file to its points: one recipe each, with a folder named by what the recipe holds."""
 
 import itertools
 import json
@@ -236,7 +236,7 @@ def fingerprint(config: Recipe) -> str:
 
 
 def _fingerprint_of_0_1(config: Recipe) -> str:
-    """As version 0.1 made it, for which execution counted too."""
+    """Fingerprint as version 0.1 made it, for which execution counted too."""
     new = {"out", "trackers"}
     content = json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True)
     return of_text(content)[:DIGITS]

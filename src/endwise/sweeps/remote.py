@@ -189,7 +189,7 @@ class Remote(ABC):
 
 
 _worker = Worker()
-"""With what the tasks need that this process carried out before."""
+"""Worker with what the tasks need that this process carried out before."""
 
 
 def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:

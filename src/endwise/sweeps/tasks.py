@@ -122,11 +122,11 @@ class ModelCache:
         self._model = self._corpora = None
 
     def model(self, config: Recipe) -> LanguageModel:
-        """As training asks for it."""
+        """Load the model as training asks for it."""
         return self._load((config.model, config.training.precision), lambda: self.load_for_training(config))
 
     def exact_model(self, config: Recipe) -> LanguageModel:
-        """As `evaluate` loads it, whatever the precision of training."""
+        """Load the model as `evaluate` does, whatever the precision of training."""
         if config.training.precision == "exact" or find_device(config.model.device).type == "cpu":
             return self.model(config)
         return self._load((config.model, "exact"), lambda: load_model(**config.model.model_dump()))

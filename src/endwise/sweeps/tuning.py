@@ -84,7 +84,7 @@ class Tuned:
     coefficient: float | None
     """λ to begin with; None: the dictionary sets L0 itself."""
     trials: tuple[tuple[RateTrial, ...], ...]
-    """By round."""
+    """Trials by round."""
     remarks: tuple[str, ...]
     """Remarks on how sure the choice is."""
     text: str

@@ -28,12 +28,12 @@ class TokenBatch(Shown):
     """True where a position counts: not padding, not a prepended BOS, nor position 0 or what else is left out."""
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """On the device. From pinned memory the copy is only issued; whatever follows on its stream comes after it."""
+        """Copy to the device. From pinned memory the copy is only issued; later work on its stream follows it."""
         pinned = self.tokens.is_pinned()
         return type(self)(self.tokens.to(device, non_blocking=pinned), self.mask.to(device, non_blocking=pinned))
 
     def pinned(self) -> "TokenBatch":
-        """In memory that a GPU reads by itself."""
+        """Copy into memory that a GPU reads by itself."""
         return type(self)(self.tokens.pin_memory(), self.mask.pin_memory())
 
 

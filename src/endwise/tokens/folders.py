@@ -56,7 +56,7 @@ def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> 
 
 
 def check_split(path: Path, split: str) -> None:
-    """For what is one split only: it is `train`, or what its name says.
+    """Check the split of a source that has only one: it is `train`, or what its name says.
 
     Raises:
         DataError: another one is asked for.

@@ -1,4 +1,4 @@
-"""From a recipe's `data` section to the two corpora of a run."""
+"""Path from a recipe's `data` section to the two corpora of a run."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -45,7 +45,7 @@ class TextSource:
     """Changes when the documents do: paths, sizes and times of files; id, configuration and split on the hub."""
     read: Callable[[], Iterator[Document]]
     size: int | None = None
-    """For the progress display only."""
+    """Size, for the progress display only."""
     has_columns: bool = True
     """True if `data.column` says anything about it."""
     commit: str | None = None

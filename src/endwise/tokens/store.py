@@ -82,7 +82,7 @@ class _Stored:
 
 
 def _load(folder: Path) -> _Stored | None:
-    """None where there is no store, or a damaged one."""
+    """Load a store; None where there is none, or a damaged one."""
     try:
         info = json.loads((folder / INFO).read_text())
         tokens = np.load(folder / TOKENS, mmap_mode="r")

@@ -204,7 +204,7 @@ class JointTrainee:
         return LaterLatents(clean, self._latents[part.place], part.sae.d_in)
 
     def add_up(self, world: World) -> None:
-        """As `Trainee.add_up`."""
+        """See `Trainee.add_up`."""
         for part in self.parts:
             part.add_up(world)
         if self._sums:
@@ -214,7 +214,7 @@ class JointTrainee:
                 own.copy_(total)
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
-        """As `Trainee.finish_step`: a number that is not finite at one place, or in the pass, keeps all weights."""
+        """Variant of `Trainee.finish_step`: a non-finite number at one place, or in the pass, keeps all weights."""
         found = [part.found_bad() for part in self.parts]
         if self._sums:
             bad = ~torch.isfinite(torch.stack(list(self._sums.values())))
@@ -262,7 +262,7 @@ class JointTrainee:
         return min(bad, key=lambda each: each[0], default=None)
 
     def checkpoint(self) -> Checkpoint:
-        """As `Trainee.checkpoint`; each place's tensors have its name in front."""
+        """Variant of `Trainee.checkpoint`; each place's tensors have its name in front."""
         tensors: dict[str, Tensor] = {}
         for part in self.parts:
             for name, tensor in part.checkpoint().tensors.items():
@@ -271,7 +271,7 @@ class JointTrainee:
         return Checkpoint(tensors, self.parts[0].checkpoint().state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """As `Trainee.restore`."""
+        """See `Trainee.restore`."""
         shared = {name: each for name, each in checkpoint.tensors.items() if name.startswith(SHARED_TENSORS)}
         for part in self.parts:
             start = f"{part.place}:"

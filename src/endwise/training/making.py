@@ -39,7 +39,7 @@ def phases_of(config: RunConfig, model: LanguageModel, kinds: tuple[type[Term], 
 
 
 def pass_phases(config: PlacesConfig, model: LanguageModel) -> list[Phase]:
-    """As `phases_of`, of the pass in which several places are spliced jointly."""
+    """Variant of `phases_of` for the pass in which several places are spliced jointly."""
     written = [place.writes for place in sorted(model.place(recipe.place) for recipe in config.recipes)]
     objectives = [
         build_objective(each.objective, model, written[0], OF_THE_PASS, written[-1]) for each in config.in_phases

@@ -77,7 +77,7 @@ class PlacesRun(_Recorded):
 
     config: PlacesConfig
     saes: Mapping[str, SAE]
-    """By place, in the order of the recipe."""
+    """Dictionaries by place, in the order of the recipe."""
     folder: Path
     folders: Mapping[str, Path]
     """Each place's, which everything takes that takes a run."""
@@ -140,7 +140,7 @@ class Member:
     writes: bool = True
     """True in the first of several processes that train it, which alone writes."""
     seconds: float = 0.0
-    """Its share of the wall-clock so far."""
+    """Share of the wall-clock so far."""
     line: dict[str, Any] | None = None
     """Line of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
     heldout: dict[str, float] = field(default_factory=dict)
@@ -231,13 +231,13 @@ class Member:
         return {**metadata, "endwise": {**metadata["endwise"], "step": self.trainee.step}}
 
     def save_last_good(self) -> None:
-        """As `save`, but where a number was not finite, the state before that step."""
+        """Variant of `save`, but where a number was not finite, the state before that step."""
         with suppress(NotFinite):
             self.trainee.report()
         self.write()
 
     def write(self) -> None:
-        """As `save`, of a trainee that has just reported."""
+        """Variant of `save` for a trainee that has just reported."""
         if not self.writes:
             give(self.trainee, with_checkpoint=True)
             return
@@ -266,7 +266,7 @@ class JointMember(Member):
 
     @property
     def folders(self) -> list[RunFolder]:
-        """In the order of `trainee.parts`."""
+        """Folders in the order of `trainee.parts`."""
         return [RunFolder(place_folder(self.folder.path, recipe)) for recipe in self.recipes]
 
     def of_each(self) -> Sequence[RunConfig]:

@@ -43,7 +43,7 @@ class Sharing:
     shards: World
     parameters: frozenset[str]
     of_features: frozenset[str]
-    """Those whose first axis is that of the features."""
+    """Tensors whose first axis is that of the features."""
 
     @classmethod
     def of(cls, trainee: AnyTrainee) -> "Sharing":

@@ -24,7 +24,7 @@ class Summary:
     """A comparison of the methods at one site: what `summary.json` and the report are made of. See `summarise`."""
 
     runs: tuple[RunSummary, ...]
-    """By method, knob and seed; each method with a key and a label of its own."""
+    """Runs by method, knob and seed; each method with a key and a label of its own."""
     clean_ce: float
     mean_ablated_ce: float | None = None
     zero_ablated_ce: float | None = None
@@ -62,7 +62,7 @@ class Summary:
 
     @cached_property
     def ratios(self) -> Mapping[str, Mapping[str, Ratio]]:
-        """By the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
+        """Ratios by the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
         related = partial(ratio_of, self.runs, resamples=self.resamples, seed=self.seed, reference=self.baseline)
         return {each.key: {of.key: related(of, of=each.of, at=each.at) for of in self.compared} for each in MEASURES}
 
@@ -127,7 +127,7 @@ def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> S
 
 
 def summarise_folders(runs: Sequence[RunSummary], **about: Any) -> Summary:
-    """As `summarise`, with the baselines in the first run's folder."""
+    """Variant of `summarise` with the baselines in the first run's folder."""
     baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
     ablated = {f"{name}_ce": baselines.get(name) for name in ("mean_ablated", "zero_ablated")}
     return summarise(runs, clean_ce=baselines.get("clean", math.nan), **ablated, **about)
@@ -160,7 +160,7 @@ def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary
 
 
 def similar_by_seed(runs: Sequence[RunSummary], metric: str) -> dict[Seeds, tuple[RunSummary, ...]]:
-    """As `runs_at_similar`, of every seed."""
+    """Variant of `runs_at_similar` for every seed."""
     chosen, methods = {}, methods_of(runs)
     for seeds in sorted({run.seeds for run in runs}):
         groups = [[run for run in runs if (run.seeds, run.method) == (seeds, method)] for method in methods]

@@ -43,7 +43,7 @@ ABLATED_TOKENS = 8192
 SMALL = 256
 """Up to this width all directions are ablated unless asked otherwise."""
 TOP = 64
-"""Above it, this many of the first directions, and as many of the others."""
+"""Directions ablated above it: this many of the first directions, and as many of the others."""
 SAME_VARIANCE = 1e-6
 """Relative difference up to which two measurements of the variances are of the same directions."""
 

@@ -78,7 +78,7 @@ def _by_method(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
 
 
 def of_method(runs: Iterable[RunSummary], method: Method) -> list[RunSummary]:
-    """In the order of L0."""
+    """Select a method's runs in the order of L0."""
     return sorted((run for run in runs if run.method == method), key=lambda run: run.l0)
 
 

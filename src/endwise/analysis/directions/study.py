@@ -80,13 +80,13 @@ class Directions(ShownSet):
     setting: Setting
     runs: tuple[RunSummary, ...]
     measured: Mapping[str, RunDirections]
-    """By run folder."""
+    """Measurements by run folder."""
     similar: tuple[RunSummary, ...]
     """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     by_seed: Mapping[Seeds, tuple[RunSummary, ...]]
     """The same of every seed."""
     follows: Mapping[str, Follows]
-    """By run folder; none where fewer than `LEAST` directions were ablated."""
+    """Results by run folder; none where fewer than `LEAST` directions were ablated."""
     contrasts: tuple[Contrast, ...]
     """Comparisons of the runs in `by_seed`, where CE increases are similar."""
     downstream: Ratio | None
@@ -94,7 +94,7 @@ class Directions(ShownSet):
 
     @property
     def norms(self) -> dict[str, Norms]:
-        """By run folder."""
+        """Norms by run folder."""
         return {folder: each.norms for folder, each in self.measured.items()}
 
     @property

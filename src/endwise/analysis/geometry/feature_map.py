@@ -50,7 +50,7 @@ class FeatureMap:
     places: NDArray[np.float32]
     """`[n 2]`"""
     region: NDArray[np.int64]
-    """From 1; 0: in none."""
+    """Region from 1; 0: in none."""
     density: NDArray[np.float64]
     """Share of the held-out tokens on which it fired."""
     importance: NDArray[np.float64]
@@ -227,7 +227,7 @@ TOKENS = 6
 
 
 def top_tokens(model: LanguageModel, directions: Directions, count: int = TOKENS) -> list[tuple[str, ...]]:
-    """For each direction the tokens with the greatest effect on their logits (`token_effects`), the greatest first.
+    """Find the tokens with the greatest effect on each direction's logits (`token_effects`), the greatest first.
 
     Spaces are written as `␣`, which could not be seen; without a tokenizer the tokens' numbers.
 

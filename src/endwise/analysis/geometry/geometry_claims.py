@@ -86,7 +86,7 @@ def claims(found: Geometry) -> list[Claim]:
 
 
 def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: bool) -> SimilarityDifference:
-    """Within, or across seeds; with `equally_many`, as if either had as many alive features as the one with fewer."""
+    """Compare within, or across seeds; with `equally_many`, as if both had as many alive features as the smaller."""
     measure, similar = (within, found.similar) if name == WITHIN else (across_seeds, found.seeded)
     runs = {run.method: run for run in similar}
     full_name = f"{name}{EQUALLY_MANY if equally_many else ''}"

@@ -95,7 +95,7 @@ def write_geometry(
 
 
 def _rows(found: Geometry, threshold: float) -> dict[str, Sequence[Row]]:
-    """By the name of the table."""
+    """Make all rows, by the name of the table."""
     return {
         "within": tables.within_rows(found),
         "pairs": tables.pair_rows(found, threshold),

@@ -177,7 +177,7 @@ def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
 
 
 def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
-    """By how they were chosen, the features of which both numbers have a logarithm."""
+    """List, by how they were chosen, the features of which both numbers have a logarithm."""
     found = run.measured.ablations
     estimates = getattr(found, f"{ESTIMATES[order]}_ce")
     groups: dict[str, list[Mark]] = {"at random": [], "by rank": []}

@@ -41,7 +41,7 @@ from endwise.tokens import Corpora
 FOLLOWS = 0.5
 """Spearman's correlation with exact ablation above which an estimate counts as following it."""
 ORDERS = ("second", "first", "random")
-"""In which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
+"""Orders in which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
 LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
 Row = dict[str, Any]
 Order = Literal["first", "second"]
@@ -136,7 +136,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         return baseline_of(self.methods)
 
     def _counts(self, method: Method) -> list[Claim]:
-        """On how few features a method rests, relative to the baseline."""
+        """Judge on how few features a method rests, relative to the baseline."""
         name, base = method.label, self.baseline.label
         carrying = f"{name} needs fewer features than {base} to carry {100 * CARRIED:.0f} % of what its SAE carries"
         half = f"Half of the importance lies in fewer features of {name} than of {base}"

@@ -44,7 +44,7 @@ class Pareto(ShownSet):
 
     setting: Setting
     runs: tuple[RunSummary, ...]
-    """By method, knob, seed and learning rate."""
+    """Runs by method, knob, seed and learning rate."""
     summary: Summary
     """Comparison of the runs of one learning rate a method, where it has several."""
     remarks: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Pareto(ShownSet):
 
     @property
     def ratios(self) -> dict[tuple[str, str], Ratio]:
-        """By measure and the method's key; each relative to the baseline."""
+        """Ratios by measure and the method's key; each relative to the baseline."""
         return {(key, of): ratio for key, by in self.summary.ratios.items() for of, ratio in by.items()}
 
 

@@ -105,7 +105,7 @@ def _series(runs: Sequence[RunSummary], method: Method, x: str, y: str) -> Itera
 def _curve(
     own: Sequence[RunSummary], method: Method, x: str, y: str, best: Container[str], label: str, rank: int
 ) -> Iterable[Series]:
-    """With three seeds or more the curve of their means, with its band, and all runs as dots; otherwise the first
+    """Draw, from three seeds on, the curve of their means, with its band, and all runs as dots; otherwise the first
     seed's curve with its band, and the others as dots.
     """
     if not own:

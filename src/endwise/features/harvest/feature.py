@@ -31,7 +31,7 @@ class HarvestedFeature(Shown):
     harvest: Harvest
     number: int
     row: Mapping[str, Any]
-    """Its row of `Harvest.features`."""
+    """Row of `Harvest.features`."""
 
     @classmethod
     def of(cls, harvest: Harvest, number: int) -> "HarvestedFeature":

@@ -58,7 +58,7 @@ class Patterns(Shown):
     """All patterns of a run, and how well they predict."""
 
     patterns: Mapping[int, Sequence[Pattern]]
-    """By feature, those of most contexts first; of features that have any."""
+    """Patterns by feature, those of most contexts first; of features that have any."""
     texts: Mapping[int, Sequence[str]]
     """The same for a reader."""
     scores: pa.Table
@@ -159,7 +159,7 @@ class PatternParts:
     """Skips patterns made with other settings."""
 
     def load(self, block: range) -> list[Pattern] | None:
-        """None where there are none of these settings."""
+        """Load patterns; None where there are none of these settings."""
         try:
             table = parquet.read_table(self._file(block))
             same = json.loads((table.schema.metadata or {})[b"endwise"]) == self.settings

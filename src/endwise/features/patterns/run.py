@@ -170,7 +170,7 @@ class Making:
         return Half(self.corpus, range(half), batch), Half(self.corpus, range(half, sequences), batch)
 
     def _fitting(self, text: Half) -> PatternSettings:
-        """With suffixes no longer than the model takes, behind what stands before them."""
+        """Adapt the settings: suffixes no longer than the model takes, behind what stands before them."""
         most = (self.model.context or self.settings.longest) - len(text.before)
         return replace(self.settings, longest=max(1, min(self.settings.longest, most)))
 

@@ -26,7 +26,7 @@ class Substitutes:
     """Tokens of the text, the more often the likelier, `[longest substitutes]`: others for each place, counted from the
     end, and no token twice for one."""
     nearest: NDArray[np.int64]
-    """For every token that occurs, find the others that occur and are nearest by the cosine of input embeddings,
+    """Find, for every token that occurs, the others that occur and are nearest by the cosine of input embeddings,
     `[vocab near]`."""
 
     @classmethod
@@ -43,7 +43,7 @@ class Substitutes:
 
 @torch.no_grad()
 def _nearest(model: LanguageModel, tokens: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """For each of some tokens, find the nearest others among them, the nearest first, `[tokens count]`."""
+    """Find, for each of some tokens, the nearest others among them, the nearest first, `[tokens count]`."""
     embedding: Any = model.model.get_input_embeddings()
     vectors = embedding(torch.from_numpy(tokens).to(model.device)).float()
     unit = torch.nn.functional.normalize(vectors, dim=1)

@@ -95,7 +95,7 @@ class DryRun:
         self.kernels = _DenseKernels(trace, on_gpu)
 
     def _objectives(self) -> dict[Site, Objective]:
-        """By the site where it begins, what each spliced pass is compared by."""
+        """Objectives by the site where a spliced pass begins: what each spliced pass is compared by."""
         if self.joint:
             last = self.places[-1].writes
             return {self.site: build_objective(self.config.objective, self.model, self.site, OF_THE_PASS, last)}
@@ -340,7 +340,7 @@ class _DryTrainee(Trainee):
 
 
 class _DryJoint(JointTrainee):
-    """As `_DryTrainee`, of several places that are spliced jointly."""
+    """Variant of `_DryTrainee` for several places that are spliced jointly."""
 
     def leave(self) -> None:
         for part in self.parts:
