@@ -257,7 +257,7 @@ Recipe = dict[str, str]
 def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSummary, Recipe]]:
     """Add what each run must have in common with those that it is compared with, and the digests of what it stands on.
 
-    A digest that some run's folder does not have (an older version made it) keeps no runs apart; that is said, once.
+    A digest that some run's folder does not have (an older version made it) keeps no runs apart; this is reported once.
     """
     found: list[Recipe] = [{} for _ in runs]
     texts = zip(*((run.text, run.heldout) for run, _ in runs), strict=True)  # the most exact first

@@ -57,7 +57,7 @@ Ends = tuple[float, float]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratio of how much one method has or needs to how much another does; or why that cannot be said."""
+    """Ratio of how much one method has or needs to how much another does; or why it is unknown."""
 
     estimate: float | None
     """Geometric mean; None where the curves cross, or determine no ratio."""

@@ -53,7 +53,7 @@ def _as_runs(paths: Sequence[Path], belongs: dict[str, Any]) -> dict[Path, Path]
     """The run folder, or the folder that holds some, that stands for each path.
 
     Raises:
-        ConfigError: it is said of SAEs where they belong, and all are runs.
+        ConfigError: options for SAEs are given, and all are runs.
         EndwiseError: see `adopt`.
     """
     from endwise.common.errors import ConfigError

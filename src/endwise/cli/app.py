@@ -121,7 +121,7 @@ def status(text: str) -> None:
 
 
 def saying(quiet: bool) -> Callable[[str], None]:
-    """Return what says what is being done, if it is to be said."""
+    """Return the function that prints progress, or one that does nothing."""
     return (lambda _: None) if quiet else status
 
 

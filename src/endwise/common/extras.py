@@ -42,7 +42,7 @@ def extra_of(package: str) -> str | None:
 
 
 def install_for(error: Exception, message: str) -> str:
-    """Say what to install, given an import that failed and what was said of it."""
+    """Say what to install, given an import that failed and its message."""
     words = [getattr(error, "name", None) or "", *re.findall(r"[A-Za-z_][\w-]*", message)]
     for word in words:
         if extra := extra_of(MODULES.get(word, word)):

@@ -28,7 +28,7 @@ OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "balance", "terms")
 
 
 class PlaceConfig(Config):
-    """One place: what a recipe says of it alone."""
+    """One place: its own part of a recipe."""
 
     site: str
     """Site, like `site` of a recipe for one place."""

@@ -127,7 +127,7 @@ def belonging(found: Inspected, model: LanguageModel, site: str | None = None) -
         site: the place, where the file says none or another is meant.
 
     Raises:
-        ConfigError: no place is said.
+        ConfigError: no place is given.
         SiteError: the model has no such site, or one of another width.
         FormatError: see `Stored.with_value_bias`.
     """

@@ -140,10 +140,10 @@ def corpora_of_runs(
 
     Args:
         model: `model_of` the runs.
-        corpora: loaded ones to use instead; that they are not what a run was started on is said, and what is measured
+        corpora: loaded ones to use instead; if a run was started on others, this is reported, and what is measured
             on them finds by their digest.
         evaluation_tokens, training_tokens: how much is wanted; of the latter, no less than was trained on is there.
-        side: what will be read. That the other one has changed is said.
+        side: what will be read. A change of the other one is reported.
 
     Raises:
         RunFolderError: it is not the text that a run was started on.
@@ -166,7 +166,7 @@ def corpora_of_runs(
 def check_texts(runs: Runs, corpora: Corpora, refused: Sequence[Side]) -> None:
     """
     Args:
-        refused: sides that must be what the runs were started on; of the others it is said if they are not.
+        refused: sides that must be what the runs were started on; changes of the others are reported.
 
     Raises:
         RunFolderError: they are not.

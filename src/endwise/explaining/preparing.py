@@ -1,6 +1,6 @@
 """Path from runs' harvests to the texts that will be shown and asked about, before anything is paid.
 
-Which features are explained is said as `all`, `random:N`, `top:N`, or numbers and ranges.
+Features to explain are given as `all`, `random:N`, `top:N`, or numbers and ranges.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Three measurements on held-out text, each against the SAE's own spliced pass: an estimate for every feature
 (`FeatureImportance`), the exact effect of zeroing some of them (`Ablations`), and what is left when only the most
-important are kept (`Faithfulness`). How they are measured is said in `attribution`, `ablation` and `faithfulness`.
+important are kept (`Faithfulness`). Their measurement is described in `attribution`, `ablation` and `faithfulness`.
 """
 
 import json
@@ -33,7 +33,7 @@ Counts = NDArray[np.int64]
 class FeatureImportance(Shown):
     """Estimates of what zeroing each feature does, on held-out text, to first and to second order.
 
-    All arrays are `[d_sae]` unless said otherwise; a feature that never fired holds 0.
+    All arrays are `[d_sae]` unless stated otherwise; a feature that never fired holds 0.
     """
 
     ce: Floats

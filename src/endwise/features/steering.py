@@ -49,7 +49,7 @@ def opened(path: str | Path, *, model: str | LanguageModel | None = None, site: 
         site: of such an SAE its place; None: the one that its file names.
 
     Raises:
-        ConfigError: it is said of a run where it belongs, or not said of another SAE.
+        ConfigError: a place or model is given for a run, or missing for another SAE.
         EndwiseError: it cannot be read, or its model cannot be loaded.
     """
     path = expanded(path)

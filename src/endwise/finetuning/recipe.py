@@ -17,7 +17,7 @@ from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 
 TOKENS, MEASURED_ON = 1_000_000, 100_000
-"""Tokens to train on, and to measure on, unless said."""
+"""Tokens to train on and to measure on by default."""
 STEPS, MOST_TOKENS = 1000, 4096
 """Steps that the tokens are cut into, where a step then has no more than so many tokens."""
 RELATIVE_RATE = 0.03

@@ -2,7 +2,7 @@
 
 `kernels_for(device)` gives the implementation: what was given to `register`, or ships for that type of device (for
 CUDA in Triton, where that is installed), or else `eager`, which is written in device-agnostic operations. What each
-operation computes is said once, in `interface`; a test holds every implementation to it.
+operation computes is stated once, in `interface`; a test holds every implementation to it.
 """
 
 from collections.abc import Iterator

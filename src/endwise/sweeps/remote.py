@@ -147,7 +147,7 @@ class Remote(ABC):
             yield failed(task, f"Every worker that it was given to was lost, the last one with: {reason}")
 
     def _seen(self, outcome: Outcome, config: Recipe) -> Outcome:
-        """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would
+        """The outcome, or a failure where a run reported as finished cannot be found: given out again it would
         be finished again, and so without end.
         """
         folder, give_up = folder_of(config), time.monotonic() + self.visible_seconds

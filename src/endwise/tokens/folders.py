@@ -1,4 +1,4 @@
-"""Files of a local source: those of one split, in a fixed order. What is left out is said."""
+"""Files of a local source: those of one split, in a fixed order. Files left out are reported."""
 
 import os
 import re

@@ -151,7 +151,7 @@ class Member:
     """Checkpoint of a whole dictionary, until the shards have their parts of it."""
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
-        """Each dictionary, the folder that its SAE is saved in, and what is said of it there."""
+        """Each dictionary, the folder that its SAE is saved in, and its metadata."""
         return [(part, self.folder, self.metadata) for part in self.trainee.parts]
 
     def of_each(self) -> Sequence[RunConfig]:

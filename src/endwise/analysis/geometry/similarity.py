@@ -65,7 +65,7 @@ class MeanSimilarity:
 
 @dataclass(frozen=True)
 class SimilarityDifference:
-    """`a − b`, seed by seed; or why that cannot be said."""
+    """`a − b`, seed by seed; or why it is unknown."""
 
     name: str
     a: Method

@@ -20,7 +20,7 @@ SHOWN = (JUDGED, "explained", "correlation")
 _TITLES = {"": "own patterns", "shuffled": "another feature's", "random": "random directions"}
 _LOCAL = (
     "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the "
-    "last few tokens, whatever else can be said of them."
+    "last few tokens, whatever else they do."
 )
 
 

@@ -1,7 +1,7 @@
 """A dry run on fake tensors: the peak memory of a training step, by component.
 
 The language model is made from its configuration, on fake tensors, and the code that training runs is run on them
-(`memory_trace`), so that what is alive at once need not be said a second time. Followed are two microbatches of two
+(`memory_trace`), so that nothing need state a second time what is alive at once. It follows two microbatches of two
 passes, in which everything that repeats is met.
 
 The dictionary's latents are dense here: half of a new dictionary is active. They become sparse as it learns, and memory
