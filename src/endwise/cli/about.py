@@ -48,7 +48,7 @@ def runs(
 def doctor(json: Json = False) -> None:
     """Check this installation: versions, processor, GPU, cache, disk, and known conflicts.
 
-    Exit code: 0 if nothing is known against it, 1 if something is.
+    Exit code: 0 if no problem was found, 1 otherwise.
     """
     from endwise.common.doctor import examine
 

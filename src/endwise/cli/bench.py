@@ -36,7 +36,7 @@ def bench(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Run a benchmark suite of others on a run, in an environment of its own: SAEBench's, sae-probes."""
+    """Run a benchmark suite on a run, in the suite's own environment: SAEBench's, sae-probes."""
     from endwise.runs.finding import trained_runs
     from endwise.suites.bench import Benching
 

@@ -93,7 +93,7 @@ def importance(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
+    """Measure what every feature does for the predictions, and how few features carry them, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
     from endwise.analysis.importance.study import importance as measure
 
@@ -120,7 +120,7 @@ def directions(
     out: Annotated[Path | None, results_folder("directions")] = None,
     json: Json = False,
 ) -> None:
-    """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
+    """Compare what SAEs keep: lengths, principal directions and their use by the model, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions
     from endwise.analysis.directions.study import directions as compare
 

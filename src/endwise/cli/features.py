@@ -60,7 +60,7 @@ def harvest(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
+    """Collect every feature's contexts, logit effects, co-firing and importance, in one pass, into RUN/harvest."""
     from endwise.common.errors import ConfigError
     from endwise.common.processes import is_first_process
     from endwise.features.harvest.gathering import Kept
@@ -140,7 +140,7 @@ def dashboard(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
+    """Write a site that shows every feature: where it fires, what it does, its neighbours. It opens from the disk."""
     from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
 
@@ -157,8 +157,8 @@ def serve(
     again: Again = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type, and
-    where does one steer it?
+    """Serve the dashboard to this machine, with the model behind it: see which features fire on a text that you type,
+    and steer it with one.
     """
     from endwise.dashboard.server import dashboard_server
 
@@ -201,9 +201,9 @@ def explain(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Have features explained by a language model, and score how well the explanations predict them.
+    """Explain features by a language model, and score how well the explanations predict them.
 
-    What was answered before is never asked again, so that a call that was interrupted resumes where it was.
+    Answers are kept and never requested again, so an interrupted call resumes where it was.
 
     Exit code: 0 if all calls were answered, 9 if some failed.
     """

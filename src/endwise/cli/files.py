@@ -82,7 +82,7 @@ def adopt(
     name: Annotated[str | None, Option(help="What tables and legends call it; unset: the end of its path.")] = None,
     json: Json = False,
 ) -> None:
-    """Make a run folder of a finished SAE of anybody's, which all commands read that read runs."""
+    """Make a run folder from any finished SAE; every command that reads runs reads it."""
     from endwise.evaluation.adopting import adopt as run
 
     run(path, model=model, data=data, site=site, out=out, context=context, tokens=tokens, name=name)
@@ -123,7 +123,7 @@ def finetune(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Tune a finished SAE on what the model predicts with it, and give it back in its format, with a report.
+    """Tune a finished SAE on what the model predicts with it, and write it in its format, with a report.
 
     Exit code: 0 if it was tuned, 6 if it cannot be read or is far from what it states, 7 if training stopped.
     """

@@ -232,7 +232,7 @@ def track(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Send run folders to trackers: what they have not got yet, in the tracked runs that are there already."""
+    """Send run folders to trackers: what they lack, into the tracked runs that exist already."""
     from endwise.runs.finding import runs_at
     from endwise.runs.tracking.track import track as send
 
@@ -316,7 +316,7 @@ def reproduce(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
+    """Repeat the paper's experiments on a model, and write one report: figures, tables, and verdicts on its claims.
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the study breaks a rule.
     """
@@ -353,7 +353,7 @@ def push(
 ) -> None:
     """Push runs to the Hugging Face hub: SAEs that endwise and SAELens load, and a card with their numbers.
 
-    The same command resumes a push that broke off; of runs that were pushed before only what changed is sent.
+    The same command resumes an interrupted push; for runs pushed before, only changes are sent.
     """
     from endwise.common.machine import size_text
     from endwise.sharing.pushing import push as run
@@ -385,7 +385,7 @@ def pull(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Bring runs from the Hugging Face hub to folders that evaluate and pareto read; other SAEs as they are."""
+    """Download runs from the Hugging Face hub into folders that evaluate and pareto read; other SAEs as they are."""
     from endwise.runs.folder import RunFolder
     from endwise.sharing.pulling import pull as run
 

@@ -49,7 +49,7 @@ def steer(
 ) -> None:
     """Continue a prompt with features steered, clamped, ablated or kept, beside the model's own text, with their KL.
 
-    Of several, --keep comes first, then --ablate, --clamp and --feature.
+    If several are given, --keep comes first, then --ablate, --clamp and --feature.
     """
     from endwise.features.intervening import refuse_error
     from endwise.features.steering import Sampling, opened

@@ -149,7 +149,7 @@ class ObjectiveConfig(Config):
     errors: Errors | None = None
     """`relative`: every squared error of an activation is divided by the variance of the clean activations at its site,
     measured before the first step; at a position whose norm is more than 10 times the median, by that position's own
-    mean square. `absolute`: by nothing. Unset: `absolute`, for the kind `horizon` `relative`."""
+    mean square. `absolute`: not divided. Unset: `absolute`, for the kind `horizon` `relative`."""
     balance: Balance | None = None
     """Weights of terms that read the spliced pass are shares of the local error: each is multiplied by the local mean
     squared error over the term (`loss`), or by the ratio of their gradients' norms at the reconstruction (`gradient`),

@@ -48,7 +48,7 @@ class LinearConfig(DeadConfig):
     `constant_norm_rescale` divide each token by its own deviation or norm (kept in the file); `centred` takes out each
     token's mean, as of SAEs of TransformerLens's processed models."""
     skip: bool = False
-    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused of SAEs."""
+    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused for SAEs."""
 
 
 class LinearSAE(SAE):
