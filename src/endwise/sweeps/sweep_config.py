@@ -135,11 +135,11 @@ class SweepConfig(EngineConfig):
     grids: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """The runs are those of all grids. A grid sets dotted keys of the recipe: to a value; to each of a list; or to each
     of `{log_range: [from, to, how many]}`, evenly spaced on a logarithmic scale. All combinations are made. The key
-    `target` takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient; the key
-    `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone). Weights
-    that a kind does not use are left out of its runs if a grid chooses the kind, and so are keys of the dictionary that
-    an architecture does not have if it chooses that. Of a recipe with `places` a key stands for
-    every place, or for one by its number (`places.0.dictionary.k`)."""
+    `target` takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient;
+    the key `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone).
+    Weights that a kind does not use are left out of its runs if a grid chooses the kind, and so are keys of the
+    dictionary that an architecture does not have if it chooses that. With `places` a key applies to every place, or to
+    one by its number (`places.0.dictionary.k`)."""
     search: SearchConfig = SearchConfig()
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
