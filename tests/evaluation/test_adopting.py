@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import endwise
-from bad_input import refused, told, write_place
+from bad_input import ran, refused, write_place
 from endwise import SAE, ReluSAE
 from endwise.cli import app
 from endwise.common.errors import RunFolderError
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 def place(tmp_path_factory):
     """A model, tokens and a measured run."""
     folder = write_place(tmp_path_factory.mktemp("place"))
-    assert not told("train", folder / "recipe.yaml", "--quiet").exit_code
-    assert not told("evaluate", folder / "run").exit_code
+    assert not ran("train", folder / "recipe.yaml", "--quiet").exit_code
+    assert not ran("evaluate", folder / "run").exit_code
     return folder
 
 
@@ -56,7 +56,7 @@ def where(place):
 
 
 def went_well(*arguments):
-    result = told(*arguments)
+    result = ran(*arguments)
     assert result.exit_code == 0, result.output
     return result
 

@@ -17,7 +17,7 @@ import transformers as hf
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
-from bad_input import told
+from bad_input import ran
 from endwise import LanguageModel, Site, load_model
 from endwise.common.errors import ConfigError, DataError, ModelError
 from endwise.config.run import DataConfig
@@ -516,7 +516,7 @@ def test_the_command_that_lists_sites_says_which_are_not_offered_and_why(tmp_pat
     shared = {"num_kv_shared_layers": 2, "layer_types": ALTERNATING, "head_dim": 8}
     shared |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB}
     build(hf.Gemma4TextConfig(**GROUPED | shared, global_head_dim=8)).save_pretrained(tmp_path)
-    result = told("sites", tmp_path)
+    result = ran("sites", tmp_path)
     assert "blocks.0.hook_resid_pre" in result.stdout and "blocks.1.hook_resid_pre" not in result.stdout
     assert re.search(r"blocks\.1\.hook_resid_pre: not offered: .*residual stream", result.stderr)
 
