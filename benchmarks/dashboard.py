@@ -1,4 +1,4 @@
-"""How fast a dashboard of 46,080 features is: `python benchmarks/dashboard.py --out dashboard.json`.
+"""Time a dashboard of 46,080 features: `python benchmarks/dashboard.py --out dashboard.json`.
 
 A harvest of that many features is made up (or harvested runs are given), its site written, and opened from the disk in
 headless Chromium, each time in a browser that knows nothing of it. Measured there: the first paint; when the table and
@@ -60,7 +60,7 @@ def painted(page: Any, act: str) -> float:
 
 
 def sorts(page: Any) -> dict[str, float]:
-    """Of every column, the first time and then the other way."""
+    """Time to sort by each column, first one way and then the other."""
     names = page.evaluate("overview.columns().map((column) => column.name)")
     click = """() => document.querySelector(".head .cell.%s button").click()"""
     return {f"{name} {turn}": painted(page, click % name) for name in names for turn in ("first", "again")}

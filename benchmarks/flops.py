@@ -19,7 +19,7 @@ def stretches(shape: Shape, layers: range) -> list[Stretch]:
 
 
 def minimal_flops(shape: Shape, objective: str, l0: float) -> dict[str, float]:
-    """Of one step, part by part."""
+    """Count the operations of one step, part by part."""
     before, after = stretches(shape, range(shape.layer)), stretches(shape, range(shape.layer, shape.layers))
     d, tokens = shape.d_model, shape.tokens
     parts: dict[str, float] = {

@@ -1,4 +1,4 @@
-"""What comparing two dictionaries takes: `python benchmarks/geometry.py --out geometry.json`.
+"""Measure the comparison of two dictionaries: `python benchmarks/geometry.py --out geometry.json`.
 
 Two dictionaries of random directions are compared as `endwise geometry` does it: within each, across both, and matched
 one to one. The bar: 46,080 × 768 in under 180 s and 4 GiB on two cores. The naive way (one table of all cosines, its

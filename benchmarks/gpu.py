@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --minutes 20 --out runs/gpu.json         # the same again makes what is missing or failed
     python benchmarks/gpu.py --device cpu --tiny --out runs/try.json  # on a processor, to see that it works
 
-Each part (`gpu_parts.py`) runs in a process of its own, the most telling first, and is ended after a time of its own or
+Each part (`gpu_parts.py`) runs in a process of its own, most informative first, and is ended after a time of its own or
 when the minutes are over; results are written after every row. A part for which packages are missing is skipped. The
 last line sums up. Exit code: 0; 1 if something failed; 2 if there is no card, or `--out` holds what was made otherwise
 or cannot be written; 130 or 143 if it was interrupted, after which the same call resumes.
@@ -79,7 +79,7 @@ PARTS = (
     Part("steps smollm2-135m exact", 75),
     Part("steps tinystories-1m exact", 45),
 )
-"""The most telling first."""
+"""The most informative first."""
 FIRST, LAST = "card", "plan"
 """Nothing runs without the first; the last is about steps, and has more to say once there are more of them."""
 
@@ -101,8 +101,8 @@ class Results:
         if path.exists():
             self.all = _read(path)
             if (before := self.all["made_with"]) != made_with:
-                told = f"{path} was made with {before}, and this call is with {made_with}"
-                raise OtherResults(f"{told}. Give another --out.")
+                difference = f"{path} was made with {before}, and this call is with {made_with}"
+                raise OtherResults(f"{difference}. Give another --out.")
 
     def part(self, name: str) -> dict[str, Any]:
         return self.all["parts"].setdefault(name, {"status": "left", "rows": {}})
@@ -112,7 +112,7 @@ class Results:
         return [row for row, found in self.part(name)["rows"].items() if "failed" not in found]
 
     def failed(self, name: str) -> dict[str, str]:
-        """What the others raised."""
+        """Errors of the rows that failed."""
         return {row: found["failed"] for row, found in self.part(name)["rows"].items() if "failed" in found}
 
     def put(self, name: str, row: str, found: dict[str, Any]) -> None:
@@ -161,11 +161,11 @@ class Runner:
                 self.results.end(part.name, "left", reason="the minutes are over")
             else:
                 self._run(part, min(part.limit * max(1.0, self.minutes / MINUTES), left), left)
-            _tell(part.name, self.results.part(part.name))
+            _print_outcome(part.name, self.results.part(part.name))
             if part.name == FIRST and self.results.part(FIRST)["status"] != "done":
                 break
 
-    def told(self, part: str, scratch: str) -> dict[str, Any]:
+    def job_of(self, part: str, scratch: str) -> dict[str, Any]:
         """Return what the part's process is given; it reads what is known so far from the file."""
         self.results.save()
         return {
@@ -183,7 +183,7 @@ class Runner:
         begun = time.monotonic()
         with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             worker = subprocess.Popen(
-                [sys.executable, str(self.script), json.dumps(self.told(part.name, scratch))],
+                [sys.executable, str(self.script), json.dumps(self.job_of(part.name, scratch))],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -228,11 +228,11 @@ class Runner:
         with worker.stdout:
             for line in worker.stdout:
                 if line.endswith("\n"):  # else it was ended in the midst of it
-                    told = json.loads(line)
-                    self.results.put(part, told["row"], told["found"])
+                    row = json.loads(line)
+                    self.results.put(part, row["row"], row["found"])
 
 
-def _tell(name: str, part: dict[str, Any]) -> None:
+def _print_outcome(name: str, part: dict[str, Any]) -> None:
     failed = next((row["failed"] for row in part["rows"].values() if "failed" in row), "")
     words = [f"{name}: {part['status']}", part.get("reason", ""), failed.partition("\n")[0][:300]]
     print("; ".join(filter(None, words)), flush=True)

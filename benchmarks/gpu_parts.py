@@ -350,19 +350,19 @@ def made(row: Row) -> dict[str, Any]:
     return found
 
 
-def work(told: dict[str, Any], replies: IO[str]) -> None:
+def work(given: dict[str, Any], replies: IO[str]) -> None:
     """Make the rows of a part that are not there.
 
     Args:
-        told: what `gpu.Runner` tells.
+        given: `gpu.Runner.job_of`.
         replies: gets a line of JSON for every row.
     """
-    found = {name: one["rows"] for name, one in json.loads(Path(told["results"]).read_text())["parts"].items()}
-    job = Job(told["device"], told["tiny"], told["seconds"], Path(told["scratch"]), found)
+    found = {name: one["rows"] for name, one in json.loads(Path(given["results"]).read_text())["parts"].items()}
+    job = Job(given["device"], given["tiny"], given["seconds"], Path(given["scratch"]), found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for row in rows_of(told["part"], job):
-            if row[0] not in told["have"]:
+        for row in rows_of(given["part"], job):
+            if row[0] not in given["have"]:
                 replies.write(json.dumps({"row": row[0], "found": made(row)}) + "\n")
                 replies.flush()
 

@@ -37,7 +37,7 @@ def measured(results: All) -> dict[str, float]:
 
 
 def is_judged(results: All) -> bool:
-    """Tell if goals mean anything: they are for an H200, at full size."""
+    """Return whether goals mean anything: they are for an H200, at full size."""
     return H200.name in rows_of(results, "card").get("device", {}).get("gpu", "") and not results["made_with"]["tiny"]
 
 
@@ -87,8 +87,8 @@ def _kernels(results: All) -> Iterator[Cells]:
 
 def _waits(results: All) -> Iterator[Cells]:
     for kind, row in rows_of(results, "waits").items():
-        told = (", ".join(f"{name} {count}" for name, count in row[of].items()) for of in ("events", "places"))
-        yield (kind, f"{row['waits_per_step']:g}", *told)
+        counts = (", ".join(f"{name} {count}" for name, count in row[of].items()) for of in ("events", "places"))
+        yield (kind, f"{row['waits_per_step']:g}", *counts)
 
 
 def _compiled(results: All) -> Iterator[Cells]:
@@ -139,8 +139,8 @@ def markdown(results: All) -> str:
     ]
     lines += [f"Products, Tflop a second: {rates}. Memory: {memory:.3g} TB/s.", ""]
     if results["made_with"]["device"] == "cpu":
-        told = "Tried on a processor: kernels are the eager ones, and no time says anything of a card."
-        lines += [f"{told}{' Shapes are tiny.' if results['made_with']['tiny'] else ''}", ""]
+        caveat = "Tried on a processor: kernels are the eager ones, and no time says anything of a card."
+        lines += [f"{caveat}{' Shapes are tiny.' if results['made_with']['tiny'] else ''}", ""]
     head = (
         "shape",
         "precision",

@@ -203,7 +203,7 @@ class Side(ABC):
         return Sample(steps, wall, cpu, max(0.0, busy - cpu))
 
     def begin_memory(self) -> dict[str, Any]:
-        """What the process holds now, in GiB; from here on its peak is counted again, where the kernel lets us."""
+        """Return the process's memory now, in GiB; from here on its peak is counted again, where the kernel lets us."""
         again = begin_peak()
         return {"before": resident("VmRSS") / GIB, "peak_counted_anew": again}
 
@@ -265,7 +265,7 @@ def worker_environment(threads: int, tuned: bool = False) -> dict[str, str]:
 def busy_seconds() -> float:
     """CPU time that anything on the machine has used since it started, and that its host withheld (steal).
 
-    0 where the kernel does not tell, so that only `STARVED_SHARE` finds disturbances.
+    0 where the kernel does not say, so that only `STARVED_SHARE` finds disturbances.
     """
     try:
         with Path("/proc/stat").open() as file:
@@ -304,7 +304,7 @@ def cores() -> int:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """Machine and versions that a figure depends on besides the code."""
     info: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -326,7 +326,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def unquiet(timing: Mapping[str, Any]) -> str:
-    """What is to be said beside a timing that other work disturbed throughout; nothing of others."""
+    """Note beside a timing that other work disturbed throughout; empty for others."""
     return "" if timing["quiet"] else "  (never quiet: all samples taken)"
 
 

@@ -1,4 +1,4 @@
-"""What a harvest costs, beside the bare spliced forward pass, on the embedded model.
+"""Cost of a harvest, relative to the bare spliced forward pass, on the embedded model.
 
     python benchmarks/harvest.py                       # the passes in turn, then a whole harvest of 1,000,000 tokens
     python benchmarks/harvest.py --whole 0 --l0 100    # the passes alone

@@ -1,4 +1,4 @@
-"""What the importance of all features costs, in forward passes of the bare model.
+"""Cost of the importance of all features, in forward passes of the bare model.
 
     python benchmarks/importance.py                                        # GPT2-small's shape, three layers
     python benchmarks/importance.py --shape tinystories-1m-4 --layers 0 4 7

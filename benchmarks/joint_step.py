@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 HOWS = ("joint", "apart", "single")
 SHAPES = {"embedded": None, "gpt2-small": asdict(GPT2)}
 SIZES = {"embedded": (4, 256, 8.0), "gpt2-small": (1, 128, 2.0)}
-"""Sequences a step, tokens a sequence, and features as a multiple of the width, unless they are said."""
+"""Sequences a step, tokens a sequence, and features as a multiple of the width, unless they are given."""
 
 
 def parse() -> argparse.Namespace:

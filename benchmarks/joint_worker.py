@@ -54,7 +54,7 @@ class Transcoders(Side):
             take_step(self.model, trainees, self.batch)
 
     def l0(self) -> float:
-        """Of the last step, mean over the places."""
+        """L0 of the last step, mean over the places."""
         parts = [part for each in self.trainees for part in each.parts]
         return sum(part.values()["l0"] for part in parts) / len(parts)
 

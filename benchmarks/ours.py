@@ -68,7 +68,7 @@ class Ours(Side):
         return {name: float(value) for name, value in self.trainees[0].report().items()}
 
     def l0(self) -> float:
-        """Of the last step."""
+        """L0 of the last step."""
         return self.report()["l0"]
 
     def write_gradients(self, path: str) -> None:
@@ -145,7 +145,7 @@ def gpt2_of_width(shape: Shape, device: torch.device) -> LanguageModel:
 
 
 def bias_shift(rows: Tensor, encoder: Tensor, bias: Tensor, l0: float) -> float:
-    """How far to lower a bias for the rows to have `l0` positive pre-activations on average."""
+    """Amount by which to lower a bias so that the rows have `l0` positive pre-activations on average."""
     values = torch.addmm(bias, rows, encoder.T).flatten()
     count = round(l0 * len(rows))
     if not 0 < count < len(values):

@@ -1,4 +1,4 @@
-"""How well `endwise plan` predicts memory: `python benchmarks/plan_versus_measured.py --out plan.json`.
+"""Test `endwise plan`'s memory predictions: `python benchmarks/plan_versus_measured.py --out plan.json`.
 
 For each case a process of its own loads a model of random weights, trains a new SAE for a few steps, measures it on
 held-out tokens and saves it, on the CPU. What each of these stages holds at most beyond what the process held after its

@@ -71,7 +71,7 @@ def step(model: LanguageModel, tokens: Tensor) -> Tensor:
 
 
 def weight_bytes(model: LanguageModel) -> int:
-    """Of what a quantiser packed, its numbers and the scales that are tensors of the same parameter."""
+    """Bytes of packed weights, their scales included where these are tensors of the same parameter."""
     weights = model.model.named_parameters()
     return sum(part.nbytes for name, weight in weights for _, part in tensor_parts(name, weight))
 

@@ -260,7 +260,7 @@ class Goal:
     text: str
     target: float
     paper: float
-    """What the roofline allows."""
+    """Speed that the roofline allows."""
     at_least: bool = True
     form: str = "{:,.0f}"
 

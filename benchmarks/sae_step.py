@@ -36,7 +36,7 @@ from harness import Worker, WorkerError, cores, give_out, machine, time_in_turn,
 HERE = Path(__file__).parent
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated")
 AUX = "+aux"
-"""What ends the name of one of ours with the term for dead features."""
+"""Suffix of ours with the term for dead features."""
 OURS = ("ours", "mixed", *ARCHITECTURES, *(name + AUX for name in ("ours", *ARCHITECTURES)))
 PACKAGES = ("saelens", "dictionary_learning")
 FIRST = ("ours", "reference", *PACKAGES, "sparsify")
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peer_of(name: str) -> dict[str, Any]:
-    """What of a worker's specification its name says."""
+    """Parts of a worker's specification that its name states."""
     plain = name.removesuffix(AUX)
     peer, _, architecture = ("ours", "", plain) if name in OURS else name.partition("/")
     return {
@@ -116,7 +116,7 @@ def peer_of(name: str) -> dict[str, Any]:
 
 
 def compared(name: str, other: str) -> bool:
-    """Whether one of ours is compared with another: with our ReLU dictionary, with itself without the term for dead
+    """True if one of ours is compared with another: with our ReLU dictionary, with itself without the term for dead
     features, and with packages' of the same architecture, or of any where they have but one.
     """
     if name.endswith(AUX):

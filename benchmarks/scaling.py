@@ -1,4 +1,4 @@
-"""How a step's cost grows: `python benchmarks/scaling.py --out scaling.json --plot docs/images/scaling.png`.
+"""Measure how a step's cost grows: `python benchmarks/scaling.py --out scaling.json --plot docs/images/scaling.png`.
 
 From one base shape, one quantity at a time is varied: width, vocabulary, dictionary size, L0, the SAE's layer. For
 each, the median seconds of a whole training step per token, of each objective. Then, for three shapes of dictionary,

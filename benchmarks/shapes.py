@@ -17,7 +17,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 LEARNING_RATE = 1e-7
 """So small that L0 stays where it was during the steps that are timed."""
 STEPS = 1_000_000
-"""Of the pretended run: enough for the learning rate not to move."""
+"""Steps of the pretended run: enough for the learning rate not to move."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def attention_widths(self) -> tuple[int, int]:
-        """Of all heads' queries together, and of all heads' keys."""
+        """Widths of all heads' queries together, and of all heads' keys."""
         d_head = self.d_head or self.d_model // self.heads
         return self.heads * d_head, (self.kv_heads or self.heads) * d_head
 
@@ -68,7 +68,7 @@ class Shape:
         return self.batch * self.context
 
     def block_window(self, layer: int) -> int | None:
-        """How far back a block attends; None: to the start."""
+        """Tokens back that a block attends to; None: to the start."""
         return self.window if layer % 2 else None
 
 

@@ -243,7 +243,7 @@ class Contest:
 
     @staticmethod
     def _look_inside(workers: dict[str, Worker], result: dict[str, Any]) -> None:
-        """What costs time in our steps, and how fast the machine multiplies just now."""
+        """Print what costs time in our steps, and how fast the machine multiplies just now."""
         for name, worker in workers.items():
             if name in result["sides"] and not name.startswith("reference"):
                 result["sides"][name]["breakdown_seconds"] = worker.call("breakdown", steps=BREAKDOWN_STEPS)

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, folders of its own, few threads, and the same examples each time.
+"""Conditions of every test: no network, folders of its own, few threads, and the same examples each time.
 
 The environment is set before anything imports the libraries that read it.
 """
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported and collected stays: no garbage collection looks through it again, and fewer are made."""
+    """Keep what is imported and collected out of garbage collection, and collect less often."""
     gc.freeze()
     gc.set_threshold(10_000)
 
@@ -196,7 +196,7 @@ def fitted_on_little():
 
 @pytest.fixture(scope="module")
 def models_outlined_once():
-    """What every sweep begins with, for modules whose sweeps are all of one model."""
+    """Keep the model outlines that every sweep begins with, for modules whose sweeps are all of one model."""
     from functools import cache
 
     import endwise.sweeps.survey as module

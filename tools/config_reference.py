@@ -105,7 +105,7 @@ def reference() -> str:
 
 
 def _several() -> str:
-    """What a recipe for several places has besides."""
+    """Tables of the further keys of a recipe for several places."""
     meanings = _docstrings(PlacesConfig)
     rows = [_row(key, PlacesConfig.model_fields[key], meanings[key]) for key in ("places", "joint", "inputs")]
     return "\n".join([SEVERAL, *TABLE, *rows, ""])

@@ -46,7 +46,7 @@ PAPER = "standard"
 """The architecture that docs/results/paper-embedded.md has trained at the same sites, sizes and lengths."""
 PAPER_RUNS = HERE.parent / "paper-embedded" / "tables" / "runs.csv"
 REFERENCES = (("local", "batchtopk"), ("e2e", PAPER), ("e2e_ds", PAPER))
-"""What every curve is held against."""
+"""Curves that every other is compared with."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Setting:
         return self.study["architectures"][self.architecture]
 
     def named(self) -> tuple[tuple[str, str], ...]:
-        """What `--only` can ask for, and where the study lists it."""
+        """Names that `--only` can ask for, and where the study lists them."""
         return (self.site, "sites"), (self.kind, "kinds"), (self.architecture, "architectures")
 
     @property
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def method(self) -> Method:
-        """What stays the same along the curve."""
+        """Method: all that stays the same along the curve."""
         longer = "" if self.tokens is None else f", {self.tokens:,} tokens"
         return Method(f"{self.kind} {self.architecture}{longer}", f"{LABELS[self.kind]} {self.architecture}{longer}")
 
@@ -130,7 +130,7 @@ class Setting:
         return [None if rate is None else ROWS.of(self.recipe(level, rate)) for level in self.levels]
 
     def wanted(self) -> list[RunConfig]:
-        """What can be trained now: the runs that choose the rate or, once it is chosen, the levels."""
+        """Runs that can be trained now: those that choose the rate or, once it is chosen, the levels."""
         if self.architecture == PAPER:
             return []
         rate = self.rate()
@@ -219,11 +219,11 @@ def ratios(curves: Sequence[Setting]) -> Iterator[Row]:
     for curve in curves:
         for kind, architecture in REFERENCES:
             if curve.seed == 0 and (curve.tokens, curve.kind, curve.architecture) != (None, kind, architecture):
-                told = ratio(curve, kind, architecture).to_row()
+                found = ratio(curve, kind, architecture).to_row()
                 named = {"site": curve.site, "method": curve.method.label, "relative_to": f"{kind} {architecture}"}
                 ends = [f"{of}.{end}" for of in ("over", "ratio_at_ends") for end in ("low", "high")]
-                over = {"ratio": told["ratio"], "low": told["seeds.low"], "high": told["seeds.high"]}
-                yield named | over | {name: told[name] for name in (*ends, "crossings", "seeds", "reason")}
+                over = {"ratio": found["ratio"], "low": found["seeds.low"], "high": found["seeds.high"]}
+                yield named | over | {name: found[name] for name in (*ends, "crossings", "seeds", "reason")}
 
 
 def costs(curves: Sequence[Setting]) -> dict[str, float]:
@@ -271,8 +271,8 @@ def table(curves: Sequence[Setting]) -> str:
 
 
 def stability(curves: Sequence[Setting], kept: Path) -> Iterator[Row]:
-    """Of each level with two seeds or more that are kept: the cosine of a feature's direction with the nearest one of
-    another seed, on average over all features.
+    """Measure, at each level with two seeds or more that are kept, the mean cosine of a feature's direction with the
+    nearest one of another seed.
     """
     for curve in curves:
         rate = curve.rate()
@@ -319,9 +319,9 @@ def main() -> None:
         batch = next(batches(missing))
         print(f"{len(missing)} runs to make; now {', '.join(map(fingerprint, batch))}", flush=True)
         ROWS.make(batch, arguments.keep)
-    told = table(settings(study))
-    (HERE / "table.md").write_text(told + "\n")
-    print(told)
+    text = table(settings(study))
+    (HERE / "table.md").write_text(text + "\n")
+    print(text)
     write_rows(ratios(settings(study)), HERE / "ratios.csv")
     if arguments.keep is not None:
         write_rows(stability(settings(study), arguments.keep), HERE / "seeds.csv")

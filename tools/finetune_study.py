@@ -125,7 +125,7 @@ def small(folder: Path, tokens: int) -> None:
 
 
 def tune(folder: Path, tokens: int, measured_on: int) -> None:
-    """Tune every `at100` on a tenth of its tokens, and tell all apart on the same held-out text: `table.md`, a row an
+    """Tune every `at100` on a tenth of its tokens, and compare all on the same held-out text: `table.md`, a row an
     SAE, and `ratios.csv`, CE increase over that of `at100` with an interval over seeds.
     """
     import numpy as np

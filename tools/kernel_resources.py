@@ -1,4 +1,4 @@
-"""Compile every Triton kernel as it is launched, for cards that need not be there, and tell what each takes.
+"""Compile every Triton kernel as it is launched, for cards that need not be there, and print what each takes.
 
     python tools/kernel_resources.py [--arch 80 90 100] [--dtype bfloat16 float32] [--kernel NAME ...]
 
@@ -39,7 +39,7 @@ NAMES = {
 
 
 OF = {("PAIR", True): "KL", ("PAIR", False): "CE", ("DOTS", False): "sums", ("DOTS", True): "gradients"}
-"""What the kernels' variants are for, by their constants."""
+"""Uses of the kernels' variants, by their constants."""
 
 
 class Launched(NamedTuple):
@@ -123,8 +123,8 @@ def compiled(each: Launched, arch: int) -> Resources:
         file.write(binary.asm["cubin"])
         file.flush()
         program = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
-        told = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+        usage = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared)
 
 

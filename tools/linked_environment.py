@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 
 def requirements(wheel: Path) -> list[Requirement]:
-    """What a wheel asks for, those of its extras left out."""
+    """Requirements of a wheel, without those of its extras."""
     with zipfile.ZipFile(wheel) as file:
         (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
         asked = Parser().parsestr(file.read(name).decode()).get_all("Requires-Dist", [])

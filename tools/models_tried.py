@@ -134,13 +134,13 @@ def _sites(layers: dict[Part, list[int]], count: int) -> str:
 
 def _particular(model: LanguageModel) -> str:
     kinds = sorted({type(block.module).__name__ for block in model._blocks})  # noqa: SLF001
-    told = [f"blocks of {len(kinds)} kinds"] if len(kinds) > 1 else []
-    told += [f"{len(model.unspliceable)} sites are not offered"] if model.unspliceable else []
+    remarks = [f"blocks of {len(kinds)} kinds"] if len(kinds) > 1 else []
+    remarks += [f"{len(model.unspliceable)} sites are not offered"] if model.unspliceable else []
     try:
         model.attend_within(SEPARATOR)
     except ModelError:
-        told.append("documents of one sequence cannot be kept apart")
-    return "; ".join(told)
+        remarks.append("documents of one sequence cannot be kept apart")
+    return "; ".join(remarks)
 
 
 def table() -> str:

@@ -128,12 +128,12 @@ def table(found: PatternStudy, pairs: list[dict[str, Any]]) -> str:
     for run in found.runs:
         groups.setdefault((run.summary.method.label, run.summary.knob.value), []).append(run)
     for (label, knob), runs in groups.items():
-        told = [f"{np.mean([run.summary.l0 for run in runs]):.1f}"]
-        told += [f"{np.mean([run.summary.ce_increase for run in runs]):.3f}"]
-        told += [" / ".join(str(run.features) for run in runs)]
-        told += [f"{np.mean([run.values('served').sum() / run.values('sampled').sum() for run in runs]):.2f}"]
-        told += [f"{np.mean([np.nanmean(run.values(name)) for run in runs]):.3f}" for name in MEANS]
-        lines.append(f"| {label} | {knob:g} | {' | '.join(told)} |")
+        numbers = [f"{np.mean([run.summary.l0 for run in runs]):.1f}"]
+        numbers += [f"{np.mean([run.summary.ce_increase for run in runs]):.3f}"]
+        numbers += [" / ".join(str(run.features) for run in runs)]
+        numbers += [f"{np.mean([run.values('served').sum() / run.values('sampled').sum() for run in runs]):.2f}"]
+        numbers += [f"{np.mean([np.nanmean(run.values(name)) for run in runs]):.3f}" for name in MEANS]
+        lines.append(f"| {label} | {knob:g} | {' | '.join(numbers)} |")
     lines += ["", "| first less second | at similar | score | difference | p, by seed | features each | similar |"]
     lines.append("|---" * 7 + "|")
     for row in pairs:

@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 @dataclass(frozen=True)
 class Study:
-    """What one study trains, and the folder of its results."""
+    """Runs of one study, and the folder of its results."""
 
     folder: Path
 
@@ -286,9 +286,9 @@ def main() -> None:
         batch = next(batches(missing))
         print(f"{len(missing)} runs to make; now {', '.join(config.objective_name for config in batch)}", flush=True)
         study.rows.make(batch)
-    told = table(curves)
-    write_atomic(study.folder / "table.md", f"{told}\n".encode())
-    print(told)
+    text = table(curves)
+    write_atomic(study.folder / "table.md", f"{text}\n".encode())
+    print(text)
     rows = list(prices(curves))
     if rows:
         columns = list(dict.fromkeys(name for row in rows for name in row))

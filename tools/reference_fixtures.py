@@ -161,7 +161,7 @@ def loss_configs(case: Case) -> Any:
 
 
 def training_step(case: Case, model: Any, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """What the reference's training loop computes on one batch, up to its optimiser: activations, losses, gradients."""
+    """Run the reference's training loop on one batch, up to its optimiser: activations, losses, gradients."""
     from e2e_sae import SAETransformer  # pyright: ignore[reportMissingImports]
     from e2e_sae.losses import calc_loss  # pyright: ignore[reportMissingImports]
 

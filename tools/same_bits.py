@@ -49,8 +49,8 @@ def main() -> None:
         different = sorted(name for name in shared if own[name] != theirs[file][name])
         differing += len(different)
         alone = {here: own.keys() - shared, other: theirs[file].keys() - shared}
-        told = [f"{root} alone has {', '.join(sorted(_names(names)))}" for root, names in alone.items() if names]
-        print(f"{file}: {len(shared) - len(different)} of {len(shared)} values are the same", *told, sep="; ")
+        only_one = [f"{root} alone has {', '.join(sorted(_names(names)))}" for root, names in alone.items() if names]
+        print(f"{file}: {len(shared) - len(different)} of {len(shared)} values are the same", *only_one, sep="; ")
         for name in different:
             print(f"  differs: {name}: {own[name]} here, {theirs[file][name]} there")
     sys.exit(bool(differing))
@@ -62,7 +62,7 @@ def _names(values: Any) -> set[str]:
 
 
 def _written(root: Path, out: Path) -> dict[str, dict[str, str]]:
-    """What one checkout writes: by file, its values."""
+    """Values that one checkout writes, by file."""
     out.mkdir()
     (out / "recipe.yaml").write_text(RECIPE)
     found = {}

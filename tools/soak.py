@@ -46,7 +46,7 @@ CONTEXT = 64
 
 @dataclass
 class Tally:
-    """What was done to the runs, and what became of them."""
+    """Counts of what was done to the runs, and how they ended."""
 
     caused: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
@@ -134,7 +134,7 @@ class Soak:
         return steps[-1] if steps else 0
 
     def _continues(self, name: str, folder: Path, before: int) -> bool:
-        """Whether at least the checkpoint before the newest of then is still there and whole."""
+        """Return whether at least the checkpoint before the then newest is still there and whole."""
         folder_now = RunFolder(folder)
         for step in reversed(folder_now.saved_steps()):
             try:
@@ -165,7 +165,7 @@ class Soak:
     def _kill(self, folder: RunFolder, start: list[str], number: int = signal.SIGKILL) -> None:
         process = self._train_a_while(folder, start)
         process.send_signal(number)
-        self._told(process)
+        self._check_errors(process)
 
     def _terminate(self, folder: RunFolder, start: list[str]) -> None:
         self._kill(folder, start, signal.SIGTERM)
@@ -206,7 +206,7 @@ class Soak:
         while process.poll() is None and folder.saved_steps()[-1:] == [damaged]:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        self._told(process)
+        self._check_errors(process)
 
     def _fill_disk(self, folder: RunFolder, start: list[str]) -> None:
         filler = self.disk / "filler"
@@ -227,7 +227,7 @@ class Soak:
             if process.returncode not in (0, 5):
                 self.tally.lost.append(f"{folder.path.name}: two processes: {errors}")
 
-    def _told(self, process: subprocess.Popen[str]) -> None:
+    def _check_errors(self, process: subprocess.Popen[str]) -> None:
         _, errors = process.communicate()
         if "Traceback" in errors:
             self.tally.lost.append(f"a traceback: {errors}")

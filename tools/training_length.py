@@ -1,4 +1,4 @@
-"""How the saving over local depends on training tokens: `python tools/training_length.py --tokens 200000 1000000`.
+"""Saving over local by training tokens: `python tools/training_length.py --tokens 200000 1000000`.
 
 The paper trains for 400 million tokens, the quickstart for 200 thousand. Each kind is trained at the quickstart's three
 sparsity coefficients for every number of tokens, at two learning rates around its best of learning_rates.md, since

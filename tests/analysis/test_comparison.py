@@ -97,7 +97,7 @@ def test_where_there_is_no_answer_there_is_a_reason(runs, reason):
     ratio = summary.features_at_equal_ce["e2e"]
     assert ratio.estimate is None and ratio.interval is None
     assert reason in (ratio.reason or "")
-    assert "cannot be said" in summary.verdicts[0] and reason in summary.verdicts[0]
+    assert "These runs do not determine" in summary.verdicts[0] and reason in summary.verdicts[0]
 
 
 def test_without_shared_sequences_there_is_a_ratio_but_no_interval():
@@ -156,7 +156,7 @@ def test_curves_that_cross_have_no_one_figure():
     assert ratio.crossings == pytest.approx((0.1 + 0.3 * share,))
     assert "the curves cross: 120 % of the L0 at CE increase 0.1, 60 % at 0.4, equal at" in ratio.reason
     summary = compare(of_seeds([*local, *e2e]))
-    assert "No one figure says" in summary.verdicts[0]
+    assert "No single ratio of" in summary.verdicts[0]
     written = summary.to_json()["features_at_equal_ce"]["e2e"]
     assert written["ratio"] is None and "cross" in written["reason"]
 

@@ -221,7 +221,7 @@ def test_a_run_without_an_sae_is_refused(folder, tmp_path):
 
 
 def test_the_command_writes_tables_figures_and_a_page(folder, compared, tmp_path, undrawn):
-    """Of runs whose CE increases are alike, which these, trained for a moment, hardly have."""
+    """Run on equal CE increases, which these runs, trained for a moment, hardly have."""
     original, folder = folder, shutil.copytree(folder, tmp_path / "runs")
     for file in folder.glob("*/evaluation.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"ce_increase": 0.5}))
@@ -321,7 +321,7 @@ def test_dropping_what_is_not_used_shows_and_dropping_anything_does_not():
 
 
 def contrasted(pairs):
-    """Of each seed what was measured of an e2e and of a local run."""
+    """Make the measurements of an e2e and a local run for each seed."""
     runs = [tuple(make_run(kind, 1, 0.2, 30, seed=seed) for kind in ("e2e", "local")) for seed in range(len(pairs))]
     measured = {
         run.folder: of for two, both in zip(runs, pairs, strict=True) for run, of in zip(two, both, strict=True)

@@ -98,7 +98,7 @@ def test_a_crowd_is_thinned_in_the_figure_and_in_words(found):
     pytest.importorskip("sklearn")
     chart = map_chart(feature_map(found, umap=Flat), "map", shown=40)
     assert [len(series.marks) for series in chart.panels[0].series] == [20, 20]
-    assert "Every 2. feature is shown" in chart.caption
+    assert "One in 2 features is shown" in chart.caption
     (panel,) = chart.panels
     crowd = replace(panel, series=tuple(replace(each, marks=each.marks * 6) for each in panel.series))
     assert CROWD == 100 and "and 20 more" in in_words(crowd)

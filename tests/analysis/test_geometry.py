@@ -1,4 +1,4 @@
-"""How dictionaries lie, measured where it is known; intervals against slow resamples; verdicts both ways."""
+"""Geometry of dictionaries where it is known; intervals against slow resamples; verdicts both ways."""
 
 import csv
 import json
@@ -159,7 +159,7 @@ def test_recurrence_is_the_share_of_seeds_at_each_threshold(found):
 
 
 def test_a_share_of_features_is_drawn_within_0_and_100_percent(found):
-    """Where Student's t is wider than what a share can be."""
+    """Cut off Student's t where it is wider than a share can be."""
     shares = [share for of in recurrences(found) for share in of.share]
     assert min(share.low for share in shares) < 0 or max(share.high for share in shares) > 1
     (panel,) = geometry_figures.threshold_curves(found, "name").panels
@@ -189,7 +189,7 @@ def test_intervals_are_those_of_a_slow_resample(found):
 
 
 def test_the_bootstrap_covers_a_known_mean():
-    """Of 200 samples of a distribution of mean 1, about 95 % of the intervals hold it."""
+    """Count the intervals that hold the mean, 1, of the distribution: about 95 % of 200 samples."""
     rng, held = np.random.default_rng(0), 0
     for trial in range(200):
         values = rng.exponential(size=200)
@@ -274,7 +274,7 @@ def test_differences_are_paired_only_for_the_same_features(found):
 
 
 def test_across_seeds_the_variance_is_the_jackknifes():
-    """Of cosines that are sums of what is each seed's own, it is known: that of twice the seeds' mean."""
+    """Compare with the known variance of cosines that are sums of one number per seed: that of twice their mean."""
     own = np.array([0.1, 0.25, 0.3, 0.6])
     cosines = own[:, None] + own
     by_seed = [np.delete(row, i).mean() for i, row in enumerate(cosines)]

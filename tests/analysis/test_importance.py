@@ -414,5 +414,5 @@ def test_what_cannot_be_measured_is_refused(model, corpora, run, tmp_path):
         measure(tokens=100_000)
     with pytest.raises(ConfigError, match="0 or more"):
         measure(ablate=-1)
-    with pytest.raises(RunFolderError, match="is an empty folder, and a run folder is taken here"):
+    with pytest.raises(RunFolderError, match="is an empty folder, and a run folder is needed here"):
         measure_importance([tmp_path])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from endwise.analysis.comparable import Setting, methods_of, pairs_of, told_apart
+from endwise.analysis.comparable import Setting, distinguished, methods_of, pairs_of
 from endwise.analysis.comparison.comparison import summarise
 from endwise.analysis.comparison.page import report_html
 from endwise.analysis.comparison.printed import print_summary
@@ -106,14 +106,14 @@ def test_methods_of_one_name_are_told_apart_by_what_differs():
         for weight in (1.0, 1.0, 2.0)
         for run in curves("e2e")
     ]
-    apart = told_apart([*curves("local"), *runs])
+    apart = distinguished([*curves("local"), *runs])
     assert [method.label for method in methods_of(apart)] == [
         "local",
         "e2e+next_cosine",
         "e2e+next_cosine, next_cosine 2.0",
     ]
     assert len({colour_of(method) for method in methods_of(apart)}) == 3
-    assert told_apart(apart) == apart
+    assert distinguished(apart) == apart
 
 
 def test_a_recipe_says_its_method_and_its_knob():

@@ -88,7 +88,7 @@ def test_norms_come_back_from_their_file(measured, tmp_path):
     measured.write(tmp_path / "norms.json")
     assert Norms.read(tmp_path / "norms.json") == measured
     (tmp_path / "norms.json").write_text("{}")
-    with pytest.raises(FormatError, match="holds no norms"):
+    with pytest.raises(FormatError, match="is not a valid file of norms"):
         Norms.read(tmp_path / "norms.json")
 
 

@@ -23,7 +23,7 @@ def test_a_ratio_of_three_seeds_has_the_variances_of_seeds_and_of_text_in_logari
     expected = exp_interval(interval_with_seeds(float(logs[:, 0].mean()), logs[:, 0], error))
     found = over_seeds(values, RATIO)
     assert (found.low, found.estimate, found.high) == pytest.approx((expected.low, expected.estimate, expected.high))
-    assert found.testable and found.told("{:.2f}".format).startswith("0.59 [")
+    assert found.testable and found.text("{:.2f}".format).startswith("0.59 [")
 
 
 @pytest.mark.parametrize("seeds", [[0.5], [0.5, 0.6]])
@@ -40,9 +40,9 @@ def test_a_verdict_takes_every_part():
     assert judged((below, below.high < 1), (above, above.high < 1)) == "not shown"
     undefined = over_seeds(np.array([[0.5, np.nan, np.nan]] * 3))
     assert judged((below, True), (undefined, True)) == "not testable here"
-    assert undefined.told() == "0.500 (no interval)"
+    assert undefined.text() == "0.500 (no interval)"
     nothing = over_seeds(np.full((3, 9), np.nan))
-    assert judged((nothing, True)) == "not testable here" and nothing.told() == "not defined"
+    assert judged((nothing, True)) == "not testable here" and nothing.text() == "not defined"
 
 
 def test_correlations_stay_correlations():

@@ -267,7 +267,7 @@ def test_prefixes_of_several_seeds_are_one_line_of_their_means():
         assert [(mark.x, mark.y) for mark in lines[0].marks[:1]] == [(first, 3.5)] and not lines[0].marked
         dots = [series for series in panel.series if not series.joined]
         assert [len(series.marks) for series in dots] == [6, 6] and [series.rank for series in dots] == [0, 1]
-    assert "the line is that of their means" in chart.caption
+    assert "the line joins their means" in chart.caption
 
 
 def test_prefixes_are_told_in_a_summary_as_in_the_run():

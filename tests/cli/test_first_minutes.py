@@ -1,4 +1,4 @@
-"""What somebody meets who is new: a recipe for a model, its first run, and what is said of both."""
+"""First minutes of a new user: a recipe for a model, its first run, and the messages about both."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from bad_input import refused, told, write_place
+from bad_input import ran, refused, write_place
 from endwise.cli import app
 from endwise.common.doctor import examine
 from endwise.common.extras import version_of
@@ -37,12 +37,12 @@ def trained(place):
     """A run, made by options in place of dotted keys."""
     out = place / "runs" / "one"
     options = ("--seed", 3, "--tokens", 320, "--device", "cpu", "--out", out, "--quiet")
-    assert told("train", place / "recipe.yaml", *options).exit_code == 0
+    assert ran("train", place / "recipe.yaml", *options).exit_code == 0
     return out
 
 
 def as_json(*arguments):
-    result = told(*arguments, "--json")
+    result = ran(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -51,11 +51,11 @@ def test_options_of_train_are_keys_of_its_recipe(trained, place):
     kept = yaml.safe_load((trained / "config.yaml").read_text())
     assert (kept["seed"], kept["training"]["tokens"], kept["model"]["device"]) == (3, 320, "cpu")
     assert "seed: what a run computes" in refused("train", "--resume", trained, "--seed", 4)
-    said = told("train", "--resume", trained, "--quiet").stdout
-    assert said.startswith("Nothing was left to train")
+    said = ran("train", "--resume", trained, "--quiet").stdout
+    assert said.startswith("Already trained")
     assert "'/nowhere'" in refused("train", place / "recipe.yaml", "--model", "/nowhere")
     assert "with data.colum=x is not valid" in refused("plan", place / "recipe.yaml", "data.colum=x")
-    assert told("--version").stdout == told("version").stdout
+    assert ran("--version").stdout == ran("version").stdout
 
 
 @pytest.mark.parametrize("command", ["evaluate", "harvest"])
@@ -75,12 +75,12 @@ def test_runs_are_listed_with_their_state(trained, place):
     (trained / "config.yaml").write_text("site: 3")
     try:
         assert list_runs([trained])[0].state == "unreadable"
-        assert "is not valid" in told("runs", trained).stdout
+        assert "is not valid" in ran("runs", trained).stdout
     finally:
         (trained / "kept").replace(trained / "config.yaml")
     assert "holds no run folder" in refused("runs", place / "model")
     for command in (["train", "--resume"], ["inspect"], ["steer", "--prompt", "a", "--keep", "1"]):
-        assert f"one run is taken here. Name it: {trained}" in refused(*command, place / "runs")
+        assert f"one run is needed here. Name it: {trained}" in refused(*command, place / "runs")
 
 
 TAKE_RUNS = {
@@ -98,7 +98,7 @@ def test_where_runs_are_taken_what_else_is_given_is_named(trained, place, comman
     write_json(empty.parent / "harvested" / "harvest.json", {})
     said = {
         place
-        / "recipe.yaml": f"is taken here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
+        / "recipe.yaml": f"is needed here. Train it first: endwise train {place / 'recipe.yaml'}; then give its run",
         trained / "checkpoints": f"is a part of the run {trained}",
         place / "harvested": "is a harvest",
         place / "model": "is a language model",
@@ -115,7 +115,7 @@ def test_where_recipes_are_taken_what_else_is_given_is_named(trained, place, com
     wanted, sweep = "sweep" if command == ["sweep"] else "recipe", place / "swept"
     write_atomic(sweep / "sweep.yaml", b"recipe: recipe.yaml\ngrids: []\n")
     for path, words in {
-        trained: f"is a run folder, and a {wanted} is taken here.",
+        trained: f"is a run folder, and a {wanted} is needed here.",
         trained / "sae": f"is a part of the run {trained}",
         sweep: f"Its file is {sweep / 'sweep.yaml'}.",
         place / "model": "is a language model",
@@ -129,7 +129,7 @@ def test_where_recipes_are_taken_what_else_is_given_is_named(trained, place, com
 
 def test_tables_are_printed_as_json_too(trained, place, undrawn):
     assert as_json("sites", place / "model")["sites"][SITE] == 16
-    told("evaluate", trained, "--tokens", 64)
+    ran("evaluate", trained, "--tokens", 64)
     compared = as_json("pareto", trained)
     (listed,), (point,) = as_json("runs", trained), compared["points"]
     assert (listed["kind"], listed["label"], listed["place"]) == (point["kind"], point["method"], point["site"])
@@ -153,8 +153,8 @@ def test_a_doctor_names_what_is_there_and_what_is_wrong(monkeypatch, tmp_path):
     assert any("ENDWISE_CACHE" in problem for problem in json.loads(result.stdout)["problems"])
     versions = {"pytest": "0.1", "rich": "0.1"}
     monkeypatch.setattr("endwise.common.doctor.version_of", lambda name: versions.get(name) or version_of(name))
-    told = " ".join(examine().problems)
-    assert "rich is 0.1, and endwise asks for" in told and "pytest is 0.1" not in told
+    problems = " ".join(examine().problems)
+    assert "rich is 0.1, and endwise asks for" in problems and "pytest is 0.1" not in problems
 
 
 def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
@@ -162,11 +162,11 @@ def test_defaults_are_lowered_to_the_text_there_is(place, tmp_path):
     values = yaml.safe_load((place / "recipe.yaml").read_text())
     own = {key: value for key, value in values["evaluation"].items() if "tokens" not in key}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "evaluation": own, "out": str(tmp_path / "run")}))
-    assert told("train", tmp_path / "recipe.yaml").exit_code == 0
+    assert ran("train", tmp_path / "recipe.yaml").exit_code == 0
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"]
     assert (kept["tokens"], kept["during_training_tokens"]) == (512, 512)
-    assert told("train", tmp_path / "recipe.yaml", "--or-resume").stdout.startswith("Nothing was left")
-    assert "512 held-out tokens" in told("evaluate", tmp_path / "run").stdout
+    assert ran("train", tmp_path / "recipe.yaml", "--or-resume").stdout.startswith("Already trained")
+    assert "512 held-out tokens" in ran("evaluate", tmp_path / "run").stdout
     message = refused("train", tmp_path / "recipe.yaml", "evaluation.tokens=520", f"out={tmp_path / 'other'}", code=4)
     assert "Lower evaluation.tokens" in message
     assert EvaluationConfig(tokens=600).within(500).tokens == 600
@@ -188,7 +188,7 @@ def test_the_text_of_a_first_recipe_is_read_as_the_model_reads_it(tmp_path, begi
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     asked = ("init", tmp_path / "model", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / "it.yaml")
     assert "body" in refused(*asked, code=4)
-    assert told(*asked, "--column", "body").exit_code == 0
+    assert ran(*asked, "--column", "body").exit_code == 0
     data = RunConfig.read(tmp_path / "it.yaml").data
     assert (data.column, data.prepend_bos) == ("body", begins)
     assert "which is not given" in refused("init", "--column", "body", "--out", tmp_path / "other.yaml", code=2)
@@ -203,7 +203,7 @@ def test_a_recipe_is_written_for_a_model(place, tmp_path):
     assert config.site == "blocks.3.hook_resid_pre" and config.training.tokens == 2048
     assert config.dictionary.k == 16 and config.in_phases[0].objective.name == "local"
     assert "--again" in refused("init", "--out", out)
-    assert told("plan", out).exit_code == 0
+    assert ran("plan", out).exit_code == 0
     assert "vocabulary of 31" in refused("init", place / "model", "--out", tmp_path / "other.yaml", code=4)
 
 

@@ -1,4 +1,4 @@
-"""What results show of themselves: a line that says what they are, and a card that is HTML, escaped and alone."""
+"""Representations of results: a line that says what they are, and a card of self-contained, escaped HTML."""
 
 import re
 from dataclasses import fields, is_dataclass, replace

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bad_input import HOSTILE, hidden_in, refused, told, write_place
+from bad_input import HOSTILE, hidden_in, ran, refused, write_place
 from endwise.analysis.comparison.comparison import summarise
 from endwise.analysis.comparison.page import report_html
 from endwise.analysis.comparison.printed import print_evaluations, print_summary
@@ -107,16 +107,14 @@ def evaluated(tmp_path):
     write_place(tmp_path)
     out = tmp_path / NAME
     model = shutil.copytree(tmp_path / "model", tmp_path / f"model {NAME}")
-    said = told(
-        "train", tmp_path / "recipe.yaml", f"out={json.dumps(str(out))}", f"model.name={json.dumps(str(model))}"
-    )
+    said = ran("train", tmp_path / "recipe.yaml", f"out={json.dumps(str(out))}", f"model.name={json.dumps(str(model))}")
     assert said.exit_code == 0, said.output
     return out, said
 
 
 def test_a_runs_folder_may_be_called_anything(evaluated, tmp_path):
     out, said = evaluated
-    outputs = [said, told("evaluate", out, "--csv", tmp_path / "all.csv"), told("train", "--resume", out)]
+    outputs = [said, ran("evaluate", out, "--csv", tmp_path / "all.csv"), ran("train", "--resume", out)]
     for each in outputs:
         assert each.exit_code == 0, each.output
         assert not hidden_in(each.output) and MARKUP.replace("/", "|") in each.output
@@ -131,7 +129,7 @@ def test_a_runs_folder_may_be_called_anything(evaluated, tmp_path):
 
 def test_a_folder_whose_name_is_not_unicode(tmp_path, monkeypatch):
     write_place(tmp_path)
-    assert told("train", tmp_path / "recipe.yaml").exit_code == 0
+    assert ran("train", tmp_path / "recipe.yaml").exit_code == 0
     odd = os.fsdecode(b"caf\xe9")
     (tmp_path / "run").rename(tmp_path / odd)
     monkeypatch.chdir(tmp_path)  # a long path is cut short
@@ -158,7 +156,7 @@ def test_progress_shows_names_as_text(capsys):
         display.show(folder, hostile, LINE)
     shown, console = tables()
     console.print(display._table(5))
-    display._said -= display._log.every
+    display._shown_at -= display._log.every
     display.advance(5)
     display.fail(Path(HOSTILE), HOSTILE)
     for text in (shown.getvalue(), capsys.readouterr().err):

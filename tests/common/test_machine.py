@@ -1,4 +1,4 @@
-"""What a machine has room for, read from files as the kernel writes them."""
+"""Memory and cores of a machine, read from files as the kernel writes them."""
 
 import pytest
 

@@ -49,7 +49,7 @@ FAULTS = {
     "no BOS": (
         {"bos_left_out": "<s>"},
         "begins every text with <s>",
-        "data.prepend_bos=true and train again; if its CE rises",
+        "data.prepend_bos=true and train again; if that raises its CE",
     ),
     "fewer tokens": ({"tokens": 15_050}, "15,050 held-out tokens of the 20,000 asked", "evaluation.tokens to 26,579"),
     "none alive": ({"alive": 0}, "No feature fires", "learning_rate"),
@@ -57,7 +57,7 @@ FAULTS = {
     "all alive": ({"alive": 512}, "All 512 features fired", "dictionary.size"),
     "far below 0": ({"explained_variance": {"per_token": -3.5}}, "-3.5, far below 0", "learning_rate"),
     "worse than nothing": ({"ce_spliced": 5.4}, "above the 5.100", "learning_rate"),
-    "diverged": ({"loss": {"first": 8.0, "last": 1e12}}, "ended at 1e+12, having begun at 8", "learning_rate"),
+    "diverged": ({"loss": {"first": 8.0, "last": 1e12}}, "ended at 1e+12, after starting at 8", "learning_rate"),
 }
 
 
@@ -75,8 +75,8 @@ def test_what_cannot_be_is_said_with_a_remedy(name):
 
 
 def test_of_one_that_was_trained_elsewhere_what_its_file_states_counts_too():
-    """What to do is to check where it belongs, since nobody here trains it."""
-    stated = {"stated_l0": 90.0, "remarks": ["It says that it is of another model."]}
+    """Ask to check where it belongs, since nobody here trains it."""
+    stated = {"stated_l0": 90.0, "remarks": ["It names another model."]}
     assert remarks_on({**SOUND, "adopted": {"stated_l0": 25.0, "remarks": []}}) == []
     own, l0, silent = remarks_on({**SOUND, "alive": 0, "adopted": stated})
     assert own == stated["remarks"][0] and "30.0 where 90 is stated" in l0

@@ -118,7 +118,7 @@ def test_answers_on_a_full_disk(monkeypatch):
         with pytest.raises(RunFolderError, match="Free space"):
             cache.put("key", Answer("text" * 100_000, 1, 1))
         cache._connection.execute("PRAGMA query_only = 1")
-        with pytest.raises(RunFolderError, match="the right to it"):
+        with pytest.raises(RunFolderError, match="permission"):
             cache.put("key", Answer("text", 1, 1))
 
 

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bad_input import HOSTILE, refused, told
+from bad_input import HOSTILE, ran, refused
 from endwise.common.errors import ConfigError
 from endwise.config.base import LARGEST_FILE
 from endwise.config.run import RunConfig
@@ -90,8 +90,8 @@ def test_any_value_in_any_field_is_taken_or_refused_by_its_name(place, accepted,
     for file in (place / "changed.yaml", run / "config.yaml"):
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
     accepted.clear()
-    result = told("train", place / "changed.yaml")
-    resumed = told("train", "--resume", run)
+    result = ran("train", place / "changed.yaml")
+    resumed = ran("train", "--resume", run)
     assert (result.exit_code == 0) == (resumed.exit_code == 0) == (len(accepted) == 2)
     if result.exit_code:
         for message in (result.stderr, resumed.stderr, refused("evaluate", run)):
@@ -101,7 +101,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_its_name(place, accepted,
 
 
 def names_a_field(message, path):
-    """Whether a line says the rule for the field or for a section that it is in, as in `training.batch: ...`."""
+    """Return whether a line says the rule for the field or for a section that it is in, as in `training.batch: ...`."""
     fields = {".".join(path[:length]) for length in range(1, len(path) + 1)}
     lines = [line.strip().partition(": ") for line in message.splitlines()[1:]]
     rules = [rule for field, _, rule in lines if any(field == name or field.startswith(f"{name}.") for name in fields)]
@@ -132,7 +132,7 @@ def test_any_text_or_bytes_as_a_recipe_are_refused(place, content):
 @repeated
 @given(override=st.text() | st.tuples(st.sampled_from([".".join(path) for path in PATHS]), st.text()).map("=".join))
 def test_any_override_is_taken_or_refused(place, accepted, override):
-    message = told("train", place / "recipe.yaml", override).stderr
+    message = ran("train", place / "recipe.yaml", override).stderr
     key = override.partition("=")[0]
     if message and key in [".".join(path) for path in PATHS]:
         assert key.partition(".")[0] in message
@@ -141,8 +141,8 @@ def test_any_override_is_taken_or_refused(place, accepted, override):
 @repeated
 @given(name=st.text(max_size=30) | ODD_STRINGS)
 def test_any_name_of_a_recipe_or_a_model_is_refused(name):
-    assert told("train", name).exit_code
-    assert told("sites", name).exit_code
+    assert ran("train", name).exit_code
+    assert ran("sites", name).exit_code
 
 
 @repeated
@@ -153,7 +153,7 @@ def test_any_name_of_a_recipe_or_a_model_is_refused(name):
     ),
 )
 def test_any_arguments_are_refused(command, arguments):
-    assert told(command, *arguments).exit_code
+    assert ran(command, *arguments).exit_code
 
 
 LAUGHS = "a0: &a0 {x: ha}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 30))
@@ -167,8 +167,8 @@ HELD = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 
         (LAUGHS, f"more than {LARGEST:,} values, aliases unfolded"),
         (MERGED, f"more than {LARGEST:,} values, aliases unfolded"),
         (HELD, f"deeper than {DEEPEST} levels"),
-        ("site: &a [*a]", "alias refers to what it stands in"),
-        ("site: &a {b: *a}", "alias refers to what it stands in"),
+        ("site: &a [*a]", "alias refers to a section that contains it"),
+        ("site: &a {b: *a}", "alias refers to a section that contains it"),
         ("[" * 5000, "deeper than|maximum nesting depth"),  # the latter by PyYAML 6.0.4 itself
         ("seed: 1\nsite: x\nseed: 2", r"key 'seed' is there twice; keep one \(line 3\)"),
         ("training: {batch: 1, batch: 2}", "key 'batch' is there twice"),

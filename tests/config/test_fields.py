@@ -1,4 +1,4 @@
-"""What is computed must agree wherever recipes are asked whether they do; how it is executed may change at any time."""
+"""Identity and execution: keys that say what is computed must agree; those that say how may change at any time."""
 
 import json
 import signal

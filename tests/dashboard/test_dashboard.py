@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bad_input import HOSTILE, refused, told
+from bad_input import HOSTILE, ran, refused
 from endwise.common.errors import ConfigError, FormatError, RunFolderError
 from endwise.common.text import printable
 from endwise.config.objective import KINDS
@@ -33,7 +33,7 @@ FEATURES = 2 * SHARD + 20
 
 
 def received(path):
-    """What a data file hands to the page."""
+    """Content that a data file hands to the page."""
     content = path.read_bytes().decode("ascii")
     call = re.fullmatch(r"endwise\.receive\((.*)\);\n", content)
     key, value = json.loads(f"[{call[1]}]")
@@ -264,7 +264,7 @@ def test_runs_with_long_names_are_called_by_what_they_are(tmp_path):
 
 def test_written_again_it_is_the_same_and_what_it_was_goes(tmp_path):
     run = write_harvested_run(tmp_path / "run", 20)
-    assert told("dashboard", run, "--quiet").output == f"Open it: {run}/dashboard/index.html\n"
+    assert ran("dashboard", run, "--quiet").output == f"Open it: {run}/dashboard/index.html\n"
     before = {file: file.read_bytes() for file in (run / "dashboard").rglob("*.*") if file.is_file()}
     write_dashboard([run])
     assert {file: file.read_bytes() for file in (run / "dashboard").rglob("*.*") if file.is_file()} == before

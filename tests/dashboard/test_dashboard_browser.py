@@ -105,7 +105,7 @@ def one(runs):
 
 @pytest.fixture(scope="module")
 def site(runs, one):
-    """Of all runs, the first explained, which it was not when `one` was written."""
+    """Site of all runs; the first is explained, which it was not when `one` was written."""
     write_predicted(runs[0], {0: [frozenset({5, 6}), None]})
     write_said(runs[0], {0: ("ends of texts", 0.93, 0.71), 1: ("something with exclamation", 0.81, None)})
     return write_dashboard(runs).as_uri()
@@ -143,7 +143,7 @@ def until(page, expression):
 
 
 def column(page, name):
-    """What a column's cells say, in the order of the table, as far as rows are in sight."""
+    """Texts of a column's cells, in the order of the table, as far as rows are in sight."""
     rows = page.locator(".table-body .table-row").all()
     rows.sort(key=lambda row: int(row.get_attribute("aria-rowindex")))
     return [row.locator(f".cell.{name}").inner_text() for row in rows]

@@ -30,7 +30,7 @@ BAD = {
 
 
 def refused(tmp_path, made, *command, **changes):
-    """What a command says of a recipe that breaks a rule."""
+    """Message of a command about a recipe that breaks a rule."""
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({**small_recipe(made), **changes, "out": str(tmp_path / "run")})
     )
@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed_as_another_architecture(trained, tmp_path):
         (SITE, None),
         ("blocks.0.hook_resid_post", None),
         ("transformer.h.1", None),
-        ("blocks.2.hook_resid_pre", f"was trained at blocks.2.hook_resid_pre, and trains on at {SITE}. If not meant"),
+        ("blocks.2.hook_resid_pre", f"was trained at blocks.2.hook_resid_pre, and would continue at {SITE}. If"),
     ],
 )
 def test_a_start_from_another_site_is_told(trained, made, tmp_path, capsys, kept, told):

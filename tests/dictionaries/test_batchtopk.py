@@ -40,7 +40,7 @@ def made(k=5, size=F, **settings):
 
 
 def rows(n=ROWS, seed=1):
-    """Of unequal sizes, so that they have unequal numbers of active features."""
+    """Rows of unequal norms, so that they have unequal numbers of active features."""
     generator = torch.Generator().manual_seed(seed)
     return coarse(torch.randn(n, D, generator=generator) * (0.5 + torch.rand(n, 1, generator=generator)))
 
@@ -253,7 +253,7 @@ def test_few_small_sums_find_the_smallest_kept_value():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_process_may_have_values_of_half_precision(dtype):
-    """Of those that exceed the other's smallest, some round to it."""
+    """Some values that exceed the other's smallest round to it."""
     draw = torch.Generator().manual_seed(2)
     shares = [(1 + torch.rand(40, generator=draw) / 16).to(dtype), 1 + torch.rand(40, generator=draw) / 16]
     together = torch.cat([each.double() for each in shares])

@@ -1,4 +1,4 @@
-"""What is done for dead features: terms against definitions in float64 and rivals; which features are dead."""
+"""Dead features: terms against definitions in float64 and rivals; which features are dead."""
 
 from copy import deepcopy
 

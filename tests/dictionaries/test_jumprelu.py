@@ -398,7 +398,7 @@ def test_a_target_is_the_knob_and_its_coefficient_a_part_of_the_method():
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["dense", "sparse"])
 @pytest.mark.parametrize("empty", [False, True])
 def test_processes_have_one_mean_of_each_feature(share, empty):
-    """What they add up to is the penalty of all tokens, and its gradient."""
+    """Compare their sum with the penalty of all tokens, and its gradient."""
     x = torch.randn(3, 20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     x *= torch.tensor([1.0, 3.0, 0.3])[:, None, None]
     counted = MASK & (torch.arange(3) > 0)[:, None] if empty else MASK

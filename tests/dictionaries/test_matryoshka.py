@@ -127,7 +127,7 @@ def test_the_expected_spliced_loss_is_the_mean_over_prefixes():
 
 
 def test_every_assignment_of_an_exact_draw_averages_to_the_mean():
-    """Of as many sequences as prefixes each prefix is drawn once, so that all orders together have the mean exactly."""
+    """Draw each prefix once for as many sequences as prefixes: all orders together have the mean exactly."""
     sae, x = made(5, groups=(0.25, 0.25)).double(), rows(1, 4).double()
     latents = sae.encode(x)
     per_prefix = torch.stack([each.square().sum() for each in sae.nested(latents, x)])

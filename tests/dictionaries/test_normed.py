@@ -26,7 +26,7 @@ THEIRS = [name for name in rivals("sae_lens", "inference") if name.endswith(("_l
 
 
 def activations(width=D, rows=400, seed=1):
-    """Of unequal variances, correlated, away from 0."""
+    """Activations of unequal variances, correlated, away from 0."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) * torch.linspace(0.2, 2, width)
     return torch.randn(rows, width, generator=generator) @ mixing + torch.randn(width, generator=generator)

@@ -1,4 +1,4 @@
-"""What dictionary_learning computed, against slow definitions in float64: forward, losses, gradients, and 20 steps."""
+"""Results of dictionary_learning against slow definitions in float64: forward, losses, gradients, and 20 steps."""
 
 import pytest
 import torch

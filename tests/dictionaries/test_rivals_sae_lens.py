@@ -1,4 +1,4 @@
-"""What SAELens computed, against slow definitions in float64: forward, losses, gradients, and 20 steps of training."""
+"""Results of SAELens against slow definitions in float64: forward, losses, gradients, and 20 steps of training."""
 
 import itertools
 import math
@@ -131,7 +131,7 @@ class Pass:
         return {"auxiliary_reconstruction_loss": self.config["aux_loss_coefficient"] * aux} | inner
 
     def auxiliary(self, start, end):
-        """What the dead among the features of one group make of the error that the groups up to it leave."""
+        """Reconstruct the error left by the groups up to one, from the dead features of that group."""
         dead = torch.zeros(self.pre.shape[1], dtype=torch.bool)
         dead[start:end] = False if self.dead is None else self.dead[start:end]
         most = self.x.shape[-1] // 2
@@ -184,7 +184,7 @@ def test_dead_features(name):
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if "few.b_enc" in rival(name).tensors])
 def test_fewer_positives_than_k(name):
-    """What is kept beyond the positive is zero; the threshold moves towards the smallest that is positive."""
+    """Values kept beyond the positive ones are zero; the threshold moves towards the smallest that is positive."""
     stored = rival(name)
     start = stored.under("start") | {"b_enc": stored.tensors["few.b_enc"]}
     ours = Pass(parameters(start), stored.tensors["x"].double(), stored.settings)

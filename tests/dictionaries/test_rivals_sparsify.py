@@ -1,4 +1,4 @@
-"""What sparsify computed, against slow definitions in float64: forward, losses, gradients, and 20 steps of training."""
+"""Results of sparsify against slow definitions in float64: forward, losses, gradients, and 20 steps of training."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def parameters(tensors):
 
 
 def target(x):
-    """What the transcoders predict."""
+    """Targets of the transcoders."""
     return (x.flip(-1) * 0.8).sin() + 0.3 * x
 
 

@@ -107,7 +107,7 @@ def test_products_in_half_precision_keep_k():
 @pytest.mark.parametrize("size", [32, F])
 @pytest.mark.parametrize("unit", ["unit", "free"])
 def test_gradients_are_finite_differences(size, unit):
-    """Of every parameter and the input, in float64, where no change is large enough to change what is chosen."""
+    """Check every parameter and the input, in float64, by changes too small to change which features are chosen."""
     sae, x = made(4, size, decoder_norm=unit).double(), rows(7).double()
     parts = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     target = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

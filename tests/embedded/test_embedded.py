@@ -1,4 +1,4 @@
-"""What ships with the package is what its card says: sizes, streams, tokenizer, model, and the losses it states."""
+"""Embedded model and corpus against their card: sizes, streams, tokenizer, model, and the losses it states."""
 
 import re
 

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import endwise
-from bad_input import refused, told, write_place
+from bad_input import ran, refused, write_place
 from endwise import SAE, ReluSAE
 from endwise.cli import app
 from endwise.common.errors import RunFolderError
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 def place(tmp_path_factory):
     """A model, tokens and a measured run."""
     folder = write_place(tmp_path_factory.mktemp("place"))
-    assert not told("train", folder / "recipe.yaml", "--quiet").exit_code
-    assert not told("evaluate", folder / "run").exit_code
+    assert not ran("train", folder / "recipe.yaml", "--quiet").exit_code
+    assert not ran("evaluate", folder / "run").exit_code
     return folder
 
 
@@ -56,7 +56,7 @@ def where(place):
 
 
 def went_well(*arguments):
-    result = told(*arguments)
+    result = ran(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
@@ -151,7 +151,7 @@ def test_beside_a_run_it_is_of_its_model_and_text(place, foreign, cache, tmp_pat
     went_well("evaluate", *given)
     adopted = the_only(cache)
     said = went_well("pareto", *given, "--out", tmp_path / "pareto")
-    assert "stands beside runs of 40 features, 640 training tokens" in said.stderr
+    assert "shown beside runs of 40 features, 640 training tokens" in said.stderr
     page = (tmp_path / "pareto" / "pareto.html").read_text()
     assert "saelens standard" in page and "e2e" in page and "trained elsewhere" in page
     rows = list(csv.DictReader((tmp_path / "pareto" / "points.csv").read_text().splitlines()))
@@ -180,16 +180,16 @@ def test_a_file_that_changed_is_adopted_again(place, cache, tmp_path):
 def test_what_is_missing_is_said(place, cache, tmp_path):
     unnamed = saelens(tmp_path / "a", {"hook_name": SITE})
     for arguments, says, code in (
-        ((unnamed,), "does not say which model it is of. Give it with --model", 2),
+        ((unnamed,), "names no model. Give one with --model", 2),
         ((unnamed, "--model", place / "model"), "Give one with --data", 2),
         ((saelens(tmp_path / "b", {}), *where(place)), "Name the place with --site", 2),
-        ((saelens(tmp_path / "c"), "--data", place / "train.npy"), "says that it is of the model 'gpt2-tiny'", 3),
+        ((saelens(tmp_path / "c"), "--data", place / "train.npy"), "names the model 'gpt2-tiny'", 3),
         ((saelens(tmp_path / "d", {"hook_name": "blocks.9.hook_resid_pre"}), *where(place)), "belongs elsewhere", 3),
         ((saelens(tmp_path / "e"), *where(place), "--site", "blocks.1.hook_no"), "A site is named", 3),
-        ((place / "run", "--model", "embedded"), "--model: all that is given are runs", 2),
+        ((place / "run", "--model", "embedded"), "--model: only runs are given", 2),
         ((place / "run" / "sae", *where(place)), "is the SAE of the run", 2),
-        ((tmp_path / "nothing", *where(place)), "all that is given are runs", 2),
-        ((place / "train.npy", *where(place)), "is no SAE in a format that endwise knows", 6),
+        ((tmp_path / "nothing", *where(place)), "only runs are given", 2),
+        ((place / "train.npy", *where(place)), "not an SAE in a format that endwise knows", 6),
     ):
         assert says in refused("evaluate", *arguments, code=code)
     narrow = tmp_path / "narrow"
@@ -308,7 +308,7 @@ def test_by_its_name_on_the_hub(place, cache, tmp_path):
     with hub_server() as hub, asked(hub, tmp_path / "hub"):
         hub.put("someone/some", saelens(tmp_path))
         said = went_well("evaluate", "hf://someone/some", *where(place)).output
-    assert "hf://someone/some: no run folder of endwise's; adopted as" in said
+    assert "hf://someone/some: not a run folder of endwise; adopted as" in said
     origin = RunFolder(the_only(cache)).config().adopted
     assert (origin.path, origin.name) == ("hf://someone/some", "someone/some")
 

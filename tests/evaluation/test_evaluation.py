@@ -243,7 +243,7 @@ def test_csv_has_a_line_per_run_and_every_metric(model, corpora, runs):
 
 
 def test_folders_without_a_trained_sae_are_refused(tmp_path):
-    with pytest.raises(RunFolderError, match="is an empty folder, and a run folder is taken here"):
+    with pytest.raises(RunFolderError, match="is an empty folder, and a run folder is needed here"):
         evaluate(tmp_path)
     (tmp_path / "config.yaml").write_text(RunConfig.build(recipe(tmp_path).model_dump()).to_yaml())
     with pytest.raises(RunFolderError, match=r"no trained SAE yet.*--resume"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bad_input import HOSTILE, hidden_in, refused, told, write_place
+from bad_input import HOSTILE, hidden_in, ran, refused, write_place
 from endwise import SAE, ReluSAE
 from endwise.evaluation.inspecting import inspect
 from endwise.formats import FORMATS, format_at, metadata_at
@@ -48,16 +48,16 @@ def test_what_a_file_says(tmp_path):
         ("sparsify, transcoder", ["topk transcoder", "+ x·W_skipᵀ", "hf_hook_name layers.3.mlp"]),
         ("llama-scope", ["! ", "disputed for Llama Scope", "states: L0 50"]),
     ):
-        said = told("inspect", KINDS[name].made(tmp_path / name)).stdout
+        said = ran("inspect", KINDS[name].made(tmp_path / name)).stdout
         assert all(line in said for line in lines), said
     assert "cfg.json" in refused("inspect", tmp_path, code=6)
 
 
 def test_what_is_as_stated_is_measured(place, tmp_path):
-    said = told(*measured(identity(tmp_path, WIDTH), place)).stdout
+    said = ran(*measured(identity(tmp_path, WIDTH), place)).stdout
     assert f"L0 {WIDTH}.0, explained variance 1.0000" in said and "(+0.0000)" in said
-    assert said.count("!") == 1 and "begins with BOS, which" in said
-    assert told(*measured(identity(tmp_path, 9), place)).stdout.count("! L0 is 16.0 where 9 is stated") == 1
+    assert said.count("!") == 1 and "begins with BOS, but" in said
+    assert ran(*measured(identity(tmp_path, 9), place)).stdout.count("! L0 is 16.0 where 9 is stated") == 1
 
 
 def test_what_is_far_from_what_is_stated_is_refused(place, tmp_path):
@@ -69,7 +69,7 @@ def test_what_is_far_from_what_is_stated_is_refused(place, tmp_path):
 def test_where_it_is_measured_must_be_known_and_fit(place, tmp_path):
     ReluSAE(WIDTH, 8).save(tmp_path / "nowhere")
     assert "Name the place with --site" in refused(*measured(tmp_path / "nowhere", place), code=2)
-    named = told(*measured(tmp_path / "nowhere", place, "--site", "blocks.2.hook_mlp_out"))
+    named = ran(*measured(tmp_path / "nowhere", place, "--site", "blocks.2.hook_mlp_out"))
     assert "at blocks.2.hook_mlp_out of" in named.stdout or named.exit_code == 6
     ReluSAE(5, 8).save(tmp_path / "narrow", site("hook_resid_pre", 1))
     assert "width 5, and blocks.1.hook_resid_pre of" in refused(*measured(tmp_path / "narrow", place), code=3)
@@ -92,7 +92,7 @@ def test_where_it_is_measured_must_be_known_and_fit(place, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*fewer than k positive")
 def test_converted_it_is_the_same(tmp_path, name, to, under):
     path, target = KINDS[name].made(tmp_path / "from"), tmp_path / under
-    assert f"{to}, latents and outputs within" in told("convert", path, "--to", to, target).stdout
+    assert f"{to}, latents and outputs within" in ran("convert", path, "--to", to, target).stdout
     assert format_at(target)[0].name == to
     x = torch.randn(30, D)
     torch.testing.assert_close(SAE.load(target)(x), SAE.load(path)(x), rtol=1e-5, atol=1e-5)
@@ -103,7 +103,7 @@ def test_converted_it_is_the_same(tmp_path, name, to, under):
 def test_what_cannot_be_converted_is_said(tmp_path):
     path = KINDS["AutoEncoderTopK"].made(tmp_path / "from")
     for to, says, code in (
-        ("openai", "openai is read and not written. Written are circuit-tracer, dictionary_learning", 2),
+        ("openai", "openai can be read but not written. Written are circuit-tracer, dictionary_learning", 2),
         ("gemma-scope", "would be topk", 6),
         ("some", "There is no 'some' among the formats", 2),
     ):
@@ -116,10 +116,10 @@ def test_names_that_are_hostile_are_shown_plainly(tmp_path):
     about = {"hook_name": HOSTILE, "model_name": HOSTILE * 100, "hf_hook_name": ["some"], "prepend_bos": {}, "l0": True}
     about |= {"endwise": "some", "model_from_pretrained_kwargs": ["some"]}
     ReluSAE(D, F).save(tmp_path, about)
-    said = told("inspect", tmp_path).stdout
+    said = ran("inspect", tmp_path).stdout
     assert not hidden_in(said) and len(said) < 1500 and "states" not in said
     assert "A site is named" in refused("inspect", tmp_path, "--model", "embedded", code=3)
-    told("convert", tmp_path, "--to", "saelens", tmp_path / "again")
+    ran("convert", tmp_path, "--to", "saelens", tmp_path / "again")
 
 
 def test_a_run_is_inspected(tmp_path):

@@ -1,6 +1,4 @@
-"""What a run stands on is recognised later: text, model, tokenizer, its SAE, that which it began with. What is not
-recognised is said.
-"""
+"""Recognition of what a run stands on: text, model, tokenizer, its SAE, the one it began with; else a line."""
 
 import json
 import os
@@ -48,7 +46,7 @@ TOKENS = 8 * CONTEXT
 
 
 def one_recipe(folder: Path, out: Path, kind: str = "e2e", **training):
-    """Of the model and the tokens in `folder`, as a command line would have it."""
+    """Recipe for the model and the tokens in `folder`, as a command line would have it."""
     config = recipe(out, kind, **SHORT | training)
     model = config.model.model_copy(update={"name": str(folder / "model")})
     evaluation = config.evaluation.model_copy(update={"tokens": TOKENS, "bootstrap": 20})

@@ -416,7 +416,7 @@ def test_the_estimate_in_words():
     made = Estimate(runs=2, features=400, left_out=3, stats=stats)
     lines = estimate_lines(made, (0.15, 0.6))
     assert lines[0] == "400 features of 2 runs: 6,800 calls to make, 10 answers are kept from before."
-    assert "about 0.51" in lines[2] and "3 features were passed over" in lines[3]
+    assert "about 0.51" in lines[2] and "3 features were skipped" in lines[3]
     assert "--price-in" in estimate_lines(made, (None, 0.6))[2]
 
 

@@ -1,4 +1,4 @@
-"""Which texts are shown and asked about, how they are written, how answers are read, what scores come to."""
+"""Texts that are shown and asked about, their form, the reading of answers, and the scores."""
 
 import asyncio
 
@@ -113,7 +113,7 @@ def test_several_runs_have_equally_many_features(tmp_path):
     first, second = prepare(runs, Settings(model="m", features="random:10"), said.append)
     assert len(first.samples) == len(second.samples) == 8
     assert {each.feature for each in first.random} <= {each.feature for each in first.samples}
-    assert said == ["8 features of each run are explained, not 10: no more have texts enough."]
+    assert said == ["8 features of each run are explained, not 10: no more have enough texts."]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_features_without_an_explanation_are_left_out(run):
     found, oracle = asked(
         run, lambda prompt: "{" if " word5x>>" in prompt and "20 texts" in prompt else perfect(prompt)
     )
-    assert 5 not in {each.feature for each in found.rows} and found.left_out[5] == "no explanation could be had"
+    assert 5 not in {each.feature for each in found.rows} and found.left_out[5] == "no explanation was obtained"
     assert oracle.stats.unreadable >= 1
 
 

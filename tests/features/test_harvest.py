@@ -136,13 +136,13 @@ def harvested(run, model, corpus, **changes):
 
 @pytest.fixture(scope="module")
 def whole(run, model, corpus):
-    """What was harvested, and the digests of its files."""
+    """Harvest, and the digests of its files."""
     return harvested(run, model, corpus), digest(run)
 
 
 @pytest.fixture(scope="module")
 def pair(run, model, corpus, whole):
-    """What was harvested, and the oracle of the same text."""
+    """Harvest, and the oracle of the same text."""
     return whole[0], Oracle(model, run, corpus)
 
 
@@ -619,7 +619,7 @@ def test_an_sae_that_never_fires(run, model, corpora, tmp_path):
 
 
 class Tokenizer:
-    """Of pieces that begin with ▁ where a word does, as SentencePiece has them; it decodes without that space."""
+    """Tokenizer whose pieces begin with ▁ where a word does, as in SentencePiece; it decodes without that space."""
 
     pieces = ("▁the", "s", " a", "\x1b")
 

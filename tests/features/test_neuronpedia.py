@@ -58,7 +58,7 @@ KEPT = Kept(top=3, groups=2, per_group=2, before=3, after=2, tokens=4)
 
 
 def check(table, row):
-    """That Postgres would take the row."""
+    """Check that Postgres would take the row."""
     columns = COLUMNS[table]
     assert set(row) <= set(columns), f"{table} has no {set(row) - set(columns)}"
     assert {name for name, kind in columns.items() if kind.endswith("!")} <= set(row)

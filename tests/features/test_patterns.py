@@ -148,7 +148,7 @@ def naive_activation(making, watched, tokens, feature):
 
 
 def naive_suffixes(making, found, settings, feature):
-    """Of each suffix the activations of its contexts: one context, one length at a time."""
+    """Collect the activations of each suffix's contexts: one context, one length at a time."""
     sums = {}
     for at in np.flatnonzero(found.features == feature):
         window = [token for token in found.windows[at].tolist() if token >= 0]

@@ -133,7 +133,7 @@ def test_an_sae_that_is_no_run_needs_no_text_to_measure_on(run, embedded, tmp_pa
     expected = json.loads(call(run, *options).stdout)
     assert json.loads(said.stdout) == expected
     failed = call(tmp_path / "bare", *options)
-    assert failed.exit_code == 2 and "Give it with --model" in failed.stderr
+    assert failed.exit_code == 2 and "Give one with --model" in failed.stderr
     failed = call(run, *options, "--model", "embedded")
     assert failed.exit_code == 2 and "Leave --model" in failed.stderr
 
@@ -141,7 +141,7 @@ def test_an_sae_that_is_no_run_needs_no_text_to_measure_on(run, embedded, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "Nothing is to be changed"),
+        ((), "Nothing to change"),
         (("--feature", 3), "one for each; given 0 for 1"),
         (("--by", 3), "given 1 for 0"),
         (("--feature", 2, "--by", 1, "--of-max"), "feature 2 never fired"),

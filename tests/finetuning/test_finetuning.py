@@ -24,7 +24,7 @@ FEW = TuningSettings(tokens=3200, measured_on=1024, context=64, overrides=("trai
 LESS = replace(FEW, tokens=640, measured_on=512)
 MADE = sorted(path.name for path in TRAINED.iterdir() if path.is_dir())
 AT_ONCE = ("sae_lens_standard", "sparsify_topk")
-"""Of two packages, one with a penalty and one without."""
+"""SAEs of two packages, one with a penalty and one without."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_it_predicts_better_at_the_same_l0_and_comes_back_as_it_came(embedded, t
     for other in (back.sae, endwise.SAE.load(tuned.folder)):
         torch.testing.assert_close(other(x), tuned.sae(x), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(came.sae(x), tuned.sae(x), rtol=1e-2)
-    assert any(f"given back as {came.format_name}" in line for line in said)
+    assert any(f"also be written as {came.format_name}" in line for line in said)
     assert set(tuned.others) == {"code"}
     record = json.loads((tuned.folder / "finetune.json").read_text())
     assert record["text"]["after"]["ce_increase"] == tuned.text.after["ce_increase"]
@@ -92,8 +92,8 @@ def test_what_cannot_be_given_back_is_said_before_training(embedded, tmp_path):
     tuned = finetune(
         tmp_path / "sae.pt", model=embedded, settings=settings, out=tmp_path / "run", site=SITE, say=said.append
     )
-    assert tuned.given_back is None and "read and not written" in tuned.refused
-    place = next(number for number, line in enumerate(said) if "SAELens's layout alone" in line)
+    assert tuned.given_back is None and "can be read but not written" in tuned.refused
+    place = next(number for number, line in enumerate(said) if "SAELens's layout only" in line)
     assert place < next(number for number, line in enumerate(said) if line.startswith("Tuning at"))
 
 

@@ -88,7 +88,7 @@ def test_a_layer_is_written_as_circuit_tracer_reads_it(tmp_path, skip):
         ({"extra": torch.ones(3)}, {}, "also holds extra"),
         ({"activation_function.threshold": torch.ones(F)}, {"activation": "relu"}, "holds thresholds, while"),
         ({"activation_function.threshold": -torch.ones(F)}, {}, "at least 0|is not one of"),
-        ({}, {"activation": "gelu"}, "'gelu' is none that endwise computes"),
+        ({}, {"activation": "gelu"}, "'gelu' is unknown to endwise"),
     ],
     ids=str,
 )

@@ -128,7 +128,7 @@ def test_a_path_that_is_not_there_is_told_with_its_neighbours(tmp_path, hub):
         ("hf://someone/private", "is not on the hub, or is private"),
         ("hf://someone/gated", "is gated"),
         ("hf://someone/open@nowhere", "has no such branch, tag or commit"),
-        ("hf://some--one/x", "is no name of a repository"),
+        ("hf://some--one/x", "is not a repository's name"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(tmp_path, hub, name, told):
@@ -254,7 +254,7 @@ def test_what_is_local_asks_nobody(tmp_path, monkeypatch):
 
 
 def test_training_starts_from_it_and_pins_the_commit(tmp_path, hub, model, corpora):
-    """What the branch holds later changes nothing of a run that is resumed, be it from its first step."""
+    """Later commits of the branch change nothing in a resumed run, even one resumed from its first step."""
     first = hub.put("someone/some", wide(tmp_path / "one", 0))
     config = recipe(tmp_path / "run", "local").model_copy(update={"init_from": Path("hf://someone/some")})
     run = train(config, model=model, corpora=corpora, display=False)

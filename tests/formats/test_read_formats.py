@@ -106,7 +106,7 @@ def test_pickles_that_hold_more_than_they_are_or_something_else(tmp_path):
         ({**KINDS["goodfire"].tensors, "encoder_linear.weight": torch.eye(3).to_sparse()}, "not dense"),
         ([torch.zeros(3)], "holds a list, no tensors by name"),
         ({1: torch.zeros(3)}, "holds a dict, no tensors by name"),
-        ({"some": torch.zeros(3)}, "holds some, which is no SAE in a format that endwise knows: .*saelens"),
+        ({"some": torch.zeros(3)}, "holds some, not an SAE in a format that endwise knows: .*saelens"),
     ):
         torch.save(content, file)
         with pytest.raises(FormatError, match=says):
@@ -318,7 +318,7 @@ def test_what_is_written_has_their_names(tmp_path):
         ("gemma-scope", lambda: NormedSAE(finished("jumprelu"), "centred"), "a norm of each token"),
         ("dictionary_learning", lambda: NormedSAE(finished("jumprelu"), "centred"), "no norm of each token"),
         ("sparsify", lambda: NormedSAE(finished("topk"), "centred"), "no topk with a norm of each token"),
-        ("openai", lambda: finished("topk"), "openai is read and not written"),
+        ("openai", lambda: finished("topk"), "openai can only be read"),
     ],
 )
 def test_what_a_format_cannot_say_is_not_written(tmp_path, name, sae, says):

@@ -175,7 +175,7 @@ def test_an_sae_of_a_centred_model_is_the_same_on_the_model_as_it_is(tmp_path, n
     torch.testing.assert_close(load_file(tmp_path / "again" / "sae_weights.safetensors")["W_enc"], inside.W_enc)
     other = told | {"hook_name": name.replace(name.rpartition(".")[2], "mlp_in")}
     inside.save(tmp_path, other | {"model_from_pretrained_kwargs": {"center_writing_weights": True}})
-    with pytest.warns(UserWarning, match="whether is not known at this place"):
+    with pytest.warns(UserWarning, match="is unknown at this place"):
         assert torch.equal(SAE.load(tmp_path)(here), inside(here))
 
 

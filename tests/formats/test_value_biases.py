@@ -19,7 +19,7 @@ BIASES = {
     "neox_sequential": lambda block: block.attention.query_key_value.bias.view(HEADS, 3, -1)[:, 2],
     "qwen2": lambda block: block.self_attn.v_proj.bias,
 }
-"""Where value biases are; other families here have none."""
+"""Getters of value biases; other families here have none."""
 
 
 def heads(model, ids):

@@ -1,4 +1,4 @@
-"""What every command owes whoever gives it bad input: one plain message, no traceback, nothing hidden in it."""
+"""Checks of any command's answer to bad input: one plain message, no traceback, nothing hidden in it."""
 
 import json
 import pickle
@@ -27,8 +27,8 @@ def hidden_in(text: str) -> set[str]:
 parsers = cache(get_command)  # which takes longer than most of the commands
 
 
-def told(*arguments):
-    """Runs a command in this process: it ends well, or with a message of ours or of the command line's own."""
+def ran(*arguments):
+    """Run a command in this process: it ends well, or with a message of ours or of the command line's own."""
     result = CliRunner().invoke(parsers(app), [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -41,7 +41,7 @@ def told(*arguments):
 
 def refused(*arguments, code=None):
     """The message of a command that must fail plainly."""
-    result = told(*arguments)
+    result = ran(*arguments)
     assert result.exit_code not in (0, 1), result.output
     assert code in (None, result.exit_code), result.output
     return result.stderr.strip()

@@ -36,7 +36,7 @@ def perfect(prompt):
 
 @dataclass
 class Served:
-    """What a server is given and what it saw."""
+    """Settings of a server, and the requests it saw."""
 
     url: str = ""
     answer: object = perfect

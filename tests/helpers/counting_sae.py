@@ -19,7 +19,7 @@ class CountingConfig(DictionaryConfig):
 
     architecture: str = "counting"
     share: float = 0.1
-    """Of the largest value."""
+    """Share of the largest value above which a feature fires."""
     wake: float = 0.5
     """Weight of the term that wakes dead features."""
 

@@ -44,7 +44,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What a server holds, is given and saw."""
+    """Contents and settings of a server, and the requests it saw."""
 
     url: str = ""
     repositories: dict = field(default_factory=dict)

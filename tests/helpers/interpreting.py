@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs."""
+"""Setup of Triton's interpreter."""
 
 import torch
 

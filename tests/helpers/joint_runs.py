@@ -42,7 +42,7 @@ def lines(folder):
 
 
 def files(folder):
-    """What training leaves; of a checkpoint all but the generators, which whoever runs the tests draws from too."""
+    """Read what training leaves; of a checkpoint all but the generators, which the test run draws from too."""
     names = [*folder.glob("**/sae_weights.safetensors"), *folder.glob("**/*.jsonl")]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in names if path.name != "timings.jsonl"}
     for path in folder.glob("**/step-*"):

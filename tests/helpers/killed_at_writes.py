@@ -22,7 +22,7 @@ from small_gpt2 import recipe, small_corpora, small_model
 
 torch.set_num_threads(1)
 NEEDED = {"os.mkdir": False, "os.rename": True, "os.remove": True, "os.rmdir": True, "os.truncate": True}
-"""What Python tells its audit hooks of, besides opening to write: whether it changes what is there, or what is not."""
+"""Audit events of Python besides opening to write: True if the path is there before, False if not."""
 
 
 def act_before_changes(below: Path, act) -> None:

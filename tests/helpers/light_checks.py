@@ -17,7 +17,7 @@ _full = decorator.jaxtyped
 
 
 def names_axes(annotation: Any) -> bool:
-    """Whether an annotation, or a part of it, is jaxtyping's; of one that is still text this is not known."""
+    """Return whether an annotation, or a part of it, is jaxtyping's; unknown for one that is still text."""
     if isinstance(annotation, str):
         return True
     if isinstance(annotation, list):  # the parameters of a Callable

@@ -25,7 +25,7 @@ def explained(kind, detection, shuffled, ce_increase=0.3, features=40, seed=0):
 
 
 def study(seeds=(0,), jitter=0.0, **means):
-    """Of e2e+ds the explanations of other seeds predict more, by `jitter` each."""
+    """Make a study in which e2e+ds's explanations predict more by `jitter` from seed to seed."""
     runs = tuple(
         explained(kind, detection + jitter * seed * (kind == "e2e_ds"), shuffled, seed=seed)
         for kind, (detection, shuffled) in means.items()

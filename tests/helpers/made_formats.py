@@ -71,9 +71,9 @@ class Kind:
     config: dict = field(default_factory=dict)
     config_file: str = ""
     path: str = ""
-    """What is loaded, below the folder; empty: the weights' folder."""
+    """Path that is loaded, below the folder; empty: the weights' folder."""
     about: dict = field(default_factory=dict)
-    """What it says of where it belongs, and of itself."""
+    """Metadata: where it belongs, and what it is."""
     transposed: bool = False
 
     def made(self, folder: Path) -> Path:

@@ -164,7 +164,7 @@ def _contexts(firings, scales, tokens, text, random, groups):
 
 
 def _strengths(groups):
-    """Of the greatest context 1, then a little less; of the quantiles less and less."""
+    """Strengths: 1 for the greatest context, then a little less; for the quantiles less and less."""
     falling = {TOP: 1.0, 3: 0.7, 2: 0.5, 1: 0.3, 0: 0.12}
     return np.array([falling[group] * 0.97**rank for group, count in groups for rank in range(count)])
 

@@ -23,7 +23,7 @@ class Meeting:
             tensor.copy_(total)
 
     def run(self, task):
-        """What the task gives in each, which is given its world."""
+        """Results of the task in each, called with its world."""
         found, errors = [None] * self.size, []
 
         def one(rank):

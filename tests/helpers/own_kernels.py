@@ -65,7 +65,7 @@ class TightRooms(Rooms):
     def __init__(self):
         super().__init__()
         self.missing = []
-        """Whether something was missing, each time that was asked."""
+        """True or False for each question whether something was missing."""
 
     def settle(self):
         self.missing.append(super().settle())

@@ -1,4 +1,4 @@
-"""Where the tests find what is no module of theirs."""
+"""Paths of fixtures and tools that the tests use."""
 
 from pathlib import Path
 

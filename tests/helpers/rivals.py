@@ -1,4 +1,4 @@
-"""What rival packages computed, stored in fixtures/rivals by tools/rival_fixtures.py; the README there explains it."""
+"""Results of rival packages, stored in fixtures/rivals by tools/rival_fixtures.py; the README there explains them."""
 
 import json
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from small_gpt2 import data, recipe
 
 KINDS = ("local", "e2e", "e2e_ds")
 SHARED = {"tokens": 96, "batch": 3, "accumulation": 3, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2}
-"""Of three sequences one process reads one and the other two, in as many passes."""
+"""Three sequences a step: one process reads one and the other two, in as many passes."""
 
 
 def configs(made, folder, *, sharded):
@@ -28,7 +28,7 @@ def configs(made, folder, *, sharded):
 
 
 def gradient(model, enter, ids, record=(), *, final=True, backwards=1):
-    """Of the squares of what is recorded, at a site."""
+    """Gradient, at a site, of the squares of what is recorded."""
     clean = model.clean(ids, [enter], final=final)
     value = clean.activations[enter].clone().requires_grad_()
     spliced = model.replay(clean, {enter: 0.9 * value}, record=record, final=final)

@@ -8,7 +8,7 @@ import warm
 from places import HELPERS
 
 TOLERANCE = 1e-4
-"""Of fp32 sums made in another order, over some 20 steps."""
+"""Difference of fp32 sums made in another order, over some 20 steps."""
 
 
 def launch(processes, *arguments, fault="none", **environment):

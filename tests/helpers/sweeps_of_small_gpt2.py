@@ -22,7 +22,7 @@ LOCAL = {"objective.kind": "local"}
 
 
 def a_sweep(made, out, *grids, engine="in_process", **settings):
-    """Of runs of 200 steps on the model and the tokens in `made`."""
+    """Sweep of runs of 200 steps on the model and the tokens in `made`."""
     values = recipe(Path("unused"), tokens=6400, log_every=5).model_dump(mode="json", exclude={"out"})
     values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     values["data"] = data(made).model_dump(mode="json") | {"epochs": 20}
@@ -30,7 +30,7 @@ def a_sweep(made, out, *grids, engine="in_process", **settings):
 
 
 def contents(out):
-    """What the runs of a sweep ended as, bit by bit, by the name of each; wall-clock is no part of it."""
+    """Final state of a sweep's runs by name, bit for bit, without wall-clock times."""
     runs = sorted((out / "runs").iterdir())
     return {run.name: {name: (run / name).read_bytes() for name in FILES} | weights(run) for run in runs}
 
@@ -78,7 +78,7 @@ class Disturbed:
         self.thread.join()
 
     def check_went_on(self):
-        """What it had done before is part of what it ended as: two lives would differ in their wall-clock."""
+        """Check that the run kept the steps done before: a second start would differ in their wall-clock times."""
         if self._error is not None:
             raise self._error
         assert 2 <= len(self._before) < len(timings(self.run))

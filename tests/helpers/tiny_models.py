@@ -20,7 +20,7 @@ from endwise.models.sites import Part
 
 LAYERS, WIDTH, HEADS, VOCAB, CONTEXT = 4, 16, 4, 48, 16
 WINDOW = 5
-"""Of sliding attention, shorter than the context so that it matters."""
+"""Window of sliding attention, shorter than the context so that it matters."""
 LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
@@ -49,7 +49,7 @@ class Family:
     """The child of a block whose output is added to the residual stream."""
     mlp: str = "mlp"
     projection: str = "self_attn.o_proj"
-    """Of attention's heads to its output."""
+    """Name of the projection from attention's heads to its output."""
     middle: str | None = "post_attention_layernorm"
     """The child of a block that reads the residual stream between attention and MLP; None: a parallel block."""
 
@@ -135,7 +135,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 FUSED = 20
-"""How many units in the last place the exponentials of torch's fused attention may be off (`exp_u20` in its source), on
+"""Units in the last place by which the exponentials of torch's fused attention may be off (`exp_u20` in its source), on
 some processors; those of a softmax by itself are off by one."""
 
 

@@ -83,7 +83,7 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
 
 @contextmanager
 def fitted_on_few():
-    """What trains fits its threshold to fewer tokens at the end: where nobody looks at how well, or as decorator."""
+    """Fit thresholds to fewer tokens at the end, where a test does not measure them; also a decorator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchTopKSAE, "last_tokens", 4096)
         yield
@@ -159,7 +159,7 @@ def passed(sae, p, x, **options):
 
 
 def stored_parameters(stored, when="start"):
-    """What the rival trains."""
+    """Parameters that the rival trains."""
     return {name: stored.under(when)[name].clone().requires_grad_() for name in stored.under("grad")}
 
 

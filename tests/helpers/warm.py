@@ -47,7 +47,7 @@ def _server() -> str:
 
 
 def command(*arguments: object) -> list[str]:
-    """What runs `python ARGUMENT...` in a warm process: a script or `-m` and a module, and what it is given."""
+    """Command that runs `python ARGUMENT...` in a warm process: a script or `-m` and a module, and its arguments."""
     return [*_PYTHON, str(HELPERS / "warm_client.py"), _server(), *map(str, arguments)]
 
 

@@ -28,7 +28,7 @@ SAMPLE = {
     ("far beyond the cap", torch.float16, False),
     ("near zero under the cap", torch.float32, False),
 }
-"""What is tried for every change; an interpreter takes seconds for a tile."""
+"""Cases tried for every change; an interpreter takes seconds for a tile."""
 CASES = [
     pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow)
     for case in itertools.product(VARIANTS, (torch.float32, torch.float16, torch.bfloat16), (False, True))

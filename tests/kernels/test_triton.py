@@ -1,4 +1,4 @@
-"""What a CPU proves of the kernels in Triton: their values, in its interpreter, and that compilers for cards take them.
+"""Triton kernels on a CPU: their values, in its interpreter, and that compilers for cards take them.
 
 Both run in processes of their own; Triton reads whether it is to interpret when it is imported.
 """
@@ -22,7 +22,7 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 FILES = sorted(HERE.glob("interpreted_*.py"))
 KERNELS = ["statistics", "differences", "add_product", "bag_sums", "chunk_sums", "pair_dots"]
 ENCODER = ["candidate_bits", "block_maxima", "places_of_bits"]
-"""Of bf16 numbers and bits, whatever they search."""
+"""Kernels on bf16 numbers and bits, whatever they search."""
 needs_triton = pytest.mark.skipif(
     not has_version("triton", Version("3.7")), reason="Triton 3.7 or newer is not installed"
 )

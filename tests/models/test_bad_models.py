@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bad_input import ODD_JSON, refused, told, write_place
+from bad_input import ODD_JSON, ran, refused, write_place
 from small_gpt2 import small_model
 
 repeated = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Payload:
-    """What a pickle can do: the folder it makes shows that it was run."""
+    """Pickle that runs code: the folder it makes shows that it was run."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -48,7 +48,7 @@ def test_any_value_in_a_models_configuration(place, tmp_path, key, value):
     original = file.read_bytes()
     try:
         file.write_text(json.dumps(json.loads(original) | {key: value}))
-        result = told("sites", place / "model")
+        result = ran("sites", place / "model")
     finally:
         file.write_bytes(original)
     assert result.exit_code in (0, 3), result.output
@@ -63,7 +63,7 @@ def test_any_bytes_beside_a_model(place, name, content):
     original = file.read_bytes() if file.exists() else None
     try:
         file.write_bytes(content)
-        assert told("sites", place / "model").exit_code in (0, 3)
+        assert ran("sites", place / "model").exit_code in (0, 3)
     finally:
         file.unlink()
         if original is not None:
@@ -73,7 +73,7 @@ def test_any_bytes_beside_a_model(place, name, content):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_a_models_pickle_is_refused_with_the_reason_and_not_run(model, tmp_path, name):
     (model / name).write_bytes(pickle.dumps(Payload(tmp_path / "run by a pickle")))
-    assert told("sites", model).exit_code == 0  # what is beside safetensors is not read
+    assert ran("sites", model).exit_code == 0  # what is beside safetensors is not read
     (model / "model.safetensors").unlink()
     message = refused("sites", model, code=3)
     assert name in message and "can run any code" in message and "Convert it to safetensors" in message
@@ -130,5 +130,5 @@ def test_what_is_no_folder_of_a_model_is_said_to_be_what_it_is(tmp_path):
 
 
 def test_a_log_holds_no_bars_of_the_loading(model):
-    result = told("sites", model)
+    result = ran("sites", model)
     assert result.exit_code == 0 and "Loading weights" not in result.stderr

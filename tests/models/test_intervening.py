@@ -37,7 +37,7 @@ def edited(z, edits):
 
 
 def slowly(dictionary, edits, error, where):
-    """What a hook returns at the place of a dictionary, from the field's names of its weights."""
+    """Make the hook at the place of a dictionary, from the field's names of its weights."""
 
     def act(x, own=None):
         own = x if own is None else own
@@ -109,7 +109,7 @@ SCOPES = ["all", "prompt", "last", "generated", slice(-2, None), slice(1, -1), s
 
 
 def mask_of(positions, index, length):
-    """Which of a text's positions are meant, one by one; its first `length` are the prompt."""
+    """Mask of a text's positions that are meant, one by one; its first `length` are the prompt."""
     if isinstance(positions, slice):
         start, stop = (
             (end + length if end is not None and end < 0 else end) for end in (positions.start, positions.stop)
@@ -229,7 +229,7 @@ def test_what_is_not_changed_keeps_its_bits():
 
 
 def read_at(dictionary, edits, x, error="keep"):
-    """What stands at the site, where the model has x there."""
+    """Return the value at the site, where the model has x there."""
     model, seen = tiny("llama"), []
     changing = intervene(model, {PRE: dictionary}, edits, error=error)
     keeping = spliced(model, {PRE: lambda value: seen.append(value) or value})
@@ -301,7 +301,7 @@ def test_what_makes_no_sense_is_refused_before_any_pass():
     refuse(ConfigError, r"number of a feature", [Ablate([True])])
     both = {PRE: sae(), OUT: sae()}
     refuse(ConfigError, rf"does not say whose.*{PRE}, {OUT}", [Ablate(1)], both)
-    refuse(ConfigError, r"of which no SAE is given", [Ablate(1, place=MID)], both)
+    refuse(ConfigError, r"without an SAE", [Ablate(1, place=MID)], both)
     refuse(SiteError, r"no site blocks\.9", [Ablate(1, place="blocks.9.hook_resid_pre")], both)
     refuse(SiteError, r"no site blocks\.9", [], {"blocks.9.hook_resid_pre": sae()})
     refuse(ModelError, rf"{WIDTH}.*{WIDTH + 4}", [Ablate(1)], {PRE: sae(width=WIDTH + 4)})

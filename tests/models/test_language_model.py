@@ -327,7 +327,7 @@ def test_rows_are_views_of_every_field():
 
 @contextmanager
 def counted(family, model):
-    """Which parts of which blocks a pass computes: `(layer, child)` of every innermost module with weights.
+    """Record which parts of which blocks a pass computes: `(layer, child)` of every innermost module with weights.
 
     Counted in the classes, because endwise may answer for an instance.
     """
@@ -802,7 +802,7 @@ def test_lists_of_parts_are_no_blocks():
 
 
 class BesideModel(UnknownModel):
-    """What the blocks give is added to what they were given, where nobody outside sees it."""
+    """Model that adds each block's output to its input outside the block, where no hook sees it."""
 
     def forward(self, input_ids, **_):
         hidden = self.embed(input_ids)

@@ -49,7 +49,7 @@ def hidden():
 
 @pytest.fixture(params=[1, 32, 64, None])
 def _in_chunks(request):
-    """Of so many rows; None: as they ship."""
+    """Run in chunks of so many rows; None: as they ship."""
     with standing_in("cpu", OwnKernels(logits=request.param)):
         yield
 

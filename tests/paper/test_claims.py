@@ -29,14 +29,14 @@ VERDICTS = {True: "shown", False: "not shown", None: "not testable here"}
 
 
 def curve(kind, l0=1.0, ce=1.0, **changes):
-    """Of runs whose downstream MSE grows with their CE increase."""
+    """Curve of runs whose downstream MSE grows with their CE increase."""
     runs = [make_run(kind, c, ce * increase, l0 * features, **changes) for c, increase, features in CURVE]
     return [with_mse(run, run.coefficient) for run in runs]
 
 
 @cache
 def findings(factors=(1.0, 0.5, 0.6), *, seeds=(0, 1, 2), jitter=0.01):
-    """Of a study in which a kind needs `factors` of local's features, a little other for each seed."""
+    """Findings of a study in which a kind needs `factors` of local's features, varied a little by seed."""
     made = study(sites={SITE: {}})
     runs = [
         run
@@ -185,7 +185,7 @@ def test_costs(cost, shown):
 
 
 def variants(found, way, ends, noise=0.0):
-    """Of every kind its own training and one variant, with a CE increase `ends[kind]` times as large; `noise` is not
+    """Pair every kind's own training with one variant, with a CE increase `ends[kind]` times as large; `noise` is not
     shared between the two.
     """
     made = []

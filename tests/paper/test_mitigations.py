@@ -1,4 +1,4 @@
-"""What a CE increase costs: hand-made curves whose values at one L0 are known."""
+"""CE increase at one L0 of hand-made curves, whose values there are known."""
 
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_input import HOSTILE, hidden_in, told
+from bad_input import HOSTILE, hidden_in, ran
 from endwise import pareto
 from endwise.common.errors import RunFolderError
 from endwise.config.method import Method
@@ -26,7 +26,7 @@ def finished(tmp_path_factory, fitted_on_little):
     out = tmp_path_factory.mktemp("quickstart") / NAME
     small = ("data.context=64", "training.tokens=512", "dictionary.ratio=1")
     quick = ("evaluation.tokens=512", "evaluation.during_training_tokens=256", "evaluation.bootstrap=50")
-    said = told("quickstart", *small, *quick, "--seed", 3, "--out", out)
+    said = ran("quickstart", *small, *quick, "--seed", 3, "--out", out)
     assert said.exit_code == 0, said.output
     return out, json.loads((out / "summary.json").read_text()), said.output
 

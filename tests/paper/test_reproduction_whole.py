@@ -43,7 +43,7 @@ VERDICTS = {"shown", "not shown", "not testable here"}
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Where the folder's name is relative: what starts from an SAE of the study is named by the path as it is given."""
+    """Study in a folder of relative name: a run that starts from one of its SAEs names the path as it is given."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("study"))
         yield Path("made")

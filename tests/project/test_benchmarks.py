@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: the count of operations, the rule for disturbed samples, and our own worker."""
+"""Foundations of the benchmarks: the count of operations, the rule for disturbed samples, and our own worker."""
 
 import subprocess
 import sys

@@ -38,7 +38,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 class Example:
     page: Path
     line: int
-    """Where the block's content starts, from 1."""
+    """Line at which the block's content starts, from 1."""
     text: str
 
     def __str__(self) -> str:

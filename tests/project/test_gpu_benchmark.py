@@ -30,7 +30,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def results(bench, tmp_path_factory):
-    """Of the parts on tiny shapes, made as their processes would make them."""
+    """Results of the parts on tiny shapes, made as their processes would make them."""
     gpu, out = bench["gpu"], tmp_path_factory.mktemp("results") / "gpu.json"
     results = gpu.Results(out, {"device": "cpu", "tiny": True})
     results.all["calls"].append({"command": "python gpu.py", "date": "2026-11-30"})
@@ -38,7 +38,7 @@ def results(bench, tmp_path_factory):
     gc.freeze()  # or each row would look through all that the tests have imported, for what it may give back
     for part in EVERYWHERE:
         replies = io.StringIO()
-        bench["gpu_parts"].work(runner.told(part, str(tmp_path_factory.mktemp("scratch"))), replies)
+        bench["gpu_parts"].work(runner.job_of(part, str(tmp_path_factory.mktemp("scratch"))), replies)
         for line in replies.getvalue().splitlines():
             told = json.loads(line)
             results.put(part, told["row"], told["found"])

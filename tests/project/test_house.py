@@ -1,4 +1,4 @@
-"""What the plan of the house asks of the source as text."""
+"""Rules of the plan of the house, checked on the source as text."""
 
 import ast
 import re
@@ -100,7 +100,7 @@ def test_html_is_written_in_templates():
 
 
 def test_tests_stand_in_rooms_as_the_package_does():
-    """What is of no single room stands in tests/project and tests/shapes; what holds no tests, in tests/helpers."""
+    """Tests of no single room stand in tests/project and tests/shapes; modules without tests, in tests/helpers."""
     tests = ROOT / "tests"
     rooms = {path.name for path in SOURCE.iterdir()} | {"project", "shapes"}
     places = {path.relative_to(tests) for path in tests.rglob("test_*.py")}

@@ -1,4 +1,4 @@
-"""What the README and the pages of results say follows from the tables that are committed beside them."""
+"""Figures of the README and the pages of results, checked against the tables that are committed beside them."""
 
 import csv
 import re
@@ -44,7 +44,7 @@ def rows(file):
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
-def told(page):
+def text_of(page):
     """Its text, without emphasis and line breaks."""
     return " ".join(page.read_text().replace("*", "").split())
 
@@ -52,21 +52,21 @@ def told(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_ratio_is_in_a_table(page):
     ratios, _ = figures()
-    missing = [figure for figure in FIGURE.findall(told(page)) if figure not in ratios]
+    missing = [figure for figure in FIGURE.findall(text_of(page)) if figure not in ratios]
     assert not missing, f"{page.name} gives ratios that no table below docs/results holds: {missing}"
 
 
 def test_pairs_of_ends_are_in_a_table():
-    """Where curves cross; the page of training lengths has its own table."""
+    """Pairs stand where curves cross; the page of training lengths has its own table."""
     _, pairs = figures()
     for page in PAGES:
         if page.stem != "training_length":
-            assert set(CROSSING.findall(told(page))) <= pairs, page.name
+            assert set(CROSSING.findall(text_of(page))) <= pairs, page.name
 
 
 def test_the_readme_gives_what_the_study_found():
     """The ratios of L0 at equal CE increase, as the study's table has them; those of one seed say so."""
-    text = told(README)
+    text = text_of(README)
     for row in rows(RESULTS / "paper-embedded" / "tables" / "ratios.csv"):
         if row["measure"] != "features_at_equal_ce":
             continue
@@ -91,7 +91,7 @@ def test_no_claim_that_is_called_shown_crosses_or_rests_on_one_seed():
 
 def test_the_readme_s_speeds_are_measured_ones():
     measured = set(re.findall(r"(\d+\.\d) ×", (ROOT / "benchmarks" / "RESULTS.md").read_text()))
-    text = told(README)
+    text = text_of(README)
     speeds = SPEED.findall(text)
     assert speeds and set(speeds) <= measured, f"{sorted(set(speeds) - measured)} are not in benchmarks/RESULTS.md"
     for named in ("4.3", "7.8", "2.3", "4.1", "11.7", "3.7"):
@@ -99,7 +99,7 @@ def test_the_readme_s_speeds_are_measured_ones():
 
 
 def test_the_tutorial_s_figures_are_its_tables():
-    text, folder = told(RESULTS.parent / "tutorial.md"), RESULTS / "tutorial"
+    text, folder = text_of(RESULTS.parent / "tutorial.md"), RESULTS / "tutorial"
     (ablated,) = [row for row in rows(folder / "ablations.csv") if row["feature"] == "1183"]
     (measured,) = rows(folder / "first.csv")
     assert f"{float(ablated['ce']):.3f} nats per token (standard error {float(ablated['ce.se']):.3f})" in text

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from bad_input import BAD_SAFETENSORS, DEEP, HOSTILE, LONG_NUMBER, ODD_JSON, refused, told, write_place
+from bad_input import BAD_SAFETENSORS, DEEP, HOSTILE, LONG_NUMBER, ODD_JSON, ran, refused, write_place
 from endwise import SAE, train
 from endwise.common.errors import FormatError, RunFolderError, SiteError
 from endwise.common.files import LARGEST_JSON, read_json, stays_inside
@@ -216,7 +216,7 @@ def test_a_runs_description_of_its_data(run, content):
 @given(lines=st.lists(st.binary(max_size=20) | ODD_JSON.map(lambda v: json.dumps({"step": v}).encode()), max_size=4))
 def test_whatever_lines_a_runs_timings_hold_it_can_be_resumed(place, lines):
     (place / "run" / "timings.jsonl").write_bytes(b"\n".join([*lines, DEEP.encode()]))
-    assert told("train", "--resume", place / "run").exit_code == 0
+    assert ran("train", "--resume", place / "run").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_file_that_may_not_be_read_is_told_without_a_traceback(run, monkeypatc
         raise OSError(errno.EIO, "Input/output error", str(run / "\x1b[2J"))
 
     monkeypatch.setattr("endwise.evaluation.evaluate.evaluate", fails)
-    result = told("evaluate", run)
+    result = ran("evaluate", run)
     assert result.exit_code == 1 and "\\x1b[2J: Input/output error. Check that path" in result.stderr
 
 

@@ -191,7 +191,7 @@ def test_a_damaged_one_is_named_and_the_one_before_offered(model, corpora, tmp_p
     with pytest.raises(FormatError, match=r"step-000000018.*step 12, is whole.*--from-step 12"):
         train(config, model=model, corpora=corpora, display=False, resume=True, from_step=18)
     damage(folder.checkpoint(12))
-    with pytest.raises(FormatError, match=r"No other one is whole.*from the beginning.*--from-step 0"):
+    with pytest.raises(FormatError, match=r"No other checkpoint is whole.*from the beginning.*--from-step 0"):
         train(config, model=model, corpora=corpora, display=False, resume=True)
     with pytest.raises(RunFolderError, match="no checkpoint of step 6; it has 12, 18, 20, and 0 is the beginning"):
         train(config, model=model, corpora=corpora, display=False, resume=True, from_step=6)
@@ -220,7 +220,7 @@ def test_lines_that_were_lost_are_noticed(model, corpora, tmp_path):
     file = RunFolder(run.folder).metrics_file
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-2]))
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is .* lines of before are missing.*--from-step"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is .* earlier lines are missing.*--from-step"):
         train(config, model=model, corpora=corpora, display=False, resume=True)
 
 
@@ -271,7 +271,7 @@ def test_what_is_refused_changes_nothing(model, corpora, tmp_path):
         train_together(configs, model=model, corpora=corpora, display=False, resume=True, from_step=10)
     assert (first.saved_steps(), first.metrics_file.read_bytes()) == before
     second.metrics_file.write_text("")
-    with pytest.raises(RunFolderError, match="lines of before are missing"):
+    with pytest.raises(RunFolderError, match="earlier lines are missing"):
         train(configs[1], model=model, corpora=corpora, display=False, resume=True, from_step=15)
     assert second.saved_steps() == [5, 15, 20]
     with pytest.raises(ConfigError, match="from_step needs resume"):

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, really caused, each in a process of its own: nothing done is lost, and it says so."""
+"""Faults of runs, really caused, each in a process of its own: no work is lost, and a message says so."""
 
 import json
 import os

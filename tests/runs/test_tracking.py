@@ -31,7 +31,7 @@ NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
 
 @pytest.fixture
 def told(tmp_path, monkeypatch):
-    """What the stand-in for wandb was given."""
+    """Calls that the stand-in for wandb received."""
     monkeypatch.syspath_prepend(str(installed(tmp_path / "packages")))
     monkeypatch.setenv("STAND_IN", str(tmp_path / "told.jsonl"))
     monkeypatch.setattr(Outside, "_late", set())

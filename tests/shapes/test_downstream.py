@@ -59,7 +59,7 @@ def recipe(out, dictionary, **place):
 
 
 def command(*arguments):
-    """What a command says; it must succeed."""
+    """Output of a command, which must succeed."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (arguments, result.output, result.exception)
     return result.stdout

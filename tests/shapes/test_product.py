@@ -54,7 +54,7 @@ FACTORS = {
         "microbatch": {"microbatch": 1, "betas": [0.0, 0.99], "decay": 0.5, "schedule": "linear"},
     },
 }
-"""What is tried together: the settings of each."""
+"""Factors that are tried together, with the settings of each."""
 OWN = {
     "standard": (
         {},
@@ -95,13 +95,13 @@ NOT_TOGETHER = [
     ),
     frozenset({("architecture", "jumprelu"), ("own", 3), ("accumulation", 2)}),
 ]
-"""What a recipe refuses: several passes a step where all tokens of it are chosen among, or averaged over; and norms of
-each token where what is written is not what is read.
+"""Combinations that a recipe refuses: several passes a step where all tokens are chosen among, or averaged over; and
+norms of each token where what is written is not what is read.
 """
 
 
 def allowed(settings):
-    """Whether no rule forbids settings, of all factors or of some."""
+    """Return whether no rule forbids settings, of all factors or of some."""
     return not any(rule <= set(settings.items()) for rule in NOT_TOGETHER)
 
 

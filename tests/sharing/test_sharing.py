@@ -280,7 +280,7 @@ def test_a_run_of_several_places(hub, tmp_path, model, corpora):
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_adopted_sae_goes_up_and_comes_back(made, hub, tmp_path):
-    """What it says of where it was adopted from loses its folder."""
+    """Remove the folder from the record of where it was adopted from."""
     from endwise.evaluation.adopting import adopt
 
     ReluSAE(16, 40).save(tmp_path / "theirs" / "sae_of_others", {"hook_name": SITE})

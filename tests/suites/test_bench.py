@@ -80,12 +80,12 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def told(*arguments):
+def ran(*arguments):
     return CliRunner().invoke(app, ["bench", *(str(each) for each in arguments)], env={"COLUMNS": "120"})
 
 
 def test_its_numbers_lie_beside_the_run_with_ours(stand_in, run, made):
-    result = told(run, "--suite", "stand-in", "--data", "run")
+    result = ran(run, "--suite", "stand-in", "--data", "run")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("stand-in asks the Hugging Face hub for nothing\n")
     measured = read_json(run / "evaluation.json")
@@ -103,7 +103,7 @@ def test_its_numbers_lie_beside_the_run_with_ours(stand_in, run, made):
 
 
 def test_what_it_asks_for_is_said_before_it_starts(stand_in, run, tmp_path):
-    result = told(run, "--suite", "stand-in", "--model", "someone/model", "--dry-run")
+    result = ran(run, "--suite", "stand-in", "--model", "someone/model", "--dry-run")
     asked = "stand-in asks the Hugging Face hub for the data set someone/texts, the model someone/model\n"
     assert (result.exit_code, result.output) == (0, asked) and not (run / "bench").exists()
     assert Benching(run, "stand-in", data=str(tmp_path)).asks() == []
@@ -116,19 +116,19 @@ def test_what_it_asks_for_is_said_before_it_starts(stand_in, run, tmp_path):
 
 @pytest.mark.parametrize(("ends", "words"), [("in an error", "its data set is gone"), ("early", "reached the middle")])
 def test_a_suite_that_fails_is_one_line_that_names_its_log(stand_in, run, ends, words):
-    result = told(run, f"ends={ends}", "--suite", "stand-in")
+    result = ran(run, f"ends={ends}", "--suite", "stand-in")
     line = result.stderr.strip().splitlines()[-1]
     assert result.exit_code == 11 and line.startswith("endwise: stand-in failed") and words in line
     assert str(run / "bench/stand-in.log") in line and not (run / "bench/stand-in.json").exists()
 
 
 def test_what_it_did_is_kept_unless_something_changed(stand_in, run):
-    assert told(run, "--suite", "stand-in", "ends=early").exit_code == 11
-    assert told(run, "--suite", "stand-in", "ends=early").exit_code == 11
+    assert ran(run, "--suite", "stand-in", "ends=early").exit_code == 11
+    assert ran(run, "--suite", "stand-in", "ends=early").exit_code == 11
     assert (run / "bench/stand-in/results/tried").read_text() == "xx"
-    assert told(run, "--suite", "stand-in").exit_code == 0
+    assert ran(run, "--suite", "stand-in").exit_code == 0
     assert read_json(run / "bench/stand-in.json")["numbers"]["tries"] == 1, "other settings start again"
-    assert told(run, "--suite", "stand-in").exit_code == 0
+    assert ran(run, "--suite", "stand-in").exit_code == 0
     assert read_json(run / "bench/stand-in.json")["numbers"]["tries"] == 2
 
 
@@ -156,10 +156,10 @@ def test_stopped_it_ends_with_its_program(stand_in, run, tmp_path):
 
 
 def test_an_environment_without_it_is_refused_with_the_command_that_makes_one(run, tmp_path):
-    result = told(run, "--suite", "sae-probes")
+    result = ran(run, "--suite", "sae-probes")
     assert result.exit_code == 2 and "ENV/bin/pip install sae-probes" in result.stderr
     assert f"{sys.executable} has no package sae-probes" in result.stderr and not (run / "bench/sae-probes").exists()
-    result = told(run, "--suite", "sae-probes", "--python", tmp_path / "none/python")
+    result = ran(run, "--suite", "sae-probes", "--python", tmp_path / "none/python")
     assert result.exit_code == 2 and "cannot be asked for sae-probes" in result.stderr
 
 

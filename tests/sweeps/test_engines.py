@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are carried out makes no difference to what they end as, whatever happens to workers."""
+"""Engines of sweeps: the same final runs on each, whatever happens to workers."""
 
 import json
 import os
@@ -236,7 +236,7 @@ def on_cluster(tmp_path, **settings):
 
 
 def finish(tmp_path, number, task):
-    """What submitit leaves of a job that has carried out its task."""
+    """Write the files that submitit leaves of a finished job."""
     result = ("success", [Outcome(config.out) for config in task])
     (tmp_path / "slurm").mkdir(exist_ok=True)
     (tmp_path / "slurm" / f"{number}_0_result.pkl").write_bytes(pickle.dumps(result))
@@ -356,7 +356,7 @@ def test_a_lost_task_is_given_out_again_as_often_as_said(tasks):
     engine = Scripted({**ends, ("c",): ["done"]}, retries=2)
     found = ends_of(engine, tasks("a", "b", "c"))
     assert found["a"] is None and found["c"] is None
-    assert found["b"] == "Every worker that it was given to was lost, the last one so: power"
+    assert found["b"] == "Every worker that it was given to was lost, the last one with: power"
     assert engine.submitted.count(("a",)) == 6 and engine.submitted.count(("b",)) == 3
 
 

@@ -545,7 +545,7 @@ def test_what_all_share_is_tried_once(made, tmp_path):
 
 
 def test_the_fault_of_one_is_found_in_halves(made, tmp_path):
-    """What fails before the first step fails for all; the others then still train side by side."""
+    """Fail all where one fails before the first step; the others then still train side by side."""
     groups = []
     noting = here(train=lambda configs, **options: groups.append(len(configs)) or train_together(configs, **options))
     grids = ({"seed": [0, 1, 2]}, {"init_from": "nowhere"}, {"seed": 4})
@@ -831,7 +831,7 @@ def test_off_a_terminal_a_line_now_and_then(watched, monkeypatch):
     console, watch, configs = watched(force_terminal=False)
     with watch:
         watch.ended(Outcome(configs[0].out))
-        watch._said -= watch._log.every
+        watch._shown_at -= watch._log.every
         watch._show()
         watch._show()
     (line,) = console.export_text().splitlines()
@@ -865,7 +865,7 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert [line.split(": ")[0] for line in lines[:-1]] == ["pass 1", "pass 2", "–"]
     assert [line.endswith("to be started") for line in lines[:-1]] == [True, True, False]
     assert "failed: " in lines[2] and "blocks.0 to blocks.3" in lines[2]
-    assert lines[-1] == "0 of 3 runs finished. Passes to come next: 2."
+    assert lines[-1] == "0 of 3 runs finished. Next passes: 2."
     assert not Path("runs").exists()
     result = CliRunner().invoke(app, [*command, "--quiet"])
     assert result.exit_code == 7, result.output
@@ -875,7 +875,7 @@ def test_the_command_from_a_dry_run_to_the_table(made, tmp_path, monkeypatch):
     assert all(folder.name.rpartition("-")[2] in result.stdout for folder in folders)
     (told,) = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
     assert "local 0.3 blocks.9.hook_resid_pre seed 0 in runs/mine/runs/local-0.3-blocks.9" in told
-    assert dry()[-1] == "2 of 3 runs finished. Passes to come next: 0."
+    assert dry()[-1] == "2 of 3 runs finished. Next passes: 0."
     assert read_sweep("runs/mine/sweep.yaml") == read_sweep("mine.yaml", command[2:])
 
 

@@ -39,7 +39,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def says(load):
-    """What a file or folder is refused with."""
+    """Function that returns the message with which a file or folder is refused."""
 
     def call(source, **changes):
         with pytest.raises(DataError) as caught:

@@ -155,7 +155,7 @@ def test_a_layout_that_leaves_nothing_out_is_what_it_was():
 
 def test_tokens_to_leave_out_must_be_in_the_vocabulary(tmp_path, load):
     source = write_jsonl(tmp_path / "a.jsonl", some_documents(30))
-    with pytest.raises(DataError, match=r"data\.leave_out_tokens is 'two words', which is no single token"):
+    with pytest.raises(DataError, match=r"data\.leave_out_tokens is 'two words', not a single token"):
         load(source, leave_out_tokens=[("two words", 0)])
     np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16) % 7)
     for setting in ({"leave_out_special": True}, {"leave_out_tokens": [("w3", 0)]}):
@@ -1055,7 +1055,7 @@ def test_tokenizers_without_what_is_asked_of_them(tmp_path, load):
     load(source, tokenizer=bare, separator="<eos>")
     with pytest.raises(DataError, match="no beginning-of-sequence"):
         load(source, tokenizer=bare, separator="<eos>", prepend_bos=True)
-    with pytest.raises(DataError, match="no single token"):
+    with pytest.raises(DataError, match="not a single token"):
         load(source, separator="w1 w2")
     with pytest.raises(DataError, match="no tokenizer to look it up"):
         load(source, tokenizer=None, separator="<eos>")

@@ -42,7 +42,7 @@ def heldout(model):
 
 
 def test_the_increase_is_that_of_evaluations(model, heldout):
-    """Of one sequence more than a chunk of the tail holds."""
+    """Measure one sequence more than a chunk of the tail holds."""
     place, sae = model.place("blocks.4.hook_resid_pre"), ReluSAE(model.d_model, 60, seed=3)
     count = 1024 // 32 + 1
     asked = EvaluationConfig(tokens=count * 32, skip=64, bootstrap=1)
@@ -93,14 +93,14 @@ def test_a_higher_increase_lowers_the_coefficient():
     steering = Steering(0.2, 100, 0, "cpu", by_ce=True)
     steering.after_step(10, torch.tensor(5.0), 1.0, COUNTS)  # it heard of nothing
     assert float(steering.factor()) == 1
-    steering.tell(torch.tensor(0.3))
+    steering.observe(torch.tensor(0.3))
     steering.after_step(11, torch.tensor(5.0), 1.0, COUNTS)
     error = -math.log(1.5)
     assert float(steering.factor()) == pytest.approx(math.exp(error + 0.5 / 4 * error), rel=1e-6)
     steering.after_step(12, torch.tensor(5.0), 1.0, COUNTS)  # what it heard of is used once
     assert float(steering.factor()) == pytest.approx(math.exp(error + 0.5 / 4 * error), rel=1e-6)
     higher = Steering(0.2, 100, 0, "cpu", by_ce=True)
-    higher.tell(torch.tensor(-0.01))  # better than the model: as far below the target as counts
+    higher.observe(torch.tensor(-0.01))  # better than the model: as far below the target as counts
     higher.after_step(11, torch.tensor(5.0), 1.0, COUNTS)
     assert float(higher.factor()) == pytest.approx(math.exp(2 + 0.5 / 4 * 2), rel=1e-6)
 
@@ -121,7 +121,7 @@ def test_a_run_is_steered_and_resumes_to_the_same_bits(model, tmp_path, monkeypa
 
 
 def test_it_is_met_by_thresholds_at_the_end(model, heldout):
-    """Of a copy of the input whose small values are missing: the more of them, the higher the bar."""
+    """Train on a copy of the input without its small values: the higher the bar, the more are missing."""
     place, sae = model.place("blocks.4.hook_resid_pre"), ReluSAE(model.d_model, 2 * model.d_model, initialisation=None)
     both = torch.cat([torch.eye(model.d_model), -torch.eye(model.d_model)])
     sae.fill(

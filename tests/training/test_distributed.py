@@ -38,7 +38,7 @@ def write_recipe(made, out, kind="e2e_ds", **training):
 
 @pytest.fixture(scope="module")
 def alone(made, tmp_path_factory):
-    """What one process makes of the recipe."""
+    """Run of the recipe in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     code, _, errors = launch(1, "train", write_recipe(made, folder), "--quiet")
     assert code == 0, errors

@@ -151,7 +151,7 @@ def test_a_folder_turned_unwritable_ends_its_own_run_only(model, corpora, alone,
     failure, error = together(model, corpora, tmp_path, "e2e", turned)
     assert failure.checkpoint is None
     assert f"Cannot write {tmp_path / 'e2e' / 'metrics.jsonl'}" in str(error)
-    assert f"No state of it could be saved in {tmp_path / 'e2e'}" in str(error)
+    assert f"Its state could not be saved in {tmp_path / 'e2e'}" in str(error)
     assert_others_finished(error, alone, "e2e")
 
 

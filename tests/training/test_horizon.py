@@ -174,7 +174,7 @@ def test_a_run_measures_the_variance_of_its_text_once(model, corpora, tmp_path):
 
 @pytest.mark.parametrize("scale_of_model", [1.0, 50.0])
 def test_relative_losses_do_not_depend_on_the_size_of_activations(corpora, tmp_path, scale_of_model):
-    """What absolute errors are not: those of Gemma are a million times those of GPT-2."""
+    """Unlike absolute errors: those of Gemma are a million times those of GPT-2."""
     model = tiny("gpt2")
     site = model.site("blocks.1.hook_resid_pre")
     ids = tokens()

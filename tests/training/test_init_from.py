@@ -51,7 +51,7 @@ def write_foreign(folder, dtype=torch.float32, **cfg):
 
 
 def foreign_output(x):
-    """What SAELens computes of it, in float64."""
+    """Output that SAELens computes with it, in float64."""
     w = {name: tensor.double() for name, tensor in foreign_tensors().items()}
     return torch.relu((x.double() - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) @ w["W_dec"] + w["b_dec"]
 
@@ -65,7 +65,7 @@ def ours(model, corpora, tmp_path_factory):
 
 @pytest.fixture
 def started(ours, tmp_path):
-    """What there is to start from, by name, and what each computes."""
+    """SAEs to start from by name, and the output of each."""
     foreign = write_foreign(tmp_path / "foreign")
     return {
         "a run": (ours.folder, ours.sae),

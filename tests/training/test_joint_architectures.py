@@ -52,7 +52,7 @@ def chosen(sae, x, mask):
 
 
 def met_by_hand(model, ids, mask, made, prefixes):
-    """What each place reads in a pass with all in place, and in one with none.
+    """Compute what each place reads in a pass with all in place, and in one with none.
 
     Args:
         prefixes: whether a nested dictionary puts a prefix there, as where terms train it.
@@ -106,7 +106,7 @@ def dictionary(kind, seed):
     ],
 )
 def test_a_threshold_counts_once_a_step_what_is_spliced(names, inputs, terms, kind):
-    """Where a pass is run, of the latents in it; and firing, of those that a place's own terms are computed on."""
+    """Count the latents of the pass where one is run, and firing by those that a place's own terms are computed on."""
     model = in_double()
     made = {Place.parse(name): dictionary(kind, seed) for seed, name in enumerate(names)}
     of_pass = Objective.of([DownstreamMSE(1.0, (LATER,)), FeatureMSE(0.1)] if terms else [])
@@ -254,7 +254,7 @@ def test_at_the_end_k_features_are_active_where_all_are_in_place(made, tmp_path)
 
 @pytest.mark.parametrize("places", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_give_the_curve_of_one(made, tmp_path, places):
-    """Of one place as an ordinary run, and of three jointly."""
+    """Train one place as an ordinary run, and three jointly."""
     small_model().model.save_pretrained(made / "model")
     folders = []
     for processes in (1, 2):

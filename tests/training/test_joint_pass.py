@@ -154,7 +154,7 @@ def test_a_value_at_the_first_site_and_functions_after_it_give_the_same():
 
 
 def test_gradients_are_the_differences_of_the_loss():
-    """Of a function that is smooth, at a transcoder's weights whose result four later ones read."""
+    """Differentiate a smooth function by the weights of a transcoder whose result four later ones read."""
     family, placed = "gpt2", places("all MLPs")  # Llama's norms compute in float32
     model, ids = in_double(family), tokens()
     mask = some_masked(ids)

@@ -36,7 +36,7 @@ from word_tokenizer import word_tokenizer
 SINK, MULTIPLE = 7, 10.0
 """A token whose embedding is so large that the residual stream has no other such norm."""
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-"""Of gradients that are divided by the number of tokens at another place of the sum."""
+"""Rounding of gradients that are divided by the number of tokens at another place of the sum."""
 ARCHITECTURES = {
     "standard": {"size": 40},
     "batchtopk": {"architecture": "batchtopk", "size": 40, "k": 3},

@@ -367,7 +367,7 @@ def test_a_dictionarys_operations_are_those_of_its_step(gpt2, architecture, opti
     ids=["standard", "batchtopk"],
 )
 def test_dead_features_are_planned_as_if_all_were_dead(gpt2, kind, dictionary, options):
-    """How many there will be is not known before."""
+    """Plan for all features dead, since their number is not known before."""
     values = recipe(gpt2, kind, size=400).model_dump(mode="json")
 
     def planned(more) -> int:
@@ -421,7 +421,7 @@ def test_a_shard_holds_its_features(gpt2, kind, dictionary):
     assert (shard.d_sae, shard.parameters, shard.sae_bytes) == (whole.d_sae, whole.parameters, whole.sae_bytes)
     assert shard.checkpoint_bytes == whole.checkpoint_bytes
     assert shard.total_flops > whole.total_flops  # each of four runs the model
-    with pytest.raises(ConfigError, match=r"training.shards is 4, .* 6 is no multiple"):
+    with pytest.raises(ConfigError, match=r"training.shards is 4, .* 6 is not a multiple"):
         planned(6, 4000, shards=4)
 
 
@@ -434,7 +434,7 @@ def test_blocks_divided_among_processes(gpt2):
         assert one.parts[MODEL] - other.parts[MODEL] == sum(sizes) / 2
         assert other.parts.get(GATHERED, 0) == (0 if other.name == CHECKPOINT else 2 * sizes[0])
         assert {**other.parts, MODEL: 0, GATHERED: 0} == {**one.parts, MODEL: 0, GATHERED: 0}
-    with pytest.raises(ConfigError, match="one process has nobody to divide it with"):
+    with pytest.raises(ConfigError, match="there is one process only"):
         plan(sharded)
 
 

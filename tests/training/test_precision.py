@@ -15,7 +15,7 @@ from small_gpt2 import CONTEXT, SITE, VOCAB, recipe, small_corpora, small_model,
 
 pytestmark = pytest.mark.filterwarnings("ignore:training.precision=mixed on a processor")
 ROUNDINGS = 6
-"""How much further bf16 may move a gradient than its rounding of the tail's weights alone does. A block has 4 products
+"""Factor by which bf16 may move a gradient further than rounding the tail's weights alone. A block has 4 products
 with weights; its activations and their gradients are rounded some 30 times (10 operations, forward on the clean and on
 the spliced side, and backward), independently: √(30 / 4) = 2.7 times as far, and twice that is allowed."""
 SEEDS = 8
@@ -90,7 +90,7 @@ def test_nothing_is_compared_with_the_other_precision(corpora):
 
 
 def write_own_text(model, path, tokens):
-    """What the model itself says, so that it can predict it: an SAE's CE increase is then its KL in expectation."""
+    """Write text drawn from the model itself: an SAE's CE increase is then its KL in expectation."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, VOCAB, (tokens // CONTEXT, 1), generator=generator)
     while ids.shape[1] < CONTEXT:

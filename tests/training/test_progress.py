@@ -1,4 +1,4 @@
-"""What a user sees while training runs."""
+"""Display for the user while training runs."""
 
 import io
 import re

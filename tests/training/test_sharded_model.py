@@ -51,9 +51,9 @@ def assert_same_curves(folder, alone, kinds):
 @pytest.mark.parametrize(
     ("changes", "processes", "given", "why"),
     [
-        ({}, 1, False, "one process has nobody to divide it with. Start several"),
+        ({}, 1, False, "there is one process only. Start several"),
         ({"training.shards": 2}, 2, False, "training.shards=2 divides its dict.* Set training.shards=1, or unset"),
-        ({}, 2, True, "was given whole. Leave it to the recipe to load it"),
+        ({}, 2, True, "was loaded whole. Let the recipe load it"),
         ({"model.quantization": "torchao-8bit"}, 2, False, "packed by torchao-8bit cannot be divided"),
         ({"training.precision": "mixed"}, 2, False, "mixed copies a model in float32. Set model.dtype=bfloat16"),
     ],

@@ -35,7 +35,7 @@ def launched(processes, folder, tokens, *runs, **environment):
 
 @pytest.fixture(scope="module")
 def alone(token_files, tmp_path_factory):
-    """What one process makes of each recipe."""
+    """Runs of each recipe in one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name in RUNS:
         run(folder, token_files, name)
@@ -44,7 +44,7 @@ def alone(token_files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(token_files, tmp_path_factory):
-    """What two processes make of it, with half of the features each; and of `IN_SLOTS`."""
+    """Runs in two processes, with half of the features each; also of `IN_SLOTS`."""
     folder = tmp_path_factory.mktemp("split")
     launched(2, folder, token_files, *(f"{name}:2:0" for name in RUNS), "IN_SLOTS", *IN_SLOTS)
     return folder
@@ -112,7 +112,7 @@ def test_a_process_that_fails_ends_all(token_files, tmp_path):
 
 
 class Meeting:
-    """Where threads that stand for processes exchange what they have."""
+    """Meeting point at which threads that stand for processes exchange tensors."""
 
     def __init__(self, size):
         self._barrier, self._given = Barrier(size, timeout=60), [None] * size
@@ -141,7 +141,7 @@ class InThreads(World):
 
     @classmethod
     def run(cls, size, act):
-        """What `act` makes of each shard's world."""
+        """Results of `act` in each shard's world."""
         all_of_them, shards = Meeting(size), Meeting(size)
         grids = [(ALONE, cls(rank, size, meeting=shards)) for rank in range(size)]
         worlds = [cls(rank, size, grid=grid, meeting=all_of_them) for rank, grid in enumerate(grids)]
@@ -250,6 +250,6 @@ def test_what_cannot_be_split_is_refused(settings, named):
 
 
 def test_shards_need_as_many_processes(token_files, tmp_path):
-    with pytest.raises(ConfigError, match=r"training.shards is 2, .* 1 is no multiple of it.*nproc-per-node=2"):
+    with pytest.raises(ConfigError, match=r"training.shards is 2, .* 1 is not a multiple of it.*nproc-per-node=2"):
         train(config("relu", tmp_path, token_files, 2), display=False)
     assert not (tmp_path / "relu").exists()

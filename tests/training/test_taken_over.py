@@ -25,7 +25,7 @@ SCALED = {"standard", "topk"}
 
 
 def kept(source, architecture):
-    """Whether a function of an architecture can be one of another.
+    """Return whether an architecture's function can be taken over by another.
 
     Files of batchtopk are features above thresholds that are all the same.
     """

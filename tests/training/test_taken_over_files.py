@@ -28,7 +28,7 @@ THEIRS = [
 
 
 def continues(sae, x, target=None, architecture=None, **settings):
-    """What a run starts with, and how it differs."""
+    """Return the dictionary that a run starts with, and how it differs."""
     architecture = architecture or sae.architecture
     section = ARCHITECTURES[architecture].Config
     norm = sae.norm.kind if isinstance(sae, NormedSAE) else "none"

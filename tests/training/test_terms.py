@@ -76,7 +76,7 @@ def test_a_weight_alone_and_a_section_with_it_are_the_same_recipe():
     [
         ({"kind": "e2e", "terms": {"next_cosin": 1}}, "'next_cosin'.*Did you mean next_cosine"),
         ({"kind": "e2e", "terms": {"kl": 1}}, "set objective.kl"),
-        ({"kind": "e2e", "terms": {"l0": 1}}, "metrics.jsonl has a number"),
+        ({"kind": "e2e", "terms": {"l0": 1}}, "metrics.jsonl has such a number"),
         ({"kind": "e2e", "terms": {"next_cosine": -1}}, "weight.*greater than or equal to 0"),
         ({"kind": "e2e", "terms": {"next_cosine": {"weight": 1, "ahed": 2}}}, "ahed.*did you mean 'ahead'"),
         ({"kind": "e2e", "terms": {"next_cosine": {"ahead": 2}}}, "weight: this key is required"),

@@ -167,7 +167,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(model, corpora, whole, tm
 
 def test_a_number_that_is_not_finite_stops_with_the_last_good_state(model, corpora, tmp_path):
     class Poisoned(Trainee):
-        """Of its latents the penalty alone is NaN, in the fifth step."""
+        """Trainee whose penalty alone is NaN, in the fifth step."""
 
         def encode(self, *given):
             encoded = super().encode(*given)

@@ -49,7 +49,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 @dataclass(frozen=True)
 class Shipped:
-    """What `build.py` made, as it ships."""
+    """Files that `build.py` made, as they ship."""
 
     model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerFast
@@ -70,7 +70,7 @@ class Losses:
         return float(sums.sum() / (len(sums) * self.predictions))
 
     def margin(self, order: int) -> tuple[float, float, float]:
-        """How far the model's loss lies below an n-gram model's, as a share of it, with both ends of its interval."""
+        """Share by which the model's loss lies below an n-gram model's, with both ends of its interval."""
         ratio = bootstrap_ratio(self.model, self.ngrams[order], RESAMPLES, seed=0)
         return 1 - ratio.estimate, 1 - ratio.high, 1 - ratio.low
 

@@ -16,7 +16,7 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """What endwise wrote (`case.py`)."""
+    """Files that endwise wrote (`case.py`)."""
 
     folder: Path
     site: str

@@ -47,13 +47,13 @@ def hooked(folder: Path) -> Any:
         plain = Path(shutil.copytree(folder, Path(scratch) / "model"))
         config = json.loads((plain / "config.json").read_text())
         (plain / "config.json").write_text(json.dumps({"n_ctx": config.get("n_positions"), **config}))
-        told = loading.get_pretrained_model_config(str(plain), device="cpu")
-        told.tokenizer_name = None
+        hooked = loading.get_pretrained_model_config(str(plain), device="cpu")
+        hooked.tokenizer_name = None
         special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
         file = str(plain / "tokenizer.json")  # whose class transformers 4 does not know
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, name_or_path="model", add_bos_token=True, **special)
-        model = HookedSAETransformer(told, tokenizer=tokenizer)
-        weights = loading.get_pretrained_state_dict(str(plain), told)
+        model = HookedSAETransformer(hooked, tokenizer=tokenizer)
+        weights = loading.get_pretrained_state_dict(str(plain), hooked)
     kept = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
     model.load_and_process_state_dict(weights, **dict.fromkeys(kept, False))
     return model

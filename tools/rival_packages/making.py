@@ -1,4 +1,4 @@
-"""What the fixtures of all rivals have in common: the batches, the weights they start from, and how they are stored."""
+"""Shared parts of all rivals' fixtures: the batches, the weights they start from, and how they are stored."""
 
 import json
 import sys

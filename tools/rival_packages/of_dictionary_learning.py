@@ -31,18 +31,18 @@ class Case:
     trainer: str
     settings: Mapping[str, Any]
     unit: bool = True
-    """Whether it starts from a decoder of unit norm, as the trainer keeps it."""
+    """True if it starts from a decoder of unit norm, as the trainer keeps it."""
     dead_after: int = 10_000_000
     """`dead_feature_threshold`, in tokens."""
 
     @property
     def variant(self) -> bool:
-        """Whether another case has the same start and the same single pass but for a setting."""
+        """True if another case has the same start and the same single pass but for a setting."""
         return self.name.endswith(("_warm", "_window", "_power", "_april"))
 
     @property
     def top(self) -> bool:
-        """Whether it is of the top-k family."""
+        """True if it is of the top-k family."""
         return "k" in self.settings
 
 
@@ -81,7 +81,7 @@ OURS = {
     "mag_bias": ("b_mag", False),
     "r_mag": ("r_mag", False),
 }
-"""Of each of its parameters: the common weight that it starts from, and whether it is stored transposed."""
+"""Common weight that each parameter starts from, and whether it is stored transposed."""
 
 
 def import_rival() -> None:

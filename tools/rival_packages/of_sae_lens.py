@@ -31,7 +31,7 @@ class Case:
     window: int = 1000
     """`dead_feature_window`: passes without firing after which the trainer calls a feature dead."""
     low: float = 1.0
-    """What the common thresholds are multiplied by."""
+    """Factor on the common thresholds."""
 
 
 def jumprelu(mode: str, to_input: bool) -> Case:

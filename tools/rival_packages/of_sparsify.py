@@ -25,7 +25,7 @@ class Case:
 
     @property
     def transcode(self) -> bool:
-        """Whether it predicts another tensor from its input."""
+        """True if it predicts another tensor from its input."""
         return bool(self.coder.get("transcode"))
 
 
@@ -46,7 +46,7 @@ OWN_START = ("topk", "topk_free", "skip_transcoder")
 
 
 def targets(x: Tensor) -> Tensor:
-    """What a transcoder predicts: a fixed function of its input."""
+    """Targets of a transcoder: a fixed function of its input."""
     return (x.flip(-1) * 0.8).sin() + 0.3 * x
 
 

@@ -43,8 +43,8 @@ def run(folder: Path) -> int:
         worst = max([worst, *apart], key=lambda each: (each != each, each))
     _store(opened, refused)
     within = worst <= TOLERANCE  # false for NaN too
-    told = f"{len(opened)} opened, {len(refused)} refused; largest difference {worst:.2g} of the root mean square"
-    sys.stdout.write(f"{told}, {'within' if within else 'OVER'} {TOLERANCE}\n")
+    counts = f"{len(opened)} opened, {len(refused)} refused; largest difference {worst:.2g} of the root mean square"
+    sys.stdout.write(f"{counts}, {'within' if within else 'OVER'} {TOLERANCE}\n")
     return int(not within)
 
 

@@ -19,7 +19,7 @@ from rival_packages.opening import OURS
 WIDTH, FEATURES, OUT, ROWS = 6, 12, 5, 200
 FINISHED = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
 SAVED_ALIKE = {"matryoshka_batchtopk": "batchtopk"}
-"""Whose files hold the same as another one's: of these a few kinds are enough."""
+"""Architectures whose files hold the same as another's: a few kinds of them are enough."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Unmeasured(Claim):
 
 
 def shown_if_all(holds: Sequence[bool]) -> Verdict:
-    """Not testable where nothing was measured."""
+    """Judge that all hold; not testable where nothing was measured."""
     if not holds:
         return "not testable here"
     return "shown" if all(holds) else "not shown"
@@ -49,7 +49,7 @@ def all_shown(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def are_similar(runs: Iterable[RunSummary]) -> bool:
-    """Tell if runs that were chosen for their CE increases have similar ones."""
+    """Return whether runs that were chosen for their CE increases have similar ones."""
     increases = [run.ce_increase for run in runs]
     return min(increases) > 0 and max(increases) <= SIMILAR * min(increases)
 
@@ -60,14 +60,14 @@ def claim_list(claims: Iterable[Claim]) -> Markup:
 
 
 def claim_lines(claims: Iterable[Claim]) -> list[str]:
-    """As `claim_list`, for a terminal."""
+    """Variant of `claim_list`, for a terminal."""
     measured, others = _apart(claims)
     lines = [f"• {claim.verdict}: {claim.claim} ({claim.ours})" for claim in measured]
     return [*lines, f"• {others}"] if others else lines
 
 
 def _apart(claims: Iterable[Claim]) -> tuple[list[Claim], str]:
-    """Those with numbers, and all others in a sentence, with each reason once."""
+    """List claims with numbers, and all others in a sentence, with each reason once."""
     claims = list(claims)
     others = [claim for claim in claims if isinstance(claim, Unmeasured)]
     what = "; ".join(claim.claim for claim in others)

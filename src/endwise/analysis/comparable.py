@@ -12,7 +12,7 @@ from endwise.common.text import model_title, model_titles
 from endwise.config.fields import flat, identity
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.config.objective import PRESET_TERMS, PRESETS
-from endwise.evaluation.provenance import PARTS, tell
+from endwise.evaluation.provenance import PARTS, report_once
 from endwise.evaluation.summary import RunSummary
 from endwise.runs.finding import Paths, each_path, run_folders
 from endwise.runs.folder import RunFolder, parts_of
@@ -43,7 +43,7 @@ class Setting:
     """Training tokens; 0: not known, of SAEs that were trained elsewhere."""
     d_sae: int
     started: bool
-    """From another SAE."""
+    """True if it started from another SAE."""
     further: tuple[tuple[str, str], ...] = ()
     """Other keys of the recipe, with their values, in which the runs given differ."""
 
@@ -53,7 +53,7 @@ class Setting:
         return cls(run.model, run.site, run.alive_tokens, run.tokens, run.d_sae, start, tuple(further))
 
     def agrees(self, other: "Setting") -> bool:
-        """Tell if all that is known of both is the same."""
+        """Return whether all that is known of both is the same."""
         known = dict(other.further)
         own = (self.model, self.site, self.alive_tokens, self.d_sae)
         same = own == (other.model, other.site, other.alive_tokens, other.d_sae)
@@ -102,30 +102,30 @@ def with_settings(folders: Iterable[Path]) -> list[tuple[RunSummary, Setting]]:
     for run, recipe in runs:
         model = titles[run.model]
         alike = [("model.name", model)] if model != model_title(run.model) else []
-        told = [(key, recipe[key]) for key in differing if key in recipe]
-        settings.append((run, Setting.of(run, [*alike, *told])))
+        varied = [(key, recipe[key]) for key in differing if key in recipe]
+        settings.append((run, Setting.of(run, [*alike, *varied])))
     settings = _beside(settings)
     apart = {}
     for setting in {setting for _, setting in settings}:
-        apart |= {run.folder: run for run in told_apart([run for run, of in settings if of == setting])}
+        apart |= {run.folder: run for run in distinguished([run for run, of in settings if of == setting])}
     return [(apart[run.folder], setting) for run, setting in settings]
 
 
 def _beside(runs: Sequence[tuple[RunSummary, Setting]]) -> list[tuple[RunSummary, Setting]]:
-    """Put an SAE that was trained elsewhere, how long is not known, among the runs that it can be compared with in all
-    else, if these are of one setting.
+    """Put an SAE that was trained elsewhere, training length unknown, among the runs that it can be compared with in
+    all else, if these are of one setting.
     """
     found = []
     for run, setting in runs:
         others = {other for _, other in runs if other.tokens and setting.agrees(other)} if not run.tokens else set()
         if len(others) == 1:
             beside = ", ".join(map(str, others))
-            tell(f"{run.folder} was trained elsewhere, for how long is not known; it stands beside runs of {beside}.")
+            report_once(f"{run.folder}: trained elsewhere, training length unknown; shown beside runs of {beside}.")
         found.append((run, others.pop() if len(others) == 1 else setting))
     return found
 
 
-def told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
+def distinguished(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """Give each method of a set of runs a key and a label of its own.
 
     Of several methods with one name the preset's own keeps it, or that of most runs; the label of another says what is
@@ -257,11 +257,11 @@ Recipe = dict[str, str]
 def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSummary, Recipe]]:
     """Add what each run must have in common with those that it is compared with, and the digests of what it stands on.
 
-    A digest that some run's folder does not have (an older version made it) keeps no runs apart; that is said, once.
+    A digest that some run's folder does not have (an older version made it) keeps no runs apart; this is reported once.
     """
     found: list[Recipe] = [{} for _ in runs]
     texts = zip(*((run.text, run.heldout) for run, _ in runs), strict=True)  # the most exact first
-    for each, text in zip(found, next((told for told in texts if None not in told), ()), strict=False):
+    for each, text in zip(found, next((same for same in texts if None not in same), ()), strict=False):
         each["held-out text"] = str(text)
     records = [RunFolder(Path(run.folder)).digests() for run, _ in runs]
     for part in ("train", "model", "tokenizer"):
@@ -271,16 +271,16 @@ def with_digests(runs: Sequence[tuple[RunSummary, Recipe]]) -> list[tuple[RunSum
                 each[PARTS[part]] = str(digest)
     if older := [run.folder for run, _ in runs if run.text is None]:
         which = f"{len(older)} of {len(runs)} runs ({older[0]}, …)" if len(older) > 1 else older[0]
-        tell(
-            f"{which}: measured by an older version, so whether that was on the others' text, and of the SAE that is "
-            "there now, cannot be checked. Measure again: endwise evaluate RUN..."
+        report_once(
+            f"{which}: measured by an older version, so whether its text and SAE are "
+            "those of the others and of now cannot be checked. Measure again: endwise evaluate RUN..."
         )
     shown = [{part: digest.rpartition(":")[2][:SHOWN] for part, digest in each.items()} for each in found]
     return [(run, recipe | digests) for (run, recipe), digests in zip(runs, shown, strict=True)]
 
 
-def _digest(told: object) -> str | None:
+def _digest(recorded: object) -> str | None:
     """Return a part's digest; of text, that of all its documents, which is the last."""
-    if isinstance(told, dict):
-        told = next(reversed(told.values()), None)
-    return told if isinstance(told, str) else None
+    if isinstance(recorded, dict):
+        recorded = next(reversed(recorded.values()), None)
+    return recorded if isinstance(recorded, str) else None

@@ -27,7 +27,7 @@ from endwise.evaluation.summary import RunSummary, what_varies
 
 @dataclass(frozen=True)
 class Scale:
-    """On which means are taken and variances added, and the way back."""
+    """Scale on which means are taken and variances added, and the way back."""
 
     to: Callable[[Floats], Floats]
     back: Callable[[float], float]
@@ -56,7 +56,7 @@ class OverSeeds(Interval):
     def testable(self) -> bool:
         return self.holds_seeds and bool(np.isfinite([self.low, self.high, self.estimate]).all())
 
-    def told(self, form: Callable[[float], str] = "{:.3f}".format, unit: str = "") -> str:
+    def text(self, form: Callable[[float], str] = "{:.3f}".format, unit: str = "") -> str:
         """`0.123 [0.100, 0.146]`, a unit after the estimate; says where there is no interval."""
         if not np.isfinite(self.estimate):
             return "not defined"
@@ -95,11 +95,11 @@ def with_error(by_seed: Numbers, error: float, scale: Scale = PLAIN, *, alone: I
 
 
 def bracketed(each: Interval | None, form: str = ".3f") -> str:
-    """`0.123 [0.100, 0.146]`, in the form given; `–` where there is none. As words: `OverSeeds.told`."""
+    """`0.123 [0.100, 0.146]`, in the form given; `–` where there is none. As words: `OverSeeds.text`."""
     if each is None:
         return "–"
     if isinstance(each, OverSeeds):
-        return each.told(f"{{:{form}}}".format)
+        return each.text(f"{{:{form}}}".format)
     return minus(f"{each.estimate:{form}} [{each.low:{form}}, {each.high:{form}}]")
 
 

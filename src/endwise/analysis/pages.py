@@ -28,14 +28,14 @@ def print_sets(
     found: Iterable[S],
     console: Console | None,
     tables: Callable[[S], Iterable[Grid | str]],
-    told: Callable[[S], Iterable[Grid | str]],
+    findings: Callable[[S], Iterable[Grid | str]],
 ) -> None:
     """Show of each set its tables, what must be remarked on its runs, and what they show."""
     for one in found:
         for each in tables(one):
             show(each, console)
         show_remarks(remarks_of(summaries(one)), console)
-        for each in told(one):
+        for each in findings(one):
             show(each, console)
 
 

@@ -57,10 +57,10 @@ Ends = tuple[float, float]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratio of how much one method has or needs to how much another does; or why that cannot be said."""
+    """Ratio of how much one method has or needs to how much another does; or why it is unknown."""
 
     estimate: float | None
-    """None where the curves cross, or determine no ratio."""
+    """Geometric mean; None where the curves cross, or determine no ratio."""
     interval: Ends | None = None
     """95 %: over held-out text, and over seeds too where there are `LEAST_SEEDS` or more."""
     over: Ends | None = None
@@ -97,7 +97,7 @@ class Ratio:
     @property
     def rests_on(self) -> str:
         """`one seed`, or `3 seeds (initialisation)`."""
-        few = {0: "no one seed of both", 1: "one seed"}
+        few = {0: "no seed shared by both", 1: "one seed"}
         return few.get(self.seeds, f"{self.seeds} seeds ({self.varied})")
 
     def to_row(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def ratio_of(
     low, high = (float(curve.at(end) / other.at(end)) for end in over)
     result = Ratio(mean, over=over, at_ends=(low, high), seeds=len(by_seed), varied=what_varies(members))
     if crossings:
-        return replace(result, estimate=None, crossings=crossings, reason=_crossing_told(result, crossings, of, at))
+        return replace(result, estimate=None, crossings=crossings, reason=_crossing_reason(result, crossings, of, at))
     if len(by_seed) >= LEAST_SEEDS:
         spread = interval_over_seeds(list(by_seed))
         result = replace(result, over_seeds=(spread.low, spread.high))
@@ -191,7 +191,7 @@ def ratio_of(
     return with_intervals(result, draws, by_seed)
 
 
-def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -> str:
+def _crossing_reason(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -> str:
     (low, high), ends = ratio.over or (0.0, 0.0), ratio.at_ends or (0.0, 0.0)
     return (
         f"the curves cross: {100 * ends[0]:.0f} % of the {NAMES[of]} at {NAMES[at]} {low:.3g}, {100 * ends[1]:.0f} % "
@@ -200,7 +200,7 @@ def _crossing_told(ratio: Ratio, crossings: Sequence[float], of: str, at: str) -
 
 
 def ratio_between(runs: Sequence[RunSummary], reference: Sequence[RunSummary], of: str, at: str) -> float:
-    """As `ratio_of`, of any two curves, and the estimate alone.
+    """Variant of `ratio_of` for any two curves, and the estimate alone.
 
     Raises:
         InterpolationError: the runs do not determine it.
@@ -291,13 +291,13 @@ def below(ratios: Iterable[Ratio]) -> Verdict:
 def percent(ratio: Ratio, *, seeds: bool = True) -> str:
     """`48 % [44, 53]`; `123 % to 81 %` where curves cross; from one or two seeds it says so, if it is to."""
     if ratio.crossings and ratio.at_ends is not None:
-        told = f"{100 * ratio.at_ends[0]:.0f} % to {100 * ratio.at_ends[1]:.0f} %"
+        shown = f"{100 * ratio.at_ends[0]:.0f} % to {100 * ratio.at_ends[1]:.0f} %"
     elif ratio.estimate is None:
         return "–"
     else:
         ends = "" if ratio.interval is None else f" [{100 * ratio.interval[0]:.0f}, {100 * ratio.interval[1]:.0f}]"
-        told = f"{100 * ratio.estimate:.0f} %{ends}"
-    return told if ratio.holds_seeds or not seeds else f"{told}, {ratio.rests_on.partition(' (')[0]}"
+        shown = f"{100 * ratio.estimate:.0f} %{ends}"
+    return shown if ratio.holds_seeds or not seeds else f"{shown}, {ratio.rests_on.partition(' (')[0]}"
 
 
 def times(value: float) -> str:
@@ -334,7 +334,7 @@ def _curve(runs: Sequence[RunSummary], name: str, of: str, at: str) -> _Curve:
         raise InterpolationError(f"{name}'s curve of {NAMES[of]} over {NAMES[at]}: {str(error).rstrip('.')}") from None
     # The later MSE grows with the CE increase, as both measure what is lost.
     if LATER_MSE not in (of, at) and y[-1] > y[0]:
-        raise InterpolationError(f"{name}'s curve is no trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
+        raise InterpolationError(f"{name}'s curve is not a trade-off: its {NAMES[of]} rises with its {NAMES[at]}")
     return _Curve(name, x, y)
 
 

@@ -53,7 +53,7 @@ def scores(run: ScoredRun, name: str) -> Floats:
 
 
 def mean(run: ScoredRun, name: str) -> Interval | None:
-    """With its bootstrap interval over features; None where no feature has this score."""
+    """Average a score, with its bootstrap interval over features; None where no feature has this score."""
     values = scores(run, name)
     if not len(values):
         return None
@@ -61,7 +61,7 @@ def mean(run: ScoredRun, name: str) -> Interval | None:
 
 
 def beyond(run: ScoredRun, name: str, control: str) -> Interval | None:
-    """By how much a score is above its control's, feature by feature; None where too few have both."""
+    """Subtract its control's from a score, feature by feature; None where too few have both."""
     differences = run.values(name) - run.values(f"{name}.{control}")
     differences = differences[~np.isnan(differences)]
     if len(differences) < LEAST_FEATURES:
@@ -139,12 +139,12 @@ class ScoredSet(RunSet[S]):
             return Unmeasured(claim, published, why)
         by_name = {name: [each for each in chosen if each.name == name] for name in self.own_names}
         means = {name: mean_difference(of) for name, of in by_name.items() if of}
-        told = "; ".join(_told(by_name[name], each) for name, each in means.items())
-        return Claim(claim, published, told, judged(*((each, holds(each)) for each in means.values())))
+        measured = "; ".join(_in_words(by_name[name], each) for name, each in means.items())
+        return Claim(claim, published, measured, judged(*((each, holds(each)) for each in means.values())))
 
 
 def _difference(name: str, at: At, run: S, other: S) -> ScoreDifference[S] | None:
-    """None where either has too few features with this score."""
+    """Compare two runs; None where either has too few features with this score."""
     one, two = run.summary.method, other.summary.method
     generator = numpy_stream(SEED, f"{name} of {one.key} and {two.key} at {at}", run.summary.seed)
     a, b = equal_samples(scores(run, name), scores(other, name), generator)
@@ -161,12 +161,12 @@ def mean_difference(differences: Sequence[ScoreDifference[Any]]) -> OverSeeds:
     return over_seeds(np.stack([[each.difference.estimate, *each.draws] for each in differences]))
 
 
-def _told(of: Sequence[ScoreDifference[Any]], mean: OverSeeds) -> str:
+def _in_words(of: Sequence[ScoreDifference[Any]], mean: OverSeeds) -> str:
     """The mean of one score's differences over seeds, and how many features it is of."""
     features = f"{', '.join(map(str, dict.fromkeys(each.features for each in of)))} features each"
     tests = f"p {', '.join(f'{each.p:.2g}' for each in of)}"
     where = over("features", [each.run.summary for each in of])
-    return f"{of[0].name} {mean.told('{:+.3f}'.format)} {where}, {tests}, {features}"
+    return f"{of[0].name} {mean.text('{:+.3f}'.format)} {where}, {tests}, {features}"
 
 
 def _untestable(chosen: Sequence[ScoreDifference[Any]], at: At) -> str | None:
@@ -244,7 +244,7 @@ def permutation_test(a: Floats, b: Floats, generator: np.random.Generator, permu
 
 
 def equal_samples(a: Floats, b: Floats, generator: np.random.Generator) -> tuple[Floats, Floats]:
-    """As many of each: of the longer, as many as the shorter has, drawn without replacement."""
+    """Draw samples of equal size: from the longer, as many as the shorter has, without replacement."""
     count = min(len(a), len(b))
     if len(a) == len(b):
         return a, b

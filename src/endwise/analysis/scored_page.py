@@ -18,7 +18,7 @@ from endwise.figures.violins import violin
 S = TypeVar("S", bound=ScoredRun)
 DIFFERENCE_HEADINGS = ("kinds", "similar", "seed", "score", "features", "difference", "p")
 NOTE = (
-    "Means, and differences of means over equally many features, of one run a kind and one seed a row, with "
+    "Means, and differences of means over equally many features, of one run per kind, one seed per row, with "
     "95\N{NO-BREAK SPACE}% bootstrap intervals over features; p by a two-sided permutation test. Verdicts rest on "
     "the mean over three seeds or more, with an interval that holds features and seeds."
 )
@@ -49,11 +49,11 @@ def panels(
 
 def _violin(run: ScoredRun, name: str, place: int, hovers: Sequence[str]) -> list[Series]:
     average, values = mean(run, name), run.values(name)
-    told = "" if average is None else f"{run.summary.method.label}, mean {bracketed(average)}"
-    return violin(run.summary.method, float(place), values[values == values], hovers, average, told)
+    hover = "" if average is None else f"{run.summary.method.label}, mean {bracketed(average)}"
+    return violin(run.summary.method, float(place), values[values == values], hovers, average, hover)
 
 
-def told_of(runs: Iterable[S], features: Callable[[S], int]) -> str:
+def listing(runs: Iterable[S], features: Callable[[S], int]) -> str:
     """Words of a caption on the runs."""
     return ", ".join(
         f"{run.summary.method.label} {run.summary.knob} "
@@ -99,12 +99,12 @@ def parts_of(
 
 
 def grids(one: ScoredSet[S], names: Iterable[str], features: Callable[[S], int], unit: str) -> Iterator[Grid | str]:
-    """For a terminal: the means of some scores with those of their controls, and the differences."""
+    """Tables for a terminal: the means of some scores with those of their controls, and the differences."""
     yield title_of(one.setting)
     names = list(names)
     for name in names:
         controls = [each for each in one.names if each.startswith(f"{name}.")]
-        told = f"{name}{unit}, and that of its controls" if controls else f"{name}{unit}"
-        yield Grid(*mean_table(one, [name], features, controls), told)
+        title = f"{name}{unit}, and that of its controls" if controls else f"{name}{unit}"
+        yield Grid(*mean_table(one, [name], features, controls), title)
     if cells := [difference_cells(each) for each in one.differences if each.name in names]:
         yield Grid(DIFFERENCE_HEADINGS, cells, "Differences of means, seed by seed, over features")

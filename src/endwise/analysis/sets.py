@@ -110,8 +110,8 @@ def measured(metric: str, form: str) -> Callable[[RunSummary], str]:
     def cell(run: RunSummary) -> str:
         number, ends = value(run, metric), run.intervals.get(metric)
         sign = "+" if metric == "ce_increase" else ""
-        told = f"{number:{sign}{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
-        return "–" if math.isnan(number) else minus(told)
+        text = f"{number:{sign}{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+        return "–" if math.isnan(number) else minus(text)
 
     return cell
 
@@ -169,7 +169,7 @@ def run_table(runs: Iterable[RunSummary | Measured], *columns: str | Column) -> 
 
 def columns_of_run(run: RunSummary) -> dict[str, Any]:
     """Name a run in a table on disk."""
-    return run.told({"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed})
+    return run.known({"kind": run.method.key, **run.knob.columns, "seed": run.seed, "data_seed": run.data_seed})
 
 
 def title_of(setting: Setting) -> str:

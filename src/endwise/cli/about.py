@@ -48,7 +48,7 @@ def runs(
 def doctor(json: Json = False) -> None:
     """Check this installation: versions, processor, GPU, cache, disk, and known conflicts.
 
-    Exit code: 0 if nothing is known against it, 1 if something is.
+    Exit code: 0 if no problem was found, 1 otherwise.
     """
     from endwise.common.doctor import examine
 
@@ -56,11 +56,11 @@ def doctor(json: Json = False) -> None:
     if json:
         print_json(found.to_json())
     else:
-        for what, told in found.facts.items():
-            echo(f"{what:<16}{told}")
+        for what, fact in found.facts.items():
+            echo(f"{what:<16}{fact}")
         for problem in found.problems:
             echo(f"! {problem}")
-        echo("Nothing is known against this installation." if found.is_well else "See the lines that begin with !.")
+        echo("No problem was found with this installation." if found.is_well else "See the lines that begin with !.")
     if not found.is_well:
         raise typer.Exit(1)
 

@@ -17,11 +17,11 @@ MODEL = (
 )
 OPTIONS = {
     "model": (
-        "Of SAEs that are no runs: their model; unset: that of the runs beside them, or the one they name.",
+        "For SAEs that are not runs: their model; unset: that of the runs beside them, or the one they name.",
         "NAME",
     ),
-    "data": ("Of such SAEs: text to measure them on, as data.source; unset: that of the runs beside them.", "SOURCE"),
-    "site": ("Of such SAEs: their place, where their files say none: blocks.3.hook_resid_pre", "SITE"),
+    "data": ("For such SAEs: text to measure them on, as data.source; unset: that of the runs beside them.", "SOURCE"),
+    "site": ("For such SAEs: their place, where their files say none: blocks.3.hook_resid_pre", "SITE"),
 }
 
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ def taking_saes(function: Callable[P, R]) -> Callable[P, R]:
             kwargs["pair"] = [",".join(names.get(each, each) for each in text.split(",")) for text in pairs]
         return function(*args, **kwargs)
 
-    types = {name: Annotated[str | None, Option(help=told, metavar=form)] for name, (told, form) in OPTIONS.items()}
+    types = {name: Annotated[str | None, Option(help=text, metavar=form)] for name, (text, form) in OPTIONS.items()}
     return with_options(run, function, types)
 
 
@@ -53,15 +53,15 @@ def _as_runs(paths: Sequence[Path], belongs: dict[str, Any]) -> dict[Path, Path]
     """The run folder, or the folder that holds some, that stands for each path.
 
     Raises:
-        ConfigError: it is said of SAEs where they belong, and all are runs.
+        ConfigError: options for SAEs are given, and all are runs.
         EndwiseError: see `adopt`.
     """
     from endwise.common.errors import ConfigError
     from endwise.evaluation.adopting import Belonging, adopted, is_no_run
 
     foreign = [path for path in paths if is_no_run(path)]
-    if not foreign and (said := [f"--{name}" for name, value in belongs.items() if value is not None]):
-        raise ConfigError(f"{', '.join(said)}: all that is given are runs, whose recipes say it. Leave it out.")
+    if not foreign and (options := [f"--{name}" for name, value in belongs.items() if value is not None]):
+        raise ConfigError(f"{', '.join(options)}: only runs are given, and their recipes state it. Leave it out.")
     like = _recipe_beside([path for path in paths if path not in foreign]) if foreign else None
     return {path: adopted(path, Belonging(**belongs, like=like)) if path in foreign else path for path in paths}
 

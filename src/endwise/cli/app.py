@@ -69,7 +69,7 @@ Overrides = Annotated[
 ]
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead.")]
-Again = Annotated[bool, Option("--again", help="Make again what was made before.")]
+Again = Annotated[bool, Option("--again", help="Redo what was done before.")]
 Tokens = Annotated[int | None, Option(min=1, help="Held-out tokens, instead of each recipe's.")]
 
 
@@ -116,12 +116,12 @@ def echo(text: str, err: bool = False) -> None:
 
 
 def status(text: str) -> None:
-    """To stderr: what is being done, while it is."""
+    """Print progress to stderr."""
     echo(text, err=True)
 
 
 def saying(quiet: bool) -> Callable[[str], None]:
-    """Return what says what is being done, if it is to be said."""
+    """Return the function that prints progress, or one that does nothing."""
     return (lambda _: None) if quiet else status
 
 
@@ -141,7 +141,7 @@ def _finite(value: Any) -> Any:
 
 
 def report(json: bool, value: Any, *lines: str) -> None:
-    """Print lines; as JSON, what they tell of."""
+    """Print lines; as JSON, the record they are made from."""
     if json:
         print_json(value)
     for line in () if json else lines:

@@ -32,11 +32,11 @@ def bench(
         Path | None,
         Option(help="Folder for the results, of several runs one for each in it; unset: bench/ in a run."),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it would ask the network for.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what it would ask the network for.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Run a benchmark suite of others on a run, in an environment of its own: SAEBench's, sae-probes."""
+    """Run a benchmark suite on a run, in the suite's own environment: SAEBench's, sae-probes."""
     from endwise.runs.finding import trained_runs
     from endwise.suites.bench import Benching
 
@@ -45,12 +45,12 @@ def bench(
     given: dict[str, Any] = {"python": python, "model": model, "data": data, "overrides": settings}
     benchings = [Benching(each, suite, **given, out=out if out is None or single else out / each.name) for each in runs]
     asked = dict.fromkeys(name for each in benchings for name in each.asks())
-    told = f"{suite} asks the Hugging Face hub for {', '.join(asked) or 'nothing'}"
+    line = f"{suite} asks the Hugging Face hub for {', '.join(asked) or 'nothing'}"
     if dry_run:
-        report(json, {"asks": list(asked)}, told)
+        report(json, {"asks": list(asked)}, line)
         return
     if not quiet:
-        (status if json else echo)(told)
+        (status if json else echo)(line)
     found = {run: benching.start(saying(quiet)) for run, benching in zip(runs, benchings, strict=True)}
     if json:
         print_json([{"run": run, "file": f.file, "numbers": f.numbers, "endwise": f.ours} for run, f in found.items()])

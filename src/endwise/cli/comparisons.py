@@ -47,9 +47,9 @@ def geometry(
     threshold: Annotated[
         float, Option(min=0, max=1, help="The cosine at which a feature counts as found again.")
     ] = 0.7,
-    umap: Annotated[bool, Option("--umap", help="Also lay the features out on a map (needs the extra umap).")] = False,
+    umap: Annotated[bool, Option("--umap", help="Also draw a map of the features (needs the extra umap).")] = False,
     memory: Annotated[
-        str, Option(metavar="SIZE", help="What a search may hold beside the dictionaries themselves.")
+        str, Option(metavar="SIZE", help="Memory of the search, beside the dictionaries themselves.")
     ] = "512MiB",
     out: Annotated[Path | None, results_folder("geometry")] = None,
     quiet: Quiet = False,
@@ -70,11 +70,11 @@ def geometry(
     for each in pairs:
         if len(each) != 2:
             raise ConfigError(f"A pair is two run folders with a comma between them; given {','.join(each)!r:.200}.")
-    telling = None if quiet else status
-    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=telling)
+    progress = None if quiet else status
+    found = compare(runs, pairs=[(a, b) for a, b in pairs], memory=parse_size(memory), say=progress)
 
     def write() -> Path:
-        maps = feature_maps(found, say=telling) if umap else None
+        maps = feature_maps(found, say=progress) if umap else None
         return write_geometry(found, out, threshold=threshold, maps=maps)
 
     present(json, lambda: print_geometry(found), write)
@@ -87,13 +87,13 @@ def importance(
     runs: Measured,
     tokens: Tokens = None,
     ablate: Annotated[int, Option(min=0, help="Features of each run to ablate one by one.")] = 100,
-    kl: Annotated[bool, Option("--kl", help="Attribute the KL besides the CE, at about twice the cost.")] = False,
+    kl: Annotated[bool, Option("--kl", help="Attribute the KL as well as the CE, at about twice the cost.")] = False,
     again: Again = False,
     out: Annotated[Path | None, results_folder("importance")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure what every feature does for the predictions, and on how few features they rest, kind by kind."""
+    """Measure what every feature does for the predictions, and how few features carry them, kind by kind."""
     from endwise.analysis.importance.page import print_importance, write_importance
     from endwise.analysis.importance.study import importance as measure
 
@@ -115,12 +115,12 @@ def directions(
         ),
     ] = None,
     with_starts: Annotated[
-        bool, Option("--with-starts", help="Directions of all tokens, position 0 and document starts among them.")
+        bool, Option("--with-starts", help="Directions of all tokens, including position 0 and document starts.")
     ] = False,
     out: Annotated[Path | None, results_folder("directions")] = None,
     json: Json = False,
 ) -> None:
-    """Compare what SAEs keep: lengths, principal directions against what the model does with them, later layers."""
+    """Compare what SAEs keep: lengths, principal directions and their use by the model, later layers."""
     from endwise.analysis.directions.page import print_directions, write_directions
     from endwise.analysis.directions.study import directions as compare
 

@@ -60,7 +60,7 @@ def harvest(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Gather what every feature fires on, raises, fires with and is worth, in one pass, into RUN/harvest."""
+    """Collect every feature's contexts, logit effects, co-firing and importance, in one pass, into RUN/harvest."""
     from endwise.common.errors import ConfigError
     from endwise.common.processes import is_first_process
     from endwise.features.harvest.gathering import Kept
@@ -86,7 +86,7 @@ def harvest(
         return
     for path, each in found.items():
         if each is None:
-            echo(f"{path}: this shard is done; the process that is done last joins all {shards}.")
+            echo(f"{path}: this shard is done; the last process to finish joins all {shards}.")
             continue
         alive = int((each.firings > 0).sum())
         echo(f"{each.folder}: {alive:,} of {each.d_sae:,} features fired on {each.about['tokens']:,} tokens.")
@@ -96,8 +96,8 @@ def _gathered(path: Path, found: "Harvest | None") -> dict[str, object]:
     if found is None:
         return {"run": path, "joined": False}
     fired = int((found.firings > 0).sum())
-    told = {"folder": found.folder, "fired": fired, "d_sae": found.d_sae, "tokens": found.about["tokens"]}
-    return {"run": path, "joined": True, **told}
+    shared = {"folder": found.folder, "fired": fired, "d_sae": found.d_sae, "tokens": found.about["tokens"]}
+    return {"run": path, "joined": True, **shared}
 
 
 @command
@@ -132,7 +132,7 @@ def export_neuronpedia(
 def dashboard(
     runs: Annotated[list[Path], run_argument(f"Harvested run folders, {OR_FOLDERS} Shown side by side.")],
     memory: Annotated[
-        str, Option(metavar="SIZE", help="What the search for the nearest features may hold beside the SAEs.")
+        str, Option(metavar="SIZE", help="Memory of the search for the nearest features, beside the SAEs.")
     ] = "512MiB",
     out: Annotated[
         Path | None, Option(help="Folder for the site; unset: dashboard/ in the run, or beside the first of several.")
@@ -140,7 +140,7 @@ def dashboard(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Write a site that shows every feature: where it fires, what it does, what is like it. It opens from the disk."""
+    """Write a site that shows every feature: where it fires, what it does, its neighbours. It opens from the disk."""
     from endwise.common.machine import parse_size
     from endwise.dashboard import write_dashboard
 
@@ -153,17 +153,17 @@ def dashboard(
 @on_device
 def serve(
     runs: Annotated[list[Path], run_argument("Harvested run folders, as for endwise dashboard.")],
-    port: Annotated[int, Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8008,
+    port: Annotated[int, Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 8008,
     again: Again = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve the dashboard to this machine, with the model behind it: which features fire on a text that you type, and
-    where does one steer it?
+    """Serve the dashboard to this machine, with the model behind it: see which features fire on a text that you type,
+    and steer it with one.
     """
     from endwise.dashboard.server import dashboard_server
 
     with dashboard_server(runs, port=port, again=again, say=None if quiet else status) as server:
-        echo(f"{server.url} (Ctrl+C ends it)")
+        echo(f"{server.url} (Ctrl+C to stop)")
         server.serve_forever()
 
 
@@ -178,32 +178,32 @@ def explain(
         str | None, Option(metavar="NAME", help="The model that is asked with explanations; unset: the same.")
     ] = None,
     features: Annotated[str, Option(help="all, random:N, top:N (by importance), or 1,5,10-20")] = "random:200",
-    seed: Annotated[int, Option(min=0, help="Of the choice of features and texts.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the choice of features and texts.")] = 0,
     key_variable: Annotated[str | None, Option(metavar="NAME", help="Environment variable with the key.")] = None,
     scorers: Annotated[str, Option(help="Any of detection,fuzzing.")] = "detection,fuzzing",
     shown: Annotated[int, Option(help="Texts from which an explanation is made, at most.")] = 20,
     scored: Annotated[int, Option(help="Items of each scorer, half true and half false.")] = 20,
-    per_call: Annotated[int, Option(help="Items of one call.")] = 5,
+    per_call: Annotated[int, Option(help="Items per call.")] = 5,
     shuffled: Annotated[bool, Option(help="Control: also score another feature's explanation.")] = True,
-    random: Annotated[int, Option(help="Control: random texts in the place of so many features.")] = 50,
+    random: Annotated[int, Option(help="Control: random texts in place of this many features.")] = 50,
     prompts: Annotated[Path | None, Option(help="Folder with prompts in place of those that ship.")] = None,
-    temperature: Annotated[float, Option(help="Of the model's answers.")] = 0.0,
-    max_tokens: Annotated[int, Option(help="Of an answer; models that think first need more.")] = 500,
+    temperature: Annotated[float, Option(help="Temperature of the model's answers.")] = 0.0,
+    max_tokens: Annotated[int, Option(help="Tokens per answer; models that think first need more.")] = 500,
     extra: Annotated[str, Option(metavar="JSON", help="Further fields of a request; null: leave one out.")] = "{}",
     timeout: Annotated[float, Option(help="Seconds for one attempt.")] = 120.0,
-    attempts: Annotated[int, Option(help="Of each call, before it counts as failed.")] = 8,
-    concurrency: Annotated[int, Option(help="Calls at a time.")] = 4,
-    per_minute: Annotated[float | None, Option(help="Calls a minute, at most; unset: no limit.")] = None,
+    attempts: Annotated[int, Option(help="Attempts per call, before it counts as failed.")] = 8,
+    concurrency: Annotated[int, Option(help="Concurrent calls.")] = 4,
+    per_minute: Annotated[float | None, Option(help="Calls per minute, at most; unset: no limit.")] = None,
     price_in: Annotated[float | None, Option(min=0, help="Price of a million tokens read.")] = None,
     price_out: Annotated[float | None, Option(min=0, help="Price of a million tokens written.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it will take; make no call.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Estimate calls and cost; make no call.")] = False,
     yes: Annotated[bool, Option("--yes", help="Start without asking.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Have features explained by a language model, and score how well the explanations predict them.
+    """Explain features by a language model, and score how well the explanations predict them.
 
-    What was answered before is never asked again, so that a call that was interrupted resumes where it was.
+    Answers are kept and never requested again, so an interrupted call resumes where it was.
 
     Exit code: 0 if all calls were answered, 9 if some failed.
     """
@@ -269,11 +269,11 @@ def _explain(
         str(stats),
     )
     if stats.failed or stats.unreadable:
-        echo("Items of calls that failed, or whose answer could not be read, count neither way in a score.", err=True)
+        echo("Items whose call failed, or whose answer could not be read, are left out of the scores.", err=True)
     if stats.failed:
         raise EndpointError(
             f"{stats.failed:,} of {stats.calls + stats.failed:,} calls failed in every attempt, the last one because "
-            f"{stats.last_failure}. See to the server at {endpoint.url}; the same command asks these alone again."
+            f"{stats.last_failure}. Check the server at {endpoint.url}; the same command repeats only these."
         )
     say(f"Next: endwise compare-explanations {shlex.join(map(str, found))}")
 
@@ -286,7 +286,7 @@ def _agreed() -> bool:
     from endwise.common.errors import ConfigError
 
     if not sys.stdin.isatty():
-        raise ConfigError("Calls may cost money. Say --yes to make them, or --dry-run to see this much only.")
+        raise ConfigError("Calls may cost money. Give --yes to make them, or --dry-run to stop here.")
     return typer.confirm("Make these calls?")
 
 
@@ -315,8 +315,8 @@ def patterns(
     longest: Annotated[int, Option(help="Tokens of a pattern, at most.")] = 6,
     kept: Annotated[float, Option(help="Share of an activation that a pattern must keep.")] = 0.5,
     substitutes: Annotated[int, Option(help="Tokens tried in the place of each, at random and by likeness.")] = 8,
-    random: Annotated[int, Option(help="Control: so many random directions.")] = 100,
-    seed: Annotated[int, Option(help="Of contexts, substitutes and controls.")] = 0,
+    random: Annotated[int, Option(help="Control: this many random directions.")] = 100,
+    seed: Annotated[int, Option(help="Seed of contexts, substitutes and controls.")] = 0,
     again: Again = False,
     json: Json = False,
     out: Annotated[Path | None, results_folder("patterns")] = None,

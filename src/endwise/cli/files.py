@@ -11,7 +11,7 @@ from endwise.cli.app import Json, Overrides, Quiet, command, echo, print_json, r
 from endwise.cli.overriding import on_device
 from endwise.common.text import minus
 
-NAMES = "a path (a run folder will do), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
+NAMES = "a path (or a run folder), hf://owner/name[@revision]/path, or release/sae_id of SAELens's registry"
 
 
 @command
@@ -24,7 +24,7 @@ def inspect(
     data: Annotated[str, Option(help="Text to measure it on, as data.source of a recipe.")] = "embedded",
     tokens: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 16_384,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     json: Json = False,
 ) -> None:
     """Say what an SAE's file holds: format, kind, place, and the rule by which it is read; with --model, measure it.
@@ -53,8 +53,8 @@ def inspect(
         echo(f"! {remark}")
     result = measured(found, loaded, text, tokens, site)
     if json:
-        said = [*([remark] if remark else []), *verdict(found, result)]
-        print_json({**found.to_json(), "measured": result.to_json(), "verdict": said})
+        warnings = [*([remark] if remark else []), *verdict(found, result)]
+        print_json({**found.to_json(), "measured": result.to_json(), "verdict": warnings})
         return
     bounds = result.baselines
     numbers = (
@@ -71,10 +71,10 @@ def inspect(
 @on_device
 def adopt(
     path: Annotated[Path, Argument(help=f"An SAE of any format: {NAMES}.")],
-    out: Annotated[Path, Option(help="The run folder to make; nothing may be there yet.")],
+    out: Annotated[Path, Option(help="The run folder to make; it must not exist yet.")],
     model: Annotated[str | None, Option(help=MODEL)] = None,
     data: Annotated[str | None, Option(help="Text to measure it on, as data.source of a recipe.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     tokens: Annotated[
         int | None, Option(min=1, help="Held-out tokens to measure it on; unset: 500,000 at most.")
     ] = None,
@@ -82,7 +82,7 @@ def adopt(
     name: Annotated[str | None, Option(help="What tables and legends call it; unset: the end of its path.")] = None,
     json: Json = False,
 ) -> None:
-    """Make a run folder of a finished SAE of anybody's, which all commands read that read runs."""
+    """Make a run folder from any finished SAE; every command that reads runs reads it."""
     from endwise.evaluation.adopting import adopt as run
 
     run(path, model=model, data=data, site=site, out=out, context=context, tokens=tokens, name=name)
@@ -103,8 +103,8 @@ def convert(
 
     check_can_write(target.parent)
     apart = run(path, target, to)
-    told = f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}"
-    report(json, {"path": target, "format": to, "apart": apart}, told)
+    line = f"{target}: {to}, latents and outputs within {apart:.1e} of those of {shown(path)}"
+    report(json, {"path": target, "format": to, "apart": apart}, line)
 
 
 @command
@@ -116,14 +116,14 @@ def finetune(
     data: Annotated[str, Option(help="Text to tune on, as data.source of a recipe.")] = "embedded",
     tokens: Annotated[int, Option(min=1, help="Tokens to train on.")] = 1_000_000,
     out: Annotated[Path | None, Option(help="Run folder; the same command resumes there. Unset: in runs/.")] = None,
-    site: Annotated[str | None, Option(help="The place, where the file says none: blocks.3.hook_resid_pre")] = None,
+    site: Annotated[str | None, Option(help="The place, where the file names none: blocks.3.hook_resid_pre")] = None,
     check: Annotated[list[str] | None, Option(help="Text of another kind to measure it on as well.")] = None,
     measure_on: Annotated[int, Option(min=1, help="Held-out tokens to measure it on.")] = 100_000,
     context: Annotated[int | None, Option(min=1, help="Tokens per sequence; unset: as it was trained.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Tune a finished SAE on what the model predicts with it, and give it back in its format, with a report.
+    """Tune a finished SAE on what the model predicts with it, and write it in its format, with a report.
 
     Exit code: 0 if it was tuned, 6 if it cannot be read or is far from what it states, 7 if training stopped.
     """

@@ -17,7 +17,7 @@ KEYS: dict[str, tuple[str, Any, str]] = {
     "device": ("model.device", str, "auto, cpu, cuda or cuda:N."),
     "out": ("out", Path, "Folder to write; unset: the recipe's."),
 }
-"""By option the recipe's key, its type, and help."""
+"""Options: for each the recipe's key, its type, and help."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,14 +31,14 @@ def taking_keys(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             given = {name: kwargs.pop(name, None) for name in keys}
-            told = [f"{keys[name][0]}={_yaml(value)}" for name, value in given.items() if value is not None]
+            options = [f"{keys[name][0]}={_yaml(value)}" for name, value in given.items() if value is not None]
             before: Any = kwargs.get("overrides")
-            kwargs["overrides"] = [*(before or []), *told]
+            kwargs["overrides"] = [*(before or []), *options]
             return function(*args, **kwargs)
 
         types = {
-            name: Annotated[kind | None, Option(help=f"{told} ({key})", metavar=name.upper())]
-            for name, (key, kind, told) in keys.items()
+            name: Annotated[kind | None, Option(help=f"{text} ({key})", metavar=name.upper())]
+            for name, (key, kind, text) in keys.items()
         }
         return with_options(run, function, types)
 
@@ -61,8 +61,8 @@ def on_device(function: Callable[P, R]) -> Callable[P, R]:
         finally:
             DEVICE.reset(before)
 
-    told = f"{KEYS['device'][2]} Unset: the recipe's."
-    return with_options(run, function, {"device": Annotated[str | None, Option(help=told, metavar="DEVICE")]})
+    text = f"{KEYS['device'][2]} Unset: the recipe's."
+    return with_options(run, function, {"device": Annotated[str | None, Option(help=text, metavar="DEVICE")]})
 
 
 def with_options(run: Callable[P, R], function: Callable[P, R], types: Mapping[str, Any]) -> Callable[P, R]:

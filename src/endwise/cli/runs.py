@@ -109,16 +109,16 @@ def train(
     if is_first_process():
         for remark in result.remarks:
             echo(f"! {remark}", err=True)
-        told = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
-        told |= {"diverged": result.diverged, "remarks": result.remarks}
+        record = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
+        record |= {"diverged": result.diverged, "remarks": result.remarks}
         if result.diverged:
-            report(json, told)
-            echo(f"Diverged, and of no use: {result.folder}", err=True)
+            report(json, record)
+            echo(f"Diverged, not usable: {result.folder}", err=True)
             raise typer.Exit(TrainingStopped.exit_code)
-        done = "Nothing was left to train of" if before and before == _saved_steps(config) else "Trained"
+        done = "Already trained:" if before and before == _saved_steps(config) else "Trained"
         report(
             json,
-            told,
+            record,
             f"{done} {config.objective_name} at {config.place}: {result.folder}",
             f"Next: endwise evaluate {shlex.quote(str(result.folder))}",
         )
@@ -232,7 +232,7 @@ def track(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Send run folders to trackers: what they have not got yet, in the tracked runs that are there already."""
+    """Send run folders to trackers: what they lack, into the tracked runs that exist already."""
     from endwise.runs.finding import runs_at
     from endwise.runs.tracking.track import track as send
 
@@ -256,7 +256,7 @@ def sweep(
             help="Changes to the sweep (out=..., together=4) or its recipe (training.tokens=...)",
         ),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say where each run stands; train nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the state of each run; train nothing.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -308,7 +308,7 @@ def reproduce(
         str, Option(help="The study: embedded, gpt2-small, tinystories-1m, or a file like these.")
     ] = "embedded",
     budget: Annotated[
-        str | None, Option(metavar="TIME", help="Make the runs as long as fits into 90s, 30m or 2h.")
+        str | None, Option(metavar="TIME", help="Make the runs as long as fits in 90s, 30m or 2h.")
     ] = None,
     out: Annotated[
         Path | None, Option(help="Folder for runs, tables, figures and report.html; the same command resumes there.")
@@ -316,7 +316,7 @@ def reproduce(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Carry out the paper's experiments on a model, and write one report: figures, tables, and what shows of it.
+    """Repeat the paper's experiments on a model, and write one report: figures, tables, and verdicts on its claims.
 
     Exit code: 0 if all runs are finished, 7 if some failed, another if the study breaks a rule.
     """
@@ -344,16 +344,16 @@ def reproduce(
 def push(
     runs: Annotated[list[Path], run_argument(f"Measured run folders, {OR_FOLDERS}")],
     repo: Annotated[str, Argument(metavar="OWNER/NAME", help="The repository; made if there is none.")],
-    private: Annotated[bool, Option("--private", help="Make it private, if it is made.")] = False,
-    licence: Annotated[str | None, Option(help="Identifier of the hub's, e.g. mit or apache-2.0.")] = None,
+    private: Annotated[bool, Option("--private", help="Make it private, if it is created.")] = False,
+    licence: Annotated[str | None, Option(help="The hub's identifier of a licence, e.g. mit or apache-2.0.")] = None,
     revision: Annotated[str | None, Option(help="Branch to push to; unset: main.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be pushed; the hub is not asked.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would be pushed; the hub is not asked.")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Push runs to the Hugging Face hub: SAEs that endwise and SAELens load, and a card with their numbers.
 
-    The same command resumes a push that broke off; of runs that were pushed before only what changed is sent.
+    The same command resumes an interrupted push; for runs pushed before, only changes are sent.
     """
     from endwise.common.machine import size_text
     from endwise.sharing.pushing import push as run
@@ -365,7 +365,7 @@ def push(
     to_be = [done.card, f"Nothing was sent. Without --dry-run it goes to {done.name}."]
     report(json, {**vars(done), "repo": done.name}, *lines, *(to_be if dry_run else [pushed]))
     if not dry_run and licence is None and "\nlicense:" not in done.card:
-        echo("! The card states no licence, without which others may not use it. Say one with --licence.", err=True)
+        echo("! The card states no licence, without which others may not use it. Give one with --licence.", err=True)
 
 
 def _show_bars(shown: bool) -> None:
@@ -385,7 +385,7 @@ def pull(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Bring runs from the Hugging Face hub to folders that evaluate and pareto read; other SAEs as they are."""
+    """Download runs from the Hugging Face hub into folders that evaluate and pareto read; other SAEs as they are."""
     from endwise.runs.folder import RunFolder
     from endwise.sharing.pulling import pull as run
 

@@ -38,18 +38,18 @@ def steer(
     of_max: Annotated[
         bool, Option("--of-max", help="Numbers are multiples of the feature's greatest harvested activation.")
     ] = False,
-    positions: Annotated[str, Option(help="Where: all, prompt, last (of it), generated, or START:STOP.")] = "all",
-    error: Annotated[str, Option(help="Of the reconstruction: keep or drop.")] = "keep",
+    positions: Annotated[str, Option(help="Positions: all, prompt, last (of it), generated, or START:STOP.")] = "all",
+    error: Annotated[str, Option(help="Reconstruction error: keep or drop.")] = "keep",
     tokens: Annotated[int, Option(min=1, help="Tokens to continue by.")] = 40,
     temperature: Annotated[float, Option(min=0, help="0: the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, Option(min=0, help="Of what is drawn, for both texts alike.")] = 0,
-    model: Annotated[str | None, Option(help=f"Of an SAE that is no run. {MODEL}")] = None,
-    site: Annotated[str | None, Option(help="Of an SAE that is no run: its place, where its file says none.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of sampling, the same for both texts.")] = 0,
+    model: Annotated[str | None, Option(help=f"For an SAE that is not a run. {MODEL}")] = None,
+    site: Annotated[str | None, Option(help="For an SAE that is not a run: its place, if its file has none.")] = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt with features steered, clamped, ablated or kept, beside the model's own text, with their KL.
 
-    Of several, --keep comes first, then --ablate, --clamp and --feature.
+    If several are given, --keep comes first, then --ablate, --clamp and --feature.
     """
     from endwise.features.intervening import refuse_error
     from endwise.features.steering import Sampling, opened
@@ -123,11 +123,9 @@ def _edits(
     from endwise.features.intervening import Ablate, Clamp, Keep, Steer
 
     if not asked and error == "keep":
-        raise ConfigError("Nothing is to be changed. Name features: --feature 141 --by 8, --clamp, --ablate or --keep.")
+        raise ConfigError("Nothing to change. Name features: --feature 141 --by 8, --clamp, --ablate or --keep.")
     if of_max and found.harvest is None:
-        raise ConfigError(
-            f"--of-max needs what the features' greatest activations are: endwise harvest {shlex.quote(str(run))}"
-        )
+        raise ConfigError(f"--of-max needs the features' greatest activations: endwise harvest {shlex.quote(str(run))}")
     for feature in _silent(found.harvest, asked):
         status(f"! Feature {feature} never fired on the text that was harvested.")
     relative = found.harvest if of_max else None

@@ -37,14 +37,14 @@ class Log:
 
 
 class Board:
-    """On a terminal a live table; elsewhere lines now and then (`Log`); nothing when switched off."""
+    """Progress display: on a terminal a live table; elsewhere lines now and then (`Log`); nothing when switched off."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, quiet=not shown)
         watched = shown and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if watched else None
         self._log = Log(self._console)
-        self._started = self._said = time.monotonic()
+        self._started = self._shown_at = time.monotonic()
 
     def __enter__(self) -> "Board":
         if self._live is not None:
@@ -58,15 +58,15 @@ class Board:
     def _update(self, table: Callable[[], Grid], lines: Callable[[], Sequence[str]], every: float) -> None:
         """Show how far it is, if it is time: a table after `every` seconds, lines as often as the log has them."""
         now = time.monotonic()
-        if now - self._said < (self._log.every if self._live is None else every):
+        if now - self._shown_at < (self._log.every if self._live is None else every):
             return
-        self._said = now
+        self._shown_at = now
         if self._live is None:
             self._log.say(*lines())
         else:
             self._live.update(table(), refresh=True)
 
-    def _tell_failed(self, text: str) -> None:
+    def _show_failure(self, text: str) -> None:
         self._console.print(printable(f"failed: {text}"), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -92,18 +92,18 @@ def counting(
     shown, log = display and console.is_terminal, Log(console, every)
     with Bars(*columns, console=console, disable=not shown) as progress:
         task = progress.add_task(what, total=total)
-        started = said = time.monotonic()
+        started = shown_at = time.monotonic()
         done = 0
 
         def advance(count: int) -> None:
-            nonlocal said, done
+            nonlocal shown_at, done
             progress.advance(task, count)
             done += count
             now = time.monotonic()
-            if not console.is_terminal and now - said > log.every and done:
+            if not console.is_terminal and now - shown_at > log.every and done:
                 left = (now - started) / done * (total - done)
                 log.say(f"{what}: {done:,} of {total:,} {unit} · {left / 60:.1f} min left")
-                said = now
+                shown_at = now
 
         yield advance
 
@@ -126,11 +126,11 @@ def _of_jupyter() -> Callable[[str], None] | None:
     handles = []
 
     def put(text: str) -> None:
-        told = {"text/plain": text}
+        content = {"text/plain": text}
         if handles:
-            handles[0].update(told, raw=True)
+            handles[0].update(content, raw=True)
         else:
-            handles.append(display(told, raw=True, display_id=True))
+            handles.append(display(content, raw=True, display_id=True))
 
     return put
 

@@ -79,7 +79,7 @@ def of_files(files: Iterable[Path], folder: Path) -> str:
 
 
 _PASSING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "_commit_hash")
-"""Keys of a `config.json` that change by saving it again, or is said elsewhere."""
+"""Keys of a `config.json` that change when it is saved again, or are recorded elsewhere."""
 
 
 def of_stored_model(folder: Path, gguf_file: str | None = None, *, with_code: bool = False) -> str:

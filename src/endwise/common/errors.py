@@ -114,12 +114,12 @@ def out_of_memory(error: BaseException, command: str | None = None) -> OutOfMemo
     Args:
         command: what resumes the run in less memory.
     """
-    told = " ".join(str(error).split())
-    if not (isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told):
+    text = " ".join(str(error).split())
+    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
         return None
     return OutOfMemory(
-        f"Out of memory ({told[:200] or 'MemoryError'}). Lower training.microbatch (the spliced pass, which e2e spends "
+        f"Out of memory ({text[:200] or 'MemoryError'}). Lower training.microbatch (the spliced pass, which e2e spends "
         "most on) or raise training.accumulation (all activations), neither of which changes what is learnt. A new "
         "run may also have a smaller training.batch or dictionary.size, or fewer SAEs that train together. endwise "
-        "plan shows what takes how much." + (f" Resume this one with `{command}`." if command else "")
+        "plan shows what takes memory." + (f" Resume this one with `{command}`." if command else "")
     )

@@ -41,9 +41,9 @@ def extra_of(package: str) -> str | None:
     return next((extra for extra in same if extra not in (None, "dev")), None)
 
 
-def install_for(error: Exception, told: str) -> str:
-    """Say what to install, given an import that failed and what was said of it."""
-    words = [getattr(error, "name", None) or "", *re.findall(r"[A-Za-z_][\w-]*", told)]
+def install_for(error: Exception, message: str) -> str:
+    """Say what to install, given an import that failed and its message."""
+    words = [getattr(error, "name", None) or "", *re.findall(r"[A-Za-z_][\w-]*", message)]
     for word in words:
         if extra := extra_of(MODULES.get(word, word)):
             return f"Install it: pip install 'endwise[{extra}]'"
@@ -51,7 +51,7 @@ def install_for(error: Exception, told: str) -> str:
 
 
 def check_extra(module: str) -> None:
-    """To be asked before what takes long is begun that needs a package of an extra at its end.
+    """Check a package of an extra before long work that needs it at its end.
 
     Raises:
         ConfigError: it is not installed.

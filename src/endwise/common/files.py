@@ -84,7 +84,7 @@ def cannot_write(path: Path, error: Exception) -> RunFolderError:
 
 
 def check_can_write(folder: Path) -> None:
-    """To be asked before what takes long is begun whose results go into the folder, which is not made yet.
+    """Check before long work that its results can be written to the folder, which is not made yet.
 
     Raises:
         RunFolderError: it is a file or below one, or nothing may be written where it would be made.
@@ -163,7 +163,7 @@ _REMEDY = "Restore it from a copy, or have it written again."
 
 
 def there_is(path: Path) -> bool:
-    """Tell if there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
+    """True if there is such a file or folder. A name that the file system does not take (too long, a NUL) names none,
     where `Path.exists` raises.
     """
     return os.path.exists(path)  # noqa: PTH110
@@ -180,6 +180,6 @@ def expanded(path: str | Path) -> Path:
 
 
 def stays_inside(name: str) -> bool:
-    """Tell if a relative file name, taken from a folder, names something in it, on any operating system."""
+    """Return whether a relative file name, taken from a folder, names something in it, on any operating system."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return bool(name) and not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)

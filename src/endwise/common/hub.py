@@ -17,15 +17,15 @@ _REFUSALS = {
     "GatedRepoError": "is gated, and this token, if any, may not read it. Accept its terms on its page. {token}",
     "RepositoryNotFoundError": "is not on the hub, or is private and this token, if any, may not read it. Check the "
     "name. {token}",
-    "RevisionNotFoundError": "has no such branch, tag or commit. Check what stands behind the @",
+    "RevisionNotFoundError": "has no such branch, tag or commit. Check what follows the @",
     "DisabledRepoError": "was disabled by the hub. Choose another",
 }
 _BY_STATUS = {
     401: "needs a token, or the one that is given is not valid. {token}",
     403: "may not be read or written with this token. {token}",
-    409: "was changed by somebody else at the same time. Do it again",
+    409: "was changed by somebody else at the same time. Try again",
     413: "does not take files so large. Push fewer at a time",
-    429: "has had too many requests from here. Wait some minutes, and do it again",
+    429: "got too many requests from here. Wait some minutes, and try again",
 }
 
 
@@ -36,7 +36,7 @@ def shown(name: str | Path) -> str:
 
 
 def is_offline(error: Exception) -> bool:
-    """Tell if a failure means that the hub was not asked or did not answer, rather than that it refused."""
+    """Return whether a failure means that the hub was not asked or did not answer, rather than that it refused."""
     names = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError", "TimeoutError"}
@@ -82,10 +82,10 @@ def asking(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__  # of a thread that uploads, whose failure huggingface_hub tells in words of its own
-        said = refusal(error) or (refusal(cause) if isinstance(cause, Exception) else None)
-        if said is None:
+        reason = refusal(error) or (refusal(cause) if isinstance(cause, Exception) else None)
+        if reason is None:
             raise
-        raise HubError(f"{what} {said}.") from None
+        raise HubError(f"{what} {reason}.") from None
 
 
 @contextmanager
@@ -107,19 +107,19 @@ def refusal(error: Exception) -> str | None:
     """Say why the hub does not give or take something, as the end of a sentence; None: it is another kind of error."""
     names = [kind.__name__ for kind in type(error).__mro__]
     if "OfflineModeIsEnabled" in names:
-        return "is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, or fetch it before"
+        return "is not in the cache, and HF_HUB_OFFLINE forbids asking the hub. Unset it, or download it first"
     for name in names:
         if name in _REFUSALS:
             return _REFUSALS[name].format(token=_TOKEN)
     if "HFValidationError" in names:
-        return "is no name of a repository, which reads owner/name. Correct it"
+        return "is not a repository's name, which reads owner/name. Correct it"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        told = _BY_STATUS.get(status) or "was not given or taken by the hub, which fails. Do it again later"
-        return f"{told.format(token=_TOKEN)} (HTTP {status})"
+        reason = _BY_STATUS.get(status) or "got an error from the hub. Try again later"
+        return f"{reason.format(token=_TOKEN)} (HTTP {status})"
     if is_offline(error) or type(error).__module__.partition(".")[0].startswith("httpx"):
         kind = re.sub(r"[^A-Za-z]", "", type(error).__name__)
         return f"cannot be asked for: the hub does not answer ({kind}). Check the network and HF_ENDPOINT"
     if type(error).__module__.startswith("huggingface_hub"):
-        return f"was not given or taken by the hub ({type(error).__name__}). Do it again later"
+        return f"got an error from the hub ({type(error).__name__}). Try again later"
     return None

@@ -27,7 +27,7 @@ HOLD = {
     "explanations.json": ("a run's explanations", "Give the folder of the run."),
     "patterns.json": ("a run's patterns", "Give the folder of the run."),
 }
-"""What a folder is, by a file in it, and what to do with it."""
+"""Kind of a folder by a file in it, and what to do with it."""
 PARTS = ("sae", "saes", "checkpoints", "harvest", "explanations", "patterns", "dashboard", "bench", "trackers", RUN)
 """Names in a run folder that say nothing without it."""
 
@@ -41,11 +41,11 @@ def other_kind(path: Path, wanted: Wanted) -> OtherKind | None:
         return None
     what, remedy = found
     taken = "an SAE or a run folder" if wanted == "SAE" else _article(wanted)
-    return OtherKind(f"{path} is {what}, and {taken} is taken here. {remedy}")
+    return OtherKind(f"{path} is {what}, and {taken} is needed here. {remedy}")
 
 
 def _found(path: Path, wanted: Wanted) -> tuple[str, str] | None:
-    """What is at the path, and what to do where something else is wanted."""
+    """Describe what is at the path, and what to do where something else is wanted."""
     name, is_made = shlex.quote(str(path)), wanted in ("run folder", "SAE")
     run = path if (path / RUN).is_file() else _run_around(path)
     if run is not None and (run != path or not is_made):

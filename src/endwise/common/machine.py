@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """In the largest binary unit of which it has one."""
+    """Write it in the largest binary unit of which it has one."""
     if size < 1024:
         return f"{size} B"
     value, unit = size / 1024, "KiB"

@@ -348,12 +348,12 @@ def _being(hosts: Any) -> Iterator[World]:
 
 
 def launched() -> bool:
-    """Tell if a launcher started this process as one of several."""
+    """Return whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def is_first_process() -> bool:
-    """Tell if this process speaks for all."""
+    """Return whether this process speaks for all."""
     return not launched() or os.environ["RANK"] == "0"
 
 

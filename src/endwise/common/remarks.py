@@ -29,7 +29,7 @@ SPARSER = "objective.sparsity.coefficient (a dictionary.k: the other way)"
 MANY_LEFT_OUT = 0.05
 """Share of the tokens that count otherwise: more than attention sinks are."""
 FEWER_LEFT_OUT = (
-    "Attention sinks are few; so many positions say that norms at this site are spread out. Raise "
+    "Attention sinks are few; so many positions mean that norms at this site are spread out. Raise "
     "data.leave_out_norms, or unset it."
 )
 
@@ -42,7 +42,7 @@ def remarks_on(record: Record) -> list[str]:
     Args:
         record: as `evaluation.json`; what it lacks (an older one has fewer keys) is not judged.
     """
-    return [said for rule in _RULES if (said := rule(record)) is not None]
+    return [remark for rule in _RULES if (remark := rule(record)) is not None]
 
 
 def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
@@ -51,7 +51,7 @@ def gathered(remarks: Mapping[str, Iterable[str]]) -> list[str]:
     for name, own in remarks.items():
         for remark in own:
             names.setdefault(remark, []).append(name)
-    return [f"{', '.join(told)}: {remark}" for remark, told in names.items()]
+    return [f"{', '.join(runs)}: {remark}" for remark, runs in names.items()]
 
 
 def _number(record: Record, *keys: str) -> float:
@@ -72,7 +72,7 @@ def _foreign_text(record: Record) -> str | None:
     vocabulary = _number(record, "vocabulary")
     guess = math.log(vocabulary) if vocabulary > 0 else math.nan
     remedy = (
-        "The text is not this model's, so that no number here says anything of it: give text, or ids that this model's "
+        "The text is not this model's, so that no number here means anything: give text, or ids that this model's "
         "own tokenizer made (data.source), and check model.name."
     )
     if clean > guess + ROUNDING:
@@ -94,8 +94,8 @@ def _left_out_bos(record: Record) -> str | None:
         return None
     return (
         f"The model's tokenizer begins every text with {printable(token)}, and these sequences do not begin with it: "
-        "the model was most likely trained with it, and is another without. Set data.prepend_bos=true and train again; "
-        "if its CE rises by that, it knows the token before whole documents alone: set data.packing=document as well."
+        "the model was most likely trained with it. Set data.prepend_bos=true and train again; "
+        "if that raises its CE, it knows the token only before whole documents: set data.packing=document as well."
     )
 
 
@@ -113,7 +113,7 @@ def _many_left_out(record: Record) -> str | None:
     share = _number(record, "left_out")
     if not share > MANY_LEFT_OUT:
         return None
-    return f"For their norm {share:.1%} of the held-out tokens are left out. {FEWER_LEFT_OUT}"
+    return f"{share:.1%} of the held-out tokens are left out for their norm. {FEWER_LEFT_OUT}"
 
 
 def _alive(record: Record) -> str | None:
@@ -157,10 +157,10 @@ def not_as_stated(record: Record) -> str | None:
     l0, stated = _number(record, "l0"), _number(record, "adopted", "stated_l0")
     if not stated > 0 or math.isnan(l0) or 1 / FAR < l0 / stated < FAR:
         return None
-    return f"L0 is {l0:.1f} where {stated:g} is stated: this text, or the reading, may be another."
+    return f"L0 is {l0:.1f} where {stated:g} is stated: the text or the reading may differ."
 
 
-def _told_when_adopted(record: Record) -> str | None:
+def _on_adoption(record: Record) -> str | None:
     adopted = record.get("adopted")
     remarks = adopted.get("remarks") if isinstance(adopted, Mapping) else None
     return " ".join(map(str, remarks)) if isinstance(remarks, list) and remarks else None
@@ -172,13 +172,13 @@ def diverged(record: Record) -> str | None:
     if not last > DIVERGED * first:
         return None
     return (
-        f"Training diverged: its loss ended at {last:.4g}, having begun at {first:.4g}. Train again with a lower "
+        f"Training diverged: its loss ended at {last:.4g}, after starting at {first:.4g}. Train again with a lower "
         "training.learning_rate or training.gradient_clip."
     )
 
 
 _RULES: tuple[Callable[[Record], str | None], ...] = (
-    _told_when_adopted,
+    _on_adoption,
     _foreign_text,
     _left_out_bos,
     _few_tokens,

@@ -9,10 +9,10 @@ from endwise.common.errors import Unreadable
 _ELSEWHERE_TOO = {
     ("ENOSPC",): "Free space on that disk",
     ("EDQUOT",): "Free space there, of which this user's quota is used up",
-    ("EACCES", "EPERM"): "Give this user the right to it",
-    ("EROFS",): "Have that file system, which is mounted read-only, mounted for writing",
-    ("ENOLCK",): "Have that file system mounted with file locks, which network disks often lack",
-    ("ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EXDEV"): "Take a local disk, since that file system cannot do this",
+    ("EACCES", "EPERM"): "Give this user permission",
+    ("EROFS",): "Mount that file system, which is read-only, for writing",
+    ("ENOLCK",): "Mount that file system with file locks, which network disks often lack",
+    ("ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EXDEV"): "Use a local disk, since that file system cannot do this",
     ("EFBIG",): "Raise the limit on the size of a file (ulimit -f), if it is not that file system's own",
     ("ENAMETOOLONG",): "Shorten that path",
     ("ENOENT",): "Check that path: there is no such file or folder",
@@ -20,8 +20,8 @@ _ELSEWHERE_TOO = {
     ("EISDIR",): "Check that path: it is a folder, not a file",
     ("EEXIST", "ENOTEMPTY"): "Move away what is there already",
     ("ELOOP",): "Correct the symbolic links on that path, which lead in a circle",
-    ("EIO", "EREMOTEIO"): "Check that path's disk, which fails (the system's log, dmesg, says more)",
-    ("EUCLEAN", "EBADMSG"): "Have that file system, which is damaged, checked (fsck)",
+    ("EIO", "EREMOTEIO"): "Check that path's disk, which reports errors (the system's log, dmesg, says more)",
+    ("EUCLEAN", "EBADMSG"): "Check that file system, which is damaged (fsck)",
     ("ESTALE",): "Mount that network disk again, which no longer knows the file, and start again",
     ("ENODEV", "ENXIO", "ENOMEDIUM"): "Check that the disk is connected and mounted",
     ("ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENOTCONN", "ECONNREFUSED", "ECONNRESET"): (
@@ -38,8 +38,8 @@ _ELSEWHERE_NO_BETTER = {
 
 
 def _by_number(remedies: dict[tuple[str, ...], str]) -> dict[int, str]:
-    """Not every system has every number."""
-    return {getattr(errno, name): told for names, told in remedies.items() for name in names if hasattr(errno, name)}
+    """Map error numbers to remedies; not every system has every number."""
+    return {getattr(errno, name): move for names, move in remedies.items() for name in names if hasattr(errno, name)}
 
 
 _MOVES, _STAYS = _by_number(_ELSEWHERE_TOO), _by_number(_ELSEWHERE_NO_BETTER)
@@ -55,8 +55,8 @@ def remedy(error: BaseException, elsewhere: str | None = None) -> str:
     code = number(error)
     if code in _STAYS:
         return f"{_STAYS[code]}."
-    told = _OTHERWISE if code is None else _MOVES.get(code, _OTHERWISE)
-    return f"{told}, or {elsewhere}." if elsewhere else f"{told}."
+    move = _OTHERWISE if code is None else _MOVES.get(code, _OTHERWISE)
+    return f"{move}, or {elsewhere}." if elsewhere else f"{move}."
 
 
 def reason(error: BaseException) -> str:

@@ -20,7 +20,7 @@ def numpy_stream(seed: int, purpose: str, *which: int) -> np.random.Generator:
 
 
 def torch_stream(seed: int, purpose: str) -> torch.Generator:
-    """As `numpy_stream`, on the CPU whatever the device, so that a seed means the same on all of them."""
+    """Variant of `numpy_stream` on the CPU whatever the device, so that a seed means the same on all of them."""
     return torch.Generator().manual_seed(_number(seed, purpose))
 
 
@@ -36,7 +36,7 @@ def _number(seed: int, purpose: str) -> int:
 
 @contextmanager
 def shared_generators(seed: int) -> Iterator[None]:
-    """Within it the generators of torch, numpy and python that any code may draw from start from the seed; their
+    """Context in which the generators of torch, numpy and python that any code may draw from start from the seed; their
     states of before come back at its end.
     """
     before = generator_states()
@@ -51,7 +51,7 @@ def shared_generators(seed: int) -> Iterator[None]:
 
 
 def generator_states() -> dict[str, Tensor]:
-    """By `random.<library>`, the states of the shared generators."""
+    """Collect, by `random.<library>`, the states of the shared generators."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     version, internal, gauss_next = random.getstate()
     states = {

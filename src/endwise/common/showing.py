@@ -30,7 +30,7 @@ class Shown:
         return type(self).__name__
 
     def shown_facts(self) -> Mapping[str, object]:
-        """Return what is said of it in a line, by names."""
+        """Return the facts shown in its line, by name."""
         known = fields(self) if is_dataclass(self) else ()
         values = {each.name: getattr(self, each.name) for each in known if each.repr}
         return {name: brief(value) for name, value in values.items() if value is not None}

@@ -27,7 +27,7 @@ Numbers = np.ndarray | Sequence[Any] | float | int
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
-"""For an interval over training seeds."""
+"""Number of training seeds that an interval over seeds needs."""
 
 
 class InterpolationError(EndwiseError, ValueError):

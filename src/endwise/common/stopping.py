@@ -41,7 +41,7 @@ def polite_stop() -> Iterator[Callable[[], bool]]:
 
 
 def ask_to_stop() -> bool:
-    """As the first Ctrl-C, of whatever listens in this process; whether anything does."""
+    """Act like the first Ctrl-C on whatever listens in this process; returns whether anything does."""
     for asked in _listening:
         asked.set()
     return bool(_listening)

@@ -36,7 +36,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_columns(columns: Mapping[str, Any], path: Path) -> None:
-    """As `write_table`, of arrays of one length by name: what has a row for each of very many features.
+    """Variant of `write_table` for arrays of one length by name: what has a row for each of very many features.
 
     Raises:
         RunFolderError: the folder cannot be written.

@@ -122,7 +122,7 @@ def _lines(text: str, width: int, fold: bool, style: str = "", indent: str = "")
 
 
 def note(text: str, shown: bool = True) -> None:
-    """Say something on stderr, if it is to be said."""
+    """Print something to stderr, unless silenced."""
     show(text, Console(stderr=True, quiet=not shown))
 
 

@@ -117,5 +117,5 @@ def refuse_adopted(config: object, folder: Path | None = None) -> None:
     if isinstance(config, AdoptedConfig):
         raise ConfigError(
             f"{folder or 'The recipe'} is of an SAE that was trained elsewhere ({config.adopted.path}), and its "
-            f"training is not known. To train on from it, start a run with init_from={folder or config.adopted.path}."
+            f"training is not known. To train it further, start a run with init_from={folder or config.adopted.path}."
         )

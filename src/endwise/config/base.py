@@ -36,7 +36,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __repr_args__(self) -> Any:
-        """Say what is not as it is by default, which is what tells one from another."""
+        """List what differs from the defaults, which distinguishes one from another."""
         own = {
             name: each.get_default(call_default_factory=True, validated_data={})
             for name, each in type(self).model_fields.items()

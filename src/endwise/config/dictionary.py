@@ -54,14 +54,14 @@ class DictionaryConfig(Config):
     def _one_size(self) -> "DictionaryConfig":
         if (self.size is None) == (self.ratio is None):
             raise ValueError("give exactly one of size (features) and ratio (features per dimension of the site)")
-        if self.size is not None and (told := self._too_many(self.size)):
-            raise ValueError(told)
+        if self.size is not None and (problem := self._too_many(self.size)):
+            raise ValueError(problem)
         return self
 
     def _too_many(self, features: int) -> str | None:
         counts = {name: getattr(self, name) or 0 for name in self.counting}
-        told = (f"{name} is {count:g}, more than the {features} features there are" for name, count in counts.items())
-        return next((each for each, count in zip(told, counts.values(), strict=True) if count > features), None)
+        over = (f"{name} is {count:g}, more than the {features} features there are" for name, count in counts.items())
+        return next((each for each, count in zip(over, counts.values(), strict=True) if count > features), None)
 
     @model_serializer(mode="wrap")
     def _named(self, handler: Any) -> dict[str, Any]:
@@ -80,8 +80,8 @@ class DictionaryConfig(Config):
             ConfigError: a key counts more features than that.
         """
         features = self.size if self.size is not None else max(1, round((self.ratio or 0) * width))
-        if told := self._too_many(features):
-            raise ConfigError(f"dictionary: {told}. Lower it, or raise dictionary.ratio.")
+        if problem := self._too_many(features):
+            raise ConfigError(f"dictionary: {problem}. Lower it, or raise dictionary.ratio.")
         return features
 
     def prefixes(self, width: int) -> tuple[int, ...]:
@@ -112,8 +112,8 @@ def of_architecture(value: Any) -> Any:
     try:
         section = DictionaryConfig.chosen(value)
     except ConfigError as error:
-        told = PydanticCustomError("architecture", "{told}", {"told": str(error)})
-        detail = InitErrorDetails(type=told, loc=("architecture",), input=value["architecture"])
+        kind = PydanticCustomError("architecture", "{message}", {"message": str(error)})
+        detail = InitErrorDetails(type=kind, loc=("architecture",), input=value["architecture"])
         raise ValidationError.from_exception_data("dictionary", [detail]) from None
     name = ARCHITECTURES[str(value["architecture"])].architecture if "architecture" in value else None
     return section.model_validate({**value, "architecture": name} if name else value)
@@ -144,8 +144,8 @@ def _without_old_keys(values: dict[str, Any], changes: Mapping[str, Any]) -> dic
     unused = [key for key in section if key in old.model_fields and key not in new.model_fields]
     if not unused:
         return values
-    told = ", ".join(f"dictionary.{key}" for key in unused)
-    warnings.warn(f"{told} left out, which a {name} dictionary does not have.", stacklevel=5)
+    names = ", ".join(f"dictionary.{key}" for key in unused)
+    warnings.warn(f"{names} left out, which a {name} dictionary does not have.", stacklevel=5)
     return {**values, "dictionary": {key: value for key, value in section.items() if key not in unused}}
 
 

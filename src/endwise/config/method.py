@@ -21,7 +21,7 @@ Part = TypeVar("Part", bound=Config)
 AnyRecipe = TypeVar("AnyRecipe", RunConfig, PlacesConfig, Recipe)
 COEFFICIENT = "objective.sparsity.coefficient"
 TARGETS = {"target_l0": ("target L0", False), "target_ce_increase": ("target CE increase", True)}
-"""By key of what λ is steered to, the label of that knob, and whether more of it means fewer active features."""
+"""Knobs by the key of λ's target: the label of that knob, and whether more of it means fewer active features."""
 
 
 @dataclass(frozen=True, order=True)
@@ -128,7 +128,7 @@ class Method:
         return first.jointly(config.place, config.inputs) if config.joint else first.named("apart", "each alone", {})
 
     def jointly(self, places: str, inputs: str | None) -> "Method":
-        """Tell what is trained at several places jointly from what is trained alone."""
+        """Distinguish joint training at several places from training alone."""
         return self.named("joint", "jointly", {"joint": places, "inputs": inputs})
 
     def named(self, key: str, label: str, content: Mapping[str, Any]) -> "Method":

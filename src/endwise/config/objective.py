@@ -20,16 +20,16 @@ KINDS: tuple[Kind, ...] = ("local", "e2e", "e2e_ds")
 LABELS = {"local": "local", "e2e": "e2e", "e2e_ds": "e2e+ds"}
 """The paper's kinds as it writes them, in the order of every table and legend."""
 PRESETS: dict[str, dict[str, float]] = {"local": {"local_mse": 1.0}, "e2e": {"kl": 1.0}, "e2e_ds": {"kl": 0.5}}
-"""By kind of the paper, the weights of reconstruction terms that it sets. The others are 0, but for β of e2e_ds, which
-is required.
+"""Presets by the paper's kinds: the weights of reconstruction terms that it sets. The others are 0, but for β of
+e2e_ds, which is required.
 """
 PRESET_TERMS: dict[str, set[str]] = {"local": {"local_mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}
-"""By kind of the paper, the reconstruction terms that it has."""
+"""Reconstruction terms by the paper's kinds."""
 FURTHER_PRESETS: dict[str, dict[str, Any]] = {
     "horizon": {"horizon": 1, "downstream_mse": 1.0, "errors": "relative"},
     "finetune": {"kl": 0.5, "local_mse": 0.5, "balance": "loss"},
 }
-"""By further kind, the values that it sets, unless a recipe does."""
+"""Presets by further kinds: the values that it sets, unless a recipe does."""
 HORIZON_ENDS: dict[int | str, dict[str, float]] = {
     0: {"local_mse": 1.0, "downstream_mse": 0.0},
     "all": {"kl": 0.5},
@@ -78,7 +78,7 @@ class SparsityConfig(Config):
     p_steps: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the steps after which p is `p_end`."""
     p_changes: Positive = 10
-    """In how many equal changes."""
+    """Number of equal changes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +149,7 @@ class ObjectiveConfig(Config):
     errors: Errors | None = None
     """`relative`: every squared error of an activation is divided by the variance of the clean activations at its site,
     measured before the first step; at a position whose norm is more than 10 times the median, by that position's own
-    mean square. `absolute`: by nothing. Unset: `absolute`, for the kind `horizon` `relative`."""
+    mean square. `absolute`: not divided. Unset: `absolute`, for the kind `horizon` `relative`."""
     balance: Balance | None = None
     """Weights of terms that read the spliced pass are shares of the local error: each is multiplied by the local mean
     squared error over the term (`loss`), or by the ratio of their gradients' norms at the reconstruction (`gradient`),
@@ -193,9 +193,9 @@ class ObjectiveConfig(Config):
         if len(set(sites)) < len(sites):
             raise ValueError(f"downstream_sites names a site twice: {', '.join(sites)}; name each once")
         if not any(self.weights.values()):
-            told = "" if self.kind else f"; give kind ({', '.join((*KINDS, *FURTHER_PRESETS))}), or a weight"
+            remedy = "" if self.kind else f"; give kind ({', '.join((*KINDS, *FURTHER_PRESETS))}), or a weight"
             raise ValueError(
-                f"every weight of the objective but sparsity is 0, so there is nothing to reconstruct{told}"
+                f"every weight of the objective but sparsity is 0, so there is nothing to reconstruct{remedy}"
             )
         return self
 
@@ -206,7 +206,7 @@ class ObjectiveConfig(Config):
         later = self._spliced
         if ahead := [name for name in later if getattr(TERMS[name], "final", False)]:
             raise ValueError(
-                f"horizon is {self.horizon}, and {ahead[0]} reads the predictions, to which only horizon all goes. Set "
+                f"horizon is {self.horizon}, and {ahead[0]} reads the predictions, which only horizon all reaches. Set "
                 f"{ahead[0]} to 0 (or kind to horizon, which has none), or horizon to all"
             )
         if self.horizon == 0 and later:
@@ -314,7 +314,7 @@ def _term(name: Any, value: Any) -> Any:
     if name in OWN_KEYS:
         raise ValueError(f"{name} has a key of its own; set objective.{name}")
     if name in COLUMNS or str(name).endswith(COEFFICIENT):
-        raise ValueError(f"no term can be called {name}, which metrics.jsonl has a number of")
+        raise ValueError(f"no term can be called {name}, since metrics.jsonl has such a number")
     try:
         settings = TERMS[str(name)].Settings
         if isinstance(value, settings):

@@ -28,12 +28,12 @@ OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "balance", "terms")
 
 
 class PlaceConfig(Config):
-    """One place: what a recipe says of it alone."""
+    """One place: its own part of a recipe."""
 
     site: str
-    """As `site` of a recipe for one."""
+    """Site, like `site` of a recipe for one place."""
     writes: str | None = None
-    """As `writes` of a recipe for one."""
+    """Site written, like `writes` of a recipe for one place."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     """Keys that differ from the recipe's `dictionary`."""
     objective: ObjectiveConfig
@@ -56,7 +56,7 @@ class PlacesConfig(Config):
     the model's own activation, or that of the spliced pass, which the earlier reconstructions have changed. Their
     gradient goes into that place's dictionary alone."""
     phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(spelled_out)] = ()
-    """As in a recipe for one place, of all places alike."""
+    """Phases as in a recipe for one place, the same for all places."""
     data: Annotated[DataConfig, SHARED] = DataConfig()
     training: TrainingConfig
     """Learning rate and clipping are of each dictionary; so are its Adam's moments."""
@@ -67,7 +67,7 @@ class PlacesConfig(Config):
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """As `RunConfig.changed`, of what stands for every place, or of one by its number: `places.0.seed`.
+        """Variant of `RunConfig.changed` for what stands for every place, or of one by its number: `places.0.seed`.
 
         Raises:
             ConfigError: a change of what stands for every place changes nothing, since each has its own value.
@@ -150,7 +150,7 @@ class PlacesConfig(Config):
 
     @property
     def in_phases(self) -> "list[PlacesConfig]":
-        """As `RunConfig.in_phases`."""
+        """See `RunConfig.in_phases`."""
         if not self.phases:
             return [self]
         values, found = self.model_dump(exclude={"phases"}), []
@@ -166,7 +166,7 @@ class PlacesConfig(Config):
 
     @property
     def objective_name(self) -> str:
-        """As `RunConfig.objective_name`, of the first place."""
+        """Variant of `RunConfig.objective_name` for the first place."""
         return self.recipes[0].objective_name
 
     @property
@@ -185,7 +185,7 @@ class PlacesConfig(Config):
 
     @property
     def seeds(self) -> dict[str, int]:
-        """As `RunConfig.seeds`, of the first place."""
+        """Variant of `RunConfig.seeds` for the first place."""
         return self.recipes[0].seeds
 
     @property

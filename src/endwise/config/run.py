@@ -51,7 +51,7 @@ class ModelConfig(Config):
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"] | None, EXECUTION] = None
     """Attention implementation; unset: `sdpa` where the model has it, and for GPT-Neo, where endwise brings it."""
     trust_remote_code: bool = False
-    """Run Python code that ships with the model. Never on unless set here."""
+    """Run Python code that ships with the model. Off unless set here."""
     quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-8bit"] | None = None
     """Pack the weights of the model's blocks in 8 or 4 bits as they are loaded, by a quantiser of transformers' (extras
     `bitsandbytes` and `torchao`); `dtype` is what is computed in. Unset: as the checkpoint has them."""
@@ -89,7 +89,7 @@ class DataConfig(Config):
     """Token between documents; unset: the tokenizer's EOS. Required where the tokenizer has none."""
     special_tokens: bool = False
     """Take special tokens that are written out in text, such as `<|endoftext|>`, for those tokens; a separator then
-    ends a document. Unset, they are text as any other."""
+    ends a document. Unset, they are ordinary text."""
     prepend_bos: bool = False
     """Start every sequence with the tokenizer's BOS (masked in losses and metrics)."""
     mask_first_position: bool = False
@@ -120,7 +120,7 @@ class DataConfig(Config):
     """Folder for tokenised text; unset: `$ENDWISE_CACHE` or `~/.cache/endwise`."""
     activations: Annotated[Path | None, EXECUTION] = None
     """Folder in which clean activations of training sequences are kept, for steps that read no spliced pass: a second
-    epoch, or another run at that site, then does without the model. Unset: nowhere."""
+    epoch, or another run at that site, then does not run the model. Unset: nowhere."""
 
 
 class TrainingConfig(Config):
@@ -133,7 +133,7 @@ class TrainingConfig(Config):
     # Sums over a batch are added up in another order, and nothing else. An architecture that chooses among all tokens
     # of a pass would change with it, and must refuse more than one.
     accumulation: Annotated[Positive, SHARED, EXECUTION] = 1
-    """Passes per optimiser step, each over batch/accumulation sequences. Bounds memory, leaves the numbers alone."""
+    """Passes per optimiser step, each over batch/accumulation sequences. Bounds memory, does not change the numbers."""
     microbatch: Annotated[Positive | None, EXECUTION] = None
     """Sequences at a time in the spliced pass; unset: about 1,024 tokens on a CPU, 16,384 on a GPU. Bounds memory; the
     SAE sees all of the pass's at once."""
@@ -167,13 +167,13 @@ class TrainingConfig(Config):
     checkpoint_every: Annotated[Positive | None, EXECUTION] = None
     """Steps between checkpoints; unset: only at the end and on interruption."""
     keep_checkpoints: Annotated[Positive, EXECUTION] = 2
-    """The latest of them stay; more than one, in case that the last is damaged."""
+    """Latest checkpoints that are kept; more than one, in case the last is damaged."""
     save_at: Annotated[tuple[Positive, ...] | Literal["log"], EXECUTION] = ()
     """Training tokens after which the SAE, as it is then, is saved in the run's folder `saes`; `log`: after 1, 2, 4, 8,
     … steps."""
 
     def saves_after(self, step: int, tokens: int) -> bool:
-        """Tell if the SAE is saved after so many steps, each of so many tokens."""
+        """Return whether the SAE is saved after so many steps, each of so many tokens."""
         if self.save_at == "log":
             return step & (step - 1) == 0
         return any((step - 1) * tokens < each <= step * tokens for each in self.save_at)
@@ -242,7 +242,7 @@ class RunConfig(Config):
     site: str
     """blocks.K.hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, mlp_in, hook_mlp_out or hook_resid_post."""
     writes: str | None = None
-    """The site that the reconstruction stands for; unset: `site`, which is read. A transcoder writes a later one."""
+    """The site whose activation is reconstructed; unset: `site`, which is read. A transcoder writes a later one."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig
     """Unset, but for `sparsity` and `errors`, where phases have terms: that of the last."""
@@ -259,7 +259,7 @@ class RunConfig(Config):
     `release/sae_id` of SAELens's registry: training starts from it rather than from random weights. The optimiser and
     its schedule start from the beginning."""
     trackers: Annotated[tuple[str, ...], EXECUTION] = ()
-    """Names of those who get what the run folder holds: `wandb`, `tensorboard`, `trackio`, `mlflow`, or others that are
+    """Trackers that mirror the run folder: `wandb`, `tensorboard`, `trackio`, `mlflow`, or others that are
     installed. One that fails or hangs does not end the run."""
     out: Annotated[Path | None, EXECUTION] = None
     """Run folder; unset: runs/<a name made from the recipe>."""

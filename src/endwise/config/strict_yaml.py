@@ -67,7 +67,7 @@ class _Measure:
         if node in self._known:
             return self._known[node]
         if node in self._open:
-            raise ValueError(f"an alias refers to what it stands in{_place(node)}")
+            raise ValueError(f"an alias refers to a section that contains it{_place(node)}")
         self._open.add(node)
         inner = [self.measure(child) for child in _children(node)]
         self._open.remove(node)

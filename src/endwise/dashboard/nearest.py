@@ -16,7 +16,7 @@ NEAREST = 5
 
 @dataclass(frozen=True)
 class Neighbours:
-    """For every feature of one run its nearest in one dictionary, the nearest first; `[d_sae k]`."""
+    """Nearest features in one dictionary for every feature of one run, the nearest first; `[d_sae k]`."""
 
     feature: NDArray[np.int64]
     """-1 where there is none: for a feature that never fired, and beyond what the dictionary has."""
@@ -49,7 +49,7 @@ class Dictionary:
 def all_neighbours(
     dictionaries: Sequence[Dictionary], *, k: int = NEAREST, memory: int = MEMORY
 ) -> list[Mapping[int, Neighbours]]:
-    """For each dictionary, its features' neighbours by the other dictionary's place in the list, its own included.
+    """Find each dictionary's features' neighbours, by the other dictionary's place in the list, its own included.
 
     Args:
         memory: bytes that a search may hold besides.

@@ -110,7 +110,7 @@ def _overview(source: DashboardRun, tops: np.ndarray, explanations: Explanations
     harvest, texts = source.harvest, Texts()
     vocabulary = harvest.vocabulary
     boosted = [first[0] if first else -1 for first in harvest.features["boosted"].to_pylist()]
-    told = [None if explanations is None else explanations.of(feature) for feature in range(harvest.d_sae)]
+    explained = [None if explanations is None else explanations.of(feature) for feature in range(harvest.d_sae)]
 
     def places(tokens: Sequence[int] | np.ndarray) -> str:
         return packed(np.array([-1 if token < 0 else texts.place(vocabulary[token]) for token in tokens]), "i4")
@@ -118,7 +118,7 @@ def _overview(source: DashboardRun, tops: np.ndarray, explanations: Explanations
     def scores(name: str) -> str | None:
         if explanations is None:
             return None
-        found = [None if each is None else getattr(each, name) for each in told]
+        found = [None if each is None else getattr(each, name) for each in explained]
         return packed(np.array([np.nan if score is None else score for score in found]))
 
     return {
@@ -133,7 +133,7 @@ def _overview(source: DashboardRun, tops: np.ndarray, explanations: Explanations
         "texts": texts.all,
         "explanations": None
         if explanations is None
-        else ["" if each is None else printable(each.text) for each in told],
+        else ["" if each is None else printable(each.text) for each in explained],
         "detection": scores("detection"),
         "fuzzing": scores("fuzzing"),
     }

@@ -165,8 +165,8 @@ class DashboardServer(AbstractContextManager["DashboardServer"]):
 def _refused(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return JSONResponse({"error": str(error)}, 400)
-    said = "There is no such page." if error.status_code == 404 else error.detail
-    return JSONResponse({"error": said}, error.status_code, error.headers)
+    message = "There is no such page." if error.status_code == 404 else error.detail
+    return JSONResponse({"error": message}, error.status_code, error.headers)
 
 
 def _answering(answer: Callable[[object], Any]) -> Callable[[Request], Awaitable[Response]]:

@@ -60,7 +60,7 @@ def write_dashboard(
     partial = folder / _DATA / PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        told = _write_runs(sources, partial, memory, say)
+        written = _write_runs(sources, partial, memory, say)
         digest = of_files(partial.rglob("*.js"), partial)[:_DIGEST]
         place = folder / _DATA / digest
         if place.exists():  # with the same content, unless someone has taken from it
@@ -72,7 +72,7 @@ def write_dashboard(
         shutil.rmtree(partial, ignore_errors=True)
     for name, content in assets().items():
         write_atomic(folder / name, content)
-    site = {"version": __version__, "data": f"{_DATA}/{digest}", "runs": told}
+    site = {"version": __version__, "data": f"{_DATA}/{digest}", "runs": written}
     write_atomic(folder / _DATA / "site.js", script("site", site))
     for old in (folder / _DATA).iterdir():  # what the site was before
         if old.is_dir() and len(old.name) == _DIGEST and old.name != digest:
@@ -104,15 +104,15 @@ def _write_runs(
     ]
     neighbours = all_neighbours(dictionaries, memory=memory)
     del dictionaries
-    told = []
+    entries = []
     for place, (source, near) in enumerate(zip(sources, neighbours, strict=True)):
         say(f"{source.path}: {source.harvest.d_sae:,} features")
-        told_by = read_explanations(source.path), read_patterns(source.path)
-        about = write_run_data(source, folder / str(place), str(place), near, *told_by)
+        words = read_explanations(source.path), read_patterns(source.path)
+        about = write_run_data(source, folder / str(place), str(place), near, *words)
         facts = {"name": source.name, "folder": str(source.path), **source.facts()}
         shown = {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
-        told.append({**shown, **about})
-    return told
+        entries.append({**shown, **about})
+    return entries
 
 
 def check_site(folder: Path) -> None:

@@ -27,8 +27,8 @@ class DashboardRun:
 
     path: Path
     name: str
-    """Its folder's, with as much of the path as tells it from the others; or, where such names are long and that is
-    enough to tell the runs apart, method, knob and seed.
+    """Name of its folder, with as much of the path as tells it from the others; or, where such names are long and that
+    is enough to tell the runs apart, method, knob and seed.
     """
     config: RunConfig
     harvest: Harvest

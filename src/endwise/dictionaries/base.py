@@ -25,7 +25,7 @@ from endwise.formats import CENTRED, FORMATS, NATIVE, PROCESSING, Layout, Stored
 
 @contextmanager
 def at_inference(saes: Iterable["SAE"]) -> Iterator[None]:
-    """Within it, dictionaries in training are used as they will be after it."""
+    """Context in which dictionaries in training are used as they will be after it."""
     training = [sae for sae in saes if sae.training]
     for sae in training:
         sae.eval()
@@ -48,7 +48,7 @@ class Exported:
     """A dictionary as it is saved: what computes its latents and reconstructions outside training."""
 
     tensors: Mapping[str, Tensor]
-    """By SAELens's names."""
+    """Tensors by SAELens's names."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The architecture's own, by the names of its `layout`."""
     architecture: str | None = None
@@ -90,7 +90,7 @@ class TokenLosses:
     """The objective's weighted terms of each token alone, those of a penalty included."""
     dead: Bool[Tensor, " d_sae"]
     generator: np.random.Generator
-    """For what is drawn: the same whenever the run comes to this step."""
+    """Generator for random draws: the same whenever the run comes to this step."""
 
 
 class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
@@ -106,7 +106,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
     architecture: ClassVar[str]
     """SAELens's name of the architecture."""
     Config: ClassVar[type[DictionaryConfig]] = DictionaryConfig
-    """Its section of a recipe."""
+    """Section of a recipe."""
     layout: ClassVar[Layout] = Layout()
     """Tensors and settings that it keeps in a file."""
     two_widths: ClassVar[bool] = False
@@ -177,7 +177,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
 
     def within_limit(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
         """Return the rows that count, less those whose norm is above `norm_limit`. A norm that is NaN is above none, so
-        that whoever meets it tells.
+        that the caller meets and reports it.
         """
         return within_norm(x, self.norm_limit, counted)
 
@@ -215,7 +215,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it, what is encoded in training is beside what the step splices, and enters no running statistics."""
+        """Context in which encoding is apart from what the step splices, and enters no running statistics."""
         before, self.counts = self.counts, False
         try:
             yield
@@ -379,7 +379,7 @@ class SAE(ShownDictionary, SplitDictionary, nn.Module, ABC):
 
     @staticmethod
     def of(stored: Stored, device: str | torch.device = "cpu") -> "SAE":
-        """Return the dictionary that a file tells of.
+        """Return the dictionary that a file describes.
 
         Raises:
             FormatError: what it says of the function is none of ours.

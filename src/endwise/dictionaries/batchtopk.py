@@ -184,6 +184,6 @@ class BatchTopKSAE(LinearSAE):
         return sae
 
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
-        """As `LinearSAE.rescale`; the threshold, which all features share, goes with the mean factor."""
+        """Variant of `LinearSAE.rescale`; the threshold, which all features share, goes with the mean factor."""
         super().rescale(factors)
         self.fitted.mul_(factors.double().mean().where(self.fitted >= 0, 1.0))

@@ -70,17 +70,17 @@ class DeadConfig(DictionaryConfig):
     """Target of their prediction: `residual`, all that is left; `gradient`, the part of it along −∂loss/∂x̂ of the
     spliced terms; `objective`, the second where there are spliced terms, the first where there are none."""
     aux_negative: bool = False
-    """True if they take part with pre-activations below 0 too (SAELens), which of ReLU features are most."""
+    """True if they take part with pre-activations below 0 too (SAELens), as most are for ReLU features."""
     revive: NotBelow0 = 0.0
     """Weight of the pre-activation loss, Σ ReLU(θ − z)·‖d‖ / d_in per token, θ what makes a feature active (Anthropic:
     3e-6)."""
     revives: Literal["dead", "all"] = "dead"
-    """Features whose pre-activations it raises: those of dead features (SAELens), or of all (Anthropic)."""
+    """Features whose pre-activations it raises: the dead ones (SAELens), or all (Anthropic)."""
 
     resample_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the steps after which dead features are resampled (Bricken et al. 2023: 0.125, 0.25, 0.375, 0.5)."""
     resample_tokens: Positive = 8192
-    """Latest training tokens among which their new directions are drawn; of more dead features than that, some wait."""
+    """Latest training tokens among which their new directions are drawn; if more are dead, some wait."""
     resample_scale: Annotated[float, Field(gt=0)] = 0.2
     """Norm of their encoders, as a share of the mean of those of the alive."""
 

@@ -105,7 +105,7 @@ class GatedSAE(LinearSAE):
         return values.to(shared.dtype), torch.relu(gate).to(shared.dtype)
 
     def _finished(self, x: Tensor) -> Latents:
-        """As features above thresholds (`as_thresholded`): those whose x·W is above both −b_gate and −b_mag/e^r."""
+        """Encode as thresholded features (`as_thresholded`): those whose x·W is above both −b_gate and −b_mag/e^r."""
         b_gate, scale, b_mag = self._numbers()
         least = torch.maximum(-b_gate, -b_mag / scale)
         sparse = encode_sparse(x, self.encoder, -least, self.sparse_below)

@@ -70,7 +70,7 @@ class JumpReLUConfig(LinearConfig):
     threshold_init: NotBelow0 = 0.1
     """θ at the start, in units of the typical pre-activation."""
     bandwidth: Above0 = 0.5
-    """ε, the width in which a threshold feels pre-activations, in units of the typical pre-activation."""
+    """ε, the width around a threshold in which pre-activations move it, in units of the typical pre-activation."""
     straight_through: Literal["threshold", "both"] = "threshold"
     """Target of the step's gradient: to θ alone (DeepMind), or to pre-activations too (Anthropic)."""
 

@@ -54,7 +54,7 @@ class Latents(Shown, ABC):
 
     @abstractmethod
     def firings(self, mask: Bool[Tensor, "*rows"]) -> Int64[Tensor, " d_sae"]:
-        """In how many rows of the mask each feature is non-zero."""
+        """Count the rows of the mask in which each feature is non-zero."""
 
     @abstractmethod
     def only(self, features: Bool[Tensor, " d_sae"]) -> "Latents":
@@ -123,14 +123,14 @@ def latents_of(values: Latents | Tensor, d_sae: int) -> Latents:
 
 @dataclass(frozen=True, repr=False)
 class SparseLatents(Latents):
-    """None of the values is 0 (but see `NearlySparseLatents`)."""
+    """Latents whose listed values are not 0 (but see `NearlySparseLatents`)."""
 
     values: PerPair
     places: Pairs
     shape: tuple[int, ...]
     """Shape of the rows, less the axis of features."""
     norms: Float[Tensor, " d_sae"] | None = field(default=None, kw_only=True)
-    """As of dense ones."""
+    """Norms as in dense latents."""
 
     def dense(self) -> Float[Tensor, "*rows d_sae"]:
         flat = self.places.rows * self.places.n_features + self.places.features
@@ -271,7 +271,7 @@ def kept_values(
     found: Found,
     kept: Bool[Tensor, " pairs"],
 ) -> SparseLatents:
-    """As `sparse_values`, with some of the places alone; in slots the others are 0."""
+    """Variant of `sparse_values` with some of the places alone; in slots the others are 0."""
     if found.pairs.pads is None:
         return sparse_values(x, weight, bias, found.where(kept))
     return sparse_values(x, weight, bias, found).where(kept)

@@ -20,7 +20,7 @@ from endwise.dictionaries.latents import Latents, SparseLatents, decode_sparse, 
 from endwise.formats import Layout
 
 NORM_FLOOR = 1e-12
-"""As in `torch.nn.functional.normalize`."""
+"""Least norm, as in `torch.nn.functional.normalize`."""
 FITTED_ON = 16_384
 """Tokens that the threshold of what is taken over is fitted to."""
 FITTED_ROWS, FITTED_ELEMENTS = 512, 1 << 23
@@ -48,7 +48,7 @@ class LinearConfig(DeadConfig):
     `constant_norm_rescale` divide each token by its own deviation or norm (kept in the file); `centred` takes out each
     token's mean, as of SAEs of TransformerLens's processed models."""
     skip: bool = False
-    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused of SAEs."""
+    """A linear path `x·W_skipᵀ` beside the features, 0 at the start: for transcoders, and refused for SAEs."""
 
 
 class LinearSAE(SAE):
@@ -178,7 +178,7 @@ class LinearSAE(SAE):
     def decode_by(
         self, latents: Latents, decoder: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
     ) -> Float[Tensor, "*rows d_out"]:
-        """As `decode`, by the weights given, of which `decoder` is normalised where the dictionary's is."""
+        """Variant of `decode` by the weights given, of which `decoder` is normalised where the dictionary's is."""
         if (sparse := latents.pairs()) is not None:
             norms = decoder.detach().norm(dim=-1).clamp_min(NORM_FLOOR) if self.unit_norm else None
             return decode_sparse(sparse, decoder, b_dec, norms)

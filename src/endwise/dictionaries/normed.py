@@ -224,7 +224,7 @@ class Fitted(Norm):
         return other
 
     def exported(self, inside: Exported, layout: Layout) -> Exported:
-        """With A and m what is read goes through, B⁻¹ and n what is written, and S the skip connection:
+        """Fold the norm. With A and m what is read goes through, B⁻¹ and n what is written, and S the skip connection:
         W_enc ← A·W_enc, each bias b ← b − m·A·W_enc, W_dec ← W_dec·B, b_dec ← b_dec·B + n, Sᵀ ← A·Sᵀ·B.
         """
         tensors, read, out = dict(inside.tensors), self.read, self.written.inverse

@@ -102,12 +102,12 @@ class ShardedSAE(SAE):
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in own"]:
-        """As `SAE.W_enc`, of this process's features."""
+        """Variant of `SAE.W_enc` for this process's features."""
         return self.part.W_enc
 
     @property
     def W_dec(self) -> Float[Tensor, "own d_out"]:
-        """As `SAE.W_dec`, of this process's features."""
+        """Variant of `SAE.W_dec` for this process's features."""
         return self.part.W_dec
 
     def encode(self, x: Float[Tensor, "*rows d_in"], counted: Bool[Tensor, "*rows"] | None = None) -> Latents:
@@ -171,7 +171,7 @@ class ShardedSAE(SAE):
         self.part.after_step()
 
     def export(self) -> Exported:
-        """As `SAE.export`, in the first of the shards, all of which must call it; in the others it is of none."""
+        """Variant of `SAE.export` in the first shard; all must call it, and in the others it is empty."""
         of_features, whole = set(map(id, self.per_feature())), dict[str, Tensor]()
         for name, parameter in self.named_parameters():
             pieces = self.world.shards.to_first(parameter) if id(parameter) in of_features else None

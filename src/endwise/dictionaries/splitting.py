@@ -42,7 +42,7 @@ class SplitDictionary:
         return own
 
     def part_for(self, world: World) -> Any:
-        """As `split`, of what can be."""
+        """Variant of `split` for what can be."""
         from endwise.dictionaries.shards import ShardedSAE  # which is an SAE
 
         whole: Any = self

@@ -95,12 +95,12 @@ class TopKSAE(LinearSAE):
         return {**super().section(), "k": self.k.k, "decoder_norm": "unit" if self._norms_alike() else "free"}
 
     def _norms_alike(self) -> bool:
-        """Tell if unit norms would choose the same features."""
+        """Return whether unit norms would choose the same features."""
         norms = self.decoder_norms().detach()
         return float(norms.max() - norms.min()) <= SAME_NORM * float(norms.max())
 
     def to_train(self, config: Any) -> "LinearSAE":
-        """As `LinearSAE.to_train`, with the k of the recipe.
+        """Variant of `LinearSAE.to_train` with the k of the recipe.
 
         Raises:
             ConfigError: directions differ in norm, so that unit norms would change what is chosen.

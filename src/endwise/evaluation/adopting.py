@@ -19,7 +19,7 @@ from endwise.config.places import Recipe
 from endwise.config.run import DataConfig, EvaluationConfig, ModelConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.inspecting import Inspected, belonging, inspect, kept, text_for
-from endwise.evaluation.provenance import beginning, described, tell
+from endwise.evaluation.provenance import beginning, described, report_once
 from endwise.formats import Stored, format_at, here, located, on_hub, processing_remark
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
@@ -102,17 +102,17 @@ def adopt(
 
 
 def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name: str | None = None) -> Path:
-    """As `adopt`."""
+    """See `adopt`."""
     path, belongs = expanded(path), belongs.from_anywhere()
-    said = str(path.absolute()) if on_hub(path) is None else shown(path)
+    origin = str(path.absolute()) if on_hub(path) is None else shown(path)
     if RunFolder(path).has_run():
         raise ConfigError(f"{path} is a run folder already. Give it as it is.")
     if path.name == "sae" and RunFolder(path.parent).has_run():
         raise ConfigError(f"{path} is the SAE of the run {path.parent}. Give that.")
-    digest, own = digest_of(path), name or "/".join(Path(said).parts[-2:])
-    folder = out or cache_folder() / "adopted" / belongs.key(said, digest) / re.sub(r"[^\w.-]+", "_", own)[-80:]
+    digest, own = digest_of(path), name or "/".join(Path(origin).parts[-2:])
+    folder = out or cache_folder() / "adopted" / belongs.key(origin, digest) / re.sub(r"[^\w.-]+", "_", own)[-80:]
     if out is None and RunFolder(folder).has_run():
-        tell(f"{shown(path)}: no run folder of endwise's; it was adopted as {folder}")
+        report_once(f"{shown(path)}: not a run folder of endwise; it was adopted as {folder}")
         return folder
     RunFolder(folder).check_free()
     check_can_write(folder)
@@ -122,7 +122,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
         if on_hub(path) is not None:
             RunFolder(path).check_exists()  # which says how to bring a run of ours here
         raise ConfigError(
-            f"{path} is the SAE of a run, whose recipe is not beside it. Say on which text to measure it (--data), or "
+            f"{path} is the SAE of a run, whose recipe is not beside it. Name the text to measure it on (--data), or "
             "give the run folder."
         )
     if belongs.data is not None:  # what is wrong with the text is known before weights are read
@@ -142,7 +142,7 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
         "evaluation": evaluation,
         "adopted": {
             "name": own,
-            "path": said,
+            "path": origin,
             "format": found.format_name,
             "digest": digest,
             "rule": stored.rule(SAE.layouts()[stored.architecture]),
@@ -151,19 +151,19 @@ def adopted(path: str | Path, belongs: Belonging, out: Path | None = None, name:
             "remarks": [*_standing(found, stored), *(each for each in (remark, _other_model(stated, model)) if each)],
         },
     }
-    config = AdoptedConfig.build(values, f"what {shown(path)} says of itself")
+    config = AdoptedConfig.build(values, f"the metadata of {shown(path)}")
     _write(folder, config, sae, kept(stored.metadata), model, corpora)
-    tell(
-        f"{shown(path)}: no run folder of endwise's; adopted as {folder}: {config.objective_name}, "
+    report_once(
+        f"{shown(path)}: not a run folder of endwise; adopted as {folder}: {config.objective_name}, "
         f"{found.sae.d_sae:,} features at {place} of {model.name}"
     )
     for remark in config.adopted.remarks:
-        tell(f"! {shown(path)}: {remark}")
+        report_once(f"! {shown(path)}: {remark}")
     return folder
 
 
 def is_no_run(path: str | Path) -> bool:
-    """Tell if it is an SAE, by its path or its name (`formats.naming`), or a file that should be one, and no run.
+    """True if it is an SAE, by its path or its name (`formats.naming`), or a file that should be one, and no run.
 
     Raises:
         HubError: see `naming.on_hub`.
@@ -207,13 +207,13 @@ def model_for(found: Inspected, belongs: Belonging) -> tuple[ModelConfig, Langua
         return section, load_model(**section.model_dump())
     stated = found.stored.metadata.get("model_name")
     if not isinstance(stated, str):
-        raise ConfigError(f"{found.name} is no run, and does not say which model it is of. Give it with --model.")
+        raise ConfigError(f"{found.name} is not a run, and names no model. Give one with --model.")
     try:
         section = ModelConfig.build({"name": stated}, "the model")
         return section, load_model(**section.model_dump())
     except EndwiseError as error:
         raise ModelError(
-            f"{found.name} says that it is of the model {stated!r:.200}, which cannot be loaded "
+            f"{found.name} names the model {stated!r:.200}, which cannot be loaded "
             f"({' '.join(str(error).split()):.300}). Give the model with --model."
         ) from None
 
@@ -223,7 +223,7 @@ def _text(found: Inspected, model: LanguageModel, belongs: Belonging) -> tuple[D
     if belongs.data is not None:
         return text_for(found, model, belongs.data, belongs.context)
     if belongs.like is None:
-        raise ConfigError(f"{found.name} is no run, and says no text to measure it on. Give one with --data.")
+        raise ConfigError(f"{found.name} is not a run, and names no text to measure it on. Give one with --data.")
     return belongs.like.data, None
 
 
@@ -246,10 +246,10 @@ def _standing(found: Inspected, stored: Stored) -> list[str]:
 
 
 def _other_model(stated: object, model: LanguageModel) -> str | None:
-    """Tell of a file that names another model than it is read with."""
+    """Remark on a file that names another model than it is read with."""
     if not isinstance(stated, str) or stated.rpartition("/")[2].lower() in model.name.lower():
         return None
-    return f"It says that it is of the model {stated[:LONGEST]}, and is read with {model.name}."
+    return f"It names the model {stated[:LONGEST]}, but is read with {model.name}."
 
 
 def _write(

@@ -27,7 +27,7 @@ from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.dictionaries import SAE
 from endwise.evaluation.finished import load_sae, named, sharing_groups
 from endwise.evaluation.measure import Evaluation, Sums, measure
-from endwise.evaluation.provenance import corpora_of_runs, model_of, tell
+from endwise.evaluation.provenance import corpora_of_runs, model_of, report_once
 from endwise.evaluation.together import measure_together
 from endwise.models.language_model import LanguageModel
 from endwise.runs.finding import Paths, trained_runs
@@ -99,7 +99,7 @@ def _mirror(folder: RunFolder, config: Recipe, record: dict[str, Any]) -> None:
     try:
         mirror = Mirror.named(config.trackers)
     except ConfigError as error:
-        tell(str(error))
+        report_once(str(error))
         return
     with mirror:
         mirror.started(config, folder.path, None)
@@ -116,7 +116,7 @@ def read_sums(path: Path) -> Sums:
 
 
 def read_firings(path: Path) -> NDArray[np.int64]:
-    """On how many held-out tokens (`tokens` in `evaluation.json`) each feature of an evaluated run fired, `[d_sae]`.
+    """Read the number of held-out tokens (of `tokens` in `evaluation.json`) at which each feature fired, `[d_sae]`.
 
     Raises:
         FormatError: it has none, or they cannot be read.
@@ -172,8 +172,8 @@ def _evaluate_group(
         measured = measure(model, saes, heldout, settings, prefixes=prefixes, world=world)
     except DataError as error:
         raise DataError(f"{', '.join(saes)} cannot be measured: {error}") from None
-    told = {path: {"adopted": config.facts} for path, config in configs.items() if isinstance(config, AdoptedConfig)}
-    return {path: _with_course(measured[str(path)], RunFolder(path), told.get(path, {})) for path in configs}
+    adopted = {path: {"adopted": config.facts} for path, config in configs.items() if isinstance(config, AdoptedConfig)}
+    return {path: _with_course(measured[str(path)], RunFolder(path), adopted.get(path, {})) for path in configs}
 
 
 def _evaluate_together(
@@ -215,5 +215,5 @@ def _loaded(
         return model, corpora.heldout, {path: load_sae(path, config, model) for path, config in configs.items()}
 
 
-def _with_course(evaluation: Evaluation, folder: RunFolder, told: Mapping[str, Any] | None = None) -> Evaluation:
-    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course(), **(told or {})})
+def _with_course(evaluation: Evaluation, folder: RunFolder, further: Mapping[str, Any] | None = None) -> Evaluation:
+    return replace(evaluation, facts={**evaluation.facts, "loss": folder.course(), **(further or {})})

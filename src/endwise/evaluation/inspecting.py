@@ -88,7 +88,7 @@ class Inspected:
         sae, of = self.sae, self.stored.metadata
         widths = f"width {sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} to {sae.d_out}"
         kind = "transcoder" if self.stored.transcodes else "SAE"
-        belongs = f"{self.place or 'not said':.160} of {of.get('model_name', 'a model that is not said')!s:.80}"
+        belongs = f"{self.place or 'unknown':.160} of {of.get('model_name', 'an unknown model')!s:.80}"
         about = [f"{name} {of[name]!s:.80}" for name in ("context_size", "prepend_bos", "hf_hook_name") if name in of]
         stated = [] if self.stated_l0 is None else [f"states: L0 {self.stated_l0:g}"]
         return [
@@ -101,7 +101,7 @@ class Inspected:
 
 
 def inspect(path: str | Path) -> Inspected:
-    """Read an SAE in any format, and tell by which rule.
+    """Read an SAE in any format, and return the rule by which it was read.
 
     Raises:
         FormatError, HubError: see `SAE.load`.
@@ -111,11 +111,11 @@ def inspect(path: str | Path) -> Inspected:
     form, place = located(here(path).path)
     if not there_is(form.weights(place)):
         refuse_several(path)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stored = stored_at(path, SAE.layouts())
     layout = SAE.layouts()[stored.architecture]
-    remarks = tuple(dict.fromkeys(str(each.message) for each in said if each.category is UserWarning))
+    remarks = tuple(dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning))
     return Inspected(shown(path), form.name, form.weights(place), stored, stored.rule(layout), SAE.of(stored), remarks)
 
 
@@ -127,7 +127,7 @@ def belonging(found: Inspected, model: LanguageModel, site: str | None = None) -
         site: the place, where the file says none or another is meant.
 
     Raises:
-        ConfigError: no place is said.
+        ConfigError: no place is given.
         SiteError: the model has no such site, or one of another width.
         FormatError: see `Stored.with_value_bias`.
     """
@@ -168,12 +168,12 @@ def text_for(
         context: tokens per sequence, instead.
     """
     has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
-    told = f"It was trained on text that begins with BOS, which {model.name} has none of."
+    lacks_bos = f"It was trained on text that begins with BOS, but {model.name} has no BOS."
     stated = found.stored.metadata.get("context_size")
     if context is None and type(stated) is int and stated > 0:
         context = min(stated, model.context or stated)
     values = {"source": source, "context": context, "prepend_bos": found.bos and has_bos}
-    return DataConfig.build(values, source="the options"), told if found.bos and not has_bos else None
+    return DataConfig.build(values, source="the options"), lacks_bos if found.bos and not has_bos else None
 
 
 def measured(
@@ -205,15 +205,15 @@ def verdict(found: Inspected, evaluation: Evaluation) -> list[str]:
     bounds, remedy = evaluation.baselines, "Check the model, the site and the text, and do not use this reading."
     if evaluation["explained_variance.pooled"] <= 0:
         raise FormatError(
-            f"{path}: read as it says, it explains {evaluation['explained_variance.pooled']:.3f} of the variance at "
-            f"{evaluation.place}, less than the mean does. {remedy}"
+            f"{path}: read as its file says, it explains {evaluation['explained_variance.pooled']:.3f} of the variance "
+            f"at {evaluation.place}, less than the mean does. {remedy}"
         )
     if stated is not None and not 1 / TOO_FAR < max(l0, 1e-9) / stated < TOO_FAR:
         raise FormatError(f"{path}: L0 is {l0:.1f} where {stated:g} is stated. {remedy}")
-    told = [] if (said := not_as_stated({"l0": l0, "adopted": {"stated_l0": stated}})) is None else [said]
+    remarks = [] if (remark := not_as_stated({"l0": l0, "adopted": {"stated_l0": stated}})) is None else [remark]
     if evaluation["ce_spliced"] > bounds.mean_ablated:
-        told.append("Spliced in, it costs more than the site's mean would: the place may be another.")
-    return told
+        remarks.append("Spliced in, it does worse than the site's mean: the place may be wrong.")
+    return remarks
 
 
 def convert(path: str | Path, target: str | Path, format_name: str) -> float:
@@ -227,7 +227,7 @@ def convert(path: str | Path, target: str | Path, format_name: str) -> float:
     form, target = FORMATS[format_name], expanded(target)
     if not form.writes:
         writing = ", ".join(name for name in FORMATS.names() if FORMATS[name].writes)
-        raise ConfigError(f"{format_name} is read and not written. Written are {writing}.")
+        raise ConfigError(f"{format_name} can be read but not written. Written are {writing}.")
     if form.weights(target).exists():
         raise ConfigError(f"{form.weights(target)} is there already. Name another place to write to.")
     found = inspect(path)
@@ -255,8 +255,8 @@ def written(sae: SAE, target: Path, metadata: Mapping[str, Any], format_name: st
     )
     if not apart < SAME:
         raise FormatError(
-            f"{target}: read back, latents or outputs are {apart:.2g} of their root mean square apart from those that "
-            "were to be written. Do not use it."
+            f"{target}: read back, latents or outputs differ from the original's by {apart:.2g} of their root mean "
+            "square. Do not use it."
         )
     return apart
 

@@ -55,10 +55,10 @@ class Evaluation(Shown):
     site: Site
     d_sae: int
     firings: NDArray[np.int64] = field(repr=False)
-    """On how many of the `tokens` tokens each feature is non-zero, `[d_sae]`."""
+    """Number of the `tokens` tokens at which each feature is non-zero, `[d_sae]`."""
     tokens: int
     metrics: dict[str, Interval]
-    """By the names of `METRICS`, and `<metric>.<site>` for the `DOWNSTREAM` ones."""
+    """Intervals by the names of `METRICS`, and `<metric>.<site>` for the `DOWNSTREAM` ones."""
     baselines: Baselines
     sums: Sums = field(repr=False)
     text: str | None = None

@@ -82,7 +82,7 @@ def check_resumed(folder: RunFolder, config: Recipe, now: Mapping[str, Any], cor
     parts = [part for part in PARTS if part in now]
     _check(folder.path, config, {part: now[part] for part in parts}, corpora, parts)
     if folder.digests() or folder.saved_steps():  # else it was killed at its start, and nothing is resumed
-        tell_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
+        report_unknown({folder.path: _unknown(folder, {part: now[part] for part in parts if part not in TEXTS})})
 
 
 def check_start(config: RunConfig) -> None:
@@ -115,7 +115,7 @@ def model_of(runs: Runs, model: LanguageModel | None = None) -> LanguageModel:
         now = as_recorded(folder, model, stands_on)
         _check(each, runs[each], now, None, list(now))
         unknown[each] = _unknown(folder, now) + ([] if "sae" in folder.digests() else ["SAE"])
-    tell_unknown(unknown)
+    report_unknown(unknown)
     return model
 
 
@@ -140,10 +140,10 @@ def corpora_of_runs(
 
     Args:
         model: `model_of` the runs.
-        corpora: loaded ones to use instead; that they are not what a run was started on is said, and what is measured
+        corpora: loaded ones to use instead; if a run was started on others, this is reported, and what is measured
             on them finds by their digest.
         evaluation_tokens, training_tokens: how much is wanted; of the latter, no less than was trained on is there.
-        side: what will be read. That the other one has changed is said.
+        side: what will be read. A change of the other one is reported.
 
     Raises:
         RunFolderError: it is not the text that a run was started on.
@@ -166,7 +166,7 @@ def corpora_of_runs(
 def check_texts(runs: Runs, corpora: Corpora, refused: Sequence[Side]) -> None:
     """
     Args:
-        refused: sides that must be what the runs were started on; of the others it is said if they are not.
+        refused: sides that must be what the runs were started on; changes of the others are reported.
 
     Raises:
         RunFolderError: they are not.
@@ -209,13 +209,13 @@ def _check(path: Path, config: Recipe, now: Mapping[str, Any], corpora: Corpora 
             same = _same(record.get(part), now[part])
         if same is not False:
             continue
-        told = f"{path} was started on other {PARTS[part]} than {_place(part, config, corpus)} now."
+        message = f"{path} was started on other {PARTS[part]} than {_place(part, config, corpus)} now."
         if part not in refused:
-            tell(told)
+            report_once(message)
             continue
         another = f"remove {path}, and adopt again" if isinstance(config, AdoptedConfig) else "start a new run"
         raise RunFolderError(
-            f"{told} Restore what the run was started on, or {another}.{_relative(path, config, there=True)}"
+            f"{message} Restore what the run was started on, or {another}.{_relative(path, config, there=True)}"
         )
 
 
@@ -226,7 +226,7 @@ def _place(part: str, config: Recipe, corpus: Corpus | None) -> str:
 
 
 def _same(before: object, now: object) -> bool | None:
-    """None where it is not known: there is no digest, or they are made of different things (`weights_digest`)."""
+    """Compare digests; None where one is missing, or they are made of different things (`weights_digest`)."""
     if not isinstance(before, str) or not isinstance(now, str):
         return None
     words = [digest.partition(":")[0] for digest in (before, now) if ":" in digest]
@@ -234,7 +234,7 @@ def _same(before: object, now: object) -> bool | None:
 
 
 def _same_text(folder: RunFolder, side: str, corpus: Corpus, grows: bool) -> bool | None:
-    """Tell if a corpus is the one that the run was started on; one that is read as far as needed may be longer or
+    """True if a corpus is the one that the run was started on; one that is read as far as needed may be longer or
     shorter.
     """
     fingerprint, before = folder.fingerprint(side), folder.digests().get(side)
@@ -254,26 +254,25 @@ def _unknown(folder: RunFolder, now: Mapping[str, Any]) -> list[str]:
     return [PARTS[part] for part in now if now[part] is not None and _same(record.get(part), now[part]) is None]
 
 
-def tell_unknown(unknown: Mapping[Path, list[str]]) -> None:
+def report_unknown(unknown: Mapping[Path, list[str]]) -> None:
     """One line for all runs whose folders do not hold what could be compared."""
     runs = [str(path) for path, parts in unknown.items() if parts]
     if not runs:
         return
     parts = dict.fromkeys(part for found in unknown.values() for part in found)
     which = f"{len(runs)} runs ({runs[0]}, …)" if len(runs) > 1 else runs[0]
-    tell(
-        f"{which}: no digest to compare of {', '.join(parts)}, so whether that is still what the run was made with "
-        "cannot be checked."
+    report_once(
+        f"{which}: no digest to compare of {', '.join(parts)}, so a change since the run was made cannot be noticed."
     )
 
 
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
-def tell(line: str) -> None:
+def report_once(line: str) -> None:
     """A line on stderr, once."""
-    if line not in _told and is_first_process():
-        _told.add(line)
+    if line not in _reported and is_first_process():
+        _reported.add(line)
         print(printable(line), file=sys.stderr, flush=True)
 
 
@@ -310,11 +309,11 @@ def _relative(path: Path, config: Recipe, *, there: bool) -> str:
         known = True
     if started == here or not RunFolder(path).has_run():
         return ""
-    said = [f"{key} ({name})" for key, name in relative.items() if (there and known) or not there_is(Path(str(name)))]
-    if not said:
+    named = [f"{key} ({name})" for key, name in relative.items() if (there and known) or not there_is(Path(str(name)))]
+    if not named:
         return ""
-    where = f"The run was started in {started}" if known else "Where the run was started is not known"
-    verb = "is a relative path" if len(said) == 1 else "are relative paths"
+    where = f"The run was started in {started}" if known else "The folder where the run was started is unknown"
+    verb = "is a relative path" if len(named) == 1 else "are relative paths"
     if not known:
-        verb = "may be a relative path" if len(said) == 1 else "may be relative paths"
-    return f" {' and '.join(said)} {verb}, looked for in {here}. {where}; run the command there."
+        verb = "may be a relative path" if len(named) == 1 else "may be relative paths"
+    return f" {' and '.join(named)} {verb}, looked for in {here}. {where}; run the command there."

@@ -48,16 +48,16 @@ class RunSummary:
     explained_variance: float
     """Per token, as the reference code has it: mean of 1 − ‖error‖² / ‖a − mean‖²."""
     downstream_mse: Mapping[str, float]
-    """By later site, in the order of the model."""
+    """Errors by later site, in the order of the model."""
     tokens: int
-    """Training tokens; 0: trained elsewhere, for how long is not known."""
+    """Training tokens; 0: trained elsewhere, training length unknown."""
     seconds: float
     """Wall-clock of training."""
     folder: str
     explained_variances: Mapping[str, float] = field(default_factory=dict)
     """Every form of it: per_token, pooled, and both after LayerNorm."""
     downstream_cosine: Mapping[str, float] = field(default_factory=dict)
-    """By later site; empty for a run that was measured before this was."""
+    """Cosines by later site; empty for a run that was measured before this was."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap intervals by metric."""
     data_seed: int = 0
@@ -101,7 +101,7 @@ class RunSummary:
             return cls._from(config, measured, method=method_of(path, config), folder=str(path), **more)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
-                f"{folder.evaluation_file} is not as it is written ({error!r}). Measure the run again: "
+                f"{folder.evaluation_file} is not a valid evaluation ({error!r}). Measure the run again: "
                 f"endwise evaluate {shlex.quote(str(path))}"
             ) from None
 
@@ -113,7 +113,7 @@ class RunSummary:
             more: the fields that are not of it.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not as it is written.
+            KeyError, TypeError, ValueError: it is not a valid evaluation.
         """
         named = ("l0", "alive", "alive_tokens", "d_sae", "ce_increase", "kl", "downstream_mse")
         explained = measured["explained_variance"] if isinstance(config, RunConfig) else {}
@@ -144,7 +144,7 @@ class RunSummary:
         """True if its training is known: seeds, tokens, learning rate."""
         return self.tokens > 0
 
-    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def known(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row of a table on it without what is not known of its training."""
         unknown = () if self.trained_here else ("seed", "data_seed", "training_tokens")
         return {name: None if name in unknown else value for name, value in row.items()}
@@ -171,8 +171,8 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Every field but the per-sequence sums."""
-        told = {"kind": self.method.key, "label": self.method.label, "site": self.site, **self.knob.columns}
-        record = told | {name: value for name, value in vars(self).items() if name not in ("sums", "knob")}
+        shown = {"kind": self.method.key, "label": self.method.label, "site": self.site, **self.knob.columns}
+        record = shown | {name: value for name, value in vars(self).items() if name not in ("sums", "knob")}
         record["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         record["remarks"] = list(self.remarks)
         record["method"] = dict(self.method.content)
@@ -249,9 +249,9 @@ def resampled(run: RunSummary, metrics: set[str], resamples: int, seed: int) -> 
 
 def other_text(runs: Sequence[RunSummary]) -> str | None:
     """Say why the runs' numbers cannot be compared, if they were measured on different text, as far as is known."""
-    for told in ([run.text for run in runs], [run.heldout for run in runs]):
-        if None not in told:
-            return "the runs were measured on different held-out text" if len(set(told)) > 1 else None
+    for texts in ([run.text for run in runs], [run.heldout for run in runs]):
+        if None not in texts:
+            return "the runs were measured on different held-out text" if len(set(texts)) > 1 else None
     return None
 
 
@@ -271,5 +271,5 @@ def unpaired(runs: Sequence[RunSummary], names: set[str] | None = None) -> str |
 
 
 def _prefixes(l0: Mapping[str, float], ce_increase: Mapping[str, float]) -> dict[int, tuple[float, float]]:
-    """By number of features, ascending."""
+    """Read L0 and CE increase by number of features, ascending."""
     return {length: (l0[str(length)], ce_increase[str(length)]) for length in sorted(map(int, l0))}

@@ -50,7 +50,7 @@ class CallStats:
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    """As the server counted, of the calls over the network."""
+    """Tokens as the server counted them, of the calls over the network."""
 
     def __add__(self, other: "CallStats") -> "CallStats":
         counts = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "last_failure"}
@@ -125,11 +125,11 @@ class Asking:
             Explanation(feature, text, settings.model, settings.scorer, scores.get(feature, {}), random.get(feature))
             for feature, text in sorted(texts.items())
         )
-        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation could be had")
+        unread = dict.fromkeys(sorted(samples.keys() - texts.keys()), "no explanation was obtained")
         return Explained(rows, {**self.prepared.left_out, **unread})
 
     def _shuffled(self, features: Sequence[int]) -> dict[int, int]:
-        """For each feature another, in one round, so that none is left with its own."""
+        """Draw for each feature another, in one round, so that none is left with its own."""
         if not self.settings.shuffled or len(features) < 2:
             return {}
         order = numpy_stream(self.settings.seed, "shuffled explanations").permutation(sorted(features)).tolist()
@@ -147,7 +147,7 @@ class Asking:
         return await self._answered(self.settings.model, prompt, stand_in, read_explanation)
 
     async def _scores(self, jobs: Mapping[tuple[str, int], tuple[ScoringSample, str]]) -> dict[int, dict[str, Score]]:
-        """By feature, then by scorer and control."""
+        """Collect scores by feature, then by scorer and control."""
         keys = [(name, control, feature) for name in self.settings.scorers for control, feature in jobs]
         found = await _together(
             [self._in_turn(self._score, SCORERS[name], *jobs[control, each]) for name, control, each in keys]

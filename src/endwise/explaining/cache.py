@@ -27,7 +27,7 @@ class Answer:
 
     text: str
     tokens_in: int | None = None
-    """As the server counted them; None where it does not say."""
+    """Tokens as the server counted them; None where it does not say."""
     tokens_out: int | None = None
 
 
@@ -55,7 +55,7 @@ class Cache:
         return None if row is None else Answer(*row)
 
     def put(self, key: str, answer: Answer) -> None:
-        """On the disk when this returns.
+        """Keep an answer, on the disk when this returns.
 
         Raises:
             RunFolderError: it cannot be written.
@@ -78,14 +78,14 @@ def opened(folder: Path) -> Iterator[Cache]:
         RunFolderError: another process explains there, or it cannot be written.
         FormatError: the file is damaged.
     """
-    taken = f"Another process explains in {folder}. Wait for its end, or stop it."
+    taken = f"Another process explains in {folder}. Wait for it to finish, or stop it."
     with held(folder / ".lock", taken), _connected(folder / ANSWERS_FILE) as cache:
         yield cache
 
 
 @contextmanager
 def in_memory() -> Iterator[Cache]:
-    """None yet, and none that stay."""
+    """Open an empty store in memory, which is not kept."""
     with _connected(Path(":memory:")) as cache:
         yield cache
 
@@ -130,7 +130,7 @@ _NUMBERS = {
 
 
 def _of_the_system(error: sqlite3.Error) -> OSError:
-    """As the system's error that SQLite met; it keeps the number to itself, but says of which kind it was."""
+    """Return the system's error that SQLite met; it hides the number, but names the kind of error."""
     number = _NUMBERS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
     return OSError(str(error)) if number is None else OSError(number, str(error))
 

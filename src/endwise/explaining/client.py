@@ -66,7 +66,7 @@ def retry_after(header: str | None) -> float:
 
 LONGEST_WAIT = 900.0
 """Seconds of a `Retry-After` that are waited."""
-TOLD = 300
+LONGEST_QUOTE = 300
 """Characters of a server's own words in an error."""
 _RESUMES = "Explaining again resumes from here."
 
@@ -121,7 +121,7 @@ class Client(httpx.AsyncBaseTransport):
                 if self._failed_in_a_row >= self._retry.give_up:
                     raise EndpointError(
                         f"{self._endpoint.url} does not answer: the last {self._failed_in_a_row} calls failed "
-                        f"{self._retry.attempts} times each, the last one because {error.__cause__}. See to the "
+                        f"{self._retry.attempts} times each, the last one because {error.__cause__}. Check the "
                         f"server, or raise --timeout or lower --concurrency. {_RESUMES}"
                     ) from None
                 return None
@@ -157,8 +157,8 @@ class Client(httpx.AsyncBaseTransport):
         except TimeoutError:
             raise httpx.RequestError(f"no answer came within {self._retry.timeout:g} s (--timeout)") from None
         except httpx.RequestError as error:
-            told = self._told(str(error)) or "the connection broke"
-            raise httpx.RequestError(f"of {type(error).__name__}: {told}") from None
+            quoted = self._quote(str(error)) or "the connection broke"
+            raise httpx.RequestError(f"of {type(error).__name__}: {quoted}") from None
         if response.status_code != 200:
             return httpx.Response(200, extensions={"found": self._refused(response, bytes(body))})
         if len(body) > self._retry.largest_answer:
@@ -167,23 +167,23 @@ class Client(httpx.AsyncBaseTransport):
 
     def _refused(self, response: httpx.Response, body: bytes) -> EndpointError:
         """Say what a status other than 200 means; raised where it may pass."""
-        status, url, told = response.status_code, self._endpoint.url, self._told(_message(body))
+        status, url, quoted = response.status_code, self._endpoint.url, self._quote(_message(body))
         if status in (408, 409, 425, 429) or status >= 500:
             wait = retry_after(response.headers.get("Retry-After"))
             if b"insufficient_quota" in body:  # a 429 which no waiting helps
-                return EndpointError(f"{url} says that the account is spent: {told} {_RESUMES}")
+                return EndpointError(f"{url} says that the account is spent: {quoted} {_RESUMES}")
             if wait > LONGEST_WAIT:
                 return EndpointError(
-                    f"{url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Come back then. {_RESUMES}"
+                    f"{url} asks to wait {wait:,.0f} s, more than {LONGEST_WAIT:,.0f}. Try again then. {_RESUMES}"
                 )
             self._pace.pause(wait)
-            raise httpx.RequestError(f"the server said {status}: {told}")
+            raise httpx.RequestError(f"the server said {status}: {quoted}")
         if 300 <= status < 400:
             return EndpointError(
-                f"{url} sends on to {self._told(response.headers.get('Location', 'nowhere'))}, which is not followed: "
-                "a key must not go to a host that was not named. Give that address as --endpoint if it is right."
+                f"{url} redirects to {self._quote(response.headers.get('Location', 'nowhere'))}, which is not "
+                "followed: a key must not go to a host that was not named. Give that address as --endpoint if right."
             )
-        return EndpointError(f"{url} refused the call ({status}: {told}) {self._remedy(status)}")
+        return EndpointError(f"{url} refused the call ({status}: {quoted}) {self._remedy(status)}")
 
     def _remedy(self, status: int) -> str:
         if status in (401, 403):
@@ -191,13 +191,13 @@ class Client(httpx.AsyncBaseTransport):
                 return "Name the environment variable that holds the key: --key-variable NAME."
             return f"Put a key that it accepts into the environment variable {self._endpoint.key_variable}."
         if status == 404:
-            return "Check --endpoint (it mostly ends in /v1) and --model, a name that this server has."
+            return "Check --endpoint (it usually ends in /v1) and --model, a name that this server has."
         if status == 402:
             return f"The account is spent. {_RESUMES}"
         return f"Change what it names: --model, --max-tokens, --extra, or --shown for shorter prompts. {_RESUMES}"
 
-    def _told(self, text: str) -> str:
-        return printable(" ".join(self._endpoint.hidden(text).split()))[:TOLD]
+    def _quote(self, text: str) -> str:
+        return printable(" ".join(self._endpoint.hidden(text).split()))[:LONGEST_QUOTE]
 
 
 @cache
@@ -220,7 +220,7 @@ def _read(body: bytes | bytearray) -> Answer:
         value = json.loads(body)
         text = storable(value["choices"][0]["message"]["content"])
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise httpx.RequestError("the answer is no JSON with a text at choices[0].message.content") from None
+        raise httpx.RequestError("the answer is not JSON with a text at choices[0].message.content") from None
     usage = value["usage"] if isinstance(value.get("usage"), dict) else {}
     tokens = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
     return Answer(text, *(count if isinstance(count, int) and 0 <= count < 1 << 40 else None for count in tokens))
@@ -234,4 +234,4 @@ def _message(body: bytes) -> str:
         text = text if isinstance(text, str) else text["message"]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         text = None
-    return text if isinstance(text, str) else body[: 4 * TOLD].decode("utf-8", "replace")
+    return text if isinstance(text, str) else body[: 4 * LONGEST_QUOTE].decode("utf-8", "replace")

@@ -24,7 +24,7 @@ class Endpoint:
 
     @property
     def is_local(self) -> bool:
-        """On this machine."""
+        """True if it is on this machine."""
         return _is_loopback(urlsplit(self.url).hostname or "")
 
     @property
@@ -51,7 +51,7 @@ def find_endpoint(address: str, key_variable: str | None = None) -> Endpoint:
         host = parts.hostname
         _ = parts.port
     except ValueError as error:
-        raise ConfigError(f"--endpoint {address!r:.200} is no address ({error}). {_EXAMPLE}") from None
+        raise ConfigError(f"--endpoint {address!r:.200} is not an address ({error}). {_EXAMPLE}") from None
     if parts.username or parts.password:
         raise ConfigError(
             "--endpoint must not hold a user or a password. Put the key into an environment variable and "
@@ -82,7 +82,7 @@ def _key(variable: str) -> str:
     if not key:
         raise ConfigError(f"The environment variable {variable} holds no key. Set it, or leave out --key-variable.")
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"The environment variable {variable} holds what no key is: blanks, or other than ASCII.")
+        raise ConfigError(f"The environment variable {variable} holds no valid key: it has blanks or is not ASCII.")
     return key
 
 

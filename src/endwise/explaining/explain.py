@@ -13,7 +13,7 @@ from endwise.common.extras import check_extra
 from endwise.explaining.asking import PURPOSES, Asking, Call, CallStats, Explained, run_async
 from endwise.explaining.cache import ANSWERS_FILE, Answer, Cache, in_memory, opened, request_key
 from endwise.explaining.endpoint import Endpoint
-from endwise.explaining.preparing import PreparedRun, Say, prepare, unsaid
+from endwise.explaining.preparing import PreparedRun, Say, prepare, silent
 from endwise.explaining.prompts import read_prompts
 from endwise.explaining.settings import Settings
 from endwise.features.explanations import EXPLANATIONS_FOLDER, Explanations, read_explanations, write_explanations
@@ -34,7 +34,7 @@ class Estimate:
 
 
 class _Estimator:
-    """In the endpoint's place: what is kept, or a stand-in that is counted."""
+    """Stand-in for the endpoint: what is kept, or a stand-in that is counted."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url
@@ -97,7 +97,7 @@ class ExplainingPlan:
     estimate: Estimate
 
 
-def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = unsaid) -> ExplainingPlan:
+def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say = silent) -> ExplainingPlan:
     """Choose features and texts, and count the calls; nothing is asked.
 
     Raises:
@@ -110,7 +110,7 @@ def plan(runs: Iterable[Path], settings: Settings, endpoint: Endpoint, say: Say 
     return ExplainingPlan(tuple(prepared), settings, endpoint, estimate(prepared, settings, endpoint))
 
 
-def explain(plan: ExplainingPlan, say: Say = unsaid) -> tuple[dict[Path, Explanations], CallStats]:
+def explain(plan: ExplainingPlan, say: Say = silent) -> tuple[dict[Path, Explanations], CallStats]:
     """Make the calls that were planned and write each run's `explanations/`; what was answered before is not asked
     again. By run folder, and what it took.
 
@@ -132,7 +132,7 @@ async def _explain(plan: ExplainingPlan, say: Say) -> CallStats:
 
     stats_by_run = [CallStats() for _ in plan.prepared]
     expected = plan.estimate.stats.calls + plan.estimate.stats.kept
-    async with connected(plan.endpoint, plan.settings.retry) as client, _telling(stats_by_run, expected, say):
+    async with connected(plan.endpoint, plan.settings.retry) as client, _reporting(stats_by_run, expected, say):
         for prepared, client.stats in zip(plan.prepared, stats_by_run, strict=True):
             with opened(prepared.run / EXPLANATIONS_FOLDER) as cache:
                 explained = await Asking(prepared, plan.settings, client, cache).all()
@@ -157,17 +157,17 @@ def _about(plan: ExplainingPlan, prepared: PreparedRun, explained: Explained, st
 
 
 @asynccontextmanager
-async def _telling(stats_by_run: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
+async def _reporting(stats_by_run: Sequence[CallStats], expected: int, say: Say) -> AsyncIterator[None]:
     """Say now and then how far it is."""
 
-    async def tell() -> None:
+    async def report() -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             stats = sum(stats_by_run, CallStats())
             done = stats.calls + stats.kept + stats.failed
             say(f"{done:,} of about {expected:,} answers, {stats.failed:,} calls failed, {stats.retries:,} tried again")
 
-    task = asyncio.create_task(tell())
+    task = asyncio.create_task(report())
     try:
         yield
     finally:
@@ -198,7 +198,7 @@ def estimate_lines(made: Estimate, prices: Sequence[float | None]) -> list[str]:
         price = (stats.tokens_in * price_in + stats.tokens_out * price_out) / 1e6
         lines.append(f"At {price_in:g} and {price_out:g} per million tokens: about {price:.2f}.")
     elif stats.calls:
-        lines.append("What it costs: name the prices per million tokens, --price-in and --price-out.")
+        lines.append("For the cost, give the prices per million tokens, --price-in and --price-out.")
     if made.left_out:
-        lines.append(f"{made.left_out:,} features were passed over: too few texts (explanations.json says why).")
+        lines.append(f"{made.left_out:,} features were skipped: too few texts (explanations.json says why).")
     return lines

@@ -1,6 +1,6 @@
-"""From runs' harvests to the texts that will be shown and asked about, before anything is paid.
+"""Path from runs' harvests to the texts that will be shown and asked about, before anything is paid.
 
-Which features are explained is said as `all`, `random:N`, `top:N`, or numbers and ranges.
+Features to explain are given as `all`, `random:N`, `top:N`, or numbers and ranges.
 """
 
 import re
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 """Says a sentence to the user."""
 
 
-def unsaid(text: str) -> None:
+def silent(text: str) -> None:
     """Say it to nobody."""
 
 
@@ -45,7 +45,7 @@ class Choice:
     named: tuple[int, ...] = ()
 
     def candidates(self, harvest: Harvest, seed: int) -> list[int]:
-        """In the order in which they are taken, those first that are wanted most; only named ones may never have fired.
+        """List features in the order in which they are taken, most wanted first; only named ones may never have fired.
 
         Raises:
             ConfigError: a named one does not exist, or importance was not measured.
@@ -65,7 +65,7 @@ class Choice:
         importance = harvest.column("ce_second")[alive].astype(np.float64)
         if np.isnan(importance).all():
             raise ConfigError(
-                f"--features top:N takes the most important, but the harvest of {harvest.folder.parent} knows no "
+                f"--features top:N takes the most important, but the harvest of {harvest.folder.parent} has no "
                 "importance. Measure it (endwise importance RUN), harvest again (endwise harvest --again RUN), or take "
                 "random:N."
             )
@@ -105,20 +105,20 @@ class PreparedRun:
     harvest: Harvest
     writer: Writer
     samples: tuple[ScoringSample, ...]
-    """By feature, ascending."""
+    """Samples by feature, ascending."""
     random: tuple[ScoringSample, ...]
     """Random texts in the place of some of these features."""
     left_out: dict[int, str]
     """Features that were to be explained and cannot be, with the reason."""
 
     def first(self, count: int, order: Sequence[int]) -> "PreparedRun":
-        """Only the first `count` features of an order."""
+        """Keep only the first `count` features of an order."""
         kept = set(order[:count])
         samples, random = (tuple(s for s in each if s.feature in kept) for each in (self.samples, self.random))
         return replace(self, samples=samples, random=random)
 
 
-def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list[PreparedRun]:
+def prepare(runs: Iterable[Path], settings: Settings, say: Say = silent) -> list[PreparedRun]:
     """Every run's features and texts; of `random:N` and `top:N` equally many in each run.
 
     Raises:
@@ -141,13 +141,13 @@ def prepare(runs: Iterable[Path], settings: Settings, say: Say = unsaid) -> list
     least = min(len(each.samples) for each, _ in found)
     if choice.count is not None:
         if least < choice.count:
-            say(f"{least:,} features of each run are explained, not {choice.count:,}: no more have texts enough.")
+            say(f"{least:,} features of each run are explained, not {choice.count:,}: no more have enough texts.")
         return [each.first(least, order) for each, order in found]
     return [each for each, _ in found]
 
 
 def _prepared(run: Path, choice: Choice, settings: Settings) -> tuple[PreparedRun, list[int]]:
-    """With the features that have texts enough, those first that are wanted most."""
+    """Prepare a run with the features that have enough texts, those first that are wanted most."""
     RunFolder.open(run)
     harvest = open_harvest(run)
     candidates = choice.candidates(harvest, settings.seed)

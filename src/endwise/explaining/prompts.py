@@ -36,7 +36,7 @@ class Prompt:
 
 
 def read_prompts(purposes: Mapping[str, Places], folder: Path | None = None) -> dict[str, Prompt]:
-    """By purpose, `<folder>/<purpose>.txt`, or the file that ships where the folder has none.
+    """Read prompts by purpose, `<folder>/<purpose>.txt`, or the file that ships where the folder has none.
 
     Raises:
         ConfigError: the folder has none of these files, one cannot be read, lacks a place or has an unknown one.

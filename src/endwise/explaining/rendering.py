@@ -31,7 +31,7 @@ class Writer:
         self._vocabulary, self._together = vocabulary, together
 
     def token(self, token: int) -> str:
-        """In one line; a token that the vocabulary lacks is named by its number."""
+        """Write a token in one line; one that the vocabulary lacks is named by its number."""
         known = 0 <= token < len(self._vocabulary)
         return _one_line(self._vocabulary[token]) if known else f"[token {token}]"
 
@@ -57,12 +57,12 @@ class Writer:
     def shown(self, text: Text, greatest: float) -> str:
         """The text with its marks, and beneath it how strongly the feature fires at each of them."""
         marks = marks_of(text)
-        told = ", ".join(
+        strengths = ", ".join(
             f'"{self.token(token)}" {_step(activation, greatest)}'
             for token, activation, mark in zip(text.tokens, text.activations, marks, strict=True)
             if mark
         )
-        return f"{self.marked(text, marks)}\n   active at: {told}"
+        return f"{self.marked(text, marks)}\n   active at: {strengths}"
 
 
 def numbered(items: Sequence[str]) -> str:

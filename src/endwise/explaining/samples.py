@@ -35,7 +35,7 @@ class Text:
         return cls(context.feature, context.sequence, context.start, context.tokens, context.activations)
 
     def overlaps(self, other: "Text") -> bool:
-        """Tell if they share a token of the corpus, or read alike throughout."""
+        """Return whether they share a token of the corpus, or read alike throughout."""
         if self.tokens == other.tokens:
             return True
         ends = self.start + len(self.tokens), other.start + len(other.tokens)

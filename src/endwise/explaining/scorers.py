@@ -43,7 +43,7 @@ class Scorer(Protocol[Read]):
         ...
 
     def read(self, answer: str, question: Question[Read]) -> Read | None:
-        """None where the answer cannot be read."""
+        """Read an answer; None where it cannot be read."""
         ...
 
     def score(self, answers: Sequence[tuple[Question[Read], Read | None]]) -> Score: ...
@@ -54,10 +54,10 @@ Choices = list[bool]
 
 def balanced_accuracy(truth: Sequence[bool], chosen: Sequence[bool]) -> float | None:
     """Mean of the shares of true and of false items judged rightly: 0 to 1, 0.5 by chance; None without both."""
-    told, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
+    judged, is_true = np.asarray(chosen, dtype=bool), np.asarray(truth, dtype=bool)
     if is_true.all() or not is_true.any():
         return None
-    return float((told[is_true].mean() + (~told[~is_true]).mean()) / 2)
+    return float((judged[is_true].mean() + (~judged[~is_true]).mean()) / 2)
 
 
 class _Choosing:
@@ -69,15 +69,15 @@ class _Choosing:
         return read_choices(answer, len(question.items))
 
     def score(self, answers: Sequence[tuple[Question[Choices], Choices | None]]) -> Score:
-        told = [(question, chosen) for question, chosen in answers if chosen is not None]
-        truth = [each for question, _ in told for each in question.truth]
-        chosen = [each for _, choices in told for each in choices]
+        answered = [(question, chosen) for question, chosen in answers if chosen is not None]
+        truth = [each for question, _ in answered for each in question.truth]
+        chosen = [each for _, choices in answered for each in choices]
         asked = sum(len(question.items) for question, _ in answers)
         return Score(balanced_accuracy(truth, chosen), len(truth), asked - len(truth))
 
 
 class Detection(_Choosing):
-    """In which texts does the feature fire? Half are texts of its own, half those of others."""
+    """Scorer that asks in which texts the feature fires. Half are texts of its own, half those of others."""
 
     name = "detection"
 
@@ -90,8 +90,8 @@ class Detection(_Choosing):
 
 
 class Fuzzing(_Choosing):
-    """Are the marked tokens those at which the feature fires? Each held-out text comes once with its own marks and once
-    with as many at tokens where it does not fire, in different calls.
+    """Scorer that asks whether the marked tokens are those at which the feature fires. Each held-out text comes once
+    with its own marks and once with as many at tokens where it does not fire, in different calls.
     """
 
     name = "fuzzing"
@@ -113,7 +113,7 @@ class Fuzzing(_Choosing):
 
 
 def wrong_marks(text: Text, generator: np.random.Generator) -> tuple[bool, ...]:
-    """As many as the right ones, at random among the tokens where the feature does not fire, or all there are."""
+    """Draw as many as the right ones, at random among the tokens where the feature does not fire, or all there are."""
     free = [place for place, activation in enumerate(text.activations) if activation <= 0]
     count = min(len(free), sum(marks_of(text)))
     chosen = set(generator.choice(free, count, replace=False).tolist()) if count else set()

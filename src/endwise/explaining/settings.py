@@ -48,7 +48,7 @@ class RetryPolicy:
 @dataclass(frozen=True)
 class Settings:
     model: str
-    """As the endpoint calls it."""
+    """Name that the endpoint has for it."""
     scorer_model: str | None = None
     """Model that is asked with an explanation; None: the same."""
     features: str = "random:200"
@@ -60,11 +60,11 @@ class Settings:
     scored: int = 20
     """Items of each scorer for each feature: half true, half false."""
     per_call: int = 5
-    """Items of one call."""
+    """Items per call."""
     shuffled: bool = True
     """Each feature is also scored with another feature's explanation."""
     random: int = 50
-    """As many features are also replaced by random texts; 0: none."""
+    """Features that are also replaced by random texts; 0: none."""
     temperature: float = 0.0
     max_tokens: int = 500
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -124,4 +124,4 @@ def parse_extra(text: str) -> dict[str, Any]:
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

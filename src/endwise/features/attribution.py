@@ -79,9 +79,9 @@ class Contributions:
     active: Sums
     """Σ c"""
     signed: list[Sums]
-    """For each gradient, Σ −c·(d·g)."""
+    """Sums Σ −c·(d·g), for each gradient."""
     absolute: list[Sums]
-    """For each gradient, Σ |c·(d·g)|."""
+    """Sums Σ |c·(d·g)|, for each gradient."""
 
 
 def contributions(

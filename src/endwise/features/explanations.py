@@ -51,13 +51,13 @@ class Explanation:
 
     feature: int
     text: str
-    """As the model gave it: to be escaped by whatever shows it."""
+    """Text as the model gave it: escape it wherever it is shown."""
     explainer: str
     """The model that wrote it."""
     scorer: str
     """The model that was asked with it."""
     scores: Mapping[str, Score] = field(default_factory=dict)
-    """By scorer and control, `detection`, `detection.shuffled`, `detection.random`, …; only those measured."""
+    """Scores by scorer and control, `detection`, `detection.shuffled`, `detection.random`, …; only those measured."""
     random_text: str | None = None
     """The explanation made of random texts, where that control was made."""
 
@@ -81,7 +81,7 @@ class Explanations(Shown):
     """Every explanation of a run."""
 
     rows: tuple[Explanation, ...]
-    """By feature, ascending."""
+    """Explanations by feature, ascending."""
     about: Mapping[str, Any]
     """Content of `explanations.json`."""
 
@@ -118,8 +118,8 @@ def read_explanations(run: Path) -> Explanations | None:
         rows = tuple(map(_explanation, table.to_pylist()))
     except (OSError, pa.ArrowException, FormatError, KeyError, TypeError, ValueError) as error:
         raise unreadable(folder, error) or FormatError(
-            f"{folder} is not what endwise explain writes ({error}). Explain again: what was answered before is kept "
-            f"in answers.sqlite there and is not paid twice."
+            f"{folder} is not what endwise explain writes ({error}). Explain again: earlier answers are kept in "
+            "answers.sqlite there and not paid for twice."
         ) from None
     features = [each.feature for each in rows]
     if features != sorted(set(features)):

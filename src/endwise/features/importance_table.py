@@ -2,7 +2,7 @@
 
 Three measurements on held-out text, each against the SAE's own spliced pass: an estimate for every feature
 (`FeatureImportance`), the exact effect of zeroing some of them (`Ablations`), and what is left when only the most
-important are kept (`Faithfulness`). How they are measured is said in `attribution`, `ablation` and `faithfulness`.
+important are kept (`Faithfulness`). Their measurement is described in `attribution`, `ablation` and `faithfulness`.
 """
 
 import json
@@ -33,15 +33,15 @@ Counts = NDArray[np.int64]
 class FeatureImportance(Shown):
     """Estimates of what zeroing each feature does, on held-out text, to first and to second order.
 
-    All arrays are `[d_sae]` unless said otherwise; a feature that never fired holds 0.
+    All arrays are `[d_sae]` unless stated otherwise; a feature that never fired holds 0.
     """
 
     ce: Floats
-    """To first order: mean over the predictions that count of −c·dCE/dc, nats per token, which is by how much CE would
-    rise if it were linear in c. Negative: the text would be predicted better without the feature."""
+    """First-order estimate: mean over the predictions that count of −c·dCE/dc, nats per token, which is by how much CE
+    would rise if it were linear in c. Negative: the text would be predicted better without the feature."""
     ce_second: Floats
-    """To second order, nats per token: `ce` and half the curvature (`attribution`), which is most of it where training
-    has left little slope. This is the importance that features are ranked by."""
+    """Second-order estimate, nats per token: `ce` and half the curvature (`attribution`), which is most of it where
+    training has left little slope. This is the importance that features are ranked by."""
     ce_se: Floats
     """Standard error over sequences."""
     ce_absolute: Floats
@@ -63,7 +63,7 @@ class FeatureImportance(Shown):
     predictions_blocks: Floats
     """`[blocks]`: predictions that count in each."""
     kl_blocks: Floats
-    """As `ce_blocks`, of the KL; no blocks where it was not asked for."""
+    """Variant of `ce_blocks` for the KL; no blocks where it was not asked for."""
     tokens_blocks: Floats
     """`[blocks]`: tokens that count in each."""
     tokens: int
@@ -131,11 +131,11 @@ class Ablations(Shown):
     sequences: Counts
     """Sequences of the half in which the feature fires. In all others zeroing it changes nothing."""
     estimated_ce: Floats
-    """To first order, on the same sequences."""
+    """First-order estimate, on the same sequences."""
     estimated_kl: Floats
     """NaN where it was not asked for."""
     second_ce: Floats
-    """To second order, on the same sequences."""
+    """Second-order estimate, on the same sequences."""
     second_kl: Floats
     """NaN where it was not asked for."""
 

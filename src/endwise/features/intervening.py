@@ -91,7 +91,7 @@ class _ByAmount(Intervention):
 
     _: KW_ONLY
     relative_to: Harvest | None = None
-    """If it is given, the number is in multiples of the feature's greatest activation in it (`max_active`)."""
+    """Harvest; if given, the number is in multiples of the feature's greatest activation in it (`max_active`)."""
 
     @property
     @abstractmethod
@@ -142,7 +142,7 @@ class Steer(_ByAmount):
     """
 
     by: float | int
-    """In the unit of the activations that the dictionary gives."""
+    """Amount in the unit of the activations that the dictionary gives."""
 
     @property
     def amount(self) -> float | int:
@@ -157,7 +157,7 @@ class Clamp(_ByAmount):
     """Set a feature's activation, whether it is active or not."""
 
     to: float | int
-    """As `Steer.by`."""
+    """See `Steer.by`."""
 
     @property
     def amount(self) -> float | int:
@@ -193,7 +193,7 @@ def intervene(
     positions: Positions = "all",
     skip_special_tokens: bool = False,
 ) -> Iterator[LanguageModel]:
-    """Within it, the Hugging Face model computes, and generates, with features edited.
+    """Context in which the Hugging Face model computes, and generates, with features edited.
 
     With z the features' activations of what a place reads, and z′ the edited ones, what it writes, y, becomes
     `y + decode(z′) − decode(z)`, or, without the error of the reconstruction, `decode(z′)`. Edits of one place follow
@@ -249,7 +249,7 @@ def _placed(model: LanguageModel, saes: Mapping[str | Site | Place, SAE]) -> dic
     for name, sae in saes.items():
         if not isinstance(sae, SAE):
             raise ConfigError(
-                f"The dictionary at {name} is {type(sae).__name__}, no SAE. Load one: endwise.SAE.load(PATH)"
+                f"The dictionary at {name} is {type(sae).__name__}, not an SAE. Load one: endwise.SAE.load(PATH)"
             )
     placed = at_places(model, saes)
     for place, sae in placed.items():
@@ -273,7 +273,7 @@ def _by_place(
             raise ConfigError(f"{each!r:.200} does not say whose features it means. Give place=, one of: {names}.")
         place = next(iter(placed)) if each.place is None else model.place(each.place)
         if place not in placed:
-            raise ConfigError(f"{each!r:.200} is at a place of which no SAE is given. There are: {names}.")
+            raise ConfigError(f"{each!r:.200} is at a place without an SAE. There are: {names}.")
         each.check(placed[place], model.dtype)
         found[place].append(each)
     return found

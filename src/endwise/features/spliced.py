@@ -48,8 +48,8 @@ class SplicedBatch:
 
     @torch.no_grad()
     def rises(self, model: LanguageModel, changed: Activation, rows: Int[Tensor, " rows"]) -> NDArray[np.float64]:
-        """By how much CE and KL rise when `changed` stands in the reconstruction's place; `[2 rows]`, summed over each
-        sequence.
+        """Compute how much CE and KL rise when `changed` stands in the reconstruction's place; `[2 rows]`, summed over
+        each sequence.
 
         Args:
             rows: the sequences, one for each of `changed`; any may come several times.

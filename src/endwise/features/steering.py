@@ -49,7 +49,7 @@ def opened(path: str | Path, *, model: str | LanguageModel | None = None, site: 
         site: of such an SAE its place; None: the one that its file names.
 
     Raises:
-        ConfigError: it is said of a run where it belongs, or not said of another SAE.
+        ConfigError: a place or model is given for a run, or missing for another SAE.
         EndwiseError: it cannot be read, or its model cannot be loaded.
     """
     path = expanded(path)
@@ -170,7 +170,7 @@ def steer(
     assert clean is not None and moved is not None
     kls = model.readout.compare(clean, [moved], text, torch.ones_like(text, dtype=torch.bool))[0].kl[0, :-1]
     if not kls.isfinite().all():
-        raise ModelError("The edited model predicts NaN: the change is more than it can compute with. Give less.")
+        raise ModelError("The edited model predicts NaN: the change is too large for it. Give less.")
     prompt_texts, clean_texts, steered_texts = (
         written_text(model, each) for each in (tokens[0].tolist(), own, changed)
     )
@@ -190,7 +190,7 @@ def typed_tokens(
     """
     tokenizer: Any = model.tokenizer
     if tokenizer is None:
-        raise ConfigError(f"This model can read no text: it has no tokenizer because {model.no_tokenizer}")
+        raise ConfigError(f"This model cannot read text: it has no tokenizer because {model.no_tokenizer}")
     (ids,) = text_ids(tokenizer, [storable(text)], data.special_tokens)
     if not ids:
         raise ConfigError("The text is empty. Type a word or more.")

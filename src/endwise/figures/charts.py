@@ -13,7 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 @dataclass(frozen=True)
 class Axis:
     label: str
-    """With its unit."""
+    """Label with its unit."""
     log: bool = False
     from_zero: bool = False
     """The axis begins at 0, or at the lowest value if that is below."""

@@ -172,8 +172,8 @@ def _bars(series: Series, values: list[tuple[float, Ends | None]]) -> Json:
 
 def _hover(mark: Mark, series: Series, panel: Panel) -> str:
     place = f"{panel.y.label} {mark.y:.4g}\n{panel.x.label} {mark.x:.4g}"
-    told = printable(mark.hover or f"{style.name_of(series)}\n{place}")
-    return _folded(told, HOVER_WIDTH)
+    text = printable(mark.hover or f"{style.name_of(series)}\n{place}")
+    return _folded(text, HOVER_WIDTH)
 
 
 def _folded(text: str, width: int) -> str:

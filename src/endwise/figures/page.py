@@ -31,6 +31,6 @@ def page(
         parts: what stands before the sections.
         template: one that extends `FRAME` with a body of its own, of these `values`.
     """
-    told = {"title": title, "eyebrow": eyebrow, "lead": lead, "place": place, "parts": parts, "sections": sections}
+    shared = {"title": title, "eyebrow": eyebrow, "lead": lead, "place": place, "parts": parts, "sections": sections}
     frame = {"version": __version__, "colours": COLOURS, "policy": script_policy(), "library": library()}
-    return render(template, **told, **frame, **values)
+    return render(template, **shared, **frame, **values)

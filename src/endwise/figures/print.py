@@ -35,7 +35,7 @@ DPI = 300
 HATCH = "/////"
 """Hatching of every band that is over something else than the chart's first."""
 
-_TOLD_IN_SVG = ("Creator", "Date", "Format", "Type")
+_LEFT_OUT_OF_SVG = ("Creator", "Date", "Format", "Type")
 _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType: text stays text, which journals ask for
     "text.parse_math": False,
@@ -91,7 +91,7 @@ def picture(chart: Chart) -> Markup:
     """Return a chart as SVG that stands in a page: no background, and ink of the page's own colour."""
     drawn = StringIO()
     with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": chart.name}):
-        draw(chart).savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(_TOLD_IN_SVG))
+        draw(chart).savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(_LEFT_OUT_OF_SVG))
     svg = drawn.getvalue()
     for colour, own in (
         (INK, "currentColor"),

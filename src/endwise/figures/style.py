@@ -16,7 +16,7 @@ COLOURS = dict(zip(_STYLES, ("#0072B2", "#D55E00", "#009E73", *_FURTHER), strict
 From the palette of Okabe and Ito, which colour-blind readers can tell apart; each has a marker of its own too."""
 _MARKERS = dict(zip(_STYLES, "os^DvPX<>", strict=True))
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5), (9.0, 3.0))
-"""By a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
+"""Dashes by a series' rank, in points: drawn and left out in turns; () is one unbroken line."""
 CROWD = 100
 """A series of more marks than these has them smaller and paler, the more so the more there are."""
 BAND = 0.16
@@ -27,7 +27,7 @@ _LETTER, _GAP = 0.022, 0.03
 _LINE = 0.05
 """Height of a label, as a share of an upright axis."""
 _MARGIN, _MARGIN_SHARE = 1.15, 0.04
-"""By which a logarithmic axis goes beyond what it shows: at least this factor, and this share of its length."""
+"""Margin by which a logarithmic axis goes beyond what it shows: at least this factor, and this share of its length."""
 
 
 def style_of(method: Method) -> str:
@@ -84,7 +84,7 @@ def distances(values: Sequence[tuple[float, Ends | None]]) -> tuple[list[float],
 
 
 def shrink(series: Series) -> float:
-    """By what factor its marks are smaller than those of a series of few."""
+    """Return the factor by which its marks are smaller than those of a series of few."""
     return min(1.0, math.sqrt(CROWD / max(1, len(series.marks))))
 
 

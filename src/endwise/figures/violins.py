@@ -14,7 +14,7 @@ HALF_WIDTH = 0.26
 NARROWEST = 0.01
 """Bandwidth of the density where values hardly differ."""
 POINTS = 48
-"""On either side of an outline."""
+"""Points on either side of an outline."""
 OUTLINED = 15
 """Values from which on there is an outline: that of fewer would show the bandwidth, not them."""
 
@@ -26,14 +26,14 @@ def density(values: Floats, at: Floats) -> Floats:
 
 
 def violin(
-    method: Method, place: float, values: Floats, hovers: Sequence[str], mean: Interval | None = None, told: str = ""
+    method: Method, place: float, values: Floats, hovers: Sequence[str], mean: Interval | None = None, note: str = ""
 ) -> list[Series]:
     """A violin about x = `place` from the least value to the greatest, its values, and their mean with its interval;
     of few values without its outline.
 
     Args:
         hovers: the text of each value.
-        told: text shown over the mean.
+        note: text shown over the mean.
     """
     if not len(values):
         return []
@@ -51,5 +51,5 @@ def violin(
     series = [*outline, Series(method, points, joined=False)]
     if mean is not None:
         ends = (mean.low, mean.high)
-        series.append(Series(method, (Mark(place, mean.estimate, told, y_ends=ends),), "mean", joined=False, rank=1))
+        series.append(Series(method, (Mark(place, mean.estimate, note, y_ends=ends),), "mean", joined=False, rank=1))
     return series

@@ -15,7 +15,7 @@ from endwise.evaluation.measure import Evaluation
 from endwise.finetuning.page import report_html
 from endwise.finetuning.recipe import TuningSettings, agreed, recipe_of
 from endwise.finetuning.result import Finetuned, Moved
-from endwise.finetuning.texts import BeforeAfter, Both, Said, compared, on_others
+from endwise.finetuning.texts import BeforeAfter, Both, Say, compared, on_others
 from endwise.formats import FORMATS, NATIVE
 from endwise.models.language_model import LanguageModel
 from endwise.models.loading import load_model
@@ -40,7 +40,7 @@ def finetune(
     out: str | Path | None = None,
     site: str | None = None,
     check: Sequence[str] = (),
-    say: Said = lambda _: None,
+    say: Say = lambda _: None,
     display: bool = False,
 ) -> Finetuned:
     """Tune a finished SAE on what the model predicts with its reconstruction in place.
@@ -66,7 +66,7 @@ def finetune(
     few = min(CHECKED_ON, settings.measured_on)
     data, first = _checked(found, loaded, settings, few, site, say)
     refused = _not_written(found)
-    say(f"! {refused}" if refused else f"The tuned SAE will be given back as {found.format_name}.")
+    say(f"! {refused}" if refused else f"The tuned SAE will also be written as {found.format_name}.")
     name = model if isinstance(model, str) else model.name
     recipe = agreed(recipe_of(found, first.place, first["l0"], name, data, folder, settings), folder)
     tokens, evaluated = recipe.training.tokens, held_out_wanted(recipe, recipe.data.context or loaded.context)
@@ -94,7 +94,7 @@ def finetune(
     return result
 
 
-def _readable(path: str | Path, text: str, say: Said) -> Inspected:
+def _readable(path: str | Path, text: str, say: Say) -> Inspected:
     """Read what is to be tuned, and say what it is; try the text that it is to be tuned on."""
     found = inspect(path)
     check_readable(DataConfig.build({"source": text}, "the options"))
@@ -109,7 +109,7 @@ def _readable(path: str | Path, text: str, say: Said) -> Inspected:
 
 
 def _checked(
-    found: Inspected, model: LanguageModel, settings: TuningSettings, tokens: int, site: str | None, say: Said
+    found: Inspected, model: LanguageModel, settings: TuningSettings, tokens: int, site: str | None, say: Say
 ) -> tuple[DataConfig, Evaluation]:
     """Choose the text, and measure on a little of it whether the SAE is what it states."""
     data, remark = text_for(found, model, settings.data, settings.context)
@@ -126,10 +126,10 @@ def _target(found: Inspected, folder: Path) -> Path:
 
 
 def _not_written(found: Inspected) -> str | None:
-    """Tell why the SAE cannot be given back in its format; None: it can."""
-    alone = "The tuned SAE will be there in SAELens's layout alone."
+    """Return why the SAE cannot be written in its own format; None: it can."""
+    alone = "The tuned SAE will be written in SAELens's layout only."
     if not FORMATS[found.format_name].writes:
-        return f"{found.format_name} is read and not written. {alone}"
+        return f"{found.format_name} can be read but not written. {alone}"
     with TemporaryDirectory(prefix="endwise-") as scratch:
         try:
             written(found.sae, _target(found, Path(scratch) / "sae"), found.stored.metadata, found.format_name)
@@ -149,17 +149,17 @@ def _given_back(sae: SAE, found: Inspected, folder: Path) -> Path:
 
 def _remarks(text: BeforeAfter, others: Mapping[str, BeforeAfter], of_run: Sequence[str]) -> list[str]:
     """List what must be known before the tuned SAE is used."""
-    told = list(of_run)
+    remarks = list(of_run)
     if text.ce_increase.high >= 1:
-        told.append(
+        remarks.append(
             "The CE increase is not shown to be smaller than before. Keep the SAE as it was, or tune it longer."
         )
     if abs(text.l0 - 1) > FAR_L0:
-        told.append(f"L0 is {text.l0:.1%} of what it was, so before and after are not compared at equal L0.")
-    told += [
+        remarks.append(f"L0 is {text.l0:.1%} of what it was, so before and after are not compared at equal L0.")
+    remarks += [
         f"On {name} the KL is {each.ratio('kl').estimate:.0%} of what it was. Tune on such text too, if the SAE is to "
         "be used on it."
         for name, each in others.items()
         if each.ratio("kl").low > 1
     ]
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(remarks))

@@ -81,8 +81,8 @@ def _course(of: Finetuned, metrics: Sequence[Mapping[str, Any]]) -> Chart:
         panels.append(Panel(title, *axes, (Series(method, marks),) if lines else ()))
     tokens = of.config.evaluation.during_training_tokens
     caption = (
-        f"Short evaluations in training, on the first {tokens:,} held-out tokens; the first mark is the SAE as it "
-        f"came, on {of.text.before.tokens:,}. One run."
+        f"Short evaluations in training, on the first {tokens:,} held-out tokens; the first mark is the original "
+        f"SAE, on {of.text.before.tokens:,}. One run."
     )
     return Chart("course", "The course of tuning", caption, tuple(panels))
 
@@ -108,11 +108,11 @@ def _bars(method: Method, cosines: np.ndarray, of: Finetuned) -> Iterator[Series
 
 
 def _facts(of: Finetuned) -> Iterator[str]:
-    yield f"It came as {of.source.format_name} from {of.source.name}, read as {of.source.rule}."
+    yield f"The original: {of.source.format_name} from {of.source.name}, read as {of.source.rule}."
     yield f"In SAELens's layout: {of.folder / 'sae'}"
-    yield f"Given back as it came: {of.given_back}" if of.given_back else str(of.refused)
+    yield f"In its own format: {of.given_back}" if of.given_back else str(of.refused)
     training = of.config.training
     yield (
-        f"Objective {of.config.objective_name}, learning rate {training.learning_rate:g} falling on a line to 0, "
+        f"Objective {of.config.objective_name}, learning rate {training.learning_rate:g} falling linearly to 0, "
         f"{training.batch} sequences of {of.config.data.context} tokens a step."
     )

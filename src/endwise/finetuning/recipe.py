@@ -17,7 +17,7 @@ from endwise.models.sites import Place
 from endwise.runs.folder import RunFolder
 
 TOKENS, MEASURED_ON = 1_000_000, 100_000
-"""Tokens to train on, and to measure on, unless said."""
+"""Tokens to train on and to measure on by default."""
 STEPS, MOST_TOKENS = 1000, 4096
 """Steps that the tokens are cut into, where a step then has no more than so many tokens."""
 RELATIVE_RATE = 0.03
@@ -107,6 +107,6 @@ def agreed(recipe: RunConfig, folder: Path) -> RunConfig:
         del apart[STEERED]
     if apart:
         first = itertools.islice(apart.items(), 3)
-        told = ", ".join(f"{key}: {old!r:.60} there, {new!r:.60} now" for key, (old, new) in first)
-        raise ConfigError(f"{folder} holds another run ({told}). Give another folder with --out, or remove it.")
+        changes = ", ".join(f"{key}: {old!r:.60} there, {new!r:.60} now" for key, (old, new) in first)
+        raise ConfigError(f"{folder} holds another run ({changes}). Give another folder with --out, or remove it.")
     return before

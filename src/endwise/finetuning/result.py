@@ -57,7 +57,7 @@ class Finetuned(Shown):
     sae: SAE
     config: RunConfig
     folder: Path
-    """Its run folder, with the SAE in SAELens's layout."""
+    """Run folder, with the SAE in SAELens's layout."""
     source: Inspected
     given_back: Path | None
     """The SAE in the format that it came in; None: `refused` says why not."""

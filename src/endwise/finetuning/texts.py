@@ -30,7 +30,7 @@ SHOWN = (
     ("explained variance", "explained_variance.pooled", ".4f"),
 )
 """Metrics that are shown: in words, by name, and in which form."""
-Said = Callable[[str], None]
+Say = Callable[[str], None]
 Both = Mapping[str, tuple[Place, SAE]]
 """`before` and `after`, each with its place."""
 
@@ -82,7 +82,7 @@ def compared(model: LanguageModel, both: Both, corpora: Corpora, config: Evaluat
 
 
 def on_others(
-    model: LanguageModel, both: Both, data: DataConfig, sources: Sequence[str], tokens: int, say: Said
+    model: LanguageModel, both: Both, data: DataConfig, sources: Sequence[str], tokens: int, say: Say
 ) -> Iterator[tuple[str, BeforeAfter]]:
     """Measure on text of other kinds, as far as it can be read: what `sources` name, and code.
 

@@ -43,12 +43,12 @@ class Layout:
     """Tensors that one architecture keeps in a file; anything else in it is noticed."""
 
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own tensors, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
+    """Tensors of its own, beside the four that all have; the axes of each are `d_in`, `d_sae` or `d_out`."""
     biases: Mapping[str, str | None] = field(default_factory=lambda: _B_ENC)
     """The biases that are added to what is encoded, each with the tensor, if any, whose exponential multiplies `W_enc`
     for it. Without `b_enc` among them, the architecture has none."""
     settings: frozenset[str] = frozenset()
-    """Its own keys of the file's configuration; with `d_out`, it may write another width than it reads."""
+    """Keys of its own in the file's configuration; with `d_out`, it may write another width than it reads."""
     rule: str = ""
     """The latents in symbols, of pre-activations z, with settings in braces; empty: the architecture's name."""
     norms: bool = False
@@ -73,10 +73,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """An SAE as a file tells it, whatever the format."""
+    """An SAE as a file describes it, whatever the format."""
 
     architecture: str
-    """By SAELens's name."""
+    """SAELens's name."""
     config: Mapping[str, Any]
     """`d_in`, `d_sae`, and the architecture's own settings by the names of its `Layout`."""
     tensors: Mapping[str, Tensor]
@@ -191,7 +191,7 @@ class Format(ABC):
     """Files of the folder that an SAE is, the weights first; none where it is a file by itself."""
 
     def detects(self, path: Path) -> bool:
-        """Tell whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
+        """Return whether an SAE in this format is at a path, all of it as far as can be seen without reading it."""
         return bool(self.files) and all(there_is(path / name) for name in self.files)
 
     @abstractmethod
@@ -214,7 +214,7 @@ class Format(ABC):
             FormatError: the format cannot say what this function is, or is only read.
             RunFolderError: the disk is full or the folder cannot be written.
         """
-        raise FormatError(f"{self.name} is read and not written. Write {NATIVE}, or another format of docs/formats.md.")
+        raise FormatError(f"{self.name} can only be read. Write {NATIVE}, or another format of docs/formats.md.")
 
     @property
     def writes(self) -> bool:
@@ -248,12 +248,12 @@ def added(kind: Kind) -> Kind:
 
 
 def check_tensors(
-    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], told_by: str = "its configuration"
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str = "its configuration"
 ) -> None:
     """Refuse tensors that are missing, of another shape, or not finite.
 
     Args:
-        told_by: what says the shapes.
+        origin: what says the shapes.
 
     Raises:
         FormatError: naming the first of them.
@@ -262,7 +262,7 @@ def check_tensors(
         tensor = tensors.get(name)
         found = "no such tensor" if tensor is None else tuple(tensor.shape)
         if tensor is None or found != shape:
-            raise FormatError(f"{path}: {name} must have the shape {shape} of {told_by}, found {found}.")
+            raise FormatError(f"{path}: {name} must have the shape {shape} of {origin}, found {found}.")
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise FormatError(
                 f"{path}: {name} must hold finite floating-point numbers, but it is "

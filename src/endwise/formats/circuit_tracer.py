@@ -78,7 +78,7 @@ class CircuitTracer(Format):
             FormatError: the file is not called `layer_<number>.safetensors`, the set's other layers are of another
                 kind, or circuit-tracer has no such transcoder.
         """
-        config = _told(path, stored)
+        config = _joint_config(path, stored)
         tensors = stored.under(False)
         tensors["W_enc"] = tensors["W_enc"].mT
         if "threshold" in tensors:
@@ -108,13 +108,13 @@ def _config(folder: Path) -> dict[str, Any]:
 def _architecture(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     activation, thresholds = config.get("activation"), THRESHOLD in tensors
     if activation not in (None, "relu", "topk", "jumprelu", "jump_relu"):
-        raise FormatError(f"{path.parent / CONFIG_FILE}: activation {activation!r:.80} is none that endwise computes.")
+        raise FormatError(f"{path.parent / CONFIG_FILE}: activation {activation!r:.80} is unknown to endwise.")
     if thresholds and activation in ("relu", "topk"):
         raise FormatError(f"{path} holds thresholds, while {CONFIG_FILE} says activation: {activation}. Correct one.")
     return {"topk": "topk", "relu": "standard"}.get(str(activation), "jumprelu" if thresholds else "standard")
 
 
-def _told(path: Path, stored: Stored) -> dict[str, Any]:
+def _joint_config(path: Path, stored: Stored) -> dict[str, Any]:
     """The set's configuration with this layer in it."""
     match = LAYER_FILE.fullmatch(path.name)
     activation = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(stored.architecture)

@@ -28,9 +28,9 @@ from endwise.formats.reading import (
     assembled,
     config_at,
     known,
+    meta,
     pickle_at,
     taken,
-    told,
     unit_directions,
     whole,
 )
@@ -54,7 +54,7 @@ class _Class:
     """One of the package's classes."""
 
     architecture: str
-    """By our name."""
+    """Name in endwise."""
     names: Named
     subtracts: bool
     """True where it subtracts b_dec."""
@@ -102,7 +102,7 @@ class DictionaryLearning(Format):
             config=config,
             metadata=self.metadata(path),
             subtracts_b_dec=kind.subtracts,
-            told_by=CONFIG_FILE,
+            origin=CONFIG_FILE,
         )
         norms = tensors["W_dec"].float().norm(dim=-1)
         if trainer["dict_class"] != "AutoEncoder" or torch.allclose(norms, torch.ones_like(norms)):
@@ -134,8 +134,8 @@ class DictionaryLearning(Format):
         site, block, layer = str(stored.metadata.get("hook_name", "")), "blocks.", None
         if site.startswith(block) and site.split(".")[1].isdecimal():
             layer = int(site.split(".")[1])
-        about = told(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
-        buffer = told(ctx_len=stored.metadata.get("context_size"))
+        about = meta(layer=layer, lm_name=stored.metadata.get("model_name"), submodule_name=site or None)
+        buffer = meta(ctx_len=stored.metadata.get("context_size"))
         write_json(path / CONFIG_FILE, {"trainer": trainer | about, "buffer": buffer})
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
@@ -147,7 +147,7 @@ class DictionaryLearning(Format):
             site = f"blocks.{layer}.hook_resid_post" if module is None or str(module)[:10] == "resid_post" else None
         if isinstance(module, str) and module.startswith("blocks."):
             site = module
-        return told(
+        return meta(
             hook_name=site,
             model_name=trainer.get("lm_name"),
             hf_hook_name=module,

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, checked, names_in, pickle_at, taken, told, yaml_at
+from endwise.formats.reading import assembled, checked, meta, names_in, pickle_at, taken, yaml_at
 
 CONFIG_FILE = "final_config.yaml"
 ENCODER = ".encoder.0.weight"
@@ -56,7 +56,7 @@ class E2eSae(Format):
         site = sites[0] if len(sites) == 1 else path.name if path.name in sites else None
         run = yaml_at(file.parent / CONFIG_FILE) if there_is(file.parent / CONFIG_FILE) else {}
         model = run.get("tlens_model_name")
-        about = told(hook_name=site, model_name=model if isinstance(model, str) else None)
+        about = meta(hook_name=site, model_name=model if isinstance(model, str) else None)
         return {**about, "model_from_pretrained_kwargs": {"center_writing_weights": True}}
 
 

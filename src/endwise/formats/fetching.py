@@ -53,8 +53,8 @@ def fetched(repo: str, inside: str, revision: str | None, name: str) -> tuple[Pa
         there = [path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()]
         _, inside = chosen(there, inside, name)
         if type(error).__name__ != "OfflineModeIsEnabled":
-            told = f"{name}: the hub does not answer, so that commit {kept.name} is read, the last one here."
-            warnings.warn(told, stacklevel=4)
+            message = f"{name}: the hub does not answer, so commit {kept.name} is read, the last one here."
+            warnings.warn(message, stacklevel=4)
         return kept, inside
     wanted, inside = chosen(files, inside, name)
     with asking(name):
@@ -86,8 +86,8 @@ def chosen(files: Sequence[str], inside: str, name: str) -> tuple[list[str], str
     saes = saes_in(below)
     place = next((at for at in (inside, f"{inside}/{IN_A_RUN}".strip("/")) if at in saes), None)
     if place is None and len(saes) != 1:
-        told = f"{name} holds {len(saes):,} SAEs. Name one" if saes else f"{name} holds no file of an SAE"
-        raise HubError(f"{told}. {_listed(list(saes) or below)}")
+        message = f"{name} holds {len(saes):,} SAEs. Name one" if saes else f"{name} holds no file of an SAE"
+        raise HubError(f"{message}. {_listed(list(saes) or below)}")
     place = next(iter(saes)) if place is None else place
     return [saes[place], *_settings(files, PurePosixPath(saes[place]).parent, PurePosixPath(place))], place
 

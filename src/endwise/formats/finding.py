@@ -14,13 +14,13 @@ from endwise.formats.reading import READERS
 
 _CENTRED_ELSEWHERE = (
     "this SAE was trained on a model loaded with center_writing_weights, whose activations have their mean over the "
-    "dimensions taken out; the Hugging Face model's may have it, and whether is not known at this place of this model, "
-    "so that the SAE may read them wrongly."
+    "dimensions taken out; whether the Hugging Face model's have it is unknown at this place of this model, so that "
+    "the SAE may misread them."
 )
 
 _FOLDED_BIASES = (
-    "this SAE was trained on heads' results without their value biases (fold_value_biases), which those of the Hugging "
-    "Face model have. endwise adopt, which is given the model, makes an SAE of it that reads them as they are."
+    "this SAE was trained on heads' results without their value biases (fold_value_biases), but the Hugging Face "
+    "model's include them. endwise adopt, which is given the model, makes an SAE of it that reads them as they are."
 )
 
 
@@ -40,10 +40,10 @@ def format_at(path: Path) -> tuple[Format, Path] | None:
 
 
 def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
-    """Read the SAE of a name, in whatever format it is. What the registry that names it tells is added.
+    """Read the SAE of a name, in whatever format it is. Facts of the registry that names it are added.
 
     Raises:
-        FormatError: see `Format.read`; of a folder in which no format detects one, as the native format tells it, and
+        FormatError: see `Format.read`; of a folder in which no format detects one, as the native format reports it, and
             of a file, what it holds.
         HubError: see `naming.here`.
     """
@@ -52,7 +52,7 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
     stored = form.read(place, layouts)
     if stored.architecture not in layouts:
         raise FormatError(f"{place}: architecture {stored.architecture!r:.80} is not one of {', '.join(layouts)}.")
-    stored = replace(stored, metadata=found.told(stored.metadata))
+    stored = replace(stored, metadata=found.completed(stored.metadata))
     norm = None if found.named is None else found.named.overrides.get("normalize_activations")
     if norm in PER_TOKEN and layouts[stored.architecture].norms:
         stored = replace(stored, config={**stored.config, "normalize": norm})
@@ -62,7 +62,7 @@ def stored_at(name: Path, layouts: Mapping[str, Layout]) -> Stored:
 
 
 def processing_remark(stored: Stored) -> str | None:
-    """Tell of what TransformerLens did to the model that an SAE was trained on, and is not undone here."""
+    """Remark on what TransformerLens did to the model that an SAE was trained on, and is not undone here."""
     if stored.lacks_value_biases:
         return _FOLDED_BIASES
     return _CENTRED_ELSEWHERE if stored.of_unknown_processing else None
@@ -88,7 +88,7 @@ def metadata_at(name: Path) -> Mapping[str, Any]:
     """
     found = here(name)
     form, place = located(found.path)
-    return found.told(form.metadata(place))
+    return found.completed(form.metadata(place))
 
 
 def located(path: Path) -> tuple[Format, Path]:
@@ -104,7 +104,7 @@ def located(path: Path) -> tuple[Format, Path]:
     if path.is_file():
         names = sorted(READERS[path.suffix](path)) if path.suffix in READERS else ["no tensors of an SAE"]
         raise FormatError(
-            f"{path} holds {', '.join(names)[:300] or 'nothing'}, which is no SAE in a format that endwise knows: "
+            f"{path} holds {', '.join(names)[:300] or 'nothing'}, not an SAE in a format that endwise knows: "
             f"{', '.join(FORMATS.names())}. Give the whole folder, if settings lie beside it."
         )
     return FORMATS[NATIVE], path

@@ -1,4 +1,4 @@
-"""Gemma Scope's `params.npz` (Lieberum et al. 2024, arXiv 2408.05147), which has no configuration: the path tells.
+"""Gemma Scope's `params.npz` (Lieberum et al. 2024, arXiv 2408.05147), which has no configuration: the path says it.
 
 Latents are z·[z > θ] with z = x·W_enc + b_enc, of θ ≥ 0; the output is latents·W_dec + b_dec. The layout is
 `gemma-scope-<model>-<kind>/layer_<L>/width_<W>/average_l0_<n>/params.npz` with the kind res, mlp, att or transcoders.
@@ -17,7 +17,7 @@ import torch
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is, write_atomic
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import arrays_at, assembled, taken, told
+from endwise.formats.reading import arrays_at, assembled, meta, taken
 
 WEIGHTS_FILE = "params.npz"
 _NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
@@ -44,7 +44,7 @@ class GemmaScope(Format):
         if "hook_name" not in about:
             warnings.warn(
                 f"{file}: its place is not in its path, which must name the repository (gemma-scope-2b-pt-res, -mlp, "
-                "-att or -transcoders) and layer_<number>. It is read all the same.",
+                "-att or -transcoders) and layer_<number>. It is read anyway.",
                 stacklevel=4,
             )
         transcodes = "hook_name_out" in about
@@ -75,7 +75,7 @@ class GemmaScope(Format):
         block, kind = f"blocks.{int(layer[1])}", repository["kind"]
         out = f"{block}.hook_mlp_out" if kind == "transcoders" else None
         model = f"google/gemma-2-{repository['size']}{'-it' if repository['stage'] == 'it' else ''}"
-        return about | told(
+        return about | meta(
             hook_name=f"{block}.{_KINDS[kind]}",
             hook_name_out=out,
             model_name=model,

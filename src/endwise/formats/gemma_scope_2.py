@@ -14,7 +14,7 @@ from endwise.common.errors import FormatError
 from endwise.common.files import write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
+from endwise.formats.reading import assembled, config_at, known, meta, safetensors_at, site_of_module, taken, whole, yes
 
 CONFIG_FILE, WEIGHTS_FILE, SKIP = "config.json", "params.safetensors", "affine_skip_connection"
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
@@ -43,7 +43,7 @@ class GemmaScope2(Format):
             config=stated,
             metadata=about,
             transcodes=out or skips,
-            told_by="w_enc",
+            origin="w_enc",
         )
 
     def write(self, path: Path, stored: Stored) -> None:
@@ -61,7 +61,7 @@ class GemmaScope2(Format):
         written |= {SKIP: tensors["W_skip"].mT} if stored.skips else {}
         write_tensors(path / WEIGHTS_FILE, written, {})
         model, l0 = about.get("model_name"), about.get("stated_l0")
-        config = told(model_name=model, l0=l0, hf_hook_point_out=None if writes == reads else writes)
+        config = meta(model_name=model, l0=l0, hf_hook_point_out=None if writes == reads else writes)
         own = {"architecture": "jump_relu", "width": stored.config["d_sae"], "affine_connection": stored.skips}
         write_json(path / CONFIG_FILE, {**own, "hf_hook_point_in": reads, **config})
 
@@ -70,7 +70,7 @@ class GemmaScope2(Format):
         reads, writes = (config.get(f"hf_hook_point_{way}") for way in ("in", "out"))
         sites = [site_of_module(each) if isinstance(each, str) else None for each in (reads, writes)]
         l0 = config.get("l0")
-        return told(
+        return meta(
             hook_name=sites[0],
             hook_name_out=None if sites[1] == sites[0] else sites[1],
             hf_hook_name=reads,

@@ -1,6 +1,6 @@
 """Goodfire's `.pt` or `.pth`, a state dict: latents ReLU(x·encoder_linear.weightᵀ + bias), linear decoder.
 
-The file's name tells the model and the layer whose output it reads: `Llama-3.1-8B-Instruct-SAE-l19.pth`.
+The file's name states the model and the layer whose output it reads: `Llama-3.1-8B-Instruct-SAE-l19.pth`.
 """
 
 import re

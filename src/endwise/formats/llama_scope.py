@@ -2,7 +2,7 @@
 
 With s = √d / (mean norm of activations) of what is read and of what is written, z = x·Wᵀ + b/s_in, directions
 D·s_in/s_out and the bias b_dec/s_out. Latents are z above one threshold θ. What is compared with it is disputed, and
-the files do not tell: `gate` in `hyperparams.json` may say it, and a measured L0 near `top_k` shows which is right.
+the files leave it open: `gate` in `hyperparams.json` may state it, and a measured L0 near `top_k` shows which is right.
 With n the norm of a direction, or 1 where the file says `sparsity_include_decoder_norm: false`:
 
 | `gate` | active where | whose reading |
@@ -66,7 +66,7 @@ class LlamaScope(Format):
             config=stated,
             metadata=about,
             transcodes=out,
-            told_by=CONFIG_FILE,
+            origin=CONFIG_FILE,
         )
 
     def _gate(self, file: Path, config: Mapping[str, Any]) -> str:

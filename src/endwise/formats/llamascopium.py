@@ -24,9 +24,9 @@ from endwise.formats.reading import (
     checked,
     config_at,
     known,
+    meta,
     safetensors_at,
     taken,
-    told,
     unit_directions,
     whole,
     yes,
@@ -83,7 +83,7 @@ class Llamascopium(Format):
             config={"d_in": d_model, **own},
             metadata=self.metadata(path),
             transcodes=out,
-            told_by=CONFIG_FILE,
+            origin=CONFIG_FILE,
         )
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
@@ -94,7 +94,7 @@ def places_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return where a configuration of this family says that its SAE belongs."""
     reads, writes = (config.get(f"hook_point_{way}") for way in ("in", "out"))
     out = writes if writes != reads and isinstance(writes, str) else None
-    return told(
+    return meta(
         hook_name=reads if isinstance(reads, str) else None, hook_name_out=out, model_name=config.get("model_name")
     )
 

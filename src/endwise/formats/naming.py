@@ -51,7 +51,7 @@ class Here:
     """The commit of its repository on the hub; None: it is from no repository."""
     named: OnHub | None = None
 
-    def told(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    def completed(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Return a file's metadata with what the registry adds."""
         return dict(metadata) if self.named is None else {**self.named.facts, **metadata, **self.named.overrides}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from endwise.common.errors import FormatError
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, known, names_in, pickle_at, taken, told, whole
+from endwise.formats.reading import assembled, known, meta, names_in, pickle_at, taken, whole
 
 _NAMES = {"pre_bias": "b_dec", "encoder.weight": "W_enc.T", "latent_bias": "b_enc"}
 _DECODERS = {"decoder.weight": "W_dec.T", "decoder.linear.weight": "W_dec"}
@@ -65,4 +65,4 @@ class OpenAI(Format):
             str(path.parent.resolve() / path.name),
         )
         site = None if place is None else f"blocks.{int(place[2])}.{_PLACES[place[1]]}"
-        return told(hook_name=site, model_name=None if place is None else "gpt2")
+        return meta(hook_name=site, model_name=None if place is None else "gpt2")

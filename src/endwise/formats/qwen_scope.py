@@ -13,7 +13,7 @@ from typing import Any
 from endwise.common.errors import FormatError
 from endwise.common.files import there_is
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, config_at, known, pickle_at, taken, told, whole
+from endwise.formats.reading import assembled, config_at, known, meta, pickle_at, taken, whole
 
 CONFIG_FILE = "config.json"
 FILE = re.compile(r"layer([0-9]{1,6})\.sae\.pt")
@@ -44,14 +44,14 @@ class QwenScope(Format):
                 f"{path}: how many features a token has, k, is neither in a {CONFIG_FILE} beside it nor in the name of "
                 "its folder (SAE-Res-<model>-W<N>K-L0_<k>). Keep the repository's name."
             )
-        about, told_by = self.metadata(path), CONFIG_FILE if stated else "its W_enc"
-        return assembled(path, "topk", tensors, layouts, config={**config, "k": k}, metadata=about, told_by=told_by)
+        about, origin = self.metadata(path), CONFIG_FILE if stated else "its W_enc"
+        return assembled(path, "topk", tensors, layouts, config={**config, "k": k}, metadata=about, origin=origin)
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
         match, named = FILE.fullmatch(path.name), _REPOSITORY.search(str(path.parent.resolve() / path.name))
         stated = _config(path).get("base_model")
         model = stated if isinstance(stated, str) else f"Qwen/{named['model']}" if named else None
-        return told(hook_name=f"blocks.{int(match[1])}.hook_resid_post" if match else None, model_name=model)
+        return meta(hook_name=f"blocks.{int(match[1])}.hook_resid_post" if match else None, model_name=model)
 
 
 def _config(path: Path) -> dict[str, Any]:

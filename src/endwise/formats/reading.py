@@ -64,14 +64,14 @@ def pickle_at(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of what is refused below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # noqa: BLE001  a made-up pickle raises what it likes
-        told = " ".join(str(error).partition("\n")[0].split())[:160]
+        reason = " ".join(str(error).partition("\n")[0].split())[:160]
         damaged = FormatError(
-            f"{path} cannot be read as tensors ({type(error).__name__}: {told}). Pickles are read as plain tensors "
-            "alone, and no code that one names is run. Restore it, or have a state dict saved."
+            f"{path} cannot be read as tensors ({type(error).__name__}: {reason}). Pickles are read as plain tensors "
+            "alone, and no code that one names is run. Restore it, or save a state dict."
         )
         raise unreadable(path, error) or damaged from None
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise FormatError(f"{path} holds a {type(found).__name__}, no tensors by name. Have a state dict saved.")
+        raise FormatError(f"{path} holds a {type(found).__name__}, no tensors by name. Save a state dict.")
     tensors = {name: each.detach() for name, each in found.items() if isinstance(each, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > size:
@@ -193,7 +193,7 @@ def assembled(
     metadata: Mapping[str, Any] | None = None,
     subtracts_b_dec: bool = False,
     transcodes: bool = False,
-    told_by: str = "its W_enc",
+    origin: str = "its W_enc",
 ) -> Stored:
     """Check what a reader found, and put it together.
 
@@ -201,7 +201,7 @@ def assembled(
         tensors: by our names; a threshold may be one number for all features.
         config: sizes that the file states, and the architecture's settings; sizes that are not stated are those of
             `W_enc` and, of a transcoder, `W_dec`.
-        told_by: what states the sizes, for errors.
+        origin: what states the sizes, for errors.
 
     Raises:
         FormatError: the architecture is none of `layouts`, or a tensor is missing, of another shape or not finite.
@@ -221,7 +221,7 @@ def assembled(
     shapes = layout.shapes(stated)
     if others := sorted(set(own) - set(shapes)):
         raise FormatError(f"{path} also holds {', '.join(others)[:200]}, which a {architecture} SAE has not.")
-    check_tensors(path, own, shapes, told_by)
+    check_tensors(path, own, shapes, origin)
     return Stored(architecture, stated, own, metadata or {}, subtracts_b_dec)
 
 
@@ -284,8 +284,8 @@ def known(path: Path, config: Mapping[str, Any], key: str, values: Collection[An
     """
     value = config.get(key, default)
     if not any(value is each or (type(value) is type(each) and value == each) for each in values):
-        told = ", ".join(repr(each) for each in values)
-        raise FormatError(f"{path}: {key} is {value!r:.80}, and endwise computes {told} alone.")
+        allowed = ", ".join(repr(each) for each in values)
+        raise FormatError(f"{path}: {key} is {value!r:.80}, and endwise computes {allowed} alone.")
     return value
 
 
@@ -319,6 +319,6 @@ def site_of_module(module: str, model_name: str = "") -> str | None:
     return None if part is None else f"blocks.{int(match[1])}.{part}"
 
 
-def told(**facts: Any) -> dict[str, Any]:
+def meta(**facts: Any) -> dict[str, Any]:
     """Return the facts that are known: those that are not None."""
     return {name: value for name, value in facts.items() if value is not None}

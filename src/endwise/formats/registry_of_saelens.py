@@ -66,14 +66,14 @@ def installed() -> Mapping[str, Release]:
 
 
 def is_unread(release: Release, path: str) -> str | None:
-    """Say what an SAE is that endwise does not read; None: it may be read, which its files will tell."""
+    """Say what an SAE is that endwise does not read; None: its files decide."""
     if release.get("loader") == "gemma_3" and "clt" in path.partition("/")[0]:
         return _UNREAD["mntss_clt_layer_transcoder"]
     return _UNREAD.get(release.get("loader", ""))
 
 
 def facts(release: Release, sae_id: str) -> dict[str, Any]:
-    """Return what the registry tells beside the file, by SAELens's names: model, place and stated L0."""
+    """Return what the registry adds to the file, by SAELens's names: model, place and stated L0."""
     _, l0 = release["saes"][sae_id]
     place = _SITE.match(sae_id)
     return {

@@ -73,7 +73,7 @@ _OTHERS = {
     **dict.fromkeys(("abstopk", "temporal", "matching_pursuit"), "Use it with SAELens"),
     **dict.fromkeys(
         ("batchtopk", "matryoshka_batchtopk"),
-        "It is as its training left it: open it with SAELens's TrainingSAE.load_from_disk and save it for inference "
+        "It is a training checkpoint: open it with SAELens's TrainingSAE.load_from_disk and save it for inference "
         "(save_inference_model)",
     ),
 }
@@ -81,11 +81,11 @@ _OTHERS = {
 _NORMALISATIONS = {
     **dict.fromkeys(PER_TOKEN, "of a transcoder SAELens applies it to the input and undoes it nowhere. Use it there"),
     "expected_average_only_in": (
-        "activations are multiplied by one number, which the file does not hold. Where you know it, load the SAE with "
+        "activations are multiplied by one number, which the file does not hold. If you know it, load the SAE with "
         "SAELens, call fold_activation_norm_scaling_factor with it, and save_model"
     ),
     "covariance_whitening": (
-        "activations are whitened by matrices that the file does not hold. Where you have those of its training "
+        "activations are whitened by matrices that the file does not hold. If you have those of its training "
         "(activation_whitening.safetensors), load the SAE with SAELens, call fold_activation_whitening, and save_model"
     ),
 }
@@ -179,17 +179,17 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
     Raises:
         FormatError: it is none of `layouts`, or a transcoder's file lacks what SAELens asks of one.
     """
-    told = _architecture(cfg)
-    if isinstance(told, str) and told in layouts and told not in _OTHERS:
-        return told, layouts[told]
-    named = NAMES.fullmatch(told) if isinstance(told, str) else None
+    stated = _architecture(cfg)
+    if isinstance(stated, str) and stated in layouts and stated not in _OTHERS:
+        return stated, layouts[stated]
+    named = NAMES.fullmatch(stated) if isinstance(stated, str) else None
     architecture = named["architecture"] or "standard" if named else ""
     known = named is not None and architecture in layouts and layouts[architecture].transcodes
     if named is None or not known or (named["skip"] and not layouts[architecture].skip):
         names, why = ", ".join(sorted(layouts)), "endwise does not know it. Give an SAE of another kind"
-        if isinstance(told, str) and told in _OTHERS:
-            why = f"{_NOT_OURS} {_OTHERS[told]}"
-        raise FormatError(f"{file}: architecture {told!r:.80} is not one of {names}, nor a transcoder of one; {why}.")
+        if isinstance(stated, str) and stated in _OTHERS:
+            why = f"{_NOT_OURS} {_OTHERS[stated]}"
+        raise FormatError(f"{file}: architecture {stated!r:.80} is not one of {names}, nor a transcoder of one; {why}.")
     if type(cfg.get("d_out")) is not int or cfg["d_out"] < 1:
         raise FormatError(f"{file}: d_out must be a whole number above 0, not {cfg.get('d_out')!r:.80}. Correct it.")
     if cfg.get("apply_b_dec_to_input", True):
@@ -201,7 +201,7 @@ def _found(file: Path, cfg: Mapping[str, Any], layouts: Mapping[str, Layout]) ->
 
 
 def _architecture(cfg: Mapping[str, Any]) -> Any:
-    """As SAELens migrates it: before version 6 a file without one is standard, and one that says topk is topk."""
+    """Migrate as SAELens does: before version 6 a file without one is standard, and one that says topk is topk."""
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn")
     if str(activation).lower() == "topk" and cfg.get("architecture", "standard") == "standard":
         return "topk"
@@ -258,9 +258,9 @@ def _check_function(path: Path, cfg: Mapping[str, Any], layout: Layout, folded: 
         settled.add("activation_fn_kwargs")
     known = _READ | set(_NOT_THE_FUNCTION.split()) | settled | layout.settings | folded
     if unknown := {key: value for key, value in cfg.items() if key not in known and value not in _UNSET}:
-        told = ", ".join(f"{key}={value!r:.40}" for key, value in list(unknown.items())[:5])
+        keys = ", ".join(f"{key}={value!r:.40}" for key, value in list(unknown.items())[:5])
         raise FormatError(
-            f"{path}: {told[:300]} may change what the SAE computes, and endwise does not know how. If it says nothing "
+            f"{path}: {keys[:300]} may change what the SAE computes, and endwise does not know how. If it says nothing "
             "of the function, move it under metadata; if it does, use the SAE with SAELens."
         )
 

@@ -13,7 +13,7 @@ from endwise.common.errors import FormatError
 from endwise.common.files import read_json, there_is, write_json
 from endwise.common.tensor_files import write_tensors
 from endwise.formats.base import Format, Layout, Stored, added
-from endwise.formats.reading import assembled, config_at, known, safetensors_at, site_of_module, taken, told, whole, yes
+from endwise.formats.reading import assembled, config_at, known, meta, safetensors_at, site_of_module, taken, whole, yes
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 _NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -44,7 +44,7 @@ class Sparsify(Format):
             metadata=self.metadata(path),
             subtracts_b_dec=not transcodes,
             transcodes=transcodes or skips,
-            told_by=CFG_FILE,
+            origin=CFG_FILE,
         )
 
     def write(self, path: Path, stored: Stored) -> None:
@@ -72,7 +72,7 @@ class Sparsify(Format):
         write_json(path / CFG_FILE, cfg)
 
     def metadata(self, path: Path) -> Mapping[str, Any]:
-        """Tell the place by the folder's name, and the model by the `config.json` beside the folders."""
+        """Read the place from the folder's name, and the model from the `config.json` beside the folders."""
         cfg, run = config_at(path / CFG_FILE), {}
         if there_is(path.parent / "config.json"):
             run = read_json(path.parent / "config.json")
@@ -82,4 +82,4 @@ class Sparsify(Format):
         if cfg.get("transcode") is True or cfg.get("skip_connection") is True:
             reads = site_of_module(f"{module}.input", model or "")
         out = None if reads == site else site
-        return told(hook_name=reads, hook_name_out=out, model_name=model, hf_hook_name=module)
+        return meta(hook_name=reads, hook_name_out=out, model_name=model, hf_hook_name=module)

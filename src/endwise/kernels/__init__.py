@@ -2,7 +2,7 @@
 
 `kernels_for(device)` gives the implementation: what was given to `register`, or ships for that type of device (for
 CUDA in Triton, where that is installed), or else `eager`, which is written in device-agnostic operations. What each
-operation computes is said once, in `interface`; a test holds every implementation to it.
+operation computes is stated once, in `interface`; a test holds every implementation to it.
 """
 
 from collections.abc import Iterator
@@ -39,9 +39,9 @@ __all__ = [
 _EAGER = EagerKernels()
 _BY_DEVICE: dict[str, Kernels] = {}
 _SHIPPED = {"cuda": ("triton", Version("3.7"), "endwise.kernels.on_cuda", "TritonKernels")}
-"""By type of device: the package that its kernels need, the oldest version that they were tried with, the module they
-are in, and their class. The module is loaded when such a device is first used; its `supports` says which ones they are
-for."""
+"""Implementations by type of device: the package that its kernels need, the oldest version that they were tried with,
+the module they are in, and their class. The module is loaded when such a device is first used; its `supports` says
+which ones they are for."""
 
 
 def register(device_type: str, kernels: Kernels) -> None:
@@ -76,7 +76,7 @@ def has_version(package: str, oldest: Version) -> bool:
 
 @contextmanager
 def standing_in(device_type: str, kernels: Kernels) -> Iterator[None]:
-    """Within it, `kernels` are the implementation for devices of a type."""
+    """Context in which `kernels` are the implementation for devices of a type."""
     before = _BY_DEVICE.get(device_type)
     _BY_DEVICE[device_type] = kernels
     try:

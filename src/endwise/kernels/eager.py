@@ -64,7 +64,7 @@ class EagerKernels(Kernels):
 
 
 Active = Callable[[Tensor], tuple[Index, PerPair]]
-"""From some rows to the flat places, ascending, of the pre-activations that are asked for, and their values."""
+"""Function from some rows to the flat places, ascending, of the pre-activations asked for, and their values."""
 
 
 def _joined(x: Tensor, weight: Tensor, limit: int, active: Active, size: int) -> Found | None:

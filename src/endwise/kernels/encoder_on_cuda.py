@@ -28,7 +28,7 @@ class CandidatePlaces(NamedTuple):
 
     bits: Int[Tensor, "n words"]
     counts: Int[Tensor, " n"]
-    """Of each row."""
+    """Set bits in each row."""
     n_features: int
 
     @property
@@ -56,7 +56,7 @@ class Bounds:
         self.launch, self.x, self.screen = launch, x, Screen(weight, bias, above)
 
     def reached_by(self, k: int) -> Float[Tensor, " n"]:
-        """For each row a number, at least 0, that its k-th largest pre-activation reaches, if that is positive."""
+        """Bound each row's k-th largest pre-activation from below, by 0 or more, if it is positive."""
         blocks = _parts(len(self.screen.weight), BLOCK)
         if k > blocks or not len(self.x):
             return self.x.new_zeros(len(self.x))

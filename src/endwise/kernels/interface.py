@@ -179,7 +179,7 @@ class Kernels(ABC):
         room: Room,
         above: Float[Tensor, " d_sae"] | Float[Tensor, ""] | None = None,
     ) -> HeldPairs | None:
-        """As `active`, in so many slots, without a host wait; None: not of such tensors."""
+        """Variant of `active` in so many slots, without a host wait; None: not of such tensors."""
         return None
 
     def largest_held(
@@ -190,7 +190,7 @@ class Kernels(ABC):
         k: int,
         room: Room,
     ) -> HeldPairs | None:
-        """As `largest`, in so many slots, without a host wait; None: not of such tensors."""
+        """Variant of `largest` in so many slots, without a host wait; None: not of such tensors."""
         return None
 
     @abstractmethod

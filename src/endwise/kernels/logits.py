@@ -15,9 +15,9 @@ class Buffers:
     """Fresh blocks of this size would be mapped by the operating system, and paged in again, chunk after chunk."""
 
     logits: tuple[Float[Tensor, " elements"], ...]
-    """In at least fp32."""
+    """Buffers in at least fp32."""
     half: Float[Tensor, " elements"] | None
-    """For what is in the hidden states' own dtype, where that is narrower."""
+    """Buffer in the hidden states' own dtype, where that is narrower."""
 
     @classmethod
     def of(cls, unembedding: Unembedding, hidden: Tensor, rows: int, passes: int) -> "Buffers":
@@ -50,7 +50,7 @@ class Buffers:
         return out.copy_(torch.mm(unembedding.weight, hidden.T, out=_shaped(self.half, *shape)))
 
     def rounded(self, logits: Float[Tensor, "vocab rows"]) -> Float[Tensor, "vocab rows"]:
-        """In the hidden states' dtype."""
+        """Round to the hidden states' dtype."""
         return logits if self.half is None else _shaped(self.half, *logits.shape).copy_(logits)
 
 

@@ -14,7 +14,7 @@ from endwise.kernels.triton_sparse import SparseInTriton
 from endwise.kernels.triton_vocabulary import add_product, differences, statistics
 
 LEAST_CAPABILITY = 8, 0
-"""Of a card (Ampere): older ones have no bf16, and no copies that run beside the arithmetic."""
+"""Compute capability (Ampere): older cards have no bf16, and no copies that run beside the arithmetic."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 HALF = {"ROWS": 64, "TOKENS": 128, "WIDTH": 32, **OPTIONS}
 FULL = {"ROWS": 64, "TOKENS": 64, "WIDTH": 16, **OPTIONS}
@@ -143,7 +143,7 @@ class _Sweeps:
 
     @cached_property
     def precision(self) -> str:
-        """How products of fp32 are computed: as three of tf32, short of a bit or two, or one if PyTorch may do that."""
+        """Precision of fp32 products: three of tf32, a bit or two short, or one if PyTorch may do that."""
         if self.is_half:
             return "ieee"
         return "tf32" if _allows_tf32() else "tf32x3"

@@ -28,13 +28,13 @@ class Rooms:
 
     def __init__(self) -> None:
         self._known: dict[int, Room] = {}
-        """By limit, as passes of one step may be of several sizes: the most that one needed in the latest step that had
-        such; pairs are 0 where they were not counted."""
+        """Rooms by limit, as passes of one step may be of several sizes: the most that one needed in the latest step
+        that had such; pairs are 0 where they were not counted."""
         self._passes: list[tuple[int, Room, Tensor, torch.cuda.Event | None]] = []
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it, encoders hold what they find in this room."""
+        """Context in which encoders hold what they find in this room."""
         token = _IN_USE.set(self)
         try:
             yield
@@ -105,7 +105,7 @@ def rooms_in_use() -> Rooms | None:
 
 
 def _on_its_way(needed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start a copy to the host, and tell what marks its arrival."""
+    """Start a copy to the host, and return what marks its arrival."""
     if not needed.is_cuda:
         return needed, None
     there = torch.cuda.Event()

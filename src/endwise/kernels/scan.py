@@ -87,7 +87,7 @@ class Blocks(NamedTuple):
         return self.numbers.shape[1] // self.maxima.shape[1]
 
     def reached_by(self, k: int) -> Float[Tensor, " n"]:
-        """For each row a number, at least 0, that k of its numbers reach at least, if as many are positive."""
+        """Return for each row a number, at least 0, that k of its numbers reach at least, if as many are positive."""
         largest = self.maxima.nan_to_num(nan=torch.inf).topk(min(k, self.maxima.shape[1]), sorted=False).values
         return largest.amin(-1).clamp_min(0.0)
 

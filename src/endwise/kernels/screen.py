@@ -33,7 +33,7 @@ WIDTH_MULTIPLE = 32
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Tell if the processor multiplies bf16 matrices in hardware: in tiles (AMX), or in vectors (AVX512-BF16)."""
+    """True if the processor multiplies bf16 matrices in hardware: in tiles (AMX), or in vectors (AVX512-BF16)."""
     return device.type == "cpu" and any(supported() for supported in _SUPPORTED)
 
 

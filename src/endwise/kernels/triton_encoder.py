@@ -29,7 +29,7 @@ def bounds_of(
 
 @triton.jit
 def _ones(word):
-    """How many bits of each 32-bit word are set."""
+    """Count the set bits of each 32-bit word."""
     word -= (word >> 1) & 0x55555555
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32)

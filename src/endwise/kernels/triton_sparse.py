@@ -25,7 +25,7 @@ from endwise.kernels.interface import DecoderGradients, Index, Pairs, PerPair
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 STRIP_BYTES, TILE_BYTES = 512, 8192
-"""Of a table's row that one program sees, and of all that it gathers at once."""
+"""Bytes of a table's row that one program sees, and of all that it gathers at once."""
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from torch import nn
 from endwise.common.errors import ModelError
 
 MERGING = (
-    "PeftModel.from_pretrained(base, adapter).merge_and_unload(){}. (One of prompts or prefixes cannot be merged, and "
-    "endwise takes no model with it.)"
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload(){}. (Prompts and prefixes cannot be merged, and "
+    "endwise takes no model with them.)"
 )
 """Advice on merging an adapter into a model's own weights; what is done with it follows."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +32,7 @@ def refuse_adapted(model: nn.Module, name: str) -> None:
             at = f" at {place}" if place else ""
             raise ModelError(
                 f"{name} holds an adapter that is not merged ({kind.__module__}.{kind.__name__}{at}); with and without "
-                "it, that is not the same model. For the model alone, load it again; for both, give what merging them "
+                "it, the model differs. For the model alone, load it again; for both, give what merging them "
                 f"returns: {MERGING.format('')}"
             )
 
@@ -67,7 +67,7 @@ class Adapter:
             ) from None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what they tell of is looked at below
+                warnings.simplefilter("ignore")  # their subject is checked below
                 if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
                 adapted = PeftModel.from_pretrained(model, str(self.folder))
@@ -75,8 +75,8 @@ class Adapter:
                     apart = sorted({*file.keys()} ^ get_peft_model_state_dict(adapted).keys())
                 merged = None if apart else adapted.merge_and_unload(safe_merge=True)
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise self._not_merged(told) from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise self._not_merged(reason) from error
         if merged is None:
             raise self._not_merged(f"they do not agree in {len(apart)} tensors ({', '.join(apart[:2])})")
         return merged
@@ -84,5 +84,5 @@ class Adapter:
     def _not_merged(self, why: str) -> ModelError:
         return ModelError(
             f"The adapter {self.name} cannot be merged into {self.base}: {why}. Name the base that it was trained on "
-            "in its adapter_config.json, or give the merged model. (One of prompts or prefixes cannot be merged.)"
+            "in its adapter_config.json, or give the merged model. (Prompts and prefixes cannot be merged.)"
         )

@@ -99,7 +99,7 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if "hidden_states" not in kwargs:
         raise ModelError(
             f"The modules that look like the model's blocks are called with {', '.join(kwargs) or 'nothing'}, "
-            "not with hidden_states, so they are no blocks that endwise knows how to enter."
+            "not with hidden_states, so endwise does not know how to enter them."
         )
     return kwargs["hidden_states"]
 
@@ -118,6 +118,6 @@ def first_tensor(output: Any) -> Tensor:
     result = output[0] if isinstance(output, tuple) else output
     if not isinstance(result, Tensor):
         raise ModelError(
-            f"A module that looks like a block or a part of one returns a {type(result).__name__}, no tensor."
+            f"A module that looks like a block or a part of one returns a {type(result).__name__}, not a tensor."
         )
     return result

@@ -124,7 +124,7 @@ def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activat
             )
     if runs > 1:
         raise ModelError(
-            f"{model.name} runs its blocks ({kind}) {runs} times in one pass, so that a site has no one value. "
+            f"{model.name} runs its blocks ({kind}) {runs} times in one pass, so that a site has no single value. "
             "endwise cannot take this model."
         )
 
@@ -153,7 +153,7 @@ def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any
     residual = [site for site in sites if site.part in (Part.RESID_PRE, Part.RESID_POST) and site != FIRST]
     if all(site in reasons for site in residual):
         raise ModelError(
-            f"{model.name}: the modules that look like its blocks are none, or share more than the residual stream: "
+            f"{model.name}: the modules that look like its blocks are not, or share more than the residual stream: "
             f"{reasons[last]} endwise cannot take this model."
         )
     return reasons
@@ -187,8 +187,8 @@ def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:
     try:
         found = replay()
     except FAILURES as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        return f"{beside} (a pass that begins there fails: {told})."
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        return f"{beside} (a pass that begins there fails: {reason})."
     return None if same(found, expected) else f"{beside} (a pass that begins there gives other predictions)."
 
 

@@ -41,13 +41,13 @@ def refuse_joined(model: Tried, separator: int, longest: int) -> None:
         for row, joint, found in zip(rows, joints, joined, strict=True):
             for part in (slice(0, joint), slice(joint, length)):
                 if not same(found[part], model.clean(row[None, part], final=True).final[0]):
-                    raise ModelError(_told(model, "a document behind another one gives other predictions than alone"))
+                    raise ModelError(_text(model, "a document behind another one gives other predictions than alone"))
     except FAILURES as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise ModelError(_told(model, f"it takes no positions of its tokens ({told})")) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise ModelError(_text(model, f"it takes no positions of its tokens ({reason})")) from None
 
 
-def _told(model: Tried, why: str) -> str:
+def _text(model: Tried, why: str) -> str:
     return (
         f"{model.name} cannot keep documents of one sequence apart (data.document_attention): {why}. Set it to false; "
         "with data.packing=document no sequence holds more than one."

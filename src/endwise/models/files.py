@@ -57,7 +57,7 @@ def find_adapter(source: str, name: str, revision: str) -> Adapter | None:
     if hub_file(source, "config.json", revision) is not None:
         raise ModelError(
             f"{name} holds an adapter{of} (adapter_config.json) beside a model's own config.json; with and without it, "
-            "that is not the same model. For the model alone, give a folder without the adapter's files; for both, "
+            "the model differs. For the model alone, give a folder without the adapter's files; for both, "
             f"merge them, and give that folder: {MERGING.format('.save_pretrained(FOLDER)')}"
         )
     if not of:

@@ -138,7 +138,7 @@ def _install(model: PreTrainedModel, attention: list[Any]) -> None:
 
 @functools.cache
 def _agrees() -> bool:
-    """Tell if a tiny model, with a window and with padding, gives the logits of transformers' own attention.
+    """Return whether a tiny model, with a window and with padding, gives the logits of transformers' own attention.
 
     It stands guard over what this file takes for granted of transformers, once per process.
     """

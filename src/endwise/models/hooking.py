@@ -140,7 +140,7 @@ class SiteHooks:
                 self.on(hooks, site, lambda _: value)
 
     def _skip(self, hooks: ExitStack, block: Block, value: Tensor | None) -> None:
-        """As `_answer`; the block's hooks are not called either, since those of FSDP2 would gather its weights."""
+        """Variant of `_answer` that skips the block's hooks too, since those of FSDP2 would gather its weights."""
         self._answer(hooks, block.module, value)
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             hooks.enter_context(replaced(block.module, name, OrderedDict()))
@@ -150,7 +150,7 @@ class SiteHooks:
             self._answer(hooks, module, value)
 
     def _answer(self, hooks: ExitStack, module: nn.Module, value: Tensor | None) -> None:
-        """For this call the module does not compute: it returns `value`, or its input, as its caller expects it."""
+        """Skip the module's computation for this call: it returns `value`, or its input, as its caller expects it."""
         hooks.enter_context(replaced(module, "forward", partial(_answer_with, value, self._returns[module])))
 
     @contextmanager
@@ -172,7 +172,7 @@ class SiteHooks:
 
     @contextmanager
     def _adding_nothing(self, block: Block, stream: Tensor) -> Iterator[None]:
-        """Within it, a block's attention adds zeros to the residual stream, and no hook of its modules is called."""
+        """Context in which a block's attention adds zeros to the residual stream, and no hook of its modules runs."""
         assert block.attention is not None
         own = {block.attention.compute, block.attention.write}
         names = {name: module for name, module in block.module.named_children() if module in own}
@@ -270,7 +270,7 @@ def removed(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Within it, a method of the module, or another attribute of its own, is another."""
+    """Context in which a method of the module, or another attribute of its own, is another."""
     own = module.__dict__.get(name)  # accelerate, for one, puts a forward on the instance
     setattr(module, name, value)
     try:

@@ -246,7 +246,7 @@ class LanguageModel(ShownModel):
             found = self.clean(tokens % self.vocab_size, [site]).activations[site][0].float()
         bias = found[0]
         if float((found - bias).abs().max()) > SAME_BIAS * float(bias.abs().max()):
-            raise ModelError(f"{self.name}: the heads of block {layer} have no value bias that is alike everywhere.")
+            raise ModelError(f"{self.name}: the heads of block {layer} have no value bias that is the same everywhere.")
         return bias
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class LanguageModel(ShownModel):
 
     @contextmanager
     def patched(self, patch: Mapping[Any, Patch]) -> Iterator[None]:
-        """Within it, every forward pass of the model itself runs with the patches in place."""
+        """Context in which every forward pass of the model itself runs with the patches in place."""
         with ExitStack() as hooks:
             for site, change in patch.items():
                 self._sites.patch(hooks, self.site(site), change)

@@ -216,9 +216,9 @@ def read_tokenizer(
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         return None
-    told = isinstance(tokenizer, str)
+    failed = isinstance(tokenizer, str)
     context = getattr(config, "max_position_embeddings", None) or None
-    return TokenizerAlone(None if told else tokenizer, tokenizer if told else "", context, vocabulary)
+    return TokenizerAlone(None if failed else tokenizer, tokenizer if failed else "", context, vocabulary)
 
 
 def _merged(
@@ -371,20 +371,20 @@ def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase |
     # Where there are no files, transformers makes up a tokenizer that knows nothing but its special tokens.
     special = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if tokenizer.get_vocab().keys() <= special:
-        return f"{source} names its special tokens alone, and no vocabulary. Save its tokenizer there."
+        return f"{source} names only its special tokens, and no vocabulary. Save its tokenizer there."
     return tokenizer
 
 
 def _no_tokenizer(source: str, shared: dict[str, Any], error: Exception) -> str:
     """Find the cause why no tokenizer could be read."""
-    told = _one_line(error)
+    text = _one_line(error)
     if "gguf_file" not in shared and not tokenizer_files(source, shared["revision"]):
         return f"{source} holds no file of one. Save its tokenizer there: tokenizer.save_pretrained(FOLDER)."
     if "trust_remote_code" in str(error):
         return f"{source} ships it as Python code, which is not run unless model.trust_remote_code is true."
-    if isinstance(error, ImportError) or "is required to read" in told or "pip install" in told:
-        return f"reading that of {source} needs a package that is not installed ({told}). {install_for(error, told)}"
-    return f"that of {source} cannot be read ({type(error).__name__}: {told}). Restore its files."
+    if isinstance(error, ImportError) or "is required to read" in text or "pip install" in text:
+        return f"reading that of {source} needs a package that is not installed ({text}). {install_for(error, text)}"
+    return f"that of {source} cannot be read ({type(error).__name__}: {text}). Restore its files."
 
 
 def find_device(name: str) -> torch.device:
@@ -426,7 +426,7 @@ def explained(name: str, error: Exception) -> str:
         return f"{name} cannot be read ({system_reason(error)}). {remedy(error)}"
     if isinstance(error, OSError) and not there_is(Path(name)):
         return (
-            f"{name!r} is neither 'embedded', nor a local folder, nor a model the Hugging Face hub gave us. "
+            f"{name!r} is neither 'embedded', nor a local folder, nor a model found on the Hugging Face hub. "
             f"Check the spelling and the connection. ({reason})"
         )
     return f"{name} cannot be loaded as a causal language model: {reason}"

@@ -34,7 +34,7 @@ _REMEDY = (
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Tell if a quantiser of transformers' packed the model's weights, and computes with them."""
+    """Return whether a quantiser of transformers' packed the model's weights, and computes with them."""
     return getattr(model, "hf_quantizer", None) is not None and next(_quantised_parts(model), None) is not None
 
 
@@ -94,8 +94,8 @@ def quantiser_of(config: Any) -> str | None:
         for key in ("quantization_config", "compression_config"):
             found = getattr(section, key, None)
             if found is not None:
-                told = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-                method = f" by {getattr(told, 'value', told)!s:.40}" if told else ""
+                kind = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+                method = f" by {getattr(kind, 'value', kind)!s:.40}" if kind else ""
                 return f"{method} ({key} in its config.json)"
     return None
 
@@ -118,8 +118,8 @@ def refuse_packed_files(files: list[Path], name: str) -> None:
 
 
 def _is_weight(key: str) -> bool:
-    """By the names that quantisers give: `weight`, `weight.absmax`, `weight._data._data`, `qweight`, `weight_packed`,
-    `W_q`, `SCB`, `codes`, `experts.gate_up_proj_blocks`, ...
+    """Recognise weights by the names that quantisers give: `weight`, `weight.absmax`, `weight._data._data`, `qweight`,
+    `weight_packed`, `W_q`, `SCB`, `codes`, `experts.gate_up_proj_blocks`, ...
     """
     parts = key.split(".")
     last = parts[-2:]
@@ -149,7 +149,7 @@ def _quantised_parts(model: nn.Module) -> Iterator[str]:
 
 
 Make = Callable[[torch.dtype], Any]
-"""Of the dtype that is computed in, transformers' configuration of a quantiser."""
+"""Builder of transformers' configuration of a quantiser, from the dtype that is computed in."""
 
 _nf4 = partial(transformers.BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
 QUANTISERS: Mapping[str, tuple[str, Make]] = {
@@ -160,7 +160,7 @@ QUANTISERS: Mapping[str, tuple[str, Make]] = {
         lambda _: transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig()),
     ),
 }
-"""By name, the package that packs and computes, and what is asked of it. All leave the unembedding as it is."""
+"""Quantisers by name: the package that packs and computes, and its settings. All leave the unembedding as it is."""
 
 
 def quantisation(kind: str, config: Any, dtype: torch.dtype, name: str) -> Any:
@@ -185,5 +185,5 @@ def refuse_unpacked(model: Any, kind: str, name: str) -> None:
     if not is_quantised(model):
         raise ModelError(
             f"model.quantization is {kind}, but none of {name}'s weights were packed: it has no layers that this "
-            "quantiser knows (torchao packs nn.Linear, which GPT-2 has not). Take a kind of bitsandbytes, or unset it."
+            "quantiser knows (torchao packs nn.Linear, which GPT-2 lacks). Take a kind of bitsandbytes, or unset it."
         )

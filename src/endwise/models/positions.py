@@ -84,7 +84,7 @@ class Passes:
         self._seen = 0
         """Positions of the text so far, padding included."""
         self._padding: Int[Tensor, " batch"] | None = None
-        """How many of these are padding."""
+        """Positions of these that are padding."""
         self._now: Passed | None = None
 
     @property
@@ -100,7 +100,7 @@ class Passes:
 
     @contextmanager
     def followed(self) -> Iterator["Passes"]:
-        """Within it, the model's passes are followed."""
+        """Context in which the model's passes are followed."""
         with ExitStack() as hooks:
             hooks.enter_context(removed(self._body.register_forward_pre_hook(self._enter, with_kwargs=True)))
             if callable(generate := getattr(self._model, "generate", None)):

@@ -30,7 +30,7 @@ PARALLEL = (
     "its blocks are parallel: attention and the MLP both read hook_resid_pre, and what they add is added at once, so "
     "that no residual stream lies between them."
 )
-UNDIVIDED = "a block that is run in two halves, up to attention and on from there, gives another result."
+UNDIVIDED = "a block that is run in two halves, up to attention and from there on, gives a different result."
 CORE = (Part.RESID_PRE, Part.ATTN_OUT, Part.MLP_OUT, Part.RESID_POST)
 """Parts that are the result of a module, or a block's input."""
 
@@ -201,7 +201,7 @@ def _check_readout(model: Tried, final: Activation, logits: Tensor) -> None:
 
 
 def _adds_up(at: Mapping[Part, Tensor | None]) -> bool:
-    """Tell if resid_pre + attn_out + mlp_out = resid_post, to rounding."""
+    """Return whether resid_pre + attn_out + mlp_out = resid_post, to rounding."""
     pre, attention, mlp, post = (at[part] for part in CORE)
     if pre is None or attention is None or mlp is None or post is None or not pre.shape == attention.shape == mlp.shape:
         return False

@@ -1,4 +1,4 @@
-"""From the last hidden state to predictions, in chunks, so that no `[batch pos vocab]` tensor ever exists."""
+"""Path from the last hidden state to predictions, in chunks, so that no `[batch pos vocab]` tensor ever exists."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Readout:
         self.unembedding = Unembedding(weight.detach(), None if bias is None else bias.detach(), scale, softcap)
 
     def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """In fp32 whatever the weights are stored in: everything that follows is a reduction over the vocabulary."""
+        """Compute fp32 logits, whatever the weights' dtype: all that follows is a reduction over the vocabulary."""
         u = self.unembedding
         logits = torch.nn.functional.linear(hidden, u.weight, u.bias).float()
         if u.scale != 1.0:

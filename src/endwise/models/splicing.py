@@ -123,7 +123,7 @@ def clean_by_tail(tail: LanguageModel, head: Clean, site: Site, record: Sequence
 def spliced(
     model: LanguageModel, saes: Mapping[str | Site | Place, Callable[[Tensor], Tensor]]
 ) -> Iterator[LanguageModel]:
-    """Within it, the Hugging Face model `model.model` computes, and generates, with reconstructions in place.
+    """Context in which the Hugging Face model `model.model` computes, and generates, with reconstructions in place.
 
     Args:
         model: the model to run.
@@ -155,7 +155,7 @@ def at_places(model: LanguageModel, saes: Mapping[str | Site | Place, Given]) ->
 
 @contextmanager
 def changed(model: LanguageModel, changes: Mapping[Place, Change]) -> Iterator[None]:
-    """Within it, the Hugging Face model computes, and generates, with changed values where the places write."""
+    """Context in which the Hugging Face model computes, and generates, with changed values where the places write."""
     with ExitStack() as patches:
         for place in sorted(changes):
             patches.enter_context(model.patched(_patch_of(place, changes[place])))

@@ -82,7 +82,7 @@ def _read(file: Path) -> list[Cost]:
     try:
         return [Cost(**cost) for cost in read_json(file)["costs"]]
     except (KeyError, TypeError) as error:
-        raise FormatError(f"{file} holds no costs as they are written ({error}). Remove it to measure again.") from None
+        raise FormatError(f"{file} is not a valid file of costs ({error}). Remove it to measure again.") from None
 
 
 def seconds_per_token(costs: list[Cost], config: RunConfig) -> float:
@@ -110,7 +110,7 @@ def relative_to_local(costs: list[Cost], kind: Kind, site: str) -> Interval | No
 
 
 def as_rows(costs: list[Cost]) -> list[dict[str, Any]]:
-    """With each kind's cost relative to local's at the same site and size."""
+    """Make rows with each kind's cost relative to local's at the same site and size."""
     local = {(cost.site, cost.ratio): cost.seconds_per_token for cost in costs if cost.kind == "local"}
     return [
         {**vars(cost), "relative_to_local": cost.seconds_per_token / local[cost.site, cost.ratio]} for cost in costs

@@ -13,7 +13,7 @@ from endwise.paper.study_config import StudyConfig
 from endwise.sweeps.points import placed
 
 Rates = Mapping[str, Mapping[Kind, float]]
-"""By site, the learning rate of each kind."""
+"""Learning rate of each kind, by site."""
 
 
 @dataclass(frozen=True)

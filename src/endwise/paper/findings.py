@@ -34,11 +34,11 @@ class MeasuredStudy:
 class Findings:
     made: StudyRuns
     sites: Mapping[str, Summary]
-    """By site, the comparison of its kinds."""
+    """Comparison of the kinds, by site."""
     similar_l0: Mapping[str, tuple[RunSummary, ...]]
-    """By site, the run of each kind whose L0s are closest to each other."""
+    """Runs of the kinds whose L0s are closest to each other, by site."""
     norms: Mapping[str, Norms]
-    """By run folder, of the runs of each seed at similar CE increase."""
+    """Norms by run folder, of the runs of each seed at similar CE increase."""
     experiments: Mapping[str, tuple[MeasuredStudy, ...]]
     mitigations: Mitigations | None
     settings: EvaluationConfig
@@ -53,7 +53,7 @@ class Findings:
         return middle(study.kind(kind, study.site).coefficients)
 
     def is_base(self, point: CostPoint) -> bool:
-        """Tell if a variant is the study's own training."""
+        """Return whether a variant is the study's own training."""
         curves = {run.folder for run in (*self.summaries("curves"), *self.summaries("seeds"))}
         return all(run.folder in curves for run in point.variant.runs)
 

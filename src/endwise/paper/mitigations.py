@@ -37,7 +37,7 @@ class Variant:
     """Change that it makes: `0.5 × tokens`, `3 features per dimension`."""
     runs: tuple[RunSummary, ...]
     started: bool
-    """From a local SAE."""
+    """True if it started from a local SAE."""
     tokens: int
     """Training tokens of a run, the local phase it may have begun with counted."""
     seconds: float
@@ -89,7 +89,7 @@ class Mitigations:
     points: tuple[CostPoint, ...]
 
     def of(self, kind: Kind, way: Way) -> list[CostPoint]:
-        """In order of their cost."""
+        """List variants in order of their cost."""
         chosen = [point for point in self.points if (point.variant.kind, point.variant.way) == (kind, way)]
         return sorted(chosen, key=lambda point: point.variant.tokens * 1e6 + point.variant.seconds)
 
@@ -102,7 +102,7 @@ class Mitigations:
 
 
 def reaches(point: CostPoint, reference: CostPoint, within: float) -> bool:
-    """Tell if the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
+    """Return whether the whole interval of the ratio of their CE increases, which holds seeds, lies below `within`."""
     ratio = point.relative_to(reference)
     return ratio.interval is not None and ratio.holds_seeds and ratio.interval[1] < within
 

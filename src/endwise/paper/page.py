@@ -27,13 +27,13 @@ def report(found: Findings, charts: Mapping[str, Sequence[Chart]], made: Sequenc
     figures = {section: list(map(div, drawn)) for section, drawn in charts.items()}
     runs = {run.summary.folder: run.summary for runs in found.experiments.values() for run in runs}
     sections: list[Section] = [
-        ("What shows, and what does not", [remark_list(runs.values()), claim_list(made)], "verdicts"),
-        ("What a feature buys", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
+        ("What the results show", [remark_list(runs.values()), claim_list(made)], "verdicts"),
+        ("CE increase against features", [*figures["tradeoff"], ratio_table(ratio_rows(found))], "tradeoff"),
         ("Runs at similar CE increase, and at similar L0", list(_similar(found)), "similar"),
-        ("What stays of the later layers", figures["downstream"], "downstream"),
+        ("Error in the later layers", figures["downstream"], "downstream"),
         ("Lengths and directions", [*figures["norms"], _norms(found)], "norms"),
         ("Learning rate, size, length, seeds", figures["ablations"], "ablations"),
-        ("What training costs", [*figures["cost"], _costs(found)], "cost"),
+        ("Cost of training", [*figures["cost"], _costs(found)], "cost"),
         ("How this was made", [part(PARTS, "terms", _made(found, command))], "made"),
     ]
     model = model_title(found.made.experiments.study.recipe.get("model", {}).get("name", "embedded"))
@@ -91,7 +91,7 @@ def _costs(found: Findings) -> Markup:
     for kind, hours in paper.TRAINING_HOURS.items():
         for layer, taken, ratio in zip(paper.LAYERS, hours, paper.cost_relative_to_local(kind), strict=True):
             rows.append((f"paper, layer {layer}", LABELS[kind], "60 per dimension", f"{taken:.1f} h", f"{ratio:.2f}"))
-    note = "Each kind trained alone, one after another; wall-clock, so unlike all other numbers not the same each time."
+    note = "Each kind trained alone, one after another; wall-clock, which unlike all other numbers varies each time."
     headings = ("site", "kind", "dictionary", "training", "relative to local")
     return table(headings, rows, text=(1, 2), note=note)
 
@@ -130,8 +130,10 @@ _SEEDS = (
 
 def _rates(found: Findings, site: str) -> str:
     study = found.made.experiments.study
-    told = [
+    parts = [
         f"{LABELS[kind]} {rate:g} of {'/'.join(f'{each:g}' for each in study.kind(kind, site).learning_rates)}"
         for kind, rate in found.made.rates[site].items()
     ]
-    return f"layer {layer_label(site)}: {', '.join(told)}, chosen on held-out text that no other number here is of"
+    return (
+        f"layer {layer_label(site)}: {', '.join(parts)}, chosen on held-out text that nothing else here is measured on"
+    )

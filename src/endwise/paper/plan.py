@@ -31,7 +31,7 @@ EXPERIMENTS: dict[str, Recipes] = {
     "sizes": Experiments.sizes,
     "lengths": Experiments.lengths,
 }
-"""In the order in which they are carried out; a budget that is too small for all drops the last ones first."""
+"""Experiments in the order in which they are carried out; a budget too small for all drops the last ones first."""
 INDISPENSABLE = 2
 """Number of them that are carried out whatever the budget."""
 
@@ -42,10 +42,10 @@ class StudyPlan:
     """Training tokens of a run."""
     experiments: tuple[str, ...]
     left_out: tuple[str, ...]
-    """For the budget."""
+    """Experiments left out for the budget."""
     budget: str | None
     study: dict[str, Any]
-    """As it was when the plan was made."""
+    """Study as it was when the plan was made."""
 
 
 def plan(experiments: Experiments, costs: Sequence[Cost], budget: str | None, file: Path) -> StudyPlan:

@@ -41,8 +41,8 @@ def write(made: StudyRuns, out: Path, command: str) -> list[Claim]:
 
 
 def tables(found: Findings, judged: Sequence[Claim]) -> dict[str, list[dict[str, Any]]]:
-    """By name. All but `costs` and `costs_of_variants` are the same however often a study was interrupted: these two
-    hold wall-clock.
+    """Make tables by name. All but `costs` and `costs_of_variants` are the same however often a study was interrupted:
+    these two hold wall-clock.
     """
     return {
         "runs": run_rows(found),
@@ -66,7 +66,7 @@ def _similar_rows(found: Findings) -> Iterator[dict[str, Any]]:
 
 
 def charts(found: Findings) -> Charts:
-    """By the report's section."""
+    """Make charts by the report's section."""
     site = found.made.experiments.study.site
     curves = [run for run in found.summaries("curves") if run.site == site]
     similar = found.similar_ce.get(site, ())
@@ -141,7 +141,7 @@ def learning_rates(runs: Sequence[tuple[float, RunSummary]], site: str) -> Chart
             for method in PRESET_METHODS.values()
         ]
         panels.append(Panel("", rate, y, tuple(each for each in series if each.marks)))
-    caption = f"One run a rate, with the middle coefficient of each kind, at {site}. {TEXT}"
+    caption = f"One run per rate, with the middle coefficient of each kind, at {site}. {TEXT}"
     return Chart("learning_rates", "Learning rate", caption, tuple(panels))
 
 

@@ -89,7 +89,7 @@ def check(experiments: Experiments) -> None:
 
 
 def best_rates(study: StudyConfig, runs: Sequence[RunSummary]) -> dict[Kind, float]:
-    """For each kind the learning rate that needs the fewest features per token at equal CE increase, of runs at a site.
+    """Find each kind's learning rate with the fewest features per token at equal CE increase, of runs at a site.
 
     Rates are thus compared as kinds are, by curves. One run a rate would not do: L0 × CE increase, say, falls along one
     kind's curve and rises along another's, so that it favours rates for where on the curve they end. Nor would the

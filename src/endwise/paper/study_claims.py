@@ -45,8 +45,8 @@ def _relative_to_local(found: Findings, kind: Kind) -> Iterator[Claim]:
     absent = Ratio(None, reason="there are no runs of local")
     for measure, (claim, published) in claimed.items():
         ratios = {site: to_local(summary, measure).get(kind, absent) for site, summary in found.sites.items()}
-        told = "; ".join(f"{_layer(site)}: {_percent(ratio)}" for site, ratio in ratios.items())
-        yield Claim(claim, published, told, below(ratios.values()))
+        parts = "; ".join(f"{_layer(site)}: {_percent(ratio)}" for site, ratio in ratios.items())
+        yield Claim(claim, published, parts, below(ratios.values()))
 
 
 def to_local(summary: Summary, measure: str) -> Mapping[str, Ratio]:
@@ -68,11 +68,11 @@ def _layer(site: str) -> str:
 def _downstream(found: Findings) -> Claim:
     absent = Ratio(None, reason="not both kinds were run")
     ratios = {site: summary.downstream.get("e2e_ds/e2e", absent) for site, summary in found.sites.items()}
-    told = "; ".join(f"{_layer(site)}: {_times(ratio)}" for site, ratio in ratios.items())
+    parts = "; ".join(f"{_layer(site)}: {_times(ratio)}" for site, ratio in ratios.items())
     return Claim(
         "e2e+ds keeps the later layers' activations where e2e does not, at the same CE increase",
         "e2e 14.5 to 22, e2e+ds 3.5 to 2.5 in MSE after layer 6 (about a sixth)",
-        f"e2e+ds's downstream MSE relative to e2e's (geometric mean over later layers): {told}",
+        f"e2e+ds's downstream MSE relative to e2e's (geometric mean over later layers): {parts}",
         below(ratios.values()),
     )
 
@@ -91,7 +91,7 @@ def _norms(found: Findings) -> Claim:
 
 def _learning_rate(found: Findings) -> Claim:
     """Compare each kind's chosen rate with the highest, both with the middle coefficient and one seed."""
-    told = []
+    parts = []
     site = found.made.experiments.study.site
     for kind in found.made.experiments.study.kinds:
         runs = {
@@ -105,44 +105,44 @@ def _learning_rate(found: Findings) -> Claim:
             continue
         chosen, highest = runs[rate], runs[max(runs)]
         ratio = l0_ratio(highest, chosen, found.settings.bootstrap, found.settings.seed)
-        told.append(
+        parts.append(
             f"{LABELS[kind]} from {rate:g} to {max(runs):g}: alive {chosen.alive:,} to {highest.alive:,}, "
             f"L0 {chosen.l0:.1f} to {highest.l0:.1f} ({_percent(ratio)})"
         )
     return Claim(
         "A learning rate above the best lowers the number of alive features, and L0 creeps up",
         "so above 5e-4",
-        "; ".join(told) or "the highest rate tried is the best",
+        "; ".join(parts) or "the highest rate tried is the best",
         "not testable here",
     )
 
 
 def _sizes(found: Findings) -> Claim:
     """The largest dictionary against the smallest."""
-    told, ratios = [], []
+    parts, ratios = [], []
     for kind in found.made.experiments.study.kinds:
         points = sorted(_known(found, kind, "dictionary"), key=lambda point: point.variant.runs[0].d_sae)
         if len(points) > 1:
             ratio = points[-1].relative_to(points[0])
             ratios.append(ratio)
-            told.append(f"{_listed(kind, points)} (last to first: {_percent(ratio)})")
+            parts.append(f"{_listed(kind, points)} (last to first: {_percent(ratio)})")
     return Claim(
         "A larger dictionary lowers the CE increase at equal L0",
         "it does, up to about 60 features per dimension",
-        _at_l0(found, told),
+        _at_l0(found, parts),
         below(ratios),
     )
 
 
 def _lengths(found: Findings) -> Claim:
     """The longest training against the study's own length: what it lowers, and whether that is more than for local."""
-    told, ratios = [], {}
+    parts, ratios = [], {}
     for kind in found.made.experiments.study.kinds:
         points = sorted(_known(found, kind, "tokens"), key=lambda point: point.variant.tokens)
         base = next((p for p in points if p.variant.tokens == found.made.experiments.tokens), None)
         if base is not None and points[-1] is not base:
             ratios[kind] = points[-1].relative_to(base)
-            told.append(f"{_listed(kind, points)} (last to 1 ×: {_percent(ratios[kind])})")
+            parts.append(f"{_listed(kind, points)} (last to 1 ×: {_percent(ratios[kind])})")
     compared = [ratios[kind] for kind in END_TO_END if kind in ratios] if "local" in ratios else []
     verdict = below(compared)
     if verdict == "shown":
@@ -150,13 +150,13 @@ def _lengths(found: Findings) -> Claim:
     return Claim(
         "With longer training the end-to-end kinds still improve, and by more than local does",
         "local flat from 200k samples, e2e improves up to 800k, e2e+ds up to 400k",
-        _at_l0(found, told),
+        _at_l0(found, parts),
         verdict,
     )
 
 
 def _gains_more(ratio: Ratio, local: Ratio) -> bool:
-    """Tell if what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
+    """True if what longer training leaves of the CE increase is less than what it leaves of local's: the intervals lie
     apart.
     """
     return ratio.interval is not None and local.interval is not None and ratio.interval[1] < local.interval[0]
@@ -164,36 +164,36 @@ def _gains_more(ratio: Ratio, local: Ratio) -> bool:
 
 def _seeds(found: Findings) -> Claim:
     """Judge if kinds differ by more than seeds do: the interval over seeds of a ratio to local leaves out 100 %."""
-    told, holds = [], []
+    parts, holds = [], []
     for site, summary in found.sites.items():
         for kind, ratio in to_local(summary, "features_at_equal_ce").items():
             if ratio.estimate is not None and ratio.over_seeds is not None:
                 low, high = ratio.over_seeds
                 holds.append(high < 1 or low > 1)
                 ends = f"[{100 * low:.0f}, {100 * high:.0f}] over {ratio.rests_on} alone"
-                told.append(f"{_layer(site)}: {LABELS[kind]} {100 * ratio.estimate:.0f} % of local's L0, {ends}")
+                parts.append(f"{_layer(site)}: {LABELS[kind]} {100 * ratio.estimate:.0f} % of local's L0, {ends}")
     return Claim(
         "Seeds agree on the Pareto curve: they differ less than the kinds do",
         "two seeds agree",
-        "; ".join(told) or "no ratio that stays on one side is determined by three seeds",
+        "; ".join(parts) or "no ratio that stays on one side is determined by three seeds",
         shown_if_all(holds),
     )
 
 
 def _cost(found: Findings, kind: Kind) -> Claim:
     published = "/".join(f"{ratio:.1f}" for ratio in paper.cost_relative_to_local(kind))
-    told, holds = [], []
+    parts, holds = [], []
     for site in found.made.experiments.study.sites:
         if (ratio := relative_to_local(found.made.costs, kind, site)) is not None:
             timed = not math.isnan(ratio.low)
             ends = f" [{times(ratio.low)}, {times(ratio.high)}]" if timed else ""
             without = "" if timed else " (timed without an interval)"
-            told.append(f"{_layer(site)}: {times(ratio.estimate)}{ends} times per token{without}")
+            parts.append(f"{_layer(site)}: {times(ratio.estimate)}{ends} times per token{without}")
             holds += [ratio.low > 1] if timed else []
     return Claim(
         f"Training {LABELS[kind]} takes longer than local",
         f"{published} times (layers 2/6/10)",
-        "; ".join(told) or "not both kinds were timed",
+        "; ".join(parts) or "not both kinds were timed",
         shown_if_all(holds),
         timed=True,
     )
@@ -206,7 +206,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
         "dictionary": ("A smaller dictionary", "5 features per dimension are acceptable on TinyStories-1M"),
         "start": ("A start from a local SAE", "suggested"),
     }[way]
-    told, holds = [], []
+    parts, holds = [], []
     for kind in END_TO_END:
         points = _known(found, kind, way)
         base = next((p for p in points if found.is_base(p)), None)
@@ -218,7 +218,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
             holds.append(bool(good))
         lowest = min(cheaper, key=lambda p: p.ce_increase.estimate if p.ce_increase else math.inf)
         best = min(good, key=lambda p: p.variant.seconds, default=lowest)
-        told.append(
+        parts.append(
             f"{LABELS[kind]}: {best.variant.label} has {bracketed(best.ce_increase)} where full training has "
             f"{bracketed(base.ce_increase)}, {_percent(best.relative_to(base))}, at "
             f"{100 * best.variant.seconds / base.variant.seconds:.0f} % of its time"
@@ -226,7 +226,7 @@ def _mitigation(found: Findings, way: Way) -> Claim:
     return Claim(
         f"{words} lowers what end-to-end training costs and raises the CE increase by less than {_MARGIN}",
         published,
-        _at_l0(found, told),
+        _at_l0(found, parts),
         shown_if_all(holds),
         timed=True,
     )
@@ -234,26 +234,26 @@ def _mitigation(found: Findings, way: Way) -> Claim:
 
 def _break_even(found: Findings) -> Claim:
     """The cheapest end-to-end training that reaches the CE increase of the study's local SAEs."""
-    told, holds = [], []
+    parts, holds = [], []
     local = next((p for p in _known(found, "local", "tokens") if found.is_base(p)), None)
     for kind in END_TO_END:
         if found.mitigations is None or local is None or not any(_known(found, kind, way) for way in WAYS):
             continue
         best = found.mitigations.cheapest(kind, local, REACHED)
         if best is None:
-            told.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {bracketed(local.ce_increase)}")
+            parts.append(f"{LABELS[kind]}: no variant with three seeds reaches local's {bracketed(local.ce_increase)}")
             holds.append(False)
             continue
         ratio = best.variant.seconds / local.variant.seconds
         holds.append(ratio <= 1)
-        told.append(
+        parts.append(
             f"{LABELS[kind]}: {best.variant.label} ({_percent(best.relative_to(local))} of local's), in {times(ratio)} "
             "times local's time"
         )
     return Claim(
         f"End-to-end training reaches local's CE increase at equal L0 (within {_MARGIN}) in no more time than local",
         "not claimed; it is what would make local training pointless",
-        _at_l0(found, told),
+        _at_l0(found, parts),
         shown_if_all(holds),
         timed=True,
     )
@@ -265,15 +265,15 @@ def _known(found: Findings, kind: str, way: Way) -> list[CostPoint]:
 
 
 def _is_cheaper(point: CostPoint, base: CostPoint) -> bool:
-    """Tell if a variant takes less time with no larger dictionary, which by timings alone may cost less."""
+    """Return whether a variant takes less time with no larger dictionary, which by timings alone may cost less."""
     variant, full = point.variant, base.variant
     return variant.seconds < full.seconds and variant.runs[0].d_sae <= full.runs[0].d_sae
 
 
-def _at_l0(found: Findings, told: Sequence[str]) -> str:
-    if not told or found.mitigations is None:
+def _at_l0(found: Findings, parts: Sequence[str]) -> str:
+    if not parts or found.mitigations is None:
         return "no variants with a curve over one L0"
-    return f"CE increase at L0 {found.mitigations.l0:.0f}: {'; '.join(told)}"
+    return f"CE increase at L0 {found.mitigations.l0:.0f}: {'; '.join(parts)}"
 
 
 _MARGIN = f"{100 * (REACHED - 1):.0f} %"

@@ -119,4 +119,4 @@ def _kind(tensor: Tensor | None) -> str:
 
 
 def _does_not_fit(reason: str) -> FormatError:
-    return FormatError(f"The checkpoint is none of this run's: {reason}. Remove it to resume from the one before.")
+    return FormatError(f"The checkpoint is not of this run: {reason}. Remove it to resume from the one before.")

@@ -42,14 +42,14 @@ def refuse_several(path: Path) -> None:
         RunFolderError: the path, where one run is taken, is a folder of several.
     """
     if not RunFolder(path).has_run() and path.is_dir() and (below := run_folders(path)):
-        raise RunFolderError(f"{path} is a folder of {len(below)}, and one run is taken here. Name it: {below[0]}")
+        raise RunFolderError(f"{path} is a folder of {len(below)}, and one run is needed here. Name it: {below[0]}")
 
 
 def runs_at(paths: Paths, has: Callable[[Path], bool], *, lacking: str, remedy: str) -> list[Path]:
     """List what a command that takes runs is given: a run as it is, of a folder of runs those that have what is needed.
 
     Args:
-        has: tells if a run below a folder has it; others are passed over.
+        has: whether a run below a folder has it; others are passed over.
         lacking: completes "none of which …".
         remedy: what to do then.
 
@@ -83,7 +83,7 @@ def trained_runs(paths: Paths) -> list[Path]:
 
 
 def harvested_runs(paths: Paths) -> list[Path]:
-    """As `trained_runs`, of those that were harvested."""
+    """Variant of `trained_runs` for those that were harvested."""
     return runs_at(
         paths,
         lambda run: (run / "harvest").is_dir(),

@@ -97,7 +97,7 @@ class RunFolder(ShownRun):
             RunFolderError: it cannot be written.
         """
         is_new = not there_is(self.path)
-        taken = f"Another process is training in {self.path}. Wait for its end or stop it; or set out=ANOTHER_FOLDER."
+        taken = f"Another process is training in {self.path}. Wait for it, stop it, or set out=ANOTHER_FOLDER."
         with held(self._lock_file, taken):
             try:
                 if self.has_run():
@@ -143,8 +143,8 @@ class RunFolder(ShownRun):
         kept = self.recipe()
         config = config.model_copy(update={"out": kept.out})
         if changes := differing(kept.model_dump(mode="json"), config.model_dump(mode="json")):
-            told = {key: list(values) for key, values in changes.items()}
-            self.append(self.changes_file, {"step": step, "changes": told, "seed": config.seed})
+            record = {key: list(values) for key, values in changes.items()}
+            self.append(self.changes_file, {"step": step, "changes": record, "seed": config.seed})
             write_atomic(self.config_file, config.to_yaml().encode())
 
     def describe(self, config: Recipe, data: Mapping[str, Any], digests: Mapping[str, Any] | None = None) -> None:
@@ -192,7 +192,7 @@ class RunFolder(ShownRun):
         if self.digests().get("sae", digest) != digest:
             raise FormatError(
                 f"{path} does not hold the weights that training wrote there. Restore it, or have those of the last "
-                f"checkpoint written again: {again}; an SAE of another making belongs in a folder of its own."
+                f"checkpoint written again: {again}; an SAE made elsewhere belongs in a folder of its own."
             )
         return digest
 
@@ -204,8 +204,8 @@ class RunFolder(ShownRun):
         """
         if not self.data_file.exists():
             return None
-        told = read_json(self.data_file).get(side)
-        found = told.get("fingerprint") if isinstance(told, dict) else None
+        record = read_json(self.data_file).get(side)
+        found = record.get("fingerprint") if isinstance(record, dict) else None
         if not isinstance(found, str):
             raise RunFolderError(
                 f"{self.data_file} names no fingerprint of the run's text ({side}.fingerprint). Restore it from a "
@@ -238,7 +238,7 @@ class RunFolder(ShownRun):
         return config
 
     def has_run(self) -> bool:
-        """Tell if a run has been started here."""
+        """Return whether a run has been started here."""
         return there_is(self.config_file)
 
     def check_exists(self) -> None:
@@ -293,12 +293,12 @@ class RunFolder(ShownRun):
             position: what `position` was at the checkpoint.
 
         Raises:
-            RunFolderError: `metrics.jsonl` has lost lines of before.
+            RunFolderError: `metrics.jsonl` has lost earlier lines.
         """
         size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if size < position:
             raise RunFolderError(
-                f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: lines of before are "
+                f"{self.metrics_file} is {size} bytes long, but was {position} at step {step}: earlier lines are "
                 "missing. Restore it, or resume from an earlier step (--from-step, 0 for the beginning)."
             )
         for later in self.saved_steps():

@@ -1,4 +1,4 @@
-"""What is said of a path that is no run folder, where one is wanted."""
+"""Messages about a path that is no run folder, where one is wanted."""
 
 import shlex
 from pathlib import Path
@@ -14,7 +14,7 @@ def no_run(path: Path) -> OtherKind:
     """An error that says what is at a path where a run folder is wanted, and what to do."""
     name, way = shown(path), ""
     if name.startswith("hf://"):
-        way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of an SAE of others: endwise adopt."
+        way = f" Bring it here: endwise pull {shlex.quote(name)}; make a run of another SAE: endwise adopt."
     elif (other := shipped(name) or other_kind(path, "run folder")) is not None:
         return other
     elif format_at(path) is not None:

@@ -1,4 +1,4 @@
-"""Folders of a run of several places, and what tells such a place's folder from a run's."""
+"""Folders of a run of several places, and how such a place's folder differs from a run's."""
 
 import shlex
 from pathlib import Path
@@ -23,18 +23,18 @@ def place_folders(run: Path, config: Recipe) -> list[Path]:
 
 
 def is_several(run: Path) -> bool:
-    """Tell if a folder is a run of several places."""
+    """Return whether a folder is a run of several places."""
     return there_is(run / PLACES)
 
 
 def mark_part(folder: Path, config: PlacesConfig) -> None:
     """Write into a place's folder that it is one of several, trained jointly."""
-    told = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
-    write_json(folder / PART, {"seed": config.seed, **told})
+    shared = {"run": folder.parent.parent.name, "joint": config.place, "inputs": config.inputs}
+    write_json(folder / PART, {"seed": config.seed, **shared})
 
 
 def joint_with(folder: Path) -> tuple[str, str | None] | None:
-    """Tell of one place of a run that trains several jointly which they are, and what `inputs` is; of others None."""
+    """Return the places of the joint run that a folder is one place of, and its `inputs`; None: of no joint run."""
     if not is_part(folder):
         return None
     part = read_json(folder / PART)
@@ -42,7 +42,7 @@ def joint_with(folder: Path) -> tuple[str, str | None] | None:
 
 
 def is_part(folder: Path) -> bool:
-    """Tell if a folder is one place of a run that trains several jointly."""
+    """Return whether a folder is one place of a run that trains several jointly."""
     return there_is(folder / PART)
 
 

@@ -55,8 +55,8 @@ class ShownRun(Shown):
             yield paragraph("Measure it:", "note", f"endwise evaluate {name}")
             return
         known = [(label, measured.get(key), form) for label, key, form in NUMBERS]
-        told = [f"{label} {number:{form}}" for label, number, form in known if isinstance(number, int | float)]
-        yield paragraph(f"{', '.join(told)}, on {int(measured.get('tokens', 0)):,} held-out tokens.")
+        numbers = [f"{label} {number:{form}}" for label, number, form in known if isinstance(number, int | float)]
+        yield paragraph(f"{', '.join(numbers)}, on {int(measured.get('tokens', 0)):,} held-out tokens.")
         yield from notes(remarks_on(measured))
         if not there_is(self.path / "harvest"):
             yield paragraph("See its features:", "note", f"endwise harvest {name}")

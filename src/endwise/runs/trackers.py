@@ -28,7 +28,7 @@ class Tracker(Protocol):
         """Hear of a run that starts (step 0), is resumed, or is measured (None) by this process.
 
         Args:
-            folder: holds all lines of before, for a tracker that was not there.
+            folder: holds all earlier lines, for a tracker that was not there.
             step: the step of the checkpoint that the run is resumed from. Lines of later steps that were sent before
                 are void: they were cut from the folder, and come again.
         """
@@ -87,7 +87,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 made[name] = kind()
             except Exception as error:
                 raise ConfigError(
-                    f"The tracker {name} cannot be set up ({_told(error)}). Set it up, or leave it out of trackers."
+                    f"The tracker {name} cannot be set up ({_one_line(error)}). Set it up, or leave it out of trackers."
                 ) from error
         return made
 
@@ -109,7 +109,7 @@ class Mirror(AbstractContextManager["Mirror"]):
             return self.ended("finished")
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return self.ended("interrupted")
-        self.line("failure", {"error": _told(error)})
+        self.line("failure", {"error": _one_line(error)})
         return self.ended("failed")
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
@@ -118,10 +118,10 @@ class Mirror(AbstractContextManager["Mirror"]):
                 act(tracker)
             except Exception as error:  # noqa: BLE001  Whatever it is, the run does not depend on it.
                 del self._listening[name]
-                failed = f"The tracker {name} failed and hears no more of this run, which continues: {_told(error)}"
-                told = str(error) if isinstance(error, NotSent) else failed
-                print(printable(told), file=sys.stderr, flush=True)
+                failed = f"The tracker {name} failed and gets no more of this run, which continues: {_one_line(error)}"
+                message = str(error) if isinstance(error, NotSent) else failed
+                print(printable(message), file=sys.stderr, flush=True)
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

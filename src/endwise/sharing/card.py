@@ -36,8 +36,8 @@ _NUMBERS = (
 
 def plain(text: object) -> str:
     """Return text that stands in Markdown as it is, in one line."""
-    told = escape(" ".join(printable(text).split()), quote=False)
-    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", told)
+    escaped = escape(" ".join(printable(text).split()), quote=False)
+    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", escaped)
 
 
 def write_card(found: Sequence[Pareto], folder: Path, repo: str, before: str | None, licence: str | None) -> None:
@@ -52,10 +52,10 @@ def write_card(found: Sequence[Pareto], folder: Path, repo: str, before: str | N
     recipes = [RunFolder(Path(run.folder)).recipe() for one in found for run in one.runs]
     models = [name for name in dict.fromkeys(recipe.model.name for recipe in recipes) if _on_hub(name)]
     texts = [name for name in dict.fromkeys(recipe.data.source for recipe in recipes) if _on_hub(name)]
-    told: dict[str, Any] = {"library_name": "saelens", "tags": ["endwise", "sae", "sparse-autoencoder"]}
-    told |= {key: each for key, each in (("base_model", models), ("datasets", texts), ("license", licence)) if each}
-    tags = {"tags": list(dict.fromkeys([*told["tags"], *header.get("tags", [])]))}
-    written = yaml.safe_dump({**header, **told, **tags}, sort_keys=False, allow_unicode=True)
+    fields: dict[str, Any] = {"library_name": "saelens", "tags": ["endwise", "sae", "sparse-autoencoder"]}
+    fields |= {key: each for key, each in (("base_model", models), ("datasets", texts), ("license", licence)) if each}
+    tags = {"tags": list(dict.fromkeys([*fields["tags"], *header.get("tags", [])]))}
+    written = yaml.safe_dump({**header, **fields, **tags}, sort_keys=False, allow_unicode=True)
     body = f"{BEGIN}\n{_body(found, folder, repo)}\n{END}"
     text = f"# {repo.partition('/')[2]}\n\n{body}\n" if own is None else own.replace(f"{BEGIN}{END}", body)
     (folder / CARD).write_text(f"---\n{written}---\n{text}", encoding="utf-8")
@@ -66,18 +66,18 @@ def _split(before: str) -> tuple[Mapping[str, Any], str | None]:
     match = re.match(r"---\n(.*?)\n---\n(.*)", before, re.DOTALL)
     header, text = (match[1], match[2]) if match else ("", before)
     try:
-        told = yaml.safe_load(header) if header else {}
+        metadata = yaml.safe_load(header) if header else {}
     except yaml.YAMLError:
-        told = {}
-    told = told if isinstance(told, dict) else {}
+        metadata = {}
+    metadata = metadata if isinstance(metadata, dict) else {}
     if BEGIN not in text:
-        return told, f"{text.rstrip()}\n\n{BEGIN}{END}\n" if text.strip() else None
+        return metadata, f"{text.rstrip()}\n\n{BEGIN}{END}\n" if text.strip() else None
     start, _, rest = text.partition(BEGIN)
-    return told, f"{start}{BEGIN}{END}{rest.partition(END)[2]}"
+    return metadata, f"{start}{BEGIN}{END}{rest.partition(END)[2]}"
 
 
 def _on_hub(name: str) -> bool:
-    """Tell if a model or text may be the hub's: what lies here has lost its folder by now, or differs by it."""
+    """Return whether a model or text may be the hub's: what lies here has lost its folder by now, or differs by it."""
     return name != "embedded" and _HUB_NAME.fullmatch(name) is not None and "/" in name
 
 
@@ -111,8 +111,8 @@ def _table(one: Pareto) -> str:
         on = ", ".join(name for name, members in fronts.items() if run.folder in members) if len(one.runs) > 1 else ""
         numbers = [cell(run) for _, cell in _NUMBERS]
         alive = f"{run.alive:,} of {run.d_sae:,}"
-        told = [plain(each) for each in (called(run), run.method.label, run.knob, run.seed)]
-        rows.append([*told, *numbers, alive, on or "–"])
+        cells = [plain(each) for each in (called(run), run.method.label, run.knob, run.seed)]
+        rows.append([*cells, *numbers, alive, on or "–"])
     lines = [heads, ["---"] * len(heads), *rows]
     tokens = ", ".join(dict.fromkeys(f"{run.alive_tokens:,}" for run in one.runs))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (

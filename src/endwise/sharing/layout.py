@@ -76,7 +76,7 @@ def stage(run: Path, target: Path) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{run}: {name!r:.80} holds more than letters, digits, dots, - and _. Rename the folder.")
     if folder.measured() is None:
-        raise RunFolderError(f"{run} was not measured yet, which its card tells. Measure it: endwise evaluate {run}")
+        raise RunFolderError(f"{run} was not measured yet. Measure it: endwise evaluate {run}")
     local = [path for path in dict.fromkeys(_paths(recipe.model_dump(mode="json"))) if len(Path(path).parts) > 1]
     words = {path: model_title(path) for path in local}
     parts = place_folders(run, recipe) if is_several(run) else []
@@ -98,7 +98,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _sae_staged(folder: RunFolder, target: Path, words: _Words) -> dict[str, str]:
-    """Lay out an SAE; returns its digest with the new one, where its file tells of itself in other words now."""
+    """Lay out an SAE; returns its digest with the new one, where its file's metadata changed."""
     folder.config_of_trained(folder.path)
     form, digest = FORMATS[NATIVE], folder.weights_digest()
     source, weights = form.weights(folder.sae), form.weights(target)
@@ -108,12 +108,12 @@ def _sae_staged(folder: RunFolder, target: Path, words: _Words) -> dict[str, str
     with source.open("rb") as file:
         size = int.from_bytes(file.read(_HEADER), "little")
         header = file.read(size)
-        told = json.loads(header)
-        kept = {key: words.text(value) for key, value in told.get("__metadata__", {}).items()}
-        if kept == told.get("__metadata__", {}):
+        fields = json.loads(header)
+        kept = {key: words.text(value) for key, value in fields.get("__metadata__", {}).items()}
+        if kept == fields.get("__metadata__", {}):
             _linked(source, weights)
             return {}
-        own = json.dumps({**told, "__metadata__": kept}, separators=(",", ":")).encode()
+        own = json.dumps({**fields, "__metadata__": kept}, separators=(",", ":")).encode()
         own += b" " * (-len(own) % _HEADER)
         with weights.open("wb") as written:
             written.write(len(own).to_bytes(_HEADER, "little") + own)

@@ -68,7 +68,7 @@ def push(
     )
     named = on_hub(f"hf://{repo.removeprefix('hf://')}")
     if named is None or named.inside or named.revision is not None:
-        raise ConfigError(f"Push to owner/name; given {repo!r:.200}. The branch is said by --revision.")
+        raise ConfigError(f"Push to owner/name; given {repo!r:.200}. Name the branch with --revision.")
     names = [path.resolve().name for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"Two runs are called {twice[0]}, and each is a folder of the repository. Rename one.")
@@ -120,13 +120,13 @@ def _sent(staging: Path, repo: str, revision: str | None, names: Sequence[str]) 
     from huggingface_hub import HfApi
 
     with asking(f"hf://{repo}"):
-        told = HfApi().upload_folder(
+        commit = HfApi().upload_folder(
             repo_id=repo,
             folder_path=staging,
             revision=revision,
             commit_message=f"endwise: {', '.join(names)}"[:200],
             delete_patterns=[f"{name}/*" for name in names],
         )
-    if not told.oid:
+    if not commit.oid:
         raise HubError(f"hf://{repo}: the hub names no commit. Push again.")
-    return told.oid
+    return commit.oid

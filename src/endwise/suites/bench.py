@@ -120,12 +120,12 @@ class Benching:
         """
         name, folder = self.suite.name, self._out / self.suite.name
         versions, log, file = self._versions(), self._out / f"{name}.log", self._out / f"{name}.json"
-        with held(self._out / f".{name}.lock", f"{name} runs on {self._run.path} already. Wait for its end."):
+        with held(self._out / f".{name}.lock", f"{name} runs on {self._run.path} already. Wait for it to finish."):
             heldout = self._heldout_tokens() if self._heldout else None
             settings = self.suite.settings.model_dump(mode="json") | as_batches(heldout)
             made_of = {"weights": self._run.weights_digest(), "versions": versions}
             self._prepare(folder, settings, made_of, heldout)
-            say(f"{name} runs; {log} tells how far it is")
+            say(f"{name} runs; its progress is in {log}")
             self._carry_out(folder, log)
             numbers, measured = read_json(folder / "done.json"), self._run.measured() if self._heldout else None
             ours = self.suite.ours(measured) if measured else {}
@@ -138,14 +138,14 @@ class Benching:
     def _versions(self) -> dict[str, str]:
         """Versions of the suite and of what it stands on, in its environment."""
         package = self.suite.package
-        way = f"python -m venv ENV && ENV/bin/pip install {package}; then say --python ENV/bin/python"
+        way = f"python -m venv ENV && ENV/bin/pip install {package}; then give --python ENV/bin/python"
         asked = [self._python, "-c", _ASK, self.suite.module, package, *BELOW]
         try:
             done = subprocess.run(asked, capture_output=True, text=True, env=_environment(), check=True)
             found = json.loads(done.stdout)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            told = " ".join(str(getattr(error, "stderr", "") or error).split())[-LAST_WORDS:]
-            raise ConfigError(f"{self._python} cannot be asked for {package}: {told}. Make one: {way}") from None
+            reason = " ".join(str(getattr(error, "stderr", "") or error).split())[-LAST_WORDS:]
+            raise ConfigError(f"{self._python} cannot be checked for {package}: {reason}. Make one: {way}") from None
         if package not in found:
             raise ConfigError(f"{self._python} has no package {package}. Make an environment for it: {way}")
         return found

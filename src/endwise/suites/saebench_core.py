@@ -8,7 +8,7 @@ from endwise.suites.base import INSIDE, SUITES, Suite
 
 
 class CoreSettings(Config):
-    """Its numbers of batches are those of the published results."""
+    """Settings whose numbers of batches are those of the published results."""
 
     dataset: str = "Skylion007/openwebtext"
     """Text on the hub, with a column `text`, or `tokens` of one length."""

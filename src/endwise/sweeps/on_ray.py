@@ -23,7 +23,7 @@ OBJECT_STORE = 80 * 2**20
 WAIT_SECONDS = 1.0
 CONNECT_SECONDS = 15.0
 
-TOLD = (exceptions.RayTaskError, exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError)
+REPEATABLE = (exceptions.RayTaskError, exceptions.RuntimeEnvSetupError, exceptions.TaskUnschedulableError)
 """Errors that another worker would meet as well; Ray's other errors are losses."""
 
 
@@ -57,7 +57,7 @@ class OnRay(Remote):
     def _result(self, handle: Any, task: Task) -> list[Outcome] | None:
         try:
             return ray.get(handle)
-        except TOLD as error:
+        except REPEATABLE as error:
             return failed(task, one_line(error.cause if isinstance(error, exceptions.RayTaskError) else error))
         except exceptions.RayError as error:
             raise Lost(one_line(error)) from None

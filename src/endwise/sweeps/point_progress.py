@@ -26,7 +26,7 @@ class PointProgress:
     out: Path
     search: SearchConfig
     result: Recipe | None = None
-    """Its run, once that is trained and measured."""
+    """Run, once it is trained and measured."""
     error: str | None = None
     """Reason why there will be none."""
     run: Recipe | None = None
@@ -57,7 +57,7 @@ class PointProgress:
         return None
 
     def given_out(self) -> None:
-        """Its run is carried out now."""
+        """Mark its run as being carried out."""
         self._given_out.add(self.folder)
 
     def note(self, outcome: Outcome) -> None:

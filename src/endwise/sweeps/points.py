@@ -1,4 +1,4 @@
-"""From a sweep's file to its points: one recipe each, with a folder named by what the recipe holds."""
+"""Path from a sweep's file to its points: one recipe each, with a folder named by what the recipe holds."""
 
 import itertools
 import json
@@ -81,7 +81,7 @@ def _recipe(sweep: SweepConfig) -> dict[str, Any]:
     settings = flattened(sweep.settings, "settings")
     _check_no_folder(settings, "settings")
     if TARGET in settings:
-        raise ConfigError("settings: a target stands in a grid. Move it there.")
+        raise ConfigError("settings: a target belongs in a grid. Move it there.")
     return changed_recipe({key: value for key, value in base.items() if key != OUT}, _in_two(settings, "settings"))
 
 
@@ -127,7 +127,7 @@ def _log_range(key: str, given: Mapping[str, Any], where: str) -> list[int | flo
 def _points(base: dict[str, Any], axes: Mapping[str, Sequence[Any]], name: str) -> Iterator[Point]:
     """A grid's points."""
     combined = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-    choices = [(f"{name} ({_said(choice)})", _in_two(flattened(choice, name), name)) for choice in combined]
+    choices = [(f"{name} ({_shown(choice)})", _in_two(flattened(choice, name), name)) for choice in combined]
     several = len({str(choice.get(KIND)) for _, choice in choices}) > 1
     for source, choice in choices:
         unused = [f"objective.{key}" for key in UNUSED_WEIGHTS.get(str(choice.get(KIND)), ())]
@@ -148,7 +148,7 @@ def _in_two(keys: dict[str, Any], where: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key != PLACE} | own
 
 
-def _said(choice: Mapping[str, Any]) -> str:
+def _shown(choice: Mapping[str, Any]) -> str:
     return f"{', '.join(f'{key}={value}' for key, value in choice.items()):.300}"
 
 
@@ -236,7 +236,7 @@ def fingerprint(config: Recipe) -> str:
 
 
 def _fingerprint_of_0_1(config: Recipe) -> str:
-    """As version 0.1 made it, for which execution counted too."""
+    """Fingerprint as version 0.1 made it, for which execution counted too."""
     new = {"out", "trackers"}
     content = json.dumps(config.model_dump(mode="json", exclude_defaults=True, exclude=new), sort_keys=True)
     return of_text(content)[:DIGITS]
@@ -253,8 +253,8 @@ def placed(config: AnyRecipe, folder: Path) -> AnyRecipe:
         content = config.model_copy(update={"init_from": Path(start.name)})
     several = isinstance(config, PlacesConfig)
     place = f"{len(config.places)}-places" if several else config.place.replace(ARROW, "-to-")
-    said = f"{config.objective_name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
-    own, older = (folder / f"{said}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
+    stem = f"{config.objective_name}-{Knob.of(config).tag}-{place}-seed{config.seed}"
+    own, older = (folder / f"{stem}-{digits}" for digits in (fingerprint(content), _fingerprint_of_0_1(content)))
     out = older if RunFolder(older).has_run() and not RunFolder(own).has_run() else own
     return config.model_copy(update={"out": out})
 

@@ -136,7 +136,7 @@ class Remote(ABC):
         else:
             yield [self._seen(outcome, config) for outcome, config in zip(outcomes, job.task, strict=True)]
 
-    def _again(self, job: Job, told: str) -> Iterator[list[Outcome]]:
+    def _again(self, job: Job, reason: str) -> Iterator[list[Outcome]]:
         """Give out once more what lost its worker; a group that it happens to each time, one run at a time."""
         task = job.task
         if job.losses_left:
@@ -144,10 +144,10 @@ class Remote(ABC):
         elif len(task) > 1:
             self._waiting.extendleft(Job((config,), 0) for config in reversed(task))
         else:
-            yield failed(task, f"Every worker that it was given to was lost, the last one so: {told}")
+            yield failed(task, f"Every worker that it was given to was lost, the last one with: {reason}")
 
     def _seen(self, outcome: Outcome, config: Recipe) -> Outcome:
-        """The outcome, or a failure where a run that is said to be finished cannot be found: given out again it would
+        """The outcome, or a failure where a run reported as finished cannot be found: given out again it would
         be finished again, and so without end.
         """
         folder, give_up = folder_of(config), time.monotonic() + self.visible_seconds
@@ -189,7 +189,7 @@ class Remote(ABC):
 
 
 _worker = Worker()
-"""With what the tasks need that this process carried out before."""
+"""Worker with what the tasks need that this process carried out before."""
 
 
 def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:
@@ -210,14 +210,14 @@ def work(task: Task, directory: Path, threads: int) -> list[Outcome] | None:
         return failed(task, one_line(error))
 
 
-def failed(task: Task, told: str) -> list[Outcome]:
-    return [Outcome(folder_of(config), told) for config in task]
+def failed(task: Task, reason: str) -> list[Outcome]:
+    return [Outcome(folder_of(config), reason) for config in task]
 
 
 def one_line(error: BaseException) -> str:
     """An error's name and the end of what it says, where a traceback has its reason."""
-    told = " ".join(str(error).split())
-    return f"{type(error).__name__}: {told if len(told) <= 600 else f'... {told[-600:]}'}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 600 else f'... {text[-600:]}'}"
 
 
 _SHARED = "start the sweep in a directory that all machines share, or give it an absolute `out` that they share"

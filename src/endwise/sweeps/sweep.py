@@ -88,7 +88,7 @@ def sweep(
 def sweep_points(
     points: Sequence[Point], out: Path, engine: Engine, search: SearchConfig, together: int, display: bool
 ) -> Sweep:
-    """As `sweep`, of points that are there already; writes no table."""
+    """Variant of `sweep` for points that are there already; writes no table."""
     progress = [PointProgress(point, out, search) for point in points]
     with Watch(display) as watch:
         first = True

@@ -120,7 +120,7 @@ class EngineConfig(Config):
     """Engine that carries out the runs."""
 
     engine: Literal["in_process", "ray", "slurm"] = "in_process"
-    """Name of what carries out tasks (runs, or groups of runs in one pass)."""
+    """Engine that runs the tasks (runs, or groups of runs in one pass)."""
     ray: RayConfig = RayConfig()
     slurm: SlurmConfig = SlurmConfig()
 
@@ -134,12 +134,12 @@ class SweepConfig(EngineConfig):
     """Changes to the recipe, by dotted key, that all runs share."""
     grids: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """The runs are those of all grids. A grid sets dotted keys of the recipe: to a value; to each of a list; or to each
-    of `{log_range: [from, to, how many]}`, whose neighbours have one ratio. All combinations are made. The key `target`
-    takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient; the key
-    `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone). Weights
-    of the objective that a kind does without are left out of its runs where a grid chooses the kind, and so are keys of
-    the dictionary that an architecture does without where it chooses that. Of a recipe with `places` a key stands for
-    every place, or for one by its number (`places.0.dictionary.k`)."""
+    of `{log_range: [from, to, how many]}`, evenly spaced on a logarithmic scale. All combinations are made. The key
+    `target` takes a target (`{ce_increase: 0.1}` or `{l0: 40}`) or a list of them in place of the sparsity coefficient;
+    the key `place` sets `site` and `writes` at once (`blocks.1.mlp_in -> blocks.1.hook_mlp_out`, or a site alone).
+    Weights that a kind does not use are left out of its runs if a grid chooses the kind, and so are keys of the
+    dictionary that an architecture does not have if it chooses that. With `places` a key applies to every place, or to
+    one by its number (`places.0.dictionary.k`)."""
     search: SearchConfig = SearchConfig()
     together: Positive = 8
     """Most SAEs in training at a time in one pass: those of one kind that agree in model, site, data and length. Each
@@ -186,7 +186,7 @@ def as_sweep(config: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfi
 
 
 def _is_own(override: str) -> bool:
-    """Tell if a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
+    """Return whether a change is one of the sweep, and not of its recipe; only `out` is a key of both, and no run's."""
     first, dot, _ = override.partition("=")[0].partition(".")
     return first in SweepConfig.model_fields and not (first == "settings" and dot)
 
@@ -227,7 +227,7 @@ def flattened(values: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
 
 
 def takes_whole_numbers(key: str) -> bool:
-    """Tell if a field's numbers have no fractions."""
+    """Return whether a field's numbers have no fractions."""
     field = recipe_fields().get(OF_ONE.sub("", key))
     return field is not None and int in (kinds := _kinds(field.annotation)) and float not in kinds
 

@@ -176,7 +176,7 @@ def print_prospects(prospects: Sequence[PointStatus], console: Console | None = 
         show(f"{passes}: {each.point} in {each.folder}: {each.state}", console)
     finished = sum(each.state == "finished" for each in prospects)
     due = {each.passes for each in prospects} - {None}
-    show(f"{finished} of {len(prospects)} runs finished. Passes to come next: {len(due)}.", console)
+    show(f"{finished} of {len(prospects)} runs finished. Next passes: {len(due)}.", console)
 
 
 def print_trials(rounds: Sequence[Sequence[RateTrial]], console: Console | None = None) -> None:

@@ -114,7 +114,7 @@ def _log_miss(trial: Trial, target: Target) -> float:
 
 
 def _step(points: Sequence[tuple[float, float]], nearest: tuple[float, float], sign: int, slope: float | None) -> float:
-    """From the nearest point towards a target that lies beyond all of them."""
+    """Step from the nearest point towards a target that lies beyond all of them."""
     others = [point for point in points if point[0] != nearest[0]]
     if others:
         other = min(others, key=lambda point: abs(point[1]))

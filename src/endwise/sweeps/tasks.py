@@ -68,7 +68,7 @@ def folder_of(config: Recipe) -> Path:
 
 
 def is_trained(config: Recipe) -> bool:
-    """Tell if the folder holds the SAEs that the recipe asks for, trained to their last step.
+    """Return whether the folder holds the SAEs that the recipe asks for, trained to their last step.
 
     Raises:
         RunFolderError: it holds the run of another recipe, or what it holds cannot be read.
@@ -89,7 +89,7 @@ def is_trained(config: Recipe) -> bool:
 
 
 def is_finished(config: Recipe) -> bool:
-    """Tell if the run is trained and measured.
+    """Return whether the run is trained and measured.
 
     Raises:
         EndwiseError: see `is_trained`.
@@ -122,11 +122,11 @@ class ModelCache:
         self._model = self._corpora = None
 
     def model(self, config: Recipe) -> LanguageModel:
-        """As training asks for it."""
+        """Load the model as training asks for it."""
         return self._load((config.model, config.training.precision), lambda: self.load_for_training(config))
 
     def exact_model(self, config: Recipe) -> LanguageModel:
-        """As `evaluate` loads it, whatever the precision of training."""
+        """Load the model as `evaluate` does, whatever the precision of training."""
         if config.training.precision == "exact" or find_device(config.model.device).type == "cpu":
             return self.model(config)
         return self._load((config.model, "exact"), lambda: load_model(**config.model.model_dump()))
@@ -203,12 +203,12 @@ class Worker:
             self.train(configs, **loads, resume="if_started", display=False)
         except SomeFailed as some:  # each failure as its run would report it alone
             places = {path: config for config in configs for path in place_folders(folder_of(config), config)}
-            told: dict[Path, list[str]] = {}
+            by_run: dict[Path, list[str]] = {}
             for failure in some.failures:
                 run = folder_of(places[failure.folder])
                 where = "" if run == failure.folder else f"{failure.folder.name}: "
-                told.setdefault(run, []).append(f"{where}{_told(failure.error)} {failure.kept}")
-            return {run: Outcome(run, " ".join(lines)) for run, lines in told.items()}
+                by_run.setdefault(run, []).append(f"{where}{_line(failure.error)} {failure.kept}")
+            return {run: Outcome(run, " ".join(lines)) for run, lines in by_run.items()}
         except (Interrupted, ProcessLost):
             raise
         except Exception as error:  # noqa: BLE001  As above.
@@ -268,9 +268,9 @@ def _standing_together(configs: Sequence[Recipe]) -> list[list[Recipe]]:
 
 
 def _failed(configs: Sequence[Recipe], error: Exception) -> _Errors:
-    return {folder_of(each): Outcome(folder_of(each), _told(error), isinstance(error, FolderTaken)) for each in configs}
+    return {folder_of(each): Outcome(folder_of(each), _line(error), isinstance(error, FolderTaken)) for each in configs}
 
 
-def _told(error: Exception) -> str:
+def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, EndwiseError) else f"{type(error).__name__}: {text}"

@@ -84,7 +84,7 @@ class Tuned:
     coefficient: float | None
     """λ to begin with; None: the dictionary sets L0 itself."""
     trials: tuple[tuple[RateTrial, ...], ...]
-    """By round."""
+    """Trials by round."""
     remarks: tuple[str, ...]
     """Remarks on how sure the choice is."""
     text: str
@@ -321,33 +321,33 @@ def _best(trials: Sequence[RateTrial], target: Target) -> RateTrial:
 def _remarks(
     config: RunConfig, rounds: Sequence[Sequence[RateTrial]], target: Target, is_apart: bool
 ) -> tuple[str, ...]:
-    """How sure the settings are: what they rest on, what they may be no better than, and what would change them."""
+    """List how sure the settings are: what they rest on, what they may be no better than, what would change them."""
     best, last = _best(rounds[-1], target), rounds[-1]
     tried = sorted(trial.learning_rate for trial in rounds[0])
     what, whole = "CE increase" if target.metric == "l0" else "L0", config.training.tokens
     longer = f", and the recipe trains {whole:,}: longer runs often want a lower rate" if best.tokens < whole else ""
     numbers = minus(f"L0 {best.l0:.1f} with a CE increase of {best.ce_increase:+.3f}")
     interval = minus(f"{what}, 95 % over text: [{best.low:.3f}, {best.high:.3f}]")
-    told = [f"Found by runs of {best.tokens:,} tokens{longer}."]
-    told += [f"The best ended at {numbers} ({interval}); {target} was the target ({minus(f'{best.miss:+.0%}')})."]
+    lines = [f"Found by runs of {best.tokens:,} tokens{longer}."]
+    lines += [f"The best ended at {numbers} ({interval}); {target} was the target ({minus(f'{best.miss:+.0%}')})."]
     near = [trial for each in rounds[-2:] for trial in each if trial.is_near and trial.low <= best.high]
     rates = sorted({trial.learning_rate for trial in (*near, best)})
     if len(rates) > 1:
-        told.append(
+        lines.append(
             f"Rates from {rates[0]:.2g} to {rates[-1]:.2g} may be equal: their intervals overlap, and each is a "
             "run of one seed."
         )
     if not tried[0] < best.learning_rate < tried[-1]:
-        told.append("The best rate is at an end of those tried: tune again from the recipe written.")
+        lines.append("The best rate is at an end of those tried: tune again from the recipe written.")
     lambdas = [trial.coefficient for trial in last if trial.coefficient is not None]
     if config.objective.is_steered and lambdas:
-        told.append(f"λ ended between {min(lambdas):.3g} and {max(lambdas):.3g}; training begins there and steers it.")
+        lines.append(f"λ ended between {min(lambdas):.3g} and {max(lambdas):.3g}; training begins there and steers it.")
     if not is_apart:
-        told.append(
+        lines.append(
             "Too little text is held out to compare runs on text of its own: the rate was chosen on what the recipe is "
             "measured on, which flatters it. Give more text (data.heldout)."
         )
-    return tuple(told)
+    return tuple(lines)
 
 
 def _written(values: Mapping[str, Any], remarks: Sequence[str]) -> str:

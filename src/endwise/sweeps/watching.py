@@ -136,11 +136,11 @@ class Watch(Board):
             if outcome.folder in self._runs:
                 self._runs[outcome.folder].end(outcome)
         if outcome.error is not None:
-            self._tell_failed(f"{outcome.folder}: {outcome.error}")
+            self._show_failure(f"{outcome.folder}: {outcome.error}")
 
     def failed(self, point: Point, error: str) -> None:
         """Report a point that fails without a run of its own."""
-        self._tell_failed(f"{point}: {error}")
+        self._show_failure(f"{point}: {error}")
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
@@ -156,10 +156,10 @@ class Watch(Board):
     def _heading(self) -> str:
         runs = list(self._runs.values())
         count = {state: sum(run.state == state for run in runs) for state in ORDER}
-        said = f"{count['finished']} of {len(runs) + len(self._to_come)} runs finished"
-        said += "".join(f", {count[state]} {state}" for state in ("training", "measuring", "failed") if count[state])
+        counts = f"{count['finished']} of {len(runs) + len(self._to_come)} runs finished"
+        counts += "".join(f", {count[state]} {state}" for state in ("training", "measuring", "failed") if count[state])
         seconds = seconds_left(runs, time.monotonic() - self._started, self._to_come)
-        return f"{said} · " + ("time left not known yet" if seconds is None else f"about {_duration(seconds)} left")
+        return f"{counts} · " + ("time left unknown" if seconds is None else f"about {_duration(seconds)} left")
 
     def _table(self) -> Grid:
         names = self._names()

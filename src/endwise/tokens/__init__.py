@@ -1,4 +1,4 @@
-"""From a source of text or token ids to packed sequences: `corpora_for` and `load_corpora` are the way in.
+"""Path from a source of text or token ids to packed sequences: `corpora_for` and `load_corpora` are the way in.
 
 What counts as a document:
 

@@ -67,7 +67,7 @@ class ChatEncoding:
             raise NoTokenizer("The source holds conversations, but the model has no tokenizer. Give token ids instead.")
         if not getattr(self.tokenizer, "chat_template", None):
             raise DataError(
-                "The source holds conversations, but the model's tokenizer has no chat template to write them by. "
+                "The source holds conversations, but the model's tokenizer has no chat template to write them with. "
                 "Choose a model that was trained on chats, or give a column of text (data.column)."
             )
         return str(self.tokenizer.get_chat_template())
@@ -86,8 +86,8 @@ class ChatEncoding:
         offsets = bool(self.left_out)
         if offsets and not self.tokenizer.is_fast:
             raise DataError(
-                "data.leave_out_roles is set, but the model's tokenizer does not tell where in a text its tokens stand "
-                "(it is no fast one). Unset it, and name tokens in data.leave_out_tokens."
+                "data.leave_out_roles is set, but the model's tokenizer does not say where in a text its tokens stand "
+                "(it is not a fast one). Unset it, and name tokens in data.leave_out_tokens."
             )
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         found = self.tokenizer(text, return_offsets_mapping=offsets, **options)
@@ -115,8 +115,8 @@ class ChatEncoding:
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
         except Exception as error:  # noqa: BLE001  A template is a program, and raises whatever it likes.
-            told = " ".join(str(error).split())
-            raise DataError(f"{chat.where}: the chat template does not take the conversation: {told:.200}") from None
+            reason = " ".join(str(error).split())
+            raise DataError(f"{chat.where}: the chat template does not take the conversation: {reason:.200}") from None
 
     def _place(self, chat: Chat, number: int, text: str) -> tuple[int, int]:
         """Find where a message's content stands in the text: it is what changes if another stands in its place."""
@@ -132,8 +132,8 @@ class ChatEncoding:
         last = len(text) - _common(text[first:][::-1], other[first:][::-1])
         if text[first:last].strip() not in content:
             raise DataError(
-                f"{chat.where}: the chat template writes the content of message {number + 1} ({message['role']}) "
-                "otherwise than it is, so that its tokens cannot be found. Unset data.leave_out_roles, and name tokens "
+                f"{chat.where}: the chat template changes the content of message {number + 1} ({message['role']}) "
+                "so that its tokens cannot be found. Unset data.leave_out_roles, and name tokens "
                 "in data.leave_out_tokens."
             )
         return first, last
@@ -145,7 +145,7 @@ class ChatEncoding:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self.tokenizer.apply_chat_template(list(chat.messages), chat_template=self.template, **options)
         if found["input_ids"] != ids.tolist():
-            raise DataError(f"{chat.where}: the tokenizer encodes the conversation otherwise than its text.")
+            raise DataError(f"{chat.where}: the tokenizer encodes the conversation differently from its text.")
         return np.asarray(found["assistant_masks"], dtype=bool)
 
 

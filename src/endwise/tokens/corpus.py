@@ -28,12 +28,12 @@ class TokenBatch(Shown):
     """True where a position counts: not padding, not a prepended BOS, nor position 0 or what else is left out."""
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """On the device. From pinned memory the copy is only issued; whatever follows on its stream comes after it."""
+        """Copy to the device. From pinned memory the copy is only issued; later work on its stream follows it."""
         pinned = self.tokens.is_pinned()
         return type(self)(self.tokens.to(device, non_blocking=pinned), self.mask.to(device, non_blocking=pinned))
 
     def pinned(self) -> "TokenBatch":
-        """In memory that a GPU reads by itself."""
+        """Copy into memory that a GPU reads by itself."""
         return type(self)(self.tokens.pin_memory(), self.mask.pin_memory())
 
 
@@ -61,8 +61,8 @@ class SequenceLayout:
         leaves nothing out says nothing of that.
         """
         parts = ("context", "packing", "bos", "separator", "mask_first_position")
-        told = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
-        return f"Layout({told}){self.left_out or ''}{self.roles or ''}{'apart' if self.apart else ''}"
+        values = ", ".join(f"{part}={getattr(self, part)!r}" for part in parts)
+        return f"Layout({values}){self.left_out or ''}{self.roles or ''}{'apart' if self.apart else ''}"
 
     @property
     def ends(self) -> int | None:
@@ -105,7 +105,7 @@ class Documents:
         return Documents(self.tokens, starts, ends, hashes, comparable, inside, self.left_out)
 
     def counting(self, part: slice) -> NDArray[np.bool_]:
-        """Tell which positions of a part of `tokens` count."""
+        """Return which positions of a part of `tokens` count."""
         counts = np.ones(part.stop - part.start, dtype=bool)
         first = int(np.searchsorted(self.left_out[:, 1], part.start, side="right"))
         last = int(np.searchsorted(self.left_out[:, 0], part.stop))

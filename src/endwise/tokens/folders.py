@@ -1,4 +1,4 @@
-"""Files of a local source: those of one split, in a fixed order. What is left out is said."""
+"""Files of a local source: those of one split, in a fixed order. Files left out are reported."""
 
 import os
 import re
@@ -48,15 +48,15 @@ def files_of_split(path: Path, split: str, readable: Callable[[Path], bool]) -> 
     if split not in splits.values():
         raise no_split(path, split, sorted(set(splits.values())))
     others = [_below(path, file) for file, own in splits.items() if own != split]
-    told = [f"{len(others)} of other splits{_named(others)}"] if others else []
-    told += [f"{len(left)} that hold no data{_named(left)}"] if left else []
-    if told and is_first_process():
-        note(f"{path}, split {split}: files left out: {'; '.join(told)}.")
+    left_out = [f"{len(others)} of other splits{_named(others)}"] if others else []
+    left_out += [f"{len(left)} that hold no data{_named(left)}"] if left else []
+    if left_out and is_first_process():
+        note(f"{path}, split {split}: files left out: {'; '.join(left_out)}.")
     return [file for file, own in splits.items() if own == split]
 
 
 def check_split(path: Path, split: str) -> None:
-    """For what is one split only: it is `train`, or what its name says.
+    """Check the split of a source that has only one: it is `train`, or what its name says.
 
     Raises:
         DataError: another one is asked for.

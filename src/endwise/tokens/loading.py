@@ -1,4 +1,4 @@
-"""From a recipe's `data` section to the two corpora of a run."""
+"""Path from a recipe's `data` section to the two corpora of a run."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -146,7 +146,7 @@ def _layout(data: DataConfig, tokenizer: Any | None, model_context: int | None) 
     bos = None
     if data.prepend_bos:
         if tokenizer is None:
-            raise NoTokenizer("data.prepend_bos is set, but the model has no tokenizer that would name the token.")
+            raise NoTokenizer("data.prepend_bos is set, but the model has no tokenizer to name the token.")
         bos = getattr(tokenizer, "bos_token_id", None)
         if bos is None:
             raise DataError("data.prepend_bos is set, but the tokenizer has no beginning-of-sequence token. Unset it.")
@@ -170,7 +170,7 @@ def _left_out(data: DataConfig, tokenizer: Any | None) -> dict[int, int]:
     if tokenizer is None:
         for setting in ("leave_out_special", "leave_out_tokens"):
             if getattr(data, setting):
-                raise NoTokenizer(f"data.{setting} is set, but the model has no tokenizer that would name the tokens.")
+                raise NoTokenizer(f"data.{setting} is set, but the model has no tokenizer to name the tokens.")
         return {}
     special = special_ids(tokenizer) if data.leave_out_special else ()
     named = {_id_of(token, "data.leave_out_tokens", tokenizer): after for token, after in data.leave_out_tokens}
@@ -181,7 +181,7 @@ def _id_of(token: str, setting: str, tokenizer: Any) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise DataError(
-            f"{setting} is {token!r}, which is no single token of the tokenizer's vocabulary. Write it as that does."
+            f"{setting} is {token!r}, not a single token of the tokenizer's vocabulary. Write it as the tokenizer does."
         )
     return found
 
@@ -226,7 +226,7 @@ class _Loader:
         read = self._split if _one_source(self._data) else self._separate
         trained, held = read(train, heldout)
         if not len(held):
-            raise DataError(f"No document of {self.heldout_name} falls to the held-out side. Raise data.heldout_share.")
+            raise DataError(f"No document of {self.heldout_name} falls on the held-out side. Raise data.heldout_share.")
         duplicates = shared_with(trained, held)
         dropped, total = int(duplicates.sum()), len(trained)
         trained = trained.where(~duplicates)

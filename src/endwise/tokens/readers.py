@@ -106,7 +106,7 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
             where = f"{file}, line {number}"
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # an integer of thousands of digits is no JSONDecodeError
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits is not JSONDecodeError
                 reason = getattr(error, "msg", None) or f"{error}".partition(";")[0]
                 raise DataError(f"{where} is not JSON ({reason}). A .jsonl file has one object per line.") from None
             yield from _of_record(record, column, where, len(line.encode()))
@@ -177,7 +177,7 @@ def _is_chat(value: Any) -> bool:
 def _checked(value: Any, where: str) -> str | NDArray[Any]:
     if isinstance(value, str):
         if not value.isascii() and _HALF_OF_A_PAIR.search(value):
-            raise DataError(f"{where}: the text holds half of a surrogate pair, which is no character. Replace it.")
+            raise DataError(f"{where}: the text holds half of a surrogate pair, which is not a character. Replace it.")
         return value
     try:
         ids = np.asarray(value) if isinstance(value, list) else None

@@ -45,7 +45,7 @@ class TextSource:
     """Changes when the documents do: paths, sizes and times of files; id, configuration and split on the hub."""
     read: Callable[[], Iterator[Document]]
     size: int | None = None
-    """For the progress display only."""
+    """Size, for the progress display only."""
     has_columns: bool = True
     """True if `data.column` says anything about it."""
     commit: str | None = None
@@ -209,15 +209,15 @@ def _hub_documents(
                 "data.revision=refs/convert/parquet; or give it as files."
             )
         asked = {"configuration": config, "revision": revision, "split": split}
-        told = ", ".join(f"{what} {value!r}" for what, value in asked.items() if value is not None)
+        options = ", ".join(f"{what} {value!r}" for what, value in asked.items() if value is not None)
         why = (one_line(error) or type(error).__name__).rstrip(".")
         raise kind(
-            f"Cannot load the Hugging Face dataset {name!r}{f' ({told})' if told else ''}: {why}. {remedy}"
+            f"Cannot load the Hugging Face dataset {name!r}{f' ({options})' if options else ''}: {why}. {remedy}"
         ) from None
 
 
 def on_hub(name: str, revision: str | None) -> bool:
-    """Tell if the hub can be asked for a data set now."""
+    """Return whether the hub can be asked for a data set now."""
     return answers(partial(HfApi().dataset_info, name, revision=revision, timeout=SECONDS))
 
 

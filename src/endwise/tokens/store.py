@@ -82,7 +82,7 @@ class _Stored:
 
 
 def _load(folder: Path) -> _Stored | None:
-    """None where there is no store, or a damaged one."""
+    """Load a store; None where there is none, or a damaged one."""
     try:
         info = json.loads((folder / INFO).read_text())
         tokens = np.load(folder / TOKENS, mmap_mode="r")
@@ -150,7 +150,7 @@ def _building(folder: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        note(f"Waiting for another process that tokenises {name}.")
+        note(f"Waiting for another process that is tokenising {name}.")
         lock.acquire()
     try:
         yield

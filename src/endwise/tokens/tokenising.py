@@ -88,7 +88,7 @@ class Quota:
         return filled * ~held, filled * held
 
     def met(self, train: int, heldout: int) -> bool:
-        """Tell if positions counted on both sides are enough."""
+        """Return whether positions counted on both sides are enough."""
         payload = self.layout.payload
         return train >= self.train * payload and heldout >= self.heldout * payload
 
@@ -116,7 +116,7 @@ class Builder:
         self._arrays: dict[str, array[int]] = {name: array(code) for name, code in _CODES.items()}
         self._consumed, self._written, self._largest, self._joined = 0, 0, 0, False
         self._counted = {"train": 0, "heldout": 0}
-        self._told = False
+        self._noted = False
         self._mark()
         self._take_up()
         self.continues = self._consumed > 0
@@ -146,7 +146,7 @@ class Builder:
             self._keep(file, exhausted)
 
     def _read(self, file: BinaryIO, progress: Progress) -> bool:
-        """Read; tell if the source was read to its end."""
+        """Read; True if the source was read to its end."""
         task = progress.add_task(
             printable(f"Tokenising {self._source.name}"), total=self._source.size, tokens=self._written
         )
@@ -240,7 +240,7 @@ class Builder:
         if texts and self._encoding.tokenizer is None:
             raise NoTokenizer(f"{self._source.name} is text, but the model has no tokenizer. Give token ids instead.")
         encoded = iter(self._encoding.ids(texts) if texts else ())
-        self._tell_of_specials(texts)
+        self._note_specials(texts)
         for document in batch:
             if isinstance(document.content, Chat):
                 yield self._encoding.chats.encoded(document.content)
@@ -249,17 +249,17 @@ class Builder:
                 raise no_roles(self._source.name)
             yield np.asarray(next(encoded), np.int64) if isinstance(document.content, str) else document.content, None
 
-    def _tell_of_specials(self, texts: list[str]) -> None:
+    def _note_specials(self, texts: list[str]) -> None:
         """Say once that a text holds the separator in letters, which its author may have meant to end a document."""
         separator = self._encoding.separator
-        if self._told or self._encoding.specials or separator is None:
+        if self._noted or self._encoding.specials or separator is None:
             return
         tokenizer = self._encoding.tokenizer
         written = tokenizer.convert_ids_to_tokens(separator) if texts and tokenizer is not None else None
         if isinstance(written, str) and any(written in text for text in texts):
-            self._told = True
+            self._noted = True
             note(
-                f"{self._source.name} holds {written!r} in letters, which is text as any other. If it ends documents "
+                f"{self._source.name} holds {written!r} in letters, which is ordinary text. If it ends documents "
                 "there, set data.special_tokens=true."
             )
 
@@ -307,7 +307,7 @@ class Builder:
         self._largest = max(self._largest, largest)
 
     def _has_enough(self, new: int) -> bool:
-        """Count the last `new` documents; tell whether the quota is met."""
+        """Count the last `new` documents; True if the quota is met."""
         if self._quota is None:
             return False
         all_ends, hashes = self._arrays[ENDS], self._arrays[HASHES]
@@ -346,8 +346,8 @@ def lasting(source: TextSource, console: Console) -> Iterator[Document]:
                     f"over {sum(PAUSES):g} seconds ({error}) What was tokenised is kept: start again, to resume from "
                     "there, once it can be read."
                 ) from None
-            told = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."
-            console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
+            line = f"{source.name} was lost after {given:,} documents ({error}) Trying again in {PAUSES[attempts]:g} s."
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
             time.sleep(PAUSES[attempts])
             attempts += 1
 

@@ -44,7 +44,7 @@ Phases = Objective | Sequence[Phase]
 
 
 class Course:
-    """Tells of each step what it is trained for, and how fast.
+    """Objective and learning rate of each step.
 
     The training's warm-up and decay span all phases; within a phase its own learning rate is the largest. A penalty
     spans all phases in a row that have the same: its warm-up, its falling powers and a λ that is steered continue from
@@ -67,7 +67,7 @@ class Course:
         """Weighted sum of the terms but for the penalty, of the last step before a phase."""
 
     def _plan_penalties(self, device: torch.device) -> list[SparsitySchedule | None]:
-        """By phase, what changes its penalty: one for all in a row that have the same; None: nothing does."""
+        """Plan by phase what changes its penalty: one for all in a row that have the same; None: nothing does."""
         terms = [penalty_of(phase.objective) for phase in self.phases]
         planned: list[SparsitySchedule | None] = []
         for number, (term, start) in enumerate(zip(terms, self._starts, strict=True)):

@@ -25,7 +25,7 @@ class _Row:
     line: dict[str, Any]
     ce_increase: float | None = None
     failed: bool = False
-    said: bool = False
+    logged: bool = False
     """True once a log has a line of these numbers."""
 
 
@@ -67,7 +67,7 @@ class Display(Board):
     def show(self, folder: Path, config: Recipe, line: dict[str, Any]) -> None:
         """A run's latest line of metrics; what the last evaluation found stays until the next."""
         row = self._rows.setdefault(folder, _Row(config, line))
-        row.line, row.said = line, False
+        row.line, row.logged = line, False
         if "heldout" in line:
             row.ce_increase = line["heldout"]["ce_increase"]
 
@@ -75,7 +75,7 @@ class Display(Board):
         """Report at once that a run has ended while others continue."""
         if folder in self._rows:
             self._rows[folder].failed = True
-        self._tell_failed(message)
+        self._show_failure(message)
 
     def advance(self, done: int) -> None:
         last = done == self._steps
@@ -90,9 +90,9 @@ class Display(Board):
         """One line where one SAE is in training; of several the speed, then a line for each; of each only numbers that
         are newer than its last line.
         """
-        new = {folder: row for folder, row in self._rows.items() if not row.said}
+        new = {folder: row for folder, row in self._rows.items() if not row.logged}
         for row in new.values():
-            row.said = True
+            row.logged = True
         if len(self._rows) == 1:
             return [" · ".join([self._heading(done), *map(_numbers, new.values())])]
         names = self._names()

@@ -65,15 +65,15 @@ class JointTrainee:
         if of_places and not self._later:
             raise ConfigError(
                 f"objective.terms.{of_places[0]} compares latents of places that read what an "
-                f"earlier one has changed; of {', '.join(part.place.name for part in self.parts)} none does. "
+                f"earlier one has changed; none of {', '.join(part.place.name for part in self.parts)} does. "
                 "Leave it out, or add a later place."
             )
         for part in self.parts:
             part.join(self.course)
             if part.sae.wants_losses(part.total_steps):
                 raise ConfigError(
-                    f"dictionary.resample_at at {part.place.name}: a loss of several places jointly is none of one of "
-                    "them, by which its features could be resampled. Leave it out, or set joint: false."
+                    f"dictionary.resample_at at {part.place.name}: a joint loss is not the loss of one place, which "
+                    "resampling needs. Leave it out, or set joint: false."
                 )
         names = dict.fromkeys(term.name for each in objectives for term in each.terms)
         self._sums = {name: torch.zeros((), device=self.device) for name in names}
@@ -204,7 +204,7 @@ class JointTrainee:
         return LaterLatents(clean, self._latents[part.place], part.sae.d_in)
 
     def add_up(self, world: World) -> None:
-        """As `Trainee.add_up`."""
+        """See `Trainee.add_up`."""
         for part in self.parts:
             part.add_up(world)
         if self._sums:
@@ -214,7 +214,7 @@ class JointTrainee:
                 own.copy_(total)
 
     def finish_step(self, tokens_in_step: Tensor, tokens: int) -> None:
-        """As `Trainee.finish_step`: a number that is not finite at one place, or in the pass, keeps all weights."""
+        """Variant of `Trainee.finish_step`: a non-finite number at one place, or in the pass, keeps all weights."""
         found = [part.found_bad() for part in self.parts]
         if self._sums:
             bad = ~torch.isfinite(torch.stack(list(self._sums.values())))
@@ -262,7 +262,7 @@ class JointTrainee:
         return min(bad, key=lambda each: each[0], default=None)
 
     def checkpoint(self) -> Checkpoint:
-        """As `Trainee.checkpoint`; each place's tensors have its name in front."""
+        """Variant of `Trainee.checkpoint`; each place's tensors have its name in front."""
         tensors: dict[str, Tensor] = {}
         for part in self.parts:
             for name, tensor in part.checkpoint().tensors.items():
@@ -271,7 +271,7 @@ class JointTrainee:
         return Checkpoint(tensors, self.parts[0].checkpoint().state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """As `Trainee.restore`."""
+        """See `Trainee.restore`."""
         shared = {name: each for name, each in checkpoint.tensors.items() if name.startswith(SHARED_TENSORS)}
         for part in self.parts:
             start = f"{part.place}:"

@@ -174,7 +174,7 @@ def kept_for(
     display: bool,
 ) -> KeptActivations | None:
     """Return the cache that a recipe asks for (`data.activations`); None: it asks for none, or it could not be used,
-    which is said.
+    which is reported.
 
     Raises:
         ConfigError: the disk has no room for it.
@@ -203,5 +203,5 @@ def kept_for(
 
 
 def reads_splice(objective: Objective) -> bool:
-    """Tell if an objective has a term that reads a spliced pass."""
+    """Return whether an objective has a term that reads a spliced pass."""
     return bool(objective.spliced_terms or objective.places_terms)

@@ -18,7 +18,7 @@ from endwise.training.members import Group, Member
 from endwise.training.resume import broadcast_state
 from endwise.training.setup import Prepared
 from endwise.training.step import take_step
-from endwise.training.targets import meet_target, steering_of, tell_increase
+from endwise.training.targets import meet_target, observe_increase, steering_of
 from endwise.training.trainee import Trainee
 
 SCHEDULED_METRICS = ("ce_increase", "kl", "l0", "explained_variance.per_token")
@@ -38,10 +38,10 @@ def run_loop(prepared: Prepared) -> None:
         _saving(group),
     ):
         group.shown = shown
-        if any(member.line is not None for member in group.members):  # what a resumed run owes
+        if any(member.line is not None for member in group.members):  # a metrics line pending from before the resume
             _record(prepared, first, shown)
         for step, batch in zip(remaining, batches, strict=True):
-            group.each(partial(tell_increase, model, prepared.corpora.heldout, world.replicas, step))
+            group.each(partial(observe_increase, model, prepared.corpora.heldout, world.replicas, step))
             trainees = [member.trainee for member in group.members]
             take_step(model, trainees, batch, config.accumulation, group.failed, prepared.tail, world, prepared.kept)
             group.agree(world)
@@ -93,7 +93,7 @@ def _saving(group: Group) -> Iterator[None]:
         yield
     except ProcessLost as error:
         # On a GPU a step may be queued behind a sum that never comes: there is nothing to wait for, or to trust.
-        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint is what is left."
+        saved = group.save_what_can_be() if group.device.type == "cpu" else "The last checkpoint remains."
         raise ProcessLost(f"{error} {saved}") from None
     except DataError as error:
         raise TrainingStopped(f"{error} {group.save_what_can_be()}") from None
@@ -111,12 +111,12 @@ def _record(prepared: Prepared, done: int, shown: Display) -> None:
     """Write what is due after a step: lines of metrics, evaluations, checkpoints."""
     group = prepared.group
     group.each(partial(_report, done))
-    told = [member for member in group.members if member.line is not None]
-    evaluated = [m for m in told if m.at_end or _due(m.config.training.evaluate_every, done)]
+    due = [member for member in group.members if member.line is not None]
+    evaluated = [m for m in due if m.at_end or _due(m.config.training.evaluate_every, done)]
     if evaluated:
         with shown.paused():
             _evaluate_briefly(prepared, evaluated)
-    group.each(partial(_write_line, shown, done), told)
+    group.each(partial(_write_line, shown, done), due)
     size = group.members[0].config.training.batch * prepared.corpora.train.context
     group.each(Member.save_as_it_is, [m for m in group.members if m.config.training.saves_after(done, size)])
 

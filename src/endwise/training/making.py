@@ -15,7 +15,7 @@ from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
 from endwise.dictionaries import SAE
 from endwise.dictionaries.normed import normed, taken_over
-from endwise.evaluation.provenance import tell
+from endwise.evaluation.provenance import report_once
 from endwise.formats import metadata_at
 from endwise.models.language_model import LanguageModel
 from endwise.models.sites import ARROW, Place
@@ -39,7 +39,7 @@ def phases_of(config: RunConfig, model: LanguageModel, kinds: tuple[type[Term], 
 
 
 def pass_phases(config: PlacesConfig, model: LanguageModel) -> list[Phase]:
-    """As `phases_of`, of the pass in which several places are spliced jointly."""
+    """Variant of `phases_of` for the pass in which several places are spliced jointly."""
     written = [place.writes for place in sorted(model.place(recipe.place) for recipe in config.recipes)]
     objectives = [
         build_objective(each.objective, model, written[0], OF_THE_PASS, written[-1]) for each in config.in_phases
@@ -153,15 +153,15 @@ def _taken_over(config: RunConfig, width: int, d_out: int, d_sae: int) -> SAE:
             f"init_from: the dictionary in {start} writes width {sae.d_out:,}, but {config.written} has "
             f"{d_out:,}. Choose the site that it was trained to write."
         )
-    _tell_of_another_place(config, start)
+    _report_other_place(config, start)
     try:
         return taken_over(sae, config.dictionary, config.seed)
     except ConfigError as error:
         raise ConfigError(f"init_from: {start}: {error}") from None
 
 
-def _tell_of_another_place(config: RunConfig, start: str) -> None:
-    """Say it where what training starts from was trained at another place, as far as its file tells."""
+def _report_other_place(config: RunConfig, start: str) -> None:
+    """Report a start that was trained at another place, as far as its file says."""
     metadata = metadata_at(Path(start))
     read = str(metadata.get("hook_name"))
     try:
@@ -170,8 +170,8 @@ def _tell_of_another_place(config: RunConfig, start: str) -> None:
     except SiteError:  # by another name than ours, which says nothing
         return
     if [site.stream for site in kept.sites] != [site.stream for site in here.sites]:
-        told = f"init_from: {start} was trained at {kept}, and trains on at {here}."
-        tell(f"{told} If not meant, correct site.")
+        message = f"init_from: {start} was trained at {kept}, and would continue at {here}."
+        report_once(f"{message} If not meant, correct site.")
 
 
 def _check_memory(width: int, d_sae: int) -> None:

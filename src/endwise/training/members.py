@@ -77,7 +77,7 @@ class PlacesRun(_Recorded):
 
     config: PlacesConfig
     saes: Mapping[str, SAE]
-    """By place, in the order of the recipe."""
+    """Dictionaries by place, in the order of the recipe."""
     folder: Path
     folders: Mapping[str, Path]
     """Each place's, which everything takes that takes a run."""
@@ -102,14 +102,14 @@ class Failure:
     @property
     def kept(self) -> str:
         if self.checkpoint is None:
-            return f"No state of it could be saved in {self.folder}."
+            return f"Its state could not be saved in {self.folder}."
         return f"The last good state is saved in {self.folder}."
 
     def __str__(self) -> str:
-        told = " ".join(str(self.error).split())
+        text = " ".join(str(self.error).split())
         if not isinstance(self.error, EndwiseError):
-            told = f"after step {self.step}, {type(self.error).__name__}: {told}"
-        return f"{self.folder}: {told} {self.kept}"
+            text = f"after step {self.step}, {type(self.error).__name__}: {text}"
+        return f"{self.folder}: {text} {self.kept}"
 
 
 class SomeFailed(TrainingStopped):
@@ -124,7 +124,7 @@ class SomeFailed(TrainingStopped):
         self.failures, self.finished = list(failures), list(finished)
         saved = ", ".join(str(run.folder) for run in finished)
         super().__init__(
-            f"Of {len(failures) + len(finished)} SAEs trained together {len(failures)} failed. {_listed(failures)} "
+            f"{len(failures)} of {len(failures) + len(finished)} SAEs trained together failed. {_listed(failures)} "
             + (f"Finished and saved: {saved}." if saved else "None finished.")
         )
 
@@ -140,7 +140,7 @@ class Member:
     writes: bool = True
     """True in the first of several processes that train it, which alone writes."""
     seconds: float = 0.0
-    """Its share of the wall-clock so far."""
+    """Share of the wall-clock so far."""
     line: dict[str, Any] | None = None
     """Line of `metrics.jsonl`, due and not yet written; a checkpoint keeps it, so that it is written after all."""
     heldout: dict[str, float] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Member:
     """Checkpoint of a whole dictionary, until the shards have their parts of it."""
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
-        """Each dictionary, the folder that its SAE is saved in, and what is said of it there."""
+        """Each dictionary, the folder that its SAE is saved in, and its metadata."""
         return [(part, self.folder, self.metadata) for part in self.trainee.parts]
 
     def of_each(self) -> Sequence[RunConfig]:
@@ -231,13 +231,13 @@ class Member:
         return {**metadata, "endwise": {**metadata["endwise"], "step": self.trainee.step}}
 
     def save_last_good(self) -> None:
-        """As `save`, but where a number was not finite, the state before that step."""
+        """Variant of `save`, but where a number was not finite, the state before that step."""
         with suppress(NotFinite):
             self.trainee.report()
         self.write()
 
     def write(self) -> None:
-        """As `save`, of a trainee that has just reported."""
+        """Variant of `save` for a trainee that has just reported."""
         if not self.writes:
             give(self.trainee, with_checkpoint=True)
             return
@@ -266,7 +266,7 @@ class JointMember(Member):
 
     @property
     def folders(self) -> list[RunFolder]:
-        """In the order of `trainee.parts`."""
+        """Folders in the order of `trainee.parts`."""
         return [RunFolder(place_folder(self.folder.path, recipe)) for recipe in self.recipes]
 
     def of_each(self) -> Sequence[RunConfig]:
@@ -381,7 +381,7 @@ class Group:
         raise error
 
     def agree(self, world: World, stop: bool = False) -> bool:
-        """Let go of those that failed in another process, so that all processes continue with the same; tell if any
+        """Let go of those that failed in another process, so that all processes continue with the same; True if any
         process was asked to stop.
 
         Raises:
@@ -410,8 +410,8 @@ class Group:
         if saved and self.members[0].writes:
             return f"The last good state is saved in {', '.join(saved)}."
         if saved:
-            return "The first process saves the last good state, unless it is the one that is gone."
-        return "Its state could not be saved; what was saved before is as it was."
+            return "The first process saves the last good state, unless it is the lost one."
+        return "Its state could not be saved; earlier saves are intact."
 
     def share_time(self) -> None:
         """Share the wall-clock since the last call equally among those who spent it."""

@@ -354,7 +354,7 @@ def _end(term: WeightedTerm, end: Site | None) -> dict[str, Site | None]:
 
 def horizon_end(horizon: Horizon | None, model: LanguageModel, site: Site) -> Site | None:
     """Return the last site of passes that go `horizon` blocks past a site; None: they go to the predictions. A horizon
-    beyond the last block ends with it, which is said.
+    beyond the last block ends with it, which is reported.
     """
     if horizon in (None, "all"):
         return None

@@ -59,7 +59,7 @@ class Outliers:
 
     @property
     def record(self) -> dict[str, object]:
-        """As JSON has it."""
+        """Return it as JSON has it."""
         return {"left_out_norms": asdict(self)}
 
     def __str__(self) -> str:

@@ -36,8 +36,8 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     config = read_recipe(folder.config_file, list(overrides))
     if apart := differing(identity(kept), identity(config)):
         raise ConfigError(
-            f"{', '.join(apart)}: what a run computes cannot change while it is trained, since no number of it would "
-            "say what it is of. Start a new run; on --resume only keys of how it is executed may change "
+            f"{', '.join(apart)}: what a run computes cannot change during training, since its numbers would "
+            "no longer describe one recipe. Start a new run; on --resume only keys of how it is executed may change "
             "(docs/configuration.md marks them)."
         )
     if config.out != kept.out:
@@ -130,9 +130,9 @@ def _taken_up(member: Member, stands_on: Mapping[str, Any], corpora: Corpora, fr
     """Restore a member, and change nothing on the disk; the length of `metrics.jsonl` at the checkpoint."""
     folder, trainee = member.folder, member.trainee
     if apart := differing(identity(folder.recipe()), identity(member.config)):
-        told = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
+        changes = ", ".join(f"{key} {was!r:.40} (now {now!r:.40})" for key, (was, now) in list(apart.items())[:5])
         raise RunFolderError(
-            f"{folder.path} was started with another recipe than this one: {told}. Resume with its own config.yaml; "
+            f"{folder.path} was started with another recipe than this one: {changes}. Resume with its own config.yaml; "
             "only how a run is executed may change."
         )
     check_resumed(folder, member.config, stands_on, corpora)
@@ -173,7 +173,7 @@ def _checkpoint_to_resume_from(folder: RunFolder, step: int | None) -> Checkpoin
         raise
     except FormatError as error:
         before = _latest_whole(folder, step)
-        found = f"The one before it, of step {before}, is whole" if before else "No other one is whole"
+        found = f"The one before it, of step {before}, is whole" if before else "No other checkpoint is whole"
         where = "there" if before else "the beginning"
         command = f"endwise train --resume {shlex.quote(str(folder.path))} --from-step {before}"
         raise FormatError(f"{error} {found}; resume from {where} with: {command}") from None

@@ -169,8 +169,8 @@ def _grid(config: Recipe, world: World) -> World:
     shards = config.training.shards
     if world.size % shards:
         raise ConfigError(
-            f"training.shards is {shards}, among which features are shared out, and {world.size} is no multiple of it. "
-            f"Start {shards} processes, or a multiple (torchrun --nproc-per-node={shards}); or set training.shards=1."
+            f"training.shards is {shards}, among which features are shared out, and {world.size} is not a multiple of "
+            f"it. Start {shards} processes, or more (torchrun --nproc-per-node={shards}), or set training.shards=1."
         )
     if world.size // shards > config.training.batch:
         raise ConfigError(
@@ -195,11 +195,11 @@ def check_sharded(
     if not settings.sharded:
         return
     if processes == 1:
-        why = "one process has nobody to divide it with. Start several (docs/scaling.md)"
+        why = "there is one process only. Start several (docs/scaling.md)"
     elif (shards := config.training.shards) > 1:
         why = f"training.shards={shards} divides its dictionary, and not both can be divided. Set training.shards=1"
     elif given is not None:
-        why = f"{given.name} was given whole. Leave it to the recipe to load it"
+        why = f"{given.name} was loaded whole. Let the recipe load it"
     elif settings.quantization is not None:
         why = f"weights packed by {settings.quantization} cannot be divided. Unset model.quantization"
     elif config.training.precision == "mixed" and _dtype(config, device) in (None, "float32"):
@@ -334,8 +334,8 @@ def _measure_within(member: Member, heldout: Corpus, display: bool) -> None:
     fitting = config.evaluation.within((heldout.tokens - others) // context * context)
     if fitting is not config.evaluation:
         member.measure(fitting)
-        told = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
-        note(told, display)
+        message = f"evaluation.tokens is {fitting.tokens:,}, all text that is held out (data.heldout gives more)."
+        note(message, display)
 
 
 def default_folder(config: Recipe) -> Path:

@@ -43,7 +43,7 @@ class Sharing:
     shards: World
     parameters: frozenset[str]
     of_features: frozenset[str]
-    """Those whose first axis is that of the features."""
+    """Tensors whose first axis is that of the features."""
 
     @classmethod
     def of(cls, trainee: AnyTrainee) -> "Sharing":
@@ -57,7 +57,7 @@ class Sharing:
         )
 
     def is_split(self, name: str, tensor: Tensor) -> bool:
-        """Tell if a checkpoint's tensor is shared out along its first axis."""
+        """Return whether a checkpoint's tensor is shared out along its first axis."""
         return _parameter(name) in self.of_features and tensor.ndim > 0
 
     def own(self, name: str, tensor: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ class Steering:
         warm: steps over which λ rises; it is steered after them, and after `UNSTEERED` of all.
         first: steps before it.
         by_ce: the target is one of the CE increase, which λ raises where it lowers L0: e has the opposite sign. It is
-            followed where a step had it measured (`tell`), and averaged over `CES_AVERAGED` measurements.
+            followed where a step had it measured (`observe`), and averaged over `CES_AVERAGED` measurements.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Steering:
         self._averaged = CES_AVERAGED if by_ce else max(LEAST_AVERAGED, round(AVERAGED * steps))
         self.state = torch.full((2,), float("nan"), dtype=torch.float64, device=device)
         """e and I; NaN before the first step that is followed."""
-        self._told = self.state[0].clone()
+        self._measured = self.state[0].clone()
 
-    def tell(self, ce_increase: Tensor) -> None:
+    def observe(self, ce_increase: Tensor) -> None:
         """Have the coming step followed by what was measured before it."""
-        self._told.copy_(ce_increase)
+        self._measured.copy_(ce_increase)
 
     def error(self, value: Tensor) -> Tensor:
         """Return the logarithm of a value over its target, positive where λ has to rise."""
@@ -94,8 +94,8 @@ class Steering:
             pace: its learning rate over the largest one.
             counts: whether it changed the weights.
         """
-        value = self._told.clone() if self.by_ce else l0
-        self._told.fill_(math.nan)
+        value = self._measured.clone() if self.by_ce else l0
+        self._measured.fill_(math.nan)
         if step < self._begins:
             return
         found = self.error(value).clamp(-FAR, FAR)
@@ -137,7 +137,7 @@ def settled(sae: SAE, steering: Steering, measure: Callable[[], float], step: fl
 
 def _solved(error: Callable[[float], float], first: float, step: float) -> bool:
     """Find where a falling function, `first` at 0, is within `CLOSE` of 0, and leave off there: steps that double until
-    it lies between two of them, then false position, which halves the weight of an end that stays (Illinois). Tell if
+    it lies between two of them, then false position, which halves the weight of an end that stays (Illinois). True if
     it was found.
     """
     low, low_error, high, high_error = 0.0, first, math.copysign(step, first), math.nan

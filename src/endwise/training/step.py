@@ -121,7 +121,7 @@ def clean_passes(
     tokens: Tokens,
     kept: KeptActivations | None = None,
 ) -> dict[Site, Clean]:
-    """By the site that is written, what the trainees there are compared with.
+    """Return, by the site that is written, what the trainees there are compared with.
 
     One pass for all; with another model for the tail, the model up to the last site and the tail from each site on, so
     that the tail's own rounding is on both sides of every comparison.

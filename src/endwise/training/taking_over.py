@@ -20,7 +20,7 @@ class TakenOver:
     """A dictionary before and after it was taken over, on the same training tokens, both as used outside training."""
 
     source: str
-    """Its architecture before."""
+    """Architecture before."""
     architecture: str
     l0_before: float
     l0: float
@@ -59,7 +59,7 @@ class TakenOver:
 
     @property
     def record(self) -> dict[str, object]:
-        """As JSON has it."""
+        """Return it as JSON has it."""
         return {**asdict(self), "kept": self.kept}
 
     def __str__(self) -> str:

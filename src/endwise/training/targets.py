@@ -78,7 +78,7 @@ def held_out_wanted(config: Recipe, context: int | None, *, least: bool = False)
     return evaluated + (max(SLICE, context or 0) + (context or 0) if by_ce else 0)
 
 
-def tell_increase(model: LanguageModel, heldout: Corpus, world: World, step: int, member: Member) -> None:
+def observe_increase(model: LanguageModel, heldout: Corpus, world: World, step: int, member: Member) -> None:
     """Measure, before the step after `step` others, the CE increases that are steered, where they are due."""
     for part in member.trainee.parts:
         steering = steering_of(part, step)
@@ -87,7 +87,7 @@ def tell_increase(model: LanguageModel, heldout: Corpus, world: World, step: int
             every, count = pace_of_measuring(model, part.place, part.sae, part.objective, batch)
             if step % every == 0:
                 chosen = Slice.of(heldout, member.config.evaluation).some(step // every * count, count)
-                steering.tell(ce_increase(model, part.place, part.sae, heldout, chosen, world))
+                steering.observe(ce_increase(model, part.place, part.sae, heldout, chosen, world))
 
 
 def pace_of_measuring(
@@ -165,6 +165,6 @@ def meet_target(text: TrainingText, heldout: Corpus, display: bool, member: Memb
         if not 1 / MOST_LEFT <= found / steering.target <= MOST_LEFT:
             what, key = ("the CE increase", "target_ce_increase") if steering.by_ce else ("L0", "target_l0")
             where = f"{member.folder.path}, {part.place}"
-            told = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
-            advice = "Raise training.tokens, or begin nearer to the last λ: objective.sparsity.coefficient."
-            note(f"! {told}. {advice}", display)
+            message = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
+            advice = "Raise training.tokens, or start nearer to the last λ: objective.sparsity.coefficient."
+            note(f"! {message}. {advice}", display)

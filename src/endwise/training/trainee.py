@@ -25,7 +25,7 @@ from endwise.training.sparsity import coefficient_of
 from endwise.training.tail_terms import Pulls, balanced, pulls
 
 CLIP_EPSILON = 1e-6
-"""As in `torch.nn.utils.clip_grad_norm_`."""
+"""Constant of `torch.nn.utils.clip_grad_norm_`."""
 DEAD_SHARE = 20
 """Training is so many times as long as a feature may be silent before it counts as dead, unless a recipe says."""
 LEFT_OUT = "left_out"
@@ -199,7 +199,7 @@ class Trainee:
         self._fired |= encoded.latents.fired(mask)
 
     def products(self) -> torch.autocast:
-        """On a GPU, mixed precision multiplies the SAE's matrices in bf16. On a CPU that would change what is
+        """Context for the SAE's products. Mixed precision takes bf16 on a GPU. On a CPU that would change what is
         active, and win little: sparse latents leave one product, which is screened in bf16 where that is fast.
         """
         device = self.sae.b_enc.device.type
@@ -252,7 +252,7 @@ class Trainee:
         self.update(self.found_bad(), tokens_in_step, tokens)
 
     def found_bad(self) -> Tensor:
-        """Tell if a number was not finite at this step, or at any since the last report."""
+        """Return whether a number was not finite at this step, or at any since the last report."""
         self._norm = _norm_of(self._gradients(), self.sae.world.shards)
         self._sums["gradient_norm"] += self._norm
         bad = ~torch.isfinite(torch.stack([self._sums[name] for name in self._watched]))
@@ -368,7 +368,7 @@ def _gradient_at(reconstruction: Activation, loss: Float[Tensor, ""]) -> Activat
 
 
 def all_or_none(saes: Sequence[SAE], also: bool = False) -> AbstractContextManager[None]:
-    """Within it, what fails in one process fails in all, where one of the dictionaries then sums over them, or
+    """Context in which what fails in one process fails in all, where one of the dictionaries then sums over them, or
     something else does.
     """
     world = next((sae.world for sae in saes if sae.world.size > 1 and (also or sae.sums_as_it_learns)), None)

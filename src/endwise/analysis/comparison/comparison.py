@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from endwise.analysis.claims import are_similar
-from endwise.analysis.comparable import baseline_of, in_order, methods_of, told_apart
+from endwise.analysis.comparable import baseline_of, distinguished, in_order, methods_of
 from endwise.analysis.ratios import MEASURES, Ratio, downstream_ratio, over_pairs, percent, ratio_of, times
 from endwise.common.errors import ConfigError
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
@@ -24,7 +24,7 @@ class Summary:
     """A comparison of the methods at one site: what `summary.json` and the report are made of. See `summarise`."""
 
     runs: tuple[RunSummary, ...]
-    """By method, knob and seed; each method with a key and a label of its own."""
+    """Runs by method, knob and seed; each method with a key and a label of its own."""
     clean_ce: float
     mean_ablated_ce: float | None = None
     zero_ablated_ce: float | None = None
@@ -62,7 +62,7 @@ class Summary:
 
     @cached_property
     def ratios(self) -> Mapping[str, Mapping[str, Ratio]]:
-        """By the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
+        """Ratios by the key of `MEASURES`, then by the key of each of `compared`, relative to `baseline`."""
         related = partial(ratio_of, self.runs, resamples=self.resamples, seed=self.seed, reference=self.baseline)
         return {each.key: {of.key: related(of, of=each.of, at=each.at) for of in self.compared} for each in MEASURES}
 
@@ -94,10 +94,10 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `summary.json`; JSON types only."""
-        told = ("clean_ce", "mean_ablated_ce", "zero_ablated_ce", "site", "model")
+        shared = ("clean_ce", "mean_ablated_ce", "zero_ablated_ce", "site", "model")
         ratios = {key: {of: ratio.to_json() for of, ratio in group.items()} for key, group in self.ratios.items()}
         return {
-            **{name: getattr(self, name) for name in told},
+            **{name: getattr(self, name) for name in shared},
             "runs": [run.to_json() for run in self.runs],
             "baseline": self.baseline.key,
             **ratios,
@@ -122,12 +122,12 @@ def summarise(runs: Sequence[RunSummary], *, clean_ce: float, **about: Any) -> S
     """
     sites = sorted({run.site for run in runs})
     if len(sites) != 1:
-        raise ConfigError(f"A comparison is of runs at one site; given {', '.join(sites) or 'no runs'}.")
-    return Summary(tuple(sorted(told_apart(runs), key=in_order)), clean_ce, **about)
+        raise ConfigError(f"A comparison takes runs at one site; given {', '.join(sites) or 'no runs'}.")
+    return Summary(tuple(sorted(distinguished(runs), key=in_order)), clean_ce, **about)
 
 
 def summarise_folders(runs: Sequence[RunSummary], **about: Any) -> Summary:
-    """As `summarise`, with the baselines in the first run's folder."""
+    """Variant of `summarise` with the baselines in the first run's folder."""
     baselines = (RunFolder(Path(runs[0].folder)).evaluation() or {}).get("baselines", {})
     ablated = {f"{name}_ce": baselines.get(name) for name in ("mean_ablated", "zero_ablated")}
     return summarise(runs, clean_ce=baselines.get("clean", math.nan), **ablated, **about)
@@ -160,7 +160,7 @@ def runs_at_similar(runs: Sequence[RunSummary], metric: str) -> tuple[RunSummary
 
 
 def similar_by_seed(runs: Sequence[RunSummary], metric: str) -> dict[Seeds, tuple[RunSummary, ...]]:
-    """As `runs_at_similar`, of every seed."""
+    """Variant of `runs_at_similar` for every seed."""
     chosen, methods = {}, methods_of(runs)
     for seeds in sorted({run.seeds for run in runs}):
         groups = [[run for run in runs if (run.seeds, run.method) == (seeds, method)] for method in methods]
@@ -176,28 +176,28 @@ def _spread(choice: Sequence[RunSummary], metric: str) -> float:
 
 def _features_verdict(name: str, base: str, ratio: Ratio) -> str:
     if ratio.crossings:
-        return f"No one figure says how many of {base}'s features {name} needs at {base}'s CE increase: {ratio.reason}."
+        return f"No single ratio of {name}'s features to {base}'s at {base}'s CE increase: {ratio.reason}."
     if ratio.estimate is None:
-        return f"How many features {name} needs at {base}'s CE increase cannot be said from these runs: {ratio.reason}."
+        return f"These runs do not determine how many features {name} needs at {base}'s CE increase: {ratio.reason}."
     fact = f"{percent(ratio, seeds=False)} of {base}'s features per token at the same CE increase"
     if ratio.interval is None:
         return f"{name} needs {fact}; no interval: {ratio.reason}."
     if not ratio.holds_seeds:
         return f"{name} needs {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
-        return f"That {name} needs fewer features than {base} is not shown: {fact}, and the interval includes 100 %."
+        return f"{name} is not shown to need fewer features than {base}: {fact}; the interval includes 100 %."
     more = "" if ratio.interval[1] < 1 else f" more features than {base}, not fewer:"
     return f"{name} needs{more} {fact}, over {ratio.rests_on}."
 
 
-_OTHER_SEEDS = "the interval is over held-out text alone, and what other seeds would give is not in it"
+_OTHER_SEEDS = "the interval is over held-out text alone and does not cover other seeds"
 
 
 def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     if ratio.crossings:
-        return f"No one figure says how {name} and {other} compare downstream: {ratio.reason}."
+        return f"No single ratio of {name}'s downstream MSE to {other}'s: {ratio.reason}."
     if ratio.estimate is None:
-        return f"How {name} and {other} compare downstream cannot be said: {ratio.reason}."
+        return f"These runs do not determine how {name} and {other} compare downstream: {ratio.reason}."
     ends = "" if ratio.interval is None else f" [{times(ratio.interval[0])}, {times(ratio.interval[1])}]"
     where = "at their closest CE increases" if ratio.over is None else "at the same CE increase"
     fact = f"its downstream MSE is {times(ratio.estimate)} times{ends} {other}'s {where}"
@@ -206,6 +206,6 @@ def _downstream_verdict(name: str, other: str, ratio: Ratio) -> str:
     if not ratio.holds_seeds:
         return f"{name} against {other}: {fact}, by {ratio.rests_on}; {_OTHER_SEEDS}."
     if ratio.interval[0] <= 1 <= ratio.interval[1]:
-        return f"That {name} and {other} differ downstream is not shown: of {name}, {fact}."
+        return f"{name} and {other} are not shown to differ downstream: for {name}, {fact}."
     closely = "more" if ratio.estimate < 1 else "less"
     return f"{name} follows the original activations {closely} closely than {other}: {fact}, over {ratio.rests_on}."

@@ -142,8 +142,8 @@ def _made(summary: Summary) -> Iterator[tuple[str, str]]:
     packages = environment.get("packages")
     if isinstance(packages, Mapping):
         versions = {"python": environment.get("python", ""), **packages}
-        told = [f"{name}\N{NO-BREAK SPACE}{version}" for name, version in versions.items() if version is not None]
-        yield "versions", ", ".join(told)
+        named = [f"{name}\N{NO-BREAK SPACE}{version}" for name, version in versions.items() if version is not None]
+        yield "versions", ", ".join(named)
     if "platform" in environment:
         yield "platform", environment["platform"]
     files = "<code>summary.json</code> beside this page, and <code>evaluation.json</code> in each run's folder"

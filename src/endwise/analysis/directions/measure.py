@@ -43,7 +43,7 @@ ABLATED_TOKENS = 8192
 SMALL = 256
 """Up to this width all directions are ablated unless asked otherwise."""
 TOP = 64
-"""Above it, this many of the first directions, and as many of the others."""
+"""Directions ablated above it: this many of the first directions, and as many of the others."""
 SAME_VARIANCE = 1e-6
 """Relative difference up to which two measurements of the variances are of the same directions."""
 
@@ -82,8 +82,8 @@ class RunDirections(Shown):
         for name in _ESTIMATED:
             each: Estimates = getattr(self, name)
             tensors[name] = torch.from_numpy(np.stack([each.estimate, each.low, each.high]))
-        told = {"settings": dict(self.settings), "norms": self.norms.to_json(), "tokens": self.tokens}
-        write_tensors(file, tensors, {"endwise": json.dumps(told)})
+        head = {"settings": dict(self.settings), "norms": self.norms.to_json(), "tokens": self.tokens}
+        write_tensors(file, tensors, {"endwise": json.dumps(head)})
 
     @classmethod
     def read(cls, file: Path) -> "RunDirections":
@@ -93,12 +93,12 @@ class RunDirections(Shown):
         """
         try:
             with safe_open(file, "numpy") as opened:
-                told = json.loads(opened.metadata()["endwise"])
+                head = json.loads(opened.metadata()["endwise"])
                 estimated = {name: Estimates(*opened.get_tensor(name)) for name in _ESTIMATED}
                 variance = opened.get_tensor("variance")
-            return cls(told["settings"], Norms.of_json(told["norms"]), variance, tokens=told["tokens"], **estimated)
+            return cls(head["settings"], Norms.of_json(head["norms"]), variance, tokens=head["tokens"], **estimated)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            damaged = FormatError(f"{file} holds no directions as they are written ({error}). Remove it.")
+            damaged = FormatError(f"{file} is not a valid file of directions ({error}). Remove it.")
             raise unreadable(file, error) or damaged from None
 
 

@@ -62,7 +62,7 @@ class Norms:
 
     @classmethod
     def of_json(cls, values: object) -> "Norms":
-        """From what `to_json` gives.
+        """Read what `to_json` gives.
 
         Raises:
             ValueError: it is something else.
@@ -79,7 +79,7 @@ class Norms:
         try:
             return cls.of_json(read_json(file))
         except ValueError as error:
-            raise FormatError(f"{file} holds no norms as they are written ({error}). Remove it.") from None
+            raise FormatError(f"{file} is not a valid file of norms ({error}). Remove it.") from None
 
     def write(self, file: Path) -> None:
         write_json(file, self.to_json())
@@ -124,7 +124,7 @@ class NormCollector:
         self._lengths: list[NDArray[np.float64]] = []
         """‖a‖, ‖â‖ and their cosine: `[3 batch pos]` of each batch."""
         self._groups: list[NDArray[np.bool_]] = []
-        """In the order of `WHERE`: `[3 batch pos]` of each batch."""
+        """Masks in the order of `WHERE`: `[3 batch pos]` of each batch."""
 
     def add(self, batch: SiteBatch, reconstruction: Activation) -> None:
         a, b = (x.double().where(batch.mask[..., None], 0.0) for x in (batch.activation, reconstruction))

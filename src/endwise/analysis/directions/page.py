@@ -43,14 +43,14 @@ def reconstructed_directions(found: Directions, name: str) -> Chart:
 
 
 def _seed(found: Directions) -> str:
-    return f"Of each kind one run, of seed {found.similar[0].seed}."
+    return f"One run per kind, of seed {found.similar[0].seed}."
 
 
 def _by_direction(found: Directions, run: RunSummary, what: str) -> Series:
     of = found.measured[run.folder]
     values = of.correlation.estimate if what == "correlation" else 1 - of.explained_variance.estimate
     marks = [
-        Mark(float(index + 1), float(y), _told(found, run, index)) for index, y in enumerate(values) if np.isfinite(y)
+        Mark(float(index + 1), float(y), _hover(found, run, index)) for index, y in enumerate(values) if np.isfinite(y)
     ]
     return Series(run.method, tuple(marks), joined=False)
 
@@ -65,9 +65,9 @@ def used_directions(found: Directions, name: str) -> Chart:
             series = tuple(_by_use(found, run, base, x is KL_PER_VARIANCE) for run in others)
             panels.append(Panel("", x, dropped, series))
     caption = (
-        f"One dot a principal direction of the activations at {found.setting.site}. Across: the KL when every token's "
-        "component along it is replaced by another token's, as it is and by the direction's variance. Up: how well an "
-        f"SAE reconstructs that component, and how much less well than {base.method.label}. {_seed(found)}"
+        f"Each dot is a principal direction of the activations at {found.setting.site}. Across: the KL when every "
+        "token's component along it is replaced by another token's, as it is and by the direction's variance. Up: how "
+        f"well an SAE reconstructs that component, and how much less well than {base.method.label}. {_seed(found)}"
     )
     shown = tuple(panel for panel in panels if any(series.marks for series in panel.series))
     return Chart(name, "What is reconstructed, and what the model uses", caption, shown)
@@ -81,14 +81,14 @@ def _by_use(found: Directions, run: RunSummary, base: RunSummary | None = None, 
     if base is not None:
         up = found.measured[base.folder].correlation.estimate - up
     marks = tuple(
-        Mark(float(x), float(y), _told(found, run, index))
+        Mark(float(x), float(y), _hover(found, run, index))
         for index, (x, y) in enumerate(zip(across, up, strict=True))
         if np.isfinite(x) and np.isfinite(y)
     )
     return Series(run.method, marks, joined=False)
 
 
-def _told(found: Directions, run: RunSummary, index: int) -> str:
+def _hover(found: Directions, run: RunSummary, index: int) -> str:
     of = found.measured[run.folder]
     kl = of.kl
     used = (
@@ -179,8 +179,8 @@ def _norm_table(one: Directions) -> Markup:
 
     runs = run_table(one.runs, _kind(one), KNOB, "seed", "CE increase", *map(interval, COLUMNS))
     note = (
-        "One row a run, of one seed; 95 % intervals over held-out text. The first and the last of the measured columns "
-        "leave out position 0 and document starts. * at similar CE, of its seed."
+        "One row per run, of one seed; 95 % intervals over held-out text. The first and the last of the measured "
+        "columns leave out position 0 and document starts. * at similar CE, of its seed."
     )
     return table(*runs, title="Lengths", note=note)
 
@@ -225,8 +225,8 @@ def _later_table(one: Directions) -> Iterator[Markup]:
     def later(site: str) -> Column:
         def cell(run: RunSummary) -> str:
             cosine = run.downstream_cosine.get(site)
-            told = "" if cosine is None else f" / {cosine:.3f}"
-            return f"{run.downstream_mse[site]:.3g}{told}" if site in run.downstream_mse else "–"
+            shown = "" if cosine is None else f" / {cosine:.3f}"
+            return f"{run.downstream_mse[site]:.3g}{shown}" if site in run.downstream_mse else "–"
 
         return layer_label(site), cell
 
@@ -312,7 +312,7 @@ def _each_run(found: Sequence[Directions]) -> Iterator[tuple[Directions, RunSumm
 def _run_columns(one: Directions, run: RunSummary) -> dict[str, Any]:
     similar = any(run in runs for runs in one.by_seed.values())
     measured = {"at_similar_ce": similar, "ce_increase": run.ce_increase, "l0": run.l0, "run": run.folder}
-    return run.told({**columns_of(one.setting), **columns_of_run(run), **measured})
+    return run.known({**columns_of(one.setting), **columns_of_run(run), **measured})
 
 
 def claim_rows(found: Sequence[Directions]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Principal:
 
 
 def principal(text: TextAtSite, *, with_starts: bool = False) -> Principal:
-    """From the covariance, which one pass accumulates in float64.
+    """Compute them from the covariance, which one pass accumulates in float64.
 
     Args:
         with_starts: position 0 and document starts count too. There, models keep activations many times as long as any
@@ -82,7 +82,7 @@ class Estimates:
 
     @classmethod
     def of_draws(cls, draws: Floats, estimate: Floats) -> "Estimates":
-        """From resampled values `[resamples directions]`; NaN among them are left out."""
+        """Compute it from resampled values `[resamples directions]`; NaN among them are left out."""
         tail = (1 - CONFIDENCE) / 2
         ends = np.full((2, len(estimate)), np.nan)
         some = np.isfinite(draws).any(0)

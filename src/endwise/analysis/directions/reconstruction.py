@@ -32,7 +32,7 @@ def downstream(similar: Mapping[str, Sequence[RunSummary]], name: str = "downstr
 
 def downstream_of_all(runs: Sequence[RunSummary], site: str, name: str) -> Chart:
     """The same of every run, whatever its CE increase."""
-    caption = f"Later residual streams, spliced against original, of every SAE at {site}; one line a run. {TEXT}"
+    caption = f"Later residual streams, spliced against original, of every SAE at {site}; one line per run. {TEXT}"
     return Chart(name, "Error in the later layers, of every run", caption, tuple(_later(runs, site)))
 
 
@@ -78,7 +78,7 @@ def _by_method(runs: Sequence[RunSummary], y: str) -> tuple[Series, ...]:
 
 
 def of_method(runs: Iterable[RunSummary], method: Method) -> list[RunSummary]:
-    """In the order of L0."""
+    """Select a method's runs in the order of L0."""
     return sorted((run for run in runs if run.method == method), key=lambda run: run.l0)
 
 
@@ -102,7 +102,7 @@ def norms(measured: Mapping[str, Norms], similar: Sequence[RunSummary], site: st
     panels = [panel(run, run.method.label, range(2)) for run in drawn]
     if any(measured[run.folder].sample["starts"] for run in drawn):
         panels += [panel(run, f"{run.method.label}, document starts", range(2, 3)) for run in drawn]
-    caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot a held-out token."
+    caption = f"Length (L2) of the reconstruction over that of the activation at {site}, one dot per held-out token."
     return Chart(name, "How long reconstructions are", caption, tuple(panels))
 
 

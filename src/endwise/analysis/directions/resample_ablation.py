@@ -22,7 +22,7 @@ AT_ONCE = 8
 
 
 def other_tokens(count: int, seed: int) -> NDArray[np.int64]:
-    """For each of `count` tokens the one whose component it gets: a permutation drawn from the seed."""
+    """Draw for each of `count` tokens the one whose component it gets: a permutation drawn from the seed."""
     return numpy_stream(seed, "resample ablation").permutation(count).astype(np.int64)
 
 

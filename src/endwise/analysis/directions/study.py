@@ -80,13 +80,13 @@ class Directions(ShownSet):
     setting: Setting
     runs: tuple[RunSummary, ...]
     measured: Mapping[str, RunDirections]
-    """By run folder."""
+    """Measurements by run folder."""
     similar: tuple[RunSummary, ...]
     """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     by_seed: Mapping[Seeds, tuple[RunSummary, ...]]
     """The same of every seed."""
     follows: Mapping[str, Follows]
-    """By run folder; none where fewer than `LEAST` directions were ablated."""
+    """Results by run folder; none where fewer than `LEAST` directions were ablated."""
     contrasts: tuple[Contrast, ...]
     """Comparisons of the runs in `by_seed`, where CE increases are similar."""
     downstream: Ratio | None
@@ -94,7 +94,7 @@ class Directions(ShownSet):
 
     @property
     def norms(self) -> dict[str, Norms]:
-        """By run folder."""
+        """Norms by run folder."""
         return {folder: each.norms for folder, each in self.measured.items()}
 
     @property
@@ -263,12 +263,12 @@ def norm_claim(places: Mapping[str, Sequence[Sequence[RunSummary]]], measured: M
             similar is anything said of their order.
         measured: by run folder.
     """
-    told, verdicts, presets = [], [], set(PRESET_METHODS.values())
+    measured_at, verdicts, presets = [], [], set(PRESET_METHODS.values())
     for place, choices in places.items():
         kept = [[run for run in runs if run.folder in measured] for runs in choices]
         whole = [runs for runs in kept if {run.method for run in runs} >= presets and are_similar(runs)]
         apart = "" if whole else ", no seed has all kinds at a similar CE increase"
-        told.append(f"{place}: {_lengths(whole or kept[:1], measured)}{apart}")
+        measured_at.append(f"{place}: {_lengths(whole or kept[:1], measured)}{apart}")
         if whole:
             verdicts.append(_in_order(whole, measured))
     published = ", ".join(
@@ -279,7 +279,7 @@ def norm_claim(places: Mapping[str, Sequence[Sequence[RunSummary]]], measured: M
         "At a similar CE increase reconstructions are shorter than activations (‖â‖/‖a‖), e2e's most, e2e+ds's less, "
         "local's least",
         f"{published} (layers 2/6/10)",
-        "; ".join(told) or "no runs of all kinds",
+        "; ".join(measured_at) or "no runs of all kinds",
         all_shown(verdicts),
     )
 
@@ -288,7 +288,7 @@ def _lengths(choices: Sequence[Sequence[RunSummary]], measured: Mapping[str, Nor
     """The ratio of each method, over the seeds."""
     runs = [run for choice in choices for run in choice]
     by_method = {of: [measured[run.folder].ratio for run in runs if run.method == of] for of in methods_of(runs)}
-    each = [f"{method.label} {_mean(ratios).told()}" for method, ratios in by_method.items()]
+    each = [f"{method.label} {_mean(ratios).text()}" for method, ratios in by_method.items()]
     return f"{', '.join(each)} {over('held-out text', runs)}" if each else "no runs of all kinds"
 
 
@@ -323,10 +323,10 @@ def _downstream_claim(found: Directions) -> Claim:
         return Unmeasured(claim, published, "not both e2e and e2e+ds are there")
     if ratio.at_ends is None and ratio.estimate is None:
         return Unmeasured(claim, published, f"not measured: {ratio.reason}")
-    return Claim(claim, published, "; ".join([_later_told(ratio), *_later_cosines(found)]), ratio.below)
+    return Claim(claim, published, "; ".join([_later_ratio(ratio), *_later_cosines(found)]), ratio.below)
 
 
-def _later_told(ratio: Ratio) -> str:
+def _later_ratio(ratio: Ratio) -> str:
     if ratio.estimate is None:
         return f"e2e+ds's downstream MSE against e2e's: {ratio.reason}"
     where = "at the closest CE increases" if ratio.over is None else "at equal CE increase"
@@ -372,13 +372,13 @@ def _dropped_claims(found: Directions, method: Method, base: Method) -> list[Cla
         return [Unmeasured(*pair, missing) for pair in zip(words, published, strict=True)]
     use = (
         f"rank correlation of reconstruction and resample-ablation KL over {against.directions} directions: {name} "
-        f"{against.own.told()}, {other} {against.of_reference.told()}, difference {against.rank.told()}; "
-        f"of the KL with how much worse {name} reconstructs than {other}: {against.dropped.told()}"
+        f"{against.own.text()}, {other} {against.of_reference.text()}, difference {against.rank.text()}; "
+        f"of the KL with how much worse {name} reconstructs than {other}: {against.dropped.text()}"
     )
     alike = (
         f"given the variance, the KL with how much worse {name} reconstructs than {other}: "
-        f"{against.dropped_given_variance.told()}; reconstruction and KL: {name} {against.own_given_variance.told()}, "
-        f"{other} {against.of_reference_given_variance.told()}, difference {against.given_variance.told()}"
+        f"{against.dropped_given_variance.text()}; reconstruction and KL: {name} {against.own_given_variance.text()}, "
+        f"{other} {against.of_reference_given_variance.text()}, difference {against.given_variance.text()}"
     )
     where = f"intervals {over('directions', against.runs)}"
     dropped, alone = against.dropped, against.dropped_given_variance

@@ -14,7 +14,7 @@ SIDE = 4096
 _PER_PAIR = 16
 """Bytes a tile takes at most for each of its pairs: the product, its transpose, and what the reductions make."""
 _UNIT = 1e-4
-"""By which a unit direction's norm may be off."""
+"""Tolerance of a unit direction's norm."""
 
 Directions = Float[Tensor, "n d_model"]
 Others = Float[Tensor, "m _"]
@@ -23,7 +23,7 @@ Others = Float[Tensor, "m _"]
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each direction the k others with the greatest cosines, the greatest first."""
+    """The k others of each direction with the greatest cosines, the greatest first."""
 
     cosine: Float[Tensor, "n k"]
     index: Int64[Tensor, "n k"]
@@ -35,7 +35,7 @@ class Nearest:
 
 
 def nearest_within(directions: Directions, *, k: int = 1, memory: int = MEMORY) -> Nearest:
-    """For each direction, the nearest others of the same dictionary; itself is none of them.
+    """Find for each direction the nearest others of the same dictionary; itself is none of them.
 
     Each product of two tiles serves the rows of both, which halves the work.
 
@@ -50,7 +50,7 @@ def nearest_within(directions: Directions, *, k: int = 1, memory: int = MEMORY) 
     _check(directions, k)
     count = len(directions)
     if count < 2:
-        raise ValueError(f"A nearest other takes two directions or more; given {count}.")
+        raise ValueError(f"A nearest neighbour needs two directions or more; given {count}.")
     best = _Best(directions, min(k, count - 1))
     side = _side(memory)
     for i in range(0, count, side):
@@ -67,7 +67,7 @@ def nearest_within(directions: Directions, *, k: int = 1, memory: int = MEMORY) 
 
 
 def nearest_across(a: Directions, b: Others, *, k: int = 1, memory: int = MEMORY) -> tuple[Nearest, Nearest]:
-    """For each of `a` the nearest of `b`, and for each of `b` the nearest of `a`, both from one product.
+    """Find for each of `a` the nearest of `b`, and for each of `b` the nearest of `a`, both from one product.
 
     Args: as for `nearest_within`.
 
@@ -79,7 +79,7 @@ def nearest_across(a: Directions, b: Others, *, k: int = 1, memory: int = MEMORY
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"Directions must have one width; given {a.shape[1]} and {b.shape[1]}.")
     if not len(a) or not len(b):
-        raise ValueError(f"A nearest one takes a direction on both sides; given {len(a)} and {len(b)}.")
+        raise ValueError(f"Nearest directions need at least one on both sides; given {len(a)} and {len(b)}.")
     of_a, of_b = _Best(a, min(k, len(b))), _Best(b, min(k, len(a)))
     side = _side(memory)
     for i in range(0, len(a), side):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from endwise.analysis.geometry.cosines import Directions
-from endwise.analysis.geometry.geometry import Geometry, Said, alive
+from endwise.analysis.geometry.geometry import Geometry, Say, alive
 from endwise.common.errors import ConfigError, ModelError
 from endwise.evaluation.provenance import model_of
 from endwise.evaluation.summary import RunSummary
@@ -50,7 +50,7 @@ class FeatureMap:
     places: NDArray[np.float32]
     """`[n 2]`"""
     region: NDArray[np.int64]
-    """From 1; 0: in none."""
+    """Region from 1; 0: in none."""
     density: NDArray[np.float64]
     """Share of the held-out tokens on which it fired."""
     importance: NDArray[np.float64]
@@ -193,7 +193,7 @@ def _typical(of: FeatureMap, inside: NDArray[np.bool_], count: int = 6) -> list[
     return sorted(here, key=lambda token: (share * everywhere[token] - here[token], token))[:count]
 
 
-def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int, FeatureMap]:
+def feature_maps(found: Sequence[Geometry], say: Say | None = None) -> dict[int, FeatureMap]:
     """Lay out every set that has enough alive features, by its place; with top tokens where the model can be loaded.
 
     Raises:
@@ -208,7 +208,7 @@ def feature_maps(found: Sequence[Geometry], say: Said | None = None) -> dict[int
                 say(f"a map of {', '.join(run.folder for run in runs)}")
             made[place] = feature_map(one, runs, tokens=model_tokens(runs[0]))
     if not made:
-        raise ConfigError(f"A map takes {LEAST} alive features or more; no runs that may be compared have as many.")
+        raise ConfigError(f"A map takes {LEAST} alive features or more; no comparable runs have that many.")
     return made
 
 
@@ -227,7 +227,7 @@ TOKENS = 6
 
 
 def top_tokens(model: LanguageModel, directions: Directions, count: int = TOKENS) -> list[tuple[str, ...]]:
-    """For each direction the tokens with the greatest effect on their logits (`token_effects`), the greatest first.
+    """Find the tokens with the greatest effect on each direction's logits (`token_effects`), the greatest first.
 
     Spaces are written as `␣`, which could not be seen; without a tokenizer the tokens' numbers.
 

@@ -37,7 +37,7 @@ from endwise.runs.folder import RunFolder
 
 Importance = NDArray[np.float64]
 """Importance of every feature, alive or not, `[d_sae]`; nats per token."""
-Said = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Alive:
 
 @dataclass(frozen=True, repr=False)
 class Similarity(Shown):
-    """For every alive feature of a run, the nearest of its own dictionary or of another run's."""
+    """Nearest neighbour of every alive feature of a run, the nearest of its own dictionary or of another run's."""
 
     run: RunSummary
     other: RunSummary | None
@@ -65,7 +65,7 @@ class Similarity(Shown):
     ranked: NDArray[np.float32]
     """The greatest cosines, `[n k]`, the greatest first; k is `CANDIDATES`, or fewer where there are fewer."""
     candidates: int
-    """Among how many features the nearest was looked for."""
+    """Number of features among which the nearest was searched for."""
 
     @property
     def cosine(self) -> NDArray[np.float32]:
@@ -104,17 +104,17 @@ class Geometry(ShownSet):
     setting: Setting
     runs: tuple[RunSummary, ...]
     within: Mapping[str, Similarity]
-    """By run folder; a run with fewer than two alive features has none."""
+    """Similarities by run folder; a run with fewer than two alive features has none."""
     pairs: Mapping[tuple[str, str], Pair]
-    """By run folders, each pair once."""
+    """Pairs by run folders, each pair once."""
     similar: tuple[RunSummary, ...]
     """One run of each method, all of one seed, those whose CE increases are closest to each other."""
     seeded: tuple[RunSummary, ...]
-    """As `similar`, among the runs that were trained with several seeds."""
+    """Variant of `similar`, among the runs that were trained with several seeds."""
     given: tuple[tuple[str, str], ...]
     """Pairs that were asked for, beside those across seeds and across kinds at similar CE increase."""
     importance: Mapping[str, Importance]
-    """By run folder, of the runs of which it was measured."""
+    """Importance by run folder, for the runs in which it was measured."""
 
     def between(self, run: RunSummary, other: RunSummary) -> Similarity | None:
         """Return the cosines of the features of `run`, in `other`."""
@@ -142,7 +142,7 @@ def geometry(
     pairs: Iterable[tuple[str | Path, str | Path]] = (),
     importance: Callable[[Path], Importance | None] | None = None,
     memory: int = MEMORY,
-    say: Said | None = None,
+    say: Say | None = None,
 ) -> list[Geometry]:
     """Compare the dictionaries of measured runs, in as many sets as can be compared.
 
@@ -212,7 +212,7 @@ def _checked(a: RunSummary, b: RunSummary) -> tuple[RunSummary, RunSummary]:
                 "Choose another pair, or measure both on the same held-out text."
             )
     if reason := other_text([a, b]):
-        raise ConfigError(f"{a.folder} and {b.folder} are no pair: {reason}. Measure both on one: endwise evaluate.")
+        raise ConfigError(f"{a.folder} and {b.folder} are not a pair: {reason}. Measure both on one: endwise evaluate.")
     if a.folder == b.folder:
         raise ConfigError(f"A pair takes two runs; given {a.folder} twice.")
     for run in (a, b):
@@ -226,7 +226,7 @@ class _Look:
 
     KEPT = 3
 
-    def __init__(self, memory: int, say: Said, importance: Callable[[Path], Importance | None]) -> None:
+    def __init__(self, memory: int, say: Say, importance: Callable[[Path], Importance | None]) -> None:
         self.memory, self.say, self.importance = memory, say, importance
         self._kept: dict[str, Alive] = {}
 

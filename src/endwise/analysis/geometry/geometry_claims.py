@@ -66,7 +66,7 @@ def claims(found: Geometry) -> list[Claim]:
         if not any(part.interval for part in parts):
             return Unmeasured(claim, published, "; ".join(dict.fromkeys(part.reason or "" for part in parts)))
         known = [*parts] if control is None or control.interval is None else [*parts, control]
-        return Claim(claim, published, "; ".join(map(told, known)), _verdict(parts, sign))
+        return Claim(claim, published, "; ".join(map(in_words, known)), _verdict(parts, sign))
 
     further_apart = "dictionaries are more orthogonal than {} ones: their features lie further apart"
     made = [
@@ -86,7 +86,7 @@ def claims(found: Geometry) -> list[Claim]:
 
 
 def _difference(found: Geometry, name: str, a: Method, b: Method, equally_many: bool) -> SimilarityDifference:
-    """Within, or across seeds; with `equally_many`, as if either had as many alive features as the one with fewer."""
+    """Compare within, or across seeds; with `equally_many`, as if both had as many alive features as the smaller."""
     measure, similar = (within, found.similar) if name == WITHIN else (across_seeds, found.seeded)
     runs = {run.method: run for run in similar}
     full_name = f"{name}{EQUALLY_MANY if equally_many else ''}"
@@ -128,12 +128,12 @@ def _verdict(parts: Sequence[SimilarityDifference], sign: int) -> Verdict:
     return judged(*((each, min(sign * each.low, sign * each.high) > 0) for each in intervals if each is not None))
 
 
-def told(part: SimilarityDifference) -> str:
+def in_words(part: SimilarityDifference) -> str:
     """The difference in words."""
     what = f"mean greatest cosine {part.name}, {part.a.label} less {part.b.label}"
     if part.interval is None:
         return f"{what}: not measured ({part.reason})"
-    return f"{what}: {part.interval.told(signed)} {over('features', part.runs)}"
+    return f"{what}: {part.interval.text(signed)} {over('features', part.runs)}"
 
 
 def signed(value: float) -> str:

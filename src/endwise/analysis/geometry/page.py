@@ -95,7 +95,7 @@ def write_geometry(
 
 
 def _rows(found: Geometry, threshold: float) -> dict[str, Sequence[Row]]:
-    """By the name of the table."""
+    """Make all rows, by the name of the table."""
     return {
         "within": tables.within_rows(found),
         "pairs": tables.pair_rows(found, threshold),
@@ -116,10 +116,10 @@ def _charts(found: Geometry, number: int) -> Iterator[Chart]:
 
 _INTERVALS = (
     "Intervals are 95 %. Of one run they are over features: a bootstrap that draws its alive features with "
-    "replacement, apart from other runs' (numbers of the same features together); such intervals say nothing of "
+    "replacement, apart from other runs' (numbers of the same features together); such intervals say nothing about "
     "another training seed. Of kinds, which are compared seed by seed, they hold features and seeds where there are "
     "three seeds or more; no verdict rests on fewer. “Among equally many” thins the larger dictionary at random to the "
-    "size of the smaller: with more features about, the nearest is nearer."
+    "size of the smaller: with more features, the nearest is nearer."
 )
 
 Column = tuple[str, Any]
@@ -127,7 +127,7 @@ Column = tuple[str, Any]
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[object]:
-    """A reason why there is nothing to tell takes the place of a number."""
+    """Show the reason for a missing number in its place."""
     cells = [make(row) for _, make in columns]
     wide = next((place for place, cell in enumerate(cells) if isinstance(cell, Wide)), None)
     return cells if wide is None else [*cells[: wide + 1], *cells[wide + cells[wide].columns :]]
@@ -245,10 +245,10 @@ def map_chart(of: FeatureMap, name: str, shown: int = SHOWN) -> Chart:
         series.append(Series(run.method, marks, label, joined=False, rank=rank))
     centres = [np.median(of.places[of.region == region], axis=0) for region in range(1, of.regions + 1)]
     notes = tuple(Note(float(x), float(y), str(region)) for region, (x, y) in enumerate(centres, 1))
-    every = "" if step == 1 else f" Every {step}. feature is shown; the table has all."
+    every = "" if step == 1 else f" One in {step} features is shown; the table has all."
     caption = (
         "The alive features of all runs by their decoder directions: UMAP with the cosine distance, its seed fixed. "
-        "Numbers are regions that HDBSCAN found on the map. The axes have no unit; only neighbourhood means something."
+        "Numbers are regions that HDBSCAN found on the map. The axes have no unit; only neighbourhoods mean something."
         f"{every}"
     )
     panel = Panel("", Axis("UMAP 1"), Axis("UMAP 2"), tuple(series), notes=notes)

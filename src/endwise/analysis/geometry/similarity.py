@@ -33,9 +33,9 @@ class MeanSimilarity:
     run: RunSummary
     """The one whose twins these are."""
     values: Mapping[Seeds, NDArray]
-    """By seed, one value a feature."""
+    """Values by seed, one for each feature."""
     draws: Mapping[Seeds, Floats]
-    """By seed the mean over features in each resample."""
+    """Draws by seed: the mean over features in each resample."""
     runs: Mapping[Seeds, RunSummary]
     """Runs whose features these are."""
     of_pairs: bool = False
@@ -65,7 +65,7 @@ class MeanSimilarity:
 
 @dataclass(frozen=True)
 class SimilarityDifference:
-    """`a − b`, seed by seed; or why that cannot be said."""
+    """`a − b`, seed by seed; or why it is unknown."""
 
     name: str
     a: Method
@@ -97,7 +97,7 @@ def difference(
 
 
 def mean_over_seeds(by_seed: Numbers, draws: Numbers, *, of_pairs: bool) -> OverSeeds:
-    """With its interval over features and seeds.
+    """Average it over seeds, with its interval over features and seeds.
 
     Args:
         by_seed: `[seeds]`.

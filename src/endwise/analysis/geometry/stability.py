@@ -74,7 +74,7 @@ class StableFunction:
 
 
 def stability(found: Geometry, run: RunSummary) -> Stability | None:
-    """None for a run without twins."""
+    """Measure stability; None for a run without twins."""
     others = [each for other in found.twins(run) if (each := found.between(run, other)) is not None]
     if not others:
         return None

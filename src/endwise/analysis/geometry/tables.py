@@ -163,7 +163,7 @@ def _setting(found: Geometry) -> Row:
 
 
 def _run(run: RunSummary) -> Row:
-    return run.told({"run": run.folder, **_kind(run), "seed": run.seed, "data_seed": run.data_seed})
+    return run.known({"run": run.folder, **_kind(run), "seed": run.seed, "data_seed": run.data_seed})
 
 
 def _kind(run: RunSummary) -> Row:

@@ -1,4 +1,4 @@
-"""On how few features the function rests: shares by rank, the count that carries a share, and their intervals."""
+"""Concentration of the function on few features: shares by rank, the count that carries a share, their intervals."""
 
 from collections.abc import Callable, Sequence
 
@@ -129,7 +129,7 @@ def carrying_ratio(pairs: Sequence[tuple[Faithfulness, Faithfulness]]) -> OverSe
 
 
 def correlation(x: Floats, y: Floats, of: Callable[[Floats, Floats, Floats], Floats]) -> Interval | None:
-    """With a 95 % bootstrap interval over pairs; None for fewer than `LEAST`, or where one side does not vary.
+    """Correlate, with a 95 % bootstrap interval over pairs; None for fewer than `LEAST`, or where a side is constant.
 
     Args:
         of: `pearson` or `spearman`.

@@ -50,7 +50,7 @@ class FaithfulnessSums:
         self.between: list[int] = []
         """Counts that the current pass measures beside those of `kept`."""
         self._between: dict[int, list[Floats]] = {}
-        """By count, per batch `[batch]`."""
+        """Sums by count, per batch `[batch]`."""
 
     @torch.no_grad()
     def add(self, model: LanguageModel, batch: SplicedBatch) -> None:
@@ -81,7 +81,7 @@ class FaithfulnessSums:
 
     @torch.no_grad()
     def add_between(self, model: LanguageModel, clean: Clean, place: Place | Site, mask: TokenMask) -> None:
-        """As `add`, of the counts that `narrow` took up, by importance alone."""
+        """Variant of `add` for the counts that `narrow` took up, by importance alone."""
         read, site = clean.activations[Place.of(place).reads], Place.of(place).writes
         latents, mask = self.sae.encode(read), self.sae.within_limit(read, mask)
         for n in self.between:

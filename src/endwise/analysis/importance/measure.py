@@ -75,7 +75,7 @@ def _settings(path: Path, config: RunConfig, tokens: int | None, ablate: int, kl
 
 
 def _serves(old: MeasuredImportance, settings: Mapping[str, Any], heldout: str | None) -> bool:
-    """Tell if a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
+    """True if a measurement is what the settings ask for, of the text that is meant; one that has the KL besides will
     do.
     """
     if old.settings.get("heldout") != heldout:

@@ -170,29 +170,29 @@ def agreement_chart(study: ImportanceStudy, name: str) -> Chart:
     )
     caption = (
         f"{_where(study)} Each mark is one feature of the sample, on the second half of the held-out sequences. Exact: "
-        "the feature is zeroed in the spliced pass. On the dashed line the two are equal. Not drawn, for an estimate "
-        f"or a rise that is not above 0: {hidden}."
+        "the feature is zeroed in the spliced pass. On the dashed line the two are equal. Not drawn, because the "
+        f"estimate or the rise is not above 0: {hidden}."
     )
     return Chart(name, "Estimates and exact ablation", caption, tuple(panels))
 
 
 def _agreements(run: ImportantRun, order: Order) -> dict[str, tuple[Mark, ...]]:
-    """By how they were chosen, the features of which both numbers have a logarithm."""
+    """List, by how they were chosen, the features of which both numbers have a logarithm."""
     found = run.measured.ablations
     estimates = getattr(found, f"{ESTIMATES[order]}_ce")
     groups: dict[str, list[Mark]] = {"at random": [], "by rank": []}
     for row in np.flatnonzero((estimates > 0) & (found.ce > 0)):
         exact, estimated = float(found.ce[row]), float(estimates[row])
-        told = minus(f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}")
+        hover = minus(f"estimated {estimated:+.2e}\nexact {exact:+.2e} ± {found.ce_se[row]:.1e}")
         chosen = "by rank" if found.by_rank[row] else "at random"
-        groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{told}"))
+        groups[chosen].append(Mark(estimated, exact, f"feature {found.features[row]}\n{hover}"))
     return {label: tuple(marks) for label, marks in groups.items()}
 
 
 def _run_mark(run: ImportantRun, count: Interval) -> Mark:
-    told = f"{run.summary.title}\n{count.estimate:,.0f} features"
+    hover = f"{run.summary.title}\n{count.estimate:,.0f} features"
     ends = (count.low, count.high) if count.high > count.low else None
-    return Mark(run.summary.ce_increase, count.estimate, f"{told}\n{run.summary.folder}", y_ends=ends)
+    return Mark(run.summary.ce_increase, count.estimate, f"{hover}\n{run.summary.folder}", y_ends=ends)
 
 
 def _where(study: ImportanceStudy) -> str:
@@ -202,7 +202,7 @@ def _where(study: ImportanceStudy) -> str:
         for run in study.similar
     )
     seed = f"of seed {study.similar[0].summary.seed} whose CE increase is closest to the others'"
-    return f"Of each kind the SAE {seed} at {study.setting.site}: {chosen}."
+    return f"For each kind, the SAE {seed} at {study.setting.site}: {chosen}."
 
 
 def print_importance(studies: Sequence[ImportanceStudy], console: Console | None = None) -> None:
@@ -256,7 +256,7 @@ def write_importance(studies: Sequence[ImportanceStudy], out: Path) -> Path:
 
 
 _NOTE = (
-    f"One row a run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of "
+    f"One row per run, of one seed: the interval of “{_CARRIED} in” is over held-out text, that of "
     "Spearman’s correlation with exact ablation over the ablated features. Verdicts rest on intervals that hold the "
     "seeds too."
 )

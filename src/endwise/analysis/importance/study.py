@@ -41,7 +41,7 @@ from endwise.tokens import Corpora
 FOLLOWS = 0.5
 """Spearman's correlation with exact ablation above which an estimate counts as following it."""
 ORDERS = ("second", "first", "random")
-"""In which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
+"""Orders in which features are kept: by the second-order estimate, by the first-order one's magnitude, at random."""
 LOSSES: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")
 Row = dict[str, Any]
 Order = Literal["first", "second"]
@@ -136,7 +136,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         return baseline_of(self.methods)
 
     def _counts(self, method: Method) -> list[Claim]:
-        """On how few features a method rests, relative to the baseline."""
+        """Judge on how few features a method rests, relative to the baseline."""
         name, base = method.label, self.baseline.label
         carrying = f"{name} needs fewer features than {base} to carry {100 * CARRIED:.0f} % of what its SAE carries"
         half = f"Half of the importance lies in fewer features of {name} than of {base}"
@@ -170,7 +170,7 @@ class ImportanceStudy(RunSet[ImportantRun]):
         linear = [run.agreement(order)["pearson"] for run, _ in known]
         features = sum(len(run.measured.ablations.features) for run, _ in known)
         ours = (
-            f"Spearman {rank.told('{:.2f}'.format)} {over('features', summaries)}, Pearson "
+            f"Spearman {rank.text('{:.2f}'.format)} {over('features', summaries)}, Pearson "
             f"{', '.join('–' if each is None else f'{each.estimate:.2f}' for each in linear)}, {features} features, "
             f"{knob_labels(summaries)} "
             f"{', '.join(f'{each:g}' for each in dict.fromkeys(run.knob.value for run in summaries))}"
@@ -244,9 +244,9 @@ def _ratio_finding(
     if not np.isfinite(ratio.estimate):
         return Unmeasured(claim, None, "an SAE carries nothing, or needs no feature for what it carries")
     one, base = (run.summary for run in pairs[0])
-    told = ratio.told(lambda share: f"{100 * share:.0f}", " %")
+    shares = ratio.text(lambda share: f"{100 * share:.0f}", " %")
     ours = (
-        f"{told} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
+        f"{shares} of {base.method.label}'s {over('held-out text', [run.summary for pair in pairs for run in pair])}; "
         f"{' against '.join(counts)} features, at CE increases of "
         + minus(f"{one.ce_increase:+.3f} and {base.ce_increase:+.3f} ")
         + f"and L0s of {one.l0:.1f} and {base.l0:.1f} (seed {one.seed})"

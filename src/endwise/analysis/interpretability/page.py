@@ -9,7 +9,7 @@ from endwise.analysis.claims import claim_lines
 from endwise.analysis.interpretability.study import ExplainedRun, Interpretability, feature_rows, mean_rows
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.scored import AT, At, difference_rows
-from endwise.analysis.scored_page import grids, panels, parts_of, told_of
+from endwise.analysis.scored_page import grids, listing, panels, parts_of
 from endwise.features.explanations import CONTROLS, Explanation
 from endwise.figures.charts import Chart
 from endwise.figures.violins import OUTLINED
@@ -24,8 +24,8 @@ def score_chart(found: Interpretability, at: At, name: str) -> Chart:
     names = [f"{scorer}.{control}".rstrip(".") for scorer in found.own_names for control in CONTROLS]
     chosen = found.closest(at)
     caption = (
-        f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
-        f"{found.setting.site}: {told_of(chosen, _features)}. Each mark is a feature; 0.5 is chance. The outline (of "
+        f"For each kind, the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
+        f"{found.setting.site}: {listing(chosen, _features)}. Each mark is a feature; 0.5 is chance. The outline (of "
         f"{OUTLINED} features or more) is a Gaussian kernel density, the hollow mark the mean. Explained by "
         f"{found.about.get('model')}, scored by {found.about.get('scorer_model')}."
     )

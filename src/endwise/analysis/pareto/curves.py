@@ -44,7 +44,7 @@ class Pareto(ShownSet):
 
     setting: Setting
     runs: tuple[RunSummary, ...]
-    """By method, knob, seed and learning rate."""
+    """Runs by method, knob, seed and learning rate."""
     summary: Summary
     """Comparison of the runs of one learning rate a method, where it has several."""
     remarks: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Pareto(ShownSet):
 
     @property
     def ratios(self) -> dict[tuple[str, str], Ratio]:
-        """By measure and the method's key; each relative to the baseline."""
+        """Ratios by measure and the method's key; each relative to the baseline."""
         return {(key, of): ratio for key, by in self.summary.ratios.items() for of, ratio in by.items()}
 
 
@@ -100,7 +100,7 @@ def _compared(setting: Setting, runs: list[RunSummary]) -> Pareto:
     rates = {of: rate for of in methods_of(runs) if (rate := rate_of_most([run for run in runs if run.method == of]))}
     kept = [run for run in runs if run.learning_rate == rates.get(run.method, run.learning_rate)]
     remarks = [
-        f"Of {method.label} the learning rate {rate:g} is compared, which most runs have; others are only shown."
+        f"{method.label}: compared at learning rate {rate:g}, which most runs have; others are only shown."
         for method, rate in rates.items()
     ]
     summary = summarise_folders(kept, resamples=RESAMPLES, seed=SEED, model=kept[0].model)
@@ -119,7 +119,7 @@ def rate_of_most(runs: Sequence[RunSummary]) -> float | None:
 
 
 def has_several_rates(runs: Sequence[RunSummary]) -> bool:
-    """Tell if runs of one method share knob and seed."""
+    """Return whether runs of one method share knob and seed."""
     return len({(run.knob, run.seeds) for run in runs}) < len(runs)
 
 
@@ -191,7 +191,7 @@ def point_rows(found: Sequence[Pareto]) -> list[dict[str, Any]]:
                 if name in run.intervals:
                     row |= dict(zip((f"{name}.low", f"{name}.high"), run.intervals[name], strict=True))
             row |= {name: run.folder in members for name, members in fronts.items()}
-            rows.append(run.told({**columns_of(one.setting), **row, "run": run.folder}))
+            rows.append(run.known({**columns_of(one.setting), **row, "run": run.folder}))
     return rows
 
 

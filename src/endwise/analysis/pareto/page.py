@@ -105,7 +105,7 @@ def _series(runs: Sequence[RunSummary], method: Method, x: str, y: str) -> Itera
 def _curve(
     own: Sequence[RunSummary], method: Method, x: str, y: str, best: Container[str], label: str, rank: int
 ) -> Iterable[Series]:
-    """With three seeds or more the curve of their means, with its band, and all runs as dots; otherwise the first
+    """Draw, from three seeds on, the curve of their means, with its band, and all runs as dots; otherwise the first
     seed's curve with its band, and the others as dots.
     """
     if not own:
@@ -126,8 +126,8 @@ def _curve(
     else:
         yield Series(method, tuple(marks[seeds[0]]), label, rank=rank)
     if others := [each for seed in seeds[1:] for each in marks[seed]]:
-        told = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
-        yield Series(method, tuple(others), told, joined=False, rank=max(rank, 1))
+        name = f"{label}, {OTHER_SEEDS}" if label else OTHER_SEEDS
+        yield Series(method, tuple(others), name, joined=False, rank=max(rank, 1))
 
 
 def _listed(values: np.ndarray) -> tuple[float, ...]:
@@ -136,7 +136,7 @@ def _listed(values: np.ndarray) -> tuple[float, ...]:
 
 def print_pareto(found: Sequence[Pareto], console: Console | None = None) -> None:
     """The runs and the ratios of every set."""
-    print_sets(found, console, lambda one: [_points(one)], _told)
+    print_sets(found, console, lambda one: [_points(one)], _findings)
 
 
 def _points(one: Pareto) -> Grid:
@@ -155,9 +155,9 @@ _FRONTS = {(True, True): "both", (True, False): "L0", (False, True): "alive", (F
 """Label by whether a run lies on the front of CE increase over L0, and on that over alive features."""
 
 
-def _told(one: Pareto) -> list[Grid | str]:
+def _findings(one: Pareto) -> list[Grid | str]:
     if not one.is_compared:
-        return ["All SAEs of this setting are of one method: there is nothing to compare them with."]
+        return ["All SAEs of this setting are of one method: there is nothing to compare."]
     return [ratio_grid(one.summary), *(f"• {sentence}" for sentence in (*one.remarks, *one.summary.verdicts))]
 
 
@@ -201,7 +201,7 @@ def card_parts(one: Pareto) -> Iterable[Markup]:
     yield table(grid.headings, grid.rows, text=(1, len(grid.headings) - 1))
     if one.is_compared:
         yield ratio_table(ratio_rows([one]))
-    yield from (paragraph(told, "note") for told in _told(one) if isinstance(told, str))
+    yield from (paragraph(each, "note") for each in _findings(one) if isinstance(each, str))
 
 
 def ratio_table(rows: Iterable[Mapping[str, object]]) -> Markup:
@@ -220,9 +220,9 @@ def ratio_table(rows: Iterable[Mapping[str, object]]) -> Markup:
             numbers = (Wide(str(reason), 6),) if row["ratio_at_ends.low"] is None else (Wide(str(reason), 1), *numbers)
         else:
             numbers = (whole, *numbers)
-        said = f"{100 * ratio:.0f} %" if isinstance(ratio, float) else "–"
+        share = f"{100 * ratio:.0f} %" if isinstance(ratio, float) else "–"
         kind = row.get("method", LABELS.get(str(row["kind"])))
-        cells.append((titles[str(row["measure"])], *[str(row["site"])] * several, kind, said, *numbers))
+        cells.append((titles[str(row["measure"])], *[str(row["site"])] * several, kind, share, *numbers))
     headings = (
         *(f"relative to {base}", *["site"] * several, "kind", "ratio", "95 %", "at both ends"),
         *("compared over", "95 % over text", "95 % over seeds", "seeds"),
@@ -243,7 +243,7 @@ PREFIX_AXES = (
     ("length", Axis("features of the prefix", log=True)),
 )
 """Names and axes of x, panel by panel."""
-SEVERAL = "Of several seeds the line is that of their means, and the marks are theirs. "
+SEVERAL = "For several seeds, the line joins their means and the marks are single seeds. "
 
 
 def prefix_rows(runs: Iterable[RunSummary]) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ def prefix_rows(runs: Iterable[RunSummary]) -> list[dict[str, Any]]:
             for name, of_prefix in NUMBERS.items():
                 ends = run.intervals.get(name if length == run.d_sae else f"{of_prefix}.{length}")
                 row |= dict(zip((f"{name}.low", f"{name}.high"), ends, strict=True)) if ends else {}
-            rows.append(run.told(row))
+            rows.append(run.known(row))
     return rows
 
 

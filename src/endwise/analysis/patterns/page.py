@@ -10,17 +10,17 @@ from endwise.analysis.claims import claim_lines
 from endwise.analysis.pages import print_sets, write_page
 from endwise.analysis.patterns.study import JUDGED, PatternRun, PatternStudy, feature_rows, mean_rows
 from endwise.analysis.scored import AT, At, difference_rows
-from endwise.analysis.scored_page import grids, panels, parts_of, told_of
+from endwise.analysis.scored_page import grids, listing, panels, parts_of
 from endwise.figures.charts import Chart
 from endwise.figures.violins import OUTLINED
 
 DRAWN = (JUDGED, f"{JUDGED}.shuffled", f"{JUDGED}.random", "correlation")
-TOLD = (JUDGED, "explained", "correlation")
+SHOWN = (JUDGED, "explained", "correlation")
 """Scores that a terminal shows."""
 _TITLES = {"": "own patterns", "shuffled": "another feature's", "random": "random directions"}
 _LOCAL = (
     "A pattern is a few tokens and ends where the feature fires: these scores favour features that follow from the "
-    "last few tokens, whatever else can be said of them."
+    "last few tokens, whatever else they do."
 )
 
 
@@ -28,8 +28,8 @@ def score_chart(found: PatternStudy, at: At, name: str) -> Chart:
     """The scores of each kind's features, of the runs that are closest; beside them their controls."""
     chosen, least = found.closest(at), found.settings["least"]
     caption = (
-        f"Of each kind the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
-        f"{found.setting.site}: {told_of(chosen, _features)}. Each mark is a feature that fires {least} times "
+        f"For each kind, the SAE of seed {chosen[0].summary.seed} whose {AT[at]} is closest to the others' at "
+        f"{found.setting.site}: {listing(chosen, _features)}. Each mark is a feature that fires {least} times "
         f"or more in each half of the text. The outline (of {OUTLINED} features or more) is a Gaussian kernel density, "
         "the hollow mark the mean."
     )
@@ -62,7 +62,7 @@ def _which(run: PatternRun, score: str, number: int) -> str:
 
 def print_patterns(found: Sequence[PatternStudy], console: Console | None = None) -> None:
     """Means of each run, differences of kinds, and what they show, in 80 columns."""
-    print_sets(found, console, lambda one: grids(one, TOLD, _features, ""), lambda one: claim_lines(one.claims))
+    print_sets(found, console, lambda one: grids(one, SHOWN, _features, ""), lambda one: claim_lines(one.claims))
 
 
 def write_patterns_page(found: Sequence[PatternStudy], out: Path) -> Path:

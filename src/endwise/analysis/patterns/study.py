@@ -58,7 +58,7 @@ class PatternStudy(ScoredSet[PatternRun]):
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """For each pair of methods that has runs, at either similarity."""
+        """Judge each pair of methods that has runs, at either similarity."""
         present = set(self.methods)
         return tuple(
             self.claim(

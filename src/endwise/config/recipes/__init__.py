@@ -31,7 +31,7 @@ def find_recipe(name: str) -> Path:
 
 
 def find_sweep(name: str) -> Path:
-    """As `find_recipe`, the file of a sweep."""
+    """Variant of `find_recipe`, the file of a sweep."""
     return _find("sweep", name, SWEEPS, sweep_names())
 
 

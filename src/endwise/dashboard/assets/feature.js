@@ -90,7 +90,7 @@ const feature = {
     const rows = page.p.l.map(([places, activation, contexts]) =>
       el("li", {}, el("span.activation", { title: `Mean of ${contexts} contexts` }, write.number(activation, 3, true)), el("p", {}, places.map(place))));
     const rest = page.p.n > rows.length ? ` ${page.p.n - rows.length} more are not shown.` : "";
-    const none = rows.length ? "" : "No few tokens keep its activation. ";
+    const none = rows.length ? "" : "No short suffix keeps its activation. ";
     return this.card("Patterns that predict it", rows.length ? el("ol.patterns", {}, rows) : null, el("p.note", {}, `${none}${scores}${rest}`));
   },
 

@@ -245,7 +245,7 @@ const overview = {
     );
     const tokens = texts.map((text) => el("button.chip", { type: "button", "aria-pressed": String(chosen.has(text)), onclick: () => toggle(text) }, token(text)));
     this.chips.replaceChildren(
-      el("span", {}, texts.length ? "Features for" : "No feature has to do with a token that begins so."), ...tokens,
+      el("span", {}, texts.length ? "Features for" : "No feature is related to a token that begins like this."), ...tokens,
       ...(texts.length ? [el("span", {}, "that"), ...reasons] : []),
     );
   },

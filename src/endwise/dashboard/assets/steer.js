@@ -12,9 +12,9 @@ const steering = {
     const view = { run, number, unit: known ? max : 1, asked: 0 };
     const area = el("textarea", { rows: 2, spellcheck: "false", placeholder: "Once upon a time…", oninput: () => (state.text = area.value) });
     area.value = state.text;
-    const slider = el("input", { type: "range", min: -3, max: 3, step: 0.05, value: state.strength, oninput: () => told(), onchange: () => view.made && go() });
+    const slider = el("input", { type: "range", min: -3, max: 3, step: 0.05, value: state.strength, oninput: () => label(), onchange: () => view.made && go() });
     const words = el("output");
-    const told = () => {
+    const label = () => {
       state.strength = Number(slider.value);
       const by = state.strength * view.unit;
       const sign = state.how === "add" ? write.signed(by) : write.number(by);
@@ -22,14 +22,14 @@ const steering = {
     };
     const how = overview.select("Activation", { add: "Add to it", set: "Set it to" }, state.how, (value) => {
       state.how = value;
-      told();
+      label();
       if (view.made) go();
     });
     const button = el("button.button.main", { type: "button", onclick: () => go() }, "Continue the text");
     const failed = el("p.error", { role: "alert", hidden: true });
     const result = el("div");
     const go = () => this.ask(view, { area, button, failed, result });
-    told();
+    label();
     const element = feature.card(
       "Steer a text with it",
       el("label.wide", {}, "Text", area),

@@ -31,7 +31,7 @@ class HarvestedFeature(Shown):
     harvest: Harvest
     number: int
     row: Mapping[str, Any]
-    """Its row of `Harvest.features`."""
+    """Row of `Harvest.features`."""
 
     @classmethod
     def of(cls, harvest: Harvest, number: int) -> "HarvestedFeature":
@@ -51,8 +51,8 @@ class HarvestedFeature(Shown):
     @property
     def explanation(self) -> str | None:
         """A language model's explanation of it, if one was asked for (`endwise explain`)."""
-        told = read_explanations(self.harvest.folder.parent)
-        found = None if told is None else told.of(self.number)
+        explanations = read_explanations(self.harvest.folder.parent)
+        found = None if explanations is None else explanations.of(self.number)
         return None if found is None else found.text
 
     @property

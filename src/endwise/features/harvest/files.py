@@ -1,4 +1,4 @@
-"""From what was gathered to the files of a harvest (their columns are in `features.harvest`)."""
+"""Path from what was gathered to the files of a harvest (their columns are in `features.harvest`)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,7 +104,7 @@ def feature_table(gathered: Gathered, model: LanguageModel, measured: FeatureImp
 
 
 def _histograms(histogram: NDArray[np.int64]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
-    """From each feature's first bin with a firing to its last."""
+    """Cut histograms from each feature's first bin with a firing to its last."""
     edges = bin_edges().numpy()
     counts_of, edges_of = [], []
     for counts in histogram:

@@ -47,7 +47,7 @@ class Firings:
 
     @cached_property
     def sequences(self) -> Int64[Tensor, " firings"]:
-        """In the corpus."""
+        """Sequence numbers in the corpus."""
         return self.numbers[self.rows // self.context]
 
     @cached_property

@@ -250,7 +250,7 @@ def _written(tokens: Iterable[int], words: Sequence[str]) -> list[str]:
 
 
 def _without_nul(texts: Iterable[str]) -> list[str]:
-    """Its database does not take it."""
+    """Remove NUL, which its database does not accept."""
     return [text.replace("\0", " ") for text in texts]
 
 

@@ -42,7 +42,7 @@ class Parts:
             RunFolderError: another process holds it, or the folder cannot be written.
         """
         lock = self.folder / f".{shard}-of-{self.shards}.lock"
-        with held(lock, f"Another process is harvesting {self.run} ({lock}). Wait for its end, or stop it."):
+        with held(lock, f"Another process is harvesting {self.run} ({lock}). Wait for it to finish, or stop it."):
             yield
 
     def load(self, shard: int, into: Gathered) -> int | None:

@@ -114,8 +114,8 @@ def _content(text: Path, data: DataConfig) -> str | None:
 def _source_of_importance(path: Path, digest: str, wanted: bool) -> str:
     measured = read_measured(path)
     own_text = RunFolder(path).fingerprint("heldout")
-    told = {} if measured is None else measured.settings
-    if measured is not None and (told.get("weights"), told.get("heldout")) == (digest, own_text):
+    known = {} if measured is None else measured.settings
+    if measured is not None and (known.get("weights"), known.get("heldout")) == (digest, own_text):
         return "measured"
     return "attributed" if wanted else "none"
 

@@ -115,7 +115,7 @@ def _earlier(
 
 
 def _serves(old: Harvest, settings: Mapping[str, Any], fingerprint: str | None) -> bool:
-    """Tell if a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
+    """True if a harvest is what the settings ask for, of the text with that fingerprint; one that has importances,
     wherever from, has what is asked.
     """
     before: Mapping[str, Any] = old.about.get("settings", {})

@@ -1,4 +1,4 @@
-"""For every feature the firings with the greatest keys, in a table whose size does not grow with the text."""
+"""Firings with the greatest keys of every feature, in a table whose size does not grow with the text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Candidates:
     positions: Int[Tensor, " n"]
     activations: Float[Tensor, " n"]
     windows: Callable[[Tensor], Tensor]
-    """From some of their numbers, the feature's activations around each, `[some window]`; asked of those kept alone."""
+    """Function from firings' numbers to the activations around each, `[some window]`; called for those kept."""
 
 
 class Slots:
@@ -72,7 +72,7 @@ class Slots:
         return {name: getattr(self, name) for name in (*_KEPT, "windows")}
 
     def settle(self) -> None:
-        """To be called once `tensors` were filled."""
+        """Finish loading, once `tensors` are filled."""
         if self.keys.shape[1]:
             self.least = self.keys.amin(1)
 

@@ -21,7 +21,7 @@ class FixedPointSums:
     def __init__(self, n: int, device: torch.device) -> None:
         self.whole = torch.zeros(n, dtype=torch.int64, device=device)
         self.fraction = torch.zeros_like(self.whole)
-        """In units of 2^-32, from 0 to below 2^32."""
+        """Fraction in units of 2^-32, from 0 to below 2^32."""
 
     def add(self, places: Int64[Tensor, " values"], values: Float[Tensor, " values"]) -> None:
         """Add each value to the sum at its place."""
@@ -70,5 +70,5 @@ def drawn(
 
 
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros coming in, whatever the sign."""
+    """Shift to the right, with zeros coming in, whatever the sign."""
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)

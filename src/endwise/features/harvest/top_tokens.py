@@ -32,7 +32,7 @@ class TokenEffects:
 
 @torch.no_grad()
 def token_effects(model: LanguageModel, directions: Float[Tensor, "n d_model"], count: int) -> TokenEffects:
-    """For each direction the tokens with the greatest effects on their logits.
+    """Find for each direction the tokens with the greatest effects on their logits.
 
     The effect is the direction's product with the unembedding alone: what the direction does by way of the blocks
     between is left out, and so is the final norm, its gain included.
@@ -51,8 +51,8 @@ def token_effects(model: LanguageModel, directions: Float[Tensor, "n d_model"], 
 
 
 def written(model: LanguageModel, token: int) -> str:
-    """As it stands in text, a space before a word included; a part of a character by its bytes; without a tokenizer the
-    token's number.
+    """Write a token as it stands in text, a space before a word included; a part of a character by its bytes; without a
+    tokenizer the token's number.
     """
     if model.tokenizer is None:
         return str(token)

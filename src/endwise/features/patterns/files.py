@@ -58,7 +58,7 @@ class Patterns(Shown):
     """All patterns of a run, and how well they predict."""
 
     patterns: Mapping[int, Sequence[Pattern]]
-    """By feature, those of most contexts first; of features that have any."""
+    """Patterns by feature, those of most contexts first; of features that have any."""
     texts: Mapping[int, Sequence[str]]
     """The same for a reader."""
     scores: pa.Table
@@ -72,11 +72,11 @@ class Patterns(Shown):
     ) -> "Patterns":
         """Patterns by feature, each with its text."""
         own: dict[int, list[Pattern]] = {}
-        told: dict[int, list[str]] = {}
+        in_words: dict[int, list[str]] = {}
         for each, text in zip(patterns, texts, strict=True):
             own.setdefault(each.feature, []).append(each)
-            told.setdefault(each.feature, []).append(text)
-        return cls(own, told, scores, about)
+            in_words.setdefault(each.feature, []).append(text)
+        return cls(own, in_words, scores, about)
 
     def shown_facts(self) -> dict[str, object]:
         return {"": f"{sum(map(len, self.patterns.values())):,} of {len(self.patterns):,} features"}
@@ -159,7 +159,7 @@ class PatternParts:
     """Skips patterns made with other settings."""
 
     def load(self, block: range) -> list[Pattern] | None:
-        """None where there are none of these settings."""
+        """Load patterns; None where there are none of these settings."""
         try:
             table = parquet.read_table(self._file(block))
             same = json.loads((table.schema.metadata or {})[b"endwise"]) == self.settings

@@ -90,7 +90,7 @@ def find_patterns(
         for path, config in group.items():
             made = Making(own, own.place(config.place), load_sae(path, config, own), text, settings, wanted[path])
             with held(
-                path / f".{PATTERNS_FOLDER}.lock", f"Another process makes patterns of {path}. Wait for its end."
+                path / f".{PATTERNS_FOLDER}.lock", f"Another process makes patterns of {path}. Wait for it to finish."
             ):
                 results[path] = made.made(path, config.evaluation.batch, display, block)
                 write_patterns(path, results[path])
@@ -170,7 +170,7 @@ class Making:
         return Half(self.corpus, range(half), batch), Half(self.corpus, range(half, sequences), batch)
 
     def _fitting(self, text: Half) -> PatternSettings:
-        """With suffixes no longer than the model takes, behind what stands before them."""
+        """Adapt the settings: suffixes no longer than the model takes, behind what stands before them."""
         most = (self.model.context or self.settings.longest) - len(text.before)
         return replace(self.settings, longest=max(1, min(self.settings.longest, most)))
 

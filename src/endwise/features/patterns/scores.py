@@ -95,7 +95,7 @@ class PredictedSums:
 
 
 def exchanged(features: NDArray[np.int64], count: int, seed: int) -> Counts:
-    """For each of `count` features another one's number: those named, in a circle at random; the others keep theirs."""
+    """Give each of `count` features another one's number: those named, in a random circle; the others keep theirs."""
     of = np.arange(count)
     mixed = numpy_stream(seed, "shuffled patterns").permutation(features)
     of[mixed] = np.roll(mixed, 1)

@@ -26,7 +26,7 @@ class Substitutes:
     """Tokens of the text, the more often the likelier, `[longest substitutes]`: others for each place, counted from the
     end, and no token twice for one."""
     nearest: NDArray[np.int64]
-    """For every token that occurs, find the others that occur and are nearest by the cosine of input embeddings,
+    """Find, for every token that occurs, the others that occur and are nearest by the cosine of input embeddings,
     `[vocab near]`."""
 
     @classmethod
@@ -43,7 +43,7 @@ class Substitutes:
 
 @torch.no_grad()
 def _nearest(model: LanguageModel, tokens: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """For each of some tokens, find the nearest others among them, the nearest first, `[tokens count]`."""
+    """Find, for each of some tokens, the nearest others among them, the nearest first, `[tokens count]`."""
     embedding: Any = model.model.get_input_embeddings()
     vectors = embedding(torch.from_numpy(tokens).to(model.device)).float()
     unit = torch.nn.functional.normalize(vectors, dim=1)
@@ -72,7 +72,7 @@ def generalised(
     serving: list[tuple[NDArray, NDArray]] = []
 
     def serve(tried: NDArray, rows: NDArray) -> NDArray:
-        """Tell which of `[rows tried length]` texts keep the activations of these suffixes."""
+        """Return which of `[rows tried length]` texts keep the activations of these suffixes."""
         values = texts.at_end(tried.reshape(-1, length), np.repeat(suffixes.features[rows], tried.shape[1]))
         return values.reshape(tried.shape[:2]) >= settings.kept * suffixes.activations[rows, None]
 

@@ -32,8 +32,8 @@ def shortest_suffixes(
     windows: NDArray[np.int64],
     kept: float,
 ) -> list[Suffixes]:
-    """For each context the fewest tokens up to its end at which the feature, the model having read these alone, has the
-    share `kept` of the activation that it has there in the whole text. Contexts that no suffix serves give none.
+    """Find for each context the fewest tokens up to its end at which the feature, the model having read these alone,
+    has the share `kept` of the activation that it has there in the whole text. Contexts without one give none.
 
     Args:
         features, activations: of each context, `[contexts]`.

@@ -21,7 +21,7 @@ class Pattern:
 
     feature: int
     labels: tuple[Label, ...]
-    """From the first token to the one at which it fires."""
+    """Labels from the first token to the one at which it fires."""
     activation: float
     """Mean over the contexts that it comes from."""
     contexts: int

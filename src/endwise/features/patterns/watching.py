@@ -27,7 +27,7 @@ class Watched:
 
     @classmethod
     def of(cls, model: LanguageModel, place: Place, sae: SAE, random: int, seed: int) -> "Watched":
-        """With so many random directions, none of which fires yet."""
+        """Start with so many random directions, none of which fires yet."""
         drawn = torch.randn(random, sae.d_in, generator=torch_stream(seed, "random directions of patterns"))
         directions = torch.nn.functional.normalize(drawn, dim=1).to(model.device)
         return cls(model, place, sae, directions, torch.full((random,), torch.inf, device=model.device))

@@ -109,7 +109,7 @@ class Outside(ABC):
         if process is not None and process.poll() is not None:
             with process:  # its standard input is closed
                 self._process = None
-            raise NotSent(self._told("stopped"))
+            raise NotSent(self._not_sent("stopped"))
 
     def ended(self, status: Status) -> None:
         self.finish(status, 0.0 if self.name in self._late else self._patience)
@@ -128,24 +128,24 @@ class Outside(ABC):
             return
         assert process.stdin is not None
         try:
-            with suppress(OSError), process.stdin as told:  # of one that is gone its exit code tells
-                told.write(json.dumps({"status": status, "error": self._error, "patience": patience}).encode())
+            with suppress(OSError), process.stdin as pipe:  # if it is gone, its exit code says so
+                pipe.write(json.dumps({"status": status, "error": self._error, "patience": patience}).encode())
             if process.wait(patience):
-                raise NotSent(self._told("failed"))
+                raise NotSent(self._not_sent("failed"))
         except subprocess.TimeoutExpired:
             self._late.add(self.name)
-            raise NotSent(self._told(f"did not take everything within {self._patience:g} s")) from None
+            raise NotSent(self._not_sent(f"did not take everything within {self._patience:g} s")) from None
         finally:
             if process.poll() is None:
                 _end(process)
 
-    def _told(self, what: str) -> str:
+    def _not_sent(self, what: str) -> str:
         sent = sent_of(self._folder, self.name).get("step", -1)
         reached = f"it has the lines up to step {sent}" if sent >= 0 else "it has no line"
         words = last_words(log_of(self._folder, self.name))
         return (
             f"The tracker {self.name} {what}; {reached}, and the run folder has all. Send the rest with: endwise track "
-            f"{shlex.quote(str(self._folder))} --to {self.name}{f'. Its last words: {words}' if words else ''}"
+            f"{shlex.quote(str(self._folder))} --to {self.name}{f'. Its last output: {words}' if words else ''}"
         )
 
 

@@ -134,13 +134,13 @@ class Ending:
 
     def __init__(self) -> None:
         self.there = Event()
-        self.told: dict[str, Any] = {"status": "failed", "error": "the process was killed", "patience": patience()}
+        self.outcome: dict[str, Any] = {"status": "failed", "error": "the process was killed", "patience": patience()}
         Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        if told := sys.stdin.read():
-            self.told = json.loads(told)
-        if (seconds := self.told["patience"]) is not None:
+        if text := sys.stdin.read():
+            self.outcome = json.loads(text)
+        if (seconds := self.outcome["patience"]) is not None:
             late = Timer(seconds + GRACE, os._exit, [1])
             late.daemon = True
             late.start()
@@ -157,7 +157,7 @@ def main(name: str, folder: Path) -> None:
         sender.begin()
         while not ending.there.wait(SECONDS):
             sender.lines()
-        sender.end(ending.told["status"], ending.told["error"])
+        sender.end(ending.outcome["status"], ending.outcome["error"])
 
 
 if __name__ == "__main__":

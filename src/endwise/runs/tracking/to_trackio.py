@@ -21,7 +21,7 @@ class Trackio(Outside):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio, self._step = trackio, max(run.sent, 0)
-        name = run.id or f"{run.name}-{secrets.token_hex(3)}"  # it tells runs by their names
+        name = run.id or f"{run.name}-{secrets.token_hex(3)}"  # it identifies runs by their names
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "endwise"),
             name=name,

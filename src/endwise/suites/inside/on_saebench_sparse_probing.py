@@ -30,8 +30,8 @@ def main(job: BenchJob) -> None:
     )
     found, classes = probing.run_eval_single_sae(config, sae, model, job.device, "cache", save_activations=False)
     Path("results").mkdir(exist_ok=True)
-    told = {"settings": given, "results": found, "per_class": classes}
-    Path("results", f"{job.name}_eval_results.json").write_text(json.dumps(told, indent=2))
+    record = {"settings": given, "results": found, "per_class": classes}
+    Path("results", f"{job.name}_eval_results.json").write_text(json.dumps(record, indent=2))
     done({name: value for name, value in found.items() if not isinstance(value, dict)})
 
 

@@ -1,7 +1,7 @@
 """A dry run on fake tensors: the peak memory of a training step, by component.
 
 The language model is made from its configuration, on fake tensors, and the code that training runs is run on them
-(`memory_trace`), so that what is alive at once need not be said a second time. Followed are two microbatches of two
+(`memory_trace`), so that nothing need state a second time what is alive at once. It follows two microbatches of two
 passes, in which everything that repeats is met.
 
 The dictionary's latents are dense here: half of a new dictionary is active. They become sparse as it learns, and memory
@@ -95,7 +95,7 @@ class DryRun:
         self.kernels = _DenseKernels(trace, on_gpu)
 
     def _objectives(self) -> dict[Site, Objective]:
-        """By the site where it begins, what each spliced pass is compared by."""
+        """Objectives by the site where a spliced pass begins: what each spliced pass is compared by."""
         if self.joint:
             last = self.places[-1].writes
             return {self.site: build_objective(self.config.objective, self.model, self.site, OF_THE_PASS, last)}
@@ -340,7 +340,7 @@ class _DryTrainee(Trainee):
 
 
 class _DryJoint(JointTrainee):
-    """As `_DryTrainee`, of several places that are spliced jointly."""
+    """Variant of `_DryTrainee` for several places that are spliced jointly."""
 
     def leave(self) -> None:
         for part in self.parts:

@@ -15,7 +15,7 @@ DENSE_GRADIENT_PRODUCTS = 3
 """Products of a dense dictionary, each `d_model × d_sae` multiply-adds a token: the gradients of the latents and of the
 two matrices. The input needs none."""
 OPTIMISER_OPERATIONS = 17
-"""For each parameter and step: 14 of Adam's update, one to clip and two for the gradient's norm."""
+"""Operations for each parameter and step: 14 of Adam's update, one to clip and two for the gradient's norm."""
 
 
 @dataclass(frozen=True)

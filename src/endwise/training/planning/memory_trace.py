@@ -35,7 +35,7 @@ class Held:
 
 
 class MemoryTrace:
-    """Within it, tensors are fake, and what is held is counted by the part that made it.
+    """Context in which tensors are fake, and what is held is counted by the part that made it.
 
     Args:
         fake: False follows real tensors instead.
@@ -80,7 +80,7 @@ class MemoryTrace:
             self._part = before
 
     def claim(self, tensor: Tensor, name: str) -> None:
-        """From now on the tensor's memory counts as this part's."""
+        """Count the tensor's memory as this part's from now on."""
         key = tensor.untyped_storage()._cdata  # noqa: SLF001
         part, size, alive = self._storages[key]
         self._storages[key] = name, size, alive
@@ -196,4 +196,4 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _indexed,
     aten.bincount.default: _counts,
 }
-"""For operations whose results PyTorch describes otherwise than they are, or not before values are known."""
+"""Stand-ins for operations whose results PyTorch describes otherwise than they are, or not before values are known."""

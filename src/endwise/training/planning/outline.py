@@ -82,7 +82,7 @@ def _configuration(settings: ModelConfig) -> Any:
     method = method if settings.quantization is None else f" by {settings.quantization} (model.quantization)"
     if method is not None:
         raise ModelError(
-            f"{settings.name} is quantised{method}: without its weights nothing is known of what a pass takes. "
+            f"{settings.name} is quantised{method}: without its weights the memory of a pass is unknown. "
             "Plan with the checkpoint that it was made from, which takes more."
         )
     return config

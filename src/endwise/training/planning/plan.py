@@ -244,8 +244,8 @@ def _sharing_batches(config: Recipe, processes: int) -> int:
     training, shards = config.training, config.training.shards
     if processes % shards:
         raise ConfigError(
-            f"training.shards is {shards}, among which features are shared out, and {processes} is no multiple of it. "
-            f"Plan for so many processes, or a multiple: --processes {shards}."
+            f"training.shards is {shards}, among which features are shared out, and {processes} is not a multiple of "
+            f"it. Plan for so many processes, or a multiple: --processes {shards}."
         )
     sharing = processes // shards
     if sharing < 1 or training.batch % (sharing * training.accumulation):
@@ -377,24 +377,24 @@ def _device_need(dry_run: DryRun, stages: Mapping[str, Held], what: str, base: i
 def _advice(dry_run: DryRun, stages: Mapping[str, Held], room: int, worst: str) -> str:
     held = stages[worst]
     part = max(held.parts, key=lambda name: held.parts[name])
-    said = f"Most is held in the {worst}: {size_text(held.bytes)}, of which {size_text(held.parts[part])} are {part}."
+    text = f"Most is held in the {worst}: {size_text(held.bytes)}, of which {size_text(held.parts[part])} are {part}."
     if worst == EVALUATION and part not in (MODEL, WEIGHTS, OPTIMISER):
-        said += " Lower evaluation.batch"
+        text += " Lower evaluation.batch"
     else:
-        said += f" What lowers that: {REMEDIES[part]}" if part in REMEDIES else ""
+        text += f" What lowers that: {REMEDIES[part]}" if part in REMEDIES else ""
     others = [name for name, each in stages.items() if each.bytes > room and name != STEP]
     if stages[STEP].bytes <= room:
-        return said + "."
+        return text + "."
     found = _smaller(dry_run, room)
     if found is None:
         return (
-            f"{said}. No training.accumulation and training.microbatch make the training step fit: take a smaller "
+            f"{text}. No training.accumulation and training.microbatch make the training step fit: take a smaller "
             "dictionary.size, training.batch or data.context, or more processes on as many devices."
         )
     accumulation, microbatch = found
     also = f"; {' and '.join(others)} would still not fit" if others else ""
     settings = f"training.accumulation={accumulation} training.microbatch={microbatch}"
-    return f"{said}. The training step fits with {settings}{also}."
+    return f"{text}. The training step fits with {settings}{also}."
 
 
 def _smaller(dry_run: DryRun, room: int) -> tuple[int, int] | None:
