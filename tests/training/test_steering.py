@@ -54,6 +54,17 @@ def test_it_holds_where_the_rate_falls_to_zero():
     assert found[-1] == pytest.approx(20, rel=0.03)
 
 
+def test_it_does_not_wind_up_while_l0_falls_as_fast_as_it_can():
+    """Adam's steps are no longer however large λ is, and what L0 has lost in excess it regains slowly."""
+    steering, l0, found = Steering(30.0, 300, 0, "cpu"), 2300.0, []
+    for step in range(300):
+        rest = 30 * float(steering.factor()) ** -0.5
+        l0 *= math.exp(max(-0.08, min(0.01, 0.1 * math.log(rest / l0))))
+        found.append(l0)
+        steering.after_step(step, torch.tensor(l0), 1.0, COUNTS)
+    assert min(found) > 30 / 1.5 and found[-1] == pytest.approx(30, rel=0.05)
+
+
 def test_one_step_by_its_definition():
     steering = Steering(10.0, 100, 0, "cpu")
     for step in range(5):  # the first of all are not followed
@@ -63,10 +74,17 @@ def test_one_step_by_its_definition():
     error = math.log(1.2)
     total = 0.5 / 10 * error
     assert float(steering.factor()) == pytest.approx(math.exp(error + total), rel=1e-6)
-    steering.after_step(6, torch.tensor(1e9), 0.25, COUNTS)  # cut off at e² times the target
-    error += (2 - error) / 10
-    total += 4 * 0.5 / 10 * error
+    steering.after_step(6, torch.tensor(1e9), 0.25, COUNTS)  # cut off at e⁸ times the target, and what is added at e²
+    change = 8 - error
+    error += change / 10
+    total += 4 * 0.5 / 10 * min(2, error + 3 * error * change)
     assert float(steering.factor()) == pytest.approx(math.exp(error + total), rel=1e-6)
+    for seen in (11.0, 3.0, 25.0, 9.0):  # soon nothing is cut off
+        steering.after_step(7, torch.tensor(seen), 1.0, COUNTS)
+        change = math.log(seen / 10) - error
+        error += change / 10
+        total += 0.5 / 10 * max(-2, min(2, error + 3 * min(1, abs(error)) * change))
+        assert float(steering.factor()) == pytest.approx(math.exp(error + total), rel=1e-6)
 
 
 def test_a_step_that_is_not_taken_and_one_without_features_leave_it_finite():

@@ -17,8 +17,14 @@ CES_AVERAGED = 4
 """Measurements of the CE increase that are averaged: each is of other text, and there are few."""
 PROPORTION, INTEGRAL = 1.0, 0.5
 """Shares of the error that enter log λ: at once, and over as many steps as L0 is averaged."""
+AHEAD = 3.0
+"""I follows the error that is to come if L0 goes on changing for so many times the steps averaged. Otherwise λ would be
+raised for as long as L0 falls from thousands, and end far too high. Near the target it looks less far ahead.
+"""
 FAR = 2.0
 """The error is cut off here: where L0 is e² times too large or small, no more is added than there."""
+FARTHEST = 8.0
+"""No step counts as further off than this, not even one without an active feature."""
 MOST_FASTER = 10.0
 """Bound on how much more is added, in proportion, once the learning rate has fallen and L0 follows more slowly."""
 BOUND = 1e4
@@ -35,8 +41,9 @@ class Steering:
     """A proportional-integral controller of the logarithm of λ.
 
     λ is λ₀ · exp(`PROPORTION` · e + I), where e is the mean of log(L0 / target) over the latest steps, exponentially
-    weighted, and I the sum over all steps of `INTEGRAL` · e / (steps averaged). Karvonen (2025, arXiv 2503.17272)
-    steers by I alone, in steps of ±0.001 whatever e is, which takes 700 steps to double λ.
+    weighted, and I the sum over all steps of `INTEGRAL` · (e + `AHEAD` · min(1, |e|) · e') / (steps averaged), e' being
+    the change of e in as many steps. Karvonen (2025, arXiv 2503.17272) steers by I alone, in steps of ±0.001 whatever e
+    is, which takes 700 steps to double λ.
 
     Args:
         target: active features per token, or nats per token.
@@ -84,7 +91,7 @@ class Steering:
         """Return λ / λ₀ of the coming step."""
         error, total = self.state.nan_to_num(0.0)
         bound = math.log(BOUND)
-        return (PROPORTION * error + total).clamp(-bound, bound).exp().float()
+        return (PROPORTION * error.clamp(-FAR, FAR) + total).clamp(-bound, bound).exp().float()
 
     def after_step(self, step: int, l0: Tensor, pace: float, counts: Tensor) -> None:
         """Follow the step after `step` others; the device is not waited for.
@@ -98,11 +105,14 @@ class Steering:
         self._measured.fill_(math.nan)
         if step < self._begins:
             return
-        found = self.error(value).clamp(-FAR, FAR)
-        error, total = self.state
-        error = torch.where(error.isnan(), found, error + (found - error) / self._averaged)
+        found = self.error(value).clamp(-FARTHEST, FARTHEST)
+        before, total = self.state
+        before = torch.where(before.isnan(), found, before)
+        change = found - before  # of a mean weighted so, in as many steps as it is over
+        error = before + change / self._averaged
         faster = min(MOST_FASTER, 1 / pace) if pace > 0 else MOST_FASTER
-        total = total.nan_to_num(0.0) + faster * INTEGRAL / self._averaged * error
+        to_come = (error + AHEAD * error.abs().clamp(max=1) * change).clamp(-FAR, FAR)
+        total = total.nan_to_num(0.0) + faster * INTEGRAL / self._averaged * to_come
         moved = torch.stack([error, total.clamp(-math.log(BOUND), math.log(BOUND))])
         self.state.copy_(torch.where(counts & moved.isfinite().all(), moved, self.state))
 
