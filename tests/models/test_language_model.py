@@ -755,6 +755,44 @@ def test_sites_that_a_replay_cannot_enter_at_are_not_offered():
         assert torch.equal(model.readout.logits(replayed.final), expected)
 
 
+class Noting(Part2):
+    """Notes its result, or adds what was noted to what it reads."""
+
+    def __init__(self, notes, reads):
+        super().__init__(0)
+        self.notes, self.reads = notes, reads
+
+    def forward(self, hidden):
+        if self.reads:
+            return super().forward(hidden + self.notes[-1])
+        self.notes.append(super().forward(hidden))
+        return self.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("noting", "reading", "lost"),
+    [
+        ((1, "self_attention"), (1, "feed_forward"), [Site(1, part) for part in (ATTN, MIDDLE, MLP_IN)]),
+        (
+            (1, "feed_forward"),
+            (2, "feed_forward"),
+            [Site(1, part) for part in Part if part not in (PRE, Z)]
+            + [Site(2, part) for part in Part if part not in (Z, MLP, POST)],
+        ),
+    ],
+    ids=["in a block", "between blocks"],
+)
+def test_only_what_lies_between_what_shares_more_is_not_offered(noting, reading, lost):
+    notes, stack = [], nn.ModuleList(UnknownBlock() for _ in range(4))
+    for reads, (layer, name) in enumerate((noting, reading)):
+        stack[layer].add_module(name, Noting(notes, bool(reads)))
+    hugging = unknown(stack, num_hidden_layers=4)
+    hugging.embed.register_forward_pre_hook(lambda *_: notes.clear())
+    model = LanguageModel(hugging, name="noting")
+    assert sorted(model.unspliceable) == lost
+    assert {site.layer for site in model.sites()} == {0, 1, 2, 3}
+
+
 LOOKING_AHEAD = {
     "bert": lambda: hf.BertConfig(**LLAMA_LIKE),
     "roberta": lambda: hf.RobertaConfig(**LLAMA_LIKE | {"pad_token_id": 1, "max_position_embeddings": CONTEXT + 2}),
