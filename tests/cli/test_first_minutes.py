@@ -26,6 +26,8 @@ from endwise.training.planning.outline import Sites
 from small_gpt2 import SITE, recipe
 from word_tokenizer import VOCAB, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
