@@ -117,12 +117,18 @@ def timing(samples: Sequence[Sample], cores: int) -> Timing:
 
 
 class Worker:
-    """The driver's end of a worker process."""
+    """The driver's end of a worker process.
 
-    def __init__(self, script: Path, environment: Mapping[str, str], python: str = sys.executable) -> None:
+    Args:
+        python: the interpreter, or what else runs a script.
+    """
+
+    def __init__(
+        self, script: Path, environment: Mapping[str, str], python: str | Sequence[str] = sys.executable
+    ) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [python, str(script)],
+            [*([python] if isinstance(python, str) else python), str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

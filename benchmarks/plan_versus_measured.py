@@ -9,7 +9,9 @@ recipe. The SAE is new, so that its latents are dense, as is planned for.
 import argparse
 import contextlib
 import ctypes
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,15 +139,15 @@ class Measured(Side):
         measure(self.model, {"sae": (self.trainee.place, self.trainee.sae)}, corpus, settings, baselines=False)
 
 
-def compare(case: Case, threads: int) -> dict[str, Any]:
-    """Planned and measured bytes of each stage."""
+def compare(case: Case, threads: int, python: str | Sequence[str] = sys.executable) -> dict[str, Any]:
+    """Planned and measured bytes of each stage, in a process that `python` starts."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(Path(scratch) / "model")
         random_model(case.shape).save_pretrained(folder)
         config = recipe(case, folder)
         rehearsal = DryRun(config, torch.device("cpu"), config.training.batch)
         planned = rehearsal.stages(rehearsal.accumulation, rehearsal.microbatch)
-        worker = Worker(Path(__file__), worker_environment(threads) | {"ENDWISE_PLAN_WORKER": "1"})
+        worker = Worker(Path(__file__), worker_environment(threads) | {"ENDWISE_PLAN_WORKER": "1"}, python)
         try:
             spec = {"threads": threads, "folder": folder, "case": {**vars(case), "shape": vars(case.shape)}}
             worker.call("build", spec=spec)

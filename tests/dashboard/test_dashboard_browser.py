@@ -584,7 +584,7 @@ def test_a_text_that_cannot_be_read_says_why(opened, served, browser):
     context.close()
 
 
-@pytest.mark.parametrize("d_sae", [4_000, pytest.param(46_080, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d_sae", [2_000, pytest.param(46_080, marks=pytest.mark.slow)])
 def test_many_features_are_few_elements(opened, tmp_path, monkeypatch, d_sae):
     monkeypatch.setattr("endwise.dashboard.site.all_neighbours", lambda *_, **__: [{}])  # which takes a minute
     run = write_harvested_run(tmp_path / "run", d_sae, groups=())

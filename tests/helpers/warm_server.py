@@ -100,6 +100,7 @@ def run(asked, streams):
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv = [first, *rest]
+            sys.path.insert(0, os.path.dirname(first))  # noqa: PTH120
             runpy.run_path(first, run_name="__main__")
     except SystemExit as end:
         code = end.code or 0

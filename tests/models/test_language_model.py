@@ -755,6 +755,44 @@ def test_sites_that_a_replay_cannot_enter_at_are_not_offered():
         assert torch.equal(model.readout.logits(replayed.final), expected)
 
 
+class Noting(Part2):
+    """Notes its result, or adds what was noted to what it reads."""
+
+    def __init__(self, notes, reads):
+        super().__init__(0)
+        self.notes, self.reads = notes, reads
+
+    def forward(self, hidden):
+        if self.reads:
+            return super().forward(hidden + self.notes[-1])
+        self.notes.append(super().forward(hidden))
+        return self.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("noting", "reading", "lost"),
+    [
+        ((1, "self_attention"), (1, "feed_forward"), [Site(1, part) for part in (ATTN, MIDDLE, MLP_IN)]),
+        (
+            (1, "feed_forward"),
+            (2, "feed_forward"),
+            [Site(1, part) for part in Part if part not in (PRE, Z)]
+            + [Site(2, part) for part in Part if part not in (Z, MLP, POST)],
+        ),
+    ],
+    ids=["in a block", "between blocks"],
+)
+def test_only_what_lies_between_what_shares_more_is_not_offered(noting, reading, lost):
+    notes, stack = [], nn.ModuleList(UnknownBlock() for _ in range(4))
+    for reads, (layer, name) in enumerate((noting, reading)):
+        stack[layer].add_module(name, Noting(notes, bool(reads)))
+    hugging = unknown(stack, num_hidden_layers=4)
+    hugging.embed.register_forward_pre_hook(lambda *_: notes.clear())
+    model = LanguageModel(hugging, name="noting")
+    assert sorted(model.unspliceable) == lost
+    assert {site.layer for site in model.sites()} == {0, 1, 2, 3}
+
+
 LOOKING_AHEAD = {
     "bert": lambda: hf.BertConfig(**LLAMA_LIKE),
     "roberta": lambda: hf.RobertaConfig(**LLAMA_LIKE | {"pad_token_id": 1, "max_position_embeddings": CONTEXT + 2}),
@@ -797,7 +835,7 @@ def test_a_model_that_looks_ahead_within_a_prefix_is_refused():
 def test_lists_of_parts_are_no_blocks():
     """XLM keeps its attention, its norms and its MLPs in a list each."""
     config = hf.XLMConfig(vocab_size=VOCAB, emb_dim=WIDTH, n_layers=LAYERS, n_heads=4, causal=True)
-    with pytest.raises(ModelError, match="modules that look like its blocks are none"):
+    with pytest.raises(ModelError, match="modules that look like its blocks are not"):
         LanguageModel(build(config))
 
 
@@ -814,7 +852,7 @@ class BesideModel(UnknownModel):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_branches_are_no_blocks(layers):
     stack = nn.ModuleList(Part2(0) for _ in range(layers))
-    with pytest.raises(ModelError, match="modules that look like its blocks are none"):
+    with pytest.raises(ModelError, match="modules that look like its blocks are not"):
         LanguageModel(BesideModel(UnknownConfig(num_hidden_layers=layers), stack))
 
 

@@ -29,7 +29,7 @@ from endwise.sweeps.points import points_of
 from places import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-pytestmark = pytest.mark.usefixtures("fitted_on_little")
+pytestmark = pytest.mark.usefixtures("fitted_on_little", "loaded_once")
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -4,6 +4,7 @@ look ahead, and that what follows a site is computed from the site's value as it
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from endwise.common.axes import Tokens
 from endwise.common.errors import ModelError
+from endwise.models.hooking import SiteHooks
 from endwise.models.readout import Readout
 from endwise.models.sites import Part, Site
 
 FIRST = Site(0, Part.RESID_PRE)
+STREAMS = (Part.RESID_PRE, Part.RESID_POST)
 FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
 """Errors that a model may raise when it is run otherwise than it expects."""
 
@@ -117,7 +120,7 @@ def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activat
     """
     for site in sorted(activations):
         shape = activations[site].shape
-        if site.part in (Part.RESID_PRE, Part.RESID_POST) and (len(shape) != 3 or shape[:2] != tokens.shape):
+        if site.part in STREAMS and (len(shape) != 3 or shape[:2] != tokens.shape):
             raise ModelError(
                 f"{model.name}: what its blocks ({kind}) pass on has the shape {[*shape]} at {site.name}, not "
                 "[batch pos d_model], so there is no residual stream to splice into. endwise cannot take this model."
@@ -129,10 +132,11 @@ def refuse_no_blocks(model: Tried, kind: str, runs: int, tokens: Tokens, activat
         )
 
 
-def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any) -> dict[Site, str]:
+def find_unspliceable(model: Tried, hooks: SiteHooks, other: Tokens, sites: list[Site], clean: Any) -> dict[Site, str]:
     """Replay the model from every site with the site's own value, which must change nothing.
 
     Args:
+        hooks: at the model's sites.
         other: tokens of the same shape as those that `clean` read; with their value at the last block's output, the
             model must end as if it had read them.
         sites: those with values of shape `[batch pos d_model]`, in the order of computation.
@@ -146,39 +150,63 @@ def find_unspliceable(model: Tried, other: Tokens, sites: list[Site], clean: Any
     """
     reasons: dict[Site, str] = {}
     last = Site(model.n_layers - 1, Part.RESID_POST)
-    for site in reversed(sites):
+    streams = [site for site in sites if site.part in STREAMS]
+    for site in reversed(streams):
         reason = _reason(model, other, site, clean, reasons)
         if reason is not None:
             reasons[site] = reason
-    residual = [site for site in sites if site.part in (Part.RESID_PRE, Part.RESID_POST) and site != FIRST]
-    if all(site in reasons for site in residual):
+    if all(site in reasons for site in streams if site != FIRST):
         raise ModelError(
             f"{model.name}: the modules that look like its blocks are not, or share more than the residual stream: "
             f"{reasons[last]} endwise cannot take this model."
         )
+    for part in {site.part for site in sites}.difference(STREAMS):
+        tried = [site for site in sites if site.part is part]
+        alone = [site for site in tried if any(Site(site.layer, stream) in reasons for stream in STREAMS)]
+        together = [site for site in tried if site not in alone]
+        if together and not _begin_together(model, hooks, together, clean):
+            alone = tried
+        reasons |= {site: reason for site in alone if (reason := _reason(model, other, site, clean, reasons))}
     return reasons
 
 
+def _begin_together(model: Tried, hooks: SiteHooks, sites: list[Site], clean: Any) -> bool:
+    """Enter several blocks in one pass, each at a site in it with the site's own value, which must change nothing.
+
+    Blocks that can be begun at their inputs read nothing of blocks before, which run here and not in a replay.
+    """
+    leaving = [Site(site.layer, Part.RESID_POST) for site in sites]
+    try:
+        with ExitStack() as entered:
+            for site in sites:
+                hooks.enter_block(entered, site, clean.activations[site], clean.activations, model.dtype)
+            found = model.clean(clean.tokens, leaving).activations
+    except FAILURES:
+        return False
+    return all(same(found[site], clean.activations[site]) for site in leaving)
+
+
 def _reason(model: Tried, other: Tokens, site: Site, clean: Any, reasons: Mapping[Site, str]) -> str | None:
-    """Say why no SAE can be spliced in at a site; `reasons` has it of all sites after."""
+    """Say why no SAE can be spliced in at a site; `reasons` has it of all residual streams after."""
     value, after = clean.activations[site], Site(site.layer, Part.RESID_POST)
     if site == FIRST:  # nothing is skipped
         return None
     if site.layer == model.n_layers - 1 and site == after:  # nothing is left to run: only a change can show
         swapped = model.clean(other, [site], final=True)
         return _replayed(lambda: model.replay(clean, {site: swapped.activations[site]}).final, swapped.final)
-    if site.part is Part.RESID_PRE:
-        return _replayed(lambda: model.replay(clean, {site: value}).final, clean.final)
     if site.part is Part.RESID_POST:
         following = Site(site.layer + 1, Part.RESID_PRE)
         entering = clean.activations[following]
         if entering.shape == value.shape and torch.equal(value.to(entering.device), entering):
             return reasons.get(following)
         return "the model changes it before the next block reads it."
-    if after in reasons:
-        return reasons[after]
-    replayed = partial(model.replay, clean, {site: value}, [after], final=False)
-    return _replayed(lambda: replayed().activations[after], clean.activations[after])
+    reason = reasons.get(after)
+    if reason is None:  # what is right where the block ends stays so
+        replayed = partial(model.replay, clean, {site: value}, [after], final=False)
+        reason = _replayed(lambda: replayed().activations[after], clean.activations[after])
+    if reason is not None and site.part is Part.RESID_PRE:  # its block may compute what those after it share
+        reason = _replayed(lambda: model.replay(clean, {site: value}).final, clean.final)
+    return reason
 
 
 def _replayed(replay: Callable[[], Tensor], expected: Tensor) -> str | None:

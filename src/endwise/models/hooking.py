@@ -99,24 +99,30 @@ class SiteHooks:
             known: the clean values of `needed`.
             dtype: the model's.
         """
+        start = site.stream
+        if start.layer == len(self._blocks):  # nothing is left but the final norm
+            skipped, last = self._blocks[:-1], self._blocks[-1]
+            self._skip(hooks, last, value)
+        else:
+            skipped = self._blocks[: start.layer]
+            self.enter_block(hooks, start, value, known, dtype)
+        for block in skipped:
+            self._skip(hooks, block, None)
+
+    def enter_block(
+        self, hooks: ExitStack, site: Site, value: Tensor, known: Mapping[Site, Tensor], dtype: torch.dtype
+    ) -> None:
+        """Have the next pass enter a block at a site in it with a value, whatever the blocks before give."""
         before = {each.part: known[each].to(dtype) for each in needed(site)}
         entering = value if site.part in RESIDUAL else before[Part.RESID_PRE]
-        skipped = site.layer + (site.part is Part.RESID_POST)
-        if skipped == len(self._blocks):  # nothing is left but the final norm
-            skipped_blocks, last = self._blocks[:-1], self._blocks[-1]
-            self._skip(hooks, last, entering)
-        else:
-            skipped_blocks = self._blocks[:skipped]
-            self.on(hooks, Site(skipped, Part.RESID_PRE), lambda _: entering)
-        for block in skipped_blocks:
-            self._skip(hooks, block, None)
+        self.on(hooks, Site(site.layer, Part.RESID_PRE), lambda _: entering)
         self._enter_inside(hooks, self._blocks[site.layer], site, value, before.get(Part.ATTN_OUT))
 
     def _enter_inside(
         self, hooks: ExitStack, block: Block, site: Site, value: Tensor, attention_out: Tensor | None
     ) -> None:
         attention, mlp, part = block.attention, block.mlp, site.part
-        if part in (Part.RESID_PRE, Part.RESID_POST):
+        if part is Part.RESID_PRE:
             return
         assert attention is not None and mlp is not None
         if part is Part.ATTN_Z:

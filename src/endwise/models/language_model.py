@@ -109,13 +109,14 @@ class LanguageModel(ShownModel):
         has none (`ModelError`).
         """
         refuse_copying(self.model, self.name)
-        copied = copy.deepcopy(self.model)
-        stored = copied.state_dict().keys()
-        for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
-            if name in stored and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
+        made = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer, id(self.stored): None})
+        kept = made.model.state_dict().keys()
+        for name, tensor in (*made.model.named_parameters(), *made.model.named_buffers()):
+            if name in kept and tensor.is_floating_point():  # not rotary tables and their like, which stay in fp32
                 tensor.data = tensor.data.to(torch.bfloat16)
-        made = LanguageModel(copied, self.tokenizer, self.name, self.no_tokenizer)
-        made.attend_within(self._separator)
+        unembedding: Any = made.model.get_output_embeddings()
+        made.readout = _readout(unembedding, made.model.config.get_text_config())
+        made.commit, made._loaded = None, made._changes()  # noqa: SLF001  Its own.
         return made
 
     def attend_within(self, separator: int | None) -> None:

@@ -59,7 +59,8 @@ def probe(model: Tried, tokens: Tokens, blocks: list[Block], unembedding: nn.Mod
     Raises:
         ModelError: see `checks` and `LanguageModel`.
     """
-    activations, final = _learn(model, tokens, blocks, unembedding, known)
+    hooks = SiteHooks(blocks, known.returns)
+    activations, final = _learn(model, tokens, blocks, unembedding, hooks, known)
     with_values = type(final) is Tensor
     if with_values:
         logits = model.logits(tokens)
@@ -76,17 +77,16 @@ def probe(model: Tried, tokens: Tokens, blocks: list[Block], unembedding: nn.Mod
     refuse_lookahead(model, tokens, model.vocab_size)
     _drop_undivided(model, clean, final, known)
     other = (tokens + 1) % model.vocab_size
-    known.unspliceable |= find_unspliceable(model, other, sorted(known.widths), clean)
+    known.unspliceable |= find_unspliceable(model, hooks, other, sorted(known.widths), clean)
 
 
 def _learn(
-    model: Tried, tokens: Tokens, blocks: list[Block], unembedding: nn.Module, known: Known
+    model: Tried, tokens: Tokens, blocks: list[Block], unembedding: nn.Module, sites: SiteHooks, known: Known
 ) -> tuple[dict[Site, AnyWidth], Activation]:
     """Every site's value in one pass, and the final state; `known.returns` is filled."""
     runs: Counter[nn.Module] = Counter()
     activations: dict[Site, AnyWidth] = {}
     final: list[Activation] = []
-    sites = SiteHooks(blocks, known.returns)
     candidates = {Site(layer, part) for layer, block in enumerate(blocks) for part in _core(block)}
 
     def learn_return(module: nn.Module, _args: Any, output: Any) -> None:
@@ -161,19 +161,29 @@ def _keep_input(
 
 def _drop_parallel(model: Tried, clean: Clean, known: Known) -> None:
     """Find the blocks whose MLP does not depend on their attention, which have no stream between the two."""
-    for layer in range(model.n_layers):
-        middle, attention, mlp = (Site(layer, part) for part in (Part.RESID_MID, Part.ATTN_OUT, Part.MLP_OUT))
-        if middle not in known.widths:
-            continue
-        leaf = clean.activations[attention].detach().clone().requires_grad_()
-        try:
-            with torch.enable_grad():
-                depends = model.replay(clean, {attention: leaf}, [mlp], final=False).activations[mlp].requires_grad
-        except FAILURES:  # which `find_unspliceable` reports
-            continue
-        if not depends:
-            del known.widths[middle]
-            known.absent[middle] = PARALLEL
+    layers = [layer for layer in range(model.n_layers) if Site(layer, Part.RESID_MID) in known.widths]
+    depends = _mlps_that_follow(model, clean, layers)
+    if depends is None:
+        depends = {layer: (_mlps_that_follow(model, clean, [layer]) or {}).get(layer, True) for layer in layers}
+    for middle in (Site(layer, Part.RESID_MID) for layer in layers if not depends[layer]):
+        del known.widths[middle]
+        known.absent[middle] = PARALLEL
+
+
+def _mlps_that_follow(model: Tried, clean: Clean, layers: list[int]) -> dict[int, bool] | None:
+    """By layer, whether the MLP's result depends on attention's; None: a pass fails, as `find_unspliceable` reports."""
+    patch = {}
+    for layer in layers:
+        stream, attention = (Site(layer, part) for part in (Part.RESID_PRE, Part.ATTN_OUT))
+        patch |= {stream: clean.activations[stream], attention: clean.activations[attention].clone().requires_grad_()}
+    if not patch:
+        return {}
+    try:
+        with torch.enable_grad():
+            found = model.replay(clean, patch, [Site(layer, Part.MLP_OUT) for layer in layers], final=False)
+    except FAILURES:
+        return None
+    return {layer: found.activations[Site(layer, Part.MLP_OUT)].requires_grad for layer in layers}
 
 
 def _drop_undivided(model: Tried, clean: Clean, final: Activation, known: Known) -> None:
