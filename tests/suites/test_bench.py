@@ -160,7 +160,7 @@ def test_an_environment_without_it_is_refused_with_the_command_that_makes_one(ru
     assert result.exit_code == 2 and "ENV/bin/pip install sae-probes" in result.stderr
     assert f"{sys.executable} has no package sae-probes" in result.stderr and not (run / "bench/sae-probes").exists()
     result = ran(run, "--suite", "sae-probes", "--python", tmp_path / "none/python")
-    assert result.exit_code == 2 and "cannot be asked for sae-probes" in result.stderr
+    assert result.exit_code == 2 and "cannot be checked for sae-probes" in result.stderr
 
 
 @pytest.mark.parametrize(
