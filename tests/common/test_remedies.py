@@ -22,8 +22,8 @@ from endwise.runs.folder import RunFolder
 NAMES = """ENOSPC EDQUOT EACCES EPERM EROFS ENOLCK ENOTSUP EOPNOTSUPP EMFILE ENFILE ENAMETOOLONG ENOENT ENOTDIR EISDIR
 EIO ESTALE ENODEV ENXIO EBUSY EFBIG ELOOP ETIMEDOUT ENOMEM EINTR EUCLEAN EEXIST""".split()  # noqa: SIM905
 TELLS = {
-    "EACCES": "right",
-    "EPERM": "right",
+    "EACCES": "permission",
+    "EPERM": "permission",
     "EROFS": "read-only",
     "ENOLCK": "locks",
     "ENOTSUP": "cannot do this",
@@ -31,7 +31,7 @@ TELLS = {
     "ENFILE": "file-max",
     "ENAMETOOLONG": "Shorten",
     "ENOENT": "no such",
-    "EIO": "fails",
+    "EIO": "reports errors",
     "ESTALE": "again",
     "ENODEV": "mounted",
     "EDQUOT": "quota",
