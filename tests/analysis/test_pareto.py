@@ -197,7 +197,7 @@ def test_of_several_learning_rates_the_one_of_most_runs_is_compared(tmp_path):
     measured(tmp_path / "tried", "e2e", 2, 1, training={"learning_rate": 0.1})
     (one,) = pareto([tmp_path])
     assert one.ratios["features_at_equal_ce", "e2e"].estimate == pytest.approx(0.5)
-    assert "Of e2e the learning rate 0.0005 is compared" in one.remarks[0] and len(one.remarks) == 1
+    assert "e2e: compared at learning rate 0.0005" in one.remarks[0] and len(one.remarks) == 1
     assert [run.l0 for run in one.runs if run.kind == "e2e"] == [30, 15, 1, 7.5] and len(point_rows([one])) == 7
     measured(tmp_path / "more", "e2e", 1, 2, training={"learning_rate": 0.1})
     measured(tmp_path / "many", "e2e", 4, 0.5, training={"learning_rate": 0.1})

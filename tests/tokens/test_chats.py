@@ -105,7 +105,7 @@ def test_a_message_without_text_and_one_that_is_not_written_have_no_tokens(make)
 
 def test_a_content_that_is_written_otherwise_is_refused(make):
     template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-    with pytest.raises(DataError, match=r"message 1 \(system\) otherwise than it is.*data\.leave_out_tokens"):
+    with pytest.raises(DataError, match=r"message 1 \(system\), so that.*data\.leave_out_tokens"):
         kept_text(make(template), ("user",))
 
 

@@ -118,7 +118,7 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
     kind = ("local", "e2e", "e2e_ds")[failing]
     failure, error = together(model, corpora, tmp_path, kind, at("finish_step", kind, 4, poison))
     assert isinstance(failure.error, TrainingStopped) and failure.step == 4
-    for part in ("Of 3 SAEs", "1 failed", str(failure.folder), "step 5", "gradient_norm", "last good state is saved"):
+    for part in ("1 of 3 SAEs", "1 failed", str(failure.folder), "step 5", "gradient_norm", "last good state is saved"):
         assert part in str(error)
     assert_others_finished(error, alone, kind)
     checkpoint = read_checkpoint(failure.checkpoint)
@@ -211,7 +211,7 @@ def test_when_all_have_failed_it_stops_at_once(model, corpora, tmp_path):
     steps, ends = [], (("local", 2), ("e2e", 4), ("e2e_ds", 4))
     failing = acting(*(at("accumulate", kind, step, out_of_memory) for kind, step in ends))
     counted = OwnModel(model, lambda clean, tokens, **asked: steps.append(tokens) or clean(tokens, **asked))
-    with pytest.raises(SomeFailed, match=r"Of 3 SAEs trained together 3 failed.*None finished") as stopped:
+    with pytest.raises(SomeFailed, match=r"3 of 3 SAEs trained together failed.*None finished") as stopped:
         train_with(failing, three(tmp_path), counted, corpora)
     assert stopped.value.finished == [] and len(stopped.value.failures) == 3
     assert len(steps) == 1 + 5  # the first is of the text, which is tried beforehand

@@ -481,7 +481,7 @@ def test_a_recipe_for_several_is_not_one_for_one(made, tmp_path):
 def test_a_term_of_later_places_needs_one(made, tmp_path):
     objective = {"kind": "e2e", "sparsity": {"coefficient": 0.1}, "terms": {"feature_mse": 0.5}}
     base = several(tmp_path / "x", [{"site": "blocks.1.hook_resid_pre"}], objective=objective)
-    with pytest.raises(ConfigError, match=r"feature_mse .* none does"):
+    with pytest.raises(ConfigError, match=r"feature_mse .* not so at"):
         start(made, base)
     alone = RunConfig.build({**recipe(tmp_path / "y").model_dump(), "objective": objective})
     with pytest.raises(ConfigError, match=r"feature_mse compares latents at later places"):

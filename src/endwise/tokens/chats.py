@@ -132,7 +132,7 @@ class ChatEncoding:
         last = len(text) - _common(text[first:][::-1], other[first:][::-1])
         if text[first:last].strip() not in content:
             raise DataError(
-                f"{chat.where}: the chat template changes the content of message {number + 1} ({message['role']}) "
+                f"{chat.where}: the chat template changes the content of message {number + 1} ({message['role']}), "
                 "so that its tokens cannot be found. Unset data.leave_out_roles, and name tokens "
                 "in data.leave_out_tokens."
             )

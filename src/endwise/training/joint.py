@@ -65,7 +65,7 @@ class JointTrainee:
         if of_places and not self._later:
             raise ConfigError(
                 f"objective.terms.{of_places[0]} compares latents of places that read what an "
-                f"earlier one has changed; none of {', '.join(part.place.name for part in self.parts)} does. "
+                f"earlier one has changed, which is not so at {', '.join(part.place.name for part in self.parts)}. "
                 "Leave it out, or add a later place."
             )
         for part in self.parts:
