@@ -116,7 +116,7 @@ def three_alone(made, tmp_path_factory):
 @pytest.mark.parametrize("method", ["accumulate", "finish_step"])
 def test_one_of_several_saes_fails_in_one_process_only(made, three_alone, tmp_path, method):
     done = spread(2, HELPERS / "together_apart.py", tmp_path / "two", made, method, ENDWISE_TIMEOUT="60")
-    assert "rank 0: Of 3 SAEs trained together 1 failed" in done.stderr, done.stderr
+    assert "rank 0: 1 of 3 SAEs trained together failed" in done.stderr, done.stderr
     assert "failed in another process, which says why" in done.stderr and "only here" in done.stderr
     for run, kind in zip(three_alone, KINDS, strict=True):
         ours, theirs = RunFolder(tmp_path / "two" / kind).metrics(), RunFolder(run.folder).metrics()

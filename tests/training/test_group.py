@@ -118,7 +118,13 @@ def test_a_number_that_is_not_finite_ends_one_of_three(model, corpora, alone, tm
     kind = ("local", "e2e", "e2e_ds")[failing]
     failure, error = together(model, corpora, tmp_path, kind, at("finish_step", kind, 4, poison))
     assert isinstance(failure.error, TrainingStopped) and failure.step == 4
-    for part in ("1 of 3 SAEs", "1 failed", str(failure.folder), "step 5", "gradient_norm", "last good state is saved"):
+    for part in (
+        "1 of 3 SAEs trained together failed",
+        str(failure.folder),
+        "step 5",
+        "gradient_norm",
+        "last good state is saved",
+    ):
         assert part in str(error)
     assert_others_finished(error, alone, kind)
     checkpoint = read_checkpoint(failure.checkpoint)
