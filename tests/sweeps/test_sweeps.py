@@ -172,7 +172,7 @@ BAD_SWEEPS = {
     "a target of 0": ([{"target": {"l0": 0}}], {}, ["l0", "greater than 0"]),
     "a target and a coefficient": ([{"target": {"l0": 40}, COEFFICIENT: [1, 2]}], {}, ["exclude each other"]),
     "a target from 0": ([{"target": {"l0": 40}}], {"settings": {COEFFICIENT: 0}}, ["start its search from"]),
-    "a target in the settings": ([{}], {"settings": {"target": {"l0": 40}}}, ["stands in a grid"]),
+    "a target in the settings": ([{}], {"settings": {"target": {"l0": 40}}}, ["belongs in a grid"]),
     "too many points": ([{"seed": [*range(400)], "data.seed": [*range(400)]}], {}, ["160,000"]),
     "an unknown recipe": ([{}], {"recipe": "embedded-layer3-e2"}, ["did you mean embedded-layer3-e2e"]),
     "a key of several places": ([{"joint": [True, False]}], {}, ["grid 1 (joint=True)", "joint: there is no such key"]),
@@ -279,7 +279,7 @@ def test_changes_are_the_sweeps_or_the_recipes():
         ("training.learning_rat=1", "did you mean training.learning_rate"),
         ("togeher=1", "has no key"),
         ("together", "section.key=value"),
-        ("target={l0: 40}", "stands in a grid"),
+        ("target={l0: 40}", "belongs in a grid"),
     ):
         with pytest.raises(ConfigError, match=words):
             points_of(read_sweep("embedded-kinds", [override]))

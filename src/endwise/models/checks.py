@@ -157,7 +157,7 @@ def find_unspliceable(model: Tried, hooks: SiteHooks, other: Tokens, sites: list
             reasons[site] = reason
     if all(site in reasons for site in streams if site != FIRST):
         raise ModelError(
-            f"{model.name}: the modules that look like its blocks are not, or share more than the residual stream: "
+            f"{model.name}: the modules that look like its blocks are not blocks, or share more than the stream: "
             f"{reasons[last]} endwise cannot take this model."
         )
     for part in {site.part for site in sites}.difference(STREAMS):
