@@ -16,7 +16,7 @@ WITHOUT = {
         "doctor inspect runs sites steer version": "writes nothing",
     },
     "--quiet": {
-        "adopt compare-explanations convert directions doctor evaluate export-neuronpedia init inspect pareto plan "
+        "adopt compare-explanations convert doctor export-neuronpedia init inspect pareto plan "
         "runs sites steer track version": "shows no progress",
     },
     "--again": {

@@ -93,11 +93,15 @@ def test_an_unfinished_run_is_evaluated_with_a_remark(place, tmp_path):
 
 
 def test_resuming_a_finished_run_changes_nothing(place, tmp_path):
+    """And says what there is to remark on once, at the beginning, not at its end again."""
     out = tmp_path / "run"
-    assert run_warm("train", place / "recipe.yaml", f"out={out}")[0] == 0
+    code, _, first = run_warm("train", place / "recipe.yaml", f"out={out}")
+    assert code == 0
     before = (out / "metrics.jsonl").read_text(), (out / "sae" / "sae_weights.safetensors").read_bytes()
-    code, said, _ = run_warm("train", "--resume", out)
+    code, said, again = run_warm("train", "--resume", out)
     assert code == 0, said
+    for told in (first, again):
+        assert [line for line in told.splitlines() if line.startswith("! The model's own CE")] == told.splitlines()[:1]
     assert ((out / "metrics.jsonl").read_text(), (out / "sae" / "sae_weights.safetensors").read_bytes()) == before
 
 

@@ -87,6 +87,7 @@ def test_runs_are_listed_with_their_state(trained, place):
 
 TAKE_RUNS = {
     **{name: (name,) for name in ("evaluate", "pareto", "harvest", "dashboard", "serve", "inspect", "track")},
+    **{name: (name,) for name in ("export-neuronpedia", "compare-explanations")},
     "resume": ("train", "--resume"),
     "steer": ("steer", "--prompt", "a", "--keep", 1),
     "explain": ("explain", "--endpoint", "http://127.0.0.1:9", "--model", "m"),
@@ -228,13 +229,18 @@ def test_rates_are_ranked_near_the_target_first():
     assert [each.learning_rate for each in tuning._ranked(trials)] == [3, 2, 1, 4]
 
 
-def test_tuning_reads_its_budget_and_writes_what_it_found(model, corpora, tmp_path, monkeypatch):
+def test_tuning_reads_its_budget_and_writes_what_it_found(model, corpora, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LEAST_STEPS", 50)
     values = recipe(tmp_path / "unused", "local", learning_rate=1e-3).model_dump(mode="json")
     values["objective"]["sparsity"] = {"coefficient": 0.3}
     values["training"]["tokens"], values["data"]["epochs"] = 6400, 2
     budget = {"target": {"l0": 6}}  # unset, it is the least possible
-    found = tune(values, budget, model=model, corpora=corpora, display=False)
+    values["data"]["leave_out_norms"] = 1.1
+    found = tune(values, budget, model=model, corpora=corpora)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("!")]
+    assert any(not trial.is_near for trials in found.trials for trial in trials)  # which is in the table
+    told = {line.split()[1] for line in said}  # of the recipe and its text, once for ten trials in three rounds
+    assert told == {"data.leave_out_norms", "The"} and len(said) == 2
     assert sum(max(each.tokens for each in trials) for trials in found.trials) <= 9600
     assert [len(trials) for trials in found.trials] == [5, 3, 2]
     best = min((t for t in found.trials[-1] if t.is_near), key=lambda t: t.score)

@@ -1,12 +1,18 @@
 """Recipes: every broken rule gives a line that names the field, the value and the remedy."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from endwise import Site
 from endwise.common.errors import ConfigError
+from endwise.common.showing import Several
 from endwise.config.base import apply_overrides
+from endwise.config.places import build_recipe
 from endwise.config.run import RunConfig
+from endwise.sweeps.sweep_config import as_sweep
 
 RECIPE = {
     "site": "blocks.1.hook_resid_pre",
@@ -54,6 +60,24 @@ def test_presets_give_the_papers_weights():
     assert weights(kind="e2e") == {"kl": 1, "local_mse": 0, "downstream_mse": 0}
     assert weights(kind="e2e_ds", downstream_mse=2.5) == {"kl": 0.5, "local_mse": 0, "downstream_mse": 2.5}
     assert weights(kind="local", kl=2) == {"kl": 2, "local_mse": 1, "downstream_mse": 0}
+
+
+def test_what_python_has_for_a_name_is_taken_as_its_text():
+    objects = {
+        "site": Site.parse(RECIPE["site"]),
+        "model": {"name": Path("a/model")},
+        "data": {"source": Path("t.txt")},
+    }
+    texts = {"site": RECIPE["site"], "model": {"name": "a/model"}, "data": {"source": "t.txt"}}
+    assert RunConfig.build({**RECIPE, **objects}) == RunConfig.build({**RECIPE, **texts})
+    found = Several({Path("a/run"): 1})
+    assert found["a/run"] == found[Path("a/run")] == 1
+    with pytest.raises(KeyError):
+        found["another"]
+    with pytest.raises(ConfigError, match=r"is a sweep, of many runs\. Train them: endwise\.sweep"):
+        build_recipe({"recipe": RECIPE, "grids": []})
+    with pytest.raises(ConfigError, match=r"is a recipe, of one run\. Train it: endwise\.train"):
+        as_sweep(RECIPE)
 
 
 def test_resolved_recipe_survives_its_own_yaml(tmp_path):

@@ -212,7 +212,7 @@ def test_two_sites_at_once(family, first, later):
     expected = patched_logits(family, model.model, ids, acts)
     only_first = patched_logits(family, model.model, ids, {first: lambda _: patch})
     assert not torch.allclose(expected, only_first, atol=1e-3)
-    clean = model.clean(ids, [first])
+    clean = model.clean(ids, first.name)  # a name for a list of one
     both_orders = [{first: patch, later: moved}, {later: moved, first: lambda _: patch}]
     for mapping in both_orders[: 2 if family == "gpt2" else 1]:
         replayed = model.replay(clean, mapping, record=record)

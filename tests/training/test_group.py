@@ -17,9 +17,9 @@ from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.tokens import BatchOrder
 from endwise.training.making import new_trainee
-from endwise.training.members import SomeFailed
+from endwise.training.members import SomeFailed, TrialMember
 from endwise.training.step import take_step
-from own_training import Act, OwnModel, acting, train_with
+from own_training import Act, OwnModel, acting, stopping, train_with
 from small_gpt2 import recipe
 
 EARLIER, LATER = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
@@ -269,6 +269,17 @@ def test_a_failure_is_told_at_once(model, corpora, tmp_path, capfd):
         train_with(acting(*acts), three(tmp_path), model, corpora, display=True)
     (line,) = [line for line in told[0].splitlines() if not line.startswith("!")]  # remarks on the random model
     assert line.startswith(f"failed: {tmp_path / 'local'}: Out of memory (CUDA out of memory.")
+
+
+def test_of_trials_nothing_is_kept_and_nothing_advised(model, corpora, tmp_path, capfd):
+    trials = {"model": model, "corpora": corpora, "display": True, "member": TrialMember}
+    with pytest.raises(SomeFailed) as failed:
+        train_with(acting(at("accumulate", "local", 3, out_of_memory)), three(tmp_path), **trials)
+    assert len(failed.value.finished) == 2 and "--resume" not in str(failed.value.failures[0].error)
+    with pytest.raises(Interrupted, match=r"^Stopped as asked\. Nothing is kept") as stopped:
+        train_with(acting(stopping(3)), three(tmp_path / "stopped"), **trials)
+    assert str(tmp_path) not in f"{stopped.value}{capfd.readouterr().err}"
+    assert not [*tmp_path.glob("**/*.safetensors"), *tmp_path.glob("**/checkpoints/*")]
 
 
 def test_time_is_shared_by_those_who_spent_it(model, corpora, tmp_path, monkeypatch):

@@ -98,10 +98,14 @@ def results_beside(runs: list[Path], name: str) -> Path:
     """Return the folder for results where `--out` is unset: beside the first run, or in a first folder of runs.
 
     Raises:
-        RunFolderError: nothing can be written there, which is better known before the work than after it.
+        RunFolderError: it is no folder, or nothing can be written there, which is better known before the work than
+            after it.
     """
     from endwise.runs.folder import RunFolder
+    from endwise.runs.no_run import no_run
 
+    if runs[0].is_file():
+        raise no_run(runs[0])
     folder = (runs[0].parent if RunFolder(runs[0]).has_run() else runs[0]) / name
     check_can_write(folder)
     return folder
@@ -167,7 +171,10 @@ def warnings_in_one_line() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see `models.quiet`
 
     def shown(message: Warning | str, *_: Any, **__: Any) -> None:
-        status(f"warning: {' '.join(str(message).split())}")
+        from endwise.common.terminal import is_to_be_said
+
+        if is_to_be_said(line := f"warning: {' '.join(str(message).split())}"):
+            status(line)
 
     warnings.showwarning = shown
 
@@ -227,6 +234,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from endwise.common.terminal import saying_once
+
         try:
             _refuse_torchrun(function.__name__)
             if _processes() != "1":
@@ -234,7 +243,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
             if isinstance(out := kwargs.get("out"), Path):
                 check_can_write(out)
-            return function(*args, **kwargs)
+            with saying_once():
+                return function(*args, **kwargs)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:

@@ -56,7 +56,8 @@ def init(
     print_needs(made.plan)
     for remark in made.remarks:
         echo(f"! {remark}")
-    status(f"Training will take roughly {made.minutes:.0f} minutes here, if the machine is otherwise idle.")
+    takes = "less than a minute" if made.minutes < 1 else f"roughly {made.minutes:.0f} min"
+    status(f"Training will take {takes} here, if the machine is otherwise idle.")
     echo(f"A recipe for {model_title(model)}, {made.config.training.tokens:,} tokens at {made.config.site}: {out}")
     echo(f"Next: endwise train {shlex.quote(str(out))}")
 
@@ -84,6 +85,8 @@ def tune(
     from endwise.sweeps.tables import print_trials
     from endwise.sweeps.tuning import tune as find
 
+    if (l0 is None) == (ce_increase is None):
+        raise ConfigError("Give one target: --l0 N (active features per token) or --ce-increase X (nats per token).")
     path = find_recipe(recipe)
     shipped = str(path) != str(Path(recipe).expanduser())
     out = file or (Path() if shipped else path.parent) / f"{path.stem}-tuned.yaml"

@@ -118,6 +118,7 @@ def directions(
         bool, Option("--with-starts", help="Directions of all tokens, including position 0 and document starts.")
     ] = False,
     out: Annotated[Path | None, results_folder("directions")] = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Compare what SAEs keep: lengths, principal directions and their use by the model, later layers."""
@@ -125,5 +126,5 @@ def directions(
     from endwise.analysis.directions.study import directions as compare
 
     out = out or results_beside(runs, "directions")
-    found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts)
+    found = compare(runs, tokens=tokens, directions=directions, with_starts=with_starts, display=not quiet)
     present(json, lambda: print_directions(found), lambda: write_directions(found, out))

@@ -127,7 +127,7 @@ def finetune(
 
     Exit code: 0 if it was tuned, 6 if it cannot be read or is far from what it states, 7 if training stopped.
     """
-    from endwise.common.terminal import Grid, show
+    from endwise.common.terminal import Grid, note, show
     from endwise.finetuning import TuningSettings
     from endwise.finetuning import finetune as run
     from endwise.finetuning.finetune import REPORT
@@ -145,6 +145,6 @@ def finetune(
     moved = made.moved.quantiles(made.moved.decoder)
     echo(f"Decoder directions moved to cosine {moved[0.5]:.3f} with their start (median; 5 %: {moved[0.05]:.3f})")
     for remark in made.remarks:
-        echo(f"! {remark}")
+        note(f"! {remark}")
     echo(f"The tuned SAE: {made.folder / 'sae'}" + (f", and {made.given_back}" if made.given_back else ""))
     echo(f"The report: {made.folder / REPORT}")

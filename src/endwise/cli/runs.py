@@ -86,6 +86,7 @@ def train(
     """
     from endwise.common.errors import ConfigError, TrainingStopped
     from endwise.common.processes import is_first_process
+    from endwise.common.terminal import note
     from endwise.config.places import read_recipe
     from endwise.config.recipes import find_recipe
     from endwise.config.run import RunConfig
@@ -108,7 +109,7 @@ def train(
     result = run(config, **options) if isinstance(config, RunConfig) else train_places(config, **options)
     if is_first_process():
         for remark in result.remarks:
-            echo(f"! {remark}", err=True)
+            note(f"! {remark}")
         record = {"run": result.folder, "objective": config.objective_name, "place": str(config.place)}
         record |= {"diverged": result.diverged, "remarks": result.remarks}
         if result.diverged:
@@ -178,6 +179,7 @@ def evaluate(
     runs: Runs,
     tokens: Tokens = None,
     csv: Annotated[Path | None, Option(help="Also write all runs as one CSV table.")] = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure finished runs on held-out text: a table, evaluation.json in each folder, and CSV."""
@@ -189,7 +191,7 @@ def evaluate(
 
     if csv is not None:
         check_can_write(csv.parent)
-    evaluations = run(runs, tokens=tokens)
+    evaluations = run(runs, tokens=tokens, display=not quiet)
     if not is_first_process():
         return
     configs = {path: RunFolder.open(path).recipe() for path in evaluations}

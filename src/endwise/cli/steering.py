@@ -70,7 +70,7 @@ def steer(
     inside = "" if made.kl_in_prompt is None else f"; {made.kl_in_prompt:.4g} over those of the prompt's"
     echo(
         f"KL(clean ‖ steered) of the next token, both given the clean text: {made.kl:.4g} nats, mean over the "
-        f"predictions of its {len(made.clean)} new tokens{inside}."
+        f"predictions of its {len(made.clean)} new {'token' if len(made.clean) == 1 else 'tokens'}{inside}."
     )
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -70,11 +71,24 @@ class Board:
         self._console.print(printable(f"failed: {text}"), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+_SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
+
+
+@contextmanager
+def showing_progress(display: bool) -> Iterator[None]:
+    """Show, or not, what counts within it and is not told itself."""
+    token = _SHOWN.set(display)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
 @contextmanager
 def counting(
     what: str,
     total: int,
-    display: bool,
+    display: bool | None,
     *,
     console: Console | None = None,
     every: float = LOG_SECONDS,
@@ -84,9 +98,11 @@ def counting(
     either with the time that is left.
 
     Args:
+        display: None: as `showing_progress` has it; without, not.
         console: unset: stderr.
         every: seconds between two lines of a log.
     """
+    display = _SHOWN.get() if display is None else display
     console = console or Console(stderr=True, quiet=not display)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     shown, log = display and console.is_terminal, Log(console, every)

@@ -44,12 +44,12 @@ def examine() -> Examination:
     hub = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     memory = available_memory()
     processor = _of_processor("model name") or platform.processor() or platform.machine()
-    own = version_of("endwise") or "not installed"
+    own, threads = version_of("endwise") or "not installed", torch.get_num_threads()
     facts = {
         "endwise": f"{own}, Python {platform.python_version()}, {platform.platform()}",
         "packages": ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in SHOWN),
         "extras": ", ".join(_extras()) or "none",
-        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        "processor": f"{processor}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}, "
         f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if 'amx_bf16' in _of_processor('flags').split() else ''}",
         "memory": "unknown" if memory is None else f"{size_text(memory)} free",
         "GPU": ", ".join(_gpus()) or "none that PyTorch can use",

@@ -36,7 +36,7 @@ def other_kind(path: Path, wanted: Wanted) -> OtherKind | None:
     """An error that says what is at a path, if that is known and is not what is wanted."""
     if not there_is(path):
         hub = "; an SAE on the hub is hf://OWNER/NAME/PATH, one of SAELens's registry RELEASE/SAE_ID"
-        return OtherKind(f"There is no {path}. Correct the path{hub if wanted == 'SAE' else ''}.")
+        return OtherKind(f"There is no file or folder {path}. Correct the path{hub if wanted == 'SAE' else ''}.")
     if (found := _found(path, wanted)) is None or found[0].split(" ", 1)[1] == wanted:
         return None
     what, remedy = found

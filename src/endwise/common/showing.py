@@ -6,6 +6,7 @@ whatever background the notebook has.
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from markupsafe import Markup
@@ -64,7 +65,12 @@ def card(title: str, facts: Mapping[str, object], parts: Iterable[str] = ()) -> 
 
 
 class Several(dict[K, V]):
-    """Results by what they are of; in a notebook, one card below another."""
+    """Results by what they are of, a path also as text; in a notebook, one card below another."""
+
+    def __missing__(self, key: object) -> V:
+        if isinstance(key, str):
+            return self[Path(key)]  # pyright: ignore[reportArgumentType]
+        raise KeyError(key)
 
     def _repr_html_(self) -> str:
         return "".join(_named(key, value) for key, value in self.items())

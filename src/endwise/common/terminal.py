@@ -2,6 +2,8 @@
 
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
 
@@ -121,9 +123,38 @@ def _lines(text: str, width: int, fold: bool, style: str = "", indent: str = "")
     return Text("\n".join(lines).replace(_GLUE, " "), style)
 
 
+_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
+
+
+@contextmanager
+def saying_once() -> Iterator[None]:
+    """Let no line be said twice within it, or within the outermost of several: a remark on a text or a recipe holds
+    for each run, phase and round that uses it.
+    """
+    token = _SAID.set(set()) if _SAID.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _SAID.reset(token)
+
+
+def is_to_be_said(line: str) -> bool:
+    """Tell if a line is new here, and this process the one of several that speaks; if so, it counts as said."""
+    from endwise.common.processes import is_first_process
+
+    said = _SAID.get()
+    if not is_first_process() or (said is not None and line in said):
+        return False
+    if said is not None:
+        said.add(line)
+    return True
+
+
 def note(text: str, shown: bool = True) -> None:
-    """Print something to stderr, unless silenced."""
-    show(text, Console(stderr=True, quiet=not shown))
+    """Print something to stderr, unless silenced or printed before."""
+    if shown and is_to_be_said(text):
+        show(text, Console(stderr=True))
 
 
 def show(what: Grid | str, console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -28,6 +28,8 @@ Section = TypeVar("Section", bound="Config")
 Built = TypeVar("Built")
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 """No corpus is as large as the bound, and every integer up to it is exact in all that reads it."""
+SiteName = Annotated[str, BeforeValidator(lambda given: getattr(given, "name", given))]
+"""The name of a site; a site itself (`models.sites`) will do."""
 
 
 class Config(BaseModel):
@@ -46,13 +48,14 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_named(cls, value: Any) -> Any:
-        """Refuse what no file system, hub or tokenizer takes, and each fails on in its own way."""
+        """Refuse what no file system, hub or tokenizer takes, and each fails on in its own way; take a path's text."""
         if isinstance(value, str | Path):
             text = str(value)
             if not value or len(text) > LONGEST:
                 raise ValueError(f"must have 1 to {LONGEST:,} characters; leave it out for the default")
             if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError("must hold neither NUL nor bytes that are not UTF-8; leave them out")
+            return text
         return value
 
     @field_validator("*")

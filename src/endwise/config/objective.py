@@ -10,7 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from endwise.common.errors import ConfigError
 from endwise.common.registry import Registry
-from endwise.config.base import Config, Positive
+from endwise.config.base import Config, Positive, SiteName
 
 if TYPE_CHECKING:
     from endwise.training.objectives import Term
@@ -140,7 +140,7 @@ class ObjectiveConfig(Config):
     """Weight of the reconstruction's mean squared error at the site. Preset: 1, 0, 0."""
     downstream_mse: NonNegative | None = None
     """β, total weight of the later sites' mean squared error, shared equally among them. Preset: 0, 0, required."""
-    downstream_sites: tuple[str, ...] | None = None
+    downstream_sites: tuple[SiteName, ...] | None = None
     """Unset: `hook_resid_pre` of every later block, as in the reference code; of a finite `horizon`, the residual
     stream after each block within it."""
     horizon: Horizon | None = None

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from endwise.common.errors import ConfigError
 from endwise.config.adopted import AdoptedConfig
-from endwise.config.base import Config, changed_and_built, read_yaml
+from endwise.config.base import Config, SiteName, changed_and_built, read_yaml
 from endwise.config.dictionary import SIZES, DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
@@ -30,9 +30,9 @@ OF_THE_PASS = ("kl", "downstream_mse", "downstream_sites", "balance", "terms")
 class PlaceConfig(Config):
     """One place: its own part of a recipe."""
 
-    site: str
+    site: SiteName
     """Site, like `site` of a recipe for one place."""
-    writes: str | None = None
+    writes: SiteName | None = None
     """Site written, like `writes` of a recipe for one place."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     """Keys that differ from the recipe's `dictionary`."""
@@ -218,6 +218,8 @@ def build_recipe(values: Mapping[str, Any], source: str = "the configuration") -
     Raises:
         ConfigError: it breaks a rule.
     """
+    if values.keys() >= OF_A_SWEEP:
+        raise ConfigError(f"{source} is a sweep, of many runs. Train them: endwise.sweep")
     kind = PlacesConfig if "places" in values else AdoptedConfig if "adopted" in values else RunConfig
     return kind.build(dict(values), source)
 

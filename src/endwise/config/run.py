@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, mo
 
 from endwise.common.errors import ConfigError
 from endwise.common.hub import shown
-from endwise.config.base import Config, Positive
+from endwise.config.base import Config, Positive, SiteName
 from endwise.config.dictionary import DictionaryConfig, of_architecture, with_room_for
 from endwise.config.fields import EXECUTION, SHARED
 from endwise.config.objective import ObjectiveConfig
@@ -239,9 +239,9 @@ class RunConfig(Config):
     """A recipe: one SAE at one site of one model."""
 
     model: Annotated[ModelConfig, SHARED] = ModelConfig()
-    site: str
+    site: SiteName
     """blocks.K.hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, mlp_in, hook_mlp_out or hook_resid_post."""
-    writes: str | None = None
+    writes: SiteName | None = None
     """The site whose activation is reconstructed; unset: `site`, which is read. A transcoder writes a later one."""
     dictionary: Annotated[SerializeAsAny[DictionaryConfig], BeforeValidator(of_architecture)]
     objective: ObjectiveConfig

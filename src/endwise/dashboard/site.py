@@ -97,7 +97,7 @@ def assets() -> dict[str, bytes]:
 def _write_runs(
     sources: Sequence[DashboardRun], folder: Path, memory: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    say("nearest features")
+    say("Searching for the nearest features")
     dictionaries = [
         Dictionary.of(each.sae().W_dec, each.harvest.firings, (each.config.model.name, each.config.written))
         for each in sources

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from endwise.common.counting import showing_progress
 from endwise.common.errors import ConfigError, DataError, FormatError
 from endwise.common.files import write_json
 from endwise.common.processes import World, joined
@@ -46,6 +47,7 @@ def evaluate(
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
     tokens: int | None = None,
+    display: bool = False,
 ) -> dict[Path, Evaluation]:
     """Measure finished runs on held-out text and write `evaluation.json` into each; under `torchrun` its processes
     share the work.
@@ -57,6 +59,7 @@ def evaluate(
         model: a loaded one to use instead of the recipes'.
         corpora: loaded token sequences, likewise.
         tokens: held-out tokens, instead of each recipe's `evaluation.tokens`.
+        display: show how far it is.
 
     Raises:
         RunFolderError: a folder is not a run, holds no trained SAE yet, or stands on other text or another model.
@@ -68,7 +71,7 @@ def evaluate(
     alone = list(dict.fromkeys(each for path in paths for each in of_places.get(path, [path])))
     configs = {path: RunFolder.config_of_trained(path) for path in alone}
     results: dict[Path, Evaluation] = {}
-    with joined() as world:
+    with joined() as world, showing_progress(display):
         for group in sharing_groups(configs, tokens):
             measured = _evaluate_group({path: configs[path] for path in group}, model, corpora, tokens, world)
             for path, evaluation in measured.items() if world.is_first else ():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from endwise.common.axes import Activation, TokenMask
+from endwise.common.counting import counting
 from endwise.common.errors import ConfigError
 from endwise.common.html import table
 from endwise.common.processes import ALONE, World
@@ -273,10 +274,19 @@ def sequences_of(corpus: Corpus, config: EvaluationConfig) -> range:
     return range(first, first + count)
 
 
-def batches_of(corpus: Corpus, size: int, sequences: range, device: torch.device, world: World) -> Iterator[TokenBatch]:
-    """This process's batches: every process takes its turn."""
-    for start in range(world.rank * size, len(sequences), world.size * size):
-        yield corpus.batch(sequences[start : start + size]).to(device)
+def batches_of(
+    corpus: Corpus, size: int, sequences: range, device: torch.device, world: World, what: str = "measuring"
+) -> Iterator[TokenBatch]:
+    """This process's batches: every process takes its turn.
+
+    Args:
+        what: what is done with them, for who watches.
+    """
+    starts = range(world.rank * size, len(sequences), world.size * size)
+    with counting(what, len(starts), None if world.is_first else False, unit="batches") as advance:
+        for start in starts:
+            yield corpus.batch(sequences[start : start + size]).to(device)
+            advance(1)
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -298,7 +308,7 @@ def site_means(
     counts = {spot: torch.zeros((), dtype=torch.int64) for spot in spots}
     recorded = {read for site, counting in spots for read in (site, *counting.sites)}
     with world.together("evaluating"):
-        for batch in batches_of(corpus, config.batch, sequences, model.device, world):
+        for batch in batches_of(corpus, config.batch, sequences, model.device, world, "mean activations"):
             clean = model.clean(batch.tokens, record=recorded)
             for (site, counting), (raw, normed) in totals.items():
                 mask = counting.of_these(clean, batch.mask)

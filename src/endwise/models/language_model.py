@@ -5,7 +5,7 @@ the model's. Nothing is left behind in the model: hooks and overrides last for o
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from endwise.models.probing import Known, probe
 from endwise.models.readout import Readout
 from endwise.models.sharding import shares
 from endwise.models.shown_model import ShownModel
-from endwise.models.sites import Part, Place, Site
+from endwise.models.sites import Part, Place, Site, SomeSites, each_of
 
 PROBE_TOKENS = 8
 SAME_BIAS = 1e-4
@@ -251,18 +251,16 @@ class LanguageModel(ShownModel):
         return bias
 
     @torch.no_grad()
-    def clean(self, tokens: Tokens, record: Collection[Site | str] = (), final: bool = False) -> Clean:
+    def clean(self, tokens: Tokens, record: SomeSites = (), final: bool = False) -> Clean:
         """Run the original model as far as needed: to the last recorded site, or, with `final`, to the unembedding."""
-        wanted = {self.readable(site) for site in record}
+        wanted = {self.readable(site) for site in each_of(record)}
         wanted = wanted.union(*map(needed, wanted))
         with ExitStack() as hooks:
             activations, final_state = self._recording(hooks, wanted, final)
             self._forward(tokens)
         return Clean(tokens, activations, final_state.get("final"))
 
-    def replay(
-        self, clean: Clean, patch: Mapping[Any, Patch], record: Collection[Site | str] = (), final: bool = True
-    ) -> Spliced:
+    def replay(self, clean: Clean, patch: Mapping[Any, Patch], record: SomeSites = (), final: bool = True) -> Spliced:
         """Run the tail of the model from the first patched site on, with the patches in place.
 
         Args:
@@ -276,7 +274,8 @@ class LanguageModel(ShownModel):
         The blocks before the first site do not run, nor the part of its block that came before it. Gradients flow to
         the patches and to nothing else.
         """
-        patch, record = {self.site(at): change for at, change in patch.items()}, {self.readable(at) for at in record}
+        patch = {self.site(at): change for at, change in patch.items()}
+        record = {self.readable(at) for at in each_of(record)}
         first = min(patch)
         missing = ({first} | needed(first)) - clean.activations.keys()
         if missing:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -79,6 +80,14 @@ class Site:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SiteError(f"A site is named blocks.<layer>.<{' | '.join(parts)}>; given {name!r}.{hint}")
         return Site(int(match[1]), Part(match[2]))
+
+
+SomeSites = Collection[Site | str] | Site | str
+
+
+def each_of(sites: SomeSites) -> Collection[Site | str]:
+    """Take one site, or several, as a user gives them."""
+    return [sites] if isinstance(sites, Site | str) else sites
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def refuse_several(path: Path) -> None:
         RunFolderError: the path, where one run is taken, is a folder of several.
     """
     if not RunFolder(path).has_run() and path.is_dir() and (below := run_folders(path)):
-        raise RunFolderError(f"{path} is a folder of {len(below)}, and one run is needed here. Name it: {below[0]}")
+        runs = f"{len(below)} run{'s' * (len(below) > 1)}"
+        raise RunFolderError(f"{path} is a folder of {runs}, and one run is needed here. Name it: {below[0]}")
 
 
 def runs_at(paths: Paths, has: Callable[[Path], bool], *, lacking: str, remedy: str) -> list[Path]:

@@ -5,7 +5,6 @@ A tracker is one file: a class with the methods of `Tracker`, registered by `TRA
 recipe's `trackers`. Those that ship (`tracking`) work in processes of their own.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.registry import Registry
-from endwise.common.text import printable
+from endwise.common.terminal import note
 from endwise.config.places import Recipe
 
 Status = Literal["finished", "interrupted", "failed"]
@@ -119,8 +118,7 @@ class Mirror(AbstractContextManager["Mirror"]):
             except Exception as error:  # noqa: BLE001  Whatever it is, the run does not depend on it.
                 del self._listening[name]
                 failed = f"The tracker {name} failed and gets no more of this run, which continues: {_one_line(error)}"
-                message = str(error) if isinstance(error, NotSent) else failed
-                print(printable(message), file=sys.stderr, flush=True)
+                note(str(error) if isinstance(error, NotSent) else failed)
 
 
 def _one_line(error: BaseException) -> str:

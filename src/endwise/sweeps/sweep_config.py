@@ -182,7 +182,11 @@ def as_sweep(config: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfi
     """
     if isinstance(config, SweepConfig):
         return config
-    return read_sweep(config) if isinstance(config, str | Path) else SweepConfig.build(dict(config), "the sweep")
+    if isinstance(config, str | Path):
+        return read_sweep(config)
+    if "training" in config and not OF_A_SWEEP & config.keys():
+        raise ConfigError("The sweep is a recipe, of one run. Train it: endwise.train")
+    return SweepConfig.build(dict(config), "the sweep")
 
 
 def _is_own(override: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from endwise.common.errors import ConfigError
+from endwise.common.terminal import saying_once
 from endwise.common.text import minus
 from endwise.config.base import Config, Positive, read_overrides, read_yaml, with_values
 from endwise.config.places import OF_A_SWEEP, build_recipe, changed_recipe
@@ -25,9 +26,9 @@ from endwise.models.language_model import LanguageModel
 from endwise.runs.folder import RunFolder
 from endwise.sweeps.sweep_config import Target
 from endwise.tokens import Corpora, check_readable
-from endwise.training.members import Run, SomeFailed
-from endwise.training.setup import corpora_of, model_for
-from endwise.training.train import train_together
+from endwise.training.members import Run, SomeFailed, TrialMember
+from endwise.training.setup import TrainingRequest, corpora_of, model_for
+from endwise.training.train import trained
 
 ROUNDS = ((5, 1 / 6), (3, 1 / 3), (2, 1 / 2))
 """Rates of each round, and the share of the budget that its pass reads."""
@@ -226,6 +227,10 @@ class _Search:
 
     def rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:
         """Carry out all rounds."""
+        with saying_once():
+            return self._rounds(say)
+
+    def _rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:
         first, coefficient = self.config.training.learning_rate, self.config.objective.coefficient
         rates = [first * FACTORS[0] ** power for power in (-2, -1, 0, 1, 2)]
         rounds: list[tuple[RateTrial, ...]] = []
@@ -250,9 +255,8 @@ class _Search:
             configs = [_at_rate(short, rate, Path(folder) / f"rate-{rate:.2g}") for rate in rates]
             failed: dict[Path, str] = {}
             try:
-                runs: Sequence[Any] = train_together(
-                    configs, model=self.model, corpora=self.corpora, display=self.display
-                )
+                request = TrainingRequest(configs, display=self.display, member=TrialMember)
+                runs: Sequence[Any] = trained(request, self.model, self.corpora)
             except SomeFailed as error:
                 runs, failed = error.finished, {each.folder: str(each.error) for each in error.failures}
             found = {run.folder: run for run in runs if isinstance(run, Run)}
@@ -342,6 +346,9 @@ def _remarks(
     lambdas = [trial.coefficient for trial in last if trial.coefficient is not None]
     if config.objective.is_steered and lambdas:
         lines.append(f"λ ended between {min(lambdas):.3g} and {max(lambdas):.3g}; training begins there and steers it.")
+    for each in (trial for trials in rounds for trial in trials if trial.failed):
+        why, *_ = each.failed.split(". ")
+        lines.append(f"The run of {each.tokens:,} tokens at {each.learning_rate:.2g} failed: {why}.")
     if not is_apart:
         lines.append(
             "Too little text is held out to compare runs on text of its own: the rate was chosen on what the recipe is "

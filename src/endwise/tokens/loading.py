@@ -370,10 +370,11 @@ def _digest(tokens: NDArray[np.unsignedinteger]) -> str:
 def _check_lengths(corpora: Corpora, data: DataConfig, wanted: int, wanted_heldout: int) -> None:
     train, heldout, context = corpora.train, corpora.heldout, corpora.train.context
     if len(train) * data.epochs < wanted:
+        times = "" if data.epochs == 1 else f" x {data.epochs} epochs = {train.tokens * data.epochs:,}"
         enough = f"Set data.epochs to {-(-wanted // len(train))}, or lower" if len(train) else "Lower"
         raise DataError(
-            f"{train.name} has {train.tokens:,} training tokens (whole sequences of {context}) x {data.epochs} epochs "
-            f"= {train.tokens * data.epochs:,}, fewer than the {wanted * context:,} asked for. "
+            f"{train.name} has {train.tokens:,} training tokens (whole sequences of {context}){times}, fewer than "
+            f"the {wanted * context:,} asked for. "
             f"{enough} training.tokens, or give more text."
         )
     if len(heldout) < wanted_heldout:

@@ -72,10 +72,15 @@ class Display(Board):
             row.ce_increase = line["heldout"]["ce_increase"]
 
     def fail(self, folder: Path, message: str) -> None:
-        """Report at once that a run has ended while others continue."""
+        """Report at once that a run has ended while others continue.
+
+        Args:
+            message: empty: the table alone shows it.
+        """
         if folder in self._rows:
             self._rows[folder].failed = True
-        self._show_failure(message)
+        if message:
+            self._show_failure(message)
 
     def advance(self, done: int) -> None:
         last = done == self._steps

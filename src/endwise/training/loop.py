@@ -13,8 +13,9 @@ from endwise.evaluation.together import measure_together
 from endwise.tokens import read_ahead
 from endwise.training.display import Display
 from endwise.training.fitting import TrainingText, fit_last, resample
+from endwise.training.group import Group
 from endwise.training.joint import JointTrainee
-from endwise.training.members import Group, Member
+from endwise.training.members import Member
 from endwise.training.resume import broadcast_state
 from endwise.training.setup import Prepared
 from endwise.training.step import take_step
@@ -51,7 +52,7 @@ def run_loop(prepared: Prepared) -> None:
             shown.advance(done)
             if group.agree(world, stop_asked()) and done < steps:
                 group.each(Member.save)
-                raise Interrupted(f"Stopped as asked, saved at step {done}. {group.how_to_resume()}")
+                raise Interrupted(group.stopped(done))
         group.each(Member.save)
         group.share_time()
         for member in group.members:

@@ -1,27 +1,19 @@
-"""SAEs trained side by side: what belongs to each, and how one that fails leaves the others to train."""
+"""Members of a training: recipe, folder and state of each SAE that is trained, and how it ends."""
 
-import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from traceback import format_exception
-from typing import Any
-
-import torch
+from typing import Any, ClassVar
 
 from endwise.common.errors import (
-    DataError,
-    ElsewhereFailed,
     EndwiseError,
     NotFinite,
-    ProcessLost,
     TrainingStopped,
-    out_of_memory,
 )
-from endwise.common.processes import World
 from endwise.common.remarks import diverged, remarks_on
 from endwise.common.showing import Shown
+from endwise.common.terminal import note
 from endwise.config.places import PlacesConfig, Recipe
 from endwise.config.run import EvaluationConfig, RunConfig
 from endwise.dictionaries import SAE
@@ -29,10 +21,9 @@ from endwise.evaluation.provenance import beginning
 from endwise.runs.checkpoints import Checkpoint, write_checkpoint
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import mark_part, place_folder
-from endwise.training.display import Display
 from endwise.training.joint import AnyTrainee
 from endwise.training.memory import command_in_less_memory
-from endwise.training.shards import gathered, give, shards_of
+from endwise.training.shards import gathered, give
 from endwise.training.trainee import Trainee
 
 
@@ -124,7 +115,7 @@ class SomeFailed(TrainingStopped):
         self.failures, self.finished = list(failures), list(finished)
         saved = ", ".join(str(run.folder) for run in finished)
         super().__init__(
-            f"{len(failures)} of {len(failures) + len(finished)} SAEs trained together failed. {_listed(failures)} "
+            f"{len(failures)} of {len(failures) + len(finished)} SAEs trained together failed. {listed(failures)} "
             + (f"Finished and saved: {saved}." if saved else "None finished.")
         )
 
@@ -149,6 +140,8 @@ class Member:
     """Wall-clock of the run before this process took it up."""
     taken_up: Checkpoint | None = None
     """Checkpoint of a whole dictionary, until the shards have their parts of it."""
+    keeps: ClassVar[bool] = True
+    """False where nothing is kept of the run, to resume or to advise on."""
 
     def outputs(self) -> Iterable[tuple[Trainee, RunFolder, Mapping[str, Any]]]:
         """Each dictionary, the folder that its SAE is saved in, and its metadata."""
@@ -213,6 +206,10 @@ class Member:
         self.trainee.report()
         self.write()
 
+    def advise(self, message: str, display: bool) -> None:
+        """Print what its user can do better in a run of their own."""
+        note(message, display)
+
     def save_as_it_is(self) -> None:
         """Write the SAE beside those of other steps, to be looked at.
 
@@ -253,6 +250,24 @@ class Member:
         folder.mirror.line("checkpoint", {"step": trainee.step, "file": str(folder.checkpoint(trainee.step))})
         for step in folder.saved_steps()[: -self.config.training.keep_checkpoints]:
             folder.checkpoint(step).unlink()
+
+
+@dataclass
+class TrialMember(Member):
+    """A short run that others are compared with, in a folder that is gone afterwards: its caller reports what it found,
+    and nothing of it can be resumed.
+    """
+
+    keeps: ClassVar[bool] = False
+
+    def advise(self, message: str, display: bool) -> None:
+        pass
+
+    def command_in_less_memory(self, *, shared: bool = False) -> str | None:
+        return None
+
+    def write(self) -> None:
+        pass
 
 
 @dataclass
@@ -297,153 +312,6 @@ class JointMember(Member):
         )
 
 
-class Group:
-    """The members still in training, and what ended the others.
-
-    Args:
-        members: the group is their only owner, so that the memory of one that leaves is free again.
-    """
-
-    def __init__(self, members: Iterable[Member]) -> None:
-        self.members = list(members)
-        self._folders = [member.folder.path for member in self.members]
-        self.failures: list[Failure] = []
-        self._alone = len(self.members) == 1
-        self._shared = 0.0
-        self.text: Mapping[str, Any] = {}
-        """Measurements of the text, made beforehand (`text_check`)."""
-        self.shown: Display | None = None
-        """Display that reports failures and has the time; there while training runs."""
-
-    def each(self, act: Callable[[Member], None], members: Iterable[Member] | None = None) -> None:
-        """Do each member's own part of something, for all of them or those given; one that fails at it leaves.
-
-        Raises:
-            TrainingStopped: none is left; of an only member its own error.
-        """
-        for member in tuple(self.members if members is None else members):
-            try:
-                act(member)
-            except ProcessLost:
-                raise
-            except Exception as error:  # noqa: BLE001  Whatever it is, it concerns this member alone.
-                self.end(member, error)
-
-    def failed(self, trainee: AnyTrainee, error: Exception, whole: bool) -> None:
-        """End the member of a trainee: what `training.take_step` calls."""
-        self.end(next(member for member in self.members if member.trainee is trainee), error, whole)
-
-    def end(self, member: Member, error: Exception, whole: bool = True) -> None:
-        """Save a member that cannot continue, report it at once, and let it go.
-
-        Args:
-            whole: its weights are those of a whole step; if not, what was last saved of it stays.
-
-        Raises:
-            TrainingStopped: see `each`.
-            Exception: `error`, where other processes hold features of the dictionary and may wait for them.
-        """
-        if shards_of(member.trainee).size > 1 and not isinstance(error, NotFinite):
-            raise error
-        self.share_time()
-        self.members.remove(member)
-        if (named := out_of_memory(error, member.command_in_less_memory())) is not None:
-            _release(error)
-            named.__notes__ = error.__notes__
-            error = named
-        elif not self._alone:
-            _release(error)
-        for part in member.trainee.parts:
-            part.optimizer.zero_grad(set_to_none=True)
-        if whole:
-            with suppress(Exception):  # a full disk, for one, is what it failed of
-                if isinstance(error, NotFinite):  # it comes from a report, which went back to the last good state
-                    member.write()
-                else:
-                    member.save_last_good()
-        folder = member.folder
-        failure = Failure(member.config, folder.path, error, member.trainee.step, folder.latest_checkpoint())
-        self.failures.append(failure)
-        folder.mirror.line("failure", {"step": failure.step, "error": str(failure)})
-        folder.mirror.ended("failed")
-        if self.members:
-            if self.shown is not None:
-                self.shown.fail(folder.path, str(failure))
-        else:
-            self._raise(error, failure)
-
-    def _raise(self, error: Exception, failure: Failure) -> None:
-        if not self._alone:
-            raise SomeFailed(self.failures, []) from error
-        if isinstance(error, TrainingStopped | DataError):
-            kind = type(error) if isinstance(error, TrainingStopped) else TrainingStopped
-            raise kind(f"{error} {failure.kept}") from None
-        raise error
-
-    def agree(self, world: World, stop: bool = False) -> bool:
-        """Let go of those that failed in another process, so that all processes continue with the same; True if any
-        process was asked to stop.
-
-        Raises:
-            TrainingStopped: see `each`.
-        """
-        here = {member.folder.path: member for member in self.members}
-        stop, *gone = world.any([stop, *(folder not in here for folder in self._folders)])
-        for folder, is_gone in zip(self._folders, gone, strict=True):
-            if is_gone and folder in here:
-                self.end(here[folder], ElsewhereFailed())
-        return stop
-
-    @property
-    def device(self) -> torch.device:
-        return self.members[0].trainee.device
-
-    def save_what_can_be(self) -> str:
-        """Save every member's last good state, where it can be written, for when an error ends them all; say what
-        was saved.
-        """
-        saved: list[str] = []
-        for member in (each for each in self.members if shards_of(each.trainee).size == 1):
-            with suppress(Exception):
-                member.save_last_good()
-                saved.append(str(member.folder.path))
-        if saved and self.members[0].writes:
-            return f"The last good state is saved in {', '.join(saved)}."
-        if saved:
-            return "The first process saves the last good state, unless it is the lost one."
-        return "Its state could not be saved; earlier saves are intact."
-
-    def share_time(self) -> None:
-        """Share the wall-clock since the last call equally among those who spent it."""
-        if self.shown is not None:
-            now = self.shown.seconds
-            for member in self.members:
-                member.seconds += (now - self._shared) / len(self.members)
-            self._shared = now
-
-    def runs(self) -> "list[Run | PlacesRun]":
-        """The members as finished runs.
-
-        Raises:
-            SomeFailed: others failed; the error carries these.
-        """
-        runs = [member.finished(self.text) for member in self.members]
-        if self.failures:
-            raise SomeFailed(self.failures, runs) from self.failures[0].error
-        return runs
-
-    def how_to_resume(self) -> str:
-        """The commands that resume every member, and what had ended the others."""
-        commands = "; ".join(f"endwise train --resume {shlex.quote(str(m.folder.path))}" for m in self.members)
-        failed = f" Failed before: {_listed(self.failures)}" if self.failures else ""
-        return f"Resume with: {commands}{failed}"
-
-
-def _release(error: Exception) -> None:
-    """Keep an error's traceback as text: its frames hold the step's tensors, whose memory the others need."""
-    error.add_note("".join(format_exception(error)))
-    error.__traceback__ = error.__context__ = error.__cause__ = None
-
-
-def _listed(failures: Sequence[Failure]) -> str:
+def listed(failures: Sequence[Failure]) -> str:
+    """List what ended each."""
     return " ".join(map(str, failures))

@@ -17,7 +17,8 @@ from endwise.runs.finding import refuse_several
 from endwise.runs.folder import RunFolder
 from endwise.runs.several import check_whole
 from endwise.tokens import Corpora
-from endwise.training.members import Group, Member
+from endwise.training.group import Group
+from endwise.training.members import Member
 from endwise.training.shards import Sharing, shards_of
 
 

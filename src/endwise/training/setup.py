@@ -28,9 +28,10 @@ from endwise.runs.several import check_whole
 from endwise.runs.trackers import Mirror
 from endwise.tokens import BatchOrder, Corpora, Corpus, check_readable, corpora_for
 from endwise.training.fitting import TrainingText, fit_first, measure_error_scales, measure_norms, measure_start
+from endwise.training.group import Group
 from endwise.training.kept_activations import KeptActivations, kept_for
 from endwise.training.making import new_joint_trainee, new_trainee
-from endwise.training.members import Group, JointMember, Member
+from endwise.training.members import JointMember, Member
 from endwise.training.resume import broadcast_state, share_out, start_or_resume
 from endwise.training.step import tail_model
 from endwise.training.targets import held_out_wanted
@@ -47,6 +48,7 @@ class TrainingRequest:
     Args:
         configs: recipes that agree in all that one pass shares.
         trainee: makes what trains one dictionary.
+        member: holds one with its folder; another where nothing is kept of the runs.
 
     Raises:
         ConfigError: they do not agree, or two have one folder.
@@ -57,6 +59,7 @@ class TrainingRequest:
     from_step: int | None = None
     display: bool = True
     trainee: type[Trainee] = Trainee
+    member: type[Member] = Member
 
     def __post_init__(self) -> None:
         _check_shared(self.configs)
@@ -314,7 +317,7 @@ def _new_member(
         return JointMember(config, trainee, folder, of_places[0], first, recipes=recipes, of_places=of_places)
     assert isinstance(config, RunConfig)
     trainee = new_trainee(start, model, steps, kind=request.trainee, world=world)
-    return Member(config, trainee, folder, sae_metadata(config, model, context), world.is_first)
+    return request.member(config, trainee, folder, sae_metadata(config, model, context), world.is_first)
 
 
 def _less_its_start(config: Recipe, folder: RunFolder, from_step: int | None) -> Recipe:

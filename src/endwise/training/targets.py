@@ -10,7 +10,6 @@ from torch import Tensor
 
 from endwise.common.errors import ConfigError
 from endwise.common.processes import ALONE, World
-from endwise.common.terminal import note
 from endwise.config.places import Recipe
 from endwise.config.run import EvaluationConfig
 from endwise.dictionaries import SAE, at_inference
@@ -167,4 +166,4 @@ def meet_target(text: TrainingText, heldout: Corpus, display: bool, member: Memb
             where = f"{member.folder.path}, {part.place}"
             message = f"{where}: {what} ended at {found:.3g}, and objective.sparsity.{key} is {steering.target:g}"
             advice = "Raise training.tokens, or start nearer to the last λ: objective.sparsity.coefficient."
-            note(f"! {message}. {advice}", display)
+            member.advise(f"! {message}. {advice}", display)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from endwise.analysis.directions.principal import Floats, Principal
 from endwise.analysis.directions.text_at_site import SiteBatch, TextAtSite
+from endwise.common.counting import counting
 from endwise.common.seeds import numpy_stream
 from endwise.models.splicing import SplicedPass
 
@@ -50,12 +51,14 @@ def resample_ablation(
     order = other_tokens(len(own), seed) if others is None else others
     change = own[torch.from_numpy(order).to(own.device)] - own
     kl, tokens, begin = [], [], 0
-    for batch in text.batches(final=True):
-        counted = batch.counted(with_starts)
-        end = begin + int(counted.sum())
-        kl.append(_of_batch(text, batch, counted, change[begin:end], vectors))
-        tokens.append(counted.sum(1).double().cpu().numpy())
-        begin = end
+    with counting("ablating directions", text.sequences, None) as advance:
+        for batch in text.batches(final=True):
+            counted = batch.counted(with_starts)
+            end = begin + int(counted.sum())
+            kl.append(_of_batch(text, batch, counted, change[begin:end], vectors))
+            tokens.append(counted.sum(1).double().cpu().numpy())
+            begin = end
+            advance(len(counted))
     return np.concatenate(kl), np.concatenate(tokens)
 
 

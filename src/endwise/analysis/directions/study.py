@@ -25,6 +25,7 @@ from endwise.analysis.over_seeds import CORRELATION, OverSeeds, judged, over, ov
 from endwise.analysis.pareto.curves import RESAMPLES, SEED
 from endwise.analysis.ratios import Ratio, times
 from endwise.analysis.sets import ShownSet
+from endwise.common.counting import showing_progress
 from endwise.common.statistics import Floats, Interval, error_of
 from endwise.common.text import minus
 from endwise.config.method import PRESET_METHODS, Method
@@ -116,6 +117,7 @@ def directions(
     with_starts: bool = False,
     model: LanguageModel | None = None,
     corpora: Corpora | None = None,
+    display: bool = True,
 ) -> list[Directions]:
     """Measure evaluated runs, or read what was measured before, and compare those that can be compared.
 
@@ -127,6 +129,7 @@ def directions(
         with_starts: position 0 and document starts count among the tokens that the directions are of.
         model: a loaded one to use instead of the recipes'.
         corpora: loaded token sequences, likewise.
+        display: show how far it is.
 
     Raises:
         RunFolderError: there is no run, or one was not evaluated yet.
@@ -136,14 +139,15 @@ def directions(
     paths = [runs] if isinstance(runs, str | Path) else runs
     sets = comparable(paths)
     summaries = [run for group in sets.values() for run in group]
-    measured = measure_directions(
-        [Path(run.folder) for run in summaries],
-        tokens=tokens,
-        directions=directions,
-        with_starts=with_starts,
-        model=model,
-        corpora=corpora,
-    )
+    with showing_progress(display):
+        measured = measure_directions(
+            [Path(run.folder) for run in summaries],
+            tokens=tokens,
+            directions=directions,
+            with_starts=with_starts,
+            model=model,
+            corpora=corpora,
+        )
     by_folder = {str(path): each for path, each in measured.items()}
     found = []
     for setting, group in sets.items():

@@ -156,16 +156,25 @@ def _signed(row: Row) -> str:
 
 
 def _named(row: Row) -> str:
-    return f"{row['kind']}, {row['knob']}"
+    return f"{row['kind']}, {_whole(row['knob'])}"
 
 
 def _which(row: Row) -> str:
-    return _named(row) if row["seed"] is None else f"{_named(row)}, seed {row['seed']}"
+    return _seeded(_named(row), row["seed"])
+
+
+def _seeded(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}, {_whole(f'seed {seed}')}"
+
+
+def _whole(setting: str) -> str:
+    """The setting, whose number stays on one line with its name."""
+    return "\N{NO-BREAK SPACE}".join(setting.rsplit(" ", 1))
 
 
 _DIFFERENCES: Sequence[Column] = (
     ("mean greatest cosine", lambda row: row["measure"]),
-    ("less", lambda row: f"{row['a']} − {row['b']}"),
+    ("of", lambda row: f"{row['a']} − {row['b']}"),
     ("difference", lambda row: Wide(row["reason"], 4) if row["reason"] else signed(row["difference"])),
     ("95 % over features and seeds", _signed),
     ("seeds", _seeds),
@@ -173,8 +182,8 @@ _DIFFERENCES: Sequence[Column] = (
 )
 _PAIRS: Sequence[Column] = (
     ("features of", _which),
-    ("nearest in", lambda row: row["nearest_in.kind"]),
-    ("", lambda row: row["relation"]),
+    ("nearest in", lambda row: _seeded(row["nearest_in.kind"], row["nearest_in.seed"])),
+    ("pair", lambda row: row["relation"]),
     ("greatest cosine [95 % over features]", _ends("mean")),
     ("median", _number("q50")),
     ("one to one: mean (at most)", lambda row: f"{row['matched.mean']:.3f} ({row['matched.bound']:.3f})"),

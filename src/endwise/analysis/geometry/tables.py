@@ -140,8 +140,8 @@ def _pair(found: Geometry, pair: Pair, threshold: float) -> Iterator[Row]:
     }
     relation = _relation(found, run, other)
     for a, b, similarity in ((run, other, pair.there), (other, run, pair.back)):
-        ends = {"relation": relation, **_run(a), "nearest_in": b.folder, "nearest_in.kind": b.method.label}
-        yield {**_setting(found), **ends, **_summary(similarity), **matched}
+        near = {"nearest_in": b.folder, "nearest_in.kind": b.method.label, "nearest_in.seed": b.seed}
+        yield {**_setting(found), "relation": relation, **_run(a), **near, **_summary(similarity), **matched}
 
 
 def _relation(found: Geometry, run: RunSummary, other: RunSummary) -> str:

@@ -168,11 +168,11 @@ class ImportanceStudy(RunSet[ImportantRun]):
         rank = over_seeds(np.stack([each for _, each in known]), CORRELATION)
         summaries = [run.summary for run, _ in known]
         linear = [run.agreement(order)["pearson"] for run, _ in known]
+        pearson = ", ".join("–" if each is None else minus(f"{each.estimate:.2f}") for each in linear)
         features = sum(len(run.measured.ablations.features) for run, _ in known)
         ours = (
-            f"Spearman {rank.text('{:.2f}'.format)} {over('features', summaries)}, Pearson "
-            f"{', '.join('–' if each is None else f'{each.estimate:.2f}' for each in linear)}, {features} features, "
-            f"{knob_labels(summaries)} "
+            f"Spearman {rank.text('{:.2f}'.format)} {over('features', summaries)}, Pearson {pearson}, "
+            f"{features} features, {knob_labels(summaries)} "
             f"{', '.join(f'{each:g}' for each in dict.fromkeys(run.knob.value for run in summaries))}"
         )
         return Claim(claim, None, ours, judged((rank, rank.low > FOLLOWS)))

@@ -60,7 +60,8 @@ const feature = {
     };
     const tile = (label, shown, note) => el("div", {}, el("dt", {}, label), el("dd", {}, shown, note ? el("small", {}, note) : ""));
     const firings = value("firings");
-    const often = firings ? `one token in ${write.count(run.tokens / firings)}` : "dead";
+    const every = run.tokens / firings;
+    const often = firings ? `one token in ${every < 9.95 ? every.toFixed(1) : write.count(every)}` : "dead";
     return el(
       "dl.tiles",
       {},

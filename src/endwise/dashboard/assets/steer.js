@@ -25,7 +25,7 @@ const steering = {
       label();
       if (view.made) go();
     });
-    const button = el("button.button.main", { type: "button", onclick: () => go() }, "Continue the text");
+    const button = el("button.button.primary", { type: "button", onclick: () => go() }, "Continue the text");
     const failed = el("p.error", { role: "alert", hidden: true });
     const result = el("div");
     const go = () => this.ask(view, { area, button, failed, result });
@@ -71,7 +71,7 @@ const steering = {
     const inside = made.kl_in_prompt === null ? "" : `, ${write.number(made.kl_in_prompt)} over those of the prompt’s`;
     return [
       el("div.two.texts", {}, text("Clean", made.clean), text("Steered", made.steered)),
-      el("p.note", {}, `KL(clean ‖ steered) of the next token, both given the clean text: ${write.number(made.kl)} nats, mean over the predictions of its ${made.clean.length} new tokens${inside}.`),
+      el("p.note", {}, `KL(clean ‖ steered) of the next token, both given the clean text: ${write.number(made.kl)} nats, mean over the predictions of its ${made.clean.length} new ${made.clean.length === 1 ? "token" : "tokens"}${inside}.`),
     ];
   },
 };

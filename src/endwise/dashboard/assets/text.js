@@ -17,7 +17,7 @@ const textView = {
     });
     area.value = state.text;
     this.failed = el("p.error", { role: "alert", hidden: true });
-    this.button = el("button.button.main", { type: "button", onclick: () => this.read(area.value) }, "Read");
+    this.button = el("button.button.primary", { type: "button", onclick: () => this.read(area.value) }, "Read");
     const which = runs.length < 2 ? null : overview.select("With", Object.fromEntries(runs.map((run, place) => [place, run.name])), String(state.run), (value) => {
       state.run = Number(value);
       if (area.value.trim()) this.read(area.value);

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from endwise.common.errors import FormatError, RunFolderError
-from endwise.common.files import expanded, read_format, there_is
+from endwise.common.files import expanded, read_format
 from endwise.common.remedies import unreadable
 from endwise.common.showing import Shown
 from endwise.common.text import printable
 from endwise.features.token_texts import Decode, pieces
 from endwise.runs.finding import check_same_weights
+from endwise.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from endwise.features.harvest.feature import HarvestedFeature
@@ -230,14 +231,13 @@ def open_harvest(run: Path) -> Harvest:
     """A run's harvest, which must be there and of the SAE as it is now.
 
     Raises:
-        RunFolderError: there is none.
+        RunFolderError: there is none, or no run.
         FormatError: see `read_harvest`; or the SAE has other weights now.
     """
     harvest = read_harvest(run)
     name = shlex.quote(str(run))
     if harvest is None:
-        if not there_is(expanded(run)):
-            raise RunFolderError(f"There is no run folder {run}. Correct the path.")
+        RunFolder.open(run)
         raise RunFolderError(f"{run} was not harvested yet. Harvest it: endwise harvest {name}")
     again = f"Harvest again: endwise harvest --again {name}"
     check_same_weights(run, harvest.about.get("weights"), "harvested", again)

@@ -166,8 +166,8 @@ def _text(
         on_hub = True
     elif given is None:
         remarks.append(
-            "The text is the embedded corpus, short children's stories: enough to try everything. For features of what "
-            "your model usually reads, name other text: --data FILE, FOLDER or DATASET."
+            "The text is the embedded corpus, how-to articles and captions of videos: enough to try everything. For "
+            "features of what your model usually reads, name other text: --data FILE, FOLDER or DATASET."
         )
     if on_hub:
         if given is not None:
