@@ -171,9 +171,9 @@ def warnings_in_one_line() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # see `models.quiet`
 
     def shown(message: Warning | str, *_: Any, **__: Any) -> None:
-        from endwise.common.terminal import is_to_be_said
+        from endwise.common.terminal import is_new_line
 
-        if is_to_be_said(line := f"warning: {' '.join(str(message).split())}"):
+        if is_new_line(line := f"warning: {' '.join(str(message).split())}"):
             status(line)
 
     warnings.showwarning = shown
@@ -234,7 +234,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from endwise.common.terminal import saying_once
+        from endwise.common.terminal import printing_once
 
         try:
             _refuse_torchrun(function.__name__)
@@ -243,7 +243,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             kwargs.update({name: _at_home(value) for name, value in kwargs.items()})
             if isinstance(out := kwargs.get("out"), Path):
                 check_can_write(out)
-            with saying_once():
+            with printing_once():
                 return function(*args, **kwargs)
         except EndwiseError as error:
             _fail(str(error), error.exit_code)

@@ -76,7 +76,7 @@ _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 
 @contextmanager
 def showing_progress(display: bool) -> Iterator[None]:
-    """Show, or not, what counts within it and is not told itself."""
+    """Show or hide the progress of all counts within it that leave it open."""
     token = _SHOWN.set(display)
     try:
         yield

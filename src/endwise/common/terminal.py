@@ -123,37 +123,37 @@ def _lines(text: str, width: int, fold: bool, style: str = "", indent: str = "")
     return Text("\n".join(lines).replace(_GLUE, " "), style)
 
 
-_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
+_PRINTED: ContextVar[set[str] | None] = ContextVar("printed", default=None)
 
 
 @contextmanager
-def saying_once() -> Iterator[None]:
-    """Let no line be said twice within it, or within the outermost of several: a remark on a text or a recipe holds
-    for each run, phase and round that uses it.
+def printing_once() -> Iterator[None]:
+    """Print no line twice within it, or within the outermost of several: a remark on a text or a recipe holds for each
+    run, phase and round that uses it.
     """
-    token = _SAID.set(set()) if _SAID.get() is None else None
+    token = _PRINTED.set(set()) if _PRINTED.get() is None else None
     try:
         yield
     finally:
         if token is not None:
-            _SAID.reset(token)
+            _PRINTED.reset(token)
 
 
-def is_to_be_said(line: str) -> bool:
-    """Tell if a line is new here, and this process the one of several that speaks; if so, it counts as said."""
+def is_new_line(line: str) -> bool:
+    """Return whether a line is new here, and this process the one of several that prints; if so, it counts as printed."""
     from endwise.common.processes import is_first_process
 
-    said = _SAID.get()
-    if not is_first_process() or (said is not None and line in said):
+    printed = _PRINTED.get()
+    if not is_first_process() or (printed is not None and line in printed):
         return False
-    if said is not None:
-        said.add(line)
+    if printed is not None:
+        printed.add(line)
     return True
 
 
 def note(text: str, shown: bool = True) -> None:
     """Print something to stderr, unless silenced or printed before."""
-    if shown and is_to_be_said(text):
+    if shown and is_new_line(text):
         show(text, Console(stderr=True))
 
 

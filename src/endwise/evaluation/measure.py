@@ -280,7 +280,7 @@ def batches_of(
     """This process's batches: every process takes its turn.
 
     Args:
-        what: what is done with them, for who watches.
+        what: the label of the progress shown.
     """
     starts = range(world.rank * size, len(sequences), world.size * size)
     with counting(what, len(starts), None if world.is_first else False, unit="batches") as advance:

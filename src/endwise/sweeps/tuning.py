@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from endwise.common.errors import ConfigError
-from endwise.common.terminal import saying_once
+from endwise.common.terminal import printing_once
 from endwise.common.text import minus
 from endwise.config.base import Config, Positive, read_overrides, read_yaml, with_values
 from endwise.config.places import OF_A_SWEEP, build_recipe, changed_recipe
@@ -227,7 +227,7 @@ class _Search:
 
     def rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:
         """Carry out all rounds."""
-        with saying_once():
+        with printing_once():
             return self._rounds(say)
 
     def _rounds(self, say: Callable[[str], None]) -> list[tuple[RateTrial, ...]]:

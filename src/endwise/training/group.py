@@ -1,4 +1,4 @@
-"""SAEs in training side by side: how one that fails leaves the others to train, and what is said at the end."""
+"""SAEs in training side by side: how one that fails leaves the others to train, and what is reported at the end."""
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping

@@ -8,7 +8,7 @@ from typing import Any
 from endwise.common.errors import ConfigError, TrainingStopped, out_of_memory
 from endwise.common.processes import joined
 from endwise.common.seeds import shared_generators
-from endwise.common.terminal import saying_once
+from endwise.common.terminal import printing_once
 from endwise.config.adopted import refuse_adopted
 from endwise.config.places import PlacesConfig, build_recipe, read_recipe
 from endwise.config.recipes import find_recipe
@@ -151,7 +151,7 @@ def trained(
     """
     for config in request.configs:
         refuse_adopted(config)
-    with joined() as world, shared_generators(request.first.seed), ExitStack() as claims, saying_once():
+    with joined() as world, shared_generators(request.first.seed), ExitStack() as claims, printing_once():
         try:
             prepared = prepare(request, world, claims, model, corpora)
             run_loop(prepared)
