@@ -140,7 +140,7 @@ def printing_once() -> Iterator[None]:
 
 
 def is_new_line(line: str) -> bool:
-    """Return whether a line is new here, and this process the one of several that prints; if so, it counts as printed."""
+    """Return whether a line is new here, and this process is the one that prints; if so, it counts as printed."""
     from endwise.common.processes import is_first_process
 
     printed = _PRINTED.get()
