@@ -192,7 +192,7 @@ def test_an_export_is_repeatable_and_replaces_an_older_one(exported, run):
 def test_bad_requests(run, tmp_path):
     with pytest.raises(ConfigError, match="--model-id must be lower-case"):
         export(run, tmp_path, model_id="../up")
-    with pytest.raises(RunFolderError, match="endwise harvest"):
+    with pytest.raises(RunFolderError, match="is an empty folder, and a run folder is needed"):
         export(tmp_path, tmp_path / "out")
     assert not any(tmp_path.iterdir())
     copied = shutil.copytree(run, tmp_path / "copied")
