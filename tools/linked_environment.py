@@ -11,6 +11,7 @@ import sys
 import zipfile
 from email.parser import Parser
 from importlib.metadata import Distribution, distribution
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -49,10 +50,14 @@ def closure(asked: list[Requirement]) -> list[Distribution]:
 
 
 def link(package: Distribution, folder: Path) -> None:
-    """Put a package's files into another folder of packages; its commands are left out."""
-    for file in package.files or []:
-        source, target = Path(str(file.locate())), folder / file
-        if ".." in file.parts or not source.exists():
+    """Put a package's files into another folder of packages, modules with what Python has compiled of them; its
+    commands are left out.
+    """
+    listed = [file for file in map(Path, package.files or []) if ".." not in file.parts]
+    compiled = [Path(cache_from_source(str(file))) for file in listed if file.suffix == ".py"]
+    for file in {*listed, *compiled}:
+        source, target = Path(str(package.locate_file(file))), folder / file
+        if not source.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
