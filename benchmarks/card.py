@@ -53,7 +53,7 @@ class Host:
     """Bytes of the copy by which the memory's rate is measured."""
     host_waits: tuple[str, ...] = ("aten::_local_scalar_dense", "aten::nonzero")
     """Events in which the host waits for values; on a processor those in which it would, were it a card's."""
-    activities = (ProfilerActivity.CPU,)
+    activities: tuple[ProfilerActivity, ...] = (ProfilerActivity.CPU,)
 
     def __init__(self) -> None:
         self._at_first = resident("VmRSS")

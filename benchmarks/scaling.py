@@ -51,7 +51,7 @@ def variants() -> Iterator[tuple[str, int, Shape, float]]:
             if axis == "L0":
                 yield axis, value, BASE, float(value)
             else:
-                yield axis, value, replace(BASE, **{axis: value}), L0
+                yield axis, value, replace(BASE, **{axis: value}), L0  # pyrefly: ignore[bad-argument-type]
 
 
 def median_seconds(act: Callable[[], object], seconds: float) -> float:

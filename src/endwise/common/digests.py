@@ -51,8 +51,9 @@ def of_file(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < LARGE:
         return _read(path)
-    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-    kept = cache_folder() / "digests" / f"{of_text(state[0])}.json"
+    name = str(path.resolve())
+    state = [name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    kept = cache_folder() / "digests" / f"{of_text(name)}.json"
     with suppress(OSError, FormatError):
         found = read_json(kept)
         if found.get("state") == state and isinstance(found.get("sha256"), str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from endwise.common.errors import Unreadable
 
-_ELSEWHERE_TOO = {
+_ELSEWHERE_TOO: dict[tuple[str, ...], str] = {
     ("ENOSPC",): "Free space on that disk",
     ("EDQUOT",): "Free space there, of which this user's quota is used up",
     ("EACCES", "EPERM"): "Give this user permission",
@@ -29,7 +29,7 @@ _ELSEWHERE_TOO = {
     ),
     ("EBUSY", "ETXTBSY", "EADDRINUSE"): "End the program that uses it",
 }
-_ELSEWHERE_NO_BETTER = {
+_ELSEWHERE_NO_BETTER: dict[tuple[str, ...], str] = {
     ("EMFILE",): "Raise the number of files that a process may have open (ulimit -n), or run fewer things at once",
     ("ENFILE",): "Close other programs, since the whole machine has as many files open as it can (fs.file-max)",
     ("ENOMEM",): "Close other programs, since the machine has no memory left",

@@ -297,7 +297,7 @@ class RunConfig(Config):
         if not self.phases:
             return [self]
         values, base = self.model_dump(exclude={"phases"}), given_values(self.objective)
-        found = []
+        found: list[RunConfig] = []
         for phase in self.phases:
             rate = {"learning_rate": phase.learning_rate or self.training.learning_rate}
             own = {"objective": phase.objective_over(base), "training": values["training"] | rate}

@@ -92,7 +92,7 @@ class LinearSAE(SAE):
         if initialisation is not None:
             with torch.no_grad():
                 _FIRST_WEIGHTS[initialisation](self, torch_stream(seed, "initialisation"))
-                self.encoder *= encoder_scale
+                self.encoder.mul_(encoder_scale)
                 if decoder_init_norm is not None:
                     self.decoder.copy_(normalize(self.decoder, dim=-1) * decoder_init_norm)
 
@@ -308,9 +308,9 @@ class LinearSAE(SAE):
 
     def rescale(self, factors: Float[Tensor, " d_sae"]) -> None:
         """Multiply every feature's latents by a positive factor, and divide its direction by it."""
-        self.encoder *= factors[:, None]
+        self.encoder.mul_(factors[:, None])
         self.b_enc.mul_(factors)
-        self.decoder /= factors.clamp_min(NORM_FLOOR)[:, None]
+        self.decoder.div_(factors.clamp_min(NORM_FLOOR)[:, None])
 
     def export(self) -> Exported:
         own = super().export().tensors

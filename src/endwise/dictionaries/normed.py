@@ -334,7 +334,7 @@ class NormedSAE(SAE):
     def own_terms(self, seen: TrainingPass) -> Mapping[str, Float[Tensor, ""]]:
         x = seen.x.to(self.b_dec.dtype)
         given = {name: getattr(seen, name) for name in ("gradient", "at_site")}
-        gradients = {name: self.norm.gradient(g, x) for name, g in given.items() if g is not None}
+        gradients: dict[str, Any] = {name: self.norm.gradient(g, x) for name, g in given.items() if g is not None}
         target, reconstruction = (self.norm.target(each, x) for each in (seen.target, seen.reconstruction))
         return self.inner.own_terms(
             replace(seen, x=self.norm.of(x), target=target, reconstruction=reconstruction, **gradients)

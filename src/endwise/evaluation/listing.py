@@ -56,11 +56,11 @@ def list_runs(paths: Iterable[str | Path]) -> list[ListedRun]:
     Raises:
         OtherKind: a path is no folder, or there is no run.
     """
-    paths = [Path(path) for path in paths]
-    found = list(dict.fromkeys(run for path in paths if there_is(path) for run in run_folders(path)))
+    places = [Path(path) for path in paths]
+    found = list(dict.fromkeys(run for path in places if there_is(path) for run in run_folders(path)))
     if not found:
         raise OtherKind(
-            f"{', '.join(map(str, paths))} holds no run folder. Train one: endwise init MODEL, then endwise train."
+            f"{', '.join(map(str, places))} holds no run folder. Train one: endwise init MODEL, then endwise train."
         )
     return [_listed(run) for run in found]
 

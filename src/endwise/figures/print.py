@@ -151,7 +151,7 @@ def _set_axis(axes: Axes, which: Literal["x", "y"], axis: Axis, ends: Ends) -> N
         drawn.set_minor_locator(NullLocator())
     elif axis.categories:
         names = [_text(name) for name in axis.categories]
-        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
         drawn.set_ticks(range(len(names)), names, **(slanted if which == "x" and max(map(len, names)) > 6 else {}))
     elif max(map(abs, ends)) >= 1000:
         drawn.set_major_formatter(StrMethodFormatter("{x:,.10g}"))

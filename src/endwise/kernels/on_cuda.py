@@ -133,7 +133,7 @@ class _Sweeps:
         self.sizes = len(spliced), *self.weight.shape
         self.logits_by = float(unembedding.scale), float(unembedding.softcap or 1.0)
         self.is_half = spliced.dtype != torch.float32
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "PAIR": clean is not None,
             "BIAS": bias is not None,
             "CAP": unembedding.softcap is not None,

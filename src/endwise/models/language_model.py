@@ -275,12 +275,12 @@ class LanguageModel(ShownModel):
         the patches and to nothing else.
         """
         patch = {self.site(at): change for at, change in patch.items()}
-        record = {self.readable(at) for at in each_of(record)}
+        wanted = {self.readable(at) for at in each_of(record)}
         first = min(patch)
         missing = ({first} | needed(first)) - clean.activations.keys()
         if missing:
             raise ModelError(f"A replay from {first} needs a clean pass that recorded it: clean(tokens, [{first}]).")
-        skipped = [site.name for site in sorted(record) if site < first]
+        skipped = [site.name for site in sorted(wanted) if site < first]
         if skipped:
             raise ModelError(
                 f"A replay from {first} does not compute {', '.join(skipped)}; read them from the clean pass."
@@ -293,11 +293,11 @@ class LanguageModel(ShownModel):
             for site, change in patch.items():
                 if site != first:
                     self._sites.patch(hooks, site, change)
-            later = record - {first}
+            later = wanted - {first}
             activations, final_state = self._recording(hooks, later, final)
             if later or final:
                 self._forward(clean.tokens)
-        kept = {first: start} if first in record else {}
+        kept = {first: start} if first in wanted else {}
         return Spliced(kept | activations, final_state.get("final"))
 
     @contextmanager

@@ -363,7 +363,7 @@ def _from_pretrained(reader: Any, source: str, attention: str | None, weights: d
 def _tokenizer(source: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | str:
     """The model's tokenizer, or why there is none, which is fine as long as only token ids are read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         return _no_tokenizer(source, shared, error)
     except Exception as error:  # what the tokenizers library says of a file that is damaged

@@ -42,8 +42,8 @@ def keep_differentiable(model: nn.Module) -> None:
     """Have bitsandbytes leave 4-bit weights in the layout that gradients go through. On a CPU with bf16 products a pass
     without gradients would pack them for inference, after which every layer's gradient is silently 0.
     """
-    module: Any
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it names its type in each layer of each pass

@@ -75,7 +75,7 @@ class Passes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._body: Any = getattr(model, "base_model", model)
-        self._signature = inspect.signature(self._body.forward)
+        self._signature = inspect.signature(self._body.forward)  # pyrefly: ignore[missing-attribute]
         self._generating = False
         self._columns = 0
         """Positions that `generate` was given, padding included."""

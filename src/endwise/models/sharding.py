@@ -75,10 +75,11 @@ def gathered_backward(block: nn.Module, act: Act) -> Act:
     """
     if not isinstance(block, FSDPModule):
         return act
+    unshard = block.unshard
 
     def gathered(value: Tensor) -> Tensor | None:
         if value.requires_grad:
-            value.register_hook(lambda _: block.unshard())
+            value.register_hook(lambda _: unshard())
         return act(value)
 
     return gathered

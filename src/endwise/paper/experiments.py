@@ -113,7 +113,7 @@ class Experiments:
         further: Mapping[str, Any] | None = None,
     ) -> RunConfig:
         settings = self.study.kind(kind, site)
-        objective = {"kind": kind, "sparsity": {"coefficient": coefficient}}
+        objective: dict[str, Any] = {"kind": kind, "sparsity": {"coefficient": coefficient}}
         if settings.downstream_mse is not None:
             objective["downstream_mse"] = settings.downstream_mse
         changes = {

@@ -218,7 +218,7 @@ def variant_rows(found: Findings) -> list[dict[str, Any]]:
     for point in found.points:
         kind, way = point.variant.kind, point.variant.way
         for other in dict.fromkeys((kind, "local")):
-            base = bases.get((other, way))
+            base = bases.get((other, way))  # pyrefly: ignore[bad-argument-type]
             if base is not None and base is not point:
                 row = {"kind": kind, "way": WAYS[way], "variant": point.variant.label, "relative_to": other}
                 rows.append(row | point.relative_to(base).to_row())

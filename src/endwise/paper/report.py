@@ -71,7 +71,7 @@ def charts(found: Findings) -> Charts:
     curves = [run for run in found.summaries("curves") if run.site == site]
     similar = found.similar_ce.get(site, ())
     rates = [(run.config.training.learning_rate, run.summary) for run in _rates_tried(found, site)]
-    middles = {kind: found.middle_coefficient(kind) for kind in found.made.experiments.study.kinds}
+    middles: dict[str, float] = {kind: found.middle_coefficient(kind) for kind in found.made.experiments.study.kinds}
     single = [(rate, run) for rate, run in rates if run.coefficient == middles[run.kind]]
     drawn: dict[str, list[Chart]] = {
         "tradeoff": [

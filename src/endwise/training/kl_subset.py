@@ -36,7 +36,7 @@ class KLSubset(SplicedTerm):
     unit = "nats per token"
     final = True
     Settings: ClassVar[type[TermConfig]] = KLSubsetConfig
-    coefficient: float
+    coefficient: float  # pyrefly: ignore[bad-override]
     stride: int
     step: int = 0
     """Steps before the one that it is for."""

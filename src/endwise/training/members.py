@@ -55,10 +55,10 @@ class Run(_Recorded):
 
     config: RunConfig
     sae: SAE
-    folder: Path
+    folder: Path  # pyrefly: ignore[bad-override]
     seconds: float
     """Wall-clock of training in this process, without evaluations; runs trained together share it equally."""
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # pyrefly: ignore[bad-override]
     """Facts at the end that remarks are computed from: the loss, the last evaluation, the text."""
 
 
@@ -69,12 +69,12 @@ class PlacesRun(_Recorded):
     config: PlacesConfig
     saes: Mapping[str, SAE]
     """Dictionaries by place, in the order of the recipe."""
-    folder: Path
+    folder: Path  # pyrefly: ignore[bad-override]
     folders: Mapping[str, Path]
     """Each place's, which everything takes that takes a run."""
     seconds: float
     """See `Run.seconds`."""
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # pyrefly: ignore[bad-override]
     """See `Run.record`."""
 
 

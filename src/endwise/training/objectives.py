@@ -120,7 +120,7 @@ class KL(SplicedTerm):
     name = "kl"
     unit = "nats per token"
     final = True
-    coefficient: float
+    coefficient: float  # pyrefly: ignore[bad-override]
 
     def total(self, readout: Readout, clean: Clean, spliced: Spliced, mask: TokenMask) -> Scalar:
         if clean.final is None or spliced.final is None:
@@ -139,9 +139,9 @@ class DownstreamMSE(SplicedTerm):
 
     name = "downstream_mse"
     unit = "activation² per token and dimension"
-    coefficient: float
-    sites: tuple[Site, ...]
-    scales: tuple[ErrorScale, ...] = ()
+    coefficient: float  # pyrefly: ignore[bad-override]
+    sites: tuple[Site, ...]  # pyrefly: ignore[bad-override]
+    scales: tuple[ErrorScale, ...] = ()  # pyrefly: ignore[bad-override]
     """One for each site, or none."""
 
     @classmethod
@@ -170,8 +170,8 @@ class LocalMSE(SiteTerm):
 
     name = "local_mse"
     unit = "activation² per token and dimension"
-    coefficient: float
-    scales: tuple[ErrorScale, ...] = ()
+    coefficient: float  # pyrefly: ignore[bad-override]
+    scales: tuple[ErrorScale, ...] = ()  # pyrefly: ignore[bad-override]
     """Scale of the site, or none."""
 
     @classmethod
@@ -193,7 +193,7 @@ class Sparsity(SiteTerm):
 
     name = "sparsity"
     unit = "latent^p per token and dimension"
-    coefficient: float
+    coefficient: float  # pyrefly: ignore[bad-override]
     p: float = 1.0
     warmup: float = 0.0
     p_end: float | None = None
@@ -234,7 +234,7 @@ class FeatureMSE(PlacesTerm):
 
     name = "feature_mse"
     unit = "latent² per token and dimension"
-    coefficient: float
+    coefficient: float  # pyrefly: ignore[bad-override]
 
     def total(self, places: Sequence[LaterLatents], mask: TokenMask) -> Scalar:
         errors = []

@@ -122,7 +122,7 @@ def share_out(group: Group, world: World) -> None:
     """Give every shard its part of the checkpoint that the first process took up."""
     for member in group.members if world.shards.size > 1 else ():
         whole, member.taken_up = member.taken_up, None
-        if (state := world.from_first(whole and whole.state)) is not None:
+        if (state := world.from_first(whole.state if whole else None)) is not None:
             own = world.tensors_from_first(whole.tensors if whole else {}, Sharing.of(member.trainee).own)
             member.trainee.restore(Checkpoint(own, state))
 

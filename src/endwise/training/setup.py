@@ -251,7 +251,7 @@ def _steps(configs: Sequence[Recipe], context: int) -> int:
 
 def model_for(config: Recipe) -> LanguageModel:
     """The language model of a recipe, in the precision that its training asks for."""
-    return load_model(**{**config.model.model_dump(), "dtype": _dtype(config)})
+    return load_model(**config.model.model_dump(exclude={"dtype"}), dtype=_dtype(config))
 
 
 def _dtype(config: Recipe, device: torch.device | None = None) -> str | None:

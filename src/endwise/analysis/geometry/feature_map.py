@@ -133,7 +133,7 @@ def umap_class() -> Any:
 
 
 def _regions(places: NDArray[np.float32]) -> NDArray[np.int64]:
-    from sklearn.cluster import HDBSCAN
+    from sklearn.cluster import HDBSCAN  # pyrefly: ignore[missing-module-attribute]  stubs of an older version
 
     least = max(REGION_LEAST, round(REGION_SHARE * len(places)))
     settings: dict[str, Any] = {"copy": True}  # which some versions want said

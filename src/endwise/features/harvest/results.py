@@ -266,7 +266,7 @@ def _by_feature(
 ) -> Iterator[tuple[int, list[Context]]]:
     kept: list[Context] = []
     for row in rows:
-        lists = {name: tuple(row[name]) for name in ("tokens", "activations")}
+        lists: dict[str, Any] = {name: tuple(row[name]) for name in ("tokens", "activations")}
         context = Context(**{**row, **lists}, written=written)
         if kept and kept[0].feature != context.feature:
             yield kept[0].feature, kept

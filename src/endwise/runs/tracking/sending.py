@@ -39,7 +39,7 @@ class Sender:
     def __init__(self, tracker: Outside, folder: Path) -> None:
         self._tracker, self._folder = tracker, folder
         self._kept = folder / FOLDER / f"{tracker.name}.json"
-        self._sent = {"id": None, "step": -1, "files": {}, **sent_of(folder, tracker.name)}
+        self._sent: dict[str, Any] = {"id": None, "step": -1, "files": {}, **sent_of(folder, tracker.name)}
         self._read = dict.fromkeys(LINES, 0)
 
     def begin(self) -> None:

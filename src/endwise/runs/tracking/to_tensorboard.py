@@ -29,7 +29,8 @@ class TensorBoard(Outside):
         self._summaries: Any = summary_pb2
         self._writer = EventFileWriter(str(folder))
         if run.sent >= 0:
-            self._write(run.sent + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
+            log = self._events.SessionLog  # pyrefly: ignore[missing-attribute]
+            self._write(run.sent + 1, session_log=log(status=log.START))
         return folder.name
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
