@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-oldest lint format docs site bench clean
+.PHONY: help demo test test-all test-newest test-oldest lint lint-all format docs site bench clean
 
 # Modules are compiled when they are first imported; most never are.
 PIP_INSTALL := -m pip install --quiet --no-compile
@@ -67,8 +67,13 @@ test-oldest: $(OLDEST)/.installed ## run all tests with the oldest torch and tra
 lint: $(VENV)/.installed-dev ## run the static checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
+
+# Pyright takes ten times as long, and finds a little more. With `nodejs`, its runtime comes from PyPI as well.
+lint-all: lint ## run the static checks, and a slow one
+	$(BIN)/python $(PIP_INSTALL) 'pyright[nodejs]'
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev ## put the code into the form that `make lint` asks for
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ class Trackio(Outside):
     name = package = "trackio"
 
     def begin(self, run: TrackedRun) -> str:
-        import trackio  # pyright: ignore[reportMissingImports]
+        import trackio  # type: ignore[missing-import]
 
         self._trackio, self._step = trackio, max(run.sent, 0)
         name = run.id or f"{run.name}-{secrets.token_hex(3)}"  # it identifies runs by their names
