@@ -141,7 +141,7 @@ def run_config(spec: dict[str, Any], objective: dict[str, Any]) -> RunConfig:
 
 def gpt2_of_width(shape: Shape, device: torch.device) -> LanguageModel:
     """A model that only lends its sites to an SAE, in memory."""
-    return LanguageModel(random_model(shape).to(device))  # type: ignore[bad-argument-type]
+    return LanguageModel(random_model(shape).to(device))  # type: ignore[pyrefly:bad-argument-type]
 
 
 def bias_shift(rows: Tensor, encoder: Tensor, bias: Tensor, l0: float) -> float:

@@ -43,13 +43,13 @@ def import_reference(source: str | None) -> None:
     except ImportError:
         for part in (name.rpartition(".")[0], name):
             sys.modules[part] = types.ModuleType(part)
-        sys.modules[name].HookedTransformerPreConfig = object  # type: ignore[missing-attribute]
+        sys.modules[name].HookedTransformerPreConfig = object  # type: ignore[pyrefly:missing-attribute]
 
 
 def hooked_model(shape: Shape, folder: Path, device: str = "cpu") -> Any:
     """The same language model in TransformerLens, converted by its own converters; nothing is folded or centred."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig  # type: ignore[missing-import]
-    from transformer_lens.pretrained import weight_conversions  # type: ignore[missing-import]
+    from transformer_lens import HookedTransformer, HookedTransformerConfig  # type: ignore[pyrefly:missing-import]
+    from transformer_lens.pretrained import weight_conversions  # type: ignore[pyrefly:missing-import]
     from transformers import AutoModelForCausalLM
 
     settings: dict[str, Any] = {
@@ -87,7 +87,7 @@ def hooked_model(shape: Shape, folder: Path, device: str = "cpu") -> Any:
 
 def loss_configs(objective: str, later: list[str]) -> Any:
     """An objective in the reference's names: in_to_orig is downstream MSE, out_to_in local MSE."""
-    from e2e_sae.losses import LossConfigs  # type: ignore[missing-import]
+    from e2e_sae.losses import LossConfigs  # type: ignore[pyrefly:missing-import]
 
     chosen = OBJECTIVES[objective]
     downstream = {"total_coeff": chosen.get("downstream_mse"), "hook_positions": later}
@@ -115,7 +115,7 @@ class CarefulKL(torch.autograd.Function):
         return (total / len(logits)).to(logits.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[bad-override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[pyrefly:bad-override]
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream), None
 
@@ -123,7 +123,7 @@ class CarefulKL(torch.autograd.Function):
 @contextmanager
 def careful_kl() -> Iterator[None]:
     """Within it the reference's KL term is `CarefulKL`."""
-    from e2e_sae.losses import LogitsKLLoss  # type: ignore[missing-import]
+    from e2e_sae.losses import LogitsKLLoss  # type: ignore[pyrefly:missing-import]
 
     def calc_loss(_self: Any, new_logits: torch.Tensor, orig_logits: torch.Tensor) -> Any:
         return CarefulKL.apply(new_logits.flatten(0, -2), orig_logits.flatten(0, -2))
@@ -144,9 +144,9 @@ class Reference(Side):
         """
         torch.set_num_threads(spec["threads"])
         import_reference(spec.get("source"))
-        from e2e_sae import SAETransformer  # type: ignore[missing-import]
-        from e2e_sae.losses import calc_loss  # type: ignore[missing-import]
-        from e2e_sae.utils import get_cosine_schedule_with_warmup  # type: ignore[missing-import]
+        from e2e_sae import SAETransformer  # type: ignore[pyrefly:missing-import]
+        from e2e_sae.losses import calc_loss  # type: ignore[pyrefly:missing-import]
+        from e2e_sae.utils import get_cosine_schedule_with_warmup  # type: ignore[pyrefly:missing-import]
 
         shape, folder = Shape(**spec["shape"]), Path(spec["folder"])
         self.calc_loss, self.site, self.local = calc_loss, shape.site, spec["objective"] == "local"

@@ -120,9 +120,9 @@ class Reference(Peer):
         from reference import import_reference
 
         import_reference(spec.get("source"))
-        from e2e_sae.hooks import sae_hook  # type: ignore[missing-import]
-        from e2e_sae.losses import LossConfigs, calc_loss  # type: ignore[missing-import]
-        from e2e_sae.models.sparsifiers import SAE  # type: ignore[missing-import]
+        from e2e_sae.hooks import sae_hook  # type: ignore[pyrefly:missing-import]
+        from e2e_sae.losses import LossConfigs, calc_loss  # type: ignore[pyrefly:missing-import]
+        from e2e_sae.models.sparsifiers import SAE  # type: ignore[pyrefly:missing-import]
 
         self.sae_hook, self.calc_loss = sae_hook, calc_loss
         self.sae = SAE(spec["d_model"], spec["d_sae"]).to(self.rows.device)
@@ -151,9 +151,9 @@ class SAELens(Peer):
     package = "sae-lens"
 
     def make(self, spec: dict[str, Any]) -> None:
-        import sae_lens  # type: ignore[missing-import]
-        from sae_lens.config import SAETrainerConfig  # type: ignore[missing-import]
-        from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[missing-import]
+        import sae_lens  # type: ignore[pyrefly:missing-import]
+        from sae_lens.config import SAETrainerConfig  # type: ignore[pyrefly:missing-import]
+        from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[pyrefly:missing-import]
 
         name, own = {
             "standard": ("Standard", {"l1_coefficient": SPARSITY}),
@@ -195,7 +195,7 @@ class DictionaryLearning(Peer):
         # The package imports nnsight for a buffer of activations that is not used here.
         sys.modules.setdefault("nnsight", types.ModuleType("nnsight"))
         if not hasattr(sys.modules["nnsight"], "LanguageModel"):
-            sys.modules["nnsight"].LanguageModel = object  # type: ignore[missing-attribute]
+            sys.modules["nnsight"].LanguageModel = object  # type: ignore[pyrefly:missing-attribute]
         module, name, own = {
             "standard": ("standard", "StandardTrainer", {"l1_penalty": SPARSITY}),
             "gated": ("gdm", "GatedSAETrainer", {"l1_penalty": SPARSITY}),
@@ -241,7 +241,7 @@ class Sparsify(Peer):
     def make(self, spec: dict[str, Any]) -> None:
         if self.rows.device.type == "cpu":  # where Triton is installed it would be taken
             os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-        from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[missing-import]
+        from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[pyrefly:missing-import]
 
         self.k = spec["k"]
         sae = SparseCoder(spec["d_model"], SparseCoderConfig(num_latents=spec["d_sae"], k=self.k))

@@ -60,9 +60,9 @@ def train(folder: Path, seeds: list[int], architectures: list[str], tokens: int)
 
 def _saelens(architecture: str, seed: int, features: int) -> Any:
     """An SAE of SAELens's, to be trained."""
-    import sae_lens  # type: ignore[missing-import]
+    import sae_lens  # type: ignore[pyrefly:missing-import]
     import torch
-    from sae_lens.saes.sae import SAEMetadata  # type: ignore[missing-import]
+    from sae_lens.saes.sae import SAEMetadata  # type: ignore[pyrefly:missing-import]
 
     torch.manual_seed(seed)
     metadata = SAEMetadata(model_name="embedded", hook_name=f"blocks.{LAYER}.hook_resid_pre", context_size=CONTEXT)
@@ -87,8 +87,8 @@ def _fit(
     size: int = BATCH,
 ) -> Any:
     """Train with SAELens's trainer on batches of `size` tokens, and save the SAE where so many are seen."""
-    from sae_lens.config import LoggingConfig, SAETrainerConfig  # type: ignore[missing-import]
-    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[missing-import]
+    from sae_lens.config import LoggingConfig, SAETrainerConfig  # type: ignore[pyrefly:missing-import]
+    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[pyrefly:missing-import]
 
     def provider() -> Iterator:
         for number, batch in enumerate(batches):
@@ -172,7 +172,7 @@ def tune(folder: Path, tokens: int, measured_on: int) -> None:
 
 def _dictionary_learning(at: Path, tokens: int) -> None:
     import torch
-    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # type: ignore[missing-import]
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # type: ignore[pyrefly:missing-import]
 
     steps = tokens // SMALL_BATCH
     trainer = TopKTrainer(
@@ -188,7 +188,7 @@ def _dictionary_learning(at: Path, tokens: int) -> None:
 
 def _sparsify(at: Path, tokens: int) -> None:
     import torch
-    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[missing-import]
+    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[pyrefly:missing-import]
 
     torch.manual_seed(0)
     coder = SparseCoder(_width(), SparseCoderConfig(num_latents=SMALL, k=SMALL // 6))

@@ -73,12 +73,12 @@ def import_reference() -> None:
     """The wheel of e2e-sae 2.1.1 lacks a script that `e2e_sae.loader` takes a type from, unused here."""
     for name in ("e2e_sae.scripts.train_tlens", "e2e_sae.scripts.train_tlens.run_train_tlens"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].HookedTransformerPreConfig = object  # type: ignore[missing-attribute]
+    sys.modules[name].HookedTransformerPreConfig = object  # type: ignore[pyrefly:missing-attribute]
 
 
 def language_model(generator: torch.Generator) -> Any:
     """A GPT-2 in TransformerLens with random weights, biases and norms, none of them small enough to hide a mistake."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig  # type: ignore[missing-import]
+    from transformer_lens import HookedTransformer, HookedTransformerConfig  # type: ignore[pyrefly:missing-import]
 
     config = HookedTransformerConfig(
         n_layers=LAYERS,
@@ -137,7 +137,7 @@ def gpt2_state(model: Any) -> dict[str, Tensor]:
 
 def sae_weights(generator: torch.Generator) -> dict[str, Tensor]:
     """The reference's own initial SAE, its decoder columns scaled apart and one feature put to sleep."""
-    from e2e_sae.models.sparsifiers import SAE  # type: ignore[missing-import]
+    from e2e_sae.models.sparsifiers import SAE  # type: ignore[pyrefly:missing-import]
 
     weights = {name: tensor.clone() for name, tensor in SAE(WIDTH, FEATURES).state_dict().items()}
     weights["decoder.weight"] *= torch.exp(0.5 * torch.randn(FEATURES, generator=generator))
@@ -148,7 +148,7 @@ def sae_weights(generator: torch.Generator) -> dict[str, Tensor]:
 
 def loss_configs(case: Case) -> Any:
     """The reference's own configuration of a case. Its names: in_to_orig is downstream MSE, out_to_in local MSE."""
-    from e2e_sae.losses import LossConfigs  # type: ignore[missing-import]
+    from e2e_sae.losses import LossConfigs  # type: ignore[pyrefly:missing-import]
 
     downstream = {"total_coeff": case.downstream_mse, "hook_positions": list(case.downstream_sites)}
     return LossConfigs(
@@ -162,8 +162,8 @@ def loss_configs(case: Case) -> Any:
 
 def training_step(case: Case, model: Any, weights: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """Run the reference's training loop on one batch, up to its optimiser: activations, losses, gradients."""
-    from e2e_sae import SAETransformer  # type: ignore[missing-import]
-    from e2e_sae.losses import calc_loss  # type: ignore[missing-import]
+    from e2e_sae import SAETransformer  # type: ignore[pyrefly:missing-import]
+    from e2e_sae.losses import calc_loss  # type: ignore[pyrefly:missing-import]
 
     transformer = SAETransformer(model, [case.site], FEATURES / WIDTH)
     sae = transformer.saes[case.site.replace(".", "-")]

@@ -33,7 +33,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "pieces": 1})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[bad-override]
+    def step(self) -> None:  # type: ignore[pyrefly:bad-override]
         for group in self.param_groups:
             for weight in group["params"]:
                 if "momentum" not in self.state[weight]:

@@ -36,7 +36,7 @@ class Case:
     def reconstruct(self) -> Callable[[Tensor], Tensor]:
         """The SAE as SAELens reads it, or, in an environment that SAELens cannot be in, endwise."""
         try:
-            import sae_lens  # type: ignore[missing-import]
+            import sae_lens  # type: ignore[pyrefly:missing-import]
         except ImportError:
             import endwise
 

@@ -2,7 +2,7 @@
 
 import torch
 import yaml
-from circuit_tracer.transcoder import single_layer_transcoder  # type: ignore[missing-import]
+from circuit_tracer.transcoder import single_layer_transcoder  # type: ignore[pyrefly:missing-import]
 from safetensors.torch import load_file
 
 from meeting import compared, given

@@ -1,8 +1,8 @@
 """delphi caches the same latents of an SAE of ours, which `endwise convert` wrote as sparsify's."""
 
 import torch
-from delphi.latents import LatentCache  # type: ignore[missing-import]
-from delphi.sparse_coders.load_sparsify import load_sparsify_hooks  # type: ignore[missing-import]
+from delphi.latents import LatentCache  # type: ignore[pyrefly:missing-import]
+from delphi.sparse_coders.load_sparsify import load_sparsify_hooks  # type: ignore[pyrefly:missing-import]
 from transformers import AutoModel
 
 from meeting import compared, given

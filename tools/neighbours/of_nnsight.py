@@ -1,7 +1,7 @@
 """nnsight runs a model with an SAE of ours in place of a block's input."""
 
 import torch
-from nnsight import NNsight  # type: ignore[missing-import]
+from nnsight import NNsight  # type: ignore[pyrefly:missing-import]
 from transformers import AutoModelForCausalLM
 
 from meeting import compared, cross_entropy, given

@@ -1,7 +1,7 @@
 """nnterp, whose names are the same for all architectures, runs a model with an SAE of ours after a block."""
 
 import torch
-from nnterp import StandardizedTransformer  # type: ignore[missing-import]
+from nnterp import StandardizedTransformer  # type: ignore[pyrefly:missing-import]
 
 from meeting import compared, cross_entropy, given
 

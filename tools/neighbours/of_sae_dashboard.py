@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_dashboard.data_writing_fns import save_feature_centric_vis  # type: ignore[missing-import]
-from sae_dashboard.sae_vis_data import SaeVisConfig  # type: ignore[missing-import]
-from sae_dashboard.sae_vis_runner import (  # type: ignore[missing-import]
+from sae_dashboard.data_writing_fns import save_feature_centric_vis  # type: ignore[pyrefly:missing-import]
+from sae_dashboard.sae_vis_data import SaeVisConfig  # type: ignore[pyrefly:missing-import]
+from sae_dashboard.sae_vis_runner import (  # type: ignore[pyrefly:missing-import]
     FeatureDataGeneratorFactory,
     SaeVisRunner,
 )
-from sae_lens import SAE, HookedSAETransformer  # type: ignore[missing-import]
-from transformer_lens import loading_from_pretrained as loading  # type: ignore[missing-import]
+from sae_lens import SAE, HookedSAETransformer  # type: ignore[pyrefly:missing-import]
+from transformer_lens import loading_from_pretrained as loading  # type: ignore[pyrefly:missing-import]
 from transformers import PreTrainedTokenizerFast
 
 from meeting import compared, given

@@ -1,6 +1,6 @@
 """SAELens opens an SAE of ours, and evaluates it with its own metrics."""
 
-import sae_lens  # type: ignore[missing-import]
+import sae_lens  # type: ignore[pyrefly:missing-import]
 import torch
 
 from meeting import compared, cross_entropy, given

@@ -1,7 +1,7 @@
 """TransformerLens's bridge runs a model with an SAE of ours in place, by the name of the site that both use."""
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge  # type: ignore[missing-import]
+from transformer_lens.model_bridge import TransformerBridge  # type: ignore[pyrefly:missing-import]
 
 from meeting import compared, cross_entropy, given
 

@@ -87,7 +87,7 @@ OURS = {
 def import_rival() -> None:
     """Its activation buffer imports nnsight, which does not import beside transformers 5; no trainer uses either."""
     module = types.ModuleType("nnsight")
-    module.LanguageModel = object  # type: ignore[missing-attribute]
+    module.LanguageModel = object  # type: ignore[pyrefly:missing-attribute]
     sys.modules.setdefault("nnsight", module)
 
 

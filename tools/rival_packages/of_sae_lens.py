@@ -68,7 +68,7 @@ CASES = (
 
 def training_sae(case: Case, start: bool = True) -> Any:
     """The rival's training SAE: from the common weights, or with its own initialisation."""
-    from sae_lens.registry import get_sae_training_class  # type: ignore[missing-import]
+    from sae_lens.registry import get_sae_training_class  # type: ignore[pyrefly:missing-import]
 
     cls, config = get_sae_training_class(case.architecture)
     settings = {key: list(value) if isinstance(value, list) else value for key, value in case.settings.items()}
@@ -85,7 +85,7 @@ def training_sae(case: Case, start: bool = True) -> Any:
 
 def forward(sae: Any, x: Tensor, mask: Tensor | None = None) -> Any:
     """The rival's forward pass of training, at the full coefficients."""
-    from sae_lens.saes.sae import TrainStepInput  # type: ignore[missing-import]
+    from sae_lens.saes.sae import TrainStepInput  # type: ignore[pyrefly:missing-import]
 
     coefficients = {name: getattr(value, "value", value) for name, value in sae.get_coefficients().items()}
     return sae.training_forward_pass(TrainStepInput(x, coefficients, mask, 0, False))
@@ -124,8 +124,8 @@ def one_pass(case: Case, x: Tensor) -> dict[str, Tensor]:
 
 def run(case: Case) -> tuple[Any, dict[str, Tensor]]:
     """Trains from the common weights with the rival's own trainer, one batch a step."""
-    from sae_lens.config import SAETrainerConfig  # type: ignore[missing-import]
-    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[missing-import]
+    from sae_lens.config import SAETrainerConfig  # type: ignore[pyrefly:missing-import]
+    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[pyrefly:missing-import]
 
     sae = training_sae(case)
     config = SAETrainerConfig(
@@ -170,7 +170,7 @@ def training_files(stored: Stored) -> dict[str, Any]:
 
 def folding_files(stored: Stored) -> None:
     """Norms of the input that SAELens folds into the weights when training ends."""
-    from sae_lens.training.activation_scaler import ActivationScaler  # type: ignore[missing-import]
+    from sae_lens.training.activation_scaler import ActivationScaler  # type: ignore[pyrefly:missing-import]
 
     batches = making.batches()
     cases = {case.name: case for case in CASES}
@@ -194,7 +194,7 @@ def folding_files(stored: Stored) -> None:
 
 
 def metadata(**more: Any) -> Any:
-    from sae_lens.saes.sae import SAEMetadata  # type: ignore[missing-import]
+    from sae_lens.saes.sae import SAEMetadata  # type: ignore[pyrefly:missing-import]
 
     plain = {"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_pre", "context_size": 16, "prepend_bos": True}
     return SAEMetadata(**plain | {"model_class_name": "HookedTransformer", "dataset_path": "made-up"} | more)
@@ -226,7 +226,7 @@ INFERENCE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def expected(stored: Stored, name: str, x: Tensor) -> None:
     """Writes beside the folder what SAELens gives for it, once it has opened the folder again."""
-    from sae_lens import SAE  # type: ignore[missing-import]
+    from sae_lens import SAE  # type: ignore[pyrefly:missing-import]
 
     folder = stored.folder / "inference" / name
     path = folder / "cfg.json"
@@ -240,7 +240,7 @@ def expected(stored: Stored, name: str, x: Tensor) -> None:
 
 def inference_files(stored: Stored, after: Mapping[str, Any]) -> None:
     """Folders as SAELens writes them, and what it computes from them."""
-    from sae_lens.registry import get_sae_class  # type: ignore[missing-import]
+    from sae_lens.registry import get_sae_class  # type: ignore[pyrefly:missing-import]
 
     x, common = making.batches()[0], making.weights()
     for name, (architecture, given) in INFERENCE.items():

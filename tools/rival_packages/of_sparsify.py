@@ -59,7 +59,7 @@ def start_weights(case: Case) -> dict[str, Tensor]:
 
 
 def settings(case: Case) -> Any:
-    from sparsify import SparseCoderConfig  # type: ignore[missing-import]
+    from sparsify import SparseCoderConfig  # type: ignore[pyrefly:missing-import]
 
     return SparseCoderConfig(num_latents=FEATURES, k=4, **case.coder)
 
@@ -74,7 +74,7 @@ def fill(coder: Any, case: Case) -> Any:
 
 
 def new_coder(case: Case, start: bool = True) -> Any:
-    from sparsify import SparseCoder  # type: ignore[missing-import]
+    from sparsify import SparseCoder  # type: ignore[pyrefly:missing-import]
 
     torch.manual_seed(making.SEED)
     coder = SparseCoder(WIDTH, settings(case), dtype=torch.float32)
@@ -150,7 +150,7 @@ class OneModule(nn.Module):
 
 def run(case: Case) -> dict[str, Tensor]:
     """Trains from the common weights with the rival's own trainer, one batch a step, at a constant rate."""
-    from sparsify import TrainConfig, Trainer  # type: ignore[missing-import]
+    from sparsify import TrainConfig, Trainer  # type: ignore[pyrefly:missing-import]
 
     ids = [{"input_ids": row} for row in torch.arange(STEPS * ROWS).reshape(STEPS, ROWS)]
     more = {"optimizer": "adam", "lr": LEARNING_RATE, "log_to_wandb": False, "save_every": 1000}

@@ -50,7 +50,7 @@ def run(folder: Path) -> int:
 
 def _opened(path: Path, x: Tensor) -> tuple[str, Tensor, Tensor]:
     """The class that SAELens opens a folder as, its latents `[rows d_sae]` and outputs `[rows d_out]`."""
-    from sae_lens import SAE  # type: ignore[missing-import]
+    from sae_lens import SAE  # type: ignore[pyrefly:missing-import]
 
     sae = SAE.load_from_disk(path)
     if json.loads((path / "cfg.json").read_text())["reshape_activations"] == "hook_z":

@@ -69,7 +69,7 @@ def with_options(run: Callable[P, R], function: Callable[P, R], types: Mapping[s
     """Give a command's wrapper the command's signature, and options more."""
     added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=types[n]) for n in types]
     signature = inspect.signature(function)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[missing-attribute]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[pyrefly:missing-attribute]
     run.__annotations__ = {**function.__annotations__, **types}
     return run
 

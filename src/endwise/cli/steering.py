@@ -98,7 +98,7 @@ def _asked(
     for text in clamp or ():
         match = re.fullmatch(r"(\d+)=(.+)", text)
         try:
-            found.append(("clamp", [int(match[1])], float(match[2])))  # type: ignore[unsupported-operation]
+            found.append(("clamp", [int(match[1])], float(match[2])))  # type: ignore[pyrefly:unsupported-operation]
         except (TypeError, ValueError):
             raise ConfigError(f"--clamp takes FEATURE=VALUE, as 141=8; given {text!r:.80}.") from None
     features, amounts = list(feature or ()), list(by or ())

@@ -137,7 +137,7 @@ def _of_jupyter() -> Callable[[str], None] | None:
     shell = None if ipython is None else ipython.get_ipython()
     if getattr(shell, "kernel", None) is None:
         return None
-    from IPython.display import display  # type: ignore[missing-import]
+    from IPython.display import display  # type: ignore[pyrefly:missing-import]
 
     handles = []
 

@@ -69,7 +69,7 @@ class Several(dict[K, V]):
 
     def __missing__(self, key: object) -> V:
         if isinstance(key, str):
-            return self[Path(key)]  # type: ignore[bad-index]
+            return self[Path(key)]  # type: ignore[pyrefly:bad-index]
         raise KeyError(key)
 
     def _repr_html_(self) -> str:

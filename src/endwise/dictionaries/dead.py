@@ -85,7 +85,7 @@ class DeadConfig(DictionaryConfig):
     """Norm of their encoders, as a share of the mean of those of the alive."""
 
     @property
-    def batchwise(self) -> bool:  # type: ignore[bad-override]  by a setting, not the class
+    def batchwise(self) -> bool:  # type: ignore[pyrefly:bad-override]  by a setting, not the class
         return self.aux > 0
 
 

@@ -221,7 +221,7 @@ class _Jump(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_values: Tensor | None, of_gates: Tensor | None) -> Any:  # type: ignore[bad-override]
+    def backward(ctx: Any, of_values: Tensor | None, of_gates: Tensor | None) -> Any:  # type: ignore[pyrefly:bad-override]
         z, threshold, bandwidth = ctx.saved_tensors
         each = _each(threshold, ctx.pairs)
         near = (z - each).abs() < bandwidth / 2

@@ -311,7 +311,7 @@ class _PerPair(Function):
         return numbers.index_select(0, pairs.features)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[bad-override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[pyrefly:bad-override]
         return feature_sums(upstream, ctx.pairs), None
 
 
@@ -322,7 +322,7 @@ class _FeatureSums(Function):
         return kernels_for(numbers.device).feature_sums(numbers, pairs)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[bad-override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[pyrefly:bad-override]
         return per_pair(upstream, ctx.pairs), None
 
 
@@ -337,7 +337,7 @@ class _ActiveValues(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[bad-override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[pyrefly:bad-override]
         x, weight = ctx.saved_tensors
         upstream, pairs = _without_zeros(upstream, ctx.pairs)
         kernels = kernels_for(x.device)
@@ -370,7 +370,7 @@ class _WeightedRows(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[bad-override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[pyrefly:bad-override]
         scaled, weight, norms = ctx.saved_tensors
         pairs: Pairs = ctx.pairs
         kernels = kernels_for(weight.device)

@@ -189,7 +189,7 @@ class LinearSAE(SAE):
         return decoded if self.W_skip is None else decoded + linear(x.to(self.W_skip.dtype), self.W_skip)
 
     @property
-    def dead_window(self) -> int | None:  # type: ignore[bad-override]  a recipe says it
+    def dead_window(self) -> int | None:  # type: ignore[pyrefly:bad-override]  a recipe says it
         return self.dead.config.dead_window if self.dead else None
 
     @property

@@ -257,15 +257,15 @@ class NormedSAE(SAE):
         self.norm: Norm = Fitted(kind, inner.d_in, inner.d_out) if fitted else of_token(kind)
         self.first_tokens = max(inner.first_tokens, FITTED_ON) if fitted else inner.first_tokens
         self.last_tokens, self.sparse_below = inner.last_tokens, inner.sparse_below
-        self.dead_window, self.wants_gradient = inner.dead_window, inner.wants_gradient  # type: ignore[read-only]
-        self.architecture = inner.architecture  # type: ignore[read-only]  of its kind, not of a class
+        self.dead_window, self.wants_gradient = inner.dead_window, inner.wants_gradient  # type: ignore[pyrefly:read-only]
+        self.architecture = inner.architecture  # type: ignore[pyrefly:read-only]  of its kind, not of a class
 
     @property
-    def b_enc(self) -> nn.Parameter:  # type: ignore[bad-override]
+    def b_enc(self) -> nn.Parameter:  # type: ignore[pyrefly:bad-override]
         return self.inner.b_enc
 
     @property
-    def b_dec(self) -> nn.Parameter:  # type: ignore[bad-override]
+    def b_dec(self) -> nn.Parameter:  # type: ignore[pyrefly:bad-override]
         return self.inner.b_dec
 
     @property

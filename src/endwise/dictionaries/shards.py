@@ -82,7 +82,7 @@ class ShardedSAE(SAE):
 
     def __init__(self, whole: SAE, world: World) -> None:
         super().__init__(whole.d_in, whole.d_sae, whole.d_out)
-        self.architecture = whole.architecture  # type: ignore[read-only]  of its kind, not of a class
+        self.architecture = whole.architecture  # type: ignore[pyrefly:read-only]  of its kind, not of a class
         of_features, shards = set(map(id, whole.per_feature())), world.shards
         own: dict[str, Tensor] = {}
         for name, parameter in whole.named_parameters():
@@ -95,7 +95,7 @@ class ShardedSAE(SAE):
         # It is no module of this one: its parameters and buffers are this one's, by the names that the whole has.
         vars(self).update(part=part, _parameters=vars(part)["_parameters"], _buffers=vars(part)["_buffers"])
         self.first_tokens, self.last_tokens, self.sparse_below = part.first_tokens, part.last_tokens, part.sparse_below
-        self.dead_window, self.wants_gradient = part.dead_window, part.wants_gradient  # type: ignore[read-only]
+        self.dead_window, self.wants_gradient = part.dead_window, part.wants_gradient  # type: ignore[pyrefly:read-only]
         self.world = world
 
     part: SAE

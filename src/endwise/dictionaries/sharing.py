@@ -20,7 +20,7 @@ class _Sum(Function):
         return total.to(own.dtype)
 
     @staticmethod
-    def backward(_ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[bad-override]
+    def backward(_ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[pyrefly:bad-override]
         return upstream, None
 
 

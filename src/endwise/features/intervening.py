@@ -46,10 +46,10 @@ class Intervention(Shown, ABC):
             ConfigError: they are no whole numbers.
         """
         try:
-            several = [self.feature] if hasattr(self.feature, "__index__") else list(self.feature)  # type: ignore[bad-argument-type]
+            several = [self.feature] if hasattr(self.feature, "__index__") else list(self.feature)  # type: ignore[pyrefly:bad-argument-type]
             if any(isinstance(each, bool) for each in several):
                 raise TypeError
-            return [index(each) for each in several]  # type: ignore[bad-argument-type]
+            return [index(each) for each in several]  # type: ignore[pyrefly:bad-argument-type]
         except TypeError:
             raise ConfigError(
                 f"{type(self).__name__} takes the number of a feature, or several; given {self.feature!r:.80}."

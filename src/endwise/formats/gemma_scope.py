@@ -59,7 +59,7 @@ class GemmaScope(Format):
         tensors = stored.under(False)
         tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
         content = io.BytesIO()
-        np.savez(content, **{name: tensors[name].cpu().numpy() for name in _NAMES})  # type: ignore[bad-argument-type]
+        np.savez(content, **{name: tensors[name].cpu().numpy() for name in _NAMES})  # type: ignore[pyrefly:bad-argument-type]
         write_atomic(self.weights(path), content.getvalue())
 
     def weights(self, path: Path) -> Path:

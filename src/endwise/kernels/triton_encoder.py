@@ -88,7 +88,7 @@ def places_of_bits(bits, begins, features, n, words, room, ROWS: tl.constexpr, W
         left = tl.load(place, here[:, None] & (own < words)[None, :], 0).to(tl.uint32, bitcast=True)
         count = _ones(left)
         spots = begin[:, None] + tl.cumsum(count, 1) - count
-        while tl.max(tl.max(left, 1), 0) > 0:  # type: ignore[unsupported-operation]
+        while tl.max(tl.max(left, 1), 0) > 0:  # type: ignore[pyrefly:unsupported-operation]
             lower = (left ^ (left - 1)) >> 1  # the bits below the lowest that is set
             feature = (own[None, :] * 32 + _ones(lower)).to(features.dtype.element_ty)
             tl.store(features + spots, feature, (left > 0) & (spots < room))

@@ -73,7 +73,7 @@ class LanguageModel(ShownModel):
             raise ModelError(f"{type(model).__name__} has no output embedding, so it is not a causal language model.")
         self._unembedding = unembedding
         self._blocks = find_blocks(model, getattr(text_config, "num_hidden_layers", None))
-        self.vocab_size = int(unembedding.weight.shape[0])  # type: ignore[bad-index]
+        self.vocab_size = int(unembedding.weight.shape[0])  # type: ignore[pyrefly:bad-index]
         self.context: int | None = getattr(text_config, "max_position_embeddings", None) or None
         """Most positions; None: the configuration names no bound."""
         self.readout = _readout(unembedding, text_config)

@@ -58,7 +58,7 @@ class Term(ABC):
         Args:
             settings: the fields of `Settings` but for the weight.
         """
-        return cls(weight, **settings)  # type: ignore[bad-argument-count]  of a term's dataclass, not of `Term`
+        return cls(weight, **settings)  # type: ignore[pyrefly:bad-argument-count]  of a term's dataclass, not of `Term`
 
 
 class SplicedTerm(Term):

@@ -265,7 +265,7 @@ class Trainee:
         # `found_inf` is 1, without the host having to look.
         found_inf = bad.float()
         grad_scale = ((self._norm + CLIP_EPSILON) / (self.config.gradient_clip or float("inf"))).clamp_min(1.0)
-        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # type: ignore[missing-attribute]
+        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, grad_scale.float()  # type: ignore[pyrefly:missing-attribute]
         self.optimizer.step()
         self.sae.after_step()
         for name in self._per_token:

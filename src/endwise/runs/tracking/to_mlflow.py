@@ -25,8 +25,8 @@ class MLflow(Outside):
     name = package = "mlflow"
 
     def begin(self, run: TrackedRun) -> str:
-        from mlflow import MlflowClient  # type: ignore[missing-import]
-        from mlflow.entities import Param  # type: ignore[missing-import]
+        from mlflow import MlflowClient  # type: ignore[pyrefly:missing-import]
+        from mlflow.entities import Param  # type: ignore[pyrefly:missing-import]
 
         self._client: Any = MlflowClient()
         self._step = max(run.sent, 0)
@@ -44,7 +44,7 @@ class MLflow(Outside):
         return self._id
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric  # type: ignore[missing-import]
+        from mlflow.entities import Metric  # type: ignore[pyrefly:missing-import]
 
         self._step = step
         now = int(time.time() * 1000)

@@ -18,7 +18,7 @@ class Trackio(Outside):
     name = package = "trackio"
 
     def begin(self, run: TrackedRun) -> str:
-        import trackio  # type: ignore[missing-import]
+        import trackio  # type: ignore[pyrefly:missing-import]
 
         self._trackio, self._step = trackio, max(run.sent, 0)
         name = run.id or f"{run.name}-{secrets.token_hex(3)}"  # it identifies runs by their names

@@ -18,7 +18,7 @@ class WeightsAndBiases(Outside):
     name = package = "wandb"
 
     def begin(self, run: TrackedRun) -> str:
-        import wandb  # type: ignore[missing-import]
+        import wandb  # type: ignore[pyrefly:missing-import]
 
         os.environ.setdefault("WANDB_DIR", str(run.folder / "trackers"))
         self._folder = run.folder

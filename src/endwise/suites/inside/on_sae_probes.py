@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 
 from opening import BenchJob, done
-from sae_probes import DATASETS, run_sae_evals  # type: ignore[missing-import]
-from sae_probes.generate_model_activations import ensure_dataset_activations  # type: ignore[missing-import]
+from sae_probes import DATASETS, run_sae_evals  # type: ignore[pyrefly:missing-import]
+from sae_probes.generate_model_activations import ensure_dataset_activations  # type: ignore[pyrefly:missing-import]
 
 LONGEST = 1024
 """Tokens of a text that sae-probes reads."""

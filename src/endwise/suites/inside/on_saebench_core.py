@@ -4,10 +4,10 @@ from pathlib import Path
 
 from datasets import Dataset
 from opening import BenchJob, done
-from sae_bench.evals.core import main as core  # type: ignore[missing-import]
-from sae_bench.evals.core.eval_config import CoreEvalConfig  # type: ignore[missing-import]
-from sae_bench.sae_bench_utils import general_utils, get_eval_uuid  # type: ignore[missing-import]
-from sae_lens import ActivationsStore  # type: ignore[missing-import]
+from sae_bench.evals.core import main as core  # type: ignore[pyrefly:missing-import]
+from sae_bench.evals.core.eval_config import CoreEvalConfig  # type: ignore[pyrefly:missing-import]
+from sae_bench.sae_bench_utils import general_utils, get_eval_uuid  # type: ignore[pyrefly:missing-import]
+from sae_lens import ActivationsStore  # type: ignore[pyrefly:missing-import]
 
 KEPT = (
     "ce_loss_score", "ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation", "kl_div_score",

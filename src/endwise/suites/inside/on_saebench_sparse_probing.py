@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pandas as pd  # pyright: ignore[reportMissingImports]
 from opening import BenchJob, done
-from sae_bench.evals.sparse_probing import main as probing  # type: ignore[missing-import]
-from sae_bench.evals.sparse_probing.eval_config import (  # type: ignore[missing-import]
+from sae_bench.evals.sparse_probing import main as probing  # type: ignore[pyrefly:missing-import]
+from sae_bench.evals.sparse_probing.eval_config import (  # type: ignore[pyrefly:missing-import]
     SparseProbingEvalConfig,
 )
-from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils  # type: ignore[missing-import]
+from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils  # type: ignore[pyrefly:missing-import]
 
 
 def main(job: BenchJob) -> None:

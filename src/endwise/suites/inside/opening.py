@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sae_lens  # type: ignore[missing-import]
+import sae_lens  # type: ignore[pyrefly:missing-import]
 import torch
 
 
@@ -42,10 +42,10 @@ class BenchJob:
     def open_model(self) -> Any:
         """The plain model. A folder is opened by TransformerLens's bridge, as its own models know names alone."""
         if Path(self.model).is_dir():
-            from transformer_lens.model_bridge import TransformerBridge  # type: ignore[missing-import]
+            from transformer_lens.model_bridge import TransformerBridge  # type: ignore[pyrefly:missing-import]
 
             return TransformerBridge.boot_transformers(self.model, device=self.device)
-        from transformer_lens import HookedTransformer  # type: ignore[missing-import]
+        from transformer_lens import HookedTransformer  # type: ignore[pyrefly:missing-import]
 
         return HookedTransformer.from_pretrained_no_processing(self.model, device=self.device)
 
