@@ -36,6 +36,11 @@ def main():
     listener.listen(64)
     for library in LIBRARIES:
         import_module(library)
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")  # kept from then on
+    # torchrun names its own functions from their frames, for which it looks through all modules each time.
+    import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous").get_method_name = lambda depth=2: (
+        sys._getframe(depth).f_code.co_name
+    )
     os.fsync = lambda _descriptor: None  # as in conftest.py
     gc.freeze()  # a collection in a child would copy every page that it looks at
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user's Ctrl-C ends the tests, and they end this
