@@ -73,7 +73,7 @@ def main(environment: Path, wheel: Path) -> None:
     packages = closure(requirements(wheel))
     for package in packages:
         link(package, folder)
-    pip = [python, "-m", "pip"]
+    pip = [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], check=True)
     subprocess.run([*pip, "check"], check=True)
     print(f"{wheel.name} with {len(packages)} packages that it asks for.")
