@@ -9,9 +9,18 @@ from torch.func import functional_call
 
 import endwise
 from endwise.common.errors import ConfigError, ElsewhereFailed
+from endwise.common.processes import ALONE
 from endwise.config.run import RunConfig
 from endwise.dictionaries import BatchTopKSAE, DenseLatents, JumpReLUSAE, SparseLatents
-from endwise.dictionaries.selection import SPARSE_BELOW, Annealed, Encoder, candidates_of_step, cut_of, threshold_for
+from endwise.dictionaries.selection import (
+    SPARSE_BELOW,
+    Annealed,
+    Encoder,
+    _by_digits,
+    candidates_of_step,
+    cut_of,
+    threshold_for,
+)
 from endwise.kernels import Rooms, standing_in
 from endwise.kernels.interface import Room
 from endwise.training.planning.plan import plan
@@ -279,6 +288,9 @@ def test_the_smallest_kept_value_is_exact(dtype, count):
     ordered = values[values > 0].sort(descending=True).values
     kept = ordered[:count]
     assert float(cut.smallest) == (float(kept[-1]) if len(kept) else float("inf"))
+    bits = values.where(values > 0, 0.0).view(torch.int32 if dtype == torch.float32 else torch.int64)
+    searched = _by_digits(bits, torch.tensor(len(kept)), ALONE).view(dtype)  # as on a GPU
+    assert float(searched) == float(kept[-1]) if len(kept) else searched.isnan()
     assert torch.equal(values[cut.kept(values) & ~values.isnan()].sort(descending=True).values, kept)
 
 

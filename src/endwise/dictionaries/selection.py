@@ -101,29 +101,22 @@ class Cut(NamedTuple):
 def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE) -> Cut:
     """Find where the `count` largest positive values of all processes end, or all of them if they are fewer.
 
-    Positive floats are ordered as the integers that their bits spell, so that the smallest kept value is found digit
-    by digit, exactly, by counting how many are at least so large. Several processes add up their counts: of 15 numbers,
-    eight times.
+    Positive floats are ordered as the integers that their bits spell, among which the smallest kept value is selected,
+    or searched for digit by digit (`_by_digits`): exactly.
 
     Args:
         values: this process's; what is not positive, or NaN, does not compete.
         count: of all processes, a whole number.
     """
-    whole, digits = (torch.int32, 31) if values.dtype.itemsize == 4 else (torch.int64, 63)
-    bits = values.where(values > 0, 0.0).view(whole)
-
-    def counted(*least: Tensor) -> Tensor:
-        counts = torch.stack([(bits >= each).sum() for each in least])
-        world.add([counts])
-        return counts
-
-    found = torch.zeros((), dtype=whole, device=values.device)
-    there = counted(found + 1)[0]
+    bits = values.where(values > 0, 0.0).view(torch.int32 if values.dtype.itemsize == 4 else torch.int64)
+    there = (bits > 0).sum()
+    world.add([there])
     wanted = torch.minimum(count, there)
-    width = 1 if world.size == 1 else 4
-    for shift, ones in _digits(digits, width):
-        reached = counted(*(found + (digit << shift) for digit in range(1, 1 << ones))) >= wanted
-        found = found + (reached.sum().to(whole) << shift)
+    if world.size == 1 and not kernels_for(values.device).holds:  # what is counted is waited for anyway
+        last = int(wanted)
+        found = bits.kthvalue(len(bits) - last + 1).values if last else bits.new_full((), -1)
+    else:
+        found = _by_digits(bits, wanted, world)
     smallest = found.view(values.dtype)
     smallest = smallest.where(smallest.isfinite(), torch.inf)  # of no value at all every bit is set, which is NaN
     ties = torch.zeros(world.size + 1, dtype=torch.int64, device=values.device)
@@ -133,6 +126,18 @@ def cut_of(values: Float[Tensor, " places"], count: Tensor, world: World = ALONE
     world.add([ties])
     kept = (wanted - ties[-1] - ties[: world.rank].sum()).clamp(min=0).minimum(own)
     return Cut(smallest, kept, there >= count)
+
+
+def _by_digits(bits: Tensor, wanted: Tensor, world: World) -> Tensor:
+    """Find the smallest of the `wanted` largest integers of all processes, none negative, digit by digit, by counting
+    how many are at least so large. Several processes add up their counts: of 15 numbers, eight times.
+    """
+    found = bits.new_zeros(())
+    for shift, ones in _digits(8 * bits.dtype.itemsize - 1, 1 if world.size == 1 else 4):
+        counts = torch.stack([(bits >= found + (digit << shift)).sum() for digit in range(1, 1 << ones)])
+        world.add([counts])
+        found = found + ((counts >= wanted).sum().to(bits.dtype) << shift)
+    return found
 
 
 def _digits(bits: int, width: int) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,8 @@ class TokenBatch(Shown):
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Copy to the device. From pinned memory the copy is only issued; later work on its stream follows it."""
+        if self.tokens.device == torch.device(device):
+            return self
         pinned = self.tokens.is_pinned()
         return type(self)(self.tokens.to(device, non_blocking=pinned), self.mask.to(device, non_blocking=pinned))
 

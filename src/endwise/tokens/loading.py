@@ -341,6 +341,7 @@ def _embedded_documents(side: str) -> Documents:
     return documents_in(_embedded_tokens(side), EMBEDDED_EOS)
 
 
+@cache
 def _embedded_tokenizer() -> Any:
     from tokenizers import Tokenizer
 
