@@ -83,18 +83,32 @@ def stored(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory):
-    """The folder of a GPT-2 of three blocks, where it does not matter how many there are."""
+def gpt2_of(blocks: int, folder: Path) -> Path:
     config = FAMILIES["gpt2"].config()
-    config.n_layer = 3
-    folder = tmp_path_factory.mktemp("three_blocks")
+    config.n_layer = blocks
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """The folder of a GPT-2 of two blocks, where it does not matter how many there are."""
+    return gpt2_of(2, tmp_path_factory.mktemp("two_blocks"))
+
+
+@pytest.fixture(scope="session")
+def three_blocks(tmp_path_factory):
+    return gpt2_of(3, tmp_path_factory.mktemp("three_blocks"))
+
+
 def dry(config: RunConfig, device="cpu") -> DryRun:
     return DryRun(config, torch.device(device), config.training.batch)
+
+
+@cache
+def known(folder: Path, kind="e2e", **training):
+    """The plan of a recipe that several tests compare with, in this process."""
+    return plan(recipe(folder, kind, **training))
 
 
 def flops_of(config: RunConfig):
@@ -216,9 +230,9 @@ CASES = {
     "case",  # "more passes" holds what "passes" does, and of a step's sizes one is enough
     [pytest.param(case, marks=pytest.mark.slow if case in ("passes", "wide") else ()) for case in CASES],
 )
-def test_a_dry_step_holds_what_a_real_one_holds(gpt2, case):
+def test_a_dry_step_holds_what_a_real_one_holds(gpt2, three_blocks, case):
     """The same is followed while real tensors go through the training loop's own step."""
-    config = recipe(gpt2, **CASES[case])
+    config = recipe(three_blocks if case == "e2e_ds" else gpt2, **CASES[case])  # of later sites there are several
     training = config.training
     dry_run = dry(config)
     planned = dry_run.stages(training.accumulation, dry_run.microbatch, only_step=True)[STEP]
@@ -313,7 +327,7 @@ def test_kept_activations_are_planned_on_the_disk(gpt2, tmp_path):
     phases = [{"share": 0.75, "objective": {"kind": "local"}}, {"share": 0.25, "objective": {"kind": "e2e"}}]
     found = plan(RunConfig.build(values | {"phases": phases}, "it"))
     assert found.kept_bytes == found.needs[-1].bytes == size * 3 // 4
-    assert plan(config).kept_bytes == plan(recipe(gpt2)).kept_bytes == 0
+    assert known(gpt2, "local").kept_bytes == known(gpt2).kept_bytes == 0
 
 
 DICTIONARIES = {
@@ -373,9 +387,9 @@ def test_a_dictionarys_operations_are_those_of_its_step(gpt2, architecture, opti
     ],
     ids=["standard", "batchtopk", "standard-e2e_ds", "batchtopk-local"],
 )
-def test_dead_features_are_planned_as_if_all_were_dead(gpt2, kind, dictionary, options):
+def test_dead_features_are_planned_as_if_all_were_dead(gpt2, three_blocks, kind, dictionary, options):
     """Plan for all features dead, since their number is not known before."""
-    values = recipe(gpt2, kind, size=400).model_dump(mode="json")
+    values = recipe(three_blocks if kind == "e2e_ds" else gpt2, kind, size=400).model_dump(mode="json")
 
     def planned(more) -> int:
         return step_bytes(RunConfig.build(values | {"dictionary": {"size": 400, **dictionary, **more}}))
@@ -392,7 +406,7 @@ def test_a_local_objective_stops_at_the_site(gpt2):
 
 
 def test_processes_share_a_batch(gpt2):
-    alone, one_of_four = (plan(recipe(gpt2, microbatch=1), processes=n) for n in (1, 4))
+    alone, one_of_four = known(gpt2, microbatch=1), plan(recipe(gpt2, microbatch=1), processes=4)
     assert (alone.sequences, one_of_four.sequences) == (8, 2)
     assert one_of_four.steps == alone.steps and one_of_four.total_flops == alone.total_flops
     clean = [each.stages[0].parts[CLEAN] for each in (alone, one_of_four)]
@@ -432,7 +446,8 @@ def test_a_shard_holds_its_features(gpt2, kind, dictionary):
         planned(6, 4000, shards=4)
 
 
-def test_blocks_divided_among_processes(gpt2):
+def test_blocks_divided_among_processes(three_blocks):
+    gpt2 = three_blocks
     sharded = recipe(gpt2, microbatch=1, model={"sharded": True})
     whole, part = (plan(each, processes=2) for each in (recipe(gpt2, microbatch=1), sharded))
     blocks = load_model(str(gpt2)).model.transformer.h
@@ -477,23 +492,24 @@ def test_a_gpu_elsewhere_is_planned_with_its_own_chunks(gpt2):
     assert [need.what.partition(" at ")[0] for need in found.needs] == ["GPU memory", "host memory", "disk"]
     assert [stage.name for stage in found.stages] == [STEP, EVALUATION]
     with standing_in("cuda", HeldKernels()):
-        known = plan(config, memory=80 << 30)
-    product, active = 2 * WIDTH * known.d_sae, known.d_sae / 32
+        held = plan(config, memory=80 << 30)
+    product, active = 2 * WIDTH * held.d_sae, held.d_sae / 32
     searched = product + 2 * WIDTH * 2.5 * active  # a second product of bounds, and slots of candidates
-    assert known.flops == found.flops and known.stages == found.stages
-    saved = known.flops.per_token - known.sparse_flops
+    assert held.flops == found.flops and held.stages == found.stages
+    saved = held.flops.per_token - held.sparse_flops
     assert saved == pytest.approx(4 * product - 4 * 2 * WIDTH * active - searched)
-    exact = plan(recipe(gpt2))
+    exact = known(gpt2)
     assert 2 * found.stages[0].parts[MODEL] == pytest.approx(exact.stages[0].parts[MODEL], rel=0.1)
 
 
 def test_mixed_precision_on_a_cpu_holds_a_second_model(gpt2):
-    exact, mixed = (plan(recipe(gpt2, "local", precision=p)).stages[0].parts[MODEL] for p in ("exact", "mixed"))
+    found = known(gpt2, "local"), plan(recipe(gpt2, "local", precision="mixed"))
+    exact, mixed = (each.stages[0].parts[MODEL] for each in found)
     assert mixed == pytest.approx(1.5 * exact, rel=0.02)
 
 
 def test_what_no_machine_can_run_is_refused(gpt2):
-    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.2"):
+    with pytest.raises(SiteError, match=r"blocks\.0 to blocks\.1"):
         plan(recipe(gpt2, site="blocks.9.hook_resid_pre"))
     with pytest.raises(ConfigError, match="one step alone takes"):
         plan(recipe(gpt2, tokens=CONTEXT))
@@ -507,7 +523,7 @@ def test_nothing_is_left_behind_and_no_weight_is_read(gpt2, tmp_path):
     hollow.mkdir()
     for file in gpt2.iterdir():
         (hollow / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
-    assert plan(recipe(hollow, "local")).parameters == plan(recipe(gpt2, "local")).parameters
+    assert plan(recipe(hollow, "local")).parameters == known(gpt2, "local").parameters
     assert dict(kernels.registered()) == registered
     assert torch.ones(2).sum() == 2
     assert not (hollow / "run").exists()
