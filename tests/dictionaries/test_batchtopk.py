@@ -41,6 +41,8 @@ from topk_family import (
     trained_as,
 )
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 D, F, ROWS = 12, 320, 150
 
 

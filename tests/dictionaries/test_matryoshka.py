@@ -22,6 +22,8 @@ from own_training import train_with
 from rivals import rival
 from topk_family import KINDS, Trained, fitted_on_few, heldout_l0, passed, recipe, trained_as
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 D, F = 12, 320
 
 
@@ -283,7 +285,7 @@ def test_early_features_reconstruct_more_alone(model, tmp_path):
     """Than those of a dictionary that was not asked to; the held-out L0 of the saved one is k."""
     found = {}
     for architecture in ("matryoshka_batchtopk", "batchtopk"):
-        values = recipe(tmp_path / architecture, architecture, tokens=8192, learning_rate=3e-3)
+        values = recipe(tmp_path / architecture, architecture, tokens=4096, learning_rate=3e-3)
         if architecture == "batchtopk":  # whose own test says so
             with fitted_on_few():
                 run = endwise.train(values, model=model, display=False)

@@ -164,8 +164,7 @@ def test_runs_with_every_norm(model, tmp_path):
         x = activations(run.sae.d_in, 20)
         torch.testing.assert_close(SAE.load(run.folder)(x), run.sae.eval()(x), rtol=1e-4, atol=1e-3)
     first = {run.folder: (run.folder / "sae" / "sae_weights.safetensors").read_bytes() for run in runs}
-    for config in configs:
-        run = endwise.train(config, model=model, resume=True, from_step=2, display=False)
+    for run in endwise.train_together(configs, model=model, resume=True, from_step=2, display=False):
         assert (run.folder / "sae" / "sae_weights.safetensors").read_bytes() == first[run.folder]
     on = recipe("none", tmp_path / "on", init_from=str(runs[2].folder))
     with pytest.raises(ConfigError, match=r"Set dictionary\.normalize=layer_norm"):

@@ -62,7 +62,7 @@ def recipe(out: Path, kind: str = "e2e", seed: int = 0, **training: object) -> R
             "dictionary": {"size": 40},
             "objective": objective,
             "training": {"tokens": 640, "batch": 4, "log_every": 3, "learning_rate": 1e-2, **training},
-            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 4},
+            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 16},
             "seed": seed,
             "out": out,
         }

@@ -22,8 +22,8 @@ LOCAL = {"objective.kind": "local"}
 
 
 def a_sweep(made, out, *grids, engine="in_process", **settings):
-    """Sweep of runs of 200 steps on the model and the tokens in `made`."""
-    values = recipe(Path("unused"), tokens=6400, log_every=5).model_dump(mode="json", exclude={"out"})
+    """Sweep of runs of 100 steps on the model and the tokens in `made`."""
+    values = recipe(Path("unused"), tokens=3200, log_every=5).model_dump(mode="json", exclude={"out"})
     values["model"] |= {"name": str(made / "model"), "device": "cpu"}
     values["data"] = data(made).model_dump(mode="json") | {"epochs": 20}
     return SweepConfig.build({"recipe": values, "grids": grids, "engine": engine, "out": out, **settings})

@@ -82,10 +82,10 @@ def recipe(out, architecture, kind="local", seed=0, dictionary=(), **training):
 
 
 @contextmanager
-def fitted_on_few():
+def fitted_on_few(tokens=4096):
     """Fit thresholds to fewer tokens at the end, where a test does not measure them; also a decorator."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchTopKSAE, "last_tokens", 4096)
+        patch.setattr(BatchTopKSAE, "last_tokens", tokens)
         yield
 
 

@@ -25,7 +25,7 @@ from joint_runs import LATER, MLPS, RESIDUAL, files, in_double, lines, several, 
 from small_gpt2 import small_corpora, small_model, write_tokens
 from spread import assert_close, launch
 from tiny_models import hooked, tokens
-from topk_family import largest_of_step
+from topk_family import fitted_on_few, largest_of_step
 
 K, STEPS, RATE = 3, 4, 0.2
 SECTIONS = {
@@ -201,7 +201,13 @@ def short(architecture, out, kind="e2e", places=("blocks.1.hook_resid_pre", "blo
     return values
 
 
-@pytest.mark.parametrize("architecture", SECTIONS)
+def architectures(*slow):
+    """All, less those in the quick tier whose state or code another's that stays includes."""
+    return [pytest.param(each, marks=pytest.mark.slow if each in slow else ()) for each in SECTIONS]
+
+
+@pytest.mark.parametrize("architecture", architectures("topk", "batchtopk"))
+@fitted_on_few(512)
 def test_a_resumed_run_ends_in_the_same_bits(made, tmp_path, architecture):
     joint = short(architecture, tmp_path / "joint")
     joint["objective"] |= {"local_mse": 0.5, "terms": {"feature_mse": 0.1}}
@@ -212,7 +218,8 @@ def test_a_resumed_run_ends_in_the_same_bits(made, tmp_path, architecture):
         assert files(folder) == whole and any("step-" in name for name in whole)
 
 
-@pytest.mark.parametrize("architecture", SECTIONS)
+@pytest.mark.parametrize("architecture", architectures("jumprelu", "batchtopk"))
+@fitted_on_few(512)
 def test_alone_or_without_a_pass_each_is_as_apart(made, tmp_path, architecture):
     """One place spliced is an ordinary run, and so is each of several without terms of the pass."""
     for kind, places in (("e2e", {"places": ("blocks.2.hook_resid_pre",)}), ("local", {})):

@@ -12,6 +12,7 @@ from endwise.config.places import PlacesConfig
 from endwise.config.run import RunConfig
 from endwise.runs.checkpoints import read_checkpoint
 from endwise.runs.folder import RunFolder
+from endwise.training import fitting
 from endwise.training.course import Course, Phase, rate_factor
 from endwise.training.making import new_joint_trainee, new_trainee
 from endwise.training.objectives import KL, LocalMSE, Objective, Sparsity
@@ -27,6 +28,14 @@ PHASES = [
     {"share": 0.3, "objective": {"kind": "horizon", "errors": "absolute"}, "learning_rate": 2e-3, "warmup": 0.4},
     {"share": 0.2, "objective": {"kind": "e2e_ds", "downstream_mse": 2.0}, "optimizer": "fresh"},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_on_few():
+    """Scales of errors are measured on 512 tokens: more take longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "MEASURED_ON", 512)
+        yield
 
 
 def phased(out, phases=PHASES, **changes):
