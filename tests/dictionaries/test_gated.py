@@ -251,7 +251,8 @@ def model():
     return endwise.load_model("embedded")
 
 
-def test_behind_a_norm_the_gates_term_is_still_fed(model, tmp_path):
+def test_behind_a_norm_the_gates_term_is_still_fed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("endwise.dictionaries.normed.FITTED_ON", 4096)
     values = {
         "site": "blocks.4.hook_resid_pre",
         "dictionary": {"architecture": "gated", "size": 200, "normalize": "scalar"},

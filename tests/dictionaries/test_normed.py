@@ -154,8 +154,9 @@ def recipe(kind, out="x", **changes):
     }
 
 
-def test_runs_with_every_norm(model, tmp_path):
+def test_runs_with_every_norm(model, tmp_path, monkeypatch):
     """Measured as trained; started again from a checkpoint, they end in the same bits."""
+    monkeypatch.setattr("endwise.dictionaries.normed.FITTED_ON", 4096)
     configs = [RunConfig.build(recipe(kind, tmp_path / kind)) for kind in (*FITTED, *PER_TOKEN)]
     runs = endwise.train_together(configs, model=model, display=False)
     found = endwise.evaluate([run.folder for run in runs], model=model)
