@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from endwise.common.errors import ConfigError, Interrupted
 from endwise.common.registry import Registry
 from endwise.common.terminal import note
-from endwise.config.places import Recipe
+
+if TYPE_CHECKING:  # a process of a tracker reads no recipe
+    from endwise.config.places import Recipe
 
 Status = Literal["finished", "interrupted", "failed"]
 
@@ -23,7 +25,7 @@ Status = Literal["finished", "interrupted", "failed"]
 class Tracker(Protocol):
     """Listener to one run, from one start of it to its end or interruption."""
 
-    def started(self, config: Recipe, folder: Path, step: int | None) -> None:
+    def started(self, config: "Recipe", folder: Path, step: int | None) -> None:
         """Hear of a run that starts (step 0), is resumed, or is measured (None) by this process.
 
         Args:
@@ -90,7 +92,7 @@ class Mirror(AbstractContextManager["Mirror"]):
                 ) from error
         return made
 
-    def started(self, config: Recipe, folder: Path, step: int | None) -> None:
+    def started(self, config: "Recipe", folder: Path, step: int | None) -> None:
         """Begin to send: until then nothing is heard."""
         self._listening, self._waiting = self._waiting, {}
         self._each(lambda tracker: tracker.started(config, folder, step))

@@ -12,12 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from endwise.common.errors import ConfigError, FormatError
 from endwise.common.files import read_json
-from endwise.config.places import Recipe
 from endwise.runs.trackers import NotSent, Status
+
+if TYPE_CHECKING:
+    from endwise.config.places import Recipe
 
 FOLDER = "trackers"
 """Folder in a run's that holds of each tracker what was sent, in which tracked run, and the log of its process."""
@@ -86,7 +88,7 @@ class Outside(ABC):
             raise ModuleNotFoundError(f'there is no package {self.package}; pip install "endwise[{self.name}]"')
         self._patience = patience()
 
-    def started(self, config: Recipe, folder: Path, step: int | None) -> None:
+    def started(self, config: "Recipe", folder: Path, step: int | None) -> None:
         self._folder = folder.absolute()
         log = log_of(self._folder, self.name)
         log.parent.mkdir(exist_ok=True)

@@ -138,6 +138,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._see, self.fakes = see, fakes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so at each of thousands of operations takes long
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.fakes and func is torch.ops.prim.device.default:  # half of all that a pass asks for
             return args[0].fake_device
