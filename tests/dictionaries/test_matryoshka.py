@@ -243,7 +243,9 @@ def test_each_prefix_is_measured_on_held_out_text(runs, model):
     assert told["prefix_l0"].keys() == {str(length) for length in lengths}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(  # others here are of end-to-end runs
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "e2e" else ()) for kind in KINDS]
+)
 def test_every_objective_trains_it(runs, kind):
     lines = lines_of(runs[kind].folder)
     assert lines[-1]["loss"] < lines[0]["loss"]

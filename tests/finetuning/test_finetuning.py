@@ -18,6 +18,8 @@ from endwise.runs.folder import RunFolder
 from endwise.training.sparsity import START
 from places import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TRAINED = FIXTURES / "trained"
 SITE = "blocks.3.hook_resid_pre"
 FEW = TuningSettings(tokens=3200, measured_on=1024, context=64, overrides=("training.evaluate_every=200",))
