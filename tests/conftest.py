@@ -183,14 +183,21 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def fitted_on_little():
-    """Thresholds, scales of errors and norms are fitted to 2,048 tokens: more take longer than a short training."""
+def fitted_on_little(request):
+    """Thresholds, scales of errors and norms are fitted to 2,048 tokens, or a module's `FITTED_ON`: more take longer
+    than a short training.
+    """
+    from endwise.dictionaries import normed
     from endwise.dictionaries.batchtopk import BatchTopKSAE
+    from endwise.dictionaries.jumprelu import JumpReLUSAE
     from endwise.training import fitting
 
+    tokens = getattr(request.module, "FITTED_ON", 2048)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "MEASURED_ON", 2048)
-        patch.setattr(BatchTopKSAE, "last_tokens", 2048)
+        patch.setattr(fitting, "MEASURED_ON", tokens)
+        patch.setattr(normed, "FITTED_ON", tokens)
+        patch.setattr(BatchTopKSAE, "last_tokens", tokens)
+        patch.setattr(JumpReLUSAE, "first_tokens", tokens)
         yield
 
 

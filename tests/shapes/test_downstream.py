@@ -39,7 +39,7 @@ GROUPS = {
     },
     "heads": {"heads": {"site": "blocks.2.attn.hook_z", "dictionary": {"architecture": "topk"}}},
 }
-FEATURES = 32
+FEATURES, FITTED_ON = 32, 256
 pytestmark = pytest.mark.usefixtures("undrawn", "loaded_once", "fitted_on_little", "models_outlined_once")
 
 
@@ -123,7 +123,7 @@ def test_directions(runs, group, tmp_path):
 @pytest.fixture(scope="module")
 def harvested(runs):
     for group in runs.values():
-        said = command("harvest", *group, "--tokens", 1024, "--quiet")
+        said = command("harvest", *group, "--tokens", 512, "--quiet")
         assert said.count(f"of {FEATURES} features fired") == len(group)
     return runs
 

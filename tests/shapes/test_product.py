@@ -79,6 +79,8 @@ OWN = {
     ),
 }
 """Settings of each architecture alone, four of each."""
+FITTED_ON = 256
+"""Tokens: what is fitted is asked for nothing but numbers."""
 TRANSCODERS = ("transcoder", "transcoder with skip")
 CHOOSES_AMONG_ALL = (
     ("architecture", "batchtopk"),
@@ -178,18 +180,6 @@ def model():
     return endwise.load_model("embedded")
 
 
-@pytest.fixture(scope="module")
-def fitted_on_less(fitted_on_little):
-    """On 512 tokens: what is fitted is asked for nothing but numbers."""
-    from endwise.dictionaries.batchtopk import BatchTopKSAE
-    from endwise.training import fitting
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "MEASURED_ON", 512)
-        patch.setattr(BatchTopKSAE, "last_tokens", 512)
-        yield
-
-
 def test_the_architectures_are_those_that_ship():
     names = [name for name in ARCHITECTURES.names() if ARCHITECTURES[name].architecture == name]
     shipped = {name for name in names if ARCHITECTURES[name].__module__.startswith("endwise.")}
@@ -215,7 +205,8 @@ def test_what_is_left_out_is_what_a_recipe_refuses(rule):
 
 
 @pytest.mark.parametrize("name", FACTORS["architecture"])
-def test_two_steps_of_every_row(model, fitted_on_less, tmp_path, name):
+@pytest.mark.usefixtures("fitted_on_little")
+def test_two_steps_of_every_row(model, tmp_path, name):
     rows = [row for row in ROWS if row["architecture"] == name]
     configs = [config(row, tmp_path / str(number)) for number, row in enumerate(rows)]
     runs = []
