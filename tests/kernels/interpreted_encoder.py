@@ -172,7 +172,7 @@ class NothingDense(TorchDispatchMode):
 )
 def test_outside_a_step_features_are_counted_and_nothing_is_dense(architecture, training):
     """No room is in use, where the host waits."""
-    n, d, d_sae, kind = 80, 8, 256, ARCHITECTURES[architecture]
+    n, d, d_sae, kind = 80 if "batchtopk" in architecture else 40, 8, 256, ARCHITECTURES[architecture]
     chooses = {"k": 4} if "topk" in architecture else {}
     sae = kind.build(kind.Config(size=d_sae, **chooses), d, 0)
     x = torch.randn(2, n // 2, d, generator=torch.Generator().manual_seed(4))
