@@ -215,7 +215,7 @@ def models_outlined_once():
 
 @pytest.fixture(scope="module")
 def loaded_once():
-    """A model that many commands of a module name is read and probed for the first of them alone."""
+    """A model that many commands of a module name is read and probed for the first of them alone, until it changes."""
     from functools import cache
 
     import endwise.models.loading as module
@@ -223,7 +223,8 @@ def loaded_once():
     read, found = module._read, {}
 
     def read_once(*given: Any) -> Any:
-        key = str(given)
+        files = sorted(Path(given[1]).glob("*"))
+        key = str((*given, [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]))
         if key not in found:
             found[key] = read(*given)
         return found[key]

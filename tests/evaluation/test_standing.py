@@ -40,6 +40,7 @@ from made_runs import make_run
 from small_gpt2 import CONTEXT, VOCAB, data, recipe, small_corpora, write_tokens
 from word_tokenizer import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 SHORT = {"tokens": 64, "checkpoint_every": 1}
 TOKENS = 8 * CONTEXT
 """Held-out ones."""
@@ -166,7 +167,7 @@ def test_weights_given_in_memory_are_recognised_too(corpora, tmp_path, model):
 @pytest.mark.parametrize("same", [True, False])
 def test_weights_given_in_memory_are_compared_with_those_that_their_name_gives_later(place, capsys, same):
     """As of a model that an adapter was merged into, which still has the name of the one without."""
-    given = load_model("on/model").model
+    given = load_model(str(place / "on" / "model")).model  # no other test's
     if not same:
         with torch.no_grad():
             next(given.parameters()).mul_(1.001)
@@ -182,7 +183,7 @@ def test_weights_given_in_memory_are_compared_with_those_that_their_name_gives_l
 
 
 def test_weights_that_were_changed_after_loading_are_recognised(place):
-    loaded = load_model("on/model")
+    loaded = load_model(str(place / "on" / "model"))  # no other test's
     with torch.no_grad():
         next(loaded.model.parameters()).mul_(1.001)
     with pytest.raises(RunFolderError, match="other model weights"):
