@@ -35,8 +35,8 @@ def test_training_end_to_end_brings_the_loss_down(model, stories, tmp_path):
             "dictionary": {"ratio": 8},
             "objective": {"kind": "e2e", "sparsity": {"coefficient": 0.3}},
             "data": {"source": str(stories), "context": 128},
-            "training": {"tokens": 65_536, "batch": 8, "learning_rate": 3e-3, "log_every": 1},
-            "evaluation": {"tokens": 8_192, "during_training_tokens": 2_048},
+            "training": {"tokens": 32_768, "batch": 8, "learning_rate": 3e-3, "log_every": 1},
+            "evaluation": {"tokens": 4_096, "during_training_tokens": 2_048},
             "out": tmp_path / "run",
         }
     )

@@ -29,7 +29,7 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def results(bench, tmp_path_factory):
+def results(bench, loaded_once, tmp_path_factory):
     """Results of the parts on tiny shapes, made as their processes would make them."""
     gpu, out = bench["gpu"], tmp_path_factory.mktemp("results") / "gpu.json"
     results = gpu.Results(out, {"device": "cpu", "tiny": True})
