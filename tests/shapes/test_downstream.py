@@ -52,8 +52,8 @@ def recipe(out, dictionary, **place):
         "dictionary": {"size": FEATURES, **k, **dictionary},
         "objective": {"kind": "local", **({"sparsity": {"coefficient": 0.1}} if penalised else {})},
         "data": {"context": 16},
-        "training": {"tokens": 256, "batch": 4, "learning_rate": 3e-3, "log_every": 2},
-        "evaluation": {"tokens": 256, "during_training_tokens": 32, "bootstrap": 10},
+        "training": {"tokens": 128, "batch": 4, "learning_rate": 3e-3, "log_every": 2},
+        "evaluation": {"tokens": 128, "during_training_tokens": 32, "bootstrap": 10},
         "out": str(out),
     }
 
