@@ -39,6 +39,7 @@ os.environ |= {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from hypothesis.internal.conjecture import providers  # noqa: E402
 
 import light_checks  # noqa: E402
 import warm  # noqa: E402
@@ -49,6 +50,8 @@ if warm.SHARED not in os.environ:
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.
+# What Hypothesis reads in modules that happen to be imported would change them, and takes a second to parse.
+providers.is_local_module_file = lambda _path: False
 settings.register_profile("endwise", deadline=None, derandomize=True)
 settings.load_profile("endwise")
 
