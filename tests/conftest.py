@@ -49,8 +49,8 @@ if warm.SHARED not in os.environ:
     warm.shared(Path(_scratch.name))
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine.
-# What Hypothesis reads in modules that happen to be imported would change them, and takes a second to parse.
+# A model's first forward pass can take longer than Hypothesis grants an example; the same examples on every machine,
+# which constants of modules that happen to be imported would change (to parse these takes a second).
 providers.is_local_module_file = lambda _path: False
 settings.register_profile("endwise", deadline=None, derandomize=True)
 settings.load_profile("endwise")
