@@ -80,7 +80,7 @@ def corpus(request):
 class Oracle:
     """Latents of all sequences in one pass, and every quantity from them, feature by feature."""
 
-    def __init__(self, model, run, corpus, batch=4):
+    def __init__(self, model, run, corpus, batch=EVALUATED):
         config = RunFolder.open(run).config()
         self.sae = ReluSAE.load(run)
         site = model.site(config.site)
@@ -311,7 +311,7 @@ def test_a_killed_harvest_continues_and_ends_in_the_same_files(run, model, corpo
     living, rest = watched(model)
     harvested(run, living, corpus)
     read += rest
-    assert len(read) == -(-len(corpus) // 4)  # none was read twice
+    assert len(read) == -(-len(corpus) // EVALUATED)  # none was read twice
     assert digest(run) == whole
 
 
@@ -323,7 +323,7 @@ def test_ctrl_c_saves_what_was_gathered(run, model, corpora):
         harvested(run, stopping, corpora.heldout)
     assert len(read) == 2
     harvested(run, stopping, corpora.heldout)
-    assert len(read) == -(-len(corpora.heldout) // 4) and digest(run) == whole
+    assert len(read) == -(-len(corpora.heldout) // EVALUATED) and digest(run) == whole
 
 
 def test_what_was_gathered_with_other_settings_is_not_resumed(run, model, corpora):
@@ -371,7 +371,7 @@ def test_runs_of_one_model_share_the_clean_pass(tmp_path, token_files, model, co
         alone.append(digest(run))
     counted, passes = watched(model)
     harvest(runs, tokens=corpora.heldout.tokens, kept=KEPT, model=counted, corpora=corpora, again=True)
-    assert len(passes) == -(-len(corpora.heldout) // 4)
+    assert len(passes) == -(-len(corpora.heldout) // EVALUATED)
     assert [digest(run) for run in runs] == alone
 
 

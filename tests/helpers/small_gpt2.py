@@ -51,6 +51,9 @@ def small_corpora(folder: Path, heldout: int = 256) -> Corpora:
         evaluation_tokens=heldout,
     )
 
+EVALUATED = 16
+"""Sequences that are measured, or harvested, at once."""
+
 
 def recipe(out: Path, kind: str = "e2e", seed: int = 0, **training: object) -> RunConfig:
     objective = {"kind": kind, "sparsity": {"coefficient": 0.3}}
@@ -62,7 +65,7 @@ def recipe(out: Path, kind: str = "e2e", seed: int = 0, **training: object) -> R
             "dictionary": {"size": 40},
             "objective": objective,
             "training": {"tokens": 640, "batch": 4, "log_every": 3, "learning_rate": 1e-2, **training},
-            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": 16},
+            "evaluation": {"tokens": 256, "during_training_tokens": 64, "batch": EVALUATED},
             "seed": seed,
             "out": out,
         }
