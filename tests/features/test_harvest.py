@@ -34,7 +34,7 @@ from endwise.features.harvest.top_tokens import written
 from endwise.runs.folder import RunFolder
 from endwise.tokens.corpus import SequenceLayout
 from endwise.tokens.tokenising import documents_in
-from small_gpt2 import CONTEXT, SITE, VOCAB, data, recipe
+from small_gpt2 import CONTEXT, EVALUATED, SITE, VOCAB, data, recipe
 from spread import spread
 
 D_SAE, SEQUENCES = 40, 30

@@ -11,6 +11,8 @@ from endwise import Corpora, LanguageModel, RunConfig, load_corpora
 from endwise.config.run import DataConfig
 
 VOCAB, CONTEXT, WIDTH, LAYERS = 31, 8, 16, 4
+EVALUATED = 16
+"""Sequences that are measured, or harvested, at once."""
 SITE = "blocks.1.hook_resid_pre"
 SHIPPED = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
 """The architectures that endwise brings; tests register others."""
@@ -50,9 +52,6 @@ def small_corpora(folder: Path, heldout: int = 256) -> Corpora:
         training_tokens=2048,
         evaluation_tokens=heldout,
     )
-
-EVALUATED = 16
-"""Sequences that are measured, or harvested, at once."""
 
 
 def recipe(out: Path, kind: str = "e2e", seed: int = 0, **training: object) -> RunConfig:
