@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+gc.disable()  # until all is collected: of what is imported nothing is garbage
+
 _scratch = tempfile.TemporaryDirectory(prefix="endwise-tests-", ignore_cleanup_errors=True)
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, min(4, (os.cpu_count() or 1) // _workers))
@@ -71,6 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Keep what is imported and collected out of garbage collection, and collect less often."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(10_000)
 
 

@@ -34,6 +34,7 @@ def main():
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen(64)
+    gc.disable()
     for library in LIBRARIES:
         import_module(library)
     import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")  # kept from then on
@@ -43,6 +44,7 @@ def main():
     )
     os.fsync = lambda _descriptor: None  # as in conftest.py
     gc.freeze()  # a collection in a child would copy every page that it looks at
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user's Ctrl-C ends the tests, and they end this
     signal.signal(signal.SIGCHLD, reap)
     while True:
