@@ -199,12 +199,15 @@ def test_the_bootstrap_covers_a_known_mean():
     assert 180 <= held <= 199
 
 
-def test_streams_are_the_runs_own():
+def test_streams_are_the_runs_own(monkeypatch):
     a, b = make_run("e2e", 1, 0.1, 10), make_run("e2e", 1, 0.1, 10, seed=1)
     first, again, other = (next(over_features.counts(50, over_features.stream(run), 4)) for run in (a, a, b))
     assert (first == again).all() and (first != other).any()
-    in_parts = np.concatenate(list(over_features.counts(3_000_000, over_features.stream(a), 3)))
-    assert in_parts.shape == (3, 3_000_000) and (in_parts.sum(1) == 3_000_000).all()
+    monkeypatch.setattr(over_features, "_CHUNK", 60)
+    one_by_one = [*over_features.counts(50, over_features.stream(a), 4)]
+    assert [len(part) for part in one_by_one] == [1] * 4 and (np.concatenate(one_by_one) == first).all()
+    in_parts = np.concatenate(list(over_features.counts(80, over_features.stream(a), 3)))  # more than are held at a time
+    assert in_parts.shape == (3, 80) and (in_parts.sum(1) == 80).all()
 
 
 def test_spearman_is_ranked_again_in_each_resample():

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from markupsafe import Markup
@@ -36,6 +38,21 @@ class Compared(Protocol):
 
 
 M = TypeVar("M", bound=Measured)
+S = TypeVar("S", bound=Compared)
+R = TypeVar("R")
+
+
+def once(measure: Callable[[S], R]) -> Callable[[S], R]:
+    """Measure each set once, for as long as it lives: its tables, figures and claims ask alike."""
+    made: WeakKeyDictionary[S, R] = WeakKeyDictionary()
+
+    @wraps(measure)
+    def of(found: S) -> R:
+        if found not in made:
+            made[found] = measure(found)
+        return made[found]
+
+    return of
 
 
 class ShownSet(Shown):

@@ -97,7 +97,7 @@ class Pair:
     """One to one; its rows are places among the alive features."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Geometry(ShownSet):
     """The dictionaries of one setting."""
 

@@ -15,6 +15,7 @@ from endwise.analysis.geometry.similarity import (
     within,
 )
 from endwise.analysis.over_seeds import judged, over
+from endwise.analysis.sets import once
 from endwise.common.text import minus
 from endwise.config.method import LOCAL, PRESET_METHODS, Method
 from endwise.evaluation.summary import RunSummary
@@ -36,6 +37,7 @@ def differences(found: Geometry) -> list[SimilarityDifference]:
     return [each for kinds, each in _differences(found) if there.issuperset(kinds)]
 
 
+@once
 def _differences(found: Geometry) -> list[tuple[tuple[Method, ...], SimilarityDifference]]:
     """List those of every two presets, and of each further method and the baseline, within and across seeds; and,
     towards and from each preset, of the other two; each with the methods that it takes.

@@ -19,6 +19,7 @@ from endwise.analysis.geometry.stability import (
     stable_functions,
 )
 from endwise.analysis.over_seeds import interval_columns
+from endwise.analysis.sets import once
 from endwise.evaluation.evaluate import read_firings
 from endwise.evaluation.summary import RunSummary, what_varies
 
@@ -50,6 +51,7 @@ def difference_rows(found: Geometry) -> list[Row]:
     ]
 
 
+@once
 def recurrences(found: Geometry) -> list[Recurrence]:
     """Measure each set of twins, once."""
     made: dict[tuple[str, ...], Recurrence] = {}
