@@ -27,7 +27,6 @@ from endwise.features.harvest.gathering import BINS, Gathered, Kept, bin_edges, 
 from endwise.features.harvest.neuronpedia import export
 from endwise.features.harvest.parts import Parts
 from endwise.features.harvest.results import TOP
-from endwise.features.harvest.run import LONG_TEXT
 from endwise.features.harvest.slots import EMPTY, Candidates, Slots
 from endwise.features.harvest.sums import FixedPointSums, drawn
 from endwise.features.harvest.top_tokens import written
@@ -229,8 +228,9 @@ def test_importance_is_the_attributions(pair, model):
     np.testing.assert_allclose(found.column("ce_second"), expected.ce_second, rtol=1e-6, atol=1e-9)
 
 
-def test_of_a_long_text_every_second_batch_is_attributed(run, model, tmp_path):
-    corpus = documents(SequenceLayout(CONTEXT, separator=0), [7] * (LONG_TEXT + 4))
+def test_of_a_long_text_every_second_batch_is_attributed(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("endwise.features.harvest.run.LONG_TEXT", 16)
+    corpus = documents(SequenceLayout(CONTEXT, separator=0), [7] * 14)
     whole = harvested(run, model, corpus)
     one = shutil.copytree(run, tmp_path / "run")
     config = RunFolder(one).config()
