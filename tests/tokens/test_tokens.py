@@ -813,9 +813,16 @@ class Ids(list):
         self.checked = True  # for special tokens, before any is taken
 
 
-@pytest.mark.parametrize("at", [1, 999, 1000, 1001, 2999])
-def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, at):
-    source = write_jsonl(tmp_path / "a.jsonl", some_documents(3000))
+@pytest.fixture
+def at_once(monkeypatch):
+    """A tenth of the rows are tokenised at once."""
+    monkeypatch.setattr("endwise.tokens.tokenising.ROWS_AT_ONCE", ROWS_AT_ONCE // 10)
+    return ROWS_AT_ONCE // 10
+
+
+@pytest.mark.parametrize("at", [1, 99, 100, 101, 299])
+def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, at_once, at):
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(300))
     whole = rows_of(load(source, cache=tmp_path / "whole").train)
     breaks_off = make_tokenizer(BreaksOff)
     breaks_off.at = at
@@ -823,7 +830,7 @@ def test_ctrl_c_while_tokenising_keeps_whole_batches(tmp_path, load, at):
         load(source, tokenizer=breaks_off)
     tokenizer = make_tokenizer()
     assert rows_of(load(source, tokenizer=tokenizer).train) == whole
-    assert tokenizer.texts == 3000 - (at - 1) // ROWS_AT_ONCE * ROWS_AT_ONCE
+    assert tokenizer.texts == 300 - (at - 1) // at_once * at_once
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, load):
@@ -833,18 +840,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, load):
         load(source, cache=tmp_path / "file")
 
 
-def test_streaming_reads_what_is_needed(tmp_path, load):
-    documents = some_documents(12_000)
+def test_streaming_reads_what_is_needed(tmp_path, load, at_once):
+    documents = some_documents(1200)
     source = write_jsonl(tmp_path / "a.jsonl", documents)
     tokenizer = make_tokenizer()
-    few = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=1600)
-    assert ROWS_AT_ONCE <= tokenizer.texts <= 3 * ROWS_AT_ONCE
-    assert len(few.train) == 1000 and len(few.heldout) >= 200
-    many = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=40_000, evaluate=4000)
+    few = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
+    assert at_once <= tokenizer.texts <= 3 * at_once
+    assert len(few.train) == 100 and len(few.heldout) >= 20
+    many = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=4000, evaluate=400)
     check_disjoint(many.train, few.heldout)
     check_disjoint(few.train, many.heldout)
     counted = tokenizer.texts
-    again = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=8000, evaluate=1600)
+    again = load(source, tokenizer=tokenizer, streaming=True, heldout_share=0.2, train=800, evaluate=160)
     assert tokenizer.texts == counted
     # What was read for another run changes nothing.
     assert again.describe() == few.describe() and rows_of(again.train) == rows_of(few.train)
