@@ -204,9 +204,10 @@ def test_streams_are_the_runs_own(monkeypatch):
     first, again, other = (next(over_features.counts(50, over_features.stream(run), 4)) for run in (a, a, b))
     assert (first == again).all() and (first != other).any()
     monkeypatch.setattr(over_features, "_CHUNK", 60)
+    # More than are held at a time come in parts.
     one_by_one = [*over_features.counts(50, over_features.stream(a), 4)]
     assert [len(part) for part in one_by_one] == [1] * 4 and (np.concatenate(one_by_one) == first).all()
-    in_parts = np.concatenate(list(over_features.counts(80, over_features.stream(a), 3)))  # more than are held at a time
+    in_parts = np.concatenate(list(over_features.counts(80, over_features.stream(a), 3)))
     assert in_parts.shape == (3, 80) and (in_parts.sum(1) == 80).all()
 
 
