@@ -170,7 +170,7 @@ def coarsely_drawn():
             Path(path).write_bytes(b"the same figure")
             return
         drawn.add(self)
-        self.set_layout_engine("none")
+        self.set_layout_engine(None)  # with any other, all is drawn twice
         with mpl.rc_context({"pdf.fonttype": 3}):
             save(self, path, **(settings | ({"dpi": 50} if "dpi" in settings else {})))
 
