@@ -31,6 +31,7 @@ from endwise.models.blocks import Block, find_blocks
 from endwise.models.joint_pass import AtPlace, JointGradients, JointPass
 from endwise.models.language_model import Clean, LanguageModel
 from endwise.models.loading import DTYPES
+from endwise.models.readout import next_tokens
 from endwise.models.sites import Part, Place, Site
 from endwise.models.splicing import SplicedPass, sequences_at_a_time
 from endwise.training.joint import JointTrainee
@@ -44,7 +45,7 @@ from endwise.training.tail_terms import Pulls
 from endwise.training.trainee import Trainee
 
 FOLLOWED = 2
-"""Passes, and microbatches of a pass, that are followed: in the second, all that the first leaves behind is there."""
+"""Passes, microbatches, chunks of logits that are followed: in the second, all that the first leaves is there."""
 MODEL, WEIGHTS, GRADIENTS, OPTIMISER = "language model", "SAE weights", "SAE gradients", "optimiser"
 CLEAN, LATENTS, TAIL, READOUT = "clean pass", "SAE activations", "spliced tail", "readout"
 INPUTS, SAVING, ALLOCATOR = "batch", "files in the making", "allocator and libraries"
@@ -205,19 +206,20 @@ class DryRun:
         settings = self.config.evaluation
         sequences = min(settings.batch, max(1, settings.during_training_tokens // self.context))
         later = residuals_after(self.model, self.site)
-        trace = self.trace
-        with trace.part(INPUTS):
+        with self.trace.part(INPUTS):
             tokens = torch.zeros(sequences, self.context, dtype=torch.int64)
             mask = torch.ones(sequences, self.context, dtype=torch.bool)
-        trace.start()
-        with trace.part(CLEAN):
-            sites = {site for place in self.places for site in place.sites}
-            clean = self.model.clean(tokens, {*sites, *later}, final=True)
+        self.trace.start()
+        with self.trace.part(CLEAN):
+            clean = self.model.clean(tokens, {*later, *(at for place in self.places for at in place.sites)}, final=True)
         finals = self._joint_final(clean, mask, later) if self.joint else self._finals(clean, mask)
-        with trace.part(READOUT):
+        with self.trace.part(READOUT):
             assert clean.final is not None
-            self.model.readout.compare(clean.final, finals, tokens, mask)
-        return trace.peak()
+            some = -(-FOLLOWED * self.kernels.rows_per_chunk(self.model.readout.unembedding) // self.context)
+            rest = [*next_tokens(tokens[some:], mask[some:]), torch.zeros(5 * len(finals), mask[some:].numel())]
+            self.model.readout.compare(clean.final[:some], [each[:some] for each in finals], tokens[:some], mask[:some])
+            del rest
+        return self.trace.peak()
 
     def _finals(self, clean: Clean, mask: TokenMask) -> list[Activation]:
         finals: list[Activation] = []
