@@ -109,7 +109,7 @@ def test_an_sae_that_explains_nothing_is_refused_before_training(embedded, tmp_p
 
 def test_the_command_prints_before_and_after(tmp_path):
     shutil.copytree(TRAINED / "sparsify_topk", tmp_path / "sae")
-    options = ["--tokens", "1280", "--measure-on", "1024", "--context", "64", "--site", SITE, "--quiet"]
+    options = ["--tokens", "640", "--measure-on", "512", "--context", "64", "--site", SITE, "--quiet"]
     changes = ["training.learning_rate=1e-3", "training.evaluate_every=200", "objective.downstream_mse=0.1"]
     result = CliRunner().invoke(
         app, ["finetune", str(tmp_path / "sae"), *changes, *options, "--out", str(tmp_path / "o")]
