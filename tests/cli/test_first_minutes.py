@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -256,6 +257,19 @@ def test_tuning_reads_its_budget_and_writes_what_it_found(model, corpora, tmp_pa
     for tokens in (100, 10**6):
         with pytest.raises(tuning.ConfigError, match="must be from 9,600"):
             tune(values, {**budget, "tokens": tokens}, model=model, corpora=corpora)
+
+
+def test_a_lambda_at_its_bound_is_no_end(tmp_path):
+    steered = recipe(tmp_path / "unused", "local").model_dump(mode="json")
+    steered["objective"]["sparsity"] = {"coefficient": 2.0, "target_l0": 30.0}
+    config = RunConfig.build(steered)
+    assert config.objective.coefficient == 2
+    bound = [tuning._is_bound(2.0, last) for last in (2e-4, 2e4, 2.1e-4, 1.9e4, 2.0)]
+    assert bound == [True, True, False, False, False]
+    for is_bound in (True, False):
+        ended = replace(trial(1e-3, 0.1), coefficient=2e-4, is_bound=is_bound)
+        said = tuning._remarks(config, [[ended]], tuning.Target(l0=16), True)
+        assert any("Raise --budget" in line for line in said) == is_bound
 
 
 def test_tuning_aims_where_the_dictionary_sets_its_l0(tmp_path):

@@ -28,6 +28,7 @@ from endwise.sweeps.sweep_config import Target
 from endwise.tokens import Corpora, check_readable
 from endwise.training.members import Run, SomeFailed, TrialMember
 from endwise.training.setup import TrainingRequest, corpora_of, model_for
+from endwise.training.steering import BOUND
 from endwise.training.train import trained
 
 ROUNDS = ((5, 1 / 6), (3, 1 / 3), (2, 1 / 2))
@@ -71,6 +72,8 @@ class RateTrial:
     score: float
     """The number compared, smaller is better: the CE increase at an L0, or L0 at a CE increase."""
     failed: str = ""
+    is_bound: bool = False
+    """Whether λ ended as far from where it began as it may."""
 
     @property
     def is_near(self) -> bool:
@@ -284,10 +287,17 @@ class _Search:
         if run is None or found is None:
             nan = math.nan
             return RateTrial(rate, tokens, None, nan, nan, nan, nan, nan, math.inf, failed or "it did not finish")
-        last = RunFolder(run.folder).metrics()[-1].get(LAMBDA, config.objective.coefficient)
+        first = config.objective.coefficient
+        last = RunFolder(run.folder).metrics()[-1].get(LAMBDA, first)
         score = found.metrics["ce_increase" if self.target.metric == "l0" else "l0"]
         ends = (found["l0"], found["ce_increase"], score.low, score.high)
-        return RateTrial(rate, tokens, last, *ends, found[self.target.metric] / self.target.value - 1, score.estimate)
+        miss = found[self.target.metric] / self.target.value - 1
+        is_bound = first is not None and config.objective.is_steered and _is_bound(first, last)
+        return RateTrial(rate, tokens, last, *ends, miss, score.estimate, is_bound=is_bound)
+
+
+def _is_bound(first: float, last: float) -> bool:
+    return abs(math.log(last / first)) > 0.999 * math.log(BOUND)
 
 
 def _at_rate(short: RunConfig, rate: float, out: Path) -> RunConfig:
@@ -346,6 +356,11 @@ def _remarks(
     lambdas = [trial.coefficient for trial in last if trial.coefficient is not None]
     if config.objective.is_steered and lambdas:
         lines.append(f"λ ended between {min(lambdas):.3g} and {max(lambdas):.3g}; training begins there and steers it.")
+    if best.is_bound:
+        lines.append(
+            f"λ of the best is at its bound, {BOUND:,.0f} times from where its run began: L0 was still on its way "
+            "when the run ended. Raise --budget."
+        )
     for each in (trial for trials in rounds for trial in trials if trial.failed):
         why, *_ = each.failed.split(". ")
         lines.append(f"The run of {each.tokens:,} tokens at {each.learning_rate:.2g} failed: {why}.")
