@@ -73,7 +73,7 @@ class RateTrial:
     """The number compared, smaller is better: the CE increase at an L0, or L0 at a CE increase."""
     failed: str = ""
     is_bound: bool = False
-    """Whether λ ended as far from where it began as it may."""
+    """True where λ ended as far from where it began as it may."""
 
     @property
     def is_near(self) -> bool:
